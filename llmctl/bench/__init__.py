@@ -1,0 +1,1 @@
+"""Workloads, load generator, statistics, reports and the gate."""

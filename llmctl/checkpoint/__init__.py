@@ -1,0 +1,1 @@
+"""Reads and writes checkpoints; the only room that knows on-disk bit layouts."""

@@ -1,0 +1,1 @@
+"""Typer application: one file per subcommand; parses options, builds a config, makes one call."""

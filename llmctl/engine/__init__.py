@@ -1,0 +1,1 @@
+"""Engine core: requests, block pool, scheduler, sampling parameters, the step loop. No device imports."""

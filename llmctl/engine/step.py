@@ -1,0 +1,157 @@
+"""Plain data between the engine and a runtime: what one step computes, how its rows are sampled, what came out.
+
+No tensors of any device library here; numpy arrays only where a batch is numeric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """The tokens of one request that one step computes.
+
+    Attributes:
+        request_id: the request.
+        token_ids: the tokens to compute, positions ``start .. start+len-1``.
+        start: tokens of this request that are in the KV cache already.
+        block_ids: the request's block table, long enough to hold ``start + len(token_ids)`` tokens.
+        sample: the logits of the last token are sampled (false inside a chunked prefill).
+        score_targets: when set, the log-probability of ``score_targets[i]`` after ``token_ids[:i+1]`` is wanted
+            (prompt log-probabilities, perplexity); at most ``len(token_ids)`` ids.
+    """
+
+    request_id: str
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+    sample: bool
+    score_targets: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: slices in batch order. ``SamplingBatch`` row i belongs to the i-th slice with ``sample`` true."""
+
+    slices: tuple[SequenceSlice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by this step."""
+        return sum(len(s.token_ids) for s in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling parameters of R rows. A field is None when no row asks for that op.
+
+    Order of ops: logit bias / token mask -> penalties -> (greedy argmax, or) temperature -> top-k -> top-p -> min-p
+    -> one draw by inverse CDF with the uniform ``philox(seed, position)``, so that a seed gives the same tokens in any batch.
+
+    Attributes:
+        temperature: f32 [R]; 0 means greedy (exact argmax, lowest id on ties).
+        seeds: u64 [R]; positions: i64 [R], index of the token being sampled in its sequence.
+        top_k: i32 [R], 0 = off; top_p: f32 [R], 1 = off; min_p: f32 [R], 0 = off.
+        repetition_penalty: f32 [R], 1 = off, over prompt and output; presence_penalty, frequency_penalty: f32 [R], over output.
+        prompt_ids / output_ids: per row i32 [n], given when any penalty is.
+        bias_rows, bias_ids: i32 [n]; bias_values: f32 [n]: additive logit bias in coordinate form (-inf forbids a token).
+        allowed_mask: u32 [R, ceil(V/32)], bit v%32 of word v//32 set when token v may be sampled (grammars, allowed_token_ids).
+        num_logprobs: i32 [R]; -1 = none, 0 = the sampled token's only, n = the n most likely as well. Log-probabilities
+            are of the model's raw distribution (before bias, penalties and temperature), as OpenAI and vLLM report them.
+    """
+
+    temperature: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    positions: NDArray[np.int64]
+    top_k: NDArray[np.int32] | None = None
+    top_p: NDArray[np.float32] | None = None
+    min_p: NDArray[np.float32] | None = None
+    repetition_penalty: NDArray[np.float32] | None = None
+    presence_penalty: NDArray[np.float32] | None = None
+    frequency_penalty: NDArray[np.float32] | None = None
+    prompt_ids: tuple[NDArray[np.int32], ...] | None = None
+    output_ids: tuple[NDArray[np.int32], ...] | None = None
+    bias_rows: NDArray[np.int32] | None = None
+    bias_ids: NDArray[np.int32] | None = None
+    bias_values: NDArray[np.float32] | None = None
+    allowed_mask: NDArray[np.uint32] | None = None
+    num_logprobs: NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one sampled position: the sampled token's, its rank (1 = most likely), and the top n."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced.
+
+    Attributes:
+        token_ids: i32 [R], in SamplingBatch row order.
+        logprobs: one entry per row, None where not asked for; None when nobody asked.
+        scores: request id -> f32 array of the slice's ``score_targets`` log-probabilities.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: Sequence[TokenLogprobs | None] | None = None
+    scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class PendingStep(Protocol):
+    """A step that a device may still be running."""
+
+    def result(self) -> StepResult:
+        """Block until the step is done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeLimits:
+    """What a runtime was built and sized for.
+
+    Attributes:
+        num_blocks: KV blocks in the pool. block_size: tokens a block.
+        max_model_len: longest sequence, tokens. vocab_size: width of the logits.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+
+
+class Runtime(Protocol):
+    """Interprets a Graph on some device. ``execute`` may return before the device is done."""
+
+    limits: RuntimeLimits
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> PendingStep:
+        """Start one step; ``sampling`` has one row per slice of ``plan`` with ``sample`` true."""
+        ...
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A PendingStep that is already done."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        """The result, at once."""
+        return self.value

@@ -1,0 +1,119 @@
+"""What a user can see going wrong: each error knows its exit code, HTTP status and the fix to try.
+
+Every error a user can cause is an ``LlmctlError``; the CLI prints it as one line and exits with
+``exit_code``, the HTTP app answers ``http_status`` with OpenAI's error shape (``type``, ``code``).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes, shared by all subcommands."""
+
+    OK = 0
+    RUNTIME = 1
+    USAGE = 2
+    FAILED_REQUESTS = 3
+    SLO_MISSED = 4
+    REGRESSION = 5
+
+
+class LlmctlError(Exception):
+    """Base of every user-visible error.
+
+    Args:
+        message: what is wrong, what was expected and what was found; one line.
+        fix: what the user can do about it (a command where possible); one line.
+        param: the option or request field at fault, if there is one.
+    """
+
+    exit_code: ExitCode = ExitCode.RUNTIME
+    http_status: int = 500
+    type: str = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, fix: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.fix})" if self.fix else self.message
+
+
+class UsageError(LlmctlError, ValueError):
+    """An option, config key or request field that cannot be honoured."""
+
+    exit_code = ExitCode.USAGE
+    http_status = 400
+    type = "invalid_request_error"
+
+
+class RequestError(UsageError):
+    """An API request that is malformed or can never be served."""
+
+
+class ModelNotFoundError(UsageError):
+    """No such model, checkpoint folder, engine or adapter."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class CheckpointError(LlmctlError, ValueError):
+    """A checkpoint that is damaged, incomplete or in a layout that is not understood."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A model family, quantization scheme or option that this version cannot run."""
+
+
+class EngineLoadError(LlmctlError, ValueError):
+    """An engine folder that must not be loaded here; ``fix`` names the rebuild command."""
+
+
+class CompileError(LlmctlError):
+    """A kernel failed to compile, or no compiler was found."""
+
+
+class CapacityError(RequestError):
+    """A request or setting that can never fit: context length, KV cache or memory."""
+
+    code = "context_length_exceeded"
+
+
+class QueueFullError(LlmctlError):
+    """Admission refused: too many requests are waiting."""
+
+    http_status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class NotReadyError(LlmctlError):
+    """The engine is starting, draining or dead."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "not_ready"
+
+
+class FailedRequestsError(LlmctlError):
+    """A bench run in which at least one request failed beyond the allowed ratio."""
+
+    exit_code = ExitCode.FAILED_REQUESTS
+
+
+class SloMissedError(LlmctlError):
+    """A bench run that missed a service-level objective."""
+
+    exit_code = ExitCode.SLO_MISSED
+
+
+class RegressionError(LlmctlError):
+    """A bench run worse than its baseline by more than the allowed share and the noise."""
+
+    exit_code = ExitCode.REGRESSION

@@ -1,0 +1,1 @@
+"""The model as data: ops over named buffers and weights, families, passes. Knows no device."""

@@ -1,0 +1,184 @@
+"""The Graph: a model as plain data. A flat list of ops over named activation buffers and named weights.
+
+Families write plain ops, passes rewrite a Graph into an equal one with fused ops, runtimes interpret it.
+Everything here is frozen, hashable by value and JSON-serialisable; nothing here knows a device or a tensor library.
+
+Conventions
+-----------
+* An activation buffer is a matrix ``[T, width]`` where T is the number of tokens in the step (or R, the number of
+  sampled rows, after ``gather_rows``). Buffers are in SSA form: each is written by exactly one op.
+* Step inputs are the reserved buffers ``INPUT_IDS`` and ``POSITIONS`` (width 1, int32); the graph's result is ``LOGITS``
+  (``[R, vocab]``).
+* A linear weight is ``[out, in]``; ``y = x @ w.T + b``.
+* The paged KV cache is not a buffer: ``kv_write`` and ``attention`` name it by ``layer`` (an index into ``Graph.kv``).
+
+Op kinds, ``inputs -> outputs | weights | attrs``; an absent optional weight is ``""``:
+
+plain
+  embed          ids -> x                      | w [V,H]                  | scale: float
+  pos_embed      x, positions -> y             | w [P,H]                  | offset: int            (y = x + w[pos+offset])
+  rms_norm       x -> y                        | w [H]                    | eps, plus_one: bool    (Gemma: 1+w)
+  layer_norm     x -> y                        | w [H], b                 | eps
+  head_rms_norm  x -> y                        | w [head_dim]             | eps, heads, head_dim
+  linear         x -> y                        | w [O,I], b               |
+  act            x -> y                        |                          | fn: silu|gelu|gelu_tanh|relu
+  mul            x, y -> z                     |                          |
+  add            x, y -> z                     |                          |
+  rope           q, k, positions -> q', k'     |                          | heads, kv_heads, head_dim, rotary_dim, theta,
+                                                                           style: neox|gptj, scaling fields (see RopeScaling)
+  kv_write       k, v ->                       |                          | layer
+  attention      q -> o                        |                          | layer, heads, kv_heads, head_dim, scale, window (0 = none),
+                                                                           softcap (0 = none)
+  gather_rows    x -> y                        |                          |                        (rows whose logits are wanted)
+fused (made by passes)
+  linear         x -> y1, y2, …                | w [O1+O2+…, I], b        | splits: (O1, O2, …)
+  linear         x -> h                        | w [2F, I], b             | epilogue: silu_mul|gelu_mul|gelu_tanh_mul|relu_mul
+                                                                           (gate rows first, up rows second)
+  add_rms_norm   x, residual -> y, sum         | w                        | eps, plus_one          (sum = x + residual; y = norm(sum))
+  add_layer_norm x, residual -> y, sum         | w, b                     | eps
+  rope_kv_write  q, k, v, positions -> q'      |                          | rope's attrs and layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+INPUT_IDS = "input_ids"
+POSITIONS = "positions"
+LOGITS = "logits"
+
+Scalar = int | float | str | bool
+Attr = Scalar | tuple[Scalar, ...]
+
+PLAIN_KINDS = frozenset(
+    "embed pos_embed rms_norm layer_norm head_rms_norm linear act mul add rope kv_write attention gather_rows".split()
+)
+FUSED_KINDS = frozenset("add_rms_norm add_layer_norm rope_kv_write".split())
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How a linear weight is stored as integer codes: ``w = (code - zero) * scale`` per group along the input axis.
+
+    Attributes:
+        bits: 3, 4 or 8.
+        group_size: columns sharing one scale; -1 means one scale per output row.
+        symmetric: zero is the constant ``2**(bits-1)``.
+        act_order: columns belong to groups through a ``g_idx`` table rather than ``k // group_size``.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool = False
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups along an input axis of ``in_features``."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """One checkpoint tensor (or a slice of it) that supplies rows of a Weight.
+
+    Attributes:
+        tensor: name in the checkpoint, with its HF spelling, e.g. ``model.layers.0.self_attn.q_proj.weight``.
+        transpose: the checkpoint stores ``[in, out]`` (GPT-2's Conv1D).
+        rows: half-open range of rows (after the transpose) to take; None takes all.
+    """
+
+    tensor: str
+    transpose: bool = False
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A named weight: logical shape, where it comes from, and how it is stored.
+
+    ``parts`` are concatenated along dim 0. ``quant`` is None for a dense weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[WeightPart, ...]
+    quant: QuantScheme | None = None
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A named activation buffer ``[T, width]``."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. ``layer`` is the decoder layer it belongs to, -1 before the first and ``num_layers`` after the last."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    layer: int = -1
+
+    def with_(self, **changes: Any) -> Op:
+        """A copy with fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """Shape of one layer's KV cache: ``kv_heads`` heads of ``head_dim``; ``window`` 0 means full attention."""
+
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole model.
+
+    Attributes:
+        family: family-table name, e.g. ``llama``.
+        vocab_size: width of LOGITS.
+        hidden_size: width of the residual stream.
+        num_layers: decoder layers.
+        max_position: longest sequence the model was made for, tokens.
+        kv: per-layer KV-cache shapes; ops name a layer by its index here.
+        buffers / weights / ops: in order of first use / creation / execution.
+        passes: names of the passes applied, in order.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position: int
+    kv: tuple[KVLayer, ...]
+    buffers: Mapping[str, Buffer]
+    weights: Mapping[str, Weight]
+    ops: tuple[Op, ...]
+    passes: tuple[str, ...] = ()
+
+    def layer_ops(self, layer: int) -> tuple[Op, ...]:
+        """Ops of decoder layer ``layer`` (-1: before the first; ``num_layers``: after the last), in order."""
+        return tuple(op for op in self.ops if op.layer == layer)
+
+    def linears(self) -> Iterator[Op]:
+        """All linear ops, in execution order."""
+        return (op for op in self.ops if op.kind == "linear")
+
+    def producer(self, buffer: str) -> Op | None:
+        """The op that writes ``buffer``; None for a step input."""
+        return next((op for op in self.ops if buffer in op.outputs), None)
+
+    def consumers(self, buffer: str) -> tuple[Op, ...]:
+        """The ops that read ``buffer``."""
+        return tuple(op for op in self.ops if buffer in op.inputs)

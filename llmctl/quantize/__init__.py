@@ -1,0 +1,1 @@
+"""Quantization algorithms as pure functions, calibration, and the layer-by-layer driver."""

@@ -1,0 +1,1 @@
+"""Interpreters of a Graph, one per device, behind one small protocol."""

@@ -1,0 +1,1 @@
+"""Worker process, client to it, OpenAI protocol, HTTP application, metrics."""
