@@ -1,0 +1,44 @@
+"""The ``llmctl`` command. Importing this module imports neither torch, transformers nor cupy."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmctl import __version__
+
+app = typer.Typer(
+    name="llmctl",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Quantize, build, serve and bench language models over one engine core.",
+    epilog="Start here: [bold]llmctl serve --model demo:smollm2-135m[/bold]",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"llmctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize, build, serve and bench language models over one engine core."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

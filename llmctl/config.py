@@ -1,0 +1,151 @@
+"""Settings of every subcommand as frozen dataclasses; the CLI's defaults and the YAML keys in configs/ come from here.
+
+A field's name is the option's name with underscores. ``None`` on a numeric field means "auto": the code that
+resolves it builds a new object. ``load_yaml_options`` reads ``--config`` files and refuses unknown keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """``llmctl quantize``: checkpoint -> quantized checkpoint."""
+
+    model: str = ""
+    output: str = ""
+    method: str = "awq"
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    format: str = "auto"
+    calib: str = "self"
+    calib_samples: int = 32
+    calib_length: int = 256
+    seed: int = 0
+    damp_percent: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    ignore: tuple[str, ...] = ("lm_head",)
+    backend: str = "native"
+    resume: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """``llmctl build``: checkpoint -> engine folder."""
+
+    model: str = ""
+    output: str = ""
+    target: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    passes: tuple[str, ...] | None = None
+    dry_run: bool = False
+    memory_budget: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is run; shared by ``serve`` and offline ``bench``."""
+
+    model: str = ""
+    target: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_memory: str | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: str = "fcfs"
+    max_num_queued_reqs: int = 1024
+    threads: int | None = None
+    seed: int = 0
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class ServeConfig(EngineConfig):
+    """``llmctl serve``: engine (or anything that can be built into one) -> OpenAI-compatible API."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    chat_template: str | None = None
+    api_key: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    drain_timeout: float = 30.0
+    log_level: str = "info"
+
+
+def load_yaml_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """Options from a YAML file. Keys are option names, with dashes or underscores.
+
+    Raises:
+        UsageError: unreadable file, not a mapping, or an unknown key (the nearest known one is named).
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}", param="config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path}: not valid YAML: {reason}", param="config") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise UsageError(f"--config {path}: expected a mapping of options, found {type(loaded).__name__}")
+    names = sorted(set(known))
+    options: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise UsageError(f"--config {path}: unknown option '{key}'{_nearest(name, names)}", param=str(key))
+        options[name] = value
+    return options
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0].replace('_', '-')}'?"
+    return "; known options: " + ", ".join(n.replace("_", "-") for n in names)
+
+
+def parse_bytes(text: str, *, param: str) -> int:
+    """Bytes in a size such as ``512MiB``, ``4GB``, ``1.5GiB`` or ``1000000``.
+
+    Raises:
+        UsageError: not a size, or not positive.
+    """
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units[letter] = units[f"{letter}ib"] = 1024**power
+        units[f"{letter}b"] = 1000**power
+    stripped = text.strip().lower()
+    digits = stripped.rstrip("bikmgt").strip()
+    unit = stripped[len(digits) :].strip()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(
+            f"--{param.replace('_', '-')}: expected a size such as 512MiB or 4GB, found '{text}'", param=param
+        )
+    return size
