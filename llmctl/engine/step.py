@@ -52,18 +52,22 @@ class SamplingBatch:
     """Sampling parameters of R rows. A field is None when no row asks for that op.
 
     Order of ops: logit bias / token mask -> penalties -> (greedy argmax, or) temperature -> top-k -> top-p -> min-p
-    -> one draw by inverse CDF with the uniform ``philox(seed, position)``, so that a seed gives the same tokens in any batch.
+    -> one draw by inverse CDF with the uniform ``philox(seed, position)``, so that a seed gives the same tokens in
+    any batch.
 
     Attributes:
         temperature: f32 [R]; 0 means greedy (exact argmax, lowest id on ties).
         seeds: u64 [R]; positions: i64 [R], index of the token being sampled in its sequence.
         top_k: i32 [R], 0 = off; top_p: f32 [R], 1 = off; min_p: f32 [R], 0 = off.
-        repetition_penalty: f32 [R], 1 = off, over prompt and output; presence_penalty, frequency_penalty: f32 [R], over output.
+        repetition_penalty: f32 [R], 1 = off, over prompt and output.
+        presence_penalty, frequency_penalty: f32 [R], 0 = off, over output.
         prompt_ids / output_ids: per row i32 [n], given when any penalty is.
-        bias_rows, bias_ids: i32 [n]; bias_values: f32 [n]: additive logit bias in coordinate form (-inf forbids a token).
-        allowed_mask: u32 [R, ceil(V/32)], bit v%32 of word v//32 set when token v may be sampled (grammars, allowed_token_ids).
-        num_logprobs: i32 [R]; -1 = none, 0 = the sampled token's only, n = the n most likely as well. Log-probabilities
-            are of the model's raw distribution (before bias, penalties and temperature), as OpenAI and vLLM report them.
+        bias_rows, bias_ids: i32 [n]; bias_values: f32 [n]: additive logit bias in coordinate form (-inf forbids).
+        allowed_mask: u32 [R, ceil(V/32)], bit v%32 of word v//32 set when token v may be sampled (grammars,
+            allowed_token_ids).
+        num_logprobs: i32 [R]; -1 = none, 0 = the sampled token's only, n = the n most likely as well.
+            Log-probabilities are of the model's raw distribution (before bias, penalties and temperature), as OpenAI
+            and vLLM report them.
     """
 
     temperature: NDArray[np.float32]
