@@ -1,0 +1,43 @@
+# Everything from nothing but git, python3 (3.11+), pip and make.
+#   make demo   the whole path on a real model: quantize, build, serve, ask, bench
+#   make test   the test suite
+#   make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check llmctl tests scripts
+	$(BIN)/ruff format --check llmctl tests scripts
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix llmctl tests scripts
+	$(BIN)/ruff format llmctl tests scripts
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"llmctl needs Python 3.11 or newer, found {v.major}.{v.minor}; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev,cuda]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache build *.egg-info
