@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""The whole path on a real language model, on this machine: quantize, build, serve, ask, bench.
+
+Runs the same commands a user would type, prints each before it runs, and ends with a table of what was measured
+(also written to ``demo/summary.json``). Needs llmctl installed in the running Python; ``make demo`` sees to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+QUESTION = "In one sentence: why is the sky blue?"
+
+
+def run(*args: str) -> float:
+    """Run ``llmctl ARGS``; seconds it took. Exits with its code when it fails."""
+    console.print(f"\n[bold cyan]$ llmctl {shlex.join(args)}[/]")
+    start = time.perf_counter()
+    code = subprocess.run([sys.executable, "-m", "llmctl.cli.main", *args]).returncode
+    if code:
+        sys.exit(code)
+    return time.perf_counter() - start
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def request(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
+    """The JSON (or None) that ``url`` answers; POSTs ``body`` when given."""
+    data = json.dumps(body).encode() if body else None
+    call = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(call, timeout=timeout) as answer:
+        text = answer.read()
+    return json.loads(text) if text else None
+
+
+@contextmanager
+def server(engine: Path, port: int) -> Iterator[tuple[str, float, subprocess.Popen[bytes]]]:
+    """``llmctl serve`` on ``port``: yields its URL, seconds from start to ready, and the process."""
+    args = ["serve", "--model", str(engine), "--port", str(port)]
+    console.print(f"\n[bold cyan]$ llmctl {shlex.join(args)} &[/]")
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "llmctl.cli.main", *args])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                sys.exit(f"the server ended with code {process.returncode} before it was ready")
+            if time.perf_counter() - start > 180:
+                sys.exit("the server was not ready within 180 s")
+            try:
+                request(f"{url}/ready", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield url, time.perf_counter() - start, process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def peak_memory(pid: int) -> int:
+    """Peak resident bytes of a process and its children (sum of each one's VmHWM)."""
+    import psutil
+
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        status = Path(f"/proc/{process.pid}/status")
+        if status.exists():
+            line = next((ln for ln in status.read_text().splitlines() if ln.startswith("VmHWM")), "VmHWM: 0 kB")
+            total += int(line.split()[1]) * 1024
+        else:
+            total += process.memory_info().rss
+    return total
+
+
+def ask(url: str) -> str:
+    """The model's answer to QUESTION through the chat endpoint."""
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
+    body["model"] = request(f"{url}/v1/models")["data"][0]["id"]
+    console.print(f"\n[bold cyan]$ curl {url}/v1/chat/completions -d '{json.dumps(body)}'[/]")
+    answer = request(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
+    console.print(f"[bold]Q:[/] {QUESTION}\n[bold]A:[/] {answer}")
+    return str(answer)
+
+
+def bench(url: str, model: str, concurrency: int, out: Path) -> dict[str, Any]:
+    """``llmctl bench serve`` at one concurrency; its JSON report."""
+    run(
+        *("bench", "serve", "--base-url", url, "--model", model, "--dataset-name", "random"),
+        *("--input-len", "32-128", "--output-len", "32", "--ignore-eos", "--num-prompts", str(2 * concurrency)),
+        *("--max-concurrency", str(concurrency), "--num-warmups", "1", "--slo", "p99_itl_ms<=2000"),
+        *("--save-result", "--result-filename", str(out)),
+    )
+    return dict(json.loads(out.read_text()))
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"llmctl demo: {summary['model']} on {os.cpu_count()} CPU(s)")
+    table.add_column("step")
+    table.add_column("result", justify="right")
+    for step, seconds in summary["seconds"].items():
+        table.add_row(step, f"{seconds:.1f} s")
+    for name, size in summary["bytes"].items():
+        table.add_row(name, f"{size / 2**20:.0f} MiB")
+    for concurrency, row in summary["bench"].items():
+        table.add_row(
+            f"bench, {concurrency} at once",
+            f"{row['output_throughput']:.1f} tok/s · TTFT p50 {row['median_ttft_ms']:.0f} ms"
+            f" · ITL p50 {row['median_itl_ms']:.0f} ms",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder for what is made")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    args = parser.parse_args()
+    work: Path = args.work
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    quantized, engine = work / "awq-4bit", work / "engine"
+    began = time.perf_counter()
+
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    fetch = [sys.executable, str(Path(__file__).with_name("demo_model.py"))]
+    if args.model.startswith("demo:"):
+        subprocess.run(fetch, check=True)
+    seconds["fetch the model"] = time.perf_counter() - start
+    seconds["quantize (AWQ, 4 bits, group 64)"] = run(
+        *("quantize", "--model", args.model, "--method", "awq", "--bits", "4", "--group-size", "64"),
+        *("--output", str(quantized)),
+    )
+    seconds["build"] = run("build", "--model", str(quantized), "--target", "cpu", "--output", str(engine))
+    run("inspect", str(engine))
+    with server(engine, free_port()) as (url, ready, process):
+        seconds["serve: start to ready"] = ready
+        answer = ask(url)
+        model = request(f"{url}/v1/models")["data"][0]["id"]
+        results = {c: bench(url, model, c, work / f"bench-c{c}.json") for c in args.concurrency}
+        peak = peak_memory(process.pid)
+    seconds["everything"] = time.perf_counter() - began
+
+    sizes = {
+        "quantized checkpoint": folder_bytes(quantized),
+        "engine": folder_bytes(engine),
+        "server's peak memory": peak,
+    }
+    keys = ("output_throughput", "median_ttft_ms", "median_itl_ms", "completed", "failed")
+    benches = {str(c): {k: r[k] for k in keys} for c, r in results.items()}
+    summary = {"model": args.model, "answer": answer, "seconds": seconds, "bytes": sizes, "bench": benches}
+    (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print()
+    console.print(summary_table(summary))
+    console.print(f"Serve it yourself: [bold]{Path(sys.executable).parent / 'llmctl'} serve --model {engine}[/]")
+
+
+if __name__ == "__main__":
+    main()
