@@ -13,6 +13,7 @@ PACKAGE = Path(llmctl.__file__).parent
 ORDER = (
     "errors config text graph kernels checkpoint artifact engine runtime quantize serving bench distributed cli"
 ).split()
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported_rooms(source: str) -> set[str]:
