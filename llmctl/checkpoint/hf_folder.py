@@ -1,0 +1,123 @@
+"""Which files of a Hugging Face folder hold what: config, safetensors shards, the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import CheckpointError, ModelNotFoundError
+
+AUX_NAMES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def aux_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files, chat template and generation config that are present, by name."""
+    return {name: folder / name for name in AUX_NAMES if (folder / name).is_file()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        ModelNotFoundError: the folder has none.
+        CheckpointError: unreadable or without ``model_type``.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelNotFoundError(
+            f"{folder}: not a Hugging Face checkpoint: no config.json", fix="name a checkpoint folder or a .gguf file"
+        )
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path}: no model_type")
+    return config
+
+
+def quantization_config(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str] | None:
+    """The raw quantization settings and the file they stand in, or None for a dense checkpoint.
+
+    Raises:
+        CheckpointError: unreadable ``quantize_config.json``.
+    """
+    inner = config.get("quantization_config")
+    if isinstance(inner, dict):
+        return inner, str(folder / "config.json")
+    path = folder / "quantize_config.json"
+    return (read_json(path), str(path)) if path.is_file() else None
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint: those of the index, else the only one.
+
+    Raises:
+        CheckpointError: none, a missing shard, pickle files only, or several files without an index.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    preferred = folder / "model.safetensors.index.json"
+    if preferred in indexes or len(indexes) == 1:
+        return _indexed(preferred if preferred in indexes else indexes[0])
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    if len(files) == 1:
+        return files
+    if files:
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(f"{folder}: several safetensors files and no model.safetensors.index.json: {names}")
+    raise _no_safetensors(folder)
+
+
+def _indexed(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected an object weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: shard '{outside[0]}' is not a file name in this folder")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent}: missing shard {missing[0]} ({len(missing)} of {len(names)} missing)")
+    return [index.parent / name for name in names]
+
+
+def _no_safetensors(folder: Path) -> CheckpointError:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return CheckpointError(
+            f"{folder}: only pickle weights ({pickles[0]}), which can run code when read, and no safetensors",
+            fix="convert it once with transformers: from_pretrained(...).save_pretrained(..., safe_serialization=True)",
+        )
+    return CheckpointError(f"{folder}: no safetensors files")

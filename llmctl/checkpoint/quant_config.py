@@ -1,0 +1,119 @@
+"""``quantization_config`` of AWQ and GPTQ checkpoints, as one plain record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmctl.errors import CheckpointError, UnsupportedModelError
+from llmctl.graph.graph import QuantScheme
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """What a checkpoint says about its quantization. Modules without ``qweight`` are dense whatever this says.
+
+    Attributes:
+        method: "awq" or "gptq".
+        scheme: the settings most modules have; ``Checkpoint.describe`` gives each module's own.
+        ignored: modules the config lists as not converted (information only).
+        checkpoint_format: "gemm" for AWQ, "gptq" or "gptq_v2" for GPTQ.
+    """
+
+    method: str
+    scheme: QuantScheme
+    ignored: tuple[str, ...] = ()
+    checkpoint_format: str = ""
+
+
+def parse_quantization_config(config: Mapping[str, Any], where: str) -> QuantizationInfo:
+    """Read a ``quantization_config`` (or ``quantize_config.json``).
+
+    Args:
+        where: the file, for error messages.
+
+    Raises:
+        UnsupportedModelError: another quantization method or layout.
+        CheckpointError: a key that is missing or of the wrong type.
+    """
+    method = str(config.get("quant_method") or ("gptq" if "desc_act" in config else "")).lower()
+    if method not in ("awq", "gptq"):
+        raise UnsupportedModelError(
+            f"{where}: quantization method '{method or 'unnamed'}' is not read; known: awq, gptq"
+        )
+    try:
+        bits = int(config.get("bits", config.get("w_bit", 0)))
+        group_size = int(config.get("group_size", config.get("q_group_size", 0)))
+    except (TypeError, ValueError):
+        bits = group_size = 0
+    if bits <= 0 or not (group_size == -1 or group_size > 0):
+        raise CheckpointError(
+            f"{where}: expected integers bits and group_size, found {config.get('bits')!r} and {config.get('group_size')!r}"
+        )
+    ignored = config.get("modules_to_not_convert") or ()
+    ignored = (ignored,) if isinstance(ignored, str) else tuple(str(name) for name in ignored)
+    read = _awq if method == "awq" else _gptq
+    return read(config, bits, group_size, ignored, where)
+
+
+def _awq(
+    config: Mapping[str, Any], bits: int, group_size: int, ignored: tuple[str, ...], where: str
+) -> QuantizationInfo:
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    if version != "gemm" or bits != 4:
+        raise UnsupportedModelError(f"{where}: AWQ {version} at {bits} bits is not read; known: gemm at 4 bits")
+    symmetric = not config.get("zero_point", True)
+    return QuantizationInfo("awq", QuantScheme(bits, group_size, symmetric), ignored, "gemm")
+
+
+def _gptq(
+    config: Mapping[str, Any], bits: int, group_size: int, ignored: tuple[str, ...], where: str
+) -> QuantizationInfo:
+    layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+    if layout not in ("gptq", "gptq_v2") or bits not in (2, 3, 4, 8):
+        raise UnsupportedModelError(
+            f"{where}: GPTQ layout '{layout}' at {bits} bits is not read; known: gptq, gptq_v2 at 2, 3, 4, 8 bits"
+        )
+    act_order = bool(config.get("desc_act", False)) and not config.get("static_groups", False)
+    scheme = QuantScheme(bits, group_size, bool(config.get("sym", True)), act_order)
+    return QuantizationInfo("gptq", scheme, ignored, layout)
+
+
+def infer_scheme(info: QuantizationInfo, shapes: Mapping[str, tuple[int, ...]]) -> tuple[QuantScheme, tuple[int, int]]:
+    """A module's own bits and group size, and its logical shape (N, K), from the shapes of its planes by suffix.
+
+    The configured values are kept where the shapes agree with them; modules quantized otherwise (mixed precision) are
+    recognised. ``act_order`` is as configured: only ``g_idx``'s contents can tell.
+
+    Raises:
+        ValueError: a missing plane, or shapes that no setting explains.
+    """
+    for suffix in ("qweight", "qzeros", "scales"):
+        if len(shapes.get(suffix, ())) != 2:
+            raise ValueError(f"expected a matrix '{suffix}', found {shapes.get(suffix, 'none')}")
+    groups, rows = shapes["scales"]
+    if info.method == "awq":
+        bits, columns = 4, shapes["qweight"][0]
+        expected = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8)}
+    else:
+        words = shapes["qweight"][0]
+        (columns,) = shapes.get("g_idx") or (0,)
+        columns = columns or words * 32 // info.scheme.bits
+        bits = words * 32 // columns
+        expected = {"qweight": (columns * bits // 32, rows), "qzeros": (groups, rows * bits // 32)}
+    for suffix, shape in expected.items():
+        if tuple(shapes[suffix]) != shape:
+            raise ValueError(f"{suffix}: expected shape {list(shape)}, found {list(shapes[suffix])}")
+    scheme = QuantScheme(bits, _group_size(info, columns, groups), info.scheme.symmetric, info.scheme.act_order)
+    return scheme, (rows, columns)
+
+
+def _group_size(info: QuantizationInfo, columns: int, groups: int) -> int:
+    if info.scheme.groups(columns) == groups:
+        return info.scheme.group_size
+    if groups == 1:
+        return -1
+    if groups and columns % groups == 0:
+        return columns // groups
+    raise ValueError(f"{groups} groups over {columns} columns do not fit group size {info.scheme.group_size}")

@@ -1,0 +1,267 @@
+"""Open a checkpoint, whatever it is: a Hugging Face folder (dense, AWQ, GPTQ; one file or shards) or a GGUF file.
+
+Names are Hugging Face's. A module ``X`` that has ``X.qweight`` appears as one weight ``X.weight`` of shape [N, K]; its
+planes are not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Checkpoints saved
+from the headless model (``h.0…``, ``layers.0…``) appear under the full model's names (``transformer.h.0…``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmctl.checkpoint import hf_folder
+from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme, parse_quantization_config
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
+from llmctl.errors import CheckpointError, ModelNotFoundError
+from llmctl.graph.graph import QuantScheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PLANES = ("qweight", "qzeros", "scales", "g_idx")
+_HEADS = ("lm_head.", "score.", "classifier.")
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A weight as headers describe it.
+
+    Attributes:
+        shape: as ``Checkpoint.weight`` returns it; (N, K) for a quantized weight.
+        dtype: safetensors dtype string of the dense tensor that ``weight`` returns, or of the scales.
+        quant: how the weight is quantized, None for a dense one.
+        nbytes: size in the checkpoint, bytes; of all planes for a quantized weight.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    quant: QuantScheme | None
+    nbytes: int
+
+
+class TensorSource(Protocol):
+    """Where a checkpoint's stored tensors come from; names are Hugging Face's."""
+
+    def entries(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor, from headers only."""
+        ...
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, mapped where that is possible."""
+        ...
+
+
+class SafetensorsSource:
+    """The shards of a Hugging Face folder."""
+
+    def __init__(self, paths: Iterable[Path], prefix: str) -> None:
+        """Map every shard.
+
+        Args:
+            prefix: the base model's prefix, added when no tensor of the checkpoint has it.
+
+        Raises:
+            CheckpointError: a damaged shard, or a tensor in two shards.
+        """
+        self._where: dict[str, tuple[SafetensorsFile, str]] = {}
+        for path in paths:
+            file = SafetensorsFile(path)
+            for name in file.tensors:
+                if name in self._where:
+                    raise CheckpointError(f"{path}: tensor '{name}' is also in {self._where[name][0].path.name}")
+                self._where[name] = (file, name)
+        if prefix and not any(name.startswith(f"{prefix}.") for name in self._where):
+            self._where = {
+                name if name.startswith(_HEADS) else f"{prefix}.{name}": where for name, where in self._where.items()
+            }
+
+    def entries(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor."""
+        found = ((name, file.entry(stored)) for name, (file, stored) in self._where.items())
+        return {name: TensorInfo(entry.shape, entry.dtype, None, entry.nbytes) for name, entry in found}
+
+    def load(self, name: str) -> Tensor:
+        """One tensor over the mapping."""
+        file, stored = self._where[name]
+        return map_tensor(file, stored)
+
+
+class Checkpoint:
+    """A checkpoint opened for reading. Made by ``open_checkpoint``.
+
+    Attributes:
+        path: the folder or the .gguf file.
+        config: ``config.json`` as a dict; synthesised for GGUF.
+        quantization: the checkpoint's quantization settings, None for a dense one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        source: TensorSource,
+        *,
+        aux: Mapping[str, Path | bytes],
+        files: Iterable[Path],
+        quantization: QuantizationInfo | None = None,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.quantization = quantization
+        self._source = source
+        self._aux = dict(aux)
+        self._files = sorted(set(files))
+        self._stored = dict(source.entries())
+        self._modules = {name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")}
+        self._described: dict[str, TensorInfo] = {}
+        if self._modules and quantization is None:
+            raise CheckpointError(
+                f"{path}: '{min(self._modules)}' is quantized, but neither config.json nor quantize_config.json says how"
+            )
+
+    def names(self) -> list[str]:
+        """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""
+        planes = {f"{module}.{suffix}" for module in self._modules for suffix in _PLANES}
+        dense = (name for name in self._stored if name not in planes)
+        return sorted([*dense, *(f"{module}.weight" for module in self._modules)])
+
+    def has(self, name: str) -> bool:
+        """Whether ``weight(name)`` would find something."""
+        return self._module(name) is not None or name in self._stored
+
+    def describe(self, name: str) -> TensorInfo:
+        """Shape, dtype, quantization and size of a weight, from headers (and GPTQ's small ``g_idx`` tables) alone.
+
+        Raises:
+            CheckpointError: no such weight, or planes that contradict one another.
+        """
+        if name not in self._described:
+            module = self._module(name)
+            self._described[name] = self._entry(name) if module is None else self._describe_quantized(module)
+        return self._described[name]
+
+    def weight(self, name: str) -> Tensor | QuantizedWeight:
+        """A weight: a dense tensor (memory-mapped where possible; treat it as read-only) or a ``QuantizedWeight`` [N, K].
+
+        Raises:
+            CheckpointError: no such weight, or a damaged one.
+        """
+        module = self._module(name)
+        if module is None:
+            self._entry(name)
+            return self._source.load(name)
+        assert self.quantization is not None
+        scheme = self.describe(name).quant
+        assert scheme is not None
+        planes = {suffix: self._source.load(f"{module}.{suffix}") for suffix in self._planes(module)}
+        try:
+            return self._unpack(planes, scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: '{module}': {error}") from error
+
+    @property
+    def dtype(self) -> str:
+        """The dtype the checkpoint was made for, as config.json names it ("bfloat16", "float16", "float32")."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if isinstance(named, str):
+            return named.removeprefix("torch.")
+        dense = (self._stored[name].dtype for name in sorted(self._stored) if self._stored[name].dtype in _DTYPE_NAMES)
+        return _DTYPE_NAMES[next(dense, "F32")]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all stored tensors, bytes."""
+        return sum(entry.nbytes for entry in self._stored.values())
+
+    def aux_files(self) -> dict[str, Path | bytes]:
+        """Files to carry over to anything made from this checkpoint: tokenizer, chat template, generation config."""
+        return dict(self._aux)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the names, sizes and contents of every file that belongs to the checkpoint."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        total = hashlib.sha256()
+        for path in self._files:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.name}\0{path.stat().st_size}\0{digest}\n".encode())
+        return total.hexdigest()
+
+    def _module(self, name: str) -> str | None:
+        module = name.removesuffix(".weight")
+        return module if module != name and module in self._modules else None
+
+    def _planes(self, module: str) -> list[str]:
+        return [suffix for suffix in _PLANES if f"{module}.{suffix}" in self._stored]
+
+    def _entry(self, name: str) -> TensorInfo:
+        try:
+            return self._stored[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: no tensor '{name}'") from None
+
+    def _describe_quantized(self, module: str) -> TensorInfo:
+        assert self.quantization is not None
+        planes = {suffix: self._stored[f"{module}.{suffix}"] for suffix in self._planes(module)}
+        try:
+            scheme, shape = infer_scheme(self.quantization, {suffix: plane.shape for suffix, plane in planes.items()})
+            scheme = replace(scheme, act_order=self._has_act_order(module, scheme, shape[1]))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: '{module}': {error}") from error
+        return TensorInfo(shape, planes["scales"].dtype, scheme, sum(plane.nbytes for plane in planes.values()))
+
+    def _has_act_order(self, module: str, scheme: QuantScheme, columns: int) -> bool:
+        if f"{module}.g_idx" not in self._stored:
+            return False
+        from llmctl.checkpoint.gptq import effective_g_idx
+
+        return effective_g_idx(self._source.load(f"{module}.g_idx"), columns, scheme) is not None
+
+    def _unpack(self, planes: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
+        from llmctl.checkpoint import awq, gptq
+
+        assert self.quantization is not None
+        if self.quantization.method == "awq":
+            return awq.unpack(planes, scheme.group_size, symmetric=scheme.symmetric)
+        return gptq.unpack(planes, scheme, self.quantization.checkpoint_format)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a Hugging Face folder or a .gguf file; only headers and small files are read.
+
+    Raises:
+        ModelNotFoundError: nothing there, or not a checkpoint.
+        CheckpointError: damaged, incomplete, or pickle weights only.
+        UnsupportedModelError: a quantization method or GGUF architecture this version cannot read.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        from llmctl.checkpoint.gguf_file import open_gguf
+
+        return open_gguf(path)
+    if not path.is_dir():
+        raise ModelNotFoundError(f"{path}: no such checkpoint folder or .gguf file")
+    return _open_folder(path)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = hf_folder.read_config(folder)
+    raw = hf_folder.quantization_config(folder, config)
+    quantization = parse_quantization_config(*raw) if raw else None
+    shards = hf_folder.shard_paths(folder)
+    aux = hf_folder.aux_files(folder)
+    prefix = "transformer" if config["model_type"] == "gpt2" else "model"
+    files = [*shards, *aux.values(), folder / "config.json"]
+    if (folder / "quantize_config.json").is_file():
+        files.append(folder / "quantize_config.json")
+    source = SafetensorsSource(shards, prefix)
+    return Checkpoint(folder, config, source, aux=aux, files=files, quantization=quantization)

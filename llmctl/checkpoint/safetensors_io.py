@@ -1,0 +1,346 @@
+"""safetensors files on numpy alone: checked headers, memory-mapped planes, deterministic writing.
+
+The format: u64 little-endian header length, JSON header ``{name: {dtype, shape, data_offsets}}``, data without holes.
+Written files are byte-identical to what the ``safetensors`` library writes with metadata ``{"format": "pt"}``: tensors
+ordered by dtype (widest first, so that every plane is aligned) and then by name. Torch is imported by ``map_tensor``,
+``as_tensor`` and ``plane_of`` only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# safetensors' own order of dtypes, narrowest first; the writer sorts by it, descending.
+_NUMPY: dict[str, Any] = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F8_E5M2": np.uint8,
+    "F8_E4M3": np.uint8,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
+    "U64": np.uint64,
+}
+DTYPES = tuple(_NUMPY)
+_RANK = {name: rank for rank, name in enumerate(_NUMPY)}
+_TORCH = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_FROM_TORCH = {f"torch.{value}": key for key, value in _TORCH.items()}
+_MAX_HEADER = 100_000_000
+
+Plane = Any
+"""What can be written: bytes-like, a numpy array, a torch tensor, or a function without arguments that returns one of them
+(called once, when its turn comes, so that not every tensor need be in memory)."""
+TensorSpec = tuple[str, tuple[int, ...], Plane]
+"""(dtype string, shape, Plane)."""
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype a plane of safetensors dtype ``dtype`` is mapped as (BF16 as uint16, F8 as uint8).
+
+    Raises:
+        CheckpointError: a dtype this version does not know.
+    """
+    try:
+        return np.dtype(_NUMPY[dtype])
+    except KeyError:
+        raise CheckpointError(f"unknown safetensors dtype '{dtype}'; known: {', '.join(DTYPES)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file: dtype string, shape, absolute byte offset in the file, size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: tensors by name in file order, string metadata, size of the whole file in bytes."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    file_size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file: offsets contiguous, sizes as dtype and shape say, file length exact.
+
+    Raises:
+        CheckpointError: not a safetensors file, damaged, or truncated (expected and found sizes are named).
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = _raw_header(path, file, size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    start = 8 + len(raw)
+    try:
+        document = json.loads(raw)
+        metadata = document.pop("__metadata__", None) or {}
+        entries = {name: _entry(fields, start) for name, fields in document.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors header: {' '.join(str(error).split())}") from error
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != end:
+            raise CheckpointError(f"{path}: tensor '{name}' expected at byte {end}, its header says {entry.offset}")
+        end += entry.nbytes
+    if end != size:
+        kind = "truncated" if size < end else "trailing bytes"
+        raise CheckpointError(
+            f"{path}: {kind}: expected {end} bytes, found {size}", fix="fetch or write the file again"
+        )
+    return Header(entries, dict(metadata), size)
+
+
+def _raw_header(path: Path, file: BinaryIO, size: int) -> bytes:
+    head = file.read(8)
+    if head == b"version ":
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the tensors", fix="run git lfs pull")
+    if len(head) < 8:
+        raise CheckpointError(f"{path}: truncated: expected at least 8 bytes, found {size}")
+    length = int.from_bytes(head, "little")
+    if length > _MAX_HEADER:
+        raise CheckpointError(f"{path}: not a safetensors file (header length {length})")
+    if 8 + length > size:
+        raise CheckpointError(f"{path}: truncated: header needs {8 + length} bytes, found {size}")
+    return file.read(length)
+
+
+def _entry(fields: Mapping[str, Any], start: int) -> TensorEntry:
+    dtype, shape = str(fields["dtype"]), tuple(int(n) for n in fields["shape"])
+    begin, end = (int(n) for n in fields["data_offsets"])
+    nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
+        raise ValueError(f"{dtype} {list(shape)} needs {nbytes} bytes, data_offsets give {end - begin}")
+    return TensorEntry(dtype, shape, start + begin, nbytes)
+
+
+class SafetensorsFile:
+    """A memory-mapped safetensors file. The mapping lives as long as this object or any array made from it."""
+
+    def __init__(self, path: Path) -> None:
+        """Map ``path``.
+
+        Raises:
+            CheckpointError: as ``read_header``.
+        """
+        self.path = path
+        self.header = read_header(path)
+        with path.open("rb") as file:
+            # Copy-on-write: an accidental in-place operation on a tensor can neither fault nor reach the file.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Entries by name."""
+        return self.header.tensors
+
+    def entry(self, name: str) -> TensorEntry:
+        """The entry of tensor ``name``.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        try:
+            return self.header.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: no tensor '{name}'") from None
+
+    def plane(self, name: str) -> NDArray[Any]:
+        """Tensor ``name`` as a read-only array over the mapping, in ``numpy_dtype`` of its dtype.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        entry = self.entry(name)
+        dtype = numpy_dtype(entry.dtype)
+        array = np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.offset).reshape(entry.shape)
+        array.flags.writeable = False
+        return array
+
+
+def map_tensor(file: SafetensorsFile, name: str) -> Tensor:
+    """Tensor ``name`` of ``file`` as a torch tensor over the mapping (no copy; copy-on-write if modified).
+
+    Raises:
+        CheckpointError: no such tensor.
+    """
+    entry = file.entry(name)
+    return as_tensor(np.frombuffer(file._map, np.uint8, entry.nbytes, entry.offset), entry.dtype, entry.shape)
+
+
+def as_tensor(plane: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A contiguous array's bytes as a torch tensor of safetensors dtype ``dtype``; shares memory where it is writable."""
+    import torch
+
+    target = getattr(torch, _TORCH[dtype])
+    if plane.nbytes == 0:
+        return torch.empty(shape, dtype=target)
+    raw = np.ascontiguousarray(plane).reshape(-1).view(np.uint8)
+    if not raw.flags.writeable or raw.ctypes.data % target.itemsize:
+        raw = raw.copy()
+    return torch.from_numpy(raw).view(target).reshape(shape)
+
+
+def torch_dtype_name(dtype: Any) -> str:
+    """The safetensors dtype string of a torch dtype.
+
+    Raises:
+        ValueError: a dtype safetensors has no name for.
+    """
+    try:
+        return _FROM_TORCH[str(dtype)]
+    except KeyError:
+        raise ValueError(f"{dtype} has no safetensors dtype") from None
+
+
+def tensor_spec(tensor: Tensor) -> TensorSpec:
+    """A torch tensor as something ``write_safetensors`` takes."""
+    return (torch_dtype_name(tensor.dtype), tuple(tensor.shape), tensor)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file beside ``path``, fsync it and rename it into place; the same input gives the same bytes.
+
+    Args:
+        tensors: name -> (dtype string, shape, data); see ``Plane`` for the kinds of data.
+        metadata: the header's ``__metadata__``; None writes ``{"format": "pt"}``.
+
+    Raises:
+        ValueError: data whose size is not what dtype and shape say.
+    """
+    names = sorted(tensors, key=lambda name: (-_RANK[tensors[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
+    offset = 0
+    for name in names:
+        dtype, shape, _ = tensors[name]
+        end = offset + spec_nbytes(tensors[name])
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for name in names:
+                file.write(_checked_bytes(name, tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def spec_nbytes(spec: TensorSpec) -> int:
+    """Size in bytes of a tensor to be written."""
+    return math.prod(spec[1]) * numpy_dtype(spec[0]).itemsize
+
+
+def _checked_bytes(name: str, spec: TensorSpec) -> memoryview:
+    view = _bytes_of(spec[2])
+    if view.nbytes != spec_nbytes(spec):
+        raise ValueError(
+            f"tensor '{name}': {spec[0]} {list(spec[1])} needs {spec_nbytes(spec)} bytes, found {view.nbytes}"
+        )
+    return view
+
+
+def _bytes_of(data: Plane) -> memoryview:
+    if isinstance(data, np.ndarray):
+        return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    if isinstance(data, bytes | bytearray | memoryview):
+        return memoryview(data).cast("B")
+    if isinstance(data, Callable):  # type: ignore[arg-type]
+        return _bytes_of(data())
+    return _bytes_of(_tensor_bytes(data))
+
+
+def _tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    import torch
+
+    flat: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """Conventional file names of ``count`` shards: ``stem.safetensors``, or ``stem-00001-of-0000N.safetensors``."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def write_sharded(
+    folder: Path, tensors: Mapping[str, TensorSpec], *, stem: str = "model", max_shard_bytes: int = 5 * 10**9
+) -> list[Path]:
+    """Write tensors in mapping order into as few shards as fit, with ``{stem}.safetensors.index.json`` when several.
+
+    Returns:
+        The safetensors files written.
+    """
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in tensors.items():
+        size = spec_nbytes(spec)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += size
+    paths = [folder / name for name in shard_names(stem, len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        write_safetensors(path, shard)
+    if len(shards) > 1:
+        _write_index(folder / f"{stem}.safetensors.index.json", paths, shards)
+    return paths
+
+
+def _write_index(path: Path, files: Iterable[Path], shards: Iterable[Mapping[str, TensorSpec]]) -> None:
+    weight_map = {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
+    total = sum(spec_nbytes(spec) for shard in shards for spec in shard.values())
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
