@@ -49,7 +49,8 @@ def parse_quantization_config(config: Mapping[str, Any], where: str) -> Quantiza
         bits = group_size = 0
     if bits <= 0 or not (group_size == -1 or group_size > 0):
         raise CheckpointError(
-            f"{where}: expected integers bits and group_size, found {config.get('bits')!r} and {config.get('group_size')!r}"
+            f"{where}: expected integers bits and group_size, "
+            f"found {config.get('bits')!r} and {config.get('group_size')!r}"
         )
     ignored = config.get("modules_to_not_convert") or ()
     ignored = (ignored,) if isinstance(ignored, str) else tuple(str(name) for name in ignored)

@@ -76,7 +76,7 @@ class QuantizedWeight:
         return torch.arange(columns, device=self.codes.device) // size
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K], computed in float32 as ``(code - zero) * scale`` and then cast to ``dtype`` (None: float32)."""
+        """The weight [N, K]: ``(code - zero) * scale`` in float32, then cast to ``dtype`` (None: float32)."""
         import torch
 
         group = self.group_index()

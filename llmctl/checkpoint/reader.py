@@ -122,9 +122,7 @@ class Checkpoint:
         self._modules = {name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")}
         self._described: dict[str, TensorInfo] = {}
         if self._modules and quantization is None:
-            raise CheckpointError(
-                f"{path}: '{min(self._modules)}' is quantized, but neither config.json nor quantize_config.json says how"
-            )
+            raise CheckpointError(f"{path}: '{min(self._modules)}' is quantized, but no quantization_config says how")
 
     def names(self) -> list[str]:
         """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""
@@ -148,7 +146,7 @@ class Checkpoint:
         return self._described[name]
 
     def weight(self, name: str) -> Tensor | QuantizedWeight:
-        """A weight: a dense tensor (memory-mapped where possible; treat it as read-only) or a ``QuantizedWeight`` [N, K].
+        """A weight: a dense tensor (mapped where possible; treat it as read-only) or a ``QuantizedWeight`` [N, K].
 
         Raises:
             CheckpointError: no such weight, or a damaged one.

@@ -66,8 +66,8 @@ _FROM_TORCH = {f"torch.{value}": key for key, value in _TORCH.items()}
 _MAX_HEADER = 100_000_000
 
 Plane = Any
-"""What can be written: bytes-like, a numpy array, a torch tensor, or a function without arguments that returns one of them
-(called once, when its turn comes, so that not every tensor need be in memory)."""
+"""What can be written: bytes-like, a numpy array, a torch tensor, or a function without arguments that returns one of
+them (called once, when its turn comes, so that not every tensor need be in memory)."""
 TensorSpec = tuple[str, tuple[int, ...], Plane]
 """(dtype string, shape, Plane)."""
 
@@ -213,7 +213,7 @@ def map_tensor(file: SafetensorsFile, name: str) -> Tensor:
 
 
 def as_tensor(plane: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A contiguous array's bytes as a torch tensor of safetensors dtype ``dtype``; shares memory where it is writable."""
+    """An array's bytes as a torch tensor of safetensors dtype ``dtype``; shares memory where it is writable."""
     import torch
 
     target = getattr(torch, _TORCH[dtype])
@@ -292,7 +292,7 @@ def _checked_bytes(name: str, spec: TensorSpec) -> memoryview:
 
 def _bytes_of(data: Plane) -> memoryview:
     if isinstance(data, np.ndarray):
-        return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     if isinstance(data, bytes | bytearray | memoryview):
         return memoryview(data).cast("B")
     if isinstance(data, Callable):  # type: ignore[arg-type]
