@@ -1,0 +1,129 @@
+"""AWQ (Lin et al., 2023): protect the channels that matter by scaling them up before rounding, then clip.
+
+``X @ W.T == (X / s) @ (W * s).T`` for any positive ``s`` per input channel, so ``1/s`` can be folded into whatever
+produces X. The search tries ``s`` from activation and weight magnitudes and keeps the one with the least output error
+on the calibration inputs; doing nothing is always among the candidates. Both searches measure with the inputs' Gram
+matrix: the error over every calibration token, not over a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.graph import QuantScheme
+from llmctl.quantize.grid import fit_grid, split_groups
+from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.stats import InputStats, gram_blocks, group_errors, output_errors
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The outcome of a scale search.
+
+    Attributes:
+        scales: f32 ``[K]``; multiply the weight's columns, divide the inputs.
+        alpha: exponent of the activation magnitudes that won; None when no scaling was best.
+        error: mean squared output error with these scales; baseline: without.
+    """
+
+    scales: Tensor
+    alpha: float | None
+    error: float
+    baseline: float
+
+
+def search_scales(
+    weight: Tensor, stats: InputStats, scheme: QuantScheme, columns: Tensor | None = None, steps: int = 20
+) -> ScaleChoice:
+    """The channel scales with the least output error under round-to-nearest.
+
+    Args:
+        weight: f32 ``[N, K]``, all quantized linears that read these inputs, stacked.
+        stats: the inputs' statistics.
+        columns: i64 ``[K]``, the producer's row behind each input channel where several channels come from one row
+            (grouped-query attention); they get one scale. None: one row each.
+        steps: exponents tried, evenly spaced over [0, 1].
+    """
+    gram = stats.gram.float()
+    best, best_alpha = torch.ones(weight.shape[1]), None
+    baseline = error = _rounding_error(weight, gram, scheme, best)
+    for alpha, scales in _candidates(weight, stats, scheme, columns, steps):
+        found = _rounding_error(weight, gram, scheme, scales)
+        if found < error:
+            best, best_alpha, error = scales, alpha, found
+    return ScaleChoice(best, best_alpha, error, baseline)
+
+
+def _rounding_error(weight: Tensor, gram: Tensor, scheme: QuantScheme, scales: Tensor) -> float:
+    groups = split_groups(weight * scales, scheme.group_size)
+    snapped = fit_grid(groups, scheme.bits, scheme.symmetric).snap(groups).reshape(weight.shape)
+    return float(output_errors(snapped.div_(scales).sub_(weight), gram).sum())
+
+
+def _candidates(
+    weight: Tensor, stats: InputStats, scheme: QuantScheme, columns: Tensor | None, steps: int
+) -> Iterator[tuple[float, Tensor]]:
+    """``mean|x|**a / mean|w|**(1-a)`` for a in (0, 1], where w is taken relative to its group's largest."""
+    groups = split_groups(weight.abs(), scheme.group_size)
+    peaks = groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
+    size_w = (groups / peaks).reshape(weight.shape).mean(dim=0)
+    size_x = stats.mean_abs
+    if columns is not None:
+        size_x, size_w = _tie(size_x, columns), _tie(size_w, columns)
+    size_x, size_w = size_x.clamp(min=1e-8), size_w.clamp(min=1e-8)
+    for step in range(steps + 1):
+        alpha = step / steps
+        scales = size_x.pow(alpha) / size_w.pow(1 - alpha)
+        scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(1e-4, 1e4)
+        yield alpha, scales
+
+
+def _tie(values: Tensor, columns: Tensor) -> Tensor:
+    """Each channel's value replaced by the mean over the channels of the same producer row."""
+    rows = int(columns.max()) + 1
+    sums = torch.zeros(rows).index_add_(0, columns, values)
+    counts = torch.zeros(rows).index_add_(0, columns, torch.ones_like(values))
+    return (sums / counts.clamp(min=1))[columns]
+
+
+def search_clip(weight: Tensor, gram: Tensor, scheme: QuantScheme, steps: int = 10, max_shrink: float = 0.5) -> Tensor:
+    """Clip ratio of each group, f32 ``[N, G]``, with the least output error under round-to-nearest.
+
+    Groups are searched on their own part of the error; a row keeps its clipping only if the error of the whole row,
+    cross terms included, falls. So no row's measured error ever rises.
+
+    Args:
+        weight: f32 ``[N, K]``. gram: ``[K, K]`` of the inputs.
+        steps: ratios tried, from 1 down to ``1 - max_shrink``.
+    """
+    gram = gram.float()
+    blocks = gram_blocks(gram, scheme.group_size)
+    groups = split_groups(weight, scheme.group_size)
+    best = torch.ones(groups.shape[:2])
+    least = torch.full_like(best, torch.inf)
+    for step in range(steps + 1):
+        ratio = 1 - max_shrink * step / steps
+        snapped = fit_grid(groups, scheme.bits, scheme.symmetric, ratio).snap(groups)
+        found = group_errors(snapped.sub_(groups), blocks)
+        better = found < least
+        best[better] = ratio
+        least = torch.where(better, found, least)
+    clipped = _row_errors(weight, gram, scheme, best)
+    plain = _row_errors(weight, gram, scheme, 1.0)
+    return torch.where((clipped < plain).unsqueeze(1), best, torch.ones_like(best))
+
+
+def _row_errors(weight: Tensor, gram: Tensor, scheme: QuantScheme, ratio: Tensor | float) -> Tensor:
+    groups = split_groups(weight, scheme.group_size)
+    snapped = fit_grid(groups, scheme.bits, scheme.symmetric, ratio).snap(groups).reshape(weight.shape)
+    return output_errors(snapped.sub_(weight), gram)
+
+
+def quantize_awq(weight: Tensor, gram: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    """Quantize a weight ``[N, K]`` whose columns are scaled already: clip search, then round to nearest."""
+    return quantize_rtn(weight, scheme, search_clip(weight, gram, scheme))

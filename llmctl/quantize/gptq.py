@@ -1,0 +1,171 @@
+"""GPTQ (Frantar et al., 2022): quantize columns one after another, spreading each column's error over those to come.
+
+The Hessian of a layer's squared output error is the Gram matrix of its inputs. Columns are taken in blocks, so that
+the update of the remaining matrix is one product per block; the result equals the unblocked algorithm.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.errors import LlmctlError
+from llmctl.graph.graph import QuantScheme
+from llmctl.quantize.grid import Grid, fit_grid, split_groups
+from llmctl.quantize.rtn import assemble
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 128  # columns whose updates are gathered into one matrix product
+_RETRIES = 4  # each with ten times the damping
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """Knobs of GPTQ.
+
+    Attributes:
+        damp_percent: added to the Hessian's diagonal, as a share of its mean.
+        act_order: take columns by falling activation energy.
+        static_groups: fit every group's grid to the original weights before the first column, so that groups stay
+            contiguous under ``act_order`` (no ``g_idx``).
+    """
+
+    damp_percent: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+
+
+def quantize_gptq(
+    weight: Tensor,
+    gram: Tensor,
+    scheme: QuantScheme,
+    options: GptqOptions = GptqOptions(),
+    ratio: Tensor | float = 1.0,
+) -> QuantizedWeight:
+    """Quantize a linear's weight. Rows are independent: linears that share their input may be stacked.
+
+    Args:
+        weight: f32 ``[N, K]``.
+        gram: ``[K, K]``, the inputs' Gram matrix up to a positive factor.
+        scheme: bits, group size, symmetry.
+        ratio: clip ratio ``[N, G]`` of static grids (a number applies to all grids).
+
+    Raises:
+        ValueError: shapes do not fit.
+        LlmctlError: the Hessian cannot be factored even with strong damping.
+    """
+    rows, width = weight.shape
+    if gram.shape != (width, width):
+        raise ValueError(f"gram {tuple(gram.shape)} does not fit a weight of width {width}")
+    size = width if scheme.group_size == -1 else scheme.group_size
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else torch.arange(width)
+    factor = inverse_factor(gram[order][:, order], options.damp_percent).float()
+    grids = _Grids(weight, scheme, size, ratio)
+    if options.static_groups:
+        grids.fit_all(weight)
+        group_of = order // size
+    else:
+        group_of = torch.arange(width) // size
+    codes = torch.empty(width, rows)  # in processing order, one column of the weight per row
+    work = weight.T[order].contiguous()
+    block = size * (_BLOCK // size) if size <= _BLOCK else size if width % _BLOCK or size % _BLOCK else _BLOCK
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        errors = _quantize_block(work, codes, factor, grids, group_of, start, stop)
+        work[stop:] -= factor[start:stop, stop:].T @ errors
+    inverse = torch.argsort(order)
+    grid = grids.grid()
+    if options.static_groups or not options.act_order:
+        return assemble(grid, codes[inverse].T, scheme)
+    return assemble(grid, codes[inverse].T, scheme, group_of[inverse].to(torch.int32))
+
+
+class _Grids:
+    """Grids of all groups ``[G, N]``, fitted at once or as their first column comes up."""
+
+    def __init__(self, weight: Tensor, scheme: QuantScheme, size: int, ratio: Tensor | float) -> None:
+        rows, width = weight.shape
+        self.scheme, self.size, self.ratio = scheme, size, ratio
+        self.scales = torch.empty(width // size, rows)
+        self.zeros = torch.empty(width // size, rows)
+        self.fitted = -1
+
+    def fit_all(self, weight: Tensor) -> None:
+        groups = split_groups(weight, self.size)
+        grid = fit_grid(groups, self.scheme.bits, self.scheme.symmetric, self.ratio)
+        self.scales, self.zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()
+        self.fitted = len(self.scales) - 1
+
+    def fit_next(self, columns: Tensor) -> None:
+        self.fitted += 1
+        ratio = self.ratio if isinstance(self.ratio, float) else self.ratio[:, self.fitted]
+        grid = fit_grid(columns.T, self.scheme.bits, self.scheme.symmetric, ratio)
+        self.scales[self.fitted], self.zeros[self.fitted] = grid.scales, grid.zeros
+
+    def grid(self) -> Grid:
+        return Grid(self.scales.T.contiguous(), self.zeros.T.contiguous(), self.scheme.bits)
+
+
+def _quantize_block(
+    work: Tensor, codes: Tensor, factor: Tensor, grids: _Grids, group_of: Tensor, start: int, stop: int
+) -> Tensor:
+    """Quantize columns ``start .. stop-1`` in place of ``work``; their scaled errors ``[stop - start, N]``."""
+    top = 2**grids.scheme.bits - 1
+    local = factor[start:stop, start:stop]
+    errors = torch.empty(stop - start, work.shape[1])
+    groups = group_of[start:stop].tolist()
+    pivots = local.diagonal().tolist()
+    for i, (group, pivot) in enumerate(zip(groups, pivots, strict=True)):
+        if group > grids.fitted:
+            first = start + i
+            # Block sizes are whole groups, or whole blocks make a group: these columns hold all updates so far.
+            grids.fit_next(work[first : first + grids.size])
+        scale, zero = grids.scales[group], grids.zeros[group]
+        column = work[start + i]
+        code = torch.div(column, scale).round_().add_(zero).clamp_(0, top)
+        codes[start + i] = code
+        errors[i] = column.sub(code.sub_(zero).mul_(scale)).div_(pivot)
+        work[start + i + 1 : stop].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+    return errors
+
+
+def inverse_factor(gram: Tensor, damp_percent: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix, f64 ``[K, K]``.
+
+    A column that no input reached gets a unit diagonal: it is then rounded to nearest, on its own. If the factorisation
+    fails, it is tried again with ten times the damping, and a warning says so.
+
+    Raises:
+        LlmctlError: not even the strongest damping helps (inputs that are not finite).
+    """
+    hessian = gram.double().clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    mean = diagonal.mean()
+    damping = damp_percent
+    for _ in range(_RETRIES + 1):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        factor = _try_factor(damped)
+        if factor is not None:
+            return factor
+        log.warning("GPTQ: the Hessian is not positive definite with damping %g; trying %g", damping, damping * 10)
+        damping = max(damping * 10, 1e-4)
+    raise LlmctlError(
+        f"GPTQ: the Hessian of a layer cannot be factored, even with damping {damping / 10:g}",
+        fix="use more calibration text (--calib-samples) or a larger --damp-percent",
+    )
+
+
+def _try_factor(hessian: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed or not torch.isfinite(lower).all():
+        return None
+    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed or not torch.isfinite(factor).all() else factor
