@@ -1,0 +1,155 @@
+"""A request inside the engine: known tokens, how far they are computed, where their keys and values lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.engine.sampling import SamplingParams
+
+
+class RequestStatus(IntEnum):
+    """Where a request is. Every status from FINISHED_STOPPED on is final; the order encodes that."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED_STOPPED = 3
+    FINISHED_LENGTH = 4
+    FINISHED_ABORTED = 5
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request will produce nothing more."""
+        return self >= RequestStatus.FINISHED_STOPPED
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, as OpenAI spells it (and ``abort``)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+FINISHED_STATUS = {
+    FinishReason.STOP: RequestStatus.FINISHED_STOPPED,
+    FinishReason.LENGTH: RequestStatus.FINISHED_LENGTH,
+    FinishReason.ABORT: RequestStatus.FINISHED_ABORTED,
+}
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Moments of a request's life by the engine's clock, seconds; None until they happen."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence to generate.
+
+    The caller fills the first group of fields. ``num_computed_tokens`` is the single counter of progress: prefill,
+    chunked prefill, prefix hits and recompute after preemption are all "computed lags behind known tokens".
+
+    Attributes:
+        request_id: unique among unfinished requests.
+        prompt_token_ids: at least one id.
+        params: sampling parameters with ``n`` = 1 (see ``fan_out``).
+        priority: lower runs earlier under the ``priority`` policy.
+        arrival_time: seconds by the engine's clock; None = when it is added.
+        cache_salt: requests share cached prefixes only with the same salt.
+        adapter_id: the LoRA adapter it runs with; part of the prefix key.
+        token_ids: prompt and output so far.
+        num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
+        block_ids: KV blocks, in order; block_hashes: hashes of the full blocks of ``token_ids`` known so far.
+        max_length: known tokens at which it ends with ``length``.
+        seed: what the sampler uses. awaiting_token: a step in flight computes its last known token.
+        num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
+        prompt_scores: f32 [num_prompt_tokens - 1], filled as the prompt is computed; None when not asked for.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    arrival_time: float | None = None
+    cache_salt: str | None = None
+    adapter_id: str | None = None
+
+    status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    block_ids: list[int] = field(default_factory=list, init=False)
+    block_hashes: list[bytes] = field(default_factory=list, init=False)
+    max_length: int = field(default=0, init=False)
+    seed: int = field(default=0, init=False)
+    awaiting_token: bool = field(default=False, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    prompt_scores: NDArray[np.float32] | None = field(default=None, init=False)
+    scores_done: bool = field(default=True, init=False)
+    times: RequestTimes = field(init=False)
+    sort_key: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.times = RequestTimes(arrival=self.arrival_time or 0.0)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_scores = np.zeros(max(self.num_prompt_tokens - 1, 0), np.float32)
+            self.scores_done = self.num_prompt_tokens < 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens that no step has been asked to compute."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Tokens generated so far (a copy)."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def last_output_tokens(self, count: int) -> list[int]:
+        """The last ``count`` generated tokens; fewer when there are fewer."""
+        return self.token_ids[max(self.num_prompt_tokens, len(self.token_ids) - count) :]
+
+
+def fan_out(request: Request) -> list[Request]:
+    """The ``n`` single-sample requests of a request, named ``<id>`` or ``<id>#<index>``.
+
+    They share the prompt's blocks through the prefix cache.
+    """
+    if request.params.n == 1:
+        return [request]
+    return [
+        Request(
+            request_id=f"{request.request_id}#{index}",
+            prompt_token_ids=request.prompt_token_ids,
+            params=request.params.sample(index),
+            priority=request.priority,
+            arrival_time=request.arrival_time,
+            cache_salt=request.cache_salt,
+            adapter_id=request.adapter_id,
+        )
+        for index in range(request.params.n)
+    ]

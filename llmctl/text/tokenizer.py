@@ -1,0 +1,194 @@
+"""A model's tokenizer, from its folder: text to token ids and back, special tokens, chat template.
+
+Built on ``tokenizers`` alone. Reads ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``,
+``generation_config.json`` and ``chat_template.jinja``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as _Backend
+
+from llmctl.errors import CheckpointError
+from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.token_bytes import TokenBytes
+
+FILE_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text <-> token ids of one model. Make one with ``from_folder`` or ``from_files``.
+
+    Attributes:
+        special_tokens: those of bos_token, eos_token, … that the model names, as text.
+        bos_token, eos_token: shorthands for two of them; None when the model has none.
+        eos_token_ids: ids that end a generation: generation_config's eos_token_id and the tokenizer's eos_token.
+        chat_template: the default chat template; None when the model has none.
+    """
+
+    def __init__(
+        self,
+        backend: _Backend,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.bos_token = self.special_tokens.get("bos_token")
+        self.eos_token = self.special_tokens.get("eos_token")
+        own_eos = backend.token_to_id(self.eos_token) if self.eos_token else None
+        self.eos_token_ids = eos_token_ids if own_eos is None else eos_token_ids | {own_eos}
+        self.chat_template = chat_template
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        self._bytes = TokenBytes(backend)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """The tokenizer of a checkpoint or engine folder.
+
+        Raises:
+            CheckpointError: no ``tokenizer.json``, or a damaged file (its name is given).
+        """
+        folder = Path(path)
+        return cls.from_files({n: folder / n for n in FILE_NAMES if (folder / n).is_file()}, where=str(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, Path | bytes], *, where: str = "the checkpoint") -> Tokenizer:
+        """The tokenizer made of files given by name, as paths or contents. ``where`` names them in errors.
+
+        Raises:
+            CheckpointError: as ``from_folder``.
+        """
+        if "tokenizer.json" not in files:
+            raise CheckpointError(
+                f"{where}: no tokenizer.json",
+                fix="copy the model's tokenizer.json there, or save its tokenizer with transformers' save_pretrained",
+            )
+        try:
+            backend = _Backend.from_str(_text(files, "tokenizer.json", where))
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for whatever its parser dislikes
+            raise CheckpointError(f"{where}: tokenizer.json is not understood: {_line(error)}") from error
+        config = _json(files, "tokenizer_config.json", where)
+        special = _special_tokens({**_json(files, "special_tokens_map.json", where), **config})
+        return cls(
+            backend,
+            special_tokens=special,
+            eos_token_ids=_generation_eos(_json(files, "generation_config.json", where), where),
+            chat_template=_chat_template(files, config, special, where),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows, added tokens included (a model's embedding may be padded beyond)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; with the model's own leading and trailing special tokens unless told otherwise."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Ids that the tokenizer does not know yield nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's spelling of a token; None when there is no such id."""
+        return self._backend.id_to_token(token_id)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry; None when there is none."""
+        return self._backend.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token adds to a text that has begun already; b"" for an unknown id."""
+        return self._bytes.middle(token_id)
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token yields as the first of a text (some tokenizers drop its leading space)."""
+        return self._bytes.first(token_id)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _text(files: Mapping[str, Path | bytes], name: str, where: str) -> str:
+    source = files[name]
+    try:
+        return (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot read {name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where}: {name} is not UTF-8 text") from error
+
+
+def _json(files: Mapping[str, Path | bytes], name: str, where: str) -> dict[str, Any]:
+    """A JSON object file; {} when absent."""
+    if name not in files:
+        return {}
+    try:
+        loaded = json.loads(_text(files, name, where))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where}: {name} is not valid JSON: {_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{where}: {name}: expected a JSON object, found {type(loaded).__name__}")
+    return loaded
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens; each is a string, or an object with its ``content``."""
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _generation_eos(config: Mapping[str, Any], where: str) -> frozenset[int]:
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{where}: generation_config.json: eos_token_id: expected integers, found {value!r}")
+    return frozenset(ids)
+
+
+def _chat_template(
+    files: Mapping[str, Path | bytes], config: Mapping[str, Any], special: Mapping[str, str], where: str
+) -> ChatTemplate | None:
+    """``chat_template.jinja`` wins over tokenizer_config's; of a list of named templates, ``default`` is taken."""
+    if "chat_template.jinja" in files:
+        return ChatTemplate(_text(files, "chat_template.jinja", where), special)
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
+        if source is None:
+            names = ", ".join(sorted(str(n) for n in named)) or "none"
+            raise CheckpointError(f"{where}: tokenizer_config.json: no chat template named 'default' (found: {names})")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise CheckpointError(
+            f"{where}: tokenizer_config.json: chat_template: expected text, found {type(source).__name__}"
+        )
+    return ChatTemplate(source, special)
