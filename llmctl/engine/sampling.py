@@ -260,7 +260,7 @@ def _biases(requests: Sequence[Request], eos_token_ids: Collection[int]) -> tupl
         if not (params.logit_bias or params.min_tokens or params.bad_words):
             continue
         forbidden = _forbidden_ids(request, eos_token_ids)
-        bias = {token: -math.inf for token in sorted(forbidden)}
+        bias = dict.fromkeys(sorted(forbidden), -math.inf)
         for token, value in (params.logit_bias or {}).items():
             bias.setdefault(token, float(value))
         rows += [row] * len(bias)

@@ -1,0 +1,275 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
+from llmctl.engine.sampling import derive_seed, make_sampling_batch
+from llmctl.engine.scheduler import ScheduledStep, Scheduler, SchedulerConfig
+from llmctl.engine.step import PendingStep, Runtime, RuntimeLimits, SequenceSlice, StepResult, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step did for one request.
+
+    Attributes:
+        new_token_ids: tokens sampled (an end-of-sequence or stop token included).
+        logprobs: one entry per new token; None when not asked for.
+        finish_reason: None while it goes on. stop_reason: the stop token id that ended it; None for end-of-sequence.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+        prompt_scores: f32 [num_prompt_tokens - 1], log-probability of each prompt token after the first; given once,
+            when the whole prompt is computed, if the request asked for it.
+        times: the request's, as far as they are known by now.
+    """
+
+    request_id: str
+    new_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    prompt_scores: NDArray[np.float32] | None = None
+    times: RequestTimes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges now, and totals since the start.
+
+    Attributes:
+        num_running, num_waiting: requests. kv_cache_usage: share of KV blocks held, 0 to 1.
+        num_preemptions: total. prefix_cache_queries, prefix_cache_hits: total prompt tokens looked up and found.
+        num_steps, num_scheduled_tokens, num_generated_tokens: totals. last_step_tokens: tokens the last step computed.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_preemptions: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_steps: int
+    num_scheduled_tokens: int
+    num_generated_tokens: int
+    last_step_tokens: int
+
+
+class LLMEngine:
+    """Runs requests on a runtime with continuous batching.
+
+    Args:
+        runtime: computes and samples. config: the scheduler's limits.
+        eos_token_ids: tokens that end a request unless it says ``ignore_eos``.
+        seed: what requests without a seed derive theirs from, each by its number in the order of arrival here.
+        clock: seconds, for time stamps.
+        max_steps_in_flight: steps handed to the runtime before the oldest one's result is waited for; more than one
+            keeps a device busy whose ``execute`` returns early.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: SchedulerConfig,
+        eos_token_ids: Collection[int] = frozenset(),
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        max_steps_in_flight: int = 1,
+    ) -> None:
+        self.runtime = runtime
+        self.scheduler = Scheduler(config, runtime.limits)
+        self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < runtime.limits.vocab_size)
+        self._seed = seed
+        self._num_seeded = 0
+        self._clock = clock
+        self._max_steps_in_flight = max_steps_in_flight
+        self._in_flight: deque[tuple[ScheduledStep, PendingStep]] = deque()
+        self._num_generated = 0
+        self._last_step_tokens = 0
+
+    @property
+    def limits(self) -> RuntimeLimits:
+        """The runtime's limits."""
+        return self.runtime.limits
+
+    def step(self) -> list[TokenOutput]:
+        """Schedule, execute, postprocess: one step, and what it produced."""
+        while len(self._in_flight) < self._max_steps_in_flight:
+            step = self.scheduler.schedule()
+            if not step.plan.slices:
+                break
+            self._in_flight.append((step, self._execute(step)))
+        if not self._in_flight:
+            return []
+        step, pending = self._in_flight.popleft()
+        outputs = self._postprocess(step, pending.result())
+        if not self.has_unfinished():
+            self.scheduler.check_idle()
+        return outputs
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError, CapacityError, QueueFullError: as ``Scheduler.add``.
+        """
+        self.add_requests([request])
+
+    def add_requests(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all or none (the samples of one prompt).
+
+        Raises:
+            RequestError, CapacityError, QueueFullError: as ``Scheduler.add``.
+        """
+        self.scheduler.add(requests, self._clock())
+        for request in requests:
+            if request.params.seed is not None:
+                request.seed = request.params.seed % 2**64
+            else:
+                request.seed = derive_seed(self._seed, self._num_seeded)
+                self._num_seeded += 1
+
+    def abort(self, request_ids: Iterable[str]) -> list[TokenOutput]:
+        """End requests now and free their blocks; unknown or finished ids are passed over.
+
+        Returns the last output of each one ended, with reason ``abort``.
+        """
+        found = [self.scheduler.requests[i] for i in dict.fromkeys(request_ids) if i in self.scheduler.requests]
+        return [self._finish(request, FinishReason.ABORT) for request in found]
+
+    def has_unfinished(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self.scheduler.requests)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of gauges and totals."""
+        scheduler, counters = self.scheduler, self.scheduler.counters
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_cache_usage=scheduler.pool.usage,
+            num_preemptions=counters.preemptions,
+            prefix_cache_queries=counters.prefix_cache_queries,
+            prefix_cache_hits=counters.prefix_cache_hits,
+            num_steps=counters.steps,
+            num_scheduled_tokens=counters.scheduled_tokens,
+            num_generated_tokens=self._num_generated,
+            last_step_tokens=self._last_step_tokens,
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes."""
+        self.scheduler.pool.reset_cache()
+
+    def close(self) -> None:
+        """Abort everything, wait for the device and free it."""
+        self.abort(list(self.scheduler.requests))
+        while self._in_flight:
+            self._in_flight.popleft()[1].result()
+        self.runtime.close()
+
+    def _execute(self, step: ScheduledStep) -> PendingStep:
+        now = self._clock()
+        for request in step.requests:
+            if request.times.first_scheduled is None:
+                request.times.first_scheduled = now
+        sampling = make_sampling_batch(
+            step.sampled, vocab_size=self.limits.vocab_size, eos_token_ids=self.eos_token_ids
+        )
+        self._last_step_tokens = step.plan.num_tokens
+        return self.runtime.execute(step.plan, sampling)
+
+    def _postprocess(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
+        """Append what was sampled, cache what was computed, end what is done."""
+        outputs = []
+        tokens = iter(result.token_ids.tolist())
+        logprobs = iter(result.logprobs) if result.logprobs is not None else None
+        for piece, request, epoch in zip(step.plan.slices, step.requests, step.epochs, strict=True):
+            token = next(tokens) if piece.sample else None
+            logprob = next(logprobs) if piece.sample and logprobs is not None else None
+            if request.status.finished:  # aborted while the step was in flight
+                continue
+            _keep_scores(request, piece, result)
+            self.scheduler.computed(request, piece, epoch)
+            output = self._advance(request, piece, token, logprob)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _advance(
+        self, request: Request, piece: SequenceSlice, token: int | None, logprob: TokenLogprobs | None
+    ) -> TokenOutput | None:
+        """One computed slice's effect on its request; None while the prompt is only partly computed."""
+        if piece.start + len(piece.token_ids) < request.num_tokens:
+            return None
+        request.awaiting_token = False
+        scores = None
+        if not request.scores_done:
+            request.scores_done, scores = True, request.prompt_scores
+        if token is None:
+            return self._finish(request, FinishReason.LENGTH, prompt_scores=scores)
+        request.token_ids.append(token)
+        self._num_generated += 1
+        if request.times.first_token is None:
+            request.times.first_token = self._clock()
+        logprobs = (logprob,) if logprob is not None else None
+        reason, stop_id = self._finish_reason(request, token)
+        if reason is not None:
+            return self._finish(request, reason, stop_id, (token,), logprobs, scores)
+        return _output(request, (token,), logprobs, prompt_scores=scores)
+
+    def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        params = request.params
+        if request.num_output_tokens > params.min_tokens:
+            if token in params.stop_token_ids:
+                return FinishReason.STOP, token
+            if token in self.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP, None
+        return (FinishReason.LENGTH if request.num_tokens >= request.max_length else None), None
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        stop_reason: int | None = None,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        prompt_scores: NDArray[np.float32] | None = None,
+    ) -> TokenOutput:
+        request.times.finished = self._clock()
+        self.scheduler.finish(request, FINISHED_STATUS[reason])
+        return _output(request, tokens, logprobs, reason, stop_reason, prompt_scores)
+
+
+def _output(
+    request: Request,
+    tokens: tuple[int, ...],
+    logprobs: tuple[TokenLogprobs, ...] | None,
+    reason: FinishReason | None = None,
+    stop_reason: int | None = None,
+    prompt_scores: NDArray[np.float32] | None = None,
+) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        new_token_ids=tokens,
+        logprobs=logprobs,
+        finish_reason=reason,
+        stop_reason=stop_reason,
+        num_cached_tokens=request.num_cached_tokens,
+        prompt_scores=prompt_scores,
+        times=request.times,
+    )
+
+
+def _keep_scores(request: Request, piece: SequenceSlice, result: StepResult) -> None:
+    if piece.score_targets is not None and request.prompt_scores is not None:
+        end = piece.start + len(piece.score_targets)
+        request.prompt_scores[piece.start : end] = result.scores[request.request_id]

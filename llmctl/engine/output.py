@@ -1,0 +1,186 @@
+"""Token outputs to text: incremental detokenization, stop strings, log-probabilities with their tokens' text.
+
+Runs wherever the text is wanted: in the API process when serving, next to the engine offline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.engine.llm_engine import TokenOutput
+from llmctl.engine.request import FinishReason, RequestTimes
+from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.step import TokenLogprobs
+from llmctl.text.detokenizer import IncrementalDetokenizer, StopChecker
+from llmctl.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token with its log-probability: ``text`` has U+FFFD where its ``data`` is a part of a character only."""
+
+    token_id: int
+    text: str
+    data: bytes
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The sampled token, and the most likely ones at its position, best first."""
+
+    token: TokenText
+    top: tuple[TokenText, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextOutput:
+    """What one step adds to one request's output.
+
+    Attributes:
+        text: new text; may be empty (a character or a possible stop string is not complete yet).
+        token_ids: new tokens, the one that ended the output included.
+        logprobs: one entry per new token; None when not asked for.
+        finish_reason: None while it goes on. stop_reason: the stop string or stop token id that ended it.
+        num_output_tokens: tokens generated so far. num_cached_tokens, prompt_scores, times: as in ``TokenOutput``.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    num_output_tokens: int
+    num_cached_tokens: int
+    prompt_scores: NDArray[np.float32] | None
+    times: RequestTimes | None
+
+
+class Processed(NamedTuple):
+    """Outputs of a step, and the requests that the engine must abort because a stop string ended them."""
+
+    outputs: list[TextOutput]
+    aborts: list[str]
+
+
+def describe_token(tokenizer: Tokenizer, token_id: int, logprob: float, rank: int) -> TokenText:
+    """A token with its text and bytes; special tokens have their vocabulary's spelling."""
+    data = tokenizer.token_bytes(token_id)
+    return TokenText(token_id, data.decode("utf-8", "replace"), data, logprob, rank)
+
+
+class _Text:
+    """The text side of one request."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self.params = params
+        self.num_tokens = 0
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
+        self._stops = StopChecker(params.stop, params.include_stop_str_in_output)
+
+    def push(self, token_id: int, *, ends: bool) -> tuple[str, str | None]:
+        """Text released by one token, and the stop string it completes. A token that ``ends`` shows only on request."""
+        self.num_tokens += 1
+        if ends and not self.params.include_stop_str_in_output:
+            return "", None
+        text = self._detokenizer.push((token_id,))
+        if self.num_tokens <= self.params.min_tokens:
+            return text, None
+        return self._stops.push(text)
+
+    def flush(self) -> tuple[str, str | None]:
+        """All text still held back."""
+        text, stop = self._stops.push(self._detokenizer.flush())
+        return (text, stop) if stop is not None else (text + self._stops.flush(), None)
+
+
+class OutputProcessor:
+    """Keeps the text state of every unfinished request of one model."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[str, _Text] = {}
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Begin a request, before its first output."""
+        self._texts[request_id] = _Text(self._tokenizer, prompt_ids, params)
+
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """Forget requests that were aborted; later outputs of theirs are passed over."""
+        for request_id in request_ids:
+            self._texts.pop(request_id, None)
+
+    def process(self, outputs: Iterable[TokenOutput]) -> Processed:
+        """The text of a step's outputs. Outputs of unknown (dropped, finished) requests are passed over."""
+        processed = Processed([], [])
+        for output in outputs:
+            text = self._texts.get(output.request_id)
+            if text is None:
+                continue
+            made = self._process(text, output)
+            processed.outputs.append(made)
+            if made.finish_reason is not None:
+                del self._texts[output.request_id]
+                if output.finish_reason is None:
+                    processed.aborts.append(output.request_id)
+        return processed
+
+    def _process(self, text: _Text, output: TokenOutput) -> TextOutput:
+        pieces: list[str] = []
+        stop: str | None = None
+        used = 0
+        for token_id in output.new_token_ids:
+            used += 1
+            ends = output.finish_reason is FinishReason.STOP and used == len(output.new_token_ids)
+            piece, stop = text.push(token_id, ends=ends)
+            pieces.append(piece)
+            if stop is not None:
+                break
+        if stop is None and output.finish_reason is not None:
+            piece, stop = text.flush()
+            pieces.append(piece)
+        return TextOutput(
+            request_id=output.request_id,
+            text="".join(pieces),
+            token_ids=output.new_token_ids[:used],
+            logprobs=self._logprobs(output, used),
+            finish_reason=FinishReason.STOP if stop is not None else output.finish_reason,
+            stop_reason=stop if stop is not None else output.stop_reason,
+            num_output_tokens=text.num_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            prompt_scores=output.prompt_scores,
+            times=output.times,
+        )
+
+    def _logprobs(self, output: TokenOutput, count: int) -> tuple[PositionLogprobs, ...] | None:
+        if output.logprobs is None:
+            return None
+        pairs = zip(output.new_token_ids[:count], output.logprobs, strict=False)
+        return tuple(self._position(token_id, entry) for token_id, entry in pairs)
+
+    def _position(self, token_id: int, entry: TokenLogprobs) -> PositionLogprobs:
+        tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
+        return PositionLogprobs(
+            describe_token(self._tokenizer, token_id, entry.logprob, entry.rank),
+            tuple(describe_token(self._tokenizer, i, p, rank) for rank, (i, p) in enumerate(tops, start=1)),
+        )
+
+
+def merge_outputs(parts: Sequence[TextOutput]) -> TextOutput:
+    """One request's outputs as one: texts, tokens and log-probabilities joined, the rest from where it was given."""
+    last = parts[-1]
+    logprobs = [p.logprobs for p in parts if p.logprobs is not None]
+    return replace(
+        last,
+        text="".join(p.text for p in parts),
+        token_ids=tuple(t for p in parts for t in p.token_ids),
+        logprobs=tuple(entry for part in logprobs for entry in part) if logprobs else None,
+        prompt_scores=next((p.prompt_scores for p in parts if p.prompt_scores is not None), None),
+    )

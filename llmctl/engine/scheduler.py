@@ -1,0 +1,375 @@
+"""What to compute next: continuous batching under a token budget, over paged KV blocks.
+
+One rule covers prefill, chunked prefill, prefix hits, decode and recompute after preemption: a request whose computed
+tokens lag behind its known tokens wants the difference computed. Running requests are served first, in order of
+(priority,) arrival; then waiting ones are admitted while budget, seats and blocks last. When a running request needs a
+block and none is free, the last running request in that order loses its blocks and waits to be recomputed.
+
+Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
+is added), so it advances in every step; waiting requests enter in the same order.
+
+Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once and the engine appends what was sampled later, so
+the next step may be scheduled before the last one is done: a request whose newest token is still being sampled has nothing
+to compute and sits out, all others go on. Freed blocks may be handed out while a step that uses them is in flight,
+because runtimes execute steps in order. (For a request to decode in consecutive steps in flight, a plan would have to
+say "the token sampled by the step before" in place of a token id; the bookkeeping here would stay as it is.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmctl.config import EngineConfig
+from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.request import Request, RequestStatus
+from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
+
+POLICIES = ("fcfs", "priority")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits and policy of the scheduler; vLLM's option names.
+
+    Attributes:
+        max_num_seqs: requests running at once. max_num_batched_tokens: tokens computed a step.
+        enable_prefix_caching: reuse computed blocks of equal prefixes.
+        enable_chunked_prefill: prompts may be computed over several steps. Without it a prompt longer than
+            ``max_num_batched_tokens`` is refused; only the recompute of a preempted request that has outgrown the
+            budget is ever cut.
+        policy: ``fcfs`` or ``priority`` (lower priority values first, then arrival).
+        max_num_queued_reqs: requests waiting beyond which new ones are refused.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    policy: str = "fcfs"
+    max_num_queued_reqs: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, found {getattr(self, name)}", param=name)
+        if self.policy not in POLICIES:
+            raise UsageError(
+                f"scheduling_policy: expected {' or '.join(POLICIES)}, found '{self.policy}'", param="scheduling_policy"
+            )
+
+    @classmethod
+    def from_engine_config(cls, config: EngineConfig) -> SchedulerConfig:
+        """The scheduler's share of a command's settings."""
+        return cls(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            policy=config.scheduling_policy,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """A step and what must be remembered about it until it is done.
+
+    Attributes:
+        plan: what the runtime computes.
+        requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
+            of an older epoch wrote to blocks that its request no longer holds.
+    """
+
+    plan: StepPlan
+    requests: tuple[Request, ...]
+    epochs: tuple[int, ...]
+
+    @property
+    def sampled(self) -> tuple[Request, ...]:
+        """Requests that get a token from this step, in SamplingBatch row order."""
+        return tuple(r for r, s in zip(self.requests, self.plan.slices, strict=True) if s.sample)
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start: preemptions, tokens looked up in the prefix cache and found there, tokens scheduled."""
+
+    preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    scheduled_tokens: int = 0
+    steps: int = 0
+
+
+class Scheduler:
+    """Decides each step. Plain data in and out; see the module's text for the rules."""
+
+    def __init__(self, config: SchedulerConfig, limits: RuntimeLimits, *, cache_key: bytes | None = None) -> None:
+        self.config = config
+        self.limits = limits
+        self.pool = BlockPool(
+            limits.num_blocks, limits.block_size, enable_caching=config.enable_prefix_caching, key=cache_key
+        )
+        self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        self.counters = SchedulerCounters()
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []  # both kept in sort_key order
+        self.running: list[Request] = []
+        self._arrivals = 0
+
+    # -- the door ---------------------------------------------------------------------------------------------
+
+    def add(self, requests: Sequence[Request], now: float) -> None:
+        """Queue requests, all or none. ``now``: arrival time of those that bring none, seconds.
+
+        Raises:
+            RequestError: an id in use, an empty prompt, n other than 1, or a token id the model does not have.
+            CapacityError: a request that can never fit. QueueFullError: too many are waiting.
+        """
+        ids = {r.request_id for r in requests}
+        if len(ids) < len(requests) or not ids.isdisjoint(self.requests):
+            raise RequestError("request_id: already in use", param="request_id")
+        for request in requests:
+            self._validate(request)
+        limit = self.config.max_num_queued_reqs
+        if len(self.waiting) + len(requests) > limit:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests are waiting and at most {limit} may", fix="try again later"
+            )
+        for request in requests:
+            self._enqueue(request, now)
+
+    def _validate(self, request: Request) -> None:
+        if request.status is not RequestStatus.WAITING or request.max_length:
+            raise RequestError(f"request {request.request_id}: was added before", param="request_id")
+        if request.params.n != 1:
+            raise RequestError("n: the engine runs one sample a request; fan it out first", param="n")
+        if not request.num_prompt_tokens:
+            raise RequestError("prompt: expected at least one token, found none", param="prompt")
+        vocab = self.limits.vocab_size
+        bad = next((t for t in request.token_ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise RequestError(f"prompt: token id {bad} is outside the vocabulary (0 to {vocab - 1})", param="prompt")
+        request.params.check_vocab(vocab)
+        self._check_capacity(request)
+
+    def _check_capacity(self, request: Request) -> None:
+        prompt, wanted = request.num_prompt_tokens, request.params.max_tokens
+        output = max(1, request.params.min_tokens) if wanted is None else wanted
+        if prompt + output > self.max_length:
+            message = f"prompt of {prompt} tokens and {output} to generate need a context of {prompt + output} tokens"
+            if self.max_length < self.limits.max_model_len:
+                holds = (
+                    f"the KV cache holds {self.max_length} tokens in all (max_model_len is {self.limits.max_model_len})"
+                )
+            else:
+                holds = f"max_model_len is {self.max_length}"
+            raise CapacityError(f"{message}; {holds}", fix="shorten the prompt or lower max_tokens", param="prompt")
+        budget = self.config.max_num_batched_tokens
+        if not self.config.enable_chunked_prefill and prompt > budget:
+            raise CapacityError(
+                f"prompt of {prompt} tokens; without chunked prefill at most max_num_batched_tokens = {budget} fit",
+                fix="shorten the prompt, enable chunked prefill or raise max_num_batched_tokens",
+                param="prompt",
+            )
+
+    def _enqueue(self, request: Request, now: float) -> None:
+        arrival = now if request.arrival_time is None else request.arrival_time
+        request.times.arrival = request.arrival_time = arrival
+        wanted = request.params.max_tokens
+        request.max_length = self.max_length if wanted is None else request.num_prompt_tokens + wanted
+        priority = request.priority if self.config.policy == "priority" else 0
+        request.sort_key = (priority, arrival, self._arrivals)
+        self._arrivals += 1
+        self.requests[request.request_id] = request
+        _insert(self.waiting, request)
+
+    # -- scheduling -------------------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledStep:
+        """The next step; its plan is empty when nothing can be computed before a step in flight is done."""
+        step = _StepUnderWay(self.config.max_num_batched_tokens)
+        preemptions = self.counters.preemptions
+        self._schedule_running(step)
+        if self.counters.preemptions == preemptions:
+            self._schedule_waiting(step)
+        if step.slices:
+            self.counters.steps += 1
+            self.counters.scheduled_tokens += self.config.max_num_batched_tokens - step.budget
+        return ScheduledStep(
+            StepPlan(tuple(step.slices)), tuple(step.requests), tuple(r.num_preemptions for r in step.requests)
+        )
+
+    def _schedule_running(self, step: _StepUnderWay) -> None:
+        index = 0
+        while index < len(self.running) and step.budget:  # preemption shortens the list from its end
+            request = self.running[index]
+            count = min(request.num_uncomputed_tokens, step.budget)
+            if count and not self._grow(request, request.num_computed_tokens + count):
+                break  # it preempted itself
+            if count:
+                self._take(step, request, count)
+            index += 1
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        """Give a running request blocks for ``num_tokens`` tokens, preempting from the end; False if it fell itself."""
+        missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)
+        while missing > self.pool.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        if missing > 0:
+            request.block_ids += self.pool.allocate(missing)
+        return True
+
+    def _schedule_waiting(self, step: _StepUnderWay) -> None:
+        # Blocks that running requests still need for tokens they know: admitting into those would only preempt.
+        spoken_for = sum(self.pool.blocks_for(r.num_tokens) - len(r.block_ids) for r in self.running)
+        while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            cached = self._cached_prefix(request)
+            start = len(cached) * self.pool.block_size
+            remaining = request.num_tokens - start
+            count = min(remaining, step.budget)
+            if request.awaiting_token or not (count == remaining or self._may_cut(remaining)):
+                return
+            needed = self.pool.blocks_for(request.num_tokens) - len(cached)
+            if needed + spoken_for > self.pool.num_free - self.pool.num_unheld(cached):
+                return
+            self._admit(request, cached)
+            self._grow(request, start + count)
+            self._take(step, request, count)
+            spoken_for += self.pool.blocks_for(request.num_tokens) - len(request.block_ids)
+
+    def _may_cut(self, remaining: int) -> bool:
+        return self.config.enable_chunked_prefill or remaining > self.config.max_num_batched_tokens
+
+    def _cached_prefix(self, request: Request) -> list[int]:
+        """Cached blocks that begin this request, short of its last token: one at least must be computed."""
+        if not self.pool.enable_caching or not request.scores_done:
+            return []
+        self._extend_hashes(request)
+        return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.pool.block_size])
+
+    def _admit(self, request: Request, cached: Sequence[int]) -> None:
+        self.pool.share(cached)
+        request.block_ids = list(cached)
+        request.num_computed_tokens = len(cached) * self.pool.block_size
+        if request.status is RequestStatus.WAITING and request.scores_done and self.pool.enable_caching:
+            self.counters.prefix_cache_queries += request.num_tokens
+            self.counters.prefix_cache_hits += request.num_computed_tokens
+            request.num_cached_tokens = request.num_computed_tokens
+        request.status = RequestStatus.RUNNING
+        self.waiting.pop(0)
+        _insert(self.running, request)
+
+    def _take(self, step: _StepUnderWay, request: Request, count: int) -> None:
+        """Add a request's next ``count`` tokens to the step."""
+        start = request.num_computed_tokens
+        end = start + count
+        last = end == request.num_tokens
+        targets = None
+        if not request.scores_done and start < request.num_prompt_tokens - 1:
+            targets = request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)]
+        step.add(
+            request,
+            SequenceSlice(
+                request_id=request.request_id,
+                token_ids=request.token_ids[start:end],
+                start=start,
+                block_ids=tuple(request.block_ids),
+                sample=last and end < request.max_length,
+                score_targets=targets,
+            ),
+        )
+        request.num_computed_tokens = end
+        request.awaiting_token = last
+
+    def _preempt(self, request: Request) -> None:
+        self._drop_blocks(request)
+        self.running.pop()
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.counters.preemptions += 1
+        _insert(self.waiting, request)
+
+    # -- after a step -----------------------------------------------------------------------------------------
+
+    def computed(self, request: Request, piece: SequenceSlice, epoch: int) -> None:
+        """A slice is computed: make the blocks that it filled findable."""
+        if not self.pool.enable_caching or epoch != request.num_preemptions:
+            return
+        self._extend_hashes(request)
+        size = self.pool.block_size
+        for index in range(piece.start // size, (piece.start + len(piece.token_ids)) // size):
+            self.pool.cache(request.block_ids[index], request.block_hashes[index])
+
+    def finish(self, request: Request, status: RequestStatus) -> None:
+        """End a request and free its blocks."""
+        _remove(self.running if request.status is RequestStatus.RUNNING else self.waiting, request)
+        self._drop_blocks(request)
+        request.status = status
+        del self.requests[request.request_id]
+
+    def check(self) -> None:
+        """The whole of the bookkeeping is consistent; O(blocks).
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        if len(self.running) + len(self.waiting) != len(self.requests):
+            raise RuntimeError("scheduler: a request is neither waiting nor running, or both")
+        self.pool.check(r.block_ids for r in self.running)
+        if any(r.block_ids for r in self.waiting):
+            raise RuntimeError("scheduler: a waiting request holds blocks")
+
+    def check_idle(self) -> None:
+        """Cheap form of ``check`` for when no request is left: every block is free.
+
+        Raises:
+            RuntimeError: blocks have leaked.
+        """
+        if self.pool.num_free != self.pool.num_blocks:
+            raise RuntimeError(f"scheduler: idle, yet {self.pool.num_blocks - self.pool.num_free} blocks are held")
+
+    def _drop_blocks(self, request: Request) -> None:
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+
+    def _extend_hashes(self, request: Request) -> None:
+        self.pool.extend_hashes(request.block_hashes, request.token_ids, request.adapter_id, request.cache_salt)
+
+
+class _StepUnderWay:
+    """A step being put together."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.slices: list[SequenceSlice] = []
+        self.requests: list[Request] = []
+
+    def add(self, request: Request, piece: SequenceSlice) -> None:
+        self.slices.append(piece)
+        self.requests.append(request)
+        self.budget -= len(piece.token_ids)
+
+
+def _key(request: Request) -> Any:
+    return request.sort_key
+
+
+def _insert(queue: list[Request], request: Request) -> None:
+    insort(queue, request, key=_key)
+
+
+def _remove(queue: list[Request], request: Request) -> None:
+    del queue[bisect_left(queue, request.sort_key, key=_key)]
