@@ -8,7 +8,7 @@ from the headless model (``h.0…``, ``layers.0…``) appear under the full mode
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +108,7 @@ class Checkpoint:
         config: dict[str, Any],
         source: TensorSource,
         *,
-        aux: Mapping[str, Path | bytes],
+        aux: Callable[[], Mapping[str, Path | bytes]],
         files: Iterable[Path],
         quantization: QuantizationInfo | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class Checkpoint:
         self.config = config
         self.quantization = quantization
         self._source = source
-        self._aux = dict(aux)
+        self._aux = aux
         self._files = sorted(set(files))
         self._stored = dict(source.entries())
         self._modules = {name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")}
@@ -179,8 +179,12 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self._stored.values())
 
     def aux_files(self) -> dict[str, Path | bytes]:
-        """Files to carry over to anything made from this checkpoint: tokenizer, chat template, generation config."""
-        return dict(self._aux)
+        """Files to carry over to anything made from this checkpoint: tokenizer, chat template, generation config.
+
+        Raises:
+            CheckpointError: a GGUF whose tokenizer cannot be expressed as tokenizer.json.
+        """
+        return dict(self._aux())
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the names, sizes and contents of every file that belongs to the checkpoint."""
@@ -262,4 +266,4 @@ def _open_folder(folder: Path) -> Checkpoint:
     if (folder / "quantize_config.json").is_file():
         files.append(folder / "quantize_config.json")
     source = SafetensorsSource(shards, prefix)
-    return Checkpoint(folder, config, source, aux=aux, files=files, quantization=quantization)
+    return Checkpoint(folder, config, source, aux=lambda: aux, files=files, quantization=quantization)

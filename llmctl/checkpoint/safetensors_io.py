@@ -104,7 +104,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file: offsets contiguous, sizes as dtype and shape say, file length exact.
+    """Read and check a header: offsets contiguous, sizes as dtype and shape say, file length exact.
 
     Raises:
         CheckpointError: not a safetensors file, damaged, or truncated (expected and found sizes are named).

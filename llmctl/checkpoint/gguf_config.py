@@ -1,0 +1,218 @@
+"""What a GGUF file's metadata says, in Hugging Face's terms: config.json and tensor names.
+
+Sources: llama.cpp's convert_hf_to_gguf.py (which keys it writes from which config fields, and the row permutation of
+Q and K) and gguf-py's tensor name map.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.errors import CheckpointError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class ArchFacts:
+    """One GGUF architecture.
+
+    Attributes:
+        architecture: HF class name; the model type is the GGUF architecture's name.
+        permuted: llama.cpp stores Q and K rows permuted for its interleaved rotary embedding.
+        extra: config fields that are constants of the family.
+    """
+
+    architecture: str
+    permuted: bool = False
+    extra: Mapping[str, Any] = ()  # type: ignore[assignment]
+
+
+ARCHITECTURES: dict[str, ArchFacts] = {
+    "llama": ArchFacts("LlamaForCausalLM", permuted=True),
+    "qwen2": ArchFacts("Qwen2ForCausalLM", extra={"use_sliding_window": False}),
+    "qwen3": ArchFacts("Qwen3ForCausalLM", extra={"use_sliding_window": False, "attention_bias": False}),
+}
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_DERIVED = frozenset({"rope_freqs.weight"})
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def hf_name(name: str, where: str) -> str | None:
+    """The HF name of a GGUF tensor; None for tensors that only repeat the config.
+
+    Raises:
+        UnsupportedModelError: a tensor no supported architecture has.
+    """
+    if name in _DERIVED:
+        return None
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if block and block[2] in _BLOCK:
+        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
+    top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
+    if top and top[1] in _TOP:
+        return f"{_TOP[top[1]]}.{top[2]}"
+    raise UnsupportedModelError(f"{where}: tensor '{name}' belongs to no supported architecture")
+
+
+def synthesise_config(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    rope_factors: NDArray[np.float32] | None,
+    where: str,
+) -> dict[str, Any]:
+    """An HF config.json.
+
+    Args:
+        shapes: HF tensor name -> shape.
+        dtype: what to put in ``dtype``.
+        rope_factors: contents of ``rope_freqs.weight``, if the file has it.
+        where: the file, for messages.
+
+    Raises:
+        UnsupportedModelError: another architecture, mixture of experts, split files, partial rotary, odd rope scaling.
+        CheckpointError: missing metadata.
+    """
+    arch = str(metadata.get("general.architecture"))
+    if arch not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{where}: GGUF architecture '{arch}' is not read; known: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    facts, keys = ARCHITECTURES[arch], _Keys(metadata, arch, where)
+    _refuse_unsupported(keys)
+    heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden // heads)
+    if keys.integer("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModelError(f"{where}: partial rotary embedding is not read for {arch}")
+    config: dict[str, Any] = {
+        "architectures": [facts.architecture],
+        "model_type": arch,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": keys.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": keys.integer("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "vocab_size": _vocab_size(shapes, where),
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+        "dtype": dtype,
+        **dict(facts.extra),
+    }
+    if arch == "llama":
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
+        config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in shapes
+    scaling = _rope_scaling(keys, rope_factors, config)
+    if scaling:
+        config["rope_scaling"] = scaling
+    for key, field in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            config[field] = int(token)
+    return config
+
+
+class _Keys:
+    """Typed look-ups of ``<arch>.<key>``."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str, where: str) -> None:
+        self.metadata, self.arch, self.where = metadata, arch, where
+
+    def get(self, key: str) -> Any:
+        return self.metadata.get(f"{self.arch}.{key}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or value <= 0:
+            found = "none" if value is None else repr(value)
+            raise CheckpointError(
+                f"{self.where}: metadata {self.arch}.{key}: expected a positive integer, found {found}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int | float):
+            raise CheckpointError(f"{self.where}: metadata {self.arch}.{key}: expected a number, found {value!r}")
+        return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
+
+
+def _refuse_unsupported(keys: _Keys) -> None:
+    if int(keys.metadata.get("split.count", 1)) > 1:
+        raise UnsupportedModelError(
+            f"{keys.where}: one part of a split GGUF", fix="join the parts with llama-gguf-split --merge"
+        )
+    if keys.get("expert_count"):
+        raise UnsupportedModelError(f"{keys.where}: mixture-of-experts models are not read from GGUF")
+    if keys.get("attention.sliding_window"):
+        raise UnsupportedModelError(f"{keys.where}: sliding-window attention is not read from GGUF")
+
+
+def _vocab_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
+    try:
+        return shapes["model.embed_tokens.weight"][0]
+    except KeyError:
+        raise CheckpointError(f"{where}: no tensor 'token_embd.weight'") from None
+
+
+def _rope_scaling(
+    keys: _Keys, rope_factors: NDArray[np.float32] | None, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    if rope_factors is not None:
+        return _llama3_scaling(rope_factors, config, keys.where)
+    kind = keys.get("rope.scaling.type") or "none"
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+    if kind == "yarn":
+        original = keys.integer("rope.scaling.original_context_length")
+        factor = keys.number("rope.scaling.factor")
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    raise UnsupportedModelError(f"{keys.where}: rope scaling '{kind}' is not read; known: linear, yarn, llama3")
+
+
+def _llama3_scaling(factors: NDArray[np.float32], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """GGUF keeps Llama 3's scaled frequencies only; recover the rule by computing it and comparing."""
+    rule = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3_ROPE}
+    expected = llama3_factors(rule, config["rope_theta"], config["head_dim"])
+    if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
+        raise UnsupportedModelError(f"{where}: rope_freqs.weight is not Llama 3's frequency scaling")
+    return rule
+
+
+def llama3_factors(rule: Mapping[str, Any], theta: float, head_dim: int) -> NDArray[np.float64]:
+    """Llama 3's divisors of the rotary frequencies, [head_dim/2], as ``rope_freqs.weight`` holds them."""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    original = rule["original_max_position_embeddings"]
+    low, high, factor = rule["low_freq_factor"], rule["high_freq_factor"], rule["factor"]
+    smooth = (original / wavelength - low) / (high - low)
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelength < original / high, 1.0, np.where(wavelength > original / low, factor, blended))

@@ -1,0 +1,119 @@
+"""A GGUF file as a checkpoint: HF names, HF row order, block-quantized tensors as float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmctl.checkpoint.gguf_config import ARCHITECTURES, hf_name, synthesise_config
+from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
+from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
+from llmctl.checkpoint.reader import Checkpoint, TensorInfo
+from llmctl.checkpoint.safetensors_io import as_tensor
+from llmctl.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DENSE = ("F32", "F16", "BF16")
+
+
+class GgufSource:
+    """The tensors of a GGUF file under HF names."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Map names.
+
+        Raises:
+            UnsupportedModelError: a tensor no supported architecture has.
+        """
+        self._file = file
+        named = ((hf_name(name, str(file.path)), name) for name in file.tensors)
+        self._stored = {name: stored for name, stored in named if name}
+        self._heads: dict[str, int] = {}
+
+    def unpermute(self, heads: int, kv_heads: int) -> None:
+        """Read Q and K rows back into HF's order from now on."""
+        self._heads = {"q_proj": heads, "k_proj": kv_heads}
+
+    def entries(self) -> Mapping[str, TensorInfo]:
+        """Every tensor, from the header."""
+        return {name: _info(self._file.tensors[stored]) for name, stored in self._stored.items()}
+
+    def load(self, name: str) -> Tensor:
+        """One tensor: F32, F16 and BF16 as stored (mapped), anything else dequantized to float32.
+
+        Raises:
+            UnsupportedModelError: a block format the ``gguf`` package cannot dequantize.
+        """
+        stored = self._stored[name]
+        entry, raw = self._file.tensors[stored], self._file.raw(stored)
+        if entry.qtype.name in _DENSE:
+            tensor = as_tensor(raw, entry.qtype.name, entry.shape)
+        else:
+            tensor = as_tensor(self._dequantize(stored, entry, raw), "F32", entry.shape)
+        heads = self._heads.get(name.split(".")[-2]) if self._heads else None
+        return unpermute_rows(tensor, heads) if heads else tensor
+
+    def _dequantize(self, stored: str, entry: GgufTensor, raw: Any) -> Any:
+        from gguf.quants import dequantize
+
+        rows = raw.reshape(*entry.shape[:-1], -1)
+        try:
+            return dequantize(rows, entry.qtype)
+        except (NotImplementedError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{self._file.path}: tensor '{stored}': ggml type {entry.qtype.name} cannot be dequantized: {error}"
+            ) from error
+
+
+def _info(entry: GgufTensor) -> TensorInfo:
+    dtype = entry.qtype.name if entry.qtype.name in _DENSE else "F32"
+    return TensorInfo(entry.shape, dtype, None, entry.nbytes)
+
+
+def unpermute_rows(tensor: Tensor, heads: int) -> Tensor:
+    """Undo convert_hf_to_gguf.py's ``permute``: within each head, GGUF row 2i+j is HF row j*head_dim/2 + i.
+
+    llama.cpp rotates neighbouring pairs (2i, 2i+1) where HF rotates (i, i + head_dim/2).
+    """
+    half = tensor.shape[0] // heads // 2
+    return tensor.reshape(heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file; only its header is read.
+
+    Raises:
+        CheckpointError: damaged or truncated, or metadata missing.
+        UnsupportedModelError: architecture or tensor types this version cannot read.
+    """
+    file = GgufFile(path)
+    arch = str(file.metadata.get("general.architecture"))
+    if arch not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedModelError(f"{path}: GGUF architecture '{arch}' is not read; known: {known}")
+    source = GgufSource(file)
+    shapes = {name: entry.shape for name, entry in source.entries().items()}
+    config = synthesise_config(file.metadata, shapes, _dtype(file), _rope_factors(file), str(path))
+    if ARCHITECTURES[arch].permuted:
+        source.unpermute(config["num_attention_heads"], config["num_key_value_heads"])
+    return Checkpoint(path, config, source, aux=partial(synthesise_aux_files, file.metadata, str(path)), files=[path])
+
+
+def _dtype(file: GgufFile) -> str:
+    matrices = [tensor.qtype.name for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    if matrices and all(name == "F32" for name in matrices):
+        return "float32"
+    # Block formats scale by float16 numbers; bfloat16 would round their products away.
+    return "bfloat16" if "BF16" in matrices else "float16"
+
+
+def _rope_factors(file: GgufFile) -> Any:
+    if "rope_freqs.weight" not in file.tensors:
+        return None
+    return file.raw("rope_freqs.weight").view(np.float32)
