@@ -7,36 +7,41 @@ Conventions
 -----------
 * An activation buffer is a matrix ``[T, width]`` where T is the number of tokens in the step (or R, the number of
   sampled rows, after ``gather_rows``). Buffers are in SSA form: each is written by exactly one op.
-* Step inputs are the reserved buffers ``INPUT_IDS`` and ``POSITIONS`` (width 1, int32); the graph's result is ``LOGITS``
-  (``[R, vocab]``).
+* Step inputs are the reserved buffers ``INPUT_IDS`` and ``POSITIONS`` (width 1, int32); the graph's result is
+  ``LOGITS`` (``[R, vocab]``).
 * A linear weight is ``[out, in]``; ``y = x @ w.T + b``.
 * The paged KV cache is not a buffer: ``kv_write`` and ``attention`` name it by ``layer`` (an index into ``Graph.kv``).
 
 Op kinds, ``inputs -> outputs | weights | attrs``; an absent optional weight is ``""``:
 
 plain
-  embed          ids -> x                      | w [V,H]                  | scale: float
-  pos_embed      x, positions -> y             | w [P,H]                  | offset: int            (y = x + w[pos+offset])
-  rms_norm       x -> y                        | w [H]                    | eps, plus_one: bool    (Gemma: 1+w)
-  layer_norm     x -> y                        | w [H], b                 | eps
-  head_rms_norm  x -> y                        | w [head_dim]             | eps, heads, head_dim
-  linear         x -> y                        | w [O,I], b               |
-  act            x -> y                        |                          | fn: silu|gelu|gelu_tanh|relu
-  mul            x, y -> z                     |                          |
-  add            x, y -> z                     |                          |
-  rope           q, k, positions -> q', k'     |                          | heads, kv_heads, head_dim, rotary_dim, theta,
-                                                                           style: neox|gptj, scaling fields (see RopeScaling)
-  kv_write       k, v ->                       |                          | layer
-  attention      q -> o                        |                          | layer, heads, kv_heads, head_dim, scale, window (0 = none),
-                                                                           softcap (0 = none)
-  gather_rows    x -> y                        |                          |                        (rows whose logits are wanted)
+  embed          ids -> x               | w [V,H]        | scale: float
+  pos_embed      x, positions -> y      | w [P,H]        | offset: int; y = x + w[pos + offset]
+  rms_norm       x -> y                 | w [H]          | eps, plus_one: bool (Gemma: 1 + w)
+  layer_norm     x -> y                 | w [H], b       | eps
+  head_rms_norm  x -> y                 | w [head_dim]   | eps, heads, head_dim
+  linear         x -> y                 | w [O,I], b     |
+  act            x -> y                 |                | fn: silu|gelu|gelu_tanh|relu
+  mul            x, y -> z              |                |
+  add            x, y -> z              |                |
+  rope           q, k, pos -> q', k'    |                | heads, kv_heads, head_dim, rotary_dim, theta,
+                                                           style: neox|gptj, rope_type and its fields
+  kv_write       k, v ->                |                | layer
+  attention      q -> o                 |                | layer, heads, kv_heads, head_dim, scale, window (0 = none),
+                                                           softcap (0 = none)
+  gather_rows    x -> y                 |                | rows whose logits are wanted
 fused (made by passes)
-  linear         x -> y1, y2, …                | w [O1+O2+…, I], b        | splits: (O1, O2, …)
-  linear         x -> h                        | w [2F, I], b             | epilogue: silu_mul|gelu_mul|gelu_tanh_mul|relu_mul
-                                                                           (gate rows first, up rows second)
-  add_rms_norm   x, residual -> y, sum         | w                        | eps, plus_one          (sum = x + residual; y = norm(sum))
-  add_layer_norm x, residual -> y, sum         | w, b                     | eps
-  rope_kv_write  q, k, v, positions -> q'      |                          | rope's attrs and layer
+  linear         x -> y1, y2, …         | w [O1+…, I], b | splits: (O1, O2, …)
+  linear         x -> h                 | w [2F, I], b   | epilogue: silu_mul|gelu_mul|gelu_tanh_mul|relu_mul
+                                                           (gate rows first, up rows second)
+  add_rms_norm   x, residual -> y, sum  | w              | eps, plus_one; sum = x + residual, y = norm(sum)
+  add_layer_norm x, residual -> y, sum  | w, b           | eps
+  rope_kv_write  q, k, v, pos -> q'     |                | rope's attrs and layer
+
+``rope_type`` and the fields it needs (HF's ``rope_parameters``, defaults resolved; kernels/rope.py has the formulas):
+  default | linear: factor
+  llama3: factor, low_freq_factor, high_freq_factor, original_max_position
+  yarn: factor, beta_fast, beta_slow, original_max_position, attention_factor (multiplies cos and sin), truncate: bool
 """
 
 from __future__ import annotations
@@ -117,14 +122,17 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. ``layer`` is the decoder layer it belongs to, -1 before the first and ``num_layers`` after the last."""
+    """One operation; ``layer`` is its decoder layer, -1 before the first and ``num_layers`` after the last.
+
+    Values of ``attrs`` are ``Attr``s; typed Any because each kind fixes its own (``graph/check.py`` holds them).
+    """
 
     kind: str
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: tuple[str, ...] = ()
-    attrs: Mapping[str, Attr] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
     layer: int = -1
 
     def with_(self, **changes: Any) -> Op:

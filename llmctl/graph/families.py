@@ -1,0 +1,271 @@
+"""HF config (+ what the checkpoint holds) -> plain Graph. One builder over the rows of ``family_table.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from llmctl.errors import CheckpointError
+from llmctl.graph.family_table import TensorNames
+from llmctl.graph.graph import (
+    INPUT_IDS,
+    LOGITS,
+    POSITIONS,
+    Attr,
+    Buffer,
+    Graph,
+    KVLayer,
+    Op,
+    QuantScheme,
+    Weight,
+    WeightPart,
+)
+from llmctl.graph.hf_config import Arch, read_arch
+
+
+class TensorInfo(Protocol):
+    """What a checkpoint says about one tensor without reading it; shape is ``[out, in]`` for a quantized linear."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def quant(self) -> QuantScheme | None: ...
+
+
+Lookup = Callable[[str], TensorInfo | None]
+
+
+def build_graph(config: Mapping[str, Any], lookup: Lookup | None = None) -> Graph:
+    """The plain Graph of a model.
+
+    Args:
+        config: HF ``config.json``.
+        lookup: tensor name -> its description, None when the checkpoint does not hold it. Without a lookup every
+            tensor is taken to be there, dense and of the right shape.
+
+    Raises:
+        UnsupportedModelError: family or setting that is not supported.
+        CheckpointError: bad config; a tensor that is missing or has another shape than the config implies.
+    """
+    return _Builder(read_arch(config), lookup).build()
+
+
+class _Builder:
+    """Accumulates ops, buffers and weights in execution order."""
+
+    def __init__(self, arch: Arch, lookup: Lookup | None) -> None:
+        self.arch = arch
+        self.names: TensorNames = arch.family.names
+        self.lookup = lookup
+        self.layer = -1
+        self.ops: list[Op] = []
+        self.buffers: dict[str, Buffer] = {INPUT_IDS: Buffer(INPUT_IDS, 1), POSITIONS: Buffer(POSITIONS, 1)}
+        self.weights: dict[str, Weight] = {}
+
+    def build(self) -> Graph:
+        arch = self.arch
+        x = self._embed()
+        for self.layer in range(arch.num_layers):
+            x = self._decoder_layer(x)
+        self.layer = arch.num_layers
+        x = self._norm("final_norm", self.names.final_norm, x)
+        x = self._op("gather_rows", "gather", (x,), arch.hidden_size)
+        self._head(x)
+        return Graph(
+            family=arch.family.name,
+            vocab_size=arch.vocab_size,
+            hidden_size=arch.hidden_size,
+            num_layers=arch.num_layers,
+            max_position=arch.max_position,
+            kv=tuple(KVLayer(arch.kv_heads, arch.head_dim, window) for window in arch.windows),
+            buffers=self.buffers,
+            weights=self.weights,
+            ops=tuple(self.ops),
+        )
+
+    # parts of a model
+
+    def _embed(self) -> str:
+        arch = self.arch
+        shape = (arch.vocab_size, arch.hidden_size)
+        weight = self._weight("embed.weight", shape, f"{self.names.embed}.weight")
+        x = self._op("embed", "embed", (INPUT_IDS,), arch.hidden_size, (weight,), {"scale": 1.0})
+        if arch.family.positions == "rope":
+            return x
+        shape = (arch.max_position, arch.hidden_size)
+        weight = self._weight("pos_embed.weight", shape, f"{self.names.pos_embed}.weight")
+        return self._op("pos_embed", "pos_embed", (x, POSITIONS), arch.hidden_size, (weight,), {"offset": 0})
+
+    def _decoder_layer(self, x: str) -> str:
+        hidden = self.arch.hidden_size
+        normed = self._norm(self._name("attn_norm"), self.names.attn_norm, x)
+        attended = self._attention(normed)
+        if self.arch.family.parallel:
+            branch = self._op("add", self._name("parallel_add"), (attended, self._mlp(normed)), hidden)
+            return self._op("add", self._name("residual"), (branch, x), hidden)
+        x = self._op("add", self._name("attn_residual"), (attended, x), hidden)
+        normed = self._norm(self._name("mlp_norm"), self.names.mlp_norm, x)
+        return self._op("add", self._name("mlp_residual"), (self._mlp(normed), x), hidden)
+
+    def _attention(self, x: str) -> str:
+        arch, names = self.arch, self.names
+        q_width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        modules = {"q_proj": (names.q, q_width), "k_proj": (names.k, kv_width), "v_proj": (names.v, kv_width)}
+        q, k, v = self._linears(modules, x, arch.hidden_size, arch.bias_qkv)
+        if arch.family.qk_norm:
+            q = self._head_norm("q_norm", names.q_norm, q, arch.heads)
+            k = self._head_norm("k_norm", names.k_norm, k, arch.kv_heads)
+        heads: dict[str, Attr] = {"heads": arch.heads, "kv_heads": arch.kv_heads, "head_dim": arch.head_dim}
+        if arch.rope is not None:
+            q, k = self._ops(
+                "rope", self._name("rope"), (q, k, POSITIONS), (q_width, kv_width), (), {**heads, **arch.rope}
+            )
+        self._ops("kv_write", self._name("kv_write"), (k, v), (), (), {"layer": self.layer})
+        attrs = {
+            **heads,
+            "layer": self.layer,
+            "scale": arch.head_dim**-0.5,
+            "window": arch.windows[self.layer],
+            "softcap": 0.0,
+        }
+        o = self._op("attention", self._name("attention"), (q,), q_width, (), attrs)
+        return self._linears({"o_proj": (names.o, arch.hidden_size)}, o, q_width, arch.bias_o)[0]
+
+    def _mlp(self, x: str) -> str:
+        arch, names, width = self.arch, self.names, self.arch.intermediate_size
+        act: dict[str, Attr] = {"fn": arch.activation}
+        if arch.family.gated:
+            modules = {"gate_proj": (names.gate, width), "up_proj": (names.up, width)}
+            gate, up = self._linears(modules, x, arch.hidden_size, arch.bias_mlp)
+            h = self._op("act", self._name("act"), (gate,), width, (), act)
+            h = self._op("mul", self._name("gate_mul"), (h, up), width)
+        else:
+            up = self._linears({"up_proj": (names.up, width)}, x, arch.hidden_size, arch.bias_mlp)[0]
+            h = self._op("act", self._name("act"), (up,), width, (), act)
+        return self._linears({"down_proj": (names.down, arch.hidden_size)}, h, width, arch.bias_mlp)[0]
+
+    def _head(self, x: str) -> None:
+        arch, head = self.arch, self.names.head
+        if arch.tied:
+            weights = ["embed.weight"]
+        else:
+            weights = [self._weight("lm_head.weight", (arch.vocab_size, arch.hidden_size), f"{head}.weight")]
+        bias = self._weight("lm_head.bias", (arch.vocab_size,), f"{head}.bias") if arch.family.bias_head else ""
+        self.buffers[LOGITS] = Buffer(LOGITS, arch.vocab_size)
+        self._append("linear", "lm_head", (x,), (LOGITS,), (*weights, bias), {})
+
+    # pieces
+
+    def _name(self, role: str) -> str:
+        return f"layers.{self.layer}.{role}"
+
+    def _norm(self, name: str, module: str, x: str) -> str:
+        arch, module = self.arch, module.format(i=self.layer)
+        weights = [self._weight(f"{name}.weight", (arch.hidden_size,), f"{module}.weight")]
+        if arch.family.norm == "rms":
+            return self._op("rms_norm", name, (x,), arch.hidden_size, weights, {"eps": arch.eps, "plus_one": False})
+        weights.append(self._weight(f"{name}.bias", (arch.hidden_size,), f"{module}.bias"))
+        return self._op("layer_norm", name, (x,), arch.hidden_size, weights, {"eps": arch.eps})
+
+    def _head_norm(self, role: str, module: str, x: str, heads: int) -> str:
+        dim, name = self.arch.head_dim, self._name(role)
+        weight = self._weight(f"{name}.weight", (dim,), f"{module.format(i=self.layer)}.weight")
+        attrs: dict[str, Attr] = {"eps": self.arch.eps, "heads": heads, "head_dim": dim}
+        return self._op("head_rms_norm", name, (x,), heads * dim, (weight,), attrs)
+
+    def _linears(self, modules: Mapping[str, tuple[str, int]], x: str, width: int, bias: bool) -> list[str]:
+        """One linear per role over the input ``x``; roles that share a module get consecutive row slices of it."""
+        outputs = []
+        for role, (module, out) in modules.items():
+            rows, total = _row_slice(modules, role)
+            name, module = self._name(role), module.format(i=self.layer)
+            conv1d = self.arch.family.conv1d
+            weights = [self._weight(f"{name}.weight", (out, width), f"{module}.weight", rows, total, conv1d)]
+            weights.append(self._weight(f"{name}.bias", (out,), f"{module}.bias", rows, total) if bias else "")
+            outputs.append(self._op("linear", name, (x,), out, weights))
+        return outputs
+
+    def _op(
+        self,
+        kind: str,
+        name: str,
+        inputs: Sequence[str],
+        width: int,
+        weights: Sequence[str] = (),
+        attrs: Mapping[str, Attr] | None = None,
+    ) -> str:
+        return self._ops(kind, name, inputs, (width,), weights, attrs or {})[0]
+
+    def _ops(
+        self,
+        kind: str,
+        name: str,
+        inputs: Sequence[str],
+        widths: Sequence[int],
+        weights: Sequence[str],
+        attrs: Mapping[str, Attr],
+    ) -> tuple[str, ...]:
+        """Append an op; a single output is named after the op, several are numbered. Returns their names."""
+        outputs = (name,) if len(widths) == 1 else tuple(f"{name}.{i}" for i in range(len(widths)))
+        for output, width in zip(outputs, widths, strict=True):
+            self.buffers[output] = Buffer(output, width)
+        self._append(kind, name, inputs, outputs, weights, attrs)
+        return outputs
+
+    def _append(
+        self,
+        kind: str,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        weights: Sequence[str],
+        attrs: Mapping[str, Attr],
+    ) -> None:
+        self.ops.append(Op(kind, name, tuple(inputs), tuple(outputs), tuple(weights), dict(attrs), self.layer))
+
+    def _weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        tensor: str,
+        rows: tuple[int, int] | None = None,
+        total: int | None = None,
+        conv1d: bool = False,
+    ) -> str:
+        """Register a weight supplied by ``tensor``, or by its ``rows`` out of ``total`` (after the transpose)."""
+        info = self._describe(tensor)
+        quant = info.quant if info is not None else None
+        transpose = conv1d and quant is None
+        part = WeightPart(tensor, transpose, rows)
+        if info is not None:
+            stored = (shape[0] if total is None else total, *shape[1:])
+            _check_shape(tensor, stored[::-1] if transpose else stored, tuple(info.shape))
+        self.weights[name] = Weight(name, shape, (part,), quant)
+        return name
+
+    def _describe(self, tensor: str) -> TensorInfo | None:
+        if self.lookup is None:
+            return None
+        info = self.lookup(tensor)
+        if info is None:
+            raise CheckpointError(
+                f"checkpoint: tensor '{tensor}' is missing",
+                fix=f"family '{self.arch.family.name}' needs it; check that config.json belongs to these weights",
+            )
+        return info
+
+
+def _row_slice(modules: Mapping[str, tuple[str, int]], role: str) -> tuple[tuple[int, int] | None, int | None]:
+    """The rows of its module that a role takes, and the module's total; (None, None) when it takes all of them."""
+    module, out = modules[role]
+    shared = [(r, o) for r, (m, o) in modules.items() if m == module]
+    if len(shared) == 1:
+        return None, None
+    start = sum(o for _, o in shared[: [r for r, _ in shared].index(role)])
+    return (start, start + out), sum(o for _, o in shared)
+
+
+def _check_shape(tensor: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+    if expected != found:
+        raise CheckpointError(f"checkpoint: tensor '{tensor}': expected shape {list(expected)}, found {list(found)}")

@@ -1,0 +1,190 @@
+"""The reference kernels: one torch function per op kind of ``graph.py``. The oracle that every other kernel is held to.
+
+Activations are ``[T, width]`` in the compute dtype (float32, or bfloat16/float16). Norms and softmax are computed in
+float32 whatever that is. A paged KV cache is ``[2, num_blocks, block_size, kv_heads, head_dim]`` (keys, then values);
+the slot of a token is ``block_id * block_size + offset``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# fn of an act op, and (with the suffix "_mul") epilogue of a gated linear.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Sequences of one step that attend together: B of them with Tq query tokens each (B == 1 unless Tq == 1).
+
+    Attributes:
+        rows: which rows of q they are, B * Tq: a slice, or i64 indices.
+        slots: i64 [B * L], KV slots of the context, padded to the longest with any valid slot.
+        mask: f32-like [B, 1, Tq, L] in the compute dtype, 0 where a query may look, -inf elsewhere; None = everywhere.
+        batch, queries, context: B, Tq and L.
+    """
+
+    rows: slice | Tensor
+    slots: Tensor
+    mask: Tensor | None
+    batch: int
+    queries: int
+    context: int
+
+
+def embed(ids: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    """Rows of ``w`` [V, H] for ids [T]."""
+    x = F.embedding(ids, w)
+    return x if scale == 1.0 else x * scale
+
+
+def pos_embed(x: Tensor, positions: Tensor, w: Tensor, offset: int = 0) -> Tensor:
+    """``x + w[positions + offset]``."""
+    return x + F.embedding(positions + offset if offset else positions, w)
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), in float32 until after ``w``."""
+    w = w.float() + 1 if plus_one else w.float()
+    return F.rms_norm(x.float(), w.shape, w, eps).to(x.dtype)
+
+
+def layer_norm(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> Tensor:
+    """Layer norm over the last axis, in float32."""
+    return F.layer_norm(x.float(), w.shape, w.float(), None if b is None else b.float(), eps).to(x.dtype)
+
+
+def head_rms_norm(x: Tensor, w: Tensor, eps: float, head_dim: int) -> Tensor:
+    """RMS norm of each head: x [T, heads * head_dim], w [head_dim]."""
+    return rms_norm(x.reshape(x.shape[0], -1, head_dim), w, eps).view(x.shape)
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """``x @ w.T + b`` with w [out, in]."""
+    return F.linear(x, w, b)
+
+
+def linear_splits(x: Tensor, w: Tensor, b: Tensor | None, splits: Sequence[int]) -> tuple[Tensor, ...]:
+    """A merged linear; one output per split."""
+    return F.linear(x, w, b).split_with_sizes(list(splits), dim=-1)
+
+
+def linear_gated(x: Tensor, w: Tensor, b: Tensor | None, epilogue: str) -> Tensor:
+    """``act(gate) * up`` of a merged linear whose first half of rows is the gate; epilogue is ``<fn>_mul``."""
+    gate, up = F.linear(x, w, b).chunk(2, dim=-1)
+    return ACTIVATIONS[epilogue.removesuffix("_mul")](gate).mul_(up)
+
+
+def act(x: Tensor, fn: str) -> Tensor:
+    """Elementwise activation."""
+    return ACTIVATIONS[fn](x)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, plus_one: bool = False) -> tuple[Tensor, Tensor]:
+    """``(norm(sum), sum)`` with ``sum = x + residual``."""
+    total = x + residual
+    return rms_norm(total, w, eps, plus_one), total
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``(norm(sum), sum)`` with ``sum = x + residual``."""
+    total = x + residual
+    return layer_norm(total, w, b, eps), total
+
+
+def rope_factors(cos: Tensor, sin: Tensor, style: str) -> tuple[Tensor, Tensor]:
+    """Spread per-pair cos and sin [T, R/2] to what ``rope`` multiplies by, [T, 1, R], sign of sin included."""
+    if style == "neox":
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+    if style == "gptj":
+        return torch.stack((cos, cos), -1).flatten(-2)[:, None], torch.stack((-sin, sin), -1).flatten(-2)[:, None]
+    raise ValueError(f"unknown rope style '{style}'")
+
+
+def rope(x: Tensor, factors: tuple[Tensor, Tensor], head_dim: int, style: str) -> Tensor:
+    """Rotate the first R dimensions of every head of x [T, heads * head_dim]; R is the width of ``factors``.
+
+    Pairs are (i, i + R/2) for ``neox`` and (2i, 2i + 1) for ``gptj``.
+    """
+    cos, sin = factors
+    heads = x.reshape(x.shape[0], -1, head_dim)
+    width = cos.shape[-1]
+    turned = heads if width == head_dim else heads[..., :width]
+    pair, axis = ((2, width // 2), -2) if style == "neox" else ((width // 2, 2), -1)
+    partner = turned.reshape(*heads.shape[:2], *pair).flip(axis).view(turned.shape)
+    turned = torch.addcmul(turned * cos, partner, sin)
+    if width != head_dim:
+        turned = torch.cat((turned, heads[..., width:]), -1)
+    return turned.view(x.shape)
+
+
+def kv_write(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, padded: bool = True) -> None:
+    """Store k and v [T, kv_heads * head_dim] at slots i64 [T]; rows whose slot is -1 are padding and are dropped.
+
+    ``padded=False`` promises that no slot is negative and saves the look.
+    """
+    if padded:
+        keep = slots >= 0
+        slots, k, v = slots[keep], k[keep], v[keep]
+    width = k.shape[-1]
+    cache[0].view(-1, width).index_copy_(0, slots, k)
+    cache[1].view(-1, width).index_copy_(0, slots, v)
+
+
+def paged_attention(
+    q: Tensor, cache: Tensor, groups: Sequence[AttentionGroup], heads: int, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """Softmax attention of q [T, heads * head_dim] over the cached context of each token's sequence.
+
+    Query head h reads key/value head ``h // (heads / kv_heads)``. Rows in no group come out as zero.
+    """
+    _, blocks, block_size, kv_heads, dim = cache.shape
+    keys, values = (cache[i].view(blocks * block_size, kv_heads * dim) for i in (0, 1))
+    out = torch.zeros_like(q) if sum(g.batch * g.queries for g in groups) < q.shape[0] else torch.empty_like(q)
+    for group in groups:
+        shape = (group.batch, group.context, kv_heads, dim)
+        k = keys.index_select(0, group.slots).view(shape).transpose(1, 2)
+        v = values.index_select(0, group.slots).view(shape).transpose(1, 2)
+        out[group.rows] = _attend(q[group.rows], k, v, group, heads, scale, softcap)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, group: AttentionGroup, heads: int, scale: float, softcap: float) -> Tensor:
+    """One group: q [B * Tq, heads * dim], k and v [B, kv_heads, L, dim]."""
+    kv_heads, dim = k.shape[1], k.shape[3]
+    if group.queries == 1:
+        # The query heads of one kv head become the query axis: each key is then read once, not once per query head.
+        folded = q.view(group.batch, kv_heads, heads // kv_heads, dim)
+        return _softmax_attention(folded, k, v, group.mask, scale, softcap).reshape(q.shape)
+    unfolded = q.reshape(group.batch, group.queries, heads, dim).transpose(1, 2)
+    return _softmax_attention(unfolded, k, v, group.mask, scale, softcap).transpose(1, 2).reshape(q.shape)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = softcap * torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / softcap))
+    scores = scores if mask is None else scores + mask.float()
+    return (torch.softmax(scores, -1) @ v.float()).to(q.dtype)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x by i64 index."""
+    return x.index_select(0, rows)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor) -> Tensor:
+    """``(codes - zeros) * scales`` in float32: codes u8 [N, K], scales and zeros [N, G], group_index i64 [K]."""
+    return (codes.float() - zeros.float()[:, group_index]) * scales.float()[:, group_index]
