@@ -40,6 +40,17 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
         raise ValueError(f"group size {scheme.group_size} does not divide the input width {columns}")
 
 
+def plane_specs(shape: tuple[int, int], scheme: QuantScheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What ``pack`` makes of a weight [N, K]: suffix -> (safetensors dtype, shape)."""
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    return {
+        "qweight": ("I32", (columns, rows // 8)),
+        "qzeros": ("I32", (groups, rows // 8)),
+        "scales": ("F16", (groups, rows)),
+    }
+
+
 def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of one module, by suffix: ``qweight``, ``qzeros``, ``scales``.
 

