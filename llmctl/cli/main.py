@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmctl import __version__
+from llmctl.cli import bench
 
 app = typer.Typer(
     name="llmctl",
@@ -33,6 +34,9 @@ def root(
     ] = False,
 ) -> None:
     """Quantize, build, serve and bench language models over one engine core."""
+
+
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

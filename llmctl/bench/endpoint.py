@@ -1,0 +1,171 @@
+"""What a bench asks a server beside the load: is it there, which models, and how many tokens a text has."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmctl.bench.workloads import TokenCounter
+from llmctl.errors import LlmctlError, UsageError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+BACKENDS = {"openai": COMPLETIONS, "vllm": COMPLETIONS, "openai-chat": CHAT}
+_PROBE_TIMEOUT = 10.0
+_TOKENIZE_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server's address. ``path`` is the endpoint under test."""
+
+    base_url: str
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    verify_tls: bool = True
+
+    @property
+    def chat(self) -> bool:
+        """Whether the endpoint takes messages."""
+        return self.path.rstrip("/").endswith("/chat/completions")
+
+    @property
+    def url(self) -> str:
+        """Full address of the endpoint under test."""
+        return self.base_url + self.path
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the server says of itself. ``ready_wait``: seconds until it answered."""
+
+    models: tuple[str, ...]
+    version: str | None
+    ready_wait: float
+
+
+def make_endpoint(
+    base_url: str, path: str | None, backend: str | None, api_key: str | None, headers: Sequence[str], verify_tls: bool
+) -> Endpoint:
+    """An Endpoint from options; ``http://host/v1`` is taken as ``http://host``.
+
+    Raises:
+        UsageError: no http(s) URL, an unknown backend, or a header that is not KEY=VALUE.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise UsageError(f"--backend '{backend}': expected one of {', '.join(BACKENDS)}", param="backend")
+    root = base_url.rstrip("/").removesuffix("/v1")
+    if not root.startswith(("http://", "https://")):
+        raise UsageError(f"--base-url '{base_url}': expected http://HOST:PORT or https://HOST", param="base_url")
+    chosen = path or BACKENDS[backend or "openai"]
+    pairs = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    for item in headers:
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"--header '{item}': expected KEY=VALUE", param="header")
+        pairs[name.strip()] = value.strip()
+    return Endpoint(root, "/" + chosen.lstrip("/"), pairs, verify_tls)
+
+
+def probe(endpoint: Endpoint, ready_timeout: float) -> ServerFacts:
+    """Wait until the server answers, and ask for its models and version.
+
+    Raises:
+        LlmctlError: nothing answers within ``ready_timeout`` seconds (0: one try).
+    """
+    return asyncio.run(_probe(endpoint, ready_timeout))
+
+
+async def _probe(endpoint: Endpoint, ready_timeout: float) -> ServerFacts:
+    start = time.monotonic()
+    async with _session(endpoint) as session:
+        while True:
+            status, models, reason = await _call(session, "GET", endpoint.base_url + "/v1/models")
+            waited = time.monotonic() - start
+            # 503 is a server that is up and still loading.
+            if status and status != 503:
+                break
+            if waited >= ready_timeout:
+                raise LlmctlError(
+                    f"{endpoint.base_url}: no server answers: {reason}",
+                    fix="start one with 'llmctl serve --model demo:smollm2-135m', or wait with --ready-timeout SECONDS",
+                )
+            await asyncio.sleep(0.2)
+        _, version, _ = await _call(session, "GET", endpoint.base_url + "/version")
+    rows = models.get("data") if status == 200 and isinstance(models, dict) else None
+    names = tuple(str(row["id"]) for row in rows or () if isinstance(row, dict) and "id" in row)
+    said = version.get("version") if isinstance(version, dict) else None
+    return ServerFacts(names, str(said) if said is not None else None, waited)
+
+
+def server_counter(endpoint: Endpoint, model: str) -> TokenCounter | None:
+    """Counts tokens through the server's ``/tokenize`` (vLLM's and llmctl's form, or llama.cpp's); None without one."""
+    for form in (_vllm_form, _llama_cpp_form):
+
+        def count(texts: Sequence[str], form: Any = form) -> list[int]:
+            return asyncio.run(_count(endpoint, [form(text, model, not endpoint.chat) for text in texts]))
+
+        try:
+            if count(["river stone"])[0] > 0:
+                return count
+        except LlmctlError:
+            continue
+    return None
+
+
+def _vllm_form(text: str, model: str, special: bool) -> dict[str, object]:
+    return {"model": model, "prompt": text, "add_special_tokens": special}
+
+
+def _llama_cpp_form(text: str, model: str, special: bool) -> dict[str, object]:  # noqa: ARG001
+    return {"content": text, "add_special": special}
+
+
+async def _count(endpoint: Endpoint, bodies: Sequence[Mapping[str, object]]) -> list[int]:
+    slots = asyncio.Semaphore(_TOKENIZE_AT_ONCE)
+
+    async def one(session: aiohttp.ClientSession, body: Mapping[str, object]) -> int:
+        async with slots:
+            status, answer, reason = await _call(session, "POST", endpoint.base_url + "/tokenize", body)
+        tokens = answer.get("tokens") if status == 200 and isinstance(answer, dict) else None
+        if not isinstance(tokens, list):
+            raise LlmctlError(f"{endpoint.base_url}/tokenize: {reason or 'no list of tokens in the answer'}")
+        return len(tokens)
+
+    async with _session(endpoint) as session:
+        return list(await asyncio.gather(*(one(session, body) for body in bodies)))
+
+
+def _session(endpoint: Endpoint) -> aiohttp.ClientSession:
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=endpoint.verify_tls),
+        timeout=aiohttp.ClientTimeout(total=_PROBE_TIMEOUT),
+        headers=dict(endpoint.headers),
+    )
+
+
+async def _call(
+    session: aiohttp.ClientSession, method: str, url: str, body: Mapping[str, object] | None = None
+) -> tuple[int, Any, str]:
+    """Status (0: no answer), decoded JSON or None, and what went wrong in words."""
+    import aiohttp
+
+    try:
+        async with session.request(method, url, json=body) as response:
+            try:
+                answer = await response.json(content_type=None)
+            except ValueError:
+                answer = None
+            return response.status, answer, "" if response.status == 200 else f"HTTP {response.status}"
+    except TimeoutError:
+        return 0, None, f"no answer within {_PROBE_TIMEOUT:g} s"
+    except (aiohttp.ClientError, OSError) as error:
+        return 0, None, str(error) or type(error).__name__

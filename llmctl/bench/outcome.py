@@ -1,0 +1,216 @@
+"""From the figures of a run to its outcome: gates, baseline, exit code, files. Shared by all benches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.bench import baseline as base
+from llmctl.bench import gate, report, stats
+from llmctl.bench.config import ReportConfig
+from llmctl.bench.metrics import is_known_metric
+from llmctl.errors import ExitCode, UsageError
+
+SCHEMA_VERSION = 1
+
+DETAILED = (
+    "input_lens",
+    "output_lens",
+    "ttfts",
+    "itls",
+    "latencies",
+    "start_times",
+    "queue_times",
+    "generated_texts",
+    "errors",
+    "finish_reasons",
+)
+
+RESERVED = frozenset(
+    (
+        *DETAILED,
+        *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate"),
+        *(
+            "burstiness",
+            "max_concurrency",
+            "schema_version",
+            "kind",
+            "num_repeats",
+            "repeats",
+            "confidence",
+            "workload",
+        ),
+        *("environment", "definitions", "failures", "client", "server", "gates", "baseline", "exit_code", "engine"),
+        *("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"),
+        *("avg_latency", "percentiles", "num_iters", "batch_size", "peak_rss_bytes", "output_token_source"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result document and the exit code it calls for."""
+
+    result: dict[str, Any]
+    exit_code: ExitCode
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a run is judged; made from the options before any load is sent, so that bad options cost nothing.
+
+    Attributes:
+        slos: objectives, ``--min-goodput`` included. previous: the baseline's document, when there is one.
+    """
+
+    config: ReportConfig
+    slos: tuple[gate.Slo, ...]
+    max_regression: float
+    metrics: tuple[str, ...]
+    metadata: Mapping[str, str]
+    previous: Mapping[str, Any] | None
+
+    @classmethod
+    def make(
+        cls,
+        config: ReportConfig,
+        regression_metrics: str,
+        is_known: Callable[[str], bool],
+        names: Sequence[str],
+        extra: Sequence[gate.Slo] = (),
+    ) -> Judge:
+        """Check every option that concerns the verdict and the files.
+
+        Raises:
+            UsageError: on the first that cannot be honoured.
+        """
+        slos = (*gate.parse_slos(config.slo, is_known, names), *extra)
+        max_regression = gate.parse_share(config.max_regression, "max_regression")
+        if config.update_baseline and not config.baseline:
+            raise UsageError("--update-baseline: needs --baseline FILE to know what to write", param="update_baseline")
+        if config.num_repeats < 1:
+            raise UsageError(f"--repeats: expected at least 1, found {config.repeats}", param="repeats")
+        if not 0 < config.confidence < 1:
+            raise UsageError(f"--confidence: expected a share in (0, 1), found {config.confidence}", param="confidence")
+        metrics = tuple(m.strip() for m in regression_metrics.split(",") if m.strip())
+        for metric in metrics:
+            if not is_known(metric):
+                hint = gate.suggestion(metric, names)
+                raise UsageError(f"--regression-metrics: unknown metric '{metric}'{hint}", param="regression_metrics")
+        previous = None
+        if config.baseline and not (config.update_baseline and not Path(config.baseline).exists()):
+            previous = base.load_baseline(Path(config.baseline))
+        return cls(config, slos, max_regression, metrics, parse_metadata(config.metadata), previous)
+
+    def check_same_work(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a baseline of other work, unless it is about to be replaced."""
+        if self.previous is not None and not self.config.update_baseline:
+            base.check_same_work(Path(str(self.config.baseline)), self.previous, identity)
+
+    def judge(self, result: dict[str, Any], first_gates: Sequence[gate.Gate]) -> Outcome:
+        """Add gates, baseline and exit code to a result."""
+        gates = [*first_gates]
+        gates += [gate.check(s, result, "goodput" if "goodput" in s.metric else "slo") for s in self.slos]
+        result["baseline"] = None
+        if self.previous is not None:
+            deltas = base.compare(
+                self.previous, result, self.metrics, self.max_regression, confidence=self.config.confidence
+            )
+            result["baseline"] = base.as_dict(Path(str(self.config.baseline)), self.previous, deltas)
+            if not self.config.update_baseline:
+                gates += base.regression_gates(deltas, self.max_regression)
+        code = gate.exit_code(gates)
+        result["gates"] = [g.as_dict() for g in gates]
+        result["exit_code"] = int(code)
+        return Outcome(result, code)
+
+
+def parse_metadata(items: Sequence[str]) -> dict[str, str]:
+    """``K=V`` pairs, which become top-level keys of the result, as ``vllm bench serve`` writes them.
+
+    Raises:
+        UsageError: not K=V, or a key that results have already.
+    """
+    pairs = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--metadata '{item}': expected KEY=VALUE", param="metadata")
+        if key in RESERVED or is_known_metric(key):
+            raise UsageError(f"--metadata '{item}': '{key}' is a key that results have already", param="metadata")
+        pairs[key] = value.strip()
+    return pairs
+
+
+_SUMS = frozenset(
+    ("completed", "failed", "duration", "elapsed_time", "total_input_tokens", "total_output_tokens", "num_requests")
+)
+
+
+def confidence_intervals(repeats: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, dict[str, Any]]:
+    """Per metric: mean, std, half width and ends of the Student-t interval across repeats; empty for one repeat.
+
+    Counts and durations, which the top level sums up, have none.
+    """
+    if len(repeats) < 2:
+        return {}
+    intervals: dict[str, dict[str, Any]] = {}
+    for metric in report.numeric_metrics(repeats[0]):
+        values = base.repeat_values({"repeats": list(repeats)}, metric)
+        if metric in _SUMS or len(values) < 2:
+            continue
+        found = stats.mean_interval(values, confidence)
+        intervals[metric] = {
+            "mean": found.mean,
+            "std": found.std,
+            "half_width": found.half_width,
+            "low": found.low,
+            "high": found.high,
+            "count": found.count,
+            "confidence": confidence,
+        }
+    return intervals
+
+
+def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: str) -> list[Path]:
+    """Write every file asked for, append to ``$GITHUB_STEP_SUMMARY``, replace the baseline of a run that passed.
+
+    Returns:
+        The files written.
+    """
+    result = outcome.result
+    files: list[tuple[Path, str]] = []
+    if config.save_result or config.result_filename or config.result_dir:
+        folder = Path(config.result_dir or ".")
+        files.append(
+            (folder / (config.result_filename or report.default_filename(result, backend)), report.to_json(result))
+        )
+    if config.junit:
+        files.append((Path(config.junit), report.to_junit(result, title)))
+    if config.markdown:
+        files.append((Path(config.markdown), report.to_markdown(result, title)))
+    if config.csv:
+        files.append((Path(config.csv), report.to_csv(result)))
+    if config.github_action_benchmark:
+        stem = Path(config.github_action_benchmark)
+        for name, bigger in (("bigger-is-better", True), ("smaller-is-better", False)):
+            text = report.to_github_action_benchmark(result, bigger)
+            files.append((stem.with_name(f"{stem.name.removesuffix('.json')}-{name}.json"), text))
+    if config.update_baseline and config.baseline and outcome.exit_code == ExitCode.OK:
+        slim = {k: v for k, v in result.items() if k not in DETAILED}
+        files.append((Path(config.baseline), report.to_json(slim)))
+    for path, text in files:
+        report.write_text(path, text)
+    _append_step_summary(result, title)
+    return [path for path, _ in files]
+
+
+def _append_step_summary(result: Mapping[str, Any], title: str) -> None:
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(report.to_markdown(result, title) + "\n")

@@ -1,0 +1,223 @@
+"""Report files of a bench result: JSON, JUnit, Markdown, CSV, github-action-benchmark. Written beside, then renamed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmctl.bench.metrics import higher_is_better, parse_latency_key
+
+_FAILURES_SHOWN = 5
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside the final name, fsync, rename; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def to_json(result: Mapping[str, Any]) -> str:
+    """Strict JSON (no NaN, no Infinity)."""
+    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def numeric_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a result: throughputs, counts and latency statistics, in its order."""
+    skip = {
+        "num_prompts",
+        "burstiness",
+        "max_concurrency",
+        "request_rate",
+        "schema_version",
+        "exit_code",
+        "num_repeats",
+    }
+    return {
+        key: float(value)
+        for key, value in result.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in skip
+    }
+
+
+def unit(metric: str) -> str:
+    """Unit of a metric by its name."""
+    if metric.endswith("_ms"):
+        return "ms"
+    endings = {
+        "request_throughput": "req/s",
+        "requests_per_second": "req/s",
+        "request_goodput": "req/s",
+        "throughput": "tok/s",
+        "tokens_per_s": "tok/s",
+        "tokens_per_second": "tok/s",
+        "_tokens": "tok",
+        "ratio": "",
+        "latency": "s",
+        "duration": "s",
+        "elapsed_time": "s",
+        "_seconds": "s",
+        "_bytes": "B",
+    }
+    return next((text for ending, text in endings.items() if metric.endswith(ending)), "")
+
+
+def to_junit(result: Mapping[str, Any], suite: str) -> str:
+    """JUnit XML: one test case a gate."""
+    gates = result["gates"]
+    failed = [gate for gate in gates if not gate["passed"]]
+    seconds = f"{float(result.get('duration') or result.get('elapsed_time') or 0):.3f}"
+    counts = {"tests": str(len(gates)), "failures": str(len(failed)), "errors": "0", "time": seconds}
+    root = ET.Element("testsuites", counts)
+    element = ET.SubElement(root, "testsuite", {"name": suite, "skipped": "0", **counts})
+    properties = ET.SubElement(element, "properties")
+    for key, value in numeric_metrics(result).items():
+        ET.SubElement(properties, "property", {"name": key, "value": repr(value)})
+    for gate in gates:
+        name = f"{gate['metric']} {gate['op']} {gate['limit']:g}"
+        case = ET.SubElement(element, "testcase", {"classname": f"{suite}.{gate['kind']}", "name": name, "time": "0"})
+        if not gate["passed"]:
+            message = _clean(f"observed {_show(gate['observed'])}; {gate['note']}".removesuffix("; "))
+            ET.SubElement(case, "failure", {"type": gate["kind"], "message": message}).text = _failure_text(
+                result, gate
+            )
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _failure_text(result: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+    if gate["kind"] != "requests":
+        return ""
+    return _clean("\n".join(failure_lines(result)))
+
+
+def _clean(text: str) -> str:
+    """Drop characters that XML 1.0 cannot hold."""
+    return "".join(
+        c for c in text if c in "\t\n\r" or (ord(c) >= 0x20 and not 0xD800 <= ord(c) <= 0xDFFF and c not in "￾￿")
+    )
+
+
+def failure_lines(result: Mapping[str, Any]) -> list[str]:
+    """``3 x http_500: HTTP 500: …`` for the first distinct failures."""
+    lines = [
+        f"{row['count']} x {row['kind']}: {message}"
+        for row in result.get("failures") or ()
+        for message in row["messages"]
+    ]
+    return lines[:_FAILURES_SHOWN]
+
+
+def to_markdown(result: Mapping[str, Any], title: str) -> str:
+    """A summary for a pull request or a CI job page."""
+    passed = not result["exit_code"]
+    lines = [f"### {title}: {'passed' if passed else 'FAILED'}", ""]
+    lines += _table(
+        ["metric", "value", "95% interval" if not _level(result) else f"{_level(result):.0%} interval"],
+        [[k, f"{_show(v)} {unit(k)}".strip(), _interval(result, k)] for k, v in numeric_metrics(result).items()],
+    )
+    lines += ["", *_table(["gate", "limit", "observed", "", "note"], [_gate_row(g) for g in result["gates"]])]
+    failures = failure_lines(result)
+    if failures:
+        lines += ["", "Failed requests:", "", *(f"- {_cell(line)}" for line in failures)]
+    return "\n".join([*lines, "", _where(result), ""])
+
+
+def _gate_row(gate: Mapping[str, Any]) -> list[str]:
+    return [
+        gate["metric"],
+        f"{gate['op']} {gate['limit']:g}",
+        _show(gate["observed"]),
+        "pass" if gate["passed"] else "**FAIL**",
+        gate["note"],
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _level(result: Mapping[str, Any]) -> float | None:
+    rows = list((result.get("confidence") or {}).values())
+    return float(rows[0]["confidence"]) if rows else None
+
+
+def _interval(result: Mapping[str, Any], metric: str) -> str:
+    row = (result.get("confidence") or {}).get(metric)
+    return "" if not row or row["half_width"] is None else f"{_show(row['mean'])} ± {_show(row['half_width'])}"
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    environment = result.get("environment") or {}
+    load = (environment.get("load_average_before") or ["?"])[0]
+    return (
+        f"{environment.get('cpu_model')}, {environment.get('cpu_cores_usable')} cores, load {load} before; "
+        f"llmctl {environment.get('llmctl')}, {environment.get('git_commit') or 'no commit'}; {result.get('date')}"
+    )
+
+
+def _show(value: object) -> str:
+    if not isinstance(value, int | float):
+        return "none"
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def to_csv(result: Mapping[str, Any]) -> str:
+    """A header, one row a repeat, and a last row ``all`` with the pooled figures."""
+    columns = list(numeric_metrics(result))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["date", "label", "model_id", "repeat"]
+    writer.writerow([*head, *columns])
+    common = [result.get("date"), result.get("label"), result.get("model_id")]
+    for number, repeat in enumerate(result.get("repeats") or (), start=1):
+        writer.writerow([*common, number, *(repeat.get(c, "") for c in columns)])
+    writer.writerow([*common, "all", *(result[c] for c in columns)])
+    return out.getvalue()
+
+
+def to_github_action_benchmark(result: Mapping[str, Any], bigger: bool) -> str:
+    """The list that github-action-benchmark reads: throughputs for its ``customBiggerIsBetter`` tool, latencies for
+    ``customSmallerIsBetter``.
+    """
+    rows = []
+    for key, value in numeric_metrics(result).items():
+        if (not unit(key) or key.startswith("std_")) or higher_is_better(key) != bigger:
+            continue
+        if not bigger and parse_latency_key(key) is None and not key.endswith(("latency", "elapsed_time")):
+            continue
+        row: dict[str, object] = {"name": key, "unit": unit(key), "value": value}
+        interval = (result.get("confidence") or {}).get(key)
+        if interval and interval["half_width"] is not None:
+            row["range"] = f"± {interval['half_width']:.4g}"
+        row["extra"] = f"{result.get('model_id')} {result.get('label') or ''}".strip()
+        rows.append(row)
+    return json.dumps(rows, indent=2) + "\n"
+
+
+def default_filename(result: Mapping[str, Any], backend: str) -> str:
+    """``LABEL-RATEqps-concurrencyN-MODEL-DATE.json``, as ``vllm bench serve`` names it."""
+    concurrency = result.get("max_concurrency")
+    parts = [str(result.get("label") or backend)]
+    if "request_rate" in result:
+        parts.append(f"{result['request_rate']}qps" + (f"-concurrency{concurrency}" if concurrency is not None else ""))
+    parts += [str(result["model_id"]).rstrip("/").rsplit("/", 1)[-1].replace(":", "-"), str(result["date"])]
+    return "-".join(parts) + ".json"

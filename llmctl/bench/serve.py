@@ -1,0 +1,358 @@
+"""``bench serve``: plan a workload, send it once a repeat, and make the result document."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from llmctl.bench import gate, metrics
+from llmctl.bench.arrivals import arrival_times
+from llmctl.bench.client import LoadRun, Target, run_load
+from llmctl.bench.config import BenchServeConfig
+from llmctl.bench.endpoint import Endpoint, ServerFacts, make_endpoint, probe, server_counter
+from llmctl.bench.environment import describe_environment, load_average
+from llmctl.bench.local_tokenizer import local_counter
+from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals
+from llmctl.bench.progress import Progress
+from llmctl.bench.workloads import (
+    DATASETS,
+    LengthRange,
+    TokenCounter,
+    WorkItem,
+    file_items,
+    random_items,
+    sharegpt_items,
+)
+from llmctl.errors import UsageError
+
+_WARMUP_STREAM = 1_000_000
+_WARMUP_OUTPUT = 8
+_DEFAULT_OUTPUT = "128"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Checked options: everything that can be refused before a server is asked anything."""
+
+    config: BenchServeConfig
+    endpoint: Endpoint
+    judge: Judge
+    options: metrics.MetricOptions
+    inputs: LengthRange
+    outputs: LengthRange | None
+    extra_body: dict[str, Any]
+    ignore_eos: bool
+
+    @property
+    def backend(self) -> str:
+        """vLLM's name of the API in use."""
+        return self.config.backend or ("openai-chat" if self.endpoint.chat else "openai")
+
+
+def make_plan(config: BenchServeConfig) -> Plan:
+    """Check the options.
+
+    Raises:
+        UsageError: on the first that cannot be honoured.
+    """
+    _check_numbers(config)
+    goodput = gate.parse_goodput(config.goodput)
+    extra = [gate.parse_min_goodput(config.min_goodput)] if config.min_goodput is not None else []
+    judge = Judge.make(config, config.regression_metrics, metrics.is_known_metric, metrics.known_metrics(), extra)
+    if not goodput and any("goodput" in slo.metric for slo in judge.slos):
+        raise UsageError(
+            "--min-goodput: needs --goodput to say which requests are good", fix="such as --goodput ttft:200"
+        )
+    arrival_times(0, config.request_rate, config.burstiness, config.seed)
+    return Plan(
+        config=config,
+        endpoint=make_endpoint(
+            config.base_url or f"http://{config.host}:{config.port}",
+            config.endpoint,
+            config.backend,
+            config.api_key,
+            config.header,
+            not config.insecure,
+        ),
+        judge=judge,
+        options=_metric_options(config, judge, goodput),
+        inputs=LengthRange.parse(config.input_len, "input_len"),
+        outputs=_output_lengths(config),
+        extra_body=_parse_object(config.extra_body),
+        ignore_eos=config.ignore_eos if config.ignore_eos is not None else config.dataset_name == "random",
+    )
+
+
+def _check_numbers(config: BenchServeConfig) -> None:
+    for name, low in (("num_prompts", 1), ("num_warmups", 0), ("max_concurrency", 1)):
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}", param=name)
+    if not 0 <= config.max_failed_ratio <= 1:
+        raise UsageError(f"--max-failed-ratio: expected 0 to 1, found {config.max_failed_ratio}")
+    if not config.request_timeout > 0:
+        raise UsageError(f"--request-timeout: expected seconds above 0, found {config.request_timeout}")
+    if config.dataset_name not in DATASETS:
+        hint = gate.suggestion(config.dataset_name, DATASETS)
+        raise UsageError(f"--dataset-name '{config.dataset_name}': unknown{hint}", param="dataset_name")
+    if (config.dataset_name == "random") != (config.dataset_path is None):
+        need = "takes no" if config.dataset_name == "random" else "needs"
+        raise UsageError(f"--dataset-name {config.dataset_name}: {need} --dataset-path", param="dataset_path")
+
+
+def _output_lengths(config: BenchServeConfig) -> LengthRange | None:
+    if config.output_len is None:
+        return None if config.dataset_name == "sharegpt" else LengthRange.parse(_DEFAULT_OUTPUT, "output_len")
+    return LengthRange.parse(config.output_len, "output_len")
+
+
+def _metric_options(config: BenchServeConfig, judge: Judge, goodput: dict[str, float]) -> metrics.MetricOptions:
+    """Metrics and percentiles asked for, and those that objectives and the regression check need."""
+    names = [name.strip() for name in config.percentile_metrics.split(",") if name.strip()]
+    for name in names:
+        if name not in metrics.LATENCIES:
+            hint = gate.suggestion(name, metrics.LATENCIES)
+            raise UsageError(f"--percentile-metrics: unknown metric '{name}'{hint}", param="percentile_metrics")
+    percentiles = set(_parse_percentiles(config.metric_percentiles))
+    compared = [gate.Slo(m, "<=", 0) for m in judge.metrics] if config.baseline else []
+    for name, needed in gate.slo_percentiles([*judge.slos, *compared]).items():
+        names.append(name)
+        percentiles |= needed
+    chosen = tuple(name for name in metrics.LATENCIES if name in names)
+    return metrics.MetricOptions(chosen, tuple(sorted(percentiles)), goodput)
+
+
+def _parse_percentiles(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 <= value <= 100 for value in values):
+        raise UsageError(f"--metric-percentiles '{text}': expected numbers from 0 to 100 such as 50,90,99")
+    return values
+
+
+def _parse_object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        loaded = json.loads(text)
+    except ValueError:
+        loaded = None
+    if not isinstance(loaded, dict):
+        raise UsageError(f"--extra-body '{text}': expected a JSON object", param="extra_body")
+    return loaded
+
+
+def run_serve(config: BenchServeConfig, progress: Progress) -> tuple[Outcome, Plan]:
+    """Run the whole bench.
+
+    Raises:
+        UsageError: options that cannot be honoured, or a baseline of other work.
+        LlmctlError: no server answers.
+    """
+    plan = make_plan(config)
+    server = probe(plan.endpoint, config.ready_timeout)
+    model = _model(config, plan.endpoint, server)
+    counter, counted_by = _counter(plan, model, progress)
+    environment = describe_environment()
+    head = _head(plan, model, server, counted_by)
+    plan.judge.check_same_work(head)
+    target = _target(plan, model)
+    _warm_up(plan, target, counter, progress)
+    runs = []
+    for repeat in range(config.num_repeats):
+        items = make_items(plan, repeat, counter)
+        if repeat == 0 and counter is not None and not all(item.exact or item.messages for item in items):
+            progress.log("note: some prompts could not be made of exactly the wanted length; true lengths are reported")
+        runs.append(_run_once(plan, target, items, repeat, progress))
+    progress.stop()
+    result = make_result(plan, head, runs, environment)
+    first = gate.request_gates(result, config.max_failed_ratio)
+    return plan.judge.judge(result, first), plan
+
+
+def _model(config: BenchServeConfig, endpoint: Endpoint, server: ServerFacts) -> str:
+    if config.model:
+        return config.model
+    if not server.models:
+        raise UsageError(f"{endpoint.base_url}/v1/models: names no model", fix="give --model NAME", param="model")
+    return server.models[0]
+
+
+def _counter(plan: Plan, model: str, progress: Progress) -> tuple[TokenCounter | None, str]:
+    """How prompt lengths are counted: a tokenizer given, the server's /tokenize, or not at all."""
+    if plan.config.tokenizer:
+        return local_counter(plan.config.tokenizer, special=not plan.endpoint.chat), "tokenizer"
+    counter = server_counter(plan.endpoint, model)
+    if counter is not None:
+        return counter, "server"
+    progress.log("note: prompt lengths are approximate (a word taken for a token): no --tokenizer and no /tokenize")
+    return None, "approximate"
+
+
+def _target(plan: Plan, model: str) -> Target:
+    config = plan.config
+    body: dict[str, Any] = {"temperature": config.temperature}
+    if plan.ignore_eos:
+        body["ignore_eos"] = True
+    return Target(
+        url=plan.endpoint.url,
+        model=model,
+        chat=plan.endpoint.chat,
+        headers=plan.endpoint.headers,
+        body={**body, **plan.extra_body},
+        keep_alive=config.keep_alive,
+        timeout=config.request_timeout,
+        verify_tls=plan.endpoint.verify_tls,
+        keep_text=config.save_detailed,
+    )
+
+
+def make_items(plan: Plan, repeat: int, counter: TokenCounter | None) -> list[WorkItem]:
+    """The workload of one repeat: the same lengths every time; random words differ, a file's prompts do not."""
+    config = plan.config
+    if config.dataset_name == "random":
+        outputs = plan.outputs or LengthRange.parse(_DEFAULT_OUTPUT, "output_len")
+        return random_items(config.num_prompts, plan.inputs, outputs, seed=config.seed, stream=repeat, counter=counter)
+    path = Path(str(config.dataset_path))
+    if config.dataset_name == "sharegpt":
+        return sharegpt_items(path, config.num_prompts, plan.outputs, seed=config.seed, counter=counter)
+    outputs = plan.outputs or LengthRange.parse(_DEFAULT_OUTPUT, "output_len")
+    items = file_items(path, config.num_prompts, outputs, seed=config.seed, counter=counter)
+    if not plan.endpoint.chat and any(item.messages for item in items):
+        raise UsageError(f"--dataset-path {path}: has chat messages", fix="add --endpoint /v1/chat/completions")
+    return items
+
+
+def _warm_up(plan: Plan, target: Target, counter: TokenCounter | None, progress: Progress) -> None:
+    """Requests that are not counted: other words, few tokens out."""
+    config = plan.config
+    if not config.num_warmups:
+        return
+    items = random_items(
+        config.num_warmups,
+        plan.inputs,
+        LengthRange(_WARMUP_OUTPUT, _WARMUP_OUTPUT),
+        seed=config.seed,
+        stream=_WARMUP_STREAM,
+        counter=counter,
+    )
+    progress.start("warming up", len(items))
+    run = asyncio.run(
+        run_load(target, items, [0.0] * len(items), config.max_concurrency, lambda r: progress.advance(not r.ok))
+    )
+    failed = [r for r in run.records if not r.ok]
+    if failed:
+        progress.log(f"warning: {len(failed)} of {len(items)} warm-up requests failed: {failed[0].error}")
+
+
+@dataclass(frozen=True)
+class RepeatRun:
+    """One repeat: its load, when it began, and how busy the machine was after it."""
+
+    load: LoadRun
+    date: str
+    load_average_after: list[float] | None
+
+
+def _run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int, progress: Progress) -> RepeatRun:
+    config = plan.config
+    suffix = f" {repeat + 1}/{config.num_repeats}" if config.num_repeats > 1 else ""
+    progress.start(f"requests{suffix}", len(items))
+    arrivals = arrival_times(len(items), config.request_rate, config.burstiness, config.seed + repeat)
+    done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
+    date = _now()
+    load = asyncio.run(run_load(target, items, arrivals, config.max_concurrency, done))
+    return RepeatRun(load, date, load_average())
+
+
+def _now() -> str:
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def _head(plan: Plan, model: str, server: ServerFacts, counted_by: str) -> dict[str, Any]:
+    """What identifies a run: vLLM's leading keys, and the workload that a baseline must share."""
+    config = plan.config
+    return {
+        "date": _now(),
+        "endpoint_type": plan.backend,
+        "backend": plan.backend,
+        "label": config.label,
+        "model_id": model,
+        "tokenizer_id": config.tokenizer or model,
+        "num_prompts": config.num_prompts,
+        **plan.judge.metadata,
+        "request_rate": _number(config.request_rate),
+        "burstiness": _number(config.burstiness),
+        "max_concurrency": config.max_concurrency,
+        "workload": {
+            "endpoint": plan.endpoint.path,
+            "dataset_name": config.dataset_name,
+            "dataset_path": config.dataset_path and Path(config.dataset_path).name,
+            "input_len": str(plan.inputs) if config.dataset_name == "random" else None,
+            "output_len": None if plan.outputs is None else str(plan.outputs),
+            "ignore_eos": plan.ignore_eos,
+            "temperature": config.temperature,
+            "seed": config.seed,
+            "keep_alive": config.keep_alive,
+            "prompt_length_source": counted_by,
+        },
+        "server": {"url": plan.endpoint.url, "version": server.version, "ready_wait_seconds": server.ready_wait},
+    }
+
+
+def _number(value: float) -> float | str:
+    """JSON has no infinity; vLLM writes it as text."""
+    return "inf" if math.isinf(value) else value
+
+
+def make_result(
+    plan: Plan, head: dict[str, Any], runs: Sequence[RepeatRun], environment: dict[str, object]
+) -> dict[str, Any]:
+    """The result document, without gates: pooled figures first, then one entry a repeat."""
+    pooled = [record for run in runs for record in run.load.records]
+    duration = sum(run.load.duration for run in runs)
+    figures = metrics.run_metrics(pooled, duration, plan.options)
+    repeats = [_repeat(plan, run) for run in runs]
+    tail = {key: head[key] for key in ("workload", "server")}
+    front = {key: value for key, value in head.items() if key not in tail}
+    cpu = sum(run.load.cpu_seconds for run in runs)
+    result = {
+        **front,
+        **figures,
+        "schema_version": SCHEMA_VERSION,
+        "kind": "serve",
+        "num_repeats": len(runs),
+        "short_outputs": sum(r.ok and r.output_tokens < r.planned_output for r in pooled),
+        "output_token_source": metrics.output_token_source(pooled),
+        "failures": metrics.failure_summary(pooled),
+        **tail,
+        "client": {
+            "cpu_seconds": cpu,
+            "cpu_share_of_one_core": cpu / duration if duration else 0.0,
+            "max_send_lag_ms": max(run.load.max_send_lag for run in runs) * 1000,
+        },
+        "environment": {**environment, "load_average_after": runs[-1].load_average_after},
+        "definitions": metrics.DEFINITIONS,
+        "repeats": repeats,
+        "confidence": confidence_intervals(repeats, plan.config.confidence),
+    }
+    if plan.config.save_detailed:
+        result |= metrics.detailed_lists(pooled)
+    return result
+
+
+def _repeat(plan: Plan, run: RepeatRun) -> dict[str, Any]:
+    return {
+        "date": run.date,
+        **metrics.run_metrics(run.load.records, run.load.duration, plan.options),
+        "client_cpu_seconds": run.load.cpu_seconds,
+        "load_average_after": run.load_average_after,
+    }

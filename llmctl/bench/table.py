@@ -1,0 +1,90 @@
+"""A bench result as rich tables, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llmctl.bench.metrics import LATENCIES
+from llmctl.bench.report import failure_lines, unit
+
+_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
+
+
+def print_result(result: Mapping[str, Any], title: str, console: Console) -> None:
+    """Totals, latencies, gates and failures."""
+    console.print(_totals(result, title))
+    latencies = _latencies(result)
+    if latencies.row_count:
+        console.print(latencies)
+    console.print(_gates(result))
+    for line in failure_lines(result):
+        console.print(line, style="red", markup=False, highlight=False)
+
+
+def _totals(result: Mapping[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("unit")
+    rows = (
+        *("completed", "failed", "duration", "request_throughput", "request_goodput", "output_throughput"),
+        *("total_token_throughput", "total_input_tokens", "total_output_tokens"),
+        *("elapsed_time", "requests_per_second", "tokens_per_second", "avg_latency"),
+        *("prefill_tokens_per_second", "decode_tokens_per_second", "peak_rss_bytes", "threads"),
+    )
+    for key in rows:
+        if result.get(key) is not None:
+            value, shown_unit = result[key], unit(key)
+            if shown_unit == "B":
+                value, shown_unit = value / 2**20, "MiB"
+            table.add_row(key.replace("_", " "), _number(value) + _spread(result, key), shown_unit)
+    client = result.get("client")
+    if client:
+        table.add_row("client CPU", _number(client["cpu_seconds"]), "s")
+    return table
+
+
+def _latencies(result: Mapping[str, Any]) -> Table:
+    words = ["mean", "median", "std"]
+    present = [name for name in LATENCIES if f"mean_{name}_ms" in result]
+    suffixes = tuple(f"_{name}_ms" for name in present)
+    keys = [key for key in result if present and key.endswith(suffixes)]
+    percentiles = list(dict.fromkeys(key.split("_", 1)[0] for key in keys if key[0] == "p"))
+    table = Table(title="ms" if present else None, title_justify="left")
+    table.add_column("latency")
+    for word in (*words, *percentiles):
+        table.add_column(word, justify="right")
+    for name in present:
+        table.add_row(_NAMES[name], *(_number(result.get(f"{word}_{name}_ms")) for word in (*words, *percentiles)))
+    return table
+
+
+def _gates(result: Mapping[str, Any]) -> Table:
+    table = Table(title="gates", title_justify="left")
+    for column in ("gate", "observed", "verdict", "note"):
+        table.add_column(column)
+    for gate in result["gates"]:
+        table.add_row(
+            f"{gate['metric']} {gate['op']} {gate['limit']:g}",
+            _number(gate["observed"]),
+            "[green]pass[/]" if gate["passed"] else "[bold red]FAIL[/]",
+            gate["note"],
+        )
+    return table
+
+
+def _spread(result: Mapping[str, Any], key: str) -> str:
+    interval = (result.get("confidence") or {}).get(key)
+    return f" ± {_number(interval['half_width'])}" if interval and interval["half_width"] is not None else ""
+
+
+def _number(value: object) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}"
+    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
