@@ -8,11 +8,11 @@ block and none is free, the last running request in that order loses its blocks 
 Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
 is added), so it advances in every step; waiting requests enter in the same order.
 
-Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once and the engine appends what was sampled later, so
-the next step may be scheduled before the last one is done: a request whose newest token is still being sampled has nothing
-to compute and sits out, all others go on. Freed blocks may be handed out while a step that uses them is in flight,
-because runtimes execute steps in order. (For a request to decode in consecutive steps in flight, a plan would have to
-say "the token sampled by the step before" in place of a token id; the bookkeeping here would stay as it is.)
+Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once and the engine appends later what was sampled. So
+the next step may be scheduled before the last one is done: a request whose newest token is still being sampled has
+nothing to compute and sits out, all others go on. Freed blocks may be handed out while a step that uses them is in
+flight, because runtimes execute steps in order. (For a request to decode in consecutive steps in flight, a plan would
+have to say "the token sampled by the step before" in place of a token id; the bookkeeping here would stay as it is.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""A runtime without a model: the next token is a hash of the request's own history, read back through a paged store.
+
+A wrong block table, a stale block or a slot written by another request changes the history that is read, and with it
+the tokens. ``expected_tokens`` says what a request must yield, whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmctl.engine.request import Request
+from llmctl.engine.sampling import make_sampling_batch
+from llmctl.engine.step import (
+    RuntimeLimits,
+    SamplingBatch,
+    SequenceSlice,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+EMPTY = (-1, -1)
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def next_token(history: Sequence[tuple[int, int]], sampling: SamplingBatch, row: int, vocab_size: int) -> int:
+    """The fake model and sampler. ``history``: (token, position) pairs."""
+    draw = 0 if sampling.temperature[row] == 0 else (int(sampling.seeds[row]), int(sampling.positions[row]))
+    first = _hash(list(history), draw)
+    forbidden = set()
+    if sampling.bias_rows is not None:
+        at = sampling.bias_rows == row
+        values = dict(zip(sampling.bias_ids[at].tolist(), sampling.bias_values[at].tolist(), strict=True))
+        forbidden = {i for i, v in values.items() if v == -np.inf}
+        favoured = [i for i, v in values.items() if v == 100.0]
+        if favoured:
+            return favoured[0]
+    for offset in range(vocab_size):
+        token = (first + offset) % vocab_size
+        mask = sampling.allowed_mask
+        if token not in forbidden and (mask is None or mask[row, token // 32] >> (token % 32) & 1):
+            return token
+    raise AssertionError("every token is forbidden")
+
+
+def score_of(history: Sequence[tuple[int, int]], target: int) -> float:
+    return -(_hash(list(history), "score", target) % 1000) / 100
+
+
+class _Pending:
+    def __init__(self, runtime: FakeRuntime, plan: StepPlan, sampling: SamplingBatch) -> None:
+        self.runtime, self.plan, self.sampling = runtime, plan, sampling
+        self.value: StepResult | None = None
+
+    def result(self) -> StepResult:
+        self.runtime.run_until(self)
+        assert self.value is not None
+        return self.value
+
+
+class FakeRuntime:
+    """Executes steps in order, each when its result is first asked for (as a device would, later)."""
+
+    def __init__(
+        self, num_blocks: int = 16, block_size: int = 4, max_model_len: int = 64, vocab_size: int = 40
+    ) -> None:
+        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, vocab_size)
+        self.store = [EMPTY] * (num_blocks * block_size)
+        self.queue: deque[_Pending] = deque()
+        self.plans: list[StepPlan] = []
+        self.computed_tokens = 0
+        self.closed = False
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> _Pending:
+        assert plan.slices
+        assert len(sampling.temperature) == sum(s.sample for s in plan.slices)
+        self.plans.append(plan)
+        self.queue.append(_Pending(self, plan, sampling))
+        return self.queue[-1]
+
+    def run_until(self, pending: _Pending) -> None:
+        while pending.value is None:
+            current = self.queue.popleft()
+            current.value = self._run(current.plan, current.sampling)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _slot(self, piece: SequenceSlice, position: int) -> int:
+        size = self.limits.block_size
+        return piece.block_ids[position // size] * size + position % size
+
+    def _history(self, piece: SequenceSlice, length: int) -> list[tuple[int, int]]:
+        return [self.store[self._slot(piece, p)] for p in range(length)]
+
+    def _run(self, plan: StepPlan, sampling: SamplingBatch) -> StepResult:
+        written = set()
+        for piece in plan.slices:
+            assert len(piece.token_ids) > 0
+            for offset, token in enumerate(piece.token_ids):
+                slot = self._slot(piece, piece.start + offset)
+                assert slot not in written, "two tokens of one step share a slot"
+                written.add(slot)
+                self.store[slot] = (token, piece.start + offset)
+        self.computed_tokens += plan.num_tokens
+        tokens, logprobs, scores = [], [], {}
+        for piece in plan.slices:
+            if piece.score_targets is not None:
+                scores[piece.request_id] = np.array(
+                    [score_of(self._history(piece, piece.start + i + 1), t) for i, t in enumerate(piece.score_targets)],
+                    np.float32,
+                )
+            if piece.sample:
+                row = len(tokens)
+                history = self._history(piece, piece.start + len(piece.token_ids))
+                tokens.append(next_token(history, sampling, row, self.limits.vocab_size))
+                wanted = -1 if sampling.num_logprobs is None else int(sampling.num_logprobs[row])
+                logprobs.append(None if wanted < 0 else TokenLogprobs(-1.5, 2, tuple(range(wanted)), (-0.5,) * wanted))
+        return StepResult(
+            np.array(tokens, np.int32), logprobs if any(p is not None for p in logprobs) else None, scores
+        )
+
+
+def expected_tokens(request: Request, seed: int, limits: RuntimeLimits, eos: frozenset[int]) -> list[int]:
+    """What a request yields when it runs alone: no blocks, no batching, no scheduler."""
+    alone = Request(request.request_id, request.prompt_token_ids, request.params)
+    alone.seed = seed
+    params = request.params
+    longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+    end = longest if params.max_tokens is None else alone.num_prompt_tokens + params.max_tokens
+    while alone.num_tokens < end:
+        sampling = make_sampling_batch([alone], vocab_size=limits.vocab_size, eos_token_ids=eos)
+        history = [(token, position) for position, token in enumerate(alone.token_ids)]
+        token = next_token(history, sampling, 0, limits.vocab_size)
+        alone.token_ids.append(token)
+        if alone.num_output_tokens > params.min_tokens and (
+            token in params.stop_token_ids or (token in eos and not params.ignore_eos)
+        ):
+            break
+    return alone.output_token_ids

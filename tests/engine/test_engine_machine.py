@@ -1,0 +1,160 @@
+"""State machine over the whole engine: whatever is added, aborted, preempted or shared, blocks are conserved,
+everything ends within a bounded number of steps, and every request yields the tokens it yields alone."""
+
+from __future__ import annotations
+
+from fake_runtime import FakeRuntime, expected_tokens
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.request import FinishReason, Request
+from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.errors import CapacityError, QueueFullError
+
+EOS = frozenset({0, 1})
+VOCAB = 40
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.sampled_from([None, 0, 12345]),
+    max_tokens=st.one_of(st.none(), st.integers(0, 20)),
+    ignore_eos=st.booleans(),
+    stop_token_ids=st.sampled_from([(), (2, 3, 4)]),
+    bad_words=st.sampled_from([(), ((5,), (6, 7))]),
+    prompt_logprobs=st.sampled_from([None, None, 0]),
+)
+# Prompts from two "system prompts" and a short tail, so that prefixes are shared, in part and to the block's edge.
+PROMPTS = st.builds(
+    lambda head, length, tail: [10 + head + i % 7 for i in range(length)] + tail,
+    st.integers(0, 1),
+    st.integers(0, 14),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        blocks=st.integers(3, 14),
+        block_size=st.integers(1, 5),
+        budget=st.integers(1, 24),
+        seats=st.integers(1, 6),
+        caching=st.booleans(),
+        chunking=st.booleans(),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        in_flight=st.integers(1, 3),
+    )
+    def start(
+        self, blocks: int, block_size: int, budget: int, seats: int, caching: bool, chunking: bool, policy: str,
+        in_flight: int,
+    ) -> None:  # fmt: skip
+        runtime = FakeRuntime(blocks, block_size, max_model_len=30, vocab_size=VOCAB)
+        self.config = SchedulerConfig(seats, budget, caching, chunking, policy, max_num_queued_reqs=8)
+        self.engine = LLMEngine(runtime, self.config, EOS, seed=3, max_steps_in_flight=in_flight)
+        self.requests: dict[str, Request] = {}
+        self.got: dict[str, list[int]] = {}
+        self.ended: dict[str, FinishReason] = {}
+        self.count = 0
+
+    @rule(
+        prompt=PROMPTS,
+        params=PARAMS,
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "s"]),
+    )
+    def add(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None) -> None:
+        name = f"r{self.count}"
+        self.count += 1
+        request = Request(name, prompt, params, priority=priority, cache_salt=salt)
+        longest = min(30, self.engine.limits.num_blocks * self.engine.limits.block_size)
+        output = 1 if params.max_tokens is None else params.max_tokens
+        fits = len(prompt) + output <= longest and (
+            self.config.enable_chunked_prefill or len(prompt) <= self.config.max_num_batched_tokens
+        )
+        room = self.engine.stats().num_waiting < 8
+        try:
+            self.engine.add_request(request)
+        except CapacityError:
+            assert not fits
+        except QueueFullError:
+            assert fits
+            assert not room
+        else:
+            assert fits
+            assert room
+            self.requests[name] = request
+            self.got[name] = []
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.step_once()
+
+    def step_once(self) -> None:
+        for output in self.engine.step():
+            assert output.request_id not in self.ended
+            self.got[output.request_id] += output.new_token_ids
+            if output.finish_reason is not None:
+                self.end(output.request_id, output.finish_reason)
+        self.consistent()
+
+    @precondition(lambda self: self.engine.has_unfinished())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.engine.scheduler.requests)))
+        (output,) = self.engine.abort([name])
+        self.ended[name] = output.finish_reason or FinishReason.STOP
+        expected = self.expected(name)
+        assert self.got[name] == expected[: len(self.got[name])]
+        assert output.finish_reason is FinishReason.ABORT
+
+    @rule()
+    def drain(self) -> None:
+        """The first in order gains a token every step, so this many steps (twice over, in flight) suffice."""
+        left = [self.requests[name] for name in self.engine.scheduler.requests]
+        bound = 3 * sum(r.max_length + 2 for r in left) + 5
+        while self.engine.has_unfinished():
+            assert bound, "a request starves"
+            bound -= 1
+            self.step_once()
+
+    def expected(self, name: str) -> list[int]:
+        request = self.requests[name]
+        return expected_tokens(request, request.seed, self.engine.limits, EOS)
+
+    def end(self, name: str, reason: FinishReason) -> None:
+        self.ended[name] = reason
+        request, tokens = self.requests[name], self.got[name]
+        assert tokens == self.expected(name)
+        full = request.num_prompt_tokens + len(tokens) == request.max_length
+        stopping = bool(tokens) and (
+            tokens[-1] in request.params.stop_token_ids or (tokens[-1] in EOS and not request.params.ignore_eos)
+        )
+        assert reason is (FinishReason.STOP if stopping else FinishReason.LENGTH)
+        assert full or stopping
+
+    @invariant()
+    def consistent(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.engine.scheduler.check()
+        stats = self.engine.stats()
+        assert stats.num_running <= self.config.max_num_seqs
+        assert stats.last_step_tokens <= self.config.max_num_batched_tokens
+        assert 0 <= stats.kv_cache_usage <= 1
+        if not self.engine.has_unfinished():
+            assert stats.kv_cache_usage == 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.drain()
+            assert set(self.ended) == set(self.requests)
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(
+    max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

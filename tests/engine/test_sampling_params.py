@@ -1,0 +1,162 @@
+"""SamplingParams' validation and their translation into a SamplingBatch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmctl.engine.request import Request, fan_out
+from llmctl.engine.sampling import SamplingParams, bad_word_ids, derive_seed, make_sampling_batch
+from llmctl.engine.step import SamplingBatch
+from llmctl.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("n", 0), ("n", 1.5), ("n", True), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
+        ("temperature", "1"), ("top_k", -2), ("top_k", 1.0), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1),
+        ("min_p", 1.1), ("repetition_penalty", 0), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
+        ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}), ("logit_bias", {"1": 1}), ("seed", 2**64),
+        ("seed", 0.5), ("stop", "text"), ("stop", ("",)), ("stop", ("x",) * 65), ("stop_token_ids", ("a",)),
+        ("bad_words", ((),)), ("min_tokens", -1), ("max_tokens", -1), ("max_tokens", 1.0), ("logprobs", 21),
+        ("logprobs", -1), ("prompt_logprobs", 1), ("allowed_token_ids", ()), ("allowed_token_ids", (1.5,)),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_parameter(param: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=param) as caught:
+        SamplingParams(**{param: value})
+    assert caught.value.param == param
+    assert caught.value.http_status == 400
+
+
+def test_limits_themselves_are_accepted() -> None:
+    SamplingParams(
+        n=128, temperature=0, top_k=-1, top_p=1, min_p=1, repetition_penalty=0.01, presence_penalty=-2,
+        frequency_penalty=2, logit_bias={0: -100, 1: 100.0}, seed=-(2**63), stop=["a"], logprobs=20, prompt_logprobs=0,
+        min_tokens=3, max_tokens=3,
+    )  # fmt: skip
+    with pytest.raises(RequestError, match=r"at most max_tokens \(2\), found 3"):
+        SamplingParams(min_tokens=3, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"logit_bias": {50: 1.0}}, {"stop_token_ids": (-1,)}, {"allowed_token_ids": (50,)}, {"bad_words": ((1, 50),)}],
+)
+def test_ids_outside_the_vocabulary_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="outside the vocabulary \\(0 to 49\\)") as caught:
+        SamplingParams(**params).check_vocab(50)
+    assert caught.value.param == next(iter(params))
+
+
+def batch(
+    *params: SamplingParams, outputs: list[int] | None = None, eos: frozenset[int] = frozenset()
+) -> SamplingBatch:
+    requests = [Request(str(i), [1, 2, 3], p) for i, p in enumerate(params)]
+    for request in requests:
+        request.token_ids += outputs or []
+    return make_sampling_batch(requests, vocab_size=40, eos_token_ids=eos)
+
+
+def test_what_nobody_asks_for_is_none() -> None:
+    made = batch(SamplingParams(), SamplingParams(temperature=0))
+    given_fields = {name for name in SamplingBatch.__dataclass_fields__ if getattr(made, name) is not None}
+    assert given_fields == {"temperature", "seeds", "positions"}
+    assert made.temperature.tolist() == [1, 0]
+    assert made.positions.tolist() == [3, 3]
+    assert made.seeds.dtype == np.uint64
+
+
+def test_one_row_that_asks_fills_the_column_with_off_values() -> None:
+    made = batch(SamplingParams(), SamplingParams(top_k=5, top_p=0.5, min_p=0.1, presence_penalty=1, logprobs=0))
+    assert made.top_k is not None
+    assert made.top_k.tolist() == [0, 5]
+    assert made.top_p is not None
+    assert made.top_p.tolist() == [1, 0.5]
+    assert made.min_p is not None
+    assert made.min_p.tolist() == pytest.approx([0, 0.1])
+    assert made.presence_penalty is not None
+    assert made.presence_penalty.tolist() == [0, 1]
+    assert made.repetition_penalty is None
+    assert made.num_logprobs is not None
+    assert made.num_logprobs.tolist() == [-1, 0]
+    assert made.prompt_ids is not None
+    assert made.prompt_ids[1].tolist() == [1, 2, 3]
+
+
+def test_greedy_rows_do_not_ask_for_truncation() -> None:
+    made = batch(SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1))
+    assert made.top_k is None
+    assert made.top_p is None
+    assert made.min_p is None
+
+
+def biases(made: SamplingBatch, row: int = 0) -> dict[int, float]:
+    if made.bias_rows is None:
+        return {}
+    assert made.bias_ids is not None
+    assert made.bias_values is not None
+    at = made.bias_rows == row
+    return dict(zip(made.bias_ids[at].tolist(), made.bias_values[at].tolist(), strict=True))
+
+
+def test_min_tokens_suppresses_ends_until_reached() -> None:
+    params = SamplingParams(min_tokens=2, stop_token_ids=(7,), logit_bias={7: 5.0, 8: -1.0})
+    eos = (9,)
+    assert biases(batch(params, outputs=[4], eos=eos)) == {7: -math.inf, 9: -math.inf, 8: -1.0}
+    assert biases(batch(params, outputs=[4, 4], eos=eos)) == {7: 5.0, 8: -1.0}
+    ignoring = SamplingParams(min_tokens=2, ignore_eos=True)
+    assert biases(batch(ignoring, eos=eos)) == {}
+
+
+def test_bad_words_forbid_the_last_token_after_the_rest_of_the_word() -> None:
+    params = SamplingParams(bad_words=((5,), (6, 7), (3, 8)))
+    assert biases(batch(params, outputs=[6])) == {5: -math.inf, 7: -math.inf}
+    assert biases(batch(params)) == {5: -math.inf}  # the prompt's 3 does not begin a bad word
+
+
+@given(st.sets(st.integers(0, 39), min_size=1))
+def test_allowed_mask_has_exactly_the_allowed_bits(allowed: set[int]) -> None:
+    made = batch(SamplingParams(allowed_token_ids=tuple(allowed)), SamplingParams())
+    assert made.allowed_mask is not None
+    assert made.allowed_mask.dtype == np.uint32
+    assert made.allowed_mask.shape == (2, 2)
+    bits = [[int(word >> np.uint32(b)) & 1 for word in row for b in range(32)] for row in made.allowed_mask]
+    assert {i for i, bit in enumerate(bits[0]) if bit} == allowed
+    assert bits[1] == [1] * 40 + [0] * 24
+
+
+def test_samples_have_seeds_of_their_own_and_the_first_keeps_its_seed() -> None:
+    requests = fan_out(Request("r", [1], SamplingParams(n=4, seed=7), priority=3, cache_salt="s"))
+    seeds = [r.params.seed for r in requests]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 4
+    assert [r.request_id for r in requests] == ["r#0", "r#1", "r#2", "r#3"]
+    assert all(r.params.n == 1 and r.priority == 3 and r.cache_salt == "s" for r in requests)
+    unseeded = fan_out(Request("r", [1], SamplingParams(n=2)))
+    assert [r.params.seed for r in unseeded] == [None, None]
+    only = Request("r", [1])
+    assert fan_out(only) == [only]
+
+
+def test_derived_seeds_are_u64_and_take_negative_seeds() -> None:
+    assert 0 <= derive_seed(-1, 0) < 2**64
+    assert derive_seed(-1, 0) == derive_seed(2**64 - 1, 0)
+    assert derive_seed(1, 0) != derive_seed(0, 1)
+
+
+def test_bad_words_are_encoded_with_and_without_a_leading_space() -> None:
+    class Letters:
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            assert not add_special_tokens
+            return [ord(c) for c in text]
+
+    assert bad_word_ids(Letters(), ["ab"]) == ((97, 98), (32, 97, 98))  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="bad_words"):
+        bad_word_ids(Letters(), [" "])  # type: ignore[arg-type]
