@@ -1,0 +1,244 @@
+"""Passes: Graph -> an equal Graph with fewer, larger ops. Each matches on dataflow, never on names, and leaves alone
+what does not match, so that any pass may run on any graph and in any order.
+
+``fuse_gated_activation`` finds work only after ``merge_gate_up``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from llmctl.errors import UsageError
+from llmctl.graph.graph import INPUT_IDS, POSITIONS, Graph, Op, Weight, WeightPart
+
+Pass = Callable[[Graph], Graph]
+
+_FUSED_NORMS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
+
+
+def apply_passes(graph: Graph, names: Iterable[str] | None = None) -> Graph:
+    """Apply passes by name, in order; None means ``DEFAULT_PASSES``.
+
+    Raises:
+        UsageError: no such pass.
+    """
+    for name in DEFAULT_PASSES if names is None else names:
+        if name not in PASSES:
+            raise UsageError(f"unknown pass '{name}'; known passes: {', '.join(PASSES)}", param="passes")
+        graph = PASSES[name](graph)
+    return graph
+
+
+def merge_qkv(graph: Graph) -> Graph:
+    """One linear with ``splits`` for the q, k and v projections that feed the same attention."""
+    return _merge_groups(graph, _qkv_groups(graph), "merge_qkv", "qkv_proj")
+
+
+def merge_gate_up(graph: Graph) -> Graph:
+    """One linear with ``splits`` for the gate and up projections of a gated MLP."""
+    return _merge_groups(graph, _gate_up_groups(graph), "merge_gate_up", "gate_up_proj")
+
+
+def fuse_gated_activation(graph: Graph) -> Graph:
+    """``mul(act(gate), up)`` of one merged linear's two halves becomes that linear's epilogue."""
+    flow = _Flow(graph)
+    changed: dict[str, Op | None] = {}
+    for mul in graph.ops:
+        match = _gated(flow, mul) if mul.kind == "mul" else None
+        if match is None:
+            continue
+        linear, act = match
+        attrs = {k: v for k, v in linear.attrs.items() if k != "splits"}
+        changed[linear.name] = linear.with_(outputs=mul.outputs, attrs={**attrs, "epilogue": f"{act.attrs['fn']}_mul"})
+        changed[act.name] = changed[mul.name] = None
+    return _rewritten(graph, changed, "fuse_gated_activation")
+
+
+def fuse_rope_kv(graph: Graph) -> Graph:
+    """RoPE and the KV-cache write of the rotated key become one op."""
+    flow = _Flow(graph)
+    changed: dict[str, Op | None] = {}
+    for write in graph.ops:
+        rope = flow.producer.get(write.inputs[0]) if write.kind == "kv_write" else None
+        if rope is None or rope.kind != "rope" or rope.outputs[1] != write.inputs[0]:
+            continue
+        query, key = rope.outputs
+        if flow.uses[key] != 1 or any(flow.index[c] < flow.index[write.name] for c in flow.consumers.get(query, ())):
+            continue
+        q, k, positions = rope.inputs
+        changed[rope.name] = None
+        changed[write.name] = rope.with_(
+            kind="rope_kv_write",
+            inputs=(q, k, write.inputs[1], positions),
+            outputs=(query,),
+            attrs={**rope.attrs, "layer": write.attrs["layer"]},
+        )
+    return _rewritten(graph, changed, "fuse_rope_kv")
+
+
+def fuse_add_norm(graph: Graph) -> Graph:
+    """A residual add and the first norm of its sum become one op with both results."""
+    flow = _Flow(graph)
+    changed: dict[str, Op | None] = {}
+    for norm in graph.ops:
+        add = flow.producer.get(norm.inputs[0]) if norm.kind in _FUSED_NORMS else None
+        if add is None or add.kind != "add" or add.name in changed:
+            continue
+        changed[add.name] = norm.with_(
+            kind=_FUSED_NORMS[norm.kind],
+            inputs=add.inputs,
+            outputs=(norm.outputs[0], add.outputs[0]),
+            layer=add.layer,
+        )
+        changed[norm.name] = None
+    return _rewritten(graph, changed, "fuse_add_norm")
+
+
+PASSES: Mapping[str, Pass] = {
+    "merge_qkv": merge_qkv,
+    "merge_gate_up": merge_gate_up,
+    "fuse_gated_activation": fuse_gated_activation,
+    "fuse_rope_kv": fuse_rope_kv,
+    "fuse_add_norm": fuse_add_norm,
+}
+DEFAULT_PASSES: tuple[str, ...] = tuple(PASSES)
+
+
+class _Flow:
+    """Who writes and reads each buffer."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.index = {op.name: i for i, op in enumerate(graph.ops)}
+        self.producer = {out: op for op in graph.ops for out in op.outputs}
+        self.uses = Counter(buffer for op in graph.ops for buffer in op.inputs)
+        self.weight_uses = Counter(weight for op in graph.ops for weight in op.weights)
+        self.consumers: dict[str, list[str]] = {}
+        for op in graph.ops:
+            for buffer in op.inputs:
+                self.consumers.setdefault(buffer, []).append(op.name)
+
+
+def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:
+    flow = _Flow(graph)
+    writes = {op.attrs["layer"]: op for op in graph.ops if op.kind in ("kv_write", "rope_kv_write")}
+    groups: list[tuple[Op, ...]] = []
+    for attention in graph.ops:
+        write = writes.get(attention.attrs["layer"]) if attention.kind == "attention" else None
+        if write is None:
+            continue
+        k, v = write.inputs[:2] if write.kind == "kv_write" else write.inputs[1:3]
+        sources = [_source_linear(flow, buffer) for buffer in (attention.inputs[0], k, v)]
+        linears = tuple(op for op in sources if op is not None)
+        if len(linears) == 3 and _mergeable(graph, flow, linears):
+            groups.append(linears)
+    return groups
+
+
+def _source_linear(flow: _Flow, buffer: str) -> Op | None:
+    """The linear a query, key or value comes from, through head norms and RoPE."""
+    op = flow.producer.get(buffer)
+    while op is not None and op.kind in ("rope", "rope_kv_write", "head_rms_norm"):
+        buffer = op.inputs[op.outputs.index(buffer)]
+        op = flow.producer.get(buffer)
+    return op if op is not None and op.kind == "linear" else None
+
+
+def _gate_up_groups(graph: Graph) -> list[tuple[Op, ...]]:
+    flow = _Flow(graph)
+    groups: list[tuple[Op, ...]] = []
+    for mul in graph.ops:
+        if mul.kind != "mul":
+            continue
+        for act_buffer, up_buffer in (mul.inputs, mul.inputs[::-1]):
+            act, up = flow.producer.get(act_buffer), flow.producer.get(up_buffer)
+            gate = flow.producer.get(act.inputs[0]) if act is not None and act.kind == "act" else None
+            if gate is not None and up is not None and _mergeable(graph, flow, (gate, up)):
+                groups.append((gate, up))
+                break
+    return groups
+
+
+def _mergeable(graph: Graph, flow: _Flow, ops: Sequence[Op]) -> bool:
+    """Whether plain linears read one buffer, own their weights, and are stored alike (act-order differs per tensor)."""
+    first = ops[0]
+    if len({op.name for op in ops}) != len(ops) or any(op.kind != "linear" or op.attrs for op in ops):
+        return False
+    if any(op.inputs != first.inputs or bool(op.weights[1]) != bool(first.weights[1]) for op in ops):
+        return False
+    if any(flow.weight_uses[name] != 1 for op in ops for name in op.weights if name):
+        return False
+    schemes = {graph.weights[op.weights[0]].quant for op in ops}
+    scheme = next(iter(schemes))
+    return len(schemes) == 1 and (scheme is None or not scheme.act_order)
+
+
+def _merge_groups(graph: Graph, groups: Sequence[tuple[Op, ...]], pass_name: str, role: str) -> Graph:
+    changed: dict[str, Op | None] = {}
+    weights = dict(graph.weights)
+    for group in groups:
+        if any(op.name in changed for op in group):
+            continue
+        first = min(group, key=graph.ops.index)
+        name = f"{first.name.rpartition('.')[0]}.{role}".lstrip(".")
+        names = [""] * len(first.weights)
+        for i, suffix in enumerate(("weight", "bias")):
+            if first.weights[i]:
+                names[i] = f"{name}.{suffix}"
+                weights[names[i]] = _stacked(names[i], [graph.weights[op.weights[i]] for op in group])
+        changed.update({op.name: None for op in group})
+        changed[first.name] = first.with_(
+            name=name,
+            outputs=tuple(op.outputs[0] for op in group),
+            weights=tuple(names),
+            attrs={"splits": tuple(graph.buffers[op.outputs[0]].width for op in group)},
+        )
+    return _rewritten(replace(graph, weights=weights), changed, pass_name)
+
+
+def _stacked(name: str, weights: Sequence[Weight]) -> Weight:
+    """Weights concatenated along dim 0; neighbouring slices of one tensor become one slice."""
+    parts: list[WeightPart] = []
+    for part in (part for weight in weights for part in weight.parts):
+        last = parts[-1] if parts else None
+        if (
+            last is not None
+            and last.rows is not None
+            and part.rows is not None
+            and (last.tensor, last.transpose, last.rows[1]) == (part.tensor, part.transpose, part.rows[0])
+        ):
+            parts[-1] = replace(last, rows=(last.rows[0], part.rows[1]))
+        else:
+            parts.append(part)
+    shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
+    return Weight(name, shape, tuple(parts), weights[0].quant)
+
+
+def _gated(flow: _Flow, mul: Op) -> tuple[Op, Op] | None:
+    """(linear, act) when ``mul`` is the gated product of one linear's two equal splits, gate first."""
+    for act_buffer, up in (mul.inputs, mul.inputs[::-1]):
+        act = flow.producer.get(act_buffer)
+        linear = flow.producer.get(up)
+        if act is None or act.kind != "act" or linear is None or linear.kind != "linear":
+            continue
+        splits = linear.attrs.get("splits", ())
+        halves = len(splits) == 2 and splits[0] == splits[1] and linear.outputs == (act.inputs[0], up)
+        if halves and all(flow.uses[buffer] == 1 for buffer in (act_buffer, act.inputs[0], up)):
+            return linear, act
+    return None
+
+
+def _rewritten(graph: Graph, changed: Mapping[str, Op | None], pass_name: str) -> Graph:
+    """The graph with ops replaced (None: removed), and without the buffers and weights that nothing uses any more."""
+    ops = [changed.get(op.name, op) for op in graph.ops]
+    kept = tuple(op for op in ops if op is not None)
+    buffers = {INPUT_IDS, POSITIONS, *(name for op in kept for name in (*op.inputs, *op.outputs))}
+    used = dict.fromkeys(name for op in kept for name in op.weights if name)
+    return replace(
+        graph,
+        ops=kept,
+        buffers={name: buffer for name, buffer in graph.buffers.items() if name in buffers},
+        weights={name: graph.weights[name] for name in used},
+        passes=(*graph.passes, pass_name),
+    )
