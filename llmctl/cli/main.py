@@ -8,6 +8,9 @@ import typer
 
 from llmctl import __version__
 from llmctl.cli import bench
+from llmctl.cli.serve import serve
+from llmctl.cli.build import build
+from llmctl.cli.inspect import inspect
 
 app = typer.Typer(
     name="llmctl",
@@ -36,7 +39,10 @@ def root(
     """Quantize, build, serve and bench language models over one engine core."""
 
 
+app.command("build")(build)
+app.command("inspect")(inspect)
 app.add_typer(bench.app, name="bench")
+app.command("serve")(serve)
 
 
 def main() -> None:

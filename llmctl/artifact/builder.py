@@ -1,0 +1,155 @@
+"""Checkpoint -> engine folder: at a named output, or in the cache on the way to serving or benching a checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from llmctl import __version__
+from llmctl.artifact.loader import is_engine, read_manifest
+from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
+from llmctl.artifact.plan import plan_build
+from llmctl.artifact.writer import Progress, write_engine
+from llmctl.checkpoint.reader import Checkpoint
+from llmctl.checkpoint.resolve import cache_dir
+from llmctl.config import BuildConfig, EngineConfig
+from llmctl.errors import EngineLoadError, UsageError
+
+# What shapes an engine's bytes; a change in any of these files makes cached engines stale.
+_BUILDER_ROOMS = ("artifact", "checkpoint", "graph", "kernels")
+
+
+def build_engine(config: BuildConfig, progress: Progress | None = None) -> Path:
+    """Build an engine folder at ``config.output``.
+
+    Args:
+        progress: told after each weight.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: an option that cannot be honoured, or an output that is something else than an engine.
+        ModelNotFoundError, CheckpointError, UnsupportedModelError, CompileError: as the parts say.
+    """
+    if not config.output:
+        raise UsageError("--output is required", param="output")
+    output = Path(config.output)
+    check_replaceable(output)
+    write_engine(plan_build(config), output, progress)
+    return output
+
+
+def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Progress | None = None) -> Path:
+    """The engine folder for a model: an engine is taken as it is, anything else is built into the cache once.
+
+    Says on stderr what it builds and where. Two processes that ask for the same engine build it once.
+
+    Raises:
+        As ``build_engine``.
+    """
+    if is_engine(Path(model)):
+        return Path(model)
+    plan = plan_build(_build_config(model, config))
+    engines = cache_dir() / "engines"
+    engines.mkdir(parents=True, exist_ok=True)
+    key = _key({
+        "source": _fingerprint(plan.checkpoint, engines),
+        "target": str(plan.target),
+        "options": asdict(plan.options),
+        "version": __version__,
+        "builder": _builder_hash(),
+    })  # fmt: skip
+    folder = engines / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', plan.name)}-{key}"
+    with _locked(engines / f"{folder.name}.lock"):
+        if not _is_complete(folder):
+            print(f"building {plan.name} for {plan.target} into {folder}", file=sys.stderr, flush=True)
+            write_engine(plan, folder, progress)
+    return folder
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse an output path that holds anything but an llmctl engine or an empty folder.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if output.is_dir() and not output.is_symlink():
+        if not any(output.iterdir()):
+            return
+        try:
+            manifest = json.loads((output / MANIFEST_NAME).read_bytes())
+            if {"format_version", "llmctl_version", "graph"} <= set(manifest):
+                return
+        except (OSError, ValueError, TypeError):
+            pass
+    raise UsageError(
+        f"--output {output}: exists and is not an llmctl engine; it is left alone",
+        fix="name a new folder or an engine to replace",
+        param="output",
+    )
+
+
+def _build_config(model: str, config: BuildConfig | EngineConfig) -> BuildConfig:
+    if isinstance(config, BuildConfig):
+        return BuildConfig(**{**asdict(config), "model": model, "output": ""})
+    # The longest context is a limit of the run, not of the engine: one cached engine serves every --max-model-len.
+    block_size = config.block_size or BuildConfig.block_size
+    return BuildConfig(model=model, target=config.target, dtype=config.dtype, block_size=block_size)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return is_engine(folder) and read_manifest(folder) is not None
+    except EngineLoadError:
+        return False
+
+
+def _fingerprint(checkpoint: Checkpoint, engines: Path) -> str:
+    """``checkpoint.fingerprint()``, remembered by the files' paths, sizes and modification times.
+
+    Hashing a checkpoint's content takes seconds a gigabyte, at every start of a server.
+    """
+    paths = sorted(p for p in ([checkpoint.path] if checkpoint.path.is_file() else checkpoint.path.iterdir()))
+    stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()]]
+    memo = engines / f"{_key(stats)}.fingerprint"
+    try:
+        return memo.read_text(encoding="ascii")
+    except OSError:
+        pass
+    fingerprint = checkpoint.fingerprint()
+    temporary = memo.with_name(f".{memo.name}.{os.getpid()}")
+    temporary.write_text(fingerprint, encoding="ascii")
+    os.replace(temporary, memo)
+    return fingerprint
+
+
+def _builder_hash() -> str:
+    root = Path(__file__).parents[1]
+    files = sorted(p for room in _BUILDER_ROOMS for p in (root / room).rglob("*") if p.suffix in (".py", ".cu", ".cuh"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _key(data: object) -> str:
+    return hashlib.sha256(canonical_json(json.loads(json.dumps(data)))).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes; released by the system if this one dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

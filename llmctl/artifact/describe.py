@@ -1,0 +1,140 @@
+"""An engine folder, or the engine a checkpoint would become, as one plain document for people and machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
+from llmctl.artifact.manifest import BuildOptions, Manifest, QuantizationRecord
+from llmctl.artifact.memory import human_bytes
+from llmctl.artifact.plan import op_counts, plan_build, quantization_record
+from llmctl.artifact.planes import flat
+from llmctl.artifact.strict import to_data
+from llmctl.checkpoint.safetensors_io import read_header
+from llmctl.config import BuildConfig
+from llmctl.errors import EngineLoadError
+from llmctl.graph.graph import Graph
+from llmctl.kernels.registry import KernelChoice
+
+
+def describe_model(model: str, *, verify: bool = False) -> dict[str, Any]:
+    """The document of an engine folder, or of what ``build`` with its defaults would make of any other model.
+
+    Raises:
+        EngineLoadError: an engine with a missing, truncated or (with ``verify``) changed file.
+        ModelNotFoundError, CheckpointError, UnsupportedModelError: as ``plan_build``.
+    """
+    if is_engine(Path(model)):
+        return _describe_engine(Path(model), verify)
+    return _describe_plan(model)
+
+
+def _describe_engine(path: Path, verify: bool) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    checks = EngineChecks(path, manifest)
+    checks.files(verify)
+    entries = {k: v for name in manifest.weight_files for k, v in read_header(path / name).tensors.items()}
+    return {
+        "path": str(path),
+        "kind": "engine",
+        "source": manifest.source.name,
+        "fingerprint": manifest.source.fingerprint,
+        "llmctl_version": manifest.llmctl_version,
+        "target": str(manifest.target),
+        "runs_here": _runs_here(checks),
+        "size": human_bytes(sum(record.size for record in manifest.files.values())),
+        "checksum": manifest.checksum,
+        **_common(manifest.options, manifest.quantization, manifest.graph, manifest.kernels),
+        "modules": _modules(manifest),
+        "files": to_data(manifest.files),
+        "weights": [
+            {"name": k, "dtype": e.dtype, "shape": list(e.shape), "bytes": e.nbytes} for k, e in sorted(entries.items())
+        ],
+    }
+
+
+def _describe_plan(model: str) -> dict[str, Any]:
+    plan = plan_build(BuildConfig(model=model))
+    return {
+        "path": model,
+        "kind": "model (this is what `llmctl build` would make of it)",
+        "source": plan.name,
+        "target": str(plan.target),
+        "size": human_bytes(plan.weights_bytes),
+        **_common(plan.options, quantization_record(plan.graph, plan.checkpoint), plan.graph, plan.choices),
+        "modules": {},
+        "weights": [
+            {"name": p.name, "dtype": p.dtype, "shape": list(p.shape), "bytes": p.nbytes}
+            for p in sorted(flat(plan.planes).values(), key=lambda p: p.name)
+        ],
+    }
+
+
+def _common(
+    options: BuildOptions, quantization: QuantizationRecord, graph: Graph, choices: Iterable[KernelChoice]
+) -> dict[str, Any]:
+    choices = tuple(choices)
+    kernel = {choice.op: choice.kernel for choice in choices}
+    return {
+        "options": to_data(options),
+        "quantization": to_data(quantization),
+        "graph": {
+            "family": graph.family,
+            "num_layers": graph.num_layers,
+            "hidden_size": graph.hidden_size,
+            "vocab_size": graph.vocab_size,
+            "max_position": graph.max_position,
+            "parameters": sum(math.prod(weight.shape) for weight in graph.weights.values()),
+            "ops": op_counts(graph),
+        },
+        "kernels": _kernel_rows(graph, choices),
+        "ops": [
+            {
+                "layer": op.layer,
+                "name": op.name,
+                "kind": op.kind,
+                "inputs": list(op.inputs),
+                "outputs": list(op.outputs),
+                "weights": list(op.weights),
+                "attrs": to_data(op.attrs),
+                "kernel": kernel[op.name],
+            }
+            for op in graph.ops
+        ],
+    }
+
+
+def _kernel_rows(graph: Graph, choices: tuple[KernelChoice, ...]) -> list[dict[str, Any]]:
+    """Ops of one kind, kernel and refusals counted together."""
+    kinds = {op.name: op.kind for op in graph.ops}
+    rows: dict[tuple[Any, ...], int] = {}
+    for c in choices:
+        key = (c.kernel, kinds[c.op], c.max_rows, tuple(f"{r.kernel}: {r.reason}" for r in c.refused))
+        rows[key] = rows.get(key, 0) + 1
+    return [
+        {
+            "kernel": kernel,
+            "kind": kind,
+            "count": count,
+            "rows": f"up to {max_rows} rows, then torch" if max_rows else "any number of rows",
+            "refused": list(refused),
+        }
+        for (kernel, kind, max_rows, refused), count in rows.items()
+    ]
+
+
+def _modules(manifest: Manifest) -> dict[str, Any]:
+    return {
+        name: {**to_data(module), **to_data(manifest.files[name])} for name, module in manifest.kernel_files.items()
+    }
+
+
+def _runs_here(checks: EngineChecks) -> str:
+    try:
+        checks.target()
+    except EngineLoadError as error:
+        return f"no: {error.message.removeprefix(f'{checks.path}: ')}"
+    return "yes"

@@ -1,0 +1,76 @@
+"""Publish a folder atomically: built beside its final name, every file fsynced, then renamed into place."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def published_folder(final: Path) -> Iterator[Path]:
+    """A new folder to fill; on success it takes the place of ``final``, on any error it is removed.
+
+    The caller has checked that whatever is at ``final`` may be replaced. Nobody ever sees a half-written ``final``.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _move_into_place(temporary, final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(temporary, final)
+    elif not _exchange(temporary, final):
+        # Without an atomic exchange there is an instant at which nothing is at `final`; never something half written.
+        old = final.with_name(f".{final.name}.old-{os.getpid()}")
+        os.rename(final, old)
+        os.rename(temporary, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step (Linux's renameat2); False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return int(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)) == 0
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove what a build that was killed left beside ``final``."""
+    for path in final.parent.glob(f".{final.name}.tmp-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

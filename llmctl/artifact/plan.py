@@ -1,0 +1,185 @@
+"""From a BuildConfig to everything a build will do: target, options, graph, planes, memory. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmctl.artifact.device import cpu_features
+from llmctl.artifact.manifest import BuildOptions, QuantizationRecord, Target
+from llmctl.artifact.memory import MemoryPlan, plan_memory
+from llmctl.artifact.planes import DTYPE_BYTES, Plane, dense_dtypes, flat, resident_bytes, settle_planes, total_bytes
+from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.resolve import resolve_model
+from llmctl.config import BuildConfig, parse_bytes
+from llmctl.errors import UsageError
+from llmctl.graph.check import check_graph
+from llmctl.graph.graph import Graph
+from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
+from llmctl.kernels.compile import ARCHITECTURES
+from llmctl.kernels.registry import KernelChoice, choose_all
+
+TARGETS = ("cpu", "reference", "cuda:sm_XX[,sm_YY…]")
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build will make.
+
+    Attributes:
+        name: the source model's name as the manifest records it.
+        planes: stored tensors by the graph weight they belong to.
+        choices: what executes each op.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    graph: Graph
+    target: Target
+    options: BuildOptions
+    planes: Mapping[str, tuple[Plane, ...]]
+    choices: tuple[KernelChoice, ...]
+    memory: MemoryPlan
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of all stored tensors."""
+        return total_bytes(flat(self.planes).values())
+
+
+def plan_build(config: BuildConfig) -> BuildPlan:
+    """Resolve the model and every "auto", and lay the engine out.
+
+    Raises:
+        UsageError: an option that cannot be honoured.
+        ModelNotFoundError, CheckpointError, UnsupportedModelError: as the checkpoint and the family table say.
+    """
+    target = parse_target(config.target)
+    _check_options(config)
+    path = resolve_model(config.model)
+    checkpoint = open_checkpoint(path)
+    graph = apply_passes(checkpoint_graph(checkpoint), _passes(config.passes))
+    check_graph(graph)
+    options = _options(config, target, checkpoint, graph)
+    planes = settle_planes(graph, dense_dtypes(target.kind, options.dtype), checkpoint.describe)
+    stored = flat(planes)
+    memory = plan_memory(
+        graph,
+        weights_bytes=resident_bytes(graph, target.kind, options.dtype, stored.values()),
+        dtype=options.dtype,
+        target_kind=target.kind,
+        kv_cache_dtype=options.kv_cache_dtype,
+        block_size=options.block_size,
+        max_model_len=options.max_model_len,
+        budget=None if config.memory_budget is None else parse_bytes(config.memory_budget, param="memory_budget"),
+    )
+    return BuildPlan(
+        name=source_name(config.model, path),
+        checkpoint=checkpoint,
+        graph=graph,
+        target=target,
+        options=options,
+        planes=planes,
+        choices=choose_all(graph, options.dtype, {name: p.dtype for name, p in stored.items()}, target.kind),
+        memory=memory,
+    )
+
+
+def parse_target(text: str) -> Target:
+    """A ``--target``: ``cpu``, ``reference`` or ``cuda:sm_80,sm_90``.
+
+    Raises:
+        UsageError: anything else.
+    """
+    kind, _, archs = text.partition(":")
+    if kind in ("cpu", "reference") and not archs:
+        return Target(kind)
+    names = tuple(sorted(set(archs.split(",")), key=lambda a: (len(a), a)))
+    unknown = [name for name in names if name not in ARCHITECTURES]
+    if kind != "cuda" or unknown:
+        found = f"'{text}'" if kind != "cuda" or not archs else f"'{unknown[0]}'"
+        known = ", ".join(ARCHITECTURES)
+        raise UsageError(f"--target: expected one of {', '.join(TARGETS)} ({known}), found {found}", param="target")
+    return Target("cuda", names)
+
+
+def source_name(model: str, path: Path) -> str:
+    """What a manifest calls the model: a hub or demo id as given; of a local path the last part only."""
+    return path.resolve().name if Path(model).expanduser().exists() else model
+
+
+def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRecord:
+    """How the graph's weights are quantized: the commonest scheme, and the linears left dense."""
+    schemes = [weight.quant for weight in graph.weights.values() if weight.quant is not None]
+    if not schemes or checkpoint.quantization is None:
+        return QuantizationRecord()
+    scheme = max(dict.fromkeys(schemes), key=schemes.count)
+    linears = {op.weights[0] for op in graph.linears()}
+    ignored = tuple(sorted(name for name in linears if graph.weights[name].quant is None))
+    return QuantizationRecord(
+        checkpoint.quantization.method, scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_order, ignored
+    )
+
+
+def _check_options(config: BuildConfig) -> None:
+    if not config.model:
+        raise UsageError("--model is required", param="model")
+    if config.dtype not in ("auto", *DTYPE_BYTES):
+        raise UsageError(
+            f"--dtype: expected one of auto, {', '.join(DTYPE_BYTES)}, found '{config.dtype}'", param="dtype"
+        )
+    if config.kv_cache_dtype not in ("auto", *DTYPE_BYTES):
+        known = ", ".join(DTYPE_BYTES)
+        raise UsageError(
+            f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
+        )
+    if config.block_size < 1 or config.block_size & (config.block_size - 1):
+        raise UsageError(f"--block-size: expected a power of two, found {config.block_size}", param="block_size")
+    if config.max_model_len is not None and config.max_model_len < 1:
+        raise UsageError(f"--max-model-len: expected at least 1, found {config.max_model_len}", param="max_model_len")
+
+
+def _passes(names: tuple[str, ...] | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(DEFAULT_PASSES)
+    if names == ("none",):
+        return ()
+    unknown = [name for name in names if name not in PASSES]
+    if unknown:
+        raise UsageError(
+            f"--passes: expected none, or some of {', '.join(PASSES)}, found '{unknown[0]}'", param="passes"
+        )
+    return names
+
+
+def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph: Graph) -> BuildOptions:
+    length = graph.max_position if config.max_model_len is None else config.max_model_len
+    if length > graph.max_position:
+        raise UsageError(
+            f"--max-model-len: expected at most {graph.max_position}, the model's own limit, found {length}",
+            param="max_model_len",
+        )
+    dtype = resolve_dtype(config.dtype, target, checkpoint.dtype)
+    if target.kind == "cuda" and dtype == "float32":
+        raise UsageError("--dtype: expected float16 or bfloat16 for a cuda target, found 'float32'", param="dtype")
+    options = BuildOptions(dtype, length, config.block_size, config.kv_cache_dtype, graph.passes)
+    return replace(options, kv_cache_dtype=dtype) if options.kv_cache_dtype == "auto" else options
+
+
+def resolve_dtype(dtype: str, target: Target, checkpoint_dtype: str) -> str:
+    """The dtype that "auto" means for a target."""
+    if dtype != "auto":
+        return dtype
+    if target.kind == "cuda":
+        return "float16" if checkpoint_dtype == "float16" else "bfloat16"
+    if target.kind == "cpu":
+        return "bfloat16" if "avx512_bf16" in cpu_features() else "float32"
+    return "float32"
+
+
+def op_counts(graph: Graph) -> dict[str, int]:
+    """Ops per kind, sorted by kind."""
+    kinds = sorted({op.kind for op in graph.ops})
+    return {kind: sum(op.kind == kind for op in graph.ops) for kind in kinds}

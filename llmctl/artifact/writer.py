@@ -1,0 +1,200 @@
+"""Write a planned engine: weights packed, kernels compiled, manifest last, the folder published atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl import __version__
+from llmctl.artifact.folder import published_folder
+from llmctl.artifact.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileRecord,
+    KernelFile,
+    Manifest,
+    SourceModel,
+    manifest_to_bytes,
+)
+from llmctl.artifact.plan import BuildPlan, quantization_record
+from llmctl.artifact.planes import DTYPE_BYTES, SAFETENSORS_DTYPE, Plane, total_bytes
+from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.resolve import cache_dir
+from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
+from llmctl.kernels.compile import PTX_FALLBACK, CompiledModule, compile_module, source_hash
+from llmctl.kernels.registry import sources_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Progress = Callable[[str, int, int], None]
+"""Called as weights are written: (weight, bytes done, bytes in all)."""
+
+MAX_SHARD_BYTES = 2**30
+"""Size of a weight file. The packed planes of one file's quantized weights are in memory at the same time."""
+
+
+def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None) -> None:
+    """Write the planned engine at ``output``, replacing an engine that is there."""
+    # Compiled first: a kernel that does not compile is found before the weights are written.
+    modules = _compile(plan)
+    with published_folder(output) as folder:
+        weight_files = _write_weights(plan, folder, progress or _quiet)
+        _write_aux(plan, folder)
+        kernel_files = _write_kernels(plan, folder, modules)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            llmctl_version=__version__,
+            source=SourceModel(plan.name, plan.checkpoint.fingerprint()),
+            target=plan.target,
+            options=plan.options,
+            quantization=quantization_record(plan.graph, plan.checkpoint),
+            graph=plan.graph,
+            kernel_sources={name: source_hash(name) for name in sources_of(plan.choices)},
+            kernel_files=kernel_files,
+            kernels=plan.choices,
+            weight_files=weight_files,
+            files=_records(folder),
+        )
+        (folder / MANIFEST_NAME).write_bytes(manifest_to_bytes(manifest))
+
+
+def _compile(plan: BuildPlan) -> list[CompiledModule]:
+    """One cubin per architecture of a cuda target, and PTX for the oldest."""
+    sources = sources_of(plan.choices)
+    if not plan.target.archs or not sources:
+        return []
+    cache = cache_dir() / "kernels"
+    archs = (*plan.target.archs, PTX_FALLBACK)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda arch: compile_module(sources, arch, cache=cache), archs))
+
+
+def _write_kernels(plan: BuildPlan, folder: Path, modules: Iterable[CompiledModule]) -> dict[str, KernelFile]:
+    sources = sources_of(plan.choices)
+    written: dict[str, KernelFile] = {}
+    for module in modules:
+        name = f"kernels/{module.filename}"
+        (folder / "kernels").mkdir(exist_ok=True)
+        (folder / name).write_bytes(module.code)
+        written[name] = KernelFile(module.arch, module.compiler, module.flags, sources, module.resources)
+    return written
+
+
+def _write_aux(plan: BuildPlan, folder: Path) -> None:
+    for name, content in sorted(plan.checkpoint.aux_files().items()):
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
+
+
+def _records(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file in the folder."""
+    records: dict[str, FileRecord] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records[path.relative_to(folder).as_posix()] = FileRecord(path.stat().st_size, digest)
+    return records
+
+
+def _write_weights(plan: BuildPlan, folder: Path, progress: Progress) -> tuple[str, ...]:
+    shards = list(_shards(plan.planes))
+    names = tuple(f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
+    writer = _WeightWriter(plan, progress)
+    for name, weights in zip(names, shards, strict=True):
+        write_safetensors(folder / name, {k: v for weight in weights for k, v in writer.specs(weight).items()})
+    return names
+
+
+def _shards(planes: Mapping[str, tuple[Plane, ...]]) -> Iterator[list[str]]:
+    """Weight names in graph order, cut into files of at most ``MAX_SHARD_BYTES`` (or one weight)."""
+    shard: list[str] = []
+    filled = 0
+    for weight, parts in planes.items():
+        size = total_bytes(parts)
+        if shard and filled + size > MAX_SHARD_BYTES:
+            yield shard
+            shard, filled = [], 0
+        shard.append(weight)
+        filled += size
+    if shard:
+        yield shard
+
+
+class _WeightWriter:
+    """Turns graph weights into tensors to write: a dense one when its turn comes, a quantized one packed at once."""
+
+    def __init__(self, plan: BuildPlan, progress: Progress) -> None:
+        self.plan = plan
+        self.progress = progress
+        self.total = plan.weights_bytes
+        self.done = 0
+
+    def specs(self, name: str) -> dict[str, TensorSpec]:
+        planes = self.plan.planes[name]
+        if self.plan.graph.weights[name].quant is None:
+            plane = planes[0]
+            return {plane.name: (plane.dtype, plane.shape, lambda: self._dense(name, plane))}
+        arrays = pack_planes(self._assemble(name), {p.name.rpartition(".")[2]: p.dtype for p in planes})
+        self._report(name, total_bytes(planes))
+        return {p.name: (p.dtype, p.shape, arrays[p.name.rpartition(".")[2]]) for p in planes}
+
+    def _dense(self, name: str, plane: Plane) -> Tensor:
+        import torch
+
+        tensor = self._assemble(name)
+        assert isinstance(tensor, torch.Tensor)
+        dtype = next(d for d in DTYPE_BYTES if SAFETENSORS_DTYPE[d] == plane.dtype)
+        self._report(name, plane.nbytes)
+        return tensor.to(getattr(torch, dtype))
+
+    def _assemble(self, name: str) -> Any:
+        return assemble(self.plan.graph.weights[name], self.plan.checkpoint)
+
+    def _report(self, name: str, size: int) -> None:
+        self.done += size
+        self.progress(name, self.done, self.total)
+
+
+def pack_planes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    """A quantized weight's planes as they are stored (see ``artifact.planes``), by suffix.
+
+    Args:
+        dtypes: suffix -> safetensors dtype of the planes wanted.
+    """
+    codes = weight.codes.contiguous().numpy()
+    planes: dict[str, NDArray[Any]] = {
+        "codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes),
+        "scales": weight.scales.contiguous().numpy().astype(np.float16 if dtypes["scales"] == "F16" else np.float32),
+        "zeros": weight.zeros.contiguous().numpy(),
+    }
+    if weight.g_idx is not None:
+        planes["g_idx"] = weight.g_idx.contiguous().numpy()
+    return {suffix: planes[suffix] for suffix in dtypes}
+
+
+def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes 0..15 [N, K] -> two a byte [N, ceil(K/2)], the low nibble the even column."""
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
+
+
+def unpack_nibbles(packed: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """The inverse of ``pack_nibbles``: [N, ceil(K/2)] -> [N, K]."""
+    pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(packed.shape[0], -1)[:, :columns]
+
+
+def _quiet(_name: str, _done: int, _total: int) -> None:
+    pass

@@ -1,0 +1,250 @@
+"""``llmctl build``: checkpoint -> engine folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.config import BuildConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llmctl.artifact.plan import BuildPlan
+    from llmctl.artifact.writer import Progress
+
+_D = BuildConfig()
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A checkpoint folder (dense, AWQ or GPTQ), a .gguf file, demo:smollm2-135m, or a hub id.",
+        rich_help_panel="Model",
+    ),
+]
+Output = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Engine folder; an engine there is replaced.", rich_help_panel="Output"
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="cpu, reference, or cuda:sm_80,sm_90 (built without a GPU).",
+        rich_help_panel="Target",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="auto, float32, float16 or bfloat16: what it computes in.", rich_help_panel="Target"),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        metavar="TOKENS",
+        help="Longest sequence; the model's own by default.",
+        rich_help_panel="Memory",
+    ),
+]
+BlockSize = Annotated[
+    int, typer.Option("--block-size", metavar="TOKENS", help="Tokens a KV-cache block.", rich_help_panel="Memory")
+]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option("--kv-cache-dtype", help="auto (the dtype), float32, float16, bfloat16.", rich_help_panel="Memory"),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="What the plan may use, such as 8GiB; by default a share of the memory available now.",
+        rich_help_panel="Memory",
+    ),
+]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--passes", metavar="NAME", help="Graph passes, repeatable; 'none' for none.", rich_help_panel="Target"
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the memory plan and write nothing; reads headers only.", rich_help_panel="Output"
+    ),
+]
+
+
+@guarded
+def build(
+    model: Model = _D.model,
+    output: Output = _D.output,
+    target: Target = _D.target,
+    dtype: Dtype = _D.dtype,
+    passes: Passes = None,
+    max_model_len: MaxModelLen = _D.max_model_len,
+    block_size: BlockSize = _D.block_size,
+    kv_cache_dtype: KvCacheDtype = _D.kv_cache_dtype,
+    memory_budget: MemoryBudget = _D.memory_budget,
+    dry_run: DryRun = _D.dry_run,
+    config: ConfigOption = None,  # noqa: ARG001
+    json_output: JsonOption = False,
+) -> None:
+    """Build a checkpoint into an engine: fused graph, packed weights, compiled kernels, one checked folder.
+
+    Example: [bold]llmctl build --model ./model-awq --target cpu --output ./engine[/bold]
+    """
+    settings = BuildConfig(
+        model=model,
+        output=output,
+        target=target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        kv_cache_dtype=kv_cache_dtype,
+        passes=tuple(passes) if passes else None,
+        dry_run=dry_run,
+        memory_budget=memory_budget,
+    )
+    if dry_run:
+        _print_plan(settings, json_output)
+    else:
+        _build(settings, json_output)
+
+
+def _print_plan(settings: BuildConfig, json_output: bool) -> None:
+    from llmctl.artifact.plan import plan_build
+
+    plan = plan_build(settings)
+    if json_output:
+        print_json(plan_document(plan))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_plan_table(plan))
+    if not plan.memory.fits:
+        console.print(f"does not fit: {plan.memory.shortfall()}; {plan.memory.advice()}", highlight=False)
+
+
+def plan_document(plan: BuildPlan) -> dict[str, Any]:
+    """The plan of a build as JSON data; sizes in bytes."""
+    memory = plan.memory
+    return {
+        "model": plan.name,
+        "family": plan.graph.family,
+        "target": str(plan.target),
+        "dtype": plan.options.dtype,
+        "max_model_len": plan.options.max_model_len,
+        "weights_stored_bytes": plan.weights_bytes,
+        "weights_bytes": memory.weights,
+        "activation_bytes": memory.activations,
+        "kv_bytes_per_token": memory.kv_per_token,
+        "kv_bytes_max_model_len": memory.kv_per_token * memory.max_model_len,
+        "memory_budget_bytes": memory.budget,
+        "block_size": memory.block_size,
+        "kv_blocks": memory.num_blocks,
+        "kv_tokens": memory.kv_tokens,
+        "largest_max_model_len": memory.largest_max_model_len,
+        "fits": memory.fits,
+    }
+
+
+def _plan_table(plan: BuildPlan) -> Table:
+    from rich.table import Table
+
+    from llmctl.artifact.memory import human_bytes
+
+    memory = plan.memory
+    table = Table(title=f"{plan.name} for {plan.target}, {plan.options.dtype}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("size", justify="right")
+    rows = {
+        "engine folder, weights": human_bytes(plan.weights_bytes),
+        "weights in memory": human_bytes(memory.weights),
+        "activations, largest step": human_bytes(memory.activations),
+        "KV cache per token": human_bytes(memory.kv_per_token),
+        f"KV cache of one sequence of {memory.max_model_len} tokens": human_bytes(
+            memory.kv_per_token * memory.max_model_len
+        ),
+        "memory budget" if plan.target.kind != "cuda" else "memory budget (--memory-budget says what your GPU has)": (
+            human_bytes(memory.budget)
+        ),
+        f"KV cache that is planned, blocks of {memory.block_size} tokens": f"{memory.num_blocks}",
+        "tokens that fit": f"{memory.kv_tokens}",
+        "largest --max-model-len": f"{memory.largest_max_model_len}",
+    }
+    for what, size in rows.items():
+        table.add_row(what, size)
+    return table
+
+
+def _build(settings: BuildConfig, json_output: bool) -> None:
+    import time
+
+    from llmctl.artifact.builder import build_engine
+    from llmctl.artifact.loader import read_manifest
+
+    start = time.perf_counter()
+    with build_progress() as progress:
+        path = build_engine(settings, progress)
+    seconds = time.perf_counter() - start
+    manifest = read_manifest(path)
+    size = sum(record.size for record in manifest.files.values())
+    if json_output:
+        kernels = sorted({choice.kernel for choice in manifest.kernels})
+        print_json({
+            "engine": str(path), "target": str(manifest.target), "dtype": manifest.options.dtype, "bytes": size,
+            "checksum": manifest.checksum, "kernels": kernels, "seconds": round(seconds, 3),
+        })  # fmt: skip
+        return
+    from llmctl.artifact.memory import human_bytes
+
+    print(f"{path}: {human_bytes(size)} for {manifest.target}, {manifest.options.dtype}, built in {seconds:.1f} s")
+
+
+@contextmanager
+def build_progress() -> Iterator[Progress]:
+    """What to hand to a build to see it move: a bar on a terminal, a line at each tenth otherwise; on stderr."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("weights"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, description=name)
+
+
+class _PlainProgress:
+    """One line each time another tenth of the weights is written."""
+
+    def __init__(self) -> None:
+        self._tenth = 0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(1, total)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            print(f"weights {10 * tenth}% ({name})", file=sys.stderr, flush=True)

@@ -1,0 +1,143 @@
+"""``llmctl inspect``: what an engine folder holds, or what a checkpoint would be built into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmctl.cli.common import JsonOption, guarded, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+Engine = Annotated[str, typer.Argument(metavar="ENGINE", help="An engine folder, or any model that can be built.")]
+Ops = Annotated[bool, typer.Option("--ops", help="List every op with its kernel.", rich_help_panel="Listing")]
+Weights = Annotated[bool, typer.Option("--weights", help="List every stored tensor.", rich_help_panel="Listing")]
+Verify = Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.", rich_help_panel="General")]
+
+
+@guarded
+def inspect(
+    engine: Engine,
+    ops: Ops = False,
+    weights: Weights = False,
+    verify: Verify = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Show an engine: target, sizes, graph, kernels, quantization. Files are checked; nothing is loaded.
+
+    Example: [bold]llmctl inspect ./engine --ops[/bold]
+    """
+    from llmctl.artifact.describe import describe_model
+
+    document = describe_model(engine, verify=verify)
+    if json_output:
+        print_json(document)
+        return
+    from rich.console import Console
+
+    console = Console()
+    _print_summary(console, document)
+    _print_graph(console, document)
+    _print_kernels(console, document)
+    if weights:
+        _print_weights(console, document["weights"])
+    if ops:
+        _print_ops(console, document["ops"])
+
+
+def _print_summary(console: Console, document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=document["path"], title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("kind", "source", "fingerprint", "llmctl_version", "target", "runs_here", "size", "checksum"):
+        if document.get(name) is not None:
+            table.add_row(name.replace("_", " "), str(document[name]))
+    for name, value in document["options"].items():
+        table.add_row(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    quantization = document["quantization"]
+    table.add_row("quantization", _quantization_line(quantization))
+    console.print(table, highlight=False)
+
+
+def _quantization_line(record: Mapping[str, Any]) -> str:
+    if record["method"] == "none":
+        return "none"
+    group = "one group a row" if record["group_size"] == -1 else f"groups of {record['group_size']}"
+    kind = "symmetric" if record["symmetric"] else "asymmetric"
+    order = ", act-order" if record["act_order"] else ""
+    ignored = f"; dense: {', '.join(record['ignored_layers'])}" if record["ignored_layers"] else ""
+    return f"{record['method']}, {record['bits']} bits, {group}, {kind}{order}{ignored}"
+
+
+def _print_graph(console: Console, document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    graph = document["graph"]
+    console.print(
+        f"graph: {graph['family']}, {graph['num_layers']} layers, hidden {graph['hidden_size']}, "
+        f"vocabulary {graph['vocab_size']}, {graph['parameters'] / 1e6:.1f} M parameters",
+        highlight=False,
+    )
+    table = Table()
+    table.add_column("op")
+    table.add_column("count", justify="right")
+    for kind, count in graph["ops"].items():
+        table.add_row(kind, str(count))
+    console.print(table, highlight=False)
+
+
+def _print_kernels(console: Console, document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    chosen = Table(title="kernels", title_justify="left")
+    for column in ("kernel", "ops", "serves", "others refused because"):
+        chosen.add_column(column)
+    for row in document["kernels"]:
+        chosen.add_row(row["kernel"], f"{row['count']} {row['kind']}", row["rows"], "; ".join(row["refused"]) or "-")
+    console.print(chosen, highlight=False)
+    for name, module in document["modules"].items():
+        table = Table(title=f"{name}  {module['compiler']}  sha256 {module['sha256'][:16]}…", title_justify="left")
+        table.add_column("entry point")
+        for column in ("registers", "shared", "stack", "spills"):
+            table.add_column(column, justify="right")
+        for r in module["resources"]:
+            spills = r["spill_store_bytes"] + r["spill_load_bytes"]
+            table.add_row(r["name"], *(str(v) for v in (r["registers"], r["shared_bytes"], r["stack_bytes"], spills)))
+        if module["resources"]:
+            console.print(table, highlight=False)
+
+
+def _print_weights(console: Console, weights: list[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    from llmctl.artifact.memory import human_bytes
+
+    table = Table(title="weights", title_justify="left")
+    for column in ("tensor", "dtype", "shape"):
+        table.add_column(column)
+    table.add_column("size", justify="right")
+    for plane in weights:
+        shape = "x".join(map(str, plane["shape"]))
+        table.add_row(plane["name"], plane["dtype"], shape, human_bytes(plane["bytes"]))
+    console.print(table, highlight=False)
+
+
+def _print_ops(console: Console, ops: list[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="ops, in execution order", title_justify="left")
+    for column in ("layer", "op", "kind", "inputs", "outputs", "kernel", "attributes"):
+        table.add_column(column, overflow="fold")
+    for op in ops:
+        attributes = " ".join(f"{k}={v}" for k, v in op["attrs"].items())
+        table.add_row(
+            str(op["layer"]), op["name"], op["kind"], " ".join(op["inputs"]), " ".join(op["outputs"]), op["kernel"],
+            attributes,
+        )  # fmt: skip
+    console.print(table, highlight=False)
