@@ -63,7 +63,7 @@ class EngineConfig:
     target: str = "cpu"
     dtype: str = "auto"
     max_model_len: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_memory: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -88,6 +88,7 @@ class ServeConfig(EngineConfig):
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     drain_timeout: float = 30.0
+    stall_timeout: float = 60.0
     log_level: str = "info"
 
 

@@ -1,0 +1,212 @@
+"""``llmctl serve``: an engine, or anything that can be built into one, behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmctl.cli.common import ConfigOption, guarded
+from llmctl.config import ServeConfig
+
+_D = ServeConfig()
+_MODEL, _SERVER, _ENGINE, _MEMORY, _SECURITY = "Model", "Server", "Engine", "Memory", "Security"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="An engine folder, a checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ServedName = Annotated[
+    str | None,
+    typer.Option(
+        "--served-model-name",
+        metavar="NAME",
+        help="Name in the API; the model's own by default.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template", metavar="FILE", help="Jinja template instead of the model's own.", rich_help_panel=_MODEL
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target", help="What a checkpoint is built for: cpu, reference, cuda:sm_90.", rich_help_panel=_MODEL
+    ),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.", rich_help_panel=_MODEL)]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Check every file of the engine against its sha256.", rich_help_panel=_MODEL)
+]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=_SERVER)]
+Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", rich_help_panel=_SERVER)]
+DrainTimeout = Annotated[
+    float,
+    typer.Option(
+        "--drain-timeout",
+        metavar="SECONDS",
+        min=0,
+        help="How long running requests may take to finish after SIGTERM.",
+        rich_help_panel=_SERVER,
+    ),
+]
+StallTimeout = Annotated[
+    float,
+    typer.Option(
+        "--stall-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="Without a step for this long while requests run, /ready says stalled.",
+        rich_help_panel=_SERVER,
+    ),
+]
+LogLevel = Annotated[
+    str,
+    typer.Option("--log-level", help="debug (with an access log), info, warning or error.", rich_help_panel=_SERVER),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="LLMCTL_API_KEY",
+        metavar="KEY",
+        help="Required of every request but /health and /ready; several: comma-separated.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+SslKey = Annotated[
+    str | None, typer.Option("--ssl-keyfile", metavar="FILE", help="TLS private key.", rich_help_panel=_SECURITY)
+]
+SslCert = Annotated[
+    str | None, typer.Option("--ssl-certfile", metavar="FILE", help="TLS certificate.", rich_help_panel=_SECURITY)
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len", metavar="TOKENS", min=1, help="Longest prompt and output.", rich_help_panel=_MEMORY
+    ),
+]
+KvCacheMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-memory",
+        metavar="SIZE",
+        help="KV cache, such as 2GiB; by default what is left.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", metavar="TOKENS", min=1, help="Tokens a KV-cache block.", rich_help_panel=_MEMORY),
+]
+PrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Reuse the KV cache of equal prompt beginnings.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+MaxNumSeqs = Annotated[
+    int, typer.Option("--max-num-seqs", min=1, help="Requests running at once.", rich_help_panel=_ENGINE)
+]
+MaxBatchedTokens = Annotated[
+    int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens computed a step.", rich_help_panel=_ENGINE)
+]
+ChunkedPrefill = Annotated[
+    bool,
+    typer.Option(
+        "--enable-chunked-prefill/--no-enable-chunked-prefill",
+        help="Compute long prompts over several steps.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Policy = Annotated[
+    str, typer.Option("--scheduling-policy", metavar="POLICY", help="fcfs or priority.", rich_help_panel=_ENGINE)
+]
+MaxQueued = Annotated[
+    int,
+    typer.Option(
+        "--max-num-queued-reqs", min=1, help="Requests waiting beyond which new ones get 429.", rich_help_panel=_ENGINE
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads of the model.", rich_help_panel=_ENGINE)
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
+
+
+@guarded
+def serve(
+    model: Model = _D.model,
+    served_model_name: ServedName = _D.served_model_name,
+    chat_template: ChatTemplate = _D.chat_template,
+    target: Target = _D.target,
+    dtype: Dtype = _D.dtype,
+    verify: Verify = _D.verify,
+    host: Host = _D.host,
+    port: Port = _D.port,
+    drain_timeout: DrainTimeout = _D.drain_timeout,
+    stall_timeout: StallTimeout = _D.stall_timeout,
+    log_level: LogLevel = _D.log_level,
+    api_key: ApiKey = _D.api_key,
+    ssl_keyfile: SslKey = _D.ssl_keyfile,
+    ssl_certfile: SslCert = _D.ssl_certfile,
+    max_model_len: MaxModelLen = _D.max_model_len,
+    kv_cache_memory: KvCacheMemory = _D.kv_cache_memory,
+    block_size: BlockSize = _D.block_size,
+    enable_prefix_caching: PrefixCaching = _D.enable_prefix_caching,
+    max_num_seqs: MaxNumSeqs = _D.max_num_seqs,
+    max_num_batched_tokens: MaxBatchedTokens = _D.max_num_batched_tokens,
+    enable_chunked_prefill: ChunkedPrefill = _D.enable_chunked_prefill,
+    scheduling_policy: Policy = _D.scheduling_policy,
+    max_num_queued_reqs: MaxQueued = _D.max_num_queued_reqs,
+    threads: Threads = _D.threads,
+    seed: Seed = _D.seed,
+    config: ConfigOption = None,  # noqa: ARG001
+) -> None:
+    """Serve a model behind an OpenAI-compatible API.
+
+    What is not an engine yet is built into the cache first. SIGTERM drains; a second one stops at once.
+
+    Example: [bold]llmctl serve --model ./engine --port 8000[/bold]
+    """
+    settings = ServeConfig(
+        model=model,
+        target=target,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        kv_cache_memory=kv_cache_memory,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+        enable_chunked_prefill=enable_chunked_prefill,
+        scheduling_policy=scheduling_policy,
+        max_num_queued_reqs=max_num_queued_reqs,
+        threads=threads,
+        seed=seed,
+        verify=verify,
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        chat_template=chat_template,
+        api_key=api_key,
+        ssl_keyfile=ssl_keyfile,
+        ssl_certfile=ssl_certfile,
+        drain_timeout=drain_timeout,
+        stall_timeout=stall_timeout,
+        log_level=log_level,
+    )
+    from llmctl.serving.launch import run_server
+
+    run_server(settings)

@@ -1,0 +1,301 @@
+"""The OpenAI endpoints that generate: ``/v1/completions`` and ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import ValidationError
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llmctl.engine.output import TextOutput
+from llmctl.engine.sampling import SamplingParams
+from llmctl.errors import LlmctlError, RequestError
+from llmctl.serving.context import Model, ServerContext, context_of
+from llmctl.serving.generation import Generation, SequenceSpec
+from llmctl.serving.intake import Prompt
+from llmctl.serving.openai_errors import body_of, from_validation_error, json_response
+from llmctl.serving.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, SamplingFields
+from llmctl.serving.responses import (
+    DONE_EVENT,
+    CompletionLogprobs,
+    Envelope,
+    UsageCount,
+    chat_logprobs,
+    event,
+    prompt_logprobs,
+)
+
+log = logging.getLogger("llmctl.serving")
+
+Body = TypeVar("Body", bound=ApiModel)
+router = APIRouter()
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+async def parse(request: Request, model: type[Body]) -> Body:
+    """The request's body as ``model``.
+
+    Raises:
+        RequestError: not JSON, wrong types, missing fields.
+    """
+    try:
+        body = model.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise from_validation_error(error) from None
+    if body.model_extra:
+        log.debug("ignored unknown request fields: %s", ", ".join(body.model_extra))
+    return body
+
+
+def openapi_body(model: type[ApiModel]) -> dict[str, Any]:
+    """What ``/docs`` shows for a body that is parsed by ``parse``."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class EventStream(Response):
+    """Server-sent events of one generation, which is aborted when the client goes away or the response fails."""
+
+    def __init__(self, events: AsyncIterator[bytes], generation: Generation, watcher: asyncio.Task[None]) -> None:
+        super().__init__()
+        self._events = events
+        self._generation = generation
+        self._watcher = watcher
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._watcher.cancel()
+            self._generation.abort()
+
+
+async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.abort()
+
+
+def _sequences(prompts: list[Prompt], params: SamplingParams, body: SamplingFields) -> list[SequenceSpec]:
+    return [
+        SequenceSpec(prompt.token_ids, params.sample(i), body.priority or 0, body.cache_salt)
+        for prompt in prompts
+        for i in range(params.n)
+    ]
+
+
+class Answer:
+    """One kind of response: how a finished delta becomes a choice, and how a running one becomes events."""
+
+    def __init__(self, envelope: Envelope, usage: UsageCount, samples: int, body: SamplingFields) -> None:
+        self.envelope = envelope
+        self.usage = usage
+        self.samples = samples
+        options = body.stream_options
+        self.include_usage = options is not None and options.include_usage
+        self.continuous_usage = options is not None and options.continuous_usage_stats
+
+    def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
+        """A choice of the whole response."""
+        raise NotImplementedError
+
+    def events(self, index: int, output: TextOutput) -> bytes:
+        """The events of one delta of a stream."""
+        raise NotImplementedError
+
+    def usage_body(self) -> dict[str, Any]:
+        """OpenAI's ``usage`` so far."""
+        return self.usage.body(self.samples)
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """One event with one choice."""
+        if not self.include_usage:
+            return event(self.envelope.body([choice]))
+        return event(self.envelope.body([choice], usage=self.usage_body() if self.continuous_usage else None))
+
+    async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
+        """All events, to ``[DONE]``; an error after the beginning is an event of its own."""
+        try:
+            async for batch in generation:
+                for index, output in batch:
+                    self.usage.count(index, output)
+                data = b"".join([self.events(index, output) for index, output in batch])
+                if data:
+                    yield data
+            if self.include_usage:
+                yield event(self.envelope.body([], usage=self.usage_body()))
+        except LlmctlError as error:
+            yield event(body_of(error))
+        yield DONE_EVENT
+
+    def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
+        """The document of a response that is not streamed."""
+        for index, output in enumerate(outputs):
+            self.usage.count(index, output)
+        choices = [self.choice(index, output) for index, output in enumerate(outputs)]
+        return self.envelope.body(choices, usage=self.usage_body())
+
+
+class CompletionAnswer(Answer):
+    """``text_completion``."""
+
+    def __init__(self, model: Model, prompts: list[Prompt], samples: int, body: CompletionRequest) -> None:
+        usage = UsageCount(sum(len(p.token_ids) for p in prompts))
+        super().__init__(Envelope.new("cmpl", "text_completion", model.name), usage, samples, body)
+        self._tokenizer = model.intake.tokenizer
+        self._prompts = prompts
+        self._echo = bool(body.echo)
+        self._prompt_logprobs = body.prompt_logprobs is not None
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+
+    def _prompt(self, index: int) -> Prompt:
+        return self._prompts[index // self.samples]
+
+    def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
+        prompt = self._prompt(index)
+        logprobs = CompletionLogprobs()
+        choice = {
+            "index": index,
+            "text": (prompt.text or "") + output.text if self._echo else output.text,
+            "logprobs": logprobs.echoed(self._tokenizer, prompt, output) if self._echo else logprobs.body(output),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+        if self._prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, prompt, output.prompt_scores)
+        return choice
+
+    def events(self, index: int, output: TextOutput) -> bytes:
+        first = index not in self._logprobs
+        logprobs = self._logprobs.setdefault(index, CompletionLogprobs())
+        text = output.text
+        if first and self._echo:
+            text = (self._prompt(index).text or "") + text
+        if not text and output.finish_reason is None and output.logprobs is None:
+            return b""
+        return self.chunk(
+            {
+                "index": index,
+                "text": text,
+                "logprobs": logprobs.body(output),
+                "finish_reason": output.finish_reason,
+                "stop_reason": output.stop_reason,
+            }
+        )
+
+
+class ChatAnswer(Answer):
+    """``chat.completion`` and ``chat.completion.chunk``."""
+
+    def __init__(self, model: Model, prompt: Prompt, samples: int, body: ChatCompletionRequest) -> None:
+        object_ = "chat.completion.chunk" if body.stream else "chat.completion"
+        usage = UsageCount(len(prompt.token_ids))
+        super().__init__(Envelope.new("chatcmpl", object_, model.name), usage, samples, body)
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": chat_logprobs(output),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def events(self, index: int, output: TextOutput) -> bytes:
+        data = b""
+        if index not in self._begun:
+            self._begun.add(index)
+            data += self._delta(index, {"role": "assistant", "content": ""})
+        logprobs = chat_logprobs(output)
+        if output.text or (logprobs is not None and output.token_ids):
+            data += self._delta(index, {"content": output.text}, logprobs)
+        if output.finish_reason is not None:
+            data += self._delta(index, {}, None, output.finish_reason, output.stop_reason)
+        return data
+
+    def _delta(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        stop_reason: int | str | None = None,
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        if finish_reason is not None:
+            choice["stop_reason"] = stop_reason
+        return self.chunk(choice)
+
+
+async def _respond(
+    request: Request, context: ServerContext, body: SamplingFields, specs: list[SequenceSpec], answer: Answer
+) -> Response:
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: only with stream", param="stream_options")
+    generation = context.client.generate(specs)
+    watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
+    try:
+        if body.stream:
+            # The status line waits for the first output, so that a refusal by the scheduler has its own status.
+            await generation.started()
+            return EventStream(answer.stream(generation), generation, watcher)
+        outputs = await generation.result()
+    except BaseException:
+        watcher.cancel()
+        generation.abort()
+        raise
+    watcher.cancel()
+    return json_response(answer.whole(outputs))
+
+
+@contextlib.contextmanager
+def _counted(context: ServerContext) -> Iterator[None]:
+    """Count a refusal under its reason."""
+    try:
+        yield
+    except LlmctlError as error:
+        context.metrics.rejected(error.code or "invalid_request")
+        raise
+
+
+@router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest), response_model=None)
+async def completions(request: Request) -> Response:
+    """Continue a text."""
+    context = context_of(request)
+    with _counted(context):
+        model = context.model()
+        body = await parse(request, CompletionRequest)
+        context.check_name(body.model)
+        prompts = await model.intake.completion_prompts(body)
+        params = model.intake.completion_params(body, prompts)
+        answer = CompletionAnswer(model, prompts, params.n, body)
+        return await _respond(request, context, body, _sequences(prompts, params, body), answer)
+
+
+@router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatCompletionRequest), response_model=None)
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    context = context_of(request)
+    with _counted(context):
+        model = context.model()
+        body = await parse(request, ChatCompletionRequest)
+        context.check_name(body.model)
+        prompt = await model.intake.chat_prompt(body)
+        params = model.intake.chat_params(body, prompt)
+        answer = ChatAnswer(model, prompt, params.n, body)
+        return await _respond(request, context, body, _sequences([prompt], params, body), answer)

@@ -1,0 +1,138 @@
+"""The HTTP app: all endpoints, the gates in front of them, errors in OpenAI's shape. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from llmctl import __version__
+from llmctl.errors import RequestError
+from llmctl.serving import api
+from llmctl.serving.api import openapi_body, parse
+from llmctl.serving.client import EngineState
+from llmctl.serving.context import ServerContext, context_of
+from llmctl.serving.middleware import ApiKeyGate, BodyGate
+from llmctl.serving.openai_errors import install_handlers, json_response
+from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    """The app of one server."""
+    app = FastAPI(title="llmctl", version=__version__, redirect_slashes=False)
+    app.state.context = context
+    install_handlers(app)
+    app.include_router(api.router)
+    gets: dict[str, Callable[..., Any]] = {
+        "/health": health,
+        "/ready": ready,
+        "/version": version,
+        "/metrics": metrics,
+        "/v1/models": models,
+        "/v1/models/{name:path}": model,
+    }
+    for path, endpoint in gets.items():
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    app.add_api_route("/tokenize", tokenize, methods=["POST"], response_model=None)
+    app.add_api_route(
+        "/detokenize",
+        detokenize,
+        methods=["POST"],
+        response_model=None,
+        openapi_extra=openapi_body(DetokenizeRequest),
+    )
+    app.add_middleware(BodyGate)
+    app.add_middleware(ApiKeyGate, keys=api_keys(context.config.api_key))
+    return app
+
+
+def api_keys(given: str | None) -> list[str]:
+    """The accepted keys: ``--api-key``, comma-separated, or $LLMCTL_API_KEY."""
+    text = given if given is not None else os.environ.get("LLMCTL_API_KEY", "")
+    return [key for key in (part.strip() for part in text.split(",")) if key]
+
+
+async def health(request: Request) -> Response:
+    """Liveness: 200 from the first moment, 503 with the reason once the engine is dead."""
+    client = context_of(request).client
+    if client.state is EngineState.DEAD:
+        return json_response({"status": "dead", "reason": client.why_not_ready()}, 503)
+    return json_response({"status": "ok", "engine": client.state.value})
+
+
+async def ready(request: Request) -> Response:
+    """Readiness: 200 when a request would be served now, else 503 with the reason."""
+    reason = context_of(request).client.why_not_ready()
+    if reason is None:
+        return json_response({"status": "ready"})
+    return json_response({"status": reason.partition(":")[0], "reason": reason}, 503, {"Retry-After": "1"})
+
+
+async def version() -> Response:
+    """The version of llmctl."""
+    return json_response({"version": __version__})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus exposition."""
+    text, content_type = context_of(request).metrics.render()
+    return Response(text, headers={"Content-Type": content_type})
+
+
+def _model_body(context: ServerContext) -> dict[str, object]:
+    body: dict[str, object] = {
+        "id": context.model_name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "llmctl",
+        "root": context.config.model,
+    }
+    if context.loaded is not None:
+        body["max_model_len"] = context.loaded.info.max_model_len
+    return body
+
+
+async def models(request: Request) -> Response:
+    """The served model."""
+    return json_response({"object": "list", "data": [_model_body(context_of(request))]})
+
+
+async def model(request: Request, name: str) -> Response:
+    """The served model, by its name."""
+    context = context_of(request)
+    context.check_name(name)
+    return json_response(_model_body(context))
+
+
+async def tokenize(request: Request) -> Response:
+    """Token ids of a prompt, or of a chat as its template renders it."""
+    context = context_of(request)
+    intake = context.model().intake
+    raw = await request.body()
+    body: TokenizeRequest | TokenizeChatRequest
+    if b'"messages"' in raw and b'"prompt"' not in raw:
+        body = await parse(request, TokenizeChatRequest)
+        text = intake.render_chat(body)
+    else:
+        body = await parse(request, TokenizeRequest)
+        text = body.prompt
+    context.check_name(body.model)
+    ids = await intake.encode(text, add_special_tokens=body.add_special_tokens)
+    answer: dict[str, object] = {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [intake.tokenizer.id_to_token(i) for i in ids]
+    return json_response(answer)
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    context = context_of(request)
+    intake = context.model().intake
+    body = await parse(request, DetokenizeRequest)
+    context.check_name(body.model)
+    if not intake.known(body.tokens):
+        raise RequestError("tokens: an id is outside the vocabulary", param="tokens")
+    return json_response({"prompt": intake.tokenizer.decode(body.tokens, skip_special_tokens=False)})

@@ -1,0 +1,94 @@
+"""What the endpoints share: the engine client, the metrics, and the model once it is there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi import Request
+
+from llmctl.config import ServeConfig
+from llmctl.errors import CheckpointError, ModelNotFoundError
+from llmctl.serving.client import AsyncEngineClient
+from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.wire import EngineInfo
+from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """The served model: its name and what translates requests for it."""
+
+    name: str
+    intake: Intake
+    info: EngineInfo
+
+
+@dataclass
+class ServerContext:
+    """State of one server. ``model()`` is for requests, and refuses while the engine cannot take them."""
+
+    config: ServeConfig
+    model_name: str
+    client: AsyncEngineClient
+    metrics: ServerMetrics
+    loaded: Model | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def model(self) -> Model:
+        """The model.
+
+        Raises:
+            NotReadyError: starting, draining, or dead, with the reason.
+        """
+        self.client.check_admitting()
+        assert self.loaded is not None, "the client admits requests only after load_model"
+        return self.loaded
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse another model's name; a request without one means the served model.
+
+        Raises:
+            ModelNotFoundError.
+        """
+        if name is not None and name != self.model_name:
+            raise ModelNotFoundError(
+                f"the model '{name}' does not exist; this server has: {self.model_name}", param="model"
+            )
+
+
+def load_model(name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, chat_template: str | None) -> Model:
+    """The Model of an engine folder. ``chat_template`` is a file that overrides the model's own template.
+
+    Raises:
+        CheckpointError: the template file cannot be read or is not a template.
+    """
+    template = tokenizer.chat_template
+    if chat_template is not None:
+        template = _read_template(Path(chat_template), tokenizer)
+    intake = Intake(
+        tokenizer,
+        template,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        defaults=sampling_defaults(folder),
+    )
+    return Model(name, intake, info)
+
+
+def _read_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"--chat-template {path}: {reason}", param="chat_template") from error
+    return ChatTemplate(source, tokenizer.special_tokens)
+
+
+def context_of(request: Request) -> ServerContext:
+    """The ServerContext of the app that a request came to."""
+    context: ServerContext = request.app.state.context
+    return context

@@ -1,0 +1,169 @@
+"""What the worker runs: commands in, one engine step, one message out, again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import zmq
+
+from llmctl.config import EngineConfig, parse_bytes
+from llmctl.engine.llm_engine import LLMEngine, TokenOutput
+from llmctl.engine.request import Request
+from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.errors import LlmctlError
+from llmctl.serving.wire import (
+    AbortRequests,
+    AddRequests,
+    EngineInfo,
+    ErrorInfo,
+    Event,
+    Located,
+    Progress,
+    Refused,
+    StepMessage,
+    WireRequest,
+    decode_command,
+    encode,
+)
+from llmctl.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmctl.artifact.loader import LoadedEngine
+
+_IDLE_POLL_MS = 60_000
+
+
+class EngineLoop:
+    """Drives one LLMEngine from one socket.
+
+    Commands are taken between steps. A step in which nothing is produced (a chunk of a long prompt) is reported too:
+    it is how the API process sees progress.
+    """
+
+    def __init__(self, engine: LLMEngine, socket: zmq.Socket[bytes]) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._refused: list[Refused] = []
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until a Shutdown command."""
+        while not self._stopping:
+            idle = not self._engine.has_unfinished()
+            outputs = self._take_commands(wait=idle)
+            busy = self._engine.has_unfinished()
+            if busy:
+                outputs += self._engine.step()
+            if busy or outputs or self._refused:
+                self._report(outputs)
+        self._engine.close()
+
+    def _report(self, outputs: list[TokenOutput]) -> None:
+        self._socket.send(encode(StepMessage(outputs, self._engine.stats(), self._refused)))
+        self._refused = []
+
+    def _take_commands(self, *, wait: bool) -> list[TokenOutput]:
+        """Apply every command that has come; with ``wait``, sleep until there is one. Returns outputs of aborts."""
+        outputs: list[TokenOutput] = []
+        if wait and not self._socket.poll(_IDLE_POLL_MS):
+            return outputs
+        while not self._stopping and self._socket.poll(0):
+            command = decode_command(self._socket.recv())
+            if isinstance(command, AddRequests):
+                self._add(command)
+            elif isinstance(command, AbortRequests):
+                outputs += self._engine.abort(command.request_ids)
+            else:
+                self._stopping = True
+        return outputs
+
+    def _add(self, command: AddRequests) -> None:
+        try:
+            self._engine.add_requests([_request(r) for r in command.requests])
+        except LlmctlError as error:
+            self._refused.append(Refused([r.request_id for r in command.requests], ErrorInfo.of(error)))
+
+
+def _request(wire: WireRequest) -> Request:
+    return Request(
+        request_id=wire.request_id,
+        prompt_token_ids=wire.prompt_token_ids,
+        params=wire.params,
+        priority=wire.priority,
+        arrival_time=wire.arrival,
+        cache_salt=wire.cache_salt,
+    )
+
+
+def scheduler_config(config: EngineConfig) -> SchedulerConfig:
+    """The scheduler's part of the settings."""
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        policy=config.scheduling_policy,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+    )
+
+
+def open_engine(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
+    """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
+
+    Raises:
+        LlmctlError: whatever resolving, building or loading refuses.
+    """
+    path = _locate(config, send)
+    send(Located(str(path)))
+    send(Progress("loading the engine"))
+    from llmctl.artifact.loader import load_engine
+    from llmctl.runtime.load import load_runtime
+
+    kv_cache_bytes = parse_bytes(config.kv_cache_memory, param="kv_cache_memory") if config.kv_cache_memory else None
+    loaded = load_engine(
+        path,
+        verify=config.verify,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+    runtime = load_runtime(loaded, threads=config.threads)
+    tokenizer = Tokenizer.from_folder(path)
+    engine = LLMEngine(runtime, scheduler_config(config), tokenizer.eos_token_ids, seed=config.seed)
+    send(_info(loaded, engine))
+    return engine
+
+
+def _locate(config: EngineConfig, send: Callable[[Event], None]) -> Path:
+    """The engine folder of ``config.model``: itself, or built into the cache."""
+    from llmctl.artifact.loader import is_engine
+
+    if is_engine(Path(config.model)):
+        return Path(config.model)
+    from llmctl.artifact.builder import ensure_engine
+
+    send(Progress(f"preparing an engine for {config.model} (target {config.target})"))
+    return ensure_engine(config.model, config)
+
+
+def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
+    manifest, limits = loaded.manifest, engine.limits
+    quantization = manifest.quantization
+    return EngineInfo(
+        model_name=manifest.source.name,
+        family=manifest.graph.family,
+        target=str(manifest.target),
+        quantization=quantization.method if not quantization.bits else f"{quantization.method} {quantization.bits}-bit",
+        dtype=manifest.options.dtype,
+        max_model_len=limits.max_model_len,
+        block_size=limits.block_size,
+        num_blocks=limits.num_blocks,
+        vocab_size=limits.vocab_size,
+        weight_bytes=loaded.plan.weights,
+        kv_cache_bytes=loaded.plan.kv_bytes,
+    )

@@ -1,0 +1,132 @@
+"""The API process's view of one HTTP request in the engine: its sequences, and output that nobody has taken yet."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from llmctl.engine.output import TextOutput, merge_outputs
+from llmctl.engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """One sequence to generate: prompt, parameters with ``n`` = 1, scheduling facts."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class RunningSequence:
+    """One sequence in the engine. ``last_token``: when its newest token came, seconds on ``time.monotonic``."""
+
+    request_id: str
+    generation: Generation
+    index: int
+    prompt_tokens: int
+    last_token: float | None = None
+
+
+class Generation:
+    """Output of the sequences of one HTTP request, merged per sequence while nobody takes it.
+
+    Iterate it for a stream of ``[(index, output), …]``; or await ``result`` for everything at once, which wakes up
+    only when all sequences are done. ``started`` waits for the first output, so that a refusal by the engine can still
+    become an HTTP status.
+
+    Args:
+        cancel: tells the engine to drop these sequences; called at most once, by ``abort``.
+    """
+
+    def __init__(self, count: int, cancel: Callable[[Generation], None]) -> None:
+        self.arrival = time.monotonic()
+        self.sequences: list[RunningSequence] = []
+        self._cancel = cancel
+        self._pending: dict[int, list[TextOutput]] = {}
+        self._unfinished = count
+        self._error: Exception | None = None
+        self._aborted = False
+        self._begun = asyncio.Event()
+        self._news = asyncio.Event()
+        self._done = asyncio.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self._done.is_set()
+
+    def push(self, index: int, output: TextOutput) -> None:
+        """Take in output of one sequence."""
+        self._pending.setdefault(index, []).append(output)
+        if output.finish_reason is not None:
+            self._unfinished -= 1
+        self._begun.set()
+        self._news.set()
+        if self._unfinished == 0:
+            self._done.set()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error; the consumer raises it."""
+        if self._error is None and not self.done:
+            self._error = error
+        self._wake_all()
+
+    def abort(self) -> None:
+        """Drop what is not finished (client gone); safe to call at any time."""
+        if self._aborted or self.done:
+            return
+        self._aborted = True
+        self._cancel(self)
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for event in (self._begun, self._news, self._done):
+            event.set()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    async def started(self) -> None:
+        """Wait for the first output of any sequence.
+
+        Raises:
+            LlmctlError: the engine refused the request or died.
+        """
+        await self._begun.wait()
+        self._check()
+
+    def __aiter__(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
+        return self._batches()
+
+    async def _batches(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            pending, self._pending = self._pending, {}
+            if pending:
+                yield [(index, _merged(parts)) for index, parts in sorted(pending.items())]
+            if self._pending:
+                continue
+            self._check()
+            if self.done:
+                return
+
+    async def result(self) -> list[TextOutput]:
+        """Everything, one output per sequence, once all are done (fewer after ``abort``).
+
+        Raises:
+            LlmctlError: the engine refused the request or died.
+        """
+        await self._done.wait()
+        self._check()
+        return [_merged(parts) for _, parts in sorted(self._pending.items())]
+
+
+def _merged(parts: list[TextOutput]) -> TextOutput:
+    return parts[0] if len(parts) == 1 else merge_outputs(parts)

@@ -1,0 +1,294 @@
+"""From a request's body to what the engine takes: prompts as token ids, and ``SamplingParams``.
+
+Everything that can be refused without the engine is refused here, before a response has begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.engine.sampling import SamplingParams, bad_word_ids
+from llmctl.errors import CapacityError, RequestError
+from llmctl.serving.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    SamplingFields,
+)
+from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.tokenizer import Tokenizer
+
+log = logging.getLogger("llmctl.serving")
+
+# Texts longer than this are tokenized in a thread: the event loop has streams to feed.
+_INLINE_CHARS = 4096
+_DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_STRUCTURED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its ids, and its text when it is known or was asked for (``echo``)."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Sampling parameters that the model's ``generation_config.json`` recommends; requests override them."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    found = {name: loaded[name] for name in _DEFAULTABLE if loaded.get(name) is not None}
+    if loaded.get("do_sample") is False:
+        found.pop("temperature", None)
+    try:
+        SamplingParams(**found)
+    except (RequestError, TypeError):
+        log.warning("generation_config.json: ignored, its sampling parameters are out of range: %s", found)
+        return {}
+    return found
+
+
+class Intake:
+    """Checks and translates requests for one model.
+
+    Args:
+        chat_template: None when the model has none; chat requests are then refused rather than guessed.
+        max_model_len: tokens, prompt and output. vocab_size: ids a prompt may hold.
+        defaults: sampling parameters used where a request leaves them out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self._chat_template = chat_template
+        self._vocab_size = vocab_size
+        self.defaults = dict(defaults)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats can be rendered."""
+        return self._chat_template is not None
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= _INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def completion_prompts(self, body: CompletionRequest) -> list[Prompt]:
+        """The prompts of a completion request, in order."""
+        given = body.prompt
+        if isinstance(given, str):
+            items: list[Any] = [given]
+        elif given and isinstance(given[0], int):
+            items = [given]
+        else:
+            items = list(given)
+        if not items:
+            raise RequestError("prompt: expected at least one prompt, found an empty list", param="prompt")
+        return [await self._completion_prompt(item, body) for item in items]
+
+    async def _completion_prompt(self, item: str | list[int], body: CompletionRequest) -> Prompt:
+        if isinstance(item, str):
+            ids = await self.encode(item, add_special_tokens=body.add_special_tokens)
+            prompt = Prompt(ids, item)
+        else:
+            text = self.tokenizer.decode(item) if body.echo and self.known(item) else None
+            prompt = Prompt(item, text)
+        self.check_prompt(prompt.token_ids, "prompt")
+        return prompt
+
+    def known(self, ids: Sequence[int]) -> bool:
+        """Whether the model has all these ids."""
+        return all(0 <= i < self._vocab_size for i in ids)
+
+    def check_prompt(self, ids: Sequence[int], param: str) -> None:
+        """Refuse an empty prompt, ids that the model does not have, and what does not fit the context.
+
+        Raises:
+            RequestError, CapacityError.
+        """
+        if not ids:
+            raise RequestError(f"{param}: expected at least one token, found none", param=param)
+        if not self.known(ids):
+            bad = next(i for i in ids if not 0 <= i < self._vocab_size)
+            raise RequestError(
+                f"{param}: token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
+            )
+        if len(ids) > self.max_model_len:
+            raise CapacityError(
+                f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {len(ids)}",
+                fix="shorten the prompt",
+                param=param,
+            )
+
+    def render_chat(self, body: ChatRequest) -> str:
+        """The prompt text of a chat.
+
+        Raises:
+            RequestError: no template, a part that is not text, or a template that refuses the messages.
+        """
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template",
+                fix="start the server with --chat-template FILE, or use /v1/completions",
+                param="messages",
+            )
+        if body.chat_template is not None:
+            raise RequestError("chat_template: templates of requests are not accepted", param="chat_template")
+        if body.continue_final_message:
+            raise RequestError("continue_final_message: not supported", param="continue_final_message")
+        extra = dict(body.chat_template_kwargs or {})
+        if body.documents is not None:
+            extra["documents"] = body.documents
+        return self._chat_template.render(
+            [_message(m, i) for i, m in enumerate(body.messages)],
+            add_generation_prompt=body.add_generation_prompt,
+            tools=body.tools or None,
+            **extra,
+        )
+
+    async def chat_prompt(self, body: ChatRequest) -> Prompt:
+        """The prompt of a chat, as text and ids."""
+        text = self.render_chat(body)
+        ids = await self.encode(text, add_special_tokens=body.add_special_tokens)
+        self.check_prompt(ids, "messages")
+        return Prompt(ids, text)
+
+    def completion_params(self, body: CompletionRequest, prompts: Sequence[Prompt]) -> SamplingParams:
+        """Sampling parameters of a completion request; they fit its longest prompt.
+
+        Raises:
+            RequestError: a field that is out of range or cannot be honoured. CapacityError: too long.
+        """
+        if body.suffix:
+            raise RequestError("suffix: not supported", param="suffix")
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise RequestError("best_of: not supported; use n", param="best_of")
+        prompt_logprobs = body.prompt_logprobs
+        if prompt_logprobs is None and body.echo and body.logprobs is not None:
+            prompt_logprobs = 0
+        if prompt_logprobs is not None and body.stream:
+            raise RequestError("prompt_logprobs: not available with stream", param="prompt_logprobs")
+        longest = max(len(p.token_ids) for p in prompts)
+        max_tokens = self._max_tokens(16 if body.max_tokens is None else body.max_tokens, longest, "max_tokens")
+        return self._params(body, max_tokens, body.logprobs, prompt_logprobs)
+
+    def chat_params(self, body: ChatCompletionRequest, prompt: Prompt) -> SamplingParams:
+        """Sampling parameters of a chat request.
+
+        Raises:
+            RequestError: a field that is out of range or cannot be honoured. CapacityError: too long.
+        """
+        _refuse_tool_calls(body)
+        if body.top_logprobs and not body.logprobs:
+            raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
+        param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        wanted = getattr(body, param)
+        max_tokens = self._max_tokens(wanted, len(prompt.token_ids), param)
+        return self._params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, None)
+
+    def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
+        room = self.max_model_len - prompt_tokens
+        if wanted is None and room > 0:
+            return room
+        needed = 1 if wanted is None else wanted
+        if needed > room:
+            raise CapacityError(
+                f"this model's maximum context length is {self.max_model_len} tokens, but {prompt_tokens + needed} "
+                f"were requested ({prompt_tokens} in the prompt, {needed} in the completion)",
+                fix=f"shorten the prompt or lower {param}",
+                param=param,
+            )
+        return needed
+
+    def _params(
+        self, body: SamplingFields, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        _refuse_structured(body)
+        values: dict[str, Any] = dict(self.defaults)
+        plain = (*_DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
+        for name in (*plain, "skip_special_tokens", "include_stop_str_in_output"):
+            value = getattr(body, name)
+            if value is not None:
+                values[name] = value
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        params = SamplingParams(
+            **values,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop=stop,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+            bad_words=bad_word_ids(self.tokenizer, body.bad_words or ()),
+            logit_bias=_logit_bias(body.logit_bias),
+        )
+        params.check_vocab(self._vocab_size)
+        return params
+
+
+def _message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """A message as the template sees it: content parts joined into one text, extra fields as they came."""
+    content = message.content
+    if isinstance(content, list):
+        for part in content:
+            if part.type != "text" or part.text is None:
+                raise RequestError(
+                    f"messages[{index}].content: only parts of type 'text' are supported, found '{part.type}'",
+                    param="messages",
+                )
+        content = "\n".join(part.text or "" for part in content)
+    return {**(message.model_extra or {}), "role": message.role, "content": content or ""}
+
+
+def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
+    if not given:
+        return None
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError as error:
+        raise RequestError("logit_bias: expected token ids as keys", param="logit_bias") from error
+
+
+def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
+    choice = body.tool_choice
+    if choice not in (None, "none"):
+        raise RequestError(
+            "tool_choice: only 'none' is supported; tools are shown to the model, its calls come as text",
+            param="tool_choice",
+        )
+    for name in ("functions", "function_call"):
+        if getattr(body, name):
+            raise RequestError(f"{name}: not supported; use tools", param=name)
+
+
+def _refuse_structured(body: SamplingFields) -> None:
+    if body.use_beam_search:
+        raise RequestError("use_beam_search: not supported", param="use_beam_search")
+    if body.response_format is not None and body.response_format.type != "text":
+        raise RequestError(
+            f"response_format: only type 'text' is supported, found '{body.response_format.type}'",
+            param="response_format",
+        )
+    for name in _STRUCTURED:
+        if getattr(body, name) is not None:
+            raise RequestError(f"{name}: structured output is not supported", param=name)

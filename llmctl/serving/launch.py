@@ -1,0 +1,244 @@
+"""``llmctl serve``: the API process from its first line to its last.
+
+Order: claim the port, start the worker (its heavy imports run beside ours), answer ``/health`` at once, admit requests
+when the worker is ready, drain on SIGTERM or SIGINT, leave no process and no file behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config import ServeConfig
+from llmctl.errors import LlmctlError, NotReadyError, UsageError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from llmctl.serving.client import AsyncEngineClient
+    from llmctl.serving.context import ServerContext
+
+log = logging.getLogger("llmctl.serving")
+
+# How long /health says why the engine died before the process ends, so that a probe can see it.
+DEATH_NOTICE_SECONDS = 2.0
+# How long responses may take to leave after the last request is done.
+FLUSH_SECONDS = 5
+
+
+def run_server(config: ServeConfig) -> None:
+    """Serve until told to stop; returns after a drain.
+
+    Raises:
+        LlmctlError: the port is taken, the engine did not start, or it died.
+    """
+    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    listener = bind(config.host, config.port)
+    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_Server(config, listener).run())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UsageError: the address is taken or not ours.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"--host {host}: {error.strerror or error}", param="host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {reason}", fix="choose another --port or --host", param="port"
+        ) from error
+    return listener
+
+
+def default_model_name(model: str) -> str:
+    """The served name of ``--model``: an engine's source model, a folder's or file's own name, else as given."""
+    path = Path(model)
+    if (path / "engine.json").is_file():
+        from llmctl.artifact.loader import read_manifest
+
+        return read_manifest(path).source.name
+    if path.exists():
+        return path.resolve().stem if path.is_file() else path.resolve().name
+    return model
+
+
+def _loop_factory() -> Any:
+    """uvloop's event loop where it is installed, else asyncio's own."""
+    try:
+        import uvloop  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+class _Server:
+    """One run of the server."""
+
+    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+        self._config = config
+        self._listener = listener
+        self._began = time.perf_counter()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        from llmctl.serving.client import AsyncEngineClient
+        from llmctl.serving.metrics import ServerMetrics
+
+        config = self._config
+        name = config.served_model_name or default_model_name(config.model)
+        metrics = ServerMetrics(name)
+        client = AsyncEngineClient(
+            config, metrics, stall_timeout=config.stall_timeout, log_level=config.log_level.lower()
+        )
+        client.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
+        self._install_signals(client)
+        await client.start()
+        try:
+            from llmctl.serving.app import create_app
+            from llmctl.serving.context import ServerContext
+
+            context = ServerContext(config, name, client, metrics)
+            server = self._http_server(create_app(context))
+            serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+            try:
+                await self._supervise(context)
+            finally:
+                await self._stop_http(server, serving)
+        finally:
+            await client.close()
+
+    def _http_server(self, app: Any) -> uvicorn.Server:
+        import uvicorn
+
+        config = self._config
+
+        class Server(uvicorn.Server):
+            """uvicorn without its signal handlers: signals mean a drain here."""
+
+            @contextlib.contextmanager
+            def capture_signals(self) -> Any:
+                yield
+
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="debug" if config.log_level.lower() == "debug" else "warning",
+            access_log=config.log_level.lower() == "debug",
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+        )
+        try:
+            settings.load()
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--ssl-certfile/--ssl-keyfile: {getattr(error, 'strerror', None) or error}", param="ssl_certfile"
+            ) from error
+        return Server(settings)
+
+    def _install_signals(self, client: AsyncEngineClient) -> None:
+        loop = asyncio.get_running_loop()
+
+        def on_signal(number: int) -> None:
+            if self._stop.is_set():
+                print("stopping at once", file=sys.stderr, flush=True)
+                client.kill()
+                os._exit(128 + number)
+            name = signal.Signals(number).name
+            print(
+                f"{name}: finishing running requests (up to {self._config.drain_timeout:g} s); again to stop at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            client.drain()
+            self._stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal, number)
+
+    async def _supervise(self, context: ServerContext) -> None:
+        """From start to the decision to end.
+
+        Raises:
+            LlmctlError: the engine did not start, or died.
+        """
+        client = context.client
+        dead = asyncio.create_task(client.until_dead())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            ready = asyncio.create_task(self._become_ready(context))
+            await _first(ready, stop)
+            if ready.done():
+                ready.result()
+                await _first(dead, stop)
+            ready.cancel()
+            if dead.done() and not self._stop.is_set():
+                await asyncio.sleep(DEATH_NOTICE_SECONDS)
+                raise dead.result()
+            await self._drain(client)
+        finally:
+            dead.cancel()
+            stop.cancel()
+
+    async def _become_ready(self, context: ServerContext) -> None:
+        from llmctl.serving.context import load_model
+        from llmctl.serving.summary import print_summary
+
+        client, config = context.client, self._config
+        info = await client.until_ready()
+        assert client.tokenizer is not None
+        assert client.engine_path is not None
+        context.loaded = load_model(
+            context.model_name, client.engine_path, client.tokenizer, info, config.chat_template
+        )
+        context.metrics.set_cache_config(
+            block_size=info.block_size,
+            num_gpu_blocks=info.num_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+            cache_dtype=info.dtype,
+        )
+        gc.collect()
+        gc.freeze()
+        client.admit()
+        print_summary(config, context.loaded, client.engine_path, time.perf_counter() - self._began)
+
+    async def _drain(self, client: AsyncEngineClient) -> None:
+        try:
+            await asyncio.wait_for(client.until_idle(), self._config.drain_timeout)
+        except TimeoutError:
+            log.warning("requests still running after %g s are ended", self._config.drain_timeout)
+            client.fail_all(NotReadyError("the server is shutting down"))
+
+    async def _stop_http(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+        server.should_exit = True
+        await asyncio.wait([serving])
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            raise LlmctlError(f"the HTTP server failed: {error}") from error
+
+
+async def _first(*tasks: asyncio.Task[Any]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

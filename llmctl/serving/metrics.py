@@ -1,0 +1,147 @@
+"""Prometheus series of the server: vLLM's names under the prefix ``llmctl:``, in a registry of their own.
+
+Gauges and counters of the engine arrive as running totals with each step's message; request latencies are observed by
+the API process, from the times at which things happened.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from llmctl.engine.llm_engine import EngineStats
+from llmctl.engine.output import TextOutput
+from llmctl.engine.request import RequestTimes
+
+PREFIX = "llmctl:"
+LABELS = ("model_name", "engine")
+
+_TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+_TOKEN_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+_REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
+)  # fmt: skip
+_LENGTH_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+_ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+REJECTION_REASONS = ("queue_full", "context_length_exceeded", "not_ready", "invalid_request")
+
+
+class ServerMetrics:
+    """All series of one server. ``render`` gives the exposition text."""
+
+    def __init__(self, model_name: str, engine: str = "0") -> None:
+        self.registry = CollectorRegistry()
+        self._label_values = (model_name, engine)
+        self._seen = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
+        self.running = self._gauge("num_requests_running", "Requests in the running batch.")
+        self.waiting = self._gauge("num_requests_waiting", "Requests waiting to be scheduled.")
+        self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.preemptions = self._counter("num_preemptions", "Preemptions of a running request.")
+        self.cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens that needed no computation.")
+        self._success = Counter(
+            PREFIX + "request_success", "Finished requests.", (*LABELS, "finished_reason"), registry=self.registry
+        )
+        self._rejections = Counter(
+            PREFIX + "admission_rejections", "Requests refused.", (*LABELS, "reason"), registry=self.registry
+        )
+        for reason in FINISH_REASONS:
+            self._success.labels(*self._label_values, reason)
+        for reason in REJECTION_REASONS:
+            self._rejections.labels(*self._label_values, reason)
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request.", _TOKEN_BUCKETS)
+        self.tpot = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time per output token after the first.", _TOKEN_BUCKETS
+        )
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_BUCKETS)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to scheduled.", _REQUEST_BUCKETS)
+        self.inference_time = self._histogram(
+            "request_inference_time_seconds", "Scheduled to last token.", _REQUEST_BUCKETS
+        )
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "Scheduled to first token.", _REQUEST_BUCKETS
+        )
+        self.decode_time = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST_BUCKETS)
+        self.prompt_lengths = self._histogram("request_prompt_tokens", "Prompt length.", _LENGTH_BUCKETS)
+        self.output_lengths = self._histogram("request_generation_tokens", "Output length.", _LENGTH_BUCKETS)
+        self.iteration_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed per step.", _ITERATION_BUCKETS
+        )
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(PREFIX + name, text, LABELS, registry=self.registry).labels(*self._label_values)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(PREFIX + name, text, LABELS, registry=self.registry).labels(*self._label_values)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, LABELS, buckets=buckets, registry=self.registry).labels(
+            *self._label_values
+        )
+
+    def set_cache_config(self, **fields: object) -> None:
+        """Export ``cache_config_info``: constant 1, the settings as labels."""
+        names = ("engine", *fields)
+        values = (self._label_values[1], *(str(value) for value in fields.values()))
+        info = Gauge(PREFIX + "cache_config_info", "KV-cache settings.", names, registry=self.registry)
+        info.labels(*values).set(1)
+
+    def engine(self, stats: EngineStats) -> None:
+        """Take in the engine's gauges and running totals."""
+        seen, self._seen = self._seen, stats
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.kv_usage.set(stats.kv_cache_usage)
+        self.generation_tokens.inc(stats.num_generated_tokens - seen.num_generated_tokens)
+        self.preemptions.inc(stats.num_preemptions - seen.num_preemptions)
+        self.cache_queries.inc(stats.prefix_cache_queries - seen.prefix_cache_queries)
+        self.cache_hits.inc(stats.prefix_cache_hits - seen.prefix_cache_hits)
+        if stats.num_steps > seen.num_steps:
+            self.iteration_tokens.observe(stats.last_step_tokens)
+
+    def begun(self, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
+        """A request's first output came ``seconds`` after its arrival."""
+        self.prompt_tokens.inc(prompt_tokens)
+        self.prompt_tokens_cached.inc(cached_tokens)
+        self.ttft.observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """Count one request refused at the door."""
+        self._rejections.labels(*self._label_values, reason).inc()
+
+    def ended(self, reason: str) -> None:
+        """Count one request that ended without an answer: ``abort`` or ``error``."""
+        self._success.labels(*self._label_values, reason).inc()
+
+    def finished(self, output: TextOutput, prompt_tokens: int, times: RequestTimes) -> None:
+        """Record one request that was answered; ``output`` is its last, ``times`` the engine's."""
+        self._success.labels(*self._label_values, str(output.finish_reason)).inc()
+        self.prompt_lengths.observe(prompt_tokens)
+        self.output_lengths.observe(output.num_output_tokens)
+        if times.first_scheduled is None or times.finished is None:
+            return
+        first = times.finished if times.first_token is None else times.first_token
+        self.queue_time.observe(max(0.0, times.first_scheduled - times.arrival))
+        self.prefill_time.observe(first - times.first_scheduled)
+        self.decode_time.observe(times.finished - first)
+        self.inference_time.observe(times.finished - times.first_scheduled)
+        self.e2e.observe(max(0.0, times.finished - times.arrival))
+        if output.num_output_tokens > 1:
+            self.tpot.observe((times.finished - first) / (output.num_output_tokens - 1))
+
+    def render(self) -> tuple[bytes, str]:
+        """Exposition text and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST

@@ -1,0 +1,99 @@
+"""Pure ASGI gates in front of every endpoint: the API key, the content type, and the size of a request body.
+
+Starlette's ``BaseHTTPMiddleware`` is avoided: it wraps the response stream in a task of its own and hides disconnects.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llmctl.errors import RequestError
+from llmctl.serving.openai_errors import error_body, error_response, json_response
+
+LIVENESS_PATHS = frozenset({"/health", "/ready"})
+DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
+
+
+class BodyTooLargeError(RequestError):
+    """The client sent more than the limit."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """A POST body that is not declared to be JSON."""
+
+    http_status = 415
+    code = "unsupported_media_type"
+
+
+class ApiKeyGate:
+    """Refuses every request without a known key, except to the liveness paths. No keys: everything passes."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._keys or scope["path"] in LIVENESS_PATHS or self._allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        body = error_body(
+            "missing or wrong API key: send 'Authorization: Bearer <key>'",
+            type_="authentication_error",
+            code="invalid_api_key",
+        )
+        response = json_response(body, 401, {"WWW-Authenticate": "Bearer"})
+        await response(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, token = header.partition(b" ")
+        # Every key is compared, in constant time, whatever the outcome.
+        matches = [hmac.compare_digest(token.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+class BodyGate:
+    """Refuses POST bodies that are not JSON (415) or are larger than ``max_bytes`` (413)."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int = DEFAULT_MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+            # Browsers can send other types across origins without asking; a local server must not act on those.
+            await error_response(UnsupportedMediaTypeError("expected Content-Type: application/json"))(
+                scope, receive, send
+            )
+            return
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive), send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        return limited_receive
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the request body is larger than the limit of {self._max_bytes} bytes")

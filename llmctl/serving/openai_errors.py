@@ -1,0 +1,98 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` with the right HTTP status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from llmctl.errors import LlmctlError, QueueFullError, RequestError
+
+log = logging.getLogger("llmctl.serving")
+
+RETRY_AFTER_SECONDS = 1
+
+# A union fails with one problem per alternative; these say what the field accepts in one phrase.
+_UNIONS = {
+    "prompt": "a string, a list of token ids (integers >= 0), or a list of either",
+    "stop": "a string or a list of strings",
+    "tool_choice": "'none', 'auto', 'required' or an object naming a function",
+}
+
+_HTTP_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+def error_body(message: str, *, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The JSON document of one error."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def body_of(error: BaseException) -> dict[str, Any]:
+    """The document for any exception; what is not an ``LlmctlError`` shows no detail to the client."""
+    if isinstance(error, LlmctlError):
+        return error_body(str(error), type_=error.type, param=error.param, code=error.code)
+    return error_body("internal server error", type_="server_error", code="internal_error")
+
+
+def status_of(error: BaseException) -> int:
+    """HTTP status of any exception."""
+    return error.http_status if isinstance(error, LlmctlError) else 500
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response encoded by msgspec."""
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+def error_response(error: BaseException) -> Response:
+    """The HTTP response for any exception; a full queue and a server that is not ready say when to retry."""
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, QueueFullError) else None
+    if status_of(error) == 503:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return json_response(body_of(error), status_of(error), headers)
+
+
+def from_validation_error(error: ValidationError) -> RequestError:
+    """One clear RequestError out of pydantic's list: the field, what was expected, what was found."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return RequestError(f"the request body is not valid JSON: {first['ctx']['error']}")
+    param = str(first["loc"][0]) if first["loc"] else None
+    if param is None:
+        return RequestError(f"the request body: {first['msg']}")
+    if param in _UNIONS and first["type"] != "missing":
+        return RequestError(f"{param}: expected {_UNIONS[param]}", param=param)
+    path = ".".join(str(part) for part in first["loc"])
+    found = "" if first["type"] == "missing" else f", found {type(first['input']).__name__}"
+    return RequestError(f"{path}: {first['msg']}{found}", param=param)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error of ``app`` answer in OpenAI's shape."""
+
+    async def on_llmctl_error(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = {
+            404: f"no such endpoint: {request.method} {request.url.path}",
+            405: f"{request.url.path} does not answer {request.method}",
+        }.get(error.status_code, str(error.detail))
+        body = error_body(message, type_="invalid_request_error", code=_HTTP_CODES.get(error.status_code))
+        return json_response(body, error.status_code, error.headers)
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return error_response(error)
+
+    app.add_exception_handler(LlmctlError, on_llmctl_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)

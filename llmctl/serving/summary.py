@@ -1,0 +1,64 @@
+"""What the terminal shows when the server is ready; stderr only."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from llmctl.config import ServeConfig
+from llmctl.serving.context import Model
+
+
+def base_url(config: ServeConfig) -> str:
+    """Where a client on this machine reaches the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    return f"{'https' if config.ssl_certfile else 'http'}://{host}:{config.port}"
+
+
+def curl_line(config: ServeConfig, model: Model) -> str:
+    """A command that asks the server something."""
+    body: dict[str, Any] = {"model": model.name, "max_tokens": 50}
+    if model.intake.has_chat_template:
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
+    else:
+        path, body["prompt"] = "completions", "Once upon a time"
+    words = ["curl", f"{base_url(config)}/v1/{path}", "-H", "Content-Type: application/json"]
+    line = shlex.join([*words, "-d", msgspec.json.encode(body).decode()])
+    return line + ' -H "Authorization: Bearer $LLMCTL_API_KEY"' if config.api_key else line
+
+
+def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float) -> None:
+    """The engine, the limits, the URL, and a line to try."""
+    info = model.info
+    kv_tokens = info.num_blocks * info.block_size
+    rows = {
+        "model": model.name,
+        "engine": str(engine),
+        "runs": f"{info.family}, {info.quantization}, {info.dtype}, target {info.target}",
+        "weights": _mib(info.weight_bytes),
+        "context": f"{info.max_model_len} tokens",
+        "KV cache": f"{kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, {_mib(info.kv_cache_bytes)}",
+        "batch": f"up to {config.max_num_seqs} requests, {config.max_num_batched_tokens} tokens a step",
+        "sampling": ", ".join(f"{k} {v}" for k, v in model.intake.defaults.items()) or "OpenAI's defaults",
+        "access": "API key" if config.api_key else f"open to whoever reaches {config.host}",
+        "URL": base_url(config),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console = Console(stderr=True)
+    console.print(Panel(table, title=f"llmctl serve: ready in {seconds:.1f} s", expand=False))
+    # Printed as it is: a wrapped command line could not be copied.
+    console.print(f"try: {curl_line(config, model)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,143 @@
+"""What crosses between the API process and the worker process: msgspec structs as MessagePack, one ZMQ message each.
+
+The worker sends ONE ``StepMessage`` per engine step with all requests' tokens in it; text never crosses. The engine's
+own dataclasses travel as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from llmctl.engine.llm_engine import EngineStats, TokenOutput
+from llmctl.engine.sampling import SamplingParams
+from llmctl.errors import ExitCode, LlmctlError
+
+
+class WireRequest(msgspec.Struct, array_like=True, frozen=True):
+    """One sequence. ``arrival`` is on ``time.monotonic``, which all processes of a machine share."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str | None
+    arrival: float
+
+
+class AddRequests(msgspec.Struct, tag="add", array_like=True, frozen=True):
+    """Admit the sequences of one HTTP request, all or none."""
+
+    requests: list[WireRequest]
+
+
+class AbortRequests(msgspec.Struct, tag="abort", array_like=True, frozen=True):
+    """Drop these requests and free their blocks; unknown ids are ignored."""
+
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True, frozen=True):
+    """Leave the engine loop and exit 0."""
+
+
+Command = AddRequests | AbortRequests | Shutdown
+
+
+class ErrorInfo(msgspec.Struct, array_like=True, frozen=True):
+    """An ``LlmctlError`` in transit."""
+
+    message: str
+    fix: str | None
+    param: str | None
+    http_status: int
+    type: str
+    code: str | None
+    exit_code: int
+
+    @classmethod
+    def of(cls, error: LlmctlError) -> ErrorInfo:
+        """The error, ready to be sent."""
+        return cls(
+            error.message, error.fix, error.param, error.http_status, error.type, error.code, int(error.exit_code)
+        )
+
+    def error(self) -> LlmctlError:
+        """The error, on the other side: same text, status, type, code and exit code."""
+        error = LlmctlError(self.message, fix=self.fix, param=self.param)
+        error.http_status, error.type, error.code = self.http_status, self.type, self.code
+        error.exit_code = ExitCode(self.exit_code)
+        return error
+
+
+class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
+    """The worker is connected; the socket's folder may go."""
+
+
+class Progress(msgspec.Struct, tag="progress", array_like=True, frozen=True):
+    """What the worker is doing before it is ready, for ``/ready`` and the terminal."""
+
+    text: str
+
+
+class Located(msgspec.Struct, tag="located", array_like=True, frozen=True):
+    """The engine folder is known (built if it had to be); the API process may read the tokenizer from it."""
+
+    engine_path: str
+
+
+class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
+    """The worker is ready. Sizes in tokens, blocks and bytes; the strings are for people."""
+
+    model_name: str
+    family: str
+    target: str
+    quantization: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    weight_bytes: int
+    kv_cache_bytes: int
+
+
+class StartFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
+    """The worker could not start; it exits after this."""
+
+    error: ErrorInfo
+
+
+class Refused(msgspec.Struct, array_like=True, frozen=True):
+    """The scheduler refused these sequences (one HTTP request's)."""
+
+    request_ids: list[str]
+    error: ErrorInfo
+
+
+class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
+    """Everything that happened since the last one: one engine step, aborts, refusals, and the engine's state after."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+    refused: list[Refused] = []
+
+
+Event = Hello | Progress | Located | EngineInfo | StartFailed | StepMessage
+
+
+def _from_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.astype("<f4").tobytes()
+    raise NotImplementedError(f"cannot be sent: {type(value).__name__}")
+
+
+def _to_array(_: type, value: Any) -> Any:
+    return np.frombuffer(value, "<f4")
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_from_array).encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_event = msgspec.msgpack.Decoder(Event, dec_hook=_to_array).decode

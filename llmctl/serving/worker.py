@@ -1,0 +1,88 @@
+"""The worker process: one engine loop behind one socket. ``python -m llmctl.serving.worker``, settings on stdin.
+
+It dies with the API process: on Linux the kernel kills it (PR_SET_PDEATHSIG), elsewhere the end of stdin, which the API
+process holds open, does. It ignores SIGINT and SIGTERM: a terminal's Ctrl-C and a service manager signal the whole
+group, and the worker must outlive the drain; the API process tells it when to stop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+import zmq
+
+from llmctl.errors import LlmctlError
+from llmctl.serving.supervisor import WorkerSettings
+from llmctl.serving.transport import connect
+from llmctl.serving.wire import ErrorInfo, Event, Hello, StartFailed, encode
+
+log = logging.getLogger("llmctl.worker")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Make sure that this process does not outlive its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
+    if os.getppid() != parent_pid:  # it died before the kernel was told
+        os._exit(1)
+
+
+def _exit_at_end_of_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _read_settings() -> WorkerSettings:
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        chunk = os.read(0, 1)  # unbuffered: the rest of stdin belongs to the parent watch
+        if not chunk:
+            sys.exit("llmctl.serving.worker is started by 'llmctl serve', with its settings on stdin")
+        line += chunk
+    return msgspec.json.decode(bytes(line), type=WorkerSettings)
+
+
+def main() -> int:
+    """Serve one engine until told to stop; the exit code."""
+    settings = _read_settings()
+    die_with_parent(settings.parent_pid)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s worker: %(message)s")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = connect(context, settings.address)
+
+    def send(event: Event) -> None:
+        socket.send(encode(event))
+
+    send(Hello())
+    try:
+        # Imported after the hello, and inside the try: the first failure of a heavy import is reported, too.
+        from llmctl.serving.engine_loop import EngineLoop, open_engine
+
+        engine = open_engine(settings.config, send)
+        gc.collect()
+        gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
+        EngineLoop(engine, socket).run()
+    except LlmctlError as error:
+        send(StartFailed(ErrorInfo.of(error)))
+        return int(error.exit_code)
+    finally:
+        socket.close()
+        context.term()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
