@@ -1,0 +1,61 @@
+"""engine.json is canonical, and any change to it is seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmctl.artifact.loader import read_manifest
+from llmctl.artifact.manifest import MANIFEST_NAME, ManifestError, manifest_from_bytes, manifest_to_bytes
+
+
+def test_round_trip(built: Path) -> None:
+    raw = (built / MANIFEST_NAME).read_bytes()
+    assert manifest_to_bytes(manifest_from_bytes(raw)) == raw
+
+
+def test_holds_no_absolute_path(built: Path) -> None:
+    assert str(built.parent) not in (built / MANIFEST_NAME).read_text()
+    assert b"/tmp" not in (built / MANIFEST_NAME).read_bytes()
+
+
+def test_any_flipped_byte_is_seen(built: Path) -> None:
+    raw = (built / MANIFEST_NAME).read_bytes()
+    rng = np.random.default_rng(0)
+    for at, bit in zip(rng.integers(0, len(raw), 60), rng.integers(0, 8, 60), strict=True):
+        damaged = bytearray(raw)
+        damaged[at] ^= 1 << bit
+        with pytest.raises(ManifestError) as error:
+            manifest_from_bytes(bytes(damaged))
+        assert "\n" not in str(error.value)
+
+
+def test_whitespace_only_change_is_seen(built: Path) -> None:
+    raw = (built / MANIFEST_NAME).read_bytes()
+    with pytest.raises(ManifestError, match="its bytes are not what llmctl writes"):
+        manifest_from_bytes(json.dumps(json.loads(raw)).encode())
+
+
+@pytest.mark.parametrize("raw", [b"", b"null", b"[1]", b"\xff\xfe", b"{" * 5000, b'{"format_version": true}'])
+def test_not_a_manifest(raw: bytes) -> None:
+    with pytest.raises(ManifestError):
+        manifest_from_bytes(raw)
+
+
+def test_records_what_the_design_asks_for(built: Path) -> None:
+    manifest = read_manifest(built)
+    assert manifest.source.name == "gptq"
+    assert len(manifest.source.fingerprint) == 64
+    assert (manifest.quantization.method, manifest.quantization.bits, manifest.quantization.group_size) == ("gptq", 4, 32)
+    assert manifest.quantization.ignored_layers == ("lm_head.weight",)
+    assert {choice.op for choice in manifest.kernels} == {op.name for op in manifest.graph.ops}
+    assert set(manifest.files) == {
+        "generation_config.json", "tokenizer.json", "weights-00001-of-00001.safetensors",
+    }  # fmt: skip
+    command = manifest.rebuild_command("./e", max_model_len=8)
+    assert command == (
+        "llmctl build --model gptq --target cpu --dtype float32 --max-model-len 8 --block-size 16 --output ./e"
+    )

@@ -1,0 +1,119 @@
+"""A two-layer Llama checkpoint written by hand: no transformers, so that a test has it in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.checkpoint.safetensors_io import write_safetensors
+
+HIDDEN, MLP, HEADS, KV_HEADS, VOCAB, LAYERS, MAX_POSITION = 64, 128, 4, 2, 96, 2, 512
+
+
+def linear_shapes() -> dict[str, tuple[int, int]]:
+    """(N, K) of every linear in the layers, by module name."""
+    kv = HIDDEN // HEADS * KV_HEADS
+    per_layer = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (kv, HIDDEN),
+        "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (MLP, HIDDEN),
+        "mlp.up_proj": (MLP, HIDDEN),
+        "mlp.down_proj": (HIDDEN, MLP),
+    }
+    return {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in per_layer.items()}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """Its config.json."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": MAX_POSITION,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+        **changes,
+    }
+
+
+def dense_tensors(seed: int = 0) -> dict[str, np.ndarray]:
+    """Its weights, float16."""
+    rng = np.random.default_rng(seed)
+
+    def make(*shape: int) -> np.ndarray:
+        return (rng.normal(size=shape) * 0.1).astype(np.float16)
+
+    tensors = {f"{name}.weight": make(*shape) for name, shape in linear_shapes().items()}
+    tensors |= {
+        f"model.layers.{i}.{norm}.weight": make(HIDDEN)
+        for i in range(LAYERS)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    return tensors | {
+        "model.embed_tokens.weight": make(VOCAB, HIDDEN),
+        "model.norm.weight": make(HIDDEN),
+        "lm_head.weight": make(VOCAB, HIDDEN),
+    }
+
+
+def write_dense(folder: Path, seed: int = 0) -> Path:
+    """The checkpoint with dense float16 weights."""
+    tensors = {name: ("F16", array.shape, array) for name, array in dense_tensors(seed).items()}
+    return _write(folder, config(), tensors)
+
+
+def write_gptq(folder: Path, *, bits: int = 4, group_size: int = 32, symmetric: bool = False, seed: int = 0) -> Path:
+    """The checkpoint with random GPTQ weights in all layers."""
+    import torch
+
+    from llmctl.checkpoint import gptq
+    from llmctl.checkpoint.quantized import QuantizedWeight
+    from llmctl.graph.graph import QuantScheme
+
+    scheme = QuantScheme(bits, group_size, symmetric)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Any] = {
+        name: ("F16", array.shape, array)
+        for name, array in dense_tensors(seed).items()
+        if name.removesuffix(".weight") not in linear_shapes()
+    }
+    for name, (rows, columns) in linear_shapes().items():
+        groups = (rows, scheme.groups(columns))
+        top = 2**bits
+        zeros = torch.full(groups, top // 2) if symmetric else torch.randint(1, top, groups, generator=generator)
+        weight = QuantizedWeight(
+            torch.randint(0, top, (rows, columns), generator=generator).to(torch.uint8),
+            (torch.rand(groups, generator=generator) * 0.02 + 0.001).half(),
+            zeros.to(torch.uint8),
+            scheme,
+        )
+        packed = gptq.pack(weight)
+        dtypes = {torch.int32: "I32", torch.float16: "F16"}
+        tensors |= {f"{name}.{k}": (dtypes[v.dtype], tuple(v.shape), v.contiguous()) for k, v in packed.items()}
+    quantization = {
+        "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": False,
+        "checkpoint_format": "gptq",
+    }  # fmt: skip
+    return _write(folder, config(quantization_config=quantization), tensors)
+
+
+def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / "tokenizer.json").write_text("{}")
+    write_safetensors(folder / "model.safetensors", tensors)
+    return folder
