@@ -53,9 +53,9 @@ def load_baseline(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UsageError(f"--baseline {path}: not JSON: {error}", param="baseline") from error
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("completed", loaded.get("num_iters")), int):
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("completed"), int):
         raise UsageError(f"--baseline {path}: expected a bench result, found no count of completed requests")
-    if not loaded.get("completed", loaded.get("num_iters")):
+    if not loaded.get("completed"):
         raise UsageError(f"--baseline {path}: that run completed no request, so it is no baseline", param="baseline")
     return loaded
 

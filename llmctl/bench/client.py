@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from llmctl.bench.metrics import RequestRecord
-from llmctl.bench.sse import DONE, SseLines, decode_event, token_text
+from llmctl.bench.sse import DONE, SseLines, decode_event, given, token_text
 from llmctl.bench.workloads import WorkItem
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _Stream:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self.fail("malformed", f"malformed chunk ({error}): {_shorten(payload.decode(errors='replace'))}")
             return
-        if event.error is not None and bytes(event.error) != b"null":
+        if given(event.error):
             self.fail("server_error", f"error event: {_shorten(bytes(event.error).decode(errors='replace'))}")
             return
         record = self.record

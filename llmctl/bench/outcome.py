@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ RESERVED = frozenset(
         *("avg_latency", "percentiles", "num_iters", "batch_size", "peak_rss_bytes", "output_token_source"),
     )
 )
+
+
+def timestamp() -> str:
+    """Local time as ``vllm bench`` writes it."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from llmctl.bench.config import BenchServeConfig
 from llmctl.bench.endpoint import Endpoint, ServerFacts, make_endpoint, probe, server_counter
 from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_tokenizer import local_counter
-from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals
+from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
 from llmctl.bench.workloads import (
     DATASETS,
@@ -165,12 +164,13 @@ def run_serve(config: BenchServeConfig, progress: Progress) -> tuple[Outcome, Pl
     head = _head(plan, model, server, counted_by)
     plan.judge.check_same_work(head)
     target = _target(plan, model)
+    items = make_items(plan, 0, counter)
+    if counter is not None and not all(item.exact or item.messages for item in items):
+        progress.log("note: some prompts could not be made of exactly the wanted length; true lengths are reported")
     _warm_up(plan, target, counter, progress)
     runs = []
     for repeat in range(config.num_repeats):
-        items = make_items(plan, repeat, counter)
-        if repeat == 0 and counter is not None and not all(item.exact or item.messages for item in items):
-            progress.log("note: some prompts could not be made of exactly the wanted length; true lengths are reported")
+        items = make_items(plan, repeat, counter) if repeat else items
         runs.append(_run_once(plan, target, items, repeat, progress))
     progress.stop()
     result = make_result(plan, head, runs, environment)
@@ -268,20 +268,16 @@ def _run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int
     progress.start(f"requests{suffix}", len(items))
     arrivals = arrival_times(len(items), config.request_rate, config.burstiness, config.seed + repeat)
     done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
-    date = _now()
+    date = timestamp()
     load = asyncio.run(run_load(target, items, arrivals, config.max_concurrency, done))
     return RepeatRun(load, date, load_average())
-
-
-def _now() -> str:
-    return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def _head(plan: Plan, model: str, server: ServerFacts, counted_by: str) -> dict[str, Any]:
     """What identifies a run: vLLM's leading keys, and the workload that a baseline must share."""
     config = plan.config
     return {
-        "date": _now(),
+        "date": timestamp(),
         "endpoint_type": plan.backend,
         "backend": plan.backend,
         "label": config.label,

@@ -14,7 +14,7 @@ class Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: msgspec.Raw = msgspec.Raw()
 
 
 class Choice(msgspec.Struct):
@@ -37,7 +37,7 @@ class Event(msgspec.Struct):
 
     choices: list[Choice] | None = None
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = msgspec.Raw()
 
 
 DONE = b"[DONE]"
@@ -62,6 +62,11 @@ class SseLines:
         return [rest[5:].strip()] if rest.startswith(b"data:") else []
 
 
+def given(raw: msgspec.Raw) -> bool:
+    """Whether a field was there and not null."""
+    return bytes(raw) not in (b"", b"null")
+
+
 def token_text(choice: Choice) -> str | None:
     """Text of a chunk that bears a token, or None when it bears none.
 
@@ -71,9 +76,9 @@ def token_text(choice: Choice) -> str | None:
     if choice.delta is not None:
         delta = choice.delta
         text = delta.content or delta.reasoning_content or delta.reasoning
-        return text or (
-            "" if delta.tool_calls is not None and bytes(delta.tool_calls) not in (b"null", b"[]") else None
-        )
+        if not text and given(delta.tool_calls):
+            return ""
+        return text or None
     if choice.text is None or (choice.text == "" and choice.finish_reason):
         return None
     return choice.text

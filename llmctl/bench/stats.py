@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -97,6 +98,7 @@ def _sample_std(values: Sequence[float]) -> float:
     return float(np.std(np.asarray(values, dtype=np.float64), ddof=1))
 
 
+@lru_cache(maxsize=256)
 def t_quantile(probability: float, degrees: float) -> float:
     """Quantile of Student's t distribution, by bisection of its CDF to about 1e-12 relative.
 
@@ -116,8 +118,6 @@ def t_quantile(probability: float, degrees: float) -> float:
             low = middle
         else:
             high = middle
-        if middle in (low, high) and math.nextafter(low, high) >= high:
-            break
     return (low + high) / 2
 
 

@@ -192,6 +192,123 @@ def serve(
     _finish(outcome, settings, "llmctl bench serve", plan.backend, json_output)
 
 
+@app.command("throughput", epilog=_EXIT_CODES)
+@guarded
+def throughput(
+    model: o.EngineModel = _T.model,
+    num_prompts: Annotated[
+        int, o.option("--num-prompts", panel="Workload", help="Requests a repeat.")
+    ] = _T.num_prompts,
+    input_len: o.InputLen = _T.input_len,
+    output_len: o.OutputLen = _T.output_len,
+    seed: o.Seed = _T.seed,
+    num_warmups: Annotated[
+        int, o.option("--num-warmups", panel="Workload", help="Requests run first and not counted.")
+    ] = _T.num_warmups,
+    repeats: o.Repeats = _T.repeats,
+    target: o.Target = _T.target,
+    dtype: o.Dtype = _T.dtype,
+    max_model_len: o.MaxModelLen = _T.max_model_len,
+    block_size: o.BlockSize = _T.block_size,
+    kv_cache_memory: o.KvCacheMemory = _T.kv_cache_memory,
+    max_num_seqs: o.MaxNumSeqs = _T.max_num_seqs,
+    max_num_batched_tokens: o.MaxNumBatchedTokens = _T.max_num_batched_tokens,
+    enable_prefix_caching: o.PrefixCaching = _T.enable_prefix_caching,
+    enable_chunked_prefill: o.ChunkedPrefill = _T.enable_chunked_prefill,
+    threads: o.Threads = _T.threads,
+    verify: o.Verify = _T.verify,
+    slo: o.Slo = None,
+    baseline: o.Baseline = _T.baseline,
+    max_regression: o.MaxRegression = _T.max_regression,
+    regression_metrics: o.RegressionMetrics = _T.regression_metrics,
+    update_baseline: o.UpdateBaseline = _T.update_baseline,
+    confidence: o.Confidence = _T.confidence,
+    exit_zero: o.ExitZero = _T.exit_zero,
+    label: o.Label = _T.label,
+    metadata: o.Metadata = None,
+    save_result: o.SaveResult = _T.save_result,
+    result_dir: o.ResultDir = _T.result_dir,
+    result_filename: o.ResultFilename = _T.result_filename,
+    junit: o.Junit = _T.junit,
+    markdown: o.Markdown = _T.markdown,
+    csv: o.Csv = _T.csv,
+    github_action_benchmark: o.GithubActionBenchmark = _T.github_action_benchmark,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """All requests at once through the engine in this process: tokens a second, prefill and decode apart.
+
+    Example: llmctl bench throughput --model ./engine --num-prompts 32 --input-len 32-256 --output-len 128
+    --slo "decode_tokens_per_second>=200"
+    """
+    settings = _settings(BenchThroughputConfig, locals())
+    from llmctl.bench.offline import run_throughput
+    from llmctl.bench.progress import Progress
+
+    outcome = run_throughput(settings, Progress())
+    _finish(outcome, settings, "llmctl bench throughput", "throughput", json_output)
+
+
+@app.command("latency", epilog=_EXIT_CODES)
+@guarded
+def latency(
+    model: o.EngineModel = _L.model,
+    batch_size: Annotated[int, o.option("--batch-size", panel="Workload", help="Requests in the batch.")] = (
+        _L.batch_size
+    ),
+    input_len: o.InputLen = _L.input_len,
+    output_len: o.OutputLen = _L.output_len,
+    seed: o.Seed = _L.seed,
+    num_iters: Annotated[int, o.option("--num-iters", panel="Workload", help="Times the batch is run.")] = _L.num_iters,
+    num_iters_warmup: Annotated[
+        int, o.option("--num-iters-warmup", panel="Workload", help="Times it is run first, not counted.")
+    ] = _L.num_iters_warmup,
+    metric_percentiles: Annotated[
+        str, o.option("--metric-percentiles", metavar="LIST", panel="Workload", help="Percentiles to report.")
+    ] = _L.metric_percentiles,
+    repeats: o.Repeats = _L.repeats,
+    target: o.Target = _L.target,
+    dtype: o.Dtype = _L.dtype,
+    max_model_len: o.MaxModelLen = _L.max_model_len,
+    block_size: o.BlockSize = _L.block_size,
+    kv_cache_memory: o.KvCacheMemory = _L.kv_cache_memory,
+    max_num_seqs: o.MaxNumSeqs = _L.max_num_seqs,
+    max_num_batched_tokens: o.MaxNumBatchedTokens = _L.max_num_batched_tokens,
+    enable_prefix_caching: o.PrefixCaching = _L.enable_prefix_caching,
+    enable_chunked_prefill: o.ChunkedPrefill = _L.enable_chunked_prefill,
+    threads: o.Threads = _L.threads,
+    verify: o.Verify = _L.verify,
+    slo: o.Slo = None,
+    baseline: o.Baseline = _L.baseline,
+    max_regression: o.MaxRegression = _L.max_regression,
+    regression_metrics: o.RegressionMetrics = _L.regression_metrics,
+    update_baseline: o.UpdateBaseline = _L.update_baseline,
+    confidence: o.Confidence = _L.confidence,
+    exit_zero: o.ExitZero = _L.exit_zero,
+    label: o.Label = _L.label,
+    metadata: o.Metadata = None,
+    save_result: o.SaveResult = _L.save_result,
+    result_dir: o.ResultDir = _L.result_dir,
+    result_filename: o.ResultFilename = _L.result_filename,
+    junit: o.Junit = _L.junit,
+    markdown: o.Markdown = _L.markdown,
+    csv: o.Csv = _L.csv,
+    github_action_benchmark: o.GithubActionBenchmark = _L.github_action_benchmark,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """One batch through the engine in this process, again and again: its latency and percentiles.
+
+    Example: llmctl bench latency --model ./engine --batch-size 1 --input-len 128 --output-len 128 --num-iters 10
+    """
+    settings = _settings(BenchLatencyConfig, locals())
+    from llmctl.bench.offline import run_latency
+    from llmctl.bench.progress import Progress
+
+    outcome = run_latency(settings, Progress())
+    _finish(outcome, settings, "llmctl bench latency", "latency", json_output)
+
+
 def _sort_out(more: list[str], goodput: list[str], metadata: list[str]) -> dict[str, list[str]]:
     """vLLM's ``--goodput a:1 b:2`` and ``--metadata k=v k2=v2`` leave words behind; put them where they belong."""
     found = {"goodput": list(goodput), "metadata": list(metadata)}

@@ -1,0 +1,184 @@
+"""Requests through an LLMEngine in this process, with a timestamp for every token and the work of every step."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.artifact.builder import ensure_engine
+from llmctl.artifact.loader import LoadedEngine, load_engine
+from llmctl.bench.environment import usable_cores
+from llmctl.bench.metrics import RequestRecord
+from llmctl.bench.workloads import WorkItem
+from llmctl.config import EngineConfig, parse_bytes
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.request import FinishReason, Request
+from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.runtime.load import load_runtime
+from llmctl.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class OpenedEngine:
+    """An engine that is ready to run. ``open_seconds``: from its folder on disk to here, building not counted."""
+
+    engine: LLMEngine
+    tokenizer: Tokenizer
+    loaded: LoadedEngine
+    threads: int
+    open_seconds: float
+
+    def describe(self) -> dict[str, object]:
+        """What ran, for the result."""
+        manifest = self.loaded.manifest
+        return {
+            "path": str(self.loaded.path),
+            "model": manifest.source.name,
+            "family": manifest.graph.family,
+            "target": str(manifest.target),
+            "dtype": manifest.options.dtype,
+            "quantization": manifest.quantization.method,
+            "bits": manifest.quantization.bits,
+            "max_model_len": self.engine.limits.max_model_len,
+            "num_blocks": self.engine.limits.num_blocks,
+            "block_size": self.engine.limits.block_size,
+            "weight_bytes": self.loaded.plan.weights,
+            "kv_cache_bytes": self.loaded.plan.kv_bytes,
+            "open_seconds": self.open_seconds,
+        }
+
+
+def open_engine(config: EngineConfig) -> OpenedEngine:
+    """The engine that ``config.model`` names, built into the cache first if it is not an engine folder.
+
+    Raises:
+        LlmctlError: whatever resolving, building or loading refuses.
+    """
+    path: Path = ensure_engine(config.model, config)
+    start = time.perf_counter()
+    kv_bytes = parse_bytes(config.kv_cache_memory, param="kv_cache_memory") if config.kv_cache_memory else None
+    loaded = load_engine(
+        path,
+        verify=config.verify,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_bytes=kv_bytes,
+    )
+    runtime = load_runtime(loaded, threads=config.threads)
+    tokenizer = Tokenizer.from_folder(path)
+    scheduler = SchedulerConfig.from_engine_config(config)
+    engine = LLMEngine(runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=time.perf_counter)
+    return OpenedEngine(engine, tokenizer, loaded, _threads(config), time.perf_counter() - start)
+
+
+def _threads(config: EngineConfig) -> int:
+    """Threads that compute: those asked for, else torch's when it is the one computing, else all usable cores."""
+    if config.threads is not None:
+        return config.threads
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None else usable_cores()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class StepWork:
+    """Steps of a run, in two kinds: those that computed (parts of) prompts, and those that only decoded.
+
+    ``prompt_tokens`` are the tokens beyond one per sampled row of the steps that computed prompts.
+    """
+
+    prompt_steps: int = 0
+    prompt_seconds: float = 0.0
+    prompt_tokens: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+    def add(self, computed: int, sampled: int, seconds: float) -> None:
+        """One step that computed so many tokens and sampled so many."""
+        if computed > sampled:
+            self.prompt_steps += 1
+            self.prompt_seconds += seconds
+            self.prompt_tokens += computed
+        else:
+            self.decode_steps += 1
+            self.decode_seconds += seconds
+            self.decode_tokens += sampled
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What one batch of requests gave; ``duration`` in seconds from the first request added to the last one's end."""
+
+    records: list[RequestRecord]
+    duration: float
+    steps: StepWork
+
+
+def run_items(
+    engine: LLMEngine,
+    tokenizer: Tokenizer,
+    items: Sequence[WorkItem],
+    on_done: Callable[[RequestRecord], None] | None = None,
+) -> EngineRun:
+    """All items at once, greedy, end-of-sequence ignored; tokens are timestamped at the end of the step that made them.
+
+    Raises:
+        RequestError, CapacityError: an item that can never run.
+    """
+    prompts = [tokenizer.encode(item.prompt) for item in items]
+    records = {
+        str(i): RequestRecord(i, len(ids), item.output_tokens)
+        for i, (ids, item) in enumerate(zip(prompts, items, strict=True))
+    }
+    requests = [
+        Request(str(i), ids, SamplingParams(temperature=0.0, max_tokens=item.output_tokens, ignore_eos=True))
+        for i, (ids, item) in enumerate(zip(prompts, items, strict=True))
+    ]
+    steps = StepWork()
+    start = now = time.perf_counter()
+    for record in records.values():
+        record.scheduled = record.start = start
+    try:
+        engine.add_requests(requests)
+        while engine.has_unfinished():
+            before = now
+            outputs = engine.step()
+            now = time.perf_counter()
+            sampled = 0
+            for output in outputs:
+                record = records[output.request_id]
+                sampled += len(output.new_token_ids)
+                record.chunk_times += [now] * len(output.new_token_ids)
+                if output.finish_reason is not None:
+                    _finish(record, output.finish_reason, now)
+                    if on_done is not None:
+                        on_done(record)
+            steps.add(engine.stats().last_step_tokens, sampled, now - before)
+    finally:
+        engine.abort(records)
+    return EngineRun(list(records.values()), now - start, steps)
+
+
+def _finish(record: RequestRecord, reason: FinishReason, now: float) -> None:
+    record.end = now
+    record.finish_reason = str(reason)
+    record.prompt_tokens = record.planned_input
+    record.completion_tokens = len(record.chunk_times)
+    if reason == FinishReason.ABORT:
+        record.error_kind, record.error = "aborted", "the engine aborted the request"
+    elif not record.chunk_times:
+        record.error_kind, record.error = "empty", "no token came"

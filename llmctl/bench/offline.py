@@ -1,0 +1,254 @@
+"""``bench throughput`` and ``bench latency``: the engine in this process, without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmctl.bench import gate, metrics, stats
+from llmctl.bench.config import BenchLatencyConfig, BenchThroughputConfig, OfflineConfig
+from llmctl.bench.environment import describe_environment, load_average
+from llmctl.bench.inprocess import EngineRun, OpenedEngine, open_engine, peak_rss_bytes, run_items
+from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
+from llmctl.bench.progress import Progress
+from llmctl.bench.workloads import LengthRange, WorkItem, random_items
+from llmctl.errors import UsageError
+
+EXTRA_METRICS = (
+    *("elapsed_time", "requests_per_second", "tokens_per_second", "avg_latency", "median_latency"),
+    *("prefill_tokens_per_second", "decode_tokens_per_second", "peak_rss_bytes"),
+)
+DEFINITIONS = {
+    **metrics.DEFINITIONS,
+    "ttft": "from the moment all requests are added to the end of the step that sampled the request's first token",
+    "itl": "gap between the ends of the steps that sampled consecutive tokens of a request",
+    "e2el": "from the moment all requests are added to the end of the request's last step",
+    "duration": "from the first request added to the end of the last step, seconds; summed over repeats",
+    "prefill_tokens_per_second": "tokens computed by steps that held any part of a prompt / seconds of those steps",
+    "decode_tokens_per_second": "tokens sampled by steps without any part of a prompt / seconds of those steps",
+    "avg_latency": "seconds from a whole batch added to its last token, mean over iterations",
+    "peak_rss_bytes": "most memory this process has held resident, engine loading included",
+}
+_WARMUP_STREAM = 1_000_000
+
+
+def is_known(metric: str) -> bool:
+    """Whether an offline bench yields this figure."""
+    return metric in EXTRA_METRICS or metrics.is_known_metric(metric)
+
+
+def _judge(config: OfflineConfig, regression_metrics: str) -> Judge:
+    if not config.model:
+        raise UsageError("--model: expected an engine, a checkpoint or demo:smollm2-135m", param="model")
+    names = [*EXTRA_METRICS, *metrics.known_metrics()]
+    judge = Judge.make(config, regression_metrics, is_known, names)
+    for slo in judge.slos:
+        if "goodput" in slo.metric:
+            raise UsageError(f"--slo '{slo}': goodput is a figure of bench serve", param="slo")
+    return judge
+
+
+def _at_least(config: OfflineConfig, **lows: int) -> None:
+    for name, low in lows.items():
+        if getattr(config, name) < low:
+            found = getattr(config, name)
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least {low}, found {found}", param=name)
+
+
+def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome:
+    """All requests at once through the engine, once a repeat.
+
+    Raises:
+        LlmctlError: options, model or engine that cannot be honoured.
+    """
+    _at_least(config, num_prompts=1, num_warmups=0)
+    judge = _judge(config, config.regression_metrics)
+    inputs, outputs = _lengths(config)
+    environment = describe_environment()
+    opened = open_engine(config)
+    head = _head(config, judge, opened, "throughput", num_prompts=config.num_prompts)
+    judge.check_same_work(head)
+
+    def items(count: int, stream: int) -> list[WorkItem]:
+        return _items(opened, config, count, inputs, outputs, stream)
+
+    _warm_up(opened, items(config.num_warmups, _WARMUP_STREAM), progress)
+    runs = []
+    for repeat in range(config.num_repeats):
+        batch = items(config.num_prompts, repeat)
+        progress.start(f"requests {repeat + 1}/{config.num_repeats}", len(batch))
+        runs.append(run_items(opened.engine, opened.tokenizer, batch, lambda r: progress.advance(not r.ok)))
+    progress.stop()
+    options = _options(judge, (50.0, 90.0, 99.0))
+    repeats = [_throughput_figures([run], options) for run in runs]
+    result = {**head, **_throughput_figures(runs, options)}
+    _complete(result, config, opened, environment, repeats, [r for run in runs for r in run.records])
+    return judge.judge(result, gate.request_gates(result, 0.0))
+
+
+def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
+    """One batch, ``num_iters`` times after ``num_iters_warmup`` uncounted ones; a repeat is all of that.
+
+    Raises:
+        LlmctlError: options, model or engine that cannot be honoured.
+    """
+    _at_least(config, batch_size=1, num_iters=1, num_iters_warmup=0)
+    judge = _judge(config, config.regression_metrics)
+    percentiles = _percentiles(config.metric_percentiles)
+    inputs, outputs = _lengths(config)
+    if config.batch_size > config.max_num_seqs:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: more than --max-num-seqs {config.max_num_seqs} run at once",
+            fix=f"add --max-num-seqs {config.batch_size}",
+            param="batch_size",
+        )
+    environment = describe_environment()
+    opened = open_engine(config)
+    sizes = {"batch_size": config.batch_size, "num_iters": config.num_iters}
+    head = _head(config, judge, opened, "latency", **sizes)
+    judge.check_same_work(head)
+    options = _options(judge, tuple(percentiles))
+    batches = []
+    for repeat in range(config.num_repeats):
+        progress.start(f"iterations {repeat + 1}/{config.num_repeats}", config.num_iters_warmup + config.num_iters)
+        runs = []
+        for i in range(config.num_iters_warmup + config.num_iters):
+            batch = _items(opened, config, config.batch_size, inputs, outputs, repeat * 1000 + i)
+            runs.append(run_items(opened.engine, opened.tokenizer, batch))
+            progress.advance()
+        batches.append(runs[config.num_iters_warmup :])
+    progress.stop()
+    repeats = [_latency_figures(runs, options, percentiles) for runs in batches]
+    flat = [run for runs in batches for run in runs]
+    result = {**head, **_latency_figures(flat, options, percentiles)}
+    _complete(result, config, opened, environment, repeats, [r for run in flat for r in run.records])
+    return judge.judge(result, gate.request_gates(result, 0.0))
+
+
+def _lengths(config: OfflineConfig) -> tuple[LengthRange, LengthRange]:
+    return LengthRange.parse(config.input_len, "input_len"), LengthRange.parse(config.output_len, "output_len")
+
+
+def _percentiles(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [-1.0]
+    if not values or not all(0 <= value <= 100 for value in values):
+        raise UsageError(f"--metric-percentiles '{text}': expected numbers from 0 to 100 such as 50,90,99")
+    return values
+
+
+def _options(judge: Judge, percentiles: tuple[float, ...]) -> metrics.MetricOptions:
+    needed = gate.slo_percentiles([*judge.slos, *(gate.Slo(m, "<=", 0) for m in judge.metrics)])
+    return metrics.MetricOptions(percentiles=tuple(sorted({*percentiles, *(q for s in needed.values() for q in s)})))
+
+
+def _items(
+    opened: OpenedEngine, config: OfflineConfig, count: int, inputs: LengthRange, outputs: LengthRange, stream: int
+) -> list[WorkItem]:
+    def counter(texts: Sequence[str]) -> list[int]:
+        return [len(opened.tokenizer.encode(text)) for text in texts]
+
+    return random_items(count, inputs, outputs, seed=config.seed, stream=stream, counter=counter)
+
+
+def _warm_up(opened: OpenedEngine, items: list[WorkItem], progress: Progress) -> None:
+    if items:
+        progress.log("warming up")
+        run_items(opened.engine, opened.tokenizer, [WorkItem(i.prompt, i.input_tokens, 2) for i in items])
+
+
+def _head(config: OfflineConfig, judge: Judge, opened: OpenedEngine, kind: str, **sizes: int) -> dict[str, Any]:
+    return {
+        "date": timestamp(),
+        "backend": "llmctl",
+        "label": config.label,
+        "model_id": config.model,
+        "tokenizer_id": config.model,
+        **sizes,
+        **judge.metadata,
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "num_repeats": config.num_repeats,
+        "workload": {
+            **sizes,
+            "input_len": config.input_len,
+            "output_len": config.output_len,
+            "seed": config.seed,
+            "target": str(opened.loaded.manifest.target),
+            "dtype": opened.loaded.manifest.options.dtype,
+            "quantization": opened.loaded.manifest.quantization.method,
+            "threads": opened.threads,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "enable_chunked_prefill": config.enable_chunked_prefill,
+        },
+        "engine": opened.describe(),
+        "threads": opened.threads,
+    }
+
+
+def _throughput_figures(runs: Sequence[EngineRun], options: metrics.MetricOptions) -> dict[str, Any]:
+    """``vllm bench throughput``'s keys, then those of ``bench serve``, then the split into prefill and decode."""
+    records = [record for run in runs for record in run.records]
+    duration = sum(run.duration for run in runs)
+    figures = metrics.run_metrics(records, duration, options)
+    total = sum(r.input_tokens + r.output_tokens for r in records if r.ok)
+    return {
+        "elapsed_time": duration,
+        "num_requests": len(records),
+        "total_num_tokens": total,
+        "requests_per_second": figures["request_throughput"],
+        "tokens_per_second": figures["total_token_throughput"],
+        **figures,
+        **_rates(runs),
+    }
+
+
+def _latency_figures(
+    runs: Sequence[EngineRun], options: metrics.MetricOptions, percentiles: Sequence[float]
+) -> dict[str, Any]:
+    """``vllm bench latency``'s keys (seconds), then those of ``bench serve``, then prefill and decode."""
+    latencies = [run.duration for run in runs]
+    records = [record for run in runs for record in run.records]
+    return {
+        "avg_latency": sum(latencies) / len(latencies),
+        "median_latency": stats.percentile(latencies, 50),
+        "latencies": latencies,
+        "percentiles": {stats.percentile_label(q): stats.percentile(latencies, q) for q in percentiles},
+        **metrics.run_metrics(records, sum(latencies), options),
+        **_rates(runs),
+    }
+
+
+def _rates(runs: Sequence[EngineRun]) -> dict[str, Any]:
+    prompt_seconds = sum(run.steps.prompt_seconds for run in runs)
+    decode_seconds = sum(run.steps.decode_seconds for run in runs)
+    prompt_tokens = sum(run.steps.prompt_tokens for run in runs)
+    decode_tokens = sum(run.steps.decode_tokens for run in runs)
+    return {
+        "prefill_tokens_per_second": prompt_tokens / prompt_seconds if prompt_seconds else None,
+        "decode_tokens_per_second": decode_tokens / decode_seconds if decode_seconds else None,
+    }
+
+
+def _complete(
+    result: dict[str, Any],
+    config: OfflineConfig,
+    opened: OpenedEngine,
+    environment: dict[str, object],
+    repeats: list[dict[str, Any]],
+    records: list[metrics.RequestRecord],
+) -> None:
+    stats_now = opened.engine.stats()
+    result |= {
+        "peak_rss_bytes": peak_rss_bytes(),
+        "num_preemptions": stats_now.num_preemptions,
+        "failures": metrics.failure_summary(records),
+        "environment": {**environment, "load_average_after": load_average()},
+        "definitions": DEFINITIONS,
+        "repeats": repeats,
+        "confidence": confidence_intervals(repeats, config.confidence),
+    }

@@ -1,0 +1,57 @@
+"""Fixtures of the bench's tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from click.testing import Result
+from fake_openai_server import FakeServer, Reply, serve
+from typer.testing import CliRunner
+
+from llmctl.cli.main import app
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., FakeServer]]:
+    """Start a scripted server: ``start(Reply(...), ...)``."""
+    with ExitStack() as stack:
+
+        def begin(*script: Reply, **more: Any) -> FakeServer:
+            return stack.enter_context(serve(FakeServer(script=list(script) or [Reply()], **more)))
+
+        yield begin
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run ``llmctl bench ARGS`` in this process."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    # Sampling how busy the machine is takes 0.3 s a run; test_environment checks it for real.
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: 0.0)
+
+    def run(*args: str) -> Result:
+        result = CliRunner().invoke(app, ["bench", *args])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def bench_serve(bench: Callable[..., Result]) -> Callable[..., tuple[int, dict[str, Any], Result]]:
+    """``bench serve --json`` against a fake server with a small workload: exit code, document, raw result."""
+
+    def run(fake: FakeServer, *args: str) -> tuple[int, dict[str, Any], Result]:
+        small = ("--num-prompts", "6", "--input-len", "4-9", "--output-len", "5", "--max-concurrency", "3")
+        result = bench("serve", "--base-url", fake.url, *small, "--num-warmups", "0", "--json", *args)
+        return result.exit_code, json.loads(result.stdout) if result.stdout.strip() else {}, result
+
+    return run
