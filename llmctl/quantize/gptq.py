@@ -131,7 +131,8 @@ def _quantize_block(
         code = torch.div(column, scale).round_().add_(zero).clamp_(0, top)
         codes[start + i] = code
         errors[i] = column.sub(code.sub_(zero).mul_(scale)).div_(pivot)
-        work[start + i + 1 : stop].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        # addcmul, not addr: torch's CPU addr is not vectorised and took most of the time.
+        work[start + i + 1 : stop].addcmul_(local[i, i + 1 :].unsqueeze(1), errors[i], value=-1)
     return errors
 
 
@@ -164,8 +165,12 @@ def inverse_factor(gram: Tensor, damp_percent: float) -> Tensor:
 
 
 def _try_factor(hessian: Tensor) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    """U, upper, with ``U.T @ U == inv(hessian)``; None if the Hessian is not positive definite.
+
+    Factoring the Hessian from its last column to its first gives ``R @ R.T`` with R upper, and U is R's inverse: no
+    inverse of the whole matrix is formed.
+    """
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed or not torch.isfinite(lower).all():
         return None
-    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed or not torch.isfinite(factor).all() else factor
+    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(hessian), dtype=lower.dtype), upper=True)

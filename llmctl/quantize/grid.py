@@ -94,7 +94,7 @@ def split_groups(weight: Tensor, group_size: int) -> Tensor:
 
 
 def group_sizes_for(widths: set[int]) -> list[int]:
-    """Group sizes that divide every width: powers of two from 32 up, then other multiples of 32 (else of 8), then -1."""
+    """Group sizes that divide every width: powers of two from 32 up, other multiples of 32 (else of 8), then -1."""
     least = min(widths)
     fitting = [g for g in range(8, least + 1) if all(w % g == 0 for w in widths)]
     powers = [g for g in _PREFERRED_GROUPS if g in fitting]

@@ -44,7 +44,7 @@ class InputStats:
 
 
 def output_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """Mean squared output error of each row, ``diag(D @ gram @ D.T)``: f32 ``[N]`` of a weight error D, f32 ``[N, K]``."""
+    """Mean squared output error of each row, ``diag(D @ gram @ D.T)``: f32 ``[N]`` of a weight error D ``[N, K]``."""
     return ((delta @ gram) * delta).sum(dim=1).clamp_(min=0)
 
 

@@ -1,0 +1,243 @@
+"""Calibration tokens: from a text or JSON-lines file, from a hub data set, or written by the model itself.
+
+Self-generated text (LLM-QAT, Liu et al., 2023) needs no data: every sample starts from the beginning-of-text token and
+one random token, and goes on at temperature 1 through the engine. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmctl.errors import LlmctlError, ModelNotFoundError, UsageError
+from llmctl.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmctl.checkpoint.assemble import WeightSource
+    from llmctl.graph.graph import Graph
+
+SELF = "self"
+
+_CHARS_PER_TOKEN = 64  # of a file's text read for each token wanted: plenty of choice, bounded work
+_DATASET_ROWS = 20_000
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data.
+
+    Attributes:
+        tokens: i32 ``[samples, length]``.
+        note: one sentence on what was used, for the user.
+    """
+
+    tokens: Tensor
+    note: str
+
+
+def source_digest(spec: str) -> str:
+    """sha256 of a calibration file's contents; "" for ``self`` and hub data sets.
+
+    Raises:
+        UsageError: a file name without a file behind it.
+    """
+    path = file_of(spec)
+    if path is None:
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_of(spec: str) -> Path | None:
+    """The file that ``--calib`` names; None for ``self`` and hub data sets.
+
+    Raises:
+        UsageError: it looks like a file but is none, or has another suffix than .txt, .jsonl.
+    """
+    if spec == SELF:
+        return None
+    path = Path(spec)
+    if not path.exists():
+        if path.suffix in (".txt", ".jsonl", ".json") or path.is_absolute() or spec.startswith("."):
+            raise UsageError(f"--calib {spec}: no such file", param="calib")
+        return None
+    if not path.is_file() or path.suffix not in (".txt", ".jsonl"):
+        raise UsageError(
+            f"--calib {spec}: expected a .txt or .jsonl file, '{SELF}' or the name of a hub data set", param="calib"
+        )
+    return path
+
+
+def read_calibration(spec: str, tokenizer: Tokenizer, samples: int, length: int, seed: int) -> Calibration:
+    """Windows of ``length`` tokens from a file or a hub data set, chosen at random without overlap.
+
+    Raises:
+        UsageError: unreadable or malformed file, too little text, no such data set, or ``datasets`` is not installed.
+    """
+    path = file_of(spec)
+    texts = _dataset_texts(spec) if path is None else _file_texts(path, tokenizer)
+    wanted, tokens = samples * length * _CHARS_PER_TOKEN, []
+    for text in texts:
+        tokens += tokenizer.encode(text[:wanted], add_special_tokens=False)
+        wanted -= len(text)
+        if wanted <= 0:
+            break
+    windows = len(tokens) // length
+    if not windows:
+        raise UsageError(
+            f"--calib {spec}: {len(tokens)} tokens of text are less than one sample",
+            fix=f"use more text or --calib-length {max(len(tokens), 1)}",
+            param="calib",
+        )
+    chosen = sorted(random.Random(seed).sample(range(windows), min(samples, windows)))
+    rows = [tokens[w * length : (w + 1) * length] for w in chosen]
+    short = f" (asked for {samples})" if len(rows) < samples else ""
+    return Calibration(
+        torch.tensor(rows, dtype=torch.int32), f"{len(rows)}{short} samples of {length} tokens of {spec}"
+    )
+
+
+def _file_texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    try:
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _row_text(_json_row(path, number, line), tokenizer, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--calib {path}: not UTF-8 text (byte {error.start})", param="calib") from error
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise UsageError(f"--calib {path}:{number}: expected a JSON object a line", param="calib")
+    return row
+
+
+def _row_text(row: dict[str, Any], tokenizer: Tokenizer, where: str) -> str:
+    """A row's text: ``text``, or ``messages`` through the model's chat template."""
+    if isinstance(row.get("text"), str):
+        return row["text"] + "\n\n"
+    if isinstance(row.get("messages"), list):
+        if tokenizer.chat_template is None:
+            raise UsageError(f"--calib {where}: 'messages', but this model has no chat template", param="calib")
+        return tokenizer.chat_template.render(row["messages"], add_generation_prompt=False)
+    raise UsageError(
+        f"--calib {where}: expected a key 'text' or 'messages', found {', '.join(sorted(row)) or 'none'}", param="calib"
+    )
+
+
+def _dataset_texts(spec: str) -> Iterator[str]:
+    """Texts of a hub data set ``name[:config[:split]]``, streamed."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError(
+            f"--calib {spec}: no such file, and hub data sets need the package 'datasets', which is not installed",
+            fix="pip install datasets, or give a .txt or .jsonl file, or --calib self",
+            param="calib",
+        ) from error
+    name, _, rest = spec.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        found = [row["text"] for row in islice(rows, _DATASET_ROWS) if isinstance(row.get("text"), str)]
+    except Exception as error:  # offline, unknown name, unknown config: whatever the library raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelNotFoundError(
+            f"--calib {spec}: the data set cannot be read: {reason}",
+            fix="give a .txt or .jsonl file, or --calib self",
+            param="calib",
+        ) from error
+    if not found:
+        raise UsageError(f"--calib {spec}: the data set has no column 'text'", param="calib")
+    return iter(found)
+
+
+def self_calibration(
+    graph: Graph,
+    source: WeightSource,
+    tokenizer: Tokenizer,
+    samples: int,
+    length: int,
+    seed: int,
+    on_progress: OnProgress | None = None,
+) -> Calibration:
+    """Text that the model writes itself through the engine.
+
+    Args:
+        graph: the plain graph; source: the checkpoint.
+        on_progress: called with samples done and wanted.
+
+    Raises:
+        UsageError: ``length`` is longer than the model's context.
+    """
+    from llmctl.checkpoint.assemble import assemble_all
+    from llmctl.engine.generate import generate
+    from llmctl.engine.llm_engine import LLMEngine
+    from llmctl.engine.sampling import SamplingParams, derive_seed
+    from llmctl.engine.scheduler import SchedulerConfig
+    from llmctl.runtime.reference import ReferenceRuntime
+
+    prompts = random_prompts(tokenizer, graph.vocab_size, samples, seed)
+    blocks = samples * -(-length // 16) + 1
+    runtime = ReferenceRuntime(graph, assemble_all(graph, source), num_blocks=blocks, max_model_len=length)
+    engine = LLMEngine(runtime, SchedulerConfig(max_num_seqs=samples, max_num_batched_tokens=max(512, samples * 2)))
+    params = [
+        SamplingParams(temperature=1.0, seed=derive_seed(seed, i), max_tokens=length - len(prompt), ignore_eos=True)
+        for i, prompt in enumerate(prompts)
+    ]
+    done: list[int] = []
+
+    def finished(_: object) -> None:
+        done.append(1)
+        if on_progress is not None:
+            on_progress(len(done), samples)
+
+    try:
+        completions = generate(engine, tokenizer, prompts, params, on_finish=finished)
+    finally:
+        engine.close()
+    rows = [[*prompt, *c.token_ids] for prompt, c in zip(prompts, completions, strict=True)]
+    if any(len(row) != length for row in rows):
+        raise LlmctlError("self-generated calibration came out short", fix="give a text file with --calib FILE.txt")
+    tokens = torch.tensor(rows, dtype=torch.int32)
+    return Calibration(tokens, f"{samples} samples of {length} tokens written by the model itself (seed {seed})")
+
+
+def random_prompts(tokenizer: Tokenizer, vocab_size: int, samples: int, seed: int) -> list[list[int]]:
+    """Beginnings of self-generated text: begin-of-text (where the model has one), then one random ordinary token."""
+    start = tokenizer.token_to_id(tokenizer.bos_token) if tokenizer.bos_token else None
+    special = tokenizer.special_token_ids | tokenizer.eos_token_ids | {start}
+    ordinary = [i for i in range(min(vocab_size, tokenizer.vocab_size)) if i not in special]
+    chosen = random.Random(seed).choices(ordinary or range(vocab_size), k=samples)
+    return [[token] if start is None else [start, token] for token in chosen]
+
+
+def check_lengths(samples: int, length: int, longest: int) -> None:
+    """Refuse sizes that make no calibration.
+
+    Raises:
+        UsageError: fewer than one sample or two tokens, or longer than the model's context.
+    """
+    if samples < 1:
+        raise UsageError(f"--calib-samples {samples}: expected at least 1", param="calib_samples")
+    if not 2 < length <= longest:
+        raise UsageError(f"--calib-length {length}: expected 3 to {longest}, the model's context", param="calib_length")

@@ -1,0 +1,229 @@
+"""Checkpoint in, quantized checkpoint out: layer by layer, resumable, nothing half written.
+
+The plain Graph is walked from its first decoder layer to its last. Each layer is calibrated on what the already
+quantized layers before it produce. Finished layers lie in a work folder beside the output until the output is in place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmctl.checkpoint.assemble import WeightSource, assemble, checkpoint_graph
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.resolve import resolve_model
+from llmctl.checkpoint.writer import write_quantized_checkpoint
+from llmctl.config import QuantizeConfig
+from llmctl.errors import LlmctlError
+from llmctl.graph.graph import Graph
+from llmctl.quantize.calibration import SELF, Calibration, read_calibration, self_calibration
+from llmctl.quantize.forward import CalibrationPass
+from llmctl.quantize.layers import quantize_layer, quantize_layer_without_data
+from llmctl.quantize.modules import Module
+from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan
+from llmctl.quantize.report import LayerReport, QuantizeReport, make_report
+from llmctl.quantize.rtn import join_rows
+from llmctl.quantize.workfolder import LayerResult, WorkFolder, check_output, open_work_folder
+from llmctl.text.tokenizer import Tokenizer
+
+
+class Progress(Protocol):
+    """Who wants to know how far a quantization is."""
+
+    def note(self, text: str) -> None:
+        """A choice or a fact worth a line."""
+        ...
+
+    def calibrating(self, done: int, total: int) -> None:
+        """Samples of self-generated text written."""
+        ...
+
+    def layer(self, done: int, total: int, report: LayerReport) -> None:
+        """A layer is finished (or was, in an earlier run)."""
+        ...
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def calibrating(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def layer(self, done: int, total: int, report: LayerReport) -> None:
+        """Nothing."""
+
+
+def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -> QuantizeReport:
+    """Quantize ``config.model`` into the new folder ``config.output`` with the native algorithms.
+
+    Raises:
+        UsageError: options that cannot be honoured; an output or interrupted run in the way.
+        CheckpointError, UnsupportedModelError: a model that cannot be read.
+        ModelNotFoundError: no such model or data set.
+    """
+    started = time.monotonic()
+    check_options(config)
+    output = Path(config.output)
+    check_output(output, config.resume)
+    checkpoint = open_checkpoint(resolve_model(config.model))
+    check_not_quantized(checkpoint)
+    with _threads(config.threads):
+        job = _Job(config, checkpoint, progress)
+        layers = job.run(output)
+    return make_report(job.plan, job.graph, checkpoint, job.note, layers, time.monotonic() - started)
+
+
+class _Job:
+    """One run over one checkpoint."""
+
+    def __init__(self, config: QuantizeConfig, checkpoint: Checkpoint, progress: Progress) -> None:
+        self.config, self.checkpoint, self.progress = config, checkpoint, progress
+        self.graph: Graph = checkpoint_graph(checkpoint)
+        self.plan: Plan = make_plan(config, checkpoint, self.graph)
+        self.layers = sorted({module.layer for module in self.plan.selection.modules})
+        self.note = "none (round to nearest looks at weights only)"
+
+    def run(self, output: Path) -> list[LayerReport]:
+        options = {**self.plan.options(self.checkpoint), "threads": torch.get_num_threads()}
+        work = open_work_folder(output, self.plan.scheme, options)
+        try:
+            reports = self._quantize(work, self._calibration_pass(work))
+            self._write(output, work)
+        except LlmctlError:
+            if not work.resumed:
+                work.remove()  # refused, not interrupted: there is nothing to continue
+            raise
+        except BaseException:
+            self.progress.note(f"interrupted; finished layers are kept in {work.path}: continue with --resume")
+            raise
+        work.remove()
+        return reports
+
+    def _calibration_pass(self, work: WorkFolder) -> CalibrationPass:
+        if not self.plan.calibrated:
+            return CalibrationPass(self.graph, self.checkpoint, torch.zeros(1, 1, dtype=torch.int32))
+        kept = work.load_calibration()
+        if kept is None:
+            made = self._calibrate()
+            work.save_calibration(made.tokens, made.note)
+            kept = (made.tokens, made.note)
+        tokens, self.note = kept
+        self.progress.note(f"calibration: {self.note}")
+        return CalibrationPass(self.graph, self.checkpoint, tokens)
+
+    def _calibrate(self) -> Calibration:
+        c = self.config
+        tokenizer = Tokenizer.from_files(self.checkpoint.aux_files(), where=str(self.checkpoint.path))
+        if c.calib != SELF:
+            return read_calibration(c.calib, tokenizer, c.calib_samples, c.calib_length, c.seed)
+        return self_calibration(
+            self.graph, self.checkpoint, tokenizer, c.calib_samples, c.calib_length, c.seed, self.progress.calibrating
+        )
+
+    def _quantize(self, work: WorkFolder, calibration: CalibrationPass) -> list[LayerReport]:
+        """Run every layer up to the last that has something to quantize. Step i of the work folder is layer i."""
+        reports: list[LayerReport] = []
+        steps = self.layers[-1] + 1
+        done = work.finished()
+        if done:
+            self.progress.note(f"resuming after layer {done - 1}")
+        hidden = work.load_hidden(done)
+        for layer in range(steps):
+            if layer >= done:
+                if hidden is None:
+                    hidden = calibration.enter() if self.plan.calibrated else {}
+                result, hidden = self._step(calibration, layer, hidden, last=layer == steps - 1)
+                work.save_layer(layer, result, hidden)
+                calibration.forget(layer)
+            else:
+                result = work.load_layer(layer)
+            report = LayerReport.from_json(result.report)
+            reports.append(report)
+            self.progress.layer(layer + 1, steps, report)
+        return reports
+
+    def _step(
+        self, calibration: CalibrationPass, layer: int, hidden: dict[str, Tensor], last: bool
+    ) -> tuple[LayerResult, dict[str, Tensor]]:
+        if self.plan.calibrated:
+            return quantize_layer(self.graph, self.plan, calibration, layer, hidden, last)
+        return quantize_layer_without_data(self.graph, self.plan, calibration, layer), {}
+
+    def _write(self, output: Path, work: WorkFolder) -> None:
+        results = _Results(work, self.layers[-1] + 1)
+        quantized = _Modules(results, self.plan.selection.modules)
+        write_quantized_checkpoint(
+            output, self.checkpoint, quantized, results.dense(self.graph, self.checkpoint), self.plan.output
+        )
+
+
+class _Results:
+    """The work folder's layers, mapped one at a time."""
+
+    def __init__(self, work: WorkFolder, steps: int) -> None:
+        self._work, self._steps = work, steps
+        self._current: tuple[int, LayerResult] | None = None
+
+    def layer(self, index: int) -> LayerResult:
+        if self._current is None or self._current[0] != index:
+            self._current = (index, self._work.load_layer(index))
+        return self._current[1]
+
+    def dense(self, graph: Graph, source: WeightSource) -> dict[str, Tensor]:
+        """Checkpoint tensors that folding changed, in their stored orientation."""
+        changed = {n: t for i in range(self._steps) for n, t in self._work.load_layer(i).dense.items()}
+        tensors = sorted({graph.weights[name].parts[0].tensor for name in changed})
+        return {tensor: _whole(graph, source, tensor, changed) for tensor in tensors}
+
+
+def _whole(graph: Graph, source: WeightSource, tensor: str, changed: Mapping[str, Tensor]) -> Tensor:
+    """A checkpoint tensor put together from the row slices that changed and those that did not."""
+    weights = [w for w in graph.weights.values() if w.parts[0].tensor == tensor]
+    weights.sort(key=lambda w: w.parts[0].rows or (0, 0))
+    pieces = []
+    for weight in weights:
+        piece = changed[weight.name] if weight.name in changed else assemble(weight, source)
+        assert isinstance(piece, Tensor)
+        pieces.append(piece.float())
+    whole = torch.cat(pieces)
+    return whole.T.contiguous() if weights[0].parts[0].transpose else whole
+
+
+class _Modules(Mapping[str, QuantizedWeight]):
+    """Module name -> its quantized weight, put together from the work folder when asked for."""
+
+    def __init__(self, results: _Results, modules: tuple[Module, ...]) -> None:
+        self._results = results
+        self._modules = {module.name: module for module in modules}
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        module = self._modules[name]
+        parts = self._results.layer(module.layer).quantized
+        return join_rows([parts[weight] for weight in module.weights])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,138 @@
+"""One decoder layer through one method: scales found and folded, codes made stage by stage, errors measured.
+
+Stages run in execution order and each sees the inputs that the already quantized linears before it produce.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.graph import Graph, Op
+from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
+from llmctl.quantize.folding import find_fold, fold_scales
+from llmctl.quantize.forward import CalibrationPass, Stage
+from llmctl.quantize.gptq import quantize_gptq
+from llmctl.quantize.plan import Plan
+from llmctl.quantize.rtn import quantize_rtn, take_rows
+from llmctl.quantize.stats import InputStats, relative_error
+from llmctl.quantize.workfolder import LayerResult
+from llmctl.runtime.context import Env
+
+Algorithm = Callable[[Tensor, Tensor], QuantizedWeight]
+
+
+def quantize_layer(
+    graph: Graph, plan: Plan, calibration: CalibrationPass, layer: int, hidden: Env, last: bool
+) -> tuple[LayerResult, Env]:
+    """Quantize the chosen linears of a layer; their result and the activations leaving the layer.
+
+    Args:
+        calibration: the pass that holds the layer's weights; they are replaced by what was quantized.
+        hidden: activations entering the layer.
+        last: nothing after this layer will be quantized, so its outputs are not needed.
+    """
+    started = time.monotonic()
+    run = _LayerRun(graph, plan, calibration, layer, last)
+    leaving = run.quantize(hidden)
+    report: dict[str, Any] = {
+        "layer": layer,
+        "modules": run.errors,
+        "scales": run.scales,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    return LayerResult(run.quantized, run.changed_dense(), report), leaving
+
+
+def quantize_layer_without_data(graph: Graph, plan: Plan, weights: CalibrationPass, layer: int) -> LayerResult:
+    """Round a layer's linears to nearest; errors are those of the weights (of the outputs for white inputs)."""
+    started = time.monotonic()
+    chosen = _chosen(plan, layer)
+    quantized, errors = {}, {}
+    for op in graph.layer_ops(layer):
+        if op.kind == "linear" and op.weights[0] in chosen:
+            weight = weights.weights[op.weights[0]]
+            quantized[op.weights[0]] = quantize_rtn(weight, plan.scheme)
+            errors[op.name] = relative_error(weight, quantized[op.weights[0]].dequantize(), None)
+    report = {"layer": layer, "modules": errors, "seconds": round(time.monotonic() - started, 3)}
+    return LayerResult(quantized, {}, report)
+
+
+def _chosen(plan: Plan, layer: int) -> set[str]:
+    return {name for module in plan.selection.of_layer(layer) for name in module.weights}
+
+
+class _LayerRun:
+    """One layer on its way through."""
+
+    def __init__(self, graph: Graph, plan: Plan, calibration: CalibrationPass, layer: int, last: bool) -> None:
+        self.graph, self.plan, self.calibration, self.layer, self.last = graph, plan, calibration, layer, last
+        self.chosen = _chosen(plan, layer)
+        self.stages = calibration.stages(layer, self.chosen)
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.errors: dict[str, float] = {}
+        self.scales: dict[str, float | None] = {}
+        self.changed: set[str] = set()
+
+    def quantize(self, hidden: Env) -> Env:
+        if self.plan.config.method == "awq":
+            self._scale(hidden)
+            algorithm: Algorithm = lambda w, gram: quantize_awq(w, gram, self.plan.scheme)  # noqa: E731
+        else:
+            algorithm = lambda w, gram: quantize_gptq(w, gram, self.plan.scheme, self.plan.gptq)  # noqa: E731
+        return self.calibration.run(
+            self.layer,
+            hidden,
+            self.stages,
+            lambda stage, x: self._quantize_stage(stage, InputStats.of(x), algorithm),
+            outputs=not self.last,
+        )
+
+    def changed_dense(self) -> dict[str, Tensor]:
+        return {name: self.calibration.weights[name] for name in sorted(self.changed - self.chosen)}
+
+    def _scale(self, hidden: Env) -> None:
+        """Find AWQ's scales for every stage on the unquantized layer, then fold them."""
+        found: dict[str, ScaleChoice] = {}
+
+        def search(stage: Stage, x: Tensor) -> None:
+            point = find_fold(self.graph, stage.buffer)
+            if point is not None:
+                weight = self._stacked(stage.linears)
+                found[stage.buffer] = search_scales(weight, InputStats.of(x), self.plan.scheme, point.column_index())
+
+        self.calibration.run(self.layer, hidden, self.stages, search, outputs=False)
+        weights = self.calibration.weights
+        for stage in self.stages:
+            choice, point = found.get(stage.buffer), find_fold(self.graph, stage.buffer)
+            self.scales[stage.buffer] = None if choice is None else choice.alpha
+            if choice is not None and choice.alpha is not None and point is not None:
+                self.changed |= fold_scales(point, choice.scales, weights)
+        for name in self.changed - self.chosen:
+            weights[name] = self._stored(weights[name])
+
+    def _stored(self, dense: Tensor) -> Tensor:
+        """What a dense tensor is after it has been written: later stages are to make up for its rounding."""
+        dtype = torch.bfloat16 if self.plan.dense_dtype == "bfloat16" else torch.float16
+        return dense.to(dtype).float()
+
+    def _quantize_stage(self, stage: Stage, stats: InputStats, algorithm: Algorithm) -> None:
+        weight = self._stacked(stage.linears)
+        whole = algorithm(weight, stats.gram)
+        dense = whole.dequantize()
+        start = 0
+        for op in stage.linears:
+            name = op.weights[0]
+            stop = start + self.graph.weights[name].shape[0]
+            self.quantized[name] = take_rows(whole, start, stop)
+            self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
+            self.calibration.weights[name] = dense[start:stop]
+            start = stop
+
+    def _stacked(self, linears: Sequence[Op]) -> Tensor:
+        return torch.cat([self.calibration.weights[op.weights[0]] for op in linears])

@@ -1,0 +1,105 @@
+"""Which checkpoint modules get quantized: the linears of the Graph, seen as the tensors that supply their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from llmctl.errors import UnsupportedModelError, UsageError
+from llmctl.graph.graph import Graph, Op
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear of the checkpoint, e.g. ``model.layers.0.self_attn.q_proj``.
+
+    Attributes:
+        name: the tensor's name without ``.weight``.
+        layer: decoder layer of its ops.
+        weights: the graph weights it supplies, in row order (several for a fused tensor such as GPT-2's ``c_attn``).
+        rows: output rows of each.
+        in_features: input width.
+    """
+
+    name: str
+    layer: int
+    weights: tuple[str, ...]
+    rows: tuple[int, ...]
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (sum(self.rows), self.in_features)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The split of a Graph's linears: modules to quantize, names of those left dense."""
+
+    modules: tuple[Module, ...]
+    ignored: tuple[str, ...]
+
+    def of_layer(self, layer: int) -> tuple[Module, ...]:
+        """Modules to quantize in one decoder layer."""
+        return tuple(m for m in self.modules if m.layer == layer)
+
+
+def select_modules(graph: Graph, ignore: Sequence[str]) -> Selection:
+    """Split a plain Graph's linears by the ``--ignore`` patterns.
+
+    A pattern is a run of whole name components (``lm_head``, ``mlp``, ``layers.0``, ``layers.3.mlp.down_proj``) or a
+    glob over the whole name (``*.layers.1?.*``).
+
+    Raises:
+        UsageError: a pattern that matches no linear, nothing left to quantize, or a head tied to the embeddings that
+            is not ignored.
+        UnsupportedModelError: a linear made of several checkpoint tensors.
+    """
+    linears: dict[str, list[Op]] = {}
+    for op in graph.linears():
+        parts = graph.weights[op.weights[0]].parts
+        if len(parts) != 1:
+            raise UnsupportedModelError(f"linear '{op.name}' is made of {len(parts)} tensors; quantize the plain graph")
+        linears.setdefault(parts[0].tensor.removesuffix(".weight"), []).append(op)
+    tied = {name for name in linears if _is_embedding(graph, name)}
+    aliases = {name: {name, *(op.name for op in ops)} for name, ops in linears.items()}
+    unused = [p for p in ignore if not any(_matches(p, a) for names in aliases.values() for a in names)]
+    if unused:
+        raise UsageError(f"--ignore {unused[0]}: matches no linear of this model", param="ignore")
+    ignored = {name for name, names in aliases.items() if any(_matches(p, a) for p in ignore for a in names)}
+    if tied - ignored:
+        raise UsageError(
+            f"the head shares its weight with the embeddings ({min(tied)}) and cannot be quantized",
+            fix="add --ignore lm_head",
+            param="ignore",
+        )
+    chosen = [_module(graph, name, ops) for name, ops in linears.items() if name not in ignored]
+    if not chosen:
+        raise UsageError("--ignore leaves no linear to quantize", param="ignore")
+    return Selection(tuple(chosen), tuple(sorted(ignored - tied)))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if any(c in pattern for c in "*?["):
+        return fnmatchcase(name, pattern)
+    return f".{pattern}." in f".{name}."
+
+
+def _is_embedding(graph: Graph, module: str) -> bool:
+    tables = (op.weights[0] for op in graph.ops if op.kind in ("embed", "pos_embed"))
+    return any(part.tensor == f"{module}.weight" for table in tables for part in graph.weights[table].parts)
+
+
+def _module(graph: Graph, name: str, ops: Iterable[Op]) -> Module:
+    weights = sorted((graph.weights[op.weights[0]] for op in ops), key=lambda w: w.parts[0].rows or (0, 0))
+    end = 0
+    for weight in weights:
+        start, stop = weight.parts[0].rows or (0, weight.shape[0])
+        if start != end:
+            raise UnsupportedModelError(f"rows {end} to {start} of '{name}' belong to no linear")
+        end = stop
+    layer = next(op.layer for op in ops)
+    rows = tuple(w.shape[0] for w in weights)
+    return Module(name, layer, tuple(w.name for w in weights), rows, weights[0].shape[1])

@@ -1,0 +1,170 @@
+"""From the options to a settled plan: every choice made and every refusal spoken before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import llmctl
+from llmctl.checkpoint import awq, gptq
+from llmctl.checkpoint.reader import Checkpoint
+from llmctl.checkpoint.writer import OutputFormat
+from llmctl.config import QuantizeConfig
+from llmctl.errors import UsageError
+from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.quantize.calibration import check_lengths, file_of, source_digest
+from llmctl.quantize.gptq import GptqOptions
+from llmctl.quantize.grid import check_scheme
+from llmctl.quantize.modules import Module, Selection, select_modules
+
+METHODS = ("rtn", "awq", "gptq")
+FORMATS = ("auto", "awq", "gptq")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A settled quantization.
+
+    Attributes:
+        config: the options as given.
+        scheme: bits, group size, symmetry; ``act_order`` when columns will need a ``g_idx``.
+        gptq: GPTQ's knobs.
+        selection: modules to quantize, modules left dense.
+        output: how the checkpoint is written; dense_dtype: its dense tensors' dtype, float16 or bfloat16.
+    """
+
+    config: QuantizeConfig
+    scheme: QuantScheme
+    gptq: GptqOptions
+    selection: Selection
+    output: OutputFormat
+    dense_dtype: str
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.config.method != "rtn"
+
+    def options(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Everything the result's bytes depend on, as JSON data."""
+        c = self.config
+        common: dict[str, Any] = {
+            "llmctl": llmctl.__version__,
+            "model": checkpoint.fingerprint(),
+            "method": c.method,
+            "bits": c.bits,
+            "group_size": c.group_size,
+            "symmetric": c.symmetric,
+            "format": self.output.format,
+            "ignore": sorted(c.ignore),
+        }
+        if self.calibrated:
+            common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
+            common |= {"calib_sha256": source_digest(c.calib), "seed": c.seed}
+        if c.method == "gptq":
+            common |= {"damp_percent": c.damp_percent, "act_order": c.act_order, "static_groups": c.static_groups}
+        return common
+
+
+def check_options(config: QuantizeConfig) -> None:
+    """Refuse options that no model can honour, before the model is looked for.
+
+    Raises:
+        UsageError: as said, naming the option.
+    """
+    if config.method not in METHODS:
+        raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}", param="method")
+    if config.format not in FORMATS:
+        raise UsageError(f"--format {config.format}: expected one of {', '.join(FORMATS)}", param="format")
+    check_scheme(QuantScheme(config.bits, config.group_size, config.symmetric), {})
+    if not 0 < config.damp_percent < 1:
+        raise UsageError(
+            f"--damp-percent {config.damp_percent}: expected a share between 0 and 1", param="damp_percent"
+        )
+    if config.threads is not None and config.threads < 1:
+        raise UsageError(f"--threads {config.threads}: expected at least 1", param="threads")
+    if not config.output:
+        raise UsageError("--output: the folder to write is missing", param="output")
+    if config.method != "rtn":
+        file_of(config.calib)
+
+
+def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> Plan:
+    """Settle a quantization of a checkpoint.
+
+    Raises:
+        UsageError: a group size that does not divide a width (the ones that do are offered), a format that cannot
+            hold the result, calibration sizes the model cannot do.
+        UsageError: the checkpoint is quantized already.
+    """
+    check_not_quantized(checkpoint)
+    selection = select_modules(graph, config.ignore)
+    scheme = QuantScheme(config.bits, config.group_size, config.symmetric, _needs_g_idx(config))
+    check_scheme(scheme, {m.name: m.in_features for m in selection.modules})
+    chosen = choose_format(config)
+    for module in selection.modules:
+        _check_packable(module, chosen, scheme)
+    if config.method != "rtn":
+        check_lengths(config.calib_samples, config.calib_length, graph.max_position)
+    dtype = checkpoint.dtype if checkpoint.dtype == "bfloat16" else "float16"
+    output = OutputFormat(
+        format=chosen,
+        dtype=dtype,
+        scheme=scheme,
+        ignored=tuple(sorted({*selection.ignored, "lm_head"})),
+        damp_percent=config.damp_percent,
+        static_groups=config.method == "gptq" and config.static_groups,
+        true_sequential=config.method == "gptq",
+    )
+    options = GptqOptions(config.damp_percent, config.act_order, config.static_groups)
+    return Plan(config, scheme, options, selection, output, dtype)
+
+
+def choose_format(config: QuantizeConfig) -> str:
+    """``awq`` or ``gptq``: AutoAWQ's layout for AWQ at 4 bits, GPTQ's for everything else, unless the user says.
+
+    Raises:
+        UsageError: AutoAWQ's layout for other than 4 bits, or for columns out of order.
+    """
+    if config.format == "auto":
+        return "awq" if config.method == "awq" and config.bits == awq.BITS else "gptq"
+    if config.format == "awq" and config.bits != awq.BITS:
+        raise UsageError(
+            f"--format awq: AutoAWQ's layout has 4 bits only, found --bits {config.bits}",
+            fix="use --format gptq (the AWQ scales are folded, any reader of GPTQ's layout will do)",
+            param="format",
+        )
+    if config.format == "awq" and _needs_g_idx(config):
+        raise UsageError(
+            "--format awq: AutoAWQ's layout cannot hold act-order groups",
+            fix="add --static-groups or --no-act-order, or use --format gptq",
+            param="format",
+        )
+    return config.format
+
+
+def check_not_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that is quantized already.
+
+    Raises:
+        UsageError: it is.
+    """
+    if checkpoint.quantization is not None:
+        scheme = checkpoint.quantization.scheme
+        raise UsageError(
+            f"{checkpoint.path} is quantized already ({checkpoint.quantization.method}, {scheme.bits} bits)",
+            fix="quantize the 16-bit checkpoint it was made from",
+            param="model",
+        )
+
+
+def _needs_g_idx(config: QuantizeConfig) -> bool:
+    return config.method == "gptq" and config.act_order and not config.static_groups and config.group_size != -1
+
+
+def _check_packable(module: Module, chosen: str, scheme: QuantScheme) -> None:
+    check = awq.check_packable if chosen == "awq" else gptq.check_packable
+    try:
+        check(module.shape, scheme)
+    except ValueError as error:
+        raise UsageError(f"{module.name}: {error}", fix=f"leave it dense with --ignore {module.name}") from error

@@ -1,0 +1,123 @@
+"""What a quantization reports: sizes, bits per weight, errors, time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from llmctl.checkpoint.reader import Checkpoint
+from llmctl.graph.graph import Graph
+from llmctl.quantize.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer.
+
+    Attributes:
+        layer: its index.
+        modules: linear -> relative squared error, of its output on the calibration inputs (awq, gptq) or of its weight
+            (rtn, which sees no inputs).
+        scales: buffer -> the exponent AWQ's scale search chose there; None where no scaling was best or possible.
+        seconds: time it took.
+    """
+
+    layer: int
+    modules: Mapping[str, float]
+    scales: Mapping[str, float | None]
+    seconds: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
+        """The report a work folder kept."""
+        return cls(int(data["layer"]), data.get("modules", {}), data.get("scales", {}), float(data.get("seconds", 0.0)))
+
+    @property
+    def error(self) -> float:
+        """Mean of the linears' errors; 0 for a layer without any."""
+        return sum(self.modules.values()) / len(self.modules) if self.modules else 0.0
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """A finished quantization.
+
+    Attributes:
+        size_before: weights as stored in the source, bytes; size_16bit: the same weights at 16 bits, bytes.
+        size_after: weights as stored in the output, bytes.
+        bits_per_weight: of the quantized linears, scales, zero points and group tables included.
+        bits_per_weight_model: of the whole output.
+        error_of: what the layers' errors are of: ``output`` or ``weight``.
+        seconds: wall time of this run.
+    """
+
+    model: str
+    output: str
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    format: str
+    calibration: str
+    quantized_modules: int
+    dense_modules: tuple[str, ...]
+    size_before: int
+    size_16bit: int
+    size_after: int
+    bits_per_weight: float
+    bits_per_weight_model: float
+    error_of: str
+    layers: tuple[LayerReport, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON data; layers carry their mean error too."""
+        layers = [{"error": layer.error, **asdict(layer)} for layer in self.layers]
+        return {**asdict(self), "dense_modules": list(self.dense_modules), "layers": layers}
+
+
+def make_report(
+    plan: Plan,
+    graph: Graph,
+    checkpoint: Checkpoint,
+    calibration: str,
+    layers: list[LayerReport],
+    seconds: float,
+) -> QuantizeReport:
+    """The report of a finished run; sizes are read off the output folder."""
+    output = Path(plan.config.output)
+    size_after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    weights = sum(prod(weight.shape) for weight in graph.weights.values())
+    return QuantizeReport(
+        model=plan.config.model,
+        output=plan.config.output,
+        method=plan.config.method,
+        bits=plan.scheme.bits,
+        group_size=plan.scheme.group_size,
+        symmetric=plan.scheme.symmetric,
+        format=plan.output.format,
+        calibration=calibration,
+        quantized_modules=len(plan.selection.modules),
+        dense_modules=plan.output.ignored,
+        size_before=checkpoint.nbytes,
+        size_16bit=2 * weights,
+        size_after=size_after,
+        bits_per_weight=_bits_per_weight(plan),
+        bits_per_weight_model=8 * size_after / weights,
+        error_of="output" if plan.calibrated else "weight",
+        layers=tuple(layers),
+        seconds=round(seconds, 3),
+    )
+
+
+def _bits_per_weight(plan: Plan) -> float:
+    bits = weights = 0
+    for module in plan.selection.modules:
+        rows, columns = module.shape
+        bits += rows * columns * plan.scheme.bits + rows * plan.scheme.groups(columns) * (16 + plan.scheme.bits)
+        bits += 32 * columns if plan.output.format == "gptq" else 0
+        weights += rows * columns
+    return bits / weights
