@@ -100,7 +100,8 @@ def write_gptq(folder: Path, *, bits: int = 4, group_size: int = 32, symmetric: 
             zeros.to(torch.uint8),
             scheme,
         )
-        packed = gptq.pack(weight)
+        # Without act-order g_idx says nothing; leaving it out keeps the headers sufficient to describe the checkpoint.
+        packed = {suffix: plane for suffix, plane in gptq.pack(weight).items() if suffix != "g_idx"}
         dtypes = {torch.int32: "I32", torch.float16: "F16"}
         tensors |= {f"{name}.{k}": (dtypes[v.dtype], tuple(v.shape), v.contiguous()) for k, v in packed.items()}
     quantization = {

@@ -24,7 +24,9 @@ def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     """A cpu engine of the quantized checkpoint; not to be changed."""
     output = tmp_path_factory.mktemp("engines") / "engine"
     return build_engine(
-        BuildConfig(model=str(checkpoints["gptq"]), output=str(output), target="cpu", dtype="float32", max_model_len=256)
+        BuildConfig(
+            model=str(checkpoints["gptq"]), output=str(output), target="cpu", dtype="float32", max_model_len=256
+        )
     )
 
 

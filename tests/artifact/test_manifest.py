@@ -49,7 +49,11 @@ def test_records_what_the_design_asks_for(built: Path) -> None:
     manifest = read_manifest(built)
     assert manifest.source.name == "gptq"
     assert len(manifest.source.fingerprint) == 64
-    assert (manifest.quantization.method, manifest.quantization.bits, manifest.quantization.group_size) == ("gptq", 4, 32)
+    assert (manifest.quantization.method, manifest.quantization.bits, manifest.quantization.group_size) == (
+        "gptq",
+        4,
+        32,
+    )
     assert manifest.quantization.ignored_layers == ("lm_head.weight",)
     assert {choice.op for choice in manifest.kernels} == {op.name for op in manifest.graph.ops}
     assert set(manifest.files) == {

@@ -1,0 +1,277 @@
+"""Building: same bytes every time, weights that are the checkpoint's, all or nothing, and nothing foreign replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tiny_checkpoint import write_dense, write_gptq
+
+from llmctl.artifact import writer
+from llmctl.artifact.builder import build_engine, ensure_engine
+from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
+from llmctl.artifact.plan import parse_target, plan_build, resolve_dtype
+from llmctl.artifact.writer import pack_nibbles, unpack_nibbles
+from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.config import BuildConfig, EngineConfig
+from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def build(model: Path, output: Path, **options: object) -> Path:
+    return build_engine(BuildConfig(model=str(model), output=str(output), **options))  # type: ignore[arg-type]
+
+
+def test_same_inputs_same_bytes(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(checkpoints["gptq"], tmp_path / "a", target="reference")
+    moved = tmp_path / "elsewhere" / "gptq"
+    write_gptq(moved)
+    monkeypatch.chdir(moved.parent)
+    second = build(Path("gptq"), tmp_path / "deep" / "b", target="reference")
+    assert hashes(first) == hashes(second)
+
+
+def test_several_weight_files(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 20_000)
+    engine = load_engine(build(checkpoints["dense"], tmp_path / "e", target="reference"), verify=True)
+    files = engine.manifest.weight_files
+    assert len(files) > 2
+    assert files[0] == f"weights-00001-of-{len(files):05d}.safetensors"
+    check_dense(engine, checkpoints["dense"])
+
+
+def check_dense(engine: LoadedEngine, checkpoint: Path) -> None:
+    source = open_checkpoint(checkpoint)
+    for name, weight in engine.graph.weights.items():
+        plane = engine.weights[name]
+        expected = assemble(weight, source).numpy()
+        np.testing.assert_array_equal(plane.data.astype(np.float32), expected.astype(np.float32))
+
+
+def test_reference_engine_keeps_the_checkpoints_dtype(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    engine = load_engine(build(checkpoints["dense"], tmp_path / "e", target="reference"))
+    assert engine.manifest.options.dtype == "float32"
+    assert {plane.dtype for plane in engine.weights.values()} == {"F16"}
+    check_dense(engine, checkpoints["dense"])
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
+def test_other_engines_store_their_own(checkpoints: dict[str, Path], tmp_path: Path, dtype: str, stored: str) -> None:
+    import torch
+
+    engine = load_engine(build(checkpoints["dense"], tmp_path / "e", target="cpu", dtype=dtype))
+    assert {plane.dtype for plane in engine.weights.values()} == {stored}
+    plane, weight = engine.weights["lm_head.weight"], engine.graph.weights["lm_head.weight"]
+    expected = assemble(weight, open_checkpoint(checkpoints["dense"])).to(getattr(torch, dtype))  # type: ignore[union-attr]
+    assert plane.data.tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (3, 64, True), (8, -1, False)])
+def test_quantized_planes(tmp_path: Path, bits: int, group_size: int, symmetric: bool) -> None:
+    model = write_gptq(tmp_path / "m", bits=bits, group_size=group_size, symmetric=symmetric)
+    engine = load_engine(build(model, tmp_path / "e"))
+    source = open_checkpoint(model)
+    quantized = [w for w in engine.graph.weights.values() if w.quant is not None]
+    assert len(quantized) == 2 * 4
+    for weight in quantized:
+        expected = assemble(weight, source)
+        assert isinstance(expected, QuantizedWeight)
+        codes = engine.weights[f"{weight.name}.codes"].data
+        codes = codes if bits == 8 else unpack_nibbles(codes, weight.shape[1])
+        np.testing.assert_array_equal(codes, expected.codes.numpy())
+        np.testing.assert_array_equal(engine.weights[f"{weight.name}.scales"].data, expected.scales.numpy())
+        assert (f"{weight.name}.zeros" in engine.weights) == (not symmetric)
+        if not symmetric:
+            np.testing.assert_array_equal(engine.weights[f"{weight.name}.zeros"].data, expected.zeros.numpy())
+
+
+@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 15)))
+def test_nibbles_round_trip(codes: np.ndarray) -> None:
+    packed = pack_nibbles(codes)
+    assert packed.shape == (codes.shape[0], -(-codes.shape[1] // 2))
+    np.testing.assert_array_equal(unpack_nibbles(packed, codes.shape[1]), codes)
+    assert packed[0, 0] & 15 == codes[0, 0]
+
+
+def test_an_engine_is_replaced(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    output = build(checkpoints["dense"], tmp_path / "e", max_model_len=64)
+    (output / "stray").write_text("left by hand")
+    build(checkpoints["gptq"], output, max_model_len=128)
+    assert load_engine(output, verify=True).max_model_len == 128
+    assert not (output / "stray").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "other json", "link"])
+def test_anything_else_is_left_alone(checkpoints: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+    if kind == "file":
+        output.write_text("mine")
+    elif kind == "link":
+        (tmp_path / "target").mkdir()
+        output.symlink_to(tmp_path / "target")
+    else:
+        output.mkdir()
+        (output / ("engine.json" if kind == "other json" else "notes.txt")).write_text('{"mine": 1}')
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="exists and is not an llmctl engine; it is left alone"):
+        build(checkpoints["dense"], output)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_taken(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    load_engine(build(checkpoints["dense"], tmp_path / "e"))
+
+
+def test_a_failing_build_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    def fail(_name: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise CheckpointError("planted")
+
+    old = build(checkpoints["dense"], tmp_path / "e")
+    before = hashes(old)
+    config = BuildConfig(model=str(checkpoints["gptq"]), output=str(old))
+    with pytest.raises(CheckpointError, match="planted"):
+        build_engine(config, fail)
+    assert hashes(old) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+
+
+def test_what_a_killed_build_left_is_removed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=os._exit, args=(0,))
+    process.start()
+    process.join()
+    abandoned = tmp_path / f".e.tmp-{process.pid}"
+    abandoned.mkdir()
+    build(checkpoints["dense"], tmp_path / "e")
+    assert not abandoned.exists()
+
+
+def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    config = BuildConfig(model=str(checkpoints["gptq"]), output=str(tmp_path / "e"))
+    build_engine(config, lambda *step: seen.append(step))
+    done = [step[1] for step in seen]
+    assert done == sorted(done)
+    assert done[-1] == seen[-1][2]
+    assert {step[0] for step in seen} == set(read_manifest(tmp_path / "e").graph.weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "tpu"}, "--target: expected one of cpu, reference, cuda:"),
+        ({"target": "cuda"}, "--target: expected one of cpu"),
+        ({"target": "cuda:sm_70"}, "found 'sm_70'"),
+        ({"target": "cpu:sm_80"}, "found 'cpu:sm_80'"),
+        ({"dtype": "int4"}, "--dtype: expected one of auto"),
+        ({"target": "cuda:sm_80", "dtype": "float32"}, "expected float16 or bfloat16 for a cuda target"),
+        ({"block_size": 12}, "--block-size: expected a power of two, found 12"),
+        ({"max_model_len": 0}, "--max-model-len: expected at least 1"),
+        ({"max_model_len": 513}, "--max-model-len: expected at most 512"),
+        ({"kv_cache_dtype": "int2"}, "--kv-cache-dtype: expected one of"),
+        ({"passes": ("fuse_all",)}, "--passes: expected none, or some of"),
+        ({"memory_budget": "lots"}, "--memory-budget: expected a size"),
+        ({"output": ""}, "--output is required"),
+        ({"model": ""}, "--model is required"),
+    ],
+)
+def test_bad_options(checkpoints: dict[str, Path], tmp_path: Path, options: dict[str, object], message: str) -> None:
+    settings = {"model": str(checkpoints["dense"]), "output": str(tmp_path / "e"), **options}
+    with pytest.raises(UsageError) as error:
+        build_engine(BuildConfig(**settings))  # type: ignore[arg-type]
+    assert message in str(error.value)
+    assert not (tmp_path / "e").exists()
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        build(tmp_path / "nothing", tmp_path / "e")
+
+
+def test_targets_and_dtypes() -> None:
+    assert str(parse_target("cuda:sm_120,sm_80,sm_80")) == "cuda:sm_80,sm_120"
+    assert resolve_dtype("auto", parse_target("reference"), "bfloat16") == "float32"
+    assert resolve_dtype("auto", parse_target("cuda:sm_80"), "float32") == "bfloat16"
+    assert resolve_dtype("auto", parse_target("cuda:sm_80"), "float16") == "float16"
+    assert resolve_dtype("float16", parse_target("cpu"), "bfloat16") == "float16"
+
+
+def test_passes_can_be_left_out(checkpoints: dict[str, Path]) -> None:
+    model = str(checkpoints["dense"])
+    assert plan_build(BuildConfig(model=model, passes=("none",))).graph.passes == ()
+    assert plan_build(BuildConfig(model=model, passes=("merge_qkv",))).graph.passes == ("merge_qkv",)
+
+
+class TestEnsureEngine:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    def test_an_engine_is_itself(self, built: Path, cache: Path) -> None:
+        assert ensure_engine(str(built), EngineConfig()) == built
+        assert not cache.exists()
+
+    def test_a_checkpoint_is_built_once(
+        self, checkpoints: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = str(checkpoints["dense"])
+        first = ensure_engine(model, EngineConfig(target="reference"))
+        assert f"building dense for reference into {first}" in capsys.readouterr().err
+        assert first.parent == cache / "engines"
+        before = (first / "engine.json").stat().st_mtime_ns
+        assert ensure_engine(model, EngineConfig(target="reference", max_model_len=32)) == first
+        assert (first / "engine.json").stat().st_mtime_ns == before
+        assert capsys.readouterr().err == ""
+        assert ensure_engine(model, EngineConfig(target="reference", dtype="bfloat16")) != first
+
+    def test_another_content_is_another_engine(self, tmp_path: Path) -> None:
+        model = write_dense(tmp_path / "m", seed=0)
+        first = ensure_engine(str(model), BuildConfig(target="reference"))
+        write_dense(tmp_path / "m", seed=1)
+        second = ensure_engine(str(model), BuildConfig(target="reference"))
+        assert first != second
+        assert read_manifest(first).source.fingerprint != read_manifest(second).source.fingerprint
+
+    def test_a_damaged_cached_engine_is_built_again(self, checkpoints: dict[str, Path]) -> None:
+        first = ensure_engine(str(checkpoints["dense"]), BuildConfig(target="reference"))
+        raw = (first / "engine.json").read_bytes()
+        (first / "engine.json").write_bytes(raw[: len(raw) // 2])
+        assert ensure_engine(str(checkpoints["dense"]), BuildConfig(target="reference")) == first
+        assert (first / "engine.json").read_bytes() == raw
+
+    def test_two_processes_build_once(self, checkpoints: dict[str, Path]) -> None:
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+
+        def work() -> None:
+            queue.put(ensure_engine(str(checkpoints["dense"]), BuildConfig(target="reference"), record))
+
+        def record(_name: str, done: int, total: int) -> None:
+            if done == total:
+                queue.put("built")
+
+        processes = [context.Process(target=work) for _ in range(2)]
+        for process in processes:
+            process.start()
+        results = [queue.get(timeout=60) for _ in range(3)]
+        for process in processes:
+            process.join(timeout=60)
+        assert results.count("built") == 1
+        assert len({str(r) for r in results if r != "built"}) == 1

@@ -1,0 +1,281 @@
+"""Every way an engine folder can be wrong gives one clear line, before anything is mapped or allocated."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmctl.artifact import loader, memory
+from llmctl.artifact.device import CudaDevice
+from llmctl.artifact.loader import load_engine, read_manifest
+from llmctl.artifact.manifest import MANIFEST_NAME, FileRecord, KernelFile, Target
+from llmctl.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
+from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundError
+
+WEIGHTS = "weights-00001-of-00001.safetensors"
+Edit = Callable[..., None]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Load, expecting a refusal; any mapping of a file on the way fails the test. Returns the message and the fix."""
+
+    def load(engine: Path, **arguments: object) -> str:
+        def forbidden(*_: object, **__: object) -> None:
+            raise AssertionError("a weight file was mapped before the checks had passed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mmap, "mmap", forbidden)
+            patch.setattr(np, "empty", forbidden)
+            with pytest.raises(EngineLoadError) as error:
+                load_engine(engine, **arguments)  # type: ignore[arg-type]
+        assert error.value.exit_code == ExitCode.RUNTIME
+        assert error.value.fix
+        assert "llmctl build --model" in error.value.fix
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return load
+
+
+def rewrite_weights(engine: Path, edit: Edit, change: Callable[[dict[str, object]], None]) -> None:
+    """Write other tensors, with sizes and hashes recorded as if they had been built so."""
+    file = SafetensorsFile(engine / WEIGHTS)
+    tensors: dict[str, object] = {k: (e.dtype, e.shape, file.plane(k).copy()) for k, e in file.tensors.items()}
+    change(tensors)
+    write_safetensors(engine / WEIGHTS, tensors)  # type: ignore[arg-type]
+    record = FileRecord((engine / WEIGHTS).stat().st_size, "0" * 64)
+    edit(engine, files={**read_manifest(engine).files, WEIGHTS: record})
+
+
+def test_a_good_engine_loads(built: Path) -> None:
+    engine = load_engine(built, verify=True)
+    assert engine.max_model_len == 256
+    assert engine.plan.kv_tokens >= 256
+    codes = engine.weights["layers.0.o_proj.weight.codes"]
+    assert (codes.dtype, codes.shape, codes.data.shape) == ("U8", (64, 32), (64, 32))
+    assert not codes.data.flags.writeable
+    assert engine.weights["lm_head.weight"].dtype == "F32"
+
+
+def test_loading_imports_no_torch(built: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from llmctl.artifact.loader import load_engine;"
+        f"load_engine(Path({str(built)!r})); print([m for m in ('torch', 'transformers', 'cupy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_not_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"not an llmctl engine: no engine\.json"):
+        load_engine(tmp_path)
+
+
+def test_wrong_format_version(engine: Path, refused: Callable[..., str]) -> None:
+    raw = (engine / MANIFEST_NAME).read_text()
+    (engine / MANIFEST_NAME).write_text(raw.replace('"format_version": 1', '"format_version": 99'))
+    message = refused(engine)
+    assert "format_version: expected 1, found 99" in message
+    assert f"llmctl build --model gptq --target cpu --output {engine}" in message
+
+
+def test_unknown_key(engine: Path, refused: Callable[..., str]) -> None:
+    data = json.loads((engine / MANIFEST_NAME).read_text())
+    data["options"]["block_sise"] = 4
+    (engine / MANIFEST_NAME).write_text(json.dumps(data))
+    assert "unknown key 'options.block_sise'; the nearest known one is 'block_size'" in refused(engine)
+
+
+def test_unknown_key_in_the_graph(engine: Path, refused: Callable[..., str]) -> None:
+    data = json.loads((engine / MANIFEST_NAME).read_text())
+    data["graph"]["ops"][0]["colour"] = 1
+    (engine / MANIFEST_NAME).write_text(json.dumps(data))
+    assert "unknown key 'colour'" in refused(engine)
+
+
+def test_edited_value(engine: Path, refused: Callable[..., str]) -> None:
+    raw = (engine / MANIFEST_NAME).read_text()
+    (engine / MANIFEST_NAME).write_text(raw.replace('"max_model_len": 256', '"max_model_len": 512'))
+    assert "checksum: expected" in refused(engine)
+
+
+def test_damaged_manifest_still_names_a_command(engine: Path, refused: Callable[..., str]) -> None:
+    (engine / MANIFEST_NAME).write_bytes((engine / MANIFEST_NAME).read_bytes()[:-20])
+    assert "not valid JSON" in refused(engine)
+
+
+def test_truncated_weight_file(engine: Path, refused: Callable[..., str]) -> None:
+    size = (engine / WEIGHTS).stat().st_size
+    with (engine / WEIGHTS).open("r+b") as file:
+        file.truncate(size - 1)
+    assert f"{WEIGHTS}: expected {size} bytes, found {size - 1} bytes" in refused(engine)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
+def test_missing_file(engine: Path, name: str, refused: Callable[..., str]) -> None:
+    (engine / name).unlink()
+    message = refused(engine)
+    assert f"{name}: expected a file of" in message
+    assert "found no file" in message
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "generation_config.json"])
+def test_flipped_byte_is_seen_with_verify(engine: Path, name: str, refused: Callable[..., str]) -> None:
+    raw = bytearray((engine / name).read_bytes())
+    raw[-1] ^= 1
+    (engine / name).write_bytes(raw)
+    load_engine(engine)
+    assert f"{name}: expected sha256" in refused(engine, verify=True)
+
+
+def test_foreign_cpu(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    edit_manifest(engine, target=Target("cpu", features=("avx512_made_up",)))
+    assert "target.features: expected a CPU with avx512_made_up" in refused(engine)
+
+
+def with_kernels(
+    engine: Path, edit: Edit, *, archs: tuple[str, ...] = ("sm_90",), compiler: str = "NVRTC 13.0"
+) -> None:
+    """Make a cuda engine of it, with a file that only looks like a module."""
+    manifest = read_manifest(engine)
+    (engine / "kernels").mkdir()
+    modules, files = {}, dict(manifest.files)
+    import hashlib
+
+    for arch in archs:
+        name = f"kernels/{arch}.cubin"
+        (engine / name).write_bytes(arch.encode())
+        modules[name] = KernelFile(arch, compiler, (), ("norm.cu",), ())
+        files[name] = FileRecord(len(arch), hashlib.sha256(arch.encode()).hexdigest())
+    options = replace(manifest.options, dtype="float32")
+    edit(engine, target=Target("cuda", archs), kernel_files=modules, files=files, options=options)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (None, "expected an NVIDIA device and driver, found none on this machine"),
+        (CudaDevice((8, 6), (13, 0), 2**34), "target.archs: expected a device of sm_90, found sm_86"),
+        (CudaDevice((9, 0), (12, 8), 2**34), "driver: expected CUDA 13.0 or newer, found CUDA 12.8"),
+    ],
+)
+def test_foreign_gpu(
+    engine: Path,
+    edit_manifest: Edit,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: CudaDevice | None,
+    message: str,
+) -> None:
+    with_kernels(engine, edit_manifest)
+    monkeypatch.setattr(loader, "cuda_device", lambda: device)
+    assert message in refused(engine)
+
+
+@pytest.mark.parametrize(("damage", "message"), [("missing", "found no file"), ("changed", "expected sha256")])
+def test_kernel_files(
+    engine: Path,
+    edit_manifest: Edit,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+    message: str,
+) -> None:
+    with_kernels(engine, edit_manifest)
+    for module in (loader, memory):
+        monkeypatch.setattr(module, "cuda_device", lambda: CudaDevice((9, 0), (13, 5), 2**34))
+    load_engine(engine)
+    kernel = engine / "kernels" / "sm_90.cubin"
+    if damage == "missing":
+        kernel.unlink()
+    else:
+        kernel.write_bytes(b"sm_91")
+    assert f"kernels/sm_90.cubin: {'expected a file' if damage == 'missing' else message}" in refused(engine)
+
+
+def test_missing_tensor(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    rewrite_weights(engine, edit_manifest, lambda t: t.pop("final_norm.weight"))
+    assert "tensor 'final_norm.weight': expected F32 [64], found no such tensor" in refused(engine)
+
+
+def test_renamed_tensor(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    rewrite_weights(engine, edit_manifest, lambda t: t.update({"norm.weight": t.pop("final_norm.weight")}))
+    assert "tensor 'final_norm.weight': expected F32 [64], found no such tensor" in refused(engine)
+
+
+def test_extra_tensor(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    rewrite_weights(engine, edit_manifest, lambda t: t.update({"more": ("F32", (1,), np.zeros(1, np.float32))}))
+    assert "tensors: expected the" in (message := refused(engine))
+    assert "found 'more' as well" in message
+
+
+def test_tensor_of_another_shape_or_dtype(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    rewrite_weights(
+        engine, edit_manifest, lambda t: t.update({"final_norm.weight": ("F16", (64,), np.zeros(64, np.float16))})
+    )
+    assert "tensor 'final_norm.weight': expected F32 [64], found F16 [64]" in refused(engine)
+
+
+def test_weights_that_are_no_safetensors_file(engine: Path, refused: Callable[..., str]) -> None:
+    size = (engine / WEIGHTS).stat().st_size
+    (engine / WEIGHTS).write_bytes(b"\0" * size)
+    assert "damaged safetensors header" in refused(engine)
+
+
+def test_path_outside_the_folder(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    edit_manifest(engine, files={"../outside": FileRecord(0, "")})
+    assert "expected a path inside the engine folder" in refused(engine)
+
+
+def test_requested_limits(engine: Path, refused: Callable[..., str]) -> None:
+    message = refused(engine, max_model_len=512)
+    assert "max_model_len: expected at most 256, found 512" in message
+    assert "--max-model-len 512" in message
+    assert "block_size: expected 16, found 32" in refused(engine, block_size=32)
+    assert "dtype: expected float32, found bfloat16" in refused(engine, dtype="bfloat16")
+    assert load_engine(engine, max_model_len=100).max_model_len == 100
+
+
+def test_memory_that_is_not_there(engine: Path, refused: Callable[..., str]) -> None:
+    plan = load_engine(engine).plan
+    budget = plan.weights + plan.activations + 10 * plan.block_size * plan.kv_per_token
+    message = refused(engine, budget=budget)
+    for part in ("weights", "activations", "KV", "256 tokens", "use --max-model-len 160 or less"):
+        assert part in message
+    assert load_engine(engine, budget=budget, max_model_len=160).plan.num_blocks == 10
+    with pytest.raises(EngineLoadError, match="the weights and activations alone do not fit"):
+        load_engine(engine, budget=1000)
+
+
+def test_checks_come_in_the_stated_order(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    """With everything wrong at once, mending one thing after another shows the next check's line."""
+    rewrite_weights(engine, edit_manifest, lambda t: t.pop("final_norm.weight"))
+    weights = (engine / WEIGHTS).read_bytes()
+    features = ("made_up",)
+    edit_manifest(engine, target=Target("cpu", features=features))
+    good = (engine / MANIFEST_NAME).read_text()
+    (engine / WEIGHTS).write_bytes(weights[:-1])
+    (engine / MANIFEST_NAME).write_text(good.replace('"format_version": 1', '"format_version": 0'))
+    arguments = {"max_model_len": 9999, "budget": 1}
+    assert "format_version" in refused(engine, **arguments)
+    (engine / MANIFEST_NAME).write_text(good)
+    assert f"{WEIGHTS}: expected" in refused(engine, **arguments)
+    (engine / WEIGHTS).write_bytes(weights)
+    assert "target.features" in refused(engine, **arguments)
+    edit_manifest(engine, target=Target("cpu"))
+    assert "tensor 'final_norm.weight'" in refused(engine, **arguments)
+    rewrite_weights(
+        engine, edit_manifest, lambda t: t.update({"final_norm.weight": ("F32", (64,), np.ones(64, np.float32))})
+    )
+    assert "max_model_len" in refused(engine, **arguments)
+    with pytest.raises(LlmctlError, match="memory: expected at most 1 B"):
+        load_engine(engine, budget=1)

@@ -1,0 +1,137 @@
+"""The memory plan: checked against sums done by hand, from headers alone, monotone in what it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, MAX_POSITION, MLP, VOCAB, dense_tensors
+
+from llmctl.artifact.memory import MemoryPlan, activation_bytes, human_bytes, kv_bytes_per_token, plan_memory
+from llmctl.artifact.plan import plan_build
+from llmctl.checkpoint.safetensors_io import SafetensorsFile
+from llmctl.config import BuildConfig
+from llmctl.errors import CapacityError
+from llmctl.graph.graph import Graph
+
+
+@pytest.fixture(scope="module")
+def graph(checkpoints: dict[str, Path]) -> Graph:
+    return plan_build(BuildConfig(model=str(checkpoints["dense"]))).graph
+
+
+def plan(graph: Graph, **changes: object) -> MemoryPlan:
+    settings = {"weights_bytes": 1000, "dtype": "float32", "budget": 10**9, **changes}
+    return plan_memory(graph, **settings)  # type: ignore[arg-type]
+
+
+def test_kv_bytes_per_token(graph: Graph) -> None:
+    width = HIDDEN // HEADS * KV_HEADS
+    assert kv_bytes_per_token(graph, "float32") == LAYERS * 2 * width * 4
+    assert kv_bytes_per_token(graph, "bfloat16") == LAYERS * 2 * width * 2
+
+
+def test_weights(checkpoints: dict[str, Path]) -> None:
+    values = sum(array.size for array in dense_tensors().values())
+    dense = plan_build(BuildConfig(model=str(checkpoints["dense"]), target="reference"))
+    assert (dense.weights_bytes, dense.memory.weights) == (2 * values, 4 * values)
+    quantized = plan_build(BuildConfig(model=str(checkpoints["gptq"]), target="cpu", dtype="bfloat16"))
+    assert quantized.weights_bytes < dense.weights_bytes
+    assert quantized.memory.weights == 2 * values
+
+
+def test_activations_hold_what_is_live(graph: Graph) -> None:
+    """At the widest point: residual, the norm's output and the MLP's gated half (its gate/up pair is fused away)."""
+    logits = 3 * 64 * VOCAB * 4
+    measured = activation_bytes(graph, "float32", 100, 64) - logits
+    assert measured % 400 == 0
+    assert HIDDEN + MLP <= measured // 400 <= 3 * HIDDEN + 2 * MLP
+
+
+def test_blocks_that_fit(graph: Graph) -> None:
+    per_block = 16 * kv_bytes_per_token(graph, "float32")
+    base = plan(graph).weights + plan(graph).activations
+    found = plan(graph, budget=base + 7 * per_block + 5)
+    assert (found.num_blocks, found.kv_tokens, found.largest_max_model_len) == (7, 112, 112)
+    assert not found.fits
+    assert plan(graph, budget=base + 7 * per_block, max_model_len=112).fits
+    assert plan(graph, budget=base - 1).largest_max_model_len == 0
+
+
+def test_default_cache_is_no_larger_than_can_be_used(graph: Graph) -> None:
+    found = plan(graph, max_model_len=100, max_num_seqs=3)
+    assert found.num_blocks == 3 * 7
+    assert plan(graph).largest_max_model_len == MAX_POSITION
+
+
+def test_given_cache_size_is_kept(graph: Graph) -> None:
+    per_block = 16 * kv_bytes_per_token(graph, "float32")
+    found = plan(graph, kv_cache_bytes=5 * per_block + 1, max_model_len=80)
+    assert (found.num_blocks, found.fits) == (5, True)
+    assert not plan(graph, kv_cache_bytes=5 * per_block, max_model_len=81).fits
+
+
+@given(
+    budget=st.integers(0, 10**8),
+    length=st.integers(1, MAX_POSITION),
+    block=st.sampled_from([1, 8, 16, 32]),
+    seqs=st.integers(1, 64),
+)
+def test_the_advised_length_fits_and_no_longer_one_does(
+    graph: Graph, budget: int, length: int, block: int, seqs: int
+) -> None:
+    def at(tokens: int) -> MemoryPlan:
+        return plan(graph, budget=budget, max_model_len=tokens, block_size=block, max_num_seqs=seqs)
+
+    best = at(length).largest_max_model_len
+    assert at(length).fits == (length <= best)
+    if best > 0:
+        assert at(best).fits
+    if best < MAX_POSITION:
+        assert not at(best + 1).fits
+
+
+def test_refusal_itemises(graph: Graph) -> None:
+    with pytest.raises(CapacityError) as error:
+        plan(graph, budget=700_000).require()
+    message = str(error.value)
+    for part in ("weights 1000 B", "activations", "KV", f"{MAX_POSITION} tokens", "--max-model-len"):
+        assert part in message
+    plan(graph).require()
+
+
+def test_dry_run_reads_no_tensor_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint whose data section was never written (a sparse hole of the right length) plans as any other, and
+    nothing maps, loads or hashes its tensors."""
+    from tiny_checkpoint import write_gptq
+
+    from llmctl.checkpoint.reader import Checkpoint, SafetensorsSource
+    from llmctl.checkpoint.safetensors_io import read_header
+
+    whole = write_gptq(tmp_path / "m")
+    expected = plan_build(BuildConfig(model=str(whole), memory_budget="1GiB")).memory
+    file = whole / "model.safetensors"
+    header = read_header(file)
+    start = min(entry.offset for entry in header.tensors.values())
+    head = file.read_bytes()[:start]
+    with file.open("wb") as hollow:
+        hollow.write(head)
+        hollow.truncate(header.file_size)
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("tensor data was read")
+
+    monkeypatch.setattr(SafetensorsSource, "load", forbidden)
+    monkeypatch.setattr(SafetensorsFile, "plane", forbidden)
+    monkeypatch.setattr(Checkpoint, "fingerprint", forbidden)
+    monkeypatch.setattr(Checkpoint, "weight", forbidden)
+    assert plan_build(BuildConfig(model=str(whole), memory_budget="1GiB")).memory == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1024.0 GiB"), (2**30, "1.0 GiB")]
+)
+def test_human_bytes(size: int, text: str) -> None:
+    assert human_bytes(size) == text
