@@ -207,10 +207,9 @@ class LLMEngine:
     def _advance(
         self, request: Request, piece: SequenceSlice, token: int | None, logprob: TokenLogprobs | None
     ) -> TokenOutput | None:
-        """One computed slice's effect on its request; None while the prompt is only partly computed."""
+        """One computed slice's effect on its request; None short of the last known token."""
         if piece.start + len(piece.token_ids) < request.num_tokens:
             return None
-        request.awaiting_token = False
         scores = None
         if not request.scores_done:
             request.scores_done, scores = True, request.prompt_scores

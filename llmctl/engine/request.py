@@ -72,7 +72,7 @@ class Request:
         num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
         block_ids: KV blocks, in order; block_hashes: hashes of the full blocks of ``token_ids`` known so far.
         max_length: known tokens at which it ends with ``length``.
-        seed: what the sampler uses. awaiting_token: a step in flight computes its last known token.
+        seed: what the sampler uses.
         num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
         prompt_scores: f32 [num_prompt_tokens - 1], filled as the prompt is computed; None when not asked for.
     """
@@ -93,7 +93,6 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list, init=False)
     max_length: int = field(default=0, init=False)
     seed: int = field(default=0, init=False)
-    awaiting_token: bool = field(default=False, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
     prompt_scores: NDArray[np.float32] | None = field(default=None, init=False)

@@ -13,6 +13,8 @@ the next step may be scheduled before the last one is done: a request whose newe
 nothing to compute and sits out, all others go on. Freed blocks may be handed out while a step that uses them is in
 flight, because runtimes execute steps in order. (For a request to decode in consecutive steps in flight, a plan would
 have to say "the token sampled by the step before" in place of a token id; the bookkeeping here would stay as it is.)
+A request preempted in flight still gets the token being sampled; a recompute scheduled meanwhile then ends short of the
+request's new length, so that what it samples is not used.
 """
 
 from __future__ import annotations
@@ -196,10 +198,8 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before a step in flight is done."""
         step = _StepUnderWay(self.config.max_num_batched_tokens)
-        preemptions = self.counters.preemptions
         self._schedule_running(step)
-        if self.counters.preemptions == preemptions:
-            self._schedule_waiting(step)
+        self._schedule_waiting(step)
         if step.slices:
             self.counters.steps += 1
             self.counters.scheduled_tokens += self.config.max_num_batched_tokens - step.budget
@@ -231,7 +231,8 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, step: _StepUnderWay) -> None:
-        # Blocks that running requests still need for tokens they know: admitting into those would only preempt.
+        # Blocks that running requests still need for tokens they know: admitting into those would only preempt. For the
+        # same reason whoever was preempted in this step does not come straight back: its blocks are gone to another.
         spoken_for = sum(self.pool.blocks_for(r.num_tokens) - len(r.block_ids) for r in self.running)
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
@@ -239,7 +240,7 @@ class Scheduler:
             start = len(cached) * self.pool.block_size
             remaining = request.num_tokens - start
             count = min(remaining, step.budget)
-            if request.awaiting_token or not (count == remaining or self._may_cut(remaining)):
+            if count < remaining and not self._may_cut(remaining):
                 return
             needed = self.pool.blocks_for(request.num_tokens) - len(cached)
             if needed + spoken_for > self.pool.num_free - self.pool.num_unheld(cached):
@@ -275,7 +276,6 @@ class Scheduler:
         """Add a request's next ``count`` tokens to the step."""
         start = request.num_computed_tokens
         end = start + count
-        last = end == request.num_tokens
         targets = None
         if not request.scores_done and start < request.num_prompt_tokens - 1:
             targets = request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)]
@@ -286,12 +286,11 @@ class Scheduler:
                 token_ids=request.token_ids[start:end],
                 start=start,
                 block_ids=tuple(request.block_ids),
-                sample=last and end < request.max_length,
+                sample=end == request.num_tokens and end < request.max_length,
                 score_targets=targets,
             ),
         )
         request.num_computed_tokens = end
-        request.awaiting_token = last
 
     def _preempt(self, request: Request) -> None:
         self._drop_blocks(request)
