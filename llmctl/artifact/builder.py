@@ -16,7 +16,7 @@ from pathlib import Path
 from llmctl import __version__
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
-from llmctl.artifact.plan import plan_build
+from llmctl.artifact.plan import check_options, plan_build
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
@@ -40,6 +40,7 @@ def build_engine(config: BuildConfig, progress: Progress | None = None) -> Path:
         UsageError: an option that cannot be honoured, or an output that is something else than an engine.
         ModelNotFoundError, CheckpointError, UnsupportedModelError, CompileError: as the parts say.
     """
+    check_options(config)
     if not config.output:
         raise UsageError("--output is required", param="output")
     output = Path(config.output)

@@ -57,7 +57,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         ModelNotFoundError, CheckpointError, UnsupportedModelError: as the checkpoint and the family table say.
     """
     target = parse_target(config.target)
-    _check_options(config)
+    check_options(config)
     path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
     graph = apply_passes(checkpoint_graph(checkpoint), _passes(config.passes))
@@ -105,6 +105,29 @@ def parse_target(text: str) -> Target:
     return Target("cuda", names)
 
 
+def check_options(config: BuildConfig) -> None:
+    """Refuse options that are wrong whatever the model is.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    if not config.model:
+        raise UsageError("--model is required", param="model")
+    if config.dtype not in ("auto", *DTYPE_BYTES):
+        raise UsageError(
+            f"--dtype: expected one of auto, {', '.join(DTYPE_BYTES)}, found '{config.dtype}'", param="dtype"
+        )
+    if config.kv_cache_dtype not in ("auto", *DTYPE_BYTES):
+        known = ", ".join(DTYPE_BYTES)
+        raise UsageError(
+            f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
+        )
+    if config.block_size < 1 or config.block_size & (config.block_size - 1):
+        raise UsageError(f"--block-size: expected a power of two, found {config.block_size}", param="block_size")
+    if config.max_model_len is not None and config.max_model_len < 1:
+        raise UsageError(f"--max-model-len: expected at least 1, found {config.max_model_len}", param="max_model_len")
+
+
 def source_name(model: str, path: Path) -> str:
     """What a manifest calls the model: a hub or demo id as given; of a local path the last part only."""
     return path.resolve().name if Path(model).expanduser().exists() else model
@@ -121,24 +144,6 @@ def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRec
     return QuantizationRecord(
         checkpoint.quantization.method, scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_order, ignored
     )
-
-
-def _check_options(config: BuildConfig) -> None:
-    if not config.model:
-        raise UsageError("--model is required", param="model")
-    if config.dtype not in ("auto", *DTYPE_BYTES):
-        raise UsageError(
-            f"--dtype: expected one of auto, {', '.join(DTYPE_BYTES)}, found '{config.dtype}'", param="dtype"
-        )
-    if config.kv_cache_dtype not in ("auto", *DTYPE_BYTES):
-        known = ", ".join(DTYPE_BYTES)
-        raise UsageError(
-            f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
-        )
-    if config.block_size < 1 or config.block_size & (config.block_size - 1):
-        raise UsageError(f"--block-size: expected a power of two, found {config.block_size}", param="block_size")
-    if config.max_model_len is not None and config.max_model_len < 1:
-        raise UsageError(f"--max-model-len: expected at least 1, found {config.max_model_len}", param="max_model_len")
 
 
 def _passes(names: tuple[str, ...] | None) -> tuple[str, ...]:

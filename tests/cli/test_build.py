@@ -1,0 +1,144 @@
+"""``llmctl build`` and ``llmctl inspect`` as a user runs them: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import write_dense, write_gptq
+from typer.testing import CliRunner, Result
+
+from llmctl.cli.main import app
+from llmctl.errors import CompileError
+from llmctl.kernels.nvrtc import load_nvrtc
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "build"
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*args: object, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        assert result.exit_code == code, result.output
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_gptq(tmp_path / "tiny")
+
+
+def one_error_line(result: Result) -> str:
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_build_and_inspect(run: Run, model: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    built = run("build", "--model", model, "--output", engine, "--dtype", "float32")
+    assert built.stdout.startswith(f"{engine}: ")
+    assert "weights 100%" in built.stderr
+    shown = run("inspect", engine, "--ops", "--weights", "--verify").stdout
+    for text in (
+        "tiny",
+        "cpu",
+        "float32",
+        "gptq, 4 bits, groups of 32, asymmetric; dense: lm_head.weight",
+        "add_rms_norm",
+    ):
+        assert text in shown
+    assert "layers.0.qkv_proj.weight.codes" in shown
+
+
+def test_json_documents(run: Run, model: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    built = json.loads(run("build", "--model", model, "--output", engine, "--json").stdout)
+    shown = json.loads(run("inspect", engine, "--json").stdout)
+    assert built["checksum"] == shown["checksum"]
+    assert built["bytes"] == sum(record["size"] for record in shown["files"].values())
+    assert shown["runs_here"] == "yes"
+    assert shown["graph"]["ops"]["attention"] == 2
+    assert len(shown["ops"]) == sum(shown["graph"]["ops"].values())
+
+
+def test_inspect_a_checkpoint(run: Run, model: Path) -> None:
+    shown = json.loads(run("inspect", model, "--json").stdout)
+    assert shown["kind"].startswith("model")
+    assert shown["quantization"]["bits"] == 4
+    assert {plane["name"] for plane in shown["weights"]} >= {"layers.1.down_proj.weight.zeros", "lm_head.weight"}
+
+
+def test_dry_run(run: Run, model: Path, tmp_path: Path) -> None:
+    arguments = ("build", "--model", model, "--output", tmp_path / "engine", "--dry-run", "--memory-budget", "1GiB")
+    assert "largest --max-model-len" in run(*arguments).stdout
+    plan = json.loads(run(*arguments, "--json", "--dtype", "float32").stdout)
+    assert plan["kv_bytes_per_token"] == 2 * 2 * 32 * 4
+    assert plan["fits"]
+    assert not (tmp_path / "engine").exists()
+    short = json.loads(run(*arguments[:-1], "600KiB", "--json", "--dtype", "float32").stdout)
+    assert not short["fits"]
+    assert "does not fit: memory: expected at most 600.0 KiB" in run(*arguments[:-1], "600KiB").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (("build",), 2, "--model is required"),
+        (("build", "--model", "tiny"), 2, "--output is required"),
+        (("build", "--model", "./nothing", "--output", "e"), 2, "no such file or folder"),
+        (("build", "--model", "tiny", "--output", "e", "--target", "tpu"), 2, "--target: expected one of"),
+        (("build", "--model", "tiny", "--output", "tiny"), 2, "is not an llmctl engine; it is left alone"),
+        (("build", "--model", "broken", "--output", "e"), 1, "truncated"),
+        (("build", "--model", "alien", "--output", "e"), 1, "mamba"),
+        (("inspect", "./nothing"), 2, "no such file or folder"),
+        (("inspect", "engine"), 1, "expected a file of"),
+    ],
+)
+def test_errors(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], code: int, text: str
+) -> None:
+    monkeypatch.chdir(model.parent)
+    broken = write_dense(Path("broken")) / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    alien = write_dense(Path("alien")) / "config.json"
+    alien.write_text(json.dumps({**json.loads(alien.read_text()), "model_type": "mamba"}))
+    run("build", "--model", "tiny", "--output", "engine")
+    (Path("engine") / "tokenizer.json").unlink()
+    before = sorted(Path().rglob("*"))
+    assert text in one_error_line(run(*args, code=code))
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes(run: Run, tmp_path: Path, recipe: Path) -> None:
+    model = write_gptq(tmp_path / "tiny")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 8192}))
+    if "cuda" in recipe.stem:
+        try:
+            load_nvrtc()
+        except CompileError as error:
+            pytest.skip(str(error))
+    engine = tmp_path / "engine"
+    run("build", "--config", recipe, "--model", model, "--output", engine)
+    shown = json.loads(run("inspect", engine, "--verify", "--json").stdout)
+    if "cuda" in recipe.stem:
+        kernels = {row["kernel"]: row for row in shown["kernels"]}
+        assert set(shown["modules"]) == {"kernels/sm_80.cubin", "kernels/sm_90.cubin", "kernels/compute_80.ptx"}
+        assert shown["modules"]["kernels/sm_90.cubin"]["resources"]
+        assert "w4a16_gemv" in kernels
+        assert any("epilogue" in reason for row in shown["kernels"] for reason in row["refused"])
+        again = tmp_path / "again"
+        run("build", "--config", recipe, "--model", model, "--output", again)
+        assert (again / "engine.json").read_bytes() == (engine / "engine.json").read_bytes()
