@@ -196,7 +196,9 @@ class BlockPool:
             block.hash = None
 
     def _root_hash(self, adapter_id: str | None, cache_salt: str | None) -> bytes:
-        parts = (b"-" if text is None else b"+" + text.encode() for text in (adapter_id, cache_salt))
+        parts = (
+            b"-" if text is None else b"+" + text.encode("utf-8", "surrogatepass") for text in (adapter_id, cache_salt)
+        )
         return self._digest(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
 
     def _digest(self, data: bytes) -> bytes:

@@ -232,14 +232,19 @@ def make_sampling_batch(
         repetition_penalty=_column(params, lambda p: p.repetition_penalty, 1.0, np.float32),
         presence_penalty=_column(params, lambda p: p.presence_penalty, 0.0, np.float32),
         frequency_penalty=_column(params, lambda p: p.frequency_penalty, 0.0, np.float32),
-        prompt_ids=tuple(np.array(r.prompt_token_ids, np.int32) for r in requests) if penalised else None,
-        output_ids=tuple(np.array(r.output_token_ids, np.int32) for r in requests) if penalised else None,
+        prompt_ids=tuple(_history(r, r.prompt_token_ids) for r in requests) if penalised else None,
+        output_ids=tuple(_history(r, r.output_token_ids) for r in requests) if penalised else None,
         bias_rows=np.array(bias_rows, np.int32) if biased else None,
         bias_ids=np.array(bias_ids, np.int32) if biased else None,
         bias_values=np.array(bias_values, np.float32) if biased else None,
         allowed_mask=_allowed_masks(params, vocab_size),
         num_logprobs=_column(params, lambda p: -1 if p.logprobs is None else p.logprobs, -1, np.int32),
     )
+
+
+def _history(request: Request, ids: Sequence[int]) -> NDArray[np.int32]:
+    """Token history for the penalties; empty for a row that has none."""
+    return np.array(ids if request.params.penalised else (), np.int32)
 
 
 def _column(

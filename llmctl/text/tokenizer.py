@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as _Backend
 
-from llmctl.errors import CheckpointError
+from llmctl.errors import CheckpointError, RequestError
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.token_bytes import TokenBytes
 
@@ -101,12 +101,28 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with the model's own leading and trailing special tokens unless told otherwise."""
+        """Token ids of a text; with the model's own leading and trailing special tokens unless told otherwise.
+
+        Raises:
+            RequestError: text that is not valid Unicode (half of a surrogate pair, which JSON can spell).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"text: not valid Unicode at character {error.start}") from error
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Ids that the tokenizer does not know yield nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of token ids. Ids that the tokenizer does not know yield nothing.
+
+        Raises:
+            RequestError: a number that can be no token id.
+        """
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            bad = next(i for i in ids if not 0 <= i < 2**32)
+            raise RequestError(f"tokens: {bad} is not a token id", param="tokens") from error
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's spelling of a token; None when there is no such id."""

@@ -68,6 +68,7 @@ def test_sharing_takes_a_block_out_of_the_middle_of_the_free_list() -> None:
         (([1, 2], "a", None), ([1, 2], None, "a")),
         (([1, 2], "ab", "c"), ([1, 2], "a", "bc")),
         (([1, 2], None, ""), ([1, 2], None, None)),
+        (([1, 2], None, "\ud800"), ([1, 2], None, "\ud801")),
     ],
 )
 def test_hashes_separate_tokens_adapters_and_salts(one: tuple, other: tuple) -> None:

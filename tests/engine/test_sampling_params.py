@@ -87,7 +87,7 @@ def test_one_row_that_asks_fills_the_column_with_off_values() -> None:
     assert made.num_logprobs is not None
     assert made.num_logprobs.tolist() == [-1, 0]
     assert made.prompt_ids is not None
-    assert made.prompt_ids[1].tolist() == [1, 2, 3]
+    assert [ids.tolist() for ids in made.prompt_ids] == [[], [1, 2, 3]]  # only who is penalised
 
 
 def test_greedy_rows_do_not_ask_for_truncation() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_tokenizers import byte_fallback, byte_fallback_backend, byte_level, byte_level_backend
 
-from llmctl.errors import CheckpointError
+from llmctl.errors import CheckpointError, RequestError
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -112,6 +112,14 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="not UTF-8"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_what_is_no_text_and_no_token_is_a_request_error() -> None:
+    with pytest.raises(RequestError, match="not valid Unicode at character 1"):
+        byte_level().encode("a\ud800")
+    for bad in (-1, 2**32):
+        with pytest.raises(RequestError, match=f"{bad} is not a token id"):
+            byte_level().decode([5, bad])
 
 
 def test_token_bytes_of_byte_level_tokens_are_raw_bytes() -> None:
