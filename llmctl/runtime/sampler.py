@@ -92,7 +92,7 @@ def _draw(logits: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> Tens
     if least is not None:
         mass = mass.masked_fill(scaled < least[:, None], 0.0)
     cdf = mass.double().cumsum(-1)
-    total = cdf[:, -1:]
+    total = cdf[:, -1:].contiguous()
     draw = torch.from_numpy(uniform(batch.seeds[rows], batch.positions[rows])).to(logits.device)[:, None]
     chosen = torch.searchsorted(cdf, draw * total, right=True)
     # u * total can round up to total: then the last token that has any mass is the one.
