@@ -102,6 +102,10 @@ def synthesise_config(
     _refuse_unsupported(keys)
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // heads)
+    kv_heads = keys.integer("attention.head_count_kv", heads)
+    _check_rows(
+        shapes, {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}, where
+    )
     if keys.integer("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModelError(f"{where}: partial rotary embedding is not read for {arch}")
     config: dict[str, Any] = {
@@ -112,7 +116,7 @@ def synthesise_config(
         "intermediate_size": keys.integer("feed_forward_length"),
         "num_hidden_layers": keys.integer("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
@@ -173,6 +177,14 @@ def _refuse_unsupported(keys: _Keys) -> None:
         raise UnsupportedModelError(f"{keys.where}: mixture-of-experts models are not read from GGUF")
     if keys.get("attention.sliding_window"):
         raise UnsupportedModelError(f"{keys.where}: sliding-window attention is not read from GGUF")
+
+
+def _check_rows(shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int], where: str) -> None:
+    """Tensors whose rows are reordered by head must be what the head counts say."""
+    for name, shape in shapes.items():
+        wanted = rows.get(name.split(".")[-2])
+        if wanted is not None and (not shape or shape[0] != wanted):
+            raise CheckpointError(f"{where}: '{name}': expected {wanted} rows, found shape {list(shape)}")
 
 
 def _vocab_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:

