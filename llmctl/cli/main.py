@@ -8,6 +8,7 @@ import typer
 
 from llmctl import __version__
 from llmctl.cli import bench
+from llmctl.cli.quantize import quantize
 from llmctl.cli.serve import serve
 from llmctl.cli.build import build
 from llmctl.cli.inspect import inspect
@@ -43,6 +44,7 @@ app.command("build")(build)
 app.command("inspect")(inspect)
 app.add_typer(bench.app, name="bench")
 app.command("serve")(serve)
+app.command("quantize")(quantize)
 
 
 def main() -> None:

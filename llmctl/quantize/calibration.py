@@ -22,8 +22,7 @@ from llmctl.errors import LlmctlError, ModelNotFoundError, UsageError
 from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llmctl.checkpoint.assemble import WeightSource
-    from llmctl.graph.graph import Graph
+    from llmctl.checkpoint.assemble import GraphSource
 
 SELF = "self"
 
@@ -172,9 +171,9 @@ def _dataset_texts(spec: str) -> Iterator[str]:
 
 
 def self_calibration(
-    graph: Graph,
-    source: WeightSource,
+    checkpoint: GraphSource,
     tokenizer: Tokenizer,
+    vocab_size: int,
     samples: int,
     length: int,
     seed: int,
@@ -183,22 +182,18 @@ def self_calibration(
     """Text that the model writes itself through the engine.
 
     Args:
-        graph: the plain graph; source: the checkpoint.
+        vocab_size: the model's.
         on_progress: called with samples done and wanted.
-
-    Raises:
-        UsageError: ``length`` is longer than the model's context.
     """
-    from llmctl.checkpoint.assemble import assemble_all
     from llmctl.engine.generate import generate
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.sampling import SamplingParams, derive_seed
     from llmctl.engine.scheduler import SchedulerConfig
-    from llmctl.runtime.reference import ReferenceRuntime
+    from llmctl.runtime.load import runtime_from_checkpoint
 
-    prompts = random_prompts(tokenizer, graph.vocab_size, samples, seed)
+    prompts = random_prompts(tokenizer, vocab_size, samples, seed)
     blocks = samples * -(-length // 16) + 1
-    runtime = ReferenceRuntime(graph, assemble_all(graph, source), num_blocks=blocks, max_model_len=length)
+    runtime = runtime_from_checkpoint(checkpoint, num_blocks=blocks, max_model_len=length)
     engine = LLMEngine(runtime, SchedulerConfig(max_num_seqs=samples, max_num_batched_tokens=max(512, samples * 2)))
     params = [
         SamplingParams(temperature=1.0, seed=derive_seed(seed, i), max_tokens=length - len(prompt), ignore_eos=True)

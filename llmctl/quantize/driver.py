@@ -83,6 +83,17 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
     return make_report(job.plan, job.graph, checkpoint, job.note, layers, time.monotonic() - started)
 
 
+def calibrate(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph, progress: Progress) -> Calibration:
+    """The calibration tokens that the options ask for; errors as ``read_calibration``."""
+    tokenizer = Tokenizer.from_files(checkpoint.aux_files(), where=str(checkpoint.path))
+    samples, length, seed = config.calib_samples, config.calib_length, config.seed
+    if config.calib != SELF:
+        return read_calibration(config.calib, tokenizer, samples, length, seed)
+    return self_calibration(
+        checkpoint, tokenizer, graph.vocab_size, samples, length, seed, on_progress=progress.calibrating
+    )
+
+
 class _Job:
     """One run over one checkpoint."""
 
@@ -114,21 +125,12 @@ class _Job:
             return CalibrationPass(self.graph, self.checkpoint, torch.zeros(1, 1, dtype=torch.int32))
         kept = work.load_calibration()
         if kept is None:
-            made = self._calibrate()
+            made = calibrate(self.config, self.checkpoint, self.graph, self.progress)
             work.save_calibration(made.tokens, made.note)
             kept = (made.tokens, made.note)
         tokens, self.note = kept
         self.progress.note(f"calibration: {self.note}")
         return CalibrationPass(self.graph, self.checkpoint, tokens)
-
-    def _calibrate(self) -> Calibration:
-        c = self.config
-        tokenizer = Tokenizer.from_files(self.checkpoint.aux_files(), where=str(self.checkpoint.path))
-        if c.calib != SELF:
-            return read_calibration(c.calib, tokenizer, c.calib_samples, c.calib_length, c.seed)
-        return self_calibration(
-            self.graph, self.checkpoint, tokenizer, c.calib_samples, c.calib_length, c.seed, self.progress.calibrating
-        )
 
     def _quantize(self, work: WorkFolder, calibration: CalibrationPass) -> list[LayerReport]:
         """Run every layer up to the last that has something to quantize. Step i of the work folder is layer i."""

@@ -119,8 +119,8 @@ class CalibrationPass:
         Args:
             on_stage: called with each stage and its input ``[tokens, width]`` before its first linear runs; weights it
                 changes take effect at once.
-            outputs: false stops after the last stage and returns nothing. The rows of every token go on to the head then
-                (its logits, which would be as many rows wide as the vocabulary, are not computed).
+            outputs: false stops after the last stage and returns nothing. The rows of all tokens go on to the head
+                then, whose logits are not computed.
         """
         with torch.inference_mode():
             ops = self.graph.layer_ops(layer)

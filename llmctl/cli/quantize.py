@@ -1,0 +1,143 @@
+"""``llmctl quantize``: checkpoint -> quantized checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.config import QuantizeConfig
+
+if TYPE_CHECKING:
+    from llmctl.quantize.report import QuantizeReport
+
+_D = QuantizeConfig()
+_MODEL, _METHOD, _CALIBRATION, _OUTPUT, _GENERAL = "Model", "Method", "Calibration", "Output", "General"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Ignore = Annotated[
+    list[str],
+    typer.Option(
+        "--ignore",
+        metavar="NAME",
+        help="Linears to leave at 16 bits: name components (lm_head, layers.0, down_proj) or a glob. Repeatable.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Method = Annotated[str, typer.Option("--method", help="rtn, awq or gptq.", rich_help_panel=_METHOD)]
+Bits = Annotated[int, typer.Option("--bits", help="3, 4 or 8.", rich_help_panel=_METHOD)]
+GroupSize = Annotated[
+    int, typer.Option("--group-size", help="Weights that share a scale; -1 for a whole row.", rich_help_panel=_METHOD)
+]
+Symmetric = Annotated[
+    bool, typer.Option("--symmetric/--asymmetric", help="Fixed or fitted zero points.", rich_help_panel=_METHOD)
+]
+DampPercent = Annotated[
+    float, typer.Option("--damp-percent", help="GPTQ: damping of the Hessian.", rich_help_panel=_METHOD)
+]
+ActOrder = Annotated[
+    bool,
+    typer.Option("--act-order/--no-act-order", help="GPTQ: columns by falling activation.", rich_help_panel=_METHOD),
+]
+StaticGroups = Annotated[
+    bool,
+    typer.Option(
+        "--static-groups/--no-static-groups",
+        help="GPTQ: keep groups contiguous under act-order (no g_idx).",
+        rich_help_panel=_METHOD,
+    ),
+]
+Backend = Annotated[
+    str, typer.Option("--backend", help="native, autoawq, auto-gptq or gptqmodel.", rich_help_panel=_METHOD)
+]
+Calib = Annotated[
+    str,
+    typer.Option(
+        "--calib",
+        metavar="SOURCE",
+        help="self (the model writes it), a .txt or .jsonl file, or a hub data set NAME[:CONFIG[:SPLIT]].",
+        rich_help_panel=_CALIBRATION,
+    ),
+]
+CalibSamples = Annotated[
+    int, typer.Option("--calib-samples", help="Calibration sequences.", rich_help_panel=_CALIBRATION)
+]
+CalibLength = Annotated[int, typer.Option("--calib-length", help="Tokens in each.", rich_help_panel=_CALIBRATION)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=_CALIBRATION)]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=_OUTPUT)]
+Format = Annotated[
+    str,
+    typer.Option("--format", help="auto, awq (AutoAWQ GEMM, 4 bits) or gptq.", rich_help_panel=_OUTPUT),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run of the same options.", rich_help_panel=_OUTPUT)
+]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_GENERAL)]
+
+
+@guarded
+def quantize(
+    config: ConfigOption = None,  # noqa: ARG001
+    model: Model = _D.model,
+    output: Output = _D.output,
+    method: Method = _D.method,
+    bits: Bits = _D.bits,
+    group_size: GroupSize = _D.group_size,
+    symmetric: Symmetric = _D.symmetric,
+    format: Format = _D.format,
+    calib: Calib = _D.calib,
+    calib_samples: CalibSamples = _D.calib_samples,
+    calib_length: CalibLength = _D.calib_length,
+    seed: Seed = _D.seed,
+    damp_percent: DampPercent = _D.damp_percent,
+    act_order: ActOrder = _D.act_order,
+    static_groups: StaticGroups = _D.static_groups,
+    ignore: Ignore = list(_D.ignore),  # noqa: B006
+    backend: Backend = _D.backend,
+    resume: Resume = _D.resume,
+    threads: Threads = _D.threads,
+    json_output: JsonOption = False,
+) -> None:
+    """Quantize a model to 3, 4 or 8 bits, layer by layer, into a standard AWQ or GPTQ checkpoint.
+
+    [bold]llmctl quantize --model demo:smollm2-135m --method awq --bits 4 --output ./smollm2-awq[/bold]
+    """
+    from llmctl.cli.quantize_progress import ProgressLines, print_report
+    from llmctl.quantize.backends import run_backend
+
+    settings = QuantizeConfig(
+        model=model,
+        output=output,
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        format=format,
+        calib=calib,
+        calib_samples=calib_samples,
+        calib_length=calib_length,
+        seed=seed,
+        damp_percent=damp_percent,
+        act_order=act_order,
+        static_groups=static_groups,
+        ignore=tuple(ignore),
+        backend=backend,
+        resume=resume,
+        threads=threads,
+    )
+    with ProgressLines() as progress:
+        report: QuantizeReport = run_backend(settings, progress)
+    if json_output:
+        print_json(report.to_json())
+    else:
+        print_report(report)

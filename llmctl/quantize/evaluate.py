@@ -1,0 +1,171 @@
+"""Perplexity through the engine, and the KL divergence of a quantized model from the original.
+
+Perplexities can only be compared under one protocol, so every result states it: the text's token count and hash, the
+tokenizer's hash, the context, the stride, and how many tokens were scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from llmctl.checkpoint.reader import Checkpoint
+from llmctl.engine.generate import score_all
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.errors import UsageError
+from llmctl.runtime.load import runtime_from_checkpoint
+from llmctl.runtime.reference import ReferenceRuntime
+from llmctl.text.tokenizer import Tokenizer
+
+_BATCH = 8  # windows scored at once
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text is cut and scored.
+
+    Attributes:
+        context: tokens in a window.
+        stride: tokens from one window's start to the next; each window after the first scores its last ``stride``
+            tokens only. Equal to ``context``: windows without overlap, each scored from its second token on.
+        max_tokens: leading tokens of the text that are used; None for all.
+    """
+
+    context: int = 512
+    stride: int = 512
+    max_tokens: int | None = None
+
+    def windows(self, tokens: Sequence[int]) -> list[tuple[list[int], int]]:
+        """(window, how many of its last tokens are scored), in text order; a last window of one token is dropped.
+
+        Raises:
+            UsageError: a context or stride that makes no sense, or less than two tokens.
+        """
+        if not 1 <= self.stride <= self.context or self.context < 2:
+            raise UsageError(f"stride {self.stride}: expected 1 to the context, {self.context} (at least 2)")
+        text = list(tokens[: self.max_tokens])
+        if len(text) < 2:
+            raise UsageError(f"perplexity needs at least 2 tokens of text, found {len(text)}")
+        found: list[tuple[list[int], int]] = []
+        scored = 1  # tokens up to here are scored, or have no context
+        for start in range(0, len(text), self.stride):
+            end = min(start + self.context, len(text))
+            fresh = end - max(scored, start + 1)
+            if fresh > 0:
+                found.append((text[start:end], fresh))
+            scored = end
+            if end == len(text):
+                break
+        return found
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measured perplexity with its protocol.
+
+    Attributes:
+        perplexity: ``exp(-mean log-probability)`` over ``scored_tokens`` tokens.
+        text_sha256: of the token ids used; tokenizer_sha256: of tokenizer.json.
+    """
+
+    perplexity: float
+    scored_tokens: int
+    tokens: int
+    context: int
+    stride: int
+    text_sha256: str
+    tokenizer_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON data."""
+        return asdict(self)
+
+
+def measure_perplexity(
+    checkpoint: Checkpoint, text: str, protocol: Protocol, on_progress: OnProgress | None = None
+) -> Perplexity:
+    """Perplexity of a model on a text, scored by the engine in f32 on the reference runtime.
+
+    Raises:
+        UsageError: too little text; a context longer than the model's.
+    """
+    tokenizer = Tokenizer.from_files(checkpoint.aux_files(), where=str(checkpoint.path))
+    tokens = tokenizer.encode(text, add_special_tokens=False)[: protocol.max_tokens]
+    windows = protocol.windows(tokens)
+    engine = _engine(checkpoint, protocol.context)
+    total, count = 0.0, 0
+    try:
+        for start in range(0, len(windows), _BATCH):
+            batch = windows[start : start + _BATCH]
+            scores = score_all(engine, [window for window, _ in batch])
+            for (_, fresh), values in zip(batch, scores, strict=True):
+                total += float(values[-fresh:].astype("float64").sum())
+                count += fresh
+            if on_progress is not None:
+                on_progress(min(start + _BATCH, len(windows)), len(windows))
+    finally:
+        engine.close()
+    return Perplexity(
+        perplexity=math.exp(-total / count),
+        scored_tokens=count,
+        tokens=len(tokens),
+        context=protocol.context,
+        stride=protocol.stride,
+        text_sha256=hashlib.sha256(torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()).hexdigest(),
+        tokenizer_sha256=tokenizer_digest(checkpoint),
+    )
+
+
+def measure_kl(original: Checkpoint, quantized: Checkpoint, text: str, protocol: Protocol) -> float:
+    """Mean KL divergence ``KL(original || quantized)`` of the next-token distributions, nats a token.
+
+    Args:
+        protocol: windows as for perplexity; the distributions after each scored position's context are compared.
+
+    Raises:
+        UsageError: too little text, or models with different tokenizers.
+    """
+    if tokenizer_digest(original) != tokenizer_digest(quantized):
+        raise UsageError(f"{quantized.path}: has another tokenizer than {original.path}; distributions do not compare")
+    tokenizer = Tokenizer.from_files(original.aux_files(), where=str(original.path))
+    windows = protocol.windows(tokenizer.encode(text, add_special_tokens=False))
+    first, second = (_runtime(c, protocol.context, sequences=1) for c in (original, quantized))
+    total, count = 0.0, 0
+    for window, fresh in windows:
+        plan = _window_plan(window, first.limits.block_size)
+        p, q = (r.logits(plan, all_rows=True)[-fresh - 1 : -1].log_softmax(dim=-1) for r in (first, second))
+        total += float(torch.sum(p.exp() * (p - q), dtype=torch.float64))
+        count += fresh
+    return total / count
+
+
+def tokenizer_digest(checkpoint: Checkpoint) -> str:
+    """sha256 of a checkpoint's tokenizer.json."""
+    content = checkpoint.aux_files()["tokenizer.json"]
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+
+
+def _engine(checkpoint: Checkpoint, context: int) -> LLMEngine:
+    config = SchedulerConfig(max_num_seqs=_BATCH, max_num_batched_tokens=_BATCH * context, enable_prefix_caching=False)
+    return LLMEngine(_runtime(checkpoint, context, _BATCH), config)
+
+
+def _runtime(checkpoint: Checkpoint, context: int, sequences: int) -> ReferenceRuntime:
+    longest = int(checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or context)
+    if context > longest:
+        raise UsageError(f"context {context}: the model's longest is {longest}", param="context")
+    blocks = sequences * (-(-context // 16) + 1)
+    return runtime_from_checkpoint(checkpoint, num_blocks=blocks, max_model_len=context)
+
+
+def _window_plan(window: Sequence[int], block_size: int) -> StepPlan:
+    return StepPlan((SequenceSlice("window", window, 0, range(-(-len(window) // block_size)), sample=True),))
