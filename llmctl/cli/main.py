@@ -8,10 +8,10 @@ import typer
 
 from llmctl import __version__
 from llmctl.cli import bench
-from llmctl.cli.quantize import quantize
-from llmctl.cli.serve import serve
 from llmctl.cli.build import build
 from llmctl.cli.inspect import inspect
+from llmctl.cli.quantize import quantize
+from llmctl.cli.serve import serve
 
 app = typer.Typer(
     name="llmctl",
