@@ -141,11 +141,13 @@ class _Plan:
     ) -> None:
         self._source, self._quantized, self._replaced, self._settings = source, quantized, replaced, settings
         self.dtype = settings.dtype or (source.dtype if source.dtype in _SIXTEEN_BIT else "float16")
+        # A Mapping's default `in` loads the value, so names are looked up here.
+        self._modules = frozenset(quantized)
         self._packed = functools.lru_cache(maxsize=1)(self._pack)
 
     @property
     def head_quantized(self) -> bool:
-        return "lm_head" in self._quantized
+        return "lm_head" in self._modules
 
     @property
     def unties_head(self) -> bool:
@@ -153,13 +155,13 @@ class _Plan:
 
     def tensors(self) -> dict[str, TensorSpec]:
         known = set(self._source.names())
-        missing = [m for m in self._quantized if f"{m}.weight" not in known and m != "lm_head"]
+        missing = [m for m in self._modules if f"{m}.weight" not in known and m != "lm_head"]
         if missing:
             raise ValueError(f"quantized module '{min(missing)}' has no weight in {self._source.path}")
         specs: dict[str, TensorSpec] = {}
-        for name in sorted(known | set(self._replaced) | {f"{m}.weight" for m in self._quantized}):
+        for name in sorted(known | set(self._replaced) | {f"{m}.weight" for m in self._modules}):
             module = name.removesuffix(".weight")
-            if name != module and module in self._quantized:
+            if name != module and module in self._modules:
                 specs |= self._quantized_specs(module)
             elif name in self._replaced or not self._tied_duplicate(name):
                 specs[name] = self._dense_spec(name)
