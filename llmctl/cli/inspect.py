@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.cli.common import JsonOption, guarded, print_json
+from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ def inspect(
     ops: Ops = False,
     weights: Weights = False,
     verify: Verify = False,
+    config: ConfigOption = None,  # noqa: ARG001
     json_output: JsonOption = False,
 ) -> None:
     """Show an engine: target, sizes, graph, kernels, quantization. Files are checked; nothing is loaded.
