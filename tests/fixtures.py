@@ -1,9 +1,24 @@
-"""Models small enough to make in a test: a two-layer Llama with its own byte-level tokenizer and chat template."""
+"""Shared by the tests: a two-layer Llama small enough to make in a test, and a real server process."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 CHAT_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
@@ -56,30 +71,53 @@ def make_tokenizer(folder: Path, vocab_size: int = 384) -> int:
 def make_tiny_llama(folder: Path, *, seed: int = 0, hidden_size: int = 64, max_position: int = 512) -> Path:
     """Write a random two-layer Llama checkpoint (GQA, untied head) with tokenizer; returns the folder.
 
-    Its text is noise that depends on the whole context, except that it knows LOOP_TEXT.
+    Its text is noise that depends on the whole context, except that it knows LOOP_TEXT. Written without torch or
+    transformers, which take seconds to import; transformers loads it like any other checkpoint.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from safetensors.numpy import save_file
 
     vocab_size = make_tokenizer(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=max_position,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=2,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
-    _teach_loop(model, _byte_tokens(folder, LOOP_TEXT))
-    model.save_pretrained(folder, safe_serialization=True)
+    heads, kv_heads, inner = 4, 2, 2 * hidden_size
+    kv_size = hidden_size // heads * kv_heads
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": inner,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+    shapes = {"model.embed_tokens": (vocab_size, hidden_size), "lm_head": (vocab_size, hidden_size)}
+    for layer in range(2):
+        block = f"model.layers.{layer}."
+        shapes |= {
+            block + "self_attn.q_proj": (hidden_size, hidden_size),
+            block + "self_attn.k_proj": (kv_size, hidden_size),
+            block + "self_attn.v_proj": (kv_size, hidden_size),
+            block + "self_attn.o_proj": (hidden_size, hidden_size),
+            block + "mlp.gate_proj": (inner, hidden_size),
+            block + "mlp.up_proj": (inner, hidden_size),
+            block + "mlp.down_proj": (hidden_size, inner),
+        }
+    rng = np.random.default_rng(seed)
+    tensors = {f"{name}.weight": rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    norms = ["model.norm"] + [
+        f"model.layers.{i}.{n}" for i in range(2) for n in ("input_layernorm", "post_attention_layernorm")
+    ]
+    tensors |= {f"{name}.weight": np.ones(hidden_size, np.float32) for name in norms}
+    _teach_loop(tensors["model.embed_tokens.weight"], tensors["lm_head.weight"], _byte_tokens(folder, LOOP_TEXT), rng)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 2}))
     return folder
 
@@ -94,15 +132,115 @@ def _byte_tokens(folder: Path, text: str) -> list[int]:
     return ids
 
 
-def _teach_loop(model: object, ids: list[int]) -> None:
+def _teach_loop(embedding: NDArray[Any], head: NDArray[Any], ids: list[int], rng: np.random.Generator) -> None:
     """Make each id's successor its greedy continuation: embeddings that outweigh what the layers add, and a head that
     reads them."""
-    import torch
-
-    embedding = model.model.embed_tokens.weight.data  # type: ignore[attr-defined]
-    head = model.lm_head.weight.data  # type: ignore[attr-defined]
-    width = embedding.shape[1]
-    directions = torch.linalg.qr(torch.randn(width, len(ids)))[0].T
+    directions = np.linalg.qr(rng.normal(size=(embedding.shape[1], len(ids))))[0].T
     for i, token in enumerate(ids):
         embedding[token] = directions[i] * 100
         head[ids[(i + 1) % len(ids)]] = directions[i] * 0.8
+
+
+class ServerProcess:
+    """A real ``llmctl serve`` on a free port. As a context manager it leaves no process behind."""
+
+    def __init__(self, *args: str, env: dict[str, str] | None = None, scheme: str = "http") -> None:
+        self.port = _free_port()
+        self.url = f"{scheme}://127.0.0.1:{self.port}"
+        self._folder = Path(tempfile.mkdtemp(prefix="llmctl-test-"))
+        self._log = self._folder / "log"
+        self.tmp = self._folder / "tmp"
+        self.tmp.mkdir()
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llmctl.cli.main", "serve", "--port", str(self.port), *args],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.tmp), **(env or {})},
+            )
+        self._worker_pid: int | None = None
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def output(self) -> str:
+        """stdout and stderr so far."""
+        return self._log.read_text()
+
+    @property
+    def worker_pid(self) -> int:
+        """Process id of its worker."""
+        import psutil
+
+        if self._worker_pid is None:
+            (self._worker_pid,) = [child.pid for child in psutil.Process(self.process.pid).children()]
+        return self._worker_pid
+
+    def leftovers(self) -> list[str]:
+        """Names of files in the temporary folder that it was given."""
+        return sorted(p.name for p in self.tmp.iterdir())
+
+    def get(self, path: str, timeout: float = 10) -> tuple[int, str]:
+        """Status and text of a GET."""
+        return fetch(self.url + path, timeout=timeout)
+
+    def post(self, path: str, body: object, **headers: str) -> tuple[int, Any]:
+        """Status and JSON of a POST."""
+        status, text = fetch(self.url + path, json.dumps(body).encode(), headers)
+        return status, json.loads(text)
+
+    def wait_ready(self, timeout: float = 60) -> None:
+        """Until ``/ready`` says 200."""
+        self.wait_status("/ready", 200, timeout)
+        assert self.worker_pid
+
+    def wait_status(self, path: str, status: int, timeout: float = 20) -> str:
+        """Until ``path`` answers ``status``; the text of that answer."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.output
+            try:
+                found, text = self.get(path)
+            except OSError:
+                found, text = 0, ""
+            if found == status:
+                return text
+            time.sleep(0.05)
+        raise AssertionError(f"{path}: no {status} within {timeout} s; last {found}: {text}\n{self.output}")
+
+    def metric(self, name: str) -> float:
+        """Sum of a series over its labels."""
+        _, text = self.get("/metrics")
+        lines = [line for line in text.splitlines() if line.startswith(name + "{")]
+        assert lines, f"no series {name}"
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def fetch(
+    url: str, data: bytes | None = None, headers: dict[str, str] | None = None, timeout: float = 30
+) -> tuple[int, str]:
+    """Status and text of a request, whatever the status."""
+    context = ssl._create_unverified_context() if url.startswith("https") else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout, context=context) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -247,6 +247,8 @@ async def _respond(
 ) -> Response:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
+    if body.priority and context.config.scheduling_policy != "priority":
+        raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
     generation = context.client.generate(specs)
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
@@ -35,7 +35,7 @@ def create_app(context: ServerContext) -> FastAPI:
         "/v1/models/{name:path}": model,
     }
     for path, endpoint in gets.items():
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
     app.add_api_route("/tokenize", tokenize, methods=["POST"], response_model=None)
     app.add_api_route(
         "/detokenize",
@@ -50,9 +50,8 @@ def create_app(context: ServerContext) -> FastAPI:
 
 
 def api_keys(given: str | None) -> list[str]:
-    """The accepted keys: ``--api-key``, comma-separated, or $LLMCTL_API_KEY."""
-    text = given if given is not None else os.environ.get("LLMCTL_API_KEY", "")
-    return [key for key in (part.strip() for part in text.split(",")) if key]
+    """The accepted keys: ``--api-key``, comma-separated."""
+    return [key for key in (part.strip() for part in (given or "").split(",")) if key]
 
 
 async def health(request: Request) -> Response:
@@ -111,9 +110,8 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, or of a chat as its template renders it."""
     context = context_of(request)
     intake = context.model().intake
-    raw = await request.body()
     body: TokenizeRequest | TokenizeChatRequest
-    if b'"messages"' in raw and b'"prompt"' not in raw:
+    if await _is_chat(request):
         body = await parse(request, TokenizeChatRequest)
         text = intake.render_chat(body)
     else:
@@ -125,6 +123,14 @@ async def tokenize(request: Request) -> Response:
     if body.return_token_strs:
         answer["token_strs"] = [intake.tokenizer.id_to_token(i) for i in ids]
     return json_response(answer)
+
+
+async def _is_chat(request: Request) -> bool:
+    try:
+        body = msgspec.json.decode(await request.body())
+    except ValueError:
+        return False
+    return isinstance(body, dict) and "messages" in body
 
 
 async def detokenize(request: Request) -> Response:

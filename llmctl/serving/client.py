@@ -257,12 +257,16 @@ class AsyncEngineClient:
 
     async def _receive(self) -> None:
         assert self._listener is not None
-        while True:
-            event = decode_event(await self._listener.socket.recv())
-            if isinstance(event, StepMessage):
-                self._on_step(event)
-            else:
-                self._on_start_event(event)
+        try:
+            while True:
+                event = decode_event(await self._listener.socket.recv())
+                if isinstance(event, StepMessage):
+                    self._on_step(event)
+                else:
+                    self._on_start_event(event)
+        except Exception as error:  # without this task nothing would ever answer again
+            log.exception("cannot handle what the worker sent")
+            self._die(EngineDeadError(f"the server failed: {type(error).__name__}: {error}"))
 
     def _on_start_event(self, event: Any) -> None:
         if isinstance(event, Hello):

@@ -230,6 +230,8 @@ class Intake:
             value = getattr(body, name)
             if value is not None:
                 values[name] = value
+        if values.get("top_k", 0) > self._vocab_size:
+            values["top_k"] = self._vocab_size
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         params = SamplingParams(
             **values,

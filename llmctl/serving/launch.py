@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.config import ServeConfig
+from llmctl.config import ServeConfig, parse_bytes
 from llmctl.errors import LlmctlError, NotReadyError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ log = logging.getLogger("llmctl.serving")
 
 # How long /health says why the engine died before the process ends, so that a probe can see it.
 DEATH_NOTICE_SECONDS = 2.0
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 # How long responses may take to leave after the last request is done.
 FLUSH_SECONDS = 5
 
@@ -41,10 +42,38 @@ def run_server(config: ServeConfig) -> None:
     Raises:
         LlmctlError: the port is taken, the engine did not start, or it died.
     """
+    check_config(config)
     logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     listener = bind(config.host, config.port)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_Server(config, listener).run())
+
+
+def check_config(config: ServeConfig) -> None:
+    """Refuse, before anything is started, what could only fail later.
+
+    Raises:
+        UsageError: an option out of its range, or a file that is not there.
+    """
+    if not config.model:
+        raise UsageError("--model is required", fix="llmctl serve --model demo:smollm2-135m", param="model")
+    for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": ("fcfs", "priority")}.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
+    if config.kv_cache_memory is not None:
+        parse_bytes(config.kv_cache_memory, param="kv_cache_memory")
+    if config.api_key is not None and not config.api_key.strip(", "):
+        raise UsageError("--api-key is empty", fix="leave it out to serve without a key", param="api_key")
+    if config.ssl_certfile and not config.ssl_keyfile:
+        raise UsageError("--ssl-certfile needs --ssl-keyfile", param="ssl_keyfile")
+    if config.ssl_keyfile and not config.ssl_certfile:
+        raise UsageError("--ssl-keyfile needs --ssl-certfile", param="ssl_certfile")
+    for name in ("ssl_keyfile", "ssl_certfile", "chat_template"):
+        file = getattr(config, name)
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"--{name.replace('_', '-')} {file}: no such file", param=name)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -108,9 +137,7 @@ class _Server:
         config = self._config
         name = config.served_model_name or default_model_name(config.model)
         metrics = ServerMetrics(name)
-        client = AsyncEngineClient(
-            config, metrics, stall_timeout=config.stall_timeout, log_level=config.log_level.lower()
-        )
+        client = AsyncEngineClient(config, metrics, stall_timeout=config.stall_timeout, log_level=config.log_level)
         client.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
         self._install_signals(client)
         await client.start()
@@ -143,8 +170,8 @@ class _Server:
         settings = uvicorn.Config(
             app,
             log_config=None,
-            log_level="debug" if config.log_level.lower() == "debug" else "warning",
-            access_log=config.log_level.lower() == "debug",
+            log_level="debug" if config.log_level == "debug" else "warning",
+            access_log=config.log_level == "debug",
             lifespan="off",
             ws="none",
             server_header=False,

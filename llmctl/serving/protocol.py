@@ -59,7 +59,7 @@ class SamplingFields(ApiModel):
     ignore_eos: bool | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: list[str] | None = None
-    priority: int | None = 0
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
     cache_salt: str | None = None
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False

@@ -78,6 +78,10 @@ def main() -> int:
     except LlmctlError as error:
         send(StartFailed(ErrorInfo.of(error)))
         return int(error.exit_code)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        send(StartFailed(ErrorInfo.of(LlmctlError(f"{error.strerror or error}{where}"))))
+        return 1
     finally:
         socket.close()
         context.term()

@@ -1,0 +1,33 @@
+"""Fixtures that several rooms' tests share: the tiny model, its engine, one real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fixtures import ServerProcess, make_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder, see ``fixtures.make_tiny_llama``."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as an engine for the reference target."""
+    from llmctl.artifact.builder import build_engine
+    from llmctl.config import BuildConfig
+
+    output = tmp_path_factory.mktemp("engines") / "tiny"
+    return build_engine(BuildConfig(model=str(tiny_llama), target="reference", output=str(output)))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_engine: Path) -> Iterator[ServerProcess]:
+    """``llmctl serve`` on the tiny engine, ready; shared, so leave it idle."""
+    with ServerProcess("--model", str(tiny_engine), "--max-num-seqs", "128") as process:
+        process.wait_ready()
+        yield process

@@ -1,0 +1,159 @@
+"""Requests' bodies to prompts and sampling parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures import make_tokenizer
+
+from llmctl.errors import CapacityError, RequestError
+from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
+from llmctl.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return Tokenizer.from_folder(folder)
+
+
+def intake(tokenizer: Tokenizer, **defaults: Any) -> Intake:
+    return Intake(
+        tokenizer, tokenizer.chat_template, max_model_len=64, vocab_size=tokenizer.vocab_size, defaults=defaults
+    )
+
+
+def completion(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **fields: Any) -> Any:
+    made = intake(tokenizer, **(defaults or {}))
+    body = CompletionRequest.model_validate_json(json.dumps({"prompt": "a", **fields}))
+    prompts = asyncio.run(made.completion_prompts(body))
+    return made.completion_params(body, prompts)
+
+
+def chat(tokenizer: Tokenizer, **fields: Any) -> Any:
+    made = intake(tokenizer)
+    messages = [{"role": "user", "content": "hi"}]
+    body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **fields}))
+    return made.chat_params(body, asyncio.run(made.chat_prompt(body)))
+
+
+def test_every_sampling_field_arrives(tokenizer: Tokenizer) -> None:
+    fields = {
+        "n": 2,
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "top_k": 3,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "seed": 7,
+        "min_tokens": 2,
+        "max_tokens": 5,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "logprobs": 1,
+        "prompt_logprobs": 0,
+    }
+    params = completion(tokenizer, **fields)
+    for name, value in fields.items():
+        assert getattr(params, name) == value, name
+    params = completion(
+        tokenizer, stop="x", stop_token_ids=[4], allowed_token_ids=[5, 6], bad_words=["q"], logit_bias={"3": 1}
+    )
+    assert params.stop == ("x",)
+    assert params.stop_token_ids == (4,)
+    assert params.allowed_token_ids == (5, 6)
+    assert tuple(tokenizer.encode("q", add_special_tokens=False)) in params.bad_words
+    assert params.logit_bias == {3: 1.0}
+
+
+def test_null_means_the_default(tokenizer: Tokenizer) -> None:
+    nulls = dict.fromkeys(["temperature", "top_p", "n", "seed", "stop", "max_tokens", "stream", "logit_bias", "stop"])
+    assert completion(tokenizer, **nulls) == completion(tokenizer)
+
+
+def test_lengths(tokenizer: Tokenizer) -> None:
+    assert completion(tokenizer).max_tokens == 16
+    prompt_tokens = len(tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"))
+    assert chat(tokenizer).max_tokens == 64 - prompt_tokens
+    assert chat(tokenizer, max_tokens=3).max_tokens == 3
+    assert chat(tokenizer, max_tokens=3, max_completion_tokens=4).max_tokens == 4
+    with pytest.raises(CapacityError) as caught:
+        chat(tokenizer, max_completion_tokens=64)
+    assert caught.value.param == "max_completion_tokens"
+    with pytest.raises(CapacityError) as caught:
+        completion(tokenizer, prompt=[5] * 64, max_tokens=None)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(CapacityError) as caught:
+        completion(tokenizer, prompt=[5] * 65)
+    assert caught.value.param == "prompt"
+    assert completion(tokenizer, prompt=[5] * 64, max_tokens=0).max_tokens == 0
+
+
+def test_model_defaults_apply_unless_overridden(tokenizer: Tokenizer) -> None:
+    defaults = {"temperature": 0.25, "top_k": 7}
+    assert completion(tokenizer, defaults).temperature == 0.25
+    assert completion(tokenizer, defaults, temperature=0).temperature == 0
+    assert completion(tokenizer, defaults, temperature=0).top_k == 7
+
+
+def test_a_huge_top_k_means_all(tokenizer: Tokenizer) -> None:
+    assert completion(tokenizer, top_k=10**30).top_k == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"temperature": -1}, {}),
+        ({"temperature": "hot"}, {}),
+        (None, {}),
+    ],
+)
+def test_sampling_defaults(config: dict[str, Any] | None, expected: dict[str, Any], tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert sampling_defaults(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 100}, "logprobs"),
+        ({"bad_words": [""]}, "bad_words"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(tokenizer: Tokenizer, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(tokenizer, **fields)
+    assert caught.value.param == param
+
+
+def test_neutral_values_of_what_cannot_be_honoured_are_fine(tokenizer: Tokenizer) -> None:
+    chat(tokenizer, tool_choice="none", response_format={"type": "text"}, use_beam_search=False, functions=None)
+    completion(tokenizer, best_of=1, suffix="", n=1)
+
+
+def test_no_chat_template_is_refused_not_guessed(tokenizer: Tokenizer) -> None:
+    made = Intake(tokenizer, None, max_model_len=64, vocab_size=tokenizer.vocab_size, defaults={})
+    body = ChatCompletionRequest.model_validate_json('{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(RequestError, match="no chat template"):
+        made.render_chat(body)

@@ -1,0 +1,90 @@
+"""What ``llmctl serve`` refuses before it starts anything, and what it is called."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmctl.config import ServeConfig
+from llmctl.errors import UsageError
+from llmctl.serving.launch import bind, check_config, default_model_name
+from llmctl.serving.supervisor import describe_exit
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": ""}, "--model is required"),
+        ({"log_level": "loud"}, "--log-level: expected debug, info"),
+        ({"scheduling_policy": "lifo"}, "--scheduling-policy: expected fcfs, priority"),
+        ({"ssl_certfile": "cert.pem"}, "--ssl-certfile needs --ssl-keyfile"),
+        ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
+        ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),
+        ({"chat_template": "no-such-file"}, "--chat-template no-such-file: no such file"),
+        ({"api_key": ""}, "--api-key is empty"),
+        ({"api_key": " , "}, "--api-key is empty"),
+    ],
+)
+def test_bad_settings(changes: dict[str, str], said: str) -> None:
+    good = ServeConfig(model="m")
+    check_config(good)
+    with pytest.raises(UsageError, match=said):
+        check_config(replace(good, **changes))
+
+
+def test_bind_refuses_a_taken_port_and_a_foreign_host() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{port}"):
+            bind("127.0.0.1", port)
+    with pytest.raises(UsageError, match="--host 256"):
+        bind("256.1.1.1", 0)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_bind_takes_ipv6() -> None:
+    try:
+        with bind("::1", 0) as listener:
+            assert listener.family == socket.AF_INET6
+    except UsageError:
+        pytest.skip("no IPv6 loopback here")
+
+
+def test_default_model_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    file = tmp_path / "tiny.Q4_1.gguf"
+    file.touch()
+    assert default_model_name(str(folder)) == default_model_name(f"{folder}/") == "my-model"
+    assert default_model_name(str(file)) == "tiny.Q4_1"
+    assert default_model_name("org/name") == "org/name"
+    assert default_model_name("demo:smollm2-135m") == "demo:smollm2-135m"
+
+
+def test_describe_exit() -> None:
+    assert describe_exit(3) == "exit code 3"
+    assert describe_exit(-11) == "killed by SIGSEGV"
+    assert "out of memory" in describe_exit(-9)
+
+
+def test_the_worker_needs_its_settings() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "llmctl.serving.worker"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "started by 'llmctl serve'" in result.stderr
+
+
+def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, llmctl.serving.app, llmctl.serving.launch, llmctl.serving.summary, llmctl.artifact.loader\n"
+        "sys.exit(str({'torch', 'transformers', 'cupy'} & set(sys.modules) or ''))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert result.stderr.strip() == ""
