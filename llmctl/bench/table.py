@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,7 @@ def print_result(result: Mapping[str, Any], title: str, console: Console) -> Non
     """Totals, latencies, gates and failures."""
     console.print(_totals(result, title))
     latencies = _latencies(result)
-    if latencies.row_count:
+    if latencies.row_count and result.get("completed"):
         console.print(latencies)
     console.print(_gates(result))
     for line in failure_lines(result):
@@ -26,7 +27,7 @@ def print_result(result: Mapping[str, Any], title: str, console: Console) -> Non
 
 
 def _totals(result: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=SIMPLE_HEAD)
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("unit")
@@ -54,8 +55,8 @@ def _latencies(result: Mapping[str, Any]) -> Table:
     suffixes = tuple(f"_{name}_ms" for name in present)
     keys = [key for key in result if present and key.endswith(suffixes)]
     percentiles = list(dict.fromkeys(key.split("_", 1)[0] for key in keys if key[0] == "p"))
-    table = Table(title="ms" if present else None, title_justify="left")
-    table.add_column("latency")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("ms")
     for word in (*words, *percentiles):
         table.add_column(word, justify="right")
     for name in present:
@@ -64,7 +65,7 @@ def _latencies(result: Mapping[str, Any]) -> Table:
 
 
 def _gates(result: Mapping[str, Any]) -> Table:
-    table = Table(title="gates", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("gate", "observed", "verdict", "note"):
         table.add_column(column)
     for gate in result["gates"]:
@@ -87,4 +88,13 @@ def _number(value: object) -> str:
         return "-"
     if float(value).is_integer() and abs(value) < 1e12:
         return f"{int(value):,}"
-    return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
+    size = abs(value)
+    return (
+        f"{value:,.0f}"
+        if size >= 1000
+        else f"{value:.1f}"
+        if size >= 100
+        else f"{value:.2f}"
+        if size >= 1
+        else f"{value:.3g}"
+    )

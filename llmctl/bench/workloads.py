@@ -16,7 +16,8 @@ TokenCounter = Callable[[Sequence[str]], list[int]]
 """Token counts of texts, as the server will count a prompt (special tokens included)."""
 
 DATASETS = ("random", "file", "sharegpt")
-_FIT_ROUNDS = 16
+_FIT_ROUNDS = 64
+_SHORT_WORDS = ["a", "I", "it", "to", "of", "in", "we", "so"]
 
 WORDS = (
     "apple river stone cloud garden winter summer market bridge forest window mountain paper music doctor engine "
@@ -108,29 +109,33 @@ def fit_prompts(
     """
     words = [[WORDS[i] for i in rng.integers(0, len(WORDS), size=n)] for n in lengths]
     counts = list(lengths)
-    if counter is None:
-        return [" ".join(w) for w in words], counts
-    pending = list(range(len(lengths)))
-    for _ in range(_FIT_ROUNDS):
+    pending = list(range(len(lengths))) if counter is not None else []
+    for last in [*[False] * _FIT_ROUNDS, True]:
+        if counter is None or not pending:
+            break
         for index, count in zip(pending, counter([" ".join(words[i]) for i in pending]), strict=True):
             counts[index] = count
         pending = [i for i in pending if counts[i] != lengths[i]]
-        if not pending:
-            break
-        for i in pending:
-            words[i] = _resize(words[i], lengths[i] - counts[i], rng)
-    else:
-        for index, count in zip(pending, counter([" ".join(words[i]) for i in pending]), strict=True):
-            counts[index] = count
+        for i in () if last else pending:
+            words[i] = _resize(words[i], lengths[i], counts[i], rng)
     return [" ".join(w) for w in words], counts
 
 
-def _resize(words: list[str], change: int, rng: np.random.Generator) -> list[str]:
+def _resize(words: list[str], wanted: int, count: int, rng: np.random.Generator) -> list[str]:
+    """Words nearer to the wanted token count: whole words by the tokens a word has so far, then trying other words."""
+    change = round((wanted - count) * len(words) / max(1, count))
+    if abs(change) == 1 and rng.random() < 0.5:
+        # Adding a word and dropping it again for ever is the trap here.
+        change = 0
     if change > 0:
         return words + [WORDS[i] for i in rng.integers(0, len(WORDS), size=change)]
-    kept = words[: max(1, len(words) + change)]
-    kept[-1] = WORDS[int(rng.integers(0, len(WORDS)))]
-    return kept
+    if change < 0:
+        return words[: max(1, len(words) + change)]
+    if count < wanted and rng.random() < 0.5:
+        return [*words, _SHORT_WORDS[int(rng.integers(0, len(_SHORT_WORDS)))]]
+    place = int(rng.integers(len(words) // 2, len(words)))
+    pool = WORDS if rng.random() < 0.5 else _SHORT_WORDS
+    return [*words[:place], pool[int(rng.integers(0, len(pool)))], *words[place + 1 :]]
 
 
 def file_items(

@@ -85,7 +85,7 @@ Dtype = Annotated[str, option("--dtype", panel=_ENGINE, help="Activations' type:
 MaxModelLen = Annotated[
     int | None, option("--max-model-len", metavar="N", panel=_ENGINE, help="Longest sequence, tokens.")
 ]
-BlockSize = Annotated[int, option("--block-size", panel=_ENGINE, help="Tokens a KV block.")]
+BlockSize = Annotated[int | None, option("--block-size", panel=_ENGINE, help="Tokens a KV block.")]
 KvCacheMemory = Annotated[
     str | None, option("--kv-cache-memory", metavar="SIZE", panel=_ENGINE, help="KV cache, such as 512MiB.")
 ]

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import hypothesis
 import pytest
 from click.testing import Result
 from fake_openai_server import FakeServer, Reply, serve
 from typer.testing import CliRunner
 
 from llmctl.cli.main import app
+
+# The machine may be busy: no example is failed for its duration.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture

@@ -145,6 +145,7 @@ def serve(fake: FakeServer) -> Iterator[FakeServer]:
     """Run it on a free port until the block ends."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen(256)
     fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(fake, log_level="critical", lifespan="off", access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

@@ -37,6 +37,24 @@ def test_random_prompts_have_exactly_the_length_asked(count: int, span: LengthRa
         assert span.low <= item.output_tokens <= span.high
 
 
+TOKENIZERS = {
+    "a token a byte": lambda text: len(text.encode()),
+    "three bytes a token": lambda text: -(-len(text) // 3),
+    "with a first token": lambda text: 1 + count_tokens(text),
+    "pairs of words": lambda text: -(-len(text.split()) // 2),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_lengths_are_exact_whatever_the_tokenizer(name: str) -> None:
+    count = TOKENIZERS[name]
+    span = LengthRange(12, 300)
+    items = random_items(50, span, span, seed=3, stream=0, counter=lambda texts: [count(t) for t in texts])
+    assert all(i.exact for i in items)
+    assert all(count(i.prompt) == i.input_tokens for i in items)
+    assert len({i.prompt for i in items}) == 50
+
+
 def test_repeats_do_the_same_amount_of_work_with_other_words() -> None:
     span = LengthRange(16, 64)
     one, again, other = (random_items(20, span, span, seed=1, stream=s, counter=counter) for s in (0, 0, 1))

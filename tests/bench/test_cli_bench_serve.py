@@ -22,17 +22,17 @@ BenchServe = Callable[..., tuple[int, dict[str, Any], Result]]
 
 # `vllm bench serve` writes these, in this order (metadata comes after num_prompts).
 VLLM_KEYS = (
-    "date endpoint_type backend label model_id tokenizer_id num_prompts request_rate burstiness max_concurrency duration "
-    "completed failed total_input_tokens total_output_tokens request_throughput request_goodput output_throughput "
-    "total_token_throughput max_output_tokens_per_s max_concurrent_requests"
+    "date endpoint_type backend label model_id tokenizer_id num_prompts request_rate burstiness max_concurrency "
+    "duration completed failed total_input_tokens total_output_tokens request_throughput request_goodput "
+    "output_throughput total_token_throughput max_output_tokens_per_s max_concurrent_requests"
 ).split() + [
     f"{word}_{name}_ms"
     for name in ("ttft", "tpot", "itl", "e2el")
     for word in ("mean", "median", "std", "p50", "p90", "p99")
 ]
 OUR_KEYS = (
-    "failed_ratio goodput_ratio schema_version kind num_repeats short_outputs output_token_source failures workload server "
-    "client environment definitions repeats confidence baseline gates exit_code"
+    "failed_ratio goodput_ratio schema_version kind num_repeats short_outputs output_token_source failures workload "
+    "server client environment definitions repeats confidence baseline gates exit_code"
 ).split()
 
 FAILURES = ["http_500", "cut", "stop_early", "malformed", "error_event", "empty", "not_sse", "abort"]

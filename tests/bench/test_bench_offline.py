@@ -1,0 +1,117 @@
+"""``bench throughput`` and ``bench latency`` on a tiny model, through the engine and through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from llmctl.bench.config import BenchThroughputConfig
+from llmctl.bench.inprocess import OpenedEngine, StepWork, open_engine, run_items
+from llmctl.bench.workloads import WorkItem
+
+Bench = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_engine: Path) -> OpenedEngine:
+    config = BenchThroughputConfig(model=str(tiny_engine), kv_cache_memory="8MiB", max_num_batched_tokens=64)
+    return open_engine(config)
+
+
+def test_every_token_has_a_timestamp_and_every_step_is_counted(opened: OpenedEngine) -> None:
+    words = "the quick brown fox jumps over the lazy dog and then sits down to read a book about engines "
+    items = [WorkItem(words * (1 + i % 3), 0, 3 + i) for i in range(6)]
+    done: list[int] = []
+    before = opened.engine.stats()
+    run = run_items(opened.engine, opened.tokenizer, items, lambda r: done.append(r.index))
+    after = opened.engine.stats()
+    assert sorted(done) == list(range(6))
+    for record, item in zip(run.records, items, strict=True):
+        assert record.error is None
+        assert record.output_tokens == len(record.chunk_times) == item.output_tokens
+        assert record.input_tokens == len(opened.tokenizer.encode(item.prompt))
+        assert record.start < record.chunk_times[0]
+        assert record.chunk_times == sorted(record.chunk_times)
+        assert record.chunk_times[-1] == record.end
+    assert run.duration == max(r.end for r in run.records) - run.records[0].start
+    steps = run.steps
+    assert steps.prompt_steps + steps.decode_steps == after.num_steps - before.num_steps
+    assert steps.prompt_tokens + steps.decode_tokens == after.num_scheduled_tokens - before.num_scheduled_tokens
+    assert steps.prompt_steps > 1, "a budget of 64 tokens needs several steps for these prompts"
+    assert steps.prompt_seconds + steps.decode_seconds == pytest.approx(run.duration)
+    assert not opened.engine.has_unfinished()
+
+
+def test_step_kinds() -> None:
+    steps = StepWork()
+    steps.add(computed=100, sampled=0, seconds=2.0)
+    steps.add(computed=30, sampled=3, seconds=1.0)
+    steps.add(computed=4, sampled=4, seconds=0.5)
+    assert steps == StepWork(2, 3.0, 130, 1, 0.5, 4)
+
+
+def document(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.stderr
+    loaded: dict[str, Any] = json.loads(result.stdout)
+    return loaded
+
+
+def test_throughput(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
+    args = ("throughput", "--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--num-prompts", "5")
+    load = ("--input-len", "8-24", "--output-len", "4-6", "--repeats", "2", "--json")
+    base = ("--baseline", str(tmp_path / "base.json"), "--max-regression", "99%")
+    doc = document(bench(*args, *load, *base, "--update-baseline", "--slo", "decode_tokens_per_second>0"))
+    assert (doc["completed"], doc["failed"], doc["num_requests"], doc["kind"]) == (10, 0, 10, "throughput")
+    assert doc["total_num_tokens"] == doc["total_input_tokens"] + doc["total_output_tokens"]
+    assert doc["tokens_per_second"] == pytest.approx(doc["total_num_tokens"] / doc["elapsed_time"])
+    assert 4 * 10 <= doc["total_output_tokens"] <= 6 * 10
+    assert doc["prefill_tokens_per_second"] > 0
+    assert doc["peak_rss_bytes"] > 10 * 2**20
+    assert doc["threads"] >= 1
+    assert doc["engine"]["target"] == "reference"
+    assert [g["metric"] for g in doc["gates"]] == ["completed", "failed_ratio", "decode_tokens_per_second"]
+    again = document(bench(*args, *load, *base))
+    assert again["total_input_tokens"] == doc["total_input_tokens"]
+    assert set(again["baseline"]["delta"]) == {"tokens_per_second", "output_throughput"}
+    assert bench(*args, *load[2:], *base).exit_code == 2, "another input length is other work"
+
+
+def test_latency(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
+    args = ("latency", "--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--batch-size", "2")
+    load = ("--input-len", "9", "--output-len", "5", "--num-iters", "4", "--num-iters-warmup", "1", "--json")
+    doc = document(bench(*args, *load, "--junit", str(tmp_path / "j.xml")))
+    assert doc["avg_latency"] == pytest.approx(sum(doc["latencies"]) / 4)
+    assert len(doc["latencies"]) == 4
+    assert list(doc["percentiles"]) == ["10", "25", "50", "75", "90", "99"]
+    assert min(doc["latencies"]) <= doc["percentiles"]["50"] <= max(doc["latencies"])
+    assert doc["percentiles"]["50"] == doc["median_latency"]
+    assert (doc["total_input_tokens"], doc["total_output_tokens"]) == (4 * 2 * 9, 4 * 2 * 5)
+    assert (tmp_path / "j.xml").read_text().count("<testcase") == 2
+    assert bench(*args, *load, "--slo", "avg_latency<=0").exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("throughput",), "--model: expected"),
+        (("throughput", "--model", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("throughput", "--model", "ENGINE", "--slo", "avg_latncy<=3"), "did you mean 'avg_latency'"),
+        (("throughput", "--model", "ENGINE", "--slo", "request_goodput>=3"), "goodput is a figure of bench serve"),
+        (("throughput", "--model", "ENGINE", "--num-prompts", "0"), "--num-prompts: expected at least 1"),
+        (("throughput", "--model", "ENGINE", "--input-len", "x"), "--input-len 'x'"),
+        (("throughput", "--model", "ENGINE", "--kv-cache-memory", "lots"), "expected a size"),
+        (("latency", "--model", "ENGINE", "--batch-size", "65"), "add --max-num-seqs 65"),
+        (("latency", "--model", "ENGINE", "--metric-percentiles", "50,x"), "numbers from 0 to 100"),
+        (("latency", "--model", "ENGINE", "--num-iters", "0"), "--num-iters: expected at least 1"),
+        (("latency", "--model", "ENGINE", "--output-len", "100000", "--kv-cache-memory", "8MiB"), "100000"),
+    ],
+)
+def test_usage_errors(bench: Bench, tiny_engine: Path, args: tuple[str, ...], said: str) -> None:
+    result = bench(*(str(tiny_engine) if a == "ENGINE" else a for a in args))
+    assert result.exit_code == 2, result.stderr
+    assert said in result.stderr
