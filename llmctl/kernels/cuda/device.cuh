@@ -48,6 +48,8 @@ struct alignas(8) Vec8 {
 #else
 
 #define LLMCTL_DEVICE static __device__ __forceinline__
+// In front of a member function.
+#define LLMCTL_METHOD __device__ __forceinline__
 // In front of the specialisation of a function template that is declared with LLMCTL_DEVICE.
 #define LLMCTL_SPECIALISATION __device__ __forceinline__
 // Threads a block, and blocks that should fit on an SM: bounds the registers ptxas may use.

@@ -14,6 +14,7 @@
 #define __shared__ static __attribute__((aligned(16), used))
 // Inlined without fail: the compiler does not instrument the store of a struct that a call returns.
 #define LLMCTL_DEVICE [[maybe_unused, gnu::always_inline]] static inline
+#define LLMCTL_METHOD [[gnu::always_inline]] inline
 #define LLMCTL_SPECIALISATION [[gnu::always_inline]] inline
 // The harness reads the launch bound and the entry's name and parameters from the preprocessed text.
 #define LLMCTL_KERNEL(threads, blocks) extern "C" __attribute__((llmctl_entry(threads))) void

@@ -42,7 +42,8 @@ GUARD = 256  # bytes kept around every buffer, and the alignment of buffers (cud
 class Buffer:
     """A device buffer argument: a tensor or array, contiguous, and how the kernel uses it.
 
-    ``offset`` bytes are added to the pointer that the kernel gets.
+    ``offset`` bytes are added to the pointer that the kernel gets. Arguments with the same ``data`` are one buffer; the
+    first says how it is used.
     """
 
     data: Any
@@ -124,9 +125,14 @@ class Kernels:
         runtime = self._runtime
         runtime.emulator_reset()
         guarded: dict[int, np.ndarray] = {}
+        owner: dict[int, int] = {}  # of each buffer's data: the argument that brought it first
         values = []
         for i, argument in enumerate(args):
-            if isinstance(argument, Buffer):
+            if isinstance(argument, Buffer) and id(argument.data) in owner:
+                pointer = guarded[owner[id(argument.data)]].ctypes.data + GUARD
+                values.append(ctypes.c_uint64(pointer + argument.offset))
+            elif isinstance(argument, Buffer):
+                owner[id(argument.data)] = i
                 guarded[i] = _guarded(argument, 0x35 if reverse else 0xCB)
                 pointer = guarded[i].ctypes.data + GUARD
                 runtime.emulator_add_region(
