@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from family_models import CASES, VOCAB, family_model
+from runtime_stepping import Pieces, paged_logits
 
 from llmctl.graph.passes import DEFAULT_PASSES
 from llmctl.runtime.load import runtime_from_checkpoint
 from llmctl.runtime.reference import ReferenceRuntime
-from runtime_stepping import Pieces, paged_logits
 
 TOLERANCE = 1e-4
 

@@ -1,0 +1,221 @@
+"""Configs and tensor descriptions: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from family_models import family_model
+
+from llmctl.errors import CheckpointError, UnsupportedModelError
+from llmctl.graph.check import check_graph
+from llmctl.graph.families import build_graph
+from llmctl.graph.graph import Graph, QuantScheme
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 131,
+    "hidden_size": 60,
+    "intermediate_size": 84,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+
+
+def rope(graph: Graph) -> dict[str, Any]:
+    attrs = dict(next(op for op in graph.ops if op.kind == "rope").attrs)
+    return {k: v for k, v in attrs.items() if k not in ("heads", "kv_heads", "head_dim")}
+
+
+def test_old_and_new_rope_spellings_are_one() -> None:
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", **llama3}}
+    new = {**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **llama3}}
+    assert build_graph(old) == build_graph(new)
+    assert rope(build_graph(new)) == {
+        "rotary_dim": 12,
+        "theta": 5e5,
+        "style": "neox",
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position": 32.0,
+    }
+
+
+def test_rope_defaults() -> None:
+    assert rope(build_graph(LLAMA)) == {"rotary_dim": 12, "theta": 1e4, "style": "neox", "rope_type": "default"}
+    assert rope(build_graph({**LLAMA, "rope_theta": None, "rope_scaling": None}))["theta"] == 1e4
+    yarn = rope(build_graph({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
+    assert yarn["original_max_position"] == 128.0
+    assert yarn["attention_factor"] == pytest.approx(1.1386294)
+    assert (yarn["beta_fast"], yarn["beta_slow"], yarn["truncate"]) == (32.0, 1.0, True)
+
+
+def test_phi_rotates_half_unless_told_otherwise() -> None:
+    phi = {**LLAMA, "model_type": "phi", "layer_norm_eps": 1e-5, "hidden_act": "gelu_new"}
+    assert rope(build_graph(phi))["rotary_dim"] == 6
+    assert rope(build_graph({**phi, "partial_rotary_factor": 0.4}))["rotary_dim"] == 4
+    assert rope(build_graph({**phi, "rope_parameters": {"partial_rotary_factor": 0.4}}))["rotary_dim"] == 4
+
+
+def windows(config: dict[str, Any]) -> list[int]:
+    graph = build_graph(config)
+    assert [op.attrs["window"] for op in graph.ops if op.kind == "attention"] == [k.window for k in graph.kv]
+    return [k.window for k in graph.kv]
+
+
+def test_windows_by_family() -> None:
+    mistral, qwen = {**LLAMA, "model_type": "mistral"}, {**LLAMA, "model_type": "qwen2"}
+    assert windows({**mistral, "sliding_window": 7}) == [7, 7]
+    assert windows({**mistral, "sliding_window": None}) == [0, 0]
+    assert windows({**qwen, "sliding_window": 9, "max_window_layers": 1}) == [0, 0]
+    assert windows({**qwen, "sliding_window": 9, "max_window_layers": 1, "use_sliding_window": True}) == [0, 9]
+    types = ["sliding_attention", "full_attention"]
+    assert windows({**qwen, "sliding_window": 9, "use_sliding_window": True, "layer_types": types}) == [9, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; known families: gpt2, llama, mistral, phi"),
+        ({"model_type": None}, "model_type 'None' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; known activations"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; supported: def"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "spin": 1}}, "'spin' is not supported for rope_type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"sliding_window": 8}, "sliding_window=8"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types entry 'sliding_attention'"),
+        ({"num_local_experts": 8}, "num_local_experts=8"),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        ({"attention_multiplier": 0.1}, "attention_multiplier=0.1"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"head_dim": 11}, "rotary dimension 11 of head_dim 11"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias=True is not supported for family 'mistral"),
+        ({"model_type": "phi", "layer_norm_eps": 1e-5, "qk_layernorm": True}, "qk_layernorm=True"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer_types entry 'chunked_attention'"),
+    ],
+)
+def test_what_would_change_the_model_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        build_graph({**LLAMA, **change})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True},
+                                    {"add_cross_attention": True}])  # fmt: skip
+def test_gpt2_quirks_are_refused(change: dict[str, Any]) -> None:
+    config = {"model_type": "gpt2", "vocab_size": 131, "n_embd": 60, "n_layer": 2, "n_head": 5}
+    check_graph(build_graph(config))
+    with pytest.raises(UnsupportedModelError, match=next(iter(change))):
+        build_graph({**config, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": None}, "hidden_size must be a positive integer, found None"),
+        ({"vocab_size": "131"}, "vocab_size must be a positive integer, found '131'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, found 0"),
+        ({"num_key_value_heads": 2}, "5 attention heads are not a multiple of 2"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "hidden_size 60 is not a multiple of 7"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+        ({"rope_theta": -1}, "rope_theta must be a positive number, found -1"),
+        ({"rope_scaling": {"type": "linear"}}, "factor must be a positive number, found None"),
+        ({"rope_scaling": [1]}, "rope_parameters must be an object"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "no sliding window is in use"),
+    ],
+)
+def test_nonsense_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build_graph({**LLAMA, **change})
+    assert words in str(caught.value)
+
+
+def test_neutral_values_and_metadata_pass_silently(caplog: pytest.LogCaptureFixture) -> None:
+    config = {**LLAMA, "pretraining_tp": 1, "attention_bias": False, "torch_dtype": "float16", "use_cache": True}
+    config |= {"sliding_window": None, "rope_interleaved": False, "bos_token_id": 1, "transformers_version": "5.0"}
+    with caplog.at_level(logging.WARNING):
+        assert build_graph(config) == build_graph(LLAMA)
+    assert not caplog.records
+
+
+def test_unknown_keys_are_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_graph({**LLAMA, "unsloth_fixed": True})
+    assert "unsloth_fixed" in caplog.text
+
+
+@dataclass(frozen=True)
+class Info:
+    shape: tuple[int, ...]
+    quant: QuantScheme | None = None
+
+
+def described(case: str) -> dict[str, Info]:
+    checkpoint = family_model(case).checkpoint
+    return {name: Info(tuple(checkpoint.describe(name).shape)) for name in checkpoint.names()}
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor"),
+    [
+        ("llama", "model.layers.1.self_attn.k_proj.weight"),
+        ("gpt2", "transformer.h.2.attn.c_attn.bias"),
+        ("phi", "lm_head.bias"),
+    ],
+)
+def test_missing_tensor_is_named(case: str, tensor: str) -> None:
+    tensors = described(case)
+    del tensors[tensor]
+    with pytest.raises(CheckpointError, match=f"tensor '{tensor}' is missing"):
+        build_graph(family_model(case).checkpoint.config, tensors.get)
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor", "found", "expected"),
+    [
+        ("llama", "model.layers.1.self_attn.k_proj.weight", (13, 60), [12, 60]),
+        ("llama", "model.embed_tokens.weight", (130, 60), [131, 60]),
+        ("gpt2", "transformer.h.2.attn.c_attn.weight", (180, 60), [60, 180]),
+        ("gpt2", "transformer.h.0.attn.c_attn.bias", (240,), [180]),
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", (240, 60), [60, 240]),
+    ],
+)
+def test_wrong_shape_is_named(case: str, tensor: str, found: tuple[int, ...], expected: list[int]) -> None:
+    tensors = {**described(case), tensor: Info(found)}
+    with pytest.raises(CheckpointError) as caught:
+        build_graph(family_model(case).checkpoint.config, tensors.get)
+    assert f"tensor '{tensor}': expected shape {expected}, found {list(found)}" in str(caught.value)
+
+
+def test_quantization_is_taken_from_the_checkpoint() -> None:
+    scheme = QuantScheme(4, 20, False)
+    tensors = described("gpt2")
+    name = "transformer.h.1.attn.c_attn.weight"
+    tensors[name] = Info((180, 60), scheme)  # a quantized weight is described as [N, K], Conv1D or not
+    graph = build_graph(family_model("gpt2").checkpoint.config, tensors.get)
+    check_graph(graph)
+    part = graph.weights["layers.1.k_proj.weight"].parts[0]
+    assert (part.tensor, part.transpose, part.rows) == (name, False, (60, 120))
+    assert graph.weights["layers.1.k_proj.weight"].quant == scheme
+    assert graph.weights["layers.0.k_proj.weight"].quant is None
+
+
+def test_a_tied_head_reads_the_embedding() -> None:
+    tied, untied = build_graph({**LLAMA, "tie_word_embeddings": True}), build_graph(LLAMA)
+    assert tied.ops[-1].weights == ("embed.weight", "")
+    assert untied.ops[-1].weights == ("lm_head.weight", "")

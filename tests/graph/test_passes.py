@@ -1,0 +1,108 @@
+"""Every pass gives an equal graph: same logits through the reference runtime, still valid, smaller."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from family_models import CASES, VOCAB, family_model
+
+from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.errors import UsageError
+from llmctl.graph.check import check_graph
+from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
+from llmctl.graph.serial import graph_from_dict, graph_to_dict
+from llmctl.runtime.load import CheckpointWeights
+from llmctl.runtime.reference import ReferenceRuntime
+
+
+def logits(case: str, graph: Graph) -> torch.Tensor:
+    """All rows of two sequences, one of them continued in a second step."""
+    weights = CheckpointWeights(graph, family_model(case).checkpoint)
+    runtime = ReferenceRuntime(graph, weights, num_blocks=16, block_size=4)
+    ids = np.random.default_rng(0).integers(0, VOCAB, 31).tolist()
+    first = StepPlan(
+        (SequenceSlice("a", ids[:11], 0, [3, 1, 5, 2], True), SequenceSlice("b", ids[20:], 0, [0, 4, 7], True))
+    )
+    second = StepPlan((SequenceSlice("a", ids[11:15], 11, [3, 1, 5, 2], True),))
+    return torch.cat([runtime.logits(plan, all_rows=True) for plan in (first, second)])
+
+
+@pytest.mark.parametrize("case", ["llama", "llama_biases_tied", "mistral", "qwen2", "qwen3", "phi", "gpt2"])
+def test_each_pass_alone_and_in_any_order_changes_nothing(case: str) -> None:
+    plain = family_model(case).graph
+    expected = logits(case, plain)
+    chains = [(name,) for name in PASSES] + [DEFAULT_PASSES, DEFAULT_PASSES[::-1], (*DEFAULT_PASSES, *DEFAULT_PASSES)]
+    for names in chains:
+        graph = apply_passes(plain, names)
+        check_graph(graph)
+        assert graph.passes == names
+        assert graph_from_dict(graph_to_dict(graph)) == graph
+        torch.testing.assert_close(logits(case, graph), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_graphs_are_valid(case: str) -> None:
+    check_graph(family_model(case).graph)
+
+
+def kinds(graph: Graph) -> Counter[str]:
+    return Counter(op.kind for op in graph.ops)
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2"])
+def test_a_llama_layer_becomes_eight_ops(case: str) -> None:
+    graph = apply_passes(family_model(case).graph)
+    assert [op.kind for op in graph.layer_ops(1)] == [
+        "linear", "rope_kv_write", "attention", "linear", "add_rms_norm", "linear", "linear", "add_rms_norm",
+    ]  # fmt: skip
+    qkv, _, gate_up, _ = (op for op in graph.layer_ops(1) if op.kind == "linear")
+    assert len(qkv.attrs["splits"]) == 3
+    assert gate_up.attrs["epilogue"] == "silu_mul"
+    assert bool(qkv.weights[1]) == (case == "qwen2")
+
+
+def test_phi_keeps_one_norm_for_both_branches() -> None:
+    plain, graph = family_model("phi").graph, apply_passes(family_model("phi").graph)
+    norms = kinds(plain)["layer_norm"]
+    assert (norms, kinds(graph)["add_layer_norm"], kinds(graph)["layer_norm"]) == (4, 3, 1)
+    first = graph.layer_ops(0)[0]
+    assert Counter(b for op in graph.ops for b in op.inputs)[first.outputs[0]] == 2
+
+
+def test_gpt2_qkv_becomes_the_whole_stored_tensor() -> None:
+    graph = apply_passes(family_model("gpt2").graph)
+    weight = graph.weights["layers.0.qkv_proj.weight"]
+    assert weight.shape == (180, 60)
+    assert [(p.tensor, p.transpose, p.rows) for p in weight.parts] == [
+        ("transformer.h.0.attn.c_attn.weight", True, (0, 180))
+    ]
+    assert kinds(graph)["rope_kv_write"] == 0
+
+
+def quantized(graph: Graph, schemes: dict[str, QuantScheme]) -> Graph:
+    weights = {n: replace(w, quant=schemes.get(n.split(".")[-2])) for n, w in graph.weights.items()}
+    return replace(graph, weights=weights)
+
+
+def test_merges_need_one_scheme_without_act_order() -> None:
+    plain = family_model("llama").graph
+    four, eight = QuantScheme(4, 20, False), QuantScheme(8, 20, False)
+    roles = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    same = apply_passes(quantized(plain, dict.fromkeys(roles, four)))
+    assert same.weights["layers.0.qkv_proj.weight"].quant == four
+    mixed = apply_passes(quantized(plain, {**dict.fromkeys(roles, four), "k_proj": eight, "up_proj": eight}))
+    ordered = apply_passes(quantized(plain, dict.fromkeys(roles, replace(four, act_order=True))))
+    for graph in (mixed, ordered):
+        check_graph(graph)
+        assert "layers.0.q_proj.weight" in graph.weights
+        assert "layers.0.gate_proj.weight" in graph.weights
+
+
+def test_unknown_pass() -> None:
+    with pytest.raises(UsageError, match="unknown pass 'fuse_everything'; known passes: merge_qkv"):
+        apply_passes(family_model("llama").graph, ["fuse_everything"])
