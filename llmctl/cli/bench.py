@@ -334,7 +334,7 @@ def _settings(cls: type[C], values: dict[str, Any]) -> C:
 
 
 def _finish(outcome: Outcome, settings: ReportConfig, title: str, backend: str, json_output: bool) -> None:
-    """Write files, print the result, exit with the verdict."""
+    """Print the result, write the files (in this order: a full disk must not lose a run), exit with the verdict."""
     import sys
 
     from rich.console import Console
@@ -342,12 +342,11 @@ def _finish(outcome: Outcome, settings: ReportConfig, title: str, backend: str, 
     from llmctl.bench.outcome import write_reports
     from llmctl.bench.table import print_result
 
-    written = write_reports(outcome, settings, title, backend)
     if json_output:
         print_json(outcome.result)
     # With --json, stdout holds the document alone and the table goes to stderr.
     print_result(outcome.result, title, Console(stderr=json_output, width=None))
-    for path in written:
+    for path in write_reports(outcome, settings, title, backend):
         print(f"wrote {path}", file=sys.stderr)
     for gate in outcome.result["gates"]:
         if not gate["passed"]:

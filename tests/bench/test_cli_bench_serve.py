@@ -358,3 +358,13 @@ def test_as_a_process(start: Start, tmp_path: Path) -> None:
     assert environment_seen["cpu_model"]
     assert 0 <= environment_seen["cpu_busy_before"] <= 1
     assert (tmp_path / "s.md").read_text().startswith("### ")
+
+
+def test_a_file_that_cannot_be_written_does_not_lose_the_result(
+    start: Start, bench_serve: BenchServe, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, doc, result = bench_serve(start(), "--junit", str(tmp_path / "file" / "j.xml"))
+    assert code == 1
+    assert doc["completed"] == 6
+    assert "error:" in result.stderr
