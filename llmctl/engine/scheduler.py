@@ -248,7 +248,6 @@ class Scheduler:
             self._admit(request, cached)
             self._grow(request, start + count)
             self._take(step, request, count)
-            spoken_for += self.pool.blocks_for(request.num_tokens) - len(request.block_ids)
 
     def _may_cut(self, remaining: int) -> bool:
         return self.config.enable_chunked_prefill or remaining > self.config.max_num_batched_tokens
