@@ -109,8 +109,11 @@ def _check_slice(piece: SequenceSlice, limits: RuntimeLimits) -> None:
         raise ValueError(f"{who}: {len(piece.block_ids)} blocks of {limits.block_size} cannot hold {end} tokens")
     if min(piece.block_ids) < 0 or max(piece.block_ids) >= limits.num_blocks:
         raise ValueError(f"{who}: block ids must be in 0..{limits.num_blocks - 1}")
-    if piece.score_targets is not None and len(piece.score_targets) > count:
-        raise ValueError(f"{who}: {len(piece.score_targets)} score targets for {count} tokens")
+    targets = piece.score_targets or ()
+    if len(targets) > count:
+        raise ValueError(f"{who}: {len(targets)} score targets for {count} tokens")
+    if targets and (min(targets) < 0 or max(targets) >= limits.vocab_size):
+        raise ValueError(f"{who}: score targets must be in 0..{limits.vocab_size - 1}")
 
 
 def _block_tables(slices: Sequence[SequenceSlice]) -> Ints:
