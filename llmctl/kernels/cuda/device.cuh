@@ -18,6 +18,8 @@ using s8 = signed char;
 
 namespace llmctl {
 
+using ::s8;
+
 constexpr int kWarp = 32;
 
 // Floats as bits; arithmetic is done in fp32, or on packed pairs (packed_fma and its like).
