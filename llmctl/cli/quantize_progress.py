@@ -50,7 +50,7 @@ class ProgressLines:
             print(text, file=sys.stderr, flush=True)
 
     def calibrating(self, done: int, total: int) -> None:
-        """Self-generated samples; without a terminal only the last is told, in the note that follows."""
+        """Self-generated tokens; without a terminal nothing is said until the note that follows."""
         self._update("calibration text", done, total, "")
 
     def layer(self, done: int, total: int, report: LayerReport) -> None:

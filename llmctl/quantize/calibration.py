@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmctl.errors import LlmctlError, ModelNotFoundError, UsageError
+from llmctl.errors import ModelNotFoundError, UsageError
 from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SELF = "self"
 
 _CHARS_PER_TOKEN = 64  # of a file's text read for each token wanted: plenty of choice, bounded work
 _DATASET_ROWS = 20_000
+_MAX_RUNNING = 64  # self-generated samples at once
 
 OnProgress = Callable[[int, int], None]
 
@@ -183,36 +184,32 @@ def self_calibration(
 
     Args:
         vocab_size: the model's.
-        on_progress: called with samples done and wanted.
+        on_progress: called with tokens written and wanted.
     """
-    from llmctl.engine.generate import generate
     from llmctl.engine.llm_engine import LLMEngine
+    from llmctl.engine.request import Request
     from llmctl.engine.sampling import SamplingParams, derive_seed
     from llmctl.engine.scheduler import SchedulerConfig
     from llmctl.runtime.load import runtime_from_checkpoint
 
-    prompts = random_prompts(tokenizer, vocab_size, samples, seed)
-    blocks = samples * -(-length // 16) + 1
-    runtime = runtime_from_checkpoint(checkpoint, num_blocks=blocks, max_model_len=length)
-    engine = LLMEngine(runtime, SchedulerConfig(max_num_seqs=samples, max_num_batched_tokens=max(512, samples * 2)))
-    params = [
-        SamplingParams(temperature=1.0, seed=derive_seed(seed, i), max_tokens=length - len(prompt), ignore_eos=True)
-        for i, prompt in enumerate(prompts)
-    ]
-    done: list[int] = []
-
-    def finished(_: object) -> None:
-        done.append(1)
-        if on_progress is not None:
-            on_progress(len(done), samples)
-
+    rows = [list(prompt) for prompt in random_prompts(tokenizer, vocab_size, samples, seed)]
+    running = min(samples, _MAX_RUNNING)
+    runtime = runtime_from_checkpoint(checkpoint, num_blocks=running * (length // 16 + 1), max_model_len=length)
+    config = SchedulerConfig(max_num_seqs=running, max_num_queued_reqs=samples)
+    engine = LLMEngine(runtime, config)
+    for i, prompt in enumerate(rows):
+        params = SamplingParams(
+            temperature=1.0, seed=derive_seed(seed, i), max_tokens=length - len(prompt), ignore_eos=True
+        )
+        engine.add_request(Request(str(i), tuple(prompt), params))
     try:
-        completions = generate(engine, tokenizer, prompts, params, on_finish=finished)
+        while engine.has_unfinished():
+            for output in engine.step():
+                rows[int(output.request_id)] += output.new_token_ids
+            if on_progress is not None:
+                on_progress(sum(map(len, rows)), samples * length)
     finally:
         engine.close()
-    rows = [[*prompt, *c.token_ids] for prompt, c in zip(prompts, completions, strict=True)]
-    if any(len(row) != length for row in rows):
-        raise LlmctlError("self-generated calibration came out short", fix="give a text file with --calib FILE.txt")
     tokens = torch.tensor(rows, dtype=torch.int32)
     return Calibration(tokens, f"{samples} samples of {length} tokens written by the model itself (seed {seed})")
 

@@ -42,7 +42,7 @@ class Progress(Protocol):
         ...
 
     def calibrating(self, done: int, total: int) -> None:
-        """Samples of self-generated text written."""
+        """Tokens of self-generated text written."""
         ...
 
     def layer(self, done: int, total: int, report: LayerReport) -> None:

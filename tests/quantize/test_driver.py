@@ -1,0 +1,269 @@
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import FAMILIES, logits_of, write_model
+
+from llmctl.checkpoint.assemble import assemble_all, checkpoint_graph
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.config import QuantizeConfig
+from llmctl.errors import LlmctlError, UsageError
+from llmctl.quantize import driver
+from llmctl.quantize.driver import quantize_checkpoint
+from llmctl.quantize.report import QuantizeReport
+from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.workfolder import WorkFolder
+from llmctl.text.tokenizer import Tokenizer
+
+WORDS = "the quick brown fox reads a book about engines and kernels then it sits down to write numbers in caches".split()
+TEXT = " ".join(random.Random(0).choices(WORDS, k=1500))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def config(model: Path, text: Path, tmp_path: Path) -> QuantizeConfig:
+    return QuantizeConfig(
+        model=str(model), output=str(tmp_path / "out"), group_size=16, calib=str(text), calib_samples=16, calib_length=48
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def logits(folder: Path, tokens: list[list[int]]) -> torch.Tensor:
+    checkpoint = open_checkpoint(folder)
+    graph = checkpoint_graph(checkpoint)
+    return logits_of(graph, assemble_all(graph, checkpoint), tokens)
+
+
+def distance(folder: Path, other: Path) -> float:
+    tokenizer = Tokenizer.from_folder(folder)
+    tokens = [tokenizer.encode(TEXT)[start : start + 100] for start in (0, 500, 1000)]
+    p, q = (logits(f, tokens).log_softmax(dim=-1) for f in (folder, other))
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+
+def test_rtn_holds_the_rounded_weights(config: QuantizeConfig, model: Path) -> None:
+    report = quantize_checkpoint(replace(config, method="rtn"))
+    source, made = open_checkpoint(model), open_checkpoint(Path(config.output))
+    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        found, expected = made.weight(name), quantize_rtn(source.weight(name), report_scheme(report))
+        assert isinstance(found, QuantizedWeight)
+        assert torch.equal(found.dequantize(), expected.dequantize())
+    assert isinstance(made.weight("lm_head.weight"), torch.Tensor)
+    assert report.error_of == "weight"
+    assert not Path(config.output + ".partial").exists()
+
+
+def report_scheme(report: QuantizeReport) -> object:
+    from llmctl.graph.graph import QuantScheme
+
+    return QuantScheme(report.bits, report.group_size, report.symmetric)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_every_family_survives(family: str, method: str, config: QuantizeConfig, tmp_path: Path) -> None:
+    source = write_model(tmp_path / family, family)
+    quantize_checkpoint(replace(config, model=str(source), method=method, bits=8))
+    made = open_checkpoint(Path(config.output))
+    assert made.quantization is not None
+    assert distance(source, Path(config.output)) < 2e-3
+    assert made.aux_files().keys() == open_checkpoint(source).aux_files().keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "awq", "bits": 4},
+        {"method": "awq", "bits": 4, "format": "gptq", "symmetric": True},
+        {"method": "awq", "bits": 3, "group_size": 32},
+        {"method": "gptq", "bits": 4, "static_groups": False},
+        {"method": "gptq", "bits": 4, "act_order": False, "format": "awq"},
+        {"method": "gptq", "bits": 3, "group_size": -1, "symmetric": True},
+    ],
+    ids=str,
+)
+def test_the_output_is_what_was_measured(changes: dict[str, object], config: QuantizeConfig, model: Path) -> None:
+    config = replace(config, **changes)  # type: ignore[arg-type]
+    report = quantize_checkpoint(config)
+    made = open_checkpoint(Path(config.output))
+    assert made.quantization is not None
+    assert made.quantization.method == report.format
+    assert report.format == ("awq" if changes in ({"method": "awq", "bits": 4},) or config.format == "awq" else "gptq")
+    weight = made.weight("model.layers.1.mlp.down_proj.weight")
+    assert isinstance(weight, QuantizedWeight)
+    assert weight.scheme.bits == config.bits
+    assert (weight.g_idx is not None) == (config.method == "gptq" and not config.static_groups)
+    assert len(report.layers) == 2
+    assert all(0 < error < 0.2 for layer in report.layers for error in layer.modules.values())
+    plain = quantize_checkpoint(replace(config, method="rtn", format="gptq", output=config.output + "-rtn"))
+    assert distance(model, Path(config.output)) < 0.95 * distance(model, Path(plain.output))
+
+
+def test_awq_scales_and_fold_into_the_norms(config: QuantizeConfig, model: Path) -> None:
+    report = quantize_checkpoint(replace(config, method="awq", bits=3, group_size=32))
+    assert any(alpha is not None for layer in report.layers for alpha in layer.scales.values())
+    name = "model.layers.0.input_layernorm.weight"
+    before, after = (open_checkpoint(f).weight(name) for f in (model, Path(config.output)))
+    assert isinstance(after, torch.Tensor)
+    assert after.dtype == torch.float16
+    assert not torch.allclose(after.float(), before, rtol=0.05)
+
+
+def test_ignored_linears_stay_dense_and_equal(config: QuantizeConfig, model: Path) -> None:
+    made_by = replace(config, method="awq", ignore=("lm_head", "o_proj", "layers.1.mlp"))
+    report = quantize_checkpoint(made_by)
+    made = open_checkpoint(Path(config.output))
+    assert "model.layers.1.mlp.up_proj" in report.dense_modules
+    kept = made.weight("model.layers.1.mlp.up_proj.weight")
+    assert isinstance(kept, torch.Tensor)
+    assert distance(model, Path(config.output)) < 0.05
+
+
+def test_an_untied_head_on_request(config: QuantizeConfig, model: Path) -> None:
+    quantize_checkpoint(replace(config, method="gptq", bits=8, ignore=()))
+    made = open_checkpoint(Path(config.output))
+    assert isinstance(made.weight("lm_head.weight"), QuantizedWeight)
+    assert distance(model, Path(config.output)) < 5e-3
+
+
+def test_self_calibration_is_seeded(config: QuantizeConfig, tmp_path: Path) -> None:
+    config = replace(config, calib="self", calib_samples=4, calib_length=24, method="gptq")
+    folders = []
+    for i, seed in enumerate((0, 0, 1)):
+        folders.append(tmp_path / f"run{i}")
+        report = quantize_checkpoint(replace(config, output=str(folders[-1]), seed=seed))
+        assert "written by the model itself" in report.calibration
+    first, second, third = map(contents, folders)
+    assert first == second
+    assert first != third
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize("moment", ["before layer 0", "before layer 1", "inside layer 1's save", "before the end"])
+def test_resume_gives_the_same_bytes(
+    method: str, moment: str, config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, method=method, bits=4)
+    whole = replace(config, output=config.output + "-whole")
+    quantize_checkpoint(whole)
+    if moment == "inside layer 1's save":
+        die_in(monkeypatch, WorkFolder, "save_hidden", lambda _, index, __: index == 2)
+    elif moment == "before the end":
+        die_in(monkeypatch, driver, "write_quantized_checkpoint", lambda *_: True)
+    else:
+        die_in(monkeypatch, driver._Job, "_step", lambda _, __, layer, *___: layer == int(moment[-1]))
+    with pytest.raises(Killed):
+        quantize_checkpoint(config)
+    monkeypatch.undo()
+    assert not Path(config.output).exists()
+    if method != "rtn":
+        die_in(monkeypatch, driver, "calibrate", lambda *_: True)  # the tokens are kept
+    with pytest.raises(UsageError, match="--resume"):
+        quantize_checkpoint(config)
+    quantize_checkpoint(replace(config, resume=True))
+    assert contents(Path(config.output)) == contents(Path(whole.output))
+    assert not Path(config.output + ".partial").exists()
+
+
+def die_in(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, when: object) -> None:
+    real = getattr(owner, name)
+
+    def wrapper(*args: object, **kwargs: object) -> object:
+        if when(*args):  # type: ignore[operator]
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def test_resume_refuses_other_options_by_name(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    die_in(monkeypatch, driver._Job, "_step", lambda _, __, layer, *___: layer == 1)
+    with pytest.raises(Killed):
+        quantize_checkpoint(config)
+    monkeypatch.undo()
+    kept = contents(Path(config.output + ".partial"))
+    with pytest.raises(UsageError, match="seed was 0, is 7") as caught:
+        quantize_checkpoint(replace(config, resume=True, seed=7, group_size=32))
+    assert "group-size was 16, is 32" in str(caught.value)
+    assert contents(Path(config.output + ".partial")) == kept
+
+
+def test_resume_without_anything_to_resume_starts(config: QuantizeConfig) -> None:
+    quantize_checkpoint(replace(config, resume=True))
+    assert Path(config.output).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 48}, "16, 32|8, 16|-1"),
+        ({"bits": 5}, "--bits 5"),
+        ({"method": "magic"}, "--method magic"),
+        ({"format": "ggml"}, "--format ggml"),
+        ({"bits": 3, "format": "awq"}, "4 bits only"),
+        ({"method": "gptq", "static_groups": False, "format": "awq"}, "act-order"),
+        ({"calib": "missing.txt"}, "no such file"),
+        ({"calib": "no-such-dataset"}, "datasets"),
+        ({"calib_length": 1000}, "3 to 128"),
+        ({"calib_samples": 0}, "at least 1"),
+        ({"ignore": ("lm_haed",)}, "lm_haed"),
+        ({"damp_percent": 0.0}, "--damp-percent"),
+        ({"threads": 0}, "--threads"),
+        ({"model": "/nowhere"}, "nowhere"),
+        ({"output": ""}, "--output"),
+    ],
+    ids=str,
+)
+def test_refusals_leave_nothing_behind(
+    changes: dict[str, object], message: str, config: QuantizeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(LlmctlError, match=message) as caught:
+        quantize_checkpoint(replace(config, **changes))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept(config: QuantizeConfig) -> None:
+    Path(config.output).mkdir()
+    (Path(config.output) / "mine").write_text("x")
+    with pytest.raises(UsageError, match="exists already"):
+        quantize_checkpoint(config)
+    assert contents(Path(config.output)) == {"mine": b"x"}
+
+
+def test_a_quantized_checkpoint_is_refused(config: QuantizeConfig) -> None:
+    quantize_checkpoint(replace(config, method="rtn"))
+    with pytest.raises(UsageError, match="quantized already"):
+        quantize_checkpoint(replace(config, model=config.output, output=config.output + "-2"))
+
+
+def test_report_adds_up(config: QuantizeConfig) -> None:
+    report = quantize_checkpoint(replace(config, method="awq"))
+    data = json.loads(json.dumps(report.to_json()))
+    assert data["size_after"] == (Path(config.output) / "model.safetensors").stat().st_size
+    assert data["bits_per_weight"] == pytest.approx(4 + 20 / 16)
+    assert data["size_before"] == pytest.approx(2 * data["size_16bit"], rel=0.01)
+    assert [layer["layer"] for layer in data["layers"]] == [0, 1]
+    assert data["quantized_modules"] == 14
