@@ -127,17 +127,16 @@ def _call_autoawq(
     ignored: tuple[str, ...],
     folder: Path,
 ) -> None:
-    from transformers import AutoTokenizer
-
     settings = {"zero_point": True, "q_group_size": config.group_size, "w_bit": 4, "version": "GEMM"}
     if ignored != ("lm_head",):
         settings["modules_to_not_convert"] = list(ignored)
     samples, length = calibration.tokens.shape
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path))
         model = module.AutoAWQForCausalLM.from_pretrained(str(checkpoint.path), device_map="cpu", use_cache=False)
+        from transformers import AutoTokenizer
+
         model.quantize(
-            tokenizer,
+            AutoTokenizer.from_pretrained(str(checkpoint.path)),
             quant_config=settings,
             calib_data=calibration.tokens.tolist(),
             max_calib_samples=samples,

@@ -19,7 +19,9 @@ from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.workfolder import WorkFolder
 from llmctl.text.tokenizer import Tokenizer
 
-WORDS = "the quick brown fox reads a book about engines and kernels then it sits down to write numbers in caches".split()
+WORDS = (
+    "the quick brown fox reads a book about engines and kernels then it sits down to write numbers in caches".split()
+)
 TEXT = " ".join(random.Random(0).choices(WORDS, k=1500))
 
 
@@ -38,7 +40,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(model: Path, text: Path, tmp_path: Path) -> QuantizeConfig:
     return QuantizeConfig(
-        model=str(model), output=str(tmp_path / "out"), group_size=16, calib=str(text), calib_samples=16, calib_length=48
+        model=str(model),
+        output=str(tmp_path / "out"),
+        group_size=16,
+        calib=str(text),
+        calib_samples=16,
+        calib_length=48,
     )
 
 

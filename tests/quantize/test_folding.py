@@ -85,9 +85,7 @@ def test_grouped_queries_share_the_scales_of_their_kv_head() -> None:
 
 def test_gemmas_norms_fold_with_their_one() -> None:
     graph = graph_of("llama")
-    ops = tuple(
-        op.with_(attrs={**op.attrs, "plus_one": True}) if op.kind == "rms_norm" else op for op in graph.ops
-    )
+    ops = tuple(op.with_(attrs={**op.attrs, "plus_one": True}) if op.kind == "rms_norm" else op for op in graph.ops)
     gemma = Graph(**{**graph.__dict__, "ops": ops})
     weights = weights_of(gemma)
     tokens = random_tokens(1, 16, 97)
