@@ -61,7 +61,17 @@ async def parse(request: Request, model: type[Body]) -> Body:
 def openapi_body(model: type[ApiModel]) -> dict[str, Any]:
     """What ``/docs`` shows for a body that is parsed by ``parse``."""
     schema = model.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema with its local references replaced by what they name; an OpenAPI document has no ``$defs``."""
+    if isinstance(node, dict):
+        if "$ref" in node:
+            return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+        return {key: _inlined(value, definitions) for key, value in node.items()}
+    return [_inlined(item, definitions) for item in node] if isinstance(node, list) else node
 
 
 class EventStream(Response):

@@ -35,8 +35,11 @@ def create_app(context: ServerContext) -> FastAPI:
         "/v1/models/{name:path}": model,
     }
     for path, endpoint in gets.items():
-        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
-    app.add_api_route("/tokenize", tokenize, methods=["POST"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+    app.add_api_route(
+        "/tokenize", tokenize, methods=["POST"], response_model=None, openapi_extra=openapi_body(TokenizeRequest)
+    )
     app.add_api_route(
         "/detokenize",
         detokenize,

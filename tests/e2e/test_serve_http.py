@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+import urllib.request
 from typing import Any
 
 import aiohttp
@@ -130,12 +131,25 @@ def test_tokenize_and_detokenize(server: ServerProcess) -> None:
     assert server.post("/detokenize", {"tokens": [10**9]})[0] == 400
 
 
+def test_the_openapi_document_names_the_endpoints_and_resolves(server: ServerProcess) -> None:
+    status, text = server.get("/openapi.json")
+    assert status == 200
+    document = json.loads(text)
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/metrics"} <= set(document["paths"])
+    assert "#/$defs" not in text
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["messages"]["items"]["properties"]["role"] == {"title": "Role", "type": "string"}
+
+
 def test_version_health_ready(server: ServerProcess) -> None:
     from llmctl import __version__
 
     assert json.loads(server.get("/version")[1]) == {"version": __version__}
     assert server.get("/health")[0] == 200
     assert json.loads(server.get("/ready")[1]) == {"status": "ready"}
+    probe = urllib.request.Request(server.url + "/health", method="HEAD")
+    with urllib.request.urlopen(probe, timeout=10) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
 
 
 def test_the_api_process_imports_no_torch(server: ServerProcess) -> None:

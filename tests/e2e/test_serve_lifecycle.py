@@ -17,6 +17,7 @@ import psutil
 import pytest
 from fixtures import ServerProcess, fetch
 
+RECIPES = Path(__file__).parents[2] / "configs" / "serve"
 KEY = {"Authorization": "Bearer secret-1"}
 LONG = {"prompt": "x é", "max_tokens": 450, "temperature": 0, "stream": True}
 
@@ -26,8 +27,9 @@ class Servers:
 
     def __init__(self, engine: Path, checkpoint: Path, folder: Path) -> None:
         self.keyed = ServerProcess(
-            *("--model", str(engine), "--api-key", "secret-1,secret-2", "--served-model-name", "mine"),
-            *("--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--drain-timeout", "20"),
+            *("--config", str(RECIPES / "shared.yaml"), "--host", "127.0.0.1", "--model", str(engine)),
+            *("--served-model-name", "mine", "--max-num-seqs", "1", "--max-num-queued-reqs", "1"),
+            env={"LLMCTL_API_KEY": "secret-1,secret-2"},
         )
         self.built = ServerProcess(
             *("--model", str(checkpoint), "--target", "reference", "--stall-timeout", "0.5"),

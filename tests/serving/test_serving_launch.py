@@ -6,15 +6,17 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from llmctl.config import ServeConfig
+from llmctl.config import ServeConfig, load_yaml_options
 from llmctl.errors import UsageError
 from llmctl.serving.launch import bind, check_config, default_model_name
 from llmctl.serving.supervisor import describe_exit
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,15 @@ def test_bad_settings(changes: dict[str, str], said: str) -> None:
     check_config(good)
     with pytest.raises(UsageError, match=said):
         check_config(replace(good, **changes))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_settings(recipe: Path) -> None:
+    options = load_yaml_options(recipe, [field.name for field in fields(ServeConfig)])
+    check_config(ServeConfig(model="m", **options))
+    defaults = ServeConfig()
+    for name, value in options.items():
+        assert type(value) in (type(getattr(defaults, name)), int), name
 
 
 def test_bind_refuses_a_taken_port_and_a_foreign_host() -> None:
