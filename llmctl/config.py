@@ -50,6 +50,7 @@ class BuildConfig:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    lm_head: str = "auto"
     passes: tuple[str, ...] | None = None
     dry_run: bool = False
     memory_budget: str | None = None

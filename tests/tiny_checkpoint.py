@@ -75,7 +75,15 @@ def write_dense(folder: Path, seed: int = 0) -> Path:
     return _write(folder, config(), tensors)
 
 
-def write_gptq(folder: Path, *, bits: int = 4, group_size: int = 32, symmetric: bool = False, seed: int = 0) -> Path:
+def write_gptq(
+    folder: Path,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = False,
+    act_order: bool = False,
+    seed: int = 0,
+) -> Path:
     """The checkpoint with random GPTQ weights in all layers."""
     import torch
 
@@ -83,7 +91,7 @@ def write_gptq(folder: Path, *, bits: int = 4, group_size: int = 32, symmetric: 
     from llmctl.checkpoint.quantized import QuantizedWeight
     from llmctl.graph.graph import QuantScheme
 
-    scheme = QuantScheme(bits, group_size, symmetric)
+    scheme = QuantScheme(bits, group_size, symmetric, act_order)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Any] = {
         name: ("F16", array.shape, array)
@@ -99,13 +107,14 @@ def write_gptq(folder: Path, *, bits: int = 4, group_size: int = 32, symmetric: 
             (torch.rand(groups, generator=generator) * 0.02 + 0.001).half(),
             zeros.to(torch.uint8),
             scheme,
+            (torch.randperm(columns, generator=generator) // group_size).to(torch.int32) if act_order else None,
         )
         # Without act-order g_idx says nothing; leaving it out keeps the headers sufficient to describe the checkpoint.
-        packed = {suffix: plane for suffix, plane in gptq.pack(weight).items() if suffix != "g_idx"}
+        packed = {suffix: plane for suffix, plane in gptq.pack(weight).items() if act_order or suffix != "g_idx"}
         dtypes = {torch.int32: "I32", torch.float16: "F16"}
         tensors |= {f"{name}.{k}": (dtypes[v.dtype], tuple(v.shape), v.contiguous()) for k, v in packed.items()}
     quantization = {
-        "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": False,
+        "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": act_order,
         "checkpoint_format": "gptq",
     }  # fmt: skip
     return _write(folder, config(quantization_config=quantization), tensors)

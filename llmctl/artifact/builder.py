@@ -24,6 +24,7 @@ from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import EngineLoadError, UsageError
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.
+_SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
 _BUILDER_ROOMS = ("artifact", "checkpoint", "graph", "kernels")
 
 
@@ -137,7 +138,7 @@ def _fingerprint(checkpoint: Checkpoint, engines: Path) -> str:
 
 def _builder_hash() -> str:
     root = Path(__file__).parents[1]
-    files = sorted(p for room in _BUILDER_ROOMS for p in (root / room).rglob("*") if p.suffix in (".py", ".cu", ".cuh"))
+    files = sorted(p for room in _BUILDER_ROOMS for p in (root / room).rglob("*") if p.suffix in _SOURCES)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())

@@ -17,14 +17,16 @@ from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
+from llmctl.artifact.cpu_planes import cpu_planes
 from llmctl.artifact.device import arch_number, best_arch, cpu_features, cuda_device
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, plan_memory
-from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, resident_bytes
+from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
 from llmctl.graph.graph import Graph
 from llmctl.kernels.registry import FALLBACK
+from llmctl.kernels.toolchain import library_name, supported_variants
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine that passed every check. ``weights``: planes by name; ``plan``: its memory, KV blocks included."""
+    """An engine that passed every check. ``weights``: planes by name; ``plan``: its memory, KV blocks included;
+    ``request``: the limits it was asked for."""
 
     path: Path
     manifest: Manifest
     weights: Mapping[str, WeightPlane]
     plan: MemoryPlan
+    request: EngineRequest
 
     @property
     def graph(self) -> Graph:
@@ -104,11 +108,12 @@ def load_engine(
     checks.target()
     checks.kernels()
     checks.tensors()
-    plan = checks.limits(
-        EngineRequest(max_model_len, block_size, dtype, max_num_batched_tokens, max_num_seqs, kv_cache_bytes, budget)
+    request = EngineRequest(
+        max_model_len, block_size, dtype, max_num_batched_tokens, max_num_seqs, kv_cache_bytes, budget
     )
+    plan = checks.limits(request)
     checks.memory(plan)
-    return LoadedEngine(path, checks.manifest, _map_weights(path, checks.manifest), plan)
+    return LoadedEngine(path, checks.manifest, _map_weights(path, checks.manifest), plan, request)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -164,6 +169,9 @@ class EngineChecks:
             self.refuse("target.features", "a CPU with " + ", ".join(target.features), "none of " + ", ".join(missing))
         if target.kind == "cuda":
             self._check_cuda()
+        if target.native_cpu and cpu_library(self.path, self.manifest) is None:
+            here = ", ".join(library_name(v) for v in supported_variants(cpu_features()))
+            self.refuse("target", f"a CPU that runs {', '.join(target.archs)}", f"one that runs {here}", target="cpu")
 
     def kernels(self) -> None:
         """Every compiled module has its recorded content, and every chosen kernel is in the engine's modules."""
@@ -182,9 +190,11 @@ class EngineChecks:
     def tensors(self) -> None:
         """The weight files hold exactly the planes that the graph needs, of the right shapes and dtypes."""
         found = self._entries()
-        expected = expected_planes(
-            self.manifest.graph, dense_dtypes(self.manifest.target.kind, self.manifest.options.dtype)
-        )
+        graph, target, options = self.manifest.graph, self.manifest.target, self.manifest.options
+        if target.native_cpu:
+            expected = flat(cpu_planes(graph, options))
+        else:
+            expected = expected_planes(graph, dense_dtypes(target.kind, options.dtype))
         for name, plane in expected.items():
             wanted = f"{' or '.join(plane.dtypes)} {list(plane.shape)}"
             if name not in found:
@@ -212,7 +222,7 @@ class EngineChecks:
         stored = [Plane(name, entry.shape, (entry.dtype,)) for name, entry in self._entries().items()]
         return plan_memory(
             self.manifest.graph,
-            weights_bytes=resident_bytes(self.manifest.graph, self.manifest.target.kind, built.dtype, stored),
+            weights_bytes=resident_bytes(self.manifest.graph, self.manifest.target, built.dtype, stored),
             dtype=built.dtype,
             target_kind=self.manifest.target.kind,
             kv_cache_dtype=built.kv_cache_dtype,
@@ -283,6 +293,14 @@ def kernel_file_for(manifest: Manifest, capability: tuple[int, int]) -> str | No
     by_arch = {module.arch: name for name, module in manifest.kernel_files.items()}
     best = best_arch(tuple(sorted(by_arch, key=arch_number)), capability)
     return None if best is None else by_arch[best]
+
+
+def cpu_library(path: Path, manifest: Manifest) -> Path | None:
+    """The fastest of the engine's native libraries that this CPU runs; None when there is none."""
+    for variant in supported_variants(cpu_features()):
+        if library_name(variant) in manifest.target.archs:
+            return path / "kernels" / f"{library_name(variant)}.so"
+    return None
 
 
 def _map_weights(path: Path, manifest: Manifest) -> dict[str, WeightPlane]:

@@ -49,6 +49,7 @@ class BuildOptions:
         dtype: dtype the model computes in. max_model_len: longest sequence, tokens.
         block_size: tokens a KV block. kv_cache_dtype: dtype of the KV cache.
         passes: graph passes, in order. graph_sizes: batch sizes captured as device graphs.
+        lm_head: how the native CPU kernels store a dense output head: dense, int8 or int4.
     """
 
     dtype: str
@@ -57,15 +58,22 @@ class BuildOptions:
     kv_cache_dtype: str
     passes: tuple[str, ...]
     graph_sizes: tuple[int, ...] = ()
+    lm_head: str = "dense"
 
 
 @dataclass(frozen=True)
 class Target:
-    """``kind`` reference, cpu or cuda; ``archs`` of a cuda target (sm_90); ``features`` a CPU must have (avx2)."""
+    """``kind`` reference, cpu or cuda; ``archs``: sm_90 and the like, or the native kernels' variants of a cpu target
+    (none: it runs on the reference runtime); ``features`` a CPU must have (avx2)."""
 
     kind: str
     archs: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+
+    @property
+    def native_cpu(self) -> bool:
+        """Whether weights are packed for the native CPU kernels."""
+        return self.kind == "cpu" and bool(self.archs)
 
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(self.archs)}" if self.archs else self.kind

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llmctl.artifact.cpu_planes import LM_HEAD_BITS, cpu_choices, cpu_planes
 from llmctl.artifact.device import cpu_features
 from llmctl.artifact.manifest import BuildOptions, QuantizationRecord, Target
 from llmctl.artifact.memory import MemoryPlan, plan_memory
@@ -20,8 +21,9 @@ from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.kernels.compile import ARCHITECTURES
 from llmctl.kernels.registry import KernelChoice, choose_all
+from llmctl.kernels.toolchain import VARIANTS, find_compiler, library_name, supported_variants
 
-TARGETS = ("cpu", "reference", "cuda:sm_XX[,sm_YY…]")
+TARGETS = ("cpu", "cpu:VARIANT[,VARIANT…]", "reference", "cuda:sm_XX[,sm_YY…]")
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,14 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     graph = apply_passes(checkpoint_graph(checkpoint), _passes(config.passes))
     check_graph(graph)
     options = _options(config, target, checkpoint, graph)
-    planes = settle_planes(graph, dense_dtypes(target.kind, options.dtype), checkpoint.describe)
+    if target.native_cpu:
+        planes = cpu_planes(graph, options)
+    else:
+        planes = settle_planes(graph, dense_dtypes(target.kind, options.dtype), checkpoint.describe)
     stored = flat(planes)
     memory = plan_memory(
         graph,
-        weights_bytes=resident_bytes(graph, target.kind, options.dtype, stored.values()),
+        weights_bytes=resident_bytes(graph, target, options.dtype, stored.values()),
         dtype=options.dtype,
         target_kind=target.kind,
         kv_cache_dtype=options.kv_cache_dtype,
@@ -82,20 +87,23 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         target=target,
         options=options,
         planes=planes,
-        choices=choose_all(graph, options.dtype, {name: p.dtype for name, p in stored.items()}, target.kind),
+        choices=_choices(graph, target, options, stored),
         memory=memory,
     )
 
 
 def parse_target(text: str) -> Target:
-    """A ``--target``: ``cpu``, ``reference`` or ``cuda:sm_80,sm_90``.
+    """A ``--target``: ``cpu`` (the native kernels' best variant here), ``cpu:avx2,portable``, ``reference`` or
+    ``cuda:sm_80,sm_90``. Without a C++ compiler ``cpu`` has no variants: it runs on the reference runtime.
 
     Raises:
         UsageError: anything else.
     """
     kind, _, archs = text.partition(":")
-    if kind in ("cpu", "reference") and not archs:
+    if kind == "reference" and not archs:
         return Target(kind)
+    if kind == "cpu":
+        return _cpu_target(archs)
     names = tuple(sorted(set(archs.split(",")), key=lambda a: (len(a), a)))
     unknown = [name for name in names if name not in ARCHITECTURES]
     if kind != "cuda" or unknown:
@@ -122,10 +130,34 @@ def check_options(config: BuildConfig) -> None:
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
         )
+    if config.lm_head not in ("auto", "dense", *LM_HEAD_BITS):
+        known = ", ".join(LM_HEAD_BITS)
+        raise UsageError(f"--lm-head: expected auto, dense, {known}, found '{config.lm_head}'", param="lm_head")
     if config.block_size < 1 or config.block_size & (config.block_size - 1):
         raise UsageError(f"--block-size: expected a power of two, found {config.block_size}", param="block_size")
     if config.max_model_len is not None and config.max_model_len < 1:
         raise UsageError(f"--max-model-len: expected at least 1, found {config.max_model_len}", param="max_model_len")
+
+
+def _cpu_target(names: str) -> Target:
+    if not names:
+        best = supported_variants(cpu_features())[0]
+        return Target("cpu", (library_name(best),) if find_compiler() is not None else ())
+    known = {alias: library_name(v) for v in VARIANTS for alias in (v.name.rpartition("-")[2], library_name(v))}
+    wanted = names.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        short = ", ".join(v.name.rpartition("-")[2] for v in VARIANTS)
+        raise UsageError(f"--target cpu: expected some of {short}, found '{unknown[0]}'", param="target")
+    return Target("cpu", tuple(library_name(v) for v in VARIANTS if library_name(v) in {known[w] for w in wanted}))
+
+
+def _choices(
+    graph: Graph, target: Target, options: BuildOptions, stored: Mapping[str, Plane]
+) -> tuple[KernelChoice, ...]:
+    if target.native_cpu:
+        return cpu_choices(graph, options)
+    return choose_all(graph, options.dtype, {name: p.dtype for name, p in stored.items()}, target.kind)
 
 
 def source_name(model: str, path: Path) -> str:
@@ -169,8 +201,31 @@ def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph:
     dtype = resolve_dtype(config.dtype, target, checkpoint.dtype)
     if target.kind == "cuda" and dtype == "float32":
         raise UsageError("--dtype: expected float16 or bfloat16 for a cuda target, found 'float32'", param="dtype")
-    options = BuildOptions(dtype, length, config.block_size, config.kv_cache_dtype, graph.passes)
-    return replace(options, kv_cache_dtype=dtype) if options.kv_cache_dtype == "auto" else options
+    options = BuildOptions(
+        dtype,
+        length,
+        config.block_size,
+        dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        graph.passes,
+        lm_head="dense" if config.lm_head == "auto" else config.lm_head,
+    )
+    return _native_options(config, options, graph) if target.native_cpu else options
+
+
+def _native_options(config: BuildConfig, options: BuildOptions, graph: Graph) -> BuildOptions:
+    """The options of an engine for the native CPU kernels."""
+    for name in ("dtype", "kv_cache_dtype"):
+        if getattr(options, name) == "float16":
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: expected bfloat16 or float32 for a cpu target, found 'float16'", param=name)
+    if options.block_size % 16:
+        raise UsageError(
+            f"--block-size: expected a multiple of 16 for a cpu target, found {options.block_size}", param="block_size"
+        )
+    quantized = any(weight.quant is not None for weight in graph.weights.values())
+    if config.lm_head == "auto" and quantized and options.dtype != "float32":
+        return replace(options, lm_head="int8")
+    return options
 
 
 def resolve_dtype(dtype: str, target: Target, checkpoint_dtype: str) -> str:
@@ -179,9 +234,7 @@ def resolve_dtype(dtype: str, target: Target, checkpoint_dtype: str) -> str:
         return dtype
     if target.kind == "cuda":
         return "float16" if checkpoint_dtype == "float16" else "bfloat16"
-    if target.kind == "cpu":
-        return "bfloat16" if "avx512_bf16" in cpu_features() else "float32"
-    return "float32"
+    return "bfloat16" if target.native_cpu else "float32"
 
 
 def op_counts(graph: Graph) -> dict[str, int]:

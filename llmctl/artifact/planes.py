@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from llmctl.artifact.manifest import Target
 from llmctl.checkpoint.safetensors_io import numpy_dtype
 from llmctl.graph.graph import Graph, QuantScheme, Weight
 
@@ -101,10 +102,10 @@ def total_bytes(planes: Iterable[Plane]) -> int:
     return sum(plane.nbytes for plane in planes)
 
 
-def resident_bytes(graph: Graph, target_kind: str, dtype: str, planes: Iterable[Plane]) -> int:
-    """Bytes the weights take when the engine runs. A cuda engine computes from the stored planes; the others hold every
-    weight dense in ``dtype``."""
-    if target_kind == "cuda":
+def resident_bytes(graph: Graph, target: Target, dtype: str, planes: Iterable[Plane]) -> int:
+    """Bytes the weights take when the engine runs. Cuda and native CPU engines compute from the stored planes; the
+    reference runtime holds every weight dense in ``dtype``."""
+    if target.kind == "cuda" or target.native_cpu:
         return total_bytes(planes)
     return sum(math.prod(weight.shape) for weight in graph.weights.values()) * DTYPE_BYTES[dtype]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl import __version__
+from llmctl.artifact.cpu_planes import pack_planes as pack_cpu_planes
 from llmctl.artifact.folder import published_folder
 from llmctl.artifact.manifest import (
     FORMAT_VERSION,
@@ -29,8 +31,11 @@ from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
-from llmctl.kernels.compile import PTX_FALLBACK, CompiledModule, compile_module, source_hash
+from llmctl.kernels.compile import PTX_FALLBACK, compile_module, source_hash
 from llmctl.kernels.registry import sources_of
+from llmctl.kernels.toolchain import INSTALL_HINT, VARIANTS, compile_library, library_name
+from llmctl.kernels.toolchain import SOURCE as CPU_SOURCE
+from llmctl.kernels.toolchain import SOURCE_DIR as CPU_SOURCE_DIR
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +50,11 @@ MAX_SHARD_BYTES = 2**30
 def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None) -> None:
     """Write the planned engine at ``output``, replacing an engine that is there."""
     # Compiled first: a kernel that does not compile is found before the weights are written.
-    modules = _compile(plan)
+    kernels = _cpu_kernels(plan) if plan.target.kind == "cpu" else _cuda_kernels(plan)
     with published_folder(output) as folder:
         weight_files = _write_weights(plan, folder, progress or _quiet)
         _write_aux(plan, folder)
-        kernel_files = _write_kernels(plan, folder, modules)
+        kernel_files = _write_kernels(folder, kernels)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             llmctl_version=__version__,
@@ -58,7 +63,7 @@ def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None
             options=plan.options,
             quantization=quantization_record(plan.graph, plan.checkpoint),
             graph=plan.graph,
-            kernel_sources={name: source_hash(name) for name in sources_of(plan.choices)},
+            kernel_sources=_kernel_sources(plan),
             kernel_files=kernel_files,
             kernels=plan.choices,
             weight_files=weight_files,
@@ -67,25 +72,48 @@ def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None
         (folder / MANIFEST_NAME).write_bytes(manifest_to_bytes(manifest))
 
 
-def _compile(plan: BuildPlan) -> list[CompiledModule]:
-    """One cubin per architecture of a cuda target, and PTX for the oldest."""
+def _cuda_kernels(plan: BuildPlan) -> list[tuple[str, bytes, KernelFile]]:
+    """One cubin per architecture, and PTX for the oldest: (file name, content, record)."""
     sources = sources_of(plan.choices)
     if not plan.target.archs or not sources:
         return []
     cache = cache_dir() / "kernels"
     archs = (*plan.target.archs, PTX_FALLBACK)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda arch: compile_module(sources, arch, cache=cache), archs))
+        modules = pool.map(lambda arch: compile_module(sources, arch, cache=cache), archs)
+    return [(m.filename, m.code, KernelFile(m.arch, m.compiler, m.flags, sources, m.resources)) for m in modules]
 
 
-def _write_kernels(plan: BuildPlan, folder: Path, modules: Iterable[CompiledModule]) -> dict[str, KernelFile]:
-    sources = sources_of(plan.choices)
+def _cpu_kernels(plan: BuildPlan) -> list[tuple[str, bytes, KernelFile]]:
+    """One shared library per variant."""
+    if not plan.target.archs:
+        print(
+            f"warning: no C++ compiler found: the engine will run on torch, many times slower; {INSTALL_HINT}",
+            file=sys.stderr,
+        )
+    variants = [v for v in VARIANTS if library_name(v) in plan.target.archs]
+    cache = cache_dir() / "kernels"
+    with ThreadPoolExecutor() as pool:
+        libraries = pool.map(lambda variant: compile_library(variant, cache=cache), variants)
+    return [
+        (lib.filename, lib.code, KernelFile(library_name(lib.variant), lib.compiler, lib.flags, (CPU_SOURCE,), ()))
+        for lib in libraries
+    ]
+
+
+def _kernel_sources(plan: BuildPlan) -> dict[str, str]:
+    if plan.target.native_cpu:
+        return {CPU_SOURCE: source_hash(CPU_SOURCE, CPU_SOURCE_DIR)}
+    return {name: source_hash(name) for name in sources_of(plan.choices)}
+
+
+def _write_kernels(folder: Path, kernels: Iterable[tuple[str, bytes, KernelFile]]) -> dict[str, KernelFile]:
     written: dict[str, KernelFile] = {}
-    for module in modules:
-        name = f"kernels/{module.filename}"
+    for filename, code, record in kernels:
+        name = f"kernels/{filename}"
         (folder / "kernels").mkdir(exist_ok=True)
-        (folder / name).write_bytes(module.code)
-        written[name] = KernelFile(module.arch, module.compiler, module.flags, sources, module.resources)
+        (folder / name).write_bytes(code)
+        written[name] = record
     return written
 
 
@@ -142,6 +170,10 @@ class _WeightWriter:
 
     def specs(self, name: str) -> dict[str, TensorSpec]:
         planes = self.plan.planes[name]
+        if self.plan.target.native_cpu:
+            arrays = pack_cpu_planes(self._assemble(name), name, self.plan.graph, self.plan.options)
+            self._report(name, total_bytes(planes))
+            return {p.name: (p.dtype, p.shape, arrays[p.name]) for p in planes}
         if self.plan.graph.weights[name].quant is None:
             plane = planes[0]
             return {plane.name: (plane.dtype, plane.shape, lambda: self._dense(name, plane))}

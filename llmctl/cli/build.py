@@ -41,7 +41,7 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TARGET",
-        help="cpu, reference, or cuda:sm_80,sm_90 (built without a GPU).",
+        help="cpu (or cpu:avx512vnni,avx2,portable), reference, or cuda:sm_80,sm_90 (built without a GPU).",
         rich_help_panel="Target",
     ),
 ]
@@ -74,6 +74,14 @@ MemoryBudget = Annotated[
         rich_help_panel="Memory",
     ),
 ]
+LmHead = Annotated[
+    str,
+    typer.Option(
+        "--lm-head",
+        help="Output head of a cpu engine: dense, int8 or int4; auto: int8 when the model is quantized.",
+        rich_help_panel="Target",
+    ),
+]
 Passes = Annotated[
     list[str] | None,
     typer.Option(
@@ -94,6 +102,7 @@ def build(
     output: Output = _D.output,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
+    lm_head: LmHead = _D.lm_head,
     passes: Passes = None,
     max_model_len: MaxModelLen = _D.max_model_len,
     block_size: BlockSize = _D.block_size,
@@ -115,6 +124,7 @@ def build(
         max_model_len=max_model_len,
         block_size=block_size,
         kv_cache_dtype=kv_cache_dtype,
+        lm_head=lm_head,
         passes=tuple(passes) if passes else None,
         dry_run=dry_run,
         memory_budget=memory_budget,

@@ -37,7 +37,7 @@ class CpuWeights:
     linears: Mapping[str, PackedLinear]
     tables: Mapping[str, NDArray[Any]]
     table_dtypes: Mapping[str, str]
-    vectors: Mapping[str, NDArray[np.float32]]
+    vectors: Mapping[str, NDArray[Any]]
 
 
 class CpuRuntime:

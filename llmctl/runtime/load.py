@@ -34,16 +34,20 @@ def load_runtime(engine: LoadedEngine, *, dtype: str | None = None, threads: int
     Raises:
         EngineLoadError: no runtime for the engine's target.
     """
+    kind = engine.manifest.target.kind
+    if engine.manifest.target.native_cpu:
+        from llmctl.runtime.cpu_load import load_cpu_runtime
+
+        return load_cpu_runtime(engine, threads=threads)
     from llmctl.runtime.reference import ReferenceRuntime
 
-    kind = engine.manifest.target.kind
     if kind not in ("cpu", "reference"):
         raise EngineLoadError(
             f"{engine.path}: target: no runtime for '{engine.manifest.target}' in this version",
             fix=engine.manifest.rebuild_command(str(engine.path), target="cpu"),
         )
     if kind == "cpu":
-        logger.info("target cpu runs through the reference runtime's torch ops in this version")
+        logger.warning("this engine was built without a C++ compiler: it runs on torch, many times slower")
     return ReferenceRuntime(
         engine.graph,
         EngineWeights(engine.graph, engine.weights),

@@ -1,0 +1,119 @@
+// A persistent thread pool that runs one function on every thread at once, with a barrier inside it.
+//
+// A step walks some 300 small ops; handing each to a queue would cost more than many of them. So all threads walk the op
+// list together and meet at barriers. Waiting spins first (a barrier is microseconds away while a step runs), then yields
+// (the API process may need this core), and between steps workers sleep on a condition variable.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace llmctl {
+
+static inline void cpu_relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(threads < 1 ? 1 : threads) {
+    for (int id = 1; id < threads_; id++) workers_.emplace_back([this, id] { work(id); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls f(thread id) on every thread, the caller being thread 0; returns when all are done.
+  template <class F>
+  void run(F& f) {
+    if (threads_ == 1) return f(0);
+    call_ = [](void* fn, int id) { (*static_cast<F*>(fn))(id); };
+    argument_ = &f;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    f(0);
+    barrier();
+  }
+
+  // All threads inside run() meet here; writes before it are visible after it.
+  void barrier() {
+    if (threads_ == 1) return;
+    const uint32_t generation = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
+      if (spins < 4096) cpu_relax();
+      else std::this_thread::yield();
+    }
+  }
+
+ private:
+  void work(int id) {
+    uint32_t seen = 0;
+    for (;;) {
+      for (int spins = 0; spins < 2048 && epoch_.load(std::memory_order_acquire) == seen; spins++) cpu_relax();
+      if (epoch_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+      }
+      seen = epoch_.load(std::memory_order_acquire);
+      if (stop_) return;
+      call_(argument_, id);
+      barrier();
+    }
+  }
+
+  const int threads_;
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool stop_ = false;
+  void (*call_)(void*, int) = nullptr;
+  void* argument_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+};
+
+// Hands out [0, total) in chunks to whichever thread asks; one per parallel phase, zeroed before the step.
+struct alignas(64) WorkCounter {
+  std::atomic<int64_t> next{0};
+};
+
+// Calls f(begin, end) on chunks of [0, total) until none is left.
+template <class F>
+static inline void share(WorkCounter& counter, int64_t total, int64_t chunk, F&& f) {
+  for (;;) {
+    const int64_t begin = counter.next.fetch_add(chunk, std::memory_order_relaxed);
+    if (begin >= total) return;
+    f(begin, begin + chunk < total ? begin + chunk : total);
+  }
+}
+
+}  // namespace llmctl

@@ -1,0 +1,249 @@
+// Walks a bound Graph: every thread runs through the op list, sharing each op's work, with a barrier after each.
+#include "program.h"
+
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "attention_op.h"
+#include "linear_op.h"
+
+using namespace llmctl;
+
+struct llmctl_program {
+  std::vector<OpDesc> ops;
+  std::vector<KvLayer> kv;
+  int64_t max_rows, vocab;
+  size_t tail;  // first op that runs on gathered rows
+  int rows_per = kQueries;
+  Pool pool;
+  Attention attention;
+  std::vector<RowTile> tiles;
+  std::unique_ptr<WorkCounter[]> counters;  // two an op, then one for sampling
+  std::vector<SamplingScratch> scratch;     // a thread
+  std::vector<int32_t> sample_index;        // logits row -> sampling row, -1 for a target
+  double profile[16] = {};
+
+  llmctl_program(const OpDesc* begin, int64_t num_ops, const KvDesc* kv_descs, int64_t num_kv, int64_t block_size,
+                 int64_t max_tokens, int64_t rows, int64_t max_model_len, int64_t vocab_size, int threads)
+      : ops(begin, begin + num_ops),
+        max_rows(rows),
+        vocab(vocab_size),
+        tail(ops.size()),
+        pool(threads),
+        attention(pool.threads(), max_model_len),
+        counters(new WorkCounter[2 * ops.size() + 1]),
+        scratch(size_t(pool.threads()), SamplingScratch(vocab_size)) {
+    for (int64_t i = 0; i < num_kv; i++)
+      kv.push_back({kv_descs[i].base, kv_descs[i].kv_heads, kv_descs[i].head_dim, kv_descs[i].padded_dim,
+                    kv_descs[i].bf16 != 0, block_size});
+    for (size_t i = ops.size(); i-- > 0;) {
+      if (ops[i].on_rows) tail = i;
+      if (ops[i].kind == kAttention) rows_per = HeadPacking(ops[i].heads, ops[i].kv_heads).rows_per;
+    }
+    tiles.reserve(size_t(max_tokens));
+    sample_index.reserve(size_t(max_tokens));
+  }
+};
+
+namespace {
+
+void embed_row(const OpDesc& op, int64_t id, float* y) {
+  const uint8_t* row = op.w + id * op.width * (op.weight_dtype == kF32 ? 4 : 2);
+  for (int64_t i = 0; i < op.width; i++) {
+    const float value = op.weight_dtype == kF32    ? ((const float*)row)[i]
+                        : op.weight_dtype == kBf16 ? bf16_to_f32(((const uint16_t*)row)[i])
+                                                   : f16_to_f32(((const uint16_t*)row)[i]);
+    y[i] = value * op.scale;
+  }
+}
+
+// One row of a norm; `line` is scratch of width floats.
+void norm_row(const OpDesc& op, int64_t row, int64_t rows, float* line) {
+  const float* x = op.x.data + row * op.x.ld;
+  if (op.x2.data) {
+    float* sum = op.y2.data + row * op.y2.ld;
+    add_row(x, op.x2.data + row * op.x2.ld, sum, op.width);
+    x = sum;
+  }
+  float* y = op.quantize_out ? line : op.y.data + row * op.y.ld;
+  if (op.kind == kRmsNorm) rms_norm_row(x, (const float*)op.w, y, op.width, op.eps, op.offset);
+  else layer_norm_row(x, (const float*)op.w, op.bias, y, op.width, op.eps);
+  if (op.quantize_out) {
+    const IntActs acts{op.q_codes, op.q_scales, op.q_sums, op.q_k, op.q_group};
+    quantize_row(y, op.width, acts, row, rows);
+  }
+}
+
+void head_norm_row(const OpDesc& op, int64_t row) {
+  for (int64_t h = 0; h < op.heads; h++)
+    rms_norm_row(op.x.data + row * op.x.ld + h * op.head_dim, (const float*)op.w,
+                 op.y.data + row * op.y.ld + h * op.head_dim, op.head_dim, op.eps, op.offset);
+}
+
+void rotate(const OpDesc& op, const Matrix& x, const Matrix& y, int64_t heads, int64_t row, int64_t position) {
+  const float *cos = op.cos + position * (op.rotary_dim / 2), *sin = op.sin + position * (op.rotary_dim / 2);
+  float* out = y.data + row * y.ld;
+  if (y.data != x.data) std::memcpy(out, x.data + row * x.ld, size_t(heads * op.head_dim) * 4);
+  for (int64_t h = 0; h < heads; h++) rope_head(out + h * op.head_dim, cos, sin, op.rotary_dim, op.neox != 0);
+}
+
+void write_kv(const KvLayer& kv, const Matrix& k, const Matrix& v, int64_t row, int64_t slot) {
+  if (slot < 0) return;
+  for (int64_t h = 0; h < kv.kv_heads; h++)
+    kv_store(kv, slot, h, k.data + row * k.ld + h * kv.dim, v.data + row * v.ld + h * kv.dim);
+}
+
+void to_bf16_row(const OpDesc& op, int64_t row) {
+  const float* x = op.x.data + row * op.x.ld;
+  uint16_t* y = op.x16 + row * op.k;
+  for (int64_t i = 0; i < op.k; i++) y[i] = i < op.width ? f32_to_bf16(x[i]) : 0;
+}
+
+void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int64_t row, int64_t rows,
+            int64_t first_logits_row, float* line) {
+  const float* x = op.x.data ? op.x.data + row * op.x.ld : nullptr;
+  float* y = op.y.data ? op.y.data + row * op.y.ld : nullptr;
+  switch (op.kind) {
+    case kEmbed: return embed_row(op, step.token_ids[row], y);
+    case kPosEmbed:
+      embed_row(op, step.positions[row] + int64_t(op.offset), line);
+      return add_row(x, line, y, op.width);
+    case kRmsNorm:
+    case kLayerNorm: return norm_row(op, row, rows, line);
+    case kHeadRmsNorm: return head_norm_row(op, row);
+    case kAct: return act_row(x, y, op.width, Act(op.act));
+    case kMul: return mul_row(x, op.x2.data + row * op.x2.ld, y, op.width);
+    case kAdd: return add_row(x, op.x2.data + row * op.x2.ld, y, op.width);
+    case kRope:
+      rotate(op, op.x, op.y, op.heads, row, step.positions[row]);
+      rotate(op, op.x2, op.y2, op.kv_heads, row, step.positions[row]);
+      if (op.writes_kv) write_kv(p.kv[size_t(op.layer)], op.y2, op.x3, row, step.slots[row]);
+      return;
+    case kKvWrite: return write_kv(p.kv[size_t(op.layer)], op.x, op.x2, row, step.slots[row]);
+    case kGatherRows:
+      std::memcpy(y, op.x.data + step.logits_rows[first_logits_row + row] * op.x.ld, size_t(op.width) * 4);
+      return;
+    case kQuantize: {
+      const IntActs acts{op.q_codes, op.q_scales, op.q_sums, op.q_k, op.q_group};
+      if (!op.permutation) return quantize_row(x, op.width, acts, row, rows);
+      for (int64_t i = 0; i < op.width; i++) line[i] = x[op.permutation[i]];
+      return quantize_row(line, op.width, acts, row, rows);
+    }
+    case kToBf16: return to_bf16_row(op, row);
+    default: return;
+  }
+}
+
+void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows, int64_t first_logits_row,
+            std::vector<float>& line) {
+  const OpDesc& op = p.ops[index];
+  WorkCounter* counters = &p.counters[2 * index];
+  if (op.kind == kLinear) {
+    linear_op(op, rows, p.pool.threads(), counters[0]);
+  } else if (op.kind == kAttention) {
+    p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, counters);
+  } else {
+    if (int64_t(line.size()) < op.width) line.resize(size_t(op.width));
+    const int64_t chunk = rows > 8 * p.pool.threads() ? 8 : 1;
+    share(counters[0], rows, chunk, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) row_op(p, op, step, row, rows, first_logits_row, line.data());
+    });
+  }
+}
+
+void finish_row(llmctl_program& p, const StepDesc& step, const SamplingDesc& sampling, int64_t row, float* logits,
+                SamplingScratch& scratch) {
+  const int32_t target = step.targets ? step.targets[row] : -1;
+  if (target < 0) return sample_row(sampling, p.sample_index[size_t(row)], logits, p.vocab, scratch);
+  step.target_logprobs[row] = float(double(logits[target]) - log_sum_exp(logits, p.vocab));
+}
+
+struct Step {
+  llmctl_program& p;
+  const StepDesc& step;
+  const SamplingDesc& sampling;
+
+  void operator()(int thread) {
+    static thread_local std::vector<float> line;
+    run_range(0, p.tail, step.tokens, 0, thread, line);
+    const Matrix& logits = p.ops.back().y;
+    for (int64_t first = 0; first < step.rows; first += p.max_rows) {
+      const int64_t rows = std::min(p.max_rows, step.rows - first);
+      if (first) {
+        if (thread == 0) reset_counters(p.tail);
+        p.pool.barrier();
+      }
+      run_range(p.tail, p.ops.size(), rows, first, thread, line);
+      share(p.counters[2 * p.ops.size()], rows, 1, [&](int64_t row, int64_t) {
+        finish_row(p, step, sampling, first + row, logits.data + row * logits.ld, p.scratch[size_t(thread)]);
+      });
+      p.pool.barrier();
+    }
+  }
+
+  void run_range(size_t begin, size_t end, int64_t rows, int64_t first, int thread, std::vector<float>& line) {
+    auto then = std::chrono::steady_clock::now();
+    for (size_t i = begin; i < end; i++) {
+      run_op(p, i, step, rows, first, line);
+      p.pool.barrier();
+      if (thread == 0) {
+        const auto now = std::chrono::steady_clock::now();
+        p.profile[p.ops[i].kind] += std::chrono::duration<double, std::micro>(now - then).count();
+        then = now;
+      }
+    }
+  }
+
+  void reset_counters(size_t from) {
+    for (size_t i = 2 * from; i <= 2 * p.ops.size(); i++) p.counters[i].next.store(0, std::memory_order_relaxed);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void llmctl_abi(int64_t sizes[4]) {
+  sizes[0] = sizeof(OpDesc);
+  sizes[1] = sizeof(KvDesc);
+  sizes[2] = sizeof(StepDesc);
+  sizes[3] = sizeof(SamplingDesc);
+}
+
+const char* llmctl_variant() {
+#if defined(LLMCTL_AVX512)
+  return "avx512vnni";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "portable";
+#endif
+}
+
+llmctl_program* llmctl_create(const OpDesc* ops, int64_t num_ops, const KvDesc* kv, int64_t num_kv, int64_t block_size,
+                              int64_t max_tokens, int64_t max_rows, int64_t max_model_len, int64_t vocab, int threads) {
+  return new llmctl_program(ops, num_ops, kv, num_kv, block_size, max_tokens, max_rows, max_model_len, vocab, threads);
+}
+
+void llmctl_destroy(llmctl_program* program) { delete program; }
+
+int llmctl_step(llmctl_program* program, const StepDesc* step, const SamplingDesc* sampling) {
+  cut_row_tiles(*step, program->rows_per, program->tiles);
+  program->sample_index.clear();
+  int32_t samples = 0;
+  for (int64_t row = 0; row < step->rows; row++)
+    program->sample_index.push_back(step->targets && step->targets[row] >= 0 ? -1 : samples++);
+  Step run{*program, *step, *sampling};
+  run.reset_counters(0);
+  program->pool.run(run);
+  return 0;
+}
+
+void llmctl_profile(llmctl_program* program, double* out) {
+  for (int i = 0; i < 16; i++) {
+    out[i] = program->profile[i];
+    program->profile[i] = 0;
+  }
+}
+}

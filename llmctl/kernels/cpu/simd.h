@@ -1,0 +1,195 @@
+// Portable 16-lane vectors on GCC/Clang vector extensions, with intrinsics only where the ISA has an instruction that
+// the extensions cannot express (vpdpbusd, vdpbf16ps, fp16 and bf16 conversion).
+//
+// The same sources are compiled once per variant; flags alone decide which branch is taken:
+//   avx512vnni   -mavx512f/bw/vl/dq/vnni/bf16      avx2   -mavx2 -mfma -mf16c      portable   no flags (any architecture)
+// All integer dot products are exact in every variant; float results may differ between variants in rounding only.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define LLMCTL_AVX512 1
+#endif
+
+namespace llmctl {
+
+constexpr int kLanes = 16;
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+
+// Unaligned loads and stores.
+template <class V>
+static inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+static inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+static inline f32x16 splat(float x) { return x - f32x16{}; }
+
+static inline f32x16 to_f32(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+static inline f32x16 u8_to_f32(const uint8_t* p) {
+  return __builtin_convertvector(load<u8x16>(p), f32x16);
+}
+
+static inline float bf16_to_f32(uint16_t h) {
+  uint32_t bits = uint32_t(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+// Round to nearest even; NaN stays NaN.
+static inline uint16_t f32_to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+static inline f32x16 bf16_to_f32(u16x16 h) {
+  u32x16 bits = __builtin_convertvector(h, u32x16) << 16;
+  return load<f32x16>(&bits);
+}
+static inline u16x16 f32_to_bf16(f32x16 x) {
+  u32x16 bits = load<u32x16>(&x);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector(bits, u16x16);
+}
+
+static inline float f16_to_f32(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = h >> 10 & 31u, mantissa = h & 0x3ffu, bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | mantissa << 13;
+  } else if (exponent) {
+    bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  } else {
+    float x = float(mantissa) * 5.9604644775390625e-08f;  // 2^-24
+    return sign ? -x : x;
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+static inline f32x16 f16_to_f32x16(const uint16_t* p) {
+#if defined(LLMCTL_AVX512)
+  // The masked form: GCC 12 warns that the plain one reads an undefined register.
+  return (f32x16)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  f32x16 r;
+  __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  __m256 hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
+  std::memcpy(&r, &lo, 32);
+  std::memcpy((char*)&r + 32, &hi, 32);
+  return r;
+#else
+  f32x16 r;
+  for (int i = 0; i < 16; i++) r[i] = f16_to_f32(p[i]);
+  return r;
+#endif
+}
+
+static inline u8x64 high_nibbles(u8x64 v) {
+#if defined(LLMCTL_AVX512)
+  return (u8x64)_mm512_and_si512(_mm512_srli_epi16((__m512i)v, 4), _mm512_set1_epi8(15));
+#else
+  return v >> 4;
+#endif
+}
+
+// acc[lane] += sum over j < 4 of a[4*lane+j] (unsigned) * b[j] (signed), b given as four bytes.
+// kSmall: every a is below 128, so that 16-bit pair sums cannot saturate on AVX2.
+template <bool kSmall>
+static inline i32x16 dot4(i32x16 acc, u8x64 a, const int8_t* b) {
+#if defined(LLMCTL_AVX512)
+  int32_t four;
+  std::memcpy(&four, b, 4);
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+  int32_t four;
+  std::memcpy(&four, b, 4);
+  const __m256i bb = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  for (int half = 0; half < 2; half++) {
+    __m256i aa, sum, cc;
+    std::memcpy(&aa, (const char*)&a + 32 * half, 32);
+    std::memcpy(&cc, (const char*)&acc + 32 * half, 32);
+    if (kSmall) {
+      sum = _mm256_madd_epi16(_mm256_maddubs_epi16(aa, bb), ones);
+    } else {  // split a into its low 7 bits and its top bit: neither part can saturate
+      const __m256i low = _mm256_and_si256(aa, _mm256_set1_epi8(0x7f));
+      const __m256i top = _mm256_and_si256(_mm256_srli_epi16(aa, 7), _mm256_set1_epi8(1));
+      const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(top, bb), _mm256_set1_epi16(128));
+      sum = _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(low, bb), ones), high);
+    }
+    cc = _mm256_add_epi32(cc, sum);
+    std::memcpy((char*)&acc + 32 * half, &cc, 32);
+  }
+  return acc;
+#else
+  for (int i = 0; i < 16; i++)
+    acc[i] += a[4 * i] * b[0] + a[4 * i + 1] * b[1] + a[4 * i + 2] * b[2] + a[4 * i + 3] * b[3];
+  return acc;
+#endif
+}
+
+// acc[lane] += w[lane][0]*x[0] + w[lane][1]*x[1] in bf16 pairs (w: 32 bf16, x: 2 bf16), fp32 accumulation.
+static inline f32x16 dot2_bf16(f32x16 acc, const uint16_t* w, const uint16_t* x) {
+#if defined(LLMCTL_AVX512)
+  int32_t pair;
+  std::memcpy(&pair, x, 4);
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+#else
+  u32x16 both = load<u32x16>(w);
+  u32x16 even = both << 16, odd = both & 0xffff0000u;
+  return acc + load<f32x16>(&even) * bf16_to_f32(x[0]) + load<f32x16>(&odd) * bf16_to_f32(x[1]);
+#endif
+}
+
+// Fixed pairwise order: the same sum in every variant.
+static inline float reduce_add(f32x16 v) {
+  float a[16];
+  store(a, v);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; i++) a[i] += a[i + step];
+  return a[0];
+}
+static inline float reduce_max(f32x16 v) {
+  float m = v[0];
+  for (int i = 1; i < 16; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+static inline f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
+static inline f32x16 vmin(f32x16 a, f32x16 b) { return a < b ? a : b; }
+
+// exp(x), relative error below 2e-7 on [-87, 88]; underflows to 0 below. Cephes expf, range reduction by ln 2.
+static inline f32x16 vexp(f32x16 x) {
+  const f32x16 clamped = vmin(vmax(x, splat(-87.3f)), splat(88.3f));
+  f32x16 n = clamped * 1.44269504088896341f;
+  // Round to nearest even by adding and subtracting 1.5 * 2^23.
+  n = (n + 12582912.0f) - 12582912.0f;
+  f32x16 r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  i32x16 bits = (__builtin_convertvector(n, i32x16) + 127) << 23;
+  p = p * load<f32x16>(&bits);
+  return x < -87.3f ? f32x16{} : p;
+}
+
+}  // namespace llmctl

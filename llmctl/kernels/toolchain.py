@@ -1,0 +1,154 @@
+"""The native CPU kernels -> shared libraries, with the system's C++ compiler and a cache.
+
+One translation unit (``cpu/program.cpp``) is compiled once per variant; flags alone choose the instructions. Without a
+compiler on PATH, the ``ziglang`` wheel's ``zig c++`` serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.errors import CompileError
+from llmctl.kernels.compile import source_files
+
+SOURCE_DIR = Path(__file__).parent / "cpu"
+SOURCE = "program.cpp"
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi",
+)  # fmt: skip
+INSTALL_HINT = "install a C++ compiler (apt install g++, or pip install ziglang)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One build of the kernels. ``features``: what the CPU must have, as /proc/cpuinfo names it."""
+
+    name: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+    machine: str | None = None
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+VARIANTS = (
+    Variant(
+        "x86_64-avx512vnni",
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"),
+        "x86_64",
+    ),
+    Variant("x86_64-avx2", ("-mavx2", "-mfma", "-mf16c", "-mbmi2"), _AVX2, "x86_64"),
+    Variant("portable", (), ()),
+)
+"""From the fastest down."""
+
+
+@dataclass(frozen=True)
+class CompiledLibrary:
+    """One shared library: its variant, bytes, and what made it."""
+
+    variant: Variant
+    code: bytes
+    compiler: str
+    flags: tuple[str, ...]
+
+    @property
+    def filename(self) -> str:
+        """``x86_64-avx512vnni.so``; the portable one is named for the machine it was compiled on."""
+        return f"{library_name(self.variant)}.so"
+
+
+def library_name(variant: Variant) -> str:
+    """The file's stem: the variant's name, with the machine in front of ``portable``."""
+    return variant.name if variant.machine else f"{platform.machine()}-{variant.name}"
+
+
+def supported_variants(features: Iterable[str]) -> tuple[Variant, ...]:
+    """The variants that a CPU with these features (and this machine's architecture) can run, fastest first."""
+    have = set(features)
+    return tuple(
+        v for v in VARIANTS if set(v.features) <= have and (v.machine is None or v.machine == platform.machine())
+    )
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """The C++ compiler's command: $CXX, c++, g++ or clang++ on PATH, or the ziglang wheel; None without any."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return (name,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "c++")
+    return None
+
+
+def compile_library(
+    variant: Variant, *, cache: Path | None = None, extra_flags: tuple[str, ...] = ()
+) -> CompiledLibrary:
+    """Compile the kernels for one variant.
+
+    Args:
+        cache: folder that keeps libraries, keyed by sources, flags and compiler version.
+        extra_flags: appended, e.g. sanitizers.
+
+    Raises:
+        CompileError: no compiler, or the sources do not compile (the compiler's first error is named).
+    """
+    command = find_compiler()
+    if command is None:
+        raise CompileError("no C++ compiler found for the CPU kernels", fix=INSTALL_HINT)
+    version = _version(command)
+    flags = (*FLAGS, *variant.flags, *extra_flags)
+    key = _cache_key(version, flags)
+    cached = cache / f"{key}.so" if cache is not None else None
+    if cached is not None and cached.is_file():
+        return CompiledLibrary(variant, cached.read_bytes(), version, flags)
+    code = _compile(command, flags)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=".so-", delete=False) as file:
+            file.write(code)
+        os.replace(file.name, cached)
+    return CompiledLibrary(variant, code, version, flags)
+
+
+def _compile(command: tuple[str, ...], flags: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "kernels.so"
+        # A relative source path and no build id: the same sources give the same bytes wherever they lie.
+        linker = ("-Wl,--build-id=none",) if sys.platform.startswith("linux") else ()
+        result = subprocess.run(
+            [*command, *flags, *linker, SOURCE, "-o", str(output)],
+            cwd=SOURCE_DIR,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode or not output.is_file():
+            lines = result.stderr.splitlines()
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            raise CompileError(f"{SOURCE_DIR / SOURCE}: {command[0]} failed: {first.strip()}")
+        return output.read_bytes()
+
+
+def _version(command: tuple[str, ...]) -> str:
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    if result.returncode or not result.stdout.strip():
+        raise CompileError(f"{' '.join(command)} --version failed", fix=INSTALL_HINT)
+    return result.stdout.splitlines()[0].strip()
+
+
+def _cache_key(version: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for part in (version, " ".join(flags), *(f"{n}\0{t}" for n, t in source_files([SOURCE], SOURCE_DIR).items())):
+        digest.update(len(part).to_bytes(8, "little") + part.encode())
+    return digest.hexdigest()
