@@ -89,6 +89,7 @@ LLMCTL_DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffff
 LLMCTL_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 LLMCTL_DEVICE float shuffle_up(float v, int delta) { return __shfl_up_sync(0xffffffffu, v, delta); }
 LLMCTL_DEVICE int shuffle_up(int v, int delta) { return __shfl_up_sync(0xffffffffu, v, delta); }
+LLMCTL_DEVICE u32 shuffle_up(u32 v, int delta) { return __shfl_up_sync(0xffffffffu, v, delta); }
 LLMCTL_DEVICE float shuffle_down(float v, int delta) { return __shfl_down_sync(0xffffffffu, v, delta); }
 LLMCTL_DEVICE int shuffle_down(int v, int delta) { return __shfl_down_sync(0xffffffffu, v, delta); }
 LLMCTL_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
@@ -128,6 +129,7 @@ LLMCTL_DEVICE void store8(void* p, const Vec8& v) { *static_cast<Vec8*>(p) = v; 
 // Atomic read-modify-write of global or shared memory; the old value is returned. A float sum depends on the order.
 LLMCTL_DEVICE u32 atomic_add(u32* p, u32 v) { return atomicAdd(p, v); }
 LLMCTL_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }
+LLMCTL_DEVICE u64 atomic_add(u64* p, u64 v) { return atomicAdd(p, v); }
 LLMCTL_DEVICE float atomic_add(float* p, float v) { return atomicAdd(p, v); }
 LLMCTL_DEVICE u32 atomic_max(u32* p, u32 v) { return atomicMax(p, v); }
 LLMCTL_DEVICE u64 atomic_max(u64* p, u64 v) { return atomicMax(p, v); }
@@ -335,6 +337,8 @@ LLMCTL_DEVICE u32 lop3(u32 a, u32 b, u32 c) {
 // Byte i of the result is byte (selector >> 4i) & 7 of the eight in a (0..3) and b (4..7).
 LLMCTL_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 LLMCTL_DEVICE int population_count(u32 v) { return __popc(v); }
+// Upper 64 bits of the 128-bit product.
+LLMCTL_DEVICE u64 multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
 // c + the dot product of four signed bytes of a and of b.
 LLMCTL_DEVICE int dot4_s8(u32 a, u32 b, int c) {
     int r;

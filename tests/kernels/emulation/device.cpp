@@ -100,6 +100,7 @@ void emulated_store(void* p, const void* from, int bytes) {
 
 u32 atomic_add(u32* p, u32 v) { return atomic(p, SITE, [v](u32 old) { return old + v; }); }
 int atomic_add(int* p, int v) { return atomic(p, SITE, [v](int old) { return old + v; }); }
+u64 atomic_add(u64* p, u64 v) { return atomic(p, SITE, [v](u64 old) { return old + v; }); }
 float atomic_add(float* p, float v) { return atomic(p, SITE, [v](float old) { return old + v; }); }
 u32 atomic_max(u32* p, u32 v) { return atomic(p, SITE, [v](u32 old) { return old > v ? old : v; }); }
 u64 atomic_max(u64* p, u64 v) { return atomic(p, SITE, [v](u64 old) { return old > v ? old : v; }); }

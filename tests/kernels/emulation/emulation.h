@@ -58,6 +58,7 @@ LLMCTL_EMULATE_SHUFFLE(int, shuffle_xor, kXor)
 LLMCTL_EMULATE_SHUFFLE(u32, shuffle_xor, kXor)
 LLMCTL_EMULATE_SHUFFLE(float, shuffle_up, kUp)
 LLMCTL_EMULATE_SHUFFLE(int, shuffle_up, kUp)
+LLMCTL_EMULATE_SHUFFLE(u32, shuffle_up, kUp)
 LLMCTL_EMULATE_SHUFFLE(float, shuffle_down, kDown)
 LLMCTL_EMULATE_SHUFFLE(int, shuffle_down, kDown)
 LLMCTL_EMULATE_SHUFFLE(float, shuffle, kLane)
@@ -82,6 +83,7 @@ LLMCTL_DEVICE void store8(void* p, const Vec8& v) { emulated_store(p, &v, 8); }
 
 u32 atomic_add(u32* p, u32 v);
 int atomic_add(int* p, int v);
+u64 atomic_add(u64* p, u64 v);
 float atomic_add(float* p, float v);
 u32 atomic_max(u32* p, u32 v);
 u64 atomic_max(u64* p, u64 v);
@@ -169,6 +171,10 @@ LLMCTL_DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
 }
 
 LLMCTL_DEVICE int population_count(u32 v) { return __builtin_popcount(v); }
+
+LLMCTL_DEVICE u64 multiply_high(u64 a, u64 b) {
+    return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 
 LLMCTL_DEVICE int dot4_s8(u32 a, u32 b, int c) {
     for (int i = 0; i < 4; ++i) c += static_cast<s8>(a >> (8 * i)) * static_cast<s8>(b >> (8 * i));
