@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,20 @@ def probe(backend: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except Exception as error:  # these packages fail on import in many ways: missing symbols, wrong versions, no CUDA
-        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--backend {backend}: its package cannot be imported here: {type(error).__name__}: {reason}",
+            f"--backend {backend}: its package cannot be imported here: {_reason(error)}",
             fix=f"install the versions it was made for, or {_NATIVE}",
             param="backend",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An exception as one line; where it was raised, if it says nothing itself (a bare assert)."""
+    said = " ".join(str(error).split())[:200]
+    if not said:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{Path(last.filename).name}:{last.lineno}: {last.line}"
+    return f"{type(error).__name__}: {said}"
 
 
 def _run_autoawq(module: Any, config: QuantizeConfig, progress: Progress) -> QuantizeReport:
@@ -144,8 +153,7 @@ def _call_autoawq(
         )
         model.save_quantized(str(folder))
     except Exception as error:  # an unmaintained package on versions it never saw
-        reason = " ".join(str(error).split())[:200]
-        raise LlmctlError(f"--backend autoawq failed: {type(error).__name__}: {reason}", fix=_NATIVE) from error
+        raise LlmctlError(f"--backend autoawq failed: {_reason(error)}", fix=_NATIVE) from error
     for name, content in checkpoint.aux_files().items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
