@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from fixtures import make_tokenizer
 
-from llmctl.errors import CapacityError, RequestError
+from llmctl.errors import CapacityError, CheckpointError, RequestError
+from llmctl.serving.context import load_model
 from llmctl.serving.intake import Intake, sampling_defaults
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
+from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -157,3 +159,17 @@ def test_no_chat_template_is_refused_not_guessed(tokenizer: Tokenizer) -> None:
     body = ChatCompletionRequest.model_validate_json('{"messages": [{"role": "user", "content": "hi"}]}')
     with pytest.raises(RequestError, match="no chat template"):
         made.render_chat(body)
+
+
+def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    info = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, tokenizer.vocab_size, 0, 0)
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ eos_token }}")
+    body = ChatCompletionRequest.model_validate_json('{"messages": [{"role": "user", "content": "hi"}]}')
+    assert load_model("m", tmp_path, tokenizer, info, str(path)).intake.render_chat(body) == "[hi]<|im_end|>"
+    assert "<|im_start|>user" in load_model("m", tmp_path, tokenizer, info, None).intake.render_chat(body)
+    path.write_text("{% for %}")
+    with pytest.raises(CheckpointError, match="chat template: line 1"):
+        load_model("m", tmp_path, tokenizer, info, str(path))
+    with pytest.raises(CheckpointError, match="--chat-template"):
+        load_model("m", tmp_path, tokenizer, info, str(tmp_path / "gone"))
