@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,38 @@ def test_merges_need_one_scheme_without_act_order() -> None:
         check_graph(graph)
         assert "layers.0.q_proj.weight" in graph.weights
         assert "layers.0.gate_proj.weight" in graph.weights
+
+
+def with_op(graph: Graph, name: str, /, **changes: Any) -> Graph:
+    """The graph with one op changed, and without the weights that leaves unused."""
+    ops = tuple(op.with_(**changes) if op.name == name else op for op in graph.ops)
+    used = {w for op in ops for w in op.weights}
+    return replace(graph, ops=ops, weights={n: w for n, w in graph.weights.items() if n in used})
+
+
+def test_what_looks_alike_is_left_alone() -> None:
+    plain = family_model("llama_biases_tied").graph
+    shared = with_op(plain, "layers.1.k_proj", weights=("layers.1.q_proj.weight", "layers.1.k_proj.bias"))
+    no_bias = with_op(plain, "layers.1.k_proj", weights=("layers.1.k_proj.weight", ""))
+    other_input = with_op(plain, "layers.1.k_proj", inputs=("layers.0.mlp_residual",))
+    for graph in (shared, no_bias, other_input):
+        check_graph(graph)
+        merged = apply_passes(graph, ["merge_qkv"])
+        check_graph(merged)
+        assert [op.name for op in merged.layer_ops(1)] == [op.name for op in graph.layer_ops(1)]
+        assert "layers.0.qkv_proj" in [op.name for op in merged.ops]
+
+    halves = apply_passes(plain, ["merge_gate_up"])
+    gate, up = next(op for op in halves.ops if op.name == "layers.1.gate_up_proj").outputs
+    up_first = with_op(halves, "layers.1.gate_up_proj", outputs=(up, gate))
+    used_twice = with_op(halves, "layers.1.gate_mul", inputs=("layers.1.act", "layers.1.act"))
+    for graph in (up_first, used_twice):
+        fused = apply_passes(graph, ["fuse_gated_activation"])
+        assert [op.kind for op in fused.layer_ops(1)] == [op.kind for op in graph.layer_ops(1)]
+        assert kinds(fused)["mul"] == 1
+
+    key_as_value = with_op(plain, "layers.1.kv_write", inputs=("layers.1.rope.1", "layers.1.rope.1"))
+    assert kinds(apply_passes(key_as_value, ["fuse_rope_kv"]))["rope_kv_write"] == 2
 
 
 def test_unknown_pass() -> None:

@@ -206,6 +206,42 @@ def test_top_p_looks_as_deep_as_it_must(size: int, monkeypatch: pytest.MonkeyPat
         assert mass[row][mass[row] > mass[row, token]].sum() < 0.9 * mass[row].sum()
 
 
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 3}, {0, 1, 2, 3}),  # tokens 2 and 3 tie
+        ({"top_k": 0}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.49}, {0}),
+        ({"top_p": 0.51}, {0, 1}),
+        ({"top_p": 0.76}, {0, 1, 2, 3}),
+        ({"top_p": 1e-9}, {0}),
+        ({"top_p": 0.6, "top_k": 2}, {0}),  # top-k leaves 2/3 and 1/3
+        ({"top_p": 0.7, "top_k": 2}, {0, 1}),
+        ({"min_p": 0.5}, {0, 1}),
+        ({"min_p": 0.26}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
+        ({"min_p": 0.1, "top_p": 0.99}, {0, 1, 2, 3}),
+    ],
+)
+def test_what_the_filters_keep(filters: dict[str, float], kept: set[int]) -> None:
+    mass = [0.5, 0.25, 0.1171875, 0.1171875, 0.015625]
+    logits = torch.tensor(mass).log().expand(2000, 5).contiguous()
+    dtypes = {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+    batch = plain(2000, **{k: np.full(2000, v, dtypes[k]) for k, v in filters.items()})
+    assert set(sample(logits, batch)[0].tolist()) == kept
+
+
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 2), (0.4999, 2), (0.5, 5), (1 - 2**-53, 5)])
+def test_the_ends_of_the_draw(draw: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token without mass is never drawn, not even by u = 0 or the largest u below 1."""
+    monkeypatch.setattr(sampler, "uniform", lambda seeds, _: np.full(len(seeds), draw))
+    logits = torch.full((1, 8), -torch.inf)
+    logits[0, [2, 5]] = 3.0
+    assert sample(logits, plain(1))[0].tolist() == [token]
+
+
 def test_extreme_temperatures_and_logits() -> None:
     logits = torch.tensor([[1e4, -1e4, 9.9e3], [0.0, -torch.inf, -torch.inf], [-torch.inf] * 3])
     for temperature in (1e-30, 1e-3, 1.0, 100.0):
