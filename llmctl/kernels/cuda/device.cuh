@@ -1,10 +1,10 @@
 // The one header through which kernels reach the device.
 //
 // A kernel file uses nothing of CUDA but what is declared here (and __global__, __shared__, __restrict__ and C's float
-// functions: expf, erff, tanhf, fmaxf, …), so that the same file compiles for a GPU with NVRTC, and as plain C++ against
-// an emulation header (-DLLMCTL_EMULATE) that declares the same names and checks every use. No CUDA toolkit header is
-// included: NVRTC alone is enough. What is built upon these primitives alone (sums, packing, fp8, Philox, unpacking of
-// 4-bit codes) is in collective.cuh, numeric.cuh and unpack4.cuh, the same code on both sides.
+// functions: expf, erff, tanhf, fmaxf, …), so that the same file compiles for a GPU with NVRTC, and as plain C++
+// against an emulation header (-DLLMCTL_EMULATE) that declares the same names and checks every use. No CUDA toolkit
+// header is included: NVRTC alone is enough. What is built upon these primitives alone (sums, packing, fp8, Philox,
+// unpacking of 4-bit codes) is in collective.cuh, numeric.cuh and unpack4.cuh, the same code on both sides.
 //
 // Contents: types; indices; synchronisation; warp shuffles and votes; loads, stores and atomics; cp.async; ldmatrix;
 // mma.sync; conversions and packed 16-bit arithmetic; bit tricks.
@@ -136,8 +136,8 @@ LLMCTL_DEVICE u64 atomic_max(u64* p, u64 v) { return atomicMax(p, v); }
 
 // ---- cp.async: global -> shared behind the thread's back -----------------------------------------------------------
 //
-// A copy belongs to the thread's open group; commit closes the group. wait<N> returns when at most the N youngest groups
-// of THIS thread are unfinished; another thread sees the bytes only after a barrier that follows the wait.
+// A copy belongs to the thread's open group; commit closes the group. wait<N> returns when at most the N youngest
+// groups of THIS thread are unfinished; another thread sees the bytes only after a barrier that follows the wait.
 
 LLMCTL_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
@@ -207,7 +207,8 @@ LLMCTL_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
 //
 // With g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16" and "… mma.m16n8k32"):
 //
-// mma16816<f16 or bf16>: a [16 x 16], b [16 x 8], d [16 x 8] fp32; two elements a register, the lower index in bits 0..15
+// mma16816<f16 or bf16>: a [16 x 16], b [16 x 8], d [16 x 8] fp32; two elements a register, the lower index in bits
+// 0..15
 //   a[0]  row g      columns 2t, 2t + 1            b[0]  rows 2t, 2t + 1          column g
 //   a[1]  row g + 8  columns 2t, 2t + 1            b[1]  rows 2t + 8, 2t + 9      column g
 //   a[2]  row g      columns 2t + 8, 2t + 9
@@ -222,7 +223,8 @@ LLMCTL_DEVICE void ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
 // both:  d[0], d[1]  row g, columns 2t, 2t + 1      d[2], d[3]  row g + 8, columns 2t, 2t + 1
 //
 // So ldmatrix_x4 on the four 8x8 corners of a row-major a (order: top left, bottom left, top right, bottom right) gives
-// a[0..3]; ldmatrix_x2 on b stored by columns ([n][k]), or ldmatrix_x2_trans on b stored by rows ([k][n]), gives b[0..1].
+// a[0..3]; ldmatrix_x2 on b stored by columns ([n][k]), or ldmatrix_x2_trans on b stored by rows ([k][n]), gives
+// b[0..1].
 
 template <typename T>
 LLMCTL_DEVICE void mma16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);

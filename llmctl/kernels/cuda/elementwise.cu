@@ -6,8 +6,8 @@
 //   embed      y = w[ids] * scale         ids i64 [rows], w [table rows, width]; with scale 1 also gather_rows
 //   pos_embed  z = x + w[positions + offset]
 //
-// fn: silu, gelu (erf), gelu_tanh, relu. All T and contiguous; width % 8 == 0; pointers multiples of 16 bytes; the output
-// of act, add, mul and pos_embed may alias an input. Grid: ceil(rows * width / 8 / 256) blocks of 256 threads.
+// fn: silu, gelu (erf), gelu_tanh, relu. All T and contiguous; width % 8 == 0; pointers multiples of 16 bytes; the
+// output of act, add, mul and pos_embed may alias an input. Grid: ceil(rows * width / 8 / 256) blocks of 256 threads.
 // Bound: the bytes read and written, each once.
 #include "device.cuh"
 

@@ -8,12 +8,12 @@
 // Shapes: x, residual, sum, y [rows, hidden] contiguous, w, b [hidden], all T, b may be null; int8: q s8 [rows, hidden]
 // in place of y, scales f32 [rows]. hidden % 8 == 0; every pointer a multiple of 16 bytes (q: of 8).
 // Grid: rows blocks of 256 threads. `y` may alias `x`, and `sum` may alias `residual`: a thread touches only its own
-// elements. Bound: 2 reads and 2 writes of T per element (1 and 1 without the add); a row is read again from L1 for every
-// further pass (one for rms_norm, two for layer_norm, one more for int8).
+// elements. Bound: 2 reads and 2 writes of T per element (1 and 1 without the add); a row is read again from L1 for
+// every further pass (one for rms_norm, two for layer_norm, one more for int8).
 //
 // head_rms_norm: the same over each head of x [rows, heads * head_dim], one warp a head, in place or into y. Rows are
-// x_stride and y_stride elements apart, so that q or k may lie inside a merged qkv row. head_dim and both strides % 8 == 0.
-// Grid: ceil(rows * heads / 4) blocks of 128 threads.
+// x_stride and y_stride elements apart, so that q or k may lie inside a merged qkv row. head_dim and both strides % 8
+// == 0. Grid: ceil(rows * heads / 4) blocks of 128 threads.
 #include "device.cuh"
 
 namespace llmctl {

@@ -3,15 +3,15 @@
 //   pair (a, b) of a head -> (a cos - b sin, b cos + a sin), cos and sin of the token's position and the pair's index j
 //   neox pairs (j, j + rotary_dim / 2); gptj pairs (2j, 2j + 1); elements from rotary_dim on stay as they are
 //
-// Shapes: q, k, v rows of T, heads (kv_heads) x head_dim each, q_stride, k_stride, v_stride elements apart, so that they
-// may lie inside a merged qkv row; q_out rows q_out_stride apart, may alias q. positions i64 [tokens]; cosines, sines f32
-// [positions, rotary_dim / 2]; slots i64 [tokens], -1 for padding (nothing is stored then). keys, values: KV
-// [slots, kv_heads, head_dim], slot = block * block_size + offset. KV is T itself; or s8 with key_scales, value_scales f32
-// [slots, kv_heads], code * scale; or e4m3, value * key_scale (value_scale), one of each for the whole cache.
+// Shapes: q, k, v rows of T, heads (kv_heads) x head_dim each, q_stride, k_stride, v_stride elements apart, so that
+// they may lie inside a merged qkv row; q_out rows q_out_stride apart, may alias q. positions i64 [tokens]; cosines,
+// sines f32 [positions, rotary_dim / 2]; slots i64 [tokens], -1 for padding (nothing is stored then). keys, values: KV
+// [slots, kv_heads, head_dim], slot = block * block_size + offset. KV is T itself; or s8 with key_scales, value_scales
+// f32 [slots, kv_heads], code * scale; or e4m3, value * key_scale (value_scale), one of each for the whole cache.
 //
 // heads == 0 writes only the cache, kv_heads == 0 rotates only q; rotary_dim == 0 stores k without rotating it.
-// head_dim % 4 == 0 and <= 256; rotary_dim even and <= head_dim; pointers of rows multiples of 8 bytes, strides % 4 == 0.
-// Grid: ceil(tokens * (heads + 2 * kv_heads) / 4) blocks of 128 threads. Bound: one read and one write per element.
+// head_dim % 4 == 0 and <= 256; rotary_dim even and <= head_dim; pointers of rows multiples of 8 bytes, strides % 4 ==
+// 0. Grid: ceil(tokens * (heads + 2 * kv_heads) / 4) blocks of 128 threads. Bound: one read and one write per element.
 #include "device.cuh"
 
 namespace llmctl {

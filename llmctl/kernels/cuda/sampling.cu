@@ -8,11 +8,12 @@
 // Mass is counted in integers, exp(s) in units of 2^-40 of the largest: sums are then exact, the same in any order, and
 // thresholds can be found by histograms in shared memory; what is below 1e-12 of the most likely token is never drawn.
 //
-// Shapes: logits T [rows, vocab] (rows `stride` elements apart); allowed u32 [rows, ceil(vocab / 32)] or null, bit set =
-// may be sampled; temperature f32 [rows], 0 = greedy, the lowest id among the largest; top_k i32, top_p f32, min_p f32
-// [rows], each or null (0, 1, 0 = off); seeds u64, positions i64 [rows]; tokens i32 [rows]. A row whose every token is
-// forbidden gets token 0. vocab <= 2^23. Grid: rows blocks of 1024 threads.
-// Bound: greedy reads the row once; a draw reads it twice more, and five times more for each of top-k and top-p (from L2).
+// Shapes: logits T [rows, vocab] (rows `stride` elements apart); allowed u32 [rows, ceil(vocab / 32)] or null, bit set
+// = may be sampled; temperature f32 [rows], 0 = greedy, the lowest id among the largest; top_k i32, top_p f32, min_p
+// f32 [rows], each or null (0, 1, 0 = off); seeds u64, positions i64 [rows]; tokens i32 [rows]. A row whose every token
+// is forbidden gets token 0. vocab <= 2^23. Grid: rows blocks of 1024 threads.
+// Bound: greedy reads the row once; a draw reads it twice more, and five times more for each of top-k and top-p (from
+// L2).
 #include "device.cuh"
 #include "philox.cuh"
 
@@ -118,7 +119,6 @@ LLMCTL_DEVICE u32 threshold(const RowValues<T>& row, u32 least, double wanted, S
     u32 prefix = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
         const u64 before = shared.before;
-        block_sync();
         clear_histogram(shared);
         for (int i = thread_index(); i < row.vocab; i += kThreads) {
             const float s = row.scaled(i);
@@ -131,7 +131,6 @@ LLMCTL_DEVICE u32 threshold(const RowValues<T>& row, u32 least, double wanted, S
         choose_bin(before, wanted, shared);
         prefix |= static_cast<u32>(kBins - 1 - shared.bin) << shift;
     }
-    block_sync();
     return prefix;
 }
 
@@ -141,8 +140,8 @@ LLMCTL_DEVICE u64 kept_mass(const RowValues<T>& row, u32 least, int i) {
     return ordered(s) < least ? 0 : mass_of(s);
 }
 
-// The first token at which the running sum of the kept mass exceeds its share `bits` / 2^64. Each warp sums one range of
-// ids; the warp in whose range the sum crosses walks it again.
+// The first token at which the running sum of the kept mass exceeds its share `bits` / 2^64. Each warp sums one range
+// of ids; the warp in whose range the sum crosses walks it again.
 template <typename T>
 LLMCTL_DEVICE int draw(const RowValues<T>& row, u32 least, u64 bits, Shared& shared) {
     const int range = (row.vocab + kThreads - 1) / kThreads * kWarp;

@@ -1,8 +1,8 @@
 // Eight 4-bit codes in a word -> 16-bit floats in registers, without an integer-to-float conversion.
 //
-// The trick (Kim et al., "Who Says Elephants Can't Run", 2022; used by FasterTransformer and Marlin): a 4-bit code placed
-// in the low mantissa bits of 1024 (f16) or 128 (bf16) is that float plus the code, exactly. lop3 masks and places two
-// codes in one instruction, a packed subtraction takes the bias away.
+// The trick (Kim et al., "Who Says Elephants Can't Run", 2022; used by FasterTransformer and Marlin): a 4-bit code
+// placed in the low mantissa bits of 1024 (f16) or 128 (bf16) is that float plus the code, exactly. lop3 masks and
+// places two codes in one instruction, a packed subtraction takes the bias away.
 //
 // Order: word i of the result holds code i in bits 0..15 and code i + 4 in bits 16..31, where code j is bits 4j..4j+3.
 #pragma once

@@ -55,8 +55,9 @@ struct VoteOperand {
 
 void vote_work(void* const* operands, int) {
     u32 ballot = 0;
-    for (int lane = 0; lane < kWarp; ++lane) ballot |= static_cast<u32>(static_cast<VoteOperand*>(operands[lane])->value) << lane;
-    for (int lane = 0; lane < kWarp; ++lane) static_cast<VoteOperand*>(operands[lane])->result = ballot;
+    const auto at = [&](int lane) { return static_cast<VoteOperand*>(operands[lane]); };
+    for (int lane = 0; lane < kWarp; ++lane) ballot |= static_cast<u32>(at(lane)->value) << lane;
+    for (int lane = 0; lane < kWarp; ++lane) at(lane)->result = ballot;
 }
 
 }  // namespace

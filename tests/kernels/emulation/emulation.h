@@ -122,7 +122,9 @@ void mma16832_s8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2], LLMCTL_LINE)
 LLMCTL_DEVICE float bits_to_float(u32 bits) { return emulated_cast<float>(bits); }
 LLMCTL_DEVICE u32 float_to_bits(float v) { return emulated_cast<u32>(v); }
 LLMCTL_DEVICE float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-LLMCTL_DEVICE float reciprocal_sqrt(float v) { return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(v))); }
+LLMCTL_DEVICE float reciprocal_sqrt(float v) {
+    return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(v)));
+}
 float fast_exp2(float v);
 int round_to_int(float v);
 

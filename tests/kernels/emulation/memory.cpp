@@ -5,9 +5,9 @@
 // indices of arrays of known size, registers included.
 //
 // Races: for each byte of shared memory and of writable buffers the last write and the reads since are kept with the
-// block-barrier epoch and, for the lanes of one warp, the count of warp_syncs. Two accesses by different threads, one of
-// them a write, must be ordered by one of those. Accesses from different blocks are never ordered, except that a block
-// which has done an atomic may read what a block wrote that did device_fence and then an atomic.
+// block-barrier epoch and, for the lanes of one warp, the count of warp_syncs. Two accesses by different threads, one
+// of them a write, must be ordered by one of those. Accesses from different blocks are never ordered, except that a
+// block which has done an atomic may read what a block wrote that did device_fence and then an atomic.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -77,7 +77,8 @@ bool writes(Access kind) { return kind == Access::kWrite || kind == Access::kAto
         if (distance < gap) gap = distance, nearest = region.get();
     }
     if (!nearest || (!nearest->holds(p) && gap > (1u << 20))) {
-        fail(t, site, "out-of-bounds %s of %zu bytes at %p, in no buffer", verb(kind), size, static_cast<const void*>(p));
+        fail(t, site, "out-of-bounds %s of %zu bytes at %p, in no buffer", verb(kind), size,
+             static_cast<const void*>(p));
     }
     fail(t, site, "out-of-bounds %s of %zu bytes at byte %td of '%s', which has %zu bytes", verb(kind), size,
          p - nearest->begin, nearest->name.c_str(), nearest->size);
@@ -98,15 +99,15 @@ bool is_released_to_us(u32 epoch) {
     return false;
 }
 
-[[noreturn]] void race(const Thread& t, const Region& r, size_t at, Access kind, const char* other, u32 epoch, int thread,
-                       const void* site) {
+[[noreturn]] void race(const Thread& t, const Region& r, size_t at, Access kind, const char* other, u32 epoch,
+                       int thread, const void* site) {
     if (epoch < launch.block_start) {
         fail(t, site, "data race: %s of byte %zu of '%s' that another block %s", verb(kind), at, r.name.c_str(), other);
     }
     char who[32] = "several threads";
     if (thread != kMany) snprintf(who, sizeof who, "thread %d", thread);
-    fail(t, site, "data race: %s of byte %zu of '%s' that %s %s with no barrier between", verb(kind), at, r.name.c_str(),
-         who, other);
+    fail(t, site, "data race: %s of byte %zu of '%s' that %s %s with no barrier between", verb(kind), at,
+         r.name.c_str(), who, other);
 }
 
 void check_write_before(const Thread& t, Region& r, size_t at, Access kind, const void* site) {

@@ -20,7 +20,7 @@ struct Fibre {
 void fibre_prepare(Fibre& fibre, char* stack, size_t bytes, void (*entry)());
 void fibre_switch(Fibre& from, Fibre& to);
 
-// ---- threads, warps, the launch (scheduler.cpp) ----------------------------------------------------------------------
+// ---- threads, warps, the launch (scheduler.cpp) ---------------------------------------------------------------------
 
 enum class State : u8 { kReady, kAtBarrier, kInWarp, kDone };
 

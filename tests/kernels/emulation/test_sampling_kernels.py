@@ -68,7 +68,7 @@ def test_greedy_is_the_lowest_id_among_the_largest(tag):
 
 
 @pytest.mark.parametrize("tag", TYPES)
-@pytest.mark.parametrize("vocab", [1, 31, 1024, 3001])
+@pytest.mark.parametrize("vocab", [1, 31, 3001])
 @pytest.mark.parametrize(
     "filters",
     [
@@ -82,8 +82,8 @@ def test_greedy_is_the_lowest_id_among_the_largest(tag):
     ],
 )
 def test_draws_equal_the_reference_sampler(tag, vocab, filters):
-    logits = _logits(8, vocab).to(TYPES[tag])
-    batch = _batch(8, temperature=0.8, **filters)
+    logits = _logits(4, vocab).to(TYPES[tag])
+    batch = _batch(4, temperature=0.8, **filters)
     assert _tokens(logits, batch) == sample(logits.float(), batch)[0].tolist()
 
 
@@ -98,25 +98,25 @@ def test_rows_may_differ_in_everything_and_be_part_of_wider_rows():
 
 
 def test_ties_at_the_threshold_are_kept_together():
-    logits = torch.zeros(64, 100)
+    logits = torch.zeros(24, 100)
     logits[:, [10, 20, 30, 40]] = 5.0
-    batch = _batch(64, top_k=2)
+    batch = _batch(24, top_k=2)
     assert set(_tokens(logits, batch)) == {10, 20, 30, 40}
     assert _tokens(logits, batch) == sample(logits, batch)[0].tolist()
 
 
 def test_forbidden_tokens_are_never_drawn():
-    logits = _logits(16, 77)
-    allowed = np.zeros((16, 3), np.uint32)
+    logits = _logits(6, 77)
+    allowed = np.zeros((6, 3), np.uint32)
     allowed[:, 1] = 0b1010  # tokens 33 and 35
-    allowed[15] = 0  # nothing: token 0
+    allowed[5] = 0  # nothing: token 0
     for temperature in (0.0, 1.0):
-        batch = _batch(16, temperature=temperature, top_p=0.95)
+        batch = _batch(6, temperature=temperature, top_p=0.95)
         batch = SamplingBatch(batch.temperature, batch.seeds, batch.positions, top_p=batch.top_p, allowed_mask=allowed)
         tokens = _tokens(logits, batch)
         assert tokens == sample(logits, batch)[0].tolist()
-        assert set(tokens[:15]) <= {33, 35}
-        assert tokens[15] == 0
+        assert set(tokens[:5]) <= {33, 35}
+        assert tokens[5] == 0
 
 
 def test_a_row_draws_the_same_token_in_any_batch():
