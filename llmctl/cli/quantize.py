@@ -30,7 +30,8 @@ Ignore = Annotated[
     typer.Option(
         "--ignore",
         metavar="NAME",
-        help="Linears to leave at 16 bits: name components (lm_head, layers.0, down_proj) or a glob. Repeatable.",
+        help="Linears to leave at 16 bits: name components (lm_head, layers.0, down_proj) or a glob. "
+        "Repeatable; '' for none.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -130,7 +131,7 @@ def quantize(
         damp_percent=damp_percent,
         act_order=act_order,
         static_groups=static_groups,
-        ignore=tuple(ignore),
+        ignore=tuple(name for name in ignore if name),
         backend=backend,
         resume=resume,
         threads=threads,

@@ -81,7 +81,7 @@ def quantize_gptq(
         work[stop:] -= factor[start:stop, stop:].T @ errors
     inverse = torch.argsort(order)
     grid = grids.grid()
-    if options.static_groups or not options.act_order:
+    if options.static_groups or not options.act_order or size == width:
         return assemble(grid, codes[inverse].T, scheme)
     return assemble(grid, codes[inverse].T, scheme, group_of[inverse].to(torch.int32))
 

@@ -111,7 +111,7 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
         format=chosen,
         dtype=dtype,
         scheme=scheme,
-        ignored=tuple(sorted({*selection.ignored, "lm_head"})),
+        ignored=tuple(sorted({*selection.ignored, *_tied_head(selection)})),
         damp_percent=config.damp_percent,
         static_groups=config.method == "gptq" and config.static_groups,
         true_sequential=config.method == "gptq",
@@ -156,6 +156,11 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
             fix="quantize the 16-bit checkpoint it was made from",
             param="model",
         )
+
+
+def _tied_head(selection: Selection) -> set[str]:
+    """The head's conventional name, where it is no tensor of its own: readers look for it among the dense modules."""
+    return set() if any(m.name == "lm_head" for m in selection.modules) else {"lm_head"}
 
 
 def _needs_g_idx(config: QuantizeConfig) -> bool:

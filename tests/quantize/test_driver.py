@@ -104,6 +104,7 @@ def test_every_family_survives(family: str, method: str, config: QuantizeConfig,
         {"method": "gptq", "bits": 4, "static_groups": False},
         {"method": "gptq", "bits": 4, "act_order": False, "format": "awq"},
         {"method": "gptq", "bits": 3, "group_size": -1, "symmetric": True},
+        {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False},
     ],
     ids=str,
 )
@@ -117,7 +118,8 @@ def test_the_output_is_what_was_measured(changes: dict[str, object], config: Qua
     weight = made.weight("model.layers.1.mlp.down_proj.weight")
     assert isinstance(weight, QuantizedWeight)
     assert weight.scheme.bits == config.bits
-    assert (weight.g_idx is not None) == (config.method == "gptq" and not config.static_groups)
+    out_of_order = config.method == "gptq" and not config.static_groups and config.group_size != -1
+    assert (weight.g_idx is not None) == out_of_order
     assert len(report.layers) == 2
     assert all(0 < error < 0.2 for layer in report.layers for error in layer.modules.values())
     plain = quantize_checkpoint(replace(config, method="rtn", format="gptq", output=config.output + "-rtn"))
@@ -145,9 +147,10 @@ def test_ignored_linears_stay_dense_and_equal(config: QuantizeConfig, model: Pat
 
 
 def test_an_untied_head_on_request(config: QuantizeConfig, model: Path) -> None:
-    quantize_checkpoint(replace(config, method="gptq", bits=8, ignore=()))
+    report = quantize_checkpoint(replace(config, method="gptq", bits=8, ignore=()))
     made = open_checkpoint(Path(config.output))
     assert isinstance(made.weight("lm_head.weight"), QuantizedWeight)
+    assert report.dense_modules == ()
     assert distance(model, Path(config.output)) < 5e-3
 
 
