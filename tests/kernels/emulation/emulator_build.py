@@ -16,6 +16,7 @@ from typing import Any
 from llmctl.kernels.compile import SOURCE_DIR
 
 HERE = Path(__file__).parent
+_KEPT_LIBRARIES = 100
 _PARTS = ("fibre.cpp", "scheduler.cpp", "memory.cpp", "device.cpp")
 _COMMON = (
     "-std=c++17",
@@ -68,6 +69,10 @@ def _build(name: str, key: Sequence[str], commands: Any) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             commands(Path(folder), Path(folder) / "made.so")
             os.replace(Path(folder) / "made.so", target)
+        newest_first = sorted(cache.glob("*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in newest_first[_KEPT_LIBRARIES:]:
+            if not old.name.startswith("emulator-"):
+                old.unlink(missing_ok=True)
     return target
 
 

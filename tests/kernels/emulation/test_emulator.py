@@ -234,3 +234,71 @@ def test_dynamic_shared_memory_has_the_size_of_the_launch():
         module.launch("k", 1, 64, [write(np.zeros(64, np.float32))], shared=240)
     with pytest.raises(EmulationError, match="more than a block can have"):
         module.launch("k", 1, 64, [write(np.zeros(64, np.float32))], shared=300_000)
+
+
+# Sums columns of x [n, 64] through three stages of shared memory, copies running two rows ahead.
+_PIPELINE = """#include "device.cuh"
+using namespace llmctl;
+constexpr int kStages = 3;
+LLMCTL_DEVICE void fetch(float (*stage)[64], const float* x, int row, int n) {
+    const int at = 4 * thread_index();
+    if (row < n && at < 64) cp_async16(stage[row % kStages] + at, x + row * 64 + at);
+    cp_async_commit();
+}
+LLMCTL_KERNEL(64, 1) column_sums(const float* x, float* y, int n) {
+    alignas(16) __shared__ float stage[kStages][64];
+    float sum = 0;
+    for (int row = 0; row < kStages - 1; ++row) fetch(stage, x, row, n);
+    for (int row = 0; row < n; ++row) {
+        cp_async_wait<WAIT>();
+        BARRIER
+        fetch(stage, x, row + AHEAD, n);
+        sum += stage[row % kStages][63 - thread_index()];
+    }
+    y[thread_index()] = sum;
+}"""
+
+
+@pytest.mark.parametrize(
+    ("wait", "barrier", "ahead", "message"),
+    [
+        (1, "block_sync();", 2, None),
+        (2, "block_sync();", 2, "cp.async not yet waited for"),
+        (1, "", 2, "data race|not yet waited for|never written"),
+        (1, "block_sync();", 3, "data race|not yet waited for"),  # refills the stage that is being read
+    ],
+)
+def test_a_cp_async_pipeline(wait, barrier, ahead, message):
+    source = _PIPELINE.replace("WAIT", str(wait)).replace("BARRIER", barrier).replace("AHEAD", str(ahead))
+    x, y = np.random.default_rng(0).standard_normal((7, 64)).astype(np.float32), np.zeros(64, np.float32)
+    module = kernels_from_text(source, "pipeline.cu")
+    if message:
+        with pytest.raises(EmulationError, match=message):
+            module.launch("column_sums", 1, 64, [read(x), write(y), np.int32(7)])
+        return
+    module.launch("column_sums", 1, 64, [read(x), write(y), np.int32(7)])
+    np.testing.assert_allclose(y, x.sum(0)[::-1], rtol=1e-5, atol=1e-5)
+
+
+def test_struct_arguments_three_grid_dimensions_and_shared_memory_of_a_template():
+    source = """#include "device.cuh"
+    using namespace llmctl;
+    struct Scale { float by; int n; };
+    template <typename T>
+    LLMCTL_DEVICE T turned(T v) {
+        __shared__ T s[32];
+        s[thread_index()] = v;
+        block_sync();
+        return s[31 - thread_index()];
+    }
+    LLMCTL_KERNEL(32, 1) k(const float* x, float* y, Scale scale) {
+        const int at = ((block_index_z() * grid_size_y() + block_index_y()) * grid_size() + block_index()) * 32;
+        y[at + thread_index()] = turned(x[at + thread_index()]) * scale.by + scale.n;
+    }"""
+    x, y = np.arange(2 * 3 * 4 * 32, dtype=np.float32), np.zeros(2 * 3 * 4 * 32, np.float32)
+    scale = np.float32(0.5).tobytes() + np.int32(3).tobytes()
+    module = kernels_from_text(source, "struct.cu")
+    module.launch("k", (2, 3, 4), 32, [read(x), write(y), scale])
+    assert np.array_equal(y, x.reshape(-1, 32)[:, ::-1].ravel() * 0.5 + 3)
+    with pytest.raises(EmulationError, match="'scale' needs a struct of 8 bytes"):
+        module.launch("k", (2, 3, 4), 32, [read(x), write(y), scale[:4]])
