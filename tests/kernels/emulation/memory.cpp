@@ -9,6 +9,8 @@
 // of them a write, must be ordered by one of those. Accesses from different blocks are never ordered, except that a
 // block which has done an atomic may read what a block wrote that did device_fence and then an atomic.
 #include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -45,7 +47,12 @@ struct BlockRecord {
     bool released;
 };
 
+struct Range {
+    const char *begin, *end;
+};
+
 std::vector<std::unique_ptr<Region>> regions;
+std::vector<Range> constants;  // read-only segments of the kernel's library
 std::vector<BlockRecord> blocks;
 bool block_acquired = false;
 Region* last_hit = nullptr;
@@ -176,8 +183,9 @@ void check_access(Thread& t, const void* address, size_t size, size_t alignment,
     if (p >= t.stack && p < t.stack + kStackBytes) return;
     Region* r = find(p);
     if (!r) {
-        Dl_info info;
-        if (!writes(kind) && dladdr(address, &info)) return;  // a constant of the program
+        for (const Range& range : constants) {
+            if (!writes(kind) && p >= range.begin && p + size <= range.end) return;
+        }
         out_of_bounds(t, p, size, kind, site);
     }
     const size_t at = p - r->begin;
@@ -218,7 +226,25 @@ void finish_copy(Thread& t, const PendingCopy& copy) {
     memset(copy.shared + copy.bytes, 0, 16 - copy.bytes);
 }
 
-void memory_start_launch() {
+// Adds the read-only segments of the loaded object that holds `wanted`.
+int add_constants(dl_phdr_info* object, size_t, void* wanted) {
+    std::vector<Range> ranges;
+    bool holds = false;
+    for (int i = 0; i < object->dlpi_phnum; ++i) {
+        const auto& segment = object->dlpi_phdr[i];
+        if (segment.p_type != PT_LOAD) continue;
+        const char* begin = reinterpret_cast<const char*>(object->dlpi_addr + segment.p_vaddr);
+        const Range range{begin, begin + segment.p_memsz};
+        holds |= wanted >= range.begin && wanted < range.end;
+        if (!(segment.p_flags & PF_W)) ranges.push_back(range);
+    }
+    if (holds) constants = ranges;
+    return holds;
+}
+
+void memory_start_launch(void (*kernel)(void**)) {
+    constants.clear();
+    dl_iterate_phdr(add_constants, reinterpret_cast<void*>(kernel));
     blocks.clear();
     last_hit = nullptr;
     for (auto& r : regions) {
@@ -241,7 +267,8 @@ void memory_fence_atomic(const Thread& t) {
 }
 
 void* dynamic_shared_memory(size_t bytes) {
-    alignas(128) static char memory[kMaxDynamicShared];
+    static void* const memory =
+        mmap(nullptr, kMaxDynamicShared, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return bytes <= kMaxDynamicShared ? memory : nullptr;
 }
 

@@ -90,7 +90,7 @@ enum class Access : u8 { kRead, kReadConst, kWrite, kAtomic };
 void check_access(Thread& thread, const void* address, size_t size, size_t alignment, Access kind, const void* site);
 void start_copy(Thread& thread, const PendingCopy& copy, const void* site);
 void finish_copy(Thread& thread, const PendingCopy& copy);
-void memory_start_launch();
+void memory_start_launch(void (*kernel)(void**));
 void memory_start_block();
 void memory_fence_atomic(const Thread& thread);
 void* dynamic_shared_memory(size_t bytes);

@@ -195,7 +195,7 @@ extern "C" int emulator_launch(void (*kernel)(void**), void** args, const int* g
     for (int i = 0; i < 3; ++i) launch.grid[i] = grid[i];
     entry = kernel;
     arguments = args;
-    memory_start_launch();
+    memory_start_launch(kernel);
     const long long blocks = 1ll * grid[0] * grid[1] * grid[2];
     for (long long b = 0; b < blocks && !launch.failed; ++b) {
         const long long at = reversed ? blocks - 1 - b : b;

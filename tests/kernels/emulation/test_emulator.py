@@ -122,6 +122,11 @@ _FAULTS: dict[str, tuple[str, str, str]] = {
         "cp_async_wait<0>(); y[i] = s[i];",
         "data race|not yet waited for|never written",
     ),
+    "static shared memory past its end": (
+        "__shared__ float s[64]; s[i] = x[i]; block_sync(); const float* p = s; y[i] = p[63 - i];",
+        "__shared__ float s[64]; s[i] = x[i]; block_sync(); const float* p = s; y[i] = p[64 + n - i];",
+        "out-of-bounds read of 4 bytes at byte [0-9]+ of 's', which has 256 bytes",
+    ),
     "array index": (
         "float r[4] = {}; for (int j = 0; j < n; ++j) r[j & 3] += x[i]; y[i] = r[n & 3];",
         "float r[4] = {}; for (int j = 0; j < n; ++j) r[j] += x[i]; y[i] = r[n & 3];",
@@ -222,18 +227,24 @@ def test_arguments_are_checked_before_the_launch():
 
 def test_dynamic_shared_memory_has_the_size_of_the_launch():
     source = """#include "device.cuh"
-    LLMCTL_KERNEL(64, 1) k(float* y) {
+    LLMCTL_KERNEL(64, 1) k(float* y, int more) {
         LLMCTL_DYNAMIC_SHARED(memory);
         float* s = reinterpret_cast<float*>(memory);
         s[llmctl::thread_index()] = 1;
-        y[llmctl::thread_index()] = s[llmctl::thread_index()];
+        y[llmctl::thread_index()] = s[llmctl::thread_index() + more];
     }"""
     module = kernels_from_text(source)
-    module.launch("k", 1, 64, [write(np.zeros(64, np.float32))], shared=256)
+
+    def launch(shared: int, more: int = 0) -> None:
+        module.launch("k", 1, 64, [write(np.zeros(64, np.float32)), np.int32(more)], shared=shared)
+
+    launch(256)
     with pytest.raises(EmulationError, match="byte 240 of 'dynamic shared memory', which has 240 bytes"):
-        module.launch("k", 1, 64, [write(np.zeros(64, np.float32))], shared=240)
+        launch(240)
+    with pytest.raises(EmulationError, match="read of 4 bytes at byte 256 of 'dynamic shared memory'"):
+        launch(256, more=64)
     with pytest.raises(EmulationError, match="more than a block can have"):
-        module.launch("k", 1, 64, [write(np.zeros(64, np.float32))], shared=300_000)
+        launch(300_000)
 
 
 # Sums columns of x [n, 64] through three stages of shared memory, copies running two rows ahead.
