@@ -42,6 +42,20 @@ class AttentionGroup:
     context: int
 
 
+class Scratch:
+    """Buffers for gathered keys and values, reused from call to call: a fresh one costs its page faults every time."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def take(self, which: int, like: Tensor, rows: int) -> Tensor:
+        """Uninitialised ``[rows, width of like]`` in its dtype; overwritten by the next take of the same ``which``."""
+        size, key = rows * like.shape[1], (like.dtype, which)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffers[key][:size].view(rows, like.shape[1])
+
+
 def embed(ids: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     """Rows of ``w`` [V, H] for ids [T]."""
     x = F.embedding(ids, w)
@@ -142,7 +156,13 @@ def kv_write(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, padded: bool
 
 
 def paged_attention(
-    q: Tensor, cache: Tensor, groups: Sequence[AttentionGroup], heads: int, scale: float, softcap: float = 0.0
+    q: Tensor,
+    cache: Tensor,
+    groups: Sequence[AttentionGroup],
+    heads: int,
+    scale: float,
+    softcap: float = 0.0,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Softmax attention of q [T, heads * head_dim] over the cached context of each token's sequence.
 
@@ -150,12 +170,14 @@ def paged_attention(
     """
     _, blocks, block_size, kv_heads, dim = cache.shape
     keys, values = (cache[i].view(blocks * block_size, kv_heads * dim) for i in (0, 1))
+    scratch = scratch or Scratch()
     out = torch.zeros_like(q) if sum(g.batch * g.queries for g in groups) < q.shape[0] else torch.empty_like(q)
     for group in groups:
         shape = (group.batch, group.context, kv_heads, dim)
-        k = keys.index_select(0, group.slots).view(shape).transpose(1, 2)
-        v = values.index_select(0, group.slots).view(shape).transpose(1, 2)
-        out[group.rows] = _attend(q[group.rows], k, v, group, heads, scale, softcap)
+        rows = len(group.slots)
+        k = torch.index_select(keys, 0, group.slots, out=scratch.take(0, keys, rows)).view(shape)
+        v = torch.index_select(values, 0, group.slots, out=scratch.take(1, values, rows)).view(shape)
+        out[group.rows] = _attend(q[group.rows], k.transpose(1, 2), v.transpose(1, 2), group, heads, scale, softcap)
     return out
 
 

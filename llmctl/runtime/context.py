@@ -16,6 +16,10 @@ from llmctl.runtime.batch import Batch
 
 Env = dict[str, Tensor]
 
+# Gathered keys of one decode group stay under this, bytes, so that they are still in a core's L2 cache when they are
+# read: 32 sequences of 300 tokens attend in a third of the time of one large group (EPYC with 1 MiB L2, float32).
+_GROUP_BYTES = 2**20
+
 
 def allocate_cache(
     graph: Graph,
@@ -46,6 +50,7 @@ class StepContext:
         self.slots = self.tensor(batch.slot_mapping)
         self.padded = bool((batch.slot_mapping < 0).any())
         self.rows = self.tensor(batch.logits_indices)
+        self.scratch = kernels.Scratch()
         self._groups: dict[int, list[kernels.AttentionGroup]] = {}
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -89,9 +94,9 @@ class RopeTable:
 
 
 def _attention_groups(ctx: StepContext, window: int) -> list[kernels.AttentionGroup]:
-    """One group per prefill slice; single-token slices grouped by context length within a factor of two.
+    """One group per prefill slice; single-token slices in groups of like context length.
 
-    A factor of two bounds both the padding and the number of calls.
+    Lengths within a factor of two go together, which bounds both the padding and the number of calls.
     """
     batch = ctx.batch
     counts = np.diff(batch.query_start_loc)
@@ -103,7 +108,11 @@ def _attention_groups(ctx: StepContext, window: int) -> list[kernels.AttentionGr
             decodes.setdefault(length.bit_length(), []).append((i, length))
         else:
             groups.append(_prefill_group(ctx, i, int(counts[i]), window))
-    return groups + [_decode_group(ctx, members) for members in decodes.values()]
+    row_bytes = max((c[0, 0, 0].nbytes for c in ctx.cache.values()), default=1)
+    for members in decodes.values():
+        size = max(1, _GROUP_BYTES // (max(length for _, length in members) * row_bytes))
+        groups += [_decode_group(ctx, members[i : i + size]) for i in range(0, len(members), size)]
+    return groups
 
 
 def _prefill_group(ctx: StepContext, sequence: int, count: int, window: int) -> kernels.AttentionGroup:

@@ -292,7 +292,7 @@ def _bind_attention(_: Interpreter, op: Op) -> _Bound:
 
     def run(env: Env, ctx: StepContext) -> None:
         groups = ctx.attention_groups(window)
-        env[o] = kernels.paged_attention(env[q], ctx.cache[layer], groups, heads, scale, softcap)
+        env[o] = kernels.paged_attention(env[q], ctx.cache[layer], groups, heads, scale, softcap, ctx.scratch)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from tiny_checkpoint import VOCAB, write_dense, write_gptq
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import WeightPlane, load_engine
+from llmctl.artifact.manifest import Target
 from llmctl.checkpoint.assemble import assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
@@ -29,7 +31,11 @@ PLAN = StepPlan((SequenceSlice("a", np.random.default_rng(0).integers(0, VOCAB, 
 
 @pytest.mark.parametrize("target", ["cpu", "reference"])
 @pytest.mark.parametrize("kind", ["dense", "asymmetric 4-bit", "symmetric 3-bit", "8-bit"])
-def test_an_engine_runs_as_its_checkpoint_does(kind: str, target: str, tmp_path: Path) -> None:
+def test_an_engine_runs_as_its_checkpoint_does(
+    kind: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Target ``reference``, and ``cpu`` where no compiler was found at build time."""
+    monkeypatch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
     folder = tmp_path / "checkpoint"
     if kind == "dense":
         write_dense(folder)
@@ -48,13 +54,12 @@ def test_an_engine_runs_as_its_checkpoint_does(kind: str, target: str, tmp_path:
 
 def test_a_cuda_engine_has_no_runtime_here(tmp_path: Path) -> None:
     write_dense(tmp_path / "checkpoint")
-    engine = load_engine(build_engine(BuildConfig(str(tmp_path / "checkpoint"), str(tmp_path / "engine"))))
-    manifest = SimpleNamespace(
-        target=SimpleNamespace(kind="cuda"), rebuild_command=lambda output, **changes: f"build {output} {changes}"
-    )
-    with pytest.raises(EngineLoadError, match="no runtime for") as caught:
-        load_runtime(SimpleNamespace(path=engine.path, manifest=manifest))  # type: ignore[arg-type]
-    assert "'target': 'cpu'" in str(caught.value.fix)
+    config = BuildConfig(str(tmp_path / "checkpoint"), str(tmp_path / "engine"), target="reference")
+    engine = load_engine(build_engine(config))
+    foreign = replace(engine, manifest=replace(engine.manifest, target=Target("cuda", ("sm_90",))))
+    with pytest.raises(EngineLoadError, match="no runtime for 'cuda:sm_90'") as caught:
+        load_runtime(foreign)
+    assert "--target cpu" in str(caught.value.fix)
 
 
 def planes_of(weight: QuantizedWeight, name: str) -> dict[str, WeightPlane]:
