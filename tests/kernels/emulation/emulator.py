@@ -125,14 +125,14 @@ class Kernels:
         runtime = self._runtime
         runtime.emulator_reset()
         guarded: dict[int, np.ndarray] = {}
-        owner: dict[int, int] = {}  # of each buffer's data: the argument that brought it first
+        first_use: dict[int, int] = {}  # of each buffer's data: the argument that brought it first
         values = []
         for i, argument in enumerate(args):
-            if isinstance(argument, Buffer) and id(argument.data) in owner:
-                pointer = guarded[owner[id(argument.data)]].ctypes.data + GUARD
+            if isinstance(argument, Buffer) and id(argument.data) in first_use:
+                pointer = guarded[first_use[id(argument.data)]].ctypes.data + GUARD
                 values.append(ctypes.c_uint64(pointer + argument.offset))
             elif isinstance(argument, Buffer):
-                owner[id(argument.data)] = i
+                first_use[id(argument.data)] = i
                 guarded[i] = _guarded(argument, 0x35 if reverse else 0xCB)
                 pointer = guarded[i].ctypes.data + GUARD
                 runtime.emulator_add_region(

@@ -76,7 +76,7 @@ def _build(name: str, key: Sequence[str], commands: Any) -> Path:
     return target
 
 
-def _execute(command: Sequence[str], source: str | None = None) -> str:
+def _execute(command: Sequence[str | Path], source: str | None = None) -> str:
     done = subprocess.run([str(c) for c in command], input=source, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EmulationError(f"compilation failed: {done.stderr[:1500]}")
