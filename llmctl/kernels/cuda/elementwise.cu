@@ -9,28 +9,13 @@
 // fn: silu, gelu (erf), gelu_tanh, relu. All T and contiguous; width % 8 == 0; pointers multiples of 16 bytes; the
 // output of act, add, mul and pos_embed may alias an input. Grid: ceil(rows * width / 8 / 256) blocks of 256 threads.
 // Bound: the bytes read and written, each once.
-#include "device.cuh"
+#include "activation.cuh"
 
 namespace llmctl {
 namespace elementwise {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 8;
-
-struct silu {
-    LLMCTL_METHOD float operator()(float v) const { return v / (1.0f + expf(-v)); }
-};
-struct gelu {
-    LLMCTL_METHOD float operator()(float v) const { return 0.5f * v * (1.0f + erff(v * 0.70710678f)); }
-};
-struct gelu_tanh {
-    LLMCTL_METHOD float operator()(float v) const {
-        return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    }
-};
-struct relu {
-    LLMCTL_METHOD float operator()(float v) const { return fmaxf(v, 0.0f); }
-};
 
 // Where this thread's elements are: `row` is -1 past the end.
 struct Place {
@@ -124,10 +109,10 @@ LLMCTL_DEVICE void add_position(const T* x, const long long* positions, const T*
 #define LLMCTL_ELEMENTWISE LLMCTL_KERNEL(llmctl::elementwise::kThreads, 4)
 #define LLMCTL_ACTIVATION(T, FN)                                                                       \
     LLMCTL_ELEMENTWISE act_##FN##_##T(const llmctl::T* x, llmctl::T* y, int rows, int width) {         \
-        llmctl::elementwise::activate<llmctl::T, llmctl::elementwise::FN>(x, y, rows, width);          \
+        llmctl::elementwise::activate<llmctl::T, llmctl::activation::FN>(x, y, rows, width);          \
     }                                                                                                  \
     LLMCTL_ELEMENTWISE FN##_mul_##T(const llmctl::T* x, llmctl::T* y, int rows, int width) {           \
-        llmctl::elementwise::gate<llmctl::T, llmctl::elementwise::FN>(x, y, rows, width);              \
+        llmctl::elementwise::gate<llmctl::T, llmctl::activation::FN>(x, y, rows, width);              \
     }
 
 #define LLMCTL_ELEMENTWISE_ALL(T)                                                                                    \

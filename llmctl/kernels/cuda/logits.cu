@@ -9,7 +9,8 @@
 //   (OpenAI's definition). starts i32 [rows + 1]; repetition, presence, frequency f32 [rows]. Grid: rows blocks of 256.
 //
 // logprobs: log-softmax of a row at tokens[row] and the token's rank (1 = most likely; ties rank alike). tokens i32,
-//   logprob f32, rank i32 [rows]. Grid: rows blocks of 1024 threads. Bound: three reads of the row, two of them from L2.
+//   logprob f32, rank i32 [rows]. Grid: rows blocks of 1024 threads. Bound: three reads of the row, two of them from
+// L2.
 #include "device.cuh"
 
 namespace llmctl {
