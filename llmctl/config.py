@@ -28,7 +28,7 @@ class QuantizeConfig:
     format: str = "auto"
     calib: str = "self"
     calib_samples: int = 32
-    calib_length: int = 256
+    calib_length: int = 128
     seed: int = 0
     damp_percent: float = 0.01
     act_order: bool = True

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import QuantScheme
+from llmctl.quantize.clip import search_clip
 from llmctl.quantize.grid import fit_grid, split_groups
 from llmctl.quantize.rtn import quantize_rtn
-from llmctl.quantize.stats import InputStats, gram_blocks, group_errors, output_errors
+from llmctl.quantize.stats import InputStats, output_errors
 
 
 @dataclass(frozen=True)
@@ -89,39 +90,6 @@ def _tie(values: Tensor, columns: Tensor) -> Tensor:
     sums = torch.zeros(rows).index_add_(0, columns, values)
     counts = torch.zeros(rows).index_add_(0, columns, torch.ones_like(values))
     return (sums / counts.clamp(min=1))[columns]
-
-
-def search_clip(weight: Tensor, gram: Tensor, scheme: QuantScheme, steps: int = 10, max_shrink: float = 0.5) -> Tensor:
-    """Clip ratio of each group, f32 ``[N, G]``, with the least output error under round-to-nearest.
-
-    Groups are searched on their own part of the error; a row keeps its clipping only if the error of the whole row,
-    cross terms included, falls. So no row's measured error ever rises.
-
-    Args:
-        weight: f32 ``[N, K]``. gram: ``[K, K]`` of the inputs.
-        steps: ratios tried, from 1 down to ``1 - max_shrink``.
-    """
-    gram = gram.float()
-    blocks = gram_blocks(gram, scheme.group_size)
-    groups = split_groups(weight, scheme.group_size)
-    best = torch.ones(groups.shape[:2])
-    least = torch.full_like(best, torch.inf)
-    for step in range(steps + 1):
-        ratio = 1 - max_shrink * step / steps
-        snapped = fit_grid(groups, scheme.bits, scheme.symmetric, ratio).snap(groups)
-        found = group_errors(snapped.sub_(groups), blocks)
-        better = found < least
-        best[better] = ratio
-        least = torch.where(better, found, least)
-    clipped = _row_errors(weight, gram, scheme, best)
-    plain = _row_errors(weight, gram, scheme, 1.0)
-    return torch.where((clipped < plain).unsqueeze(1), best, torch.ones_like(best))
-
-
-def _row_errors(weight: Tensor, gram: Tensor, scheme: QuantScheme, ratio: Tensor | float) -> Tensor:
-    groups = split_groups(weight, scheme.group_size)
-    snapped = fit_grid(groups, scheme.bits, scheme.symmetric, ratio).snap(groups).reshape(weight.shape)
-    return output_errors(snapped.sub_(weight), gram)
 
 
 def quantize_awq(weight: Tensor, gram: Tensor, scheme: QuantScheme) -> QuantizedWeight:

@@ -129,7 +129,7 @@ class _LayerRun:
         for op in stage.linears:
             name = op.weights[0]
             stop = start + self.graph.weights[name].shape[0]
-            self.quantized[name] = take_rows(whole, start, stop)
+            self.quantized[name] = take_rows(whole, slice(start, stop))
             self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
             self.calibration.weights[name] = dense[start:stop]
             start = stop

@@ -39,10 +39,9 @@ def assemble(grid: Grid, codes: Tensor, scheme: QuantScheme, g_idx: Tensor | Non
     )
 
 
-def take_rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
-    """Output rows ``start .. stop-1``."""
-    part = slice(start, stop)
-    return replace(weight, codes=weight.codes[part], scales=weight.scales[part], zeros=weight.zeros[part])
+def take_rows(weight: QuantizedWeight, rows: slice | Tensor) -> QuantizedWeight:
+    """Some output rows: a slice or i64 indices."""
+    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=weight.zeros[rows])
 
 
 def join_rows(parts: list[QuantizedWeight]) -> QuantizedWeight:

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from llmctl.graph.graph import QuantScheme
-from llmctl.quantize.awq import quantize_awq, search_clip, search_scales
+from llmctl.quantize.awq import quantize_awq, search_scales
+from llmctl.quantize.clip import search_clip
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.stats import InputStats, gram_blocks, group_errors, output_errors, relative_error
 
