@@ -11,6 +11,7 @@ from tiny_checkpoint import write_dense, write_gptq
 
 from llmctl.artifact.builder import build_engine
 from llmctl.config import BuildConfig
+from llmctl.kernels.toolchain import find_compiler
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +22,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cpu engine of the quantized checkpoint; not to be changed."""
+    """A cpu engine of the quantized checkpoint, planes as for torch; not to be changed."""
     output = tmp_path_factory.mktemp("engines") / "engine"
-    return build_engine(
-        BuildConfig(
-            model=str(checkpoints["gptq"]), output=str(output), target="cpu", dtype="float32", max_model_len=256
-        )
+    config = BuildConfig(
+        model=str(checkpoints["gptq"]), output=str(output), target="cpu", dtype="float32", max_model_len=256
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
+        return build_engine(config)
+
+
+@pytest.fixture(scope="session")
+def native(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of the quantized checkpoint for the native CPU kernels; not to be changed."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    output = tmp_path_factory.mktemp("engines") / "native"
+    return build_engine(BuildConfig(model=str(checkpoints["gptq"]), output=str(output), target="cpu"))
 
 
 @pytest.fixture

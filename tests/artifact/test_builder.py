@@ -69,11 +69,20 @@ def test_reference_engine_keeps_the_checkpoints_dtype(checkpoints: dict[str, Pat
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")])
-def test_other_engines_store_their_own(checkpoints: dict[str, Path], tmp_path: Path, dtype: str, stored: str) -> None:
+def test_without_a_compiler_a_cpu_engine_is_for_torch(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    dtype: str,
+    stored: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import torch
 
+    monkeypatch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
     engine = load_engine(build(checkpoints["dense"], tmp_path / "e", target="cpu", dtype=dtype))
     assert {plane.dtype for plane in engine.weights.values()} == {stored}
+    assert "warning: no C++ compiler found" in capsys.readouterr().err
     plane, weight = engine.weights["lm_head.weight"], engine.graph.weights["lm_head.weight"]
     expected = assemble(weight, open_checkpoint(checkpoints["dense"])).to(getattr(torch, dtype))  # type: ignore[union-attr]
     assert plane.data.tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
@@ -82,7 +91,7 @@ def test_other_engines_store_their_own(checkpoints: dict[str, Path], tmp_path: P
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (3, 64, True), (8, -1, False)])
 def test_quantized_planes(tmp_path: Path, bits: int, group_size: int, symmetric: bool) -> None:
     model = write_gptq(tmp_path / "m", bits=bits, group_size=group_size, symmetric=symmetric)
-    engine = load_engine(build(model, tmp_path / "e"))
+    engine = load_engine(build(model, tmp_path / "e", target="reference"))
     source = open_checkpoint(model)
     quantized = [w for w in engine.graph.weights.values() if w.quant is not None]
     assert len(quantized) == 2 * 4
@@ -175,10 +184,10 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "tpu"}, "--target: expected one of cpu, reference, cuda:"),
+        ({"target": "tpu"}, "--target: expected one of cpu, cpu:VARIANT"),
         ({"target": "cuda"}, "--target: expected one of cpu"),
         ({"target": "cuda:sm_70"}, "found 'sm_70'"),
-        ({"target": "cpu:sm_80"}, "found 'cpu:sm_80'"),
+        ({"target": "cpu:sm_80"}, "--target cpu: expected some of avx512vnni, avx2, portable, found 'sm_80'"),
         ({"dtype": "int4"}, "--dtype: expected one of auto"),
         ({"target": "cuda:sm_80", "dtype": "float32"}, "expected float16 or bfloat16 for a cuda target"),
         ({"block_size": 12}, "--block-size: expected a power of two, found 12"),

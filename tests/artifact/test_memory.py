@@ -37,7 +37,7 @@ def test_weights(checkpoints: dict[str, Path]) -> None:
     values = sum(array.size for array in dense_tensors().values())
     dense = plan_build(BuildConfig(model=str(checkpoints["dense"]), target="reference"))
     assert (dense.weights_bytes, dense.memory.weights) == (2 * values, 4 * values)
-    quantized = plan_build(BuildConfig(model=str(checkpoints["gptq"]), target="cpu", dtype="bfloat16"))
+    quantized = plan_build(BuildConfig(model=str(checkpoints["gptq"]), target="reference", dtype="bfloat16"))
     assert quantized.weights_bytes < dense.weights_bytes
     assert quantized.memory.weights == 2 * values
 

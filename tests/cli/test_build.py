@@ -13,14 +13,16 @@ from typer.testing import CliRunner, Result
 from llmctl.cli.main import app
 from llmctl.errors import CompileError
 from llmctl.kernels.nvrtc import load_nvrtc
+from llmctl.kernels.toolchain import find_compiler
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "build"
 Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "cache"))
+def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Run:
+    # One cache for the whole session: compiling the kernels takes seconds.
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
 
     def invoke(*args: object, code: int = 0) -> Result:
@@ -44,6 +46,7 @@ def one_error_line(result: Result) -> str:
     return lines[0]
 
 
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 def test_build_and_inspect(run: Run, model: Path, tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     built = run("build", "--model", model, "--output", engine, "--dtype", "float32")
@@ -58,7 +61,7 @@ def test_build_and_inspect(run: Run, model: Path, tmp_path: Path) -> None:
         "add_rms_norm",
     ):
         assert text in shown
-    assert "layers.0.qkv_proj.weight.codes" in shown
+    assert "layers.0.qkv_proj.weight.tiles" in shown
 
 
 def test_json_documents(run: Run, model: Path, tmp_path: Path) -> None:
@@ -72,11 +75,15 @@ def test_json_documents(run: Run, model: Path, tmp_path: Path) -> None:
     assert len(shown["ops"]) == sum(shown["graph"]["ops"].values())
 
 
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 def test_inspect_a_checkpoint(run: Run, model: Path) -> None:
     shown = json.loads(run("inspect", model, "--json").stdout)
     assert shown["kind"].startswith("model")
     assert shown["quantization"]["bits"] == 4
-    assert {plane["name"] for plane in shown["weights"]} >= {"layers.1.down_proj.weight.zeros", "lm_head.weight"}
+    assert {plane["name"] for plane in shown["weights"]} >= {
+        "layers.1.down_proj.weight.tile_zeros",
+        "final_norm.weight",
+    }
 
 
 def test_dry_run(run: Run, model: Path, tmp_path: Path) -> None:
@@ -86,9 +93,9 @@ def test_dry_run(run: Run, model: Path, tmp_path: Path) -> None:
     assert plan["kv_bytes_per_token"] == 2 * 2 * 32 * 4
     assert plan["fits"]
     assert not (tmp_path / "engine").exists()
-    short = json.loads(run(*arguments[:-1], "600KiB", "--json", "--dtype", "float32").stdout)
+    short = json.loads(run(*arguments[:-1], "500KiB", "--json", "--dtype", "float32").stdout)
     assert not short["fits"]
-    assert "does not fit: memory: expected at most 600.0 KiB" in run(*arguments[:-1], "600KiB").stdout
+    assert "does not fit: memory: expected at most 400.0 KiB" in run(*arguments[:-1], "400KiB").stdout
 
 
 @pytest.mark.parametrize(
