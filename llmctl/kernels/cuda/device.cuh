@@ -296,6 +296,23 @@ LLMCTL_SPECIALISATION bf16 from_float<bf16>(float v) {
     return r;
 }
 
+// Two floats rounded to T in one word, `low` in bits 0..15, in one instruction.
+template <typename T>
+LLMCTL_DEVICE u32 packed_from_floats(float low, float high);
+
+template <>
+LLMCTL_SPECIALISATION u32 packed_from_floats<f16>(float low, float high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+template <>
+LLMCTL_SPECIALISATION u32 packed_from_floats<bf16>(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
 // a * b + c, and a - b, on two 16-bit floats in a word, each half rounded once.
 template <typename T>
 LLMCTL_DEVICE u32 packed_fma(u32 a, u32 b, u32 c);

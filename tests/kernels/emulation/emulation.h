@@ -144,6 +144,11 @@ LLMCTL_SPECIALISATION bf16 from_float<bf16>(float v) {
 }
 
 template <typename T>
+LLMCTL_DEVICE u32 packed_from_floats(float low, float high) {
+    return static_cast<u32>(from_float<T>(low).bits) | static_cast<u32>(from_float<T>(high).bits) << 16;
+}
+
+template <typename T>
 u32 packed_fma(u32 a, u32 b, u32 c);
 template <typename T>
 u32 packed_sub(u32 a, u32 b);
