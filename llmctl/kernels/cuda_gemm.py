@@ -1,0 +1,95 @@
+"""How to launch the CUDA GEMM kernels: which entry, what grid, how much shared memory and workspace.
+
+Pure arithmetic over shapes: the runtime, the emulated tests and the GPU tests launch from the same plans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmctl.kernels.cuda_layout import TILE, CudaFormat
+
+TAG = {"float16": "f16", "bfloat16": "bf16"}
+ACTIVATION = {"": 0, "silu_mul": 1, "gelu_mul": 2, "gelu_tanh_mul": 3, "relu_mul": 4}
+"""The kernels' number of an epilogue."""
+STREAM_ROWS = 16
+GEMM_ROWS = 128
+"""Rows of x above which a dense product of dequantised weights is at least as fast (compute-bound)."""
+H200_SMS = 132
+
+_STREAM_STAGES = 4
+_STREAM_STRIDE = TILE + 4
+_BLOCK_TILES = 4
+_HALF_THREADS = 128
+_BLOCK_SHARED = 99 * 1024  # the least that a block may have on any supported architecture
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """One launch.
+
+    Attributes:
+        entry: kernel. grid, threads, shared: the launch; shared is dynamic shared memory, bytes.
+        workspace: float32 elements of scratch. counters: uint32 elements, zero before the first launch and after each.
+    """
+
+    entry: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    workspace: int
+    counters: int
+
+
+def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
+    """The launch for m = 1..16 rows of x. K is shared out regardless of m, so a row has the same bits in any batch."""
+    chunks = 16 // fmt.bits
+    inner = min(fmt.group_size // 32 if fmt.group in (32, 64) else 4, chunks)
+    tiles, steps = fmt.rows // TILE, fmt.columns // (32 * chunks)
+    # Eight warps on every SM keep 48 KiB in flight; where tiles alone do that, smaller blocks leave a shorter tail.
+    warps = 4 if tiles >= 2 * sms or steps < 8 else 8
+    splits = max(1, min(sms // tiles, steps // warps))
+    stage = chunks * 128 * fmt.bits + chunks // inner * TILE * 3
+    rows = 8 if m <= 8 else 16
+    return GemmPlan(
+        entry=f"w{fmt.bits}a16_stream_{TAG[dtype]}_g{32 * inner}_m{rows}",
+        grid=(tiles, splits, 1),
+        threads=32 * warps,
+        shared=warps * _STREAM_STAGES * stage,
+        workspace=splits * tiles * TILE * rows if splits > 1 else 0,
+        counters=tiles if splits > 1 else 0,
+    )
+
+
+def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: int = H200_SMS) -> GemmPlan:
+    """The launch on tensor cores, for any m; ``int8``: int8 activations."""
+    sizes = (8, 16, 32, 64) if int8 else (32, 64)
+    tokens = next((size for size in sizes if m <= size), sizes[-1])
+    shared = _tile_ring(fmt.bits, tokens, int8)
+    columns, rows = -(-m // tokens), -(-fmt.rows // (TILE * _BLOCK_TILES))
+    steps = fmt.columns // 64
+    # Two blocks of four warps an SM hide latency; too few blocks share K, first over the halves of a block (sums meet
+    # in shared memory), then over blocks, as long as every share is a few stages long.
+    shares = max(1, min(2 * sms // (columns * rows), steps // 4))
+    halves = 2 if shares > 1 and 2 * shared <= _BLOCK_SHARED else 1
+    splits = max(1, shares // halves)
+    tiles = columns * rows
+    return GemmPlan(
+        entry=f"w{fmt.bits}a{8 if int8 else 16}_gemm_{TAG[dtype]}_t{tokens}",
+        grid=(columns, rows, splits),
+        threads=_HALF_THREADS * halves,
+        shared=shared * halves,
+        workspace=splits * tiles * TILE * _BLOCK_TILES * tokens if splits > 1 else 0,
+        counters=tiles if splits > 1 else 0,
+    )
+
+
+def plan_gemm(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
+    """The launch for 16-bit activations and m rows of x, by m."""
+    return plan_stream(fmt, dtype, m, sms) if m <= STREAM_ROWS else plan_tile(fmt, dtype, m, sms=sms)
+
+
+def _tile_ring(bits: int, tokens: int, int8: bool) -> int:
+    """Shared memory of a half: TileShape::kRing of gemm_tile.cuh."""
+    stage = 2 * tokens * (32 if int8 else 64) + _BLOCK_TILES * 2 * (128 * bits + TILE * 3)
+    return stage * (3 if stage > 12 * 1024 else 4)
