@@ -7,12 +7,14 @@ word boundary, which is GPTQ's 3-bit layout.
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (2, 3, 4, 8)
+assert sys.byteorder == "little", "words are viewed as bytes"
 
 
 def values_per_period(bits: int) -> int:
@@ -39,6 +41,8 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         raise ValueError(f"{bits}-bit packing needs a multiple of {period} values, found {values.shape[-1]}")
     if values.numel() and int(values.max()) >> bits:
         raise ValueError(f"a value of {int(values.max())} does not fit in {bits} bits")
+    if 8 % bits == 0:
+        return _pack_bytes(values, bits)
     lanes = values.unflatten(-1, (-1, period))
     words = torch.zeros(*lanes.shape[:-1], period * bits // 32, dtype=torch.int64, device=values.device)
     for lane in range(period):
@@ -63,6 +67,8 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     per_period = period * bits // 32
     if words.shape[-1] % per_period:
         raise ValueError(f"{bits}-bit packing needs a multiple of {per_period} words, found {words.shape[-1]}")
+    if 8 % bits == 0:
+        return _unpack_bytes(words, bits)
     unsigned = words.long().bitwise_and_(0xFFFFFFFF).unflatten(-1, (-1, per_period))
     lanes = torch.empty(*unsigned.shape[:-1], period, dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1
@@ -73,3 +79,24 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
             value = value | (unsigned[..., word + 1] << (32 - shift))
         lanes[..., lane] = (value & mask).to(torch.uint8)
     return lanes.flatten(-2)
+
+
+def _pack_bytes(values: Tensor, bits: int) -> Tensor:
+    """``pack_words`` for widths that divide a byte: whole bytes first, which a little-endian word is made of."""
+    import torch
+
+    lanes = values.unflatten(-1, (-1, 8 // bits))
+    octets = lanes[..., 0].clone()
+    for lane in range(1, 8 // bits):
+        octets |= lanes[..., lane] << (lane * bits)
+    return octets.contiguous().view(torch.int32)
+
+
+def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
+    """The inverse of ``_pack_bytes``."""
+    import torch
+
+    octets = words.contiguous().view(torch.uint8)
+    mask = (1 << bits) - 1
+    lanes = [octets if bits == 8 else octets >> shift & mask for shift in range(0, 8, bits)]
+    return lanes[0].clone() if bits == 8 else torch.stack(lanes, dim=-1).flatten(-2)
