@@ -1,0 +1,2 @@
+#include "attention_decode.cuh"
+LLMCTL_ATTENTION_DECODE_ALL(80)
