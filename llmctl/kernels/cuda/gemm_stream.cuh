@@ -141,8 +141,8 @@ LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, in
             copy_step<kBits, kGroupChunks>(ring + fill * Stage::kBytes, source, step + kStreamStages - 1);
         }
         cp_async_commit();
-        multiply_step<T, kBits, kGroupChunks, kTokenTiles>(total, ring + slot * Stage::kBytes, source.zeros != nullptr,
-                                                           fragment_x);
+        const u8* const stage = ring + slot * Stage::kBytes;
+        multiply_step<T, kBits, kGroupChunks, kTokenTiles>(total, stage, source.zeros != nullptr, fragment_x);
         slot = slot == kStreamStages - 1 ? 0 : slot + 1;
     }
     warp_sync();
@@ -182,9 +182,10 @@ LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const 
 }  // namespace gemm
 }  // namespace llmctl
 
-// Entry points by activation dtype, code width and group; see the .cu files.
+// Entry points by activation dtype, code width, group and rows; see the .cu files. Two blocks of eight warps fit an SM;
+// groups of 32 with 16 rows need a few registers more than that leaves, and would spill.
 #define LLMCTL_STREAM(NAME, T, BITS, GROUP, ROWS)                                                                     \
-    LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, 2)                                                                    \
+    LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, GROUP == 32 && ROWS == 16 ? 1 : 2)                                    \
     NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const u8* zeros,            \
                           const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace,           \
                           u32* counters, int m, int n, int k, int group_size, int activation) {                       \

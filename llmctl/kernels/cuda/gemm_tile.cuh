@@ -241,7 +241,7 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
 
 // Entry points by activation dtype, code width and tokens a block; see the .cu files.
 #define LLMCTL_TILE_GEMM(NAME, T, BITS, TOKENS)                                                                       \
-    LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, TOKENS > 32 ? 1 : 2)                                                \
+    LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, 1)                                                                  \
     NAME##_##T##_t##TOKENS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const u8* zeros,           \
                            const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace,          \
                            u32* counters, int m, int n, int k, int group_size, int activation) {                      \
@@ -252,7 +252,7 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
     }
 
 #define LLMCTL_INT8_GEMM(NAME, T, TOKENS)                                                                             \
-    LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, TOKENS > 32 ? 1 : 2)                                                \
+    LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, 1)                                                                  \
     NAME##_##T##_t##TOKENS(const s8* x, const float* token_scales, const u8* codes, const llmctl::f16* scales,        \
                            const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace,          \
                            u32* counters, int m, int n, int k, int group_size, int activation) {                      \
