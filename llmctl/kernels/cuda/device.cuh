@@ -269,6 +269,13 @@ LLMCTL_DEVICE float fast_exp2(float v) {
     return r;
 }
 
+// 1 / v within 1 unit in the last place; 0 for an infinite v.
+LLMCTL_DEVICE float fast_reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
 // The nearest integer, saturated to the range of the type; NaN gives 0.
 LLMCTL_DEVICE int round_to_int(float v) { return __float2int_rn(v); }
 

@@ -126,6 +126,7 @@ LLMCTL_DEVICE float reciprocal_sqrt(float v) {
     return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(v)));
 }
 float fast_exp2(float v);
+LLMCTL_DEVICE float fast_reciprocal(float v) { return 1.0f / v; }
 int round_to_int(float v);
 
 float emulated_from_f16(u16 bits);
