@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from llmctl import __version__
 from llmctl.artifact.cpu_planes import pack_planes as pack_cpu_planes
-from llmctl.artifact.folder import published_folder
 from llmctl.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -28,10 +27,11 @@ from llmctl.artifact.manifest import (
 from llmctl.artifact.plan import BuildPlan, quantization_record
 from llmctl.artifact.planes import DTYPE_BYTES, SAFETENSORS_DTYPE, Plane, total_bytes
 from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.folder import published_folder
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
-from llmctl.kernels.compile import PTX_FALLBACK, compile_module, source_hash
+from llmctl.kernels.compile import PTX_FALLBACK, compile_modules, source_hash
 from llmctl.kernels.registry import sources_of
 from llmctl.kernels.toolchain import INSTALL_HINT, VARIANTS, compile_library, library_name
 from llmctl.kernels.toolchain import SOURCE as CPU_SOURCE
@@ -73,15 +73,10 @@ def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None
 
 
 def _cuda_kernels(plan: BuildPlan) -> list[tuple[str, bytes, KernelFile]]:
-    """One cubin per architecture, and PTX for the oldest: (file name, content, record)."""
-    sources = sources_of(plan.choices)
-    if not plan.target.archs or not sources:
-        return []
-    cache = cache_dir() / "kernels"
-    archs = (*plan.target.archs, PTX_FALLBACK)
-    with ThreadPoolExecutor() as pool:
-        modules = pool.map(lambda arch: compile_module(sources, arch, cache=cache), archs)
-    return [(m.filename, m.code, KernelFile(m.arch, m.compiler, m.flags, sources, m.resources)) for m in modules]
+    """Per source file one cubin for each architecture, and PTX for the oldest: (file name, content, record)."""
+    archs = (*plan.target.archs, PTX_FALLBACK) if plan.target.archs else ()
+    modules = compile_modules(sources_of(plan.choices), archs, cache=cache_dir() / "kernels")
+    return [(m.filename, m.code, KernelFile(m.arch, m.compiler, m.flags, (m.source,), m.resources)) for m in modules]
 
 
 def _cpu_kernels(plan: BuildPlan) -> list[tuple[str, bytes, KernelFile]]:
@@ -111,7 +106,7 @@ def _write_kernels(folder: Path, kernels: Iterable[tuple[str, bytes, KernelFile]
     written: dict[str, KernelFile] = {}
     for filename, code, record in kernels:
         name = f"kernels/{filename}"
-        (folder / "kernels").mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(code)
         written[name] = record
     return written

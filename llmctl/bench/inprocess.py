@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
-from llmctl.artifact.loader import LoadedEngine, load_engine
+from llmctl.artifact.loader import LoadedEngine
 from llmctl.bench.environment import usable_cores
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
-from llmctl.config import EngineConfig, parse_bytes
+from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
-from llmctl.runtime.load import load_runtime
+from llmctl.runtime.load import open_runtime
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -61,18 +61,7 @@ def open_engine(config: EngineConfig) -> OpenedEngine:
     """
     path: Path = ensure_engine(config.model, config)
     start = time.perf_counter()
-    kv_bytes = parse_bytes(config.kv_cache_memory, param="kv_cache_memory") if config.kv_cache_memory else None
-    loaded = load_engine(
-        path,
-        verify=config.verify,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        dtype=None if config.dtype == "auto" else config.dtype,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_bytes=kv_bytes,
-    )
-    runtime = load_runtime(loaded, threads=config.threads)
+    loaded, runtime = open_runtime(path, config)
     tokenizer = Tokenizer.from_folder(path)
     scheduler = SchedulerConfig.from_engine_config(config)
     engine = LLMEngine(runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=time.perf_counter)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llmctl
 from llmctl.checkpoint import awq, gptq
+from llmctl.checkpoint.folder import published_folder
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import TensorSpec, torch_dtype_name, write_sharded
@@ -121,7 +120,7 @@ def write_quantized_checkpoint(
         raise CheckpointError(f"{source.path}: is quantized already ({source.quantization.method})")
     plan = _Plan(source, quantized, replaced_dense, settings)
     tensors = plan.tensors()
-    with _published(output) as folder:
+    with published_folder(output) as folder:
         write_sharded(folder, tensors, max_shard_bytes=max_shard_bytes)
         _write_config(folder, source, settings, plan)
         for name, content in {**source.aux_files(), **(extra_files or {})}.items():
@@ -253,28 +252,3 @@ def _put(path: Path, content: Path | bytes) -> None:
         path.write_bytes(content)
     else:
         shutil.copyfile(content, path)
-
-
-@contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` to fill; on success it is fsynced and renamed, on any error removed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        for path in [*folder.iterdir(), folder]:
-            _sync(path)
-        os.rename(folder, output)
-        _sync(output.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

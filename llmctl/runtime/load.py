@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmctl.artifact.loader import LoadedEngine, WeightPlane
+from llmctl.artifact.loader import LoadedEngine, WeightPlane, load_engine
 from llmctl.checkpoint.assemble import GraphSource, assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.config import EngineConfig, parse_bytes
 from llmctl.engine.step import Runtime
 from llmctl.errors import EngineLoadError
 from llmctl.graph.graph import Graph, Weight
@@ -22,6 +24,26 @@ if TYPE_CHECKING:
     from llmctl.runtime.reference import ReferenceRuntime
 
 logger = logging.getLogger(__name__)
+
+
+def open_runtime(path: Path, config: EngineConfig) -> tuple[LoadedEngine, Runtime]:
+    """An engine folder and its runtime as ``serve`` and offline ``bench`` run it.
+
+    Raises:
+        LlmctlError: whatever loading refuses.
+    """
+    kv_bytes = parse_bytes(config.kv_cache_memory, param="kv_cache_memory") if config.kv_cache_memory else None
+    loaded = load_engine(
+        path,
+        verify=config.verify,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        dtype=None if config.dtype == "auto" else config.dtype,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_bytes=kv_bytes,
+    )
+    return loaded, load_runtime(loaded, threads=config.threads)
 
 
 def load_runtime(engine: LoadedEngine, *, dtype: str | None = None, threads: int | None = None) -> Runtime:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from llmctl.config import EngineConfig, parse_bytes
+from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.engine.scheduler import SchedulerConfig
@@ -97,18 +97,6 @@ def _request(wire: WireRequest) -> Request:
     )
 
 
-def scheduler_config(config: EngineConfig) -> SchedulerConfig:
-    """The scheduler's part of the settings."""
-    return SchedulerConfig(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_prefix_caching=config.enable_prefix_caching,
-        enable_chunked_prefill=config.enable_chunked_prefill,
-        policy=config.scheduling_policy,
-        max_num_queued_reqs=config.max_num_queued_reqs,
-    )
-
-
 def open_engine(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
 
@@ -118,23 +106,11 @@ def open_engine(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngin
     path = _locate(config, send)
     send(Located(str(path)))
     send(Progress("loading the engine"))
-    from llmctl.artifact.loader import load_engine
-    from llmctl.runtime.load import load_runtime
+    from llmctl.runtime.load import open_runtime
 
-    kv_cache_bytes = parse_bytes(config.kv_cache_memory, param="kv_cache_memory") if config.kv_cache_memory else None
-    loaded = load_engine(
-        path,
-        verify=config.verify,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        dtype=None if config.dtype == "auto" else config.dtype,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_bytes=kv_cache_bytes,
-    )
-    runtime = load_runtime(loaded, threads=config.threads)
+    loaded, runtime = open_runtime(path, config)
     tokenizer = Tokenizer.from_folder(path)
-    engine = LLMEngine(runtime, scheduler_config(config), tokenizer.eos_token_ids, seed=config.seed)
+    engine = LLMEngine(runtime, SchedulerConfig.from_engine_config(config), tokenizer.eos_token_ids, seed=config.seed)
     send(_info(loaded, engine))
     return engine
 
