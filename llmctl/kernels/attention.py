@@ -75,6 +75,15 @@ class AttentionShape:
         entry = f"attention_decode_{self.tag}_{self.kv_tag}_d{self.head_dim}"
         return Launch(entry, (max_splits, self.kv_heads * -(-self.group // 16), sequences), warps * 32, shared)
 
+    def prefill(self, sequences: int, tokens: int) -> Launch:
+        """``attention_prefill_*`` for ``tokens`` rows of q in ``sequences`` sequences."""
+        rows = 64 if self.head_dim > 128 else 128
+        scales = 2 * 2 * 32 * 4 if self.kv_tag == "s8" else 0
+        shared = rows * self._query_row + 2 * 2 * 2 * UNIT * self._cache_row + scales
+        tiles = -(-tokens * self.group // rows) + sequences
+        entry = f"attention_prefill_{self.tag}_{self.kv_tag}_d{self.head_dim}"
+        return Launch(entry, (self.kv_heads, tiles, 1), 128, shared)
+
     def combine(self, sequences: int) -> Launch:
         """``attention_combine_*``, after ``decode``."""
         return Launch(f"attention_combine_{self.tag}", (-(-sequences * self.heads // 4), 1, 1), 128, 0)

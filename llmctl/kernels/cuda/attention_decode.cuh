@@ -11,7 +11,7 @@
 //
 // Grid: (splits or fewer, kv_heads * ceil(group / 16), sequences); splits beyond a sequence's length return at once, so
 // the grid may be that of the longest sequence there can be, as a CUDA graph wants it. Threads: 32 kWarps. Dynamic
-// shared memory: kSharedBytes (attention_decode_shared in registry's terms: see each .cu).
+// shared memory: kSharedBytes (kernels/attention.py gives it, and the grid).
 //
 // parts f32 [sequences, heads, max_splits, head dim], part_stats f32 [sequences, heads, max_splits, 2] (the reference
 // the weights are relative to, and their sum); splits are counted from the first that the window leaves. Sequences
@@ -72,7 +72,6 @@ template <typename S>
 LLMCTL_DEVICE void attend(typename Decode<S>::Warp& flash, const Ring<S>& ring, const Cache<S>& cache,
                           const u8* queries, const Scoring& scoring, int window) {
     const int lane = lane_index(), last = cache.length - 1;
-    const int lasts[1][2] = {{last, last}};
     flash.clear();
     float arriving[2];  // scales of units i and i + 1, on their way from global to shared memory
 #pragma unroll
@@ -93,7 +92,7 @@ LLMCTL_DEVICE void attend(typename Decode<S>::Warp& flash, const Ring<S>& ring, 
         flash.score(weights, scoring, scales);
         const int position = ring.unit(i) * kUnit;
         if (position + kUnit > cache.length || (window > 0 && position <= last - window)) {
-            flash.mask(weights, position, lasts, window);
+            flash.mask(weights, position, [last](int) { return last; }, window);
         }
         flash.soften(weights, scales + kUnit);
         cp_async_wait<3>();

@@ -42,12 +42,11 @@ LLMCTL_DEVICE Cache<S> cache_of(const Call<typename S::T, typename S::KV>& c, in
 
 // From the product q . k to the score in log2 units.
 struct Scoring {
-    float factor, cap;
+    float factor, cap;  // cap 0: none
 
-    LLMCTL_METHOD float operator()(float product) const {
-        const float scaled = product * factor;
-        if (cap == 0.0f) return scaled;
-        return cap * (1.0f - 2.0f / (fast_exp2(scaled) + 1.0f));  // tanh of scaled / (2 log2 e)
+    // cap * tanh of scaled / (2 log2 e)
+    LLMCTL_METHOD float capped(float scaled) const {
+        return cap - 2.0f * cap * fast_reciprocal(fast_exp2(scaled) + 1.0f);
     }
 };
 
@@ -145,28 +144,38 @@ struct Flash {
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const float by = S::Rule::kScaled ? scales[8 * n + 2 * t + e % 2] : 1.0f;
+                const float by = S::Rule::kScaled ? scoring.factor * scales[8 * n + 2 * t + e % 2] : scoring.factor;
 #pragma unroll
-                for (int m = 0; m < kTiles; ++m) {
-                    if constexpr (S::Rule::kScaled) scores[m][n][e] *= by;
-                    scores[m][n][e] = scoring(scores[m][n][e]);
-                }
+                for (int m = 0; m < kTiles; ++m) scores[m][n][e] *= by;
             }
         }
-    }
-
-    // Hides positions after last[][] and, with a window, those more than window - 1 before it.
-    LLMCTL_METHOD void mask(float (&scores)[kTiles][kColumns][4], int position, const int (&last)[kTiles][2],
-                            int window) const {
-        const int t = lane_index() % 4;
+        if (scoring.cap == 0.0f) return;
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int back = last[m][e / 2] - (position + 8 * n + 2 * t + e % 2);
-                    if (back < 0 || (window > 0 && back >= window)) scores[m][n][e] = kNever;
+                for (int e = 0; e < 4; ++e) scores[m][n][e] = scoring.capped(scores[m][n][e]);
+            }
+        }
+    }
+
+    // Hides positions after the rows' own, last(row), and, with a window, those window and more before it.
+    template <typename Last>
+    LLMCTL_METHOD void mask(float (&scores)[kTiles][kColumns][4], int position, const Last& last, int window) const {
+        const int t = lane_index() % 4;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int ahead = last(16 * m + 8 * h + lane_index() / 4) - position - 2 * t;
+#pragma unroll
+                for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int back = ahead - 8 * n - e;
+                        if (back < 0 || (window > 0 && back >= window)) scores[m][n][2 * h + e] = kNever;
+                    }
                 }
             }
         }

@@ -124,6 +124,18 @@ class AttentionCase:
         ])  # fmt: skip
         return out
 
+    def prefill(self, *, min_rows=1) -> torch.Tensor:
+        """attention_prefill over all sequences; those with fewer than ``min_rows`` rows come out as zeros."""
+        s, n, out = self.shape, len(self.lens), self.output()
+        if min_rows > 1:
+            out.zero_()
+        launch = s.prefill(n, sum(self.counts))
+        _run(f"attention_prefill_d{s.head_dim}.cu", launch, [
+            *self.arguments(), (update if min_rows > 1 else write)(out), *self.sizes(), np.int32(out.shape[1]),
+            np.int32(n), np.int32(min_rows), *self.factors(),
+        ])  # fmt: skip
+        return out
+
 
 def _run(source: str, launch: Launch, arguments: list) -> None:
     kernels(source).launch(launch.entry, launch.grid, launch.threads, arguments, shared=launch.shared)
