@@ -1,8 +1,8 @@
 // The packed weight layout (kernels/cuda_layout.py writes it) and its codes as mma operands, in registers.
 //
 // Tiles of 32 rows (outputs) by chunks of 32 columns; 4 chunks (128 columns) are a step, to which K is padded. Weights
-// are the A operand of mma.sync (rows = outputs), tokens the B operand, so that M comes in eights. With g = lane / 4 and
-// t = lane % 4, lane (g, t) of a warp owns, of every chunk, rows g, g + 8, g + 16, g + 24 and columns 8t .. 8t + 7:
+// are the A operand of mma.sync (rows = outputs), tokens the B operand, so that M comes in eights. With g = lane / 4
+// and t = lane % 4, lane (g, t) of a warp owns, of every chunk, rows g, g + 8, g + 16, g + 24 and columns 8t .. 8t + 7:
 // the order of k within an mma is free as long as both operands agree, and in this order the B fragments of a chunk are
 // 16 contiguous bytes of an activation row (8 bytes of int8): plain vector loads, no ldmatrix, no bank conflicts.
 //

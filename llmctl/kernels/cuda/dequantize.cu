@@ -1,5 +1,5 @@
-// Packed codes -> dense 16-bit weights in scratch, for a product of many rows with cuBLAS; and the gather of x's columns
-// that an act-order weight (columns sorted by group) needs in front of every kernel.
+// Packed codes -> dense 16-bit weights in scratch, for a product of many rows with cuBLAS; and the gather of x's
+// columns that an act-order weight (columns sorted by group) needs in front of every kernel.
 //
 // dequantize_w<bits>_<T>   w[n, k] = (code - zero) * scale, rounded once; w [N, K] in logical rows (gate, then up) and
 //                          packed column order. Grid (tiles, steps), 128 threads: a warp a chunk of 32 x 32.

@@ -186,9 +186,9 @@ LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const 
 // groups of 32 with 16 rows need a few registers more than that leaves, and would spill.
 #define LLMCTL_STREAM(NAME, T, BITS, GROUP, ROWS)                                                                     \
     LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, GROUP == 32 && ROWS == 16 ? 1 : 2)                                    \
-    NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const u8* zeros,            \
-                          const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace,           \
-                          u32* counters, int m, int n, int k, int group_size, int activation) {                       \
+    NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const u8* zeros,  \
+                                    const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace, \
+                                    u32* counters, int m, int n, int k, int group_size, int activation) {             \
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
         llmctl::gemm::stream<llmctl::T, BITS, GROUP / 32, ROWS / 8>(x, codes, scales, zeros, tail, k, group_size,     \

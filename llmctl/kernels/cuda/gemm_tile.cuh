@@ -1,4 +1,4 @@
-// The tensor-core kernel: y = x @ w.T for middle numbers of rows, weights and x through shared memory in cp.async stages.
+// The tensor-core kernel: y = x @ w.T for middle numbers of rows, weights and x through cp.async stages.
 //
 // A block makes 128 rows (4 tiles, a warp each) by 8 kTokenTiles tokens, over the share of K that grid z gives it. A
 // block of 256 threads has two halves of four warps that share K once more and add their sums in shared memory. A stage
