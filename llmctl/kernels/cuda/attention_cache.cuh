@@ -180,8 +180,8 @@ struct Cache {
             const int chunk = i * kThreads + self, row = chunk / S::kCacheChunks, column = chunk % S::kCacheChunks;
             if (kUnit * S::kCacheChunks % kThreads != 0 && row >= kUnit) break;
             const int row_bytes = kv_heads * S::kDim * static_cast<int>(sizeof(KV));
-            cp_async16_zero_fill(shared + row * S::kCacheRow + column * kChunk, rows + row * row_bytes + column * kChunk,
-                                 row < live ? kChunk : 0);
+            cp_async16_zero_fill(shared + row * S::kCacheRow + column * kChunk,
+                                 rows + row * row_bytes + column * kChunk, row < live ? kChunk : 0);
         }
     }
 
