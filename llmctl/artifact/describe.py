@@ -112,7 +112,7 @@ def _kernel_rows(graph: Graph, choices: tuple[KernelChoice, ...]) -> list[dict[s
     kinds = {op.name: op.kind for op in graph.ops}
     rows: dict[tuple[Any, ...], int] = {}
     for c in choices:
-        key = (c.kernel, kinds[c.op], c.max_rows, tuple(f"{r.kernel}: {r.reason}" for r in c.refused))
+        key = (c.kernel, kinds.get(c.op, c.op), c.max_rows, tuple(f"{r.kernel}: {r.reason}" for r in c.refused))
         rows[key] = rows.get(key, 0) + 1
     return [
         {

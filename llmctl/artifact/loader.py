@@ -180,12 +180,16 @@ class EngineChecks:
             if name not in manifest.files:
                 self.refuse(f"kernel_files.{name}", "a recorded size and sha256", "none")
             self._check_hash(name)
-        for name, module in manifest.kernel_files.items():
-            present = {resource.name for resource in module.resources}
+        for arch in dict.fromkeys(module.arch for module in manifest.kernel_files.values()):
+            modules = [module for module in manifest.kernel_files.values() if module.arch == arch]
+            # PTX and the native CPU library list no resources.
+            if not all(module.resources for module in modules):
+                continue
+            present = {resource.name for module in modules for resource in module.resources}
             for choice in manifest.kernels:
                 absent = sorted(set(choice.entries) - present)
-                if choice.kernel != FALLBACK and present and absent:
-                    self.refuse(f"kernels.{choice.op}", f"kernel {absent[0]} in {name}", "no such kernel")
+                if choice.kernel != FALLBACK and absent:
+                    self.refuse(f"kernels.{choice.op}", f"kernel {absent[0]} for {arch}", "no such kernel")
 
     def tensors(self) -> None:
         """The weight files hold exactly the planes that the graph needs, of the right shapes and dtypes."""
@@ -288,11 +292,11 @@ class EngineChecks:
         return entries
 
 
-def kernel_file_for(manifest: Manifest, capability: tuple[int, int]) -> str | None:
-    """Path in the folder of the module to load on a device of ``capability``; None when none runs there."""
-    by_arch = {module.arch: name for name, module in manifest.kernel_files.items()}
-    best = best_arch(tuple(sorted(by_arch, key=arch_number)), capability)
-    return None if best is None else by_arch[best]
+def kernel_files_for(manifest: Manifest, capability: tuple[int, int]) -> dict[str, str]:
+    """Kernel source -> path in the folder of its module for a device of ``capability``; empty when none runs there."""
+    archs = sorted({module.arch for module in manifest.kernel_files.values()}, key=arch_number)
+    best = best_arch(tuple(archs), capability)
+    return {m.sources[0]: name for name, m in sorted(manifest.kernel_files.items()) if m.arch == best}
 
 
 def cpu_library(path: Path, manifest: Manifest) -> Path | None:

@@ -157,7 +157,8 @@ def _choices(
 ) -> tuple[KernelChoice, ...]:
     if target.native_cpu:
         return cpu_choices(graph, options)
-    return choose_all(graph, options.dtype, {name: p.dtype for name, p in stored.items()}, target.kind)
+    dtypes = {name: p.dtype for name, p in stored.items()}
+    return choose_all(graph, options.dtype, dtypes, target.kind, options.kv_cache_dtype, options.block_size)
 
 
 def source_name(model: str, path: Path) -> str:

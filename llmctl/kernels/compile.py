@@ -1,8 +1,8 @@
 """CUDA sources -> cubins and PTX, with NVRTC and a cache. Needs no GPU, driver or toolkit.
 
-One target makes one module: a translation unit that includes every ``.cu`` file asked for. A cubin runs on its own
-architecture (and later ones of the same major version); PTX for the oldest is the fall-back that a driver can finish
-for newer devices.
+One ``.cu`` file and one architecture make one module, compiled and cached alone: an engine takes only the files that
+its ops need, and a change to one kernel compiles one file. A cubin runs on its own architecture (and later ones of the
+same major version); PTX for the oldest is the fall-back that a driver can finish for newer devices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class KernelResources:
 class CompiledModule:
     """One module. ``resources`` is empty for PTX, which has no registers assigned yet."""
 
+    source: str
     arch: str
     code: bytes
     resources: tuple[KernelResources, ...]
@@ -58,8 +60,8 @@ class CompiledModule:
 
     @property
     def filename(self) -> str:
-        """``sm_90.cubin`` or ``compute_80.ptx``."""
-        return f"{self.arch}.{'ptx' if self.arch.startswith('compute_') else 'cubin'}"
+        """``sm_90/norm.cubin`` or ``compute_80/norm.ptx``."""
+        return f"{self.arch}/{Path(self.source).stem}.{'ptx' if self.arch.startswith('compute_') else 'cubin'}"
 
 
 def source_files(sources: Sequence[str], source_dir: Path = SOURCE_DIR) -> dict[str, str]:
@@ -88,14 +90,24 @@ def source_hash(source: str, source_dir: Path = SOURCE_DIR) -> str:
     return _digest(source_files([source], source_dir))
 
 
+def compile_modules(
+    sources: Iterable[str], archs: Iterable[str], *, cache: Path | None = None, source_dir: Path = SOURCE_DIR
+) -> list[CompiledModule]:
+    """``compile_module`` for every file and architecture, several at a time; in the order of files, then archs."""
+    archs = tuple(archs)
+    jobs = [(source, arch) for source in sources for arch in archs]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(lambda job: compile_module(*job, cache=cache, source_dir=source_dir), jobs))
+
+
 def compile_module(
-    sources: Sequence[str], arch: str, *, cache: Path | None = None, source_dir: Path = SOURCE_DIR
+    source: str, arch: str, *, cache: Path | None = None, source_dir: Path = SOURCE_DIR
 ) -> CompiledModule:
-    """Compile kernel files for one architecture: ``sm_XX`` to a cubin, ``compute_XX`` to PTX.
+    """Compile one kernel file for one architecture: ``sm_XX`` to a cubin, ``compute_XX`` to PTX.
 
     Args:
-        sources: file names under ``source_dir``.
-        cache: folder that keeps modules, keyed by sources, included headers, flags, architecture and NVRTC version.
+        source: a file name under ``source_dir``.
+        cache: folder that keeps modules, keyed by source, included headers, flags, architecture and NVRTC version.
 
     Raises:
         UsageError: an architecture that is not one of ``ARCHITECTURES``.
@@ -106,9 +118,9 @@ def compile_module(
             f"CUDA architecture: expected one of {', '.join(ARCHITECTURES)}, found '{arch}'", param="target"
         )
     nvrtc = load_nvrtc()
-    texts = source_files(sources, source_dir)
+    texts = source_files([source], source_dir)
     flags = (*FLAGS, f"--gpu-architecture={arch}", *(() if arch == PTX_FALLBACK else ("--ptxas-options=-v",)))
-    unit = "".join(f'#include "{name}"\n' for name in sorted(sources))
+    unit = f'#include "{source}"\n'
     key = _digest({**texts, "unit": unit, "flags": " ".join(flags), "nvrtc": nvrtc.version})
     cached = _read_cache(cache, key)
     if cached is not None:
@@ -122,7 +134,7 @@ def compile_module(
     if not result.ok:
         raise CompileError(_first_error(result.log, source_dir))
     module = CompiledModule(
-        arch, result.code.rstrip(b"\0") if arch == PTX_FALLBACK else result.code,
+        source, arch, result.code.rstrip(b"\0") if arch == PTX_FALLBACK else result.code,
         parse_resources(result.log), f"NVRTC {nvrtc.version}", flags,
     )  # fmt: skip
     _write_cache(cache, key, module)

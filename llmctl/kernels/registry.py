@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from llmctl.graph.graph import Graph, Op
+from llmctl.graph.graph import LOGITS, Graph, Op
 
 FALLBACK = "torch"
 """The kernel name of an op that a runtime executes with torch's own operators."""
 
+SAMPLER_OPS = (
+    Op("sample", "sample", (LOGITS,), ("tokens",)),
+    Op("adjust_logits", "adjust_logits", (LOGITS,), (LOGITS,)),
+    Op("logprobs", "logprobs", (LOGITS, "tokens"), ("logprobs",)),
+)
+"""What a runtime does with a step's logits: no part of any graph, but a part of every engine."""
+
 _TAG = {"float16": "f16", "bfloat16": "bf16"}
+_KV_TAG = {**_TAG, "int8": "s8", "fp8_e4m3": "e4m3"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class KernelChoice:
     Attributes:
         op: the op's name.
         kernel: candidate that took it, or ``FALLBACK``.
-        entries: entry points in the compiled module.
+        entries: entry points in the compiled modules. sources: files those are compiled from.
         max_rows: rows of input up to which the kernel serves, beyond which ``FALLBACK`` does; 0 means any number.
         refused: the other candidates for this kind of op.
     """
@@ -40,44 +48,91 @@ class KernelChoice:
     op: str
     kernel: str
     entries: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     max_rows: int = 0
     refused: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
 class OpFacts:
-    """What a candidate may judge by: the op, its graph, activation dtype, and safetensors dtypes of stored planes."""
+    """What a candidate may judge by: the op, its graph, dtypes of activations, stored planes (as safetensors names
+    them) and KV cache, and the tokens of a KV block."""
 
     op: Op
     graph: Graph
     dtype: str
     planes: Mapping[str, str]
+    kv_dtype: str = "auto"
+    block_size: int = 16
+
+    @property
+    def tag(self) -> str:
+        """The activation dtype as entry points spell it."""
+        return _TAG[self.dtype]
+
+    @property
+    def kv_tag(self) -> str:
+        """The KV cache's dtype as entry points spell it; "" when no kernel knows it."""
+        return _KV_TAG.get(self.dtype if self.kv_dtype == "auto" else self.kv_dtype, "")
+
+    @property
+    def width(self) -> int:
+        """Columns of the op's first output, or of its first input when it has none."""
+        return self.graph.buffers[(*self.op.outputs, *self.op.inputs)[0]].width
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A candidate. ``refuse`` gives the reason it cannot serve an op, or None; ``entries`` its entry points."""
+    """A candidate. ``refuse`` gives the reason it cannot serve an op, or None; ``entries`` its entry points, and
+    ``sources`` the files those are in."""
 
     name: str
     device: str
-    source: str
+    sources: Callable[[OpFacts], tuple[str, ...]]
     kinds: frozenset[str]
     refuse: Callable[[OpFacts], str | None]
     entries: Callable[[OpFacts], tuple[str, ...]]
     max_rows: int = 0
 
 
-def _refuse_dtype(facts: OpFacts) -> str | None:
+def files(*names: str) -> Callable[[OpFacts], tuple[str, ...]]:
+    """``Kernel.sources`` of a candidate that always needs the same files."""
+    return lambda _: names
+
+
+def refuse_dtype(facts: OpFacts) -> str | None:
+    """Why kernels for 16-bit activations cannot serve an op."""
     if facts.dtype not in _TAG:
         return f"activations are {facts.dtype}; the kernel takes {' or '.join(_TAG)}"
     return None
 
 
-def _refuse_norm(facts: OpFacts) -> str | None:
-    hidden = facts.graph.weights[facts.op.weights[0]].shape[0]
-    if hidden % 8:
-        return f"width {hidden} is not a multiple of 8 (one 16-byte load)"
-    return _refuse_dtype(facts)
+def _refuse_width(facts: OpFacts) -> str | None:
+    if facts.width % 8:
+        return f"width {facts.width} is not a multiple of 8 (one 16-byte load)"
+    return refuse_dtype(facts)
+
+
+def _refuse_head_norm(facts: OpFacts) -> str | None:
+    dim = facts.op.attrs["head_dim"]
+    return f"head size {dim} is not a multiple of 8 (one 16-byte load)" if dim % 8 else refuse_dtype(facts)
+
+
+def _refuse_rope_kv(facts: OpFacts) -> str | None:
+    dim = facts.op.attrs.get("head_dim") or facts.graph.kv[facts.op.attrs["layer"]].head_dim
+    if dim % 4 or dim > 256:
+        return f"head size {dim}; the kernel takes multiples of 4 up to 256"
+    if facts.op.kind != "rope" and facts.dtype in _TAG and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
+        return f"the KV cache is {facts.kv_dtype}; the kernel stores {facts.dtype}, int8 or fp8_e4m3"
+    return refuse_dtype(facts)
+
+
+def _refuse_gated(facts: OpFacts) -> str | None:
+    if "epilogue" not in facts.op.attrs:
+        return "the linear has no gated epilogue; its product is torch's"
+    if facts.graph.weights[facts.op.weights[0]].quant is not None:
+        return "the weight is quantized; the product before this kernel is torch's, of dense weights"
+    return _refuse_width(facts)
 
 
 def _refuse_gemv(facts: OpFacts) -> str | None:
@@ -97,21 +152,54 @@ def _refuse_gemv(facts: OpFacts) -> str | None:
         return f"scales are {scales}; the kernel reads F16"
     if "epilogue" in facts.op.attrs:
         return f"epilogue {facts.op.attrs['epilogue']} is not fused in this kernel"
-    return _refuse_dtype(facts)
+    return refuse_dtype(facts)
 
 
-def _norm_entries(facts: OpFacts) -> tuple[str, ...]:
-    return (f"{facts.op.kind}_{_TAG[facts.dtype]}",)
+def _refuse_sample(facts: OpFacts) -> str | None:
+    if facts.graph.vocab_size > 2**23:
+        return f"vocabulary of {facts.graph.vocab_size}; the kernel sums exactly up to {2**23}"
+    return refuse_dtype(facts)
+
+
+def _kind_entries(facts: OpFacts) -> tuple[str, ...]:
+    return (f"{facts.op.kind}_{facts.tag}",)
+
+
+def _rope_kv_entries(facts: OpFacts) -> tuple[str, ...]:
+    return (f"rope_kv_{facts.tag}_{facts.tag if facts.op.kind == 'rope' else facts.kv_tag}",)
+
+
+def _elementwise_entries(facts: OpFacts) -> tuple[str, ...]:
+    name = f"act_{facts.op.attrs['fn']}" if facts.op.kind == "act" else facts.op.kind
+    return (f"{name}_{facts.tag}",)
 
 
 def _gemv_entries(facts: OpFacts) -> tuple[str, ...]:
-    return tuple(f"w4a16_gemv_{_TAG[facts.dtype]}_m{rows}" for rows in (1, 2, 4, 8))
+    return tuple(f"w4a16_gemv_{facts.tag}_m{rows}" for rows in (1, 2, 4, 8))
+
+
+def _cuda(
+    name: str, source: str, kinds: str, refuse: Callable[[OpFacts], str | None],
+    entries: Callable[[OpFacts], tuple[str, ...]], max_rows: int = 0,
+) -> Kernel:  # fmt: skip
+    return Kernel(name, "cuda", files(source), frozenset(kinds.split()), refuse, entries, max_rows)
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("rms_norm", "cuda", "norm.cu", frozenset({"rms_norm", "add_rms_norm"}), _refuse_norm, _norm_entries),
-    Kernel("w4a16_gemv", "cuda", "w4a16_gemv.cu", frozenset({"linear"}), _refuse_gemv, _gemv_entries, max_rows=8),
-)
+    _cuda("embed", "elementwise.cu", "embed gather_rows", _refuse_width, lambda f: (f"embed_{f.tag}",)),
+    _cuda("pos_embed", "elementwise.cu", "pos_embed", _refuse_width, _kind_entries),
+    _cuda("rms_norm", "norm.cu", "rms_norm add_rms_norm", _refuse_width, _kind_entries),
+    _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm", _refuse_width, _kind_entries),
+    _cuda("head_rms_norm", "norm.cu", "head_rms_norm", _refuse_head_norm, _kind_entries),
+    _cuda("rope_kv", "rope_kv.cu", "rope kv_write rope_kv_write", _refuse_rope_kv, _rope_kv_entries),
+    _cuda("elementwise", "elementwise.cu", "act mul add", _refuse_width, _elementwise_entries),
+    _cuda("w4a16_gemv", "w4a16_gemv.cu", "linear", _refuse_gemv, _gemv_entries, max_rows=8),
+    _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
+          lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
+    _cuda("sample", "sampling.cu", "sample", _refuse_sample, lambda f: (f"sample_{f.tag}", "sample_f32")),
+    _cuda("adjust_logits", "logits.cu", "adjust_logits", refuse_dtype, lambda _: ("add_bias", "penalise")),
+    _cuda("logprobs", "logits.cu", "logprobs", refuse_dtype, lambda _: ("logprobs",)),
+)  # fmt: skip
 
 
 def choose(facts: OpFacts, device: str) -> KernelChoice:
@@ -122,17 +210,26 @@ def choose(facts: OpFacts, device: str) -> KernelChoice:
             continue
         reason = kernel.refuse(facts)
         if reason is None:
-            return KernelChoice(facts.op.name, kernel.name, kernel.entries(facts), kernel.max_rows, tuple(refused))
+            return KernelChoice(
+                facts.op.name,
+                kernel.name,
+                kernel.entries(facts),
+                kernel.sources(facts),
+                kernel.max_rows,
+                tuple(refused),
+            )
         refused.append(Refusal(kernel.name, reason))
     return KernelChoice(facts.op.name, FALLBACK, refused=tuple(refused))
 
 
-def choose_all(graph: Graph, dtype: str, planes: Mapping[str, str], device: str) -> tuple[KernelChoice, ...]:
-    """``choose`` for every op of a graph, in execution order."""
-    return tuple(choose(OpFacts(op, graph, dtype, planes), device) for op in graph.ops)
+def choose_all(
+    graph: Graph, dtype: str, planes: Mapping[str, str], device: str, kv_dtype: str = "auto", block_size: int = 16
+) -> tuple[KernelChoice, ...]:
+    """``choose`` for every op of a graph, in execution order, and on a cuda device for sampling after them."""
+    ops = (*graph.ops, *(SAMPLER_OPS if device == "cuda" else ()))
+    return tuple(choose(OpFacts(op, graph, dtype, planes, kv_dtype, block_size), device) for op in ops)
 
 
 def sources_of(choices: tuple[KernelChoice, ...]) -> tuple[str, ...]:
     """Source files that the chosen kernels are compiled from, sorted."""
-    chosen = {choice.kernel for choice in choices}
-    return tuple(sorted({kernel.source for kernel in KERNELS if kernel.name in chosen}))
+    return tuple(sorted({source for choice in choices for source in choice.sources}))

@@ -19,6 +19,8 @@ from llmctl.artifact.loader import load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, FileRecord, KernelFile, Target
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundError
+from llmctl.kernels.compile import KernelResources
+from llmctl.kernels.registry import KernelChoice
 
 WEIGHTS = "weights-00001-of-00001.safetensors"
 Edit = Callable[..., None]
@@ -152,7 +154,8 @@ def with_kernels(
     import hashlib
 
     for arch in archs:
-        name = f"kernels/{arch}.cubin"
+        name = f"kernels/{arch}/norm.cubin"
+        (engine / name).parent.mkdir()
         (engine / name).write_bytes(arch.encode())
         modules[name] = KernelFile(arch, compiler, (), ("norm.cu",), ())
         files[name] = FileRecord(len(arch), hashlib.sha256(arch.encode()).hexdigest())
@@ -194,12 +197,42 @@ def test_kernel_files(
     for module in (loader, memory):
         monkeypatch.setattr(module, "cuda_device", lambda: CudaDevice((9, 0), (13, 5), 2**34))
     load_engine(engine)
-    kernel = engine / "kernels" / "sm_90.cubin"
+    kernel = engine / "kernels" / "sm_90" / "norm.cubin"
     if damage == "missing":
         kernel.unlink()
     else:
         kernel.write_bytes(b"sm_91")
-    assert f"kernels/sm_90.cubin: {'expected a file' if damage == 'missing' else message}" in refused(engine)
+    assert f"kernels/sm_90/norm.cubin: {'expected a file' if damage == 'missing' else message}" in refused(engine)
+
+
+def test_every_chosen_kernel_is_in_some_module(
+    engine: Path, edit_manifest: Edit, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_kernels(engine, edit_manifest)
+    for module in (loader, memory):
+        monkeypatch.setattr(module, "cuda_device", lambda: CudaDevice((9, 0), (13, 5), 2**34))
+    manifest = read_manifest(engine)
+    path = engine / "kernels" / "sm_90" / "rope_kv.cubin"
+    path.write_bytes(b"sm_90")
+    record = manifest.files["kernels/sm_90/norm.cubin"]
+
+    def modules(*entries: str) -> dict[str, KernelFile]:
+        made = {}
+        for source, entry in zip(("norm", "rope_kv"), entries, strict=True):
+            resources = (KernelResources(entry, 32, 0, 0, 0, 0),)
+            made[f"kernels/sm_90/{source}.cubin"] = KernelFile("sm_90", "NVRTC 13.0", (), (f"{source}.cu",), resources)
+        return made
+
+    files = {**manifest.files, "kernels/sm_90/rope_kv.cubin": record}
+    choices = (KernelChoice("a", "norm", ("n",), ("norm.cu",)), KernelChoice("b", "rope_kv", ("r",), ("rope_kv.cu",)))
+    edit_manifest(engine, kernel_files=modules("n", "r"), files=files, kernels=choices)
+    found = load_engine(engine).manifest
+    assert loader.kernel_files_for(found, (9, 0)) == {
+        "norm.cu": "kernels/sm_90/norm.cubin", "rope_kv.cu": "kernels/sm_90/rope_kv.cubin",
+    }  # fmt: skip
+    assert loader.kernel_files_for(found, (8, 0)) == {}
+    edit_manifest(engine, kernel_files=modules("n", "other"))
+    assert "kernels.b: expected kernel r for sm_90, found no such kernel" in refused(engine)
 
 
 def test_missing_tensor(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:

@@ -15,13 +15,13 @@ from llmctl.kernels.compile import (
     PTX_FALLBACK,
     SOURCE_DIR,
     compile_module,
+    compile_modules,
     parse_resources,
     source_files,
     source_hash,
 )
-from llmctl.kernels.registry import KERNELS
 
-SOURCES = tuple(sorted({kernel.source for kernel in KERNELS if kernel.device == "cuda"}))
+SOURCES = tuple(sorted(path.name for path in SOURCE_DIR.glob("*.cu")))
 SMALL = "norm.cu"
 
 
@@ -37,13 +37,16 @@ needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_kernel_compiles_without_spills(arch: str) -> None:
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
+)
+def test_every_kernel_compiles_without_spills(arch: str, source: str) -> None:
     if arch not in nvrtc.load_nvrtc().supported_archs():
         pytest.skip(f"NVRTC {nvrtc.load_nvrtc().version} does not know {arch}")
-    module = compile_module(SOURCES, arch)
+    module = compile_module(source, arch)
     assert module.code[:4] == b"\x7fELF"
-    assert module.filename == f"{arch}.cubin"
+    assert module.filename == f"{arch}/{source.removesuffix('.cu')}.cubin"
     assert module.resources
     for kernel in module.resources:
         assert 0 < kernel.registers <= 255, kernel
@@ -52,15 +55,25 @@ def test_every_kernel_compiles_without_spills(arch: str) -> None:
 
 @needs_nvrtc
 def test_ptx_is_the_fallback() -> None:
-    module = compile_module([SMALL], PTX_FALLBACK)
-    assert module.filename == "compute_80.ptx"
+    module = compile_module(SMALL, PTX_FALLBACK)
+    assert module.filename == "compute_80/norm.ptx"
     assert b".target sm_80" in module.code
     assert b".visible .entry rms_norm_bf16" in module.code
 
 
 @needs_nvrtc
 def test_same_source_same_bytes() -> None:
-    assert compile_module([SMALL], "sm_80") == compile_module([SMALL], "sm_80")
+    assert compile_module(SMALL, "sm_80") == compile_module(SMALL, "sm_80")
+
+
+@needs_nvrtc
+def test_many_modules_come_in_order(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    (tmp_path / "a.cu").write_text('extern "C" __global__ void a(float* p) { p[0] = 1.0f; }')
+    modules = compile_modules(["k.cu", "a.cu"], ["sm_90", PTX_FALLBACK], source_dir=tmp_path)
+    assert [m.filename for m in modules] == ["sm_90/k.cubin", "compute_80/k.ptx", "sm_90/a.cubin", "compute_80/a.ptx"]
+    assert modules[2] == compile_module("a.cu", "sm_90", source_dir=tmp_path)
+    assert compile_modules([], ["sm_90"]) == []
 
 
 def write_sources(folder: Path, header: str = "", body: str = "") -> Path:
@@ -79,7 +92,7 @@ def write_sources(folder: Path, header: str = "", body: str = "") -> Path:
 def test_errors_name_file_and_line(tmp_path: Path, header: str, body: str, where: str) -> None:
     write_sources(tmp_path, header, body)
     with pytest.raises(CompileError) as error:
-        compile_module(["k.cu"], "sm_80", source_dir=tmp_path)
+        compile_module("k.cu", "sm_80", source_dir=tmp_path)
     assert f"{tmp_path}/{where}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -97,7 +110,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc.Nvrtc, "compile", counting)
 
     def build(arch: str = "sm_80") -> kernel_compile.CompiledModule:
-        return compile_module(["k.cu"], arch, cache=cache, source_dir=sources)
+        return compile_module("k.cu", arch, cache=cache, source_dir=sources)
 
     first = build()
     assert build() == first
@@ -124,12 +137,12 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     sources = write_sources(tmp_path)
     (tmp_path / "cache").write_text("a file")
-    assert compile_module(["k.cu"], "sm_80", cache=tmp_path / "cache", source_dir=sources).code
+    assert compile_module("k.cu", "sm_80", cache=tmp_path / "cache", source_dir=sources).code
 
 
 def test_unknown_architecture() -> None:
     with pytest.raises(UsageError, match="expected one of sm_80"):
-        compile_module([SMALL], "sm_61")
+        compile_module(SMALL, "sm_61")
 
 
 def test_missing_source(tmp_path: Path) -> None:
@@ -143,7 +156,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     nvrtc.load_nvrtc.cache_clear()
     try:
         with pytest.raises(CompileError, match=r"pip install 'llmctl\[cuda\]'"):
-            compile_module([SMALL], "sm_80")
+            compile_module(SMALL, "sm_80")
     finally:
         nvrtc.load_nvrtc.cache_clear()
 
