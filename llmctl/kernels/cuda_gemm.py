@@ -1,20 +1,25 @@
-"""How to launch the CUDA GEMM kernels: which entry, what grid, how much shared memory and workspace.
+"""The CUDA GEMM kernels from outside: what they take, and how to launch them (entry, grid, shared memory, workspace).
 
-Pure arithmetic over shapes: the runtime, the emulated tests and the GPU tests launch from the same plans.
+Pure arithmetic over shapes: the registry, the runtime, the emulated tests and the GPU tests go by the same plans.
+
+By rows of x: up to 16 stream the weights, up to ``GEMM_ROWS`` use tensor cores, more are a dense product (cuBLAS
+through torch) of weights dequantised into scratch. An act-order weight needs ``permute_columns`` of x first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmctl.kernels.cuda_layout import TILE, CudaFormat
+from llmctl.graph.graph import Weight
+from llmctl.kernels.cuda_layout import STEP, TILE, CudaFormat
 
 TAG = {"float16": "f16", "bfloat16": "bf16"}
 ACTIVATION = {"": 0, "silu_mul": 1, "gelu_mul": 2, "gelu_tanh_mul": 3, "relu_mul": 4}
 """The kernels' number of an epilogue."""
 STREAM_ROWS = 16
-GEMM_ROWS = 128
-"""Rows of x above which a dense product of dequantised weights is at least as fast (compute-bound)."""
+GEMM_ROWS = 192
+"""Rows of x above which a dense product of dequantised weights should be as fast: on paper, for an H200, where
+dequantising costs a fixed 2.5 bytes a weight and mma.sync runs at half of cuBLAS's rate."""
 H200_SMS = 132
 
 _STREAM_STAGES = 4
@@ -39,6 +44,38 @@ class GemmPlan:
     shared: int
     workspace: int
     counters: int
+
+
+def weight_format(weight: Weight, *, gated: bool) -> CudaFormat:
+    """How a quantized weight is stored for the kernels; 3-bit codes take 4 bits, with their zeros.
+
+    Raises:
+        ValueError: why the kernels cannot take it.
+    """
+    scheme = weight.quant
+    if scheme is None:
+        raise ValueError("the weight is dense; the kernel reads integer codes")
+    return CudaFormat(
+        bits=4 if scheme.bits == 3 else scheme.bits,
+        shape=(weight.shape[0], weight.shape[1]),
+        gated=gated,
+        group=scheme.group_size,
+        symmetric=scheme.symmetric and scheme.bits != 3,
+        permuted=scheme.act_order,
+    )
+
+
+def gemm_entries(fmt: CudaFormat, dtype: str) -> tuple[str, ...]:
+    """Every entry point that a weight of a format may need, whatever the rows of x."""
+    tag = TAG[dtype]
+    plans = [plan_gemm(fmt, dtype, m).entry for m in (1, STREAM_ROWS, STREAM_ROWS + 1, GEMM_ROWS)]
+    permute = (f"permute_columns_{tag}",) if fmt.permuted else ()
+    return (*plans, f"dequantize_w{fmt.bits}_{tag}", *permute)
+
+
+def gemm_sources(fmt: CudaFormat) -> tuple[str, ...]:
+    """The files of ``gemm_entries``."""
+    return (f"w{fmt.bits}a16_stream.cu", f"w{fmt.bits}a16_gemm.cu", "dequantize.cu")
 
 
 def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
@@ -87,6 +124,11 @@ def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: i
 def plan_gemm(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
     """The launch for 16-bit activations and m rows of x, by m."""
     return plan_stream(fmt, dtype, m, sms) if m <= STREAM_ROWS else plan_tile(fmt, dtype, m, sms=sms)
+
+
+def dequantize_grid(fmt: CudaFormat) -> tuple[int, int]:
+    """Blocks of 128 threads of ``dequantize_w<bits>_<dtype>``."""
+    return fmt.rows // TILE, fmt.columns // STEP
 
 
 def _tile_ring(bits: int, tokens: int, int8: bool) -> int:

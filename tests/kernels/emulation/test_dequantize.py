@@ -10,8 +10,8 @@ from gemm_cases import make_case, multiply, weight_arguments
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.kernels import reference
-from llmctl.kernels.cuda_gemm import plan_stream
-from llmctl.kernels.cuda_layout import STEP, TILE, CudaFormat, pack
+from llmctl.kernels.cuda_gemm import dequantize_grid, plan_stream
+from llmctl.kernels.cuda_layout import CudaFormat, pack
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -32,7 +32,7 @@ def test_dequantised_weights_equal_the_reference(tag, bits, shape, group, symmet
     case = make_case(fmt, seed=bits)
     w = torch.empty(shape, dtype=DTYPES[tag])
     kernels("dequantize.cu").launch(
-        f"dequantize_w{bits}_{tag}", (fmt.rows // TILE, fmt.columns // STEP), 128,
+        f"dequantize_w{bits}_{tag}", dequantize_grid(fmt), 128,
         [*weight_arguments(case.linear), write(w), np.int32(shape[0]), np.int32(shape[1]), np.int32(fmt.group_size),
          np.int32(gated)],
     )  # fmt: skip
