@@ -101,10 +101,9 @@ LLMCTL_DEVICE void attend(typename Decode<S>::Warp& flash, const Ring<S>& ring, 
         warp_sync();
         ring.start(cache, 1, i + 2);
     }
-    cp_async_wait<0>();
 }
 
-// The warps' sums as one, to global memory: rows `row0` .. of `rows` heads.
+// The warps' sums as one, to global memory. A warp's ring, which it has emptied, takes its sums.
 template <typename S>
 LLMCTL_DEVICE void merge(typename Decode<S>::Warp& flash, u8* rings, float* stats, float* parts, float* part_stats,
                          int rows, long long row_stride) {
@@ -172,7 +171,6 @@ LLMCTL_DEVICE void decode(u8* shared, const Call<typename S::T, typename S::KV>&
         if (lane_index() < ring.count) ring.blocks = cache.block_of(ring.unit(lane_index()));
         typename D::Warp flash;
         attend<S>(flash, ring, cache, shared, scoring_of<S>(c), c.window);
-        block_sync();
         const long long at = head * max_splits + s;
         merge<S>(flash, rings, stats, parts + at * S::kDim, part_stats + at * 2, rows, max_splits);
     }
