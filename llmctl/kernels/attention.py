@@ -42,22 +42,34 @@ class AttentionShape:
 
     def __post_init__(self) -> None:
         if self.tag not in ("f16", "bf16"):
-            raise ValueError(f"attention: queries are {self.tag}; the kernels take f16 or bf16")
+            raise ValueError(f"queries are {self.tag}; the kernels take f16 or bf16")
         if self.kv_tag not in (self.tag, "s8", "e4m3"):
-            raise ValueError(
-                f"attention: a {self.kv_tag} cache with {self.tag} queries; expected {self.tag}, s8 or e4m3"
-            )
+            raise ValueError(f"a {self.kv_tag} cache with {self.tag} queries; expected {self.tag}, s8 or e4m3")
         if self.head_dim not in HEAD_DIMS:
-            raise ValueError(f"attention: head size {self.head_dim}; the kernels have {HEAD_DIMS}")
+            raise ValueError(f"head size {self.head_dim}; the kernels have {HEAD_DIMS}")
         if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"attention: block size {self.block_size}; the kernels have {BLOCK_SIZES}")
+            raise ValueError(f"block size {self.block_size}; the kernels have {BLOCK_SIZES}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"attention: {self.heads} heads are not a multiple of {self.kv_heads} key/value heads")
+            raise ValueError(f"{self.heads} heads are not a multiple of {self.kv_heads} key/value heads")
 
     @property
     def group(self) -> int:
         """Query heads of one key/value head."""
         return self.heads // self.kv_heads
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Files that the three kernels are in."""
+        return (
+            f"attention_decode_d{self.head_dim}.cu",
+            f"attention_prefill_d{self.head_dim}.cu",
+            "attention_combine.cu",
+        )
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Entry points: decode, prefill, combine."""
+        return self.decode(1, 1).entry, self.prefill(1, 1).entry, self.combine(1).entry
 
     @property
     def _cache_row(self) -> int:

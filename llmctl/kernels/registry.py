@@ -6,10 +6,13 @@ recorded in the engine's manifest, so that "why is this layer slow?" has an answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.kernels.attention import AttentionShape
+from llmctl.kernels.cuda_gemm import GEMM_ROWS, gemm_entries, gemm_sources, weight_format
+from llmctl.kernels.cuda_layout import CudaFormat
 
 FALLBACK = "torch"
 """The kernel name of an op that a runtime executes with torch's own operators."""
@@ -55,13 +58,12 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class OpFacts:
-    """What a candidate may judge by: the op, its graph, dtypes of activations, stored planes (as safetensors names
-    them) and KV cache, and the tokens of a KV block."""
+    """What a candidate may judge by: the op, its graph, dtypes of activations and KV cache, and the tokens of a KV
+    block."""
 
     op: Op
     graph: Graph
     dtype: str
-    planes: Mapping[str, str]
     kv_dtype: str = "auto"
     block_size: int = 16
 
@@ -127,6 +129,23 @@ def _refuse_rope_kv(facts: OpFacts) -> str | None:
     return refuse_dtype(facts)
 
 
+def _attention_shape(facts: OpFacts) -> AttentionShape:
+    heads, kv_heads, dim = (facts.op.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
+    return AttentionShape(facts.tag, facts.kv_tag, heads, kv_heads, dim, facts.block_size)
+
+
+def _refuse_attention(facts: OpFacts) -> str | None:
+    if facts.dtype not in _TAG:
+        return refuse_dtype(facts)
+    if facts.kv_tag not in (facts.tag, "s8", "e4m3"):
+        return f"the KV cache is {facts.kv_dtype}; the kernels read {facts.dtype}, int8 or fp8_e4m3"
+    try:
+        _attention_shape(facts)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _refuse_gated(facts: OpFacts) -> str | None:
     if "epilogue" not in facts.op.attrs:
         return "the linear has no gated epilogue; its product is torch's"
@@ -135,24 +154,19 @@ def _refuse_gated(facts: OpFacts) -> str | None:
     return _refuse_width(facts)
 
 
-def _refuse_gemv(facts: OpFacts) -> str | None:
-    weight = facts.graph.weights[facts.op.weights[0]]
-    scheme, columns = weight.quant, weight.shape[1]
-    if scheme is None:
-        return "the weight is dense; the kernel reads 4-bit codes"
-    if scheme.bits != 4:
-        return f"the weight has {scheme.bits}-bit codes; the kernel reads 4-bit codes"
-    if scheme.act_order:
-        return "the weight's groups are in activation order (g_idx)"
-    group = columns if scheme.group_size == -1 else scheme.group_size
-    if columns % 32 or group % 32 or columns % group:
-        return f"{columns} columns in groups of {group}: both must be multiples of 32, and groups must be whole"
-    scales = facts.planes.get(f"{weight.name}.scales", "F16")
-    if scales != "F16":
-        return f"scales are {scales}; the kernel reads F16"
-    if "epilogue" in facts.op.attrs:
-        return f"epilogue {facts.op.attrs['epilogue']} is not fused in this kernel"
-    return refuse_dtype(facts)
+def _gemm_format(facts: OpFacts) -> CudaFormat:
+    return weight_format(facts.graph.weights[facts.op.weights[0]], gated="epilogue" in facts.op.attrs)
+
+
+def _refuse_gemm(bits: int) -> Callable[[OpFacts], str | None]:
+    def refuse(facts: OpFacts) -> str | None:
+        try:
+            stored = _gemm_format(facts).bits
+        except ValueError as error:
+            return str(error)
+        return refuse_dtype(facts) if stored == bits else f"the weight has {stored}-bit codes; the kernel reads {bits}"
+
+    return refuse
 
 
 def _refuse_sample(facts: OpFacts) -> str | None:
@@ -169,20 +183,33 @@ def _rope_kv_entries(facts: OpFacts) -> tuple[str, ...]:
     return (f"rope_kv_{facts.tag}_{facts.tag if facts.op.kind == 'rope' else facts.kv_tag}",)
 
 
+def _attention_entries(facts: OpFacts) -> tuple[str, ...]:
+    return _attention_shape(facts).entries
+
+
 def _elementwise_entries(facts: OpFacts) -> tuple[str, ...]:
     name = f"act_{facts.op.attrs['fn']}" if facts.op.kind == "act" else facts.op.kind
     return (f"{name}_{facts.tag}",)
 
 
-def _gemv_entries(facts: OpFacts) -> tuple[str, ...]:
-    return tuple(f"w4a16_gemv_{facts.tag}_m{rows}" for rows in (1, 2, 4, 8))
+def _gemm(bits: int) -> Kernel:
+    """Integer weights by 16-bit activations; beyond ``max_rows`` torch multiplies weights dequantized into scratch."""
+    return Kernel(
+        f"w{bits}a16",
+        "cuda",
+        lambda facts: gemm_sources(_gemm_format(facts)),
+        frozenset({"linear"}),
+        _refuse_gemm(bits),
+        lambda facts: gemm_entries(_gemm_format(facts), facts.dtype),
+        GEMM_ROWS,
+    )
 
 
 def _cuda(
     name: str, source: str, kinds: str, refuse: Callable[[OpFacts], str | None],
-    entries: Callable[[OpFacts], tuple[str, ...]], max_rows: int = 0,
+    entries: Callable[[OpFacts], tuple[str, ...]],
 ) -> Kernel:  # fmt: skip
-    return Kernel(name, "cuda", files(source), frozenset(kinds.split()), refuse, entries, max_rows)
+    return Kernel(name, "cuda", files(source), frozenset(kinds.split()), refuse, entries)
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -192,8 +219,11 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm", _refuse_width, _kind_entries),
     _cuda("head_rms_norm", "norm.cu", "head_rms_norm", _refuse_head_norm, _kind_entries),
     _cuda("rope_kv", "rope_kv.cu", "rope kv_write rope_kv_write", _refuse_rope_kv, _rope_kv_entries),
+    Kernel("paged_attention", "cuda", lambda f: _attention_shape(f).sources, frozenset({"attention"}),
+           _refuse_attention, _attention_entries),
     _cuda("elementwise", "elementwise.cu", "act mul add", _refuse_width, _elementwise_entries),
-    _cuda("w4a16_gemv", "w4a16_gemv.cu", "linear", _refuse_gemv, _gemv_entries, max_rows=8),
+    _gemm(4),
+    _gemm(8),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
           lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
     _cuda("sample", "sampling.cu", "sample", _refuse_sample, lambda f: (f"sample_{f.tag}", "sample_f32")),
@@ -223,11 +253,11 @@ def choose(facts: OpFacts, device: str) -> KernelChoice:
 
 
 def choose_all(
-    graph: Graph, dtype: str, planes: Mapping[str, str], device: str, kv_dtype: str = "auto", block_size: int = 16
+    graph: Graph, dtype: str, device: str, kv_dtype: str = "auto", block_size: int = 16
 ) -> tuple[KernelChoice, ...]:
     """``choose`` for every op of a graph, in execution order, and on a cuda device for sampling after them."""
     ops = (*graph.ops, *(SAMPLER_OPS if device == "cuda" else ()))
-    return tuple(choose(OpFacts(op, graph, dtype, planes, kv_dtype, block_size), device) for op in ops)
+    return tuple(choose(OpFacts(op, graph, dtype, kv_dtype, block_size), device) for op in ops)
 
 
 def sources_of(choices: tuple[KernelChoice, ...]) -> tuple[str, ...]:

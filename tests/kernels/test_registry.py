@@ -37,15 +37,31 @@ def norm(width: int = 128, kind: str = "add_rms_norm") -> Graph:
 
 
 def chosen(
-    graph: Graph, dtype: str = "bfloat16", device: str = "cuda", scales: str = "F16", kv_dtype: str = "auto"
+    graph: Graph, dtype: str = "bfloat16", device: str = "cuda", kv_dtype: str = "auto"
 ) -> tuple[str, list[str]]:
-    choice = choose(OpFacts(graph.ops[0], graph, dtype, {"w.scales": scales}, kv_dtype), device)
+    choice = choose(OpFacts(graph.ops[0], graph, dtype, kv_dtype), device)
     return choice.kernel, [refusal.reason for refusal in choice.refused]
 
 
-def test_a_plain_4_bit_linear_gets_a_kernel() -> None:
-    assert chosen(linear())[0] != FALLBACK
-    assert chosen(linear(QuantScheme(4, -1, symmetric=True)))[0] != FALLBACK
+@pytest.mark.parametrize(
+    ("graph", "kernel"),
+    [
+        (linear(), "w4a16"),
+        (linear(QuantScheme(4, -1, symmetric=True)), "w4a16"),
+        (linear(replace(W4, bits=3)), "w4a16"),
+        (linear(replace(W4, bits=8)), "w8a16"),
+        (linear(replace(W4, act_order=True)), "w4a16"),
+        (linear(epilogue="silu_mul"), "w4a16"),
+    ],
+)
+def test_quantized_linears_have_kernels_for_every_number_of_rows(graph: Graph, kernel: str) -> None:
+    choice = choose(OpFacts(graph.ops[0], graph, "float16"), "cuda")
+    assert choice.kernel == kernel
+    assert choice.sources == (f"{kernel}_stream.cu", f"{kernel}_gemm.cu", "dequantize.cu")
+    assert [entry.split("_")[1] for entry in choice.entries[:4]] == ["stream", "stream", "gemm", "gemm"]
+    scheme = graph.weights["w"].quant
+    assert scheme is not None
+    assert ("permute_columns_f16" in choice.entries) == scheme.act_order
 
 
 @pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
@@ -57,14 +73,14 @@ def test_norms(kind: str) -> None:
     ("graph", "dtype", "reason"),
     [
         (linear(None), "float16", "the weight is dense"),
-        (linear(replace(W4, bits=3)), "float16", "3-bit codes"),
-        (linear(replace(W4, act_order=True)), "float16", "activation order"),
-        (linear(W4, columns=72), "float16", "72 columns in groups of 64"),
+        (linear(replace(W4, group_size=48)), "float16", "groups of 48"),
+        (linear(replace(W4, bits=8, group_size=16)), "float16", "groups of 16"),
+        (linear(W4, columns=100), "float16", "100 columns"),
         (linear(), "float32", "activations are float32"),
         (norm(100), "float16", "width 100"),
         (norm(), "float32", "activations are float32"),
         (linear(None, epilogue="silu_mul"), "float32", "activations are float32"),
-        (linear(replace(W4, bits=3), epilogue="silu_mul"), "float16", "product before this kernel is torch's"),
+        (linear(replace(W4, group_size=48), epilogue="silu_mul"), "float16", "product before this kernel is torch's"),
         (op_graph("head_rms_norm", "x", "y", head_dim=36), "float16", "head size 36"),
         (op_graph("add", "x y", "z", width=12), "bfloat16", "width 12"),
         (op_graph("rope_kv_write", "q k v positions", "q2", head_dim=264, layer=0), "float16", "head size 264"),
@@ -76,12 +92,6 @@ def test_refusals_say_why(graph: Graph, dtype: str, reason: str) -> None:
     assert kernel == FALLBACK
     assert reasons
     assert any(reason in text for text in reasons)
-
-
-def test_scales_of_another_dtype_are_refused() -> None:
-    kernel, reasons = chosen(linear(), scales="F32")
-    assert kernel == FALLBACK
-    assert any("F32" in reason for reason in reasons)
 
 
 PLAIN = [
@@ -102,13 +112,13 @@ PLAIN = [
 
 @pytest.mark.parametrize(("graph", "kernel", "entry"), PLAIN, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_other_kind_has_a_kernel(graph: Graph, kernel: str, entry: str) -> None:
-    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16", {}), "cuda")
+    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16"), "cuda")
     assert (choice.kernel, choice.entries) == (kernel, (entry,))
 
 
 def test_the_cache_has_a_dtype_of_its_own() -> None:
     graph = op_graph("rope_kv_write", "q k v positions", "q2", head_dim=64, layer=0)
-    choice = choose(OpFacts(graph.ops[0], graph, "float16", {}, "fp8_e4m3"), "cuda")
+    choice = choose(OpFacts(graph.ops[0], graph, "float16", "fp8_e4m3"), "cuda")
     assert choice.entries == ("rope_kv_f16_e4m3",)
     kernel, reasons = chosen(graph, "float16", kv_dtype="bfloat16")
     assert kernel == FALLBACK
@@ -116,8 +126,43 @@ def test_the_cache_has_a_dtype_of_its_own() -> None:
     assert chosen(op_graph("rope", "q k positions", "a b", head_dim=64), "float16", kv_dtype="bfloat16")[1] == []
 
 
+def attention(head_dim: int = 64, kv_heads: int = 2) -> Graph:
+    attrs = {"layer": 0, "heads": 4, "kv_heads": kv_heads, "scale": 0.1, "window": 0, "softcap": 0.0}
+    return op_graph("attention", "q", "o", head_dim=head_dim, **attrs)
+
+
+@pytest.mark.parametrize(("kv_dtype", "tag"), [("auto", "bf16"), ("int8", "s8"), ("fp8_e4m3", "e4m3")])
+def test_attention_needs_three_kernels(kv_dtype: str, tag: str) -> None:
+    graph = attention(96)
+    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16", {}, kv_dtype, 32), "cuda")
+    assert choice.kernel == "paged_attention"
+    assert choice.entries == (
+        f"attention_decode_bf16_{tag}_d96",
+        f"attention_prefill_bf16_{tag}_d96",
+        "attention_combine_bf16",
+    )
+    assert choice.sources == ("attention_decode_d96.cu", "attention_prefill_d96.cu", "attention_combine.cu")
+
+
+@pytest.mark.parametrize(
+    ("graph", "dtype", "kv_dtype", "block_size", "reason"),
+    [
+        (attention(), "float32", "auto", 16, "activations are float32"),
+        (attention(), "float16", "bfloat16", 16, "the KV cache is bfloat16"),
+        (attention(), "float16", "float32", 16, "the KV cache is float32"),
+        (attention(72), "float16", "auto", 16, "head size 72"),
+        (attention(), "float16", "auto", 24, "block size 24"),
+        (attention(kv_heads=3), "float16", "auto", 16, "4 heads are not a multiple of 3"),
+    ],
+)
+def test_attention_refusals(graph: Graph, dtype: str, kv_dtype: str, block_size: int, reason: str) -> None:
+    choice = choose(OpFacts(graph.ops[0], graph, dtype, {}, kv_dtype, block_size), "cuda")
+    assert choice.kernel == FALLBACK
+    assert reason in choice.refused[0].reason
+
+
 def test_sampling_comes_after_the_graph_of_a_cuda_engine() -> None:
-    choices = choose_all(norm(), "float16", {}, "cuda")
+    choices = choose_all(norm(), "float16", "cuda")
     assert [choice.op for choice in choices] == ["norm", "sample", "adjust_logits", "logprobs"]
     assert choices[1].entries == ("sample_f16", "sample_f32")
     huge = graph_of(Op("sample", "sample", (LOGITS,), ("tokens",)), vocab=2**24)
@@ -133,7 +178,7 @@ def test_chosen_entry_points_exist_in_the_compiled_module() -> None:
         choice
         for graph in (linear(), norm(), norm(kind="rms_norm"), *(graph for graph, _, _ in PLAIN))
         for dtype in ("float16", "bfloat16")
-        for choice in choose_all(graph, dtype, {"w.scales": "F16"}, "cuda")
+        for choice in choose_all(graph, dtype, "cuda")
     )
     try:
         modules = compile_modules(sources_of(choices), ["sm_80"])
