@@ -134,7 +134,7 @@ def attention(head_dim: int = 64, kv_heads: int = 2) -> Graph:
 @pytest.mark.parametrize(("kv_dtype", "tag"), [("auto", "bf16"), ("int8", "s8"), ("fp8_e4m3", "e4m3")])
 def test_attention_needs_three_kernels(kv_dtype: str, tag: str) -> None:
     graph = attention(96)
-    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16", {}, kv_dtype, 32), "cuda")
+    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16", kv_dtype, 32), "cuda")
     assert choice.kernel == "paged_attention"
     assert choice.entries == (
         f"attention_decode_bf16_{tag}_d96",
@@ -156,7 +156,7 @@ def test_attention_needs_three_kernels(kv_dtype: str, tag: str) -> None:
     ],
 )
 def test_attention_refusals(graph: Graph, dtype: str, kv_dtype: str, block_size: int, reason: str) -> None:
-    choice = choose(OpFacts(graph.ops[0], graph, dtype, {}, kv_dtype, block_size), "cuda")
+    choice = choose(OpFacts(graph.ops[0], graph, dtype, kv_dtype, block_size), "cuda")
     assert choice.kernel == FALLBACK
     assert reason in choice.refused[0].reason
 
