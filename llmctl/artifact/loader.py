@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from numpy.typing import NDArray
 
 from llmctl.artifact.cpu_planes import cpu_planes
+from llmctl.artifact.cuda_planes import cuda_planes
 from llmctl.artifact.device import arch_number, best_arch, cpu_features, cuda_device
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, plan_memory
@@ -196,9 +197,10 @@ class EngineChecks:
         found = self._entries()
         graph, target, options = self.manifest.graph, self.manifest.target, self.manifest.options
         if target.native_cpu:
-            expected = flat(cpu_planes(graph, options))
+            planes = cpu_planes(graph, options)
         else:
-            expected = expected_planes(graph, dense_dtypes(target.kind, options.dtype))
+            planes = expected_planes(graph, dense_dtypes(target.kind, options.dtype))
+        expected = flat(cuda_planes(graph, planes) if target.kind == "cuda" else planes)
         for name, plane in expected.items():
             wanted = f"{' or '.join(plane.dtypes)} {list(plane.shape)}"
             if name not in found:

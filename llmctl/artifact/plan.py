@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmctl.artifact.cpu_planes import LM_HEAD_BITS, cpu_choices, cpu_planes
+from llmctl.artifact.cuda_planes import cuda_planes
 from llmctl.artifact.device import cpu_features
 from llmctl.artifact.manifest import BuildOptions, QuantizationRecord, Target
 from llmctl.artifact.memory import MemoryPlan, plan_memory
@@ -69,6 +70,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         planes = cpu_planes(graph, options)
     else:
         planes = settle_planes(graph, dense_dtypes(target.kind, options.dtype), checkpoint.describe)
+        if target.kind == "cuda":
+            planes = cuda_planes(graph, planes)
     stored = flat(planes)
     memory = plan_memory(
         graph,
@@ -87,7 +90,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         target=target,
         options=options,
         planes=planes,
-        choices=_choices(graph, target, options, stored),
+        choices=_choices(graph, target, options),
         memory=memory,
     )
 
@@ -152,13 +155,10 @@ def _cpu_target(names: str) -> Target:
     return Target("cpu", tuple(library_name(v) for v in VARIANTS if library_name(v) in {known[w] for w in wanted}))
 
 
-def _choices(
-    graph: Graph, target: Target, options: BuildOptions, stored: Mapping[str, Plane]
-) -> tuple[KernelChoice, ...]:
+def _choices(graph: Graph, target: Target, options: BuildOptions) -> tuple[KernelChoice, ...]:
     if target.native_cpu:
         return cpu_choices(graph, options)
-    dtypes = {name: p.dtype for name, p in stored.items()}
-    return choose_all(graph, options.dtype, dtypes, target.kind, options.kv_cache_dtype, options.block_size)
+    return choose_all(graph, options.dtype, target.kind, options.kv_cache_dtype, options.block_size)
 
 
 def source_name(model: str, path: Path) -> str:

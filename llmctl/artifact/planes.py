@@ -57,10 +57,9 @@ def dense_dtypes(target_kind: str, dtype: str) -> tuple[str, ...]:
     return _KEPT if target_kind == "reference" else (SAFETENSORS_DTYPE[dtype],)
 
 
-def expected_planes(graph: Graph, dense: tuple[str, ...]) -> dict[str, Plane]:
-    """Every plane an engine of ``graph`` must hold, by name; ``dense``: dtypes a dense weight may have."""
-    planes = (plane for weight in graph.weights.values() for plane in weight_planes(weight, dense, ("F32", "F16")))
-    return {plane.name: plane for plane in planes}
+def expected_planes(graph: Graph, dense: tuple[str, ...]) -> dict[str, tuple[Plane, ...]]:
+    """The planes that an engine of ``graph`` must hold, by weight name; ``dense``: dtypes a dense weight may have."""
+    return {weight.name: weight_planes(weight, dense, ("F32", "F16")) for weight in graph.weights.values()}
 
 
 def settle_planes(

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from llmctl import __version__
 from llmctl.artifact.cpu_planes import pack_planes as pack_cpu_planes
+from llmctl.artifact.cuda_planes import cuda_formats
+from llmctl.artifact.cuda_planes import pack_planes as pack_cuda_planes
 from llmctl.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -160,6 +162,7 @@ class _WeightWriter:
     def __init__(self, plan: BuildPlan, progress: Progress) -> None:
         self.plan = plan
         self.progress = progress
+        self.formats = cuda_formats(plan.graph) if plan.target.kind == "cuda" else {}
         self.total = plan.weights_bytes
         self.done = 0
 
@@ -172,7 +175,10 @@ class _WeightWriter:
         if self.plan.graph.weights[name].quant is None:
             plane = planes[0]
             return {plane.name: (plane.dtype, plane.shape, lambda: self._dense(name, plane))}
-        arrays = pack_planes(self._assemble(name), {p.name.rpartition(".")[2]: p.dtype for p in planes})
+        if name in self.formats:
+            arrays = pack_cuda_planes(self._assemble(name), self.formats[name])
+        else:
+            arrays = pack_planes(self._assemble(name), {p.name.rpartition(".")[2]: p.dtype for p in planes})
         self._report(name, total_bytes(planes))
         return {p.name: (p.dtype, p.shape, arrays[p.name.rpartition(".")[2]]) for p in planes}
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from llmctl.artifact import loader, memory
+from llmctl.artifact.cuda_planes import cuda_formats
 from llmctl.artifact.device import CudaDevice
 from llmctl.artifact.loader import load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, FileRecord, KernelFile, Target
@@ -148,6 +149,16 @@ def with_kernels(
     engine: Path, edit: Edit, *, archs: tuple[str, ...] = ("sm_90",), compiler: str = "NVRTC 13.0"
 ) -> None:
     """Make a cuda engine of it, with a file that only looks like a module."""
+    graph = read_manifest(engine).graph
+
+    def repack(tensors: dict[str, object]) -> None:
+        for weight, fmt in cuda_formats(graph).items():
+            for suffix in ("codes", "scales", "zeros"):
+                tensors.pop(f"{weight}.{suffix}", None)
+            for suffix, (dtype, shape) in fmt.planes().items():
+                tensors[f"{weight}.{suffix}"] = (dtype, shape, np.zeros(shape, {"U8": "u1", "F16": "f2"}[dtype]))
+
+    rewrite_weights(engine, edit, repack)
     manifest = read_manifest(engine)
     (engine / "kernels").mkdir()
     modules, files = {}, dict(manifest.files)
