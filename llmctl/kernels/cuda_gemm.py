@@ -36,6 +36,7 @@ class GemmPlan:
     Attributes:
         entry: kernel. grid, threads, shared: the launch; shared is dynamic shared memory, bytes.
         workspace: float32 elements of scratch. counters: uint32 elements, zero before the first launch and after each.
+            Launches that may run at the same time need their own.
     """
 
     entry: str
