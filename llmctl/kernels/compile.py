@@ -63,6 +63,11 @@ class CompiledModule:
         """``sm_90/norm.cubin`` or ``compute_80/norm.ptx``."""
         return f"{self.arch}/{Path(self.source).stem}.{'ptx' if self.arch.startswith('compute_') else 'cubin'}"
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the code."""
+        return hashlib.sha256(self.code).hexdigest()
+
 
 def source_files(sources: Sequence[str], source_dir: Path = SOURCE_DIR) -> dict[str, str]:
     """The named files and every file they include, by name, sorted.
