@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, update, write
+from emulator import missing
+from machine import launch
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.kernels import reference
@@ -14,10 +14,6 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 TAGS = pytest.mark.parametrize("tag", ["f16", "bf16"])
 SHAPES = pytest.mark.parametrize(("rows", "width"), [(1, 8), (3, 264), (7, 1000)])
 FUNCTIONS = pytest.mark.parametrize("fn", list(reference.ACTIVATIONS))
-
-
-def _launch(name: str, rows: int, width: int, *args: object) -> None:
-    kernels("elementwise.cu").launch(name, -(-rows * width // 8 // 256), 256, args)
 
 
 def _random(tag: str, *shape: int) -> torch.Tensor:
@@ -31,7 +27,7 @@ def _random(tag: str, *shape: int) -> torch.Tensor:
 @FUNCTIONS
 def test_gated_activation(tag, fn, rows, width):
     x, y = _random(tag, rows, 2 * width), torch.empty(rows, width, dtype=DTYPES[tag])
-    _launch(f"{fn}_mul_{tag}", rows, width, read(x), write(y), np.int32(rows), np.int32(width))
+    launch(f"{fn}_mul_{tag}", x=x, y=y)
 
     def gated(x: torch.Tensor) -> torch.Tensor:
         return reference.act(x[:, :width], fn) * x[:, width:]
@@ -45,8 +41,7 @@ def test_gated_activation(tag, fn, rows, width):
 def test_activation_in_place(tag, fn, rows, width):
     x = _random(tag, rows, width)
     y = x.clone()
-    both = update(y)
-    _launch(f"act_{fn}_{tag}", rows, width, both, both, np.int32(rows), np.int32(width))
+    launch(f"act_{fn}_{tag}", x=y, y=y)
     assert_as_good_as_torch(y, reference.act(x.float(), fn), reference.act(x, fn))
 
 
@@ -56,7 +51,7 @@ def test_sum_and_product_round_as_torch(tag, rows, width):
     x, y = _random(tag, rows, width), _random(tag, rows, width).flip(1).contiguous()
     for name, expected in (("add", x + y), ("mul", x * y)):
         z = torch.empty_like(x)
-        _launch(f"{name}_{tag}", rows, width, read(x), read(y), write(z), np.int32(rows), np.int32(width))
+        launch(f"{name}_{tag}", x=x, y=y, z=z)
         assert torch.equal(z, expected)
 
 
@@ -66,8 +61,8 @@ def test_embedding_rows_and_positions(tag, scale):
     w = _random(tag, 11, 264)
     ids = torch.tensor([10, 0, 3, 3, 7])
     y, z = torch.empty(5, 264, dtype=w.dtype), torch.empty(5, 264, dtype=w.dtype)
-    _launch(f"embed_{tag}", 5, 264, read(ids), read(w), write(y), np.int32(5), np.int32(264), np.float32(scale))
+    launch(f"embed_{tag}", ids=ids, w=w, y=y, scale=scale)
     assert torch.equal(y, reference.embed(ids, w, scale))
-    positions, rows, width = torch.tensor([0, 1, 2, 0, 8]), np.int32(5), np.int32(264)
-    _launch(f"pos_embed_{tag}", 5, 264, read(y), read(positions), read(w), write(z), rows, width, np.int32(2))
+    positions = torch.tensor([0, 1, 2, 0, 8])
+    launch(f"pos_embed_{tag}", x=y, positions=positions, w=w, z=z, offset=2)
     assert torch.equal(z, reference.pos_embed(y, positions, w, 2))

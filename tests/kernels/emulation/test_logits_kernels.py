@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, update, write
+from emulator import missing
+from machine import launch
 
 from llmctl.engine.step import SamplingBatch
 from llmctl.runtime.sampler import _penalised, sample
@@ -38,8 +39,7 @@ def test_bias_changes_the_argmax_as_in_the_reference():
                                 torch.from_numpy(values), accumulate=True)  # fmt: skip
     batch = _greedy(bias_rows=rows, bias_ids=ids, bias_values=values)
     tokens = sample(logits, batch)[0]
-    args = [update(logits), read(rows), read(ids), read(values), np.int32(len(pairs)), np.int32(VOCAB)]
-    kernels("logits.cu").launch("add_bias", -(-len(pairs) // 256), 256, args)
+    launch("add_bias", logits=logits, bias_rows=rows, bias_ids=ids, bias_values=values)
     assert torch.equal(logits, expected)
     assert logits.argmax(-1).tolist() == tokens.tolist()
 
@@ -60,8 +60,8 @@ def test_penalties_are_those_of_the_reference():
     starts = np.cumsum([0, *map(len, lists)]).astype(np.int32)
     ids = np.concatenate(lists).astype(np.int32)
     counts = np.concatenate([np.bincount(o, minlength=VOCAB)[i] for o, i in zip(outputs, lists, strict=True)])
-    args = [update(logits), read(starts), read(ids), read(counts.astype(np.int32)), *map(read, penalties.values())]
-    kernels("logits.cu").launch("penalise", ROWS, 256, [*args, np.int32(VOCAB)])
+    short = {name.removesuffix("_penalty"): values for name, values in penalties.items()}
+    launch("penalise", logits=logits, starts=starts, ids=ids, counts=counts.astype(np.int32), **short)
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(logits[2], _logits()[2])
 
@@ -75,7 +75,6 @@ def test_logprob_and_rank_are_those_of_the_reference(vocab):
     tokens, expected = sample(logits, batch)
     assert expected is not None
     logprob, rank = np.empty(ROWS, np.float32), np.empty(ROWS, np.int32)
-    args = [read(logits), read(tokens), write(logprob), write(rank), np.int32(vocab)]
-    kernels("logits.cu").launch("logprobs", ROWS, 1024, args)
+    launch("logprobs", logits=logits, tokens=tokens, logprob=logprob, rank=rank)
     np.testing.assert_allclose(logprob, [e.logprob for e in expected], rtol=1e-5, atol=1e-5)
     assert rank.tolist() == [e.rank for e in expected]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, update, write
+from emulator import missing
+from machine import launch
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.kernels import reference
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-EPS = np.float32(1e-5)
+EPS = 1e-5
 TAGS = pytest.mark.parametrize("tag", ["f16", "bf16"])
 # One vector, off the block's first round, and more than one round a thread.
 SHAPES = pytest.mark.parametrize(("rows", "hidden"), [(1, 8), (3, 264), (7, 48), (2, 4104)])
@@ -36,10 +36,9 @@ def test_norm(tag, rows, hidden, kind, option, add):
     x, residual, w, b = _inputs(tag, rows, hidden)
     y, total = torch.empty_like(x), torch.empty_like(x)
     bias = b if option else None
-    weights = [read(w)] if kind == "rms" else [read(w), None if bias is None else read(bias)]
-    tail = [np.int32(hidden), EPS, *([np.int32(option)] if kind == "rms" else [])]
-    args = [read(x), read(residual), *weights, write(y), write(total)] if add else [read(x), *weights, write(y)]
-    kernels("norm.cu").launch(f"{'add_' if add else ''}{kind}_norm_{tag}", rows, 256, [*args, *tail])
+    special = {"plus_one": int(option)} if kind == "rms" else {"b": bias}
+    added = {"residual": residual, "sum": total} if add else {}
+    launch(f"{'add_' if add else ''}{kind}_norm_{tag}", x=x, w=w, y=y, eps=EPS, **special, **added)
     summed = x + residual if add else x
     if add:
         assert torch.equal(total, summed)
@@ -58,13 +57,9 @@ def test_norm_with_int8_output(tag, rows, hidden, kind, add):
     residual[0] = 0
     b[:] = 0  # so that row 0 comes out as zeros: scale 0, codes 0
     q, scales, total = torch.empty(rows, hidden, dtype=torch.int8), torch.empty(rows), torch.empty_like(x)
-    weights = [read(w)] if kind == "rms" else [read(w), read(b)]
-    tail = [np.int32(hidden), EPS, *([np.int32(1)] if kind == "rms" else [])]
-    inputs = [read(x), read(residual)] if add else [read(x)]
-    outputs = [write(q), write(scales), *([write(total)] if add else [])]
-    kernels("norm.cu").launch(
-        f"{'add_' if add else ''}{kind}_norm_s8_{tag}", rows, 256, [*inputs, *weights, *outputs, *tail]
-    )
+    special = {"plus_one": 1} if kind == "rms" else {"b": b}
+    added = {"residual": residual, "sum": total} if add else {}
+    launch(f"{'add_' if add else ''}{kind}_norm_s8_{tag}", x=x, w=w, q=q, scales=scales, eps=EPS, **special, **added)
     exact = _norm(kind, (x + residual if add else x).float(), w.float(), b.float(), kind == "rms")
     torch.testing.assert_close(scales, exact.abs().amax(1) / 127, rtol=1e-5, atol=0)
     assert (q.float() * scales[:, None] - exact).abs().max() <= scales.max() * 0.501
@@ -75,13 +70,10 @@ def test_norm_with_int8_output(tag, rows, hidden, kind, add):
 @TAGS
 def test_norm_in_place(tag):
     x, residual, w, _ = _inputs(tag, 3, 264)
-    expected, total = reference.add_rms_norm(x, residual, w, float(EPS))
-    stream = update(residual)
-    output = update(x)
-    args = [output, stream, read(w), output, stream, np.int32(264), EPS, np.int32(0)]
-    kernels("norm.cu").launch(f"add_rms_norm_{tag}", 3, 256, args)
+    expected, total = reference.add_rms_norm(x, residual, w, EPS)
+    launch(f"add_rms_norm_{tag}", x=x, residual=residual, w=w, y=x, sum=residual, eps=EPS, plus_one=0)
     assert torch.equal(residual, total)
-    assert_as_good_as_torch(x, reference.rms_norm(total.float(), w.float(), float(EPS)), expected)
+    assert_as_good_as_torch(x, reference.rms_norm(total.float(), w.float(), EPS), expected)
 
 
 @TAGS
@@ -93,20 +85,14 @@ def test_head_norm_of_a_slice_of_wider_rows(tag, rows, heads, head_dim, plus_one
     x = torch.randn(rows, width, generator=generator).to(DTYPES[tag])
     w = torch.randn(head_dim, generator=generator).to(DTYPES[tag])
     y = torch.empty(rows, heads * head_dim, dtype=x.dtype)
-    kernels("norm.cu").launch(
-        f"head_rms_norm_{tag}", -(-rows * heads // 4), 128,
-        [read(x, offset=before * 2), read(w), write(y), np.int32(rows), np.int32(heads), np.int32(head_dim),
-         np.int32(width), np.int32(heads * head_dim), EPS, np.int32(plus_one)],
-    )  # fmt: skip
-    part = x[:, before : before + heads * head_dim].reshape(rows, heads, head_dim)
-    exact = reference.rms_norm(part.float(), w.float(), float(EPS), plus_one).view(y.shape)
-    assert_as_good_as_torch(y, exact, reference.rms_norm(part, w, float(EPS), plus_one).view(y.shape))
+    merged = x[:, before : before + heads * head_dim]
+    options = {"w": w, "heads": heads, "eps": EPS, "plus_one": int(plus_one)}
+    launch(f"head_rms_norm_{tag}", x=merged, y=y, **options)
+    part = merged.reshape(rows, heads, head_dim)
+    exact = reference.rms_norm(part.float(), w.float(), EPS, plus_one).view(y.shape)
+    assert_as_good_as_torch(y, exact, reference.rms_norm(part, w, EPS, plus_one).view(y.shape))
     in_place = x.clone()
-    merged = update(in_place, offset=before * 2)
-    kernels("norm.cu").launch(
-        f"head_rms_norm_{tag}", -(-rows * heads // 4), 128,
-        [merged, read(w), merged, np.int32(rows), np.int32(heads), np.int32(head_dim),
-         np.int32(width), np.int32(width), EPS, np.int32(plus_one)],
-    )  # fmt: skip
+    merged = in_place[:, before : before + heads * head_dim]
+    launch(f"head_rms_norm_{tag}", x=merged, y=merged, **options)
     assert torch.equal(in_place[:, before : before + y.shape[1]], y)
     assert torch.equal(in_place[:, :before], x[:, :before])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, write
+from emulator import missing
+from machine import launch
 from tolerance import DTYPES
 
 from llmctl.kernels import reference
@@ -22,8 +22,7 @@ def test_rows_in_int8_with_their_scales(tag, fn, rows, width):
     x = x.to(DTYPES[tag])
     q, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
     name = f"{fn}_mul_s8" if fn else "quantize_s8"
-    args = [read(x), write(q), write(scales), np.int32(width)]
-    kernels("quantize_rows.cu").launch(f"{name}_{tag}", rows, 256, args)
+    launch(f"{name}_{tag}", x=x, q=q, scales=scales)
     wide = x.float()
     exact = reference.act(wide[:, :width], fn) * wide[:, width:] if fn else wide
     torch.testing.assert_close(scales, exact.abs().amax(1) / 127, rtol=1e-5, atol=0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, update, write
+from emulator import missing
+from machine import launch
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.kernels import reference
@@ -41,7 +41,7 @@ class _Case:
         widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         self.qkv = (torch.randn(7, sum(widths) + 8, generator=generator) * 2).to(DTYPES[tag])
         self.q, self.k, self.v, _ = (t.contiguous() for t in self.qkv.split([*widths, 8], 1))
-        self.offsets = [0, widths[0] * 2, (widths[0] + widths[1]) * 2]
+        self.parts = dict(zip("qkv", self.qkv[:, :-8].split(widths, 1), strict=True))
         self.positions = torch.tensor([0, 3, 99, 1, 50, 7, 64])
         attrs = {"rotary_dim": rotary_dim, "theta": 10_000.0}
         self.cos, self.sin = (torch.from_numpy(t) for t in cos_sin_table(attrs, 100))
@@ -51,17 +51,12 @@ class _Case:
         return reference.rope(x, reference.rope_factors(cos, sin, self.style), self.head_dim, self.style)
 
     def launch(self, kv: str, q_out, caches, scales=(None, None), fixed=(1.0, 1.0)) -> None:
-        stride = np.int32(self.qkv.shape[1])
-        args = [
-            *(read(self.qkv, offset=offset) for offset in self.offsets), q_out, read(self.positions), read(self.cos),
-            read(self.sin), read(SLOTS), *(update(c) for c in caches),
-            *(None if s is None else update(s) for s in scales), np.int32(7), np.int32(self.heads),
-            np.int32(self.kv_heads), np.int32(self.head_dim), np.int32(self.rotary_dim),
-            np.int32(self.style == "gptj"), stride, stride, stride, np.int32(self.heads * self.head_dim),
-            *(np.float32(f) for f in fixed),
-        ]  # fmt: skip
-        grid = -(-7 * (self.heads + 2 * self.kv_heads) // 4)
-        kernels("rope_kv.cu").launch(f"rope_kv_{self.tag}_{kv}", grid, 128, args)
+        launch(
+            f"rope_kv_{self.tag}_{kv}", **self.parts, q_out=q_out, positions=self.positions, cosines=self.cos,
+            sines=self.sin, slots=SLOTS, keys=caches[0], values=caches[1], key_scales=scales[0],
+            value_scales=scales[1], heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            rotary_dim=self.rotary_dim, gptj=int(self.style == "gptj"), key_scale=fixed[0], value_scale=fixed[1],
+        )  # fmt: skip
 
     def cache(self, dtype: torch.dtype, fill: float = 0) -> list[torch.Tensor]:
         return [torch.full((NUM_SLOTS, self.kv_heads, self.head_dim), fill).to(dtype) for _ in range(2)]
@@ -80,7 +75,7 @@ def test_rope_and_kv_write(tag, heads, kv_heads, head_dim, rotary_dim, style):
     case = _Case(tag, heads, kv_heads, head_dim, rotary_dim, style)
     q_out = torch.empty_like(case.q)
     keys, values = case.cache(DTYPES[tag], 5)
-    case.launch(tag, write(q_out), (keys, values))
+    case.launch(tag, q_out, (keys, values))
     kept = SLOTS >= 0
     assert_as_good_as_torch(q_out, case.rotated(case.q.float()), case.rotated(case.q))
     assert_as_good_as_torch(case.stored(keys), case.rotated(case.k.float())[kept], case.rotated(case.k)[kept])
@@ -94,7 +89,7 @@ def test_int8_cache_with_a_scale_per_head_and_token(tag, heads, kv_heads, head_d
     case.qkv[0, heads * head_dim :] = 0  # a head of zeros has scale 0
     case.k[0] = case.v[0] = 0
     caches, scales = case.cache(torch.int8), [torch.zeros(NUM_SLOTS, kv_heads) for _ in range(2)]
-    case.launch("s8", write(torch.empty_like(case.q)), caches, scales)
+    case.launch("s8", torch.empty_like(case.q), caches, scales)
     kept = SLOTS[SLOTS >= 0]
     for cache, scale, exact in zip(caches, scales, (case.rotated(case.k.float()), case.v.float()), strict=True):
         per_head = exact[SLOTS >= 0].view(len(kept), kv_heads, head_dim)
@@ -108,12 +103,12 @@ def test_int8_cache_with_a_scale_per_head_and_token(tag, heads, kv_heads, head_d
 def test_fp8_cache_with_fixed_scales(tag, heads, kv_heads, head_dim, rotary_dim, style):
     case = _Case(tag, heads, kv_heads, head_dim, rotary_dim, style)
     caches = case.cache(torch.float8_e4m3fn)
-    case.launch("e4m3", write(torch.empty_like(case.q)), caches, fixed=(0.5, 0.002))
+    case.launch("e4m3", torch.empty_like(case.q), caches, fixed=(0.5, 0.002))
     kept = SLOTS >= 0
     exact = case.rotated(case.k.float())[kept] / 0.5
     found = case.stored(caches[0]).float()
     assert ((found - exact).abs() <= exact.abs() * 2**-4 + 2**-10).all()  # half a unit in the last of 3 bits
-    clamped = (case.v.float()[kept] * (1 / np.float32(0.002))).clamp(-448, 448).to(torch.float8_e4m3fn)
+    clamped = (case.v.float()[kept] * (1 / torch.tensor(0.002))).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(case.stored(caches[1]).float(), clamped.float())  # values beyond 448 saturate
 
 
@@ -121,16 +116,17 @@ def test_fp8_cache_with_fixed_scales(tag, heads, kv_heads, head_dim, rotary_dim,
 def test_only_the_cache_and_only_q_in_place(tag):
     case = _Case(tag, 2, 1, 64, 64, "neox")
     expected_q, expected_k = torch.empty_like(case.q), case.cache(DTYPES[tag])
-    case.launch(tag, write(expected_q), expected_k)
+    case.launch(tag, expected_q, expected_k)
     plain = case.cache(DTYPES[tag])
-    args = [None, read(case.k), read(case.v), None, None, None, None, read(SLOTS), update(plain[0]), update(plain[1])]
-    shape = [np.int32(n) for n in (7, 0, 1, 64, 0, 0, 0, 64, 64, 0)]
-    ones = [np.float32(1), np.float32(1)]
-    kernels("rope_kv.cu").launch(f"rope_kv_{tag}_{tag}", 4, 128, [*args, None, None, *shape, *ones])
+    numbers = {"head_dim": 64, "gptj": 0, "key_scale": 1.0, "value_scale": 1.0}
+    launch(
+        f"rope_kv_{tag}_{tag}", k=case.k, v=case.v, slots=SLOTS, keys=plain[0], values=plain[1], heads=0, kv_heads=1,
+        rotary_dim=0, **numbers,
+    )  # fmt: skip
     assert torch.equal(case.stored(plain[0]), case.k[SLOTS >= 0])
     assert torch.equal(case.stored(plain[1]), case.v[SLOTS >= 0])
-    q = update(case.q)
-    args = [q, None, None, q, read(case.positions), read(case.cos), read(case.sin), *[None] * 5]
-    shape = [np.int32(n) for n in (7, 2, 0, 64, 64, 0, 128, 0, 0, 128)]
-    kernels("rope_kv.cu").launch(f"rope_kv_{tag}_{tag}", 4, 128, [*args, *shape, *ones])
+    launch(
+        f"rope_kv_{tag}_{tag}", q=case.q, q_out=case.q, positions=case.positions, cosines=case.cos, sines=case.sin,
+        heads=2, kv_heads=0, rotary_dim=64, **numbers,
+    )  # fmt: skip
     assert torch.equal(case.q, expected_q)

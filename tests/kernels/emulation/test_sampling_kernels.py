@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulator import kernels, kernels_from_text, missing, read, write
+from emulator import kernels_from_text, missing, read, write
+from machine import launch
 
 from llmctl.engine.step import SamplingBatch
 from llmctl.kernels.philox import uniform
@@ -15,16 +16,13 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
-def _tokens(logits: torch.Tensor, batch: SamplingBatch, stride: int | None = None) -> list[int]:
+def _tokens(logits: torch.Tensor, batch: SamplingBatch) -> list[int]:
     tag = next(t for t, dtype in TYPES.items() if dtype == logits.dtype)
     tokens = np.full(len(logits), -1, np.int32)
-    optional = (batch.top_k, batch.top_p, batch.min_p)
-    args = [
-        read(logits), None if batch.allowed_mask is None else read(batch.allowed_mask), read(batch.temperature),
-        *(None if o is None else read(o) for o in optional), read(batch.seeds), read(batch.positions), write(tokens),
-        np.int32(logits.shape[1] if stride is None else stride), np.int32(logits.shape[1]),
-    ]  # fmt: skip
-    kernels("sampling.cu").launch(f"sample_{tag}", len(logits), 1024, args)
+    launch(
+        f"sample_{tag}", logits=logits, allowed=batch.allowed_mask, temperature=batch.temperature, top_k=batch.top_k,
+        top_p=batch.top_p, min_p=batch.min_p, seeds=batch.seeds, positions=batch.positions, tokens=tokens,
+    )  # fmt: skip
     return tokens.tolist()
 
 
@@ -94,7 +92,7 @@ def test_rows_may_differ_in_everything_and_be_part_of_wider_rows():
         top_k=np.array([0, 3, 0, 0, 50, 699], np.int32), top_p=np.array([1, 1, 0.9, 0.5, 0.8, 0.2], np.float32),
         min_p=np.array([0, 0, 0, 0.1, 0, 0], np.float32),
     )  # fmt: skip
-    assert _tokens(wide, batch, stride=650) == sample(wide[:, :650], batch)[0].tolist()
+    assert _tokens(wide[:, :650], batch) == sample(wide[:, :650], batch)[0].tolist()
 
 
 def test_ties_at_the_threshold_are_kept_together():

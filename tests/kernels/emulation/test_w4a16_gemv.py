@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, write
+from emulator import missing
+from machine import launch
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.kernels import reference
+from llmctl.kernels.cuda_signatures import gemv_entry
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-THREADS = 128
-
-
-def _variant(m: int) -> tuple[int, int]:
-    """The entry's rows and output columns a block, for m rows of x."""
-    rows = next(r for r in (1, 2, 4, 8) if r >= m)
-    return rows, 4 if rows <= 2 else 2
 
 
 def _check(tag: str, m: int, n: int, k: int, group: int, symmetric: bool, bias: bool) -> None:
@@ -30,11 +24,9 @@ def _check(tag: str, m: int, n: int, k: int, group: int, symmetric: bool, bias: 
     x = torch.randn(m, k, generator=generator).to(DTYPES[tag])
     b = torch.randn(n, generator=generator).to(DTYPES[tag]) if bias else None
     y = torch.empty(m, n, dtype=DTYPES[tag])
-    rows, columns = _variant(m)
-    kernels("w4a16_gemv.cu").launch(
-        f"w4a16_gemv_{tag}_m{rows}", -(-n // columns), THREADS,
-        [read(x), read(packed), read(scales), None if symmetric else read(zeros), None if b is None else read(b),
-         write(y), np.int32(m), np.int32(n), np.int32(k), np.int32(group)],
+    launch(
+        gemv_entry(tag, m), x=x, codes=packed, scales=scales, zeros=None if symmetric else zeros, bias=b, y=y,
+        group_size=group,
     )  # fmt: skip
     zeros = torch.full_like(zeros, 8) if symmetric else zeros
     w = reference.dequantize(codes, scales, zeros, torch.arange(k) // group)
@@ -78,13 +70,8 @@ def test_a_row_has_the_same_bits_in_any_batch(tag):
     scales = torch.rand(n, k // group).half()
 
     def run(rows: torch.Tensor) -> torch.Tensor:
-        variant, columns = _variant(len(rows))
         y = torch.empty(len(rows), n, dtype=rows.dtype)
-        kernels("w4a16_gemv.cu").launch(
-            f"w4a16_gemv_{tag}_m{variant}", -(-n // columns), THREADS,
-            [read(rows), read(packed), read(scales), None, None, write(y), np.int32(len(rows)), np.int32(n),
-             np.int32(k), np.int32(group)],
-        )  # fmt: skip
+        launch(gemv_entry(tag, len(rows)), x=rows, codes=packed, scales=scales, y=y, group_size=group)
         return y
 
     together = run(x)
