@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config import QuantizeConfig
-from llmctl.errors import LlmctlError
+from llmctl.errors import ExitCode, LlmctlError
 
 _D = QuantizeConfig()
 
@@ -32,6 +32,9 @@ def main() -> int:
     except LlmctlError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"error: {args.text}: {error}", file=sys.stderr)
+        return int(ExitCode.USAGE)
     if not args.json:
         _print_table(result)
     print(json.dumps(result, indent=2))

@@ -36,7 +36,7 @@ class GptqOptions:
         static_groups: fit every group's grid to the original weights before the first column, so that groups stay
             contiguous under ``act_order`` (no ``g_idx``).
         clip: also try grids with AWQ's clip search and keep, row by row, the better. Not in the paper; at 3 bits,
-            group 64, it took SmolLM2-135M's perplexity from 79.8 to PPL (16 bits: 35.9).
+            group 64, it took SmolLM2-135M's perplexity from 79.8 to 61.0 (16 bits: 35.9).
     """
 
     damp_percent: float = 0.01

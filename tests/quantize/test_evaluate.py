@@ -126,3 +126,6 @@ def test_the_script_runs(
     assert "rtn" in out
     monkeypatch.setattr("sys.argv", ["quantize_quality.py", *options.replace("rtn", "magic").split()])
     assert script.main() == 2
+    monkeypatch.setattr("sys.argv", ["quantize_quality.py", *options.replace("text.txt", "none.txt").split()])
+    assert script.main() == 2
+    assert "none.txt" in capsys.readouterr().err
