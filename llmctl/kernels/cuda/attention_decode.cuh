@@ -6,8 +6,11 @@
 // values; a slot is refilled as soon as it was read), so that the loop has no block barrier. The warps' results are
 // merged in order and left, not yet normalised, to attention_combine.
 //
-// Tensor cores for every group size, 1 included: the tile's empty rows cost nothing that is scarce (see the numbers),
-// and 16-bit elements need no conversion.
+// Tensor cores for every group size, 1 included: the tile's empty rows cost nothing that is scarce (the numbers are in
+// each .cu), and 16-bit elements need no conversion. Of 16 positions of 128 dims a warp issues some 250 instructions
+// (450 from bytes) for 8 KB (4 KB), which at 4.3 TB/s take an SM of an H200 440 (220) cycles: under 15% (50%) of its
+// issue slots. A split of 512 gives batch 1 at 8k 128 blocks and its sums 1.6% of the traffic of the cache; smaller
+// splits fill more of the device at batch 1 and shorten the last wave.
 //
 // Grid: (splits or fewer, kv_heads * ceil(group / 16), sequences); splits beyond a sequence's length return at once, so
 // the grid may be that of the longest sequence there can be, as a CUDA graph wants it. Threads: 32 kWarps. Dynamic

@@ -1,3 +1,11 @@
+// Paged prefill attention for heads of 96, all element types; the design is in attention_prefill.cuh.
+//
+// On sm_90, for a cache of 16 bits / int8 / fp8:
+//   registers 219 / 237 / 215, dynamic shared memory 53248 / 41472 / 40960 bytes, 128 threads: 2 / 2 / 2 blocks an SM
+// A prompt of 8k, 32 heads on 8 KV heads, on an H200 (16-bit cache):
+//   412 GFLOP (causal half): 0.53 ms at 780 TFLOP/s; mma.sync reaches some 60% of that, so 0.88 ms at best and
+//   1.17 ms expected (45%)
+//   0.13 GB of q, out, keys and values from memory: 29 us; 3.2 GB of tiles from L2
 #include "attention_prefill.cuh"
 
 LLMCTL_ATTENTION_PREFILL_ALL(96)

@@ -88,6 +88,13 @@ def test_single_rows_may_be_left_to_decode():
     case.check(found + case.decode(with_starts=True))
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_shared_memory_fits_the_smallest_device(head_dim):
+    for kv in ("f16", "s8", "e4m3"):
+        shape = AttentionShape("f16", kv, 8, 2, head_dim, 16)
+        assert max(shape.prefill(3, 100).shared, shape.decode(3, 4).shared) <= 99 * 1024
+
+
 @pytest.mark.slow
 @FORMATS
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
