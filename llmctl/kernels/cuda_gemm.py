@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmctl.graph.graph import Weight
-from llmctl.kernels.cuda_layout import STEP, TILE, CudaFormat
+from llmctl.kernels.cuda_layout import TILE, CudaFormat
 
 TAG = {"float16": "f16", "bfloat16": "bf16"}
 ACTIVATION = {"": 0, "silu_mul": 1, "gelu_mul": 2, "gelu_tanh_mul": 3, "relu_mul": 4}
@@ -125,11 +125,6 @@ def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: i
 def plan_gemm(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
     """The launch for 16-bit activations and m rows of x, by m."""
     return plan_stream(fmt, dtype, m, sms) if m <= STREAM_ROWS else plan_tile(fmt, dtype, m, sms=sms)
-
-
-def dequantize_grid(fmt: CudaFormat) -> tuple[int, int]:
-    """Blocks of 128 threads of ``dequantize_w<bits>_<dtype>``."""
-    return fmt.rows // TILE, fmt.columns // STEP
 
 
 def _tile_ring(bits: int, tokens: int, int8: bool) -> int:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.graph.graph import QuantScheme, Weight, WeightPart
 from llmctl.kernels.compile import SOURCE_DIR
+from llmctl.kernels.cuda_call import Call
 from llmctl.kernels.cuda_gemm import (
     GEMM_ROWS,
     STREAM_ROWS,
     TAG,
-    dequantize_grid,
     gemm_entries,
     gemm_sources,
     plan_gemm,
@@ -23,7 +25,9 @@ from llmctl.kernels.cuda_gemm import (
     plan_tile,
     weight_format,
 )
+from llmctl.kernels.cuda_gemm_signatures import gemm_call
 from llmctl.kernels.cuda_layout import CudaFormat
+from llmctl.kernels.cuda_signatures import SIGNATURES
 
 _MACROS = {
     "LLMCTL_STREAM": r"\1_\2_g\4_m\5",
@@ -81,9 +85,62 @@ def test_streamed_rows_share_k_alike(fmt: CudaFormat) -> None:
     assert len({(plan.grid, plan.threads) for plan in plans}) == 1
 
 
-def test_dequantize_covers_the_padded_weight() -> None:
-    assert dequantize_grid(CudaFormat(4, (70, 136))) == (3, 2)
-    assert dequantize_grid(CudaFormat(4, (70, 136), gated=True)) == (3, 2)
+@settings(max_examples=40, deadline=None)
+@given(fmt=formats, dtype=st.sampled_from(sorted(TAG)), m=st.integers(1, 300))
+def test_every_plan_has_a_signature(fmt: CudaFormat, dtype: str, m: int) -> None:
+    for entry in (plan_gemm(fmt, dtype, m).entry, *gemm_entries(fmt, dtype)):
+        assert entry in entries_in(SIGNATURES[entry].source)
+
+
+def call(**changes: Any) -> Call:
+    """A small gated product that split K needs scratch for, with changes."""
+    fmt = CudaFormat(4, (64, 2048), True, 128)
+    plan = plan_stream(fmt, "float16", 3)
+    kinds = {"U8": torch.uint8, "F16": torch.float16}
+    planes = {suffix: torch.zeros(shape, dtype=kinds[dtype]) for suffix, (dtype, shape) in fmt.planes().items()}
+    arguments: dict[str, Any] = {
+        "planes": planes,
+        "epilogue": "silu_mul",
+        "workspace": torch.zeros(plan.workspace),
+        "counters": torch.zeros(plan.counters, dtype=torch.int32),
+        "x": torch.zeros(3, 2048, dtype=torch.float16),
+        "y": torch.zeros(3, 32, dtype=torch.float16),
+    }
+    assert plan.workspace
+    return gemm_call(plan, fmt, **arguments | changes)
+
+
+def test_a_call_takes_the_plans_geometry() -> None:
+    made = call()
+    plan = plan_stream(CudaFormat(4, (64, 2048), True, 128), "float16", 3)
+    assert (made.entry, made.geometry.grid, made.geometry.shared) == (plan.entry, plan.grid, plan.shared)
+    assert [int(a) for a in made.arguments[-5:]] == [3, 64, 2048, 128, 1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"workspace": None}, "workspace: expected"),
+        ({"counters": torch.zeros(1, dtype=torch.int32)}, "counters: expected 2 elements"),
+        ({"epilogue": ""}, "a weight that is gated"),
+        ({"epilogue": "tanh_mul"}, "epilogue 'tanh_mul'"),
+        ({"y": torch.zeros(3, 64, dtype=torch.float16)}, "y: expected 32 columns, found 64"),
+        ({"x": torch.zeros(3, 1024, dtype=torch.float16)}, "x: expected"),
+        ({"x": torch.zeros(9, 2048, dtype=torch.float16), "y": torch.zeros(9, 32, dtype=torch.float16)}, "m: expected"),
+        ({"x": torch.zeros(3, 2048, dtype=torch.bfloat16)}, "x: expected float16"),
+        ({"bias": torch.zeros(32, dtype=torch.float16)}, "bias: expected"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_planes_of_another_format_are_refused() -> None:
+    fmt = CudaFormat(4, (64, 2048), True, 128)
+    planes = {"tiles": torch.zeros(5, dtype=torch.uint8), "tile_scales": None, "tile_zeros": None}
+    with pytest.raises(ValueError, match="tiles: expected"):
+        gemm_call(plan_stream(fmt, "float16", 3), fmt, planes, epilogue="silu_mul")
 
 
 def test_formats_of_weights() -> None:

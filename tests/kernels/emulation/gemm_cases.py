@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from emulator import Buffer, kernels, read, update, write
+from emulator import kernels, read, update, write
 
 from llmctl.kernels import reference
-from llmctl.kernels.cuda_gemm import ACTIVATION, GemmPlan
+from llmctl.kernels.cuda_call import Call, Pointer
+from llmctl.kernels.cuda_gemm import GemmPlan
+from llmctl.kernels.cuda_gemm_signatures import gemm_call
 from llmctl.kernels.cuda_layout import CudaFormat, CudaLinear, pack
 
 
@@ -37,38 +38,34 @@ def make_case(fmt: CudaFormat, seed: int = 0) -> Case:
     return Case(pack(codes, scales, zeros, fmt), dense)
 
 
-def scratch(plan: GemmPlan) -> tuple[Buffer | None, Buffer | None, np.ndarray]:
-    """Workspace, counters, and the array behind the counters, which must be zero again after a launch."""
-    counters = np.zeros(max(plan.counters, 1), np.uint32)
-    if not plan.counters:
-        return None, None, counters
-    return update(np.zeros(plan.workspace, np.float32)), update(counters), counters
+def planes_of(linear: CudaLinear) -> dict[str, torch.Tensor]:
+    """The planes as the engine holds them, by suffix."""
+    return {k: torch.from_numpy(v).view(torch.float16 if v.dtype == np.uint16 else torch.from_numpy(v).dtype)
+            for k, v in linear.planes().items()}  # fmt: skip
 
 
-def weight_arguments(linear: CudaLinear) -> list[Any]:
-    """Codes, scales, zeros."""
-    return [read(linear.tiles), read(linear.scales), None if linear.zeros is None else read(linear.zeros)]
+def run(call: Call) -> None:
+    """Carry out a checked call under emulation."""
+    wrap = {"read": read, "write": write, "update": update}
+    arguments = [wrap[a.use](a.tensor) if isinstance(a, Pointer) else a for a in call.arguments]
+    kernels(call.source).launch(call.entry, call.geometry.grid, call.geometry.threads, arguments, call.geometry.shared)
 
 
 def multiply(
-    source: str, plan: GemmPlan, x: torch.Tensor, linear: CudaLinear, bias: torch.Tensor | None = None,
+    plan: GemmPlan, x: torch.Tensor, linear: CudaLinear, bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None, epilogue: str = "", dtype: torch.dtype | None = None,
     token_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch a GEMM kernel; y [m, N], or [m, N / 2] with a gated epilogue."""
-    n, k = linear.format.shape
-    y = torch.empty(len(x), n // 2 if epilogue else n, dtype=dtype or x.dtype)
-    workspace, counters, count = scratch(plan)
-    int8 = token_scales is not None
-    kernels(source).launch(
-        plan.entry, plan.grid, plan.threads,
-        [read(x), *([read(token_scales)] if int8 else []), *weight_arguments(linear)[: 2 if int8 else 3],
-         None if bias is None else read(bias), None if residual is None else read(residual), write(y), workspace,
-         counters, np.int32(len(x)), np.int32(n), np.int32(k), np.int32(linear.format.group_size),
-         np.int32(ACTIVATION[epilogue])],
-        shared=plan.shared,
+    rows = linear.format.shape[0]
+    y = torch.empty(len(x), rows // 2 if epilogue else rows, dtype=dtype or x.dtype)
+    workspace, counters = torch.zeros(plan.workspace), torch.zeros(plan.counters, dtype=torch.int32)
+    scales = {} if token_scales is None else {"token_scales": token_scales}
+    run(
+        gemm_call(plan, linear.format, planes_of(linear), epilogue=epilogue, workspace=workspace, counters=counters,
+                  x=x, bias=bias, residual=residual, y=y, **scales)
     )  # fmt: skip
-    assert not count.any()
+    assert not counters.any()
     return y
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, write
-from gemm_cases import make_case, multiply, weight_arguments
+from emulator import missing
+from gemm_cases import make_case, multiply, planes_of, run
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.kernels import reference
-from llmctl.kernels.cuda_gemm import dequantize_grid, plan_stream
+from llmctl.kernels.cuda_gemm import plan_stream
+from llmctl.kernels.cuda_gemm_signatures import dequantize_call
 from llmctl.kernels.cuda_layout import CudaFormat, pack
+from llmctl.kernels.cuda_signatures import prepare
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -31,11 +33,7 @@ def test_dequantised_weights_equal_the_reference(tag, bits, shape, group, symmet
     fmt = CudaFormat(bits, shape, gated, group, symmetric)
     case = make_case(fmt, seed=bits)
     w = torch.empty(shape, dtype=DTYPES[tag])
-    kernels("dequantize.cu").launch(
-        f"dequantize_w{bits}_{tag}", dequantize_grid(fmt), 128,
-        [*weight_arguments(case.linear), write(w), np.int32(shape[0]), np.int32(shape[1]), np.int32(fmt.group_size),
-         np.int32(gated)],
-    )  # fmt: skip
+    run(dequantize_call(fmt, tag, planes_of(case.linear), w))
     assert torch.equal(w, case.dense.to(w.dtype))
 
 
@@ -52,11 +50,9 @@ def test_act_order_is_a_permutation_of_columns(tag):
     dense = reference.dequantize(*map(torch.from_numpy, (codes, scales, zeros)), torch.from_numpy(g_idx).long())
     x = torch.randn(3, columns).to(DTYPES[tag])
     sorted_x = torch.empty_like(x)
-    kernels("dequantize.cu").launch(
-        f"permute_columns_{tag}", -(-x.numel() // 256), 256,
-        [read(x), read(linear.permutation), write(sorted_x), np.int32(3), np.int32(columns)],
-    )  # fmt: skip
-    assert torch.equal(sorted_x, x[:, torch.from_numpy(linear.permutation).long()])
+    permutation = torch.from_numpy(linear.permutation)
+    run(prepare(f"permute_columns_{tag}", x=x, permutation=permutation, y=sorted_x))
+    assert torch.equal(sorted_x, x[:, permutation.long()])
     names = {"f16": "float16", "bf16": "bfloat16"}
-    y = multiply("w4a16_stream.cu", plan_stream(fmt, names[tag], 3, 1), sorted_x, linear)
+    y = multiply(plan_stream(fmt, names[tag], 3, 1), sorted_x, linear)
     assert_as_good_as_torch(y, x.double() @ dense.double().T, reference.linear(x, dense.to(x.dtype)))

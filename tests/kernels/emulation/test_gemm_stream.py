@@ -22,7 +22,7 @@ def _check(tag: str, m: int, fmt: CudaFormat, sms: int, bias: bool = False, resi
     x = torch.randn(m, k, generator=generator).to(DTYPES[tag])
     b = torch.randn(n, generator=generator).to(x.dtype) if bias else None
     r = torch.randn(m, n // 2 if epilogue else n, generator=generator).to(x.dtype) if residual else None
-    y = multiply(f"w{fmt.bits}a16_stream.cu", plan_stream(fmt, NAMES[tag], m, sms), x, case.linear, b, r, epilogue)
+    y = multiply(plan_stream(fmt, NAMES[tag], m, sms), x, case.linear, b, r, epilogue)
     exact = expected(x, case.dense, b, r, epilogue, torch.float64)
     assert_as_good_as_torch(y, exact, expected(x, case.dense, b, r, epilogue, x.dtype))
 
@@ -71,7 +71,7 @@ def test_a_row_has_the_same_bits_in_any_batch(tag):
 
 
 def _run(case: Case, x: torch.Tensor, tag: str) -> torch.Tensor:
-    return multiply("w4a16_stream.cu", plan_stream(case.linear.format, NAMES[tag], len(x), 4), x, case.linear)
+    return multiply(plan_stream(case.linear.format, NAMES[tag], len(x), 4), x, case.linear)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def _check(tag: str, m: int, fmt: CudaFormat, sms: int, bias: bool = False, resi
     b = torch.randn(n, generator=generator).to(x.dtype) if bias else None
     r = torch.randn(m, n // 2 if epilogue else n, generator=generator).to(x.dtype) if residual else None
     plan = plan_tile(fmt, NAMES[tag], m, sms=sms)
-    y = multiply(f"w{fmt.bits}a16_gemm.cu", plan, x, case.linear, b, r, epilogue)
+    y = multiply(plan, x, case.linear, b, r, epilogue)
     exact = expected(x, case.dense, b, r, epilogue, torch.float64)
     assert_as_good_as_torch(y, exact, expected(x, case.dense, b, r, epilogue, x.dtype))
 
@@ -65,7 +65,7 @@ def _check_int8(tag: str, m: int, fmt: CudaFormat, sms: int, bias: bool = False,
     scales = torch.rand(m, generator=generator) * 0.02
     b = torch.randn(n, generator=generator).to(DTYPES[tag]) if bias else None
     plan = plan_tile(fmt, NAMES[tag], m, int8=True, sms=sms)
-    y = multiply("w8a8_gemm.cu", plan, x, case.linear, b, None, epilogue, DTYPES[tag], scales)
+    y = multiply(plan, x, case.linear, b, None, epilogue, DTYPES[tag], scales)
     real = x.double() * scales.double()[:, None]
     exact = expected(real, case.dense, b, None, epilogue, torch.float64)
     assert_as_good_as_torch(y, exact, expected(real, case.dense, b, None, epilogue, DTYPES[tag]))
