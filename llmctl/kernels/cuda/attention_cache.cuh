@@ -4,7 +4,7 @@
 // A unit never crosses a cache block (block_size is 16, 32 or 64). Its rows in shared memory lie an odd number of
 // 16-byte chunks apart, so that the eight rows of an ldmatrix fall into different banks, for every head size.
 //
-// Bytes (s8, e4m3) are widened in registers, which no shared staging could beat:
+// Bytes (s8, e4m3) are widened in registers, without a pass through shared memory:
 //   keys    ldmatrix gives a lane 4 consecutive dims of a position where it would give 2 of 16 bits. mma adds over k in
 //           any order, so they become its 4 k-indices, and q is stored permuted to match (permuted_word).
 //   values  transposed ldmatrix gives a lane, for 2 positions, the dims 2g and 2g + 1: one to each of two n-tiles. So
