@@ -6,7 +6,7 @@ emulated tests, the tests on a device and the runtime launch alike. ``register``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llmctl.kernels.cuda_call import Array, Call, Geometry, Machine, Number, Signature, Sizes, bind
@@ -241,43 +241,6 @@ def _logits() -> Iterable[Signature]:
     )  # fmt: skip
 
 
-# ---- w4a16_gemv.cu -------------------------------------------------------------------------------------------------
-
-GEMV_COLUMNS: Mapping[int, int] = {1: 4, 2: 4, 4: 2, 8: 2}
-"""Largest number of rows of an entry -> output columns a block makes."""
-
-
-def gemv_entry(tag: str, rows: int) -> str:
-    """The entry for a number of rows, 1..8.
-
-    Raises:
-        ValueError: another number.
-    """
-    most = next((m for m in GEMV_COLUMNS if 1 <= rows <= m), None)
-    if most is None:
-        raise ValueError(f"w4a16_gemv: expected 1 to {max(GEMV_COLUMNS)} rows, found {rows}")
-    return f"w4a16_gemv_{tag}_m{most}"
-
-
-def _gemv(tag: str, most: int) -> Signature:
-    return Signature(
-        f"w4a16_gemv_{tag}_m{most}",
-        "w4a16_gemv.cu",
-        (
-            read("x", tag, "rows k"),
-            read("codes", "u8", "n k/2"),
-            read("scales", "f16", "n k/group_size", align=2),
-            maybe(read("zeros", "u8", "n k/group_size", align=1)),
-            maybe(read("bias", tag, "n", align=2)),
-            write("y", tag, "rows n", align=2),
-            *ints("rows n k group_size"),
-        ),
-        {"k": 32, "group_size": 32},
-        {"rows": most},
-        geometry=blocks(128, lambda s: s["n"], GEMV_COLUMNS[most]),
-    )
-
-
 for _tag in TAGS:
     register(
         _norm(_tag, kind, add, int8) for kind in ("rms", "layer") for add in (False, True) for int8 in (False, True)
@@ -285,5 +248,4 @@ for _tag in TAGS:
     register([_head_norm(_tag), *(_rope_kv(_tag, kv) for kv in (_tag, "s8", "e4m3"))])
     register(_elementwise_all(_tag))
     register(_quantize(_tag, fn) for fn in (None, *ACTIVATIONS))
-    register(_gemv(_tag, most) for most in GEMV_COLUMNS)
 register([*(_sample(tag) for tag in (*TAGS, "f32")), *_logits()])

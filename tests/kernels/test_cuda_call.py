@@ -3,7 +3,6 @@ take."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from llmctl.kernels.cuda_call import Array, Geometry, Signature, bind, evaluate
 from llmctl.kernels.cuda_launch import CudaMachine, device_arguments
-from llmctl.kernels.cuda_signatures import SIGNATURES, gemv_entry, prepare, read, write
+from llmctl.kernels.cuda_signatures import SIGNATURES, prepare, read, write
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -133,12 +132,6 @@ def test_every_formula_can_be_read() -> None:
         names |= {p.name for p in signature.parameters}
         for size in (size for shape in shapes for size in shape):
             assert evaluate(size, dict.fromkeys(names, 32)) >= 0
-
-
-def test_gemv_by_rows() -> None:
-    assert [gemv_entry("f16", m)[-1] for m in (1, 2, 3, 8)] == ["1", "2", "4", "8"]
-    with pytest.raises(ValueError, match="expected 1 to 8 rows, found 9"):
-        gemv_entry("f16", 9)
 
 
 def test_a_gpu_launch_takes_only_cuda_tensors() -> None:

@@ -4,7 +4,7 @@
 // functions: expf, erff, tanhf, fmaxf, …), so that the same file compiles for a GPU with NVRTC, and as plain C++
 // against an emulation header (-DLLMCTL_EMULATE) that declares the same names and checks every use. No CUDA toolkit
 // header is included: NVRTC alone is enough. What is built upon these primitives alone (sums, packing, fp8, Philox,
-// unpacking of 4-bit codes) is in collective.cuh, numeric.cuh and unpack4.cuh, the same code on both sides.
+// unpacking of codes) is in collective.cuh, numeric.cuh and dequant.cuh, the same code on both sides.
 //
 // Contents: types; indices; synchronisation; warp shuffles and votes; loads, stores and atomics; cp.async; ldmatrix;
 // mma.sync; conversions and packed 16-bit arithmetic; bit tricks.

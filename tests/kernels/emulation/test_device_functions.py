@@ -67,7 +67,7 @@ LLMCTL_DEVICE void multiply_by_ldmatrix(const T* a, const T* b, float* d, int k)
 """
 
 _KERNELS = (
-    '#include "device.cuh"\n#include "unpack4.cuh"\nusing namespace llmctl;\n'
+    '#include "device.cuh"\nusing namespace llmctl;\n'
     + _BY_HAND
     + _BY_LDMATRIX
     + """
@@ -126,15 +126,6 @@ LLMCTL_KERNEL(32, 1) arithmetic(const u32* a, const u32* b, const u32* c, u32* y
     y[4 * i + 1] = packed_fma<bf16>(a[i], b[i], c[i]);
     y[4 * i + 2] = packed_sub<f16>(a[i], b[i]);
     y[4 * i + 3] = packed_sub<bf16>(a[i], b[i]);
-}
-
-LLMCTL_KERNEL(32, 1) unpack(const u32* codes, u32* h, u32* b) {
-    const int i = block_index() * 32 + thread_index();
-    u32 r[4];
-    unpack4<f16>(r, codes[i]);
-    for (int j = 0; j < 4; ++j) h[4 * i + j] = r[j];
-    unpack4<bf16>(r, codes[i]);
-    for (int j = 0; j < 4; ++j) b[4 * i + j] = r[j];
 }
 
 LLMCTL_KERNEL(64, 1) exchange(const float* x, float* y, u32* votes) {
@@ -274,17 +265,6 @@ def _rounded_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     inexact = (near.double() != exact) & exact.isfinite()
     bits = torch.where(inexact & (near.double().abs() > exact.abs()), bits - 1, bits)
     return torch.where(inexact, bits | 1, bits).view(torch.float32).to(dtype)
-
-
-@needs_emulator
-def test_unpacked_codes_are_exact_in_the_documented_order():
-    codes = np.random.default_rng(2).integers(0, 1 << 32, 1024, np.uint32)
-    h, b = torch.empty(1024, 8, dtype=torch.float16), torch.empty(1024, 8, dtype=torch.bfloat16)
-    _module().launch("unpack", 32, 32, [read(codes), write(h), write(b)])
-    order = [0, 4, 1, 5, 2, 6, 3, 7]
-    expected = np.stack([(codes >> np.uint32(4 * j)) & np.uint32(15) for j in order], 1).astype(np.float32)
-    np.testing.assert_array_equal(h.float().numpy(), expected)
-    np.testing.assert_array_equal(b.float().numpy(), expected)
 
 
 @needs_emulator
