@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from emulator import kernels, missing, read, update
+from emulator import kernels, missing
+from machine import EmulatedMachine
 from tolerance import DTYPES, assert_as_good_as_torch
+
+from llmctl.kernels.cuda_lora import add_adapters, lora_splits
+from llmctl.kernels.cuda_signatures import SIGNATURES
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 TAGS = pytest.mark.parametrize("tag", ["f16", "bf16"])
@@ -29,18 +32,12 @@ class _Case:
 
     def launch(self, rows: slice = slice(None), slice_=128) -> tuple[torch.Tensor, torch.Tensor]:
         """h (NaN where nothing was written) and y, of some of the rows alone."""
-        x, y, chosen = self.x[rows].contiguous(), self.y[rows].clone(), self.rows[rows]
-        tokens, splits = len(chosen), -(-self.k // slice_)
-        h = torch.full((splits, tokens, self.rank), torch.nan)
-        adapters, suffix = torch.tensor(chosen, dtype=torch.int32), f"{self.tag}_r{16 if self.rank <= 16 else 64}"
-        kernels("lora.cu").launch(f"lora_shrink_{suffix}", (-(-tokens // 16), splits), 128, [
-            read(x), read(self.a), read(adapters), update(h),
-            *(np.int32(v) for v in (tokens, self.k, self.rank, x.shape[1], slice_)),
-        ])  # fmt: skip
-        kernels("lora.cu").launch(f"lora_expand_{suffix}", (-(-tokens // 16), -(-self.n // 128)), 128, [
-            read(h), read(self.b), read(self.scales), read(adapters), update(y, offset=16),
-            *(np.int32(v) for v in (tokens, self.n, self.rank, splits, y.shape[1])),
-        ])  # fmt: skip
+        y, chosen = self.y[rows].clone(), self.rows[rows]
+        h = torch.full((lora_splits(self.k, slice_), len(chosen), self.rank), torch.nan)
+        add_adapters(
+            EmulatedMachine(), self.tag, slice_, x=self.x[rows, : self.k], y=y[:, 8 : 8 + self.n], h=h, a=self.a,
+            b=self.b, scales=self.scales, adapters=torch.tensor(chosen, dtype=torch.int32),
+        )  # fmt: skip
         return h, y
 
     def check(self, h: torch.Tensor, y: torch.Tensor) -> None:
@@ -90,3 +87,29 @@ def test_a_row_has_the_same_bits_in_any_batch(tag):
         alone_h, alone_y = case.launch(slice(i, i + 1))
         assert torch.equal(alone_y[0], y[i])
         assert torch.equal(alone_h[:, 0].nan_to_num(), h[:, i].nan_to_num())
+
+
+def test_the_table_of_signatures_is_that_of_the_source():
+    found = kernels("lora.cu")
+    assert {name for name, signature in SIGNATURES.items() if signature.source == "lora.cu"} == set(found.names)
+    for name in found.names:
+        assert tuple(p.name for p in SIGNATURES[name].parameters) == found._entries[name].parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"h": torch.zeros(2, 1, 8)}, "h has 2 splits; 64 columns"),
+        ({"a": torch.zeros(1, 72, 64).half()}, "rank"),
+        ({"a": torch.zeros(1, 12, 64).half(), "h": torch.zeros(1, 1, 12)}, "rank"),
+        ({"adapters": torch.zeros(1)}, "adapters"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused(change, reason):
+    x, y, b = (torch.zeros(shape).half() for shape in ((1, 64), (1, 16), (1, 16, 8)))
+    tensors = {
+        "x": x, "y": y, "b": b, "a": torch.zeros(1, 8, 64).half(), "h": torch.zeros(1, 1, 8),
+        "scales": torch.ones(1), "adapters": torch.zeros(1, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=reason):
+        add_adapters(EmulatedMachine(), "f16", **{**tensors, **change})
