@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from emulator import kernels, missing
 
+import llmctl.kernels.cuda_attention_signatures
 import llmctl.kernels.cuda_gemm_signatures  # noqa: F401  (registers its entries)
-from llmctl.kernels import cuda_planned_signatures  # noqa: F401  (registers)
 from llmctl.kernels.cuda_call import Array
 from llmctl.kernels.cuda_signatures import SIGNATURES
 
