@@ -1,0 +1,110 @@
+"""A whole tiny Llama on the CUDA kernels, op by op, gives the reference runtime's greedy tokens."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cuda_graph_runner import KernelRuntime
+from emulator import missing
+from machine import EmulatedMachine, launch
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.graph.families import build_graph
+from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.passes import apply_passes
+from llmctl.kernels.registry import FALLBACK
+from llmctl.runtime.reference import ReferenceRuntime
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+CONFIG = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+SIZES = {"num_blocks": 12, "block_size": 16}
+PROMPTS = [[5, 17, 3, 88, 41, 9, 9, 60, 2, 33, 71, 12, 50, 4, 28, 19, 7, 90], [66, 1, 30], [8]]
+
+
+def _model(quant: QuantScheme | None) -> tuple[Graph, dict[str, torch.Tensor | QuantizedWeight]]:
+    graph = apply_passes(build_graph(CONFIG))
+    rng = np.random.default_rng(5)
+    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight"}
+    weights: dict[str, torch.Tensor | QuantizedWeight] = {}
+    made = dict(graph.weights)
+    for name, weight in graph.weights.items():
+        if quant is not None and name in linears:
+            groups = (weight.shape[0], quant.groups(weight.shape[1]))
+            codes = torch.from_numpy(rng.integers(0, 2**quant.bits, weight.shape, np.uint8))
+            zeros = torch.full(groups, 2 ** (quant.bits - 1), dtype=torch.uint8)
+            if not quant.symmetric:
+                zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
+            scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / (2**quant.bits * 4)
+            weights[name] = QuantizedWeight(codes, scales, zeros, quant)
+            made[name] = replace(weight, quant=quant)
+        elif len(weight.shape) == 1:
+            weights[name] = torch.from_numpy(rng.uniform(0.5, 1.5, weight.shape)).half()
+        else:
+            spread = 1.0 if "embed" in name else weight.shape[1] ** -0.5
+            weights[name] = torch.from_numpy(rng.standard_normal(weight.shape) * spread).half()
+    return replace(graph, weights=made), weights
+
+
+def _generate(runtime: ReferenceRuntime, steps: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Greedy continuations: prompts in one step, then one token each; the second prompt comes a step later."""
+    blocks = [list(range(i * 4, i * 4 + 4)) for i in range(len(PROMPTS))]
+    texts, done, scores = [list(p) for p in PROMPTS], [0] * len(PROMPTS), []
+    for step in range(steps):
+        active = [i for i in range(len(PROMPTS)) if i != 1 or step]
+        plan = StepPlan(tuple(SequenceSlice(str(i), texts[i][done[i] :], done[i], blocks[i], True) for i in active))
+        logits = runtime.logits(plan)
+        tokens = logits.argmax(-1).tolist()
+        for i, token, row in zip(active, tokens, logits, strict=True):
+            done[i] = len(texts[i])
+            texts[i].append(token)
+            scores.append(row)
+    return [text[len(p) :] for text, p in zip(texts, PROMPTS, strict=True)], scores
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [None, QuantScheme(4, 64, symmetric=False), QuantScheme(8, -1, symmetric=True)],
+    ids=["dense", "w4", "w8"],
+)
+def test_greedy_tokens_are_those_of_the_reference(quant, capsys):
+    graph, weights = _model(quant)
+    machine = EmulatedMachine()
+    emulated = KernelRuntime(machine, graph, weights, "float16", **SIZES)
+    found, found_logits = _generate(emulated, 3)
+    expected, logits = _generate(ReferenceRuntime(graph, weights, dtype="float16", **SIZES), 3)
+    exact = _generate(ReferenceRuntime(graph, weights, dtype="float32", **SIZES), 3)[1]
+    with capsys.disabled():
+        print(f"\n{_summary(emulated)}", file=sys.stderr)
+    assert found == expected
+    noise = max((a - b).abs().max() for a, b in zip(logits, exact, strict=True))
+    error = max((a - b).abs().max() for a, b in zip(found_logits, exact, strict=True))
+    assert error <= 2 * noise + 1e-3
+    # Every op but dense products, which are cuBLAS's.
+    by_torch = {op for op, choice in emulated.choices.items() if choice.kernel == FALLBACK}
+    assert by_torch <= {
+        op.name for op in graph.ops if op.kind == "linear" and graph.weights[op.weights[0]].quant is None
+    }
+
+
+def _summary(runtime: KernelRuntime) -> str:
+    parts = [f"{kind}: {'+'.join(sorted(by))}" for kind, by in sorted(runtime.executed.items())]
+    return "executed by " + ", ".join(parts)
+
+
+def test_the_kernels_sample_the_same_greedy_tokens():
+    graph, weights = _model(None)
+    runtime = ReferenceRuntime(graph, weights, dtype="float16", **SIZES)
+    logits = runtime.logits(StepPlan((SequenceSlice("a", PROMPTS[0], 0, [3, 5], True),)))
+    tokens = torch.empty(1, dtype=torch.int32)
+    launch("sample_f32", logits=logits, temperature=torch.zeros(1), seeds=torch.zeros(1, dtype=torch.int64),
+           positions=torch.zeros(1, dtype=torch.int64), tokens=tokens)  # fmt: skip
+    assert tokens.tolist() == logits.argmax(-1).tolist()
