@@ -108,10 +108,12 @@ def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: i
     steps = fmt.columns // 64
     # Two blocks of four warps an SM hide latency; too few blocks share K, first over the halves of a block (sums meet
     # in shared memory), then over blocks, as long as every share is a few stages long.
-    shares = max(1, min(2 * sms // (columns * rows), steps // 4))
-    halves = 2 if shares > 1 and 2 * shared <= _BLOCK_SHARED else 1
-    splits = max(1, shares // halves)
     tiles = columns * rows
+    shares = max(1, min(2 * sms // tiles, steps // 4))
+    # Whole blocks leave SMs idle when the pairs do not come out even.
+    paired = shares > 1 and 2 * shared <= _BLOCK_SHARED and (shares % 2 == 0 or 10 * tiles * (shares // 2) >= 9 * sms)
+    halves = 2 if paired else 1
+    splits = shares // halves
     return GemmPlan(
         entry=f"w{fmt.bits}a{8 if int8 else 16}_gemm_{TAG[dtype]}_t{tokens}",
         grid=(columns, rows, splits),
