@@ -83,14 +83,16 @@ GithubActionBenchmark = Annotated[
 Target = Annotated[str, option("--target", panel=_ENGINE, help="Target to build for when the model is no engine.")]
 Dtype = Annotated[str, option("--dtype", panel=_ENGINE, help="Activations' type: auto, float32, bfloat16, float16.")]
 MaxModelLen = Annotated[
-    int | None, option("--max-model-len", metavar="N", panel=_ENGINE, help="Longest sequence, tokens.")
+    int | None, option("--max-model-len", metavar="N", min=1, panel=_ENGINE, help="Longest sequence, tokens.")
 ]
-BlockSize = Annotated[int | None, option("--block-size", panel=_ENGINE, help="Tokens a KV block.")]
+BlockSize = Annotated[int | None, option("--block-size", min=1, panel=_ENGINE, help="Tokens a KV block.")]
 KvCacheMemory = Annotated[
     str | None, option("--kv-cache-memory", metavar="SIZE", panel=_ENGINE, help="KV cache, such as 512MiB.")
 ]
-MaxNumSeqs = Annotated[int, option("--max-num-seqs", panel=_ENGINE, help="Sequences in one batch.")]
-MaxNumBatchedTokens = Annotated[int, option("--max-num-batched-tokens", panel=_ENGINE, help="Token budget of a step.")]
+MaxNumSeqs = Annotated[int, option("--max-num-seqs", min=1, panel=_ENGINE, help="Sequences in one batch.")]
+MaxNumBatchedTokens = Annotated[
+    int, option("--max-num-batched-tokens", min=1, panel=_ENGINE, help="Token budget of a step.")
+]
 PrefixCaching = Annotated[
     bool,
     option(
@@ -103,7 +105,9 @@ ChunkedPrefill = Annotated[
         "--enable-chunked-prefill/--no-enable-chunked-prefill", panel=_ENGINE, help="Split long prompts over steps."
     ),
 ]
-Threads = Annotated[int | None, option("--threads", metavar="N", panel=_ENGINE, help="Processor threads to use.")]
+Threads = Annotated[
+    int | None, option("--threads", metavar="N", min=1, panel=_ENGINE, help="Processor threads to use.")
+]
 Verify = Annotated[bool, option("--verify", panel=_ENGINE, help="Check sha256 of every engine file first.")]
 EngineModel = Annotated[
     str, option("--model", panel="Model", help="Engine folder, checkpoint folder, .gguf, hub id, or demo:smollm2-135m.")

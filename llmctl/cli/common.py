@@ -6,38 +6,80 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from llmctl.config import load_yaml_options
-from llmctl.errors import ExitCode, LlmctlError
+from llmctl.errors import ExitCode, LlmctlError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_OPTIONS = frozenset({"config", "help"})
+# Typer carries its own copy of click, or depends on it: this is the base of every command-line error in either.
+_CommandLineError: Any = typer.BadParameter.__bases__[0]
+
+
+class OneLineErrors(TyperGroup):
+    """A command group whose usage errors are one line on stderr, like every other error."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """As Typer's, which would draw a box around the message."""
+        more["standalone_mode"] = False
+        if not standalone_mode:
+            return super().main(args, *rest, **more)
+        try:
+            code = super().main(args, *rest, **more)
+        except _CommandLineError as error:
+            if message := error.format_message().strip():  # empty: no arguments, and the help is already printed
+                command = error.ctx.command_path if error.ctx else "llmctl"
+                report(UsageError(message.rstrip("."), fix=f"see {command} --help"))
+            code = ExitCode.USAGE
+        sys.exit(int(code) if isinstance(code, int) else 0)
 
 
 def _apply_config(ctx: typer.Context, value: Path | None) -> Path | None:
     """Make a YAML file's values the defaults of this command's options; the command line still wins."""
     if value is None or ctx.resilient_parsing:
         return value
-    known = [p.name for p in ctx.command.params if p.name and p.name not in _NOT_OPTIONS]
+    parameters = {_yaml_key(p): p for p in ctx.command.params if p.name not in _NOT_OPTIONS}
     try:
-        options = load_yaml_options(value, known)
+        options = load_yaml_options(value, parameters)
+        defaults = {parameters[k].name: _default(value, parameters[k], k, found) for k, found in options.items()}
     except LlmctlError as error:
         report(error)
         raise typer.Exit(int(error.exit_code)) from None
-    ctx.default_map = {**(ctx.default_map or {}), **{k: _as_click_value(v) for k, v in options.items()}}
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return value
 
 
-def _as_click_value(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [str(item) for item in value]
-    return value if isinstance(value, bool | type(None)) else str(value)
+def _yaml_key(parameter: Any) -> str:
+    """An option's long name with underscores; an argument's own name."""
+    names = [name[2:].replace("-", "_") for name in parameter.opts if name.startswith("--")]
+    return names[0] if names else str(parameter.name)
+
+
+def _default(path: Path, parameter: Any, key: str, found: Any) -> Any:
+    """A YAML value as the text that Typer would have read from the command line.
+
+    Raises:
+        UsageError: a value that no command line could have given.
+    """
+    repeatable, switch = getattr(parameter, "multiple", False), getattr(parameter, "is_flag", False)
+    wanted = "true or false" if switch else "one value or a list" if repeatable else "one value"
+    items = found if repeatable and isinstance(found, list) else [found]
+    for item in items:
+        scalar = not isinstance(item, list | dict)
+        if item is not None and (not scalar or isinstance(item, bool) != switch):
+            shown = str(item).lower() + ("" if switch else " (quote it if it is text)") if scalar else str(item)
+            name = key.replace("_", "-")
+            raise UsageError(f"--config {path}: {name}: expected {wanted}, found {shown}", param=parameter.name)
+    if found is None or switch:
+        return found
+    return [str(item) for item in items if item is not None] if repeatable else str(found)
 
 
 ConfigOption = Annotated[

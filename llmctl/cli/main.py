@@ -9,12 +9,14 @@ import typer
 from llmctl import __version__
 from llmctl.cli import bench
 from llmctl.cli.build import build
+from llmctl.cli.common import OneLineErrors
 from llmctl.cli.inspect import inspect
 from llmctl.cli.quantize import quantize
 from llmctl.cli.serve import serve
 
 app = typer.Typer(
     name="llmctl",
+    cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

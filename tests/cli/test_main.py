@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from llmctl import __version__
+from llmctl.cli.main import app
 
 SUBCOMMANDS = ["quantize", "build", "inspect", "serve"]
 BENCH = [["bench", "serve"], ["bench", "throughput"], ["bench", "latency"]]
@@ -62,24 +64,77 @@ def test_config_with_an_unknown_key_names_the_nearest(command: list[str], tmp_pa
     assert "did you mean 'model'" in result.stderr
 
 
+def one_error_line(*args: str) -> str:
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("- a\n- b\n", "expected a mapping"), ("model: [", "not valid YAML")],
+    [
+        ("- a\n- b\n", "expected a mapping"),
+        ("model: [", "not valid YAML"),
+        ("port: [1, 2]", "port: expected one value, found [1, 2]"),
+        ("port: {a: 1}", "port: expected one value"),
+        ("slo: [[a]]", "slo: expected one value or a list"),
+        ("insecure: 3", "insecure: expected true or false, found 3"),
+        ("label: yes", "label: expected one value, found true (quote it if it is text)"),
+        ("num-prompts: 1.5", "'--num-prompts'"),
+    ],
 )
-def test_a_config_that_is_no_mapping(text: str, said: str, tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_taken(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    result = run("build", "--config", str(path))
-    assert result.returncode == 2
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
+    assert said in one_error_line("bench", "serve", "--config", str(path))
 
 
 def test_a_missing_config_is_one_line() -> None:
-    result = run("build", "--config", "nowhere.yaml")
+    assert "nowhere.yaml" in one_error_line("build", "--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["bench", "nothing"], "No such command 'nothing'"),
+        (["build", "--modle", "x"], "No such option: --modle"),
+        (["build", "--model"], "requires an argument"),
+        (["build", "--block-size", "x"], "'--block-size'"),
+        (["build", "x"], "extra argument"),
+        (["inspect"], "Missing argument 'ENGINE'"),
+        (["serve", "--port", "70000"], "'--port'"),
+        (["bench", "latency", "--threads", "0"], "'--threads'"),
+        (["bench", "throughput", "--max-num-seqs", "0"], "'--max-num-seqs'"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_one_line(args: list[str], said: str) -> None:
+    assert said in one_error_line(*args)
+
+
+def test_no_arguments_is_the_help() -> None:
+    result = run()
     assert result.returncode == 2
-    assert "nowhere.yaml" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "Usage:" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("text", ["slo: p99_ttft_ms<=x", "slo: [p99_ttft_ms<=x]"])
+def test_one_value_of_a_repeatable_option_needs_no_list(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert "--slo 'p99_ttft_ms<=x'" in one_error_line("bench", "serve", "--config", str(path))
+
+
+def test_keys_are_the_options_names(tmp_path: Path) -> None:
+    """Also where the parameter behind the option is called otherwise, and for arguments."""
+    path = tmp_path / "c.yaml"
+    path.write_text("json: true\nengine: ./from-config\n")
+    assert "./from-config" in one_error_line("inspect", "--config", str(path))
 
 
 def test_command_line_wins_over_config(tmp_path: Path) -> None:
