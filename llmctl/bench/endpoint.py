@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from llmctl.bench.workloads import TokenCounter
 from llmctl.errors import LlmctlError, UsageError
@@ -61,16 +62,24 @@ def make_endpoint(
     if backend is not None and backend not in BACKENDS:
         raise UsageError(f"--backend '{backend}': expected one of {', '.join(BACKENDS)}", param="backend")
     root = base_url.rstrip("/").removesuffix("/v1")
-    if not root.startswith(("http://", "https://")):
+    if not _is_server_url(root):
         raise UsageError(f"--base-url '{base_url}': expected http://HOST:PORT or https://HOST", param="base_url")
     chosen = path or BACKENDS[backend or "openai"]
     pairs = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     for item in headers:
         name, equals, value = item.partition("=")
-        if not equals or not name.strip():
+        if not equals or not name.strip() or not item.isprintable():
             raise UsageError(f"--header '{item}': expected KEY=VALUE", param="header")
         pairs[name.strip()] = value.strip()
     return Endpoint(root, "/" + chosen.lstrip("/"), pairs, verify_tls)
+
+
+def _is_server_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or beyond 65535, a broken IPv6 address
+        return False
 
 
 def probe(endpoint: Endpoint, ready_timeout: float) -> ServerFacts:

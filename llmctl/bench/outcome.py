@@ -93,6 +93,7 @@ class Judge:
         Raises:
             UsageError: on the first that cannot be honoured.
         """
+        check_files(config)
         slos = (*gate.parse_slos(config.slo, is_known, names), *extra)
         max_regression = gate.parse_share(config.max_regression, "max_regression")
         if config.update_baseline and not config.baseline:
@@ -132,6 +133,39 @@ class Judge:
         result["gates"] = [g.as_dict() for g in gates]
         result["exit_code"] = int(code)
         return Outcome(result, code)
+
+
+def check_files(config: ReportConfig) -> None:
+    """Refuse, before any load is sent, files that could not be written after it.
+
+    Raises:
+        UsageError: a folder where a file should be, or a place that cannot be written to.
+    """
+    folder = Path(config.result_dir or ".")
+    named = {
+        "result_dir": folder / (config.result_filename or "result.json"),
+        "junit": config.junit,
+        "markdown": config.markdown,
+        "csv": config.csv,
+        "github_action_benchmark": config.github_action_benchmark,
+        "baseline": config.baseline if config.update_baseline else None,
+    }
+    for name, file in named.items():
+        if file is None or (name == "result_dir" and not _saves(config)):
+            continue
+        path = Path(file)
+        there = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+        option = f"--{name.replace('_', '-')}"
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: expected a file, found a folder", param=name)
+        if not there.is_dir():
+            raise UsageError(f"{option} {path}: {there} is not a folder", param=name)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"{option} {path}: {there} cannot be written to", param=name)
+
+
+def _saves(config: ReportConfig) -> bool:
+    return bool(config.save_result or config.result_filename or config.result_dir)
 
 
 def parse_metadata(items: Sequence[str]) -> dict[str, str]:
@@ -190,7 +224,7 @@ def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: s
     """
     result = outcome.result
     files: list[tuple[Path, str]] = []
-    if config.save_result or config.result_filename or config.result_dir:
+    if _saves(config):
         folder = Path(config.result_dir or ".")
         files.append(
             (folder / (config.result_filename or report.default_filename(result, backend)), report.to_json(result))

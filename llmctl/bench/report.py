@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -12,22 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.bench.metrics import higher_is_better, parse_latency_key
+from llmctl.errors import LlmctlError
 
 _FAILURES_SHOWN = 5
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the final name, fsync, rename; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write beside the final name, fsync, rename; missing folders are made.
+
+    Raises:
+        LlmctlError: it cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise LlmctlError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def to_json(result: Mapping[str, Any]) -> str:

@@ -95,6 +95,8 @@ def _check_numbers(config: BenchServeConfig) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}", param=name)
     if not 0 <= config.max_failed_ratio <= 1:
         raise UsageError(f"--max-failed-ratio: expected 0 to 1, found {config.max_failed_ratio}")
+    if not 0 <= config.temperature < math.inf:
+        raise UsageError(f"--temperature: expected a number at least 0, found {config.temperature}")
     if not config.request_timeout > 0:
         raise UsageError(f"--request-timeout: expected seconds above 0, found {config.request_timeout}")
     if config.dataset_name not in DATASETS:

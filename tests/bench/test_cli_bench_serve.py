@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -161,6 +162,13 @@ def test_objectives(start: Start, bench_serve: BenchServe, options: tuple[str, .
         (("--header", "x"), "KEY=VALUE"),
         (("--backend", "openapi"), "expected one of"),
         (("--base-url", "localhost:8000"), "expected http://"),
+        (("--base-url", "http://"), "expected http://"),
+        (("--base-url", "http://127.0.0.1:99999"), "expected http://"),
+        (("--header", "a=b\nc"), "KEY=VALUE"),
+        (("--temperature", "nan"), "--temperature: expected a number"),
+        (("--junit", "."), "--junit .: expected a file, found a folder"),
+        (("--csv", f"{__file__}/x.csv"), "test_cli_bench_serve.py is not a folder"),
+        (("--save-result", "--result-dir", __file__), "test_cli_bench_serve.py is not a folder"),
         (("--baseline", "nowhere.json"), "--update-baseline"),
         (("--update-baseline",), "needs --baseline"),
         (("--max-regression", "much"), "expected a share"),
@@ -360,11 +368,15 @@ def test_as_a_process(start: Start, tmp_path: Path) -> None:
     assert (tmp_path / "s.md").read_text().startswith("### ")
 
 
-def test_a_file_that_cannot_be_written_does_not_lose_the_result(
-    start: Start, bench_serve: BenchServe, tmp_path: Path
+def test_a_full_disk_does_not_lose_the_result(
+    start: Start, bench_serve: BenchServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    code, doc, result = bench_serve(start(), "--junit", str(tmp_path / "file" / "j.xml"))
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    code, doc, result = bench_serve(start(), "--junit", str(tmp_path / "j.xml"))
     assert code == 1
     assert doc["completed"] == 6
-    assert "error:" in result.stderr
+    assert f"error: cannot write {tmp_path / 'j.xml'}: No space left on device" in result.stderr
+    assert list(tmp_path.iterdir()) == []
