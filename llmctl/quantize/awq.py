@@ -21,6 +21,8 @@ from llmctl.quantize.grid import fit_grid, split_groups
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.stats import InputStats, output_errors
 
+_SEARCH_ROWS = 256
+
 
 @dataclass(frozen=True)
 class ScaleChoice:
@@ -51,13 +53,19 @@ def search_scales(
         steps: exponents tried, evenly spaced over [0, 1].
     """
     gram = stats.gram.float()
-    best, best_alpha = torch.ones(weight.shape[1]), None
-    baseline = error = _rounding_error(weight, gram, scheme, best)
-    for alpha, scales in _candidates(weight, stats, scheme, columns, steps):
-        found = _rounding_error(weight, gram, scheme, scales)
-        if found < error:
-            best, best_alpha, error = scales, alpha, found
-    return ScaleChoice(best, best_alpha, error, baseline)
+    # One exponent is looked for: evenly spaced rows tell it as well as all of them, which then confirm it.
+    sample = weight[:: -(-len(weight) // _SEARCH_ROWS)]
+    trials = [
+        (_rounding_error(sample, gram, scheme, scales), alpha, scales)
+        for alpha, scales in _candidates(weight, stats, scheme, columns, steps)
+    ]
+    _, alpha, scales = min(trials, key=lambda trial: trial[:2])
+    ones = torch.ones_like(scales)
+    baseline = _rounding_error(weight, gram, scheme, ones)
+    error = _rounding_error(weight, gram, scheme, scales)
+    if error < baseline:
+        return ScaleChoice(scales, alpha, error, baseline)
+    return ScaleChoice(ones, None, baseline, baseline)
 
 
 def _rounding_error(weight: Tensor, gram: Tensor, scheme: QuantScheme, scales: Tensor) -> float:
