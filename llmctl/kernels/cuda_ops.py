@@ -7,7 +7,7 @@ through a ``Machine`` (a GPU, or the emulator in tests) and allocates only from 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class StepTensors:
         block_tables: i32 [S, blocks]. seq_lens: i32 [S]. query_start: i32 [S + 1].
         longest: largest of seq_lens. most_rows: most rows of a sequence. fewest_rows: fewest.
         caches: [2, blocks, block size, kv heads, head dim] by layer. rope: cos and sin f32 [positions, R / 2] of an op.
-        sms: multiprocessors of the device.
+        sms: multiprocessors of the device. kv_scales: f32 [2, slots, kv heads] by layer, of int8 caches.
     """
 
     positions: Tensor
@@ -88,6 +88,11 @@ class StepTensors:
     rope: Callable[[Op], tuple[Tensor, Tensor]]
     scratch: Scratch
     sms: int = 132
+    kv_scales: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def cache_scales(self, layer: int) -> dict[str, Tensor]:
+        """``key_scales`` and ``value_scales`` of an int8 cache; nothing for others."""
+        return dict(zip(("key_scales", "value_scales"), self.kv_scales.get(layer, ()), strict=False))
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def _rope_kv(machine: Machine, job: Job) -> None:
     keys, values = (part.flatten(0, 1) for part in job.step.caches[job.attrs["layer"]])
     numbers["head_dim"] = keys.shape[2]
     store = {"slots": job.step.slots, "keys": keys, "values": values, "kv_heads": keys.shape[1]}
+    store |= job.step.cache_scales(job.attrs["layer"])
     tag = f"{_TAG[job.inputs[0].dtype]}_{_TAG[keys.dtype]}"
     if job.op.kind == "kv_write":
         launch(machine, f"rope_kv_{tag}", k=job.inputs[0], v=job.inputs[1], heads=0, **store, **numbers)
@@ -225,6 +231,7 @@ def _attention(machine: Machine, job: Job) -> None:
         "q": q, "keys": keys, "values": values, "block_tables": step.block_tables, "seq_lens": step.seq_lens,
         "heads": heads, "block_size": shape.block_size, "window": window, "scale": job.attrs["scale"],
         "softcap": job.attrs["softcap"], "key_scale": 1.0, "value_scale": 1.0,
+        **step.cache_scales(job.attrs["layer"]),
     }  # fmt: skip
     if step.most_rows > 1:
         plan = shape.prefill(sequences, len(q))

@@ -1,0 +1,409 @@
+"""What gpu_check.py measures: every kernel on shapes of real models, with the torch ops it is compared to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmctl.graph.graph import Op
+from llmctl.kernels import reference
+from llmctl.kernels.cuda_call import Machine
+from llmctl.kernels.cuda_gemm import GEMM_ROWS, plan_tile
+from llmctl.kernels.cuda_gemm_signatures import gemm_call
+from llmctl.kernels.cuda_layout import CudaFormat
+from llmctl.kernels.cuda_ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors
+from llmctl.kernels.cuda_signatures import launch
+
+BF16 = torch.bfloat16
+ROTATE_BYTES = 256 * 2**20
+"""Inputs rotate over at least this much: several times the largest L2."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+# name: (rows of q, k and v, hidden, rows of gate and up, heads, kv heads)
+MODELS = {
+    "Llama-3-8B": (6144, 4096, 28672, 32, 8),
+    "Qwen3-4B": (6144, 2560, 19456, 32, 8),
+    "Llama-3-70B/8": (1280, 8192, 7168, 8, 1),
+}
+
+
+@dataclass
+class Prepared:
+    """A case on a device. ``run(i)`` and the baselines use the i-th of ``copies`` sets of inputs; ``result`` is what
+    the last run made, and ``expected(i)`` what it should have."""
+
+    run: Callable[[int], None]
+    copies: int
+    result: Callable[[], Tensor] | None = None
+    expected: Callable[[int], Tensor] | None = None
+    baselines: dict[str, Callable[[int], Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: bytes moved and operations done by a launch, and how to make it."""
+
+    kernel: str
+    shape: str
+    rows: int
+    nbytes: int
+    flops: int
+    make: Callable[[Machine, str], Prepared]
+
+
+def all_cases() -> Iterator[Case]:
+    """The most telling first, for runs that are short of time."""
+    for model in MODELS:
+        yield from _linears(model, 4)
+    yield from _decodes()
+    yield from _prefills()
+    yield from _rowwise()
+    yield from _sampling()
+    yield from _linears("Llama-3-8B", 8)
+    yield from _int8_linears()
+
+
+def copies_of(nbytes: int) -> int:
+    """Sets of inputs to rotate over."""
+    return max(1, min(64, -(-ROTATE_BYTES // max(nbytes, 1))))
+
+
+def random(device: str, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+# ---- linears -------------------------------------------------------------------------------------------------------
+
+
+def _shapes(model: str) -> dict[str, tuple[int, int]]:
+    qkv, hidden, gate_up, heads, _ = MODELS[model]
+    return {
+        "gate_up": (gate_up, hidden),
+        "down": (hidden, gate_up // 2),
+        "qkv": (qkv, hidden),
+        "o": (hidden, heads * 128),
+    }
+
+
+def _linears(model: str, bits: int) -> Iterator[Case]:
+    for name, (n, k) in _shapes(model).items():
+        fmt = CudaFormat(bits, (n, k), group=128)
+        weight = n * k * bits // 8 + n * k // 128 * 3
+        for m in ROWS:
+            nbytes = weight + 2 * m * (n + k)
+            yield Case(
+                f"w{bits}a16", f"{model} {name} {n}x{k}", m, nbytes, 2 * m * n * k, _linear_maker(fmt, m, weight)
+            )
+
+
+def _planes(fmt: CudaFormat, device: str) -> PackedWeight:
+    kinds = {"U8": torch.uint8, "F16": torch.float16}
+    planes = {}
+    for suffix, (dtype, shape) in fmt.planes().items():
+        if dtype == "F16":
+            planes[suffix] = torch.rand(shape, device=device, dtype=kinds[dtype]) * 0.004 + 0.001
+        else:
+            top = 256 if suffix == "tiles" else 2**fmt.bits
+            planes[suffix] = torch.randint(0, top, shape, device=device, dtype=kinds[dtype])
+    return PackedWeight(fmt, planes)
+
+
+def _step(device: str, scratch: Scratch, **fields: Any) -> StepTensors:
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 132
+    base: dict[str, Any] = {
+        "positions": none, "slots": none, "rows": none, "block_tables": none, "seq_lens": none, "query_start": none,
+        "longest": 0, "most_rows": 1, "fewest_rows": 1, "caches": {}, "rope": lambda _: (none, none),
+    }  # fmt: skip
+    return StepTensors(**(base | fields), scratch=scratch, sms=sms)
+
+
+def _linear_maker(fmt: CudaFormat, m: int, weight_bytes: int) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        n, k = fmt.shape
+        count = copies_of(weight_bytes)
+        weights = [_planes(fmt, device) for _ in range(count)]
+        x, y = random(device, m, k), torch.empty(m, n, device=device, dtype=BF16)
+        step = _step(device, Scratch(device))
+        op = Op("linear", "linear", ("x",), ("y",), ("w", ""))
+
+        def run(i: int) -> None:
+            EXECUTORS[f"w{fmt.bits}a16"](machine, Job(op, [x], [y], [weights[i], None], step))
+
+        dense_count = copies_of(2 * n * k)
+        dense = [random(device, n, k) for _ in range(dense_count)]
+        baselines: dict[str, Callable[[int], Any]] = {"cuBLAS bf16": lambda i: torch.mm(x, dense[i % dense_count].T)}
+        if fmt.bits == 4 and device == "cuda" and m <= GEMM_ROWS:
+            baselines |= _int4(x, n, k, count)
+        return Prepared(run, count, lambda: y, lambda i: _product(machine, weights[i], x), baselines)
+
+    return make
+
+
+def _product(machine: Machine, weight: PackedWeight, x: Tensor) -> Tensor:
+    """The product in float32 of weights dequantised by their kernel, which tests/gpu hold to the reference."""
+    from llmctl.kernels.cuda_gemm_signatures import dequantize_call
+
+    w = torch.empty(weight.format.shape, device=x.device, dtype=BF16)
+    machine.launch(dequantize_call(weight.format, "bf16", weight.planes, w))
+    return x.float() @ w.float().T
+
+
+def _int4(x: Tensor, n: int, k: int, count: int) -> dict[str, Callable[[int], Any]]:
+    """torch's own 4-bit product, where this torch has it for CUDA."""
+    try:
+        packed = [
+            torch.ops.aten._convert_weight_to_int4pack(
+                torch.randint(0, 256, (n, k // 2), device=x.device, dtype=torch.uint8), 8
+            )
+            for _ in range(count)
+        ]
+        scales = random(str(x.device), k // 128, n, 2)
+        torch.ops.aten._weight_int4pack_mm(x, packed[0], 128, scales)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return {}
+    return {"torch int4": lambda i: torch.ops.aten._weight_int4pack_mm(x, packed[i], 128, scales)}
+
+
+def _int8_linears() -> Iterator[Case]:
+    for name, (n, k) in _shapes("Llama-3-8B").items():
+        fmt = CudaFormat(8, (n, k), symmetric=True)
+        for m in ROWS:
+            nbytes = n * k + m * (k + 2 * n)
+            yield Case("w8a8", f"Llama-3-8B {name} {n}x{k}", m, nbytes, 2 * m * n * k, _int8_maker(fmt, m))
+
+
+def _int8_maker(fmt: CudaFormat, m: int) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        n, k = fmt.shape
+        count, step = copies_of(n * k), _step(device, Scratch(device))
+        weights = [_planes(fmt, device) for _ in range(count)]
+        x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
+        scales, y = torch.rand(m, device=device), torch.empty(m, n, device=device, dtype=BF16)
+        plan = plan_tile(fmt, "bfloat16", m, int8=True, sms=step.sms)
+        buffers = {
+            "workspace": step.scratch.take("workspace", torch.float32, plan.workspace),
+            "counters": step.scratch.take("counters", torch.int32, plan.counters),
+        }
+
+        def run(i: int) -> None:
+            machine.launch(gemm_call(plan, fmt, weights[i].planes, x=x, token_scales=scales, y=y, **buffers))
+
+        wide, dense_count = random(device, m, k), copies_of(2 * n * k)
+        dense = [random(device, n, k) for _ in range(dense_count)]
+        return Prepared(run, count, baselines={"cuBLAS bf16": lambda i: torch.mm(wide, dense[i % dense_count].T)})
+
+    return make
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _decodes() -> Iterator[Case]:
+    for model in ("Llama-3-8B", "Llama-3-70B/8"):
+        *_, heads, kv_heads = MODELS[model]
+        for batch in (1, 8, 32, 128):
+            for context in (512, 2048, 8192, 32768):
+                if batch * context > 2**20:
+                    continue
+                for kv in (BF16, torch.int8, torch.float8_e4m3fn) if (batch, context) == (32, 8192) else (BF16,):
+                    yield _attention_case(model, "decode", batch, context, 1, heads, kv_heads, kv)
+
+
+def _prefills() -> Iterator[Case]:
+    for model in ("Llama-3-8B", "Llama-3-70B/8"):
+        *_, heads, kv_heads = MODELS[model]
+        for context, rows in ((512, 512), (2048, 2048), (8192, 8192), (32768, 32768), (8192, 512), (32768, 2048)):
+            yield _attention_case(model, "prefill", 1, context, rows, heads, kv_heads, BF16)
+
+
+def _attention_case(
+    model: str, what: str, batch: int, context: int, rows: int, heads: int, kv_heads: int, kv: torch.dtype
+) -> Case:
+    size = torch.empty(0, dtype=kv).element_size()
+    stored = batch * context * kv_heads * (2 * 128 * size + (8 if kv == torch.int8 else 0))
+    nbytes = stored + 2 * batch * rows * heads * 128 * 2
+    pairs = batch * (rows * context - rows * (rows - 1) // 2)
+    kind = str(kv).removeprefix("torch.")
+    label = f"{model} {heads}/{kv_heads} heads, {batch} x {context}, {kind}" + (
+        "" if rows == context or rows == 1 else f", last {rows}"
+    )
+    maker = _attention_maker(batch, context, rows, heads, kv_heads, kv, stored)
+    return Case(f"attention {what}", label, batch * rows, nbytes, 4 * pairs * heads * 128, maker)
+
+
+def _attention_maker(
+    batch: int, context: int, rows: int, heads: int, kv_heads: int, kv: torch.dtype, stored: int
+) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        blocks, count = batch * context // 16, min(16, copies_of(stored))
+        caches = [
+            random(device, 2, blocks, 16, kv_heads, 128).clamp(-4, 4).to(kv) if kv.is_floating_point
+            else torch.randint(-127, 128, (2, blocks, 16, kv_heads, 128), device=device, dtype=kv)
+            for _ in range(count)
+        ]  # fmt: skip
+        tables = torch.randperm(blocks, device=device).int().view(batch, -1)
+        lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * rows
+        q, out = (
+            random(device, batch * rows, heads * 128),
+            torch.empty(batch * rows, heads * 128, device=device, dtype=BF16),
+        )
+        scales = torch.rand(2, blocks * 16, kv_heads, device=device) * 0.02 if kv == torch.int8 else None
+        attrs = {"layer": 0, "heads": heads, "kv_heads": kv_heads, "head_dim": 128, "scale": 128**-0.5, "window": 0,
+                 "softcap": 0.0}  # fmt: skip
+        step = _step(device, Scratch(device), block_tables=tables, seq_lens=lens, query_start=starts, longest=context,
+                     most_rows=rows, fewest_rows=rows, kv_scales={} if scales is None else {0: scales})  # fmt: skip
+        op = Op("attention", "attention", ("q",), ("o",), (), attrs)
+
+        def run(i: int) -> None:
+            step.caches = {0: caches[i]}
+            EXECUTORS["paged_attention"](machine, Job(op, [q], [out], [], step))
+
+        def expected(i: int) -> Tensor:
+            k, v = (part[tables.long()].reshape(batch, context, kv_heads, 128).transpose(1, 2) for part in caches[i])
+            query = q.view(batch, rows, heads, 128).transpose(1, 2)
+            return _sdpa(query, k, v, rows).transpose(1, 2).reshape(out.shape).float()
+
+        plain_count = min(16, copies_of(2 * batch * context * kv_heads * 256))
+        plain = [random(device, 2, batch, kv_heads, context, 128) for _ in range(plain_count)]
+        query = q.view(batch, rows, heads, 128).transpose(1, 2)
+        causal = {"torch SDPA": lambda i: _sdpa(query, *plain[i % plain_count], rows)} if rows in (1, context) else {}
+        # The whole score matrix of a long prompt behind a prefix would not fit where flash attention is not to be had.
+        checkable = kv == BF16 and rows in (1, context) and context <= 8192
+        return Prepared(run, count, (lambda: out) if checkable else None, expected if checkable else None, causal)
+
+    return make
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, enable_gqa=gqa)
+
+
+# ---- rowwise -------------------------------------------------------------------------------------------------------
+
+
+def _rowwise() -> Iterator[Case]:
+    for rows in (1, 32, 512, 4096):
+        for hidden in (4096, 8192):
+            item = rows * hidden * 2
+            yield Case("rms_norm", f"{hidden}", rows, 2 * item, 0, _norm_maker(rows, hidden, add=False))
+            yield Case("add_rms_norm", f"{hidden}", rows, 4 * item, 0, _norm_maker(rows, hidden, add=True))
+        yield Case("silu_mul", "14336", rows, 3 * rows * 14336 * 2, 0, _gated_maker(rows, 14336))
+        yield Case("rope_kv", "Llama-3-8B 32/8 heads", rows, 2 * rows * 48 * 256, 0, _rope_maker(rows, 32, 8))
+
+
+def _norm_maker(rows: int, hidden: int, add: bool) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        count = copies_of(rows * hidden * (8 if add else 4))
+        sets = [random(device, 4, rows, hidden) for _ in range(count)]
+        w, last = random(device, hidden), [0]
+
+        def run(i: int) -> None:
+            x, residual, y, total = sets[i]
+            extra = {"residual": residual, "sum": total} if add else {}
+            name = "add_rms_norm_bf16" if add else "rms_norm_bf16"
+            launch(machine, name, x=x, w=w, y=y, eps=1e-5, plus_one=0, **extra)
+            last[0] = i
+
+        def plain(i: int) -> Tensor:
+            x, residual, *_ = sets[i]
+            return F.rms_norm(x + residual if add else x, (hidden,), w, 1e-5)
+
+        def expected(i: int) -> Tensor:
+            x, residual, *_ = sets[i]
+            return reference.rms_norm((x + residual if add else x).float(), w, 1e-5)
+
+        return Prepared(run, count, lambda: sets[last[0]][2], expected, {"torch": plain})
+
+    return make
+
+
+def _gated_maker(rows: int, width: int) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        count = copies_of(rows * width * 6)
+        x = [random(device, rows, 2 * width) for _ in range(count)]
+        y = [torch.empty(rows, width, device=device, dtype=BF16) for _ in range(count)]
+        last = [0]
+
+        def run(i: int) -> None:
+            launch(machine, "silu_mul_bf16", x=x[i], y=y[i])
+            last[0] = i
+
+        def plain(i: int) -> Tensor:
+            gate, up = x[i].chunk(2, -1)
+            return F.silu(gate) * up
+
+        return Prepared(
+            run,
+            count,
+            lambda: y[last[0]],
+            lambda i: F.silu(x[i][:, :width].float()) * x[i][:, width:].float(),
+            {"torch": plain},
+        )
+
+    return make
+
+
+def _rope_maker(rows: int, heads: int, kv_heads: int) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        width = (heads + 2 * kv_heads) * 128
+        count = copies_of(4 * rows * width)
+        sets = [random(device, rows, width) for _ in range(count)]
+        caches = [torch.zeros(2, rows, kv_heads, 128, device=device, dtype=BF16) for _ in range(count)]
+        cos, sin = torch.rand(2, 8192, 64, device=device, dtype=torch.float32)
+        positions, slots = torch.randint(0, 8192, (rows,), device=device), torch.randperm(rows, device=device)
+
+        def run(i: int) -> None:
+            q, k, v = sets[i].split([heads * 128, kv_heads * 128, kv_heads * 128], 1)
+            launch(machine, "rope_kv_bf16_bf16", q=q, k=k, v=v, q_out=q, positions=positions, cosines=cos, sines=sin,
+                   slots=slots, keys=caches[i][0], values=caches[i][1], heads=heads, kv_heads=kv_heads, head_dim=128,
+                   rotary_dim=128, gptj=0, key_scale=1.0, value_scale=1.0)  # fmt: skip
+
+        return Prepared(run, count)
+
+    return make
+
+
+def _sampling() -> Iterator[Case]:
+    vocab = 128256
+    for rows in (1, 32, 256):
+        for name, filters in (("greedy", {}), ("temperature", {}), ("top-p 0.9", {"top_p": 0.9})):
+            nbytes = rows * vocab * 4
+            yield Case("sample", f"{vocab}, {name}", rows, nbytes, 0, _sample_maker(rows, vocab, name, filters))
+
+
+def _sample_maker(rows: int, vocab: int, name: str, filters: dict[str, float]) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        count = copies_of(rows * vocab * 4)
+        logits = [random(device, rows, vocab, dtype=torch.float32) * 3 for _ in range(count)]
+        tokens = torch.empty(rows, dtype=torch.int32, device=device)
+        temperature = torch.full((rows,), 0.0 if name == "greedy" else 1.0, device=device)
+        limits = {key: torch.full((rows,), value, device=device) for key, value in filters.items()}
+        seeds = torch.arange(rows, device=device)
+
+        def run(i: int) -> None:
+            launch(machine, "sample_f32", logits=logits[i], temperature=temperature, seeds=seeds, positions=seeds,
+                   tokens=tokens, **limits)  # fmt: skip
+
+        if name == "greedy":
+            return Prepared(
+                run, count, lambda: tokens, lambda i: logits[i].argmax(-1), {"torch": lambda i: logits[i].argmax(-1)}
+            )
+        return Prepared(run, count)
+
+    return make
+
+
+def nothing_lost(found: Tensor, exact: Tensor) -> float:
+    """Largest error over the largest value; infinite when the result is not finite."""
+    if not torch.isfinite(found.float()).all():
+        return math.inf
+    return ((found.float() - exact.float()).abs().max() / exact.float().abs().max().clamp(min=1e-6)).item()
