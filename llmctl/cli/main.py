@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -49,8 +51,15 @@ app.command("serve")(serve)
 app.command("quantize")(quantize)
 
 
+def _terminate(number: int, _: object) -> None:
+    print("terminated", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point of the console script."""
+    # Without a handler SIGTERM would end the process where it stands and leave half-written folders behind.
+    signal.signal(signal.SIGTERM, _terminate)
     app()
 
 

@@ -278,6 +278,7 @@ class AsyncEngineClient:
         elif isinstance(event, Located):
             self.engine_path = Path(event.engine_path)
             self._loading = asyncio.create_task(self._load_tokenizer(self.engine_path))
+            self._tasks.append(self._loading)  # the worker may fail before anyone awaits it, and for the same reason
         elif isinstance(event, EngineInfo):
             self._tasks.append(asyncio.create_task(self._become_ready(event)))
         elif isinstance(event, StartFailed):

@@ -144,3 +144,20 @@ def test_command_line_wins_over_config(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "from-command-line" in result.stderr
     assert not (tmp_path / "e").exists()
+
+
+def test_sigterm_lets_a_command_clean_up() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from llmctl.cli import main\n"
+        "@main.app.command()\n"
+        "def wait():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(30)\n"
+        "    finally:\n"
+        "        print('cleaned up')\n"
+        "main.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, "wait"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (143, "cleaned up\n", "terminated\n")

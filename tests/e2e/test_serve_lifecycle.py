@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fixtures import ServerProcess, fetch
+from fixtures import ServerProcess, fetch, make_tiny_llama
 
 RECIPES = Path(__file__).parents[2] / "configs" / "serve"
 KEY = {"Authorization": "Bearer secret-1"}
@@ -241,18 +241,28 @@ def test_a_missing_model_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
         assert server.leftovers() == []
 
 
-def test_a_damaged_engine_is_one_line(tiny_engine: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["weights-00001-of-00001.safetensors", "tokenizer.json"])
+def test_a_damaged_engine_is_one_line(tiny_engine: Path, tmp_path: Path, name: str) -> None:
     engine = tmp_path / "engine"
     shutil.copytree(tiny_engine, engine)
-    weights = next(engine.glob("weights-*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1])
+    (engine / name).write_bytes((engine / name).read_bytes()[:-1])
     with ServerProcess("--model", str(engine)) as server:
         assert server.process.wait(60) == 1
         errors = [line for line in server.output.splitlines() if line.startswith("error:")]
         assert len(errors) == 1
-        assert weights.name in errors[0]
+        assert name in errors[0]
         assert "Traceback" not in server.output
         assert server.leftovers() == []
+
+
+def test_an_engine_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
+    """The worker and the server find it missing at the same time; only one of them says so."""
+    model = make_tiny_llama(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    with ServerProcess("--model", str(model), "--target", "reference") as server:
+        assert server.process.wait(60) == 1
+        assert server.output.count("no tokenizer.json") == 1, server.output
+        assert "Traceback" not in server.output
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
