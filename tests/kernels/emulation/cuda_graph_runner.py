@@ -81,7 +81,8 @@ class KernelRuntime(ReferenceRuntime):
             if isinstance(value, QuantizedWeight):
                 gated = any(name in op.weights and "epilogue" in op.attrs for op in self.interpreter.graph.ops)
                 fmt = weight_format(weight, gated=gated)
-                linear = pack(value.codes.numpy(), value.scales.numpy(), value.zeros.numpy(), fmt)
+                order = None if value.g_idx is None else value.g_idx.numpy()
+                linear = pack(value.codes.numpy(), value.scales.numpy(), value.zeros.numpy(), fmt, order)
                 self.packed[name] = packed_weight(linear)
             else:
                 self.packed[name] = value.to(self.interpreter.dtype)

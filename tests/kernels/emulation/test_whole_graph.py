@@ -1,4 +1,5 @@
-"""A whole tiny Llama on the CUDA kernels, op by op, gives the reference runtime's greedy tokens."""
+"""Whole tiny models on the CUDA kernels, op by op, give the reference runtime's greedy tokens: a Llama, dense and
+quantized, and the families whose ops it lacks."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.graph.passes import apply_passes
+from llmctl.kernels import cuda_ops
 from llmctl.kernels.registry import FALLBACK
 from llmctl.runtime.reference import ReferenceRuntime
 
@@ -26,12 +28,23 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 96, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128,
+    "activation_function": "gelu_new", "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {**CONFIG, "model_type": "qwen3"}
+PHI = {
+    **CONFIG, "model_type": "phi", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64,
+    "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "qk_layernorm": False,
+}  # fmt: skip
 SIZES = {"num_blocks": 12, "block_size": 16}
 PROMPTS = [[5, 17, 3, 88, 41, 9, 9, 60, 2, 33, 71, 12, 50, 4, 28, 19, 7, 90], [66, 1, 30], [8]]
 
 
-def _model(quant: QuantScheme | None) -> tuple[Graph, dict[str, torch.Tensor | QuantizedWeight]]:
-    graph = apply_passes(build_graph(CONFIG))
+def _model(
+    quant: QuantScheme | None, config: dict[str, object] = CONFIG, passes: tuple[str, ...] | None = None
+) -> tuple[Graph, dict[str, torch.Tensor | QuantizedWeight]]:
+    graph = apply_passes(build_graph(config), passes)
     rng = np.random.default_rng(5)
     linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight"}
     weights: dict[str, torch.Tensor | QuantizedWeight] = {}
@@ -44,7 +57,10 @@ def _model(quant: QuantScheme | None) -> tuple[Graph, dict[str, torch.Tensor | Q
             if not quant.symmetric:
                 zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
             scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / (2**quant.bits * 4)
-            weights[name] = QuantizedWeight(codes, scales, zeros, quant)
+            order = None
+            if quant.act_order:
+                order = torch.from_numpy(rng.permutation(np.arange(weight.shape[1]) // quant.group_size)).int()
+            weights[name] = QuantizedWeight(codes, scales, zeros, quant, order)
             made[name] = replace(weight, quant=quant)
         elif len(weight.shape) == 1:
             weights[name] = torch.from_numpy(rng.uniform(0.5, 1.5, weight.shape)).half()
@@ -76,7 +92,25 @@ def _generate(runtime: ReferenceRuntime, steps: int) -> tuple[list[list[int]], l
     ids=["dense", "w4", "w8"],
 )
 def test_greedy_tokens_are_those_of_the_reference(quant, capsys):
-    graph, weights = _model(quant)
+    _check(*_model(quant), capsys)
+
+
+@pytest.mark.parametrize(
+    ("config", "passes"),
+    [(GPT2, None), (QWEN3, None), (PHI, None), (CONFIG, ())],
+    ids=["gpt2", "qwen3", "phi", "unfused"],
+)
+def test_other_families_and_plain_ops(config, passes, capsys):
+    _check(*_model(None, config, passes), capsys)
+
+
+def test_act_order_and_many_rows(capsys, monkeypatch):
+    monkeypatch.setattr(cuda_ops, "GEMM_ROWS", 4)  # prompts go through dequantised weights then
+    launched = _check(*_model(QuantScheme(4, 64, symmetric=False, act_order=True), passes=("fuse_add_norm",)), capsys)
+    assert {"permute_columns_f16", "dequantize_w4_f16", "w4a16_stream_f16_g64_m8"} <= launched
+
+
+def _check(graph, weights, capsys):
     machine = EmulatedMachine()
     emulated = KernelRuntime(machine, graph, weights, "float16", **SIZES)
     found, found_logits = _generate(emulated, 3)
@@ -93,6 +127,7 @@ def test_greedy_tokens_are_those_of_the_reference(quant, capsys):
     assert by_torch <= {
         op.name for op in graph.ops if op.kind == "linear" and graph.weights[op.weights[0]].quant is None
     }
+    return set(machine.launched)
 
 
 def _summary(runtime: KernelRuntime) -> str:
