@@ -14,7 +14,7 @@ from emulator import GUARD, Buffer, _bytes
 
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.kernels.compile import SOURCE_DIR, compile_module
-from llmctl.kernels.cuda_call import Call, Geometry, Pointer
+from llmctl.kernels.cuda_call import Call, Geometry, Machine, Pointer
 from llmctl.kernels.cuda_launch import CudaMachine
 
 _FILL = 0xA5
@@ -24,9 +24,10 @@ class DeviceKernels:
     """The kernels of one source file. A launch runs twice and must give the same bits; bytes around buffers, and
     inputs, must stay as they are."""
 
-    def __init__(self, source: str, module: Path) -> None:
+    def __init__(self, source: str, machine: Machine, device: str = "cuda") -> None:
         self._source = source
-        self._machine = CudaMachine({source: module})
+        self._machine = machine
+        self._device = device
 
     def launch(
         self, name: str, grid: int | tuple[int, ...], threads: int, args: Sequence[Any], shared: int = 0
@@ -50,10 +51,9 @@ class DeviceKernels:
                 continue
             at = owner.setdefault(id(argument.data), i)
             if at == i:
-                guarded[i] = _guarded(argument, poison)
+                guarded[i] = _guarded(argument, poison, self._device)
             values.append(Pointer(guarded[at][GUARD + argument.offset :], "update"))
         self._machine.launch(Call(name, self._source, geometry, tuple(values)))
-        torch.cuda.synchronize()
         return {
             i: content for i in guarded if (content := _checked(name, args[i], guarded[i].cpu().numpy())) is not None
         }
@@ -69,9 +69,9 @@ def _checked(name: str, argument: Buffer, memory: np.ndarray) -> np.ndarray | No
     return None
 
 
-def _guarded(argument: Buffer, poison: int) -> torch.Tensor:
+def _guarded(argument: Buffer, poison: int, device: str) -> torch.Tensor:
     content = _bytes(argument.data)
-    memory = torch.full((len(content) + 2 * GUARD,), _FILL, dtype=torch.uint8, device="cuda")
+    memory = torch.full((len(content) + 2 * GUARD,), _FILL, dtype=torch.uint8, device=device)
     if argument.initialised:
         memory[GUARD:-GUARD] = torch.from_numpy(content.copy())
     else:
@@ -95,7 +95,7 @@ def kernels_from_text(text: str, name: str = "kernel.cu") -> DeviceKernels:
     module = compile_module(name, arch, cache=cache_dir() / "kernels", source_dir=folder)
     path = folder / "module.cubin"
     path.write_bytes(module.code)
-    return DeviceKernels(name, path)
+    return DeviceKernels(name, CudaMachine({name: path}))
 
 
 def kernels(source: str) -> DeviceKernels:
