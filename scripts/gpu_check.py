@@ -131,6 +131,11 @@ def markdown(rows: list[Row], facts: dict[str, Any]) -> str:
     """The report."""
     lines = ["# CUDA kernels", ""]
     lines += [f"* {name}: {value}" for name, value in facts.items()]
+    from gpu_targets import judge
+
+    verdicts = {True: "reached", False: "MISSED", None: "unknown"}
+    lines += ["", "| target (H200) | found | |", "|---|---|---|"]
+    lines += [f"| {target} | {found} | {verdicts[reached]} |" for target, found, reached in judge(rows)]
     lines += [
         "",
         "Microseconds are medians over rounds of launches in a CUDA graph over rotating inputs; ± is half the rounds'"

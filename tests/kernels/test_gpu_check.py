@@ -28,7 +28,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-cases, check = script("gpu_cases"), script("gpu_check")
+cases, targets, check = script("gpu_cases"), script("gpu_targets"), script("gpu_check")
 
 
 class Recorder:
@@ -91,3 +91,30 @@ def test_report(tmp_path: Path) -> None:
         in text
     )
     assert json.loads((tmp_path / "gpu_check.json").read_text())["rows"][0]["others"] == {"cuBLAS bf16": 40.0}
+
+
+def test_targets_judge_the_worst_row() -> None:
+    def row(kernel: str, shape: str, rows: int, us: float, share: float, **others: float) -> object:
+        return check.Row(
+            kernel, shape, rows, us, 0.0, 0, share, 0, 0, None, {k.replace("_", " "): v for k, v in others.items()}
+        )
+
+    down = "Llama-3-8B down 4096x14336"
+    found = targets.judge(
+        [
+            row("w4a16", down, 1, 10.0, 0.81, cuBLAS_bf16=40.0),
+            row("w4a16", down, 16, 12.0, 0.7, cuBLAS_bf16=40.0),
+            row("w4a16", down, 4096, 900.0, 0.1, cuBLAS_bf16=800.0),
+            row("attention decode", "Llama-3-8B 32/8 heads, 32 x 8192, bfloat16", 32, 1.0, 0.9),
+        ]
+    )
+    assert [reached for _, _, reached in found] == [True, False, True, False, True, None, None]
+    assert found[1][1].startswith("1.20 at w4a16")
+
+
+def test_targets_name_shapes_that_are_measured() -> None:
+    rows = [
+        check.Row(c.kernel, c.shape, c.rows, 1.0, 0, 0, 1.0, 0, 0, None, {"cuBLAS bf16": 9.0, "torch SDPA": 9.0})
+        for c in cases.all_cases()
+    ]
+    assert all(reached for _, _, reached in targets.judge(rows))
