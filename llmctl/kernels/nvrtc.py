@@ -96,6 +96,10 @@ def load_nvrtc() -> Nvrtc:
         if candidate is None:
             continue
         try:
+            if Path(candidate).is_absolute():
+                # NVRTC opens its builtins by name, and 13.0's wheel does not look for them beside itself.
+                for builtins in Path(candidate).parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(builtins))
             return Nvrtc(ctypes.CDLL(candidate))
         except (OSError, AttributeError):
             continue
