@@ -7,13 +7,17 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-kernels test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Every CUDA kernel for every supported architecture: a spill or a stack frame fails.
+test-kernels: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/kernels/test_compile.py
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
