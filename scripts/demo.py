@@ -147,9 +147,10 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     args = parser.parse_args()
     work: Path = args.work
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     quantized, engine = work / "awq-4bit", work / "engine"
+    for folder in (quantized, quantized.with_name(f"{quantized.name}.partial"), engine):
+        shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
 
     seconds: dict[str, float] = {}

@@ -101,7 +101,7 @@ def test_a_missing_config_is_one_line() -> None:
     [
         (["nothing"], "No such command 'nothing'"),
         (["bench", "nothing"], "No such command 'nothing'"),
-        (["build", "--modle", "x"], "No such option: --modle"),
+        (["build", "--modle", "x"], "--modle"),
         (["build", "--model"], "requires an argument"),
         (["build", "--block-size", "x"], "'--block-size'"),
         (["build", "x"], "extra argument"),
@@ -110,7 +110,6 @@ def test_a_missing_config_is_one_line() -> None:
         (["bench", "latency", "--threads", "0"], "'--threads'"),
         (["bench", "throughput", "--max-num-seqs", "0"], "'--max-num-seqs'"),
     ],
-    ids=" ".join,
 )
 def test_a_wrong_command_line_is_one_line(args: list[str], said: str) -> None:
     assert said in one_error_line(*args)
