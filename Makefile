@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
+WORKERS ?= auto
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-kernels test-slow lint format clean
@@ -13,11 +14,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # Every CUDA kernel for every supported architecture: a spill or a stack frame fails.
 test-kernels: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/kernels/test_compile.py
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests/kernels/test_compile.py
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

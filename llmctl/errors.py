@@ -99,21 +99,3 @@ class NotReadyError(LlmctlError):
     http_status = 503
     type = "service_unavailable"
     code = "not_ready"
-
-
-class FailedRequestsError(LlmctlError):
-    """A bench run in which at least one request failed beyond the allowed ratio."""
-
-    exit_code = ExitCode.FAILED_REQUESTS
-
-
-class SloMissedError(LlmctlError):
-    """A bench run that missed a service-level objective."""
-
-    exit_code = ExitCode.SLO_MISSED
-
-
-class RegressionError(LlmctlError):
-    """A bench run worse than its baseline by more than the allowed share and the noise."""
-
-    exit_code = ExitCode.REGRESSION

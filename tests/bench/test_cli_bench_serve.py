@@ -267,7 +267,6 @@ def test_baseline_made_compared_and_replaced(start: Start, bench_serve: BenchSer
     assert "max_concurrency 3 there, 2 here" in result.stderr
     assert bench_serve(slow, *compare, "--update-baseline")[0] == 0
     assert json.loads(path.read_text())["median_ttft_ms"] >= 120
-    assert bench_serve(fast, *compare)[0] == 0, "better than the baseline"
 
 
 def test_files(start: Start, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

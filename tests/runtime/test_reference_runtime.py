@@ -209,7 +209,7 @@ def demo_model() -> Path:
     from llmctl.checkpoint.resolve import resolve_model
 
     try:
-        return resolve_model("demo:smollm2-135m", allow_download=False)
+        return resolve_model("demo:smollm2-135m")
     except LlmctlError as error:
         pytest.skip(f"demo model: {error}")
 
