@@ -16,7 +16,7 @@ from pathlib import Path
 from llmctl import __version__
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
-from llmctl.artifact.plan import check_options, plan_build
+from llmctl.artifact.plan import BuildPlan, check_options, plan_build
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
@@ -72,7 +72,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Prog
     })  # fmt: skip
     folder = engines / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', plan.name)}-{key}"
     with _locked(engines / f"{folder.name}.lock"):
-        if not _is_complete(folder):
+        if not _is_complete(folder, plan):
             print(f"building {plan.name} for {plan.target} into {folder}", file=sys.stderr, flush=True)
             write_engine(plan, folder, progress)
     return folder
@@ -110,11 +110,15 @@ def _build_config(model: str, config: BuildConfig | EngineConfig) -> BuildConfig
     return BuildConfig(model=model, target=config.target, dtype=config.dtype, block_size=block_size)
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, plan: BuildPlan) -> bool:
+    """Whether the cached folder holds the planned engine, and not one built over it by hand."""
     try:
-        return is_engine(folder) and read_manifest(folder) is not None
+        if not is_engine(folder):
+            return False
+        manifest = read_manifest(folder)
     except EngineLoadError:
         return False
+    return manifest.target == plan.target and manifest.options == plan.options
 
 
 def _fingerprint(checkpoint: Checkpoint, engines: Path) -> str:
