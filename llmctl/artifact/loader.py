@@ -21,7 +21,7 @@ from llmctl.artifact.cpu_planes import cpu_planes
 from llmctl.artifact.cuda_planes import cuda_planes
 from llmctl.artifact.device import arch_number, best_arch, cpu_features, cuda_device
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
-from llmctl.artifact.memory import MemoryPlan, plan_memory
+from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
@@ -113,7 +113,7 @@ def load_engine(
         max_model_len, block_size, dtype, max_num_batched_tokens, max_num_seqs, kv_cache_bytes, budget
     )
     plan = checks.limits(request)
-    checks.memory(plan)
+    checks.memory(plan, request.kv_cache_bytes)
     return LoadedEngine(path, checks.manifest, _map_weights(path, checks.manifest), plan, request)
 
 
@@ -240,15 +240,31 @@ class EngineChecks:
             kv_cache_bytes=request.kv_cache_bytes,
         )
 
-    def memory(self, plan: MemoryPlan) -> None:
-        """One sequence of the longest length fits in memory."""
+    def memory(self, plan: MemoryPlan, kv_cache_bytes: int | None = None) -> None:
+        """One sequence of the longest length fits in memory, and in a KV cache whose size was asked for."""
         if plan.fits:
             return
+        if kv_cache_bytes is not None:
+            self._refuse_cache_size(plan, kv_cache_bytes)
         length = plan.largest_max_model_len
         fix = plan.advice()
         if length > 0:
             fix += ": " + self.manifest.rebuild_command(str(self.path), max_model_len=length)
         raise EngineLoadError(f"{self.path}: {plan.shortfall()}", fix=fix)
+
+    def _refuse_cache_size(self, plan: MemoryPlan, size: int) -> None:
+        """Raise if the size asked for is at fault: too small for one sequence, or more than there is room for."""
+        room = max(0, plan.budget - plan.weights - plan.activations)
+        least = -(-plan.max_model_len // plan.block_size) * plan.block_size * plan.kv_per_token
+        if size < least:
+            shorter = f", or --max-model-len {plan.kv_tokens}" if plan.kv_tokens else ""
+            fix = f"--kv-cache-memory {-(-least // 2**20)}MiB{shorter}"
+            wanted = f"at least {human_bytes(least)} for one sequence of {plan.max_model_len} tokens"
+        elif size > room:
+            fix, wanted = f"--kv-cache-memory {room // 2**20}MiB or less", f"at most {human_bytes(room)} that are free"
+        else:
+            return
+        raise EngineLoadError(f"--kv-cache-memory: expected {wanted}, found {human_bytes(size)}", fix=fix)
 
     def _check_hash(self, name: str) -> None:
         with (self.path / name).open("rb") as file:

@@ -323,3 +323,13 @@ def test_checks_come_in_the_stated_order(engine: Path, edit_manifest: Edit, refu
     assert "max_model_len" in refused(engine, **arguments)
     with pytest.raises(LlmctlError, match="memory: expected at most 1 B"):
         load_engine(engine, budget=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(1024, r"--kv-cache-memory: expected at least .* for one sequence of 256 tokens, found 1.0 KiB"),
+     (10**13, r"--kv-cache-memory: expected at most .* that are free, found 9313.2 GiB")],
+)  # fmt: skip
+def test_a_cache_size_that_cannot_be(engine: Path, size: int, said: str) -> None:
+    with pytest.raises(EngineLoadError, match=said):
+        load_engine(engine, kv_cache_bytes=size)
