@@ -41,7 +41,7 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TARGET",
-        help="cpu (or cpu:avx512vnni,avx2,portable), reference, or cuda:sm_80,sm_90 (built without a GPU).",
+        help="cpu (or cpu:avx512bf16,avx512vnni,avx2,portable), reference, or cuda:sm_80,sm_90 (built without a GPU).",
         rich_help_panel="Target",
     ),
 ]

@@ -40,13 +40,11 @@ class Variant:
 
 
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
 VARIANTS = (
-    Variant(
-        "x86_64-avx512vnni",
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
-        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"),
-        "x86_64",
-    ),
+    Variant("x86_64-avx512bf16", (*_AVX512_FLAGS, "-mavx512bf16"), (*_AVX512, "avx512_bf16"), "x86_64"),
+    Variant("x86_64-avx512vnni", _AVX512_FLAGS, _AVX512, "x86_64"),
     Variant("x86_64-avx2", ("-mavx2", "-mfma", "-mf16c", "-mbmi2"), _AVX2, "x86_64"),
     Variant("portable", (), ()),
 )
@@ -64,7 +62,7 @@ class CompiledLibrary:
 
     @property
     def filename(self) -> str:
-        """``x86_64-avx512vnni.so``; the portable one is named for the machine it was compiled on."""
+        """``x86_64-avx512bf16.so``; the portable one is named for the machine it was compiled on."""
         return f"{library_name(self.variant)}.so"
 
 

@@ -45,7 +45,7 @@ class CpuRuntime:
 
     Attributes:
         limits: KV blocks, block size, longest sequence, vocabulary.
-        variant: which build of the kernels runs, e.g. ``avx512vnni``.
+        variant: which build of the kernels runs, e.g. ``avx512bf16``.
         arena_bytes: activations and logits, allocated once.
         kv_bytes: the KV cache.
     """

@@ -212,7 +212,9 @@ void llmctl_abi(int64_t sizes[4]) {
 }
 
 const char* llmctl_variant() {
-#if defined(LLMCTL_AVX512)
+#if defined(LLMCTL_AVX512_BF16)
+  return "avx512bf16";
+#elif defined(LLMCTL_AVX512)
   return "avx512vnni";
 #elif defined(__AVX2__)
   return "avx2";

@@ -2,7 +2,8 @@
 // the extensions cannot express (vpdpbusd, vdpbf16ps, fp16 and bf16 conversion).
 //
 // The same sources are compiled once per variant; flags alone decide which branch is taken:
-//   avx512vnni   -mavx512f/bw/vl/dq/vnni/bf16      avx2   -mavx2 -mfma -mf16c      portable   no flags (any architecture)
+//   avx512bf16   avx512vnni + -mavx512bf16 (Zen 4, Sapphire Rapids)      avx512vnni   -mavx512f/bw/vl/dq/vnni (Ice Lake)
+//   avx2         -mavx2 -mfma -mf16c                                    portable     no flags (any architecture)
 // All integer dot products are exact in every variant; float results may differ between variants in rounding only.
 #pragma once
 #include <cmath>
@@ -12,8 +13,11 @@
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define LLMCTL_AVX512 1
+#endif
+#if defined(LLMCTL_AVX512) && defined(__AVX512BF16__)
+#define LLMCTL_AVX512_BF16 1
 #endif
 
 namespace llmctl {
@@ -146,7 +150,7 @@ static inline i32x16 dot4(i32x16 acc, u8x64 a, const int8_t* b) {
 
 // acc[lane] += w[lane][0]*x[0] + w[lane][1]*x[1] in bf16 pairs (w: 32 bf16, x: 2 bf16), fp32 accumulation.
 static inline f32x16 dot2_bf16(f32x16 acc, const uint16_t* w, const uint16_t* x) {
-#if defined(LLMCTL_AVX512)
+#if defined(LLMCTL_AVX512_BF16)
   int32_t pair;
   std::memcpy(&pair, x, 4);
   return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
