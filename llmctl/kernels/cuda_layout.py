@@ -154,11 +154,9 @@ def pack(
     if not np.isfinite(half).all():
         raise ValueError("weight scales do not fit float16")
     order = row_order(fmt.shape[0], fmt.gated)
-    wide = np.zeros((fmt.rows, fmt.columns), np.uint8)
-    wide[order >= 0, : fmt.shape[1]] = codes[order[order >= 0]]
     return CudaLinear(
         fmt,
-        _interleave(wide, fmt.bits),
+        _interleave(_placed(codes, order, fmt.columns), fmt.bits),
         _arrange(half.view(np.uint16), order, fmt.groups),
         None if fmt.symmetric or zeros is None else _arrange(zeros, order, fmt.groups),
         permutation,
@@ -192,15 +190,31 @@ def _permutation(g_idx: NDArray[np.int32], group: int) -> NDArray[np.int32]:
     return permutation
 
 
+def _placed(plane: NDArray[Any], order: NDArray[np.int64], columns: int) -> NDArray[Any]:
+    """A plane's rows in packed order, padded with zeros to ``columns``."""
+    if columns == plane.shape[1] and (order >= 0).all():
+        return plane[order]
+    wide = np.zeros((len(order), columns), plane.dtype)
+    wide[order >= 0, : plane.shape[1]] = plane[order[order >= 0]]
+    return wide
+
+
 def _interleave(wide: Bytes, bits: int) -> Bytes:
     """Codes [rows, columns] to the order of the lanes."""
     rows, columns = wide.shape
     # row = 32 tile + 16 r + 8 h + g; column = 32 chunk + 8 t + 4 s + 2 p + b
-    lanes = wide.reshape(rows // TILE, 2, 2, 8, columns // 32, 4, 2, 2, 2)  # tile, r, h, g, chunk, t, s, p, b
     if bits == 8:
-        return np.ascontiguousarray(lanes.transpose(0, 4, 1, 3, 5, 6, 2, 7, 8)).reshape(-1)
-    nibbles = lanes.transpose(0, 4, 3, 5, 1, 6, 8, 7, 2).reshape(-1, 2)  # ... g, t, r, s, b, p, h: nibble 4b + 2p + h
-    return np.ascontiguousarray(nibbles[:, 0] | nibbles[:, 1] << 4)
+        pairs = wide.view("<u4").reshape(rows // TILE, 2, 2, 8, columns // 32, 4, 2)  # tile, r, h, g, chunk, t, s: p, b
+        return np.ascontiguousarray(pairs.transpose(0, 4, 1, 3, 5, 6, 2)).view(np.uint8).reshape(-1)
+    halves = wide.reshape(rows // 16, 2, 8, columns)
+    # Nibble 4b + 2p + h of a lane's word: h first, then b and p change places among the four bytes of an s.
+    joined = (halves[:, 0] | halves[:, 1] << 4).view("<u8")
+    middle = joined & 0x00FF_FF00_00FF_FF00
+    joined ^= middle
+    joined |= (middle & 0x0000_FF00_0000_FF00) << 8
+    joined |= middle >> 8 & 0x0000_FF00_0000_FF00
+    lanes = joined.reshape(rows // TILE, 2, 8, columns // 32, 4)  # tile, r, g, chunk, t: s, b, p, h
+    return np.ascontiguousarray(lanes.transpose(0, 3, 2, 4, 1)).view(np.uint8).reshape(-1)
 
 
 def _deinterleave(tiles: Bytes, fmt: CudaFormat) -> Bytes:
@@ -216,7 +230,5 @@ def _deinterleave(tiles: Bytes, fmt: CudaFormat) -> Bytes:
 
 def _arrange(plane: NDArray[Any], order: NDArray[np.int64], groups: int) -> NDArray[Any]:
     """A plane [N, G] as [tiles, groups, 32], a lane's rows (g + 8 j) side by side."""
-    wide = np.zeros((len(order), groups), plane.dtype)
-    wide[order >= 0, : plane.shape[1]] = plane[order[order >= 0]]
-    lanes = wide.reshape(-1, 4, _EIGHT, groups).transpose(0, 3, 2, 1)  # tile, group, g, j
+    lanes = _placed(plane, order, groups).reshape(-1, 4, _EIGHT, groups).transpose(0, 3, 2, 1)  # tile, group, g, j
     return np.ascontiguousarray(lanes).reshape(-1, groups, TILE)
