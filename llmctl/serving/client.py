@@ -16,9 +16,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import zmq
-import zmq.asyncio
-
 from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
@@ -26,13 +23,12 @@ from llmctl.errors import LlmctlError, NotReadyError
 from llmctl.serving.generation import Generation, RunningSequence, SequenceSpec
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.supervisor import WorkerProcess, WorkerSettings, describe_exit
-from llmctl.serving.transport import Listener, listen
+from llmctl.serving.transport import ApiChannel, socket_pair
 from llmctl.serving.wire import (
     AbortRequests,
     AddRequests,
     Command,
     EngineInfo,
-    Hello,
     Located,
     Progress,
     Shutdown,
@@ -91,7 +87,7 @@ class AsyncEngineClient:
         self._log_level = log_level
         self._doing = "starting the worker"
         self._error: LlmctlError | None = None
-        self._listener: Listener | None = None
+        self._channel: ApiChannel | None = None
         self._worker: WorkerProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._loading: asyncio.Task[None] | None = None
@@ -108,15 +104,13 @@ class AsyncEngineClient:
 
     async def start(self) -> None:
         """Start the worker process; it reports by itself when it is ready."""
-        self._listener = listen(zmq.asyncio.Context.instance())
+        ours, theirs = socket_pair()
+        self._channel = await ApiChannel.open(ours, self._on_message)
         plain = EngineConfig(**{f.name: getattr(self._config, f.name) for f in fields(EngineConfig)})
-        settings = WorkerSettings(plain, self._listener.address, os.getpid(), self._log_level)
-        try:
-            self._worker = await WorkerProcess.start(settings)
-        except BaseException:
-            self._listener.close()
-            raise
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch_worker(self._worker))]
+        with theirs:
+            settings = WorkerSettings(plain, theirs.fileno(), os.getpid(), self._log_level)
+            self._worker = await WorkerProcess.start(settings, theirs)
+        self._tasks = [asyncio.create_task(self._watch_worker(self._worker, self._channel))]
 
     @property
     def worker_pid(self) -> int | None:
@@ -153,15 +147,13 @@ class AsyncEngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._listener is not None:
-            self._listener.close()
+        if self._channel is not None:
+            self._channel.close()
 
     def kill(self) -> None:
         """End the worker at once; for a process that is about to exit."""
         if self._worker is not None:
             self._worker.kill()
-        if self._listener is not None:
-            self._listener.forget_folder()
 
     # Health
 
@@ -249,30 +241,24 @@ class AsyncEngineClient:
             self._idle.set()
 
     def _send(self, command: Command) -> None:
-        # The queue is unbounded and the peer is connected, so the message is handed over at once.
-        assert self._listener is not None
-        self._listener.socket.send(encode(command))
+        assert self._channel is not None
+        self._channel.send(encode(command))
 
     # Events
 
-    async def _receive(self) -> None:
-        assert self._listener is not None
+    def _on_message(self, message: bytes) -> None:
         try:
-            while True:
-                event = decode_event(await self._listener.socket.recv())
-                if isinstance(event, StepMessage):
-                    self._on_step(event)
-                else:
-                    self._on_start_event(event)
-        except Exception as error:  # without this task nothing would ever answer again
+            event = decode_event(message)
+            if isinstance(event, StepMessage):
+                self._on_step(event)
+            else:
+                self._on_start_event(event)
+        except Exception as error:  # what is lost here, nothing would ever answer
             log.exception("cannot handle what the worker sent")
             self._die(EngineDeadError(f"the server failed: {type(error).__name__}: {error}"))
 
     def _on_start_event(self, event: Any) -> None:
-        if isinstance(event, Hello):
-            assert self._listener is not None
-            self._listener.forget_folder()
-        elif isinstance(event, Progress):
+        if isinstance(event, Progress):
             self._doing = event.text
             self.on_progress(event.text)
         elif isinstance(event, Located):
@@ -350,9 +336,9 @@ class AsyncEngineClient:
 
     # Death
 
-    async def _watch_worker(self, worker: WorkerProcess) -> None:
+    async def _watch_worker(self, worker: WorkerProcess, channel: ApiChannel) -> None:
         code = await worker.wait()
-        await asyncio.sleep(0)  # let a last message in
+        await channel.ended()  # a last message may say why
         if self.state is EngineState.DRAINING and not self._running and code == 0:
             return
         self._die(self._error or EngineDeadError(f"the engine worker died: {describe_exit(code)}"))

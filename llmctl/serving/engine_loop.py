@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import zmq
-
 from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import LlmctlError
+from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
     AbortRequests,
     AddRequests,
@@ -36,15 +35,15 @@ _IDLE_POLL_MS = 60_000
 
 
 class EngineLoop:
-    """Drives one LLMEngine from one socket.
+    """Drives one LLMEngine from one channel.
 
     Commands are taken between steps. A step in which nothing is produced (a chunk of a long prompt) is reported too:
     it is how the API process sees progress.
     """
 
-    def __init__(self, engine: LLMEngine, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, engine: LLMEngine, channel: WorkerChannel) -> None:
         self._engine = engine
-        self._socket = socket
+        self._channel = channel
         self._refused: list[Refused] = []
         self._stopping = False
 
@@ -61,22 +60,21 @@ class EngineLoop:
         self._engine.close()
 
     def _report(self, outputs: list[TokenOutput]) -> None:
-        self._socket.send(encode(StepMessage(outputs, self._engine.stats(), self._refused)))
+        self._channel.send(encode(StepMessage(outputs, self._engine.stats(), self._refused)))
         self._refused = []
 
     def _take_commands(self, *, wait: bool) -> list[TokenOutput]:
         """Apply every command that has come; with ``wait``, sleep until there is one. Returns outputs of aborts."""
         outputs: list[TokenOutput] = []
-        if wait and not self._socket.poll(_IDLE_POLL_MS):
-            return outputs
-        while not self._stopping and self._socket.poll(0):
-            command = decode_command(self._socket.recv())
+        for message in self._channel.receive(_IDLE_POLL_MS if wait else 0):
+            command = decode_command(message)
             if isinstance(command, AddRequests):
                 self._add(command)
             elif isinstance(command, AbortRequests):
                 outputs += self._engine.abort(command.request_ids)
             else:
                 self._stopping = True
+                break
         return outputs
 
     def _add(self, command: AddRequests) -> None:

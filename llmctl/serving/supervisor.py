@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 
 import msgspec
 
 from llmctl.config import EngineConfig
-from llmctl.serving.transport import Address
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
-    """One JSON line on the worker's stdin."""
+    """One JSON line on the worker's stdin; ``channel`` is the descriptor of the worker's end of the channel."""
 
     config: EngineConfig
-    address: Address
+    channel: int
     parent_pid: int
     log_level: str = "info"
 
@@ -45,12 +45,16 @@ class WorkerProcess:
         self._process = process
 
     @classmethod
-    async def start(cls, settings: WorkerSettings) -> WorkerProcess:
-        """Start the worker; call from the main thread, whose death the kernel then reports to it."""
+    async def start(cls, settings: WorkerSettings, end: socket.socket) -> WorkerProcess:
+        """Start the worker, which inherits its ``end`` of the channel.
+
+        Call from the main thread, whose death the kernel then reports to the worker.
+        """
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "llmctl.serving.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+            pass_fds=[end.fileno()],
         )
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):

@@ -1,90 +1,134 @@
-"""The one ZMQ PAIR between the API process and its worker.
+"""The channel between the API process and its worker: a socket pair, one length-prefixed message each.
 
-``ipc://`` in a private folder (0700) that is removed as soon as the worker has connected, so that not even SIGKILL
-leaves one behind; where ipc is unavailable, TCP on the loopback, encrypted and authenticated by a key that only the
-worker is told.
+The worker inherits its end, so nothing has a name, nothing is left behind, and nobody else can connect. A message is
+one system call on either side and wakes one thread; a messaging library's own threads would be two more to wake, on the
+cores that the model runs on.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import asyncio
+import contextlib
+import select
+import socket
+from collections.abc import Callable, Iterator
+from typing import cast
 
-import msgspec
-import zmq
-
-_MAX_IPC_PATH = 100  # sockaddr_un holds 107 bytes
-
-
-class Address(msgspec.Struct, frozen=True):
-    """Where the worker connects; ``server_key`` is CURVE's public key, set over TCP."""
-
-    url: str
-    server_key: str | None = None
+_LENGTH_BYTES = 4
+_RECEIVE_BYTES = 1 << 18
+# What may pile up before the worker waits for the API process; the system's default is a few KiB in places.
+_BUFFER_BYTES = 1 << 20
 
 
-@dataclass
-class Listener:
-    """The API process's end. ``forget_folder`` once the worker has connected; ``close`` at the end."""
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends: the API process's, and the one that the worker inherits."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in ends:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):  # beyond the system's limit
+                end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+    return ends
 
-    socket: Any
-    address: Address
-    folder: Path | None
 
-    def forget_folder(self) -> None:
-        """Remove the socket file and its folder; the connection stays."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder = None
+def _framed(message: bytes) -> bytes:
+    return len(message).to_bytes(_LENGTH_BYTES, "little") + message
+
+
+class _Frames:
+    """Cuts a stream of bytes into messages."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The messages that ``data`` completes."""
+        if self._rest:
+            data = self._rest + data
+        begin, end = _LENGTH_BYTES, len(data)
+        while begin <= end:
+            stop = begin + int.from_bytes(data[begin - _LENGTH_BYTES : begin], "little")
+            if stop > end:
+                break
+            yield data[begin:stop]
+            begin = stop + _LENGTH_BYTES
+        self._rest = data[begin - _LENGTH_BYTES :]
+
+
+class WorkerChannel:
+    """The worker's end. Sending waits when the API process is a megabyte behind."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(True)
+        self._socket = end
+        self._frames = _Frames()
+        self._poll = select.poll()
+        self._poll.register(end, select.POLLIN)
+
+    def send(self, message: bytes) -> None:
+        """Send one message.
+
+        Raises:
+            BrokenPipeError: the API process is gone.
+        """
+        self._socket.sendall(_framed(message))
+
+    def receive(self, timeout_ms: int) -> list[bytes]:
+        """Messages that have come; without any, wait up to ``timeout_ms`` for the first.
+
+        Raises:
+            EOFError: the API process is gone.
+        """
+        if not self._poll.poll(timeout_ms):
+            return []
+        data = self._socket.recv(_RECEIVE_BYTES)
+        if not data:
+            raise EOFError("the API process is gone")
+        return list(self._frames.feed(data))
 
     def close(self) -> None:
-        """Close the socket and leave nothing behind."""
-        self.socket.close(linger=0)
-        self.forget_folder()
+        """Close this end; what was sent still arrives."""
+        self._socket.close()
 
 
-def _unbounded(socket: Any) -> Any:
-    socket.set_hwm(0)
-    return socket
+class ApiChannel(asyncio.Protocol):
+    """The API process's end; ``on_message`` is called with each message, in the event loop."""
 
+    def __init__(self, on_message: Callable[[bytes], None]) -> None:
+        self._on_message = on_message
+        self._frames = _Frames()
+        self._transport: asyncio.WriteTransport | None = None
+        self._ended = asyncio.Event()
 
-def listen(context: Any, *, allow_ipc: bool = True) -> Listener:
-    """Bind the API process's end; ``context`` is a ``zmq.Context`` or ``zmq.asyncio.Context``."""
-    if allow_ipc and zmq.has("ipc"):
-        folder = Path(tempfile.mkdtemp(prefix="llmctl-"))
-        path = folder / "worker"
-        if len(str(path).encode()) <= _MAX_IPC_PATH:
-            socket = _unbounded(context.socket(zmq.PAIR))
-            try:
-                socket.bind(f"ipc://{path}")
-                return Listener(socket, Address(f"ipc://{path}"), folder)
-            except zmq.ZMQError:
-                socket.close(linger=0)
-        shutil.rmtree(folder, ignore_errors=True)
-    return _listen_tcp(context)
+    @classmethod
+    async def open(cls, end: socket.socket, on_message: Callable[[bytes], None]) -> ApiChannel:
+        """A channel on a connected socket, which it owns from now on."""
+        end.setblocking(False)
+        _, channel = await asyncio.get_running_loop().create_unix_connection(lambda: cls(on_message), sock=end)
+        return channel
 
+    def send(self, message: bytes) -> None:
+        """Hand over one message; it never waits, and after the end it does nothing."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(_framed(message))
 
-def _listen_tcp(context: Any) -> Listener:
-    socket = _unbounded(context.socket(zmq.PAIR))
-    server_key = None
-    if zmq.has("curve"):
-        public, secret = zmq.curve_keypair()
-        socket.curve_server = True
-        socket.curve_publickey, socket.curve_secretkey = public, secret
-        server_key = public.decode()
-    socket.bind("tcp://127.0.0.1:*")
-    return Listener(socket, Address(socket.last_endpoint.decode(), server_key), None)
+    async def ended(self) -> None:
+        """Wait until the other end is closed and everything that it had sent has been handled."""
+        await self._ended.wait()
 
+    def close(self) -> None:
+        """Close this end."""
+        if self._transport is not None:
+            self._transport.abort()
 
-def connect(context: zmq.Context[Any], address: Address) -> zmq.Socket[Any]:
-    """The worker's end; what it still holds at close is sent for up to a second."""
-    socket: zmq.Socket[Any] = _unbounded(context.socket(zmq.PAIR))
-    socket.linger = 1000
-    if address.server_key is not None:
-        socket.curve_serverkey = address.server_key.encode()
-        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    socket.connect(address.url)
-    return socket
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of ``asyncio.Protocol``."""
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of ``asyncio.Protocol``."""
+        for message in self._frames.feed(data):
+            self._on_message(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Part of ``asyncio.Protocol``."""
+        self._ended.set()

@@ -1,4 +1,4 @@
-"""What crosses between the API process and the worker process: msgspec structs as MessagePack, one ZMQ message each.
+"""What crosses between the API process and the worker process: msgspec structs as MessagePack.
 
 The worker sends ONE ``StepMessage`` per engine step with all requests' tokens in it; text never crosses. The engine's
 own dataclasses travel as they are.
@@ -72,10 +72,6 @@ class ErrorInfo(msgspec.Struct, array_like=True, frozen=True):
         return error
 
 
-class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
-    """The worker is connected; the socket's folder may go."""
-
-
 class Progress(msgspec.Struct, tag="progress", array_like=True, frozen=True):
     """What the worker is doing before it is ready, for ``/ready`` and the terminal."""
 
@@ -125,7 +121,7 @@ class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
     refused: list[Refused] = []
 
 
-Event = Hello | Progress | Located | EngineInfo | StartFailed | StepMessage
+Event = Progress | Located | EngineInfo | StartFailed | StepMessage
 
 
 def _from_array(value: Any) -> Any:

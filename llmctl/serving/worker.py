@@ -1,4 +1,4 @@
-"""The worker process: one engine loop behind one socket. ``python -m llmctl.serving.worker``, settings on stdin.
+"""The worker process: one engine loop behind one channel. ``python -m llmctl.serving.worker``, settings on stdin.
 
 It dies with the API process: on Linux the kernel kills it (PR_SET_PDEATHSIG), elsewhere the end of stdin, which the API
 process holds open, does. It ignores SIGINT and SIGTERM: a terminal's Ctrl-C and a service manager signal the whole
@@ -12,16 +12,16 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 
 import msgspec
-import zmq
 
 from llmctl.errors import LlmctlError
 from llmctl.serving.supervisor import WorkerSettings
-from llmctl.serving.transport import connect
-from llmctl.serving.wire import ErrorInfo, Event, Hello, StartFailed, encode
+from llmctl.serving.transport import WorkerChannel
+from llmctl.serving.wire import ErrorInfo, Event, StartFailed, encode
 
 log = logging.getLogger("llmctl.worker")
 
@@ -60,21 +60,21 @@ def main() -> int:
     settings = _read_settings()
     die_with_parent(settings.parent_pid)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s worker: %(message)s")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = connect(context, settings.address)
+    channel = WorkerChannel(socket.socket(fileno=settings.channel))
 
     def send(event: Event) -> None:
-        socket.send(encode(event))
+        channel.send(encode(event))
 
-    send(Hello())
     try:
-        # Imported after the hello, and inside the try: the first failure of a heavy import is reported, too.
+        # Imported inside the try: the first failure of a heavy import is reported, too.
         from llmctl.serving.engine_loop import EngineLoop, open_engine
 
         engine = open_engine(settings.config, send)
         gc.collect()
         gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
-        EngineLoop(engine, socket).run()
+        EngineLoop(engine, channel).run()
+    except (EOFError, BrokenPipeError):  # the API process is gone; its death ends this one, too
+        return 1
     except LlmctlError as error:
         send(StartFailed(ErrorInfo.of(error)))
         return int(error.exit_code)
@@ -83,8 +83,7 @@ def main() -> int:
         send(StartFailed(ErrorInfo.of(LlmctlError(f"{error.strerror or error}{where}"))))
         return 1
     finally:
-        socket.close()
-        context.term()
+        channel.close()
     return 0
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import asyncio
+from itertools import pairwise
 
 import numpy as np
 import pytest
-import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
 from llmctl.engine.request import FinishReason, RequestTimes
 from llmctl.engine.sampling import SamplingParams
 from llmctl.engine.step import TokenLogprobs
 from llmctl.errors import CapacityError, ExitCode, ModelNotFoundError, QueueFullError
-from llmctl.serving.transport import Address, connect, listen
+from llmctl.serving.transport import ApiChannel, WorkerChannel, socket_pair
 from llmctl.serving.wire import (
     AddRequests,
     ErrorInfo,
@@ -28,77 +30,102 @@ from llmctl.serving.wire import (
 STATS = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7, 8, 9)
 
 
-@pytest.fixture
-def context() -> zmq.Context[zmq.Socket[bytes]]:
-    return zmq.Context.instance()
+class Ends:
+    """An open channel: both ends, and what the API process's end has received."""
+
+    def __init__(self) -> None:
+        self.got: list[bytes] = []
+        self.news = asyncio.Event()
+
+    async def __aenter__(self) -> Ends:
+        ours, theirs = socket_pair()
+        self.worker = WorkerChannel(theirs)
+        self.api = await ApiChannel.open(ours, self._on_message)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.worker.close()
+        self.api.close()
+
+    def _on_message(self, message: bytes) -> None:
+        self.got.append(message)
+        self.news.set()
+
+    async def wait_for(self, count: int) -> list[bytes]:
+        while len(self.got) < count:
+            self.news.clear()
+            await asyncio.wait_for(self.news.wait(), 10)
+        return self.got
 
 
-@pytest.mark.parametrize("allow_ipc", [True, False])
-def test_messages_go_both_ways(
-    context: zmq.Context[zmq.Socket[bytes]], allow_ipc: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    listener = listen(context, allow_ipc=allow_ipc)
-    assert listener.address.url.startswith("ipc://" if allow_ipc else "tcp://127.0.0.1:")
-    peer = connect(context, listener.address)
-    try:
-        peer.send(b"up")
-        assert listener.socket.poll(5000)
-        assert listener.socket.recv() == b"up"
-        listener.forget_folder()
-        assert list(tmp_path.iterdir()) == []
-        listener.socket.send(b"down")  # the connection outlives its file
-        assert peer.poll(5000)
-        assert peer.recv() == b"down"
-    finally:
-        peer.close(linger=0)
-        listener.close()
+def test_messages_go_both_ways_and_keep_their_bounds() -> None:
+    async def run() -> None:
+        async with Ends() as ends:
+            for message in (b"up", b"", b"x" * 70_000):
+                ends.worker.send(message)
+            assert await ends.wait_for(3) == [b"up", b"", b"x" * 70_000]
+            assert ends.worker.receive(0) == []
+            ends.api.send(b"down")
+            ends.api.send(b"twice")
+            assert ends.worker.receive(5000) == [b"down", b"twice"]
+
+    asyncio.run(run())
 
 
-def test_the_ipc_folder_is_private(
-    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    listener = listen(context)
-    try:
-        (folder,) = tmp_path.iterdir()
-        assert folder.stat().st_mode & 0o077 == 0
-    finally:
-        listener.close()
-    assert list(tmp_path.iterdir()) == []
+def test_a_message_larger_than_the_buffers_waits_for_its_reader() -> None:
+    big = bytes(range(256)) * 40_000
+
+    async def run() -> None:
+        async with Ends() as ends:
+            sent = asyncio.create_task(asyncio.to_thread(ends.worker.send, big))
+            assert await ends.wait_for(1) == [big]
+            await sent
+            ends.api.send(big)
+            await asyncio.sleep(0)
+            parts: list[bytes] = []
+            while not parts:
+                parts = await asyncio.to_thread(ends.worker.receive, 5000)
+            assert parts == [big]
+
+    asyncio.run(run())
 
 
-def test_a_long_temporary_path_falls_back_to_tcp(
-    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deep = tmp_path / ("d" * 120)
-    deep.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(deep))
-    listener = listen(context)
-    try:
-        assert listener.address.url.startswith("tcp://127.0.0.1:")
-        assert list(deep.iterdir()) == []
-    finally:
-        listener.close()
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.binary(max_size=9), max_size=6), st.data())
+def test_frames_survive_any_cut(messages: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(len(m).to_bytes(4, "little") + m for m in messages)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=5)))
+    reader, writer = socket_pair()
+    with reader, writer:
+        channel = WorkerChannel(reader)
+        got: list[bytes] = []
+        for begin, end in pairwise([0, *cuts, len(stream)]):
+            writer.sendall(stream[begin:end])
+            got += channel.receive(0)
+        assert got == messages
 
 
-@pytest.mark.skipif(not zmq.has("curve"), reason="libzmq without CURVE")
-def test_tcp_needs_the_servers_key(context: zmq.Context[zmq.Socket[bytes]]) -> None:
-    listener = listen(context, allow_ipc=False)
-    stranger_key = zmq.curve_keypair()[0].decode()
-    peers = [connect(context, Address(listener.address.url, key)) for key in (None, stranger_key)]
-    try:
-        for peer in peers:
-            peer.send(b"let me in", zmq.NOBLOCK)
-        assert not listener.socket.poll(300)
-        peers.append(connect(context, listener.address))  # and the one with the key still gets in
-        peers[-1].send(b"it is me")
-        assert listener.socket.poll(5000)
-        assert listener.socket.recv() == b"it is me"
-    finally:
-        for peer in peers:
-            peer.close(linger=0)
-        listener.close()
+def test_the_end_is_seen_after_the_last_message() -> None:
+    async def run() -> None:
+        async with Ends() as ends:
+            ends.worker.send(b"last words")
+            ends.worker.close()
+            await asyncio.wait_for(ends.api.ended(), 10)
+            assert ends.got == [b"last words"]
+            ends.api.send(b"nobody hears this")
+
+    asyncio.run(run())
+
+
+def test_the_worker_sees_that_the_api_process_is_gone() -> None:
+    ours, theirs = socket_pair()
+    channel = WorkerChannel(theirs)
+    ours.close()
+    with pytest.raises(EOFError):
+        channel.receive(1000)
+    with pytest.raises(BrokenPipeError):
+        channel.send(b"hello?")
+    channel.close()
 
 
 def test_a_request_survives_the_wire() -> None:
