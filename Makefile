@@ -17,8 +17,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # Every CUDA kernel for every supported architecture: a spill or a stack frame fails.
+# With NVRTC=13.0.*: by another compiler than the one that is installed (that of CUDA PyTorch, for one).
 test-kernels: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests/kernels/test_compile.py
+	$(if $(NVRTC),$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade --target '$(VENV)/nvrtc' 'nvidia-cuda-nvrtc==$(NVRTC)')
+	$(if $(NVRTC),PYTHONPATH=$(VENV)/nvrtc )$(BIN)/python -m pytest -n $(WORKERS) -m $(if $(NVRTC),'',slow) tests/kernels/test_compile.py
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

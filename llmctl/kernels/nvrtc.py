@@ -107,13 +107,12 @@ def load_nvrtc() -> Nvrtc:
 
 
 def _wheel_libraries() -> list[str]:
-    """``libnvrtc`` files of pip wheels (``nvidia/cu13/lib``, ``nvidia/cuda_nvrtc/lib``), newest version first."""
+    """``libnvrtc`` files of pip wheels (``nvidia/cu13/lib``, ``nvidia/cuda_nvrtc/lib``): folders as Python's path has
+    them, in each the newest version first."""
     spec = importlib.util.find_spec("nvidia")
-    roots = spec.submodule_search_locations if spec else None
-    found = [
-        path
-        for root in roots or ()
-        for path in Path(root).glob("*/lib/libnvrtc.so.*")
-        if path.name.removeprefix("libnvrtc.so.").isdigit()
-    ]
-    return [str(path) for path in sorted(found, key=lambda p: int(p.name.rsplit(".", 1)[1]), reverse=True)]
+    found: list[str] = []
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        versions = {p: p.name.removeprefix("libnvrtc.so.") for p in Path(root).glob("*/lib/libnvrtc.so.*")}
+        libraries = [path for path, version in versions.items() if version.isdigit()]
+        found += [str(path) for path in sorted(libraries, key=lambda p: int(versions[p]), reverse=True)]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import importlib.util
 from pathlib import Path
 
@@ -172,6 +173,22 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_nvidia_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert nvrtc._wheel_libraries() == []
+
+
+def test_the_first_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``make test-kernels NVRTC=…`` puts another compiler in front of the installed one."""
+    names = (
+        "one/nvidia/cu13/lib/libnvrtc.so.13",
+        "two/nvidia/cu14/lib/libnvrtc.so.14",
+        "two/nvidia/x/lib/libnvrtc.so.9",
+    )
+    for name in (*names, "one/nvidia/cu13/lib/libnvrtc.so.13.0.48"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    spec = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / root / "nvidia") for root in ("one", "two")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: spec)
+    assert nvrtc._wheel_libraries() == [str(tmp_path / name) for name in names]
 
 
 def test_hash_covers_included_headers(tmp_path: Path) -> None:
