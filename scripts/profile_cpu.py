@@ -20,8 +20,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -128,6 +128,33 @@ def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_itemsize: int, 
     return Work(weight_bytes, kv_bytes, int_macs, float_macs)
 
 
+@dataclass
+class Samples:
+    """Raw measurements of one kind of step: microseconds, bytes a second, multiply-adds a second."""
+
+    work: Work
+    times: list[float] = field(default_factory=list)
+    kinds: list[dict[str, float]] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+
+    def profile(self, name: str, spans: Sequence[Span]) -> Profile:
+        """Their medians; of the bounds the best."""
+        ops = {kind: median(k.get(kind, 0.0) for k in self.kinds) for kind in self.kinds[0]}
+        return Profile(
+            name,
+            tokens=sum(added for _, added in spans),
+            context=max(before + added for before, added in spans),
+            step=median(self.times),
+            quartiles=(float(np.percentile(self.times, 25)), float(np.percentile(self.times, 75))),
+            ops=dict(sorted(ops.items(), key=lambda item: -item[1])),
+            other=median(t - sum(k.values()) for t, k in zip(self.times, self.kinds, strict=True)),
+            work=self.work,
+            read=max(self.reads),
+            int8=max(self.peaks),
+        )
+
+
 class Probes:
     """The machine's limits, measured by the kernel library's own loops."""
 
@@ -166,44 +193,40 @@ class Bench:
 
     def decode(self, batch: int, context: int) -> Profile:
         """One token for each of so many sequences, ``context`` tokens long after it."""
-        # A cache of never-written pages would be read from one page of zeros.
-        most = max(1, self.engine.request.max_num_batched_tokens // batch)
-        for start in range(0, context - 1, most):
-            self.runtime.execute(*self._plan([(start, min(most, context - 1 - start))] * batch))
-        return self._measure(f"decode, batch {batch}", [(context - 1, 1)] * batch)
+        self._fill(batch, context)
+        return self._measure({f"decode, batch {batch}": [(context - 1, 1)] * batch})[0]
+
+    def contexts(self, contexts: Sequence[int]) -> list[Profile]:
+        """Decode of one sequence at each context, in turns: a slow spell of the machine meets all of them."""
+        self._fill(1, max(contexts))
+        return self._measure({f"context {context}": [(context - 1, 1)] for context in contexts})
 
     def prefill(self, tokens: int) -> Profile:
         """One prompt in one step."""
-        return self._measure(f"prefill of {tokens}", [(0, tokens)])
+        return self._measure({f"prefill of {tokens}": [(0, tokens)]})[0]
 
-    def _measure(self, name: str, spans: Sequence[Span]) -> Profile:
-        """Time the same step over and over, with the probes in between."""
-        work = step_work(self.engine.graph, self.linears, self.kv_itemsize, spans)
-        plan, sampling = self._plan(spans)
-        times, kinds, reads, peaks = [], [], [], []
+    def _fill(self, batch: int, context: int) -> None:
+        """Prefill: a cache of never-written pages would be read from one page of zeros."""
+        most = max(1, self.engine.request.max_num_batched_tokens // batch)
+        for start in range(0, context - 1, most):
+            self.runtime.execute(*self._plan([(start, min(most, context - 1 - start))] * batch))
+
+    def _measure(self, cases: Mapping[str, Sequence[Span]]) -> list[Profile]:
+        """Time each of the steps in turns, over and over, with the probes in between."""
+        profiles = [Samples(step_work(self.engine.graph, self.linears, self.kv_itemsize, s)) for s in cases.values()]
+        plans = [self._plan(spans) for spans in cases.values()]
         for i in range(self.steps):
-            if i % max(1, self.steps // 5) == 0:
-                reads.append(self.probes.read(work.bytes))
-                peaks.append(self.probes.int8())
+            for (plan, sampling), samples in zip(plans, profiles, strict=True):
+                if i % max(1, self.steps // 5) == 0:
+                    samples.reads.append(self.probes.read(samples.work.bytes))
+                    samples.peaks.append(self.probes.int8())
+                    self.runtime.execute(plan, sampling)
+                self.runtime.profile()
+                start = time.perf_counter()
                 self.runtime.execute(plan, sampling)
-            self.runtime.profile()
-            start = time.perf_counter()
-            self.runtime.execute(plan, sampling)
-            times.append((time.perf_counter() - start) * 1e6)
-            kinds.append(self.runtime.profile())
-        ops = {kind: median(k.get(kind, 0.0) for k in kinds) for kind in kinds[0]}
-        return Profile(
-            name,
-            tokens=sum(added for _, added in spans),
-            context=max(before + added for before, added in spans),
-            step=median(times),
-            quartiles=(float(np.percentile(times, 25)), float(np.percentile(times, 75))),
-            ops=dict(sorted(ops.items(), key=lambda item: -item[1])),
-            other=median(t - sum(k.values()) for t, k in zip(times, kinds, strict=True)),
-            work=work,
-            read=max(reads),
-            int8=max(peaks),
-        )
+                samples.times.append((time.perf_counter() - start) * 1e6)
+                samples.kinds.append(self.runtime.profile())
+        return [s.profile(name, spans) for s, (name, spans) in zip(profiles, cases.items(), strict=True)]
 
     def _plan(self, spans: Sequence[Span]) -> tuple[StepPlan, SamplingBatch]:
         """Random tokens; every sequence has an equal share of the blocks."""
@@ -224,7 +247,7 @@ class Growth:
 
     Attributes:
         step, attention: slopes measured, of the whole step and of its attention. predicted: KV bytes a token at the
-            read bandwidth. worst: largest distance of a point from the line, a share of its time.
+            read bandwidth of the longest context. worst: largest distance of a point from the line, as a share of it.
     """
 
     step: float
@@ -240,7 +263,7 @@ def growth(points: Sequence[Profile]) -> Growth:
     slope, base = np.polyfit(contexts, times, 1)
     attention = np.polyfit(contexts, [p.ops.get("attention", 0.0) for p in points], 1)[0]
     kv_per_token = (points[-1].work.kv_bytes - points[0].work.kv_bytes) / (contexts[-1] - contexts[0])
-    predicted = kv_per_token / max(p.read for p in points) * 1e6
+    predicted = kv_per_token / points[-1].read * 1e6
     worst = float(np.max(np.abs(times - (base + slope * contexts)) / times))
     return Growth(float(slope), float(attention), float(predicted), worst)
 
@@ -287,7 +310,7 @@ def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         steps.append(bench.prefill(args.prefill))
     if steps:
         print_steps(steps)
-    points = [bench.decode(1, context) for context in args.contexts] if "growth" in args.only else []
+    points = bench.contexts(args.contexts) if "growth" in args.only else []
     line = growth(points) if len(points) > 1 else None
     if line is not None:
         print_growth(points, line)
