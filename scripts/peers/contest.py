@@ -1,0 +1,101 @@
+"""What a contestant of the benchmark is: an engine with one kind of weights, and how it is installed and started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class PeerError(Exception):
+    """A contestant cannot be installed, prepared, started or measured; one line that says which and why."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every contestant is given.
+
+    Attributes:
+        work: folder of virtual environments, models and logs.
+        model: what llmctl resolves to a checkpoint; every contestant serves this model.
+        cores: the processors that servers are pinned to; each runs one thread on each.
+        torch: requirement of the PyTorch that peers are installed with.
+        pip_flags: further options of every ``pip install``.
+        preload: libraries that are preloaded where a contestant gains by it, tcmalloc and the like.
+    """
+
+    work: Path
+    model: str
+    cores: tuple[int, ...]
+    torch: str = "torch==2.13.0"
+    pip_flags: tuple[str, ...] = ()
+    preload: tuple[Path, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """Threads a server may compute with."""
+        return len(self.cores)
+
+    @property
+    def models(self) -> Path:
+        """Folder of the models made for the contestants."""
+        return self.work / "models"
+
+    def venv(self, name: str) -> Path:
+        """Folder of a virtual environment."""
+        return self.work / name
+
+    def binary(self, venv: str, name: str) -> str:
+        """Path of a program of a virtual environment."""
+        return str(self.venv(venv) / "bin" / name)
+
+
+@dataclass(frozen=True)
+class Install:
+    """A throw-away virtual environment.
+
+    Attributes:
+        venv: its name below the work folder; contestants may share one.
+        groups: what is installed, one ``pip install`` each, in order.
+        unwanted: distributions removed afterwards.
+        environment: variables of the installation, for what is compiled then.
+        shown: distributions whose versions are reported; the first must be there for the installation to count.
+    """
+
+    venv: str
+    groups: tuple[tuple[str, ...], ...]
+    shown: tuple[str, ...]
+    unwanted: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started.
+
+    Attributes:
+        environment: variables set beside those of this process.
+        ready: path that answers 200 once requests are served.
+    """
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ready: str = "/health"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One engine with one kind of weights.
+
+    Attributes:
+        name: as ``--peers`` says it. title: as the table shows it.
+        install: None for llmctl itself, which runs in this Python.
+        prepare: makes the model's files unless they are there; returns their path.
+        launch: the command line for that model on a port.
+    """
+
+    name: str
+    title: str
+    install: Callable[[Setup], Install] | None
+    prepare: Callable[[Setup], Path]
+    launch: Callable[[Setup, Path, int], Launch]
