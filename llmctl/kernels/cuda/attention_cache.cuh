@@ -154,26 +154,28 @@ LLMCTL_DEVICE int permuted_word(int w) {
 
 // ---- the cache in global memory ------------------------------------------------------------------------------------
 
-// One sequence's view of one KV head.
+// One sequence's view of one KV head. The pointers are the launch's own, which take no registers; what is the head's
+// and the sequence's is added at each use.
 template <typename S>
 struct Cache {
     using KV = typename S::KV;
-    const KV *keys, *values;  // of this head, at slot 0
+    const KV *keys, *values;
     const float *key_scales, *value_scales;
-    const int* table;
-    int block_size, kv_heads, length;
+    const int* tables;
+    int block_size, kv_heads, head, length;
+    int table;  // where the sequence's begins; of fewer than 2^31 entries in all
 
     // First slot of a unit; its 16 positions are consecutive.
     LLMCTL_METHOD long long slot(int block, int unit) const {
         return static_cast<long long>(block) * block_size + (unit * kUnit & (block_size - 1));
     }
-    LLMCTL_METHOD int block_of(int unit) const { return table[unit * kUnit / block_size]; }
+    LLMCTL_METHOD int block_of(int unit) const { return tables[table + unit * kUnit / block_size]; }
 
     // Starts the copy of a unit by kThreads threads, of which this is thread `self`. Rows from `length` on become
     // zeros: what lies there was never written, and 0 * NaN would reach the output.
     template <int kThreads>
-    LLMCTL_METHOD void copy(u8* shared, const KV* head, long long slot, int unit, int self) const {
-        const u8* rows = reinterpret_cast<const u8*>(head + slot * kv_heads * S::kDim);
+    LLMCTL_METHOD void copy(u8* shared, const KV* plane, long long slot, int unit, int self) const {
+        const u8* rows = reinterpret_cast<const u8*>(plane + (slot * kv_heads + head) * S::kDim);
         const int live = length - unit * kUnit;
 #pragma unroll
         for (int i = 0; i < (kUnit * S::kCacheChunks + kThreads - 1) / kThreads; ++i) {
@@ -190,7 +192,7 @@ struct Cache {
         if (position >= length) return 0.0f;
         // Not (a ? b : c)[i % n]: GCC 12 with -fsanitize=integer-divide-by-zero reads element 0 there.
         const float* from = which ? value_scales : key_scales;
-        return from[(slot + position % kUnit) * kv_heads];
+        return from[(slot + position % kUnit) * kv_heads + head];
     }
 };
 

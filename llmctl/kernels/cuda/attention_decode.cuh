@@ -182,25 +182,12 @@ LLMCTL_DEVICE void decode(u8* shared, const Call<typename S::T, typename S::KV>&
 }  // namespace attention
 }  // namespace llmctl
 
-#define LLMCTL_ATTENTION_DECODE(T, KV, DIM)                                                                          \
-    LLMCTL_KERNEL((DIM > 128 ? 64 : 128), 3)                                                                         \
-    attention_decode_##T##_##KV##_d##DIM(                                                                            \
-        const llmctl::T* q, const llmctl::KV* keys, const llmctl::KV* values, const float* key_scales,               \
-        const float* value_scales, const int* block_tables, const int* seq_lens, const int* query_start,             \
-        float* parts, float* part_stats, int heads, int kv_heads, int block_size, int table_stride, int q_stride,    \
-        int window, int split, int max_splits, float scale, float softcap, float key_scale, float value_scale) {     \
-        LLMCTL_DYNAMIC_SHARED(shared);                                                                               \
-        llmctl::attention::decode<llmctl::attention::Shape<llmctl::T, llmctl::KV, DIM>>(                             \
-            shared,                                                                                                  \
-            {q, keys, values, key_scales, value_scales, block_tables, seq_lens, query_start, heads, kv_heads,        \
-             block_size, table_stride, q_stride, window, scale, softcap, key_scale, value_scale},                    \
-            parts, part_stats, split, max_splits);                                                                   \
+#define LLMCTL_ATTENTION_DECODE(T, KV, DIM)                                                                   \
+    LLMCTL_KERNEL((DIM > 128 ? 64 : 128), 3)                                                                  \
+    attention_decode_##T##_##KV##_d##DIM(LLMCTL_ATTENTION_POINTERS(T, KV), float* parts, float* part_stats,   \
+                                         LLMCTL_ATTENTION_SIZES, int split, int max_splits,                   \
+                                         LLMCTL_ATTENTION_FACTORS) {                                          \
+        LLMCTL_DYNAMIC_SHARED(shared);                                                                        \
+        llmctl::attention::decode<llmctl::attention::Shape<llmctl::T, llmctl::KV, DIM>>(                      \
+            shared, LLMCTL_ATTENTION_CALL, parts, part_stats, split, max_splits);                             \
     }
-
-#define LLMCTL_ATTENTION_DECODE_ALL(DIM)         \
-    LLMCTL_ATTENTION_DECODE(f16, f16, DIM)       \
-    LLMCTL_ATTENTION_DECODE(f16, s8, DIM)        \
-    LLMCTL_ATTENTION_DECODE(f16, e4m3, DIM)      \
-    LLMCTL_ATTENTION_DECODE(bf16, bf16, DIM)     \
-    LLMCTL_ATTENTION_DECODE(bf16, s8, DIM)       \
-    LLMCTL_ATTENTION_DECODE(bf16, e4m3, DIM)

@@ -8,4 +8,4 @@
 //   4.3 GFLOP, 17 with the empty rows of tiles: 22 us at 780 TFLOP/s, hidden behind the loads
 #include "attention_decode.cuh"
 
-LLMCTL_ATTENTION_DECODE_ALL(128)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_DECODE, 128)

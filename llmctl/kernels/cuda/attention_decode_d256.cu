@@ -8,4 +8,4 @@
 //   8.6 GFLOP, 34 with the empty rows of tiles: 44 us at 780 TFLOP/s, hidden behind the loads
 #include "attention_decode.cuh"
 
-LLMCTL_ATTENTION_DECODE_ALL(256)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_DECODE, 256)

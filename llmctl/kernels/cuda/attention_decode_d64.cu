@@ -8,4 +8,4 @@
 //   2.1 GFLOP, 9 with the empty rows of tiles: 11 us at 780 TFLOP/s, hidden behind the loads
 #include "attention_decode.cuh"
 
-LLMCTL_ATTENTION_DECODE_ALL(64)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_DECODE, 64)

@@ -8,4 +8,4 @@
 //   2.7 GFLOP, 11 with the empty rows of tiles: 14 us at 780 TFLOP/s, hidden behind the loads
 #include "attention_decode.cuh"
 
-LLMCTL_ATTENTION_DECODE_ALL(80)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_DECODE, 80)

@@ -8,4 +8,4 @@
 //   3.2 GFLOP, 13 with the empty rows of tiles: 17 us at 780 TFLOP/s, hidden behind the loads
 #include "attention_decode.cuh"
 
-LLMCTL_ATTENTION_DECODE_ALL(96)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_DECODE, 96)

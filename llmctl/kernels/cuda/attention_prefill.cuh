@@ -221,26 +221,12 @@ LLMCTL_DEVICE void prefill(u8* shared, const Call<typename S::T, typename S::KV>
 }  // namespace attention
 }  // namespace llmctl
 
-#define LLMCTL_ATTENTION_PREFILL(T, KV, DIM)                                                                        \
-    LLMCTL_KERNEL(128, 2)                                                                                           \
-    attention_prefill_##T##_##KV##_d##DIM(                                                                          \
-        const llmctl::T* q, const llmctl::KV* keys, const llmctl::KV* values, const float* key_scales,              \
-        const float* value_scales, const int* block_tables, const int* seq_lens, const int* query_start,            \
-        llmctl::T* out, int heads, int kv_heads, int block_size, int table_stride, int q_stride, int window,        \
-        int out_stride, int sequences, int min_rows, float scale, float softcap, float key_scale,                   \
-        float value_scale) {                                                                                        \
-        LLMCTL_DYNAMIC_SHARED(shared);                                                                              \
-        llmctl::attention::prefill<llmctl::attention::Shape<llmctl::T, llmctl::KV, DIM>>(                           \
-            shared,                                                                                                 \
-            {q, keys, values, key_scales, value_scales, block_tables, seq_lens, query_start, heads, kv_heads,       \
-             block_size, table_stride, q_stride, window, scale, softcap, key_scale, value_scale},                   \
-            out, out_stride, sequences, min_rows);                                                                  \
+#define LLMCTL_ATTENTION_PREFILL(T, KV, DIM)                                                                \
+    LLMCTL_KERNEL(128, 2)                                                                                   \
+    attention_prefill_##T##_##KV##_d##DIM(LLMCTL_ATTENTION_POINTERS(T, KV), llmctl::T* out,                 \
+                                          LLMCTL_ATTENTION_SIZES, int out_stride, int sequences,            \
+                                          int min_rows, LLMCTL_ATTENTION_FACTORS) {                         \
+        LLMCTL_DYNAMIC_SHARED(shared);                                                                      \
+        llmctl::attention::prefill<llmctl::attention::Shape<llmctl::T, llmctl::KV, DIM>>(                   \
+            shared, LLMCTL_ATTENTION_CALL, out, out_stride, sequences, min_rows);                           \
     }
-
-#define LLMCTL_ATTENTION_PREFILL_ALL(DIM)         \
-    LLMCTL_ATTENTION_PREFILL(f16, f16, DIM)       \
-    LLMCTL_ATTENTION_PREFILL(f16, s8, DIM)        \
-    LLMCTL_ATTENTION_PREFILL(f16, e4m3, DIM)      \
-    LLMCTL_ATTENTION_PREFILL(bf16, bf16, DIM)     \
-    LLMCTL_ATTENTION_PREFILL(bf16, s8, DIM)       \
-    LLMCTL_ATTENTION_PREFILL(bf16, e4m3, DIM)

@@ -8,4 +8,4 @@
 //   0.17 GB of q, out, keys and values from memory: 39 us; 4.3 GB of tiles from L2
 #include "attention_prefill.cuh"
 
-LLMCTL_ATTENTION_PREFILL_ALL(128)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_PREFILL, 128)

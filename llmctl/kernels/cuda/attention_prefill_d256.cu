@@ -9,4 +9,4 @@
 //   blocks of 128 rows would need 33 KB more shared memory than an SM of sm_86, sm_89 or sm_120 has
 #include "attention_prefill.cuh"
 
-LLMCTL_ATTENTION_PREFILL_ALL(256)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_PREFILL, 256)

@@ -8,4 +8,4 @@
 //   0.08 GB of q, out, keys and values from memory: 20 us; 2.1 GB of tiles from L2
 #include "attention_prefill.cuh"
 
-LLMCTL_ATTENTION_PREFILL_ALL(64)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_PREFILL, 64)

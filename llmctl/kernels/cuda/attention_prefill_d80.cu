@@ -8,4 +8,4 @@
 //   0.10 GB of q, out, keys and values from memory: 24 us; 2.7 GB of tiles from L2
 #include "attention_prefill.cuh"
 
-LLMCTL_ATTENTION_PREFILL_ALL(80)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_PREFILL, 80)

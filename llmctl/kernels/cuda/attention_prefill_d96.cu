@@ -8,4 +8,4 @@
 //   0.13 GB of q, out, keys and values from memory: 29 us; 3.2 GB of tiles from L2
 #include "attention_prefill.cuh"
 
-LLMCTL_ATTENTION_PREFILL_ALL(96)
+LLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_PREFILL, 96)

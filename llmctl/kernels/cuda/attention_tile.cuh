@@ -29,15 +29,16 @@ struct Call {
 
 template <typename S>
 LLMCTL_DEVICE Cache<S> cache_of(const Call<typename S::T, typename S::KV>& c, int sequence, int kv_head) {
-    const int at = kv_head * S::kDim;
-    return Cache<S>{c.keys + at,
-                    c.values + at,
-                    S::Rule::kScaled ? c.key_scales + kv_head : nullptr,
-                    S::Rule::kScaled ? c.value_scales + kv_head : nullptr,
-                    c.block_tables + static_cast<long long>(sequence) * c.table_stride,
+    return Cache<S>{c.keys,
+                    c.values,
+                    c.key_scales,
+                    c.value_scales,
+                    c.block_tables,
                     c.block_size,
                     c.kv_heads,
-                    c.seq_lens[sequence]};
+                    kv_head,
+                    c.seq_lens[sequence],
+                    sequence * c.table_stride};
 }
 
 // From the product q . k to the score in log2 units.
@@ -270,3 +271,22 @@ struct Flash {
 
 }  // namespace attention
 }  // namespace llmctl
+
+// What the entries of both kernels share: their first parameters, the sizes, the factors, and the Call of them all.
+#define LLMCTL_ATTENTION_POINTERS(T, KV)                                                                  \
+    const llmctl::T *q, const llmctl::KV *keys, const llmctl::KV *values, const float *key_scales,        \
+        const float *value_scales, const int *block_tables, const int *seq_lens, const int *query_start
+#define LLMCTL_ATTENTION_SIZES int heads, int kv_heads, int block_size, int table_stride, int q_stride, int window
+#define LLMCTL_ATTENTION_FACTORS float scale, float softcap, float key_scale, float value_scale
+#define LLMCTL_ATTENTION_CALL                                                                                      \
+    {q, keys, values, key_scales, value_scales, block_tables, seq_lens, query_start, heads, kv_heads, block_size,  \
+     table_stride, q_stride, window, scale, softcap, key_scale, value_scale}
+
+// ENTRY(T, KV, DIM) for every pair of element types.
+#define LLMCTL_ATTENTION_ALL(ENTRY, DIM) \
+    ENTRY(f16, f16, DIM)                 \
+    ENTRY(f16, s8, DIM)                  \
+    ENTRY(f16, e4m3, DIM)                \
+    ENTRY(bf16, bf16, DIM)               \
+    ENTRY(bf16, s8, DIM)                 \
+    ENTRY(bf16, e4m3, DIM)

@@ -8,18 +8,18 @@
 //   plain  y = sum * token_scale + bias + residual                                      y [m, n]
 //   gated  y = fn(gate + bias) * (up + bias) + residual, rows interleaved by eights     y [m, n / 2]
 #pragma once
-#include "device.cuh"
+#include "activation.cuh"
 
 namespace llmctl {
 namespace gemm {
 
 enum Activation : int { kPlain = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4 };
 
-LLMCTL_DEVICE float activate(int activation, float v) {
-    if (activation == kSilu) return v / (1.0f + expf(-v));
-    if (activation == kGelu) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    if (activation == kGeluTanh) return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    return fmaxf(v, 0.0f);
+LLMCTL_DEVICE float activate(int which, float v) {
+    if (which == kSilu) return activation::silu()(v);
+    if (which == kGelu) return activation::gelu()(v);
+    if (which == kGeluTanh) return activation::gelu_tanh()(v);
+    return activation::relu()(v);
 }
 
 // `n` counts the weight's rows, gate and up together. bias [n], residual (y's shape), token_scales [m]: may be null.

@@ -31,7 +31,7 @@ def _run_windowed(which: str) -> None:
 
 
 def _source(which: str, text: str) -> str:
-    return f"{text.replace('#pragma once', '')}\nLLMCTL_ATTENTION_{which.upper()}_ALL(64)\n"
+    return f"{text.replace('#pragma once', '')}\nLLMCTL_ATTENTION_ALL(LLMCTL_ATTENTION_{which.upper()}, 64)\n"
 
 
 def _calls() -> list[tuple[str, int]]:
