@@ -185,11 +185,6 @@ class BlockPool:
             block.hash = digest
             self._cached[digest] = block
 
-    def reset_cache(self) -> None:
-        """Forget every cached prefix (the weights or adapters changed)."""
-        for block in list(self._cached.values()):
-            self._forget(block)
-
     def _forget(self, block: _Block) -> None:
         if block.hash is not None:
             del self._cached[block.hash]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.output import OutputProcessor, TextOutput, merge_outputs
-from llmctl.engine.request import Request, fan_out
+from llmctl.engine.request import Request, RequestTimes, fan_out
 from llmctl.engine.sampling import SamplingParams
 from llmctl.text.tokenizer import Tokenizer
 
@@ -122,15 +123,15 @@ class _Run:
 
     def _step(self) -> None:
         processed = self._processor.process(self._engine.step())
-        self._engine.abort(processed.aborts)
+        aborted = {ended.request_id: ended.times for ended in self._engine.abort(processed.aborts)}
         for output in processed.outputs:
             self._parts[output.request_id].append(output)
             if output.finish_reason is not None:
-                self._finish(output.request_id)
+                self._finish(output.request_id, output.times or aborted[output.request_id])
 
-    def _finish(self, request_id: str) -> None:
+    def _finish(self, request_id: str, times: RequestTimes | None) -> None:
         prompt_index, sample_index, prompt_ids = self._places[request_id]
-        output = merge_outputs(self._parts.pop(request_id))
+        output = structs.replace(merge_outputs(self._parts.pop(request_id)), times=times)
         completion = Completion(prompt_index, sample_index, prompt_ids, output)
         self._done[request_id] = completion
         if self._on_finish is not None:

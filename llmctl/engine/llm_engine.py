@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
-from llmctl.engine.sampling import derive_seed, make_sampling_batch
+from llmctl.engine.sampling import SamplingBatcher, derive_seed
 from llmctl.engine.scheduler import ScheduledStep, Scheduler, SchedulerConfig
 from llmctl.engine.step import PendingStep, Runtime, RuntimeLimits, SequenceSlice, StepResult, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """What one step did for one request.
 
     Attributes:
@@ -27,7 +26,7 @@ class TokenOutput:
         num_cached_tokens: prompt tokens that came from the prefix cache.
         prompt_scores: f32 [num_prompt_tokens - 1], log-probability of each prompt token after the first; given once,
             when the whole prompt is computed, if the request asked for it.
-        times: the request's, as far as they are known by now.
+        times: the request's, with its end.
     """
 
     request_id: str
@@ -40,14 +39,14 @@ class TokenOutput:
     times: RequestTimes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges now, and totals since the start.
 
     Attributes:
         num_running, num_waiting: requests. kv_cache_usage: share of KV blocks held, 0 to 1.
         num_preemptions: total. prefix_cache_queries, prefix_cache_hits: total prompt tokens looked up and found.
         num_steps, num_scheduled_tokens, num_generated_tokens: totals. last_step_tokens: tokens the last step computed.
+        compute_seconds: total wall time that the runtime computed, as far as it says (see ``StepResult``).
     """
 
     num_running: int
@@ -60,6 +59,7 @@ class EngineStats:
     num_scheduled_tokens: int
     num_generated_tokens: int
     last_step_tokens: int
+    compute_seconds: float = 0.0
 
 
 class LLMEngine:
@@ -92,8 +92,10 @@ class LLMEngine:
         self._clock = clock
         self._max_steps_in_flight = max_steps_in_flight
         self._in_flight: deque[tuple[ScheduledStep, PendingStep]] = deque()
+        self._sampling = SamplingBatcher(runtime.limits.vocab_size, self.eos_token_ids)
         self._num_generated = 0
         self._last_step_tokens = 0
+        self._compute_seconds = 0.0
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -163,11 +165,8 @@ class LLMEngine:
             num_scheduled_tokens=counters.scheduled_tokens,
             num_generated_tokens=self._num_generated,
             last_step_tokens=self._last_step_tokens,
+            compute_seconds=self._compute_seconds,
         )
-
-    def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes."""
-        self.scheduler.pool.reset_cache()
 
     def close(self) -> None:
         """Abort everything, wait for the device and free it."""
@@ -181,15 +180,13 @@ class LLMEngine:
         for request in step.requests:
             if request.times.first_scheduled is None:
                 request.times.first_scheduled = now
-        sampling = make_sampling_batch(
-            step.sampled, vocab_size=self.limits.vocab_size, eos_token_ids=self.eos_token_ids
-        )
-        self._last_step_tokens = step.plan.num_tokens
-        return self.runtime.execute(step.plan, sampling)
+        self._last_step_tokens = step.num_tokens
+        return self.runtime.execute(step.plan, self._sampling.batch(step.sampled))
 
     def _postprocess(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
         """Append what was sampled, cache what was computed, end what is done."""
         outputs = []
+        self._compute_seconds += result.compute_seconds
         tokens = iter(result.token_ids.tolist())
         logprobs = iter(result.logprobs) if result.logprobs is not None else None
         for piece, request, epoch in zip(step.plan.slices, step.requests, step.epochs, strict=True):
@@ -197,7 +194,8 @@ class LLMEngine:
             logprob = next(logprobs) if piece.sample and logprobs is not None else None
             if request.status.finished:  # aborted while the step was in flight
                 continue
-            _keep_scores(request, piece, result)
+            if piece.score_targets is not None:
+                _keep_scores(request, piece.start, result.scores[request.request_id])
             self.scheduler.computed(request, piece, epoch)
             output = self._advance(request, piece, token, logprob)
             if output is not None:
@@ -208,7 +206,7 @@ class LLMEngine:
         self, request: Request, piece: SequenceSlice, token: int | None, logprob: TokenLogprobs | None
     ) -> TokenOutput | None:
         """One computed slice's effect on its request; None short of the last known token."""
-        if piece.start + len(piece.token_ids) < request.num_tokens:
+        if piece.start + len(piece.token_ids) < len(request.token_ids):
             return None
         scores = None
         if not request.scores_done:
@@ -227,12 +225,12 @@ class LLMEngine:
 
     def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         params = request.params
-        if request.num_output_tokens > params.min_tokens:
+        if len(request.token_ids) - request.num_prompt_tokens > params.min_tokens:
             if token in params.stop_token_ids:
                 return FinishReason.STOP, token
             if token in self.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP, None
-        return (FinishReason.LENGTH if request.num_tokens >= request.max_length else None), None
+        return (FinishReason.LENGTH if len(request.token_ids) >= request.max_length else None), None
 
     def _finish(
         self,
@@ -264,11 +262,10 @@ def _output(
         stop_reason=stop_reason,
         num_cached_tokens=request.num_cached_tokens,
         prompt_scores=prompt_scores,
-        times=request.times,
+        times=request.times if reason is not None else None,
     )
 
 
-def _keep_scores(request: Request, piece: SequenceSlice, result: StepResult) -> None:
-    if piece.score_targets is not None and request.prompt_scores is not None:
-        end = piece.start + len(piece.score_targets)
-        request.prompt_scores[piece.start : end] = result.scores[request.request_id]
+def _keep_scores(request: Request, start: int, scores: NDArray[np.float32]) -> None:
+    if request.prompt_scores is not None:
+        request.prompt_scores[start : start + len(scores)] = scores

@@ -6,9 +6,10 @@ Runs wherever the text is wanted: in the API process when serving, next to the e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,8 +40,7 @@ class PositionLogprobs:
     top: tuple[TokenText, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TextOutput:
+class TextOutput(msgspec.Struct, frozen=True):
     """What one step adds to one request's output.
 
     Attributes:
@@ -48,7 +48,8 @@ class TextOutput:
         token_ids: new tokens, the one that ended the output included.
         logprobs: one entry per new token; None when not asked for.
         finish_reason: None while it goes on. stop_reason: the stop string or stop token id that ended it.
-        num_output_tokens: tokens generated so far. num_cached_tokens, prompt_scores, times: as in ``TokenOutput``.
+        num_output_tokens: tokens generated so far. num_cached_tokens, prompt_scores, times: as in ``TokenOutput``
+            (a stop string ends the text before the engine knows, and gives no times).
     """
 
     request_id: str
@@ -177,7 +178,7 @@ def merge_outputs(parts: Sequence[TextOutput]) -> TextOutput:
     """One request's outputs as one: texts, tokens and log-probabilities joined, the rest from where it was given."""
     last = parts[-1]
     logprobs = [p.logprobs for p in parts if p.logprobs is not None]
-    return replace(
+    return msgspec.structs.replace(
         last,
         text="".join(p.text for p in parts),
         token_ids=tuple(t for p in parts for t in p.token_ids),

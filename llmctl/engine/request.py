@@ -89,7 +89,7 @@ class Request:
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = field(default=0, init=False)
-    block_ids: list[int] = field(default_factory=list, init=False)
+    block_ids: tuple[int, ...] = field(default=(), init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
     max_length: int = field(default=0, init=False)
     seed: int = field(default=0, init=False)

@@ -209,37 +209,60 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int,
     return tuple(found)
 
 
-def make_sampling_batch(
-    requests: Sequence[Request], *, vocab_size: int, eos_token_ids: Collection[int] = frozenset()
-) -> SamplingBatch:
-    """The SamplingBatch of the requests whose next token is to be sampled, in row order.
+class SamplingBatcher:
+    """Makes the SamplingBatch of each step.
+
+    Most steps sample the very requests that the last one did. Then only the positions are new, and whatever else
+    follows the requests' output; all other columns are the arrays of the last batch.
 
     Args:
-        requests: one per row.
         vocab_size: width of the logits. eos_token_ids: suppressed while a row is short of its ``min_tokens``.
     """
-    params = [r.params for r in requests]
-    penalised = any(p.penalised for p in params)
-    bias_rows, bias_ids, bias_values = _biases(requests, eos_token_ids)
-    biased = bool(bias_rows)
-    return SamplingBatch(
-        temperature=np.array([p.temperature for p in params], np.float32),
-        seeds=np.array([r.seed for r in requests], np.uint64),
-        positions=np.array([r.num_tokens for r in requests], np.int64),
-        top_k=_column(params, lambda p: 0 if p.greedy else max(p.top_k, 0), 0, np.int32),
-        top_p=_column(params, lambda p: 1.0 if p.greedy else p.top_p, 1.0, np.float32),
-        min_p=_column(params, lambda p: 0.0 if p.greedy else p.min_p, 0.0, np.float32),
-        repetition_penalty=_column(params, lambda p: p.repetition_penalty, 1.0, np.float32),
-        presence_penalty=_column(params, lambda p: p.presence_penalty, 0.0, np.float32),
-        frequency_penalty=_column(params, lambda p: p.frequency_penalty, 0.0, np.float32),
-        prompt_ids=tuple(_history(r, r.prompt_token_ids) for r in requests) if penalised else None,
-        output_ids=tuple(_history(r, r.output_token_ids) for r in requests) if penalised else None,
-        bias_rows=np.array(bias_rows, np.int32) if biased else None,
-        bias_ids=np.array(bias_ids, np.int32) if biased else None,
-        bias_values=np.array(bias_values, np.float32) if biased else None,
-        allowed_mask=_allowed_masks(params, vocab_size),
-        num_logprobs=_column(params, lambda p: -1 if p.logprobs is None else p.logprobs, -1, np.int32),
-    )
+
+    def __init__(self, vocab_size: int, eos_token_ids: Collection[int] = frozenset()) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._requests: tuple[Request, ...] | None = None
+        self._columns: dict[str, Any] = {}
+        self._penalised = self._biased = False
+
+    def batch(self, requests: tuple[Request, ...]) -> SamplingBatch:
+        """The batch of the requests whose next token is to be sampled, in row order."""
+        if requests != self._requests:  # by identity: requests have no equality of their own
+            self._requests = requests
+            self._set_columns([r.params for r in requests], [r.seed for r in requests])
+        columns = self._columns
+        if self._penalised or self._biased:
+            columns = {**columns, **self._following_output(requests)}
+        return SamplingBatch(positions=np.array([len(r.token_ids) for r in requests], np.int64), **columns)
+
+    def _set_columns(self, params: Sequence[SamplingParams], seeds: list[int]) -> None:
+        self._penalised = any(p.penalised for p in params)
+        self._biased = any(p.logit_bias or p.min_tokens or p.bad_words for p in params)
+        self._columns = {
+            "temperature": np.array([p.temperature for p in params], np.float32),
+            "seeds": np.array(seeds, np.uint64),
+            "top_k": _column(params, lambda p: 0 if p.greedy else max(p.top_k, 0), 0, np.int32),
+            "top_p": _column(params, lambda p: 1.0 if p.greedy else p.top_p, 1.0, np.float32),
+            "min_p": _column(params, lambda p: 0.0 if p.greedy else p.min_p, 0.0, np.float32),
+            "repetition_penalty": _column(params, lambda p: p.repetition_penalty, 1.0, np.float32),
+            "presence_penalty": _column(params, lambda p: p.presence_penalty, 0.0, np.float32),
+            "frequency_penalty": _column(params, lambda p: p.frequency_penalty, 0.0, np.float32),
+            "allowed_mask": _allowed_masks(params, self._vocab_size),
+            "num_logprobs": _column(params, lambda p: -1 if p.logprobs is None else p.logprobs, -1, np.int32),
+        }
+
+    def _following_output(self, requests: Sequence[Request]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self._penalised:
+            found["prompt_ids"] = tuple(_history(r, r.prompt_token_ids) for r in requests)
+            found["output_ids"] = tuple(_history(r, r.output_token_ids) for r in requests)
+        rows, ids, values = _biases(requests, self._eos_token_ids)
+        if rows:
+            found["bias_rows"] = np.array(rows, np.int32)
+            found["bias_ids"] = np.array(ids, np.int32)
+            found["bias_values"] = np.array(values, np.float32)
+        return found
 
 
 def _history(request: Request, ids: Sequence[int]) -> NDArray[np.int32]:

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from llmctl.config import EngineConfig
 from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.request import Request, RequestStatus
@@ -79,24 +81,22 @@ class SchedulerConfig:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
+class ScheduledStep(msgspec.Struct, frozen=True):
     """A step and what must be remembered about it until it is done.
 
     Attributes:
         plan: what the runtime computes.
         requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
             of an older epoch wrote to blocks that its request no longer holds.
+        sampled: those that get a token from this step, in SamplingBatch row order.
+        num_tokens: tokens computed.
     """
 
     plan: StepPlan
     requests: tuple[Request, ...]
     epochs: tuple[int, ...]
-
-    @property
-    def sampled(self) -> tuple[Request, ...]:
-        """Requests that get a token from this step, in SamplingBatch row order."""
-        return tuple(r for r, s in zip(self.requests, self.plan.slices, strict=True) if s.sample)
+    sampled: tuple[Request, ...]
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -199,35 +199,43 @@ class Scheduler:
         """The next step; its plan is empty when nothing can be computed before a step in flight is done."""
         step = _StepUnderWay(self.config.max_num_batched_tokens)
         self._schedule_running(step)
-        self._schedule_waiting(step)
-        if step.slices:
+        if self.waiting:
+            self._schedule_waiting(step)
+        num_tokens = self.config.max_num_batched_tokens - step.budget
+        if num_tokens:
             self.counters.steps += 1
-            self.counters.scheduled_tokens += self.config.max_num_batched_tokens - step.budget
+            self.counters.scheduled_tokens += num_tokens
         return ScheduledStep(
-            StepPlan(tuple(step.slices)), tuple(step.requests), tuple(r.num_preemptions for r in step.requests)
+            StepPlan(tuple(step.slices)),
+            tuple(step.requests),
+            tuple([r.num_preemptions for r in step.requests]),
+            tuple(step.sampled),
+            num_tokens,
         )
 
     def _schedule_running(self, step: _StepUnderWay) -> None:
         index = 0
         while index < len(self.running) and step.budget:  # preemption shortens the list from its end
             request = self.running[index]
-            count = min(request.num_uncomputed_tokens, step.budget)
-            if count and not self._grow(request, request.num_computed_tokens + count):
-                break  # it preempted itself
-            if count:
-                self._take(step, request, count)
             index += 1
+            count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
+            if not count:
+                continue
+            if not self._grow(request, request.num_computed_tokens + count):
+                break  # it preempted itself
+            self._take(step, request, count)
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for ``num_tokens`` tokens, preempting from the end; False if it fell itself."""
         missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)
+        if missing <= 0:
+            return True
         while missing > self.pool.num_free:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
-        if missing > 0:
-            request.block_ids += self.pool.allocate(missing)
+        request.block_ids += tuple(self.pool.allocate(missing))
         return True
 
     def _schedule_waiting(self, step: _StepUnderWay) -> None:
@@ -261,7 +269,7 @@ class Scheduler:
 
     def _admit(self, request: Request, cached: Sequence[int]) -> None:
         self.pool.share(cached)
-        request.block_ids = list(cached)
+        request.block_ids = tuple(cached)
         request.num_computed_tokens = len(cached) * self.pool.block_size
         if request.status is RequestStatus.WAITING and request.scores_done and self.pool.enable_caching:
             self.counters.prefix_cache_queries += request.num_tokens
@@ -278,17 +286,9 @@ class Scheduler:
         targets = None
         if not request.scores_done and start < request.num_prompt_tokens - 1:
             targets = request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)]
-        step.add(
-            request,
-            SequenceSlice(
-                request_id=request.request_id,
-                token_ids=request.token_ids[start:end],
-                start=start,
-                block_ids=tuple(request.block_ids),
-                sample=end == request.num_tokens and end < request.max_length,
-                score_targets=targets,
-            ),
-        )
+        tokens = request.token_ids[start:end]
+        sample = end == len(request.token_ids) and end < request.max_length
+        step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets))
         request.num_computed_tokens = end
 
     def _preempt(self, request: Request) -> None:
@@ -304,11 +304,12 @@ class Scheduler:
 
     def computed(self, request: Request, piece: SequenceSlice, epoch: int) -> None:
         """A slice is computed: make the blocks that it filled findable."""
-        if not self.pool.enable_caching or epoch != request.num_preemptions:
+        size = self.pool.block_size
+        filled = range(piece.start // size, (piece.start + len(piece.token_ids)) // size)
+        if not filled or not self.pool.enable_caching or epoch != request.num_preemptions:
             return
         self._extend_hashes(request)
-        size = self.pool.block_size
-        for index in range(piece.start // size, (piece.start + len(piece.token_ids)) // size):
+        for index in filled:
             self.pool.cache(request.block_ids[index], request.block_hashes[index])
 
     def finish(self, request: Request, status: RequestStatus) -> None:
@@ -341,7 +342,7 @@ class Scheduler:
 
     def _drop_blocks(self, request: Request) -> None:
         self.pool.release(request.block_ids)
-        request.block_ids = []
+        request.block_ids = ()
 
     def _extend_hashes(self, request: Request) -> None:
         self.pool.extend_hashes(request.block_hashes, request.token_ids, request.adapter_id, request.cache_salt)
@@ -354,10 +355,13 @@ class _StepUnderWay:
         self.budget = budget
         self.slices: list[SequenceSlice] = []
         self.requests: list[Request] = []
+        self.sampled: list[Request] = []
 
     def add(self, request: Request, piece: SequenceSlice) -> None:
         self.slices.append(piece)
         self.requests.append(request)
+        if piece.sample:
+            self.sampled.append(request)
         self.budget -= len(piece.token_ids)
 
 

@@ -1,10 +1,16 @@
-"""A StepPlan as flat numpy arrays: the one translation from the engine's plain data that all runtimes share."""
+"""A StepPlan as flat arrays: the one translation from the engine's plain data that all runtimes share.
+
+Lists and the array module rather than numpy: a decode step has a few dozen numbers, and it finds the processor's caches
+full of weights, so that what costs is the code that must be fetched.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,31 +58,125 @@ class Batch:
         return self.block_tables[sequence, positions // self.block_size] * self.block_size + positions % self.block_size
 
 
-def build_batch(plan: StepPlan, limits: RuntimeLimits) -> Batch:
-    """Flatten a plan.
+class FlatPlan(msgspec.Struct, frozen=True):
+    """T tokens of S sequences, packed in plan order; see ``Batch``.
+
+    Attributes:
+        token_ids, positions, slots: [T]. query_start: [S + 1].
+        rows: [R], rows whose logits are sampled.
+        scored: whether any slice has score targets.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    query_start: list[int]
+    rows: list[int]
+    scored: bool
+
+
+def flatten(plan: StepPlan, limits: RuntimeLimits) -> FlatPlan:
+    """Flatten a plan. Block ids are checked by whoever reads the tables: ``build_batch``, ``BlockTables``.
 
     Raises:
-        ValueError: an empty slice, token or block ids out of range, a block table too short, a sequence too long, or
-            more score targets than tokens; the message names the request.
+        ValueError: an empty slice, token ids out of range, a block table too short, a sequence too long, or more
+            score targets than tokens; the message names the request.
+    """
+    size = limits.block_size
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start, rows, scored = [0], [], False
+    for piece in plan.slices:
+        start, count, blocks = piece.start, len(piece.token_ids), piece.block_ids
+        end = start + count
+        if piece.score_targets is not None:
+            scored = True
+            _check_slice(piece, limits)
+        elif not 0 <= start < end <= min(limits.max_model_len, len(blocks) * size):
+            _check_slice(piece, limits)
+        token_ids += piece.token_ids
+        if count == 1:
+            positions.append(start)
+            slots.append(blocks[start // size] * size + start % size)
+        else:
+            positions += range(start, end)
+            slots += _slots(blocks, start, end, size)
+        query_start.append(len(token_ids))
+        if piece.sample:
+            rows.append(len(token_ids) - 1)
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
+        for piece in plan.slices:
+            _check_slice(piece, limits)
+    return FlatPlan(token_ids, positions, slots, query_start, rows, scored)
+
+
+def _slots(blocks: Sequence[int], start: int, end: int, size: int) -> list[int]:
+    """KV slots of positions ``start .. end-1``."""
+    slots: list[int] = []
+    for index in range(start // size, -(-end // size)):
+        first = blocks[index] * size
+        slots += range(first + max(start - index * size, 0), first + min(end - index * size, size))
+    return slots
+
+
+class BlockTables:
+    """Block tables as native code reads them, i32 [sequences, width]; beyond a sequence's blocks anything may stand.
+
+    A row is written only when the table of its sequence has changed: tables grow with the context, and a decode step
+    changes one in ``block_size`` of them.
+    """
+
+    def __init__(self, sequences: int, limits: RuntimeLimits) -> None:
+        self.width = -(-limits.max_model_len // limits.block_size)
+        self._limits = limits
+        self._table = array("i", bytes(4 * sequences * self.width))
+        self._rows: list[Sequence[int] | None] = [None] * sequences
+
+    @property
+    def address(self) -> int:
+        """Where the table lies, until the next ``update``."""
+        return self._table.buffer_info()[0]
+
+    def update(self, plan: StepPlan) -> None:
+        """Bring the first rows up to the plan's slices.
+
+        Raises:
+            ValueError: a block id out of range; the message names the request.
+        """
+        while len(plan.slices) > len(self._rows):
+            self._table.extend(array("i", bytes(4 * self.width)))
+            self._rows.append(None)
+        for row, piece in enumerate(plan.slices):
+            if self._rows[row] is not piece.block_ids:
+                self._write(row, piece)
+
+    def _write(self, row: int, piece: SequenceSlice) -> None:
+        self._rows[row] = None
+        _check_blocks(piece, self._limits)
+        blocks = array("i", piece.block_ids[: self.width])
+        self._table[row * self.width : row * self.width + len(blocks)] = blocks
+        if isinstance(piece.block_ids, tuple):  # another kind might change and still be the same object
+            self._rows[row] = piece.block_ids
+
+
+def build_batch(plan: StepPlan, limits: RuntimeLimits) -> Batch:
+    """A plan in numpy arrays.
+
+    Raises:
+        ValueError: as ``flatten``, or block ids out of range.
     """
     for piece in plan.slices:
-        _check_slice(piece, limits)
-    counts = np.array([len(s.token_ids) for s in plan.slices], dtype=np.int64)
-    starts = np.array([s.start for s in plan.slices], dtype=np.int64)
-    query_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    owner = np.repeat(np.arange(len(counts)), counts)
-    positions = np.arange(query_start[-1]) - query_start[:-1][owner] + starts[owner]
-    tables = _block_tables(plan.slices)
-    blocks = tables[owner, positions // limits.block_size]
-    sampled = np.array([s.sample for s in plan.slices], dtype=bool)
+        _check_blocks(piece, limits)
+    flat = flatten(plan, limits)
     return Batch(
-        token_ids=_concatenate([s.token_ids for s in plan.slices]),
-        positions=positions,
-        slot_mapping=blocks * limits.block_size + positions % limits.block_size,
-        query_start_loc=query_start,
-        seq_lens=starts + counts,
-        block_tables=tables,
-        logits_indices=query_start[1:][sampled] - 1,
+        token_ids=np.array(flat.token_ids, np.int64),
+        positions=np.array(flat.positions, np.int64),
+        slot_mapping=np.array(flat.slots, np.int64),
+        query_start_loc=np.array(flat.query_start, np.int64),
+        seq_lens=np.array([s.start + len(s.token_ids) for s in plan.slices], np.int64),
+        block_tables=_block_tables(plan.slices),
+        logits_indices=np.array(flat.rows, np.int64),
         block_size=limits.block_size,
     )
 
@@ -107,13 +207,16 @@ def _check_slice(piece: SequenceSlice, limits: RuntimeLimits) -> None:
         raise ValueError(f"{who}: token ids must be in 0..{limits.vocab_size - 1}")
     if len(piece.block_ids) * limits.block_size < end:
         raise ValueError(f"{who}: {len(piece.block_ids)} blocks of {limits.block_size} cannot hold {end} tokens")
-    if min(piece.block_ids) < 0 or max(piece.block_ids) >= limits.num_blocks:
-        raise ValueError(f"{who}: block ids must be in 0..{limits.num_blocks - 1}")
     targets = piece.score_targets or ()
     if len(targets) > count:
         raise ValueError(f"{who}: {len(targets)} score targets for {count} tokens")
     if targets and (min(targets) < 0 or max(targets) >= limits.vocab_size):
         raise ValueError(f"{who}: score targets must be in 0..{limits.vocab_size - 1}")
+
+
+def _check_blocks(piece: SequenceSlice, limits: RuntimeLimits) -> None:
+    if piece.block_ids and not 0 <= min(piece.block_ids) <= max(piece.block_ids) < limits.num_blocks:
+        raise ValueError(f"request {piece.request_id}: block ids must be in 0..{limits.num_blocks - 1}")
 
 
 def _block_tables(slices: Sequence[SequenceSlice]) -> Ints:
@@ -122,9 +225,3 @@ def _block_tables(slices: Sequence[SequenceSlice]) -> Ints:
     for row, piece in zip(tables, slices, strict=True):
         row[: len(piece.block_ids)] = piece.block_ids
     return tables
-
-
-def _concatenate(token_ids: Sequence[Sequence[int]]) -> Ints:
-    return (
-        np.concatenate([np.asarray(ids, dtype=np.int64) for ids in token_ids]) if token_ids else np.zeros(0, np.int64)
-    )

@@ -4,6 +4,8 @@ transformers."""
 from __future__ import annotations
 
 import ctypes as c
+import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan,
 from llmctl.graph.graph import Graph, Op
 from llmctl.kernels.cpu_layout import PackedLinear, pack_bias
 from llmctl.kernels.rope import cos_sin_table
-from llmctl.runtime.batch import Batch, build_batch
+from llmctl.runtime.batch import BlockTables, FlatPlan, flatten
 from llmctl.runtime.cpu_abi import ACT, DTYPE, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
 from llmctl.runtime.cpu_bind import Bound, Lowering, View, logits_view, plan_arena
 from llmctl.runtime.cpu_sampling import NativeSampling
@@ -106,39 +108,39 @@ class CpuRuntime:
             threads,
         )
         self._sampling = NativeSampling(graph.vocab_size)
+        self._tables = BlockTables(max_num_seqs, self.limits)
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:
         """Run one step.
 
         Raises:
-            ValueError: a plan that ``build_batch`` refuses, or with more tokens than the runtime was sized for.
+            ValueError: a plan that ``flatten`` or ``BlockTables`` refuses, one with more tokens than the runtime was
+                sized for, or sampling rows that do not match it.
         """
-        batch = build_batch(plan, self.limits)
-        if batch.num_tokens > self._max_tokens:
-            raise ValueError(f"{batch.num_tokens} tokens exceed the {self._max_tokens} this runtime was sized for")
-        rows, targets = _logits_rows(plan, batch)
-        scores = np.zeros(len(rows), np.float32)
-        arrays = (
-            batch.token_ids.astype(np.int32),
-            batch.positions.astype(np.int32),
-            batch.slot_mapping,
-            batch.query_start_loc.astype(np.int32),
-            np.ascontiguousarray(batch.block_tables, np.int32),
-        )
+        self._tables.update(plan)
+        flat = flatten(plan, self.limits)
+        if len(flat.token_ids) > self._max_tokens:
+            raise ValueError(f"{len(flat.token_ids)} tokens exceed the {self._max_tokens} this runtime was sized for")
+        if len(sampling.temperature) != len(flat.rows):
+            raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
+        rows, targets = _logits_rows(plan, flat)
+        scores = array("f", bytes(4 * len(targets)))
+        arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", flat.slots)]
+        arrays += [array("i", flat.query_start), array("i", rows), array("i", targets)]
+        token_ids, positions, slots, query_start, rows_at, targets_at = (a.buffer_info()[0] for a in arrays)
         step = StepDesc(
-            batch.num_tokens,
-            batch.num_sequences,
+            len(flat.token_ids),
+            len(plan.slices),
             len(rows),
-            *[a.ctypes.data for a in arrays],
-            batch.block_tables.shape[1],
-            rows.ctypes.data,
-            targets.ctypes.data,
-            scores.ctypes.data,
+            *(token_ids, positions, slots, query_start, self._tables.address, self._tables.width, rows_at),
+            *((targets_at, scores.buffer_info()[0]) if targets else (None, None)),
         )
-        call = self._sampling.prepare(sampling)
-        self._library.llmctl_step(self._program, c.byref(step), c.byref(call.desc))
-        token_ids, logprobs = call.results()
-        return DoneStep(StepResult(token_ids, logprobs, _split_scores(plan, targets, scores)))
+        desc = self._sampling.prepare(sampling)
+        began = time.perf_counter()
+        self._library.llmctl_step(self._program, c.byref(step), c.byref(desc))
+        seconds = time.perf_counter() - began
+        sampled, logprobs = self._sampling.results()
+        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, targets, scores), seconds))
 
     def profile(self) -> dict[str, float]:
         """Microseconds per op kind since the last call (as seen by the first thread, waiting included)."""
@@ -269,27 +271,30 @@ def _aligned(size: int) -> NDArray[np.uint8]:
     return raw[start : start + size]
 
 
-def _logits_rows(plan: StepPlan, batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Rows whose logits are made, and per row the id whose log-probability is wanted (-1: the row is sampled)."""
-    if not any(s.score_targets is not None for s in plan.slices):
-        rows = batch.logits_indices.astype(np.int32)
-        return rows, np.full(len(rows), -1, np.int32)
-    rows_list: list[int] = []
+def _logits_rows(plan: StepPlan, flat: FlatPlan) -> tuple[list[int], list[int]]:
+    """Rows whose logits are made, and per row the id whose log-probability is wanted (-1: the row is sampled).
+
+    No targets at all mean that every row is sampled.
+    """
+    if not flat.scored:
+        return flat.rows, []
+    rows: list[int] = []
     targets: list[int] = []
-    for piece, first, end in zip(plan.slices, batch.query_start_loc, batch.query_start_loc[1:], strict=False):
-        for i, target in enumerate(piece.score_targets or ()):
-            rows_list.append(int(first) + i)
-            targets.append(target)
+    for piece, first in zip(plan.slices, flat.query_start, strict=False):
+        wanted = piece.score_targets or ()
+        rows += range(first, first + len(wanted))
+        targets += wanted
         if piece.sample:
-            rows_list.append(int(end) - 1)
+            rows.append(first + len(piece.token_ids) - 1)
             targets.append(-1)
-    return np.array(rows_list, np.int32), np.array(targets, np.int32)
+    return rows, targets
 
 
-def _split_scores(
-    plan: StepPlan, targets: NDArray[np.int32], scores: NDArray[np.float32]
-) -> dict[str, NDArray[np.float32]]:
-    values = scores[targets >= 0]
+def _split_scores(plan: StepPlan, targets: list[int], scores: array[float]) -> dict[str, NDArray[np.float32]]:
+    """The scores of each slice that has score targets."""
+    if not targets:
+        return {}
+    values = np.frombuffer(scores, np.float32)[np.array(targets) >= 0]
     out: dict[str, NDArray[np.float32]] = {}
     at = 0
     for piece in plan.slices:

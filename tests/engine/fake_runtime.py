@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmctl.engine.request import Request
-from llmctl.engine.sampling import make_sampling_batch
+from llmctl.engine.sampling import SamplingBatcher
 from llmctl.engine.step import (
     RuntimeLimits,
     SamplingBatch,
@@ -136,7 +136,7 @@ def expected_tokens(request: Request, seed: int, limits: RuntimeLimits, eos: fro
     longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     end = longest if params.max_tokens is None else alone.num_prompt_tokens + params.max_tokens
     while alone.num_tokens < end:
-        sampling = make_sampling_batch([alone], vocab_size=limits.vocab_size, eos_token_ids=eos)
+        sampling = SamplingBatcher(limits.vocab_size, eos).batch((alone,))
         history = [(token, position) for position, token in enumerate(alone.token_ids)]
         token = next_token(history, sampling, 0, limits.vocab_size)
         alone.token_ids.append(token)

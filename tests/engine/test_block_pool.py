@@ -93,14 +93,6 @@ def test_hashes_grown_in_steps_equal_hashes_made_at_once(tokens: list[int], cut:
     assert len(grown) == len(tokens) // 3
 
 
-def test_reset_forgets_prefixes_but_not_holders() -> None:
-    pool = BlockPool(2, 1)
-    blocks = fill(pool, [1])
-    pool.reset_cache()
-    assert pool.match(chain(pool, [1])) == []
-    pool.check([blocks])
-
-
 def test_misuse_and_damage_are_noticed() -> None:
     pool = BlockPool(2, 1)
     with pytest.raises(RuntimeError, match="3 blocks wanted, 2 free"):

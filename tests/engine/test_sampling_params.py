@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmctl.engine.request import Request, fan_out
-from llmctl.engine.sampling import SamplingParams, bad_word_ids, derive_seed, make_sampling_batch
+from llmctl.engine.sampling import SamplingBatcher, SamplingParams, bad_word_ids, derive_seed
 from llmctl.engine.step import SamplingBatch
 from llmctl.errors import RequestError
 
@@ -61,7 +62,7 @@ def batch(
     requests = [Request(str(i), [1, 2, 3], p) for i, p in enumerate(params)]
     for request in requests:
         request.token_ids += outputs or []
-    return make_sampling_batch(requests, vocab_size=40, eos_token_ids=eos)
+    return SamplingBatcher(40, eos).batch(tuple(requests))
 
 
 def test_what_nobody_asks_for_is_none() -> None:
@@ -95,6 +96,29 @@ def test_greedy_rows_do_not_ask_for_truncation() -> None:
     assert made.top_k is None
     assert made.top_p is None
     assert made.min_p is None
+
+
+PARAMS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7, top_p=0.9),
+    SamplingParams(repetition_penalty=1.5),
+    SamplingParams(min_tokens=3, stop_token_ids=(7,)),
+    SamplingParams(bad_words=((5,), (6, 7)), allowed_token_ids=(5, 6, 7)),
+]
+
+
+@given(st.lists(st.lists(st.integers(0, 4), unique=True), min_size=2, max_size=8), st.randoms())
+def test_a_batcher_that_has_seen_other_steps_makes_the_same_batch(steps: list[list[int]], random: Random) -> None:
+    requests = [Request(str(i), [1, 2, 3], p) for i, p in enumerate(PARAMS)]
+    batcher = SamplingBatcher(40, frozenset({9}))
+    for step in steps:
+        rows = tuple(requests[i] for i in step)
+        for _ in range(2):  # the same rows again, one token later
+            made, fresh = batcher.batch(rows), SamplingBatcher(40, frozenset({9})).batch(rows)
+            for name in SamplingBatch.__dataclass_fields__:
+                np.testing.assert_equal(getattr(made, name), getattr(fresh, name), err_msg=name)
+            for request in rows:
+                request.token_ids.append(random.randrange(4, 8))
 
 
 def biases(made: SamplingBatch, row: int = 0) -> dict[int, float]:

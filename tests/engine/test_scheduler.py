@@ -102,7 +102,7 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
         step(engine)
     assert late.status is RequestStatus.PREEMPTED
     assert early.status is RequestStatus.RUNNING
-    assert late.block_ids == []
+    assert late.block_ids == ()
     assert late.num_computed_tokens == 0
     engine.add_request(request("c", 1, 1, arrival_time=3.0))
     step(engine)
