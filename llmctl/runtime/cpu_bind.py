@@ -91,6 +91,11 @@ class Lowering:
             if method is None:
                 raise UnsupportedModelError(f"op '{op.kind}' has no native CPU kernel", fix="--target reference")
             method(op)
+        # The ops on gathered rows run once for each chunk of rows: what they read of all tokens lives until the last.
+        tail = next((i for i, bound in enumerate(self.bound) if bound.on_rows), len(self.bound))
+        for storage in self.storages:
+            if not storage.on_rows and storage.last >= tail:
+                storage.last = len(self.bound) - 1
         return self.bound
 
     # storages
