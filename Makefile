@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-kernels test-slow lint format clean
+.PHONY: demo test test-kernels test-slow sanitize lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-dev
 test-kernels: $(VENV)/.installed-dev
 	$(if $(NVRTC),$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade --target '$(VENV)/nvrtc' 'nvidia-cuda-nvrtc==$(NVRTC)')
 	$(if $(NVRTC),PYTHONPATH=$(VENV)/nvrtc )$(BIN)/python -m pytest -n $(WORKERS) -m $(if $(NVRTC),'',slow) tests/kernels/test_compile.py
+
+# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; planted faults must be reported.
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python scripts/sanitize.py
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

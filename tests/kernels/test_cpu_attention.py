@@ -165,7 +165,6 @@ def check(
     variant: Variant,
     kv_dtype: str,
     lengths: tuple[int, ...] = (70, 33, 16, 1),
-    threads: int = 2,
 ) -> None:
     c = content(kind, shape, max(lengths), len(lengths), kv_dtype)
     native = bind(c, shape, variant, kv_dtype)

@@ -1,0 +1,198 @@
+// ThreadSanitizer on whole steps: a tiny decoder layer (random weights, every op that threads share work in) run for
+// prefill, decode and mixed batches at several thread counts. The outputs must not depend on the thread count.
+#include "program.cpp"
+
+#include <cstdio>
+#include <random>
+
+using namespace llmctl;
+
+namespace {
+
+constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 80, kGroup = 32;
+constexpr int64_t kBlock = 16, kBlocks = 48, kLength = 640;
+
+struct Memory {
+  std::vector<std::unique_ptr<float[]>> blocks;
+  std::mt19937 random{1};
+
+  float* floats(int64_t count, float scale) {
+    blocks.emplace_back(new float[size_t(count) + 16]());
+    float* start = (float*)((uintptr_t(blocks.back().get()) + 63) & ~uintptr_t(63));
+    std::normal_distribution<float> normal(0, 1);
+    for (int64_t i = 0; scale > 0 && i < count; i++) start[i] = normal(random) * scale;
+    return start;
+  }
+  Matrix rows(int64_t width) { return {floats(kTokens * width, 0), width}; }
+  uint8_t* bytes(int64_t count, int bits) {
+    auto* start = (uint8_t*)floats(count / 4 + 1, 0);
+    for (int64_t i = 0; i < count; i++) start[i] = uint8_t(random() & ((1u << bits) - 1));
+    return start;
+  }
+};
+
+struct Layer {
+  Memory memory;
+  std::vector<OpDesc> ops;
+  std::vector<KvDesc> kv;
+
+  OpDesc& add(Kind kind, Matrix x, Matrix y, int64_t width) {
+    OpDesc op{};
+    op.kind = kind;
+    op.x = x;
+    op.y = y;
+    op.width = width;
+    op.eps = 1e-5f;
+    op.scale = 1.0f;
+    ops.push_back(op);
+    return ops.back();
+  }
+
+  // int8 operand of x, then a 4- or 8-bit linear.
+  Matrix linear(Matrix x, int64_t width, int64_t n, DType type, Act act = Act::kNone) {
+    const Matrix y = memory.rows(act == Act::kNone ? n : n / 2);
+    OpDesc quantize{};
+    quantize.kind = kQuantize;
+    quantize.x = x;
+    quantize.width = quantize.q_k = width;
+    quantize.q_group = kGroup;
+    quantize.q_codes = (int8_t*)memory.bytes(kTokens * width, 1);
+    quantize.q_scales = memory.floats(kTokens * width / kGroup, 0);
+    quantize.q_sums = memory.floats(kTokens * width / kGroup, 0);
+    ops.push_back(quantize);
+    OpDesc op = quantize;
+    op.kind = kLinear;
+    op.y = y;
+    op.act = int32_t(act);
+    op.weight_dtype = type;
+    op.n = act == Act::kNone ? n : n / 2;
+    op.n_padded = n;
+    op.k = width;
+    op.group = kGroup;
+    op.w = memory.bytes(n * width, 8);
+    op.w_zeros = memory.bytes(n * width / kGroup, type == kW4 ? 4 : 8);
+    auto* scales = (uint16_t*)memory.bytes(2 * n * width / kGroup, 8);
+    for (int64_t i = 0; i < n * width / kGroup; i++) scales[i] = type == kW4 ? 0x2000 : 0x1000;  // 2^-7, 2^-11
+    op.w_scales = scales;
+    ops.push_back(op);
+    return y;
+  }
+
+  Layer() {
+    const Matrix x = memory.rows(kWidth), normed = memory.rows(kWidth), q = memory.rows(kHeads * kDim);
+    const Matrix k = memory.rows(kKvHeads * kDim), v = memory.rows(kKvHeads * kDim), attended = memory.rows(kHeads * kDim);
+    const Matrix sum = memory.rows(kWidth), gathered = memory.rows(kWidth);
+    OpDesc& embed = add(kEmbed, {}, x, kWidth);
+    embed.w = (const uint8_t*)memory.floats(kVocab * kWidth, 1);
+    embed.weight_dtype = kF32;
+    add(kRmsNorm, x, normed, kWidth).w = (const uint8_t*)memory.floats(kWidth, 1);
+    for (const auto& part : {std::pair<Matrix, int64_t>{q, kHeads * kDim}, {k, kKvHeads * kDim}, {v, kKvHeads * kDim}}) {
+      OpDesc& op = add(kLinear, normed, part.first, kWidth);
+      op.weight_dtype = kF32;
+      op.n = op.n_padded = part.second;
+      op.k = op.group = kWidth;
+      op.w = (const uint8_t*)memory.floats(part.second * kWidth, 0.2f);
+    }
+    OpDesc& rope = add(kRope, q, q, kHeads * kDim);
+    rope.x2 = rope.y2 = k;
+    rope.x3 = v;
+    rope.heads = kHeads;
+    rope.kv_heads = kKvHeads;
+    rope.head_dim = rope.rotary_dim = kDim;
+    rope.neox = rope.writes_kv = 1;
+    rope.cos = memory.floats(kLength * kDim / 2, 1);
+    rope.sin = memory.floats(kLength * kDim / 2, 1);
+    OpDesc& attention = add(kAttention, q, attended, kHeads * kDim);
+    attention.heads = kHeads;
+    attention.kv_heads = kKvHeads;
+    attention.head_dim = kDim;
+    attention.scale = 0.25f;
+    const Matrix hidden = linear(attended, kHeads * kDim, 128, kW4, Act::kSilu);
+    const Matrix projected = linear(hidden, 64, kWidth, kW8);
+    add(kAdd, x, sum, kWidth).x2 = projected;
+    add(kGatherRows, sum, gathered, kWidth).on_rows = 1;
+    OpDesc& head = add(kLinear, gathered, memory.rows(kVocab), kWidth);
+    head.on_rows = 1;
+    head.weight_dtype = kF32;
+    head.n = head.n_padded = kVocab;
+    head.k = head.group = kWidth;
+    head.w = (const uint8_t*)memory.floats(kVocab * kWidth, 0.2f);
+    const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
+    kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0});
+  }
+};
+
+// One sequence's share of a step.
+struct Piece {
+  int32_t start, count, first_block;
+};
+
+std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pieces) {
+  std::vector<int32_t> ids, positions, start{0}, tables, rows, targets;
+  std::vector<int64_t> slots;
+  const int64_t blocks = kLength / kBlock;
+  for (const Piece& piece : pieces) {
+    for (int32_t p = piece.start; p < piece.start + piece.count; p++) {
+      ids.push_back((p * 7 + piece.first_block) % kVocab);
+      positions.push_back(p);
+      slots.push_back((piece.first_block + p / kBlock) * kBlock + p % kBlock);
+    }
+    start.push_back(int32_t(ids.size()));
+    for (int32_t b = 0; b < blocks; b++) tables.push_back(piece.first_block + b);
+    rows.push_back(start.back() - 1);
+    targets.push_back(-1);
+  }
+  const int64_t count = int64_t(pieces.size());
+  std::vector<float> temperature(size_t(count), 0.7f), logprobs(size_t(count), 0);
+  std::vector<uint64_t> seeds(size_t(count), 5);
+  std::vector<int64_t> at(positions.begin(), positions.begin() + count);
+  std::vector<int32_t> tokens(size_t(count), -1);
+  StepDesc desc{};
+  desc.tokens = int64_t(ids.size());
+  desc.seqs = desc.rows = count;
+  desc.token_ids = ids.data();
+  desc.positions = positions.data();
+  desc.slots = slots.data();
+  desc.query_start = start.data();
+  desc.block_tables = tables.data();
+  desc.max_blocks = blocks;
+  desc.logits_rows = rows.data();
+  desc.targets = targets.data();
+  desc.target_logprobs = logprobs.data();
+  SamplingDesc sampling{};
+  sampling.rows = count;
+  sampling.temperature = temperature.data();
+  sampling.seeds = seeds.data();
+  sampling.positions = at.data();
+  sampling.token_ids = tokens.data();
+  llmctl_step(program, &desc, &sampling);
+  return tokens;
+}
+
+std::vector<int32_t> walk(int threads) {
+  Layer layer;
+  llmctl_program* program = llmctl_create(layer.ops.data(), int64_t(layer.ops.size()), layer.kv.data(), 1, kBlock,
+                                          kTokens, 3, kLength, kVocab, threads);
+  std::vector<int32_t> found;
+  auto run = [&](const std::vector<Piece>& pieces) {
+    const std::vector<int32_t> tokens = step(program, pieces);
+    found.insert(found.end(), tokens.begin(), tokens.end());
+  };
+  for (int32_t at = 0; at < 560; at += 70) run({{at, 70, 0}});  // chunked prefill over several segments
+  for (int32_t at = 560; at < 575; at++) run({{at, 1, 0}});     // decode alone: keys are cut among the threads
+  run({{575, 1, 0}, {0, 30, 40}});
+  // More sequences than rows of logits at once.
+  for (int32_t at = 30; at < 40; at++) run({{546 + at, 1, 0}, {at, 1, 40}, {at, 1, 40}, {at, 1, 40}, {at, 2, 40}});
+  llmctl_destroy(program);
+  return found;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<int32_t> alone = walk(1);
+  bool good = true;
+  for (int threads = 2; threads <= 4; threads++) good &= walk(threads) == alone;
+  if (!good) std::fprintf(stderr, "step_stress: tokens depend on the number of threads\n");
+  return good ? 0 : 1;
+}
