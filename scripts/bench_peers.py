@@ -22,7 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peers import llama_cpp, own, vllm_cpu
+from peers import llama_cpp, ov_genai, own, vllm_cpu
 from peers.checkpoints import dense_checkpoint
 from peers.contest import Contestant, PeerError, Setup
 from peers.measure import WORKLOADS, Plan, Visit, visits
@@ -32,7 +32,7 @@ from peers.venvs import install
 from llmctl.bench.environment import cpu_model, describe_environment
 from llmctl.errors import ExitCode, LlmctlError
 
-PEERS = {peer.name: peer for module in (llama_cpp, vllm_cpu) for peer in module.contestants()}
+PEERS = {peer.name: peer for module in (llama_cpp, vllm_cpu, ov_genai) for peer in module.contestants()}
 
 
 def main() -> int:
@@ -210,10 +210,17 @@ def _header(
         lines.append(f"* {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()))
     first = {v.contestant: v for v in reversed(done)}
     for name, seen in first.items():
-        command = " ".join([*(f"{k}={v}" for k, v in seen.environment.items()), shlex.join(seen.argv)])
-        lines.append(f"* `{command.replace(f'{plan.setup.work}/', '').replace(sys.executable, 'python')}`")
+        lines.append(f"* `{_shown(plan.setup, seen)}`")
         lines.append(f"  — {name} continues “The capital of France is” with {seen.sample!r}")
     return lines
+
+
+def _shown(setup: Setup, seen: Visit) -> str:
+    """A server's command line, without the places of this machine."""
+    command = " ".join([*(f"{key}={value}" for key, value in seen.environment.items()), shlex.join(seen.argv)])
+    for place in (f"{setup.work}/", f"{Path(__file__).resolve().parents[1]}/"):
+        command = command.replace(place, "")
+    return command.replace(sys.executable, "python")
 
 
 def _cores(text: str) -> tuple[int, ...]:

@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +78,8 @@ class Figures:
     Attributes:
         output_rate: output tokens a second over the wall time. decode_rate: 1 / median time per output token after
             the first. ttft, itl: medians, ms.
-        client_share: of one processor, taken by the load generator.
+        server_seconds: processor time of the server, warm-up included. client_share: of one processor, taken by the
+            load generator.
         idle_busy: share of the machine that was busy just before, the server idle. load_average: over a minute, then.
         others, stolen: shares of the machine that other processes and other virtual machines took meanwhile.
     """
@@ -85,6 +88,7 @@ class Figures:
     decode_rate: float
     ttft: float
     itl: float
+    server_seconds: float
     client_share: float
     idle_busy: float
     load_average: float
@@ -178,9 +182,9 @@ def ask(url: str) -> str:
         PeerError: no text comes.
     """
     try:
-        name = _json(f"{url}/v1/models", None)["data"][0]["id"]  # type: ignore[index]
+        name = _json(f"{url}/v1/models", None)["data"][0]["id"]
         body = {"model": name, "prompt": _PROMPT, "max_tokens": 12, "temperature": 0}
-        text = str(_json(f"{url}/v1/completions", body)["choices"][0]["text"])  # type: ignore[index]
+        text = str(_json(f"{url}/v1/completions", body)["choices"][0]["text"])
     except (OSError, ValueError, LookupError) as error:
         raise PeerError(f"no answer to a completion: {type(error).__name__}: {error}") from error
     if not text.strip():
@@ -188,11 +192,11 @@ def ask(url: str) -> str:
     return text
 
 
-def _json(url: str, body: Mapping[str, object] | None) -> dict[str, object]:
+def _json(url: str, body: Mapping[str, object] | None) -> dict[str, Any]:
     data = json.dumps(body).encode() if body else None
     call = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
     with urllib.request.urlopen(call, timeout=120) as answer:
-        loaded: dict[str, object] = json.loads(answer.read())
+        loaded: dict[str, Any] = json.loads(answer.read())
     return loaded
 
 
@@ -212,25 +216,26 @@ def run_workload(plan: Plan, server: Running, work: Workload, seed: int) -> Figu
     Raises:
         PeerError: a request failed or its output was short.
     """
-    output = plan.setup.work / "last-bench.json"
-    output.unlink(missing_ok=True)
     idle = _idle_share(plan)
     load = os.getloadavg()[0]
-    before, ours = CpuTimes.now(), _our_seconds(server)
-    done = subprocess.run(
-        bench_command(plan, server.url, work, seed, output), capture_output=True, text=True, check=False
-    )
-    busy = busyness(before, CpuTimes.now(), _our_seconds(server) - ours, os.cpu_count() or 1)
-    if done.returncode or not output.exists():
-        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise PeerError(f"{work.name}: the bench ended with code {done.returncode}: {' '.join(reason)[:300]}")
-    return figures_from(json.loads(output.read_text(encoding="utf-8")), work, idle, load, busy)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "bench.json"
+        command = bench_command(plan, server.url, work, seed, output)
+        before, served, loaded = CpuTimes.now(), server.cpu_seconds(), _children_seconds()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        served, loaded = server.cpu_seconds() - served, _children_seconds() - loaded
+        busy = busyness(before, CpuTimes.now(), served + loaded, os.cpu_count() or 1)
+        if done.returncode or not output.exists():
+            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise PeerError(f"{work.name}: the bench ended with code {done.returncode}: {' '.join(reason)[:300]}")
+        result = json.loads(output.read_text(encoding="utf-8"))
+    return figures_from(result, work, idle, load, busy, served)
 
 
-def _our_seconds(server: Running) -> float:
-    """Processor time of the server and of the load generators that have ended."""
-    clients = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return server.cpu_seconds() + clients.ru_utime + clients.ru_stime
+def _children_seconds() -> float:
+    """Processor time of the children that have ended; between two readings those are load generators."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime
 
 
 def _idle_share(plan: Plan) -> float:
@@ -244,7 +249,9 @@ def _idle_share(plan: Plan) -> float:
             return share
 
 
-def figures_from(result: Mapping[str, object], work: Workload, idle: float, load: float, busy: Busyness) -> Figures:
+def figures_from(
+    result: Mapping[str, Any], work: Workload, idle: float, load: float, busy: Busyness, served: float
+) -> Figures:
     """The figures of a ``bench serve`` result.
 
     Raises:
@@ -254,17 +261,13 @@ def figures_from(result: Mapping[str, object], work: Workload, idle: float, load
     if result["failed"] or got != asked:
         raise PeerError(f"{work.name}: expected {asked} tokens, found {got} ({result['failed']} requests failed)")
 
-    def number(key: str) -> float:
-        return float(result[key])  # type: ignore[arg-type]
-
-    client = result["client"]
-    assert isinstance(client, Mapping)
     return Figures(
-        output_rate=number("output_throughput"),
-        decode_rate=1000 / number("median_tpot_ms"),
-        ttft=number("median_ttft_ms"),
-        itl=number("median_itl_ms"),
-        client_share=float(client["cpu_share_of_one_core"]),
+        output_rate=float(result["output_throughput"]),
+        decode_rate=1000 / float(result["median_tpot_ms"]),
+        ttft=float(result["median_ttft_ms"]),
+        itl=float(result["median_itl_ms"]),
+        server_seconds=served,
+        client_share=float(result["client"]["cpu_share_of_one_core"]),
         idle_busy=idle,
         load_average=load,
         others=busy.others,

@@ -84,7 +84,7 @@ def serving(launch: Launch, port: int, cores: Sequence[int], log: Path, patience
         start = time.perf_counter()
         process = subprocess.Popen(
             launch.argv,
-            env={**os.environ, **launch.environment},
+            env=_environment() | dict(launch.environment),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -96,6 +96,11 @@ def serving(launch: Launch, port: int, cores: Sequence[int], log: Path, patience
         yield Running(url, process, time.perf_counter() - start)
     finally:
         _stop(process)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, less a thread count meant for it: servers are told theirs in their own ways."""
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
 
 
 def _await(process: subprocess.Popen[bytes], url: str, patience: float, log: Path) -> None:
