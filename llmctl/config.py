@@ -51,6 +51,7 @@ class BuildConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     lm_head: str = "auto"
+    eval_text: str = "builtin"
     passes: tuple[str, ...] | None = None
     dry_run: bool = False
     memory_budget: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,19 @@ def write_gptq(
     return _write(folder, config(quantization_config=quantization), tensors)
 
 
+@cache
+def _tokenizer() -> str:
+    """One token a printable ASCII character, as far as ``VOCAB`` goes."""
+    from tokenizers import Tokenizer, models
+
+    tokens = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(ord("~"), ord(" ") - 1, -1))][:VOCAB]
+    return str(Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>")).to_str())
+
+
 def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(_tokenizer())
     write_safetensors(folder / "model.safetensors", tensors)
     return folder

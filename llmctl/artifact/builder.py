@@ -41,13 +41,17 @@ def build_engine(config: BuildConfig, progress: Progress | None = None) -> Path:
         UsageError: an option that cannot be honoured, or an output that is something else than an engine.
         ModelNotFoundError, CheckpointError, UnsupportedModelError, CompileError: as the parts say.
     """
+    write_engine(plan_output(config), Path(config.output), progress)
+    return Path(config.output)
+
+
+def plan_output(config: BuildConfig) -> BuildPlan:
+    """The plan of ``build_engine``, everything that can be refused before the work checked; errors as that."""
     check_options(config)
     if not config.output:
         raise UsageError("--output is required", param="output")
-    output = Path(config.output)
-    check_replaceable(output)
-    write_engine(plan_build(config), output, progress)
-    return output
+    check_replaceable(Path(config.output))
+    return plan_build(config)
 
 
 def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Progress | None = None) -> Path:

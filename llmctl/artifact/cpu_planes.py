@@ -79,7 +79,7 @@ def pack_planes(weight: Tensor | QuantizedWeight, name: str, graph: Graph, optio
     if name in _table_names(graph):
         planes[name] = _dense(weight) if options.dtype == "float32" else _dense(weight).bfloat16()
     if formats is not None:
-        packed = _pack(weight, formats)
+        packed = pack_linear(weight, formats)
         planes |= {f"{name}.{suffix}": array for suffix, array in to_planes(packed).items()}
     return planes or {name: _dense(weight)}
 
@@ -135,7 +135,8 @@ def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.float()
 
 
-def _pack(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLinear:
+def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLinear:
+    """One linear weight in its stored format."""
     if not fmt.integer:
         dense = _dense(weight).contiguous()
         if fmt.dtype == "f32":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +13,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llmctl.artifact.plan import BuildPlan
-    from llmctl.artifact.writer import Progress
 
 _D = BuildConfig()
 
@@ -82,6 +78,15 @@ LmHead = Annotated[
         rich_help_panel="Target",
     ),
 ]
+EvalText = Annotated[
+    str,
+    typer.Option(
+        "--eval-text",
+        metavar="FILE",
+        help="Text that the precisions of a cpu engine's output head are compared on: a file, builtin, or none.",
+        rich_help_panel="Output",
+    ),
+]
 Passes = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,6 +108,7 @@ def build(
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
     lm_head: LmHead = _D.lm_head,
+    eval_text: EvalText = _D.eval_text,
     passes: Passes = None,
     max_model_len: MaxModelLen = _D.max_model_len,
     block_size: BlockSize = _D.block_size,
@@ -125,14 +131,17 @@ def build(
         block_size=block_size,
         kv_cache_dtype=kv_cache_dtype,
         lm_head=lm_head,
+        eval_text=eval_text,
         passes=tuple(passes) if passes else None,
         dry_run=dry_run,
         memory_budget=memory_budget,
     )
     if dry_run:
         _print_plan(settings, json_output)
-    else:
-        _build(settings, json_output)
+        return
+    from llmctl.cli.build_run import run_build
+
+    run_build(settings, json_output)
 
 
 def _print_plan(settings: BuildConfig, json_output: bool) -> None:
@@ -200,61 +209,3 @@ def _plan_table(plan: BuildPlan) -> Table:
     for what, size in rows.items():
         table.add_row(what, size)
     return table
-
-
-def _build(settings: BuildConfig, json_output: bool) -> None:
-    import time
-
-    from llmctl.artifact.builder import build_engine
-    from llmctl.artifact.loader import read_manifest
-
-    start = time.perf_counter()
-    with build_progress() as progress:
-        path = build_engine(settings, progress)
-    seconds = time.perf_counter() - start
-    manifest = read_manifest(path)
-    size = sum(record.size for record in manifest.files.values())
-    if json_output:
-        kernels = sorted({choice.kernel for choice in manifest.kernels})
-        print_json({
-            "engine": str(path), "target": str(manifest.target), "dtype": manifest.options.dtype, "bytes": size,
-            "checksum": manifest.checksum, "kernels": kernels, "seconds": round(seconds, 3),
-        })  # fmt: skip
-        return
-    from llmctl.artifact.memory import human_bytes
-
-    print(f"{path}: {human_bytes(size)} for {manifest.target}, {manifest.options.dtype}, built in {seconds:.1f} s")
-
-
-@contextmanager
-def build_progress() -> Iterator[Progress]:
-    """What to hand to a build to see it move: a bar on a terminal, a line at each tenth otherwise; on stderr."""
-    if not sys.stderr.isatty():
-        yield _PlainProgress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("weights"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda name, done, total: bar.update(task, completed=done, total=total, description=name)
-
-
-class _PlainProgress:
-    """One line each time another tenth of the weights is written."""
-
-    def __init__(self) -> None:
-        self._tenth = 0
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(1, total)
-        if tenth > self._tenth:
-            self._tenth = tenth
-            print(f"weights {10 * tenth}% ({name})", file=sys.stderr, flush=True)

@@ -102,27 +102,39 @@ def measure_perplexity(
     tokens = tokenizer.encode(text, add_special_tokens=False)[: protocol.max_tokens]
     windows = protocol.windows(tokens)
     engine = _engine(checkpoint, protocol.context)
-    total, count = 0.0, 0
     try:
-        for start in range(0, len(windows), _BATCH):
-            batch = windows[start : start + _BATCH]
-            scores = score_all(engine, [window for window, _ in batch])
-            for (_, fresh), values in zip(batch, scores, strict=True):
-                total += float(values[-fresh:].astype("float64").sum())
-                count += fresh
-            if on_progress is not None:
-                on_progress(min(start + _BATCH, len(windows)), len(windows))
+        perplexity = perplexity_of(engine, windows, on_progress)
     finally:
         engine.close()
     return Perplexity(
-        perplexity=math.exp(-total / count),
-        scored_tokens=count,
+        perplexity=perplexity,
+        scored_tokens=sum(fresh for _, fresh in windows),
         tokens=len(tokens),
         context=protocol.context,
         stride=protocol.stride,
         text_sha256=hashlib.sha256(torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()).hexdigest(),
         tokenizer_sha256=tokenizer_digest(checkpoint),
     )
+
+
+def perplexity_of(
+    engine: LLMEngine, windows: Sequence[tuple[Sequence[int], int]], on_progress: OnProgress | None = None
+) -> float:
+    """Perplexity of whatever an engine runs, over the windows of a ``Protocol``.
+
+    Raises:
+        CapacityError: a window longer than the engine's max_model_len.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(windows), _BATCH):
+        batch = windows[start : start + _BATCH]
+        scores = score_all(engine, [window for window, _ in batch])
+        for (_, fresh), values in zip(batch, scores, strict=True):
+            total += float(values[-fresh:].astype("float64").sum())
+            count += fresh
+        if on_progress is not None:
+            on_progress(min(start + _BATCH, len(windows)), len(windows))
+    return math.exp(-total / count)
 
 
 def measure_kl(original: Checkpoint, quantized: Checkpoint, text: str, protocol: Protocol) -> float:

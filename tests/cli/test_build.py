@@ -76,6 +76,44 @@ def test_json_documents(run: Run, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+def test_the_effect_of_the_head(run: Run, model: Path, tmp_path: Path) -> None:
+    build = ("build", "--model", model, "--output", tmp_path / "engine")
+    table = run(*build).stdout
+    for text in ("output head, perplexity on", "dense", "int8 (built)", "int4", "%"):
+        assert text in table
+    (tmp_path / "text.txt").write_text("one two three")
+    found = json.loads(run(*build, "--lm-head", "int4", "--eval-text", tmp_path / "text.txt", "--json").stdout)[
+        "lm_head"
+    ]
+    assert (found["chosen"], found["tokens"]) == ("int4", len("one two three"))
+    assert [h["lm_head"] for h in found["heads"]] == ["dense", "int8", "int4"]
+    assert all(h["perplexity"] > 1 for h in found["heads"])
+    assert found["heads"][0]["change"] == 0
+    assert json.loads(run(*build, "--eval-text", "none", "--json").stdout)["lm_head"] is None
+    assert "output head" not in run(*build, "--dtype", "float32").stdout
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+def test_an_effect_that_cannot_be_measured_is_said(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("x")
+    built = run("build", "--model", model, "--output", tmp_path / "engine", "--eval-text", tmp_path / "text.txt")
+    assert "warning: the effect of --lm-head is not measured: the text has no two tokens" in built.stderr
+    assert (tmp_path / "engine" / "engine.json").is_file()
+
+
+def test_what_is_wrong_is_found_before_the_work(run: Run, model: Path, tmp_path: Path) -> None:
+    build = ("build", "--model", model, "--output", tmp_path / "engine")
+    line = one_error_line(run(*build, "--eval-text", tmp_path / "absent", code=2))
+    assert "--eval-text" in line
+    assert "No such file" in line
+    (model / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json is not understood" in one_error_line(run(*build, code=1))
+    (model / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in one_error_line(run(*build, code=1))
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 def test_inspect_a_checkpoint(run: Run, model: Path) -> None:
     shown = json.loads(run("inspect", model, "--json").stdout)
     assert shown["kind"].startswith("model")

@@ -1,0 +1,125 @@
+"""What each ``--lm-head`` costs in perplexity: one text through one engine, its output head stored each way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.artifact.heads import HEADS, free_head, head_planes, with_head
+from llmctl.artifact.loader import LoadedEngine, load_engine
+from llmctl.artifact.plan import BuildPlan
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.errors import LlmctlError, UsageError
+from llmctl.quantize.evaluate import Protocol, perplexity_of
+from llmctl.runtime.load import load_runtime
+from llmctl.text.tokenizer import Tokenizer
+
+_BUILTIN = Path(__file__).parent / "eval_text.txt"  # Herman Melville, Moby-Dick (1851), from chapter 1
+_CONTEXT = 512
+_MAX_TOKENS = 4096
+_MIN_TOKENS = 32
+_ROWS = 64  # logits made at once: the head is read once for so many
+_SEQUENCES = 2
+_MAX_WORK = 4e12
+"""Multiply-adds that a comparison may take: under a minute at 100 G/s, the slowest of the kernels' useful variants."""
+
+
+@dataclass(frozen=True)
+class HeadEffect:
+    """One way to store the head: its bytes, and the perplexity of the whole engine with it."""
+
+    lm_head: str
+    bytes: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class HeadComparison:
+    """Every ``--lm-head`` on the same ``tokens`` tokens of text, in windows of ``context``; ``chosen``: the built."""
+
+    chosen: str
+    text: str
+    tokens: int
+    context: int
+    heads: tuple[HeadEffect, ...]
+
+    def change(self, head: HeadEffect) -> float:
+        """A head's perplexity over the dense one's, less 1."""
+        dense = next(h for h in self.heads if h.lm_head == "dense")
+        return head.perplexity / dense.perplexity - 1
+
+
+def read_text(eval_text: str) -> str | None:
+    """The text that ``--eval-text`` names: a file, ``builtin``, or ``none`` (None).
+
+    Raises:
+        UsageError: a file that cannot be read as text.
+    """
+    if eval_text == "none":
+        return None
+    path = _BUILTIN if eval_text == "builtin" else Path(eval_text)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(
+            f"--eval-text {eval_text}: {reason}", fix="name a text file, builtin or none", param="eval_text"
+        ) from error
+
+
+def compare_heads(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, name: str) -> HeadComparison | None:
+    """Measure the engine that ``plan`` made at ``path``; None when ``--lm-head`` decides nothing there.
+
+    A large model is measured on the leading part of the text that ``_MAX_WORK`` allows.
+
+    Args:
+        name: what the result calls the text.
+
+    Raises:
+        LlmctlError: the engine does not run here, or the model is too large for even a short text.
+    """
+    if free_head(plan) is None:
+        return None
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokens[: min(_MAX_TOKENS, _affordable(plan))]
+    if len(tokens) < 2:
+        raise LlmctlError("the text has no two tokens")
+    if max(tokens) >= plan.graph.vocab_size:
+        raise LlmctlError(f"the tokenizer gives id {max(tokens)}, the model has {plan.graph.vocab_size}")
+    protocol = Protocol(context := min(_CONTEXT, plan.options.max_model_len), context)
+    windows, block = protocol.windows(tokens), plan.options.block_size
+    engine = load_engine(
+        path,
+        max_model_len=context,
+        max_num_batched_tokens=context,
+        max_num_seqs=_ROWS,
+        kv_cache_bytes=_SEQUENCES * -(-context // block) * block * plan.memory.kv_per_token,
+    )
+    heads = tuple(_effect(with_head(engine, plan, head), head, windows, plan) for head in HEADS)
+    return HeadComparison(plan.options.lm_head, name, len(tokens), context, heads)
+
+
+def _affordable(plan: BuildPlan) -> int:
+    """Tokens of text that every head can be measured on."""
+    macs = sum(math.prod(plan.graph.weights[op.weights[0]].shape) for op in plan.graph.linears())
+    tokens = int(_MAX_WORK / (len(HEADS) * macs))
+    if tokens < _MIN_TOKENS:
+        raise LlmctlError(f"a model of {macs / 1e9:.0f} G weights would take minutes")
+    return tokens
+
+
+def _effect(engine: LoadedEngine, head: str, windows: list[tuple[list[int], int]], plan: BuildPlan) -> HeadEffect:
+    runtime = load_runtime(engine)
+    limits = engine.request
+    config = SchedulerConfig(limits.max_num_seqs, limits.max_num_batched_tokens, enable_prefix_caching=False)
+    llm = LLMEngine(runtime, config)
+    try:
+        perplexity = perplexity_of(llm, windows)
+    finally:
+        llm.close()
+    name = free_head(plan)
+    assert name is not None
+    size = sum(plane.data.nbytes for plane in head_planes(engine, name).values())
+    return HeadEffect(head, size, perplexity)
