@@ -46,6 +46,13 @@ _SPECS: Mapping[str, _Spec] = {
     "add_rms_norm": _Spec(2, 2, 1, attrs="eps plus_one"),
     "add_layer_norm": _Spec(2, 2, 2, (1,), attrs="eps"),
     "rope_kv_write": _Spec(4, 1, attrs=f"{_ROPE_ATTRS} layer"),
+    "quantize": _Spec(1, 2),
+    "rms_norm_s8": _Spec(1, 2, 1, attrs="eps plus_one"),
+    "layer_norm_s8": _Spec(1, 2, 2, (1,), attrs="eps"),
+    "add_rms_norm_s8": _Spec(2, 3, 1, attrs="eps plus_one"),
+    "add_layer_norm_s8": _Spec(2, 3, 2, (1,), attrs="eps"),
+    "lora": _Spec(2, 1, attrs="module first_row rows column rank"),
+    "act_mul": _Spec(1, 1, attrs="fn"),
 }
 
 
@@ -98,9 +105,10 @@ class _Checker:
         if spec is None:
             raise ValueError(f"op '{op.name}': unknown kind '{op.kind}'")
         self._check_attrs(op, spec)
+        inputs = spec.inputs + ("activations" in op.attrs) + ("residual" in op.attrs)
         outputs = len(op.attrs["splits"]) if "splits" in op.attrs else spec.outputs
         for what, found, expected in (
-            ("inputs", len(op.inputs), spec.inputs),
+            ("inputs", len(op.inputs), inputs),
             ("outputs", len(op.outputs), outputs),
             ("weights", len(op.weights), spec.weights),
         ):
@@ -149,7 +157,7 @@ class _Checker:
             if op.attrs.get("rope_type") not in _ROPE_FIELDS or op.attrs.get("style") not in ("neox", "gptj"):
                 raise ValueError(f"op '{op.name}': unknown rope_type or style")
             expected |= set(_ROPE_FIELDS[op.attrs["rope_type"]].split())
-        allowed = {"splits", "epilogue"} if op.kind == "linear" else set()
+        allowed = {"splits", "epilogue", "activations", "residual"} if op.kind == "linear" else set()
         wrong = (expected - set(op.attrs)) | (set(op.attrs) - expected - allowed)
         if wrong:
             raise ValueError(f"op '{op.name}': attributes: expected {sorted(expected)}, found {sorted(op.attrs)}")
@@ -187,9 +195,17 @@ def _pos_embed(c: _Checker, op: Op) -> None:
 
 
 def _norm(c: _Checker, op: Op) -> None:
-    width = c.same_width(op)
+    width = c.same_width(_unscaled(c, op))
     for i in range(len(op.weights)):
         c.shape(op, i, width)
+
+
+def _unscaled(c: _Checker, op: Op) -> Op:
+    """The op without the scales it makes, which are as wide as nothing else."""
+    if not (op.kind.endswith("_s8") or op.kind == "quantize"):
+        return op
+    c.expect(op, "width of the scales", c.width(op.outputs[1]), 1)
+    return op.with_(outputs=(op.outputs[0], *op.outputs[2:]))
 
 
 def _head_norm(c: _Checker, op: Op) -> None:
@@ -206,6 +222,12 @@ def _linear(c: _Checker, op: Op) -> None:
         c.expect(op, "epilogue is known", op.attrs["epilogue"] in [f"{fn}_mul" for fn in _ACTIVATIONS], True)
         c.expect(op, "splits beside an epilogue", "splits" in op.attrs, False)
         rows *= 2
+    if "activations" in op.attrs:
+        c.expect(op, "activations", op.attrs["activations"], "int8")
+        c.expect(op, "width of the scales", c.width(op.inputs[1]), 1)
+    if "residual" in op.attrs:
+        c.expect(op, "residual of a plain linear", op.attrs["residual"] is True and len(op.outputs) == 1, True)
+        c.expect(op, "width of the residual", c.width(op.inputs[-1]), c.width(op.outputs[0]))
     c.shape(op, 0, rows, c.width(op.inputs[0]))
     c.shape(op, 1, rows)
 
@@ -244,6 +266,19 @@ def _attention(c: _Checker, op: Op) -> None:
     c.heads(op, (op.inputs[0], "heads"), (op.outputs[0], "heads"))
 
 
+def _lora(c: _Checker, op: Op) -> None:
+    c.expect(op, "width of the result", c.width(op.outputs[0]), c.width(op.inputs[1]))
+    rank, column, rows = (op.attrs[name] for name in ("rank", "column", "rows"))
+    c.expect(op, "rank is positive", rank > 0, True)
+    c.expect(op, "columns are the result's", 0 <= column < column + rows <= c.width(op.outputs[0]), True)
+    c.expect(op, "tokens have adapters, gathered rows", op.inputs[0] in c.gathered, False)
+
+
+def _act_mul(c: _Checker, op: Op) -> None:
+    c.expect(op, "fn is known", op.attrs["fn"] in _ACTIVATIONS, True)
+    c.expect(op, "width of gate and up", c.width(op.inputs[0]), 2 * c.width(op.outputs[0]))
+
+
 _SHAPES = {
     "embed": _embed,
     "pos_embed": _pos_embed,
@@ -261,4 +296,11 @@ _SHAPES = {
     "add_rms_norm": _norm,
     "add_layer_norm": _norm,
     "rope_kv_write": _rope,
+    "quantize": _norm,
+    "rms_norm_s8": _norm,
+    "layer_norm_s8": _norm,
+    "add_rms_norm_s8": _norm,
+    "add_layer_norm_s8": _norm,
+    "lora": _lora,
+    "act_mul": _act_mul,
 }

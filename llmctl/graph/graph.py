@@ -34,9 +34,18 @@ fused (made by passes)
   linear         x -> y1, y2, …         | w [O1+…, I], b | splits: (O1, O2, …)
   linear         x -> h                 | w [2F, I], b   | epilogue: silu_mul|gelu_mul|gelu_tanh_mul|relu_mul
                                                            (gate rows first, up rows second)
+  linear         …, residual -> y       | w [O,I], b     | residual: True; y = x @ w.T + b + residual
   add_rms_norm   x, residual -> y, sum  | w              | eps, plus_one; sum = x + residual, y = norm(sum)
   add_layer_norm x, residual -> y, sum  | w, b           | eps
   rope_kv_write  q, k, v, pos -> q'     |                | rope's attrs and layer
+int8 activations (made by a pass): q holds integers -127..127, scale (width 1) what each row of them is multiplied by
+  quantize       x -> q, scale          |                | scale = max|x| / 127
+  <norm>_s8      … -> q, scale, …       | as <norm>      | as <norm>, whose first output is quantized
+  linear         q, scale, … -> …       | w, b           | activations: "int8"
+adapters (made by graph.lora): their weights are the runtime's, by the op's name; each token has its own, or none
+  lora           x, y -> z              |                | module, first_row, rows, column, rank;
+                                                           z[:, column:][:, :rows] = y + scale * (x @ A.T) @ B.T
+  act_mul        x -> y                 |                | fn; y = fn(gate) * up, gate columns first in x
 
 ``rope_type`` and the fields it needs (HF's ``rope_parameters``, defaults resolved; kernels/rope.py has the formulas):
   default | linear: factor
@@ -61,6 +70,7 @@ PLAIN_KINDS = frozenset(
     "embed pos_embed rms_norm layer_norm head_rms_norm linear act mul add rope kv_write attention gather_rows".split()
 )
 FUSED_KINDS = frozenset("add_rms_norm add_layer_norm rope_kv_write".split())
+INT8_KINDS = frozenset("quantize rms_norm_s8 layer_norm_s8 add_rms_norm_s8 add_layer_norm_s8".split())
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,24 @@
 """Passes: Graph -> an equal Graph with fewer, larger ops. Each matches on dataflow, never on names, and leaves alone
 what does not match, so that any pass may run on any graph and in any order.
 
-``fuse_gated_activation`` finds work only after ``merge_gate_up``.
+``fuse_gated_activation`` finds work only after ``merge_gate_up``. ``int8_activations`` alone changes what is computed:
+it rounds activations. Adapters are inserted by ``graph.lora``, which needs to know which.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from llmctl.errors import UsageError
-from llmctl.graph.graph import INPUT_IDS, POSITIONS, Graph, Op, Weight, WeightPart
+from llmctl.graph.graph import Buffer, Graph, Op, Weight, WeightPart
+from llmctl.graph.rewrite import Changes, Flow, rewritten
 
 Pass = Callable[[Graph], Graph]
 
 _FUSED_NORMS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
+_INT8: Mapping[str, str] = {"activations": "int8"}
+_INT8_NORMS = frozenset({*_FUSED_NORMS, *_FUSED_NORMS.values()})
 
 
 def apply_passes(graph: Graph, names: Iterable[str] | None = None) -> Graph:
@@ -43,8 +46,8 @@ def merge_gate_up(graph: Graph) -> Graph:
 
 def fuse_gated_activation(graph: Graph) -> Graph:
     """``mul(act(gate), up)`` of one merged linear's two halves becomes that linear's epilogue."""
-    flow = _Flow(graph)
-    changed: dict[str, Op | None] = {}
+    flow = Flow(graph)
+    changed: Changes = {}
     for mul in graph.ops:
         match = _gated(flow, mul) if mul.kind == "mul" else None
         if match is None:
@@ -53,13 +56,13 @@ def fuse_gated_activation(graph: Graph) -> Graph:
         attrs = {k: v for k, v in linear.attrs.items() if k != "splits"}
         changed[linear.name] = linear.with_(outputs=mul.outputs, attrs={**attrs, "epilogue": f"{act.attrs['fn']}_mul"})
         changed[act.name] = changed[mul.name] = None
-    return _rewritten(graph, changed, "fuse_gated_activation")
+    return rewritten(graph, changed, "fuse_gated_activation")
 
 
 def fuse_rope_kv(graph: Graph) -> Graph:
     """RoPE and the KV-cache write of the rotated key become one op."""
-    flow = _Flow(graph)
-    changed: dict[str, Op | None] = {}
+    flow = Flow(graph)
+    changed: Changes = {}
     for write in graph.ops:
         rope = flow.producer.get(write.inputs[0]) if write.kind == "kv_write" else None
         if rope is None or rope.kind != "rope" or rope.outputs[1] != write.inputs[0]:
@@ -75,13 +78,13 @@ def fuse_rope_kv(graph: Graph) -> Graph:
             outputs=(query,),
             attrs={**rope.attrs, "layer": write.attrs["layer"]},
         )
-    return _rewritten(graph, changed, "fuse_rope_kv")
+    return rewritten(graph, changed, "fuse_rope_kv")
 
 
 def fuse_add_norm(graph: Graph) -> Graph:
     """A residual add and the first norm of its sum become one op with both results."""
-    flow = _Flow(graph)
-    changed: dict[str, Op | None] = {}
+    flow = Flow(graph)
+    changed: Changes = {}
     for norm in graph.ops:
         add = flow.producer.get(norm.inputs[0]) if norm.kind in _FUSED_NORMS else None
         if add is None or add.kind != "add" or add.name in changed:
@@ -93,7 +96,52 @@ def fuse_add_norm(graph: Graph) -> Graph:
             layer=add.layer,
         )
         changed[norm.name] = None
-    return _rewritten(graph, changed, "fuse_add_norm")
+    return rewritten(graph, changed, "fuse_add_norm")
+
+
+def fuse_linear_add(graph: Graph) -> Graph:
+    """``linear(x) + residual`` becomes a linear that adds it, where no norm has taken the add (parallel residuals)."""
+    flow = Flow(graph)
+    changed: Changes = {}
+    for add in graph.ops:
+        match = _added_linear(flow, add) if add.kind == "add" else None
+        if match is None or match[0].name in changed:
+            continue
+        linear, residual = match
+        # In the add's place: the residual may be written after the linear.
+        changed[linear.name] = None
+        attrs = {**linear.attrs, "residual": True}
+        changed[add.name] = linear.with_(
+            inputs=(*linear.inputs, residual), outputs=add.outputs, attrs=attrs, layer=add.layer
+        )
+    return rewritten(graph, changed, "fuse_linear_add")
+
+
+def int8_activations(graph: Graph) -> Graph:
+    """Linears of symmetric 8-bit weights take int8 rows with a scale each. The norm before them makes those where they
+    alone read its result, an op of its own elsewhere."""
+    flow = Flow(graph)
+    readers: dict[str, list[Op]] = {}
+    for op in graph.linears():
+        scheme = graph.weights[op.weights[0]].quant
+        exact = scheme is not None and scheme.bits == 8 and scheme.symmetric and not scheme.act_order
+        if exact and "activations" not in op.attrs:
+            readers.setdefault(op.inputs[0], []).append(op)
+    changed: Changes = {}
+    buffers: list[Buffer] = []
+    for x, linears in readers.items():
+        pair = (f"{x}.q", f"{x}.scale")
+        buffers += [Buffer(pair[0], graph.buffers[x].width), Buffer(pair[1], 1)]
+        fed = {op.name: op.with_(inputs=(*pair, *op.inputs[1:]), attrs={**op.attrs, **_INT8}) for op in linears}
+        changed.update(fed)
+        norm = flow.producer.get(x)
+        if norm is not None and norm.kind in _INT8_NORMS and flow.uses[x] == len(linears) and x == norm.outputs[0]:
+            changed[norm.name] = norm.with_(kind=f"{norm.kind}_s8", outputs=(*pair, *norm.outputs[1:]))
+        else:
+            first = min(linears, key=lambda op: flow.index[op.name])
+            quantize = Op("quantize", f"{x}.quantize", (x,), pair, layer=first.layer)
+            changed[first.name] = (quantize, fed[first.name])
+    return rewritten(graph, changed, "int8_activations", buffers)
 
 
 PASSES: Mapping[str, Pass] = {
@@ -102,26 +150,18 @@ PASSES: Mapping[str, Pass] = {
     "fuse_gated_activation": fuse_gated_activation,
     "fuse_rope_kv": fuse_rope_kv,
     "fuse_add_norm": fuse_add_norm,
+    "fuse_linear_add": fuse_linear_add,
+    "int8_activations": int8_activations,
 }
-DEFAULT_PASSES: tuple[str, ...] = tuple(PASSES)
-
-
-class _Flow:
-    """Who writes and reads each buffer."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.index = {op.name: i for i, op in enumerate(graph.ops)}
-        self.producer = {out: op for op in graph.ops for out in op.outputs}
-        self.uses = Counter(buffer for op in graph.ops for buffer in op.inputs)
-        self.weight_uses = Counter(weight for op in graph.ops for weight in op.weights)
-        self.consumers: dict[str, list[str]] = {}
-        for op in graph.ops:
-            for buffer in op.inputs:
-                self.consumers.setdefault(buffer, []).append(op.name)
+DEFAULT_PASSES: tuple[str, ...] = (
+    "merge_qkv", "merge_gate_up", "fuse_gated_activation", "fuse_rope_kv", "fuse_add_norm",
+)  # fmt: skip
+CUDA_PASSES: tuple[str, ...] = (*DEFAULT_PASSES, "fuse_linear_add")
+"""What a cuda target has by default: its kernels add residuals as they store."""
 
 
 def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:
-    flow = _Flow(graph)
+    flow = Flow(graph)
     writes = {op.attrs["layer"]: op for op in graph.ops if op.kind in ("kv_write", "rope_kv_write")}
     groups: list[tuple[Op, ...]] = []
     for attention in graph.ops:
@@ -136,7 +176,7 @@ def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:
     return groups
 
 
-def _source_linear(flow: _Flow, buffer: str) -> Op | None:
+def _source_linear(flow: Flow, buffer: str) -> Op | None:
     """The linear a query, key or value comes from, through head norms and RoPE."""
     op = flow.producer.get(buffer)
     while op is not None and op.kind in ("rope", "rope_kv_write", "head_rms_norm"):
@@ -146,7 +186,7 @@ def _source_linear(flow: _Flow, buffer: str) -> Op | None:
 
 
 def _gate_up_groups(graph: Graph) -> list[tuple[Op, ...]]:
-    flow = _Flow(graph)
+    flow = Flow(graph)
     groups: list[tuple[Op, ...]] = []
     for mul in graph.ops:
         if mul.kind != "mul":
@@ -160,7 +200,7 @@ def _gate_up_groups(graph: Graph) -> list[tuple[Op, ...]]:
     return groups
 
 
-def _mergeable(graph: Graph, flow: _Flow, ops: Sequence[Op]) -> bool:
+def _mergeable(graph: Graph, flow: Flow, ops: Sequence[Op]) -> bool:
     """Whether plain linears read one buffer, own their weights, and are stored alike (act-order differs per tensor)."""
     first = ops[0]
     if len({op.name for op in ops}) != len(ops) or any(op.kind != "linear" or op.attrs for op in ops):
@@ -175,7 +215,7 @@ def _mergeable(graph: Graph, flow: _Flow, ops: Sequence[Op]) -> bool:
 
 
 def _merge_groups(graph: Graph, groups: Sequence[tuple[Op, ...]], pass_name: str, role: str) -> Graph:
-    changed: dict[str, Op | None] = {}
+    changed: Changes = {}
     weights = dict(graph.weights)
     for group in groups:
         if any(op.name in changed for op in group):
@@ -194,7 +234,7 @@ def _merge_groups(graph: Graph, groups: Sequence[tuple[Op, ...]], pass_name: str
             weights=tuple(names),
             attrs={"splits": tuple(graph.buffers[op.outputs[0]].width for op in group)},
         )
-    return _rewritten(replace(graph, weights=weights), changed, pass_name)
+    return rewritten(replace(graph, weights=weights), changed, pass_name)
 
 
 def _stacked(name: str, weights: Sequence[Weight]) -> Weight:
@@ -215,7 +255,18 @@ def _stacked(name: str, weights: Sequence[Weight]) -> Weight:
     return Weight(name, shape, tuple(parts), weights[0].quant)
 
 
-def _gated(flow: _Flow, mul: Op) -> tuple[Op, Op] | None:
+def _added_linear(flow: Flow, add: Op) -> tuple[Op, str] | None:
+    """(linear, residual) when ``add`` sums a plain linear's result, which nothing else reads, and another buffer."""
+    for product, residual in (add.inputs, add.inputs[::-1]):
+        linear = flow.producer.get(product)
+        if linear is None or linear.kind != "linear" or flow.uses[product] != 1:
+            continue
+        if {"splits", "epilogue", "residual"}.isdisjoint(linear.attrs):
+            return linear, residual
+    return None
+
+
+def _gated(flow: Flow, mul: Op) -> tuple[Op, Op] | None:
     """(linear, act) when ``mul`` is the gated product of one linear's two equal splits, gate first."""
     for act_buffer, up in (mul.inputs, mul.inputs[::-1]):
         act = flow.producer.get(act_buffer)
@@ -227,18 +278,3 @@ def _gated(flow: _Flow, mul: Op) -> tuple[Op, Op] | None:
         if halves and all(flow.uses[buffer] == 1 for buffer in (act_buffer, act.inputs[0], up)):
             return linear, act
     return None
-
-
-def _rewritten(graph: Graph, changed: Mapping[str, Op | None], pass_name: str) -> Graph:
-    """The graph with ops replaced (None: removed), and without the buffers and weights that nothing uses any more."""
-    ops = [changed.get(op.name, op) for op in graph.ops]
-    kept = tuple(op for op in ops if op is not None)
-    buffers = {INPUT_IDS, POSITIONS, *(name for op in kept for name in (*op.inputs, *op.outputs))}
-    used = dict.fromkeys(name for op in kept for name in op.weights if name)
-    return replace(
-        graph,
-        ops=kept,
-        buffers={name: buffer for name, buffer in graph.buffers.items() if name in buffers},
-        weights={name: graph.weights[name] for name in used},
-        passes=(*graph.passes, pass_name),
-    )

@@ -21,6 +21,8 @@ GEMM_ROWS = 192
 """Rows of x above which a dense product of dequantised weights should be as fast: on paper, for an H200, where
 dequantising costs a fixed 2.5 bytes a weight and mma.sync runs at half of cuBLAS's rate."""
 H200_SMS = 132
+INT8_TOKENS = (8, 16, 32, 64)
+"""Rows of x a block of the int8 kernels takes."""
 
 _STREAM_STAGES = 4
 _STREAM_STRIDE = TILE + 4
@@ -79,6 +81,11 @@ def gemm_sources(fmt: CudaFormat) -> tuple[str, ...]:
     return (f"w{fmt.bits}a16_stream.cu", f"w{fmt.bits}a16_gemm.cu", "dequantize.cu")
 
 
+def int8_entries(dtype: str) -> tuple[str, ...]:
+    """Every entry point that an 8-bit weight may need for int8 rows of x."""
+    return tuple(f"w8a8_gemm_{TAG[dtype]}_t{tokens}" for tokens in INT8_TOKENS)
+
+
 def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
     """The launch for m = 1..16 rows of x. K is shared out regardless of m, so a row has the same bits in any batch."""
     chunks = 16 // fmt.bits
@@ -101,7 +108,7 @@ def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> Gem
 
 def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: int = H200_SMS) -> GemmPlan:
     """The launch on tensor cores, for any m; ``int8``: int8 activations."""
-    sizes = (8, 16, 32, 64) if int8 else (32, 64)
+    sizes = INT8_TOKENS if int8 else (32, 64)
     tokens = next((size for size in sizes if m <= size), sizes[-1])
     shared = _tile_ring(fmt.bits, tokens, int8)
     columns, rows = -(-m // tokens), -(-fmt.rows // (TILE * _BLOCK_TILES))

@@ -6,17 +6,9 @@ from typing import Any
 
 from llmctl.kernels.cuda_call import Geometry, Machine, Signature, Sizes
 from llmctl.kernels.cuda_signatures import TAGS, ints, launch, read, register, update
+from llmctl.kernels.lora import MAX_RANK, RANK_MULTIPLE, SLICE, lora_entries, lora_splits
 
-MAX_RANK = 64
-RANK_MULTIPLE = 8
-SLICE = 512
-"""Columns of x a split: fixed, so that a row has the same bits in any batch."""
 _ROWS, _COLUMNS, _THREADS = 16, 128, 128
-
-
-def lora_splits(k: int, slice_: int = SLICE) -> int:
-    """Splits of ``k`` columns: the first size of the scratch ``h``."""
-    return -(-k // slice_)
 
 
 def add_adapters(machine: Machine, tag: str, slice_: int = SLICE, **tensors: Any) -> None:
@@ -35,12 +27,12 @@ def add_adapters(machine: Machine, tag: str, slice_: int = SLICE, **tensors: Any
         raise ValueError(
             f"lora: h has {splits} splits; {k} columns in slices of {slice_} make {lora_splits(k, slice_)}"
         )
-    suffix = f"{tag}_r{16 if rank <= 16 else MAX_RANK}"
     shrink, expand = (
         {name: tensors[name] for name in names.split()} for names in ("x a adapters h", "h b scales adapters y")
     )
-    launch(machine, f"lora_shrink_{suffix}", slice=slice_, **shrink)
-    launch(machine, f"lora_expand_{suffix}", **expand)
+    shrink_entry, expand_entry = lora_entries(tag, rank)
+    launch(machine, shrink_entry, slice=slice_, **shrink)
+    launch(machine, expand_entry, **expand)
 
 
 def _shrink_geometry(sizes: Sizes) -> Geometry:

@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmctl.graph.graph import Op
+from llmctl.graph.graph import INT8_KINDS, Op
 from llmctl.kernels.attention import AttentionShape, max_splits
 from llmctl.kernels.cuda_attention_signatures import planned
 from llmctl.kernels.cuda_call import Machine
-from llmctl.kernels.cuda_gemm import GEMM_ROWS, plan_gemm
+from llmctl.kernels.cuda_gemm import GEMM_ROWS, GemmPlan, plan_gemm, plan_tile
 from llmctl.kernels.cuda_gemm_signatures import dequantize_call, gemm_call
 from llmctl.kernels.cuda_layout import CudaFormat, CudaLinear
+from llmctl.kernels.cuda_lora import add_adapters
 from llmctl.kernels.cuda_signatures import launch
+from llmctl.kernels.lora import lora_splits
+from llmctl.kernels.reference import AdapterWeights
 
 DECODE_SPLIT = 512
 """Positions a split of decode attention: fixed, so that a sequence has the same bits in any batch."""
@@ -73,6 +76,7 @@ class StepTensors:
         longest: largest of seq_lens. most_rows: most rows of a sequence. fewest_rows: fewest.
         caches: [2, blocks, block size, kv heads, head dim] by layer. rope: cos and sin f32 [positions, R / 2] of an op.
         sms: multiprocessors of the device. kv_scales: f32 [2, slots, kv heads] by layer, of int8 caches.
+        adapters: i32 [T], each token's LoRA adapter, -1 for none; None: no token has one. lora: their weights by op.
     """
 
     positions: Tensor
@@ -89,6 +93,8 @@ class StepTensors:
     scratch: Scratch
     sms: int = 132
     kv_scales: Mapping[int, Tensor] = field(default_factory=dict)
+    adapters: Tensor | None = None
+    lora: Mapping[str, AdapterWeights] = field(default_factory=dict)
 
     def cache_scales(self, layer: int) -> dict[str, Tensor]:
         """``key_scales`` and ``value_scales`` of an int8 cache; nothing for others."""
@@ -112,11 +118,17 @@ class Job:
 
     @property
     def tag(self) -> str:
-        """Of the activations."""
-        return _TAG[(*self.outputs, *self.inputs)[0].dtype]
+        """Of the activations that are not int8."""
+        return next(_TAG[t.dtype] for t in (*self.outputs, *self.inputs) if t.dtype in _NAME)
 
 
 Executor = Callable[[Machine, Job], None]
+
+
+def output_dtypes(op: Op, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What each of an op's outputs is made of, when activations are ``dtype``."""
+    first = (torch.int8, torch.float32) if op.kind in INT8_KINDS else (dtype,)
+    return (*first, *(dtype,) * len(op.outputs))[: len(op.outputs)]
 
 
 def _embed(machine: Machine, job: Job) -> None:
@@ -135,9 +147,18 @@ def _pos_embed(machine: Machine, job: Job) -> None:
 def _norm(machine: Machine, job: Job) -> None:
     layer = "layer" in job.op.kind
     special: dict[str, Any] = {"b": job.weights[1]} if layer else {"plus_one": int(job.attrs.get("plus_one", False))}
-    added = {"residual": job.inputs[1], "sum": job.outputs[1]} if job.op.kind.startswith("add_") else {}
-    launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], w=job.weights[0], y=job.outputs[0],
-           eps=job.attrs["eps"], **special, **added)  # fmt: skip
+    added = {"residual": job.inputs[1], "sum": job.outputs[-1]} if job.op.kind.startswith("add_") else {}
+    made = _int8_rows(job) if job.op.kind in INT8_KINDS else {"y": job.outputs[0]}
+    launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], w=job.weights[0], eps=job.attrs["eps"], **made,
+           **special, **added)  # fmt: skip
+
+
+def _int8_rows(job: Job) -> dict[str, Tensor]:
+    return {"q": job.outputs[0], "scales": job.outputs[1][:, 0]}
+
+
+def _quantize(machine: Machine, job: Job) -> None:
+    launch(machine, f"quantize_s8_{job.tag}", x=job.inputs[0], **_int8_rows(job))
 
 
 def _head_norm(machine: Machine, job: Job) -> None:
@@ -147,10 +168,18 @@ def _head_norm(machine: Machine, job: Job) -> None:
 
 
 def _elementwise(machine: Machine, job: Job) -> None:
+    # Slices of a merged linear whose epilogue was not fused have gaps between their rows.
+    x = [t if t.is_contiguous() else _gathered(job, f"elementwise{i}", t) for i, t in enumerate(job.inputs)]
     if job.op.kind == "act":
-        launch(machine, f"act_{job.attrs['fn']}_{job.tag}", x=job.inputs[0], y=job.outputs[0])
+        launch(machine, f"act_{job.attrs['fn']}_{job.tag}", x=x[0], y=job.outputs[0])
+    elif job.op.kind == "act_mul":
+        launch(machine, f"{job.attrs['fn']}_mul_{job.tag}", x=x[0], y=job.outputs[0])
     else:
-        launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], y=job.inputs[1], z=job.outputs[0])
+        launch(machine, f"{job.op.kind}_{job.tag}", x=x[0], y=x[1], z=job.outputs[0])
+
+
+def _gathered(job: Job, name: str, x: Tensor) -> Tensor:
+    return job.step.scratch.take(name, x.dtype, *x.shape).copy_(x)
 
 
 def _rope_kv(machine: Machine, job: Job) -> None:
@@ -193,15 +222,31 @@ def _gemm(machine: Machine, job: Job) -> None:
         machine.launch(dequantize_call(fmt, job.tag, weight.planes, dense))
         _dense(machine, job, x, dense)
         return
-    plan = plan_gemm(fmt, _NAME[x.dtype], len(x), job.step.sms)
+    _launch_gemm(machine, job, plan_gemm(fmt, _NAME[x.dtype], len(x), job.step.sms), x=x)
+
+
+def _gemm_int8(machine: Machine, job: Job) -> None:
+    (q, scales), y, weight = job.inputs[:2], job.outputs[0], job.weights[0]
+    assert isinstance(weight, PackedWeight)
+    plan = plan_tile(weight.format, _NAME[y.dtype], len(q), int8=True, sms=job.step.sms)
+    _launch_gemm(machine, job, plan, x=q, token_scales=scales[:, 0])
+
+
+def _launch_gemm(machine: Machine, job: Job, plan: GemmPlan, **x: Tensor) -> None:
+    weight, scratch = job.weights[0], job.step.scratch
+    assert isinstance(weight, PackedWeight)
     machine.launch(
         gemm_call(
-            plan, fmt, weight.planes, epilogue=job.attrs.get("epilogue", ""),
+            plan, weight.format, weight.planes, epilogue=job.attrs.get("epilogue", ""),
             workspace=scratch.take("workspace", torch.float32, plan.workspace),
             counters=scratch.take("counters", torch.int32, plan.counters),
-            x=x, y=job.outputs[0], bias=job.weights[1],
+            y=job.outputs[0], bias=job.weights[1], residual=_residual(job), **x,
         )
     )  # fmt: skip
+
+
+def _residual(job: Job) -> Tensor | None:
+    return job.inputs[-1] if "residual" in job.attrs else None
 
 
 def _dense_gated(machine: Machine, job: Job) -> None:
@@ -211,13 +256,29 @@ def _dense_gated(machine: Machine, job: Job) -> None:
 
 
 def _dense(machine: Machine, job: Job, x: Tensor, weight: Tensor) -> None:
-    """torch's product, then the gated activation if there is one."""
-    bias, epilogue = job.weights[1], job.attrs.get("epilogue")
+    """torch's product, then the gated activation or the residual if there is one."""
+    bias, epilogue, residual = job.weights[1], job.attrs.get("epilogue"), _residual(job)
     product = F.linear(x, weight, bias)
     if epilogue:
         launch(machine, f"{epilogue}_{job.tag}", x=product, y=job.outputs[0])
+    elif residual is not None:
+        torch.add(product, residual, out=job.outputs[0])
     else:
         job.outputs[0].copy_(product)
+
+
+def _lora(machine: Machine, job: Job) -> None:
+    """The result may lie where the input that it adds to does; nothing is copied then."""
+    (x, y), z, step = job.inputs, job.outputs[0], job.step
+    if z.data_ptr() != y.data_ptr():
+        z.copy_(y)
+    if step.adapters is None:
+        return
+    weights = step.lora[job.op.name]
+    h = step.scratch.take("lora", torch.float32, lora_splits(x.shape[1]), len(x), weights.a.shape[1])
+    columns = slice(job.attrs["column"], job.attrs["column"] + job.attrs["rows"])
+    add_adapters(machine, job.tag, x=x, y=z[:, columns], h=h, a=weights.a, b=weights.b, scales=weights.scales,
+                 adapters=step.adapters)  # fmt: skip
 
 
 def _attention(machine: Machine, job: Job) -> None:
@@ -260,6 +321,9 @@ EXECUTORS: dict[str, Executor] = {
     "rope_kv": _rope_kv,
     "w4a16": _gemm,
     "w8a16": _gemm,
+    "w8a8": _gemm_int8,
+    "quantize_rows": _quantize,
+    "lora": _lora,
     "dense_gated": _dense_gated,
     "paged_attention": _attention,
 }

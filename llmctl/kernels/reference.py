@@ -42,6 +42,16 @@ class AttentionGroup:
     context: int
 
 
+@dataclass(frozen=True)
+class AdapterWeights:
+    """Low-rank adapters of one linear: a [adapters, rank, K], b [adapters, N, rank], scales f32 [adapters]. Those of
+    smaller ranks are padded with zeros."""
+
+    a: Tensor
+    b: Tensor
+    scales: Tensor
+
+
 class Scratch:
     """Buffers for gathered keys and values, reused from call to call: a fresh one costs its page faults every time."""
 
@@ -95,8 +105,42 @@ def linear_splits(x: Tensor, w: Tensor, b: Tensor | None, splits: Sequence[int])
 
 def linear_gated(x: Tensor, w: Tensor, b: Tensor | None, epilogue: str) -> Tensor:
     """``act(gate) * up`` of a merged linear whose first half of rows is the gate; epilogue is ``<fn>_mul``."""
-    gate, up = F.linear(x, w, b).chunk(2, dim=-1)
-    return ACTIVATIONS[epilogue.removesuffix("_mul")](gate).mul_(up)
+    return act_mul(F.linear(x, w, b), epilogue.removesuffix("_mul"))
+
+
+def act_mul(x: Tensor, fn: str) -> Tensor:
+    """``fn(gate) * up`` of gate and up side by side, [T, 2 F] -> [T, F]."""
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[fn](gate).mul_(up)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, scale)``, int8 [T, K] and f32 [T, 1], with ``x ~ q * scale``: scale is a row's largest magnitude / 127."""
+    x = x.float()
+    most = x.abs().amax(-1, keepdim=True)
+    steps = torch.where(most > 0, 127.0 / most, 0.0)
+    return torch.round(x * steps).clamp(-127, 127).to(torch.int8), most / 127.0
+
+
+def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
+    """``q * scale`` in float32."""
+    return q.float() * scale
+
+
+def lora(x: Tensor, y: Tensor, adapters: Tensor, weights: AdapterWeights) -> Tensor:
+    """``y + scale * (x @ a.T) @ b.T`` with each row's own adapter (Hu et al. 2021); rows whose adapter is -1 keep y.
+
+    Args:
+        x: [T, K]. y: [T, N]. adapters: i32 [T].
+    """
+    z = y.clone()
+    for adapter in adapters.unique().tolist():
+        if adapter < 0:
+            continue
+        rows = (adapters == adapter).nonzero()[:, 0]
+        low = F.linear(x[rows], weights.a[adapter].to(x.dtype))
+        z[rows] += F.linear(low, weights.b[adapter].to(x.dtype)) * weights.scales[adapter].to(x.dtype)
+    return z
 
 
 def act(x: Tensor, fn: str) -> Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.kernels.attention import AttentionShape
-from llmctl.kernels.cuda_gemm import GEMM_ROWS, gemm_entries, gemm_sources, weight_format
+from llmctl.kernels.cuda_gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
 from llmctl.kernels.cuda_layout import CudaFormat
+from llmctl.kernels.lora import MAX_RANK, lora_entries
 
 FALLBACK = "torch"
 """The kernel name of an op that a runtime executes with torch's own operators."""
@@ -164,9 +165,36 @@ def _refuse_gemm(bits: int) -> Callable[[OpFacts], str | None]:
             stored = _gemm_format(facts).bits
         except ValueError as error:
             return str(error)
+        if "activations" in facts.op.attrs:
+            return "activations are int8; the kernel takes 16-bit ones"
         return refuse_dtype(facts) if stored == bits else f"the weight has {stored}-bit codes; the kernel reads {bits}"
 
     return refuse
+
+
+def _refuse_int8(facts: OpFacts) -> str | None:
+    if "activations" not in facts.op.attrs:
+        return (
+            "activations are not quantized (int8_activations was not asked for, or the weight is not symmetric 8-bit)"
+        )
+    columns = facts.graph.weights[facts.op.weights[0]].shape[1]
+    if columns % 16:
+        return f"{columns} columns are not a multiple of 16 (one 16-byte load of int8)"
+    try:
+        _gemm_format(facts)
+    except ValueError as error:
+        return str(error)
+    return refuse_dtype(facts)
+
+
+def _refuse_lora(facts: OpFacts) -> str | None:
+    rank, buffers = facts.op.attrs["rank"], facts.graph.buffers
+    if rank > MAX_RANK:
+        return f"rank {rank}; the kernels take up to {MAX_RANK}"
+    for width in (buffers[facts.op.inputs[0]].width, facts.op.attrs["rows"], facts.op.attrs["column"]):
+        if width % 8:
+            return f"width {width} is not a multiple of 8 (one 16-byte load)"
+    return refuse_dtype(facts)
 
 
 def _refuse_sample(facts: OpFacts) -> str | None:
@@ -188,7 +216,8 @@ def _attention_entries(facts: OpFacts) -> tuple[str, ...]:
 
 
 def _elementwise_entries(facts: OpFacts) -> tuple[str, ...]:
-    name = f"act_{facts.op.attrs['fn']}" if facts.op.kind == "act" else facts.op.kind
+    fn = facts.op.attrs.get("fn")
+    name = {"act": f"act_{fn}", "act_mul": f"{fn}_mul"}.get(facts.op.kind, facts.op.kind)
     return (f"{name}_{facts.tag}",)
 
 
@@ -215,15 +244,19 @@ def _cuda(
 KERNELS: tuple[Kernel, ...] = (
     _cuda("embed", "elementwise.cu", "embed gather_rows", _refuse_width, lambda f: (f"embed_{f.tag}",)),
     _cuda("pos_embed", "elementwise.cu", "pos_embed", _refuse_width, _kind_entries),
-    _cuda("rms_norm", "norm.cu", "rms_norm add_rms_norm", _refuse_width, _kind_entries),
-    _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm", _refuse_width, _kind_entries),
+    _cuda("rms_norm", "norm.cu", "rms_norm add_rms_norm rms_norm_s8 add_rms_norm_s8", _refuse_width, _kind_entries),
+    _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm layer_norm_s8 add_layer_norm_s8", _refuse_width,
+          _kind_entries),
     _cuda("head_rms_norm", "norm.cu", "head_rms_norm", _refuse_head_norm, _kind_entries),
     _cuda("rope_kv", "rope_kv.cu", "rope kv_write rope_kv_write", _refuse_rope_kv, _rope_kv_entries),
     Kernel("paged_attention", "cuda", lambda f: _attention_shape(f).sources, frozenset({"attention"}),
            _refuse_attention, _attention_entries),
-    _cuda("elementwise", "elementwise.cu", "act mul add", _refuse_width, _elementwise_entries),
+    _cuda("elementwise", "elementwise.cu", "act act_mul mul add", _refuse_width, _elementwise_entries),
+    _cuda("quantize_rows", "quantize_rows.cu", "quantize", _refuse_width, lambda f: (f"quantize_s8_{f.tag}",)),
     _gemm(4),
     _gemm(8),
+    _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),
+    _cuda("lora", "lora.cu", "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
           lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
     _cuda("sample", "sampling.cu", "sample", _refuse_sample, lambda f: (f"sample_{f.tag}", "sample_f32")),

@@ -50,6 +50,7 @@ class StepContext:
         self.slots = self.tensor(batch.slot_mapping)
         self.padded = bool((batch.slot_mapping < 0).any())
         self.rows = self.tensor(batch.logits_indices)
+        self.adapters: Tensor | None = None  # i32 [T], each token's LoRA adapter, -1 for none; None: no token has one
         self.scratch = kernels.Scratch()
         self._groups: dict[int, list[kernels.AttentionGroup]] = {}
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}

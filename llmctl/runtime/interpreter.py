@@ -55,6 +55,7 @@ class Interpreter:
             weights: Weight name -> dense Tensor or QuantizedWeight; read lazily, so it may load on access.
         """
         self.graph = graph
+        self.adapters: dict[str, kernels.AdapterWeights] = {}  # by name of a lora op
         self.dtype = dtype
         self.device = torch.device(device)
         self._source = weights
@@ -233,7 +234,72 @@ def _bind_add_norm(interp: Interpreter, op: Op) -> _Bound:
     return run
 
 
+def _bind_norm_s8(interp: Interpreter, op: Op) -> _Bound:
+    """The norm in float32, quantized without a rounding between."""
+    q, scale, w, eps = *op.outputs[:2], interp.norm_weight(op, 0), op.attrs["eps"]
+    b = interp.norm_weight(op, 1) if "layer" in op.kind and op.weights[1] else None
+
+    def run(env: Env, _: StepContext) -> None:
+        x = env[op.inputs[0]]
+        if op.kind.startswith("add_"):
+            x = env[op.outputs[2]] = x + env[op.inputs[1]]
+        y = kernels.layer_norm(x.float(), w, b, eps) if "layer" in op.kind else kernels.rms_norm(x.float(), w, eps)
+        env[q], env[scale] = kernels.quantize_rows(y)
+
+    return run
+
+
+def _bind_quantize(_: Interpreter, op: Op) -> _Bound:
+    (x,), (q, scale) = op.inputs, op.outputs
+
+    def run(env: Env, _: StepContext) -> None:
+        env[q], env[scale] = kernels.quantize_rows(env[x])
+
+    return run
+
+
+def _bind_lora(interp: Interpreter, op: Op) -> _Bound:
+    (x, y), (z,) = op.inputs, op.outputs
+    columns = slice(op.attrs["column"], op.attrs["column"] + op.attrs["rows"])
+
+    def run(env: Env, ctx: StepContext) -> None:
+        env[z] = env[y]
+        if ctx.adapters is not None:
+            env[z] = env[y].clone()
+            weights = interp.adapters[op.name]
+            env[z][:, columns] = kernels.lora(env[x], env[y][:, columns], ctx.adapters, weights)
+
+    return run
+
+
+def _bind_act_mul(_: Interpreter, op: Op) -> _Bound:
+    return _unary(op, partial(kernels.act_mul, fn=op.attrs["fn"]))
+
+
 def _bind_linear(interp: Interpreter, op: Op) -> _Bound:
+    plain = {"activations", "residual"}.isdisjoint(op.attrs)
+    return _bind_float_linear(interp, op) if plain else _bind_fed_linear(interp, op)
+
+
+def _bind_fed_linear(interp: Interpreter, op: Op) -> _Bound:
+    """A linear with int8 rows or a residual: what is float about it, between the two."""
+    attrs = {name: value for name, value in op.attrs.items() if name not in ("activations", "residual")}
+    inner = _bind_float_linear(interp, op.with_(inputs=op.inputs[:1], attrs=attrs))
+    x, y, int8 = op.inputs[0], op.outputs[0], "activations" in op.attrs
+
+    def run(env: Env, ctx: StepContext) -> None:
+        codes = env[x]
+        if int8:
+            env[x] = kernels.dequantize_rows(codes, env[op.inputs[1]]).to(interp.dtype)
+        inner(env, ctx)
+        env[x] = codes
+        if "residual" in op.attrs:
+            env[y] = env[y] + env[op.inputs[-1]]
+
+    return run
+
+
+def _bind_float_linear(interp: Interpreter, op: Op) -> _Bound:
     w, b = interp.weight(op.weights[0]), interp.optional(op, 1)
     splits, epilogue = op.attrs.get("splits"), op.attrs.get("epilogue")
     if epilogue:
@@ -323,4 +389,8 @@ _BINDERS: dict[str, Callable[[Interpreter, Op], _Bound]] = {
     "add_rms_norm": _bind_add_norm,
     "add_layer_norm": _bind_add_norm,
     "rope_kv_write": _bind_rope_kv_write,
+    "quantize": _bind_quantize,
+    "lora": _bind_lora,
+    "act_mul": _bind_act_mul,
+    **dict.fromkeys(("rms_norm_s8", "layer_norm_s8", "add_rms_norm_s8", "add_layer_norm_s8"), _bind_norm_s8),
 }

@@ -15,7 +15,7 @@ from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph, QuantScheme
-from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
+from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
 from llmctl.runtime.load import CheckpointWeights
 from llmctl.runtime.reference import ReferenceRuntime
@@ -37,7 +37,8 @@ def logits(case: str, graph: Graph) -> torch.Tensor:
 def test_each_pass_alone_and_in_any_order_changes_nothing(case: str) -> None:
     plain = family_model(case).graph
     expected = logits(case, plain)
-    chains = [(name,) for name in PASSES] + [DEFAULT_PASSES, DEFAULT_PASSES[::-1], (*DEFAULT_PASSES, *DEFAULT_PASSES)]
+    chains = [(name,) for name in PASSES]
+    chains += [CUDA_PASSES, CUDA_PASSES[::-1], (*CUDA_PASSES, *CUDA_PASSES), DEFAULT_PASSES]
     for names in chains:
         graph = apply_passes(plain, names)
         check_graph(graph)
@@ -134,6 +135,45 @@ def test_what_looks_alike_is_left_alone() -> None:
 
     key_as_value = with_op(plain, "layers.1.kv_write", inputs=("layers.1.rope.1", "layers.1.rope.1"))
     assert kinds(apply_passes(key_as_value, ["fuse_rope_kv"]))["rope_kv_write"] == 2
+
+
+def test_parallel_residuals_are_added_by_the_linear() -> None:
+    plain, graph = (apply_passes(family_model("phi").graph, passes) for passes in (DEFAULT_PASSES, CUDA_PASSES))
+    assert kinds(plain)["add"] == plain.num_layers
+    assert kinds(graph)["add"] == 0
+    added = [op for op in graph.ops if "residual" in op.attrs]
+    assert len(added) == graph.num_layers
+    assert all(graph.buffers[op.inputs[-1]].width == graph.hidden_size for op in added)
+    # A Llama's adds are its norms'.
+    llama = apply_passes(family_model("llama").graph, CUDA_PASSES)
+    assert not [op for op in llama.ops if "residual" in op.attrs]
+
+
+def test_int8_rows_come_from_the_norm_where_it_can_be() -> None:
+    plain = family_model("llama").graph
+    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    eight = QuantScheme(8, -1, symmetric=True)
+    graph = apply_passes(quantized(plain, dict.fromkeys(roles, eight)), (*CUDA_PASSES, "int8_activations"))
+    check_graph(graph)
+    assert graph_from_dict(graph_to_dict(graph)) == graph
+    assert [op.kind for op in graph.layer_ops(1)] == [
+        "linear", "rope_kv_write", "attention", "quantize", "linear", "add_rms_norm_s8", "linear", "quantize", "linear",
+        "add_rms_norm_s8",
+    ]  # fmt: skip
+    assert (kinds(graph)["rms_norm_s8"], graph.layer_ops(2)[-1].kind) == (1, "add_rms_norm")
+    assert all(op.attrs["activations"] == "int8" for op in graph.linears() if op.name != "lm_head")
+
+    # Other weights, too, read what feeds q: the norm's result is needed as it is.
+    mixed = quantized(
+        plain, {"q_proj": eight, "k_proj": replace(eight, symmetric=False), "v_proj": replace(eight, bits=4)}
+    )
+    shared = apply_passes(mixed, (*CUDA_PASSES, "int8_activations"))
+    check_graph(shared)
+    assert [op.kind for op in shared.layer_ops(0)][:5] == ["rms_norm", "quantize", "linear", "linear", "linear"]
+    assert [op.name for op in shared.linears() if "activations" in op.attrs] == [f"layers.{i}.q_proj" for i in range(3)]
+    for scheme in (QuantScheme(4, -1, True), QuantScheme(8, -1, False), QuantScheme(8, 20, True, act_order=True)):
+        graph = quantized(plain, dict.fromkeys(roles, scheme))
+        assert apply_passes(graph, ["int8_activations"]).ops == graph.ops
 
 
 def test_unknown_pass() -> None:

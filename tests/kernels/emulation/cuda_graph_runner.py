@@ -13,7 +13,7 @@ from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.kernels.cuda_call import Machine
 from llmctl.kernels.cuda_gemm import weight_format
 from llmctl.kernels.cuda_layout import pack
-from llmctl.kernels.cuda_ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors, packed_weight
+from llmctl.kernels.cuda_ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors, output_dtypes, packed_weight
 from llmctl.kernels.registry import FALLBACK, KernelChoice, choose_all
 from llmctl.kernels.rope import cos_sin_table
 from llmctl.runtime.context import Env, StepContext
@@ -69,11 +69,17 @@ class KernelRuntime(ReferenceRuntime):
         return run
 
     def _outputs(self, op: Op, env: Env, ctx: StepContext) -> list[Tensor]:
+        if op.kind == "lora":
+            return [env[op.inputs[1]]]  # adds in place, as a runtime would have it
         rows = len(ctx.rows) if op.kind == "gather_rows" else len(env[op.inputs[0]])
         widths = [self.interpreter.graph.buffers[name].width for name in op.outputs]
         widths = [sum(widths)] if op.attrs.get("splits") else widths
-        # NaN, so that an element that no kernel wrote shows.
-        return [torch.full((rows, width), torch.nan, dtype=self.interpreter.dtype) for width in widths]
+        dtypes = output_dtypes(op, self.interpreter.dtype)
+        # NaN (or -128), so that an element that no kernel wrote shows.
+        return [
+            torch.full((rows, width), torch.nan if dtype.is_floating_point else -128, dtype=dtype)
+            for width, dtype in zip(widths, dtypes, strict=False)
+        ]
 
     def _weight(self, name: str) -> Tensor | PackedWeight | None:
         if name not in self.packed:
@@ -95,6 +101,7 @@ class KernelRuntime(ReferenceRuntime):
         return StepTensors(
             torch.from_numpy(batch.positions), ctx.slots, ctx.rows, *ints, int(batch.seq_lens.max()),
             int(counts.max()), int(counts.min()), ctx.cache, self._rope, self.scratch, sms=2,
+            adapters=ctx.adapters, lora=self.interpreter.adapters,
         )  # fmt: skip
 
     def _rope(self, op: Op) -> tuple[Tensor, Tensor]:

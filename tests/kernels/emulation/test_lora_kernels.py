@@ -8,8 +8,9 @@ from emulator import kernels, missing
 from machine import EmulatedMachine
 from tolerance import DTYPES, assert_as_good_as_torch
 
-from llmctl.kernels.cuda_lora import add_adapters, lora_splits
+from llmctl.kernels.cuda_lora import add_adapters
 from llmctl.kernels.cuda_signatures import SIGNATURES
+from llmctl.kernels.lora import lora_splits
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 TAGS = pytest.mark.parametrize("tag", ["f16", "bf16"])

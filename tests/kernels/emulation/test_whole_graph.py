@@ -4,6 +4,7 @@ quantized, and the families whose ops it lacks."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +18,10 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, QuantScheme
-from llmctl.graph.passes import apply_passes
+from llmctl.graph.lora import insert_lora
+from llmctl.graph.passes import CUDA_PASSES, apply_passes
 from llmctl.kernels import cuda_ops
+from llmctl.kernels.reference import AdapterWeights
 from llmctl.kernels.registry import FALLBACK
 from llmctl.runtime.reference import ReferenceRuntime
 
@@ -42,15 +45,21 @@ PROMPTS = [[5, 17, 3, 88, 41, 9, 9, 60, 2, 33, 71, 12, 50, 4, 28, 19, 7, 90], [6
 
 
 def _model(
-    quant: QuantScheme | None, config: dict[str, object] = CONFIG, passes: tuple[str, ...] | None = None
+    quant: QuantScheme | None,
+    config: dict[str, object] = CONFIG,
+    passes: tuple[str, ...] | None = None,
+    change: Callable[[Graph], Graph] = lambda graph: graph,
 ) -> tuple[Graph, dict[str, torch.Tensor | QuantizedWeight]]:
-    graph = apply_passes(build_graph(config), passes)
+    graph = build_graph(config)
+    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
+    graph = replace(
+        graph, weights={n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
+    )
+    graph = change(apply_passes(graph, passes))
     rng = np.random.default_rng(5)
-    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight"}
     weights: dict[str, torch.Tensor | QuantizedWeight] = {}
-    made = dict(graph.weights)
     for name, weight in graph.weights.items():
-        if quant is not None and name in linears:
+        if weight.quant is not None and quant is not None:
             groups = (weight.shape[0], quant.groups(weight.shape[1]))
             codes = torch.from_numpy(rng.integers(0, 2**quant.bits, weight.shape, np.uint8))
             zeros = torch.full(groups, 2 ** (quant.bits - 1), dtype=torch.uint8)
@@ -61,13 +70,12 @@ def _model(
             if quant.act_order:
                 order = torch.from_numpy(rng.permutation(np.arange(weight.shape[1]) // quant.group_size)).int()
             weights[name] = QuantizedWeight(codes, scales, zeros, quant, order)
-            made[name] = replace(weight, quant=quant)
         elif len(weight.shape) == 1:
             weights[name] = torch.from_numpy(rng.uniform(0.5, 1.5, weight.shape)).half()
         else:
             spread = 1.0 if "embed" in name else weight.shape[1] ** -0.5
             weights[name] = torch.from_numpy(rng.standard_normal(weight.shape) * spread).half()
-    return replace(graph, weights=made), weights
+    return graph, weights
 
 
 def _generate(runtime: ReferenceRuntime, steps: int) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -110,12 +118,69 @@ def test_act_order_and_many_rows(capsys, monkeypatch):
     assert {"permute_columns_f16", "dequantize_w4_f16", "w4a16_stream_f16_g64_m8"} <= launched
 
 
-def _check(graph, weights, capsys):
+def test_int8_activations(capsys):
+    """w8a8 throughout: rows quantized by the norms, or by themselves, as the reference quantizes them."""
+    passes = (*CUDA_PASSES, "int8_activations")
+    graph, weights = _model(QuantScheme(8, -1, symmetric=True), passes=passes)
+    # Of two computations that round apart a code may differ: 1/127 of a row's largest value, a hundred times as much as
+    # float16 rounds, and as much between the reference's own float16 and float32.
+    launched = _check(graph, weights, capsys)
+    assert {"rms_norm_s8_f16", "add_rms_norm_s8_f16", "quantize_s8_f16", "w8a8_gemm_f16_t32"} <= launched
+    assert not [entry for entry in launched if "w8a16" in entry]
+
+
+@pytest.mark.parametrize(
+    ("quant", "passes"),
+    [(None, CUDA_PASSES), (QuantScheme(8, -1, symmetric=True), (*CUDA_PASSES, "int8_activations"))],
+    ids=["dense", "w8a8"],
+)
+def test_parallel_residuals(quant, passes, capsys):
+    graph, weights = _model(quant, PHI, passes)
+    assert any("residual" in op.attrs for op in graph.ops)
+    _check(graph, weights, capsys)
+
+
+def test_adapters_in_one_batch(capsys):
+    """Sequences with two adapters and with none, on a 4-bit model; the reference adds them in torch."""
+    targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    graph, weights = _model(
+        QuantScheme(4, 64, symmetric=False), passes=CUDA_PASSES, change=lambda g: insert_lora(g, targets, 8)
+    )
+    rng = torch.Generator().manual_seed(3)
+    adapters = {}
+    for op in (op for op in graph.ops if op.kind == "lora"):
+        k, n = graph.buffers[op.inputs[0]].width, op.attrs["rows"]
+        a, b = torch.randn(2, 8, k, generator=rng) * k**-0.5, torch.randn(2, n, 8, generator=rng) * 0.3
+        adapters[op.name] = AdapterWeights(a.half(), b.half(), torch.tensor([1.0, 0.5]))
+    launched = _check(graph, weights, capsys, adapters)
+    assert {"lora_shrink_f16_r16", "lora_expand_f16_r16"} <= launched
+
+
+def _adapt(runtime, adapters):
+    """Sequence i of a step's prompts uses adapter i - 1."""
+    plain = runtime.interpreter.context
+
+    def context(batch, cache):
+        ctx = plain(batch, cache)
+        # A block table starts with block 4 i of prompt i.
+        chosen = torch.from_numpy(batch.block_tables[:, 0] // 4 - 1)
+        ctx.adapters = chosen.repeat_interleave(torch.from_numpy(np.diff(batch.query_start_loc))).int()
+        return ctx
+
+    runtime.interpreter.adapters.update(adapters)
+    runtime.interpreter.context = context
+    return runtime
+
+
+def _check(graph, weights, capsys, adapters=None):
     machine = EmulatedMachine()
     emulated = KernelRuntime(machine, graph, weights, "float16", **SIZES)
+    half, single = (ReferenceRuntime(graph, weights, dtype=dtype, **SIZES) for dtype in ("float16", "float32"))
+    for runtime in (emulated, half, single) if adapters else ():
+        _adapt(runtime, adapters)
     found, found_logits = _generate(emulated, 3)
-    expected, logits = _generate(ReferenceRuntime(graph, weights, dtype="float16", **SIZES), 3)
-    exact = _generate(ReferenceRuntime(graph, weights, dtype="float32", **SIZES), 3)[1]
+    expected, logits = _generate(half, 3)
+    exact = _generate(single, 3)[1]
     with capsys.disabled():
         print(f"\n{_summary(emulated)}", file=sys.stderr)
     assert found == expected

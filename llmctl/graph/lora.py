@@ -1,0 +1,143 @@
+"""LoRA in a Graph: ops that add low-rank adapters to the results of linears (Hu et al. 2021).
+
+A graph says where adapters may act and how large they may be. Which ones there are, and which token uses which, is the
+runtime's, as the KV cache is: an op finds its weights by its name, and a token without an adapter is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from llmctl.errors import UsageError
+from llmctl.graph.graph import Buffer, Graph, Op, Weight
+from llmctl.graph.rewrite import Changes, rewritten
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Rows of a linear that one checkpoint module supplies.
+
+    Attributes:
+        output: which output of the linear they become, and ``column`` from where on; ``rows``: how many.
+        module: what supplies them; ``first_row``: the first of them there.
+    """
+
+    output: int
+    column: int
+    rows: int
+    module: str
+    first_row: int
+
+    def targets(self, wanted: frozenset[str]) -> set[str]:
+        """Those that name the module."""
+        return {target for target in wanted if f".{self.module}".endswith(f".{target}")}
+
+
+def insert_lora(graph: Graph, targets: Iterable[str], rank: int) -> Graph:
+    """A ``lora`` op behind every linear that holds rows of a target.
+
+    May run before or after the passes that fuse, but before ``int8_activations``: adapters read float activations. A
+    gated epilogue of a target's linear is taken apart again, because adapters act before the activation.
+
+    Args:
+        targets: modules as PEFT's ``target_modules`` names them, by whole name or by last part: ``q_proj``.
+        rank: the largest of an adapter.
+
+    Raises:
+        UsageError: a target that no linear before the output head holds, or a rank that is not positive.
+        ValueError: a linear that takes int8 activations.
+    """
+    if rank < 1:
+        raise UsageError(f"LoRA rank: expected at least 1, found {rank}")
+    wanted = frozenset(targets)
+    body = {op.name for op in _body_linears(graph)}
+    changed: Changes = {}
+    renamed: dict[str, str] = {}
+    buffers: list[Buffer] = []
+    found: set[str] = set()
+    for op in graph.ops:
+        slices = [s for s in _slices(graph, op) if s.targets(wanted)] if op.name in body else []
+        found.update(target for s in slices for target in s.targets(wanted))
+        changed[op.name], made, results = _adapted(graph, _reading(op, renamed), slices, rank)
+        renamed |= results
+        buffers += made
+    if wanted - found:
+        raise UsageError(f"LoRA targets: no linear of the model's layers holds '{min(wanted - found)}'")
+    return rewritten(graph, changed, "lora", buffers)
+
+
+def _adapted(
+    graph: Graph, op: Op, slices: Sequence[_Slice], rank: int
+) -> tuple[tuple[Op, ...], list[Buffer], dict[str, str]]:
+    """A linear followed by the adapters of its slices, the buffers that are new, and which to read instead of which."""
+    if not slices:
+        return (op,), [], {}
+    if "activations" in op.attrs:
+        raise ValueError(f"op '{op.name}' takes int8 activations; insert adapters before int8_activations")
+    linear, rest, buffers = _opened(graph, op)
+    widths = {name: buffer.width for name, buffer in graph.buffers.items()} | {b.name: b.width for b in buffers}
+    results = list(linear.outputs)
+    adapters = []
+    for s in slices:
+        y = results[s.output]
+        results[s.output] = name = f"{y}.lora"
+        attrs = {"module": s.module, "first_row": s.first_row, "rows": s.rows, "column": s.column, "rank": rank}
+        adapters.append(Op("lora", name, (op.inputs[0], y), (name,), (), attrs, op.layer))
+        buffers.append(Buffer(name, widths[linear.outputs[s.output]]))
+    renamed = dict(zip(linear.outputs, results, strict=True))
+    return (linear, *adapters, *(_reading(later, renamed) for later in rest)), buffers, renamed
+
+
+def _body_linears(graph: Graph) -> Iterator[Op]:
+    """Linears over all tokens: those before the rows of the output head are gathered."""
+    for op in graph.ops:
+        if op.kind == "gather_rows":
+            return
+        if op.kind == "linear":
+            yield op
+
+
+def _slices(graph: Graph, op: Op) -> list[_Slice]:
+    """What of a linear comes from which module; of a gated one, opened, gate and up lie in one output."""
+    widths = [graph.buffers[buffer].width for buffer in op.outputs]
+    if "epilogue" in op.attrs:
+        columns = [(0, 0, widths[0]), (0, widths[0], widths[0])]
+    else:
+        columns = [(i, 0, width) for i, width in enumerate(widths)]
+    places = _places(graph.weights[op.weights[0]], [rows for *_, rows in columns])
+    return [_Slice(*column, *place) for column, place in zip(columns, places, strict=True)]
+
+
+def _places(weight: Weight, widths: Sequence[int]) -> list[tuple[str, int]]:
+    """For runs of a weight's rows the module that supplies each, and its first row there."""
+    parts = iter(weight.parts)
+    places: list[tuple[str, int]] = []
+    module, first, left = "", 0, 0
+    for width in widths:
+        if left == 0:
+            part = next(parts)
+            module = part.tensor.removesuffix(".weight")
+            # A part without a range is a whole tensor, and that is one linear's.
+            first, end = part.rows or (0, width)
+            left = end - first
+        places.append((module, first))
+        first, left = first + width, left - width
+    return places
+
+
+def _opened(graph: Graph, op: Op) -> tuple[Op, tuple[Op, ...], list[Buffer]]:
+    """(linear, what follows it, new buffers): a gated linear as the product of all its rows, and the gating."""
+    epilogue = op.attrs.get("epilogue")
+    if not epilogue:
+        return op, (), []
+    both = Buffer(f"{op.name}.gate_up", 2 * graph.buffers[op.outputs[0]].width)
+    attrs = {name: value for name, value in op.attrs.items() if name != "epilogue"}
+    gating = Op(
+        "act_mul", f"{op.name}.act", (both.name,), op.outputs, (), {"fn": epilogue.removesuffix("_mul")}, op.layer
+    )
+    return op.with_(outputs=(both.name,), attrs=attrs), (gating,), [both]
+
+
+def _reading(op: Op, renamed: dict[str, str]) -> Op:
+    return op.with_(inputs=tuple(renamed.get(name, name) for name in op.inputs))
