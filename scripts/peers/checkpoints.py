@@ -92,7 +92,7 @@ def _w8a8_specs(source: Checkpoint) -> dict[str, TensorSpec]:
         codes = functools.partial(lambda name: quantize_channels(_load(source, name))[0], name)
         scales = functools.partial(lambda name: quantize_channels(_load(source, name))[1], name)
         specs[name] = ("I8", (rows, columns), codes)
-        specs[f"{name}_scale"] = ("BF16", (rows, 1), scales)
+        specs[f"{name}_scale"] = ("F32", (rows, 1), scales)
     return specs
 
 
@@ -122,10 +122,10 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: [N, K] float32.
 
     Returns:
-        int8 codes [N, K] in -127..127, and bf16 scales [N, 1]; ``codes * scales`` approximates the weight.
+        int8 codes [N, K] in -127..127, and float32 scales [N, 1]; ``codes * scales`` approximates the weight.
     """
     import torch
 
-    scales = (weight.abs().amax(dim=1, keepdim=True) / _INT8_MAX).clamp(min=1e-8).bfloat16()
-    codes = torch.round(weight / scales.float()).clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+    scales = (weight.abs().amax(dim=1, keepdim=True) / _INT8_MAX).clamp(min=1e-8)
+    codes = torch.round(weight / scales).to(torch.int8)
     return codes, scales
