@@ -18,6 +18,7 @@ from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
 from llmctl.artifact.plan import BuildPlan, check_options, plan_build
 from llmctl.artifact.writer import Progress, write_engine
+from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.config import BuildConfig, EngineConfig
@@ -88,6 +89,7 @@ def check_replaceable(output: Path) -> None:
     Raises:
         UsageError: something else is there.
     """
+    check_parent(output)
     if not output.exists() and not output.is_symlink():
         return
     if output.is_dir() and not output.is_symlink():

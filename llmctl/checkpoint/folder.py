@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmctl.errors import UsageError
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def check_parent(output: Path) -> None:
+    """Refuse an ``--output`` below something that is no folder.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for parent in output.absolute().parents:
+        if parent.is_dir():
+            return
+        if parent.exists() or parent.is_symlink():
+            raise UsageError(f"--output {output}: {parent} is not a folder", fix="name another folder", param="output")
 
 
 @contextmanager
@@ -40,7 +56,11 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         # Without an atomic exchange there is an instant at which nothing is at `final`; never something half written.
         old = final.with_name(f".{final.name}.old-{os.getpid()}")
         os.rename(final, old)
-        os.rename(temporary, final)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            os.rename(old, final)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -54,11 +74,22 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Remove what a build that was killed left beside ``final``."""
-    for path in final.parent.glob(f".{final.name}.tmp-*"):
+    """Remove what a build that was killed left beside ``final``; put back what it had moved aside."""
+    for old in _abandoned(final, "old"):
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, final)
+    for temporary in _abandoned(final, "tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _abandoned(final: Path, kind: str) -> Iterator[Path]:
+    """Folders of processes that are gone, as far as the system says which are."""
+    for path in sorted(final.parent.glob(f".{glob.escape(final.name)}.{kind}-*")):
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-            shutil.rmtree(path, ignore_errors=True)
+            yield path
 
 
 def _sync_tree(folder: Path) -> None:

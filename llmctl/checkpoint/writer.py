@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import llmctl
 from llmctl.checkpoint import awq, gptq
-from llmctl.checkpoint.folder import published_folder
+from llmctl.checkpoint.folder import check_parent, published_folder
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import TensorSpec, torch_dtype_name, write_sharded
@@ -114,6 +114,7 @@ def write_quantized_checkpoint(
             the source does not have.
         CheckpointError: a dense value too large for the 16-bit dtype; a quantized source.
     """
+    check_parent(output)
     if output.exists():
         raise UsageError(f"--output {output}: exists already", fix="choose another folder or remove it", param="output")
     if source.quantization is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor, tensor_spec, write_safetensors
 from llmctl.errors import CheckpointError, UsageError
@@ -138,6 +139,7 @@ def check_output(output: Path, resume: bool) -> None:
     Raises:
         UsageError: as said.
     """
+    check_parent(output)
     if output.exists():
         raise UsageError(f"--output {output}: exists already", fix="choose another folder or remove it", param="output")
     if partial_path(output).exists() and not resume:
