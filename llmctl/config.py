@@ -50,6 +50,7 @@ class BuildConfig:
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    activations: str = "auto"
     lm_head: str = "auto"
     eval_text: str = "builtin"
     passes: tuple[str, ...] | None = None
@@ -59,10 +60,13 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine is run; shared by ``serve`` and offline ``bench``."""
+    """How an engine is run; shared by ``serve`` and offline ``bench``.
+
+    ``target`` "auto": an engine's own; cpu for anything that is built first.
+    """
 
     model: str = ""
-    target: str = "cpu"
+    target: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
     block_size: int | None = None

@@ -127,12 +127,18 @@ class Manifest:
 
     def rebuild_command(self, output: str, **changes: Any) -> str:
         """The ``llmctl build`` that makes this engine again at ``output``, with options replaced by ``changes``."""
+        built = self.options
         options: dict[str, Any] = {
             "target": self.target,
-            "dtype": self.options.dtype,
-            "max_model_len": self.options.max_model_len,
-            "block_size": self.options.block_size,
-        } | changes
+            "dtype": built.dtype,
+            "max_model_len": built.max_model_len,
+            "block_size": built.block_size,
+            "kv_cache_dtype": None if built.kv_cache_dtype == built.dtype else built.kv_cache_dtype,
+            "activations": "int8" if "int8_activations" in built.passes else None,
+        }
+        if "target" in changes:  # another target has other dtypes
+            options |= dict.fromkeys(("dtype", "kv_cache_dtype", "activations"))
+        options |= changes
         words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
         return " ".join(["llmctl build --model", self.source.name, *words, "--output", output])
 
@@ -144,7 +150,7 @@ def canonical_json(data: Any) -> bytes:
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """``engine.json``, its checksum filled in."""
-    return canonical_json(to_data(replace(manifest, checksum=_checksum(manifest))))
+    return _sealed(manifest)[0]
 
 
 def manifest_from_bytes(raw: bytes) -> Manifest:
@@ -166,12 +172,12 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
         manifest = from_data(Manifest, data)
     except (ValueError, TypeError, KeyError) as error:
         raise ManifestError(str(error)) from error
-    expected = _checksum(manifest)
+    canonical, expected = _sealed(manifest)
     if manifest.checksum != expected:
         raise ManifestError(
             f"checksum: expected {expected[:16]}…, found {manifest.checksum[:16]}…; the file was changed"
         )
-    if raw != manifest_to_bytes(manifest):
+    if raw != canonical:
         raise ManifestError("its bytes are not what llmctl writes; the file was changed")
     return manifest
 
@@ -180,5 +186,9 @@ class ManifestError(ValueError):
     """What is wrong with an ``engine.json``, in one line."""
 
 
-def _checksum(manifest: Manifest) -> str:
-    return hashlib.sha256(canonical_json(to_data(replace(manifest, checksum="")))).hexdigest()
+def _sealed(manifest: Manifest) -> tuple[bytes, str]:
+    """The file's bytes and the checksum in them."""
+    blank = canonical_json(to_data(replace(manifest, checksum="")))
+    checksum = hashlib.sha256(blank).hexdigest()
+    # One space of indent is the top level's alone, so that this is no other key's line.
+    return blank.replace(b'\n "checksum": "",\n', f'\n "checksum": "{checksum}",\n'.encode(), 1), checksum

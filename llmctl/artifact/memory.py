@@ -13,6 +13,10 @@ from llmctl.artifact.planes import DTYPE_BYTES
 from llmctl.errors import CapacityError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph
 
+KV_BYTES = {**DTYPE_BYTES, "int8": 1, "fp8_e4m3": 1}
+"""Bytes of an element of the KV cache."""
+_INT8_SCALE = 4  # bytes; int8 has one for every token's head
+
 HOST_SHARE = 0.7
 """Share of the machine's available memory that an engine plans to use when no budget is given."""
 
@@ -138,8 +142,9 @@ def plan_memory(
 
 
 def kv_bytes_per_token(graph: Graph, dtype: str) -> int:
-    """Bytes of keys and values of one token over all layers."""
-    return sum(2 * layer.kv_heads * layer.head_dim for layer in graph.kv) * DTYPE_BYTES[dtype]
+    """Bytes of keys and values of one token over all layers, scales included."""
+    scale = _INT8_SCALE if dtype == "int8" else 0
+    return sum(2 * layer.kv_heads * (layer.head_dim * KV_BYTES[dtype] + scale) for layer in graph.kv)
 
 
 def activation_bytes(graph: Graph, dtype: str, tokens: int, rows: int) -> int:

@@ -10,7 +10,7 @@ from llmctl.artifact.cpu_planes import LM_HEAD_BITS, cpu_choices, cpu_planes
 from llmctl.artifact.cuda_planes import cuda_planes
 from llmctl.artifact.device import cpu_features
 from llmctl.artifact.manifest import BuildOptions, QuantizationRecord, Target
-from llmctl.artifact.memory import MemoryPlan, plan_memory
+from llmctl.artifact.memory import KV_BYTES, MemoryPlan, plan_memory
 from llmctl.artifact.planes import DTYPE_BYTES, Plane, dense_dtypes, flat, resident_bytes, settle_planes, total_bytes
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,7 +19,7 @@ from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph
-from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
+from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.kernels.compile import ARCHITECTURES
 from llmctl.kernels.registry import KernelChoice, choose_all
 from llmctl.kernels.toolchain import VARIANTS, find_compiler, library_name, supported_variants
@@ -63,8 +63,14 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     check_options(config)
     path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
-    graph = apply_passes(checkpoint_graph(checkpoint), _passes(config.passes))
+    graph = apply_passes(checkpoint_graph(checkpoint), _passes(config, target))
     check_graph(graph)
+    if config.activations == "int8" and not any("activations" in op.attrs for op in graph.linears()):
+        raise UsageError(
+            "--activations int8: the model has no linear of symmetric 8-bit weights",
+            fix="llmctl quantize --bits 8 --symmetric",
+            param="activations",
+        )
     options = _options(config, target, checkpoint, graph)
     if target.native_cpu:
         planes = cpu_planes(graph, options)
@@ -128,11 +134,13 @@ def check_options(config: BuildConfig) -> None:
         raise UsageError(
             f"--dtype: expected one of auto, {', '.join(DTYPE_BYTES)}, found '{config.dtype}'", param="dtype"
         )
-    if config.kv_cache_dtype not in ("auto", *DTYPE_BYTES):
-        known = ", ".join(DTYPE_BYTES)
+    if config.kv_cache_dtype not in ("auto", "fp8", *KV_BYTES):
+        known = ", ".join(KV_BYTES)
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
         )
+    if config.activations not in ("auto", "int8"):
+        raise UsageError(f"--activations: expected auto or int8, found '{config.activations}'", param="activations")
     if config.lm_head not in ("auto", "dense", *LM_HEAD_BITS):
         known = ", ".join(LM_HEAD_BITS)
         raise UsageError(f"--lm-head: expected auto, dense, {known}, found '{config.lm_head}'", param="lm_head")
@@ -179,17 +187,36 @@ def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRec
     )
 
 
-def _passes(names: tuple[str, ...] | None) -> tuple[str, ...]:
-    if names is None:
-        return tuple(DEFAULT_PASSES)
-    if names == ("none",):
-        return ()
-    unknown = [name for name in names if name not in PASSES]
+def _passes(config: BuildConfig, target: Target) -> tuple[str, ...]:
+    default = CUDA_PASSES if target.kind == "cuda" else DEFAULT_PASSES
+    known = tuple(DEFAULT_PASSES if target.kind == "cpu" else PASSES)
+    names = default if config.passes is None else () if config.passes == ("none",) else config.passes
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(
-            f"--passes: expected none, or some of {', '.join(PASSES)}, found '{unknown[0]}'", param="passes"
+            f"--passes: expected none, or some of {', '.join(known)}, found '{unknown[0]}'", param="passes"
         )
-    return names
+    if config.activations != "int8" or "int8_activations" in names:
+        return names
+    if target.kind == "cpu":
+        raise UsageError(
+            "--activations: expected auto for a cpu target, whose quantized linears take int8 rows by themselves",
+            param="activations",
+        )
+    return (*names, "int8_activations")
+
+
+def _kv_cache_dtype(name: str, target: Target, dtype: str) -> str:
+    """The KV cache's dtype that an option names, one that the target's kernels have."""
+    found = {"auto": dtype, "fp8": "fp8_e4m3"}.get(name, name)
+    known = (dtype, *(d for d in KV_BYTES if d not in DTYPE_BYTES)) if target.kind == "cuda" else tuple(DTYPE_BYTES)
+    if found not in known:
+        raise UsageError(
+            f"--kv-cache-dtype: expected one of auto, {', '.join(known)} for a {target.kind} target that computes in "
+            f"{dtype}, found '{name}'",
+            param="kv_cache_dtype",
+        )
+    return found
 
 
 def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph: Graph) -> BuildOptions:
@@ -206,7 +233,7 @@ def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph:
         dtype,
         length,
         config.block_size,
-        dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        _kv_cache_dtype(config.kv_cache_dtype, target, dtype),
         graph.passes,
         lm_head="dense" if config.lm_head == "auto" else config.lm_head,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +54,15 @@ def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None
     """Write the planned engine at ``output``, replacing an engine that is there."""
     # Compiled first: a kernel that does not compile is found before the weights are written.
     kernels = _cpu_kernels(plan) if plan.target.kind == "cpu" else _cuda_kernels(plan)
-    with published_folder(output) as folder:
+    with ThreadPoolExecutor(1) as hasher, published_folder(output) as folder:
+        fingerprint = hasher.submit(plan.checkpoint.fingerprint)
         weight_files = _write_weights(plan, folder, progress or _quiet)
         _write_aux(plan, folder)
         kernel_files = _write_kernels(folder, kernels)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             llmctl_version=__version__,
-            source=SourceModel(plan.name, plan.checkpoint.fingerprint()),
+            source=SourceModel(plan.name, fingerprint.result()),
             target=plan.target,
             options=plan.options,
             quantization=quantization_record(plan.graph, plan.checkpoint),
@@ -137,7 +139,7 @@ def _write_weights(plan: BuildPlan, folder: Path, progress: Progress) -> tuple[s
     names = tuple(f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
     writer = _WeightWriter(plan, progress)
     for name, weights in zip(names, shards, strict=True):
-        write_safetensors(folder / name, {k: v for weight in weights for k, v in writer.specs(weight).items()})
+        write_safetensors(folder / name, writer.tensors(weights))
     return names
 
 
@@ -166,11 +168,21 @@ class _WeightWriter:
         self.total = plan.weights_bytes
         self.done = 0
 
-    def specs(self, name: str) -> dict[str, TensorSpec]:
+    def tensors(self, names: Sequence[str]) -> dict[str, TensorSpec]:
+        """What to write for some weights."""
+        found: dict[str, TensorSpec] = {}
+        # Packing is numpy's and torch's work, which other threads need not wait for.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, specs in zip(names, pool.map(self._specs, names), strict=True):
+                found |= specs
+                if not any(callable(content) for *_, content in specs.values()):
+                    self._report(name, total_bytes(self.plan.planes[name]))
+        return found
+
+    def _specs(self, name: str) -> dict[str, TensorSpec]:
         planes = self.plan.planes[name]
         if self.plan.target.native_cpu:
             arrays = pack_cpu_planes(self._assemble(name), name, self.plan.graph, self.plan.options)
-            self._report(name, total_bytes(planes))
             return {p.name: (p.dtype, p.shape, arrays[p.name]) for p in planes}
         if self.plan.graph.weights[name].quant is None:
             plane = planes[0]
@@ -179,7 +191,6 @@ class _WeightWriter:
             arrays = pack_cuda_planes(self._assemble(name), self.formats[name])
         else:
             arrays = pack_planes(self._assemble(name), {p.name.rpartition(".")[2]: p.dtype for p in planes})
-        self._report(name, total_bytes(planes))
         return {p.name: (p.dtype, p.shape, arrays[p.name.rpartition(".")[2]]) for p in planes}
 
     def _dense(self, name: str, plane: Plane) -> Tensor:

@@ -59,7 +59,19 @@ BlockSize = Annotated[
 ]
 KvCacheDtype = Annotated[
     str,
-    typer.Option("--kv-cache-dtype", help="auto (the dtype), float32, float16, bfloat16.", rich_help_panel="Memory"),
+    typer.Option(
+        "--kv-cache-dtype",
+        help="auto (the dtype), float32, float16, bfloat16; for cuda also int8 and fp8_e4m3 (or fp8).",
+        rich_help_panel="Memory",
+    ),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        help="auto, or int8: linears of symmetric 8-bit weights take int8 rows (not for cpu, which does so anyway).",
+        rich_help_panel="Target",
+    ),
 ]
 MemoryBudget = Annotated[
     str | None,
@@ -107,6 +119,7 @@ def build(
     output: Output = _D.output,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
+    activations: Activations = _D.activations,
     lm_head: LmHead = _D.lm_head,
     eval_text: EvalText = _D.eval_text,
     passes: Passes = None,
@@ -130,6 +143,7 @@ def build(
         max_model_len=max_model_len,
         block_size=block_size,
         kv_cache_dtype=kv_cache_dtype,
+        activations=activations,
         lm_head=lm_head,
         eval_text=eval_text,
         passes=tuple(passes) if passes else None,

@@ -10,7 +10,7 @@ import ctypes
 import ctypes.util
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,9 +92,7 @@ def load_nvrtc() -> Nvrtc:
     Raises:
         CompileError: no NVRTC is installed.
     """
-    for candidate in [*_wheel_libraries(), ctypes.util.find_library("nvrtc")]:
-        if candidate is None:
-            continue
+    for candidate in _candidates():
         try:
             if Path(candidate).is_absolute():
                 # NVRTC opens its builtins by name, and 13.0's wheel does not look for them beside itself.
@@ -104,6 +102,14 @@ def load_nvrtc() -> Nvrtc:
         except (OSError, AttributeError):
             continue
     raise CompileError("no CUDA compiler: NVRTC is not installed", fix=_INSTALL)
+
+
+def _candidates() -> Iterator[str]:
+    yield from _wheel_libraries()
+    # Asked last: it runs ldconfig and the C compiler.
+    system = ctypes.util.find_library("nvrtc")
+    if system is not None:
+        yield system
 
 
 def _wheel_libraries() -> list[str]:

@@ -187,13 +187,25 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ({"target": "tpu"}, "--target: expected one of cpu, cpu:VARIANT"),
         ({"target": "cuda"}, "--target: expected one of cpu"),
         ({"target": "cuda:sm_70"}, "found 'sm_70'"),
-        ({"target": "cpu:sm_80"}, "--target cpu: expected some of avx512bf16, avx512vnni, avx2, portable, found 'sm_80'"),
+        (
+            {"target": "cpu:sm_80"},
+            "--target cpu: expected some of avx512bf16, avx512vnni, avx2, portable, found 'sm_80'",
+        ),
         ({"dtype": "int4"}, "--dtype: expected one of auto"),
         ({"target": "cuda:sm_80", "dtype": "float32"}, "expected float16 or bfloat16 for a cuda target"),
         ({"block_size": 12}, "--block-size: expected a power of two, found 12"),
         ({"max_model_len": 0}, "--max-model-len: expected at least 1"),
         ({"max_model_len": 513}, "--max-model-len: expected at most 512"),
         ({"kv_cache_dtype": "int2"}, "--kv-cache-dtype: expected one of"),
+        ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype: expected one of auto, float32, float16, bfloat16 for a cpu"),
+        (
+            {"target": "cuda:sm_80", "dtype": "bfloat16", "kv_cache_dtype": "float16"},
+            "bfloat16, int8, fp8_e4m3 for a cuda target that computes in bfloat16, found 'float16'",
+        ),
+        ({"activations": "int4"}, "--activations: expected auto or int8, found 'int4'"),
+        ({"activations": "int8"}, "--activations: expected auto for a cpu target"),
+        ({"activations": "int8", "target": "cuda:sm_80"}, "the model has no linear of symmetric 8-bit weights"),
+        ({"passes": ("int8_activations",)}, "--passes: expected none, or some of merge_qkv"),
         ({"passes": ("fuse_all",)}, "--passes: expected none, or some of"),
         ({"memory_budget": "lots"}, "--memory-budget: expected a size"),
         ({"output": ""}, "--output is required"),
@@ -227,6 +239,38 @@ def test_passes_can_be_left_out(checkpoints: dict[str, Path]) -> None:
     assert plan_build(BuildConfig(model=model, passes=("merge_qkv",))).graph.passes == ("merge_qkv",)
 
 
+@pytest.mark.parametrize(
+    ("asked", "found", "tag", "token_bytes"),
+    [
+        ("auto", "float16", "f16", 2 * 2 * 16 * 2),
+        ("fp8", "fp8_e4m3", "e4m3", 2 * 2 * 16),
+        ("int8", "int8", "s8", 2 * 2 * (16 + 4)),
+    ],
+)
+def test_the_kv_cache_has_its_dtypes_kernels_and_size(
+    checkpoints: dict[str, Path], asked: str, found: str, tag: str, token_bytes: int
+) -> None:
+    plan = plan_build(
+        BuildConfig(model=str(checkpoints["gptq"]), target="cuda:sm_90", dtype="float16", kv_cache_dtype=asked)
+    )
+    assert plan.options.kv_cache_dtype == found
+    assert f"rope_kv_f16_{tag}" in {entry for choice in plan.choices for entry in choice.entries}
+    assert plan.memory.kv_per_token == plan.graph.num_layers * token_bytes
+
+
+def test_int8_activations_choose_their_kernels(tmp_path: Path) -> None:
+    model = write_gptq(tmp_path / "w8", bits=8, symmetric=True)
+    plan = plan_build(BuildConfig(model=str(model), target="cuda:sm_90", activations="int8"))
+    kernels = {choice.op: choice.kernel for choice in plan.choices}
+    layers = [op.name for op in plan.graph.linears() if op.name != "lm_head"]
+    assert {kernels[name] for name in layers} == {"w8a8"}
+    assert "int8_activations" in plan.options.passes
+    assert {"rms_norm_s8_f16", "add_rms_norm_s8_f16", "quantize_s8_f16", "w8a8_gemm_f16_t8"} <= {
+        entry for choice in plan.choices for entry in choice.entries
+    }
+    assert "w8a16_gemm.cu" not in {source for choice in plan.choices for source in choice.sources}
+
+
 class TestEnsureEngine:
     @pytest.fixture(autouse=True)
     def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -249,6 +293,17 @@ class TestEnsureEngine:
         assert (first / "engine.json").stat().st_mtime_ns == before
         assert capsys.readouterr().err == ""
         assert ensure_engine(model, EngineConfig(target="reference", dtype="bfloat16")) != first
+
+    @pytest.mark.parametrize("target", ["cuda:sm_90", "cpu:avx512bf16,avx2"])
+    def test_what_cannot_run_here_is_not_built(
+        self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, target: str
+    ) -> None:
+        monkeypatch.setattr("llmctl.artifact.builder.cuda_device", lambda: None)
+        monkeypatch.setattr("llmctl.artifact.builder.cpu_features", lambda: frozenset({"fpu"}))
+        with pytest.raises(UsageError, match=r"--target .*: expected .*, found") as error:
+            ensure_engine(str(checkpoints["dense"]), EngineConfig(target=target))
+        assert error.value.fix == "--target cpu"
+        assert not cache.exists()
 
     def test_another_content_is_another_engine(self, tmp_path: Path) -> None:
         model = write_dense(tmp_path / "m", seed=0)
