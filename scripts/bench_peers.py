@@ -24,7 +24,7 @@ from pathlib import Path
 
 from peers import llama_cpp, ov_genai, own, vllm_cpu
 from peers.checkpoints import dense_checkpoint
-from peers.contest import Contestant, PeerError, Setup
+from peers.contest import Contestant, Cpu, PeerError, Setup
 from peers.measure import WORKLOADS, Plan, Visit, visits
 from peers.report import Results, to_json, to_markdown
 from peers.venvs import install
@@ -85,7 +85,7 @@ def _configured(args: argparse.Namespace) -> tuple[Setup, dict[str, Contestant],
     if args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, found {args.repeats}")
     ours = _own(args)
-    peers = args.peers if args.peers is not None else default_peers(cpu_vendor())
+    peers = args.peers if args.peers is not None else ",".join(default_peers(Cpu.here()))
     chosen = ours | {name: PEERS[name] for name in _known(peers, PEERS, "--peers")}
     workloads = tuple(WORKLOADS[name] for name in _known(args.workloads, WORKLOADS, "--workloads"))
     tokenizer = setup.models / "bf16" / "tokenizer.json"
@@ -118,18 +118,9 @@ def _known(text: str, known: Mapping[str, object], option: str) -> list[str]:
     return names
 
 
-def cpu_vendor() -> str:
-    """``AuthenticAMD``, ``GenuineIntel``, or nothing where it cannot be told."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-def default_peers(vendor: str) -> str:
-    """All of them; zentorch is for AMD's processors only."""
-    return ",".join(name for name in PEERS if vendor == "AuthenticAMD" or "zentorch" not in name)
+def default_peers(cpu: Cpu) -> list[str]:
+    """Every engine, in the configurations that may be its best on this processor."""
+    return [name for name in PEERS if not name.startswith("vllm-") or name in vllm_cpu.names_for(cpu)]
 
 
 def _prepared(

@@ -12,6 +12,34 @@ class PeerError(Exception):
 
 
 @dataclass(frozen=True)
+class Cpu:
+    """What of the processor decides which configurations are worth measuring.
+
+    Attributes:
+        vendor: ``AuthenticAMD``, ``GenuineIntel``; empty where it cannot be told.
+        bf16: whether it multiplies bf16 numbers itself.
+    """
+
+    vendor: str
+    bf16: bool
+
+    @classmethod
+    def of(cls, cpuinfo: str) -> Cpu:
+        """From the text of ``/proc/cpuinfo``."""
+        fields: dict[str, str] = {}
+        for line in cpuinfo.splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+        flags = set(fields.get("flags", "").split()) | set(fields.get("Features", "").split())
+        return cls(fields.get("vendor_id", ""), bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}))
+
+    @classmethod
+    def here(cls) -> Cpu:
+        """This machine's."""
+        return cls.of(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
 class Setup:
     """What every contestant is given.
 
