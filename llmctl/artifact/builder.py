@@ -14,15 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmctl import __version__
+from llmctl.artifact.device import cpu_features, cuda_device
 from llmctl.artifact.loader import is_engine, read_manifest
-from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
-from llmctl.artifact.plan import BuildPlan, check_options, plan_build
+from llmctl.artifact.manifest import MANIFEST_NAME, Target, canonical_json
+from llmctl.artifact.plan import BuildPlan, check_options, parse_target, plan_build
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import EngineLoadError, UsageError
+from llmctl.kernels.toolchain import library_name, supported_variants
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.
 _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
@@ -65,7 +67,10 @@ def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Prog
     """
     if is_engine(Path(model)):
         return Path(model)
-    plan = plan_build(_build_config(model, config))
+    wanted = _build_config(model, config)
+    if isinstance(config, EngineConfig):
+        _check_runs_here(parse_target(wanted.target))
+    plan = plan_build(wanted)
     engines = cache_dir() / "engines"
     engines.mkdir(parents=True, exist_ok=True)
     key = _key({
@@ -113,7 +118,24 @@ def _build_config(model: str, config: BuildConfig | EngineConfig) -> BuildConfig
         return BuildConfig(**{**asdict(config), "model": model, "output": ""})
     # The longest context is a limit of the run, not of the engine: one cached engine serves every --max-model-len.
     block_size = config.block_size or BuildConfig.block_size
-    return BuildConfig(model=model, target=config.target, dtype=config.dtype, block_size=block_size)
+    target = BuildConfig.target if config.target == "auto" else config.target
+    return BuildConfig(model=model, target=target, dtype=config.dtype, block_size=block_size)
+
+
+def _check_runs_here(target: Target) -> None:
+    """Refuse, before it is built, an engine that this machine could not run.
+
+    Raises:
+        UsageError: naming what is missing.
+    """
+    here = [library_name(variant) for variant in supported_variants(cpu_features())]
+    if target.kind == "cuda" and cuda_device() is None:
+        expected, found = "an NVIDIA device and driver", "none on this machine"
+    elif target.native_cpu and not set(target.archs) & set(here):
+        expected, found = "a CPU that runs it", f"one that runs {', '.join(here)}"
+    else:
+        return
+    raise UsageError(f"--target {target}: expected {expected}, found {found}", fix="--target cpu", param="target")
 
 
 def _is_complete(folder: Path, plan: BuildPlan) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from llmctl.artifact.cpu_planes import cpu_planes
 from llmctl.artifact.cuda_planes import cuda_planes
 from llmctl.artifact.device import arch_number, best_arch, cpu_features, cuda_device
-from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
+from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, Target, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
@@ -50,6 +50,7 @@ class EngineRequest:
     max_num_seqs: int = 64
     kv_cache_bytes: int | None = None
     budget: int | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def load_engine(
     max_num_seqs: int = 64,
     kv_cache_bytes: int | None = None,
     budget: int | None = None,
+    target: str | None = None,
 ) -> LoadedEngine:
     """Open an engine folder. A limit that is None is the one the engine was built with.
 
@@ -99,6 +101,7 @@ def load_engine(
         max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
         kv_cache_bytes: KV cache size; None sizes it from the memory available.
         budget: bytes for everything; None takes a share of the memory available.
+        target: what it must have been built for, as ``--target`` spells it: ``cpu``, ``cpu:avx2``, ``cuda:sm_90``.
 
     Raises:
         ModelNotFoundError: ``path`` is not an engine folder.
@@ -110,7 +113,7 @@ def load_engine(
     checks.kernels()
     checks.tensors()
     request = EngineRequest(
-        max_model_len, block_size, dtype, max_num_batched_tokens, max_num_seqs, kv_cache_bytes, budget
+        max_model_len, block_size, dtype, max_num_batched_tokens, max_num_seqs, kv_cache_bytes, budget, target
     )
     plan = checks.limits(request)
     checks.memory(plan, request.kv_cache_bytes)
@@ -225,6 +228,8 @@ class EngineChecks:
             self.refuse("block_size", built.block_size, request.block_size, block_size=request.block_size)
         if request.dtype not in (None, "auto", built.dtype):
             self.refuse("dtype", built.dtype, request.dtype, dtype=request.dtype)
+        if request.target not in (None, "auto") and not _covers(self.manifest.target, request.target):
+            self.refuse("target", self.manifest.target, request.target, target=request.target)
         stored = [Plane(name, entry.shape, (entry.dtype,)) for name, entry in self._entries().items()]
         return plan_memory(
             self.manifest.graph,
@@ -315,6 +320,14 @@ def kernel_files_for(manifest: Manifest, capability: tuple[int, int]) -> dict[st
     archs = sorted({module.arch for module in manifest.kernel_files.values()}, key=arch_number)
     best = best_arch(tuple(archs), capability)
     return {m.sources[0]: name for name, m in sorted(manifest.kernel_files.items()) if m.arch == best}
+
+
+def _covers(built: Target, wanted: str) -> bool:
+    """Whether an engine for ``built`` is one for ``wanted``: of its kind, with every architecture that it names."""
+    kind, _, archs = wanted.partition(":")
+    # A cpu variant goes by its short name as well: avx2 for x86_64-avx2.
+    names = {name for arch in built.archs for name in (arch, arch.rpartition("-")[2])}
+    return kind == built.kind and set(archs.split(",") if archs else ()) <= names
 
 
 def cpu_library(path: Path, manifest: Manifest) -> Path | None:

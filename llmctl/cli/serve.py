@@ -40,7 +40,9 @@ ChatTemplate = Annotated[
 Target = Annotated[
     str,
     typer.Option(
-        "--target", help="What a checkpoint is built for: cpu, reference, cuda:sm_90.", rich_help_panel=_MODEL
+        "--target",
+        help="What a checkpoint is built for: cpu (auto), reference, cuda:sm_90; an engine must be for it.",
+        rich_help_panel=_MODEL,
     ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.", rich_help_panel=_MODEL)]

@@ -42,6 +42,7 @@ def open_runtime(path: Path, config: EngineConfig) -> tuple[LoadedEngine, Runtim
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         kv_cache_bytes=kv_bytes,
+        target=config.target,
     )
     return loaded, load_runtime(loaded, threads=config.threads)
 

@@ -246,6 +246,17 @@ def test_every_chosen_kernel_is_in_some_module(
     assert "kernels.b: expected kernel r for sm_90, found no such kernel" in refused(engine)
 
 
+def test_an_engine_for_another_target_than_asked(built: Path, native: Path, refused: Callable[..., str]) -> None:
+    arch = read_manifest(native).target.archs[0]
+    for wanted in ("cuda:sm_90", "reference", "cpu:sm_90", "tpu"):
+        message = refused(native, target=wanted)
+        assert f"target: expected cpu:{arch}, found {wanted}" in message
+        assert f"--target {wanted}" in message
+    for wanted in (None, "auto", "cpu", f"cpu:{arch}", f"cpu:{arch.rpartition('-')[2]}"):
+        assert load_engine(native, target=wanted).manifest.target.archs == (arch,)
+    assert "target: expected cpu, found cpu:avx2" in refused(built, target="cpu:avx2")
+
+
 def test_missing_tensor(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
     rewrite_weights(engine, edit_manifest, lambda t: t.pop("final_norm.weight"))
     assert "tensor 'final_norm.weight': expected F32 [64], found no such tensor" in refused(engine)
