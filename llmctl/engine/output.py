@@ -91,7 +91,7 @@ class _Text:
         self.num_tokens += 1
         if ends and not self.params.include_stop_str_in_output:
             return "", None
-        text = self._detokenizer.push((token_id,))
+        text = self._detokenizer.push(token_id)
         if self.num_tokens <= self.params.min_tokens:
             return text, None
         return self._stops.push(text)

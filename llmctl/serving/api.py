@@ -29,6 +29,7 @@ from llmctl.serving.responses import (
     chat_logprobs,
     event,
     prompt_logprobs,
+    usage_member,
 )
 
 log = logging.getLogger("llmctl.serving")
@@ -134,8 +135,8 @@ class Answer:
     def chunk(self, choice: dict[str, Any]) -> bytes:
         """One event with one choice."""
         if not self.include_usage:
-            return event(self.envelope.body([choice]))
-        return event(self.envelope.body([choice], usage=self.usage_body() if self.continuous_usage else None))
+            return self.envelope.chunk(choice)
+        return self.envelope.chunk(choice, usage_member(self.usage_body() if self.continuous_usage else None))
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         """All events, to ``[DONE]``; an error after the beginning is an event of its own."""

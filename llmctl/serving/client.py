@@ -9,10 +9,10 @@ import asyncio
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class AsyncEngineClient:
         self._idle = asyncio.Event()
         self._idle.set()
         self._texts: OutputProcessor | None = None
+        self._numbers = count()
         self._running: dict[str, RunningSequence] = {}
         self._ended_by_stop: dict[str, tuple[RunningSequence, TextOutput]] = {}
         self._last_progress = time.monotonic()
@@ -205,7 +206,7 @@ class AsyncEngineClient:
             self._last_progress = generation.arrival
         wire = []
         for index, spec in enumerate(specs):
-            request_id = uuid.uuid4().hex
+            request_id = str(next(self._numbers))  # short: it is in every step's message
             sequence = RunningSequence(request_id, generation, index, len(spec.prompt_token_ids))
             generation.sequences.append(sequence)
             self._running[request_id] = sequence
@@ -294,12 +295,13 @@ class AsyncEngineClient:
         assert self._texts is not None
         now = self._last_progress = time.monotonic()
         self.stats = message.stats
-        self._metrics.engine(message.stats)
+        self._metrics.engine(message.stats, message.busy_seconds)
         outputs, aborts = self._texts.process(message.outputs)
         for output in outputs:
             self._on_output(output, now)
-        for aborted in message.outputs:
-            self._on_late_times(aborted)
+        if self._ended_by_stop:
+            for aborted in message.outputs:
+                self._on_late_times(aborted)
         if aborts:
             self._send(AbortRequests(aborts))
         for refused in message.refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from llmctl.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
 
-_IDLE_POLL_MS = 60_000
+_IDLE_WAIT_MS = 60_000
 
 
 class EngineLoop:
@@ -45,28 +46,39 @@ class EngineLoop:
         self._engine = engine
         self._channel = channel
         self._refused: list[Refused] = []
+        self._began = time.perf_counter()
+        self._idle_seconds = 0.0
         self._stopping = False
 
     def run(self) -> None:
         """Until a Shutdown command."""
         while not self._stopping:
-            idle = not self._engine.has_unfinished()
-            outputs = self._take_commands(wait=idle)
-            busy = self._engine.has_unfinished()
-            if busy:
-                outputs += self._engine.step()
-            if busy or outputs or self._refused:
-                self._report(outputs)
+            self._turn()
         self._engine.close()
 
+    def _turn(self) -> None:
+        """Commands, a step, a report."""
+        if self._engine.has_unfinished():
+            outputs = self._take_commands(0)
+        else:
+            before = time.perf_counter()
+            outputs = self._take_commands(_IDLE_WAIT_MS)
+            self._idle_seconds += time.perf_counter() - before
+        busy = self._engine.has_unfinished()
+        if busy:
+            outputs += self._engine.step()
+        if busy or outputs or self._refused:
+            self._report(outputs)
+
     def _report(self, outputs: list[TokenOutput]) -> None:
-        self._channel.send(encode(StepMessage(outputs, self._engine.stats(), self._refused)))
+        busy_seconds = time.perf_counter() - self._began - self._idle_seconds
+        self._channel.send(encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused)))
         self._refused = []
 
-    def _take_commands(self, *, wait: bool) -> list[TokenOutput]:
-        """Apply every command that has come; with ``wait``, sleep until there is one. Returns outputs of aborts."""
+    def _take_commands(self, timeout_ms: int) -> list[TokenOutput]:
+        """Apply every command that has come, waiting for the first up to ``timeout_ms``. Returns outputs of aborts."""
         outputs: list[TokenOutput] = []
-        for message in self._channel.receive(_IDLE_POLL_MS if wait else 0):
+        for message in self._channel.receive(timeout_ms):
             command = decode_command(message)
             if isinstance(command, AddRequests):
                 self._add(command)

@@ -51,30 +51,27 @@ class Generation:
         self._unfinished = count
         self._error: Exception | None = None
         self._aborted = False
-        self._begun = asyncio.Event()
-        self._news = asyncio.Event()
-        self._done = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._waits_for_all = False
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
-        return self._done.is_set()
+        return self._unfinished == 0 or self._error is not None or self._aborted
 
     def push(self, index: int, output: TextOutput) -> None:
         """Take in output of one sequence."""
         self._pending.setdefault(index, []).append(output)
         if output.finish_reason is not None:
             self._unfinished -= 1
-        self._begun.set()
-        self._news.set()
-        if self._unfinished == 0:
-            self._done.set()
+        if not self._waits_for_all or self._unfinished == 0:
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         """End with an error; the consumer raises it."""
         if self._error is None and not self.done:
             self._error = error
-        self._wake_all()
+        self._wake()
 
     def abort(self) -> None:
         """Drop what is not finished (client gone); safe to call at any time."""
@@ -82,14 +79,26 @@ class Generation:
             return
         self._aborted = True
         self._cancel(self)
-        self._wake_all()
+        self._wake()
 
-    def _wake_all(self) -> None:
-        for event in (self._begun, self._news, self._done):
-            event.set()
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    def _check(self) -> None:
-        if self._error is not None:
+    async def _wait(self, *, for_all: bool) -> None:
+        """Until there is output that nobody has taken (``for_all``: until nothing more will come).
+
+        Raises:
+            LlmctlError: the engine refused the request or died, and all output before that is taken.
+        """
+        self._waits_for_all = for_all
+        while not self.done and (for_all or not self._pending):
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._error is not None and (for_all or not self._pending):
             raise self._error
 
     async def started(self) -> None:
@@ -98,24 +107,15 @@ class Generation:
         Raises:
             LlmctlError: the engine refused the request or died.
         """
-        await self._begun.wait()
-        self._check()
+        await self._wait(for_all=False)
 
-    def __aiter__(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
-        return self._batches()
-
-    async def _batches(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._wait(for_all=False)
             pending, self._pending = self._pending, {}
-            if pending:
-                yield [(index, _merged(parts)) for index, parts in sorted(pending.items())]
-            if self._pending:
-                continue
-            self._check()
-            if self.done:
+            if not pending:
                 return
+            yield [(index, _merged(parts)) for index, parts in sorted(pending.items())]
 
     async def result(self) -> list[TextOutput]:
         """Everything, one output per sequence, once all are done (fewer after ``abort``).
@@ -123,8 +123,7 @@ class Generation:
         Raises:
             LlmctlError: the engine refused the request or died.
         """
-        await self._done.wait()
-        self._check()
+        await self._wait(for_all=True)
         return [_merged(parts) for _, parts in sorted(self._pending.items())]
 
 

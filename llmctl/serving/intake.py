@@ -259,6 +259,8 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
                     param="messages",
                 )
         content = "\n".join(part.text or "" for part in content)
+    if content is None and message.role != "assistant":  # an assistant's may consist of tool calls
+        raise RequestError(f"messages[{index}].content: expected text, found none", param="messages")
     return {**(message.model_extra or {}), "role": message.role, "content": content or ""}
 
 

@@ -1,13 +1,24 @@
 """Prometheus series of the server: vLLM's names under the prefix ``llmctl:``, in a registry of their own.
 
-Gauges and counters of the engine arrive as running totals with each step's message; request latencies are observed by
-the API process, from the times at which things happened.
+Gauges and counters of the engine arrive as running totals with each step's message and are put in order when somebody
+asks; request latencies are observed by the API process, from the times at which things happened.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
 
 from llmctl.engine.llm_engine import EngineStats
 from llmctl.engine.output import TextOutput
@@ -35,21 +46,76 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTION_REASONS = ("queue_full", "context_length_exceeded", "not_ready", "invalid_request")
 
 
+class Histogram(Collector):
+    """One series of bucket counts. A value costs one bisection; prometheus_client's own histogram takes two locks and a
+    walk over the buckets, which is felt when it is once per token of every stream.
+
+    Args:
+        bounds: upper bounds, ascending; +Inf is added. labels: the values of LABELS.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = tuple(float(b) for b in bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value, in the first bucket whose bound is not below it."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[Metric]:
+        """Part of prometheus_client's Collector."""
+        family = HistogramMetricFamily(self._name, self._text, labels=LABELS)
+        bounds = [*(str(b) for b in self._bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        family.add_metric(self._labels, buckets, self._sum)
+        yield family
+
+
+class EngineSeries(Collector):
+    """What the last step's message said of the engine; ``busy_seconds`` is the worker's, see ``StepMessage``."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels = labels
+        self.stats = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
+        self.busy_seconds = 0.0
+
+    def collect(self) -> Iterator[Metric]:
+        """Part of prometheus_client's Collector."""
+        stats = self.stats
+        yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1.", stats.kv_cache_usage)
+        for name, text, value in (
+            ("generation_tokens", "Tokens generated.", stats.num_generated_tokens),
+            ("num_preemptions", "Preemptions of a running request.", stats.num_preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            ("engine_steps", "Steps of the engine.", stats.num_steps),
+            ("engine_busy_seconds", "Wall time in which the worker had requests.", self.busy_seconds),
+            ("engine_compute_seconds", "Wall time of it in which the model computed.", stats.compute_seconds),
+        ):
+            family = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
+            family.add_metric(self._labels, value)
+            yield family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
+        family.add_metric(self._labels, value)
+        return family
+
+
 class ServerMetrics:
     """All series of one server. ``render`` gives the exposition text."""
 
     def __init__(self, model_name: str, engine: str = "0") -> None:
         self.registry = CollectorRegistry()
         self._label_values = (model_name, engine)
-        self._seen = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
-        self.running = self._gauge("num_requests_running", "Requests in the running batch.")
-        self.waiting = self._gauge("num_requests_waiting", "Requests waiting to be scheduled.")
-        self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1.")
+        self._engine = EngineSeries(self._label_values)
+        self.registry.register(self._engine)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
-        self.preemptions = self._counter("num_preemptions", "Preemptions of a running request.")
-        self.cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self.cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens that needed no computation.")
         self._success = Counter(
             PREFIX + "request_success", "Finished requests.", (*LABELS, "finished_reason"), registry=self.registry
@@ -81,16 +147,13 @@ class ServerMetrics:
             "iteration_tokens_total", "Tokens computed per step.", _ITERATION_BUCKETS
         )
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(PREFIX + name, text, LABELS, registry=self.registry).labels(*self._label_values)
-
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(PREFIX + name, text, LABELS, registry=self.registry).labels(*self._label_values)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, text, LABELS, buckets=buckets, registry=self.registry).labels(
-            *self._label_values
-        )
+        histogram = Histogram(PREFIX + name, text, buckets, self._label_values)
+        self.registry.register(histogram)
+        return histogram
 
     def set_cache_config(self, **fields: object) -> None:
         """Export ``cache_config_info``: constant 1, the settings as labels."""
@@ -99,18 +162,11 @@ class ServerMetrics:
         info = Gauge(PREFIX + "cache_config_info", "KV-cache settings.", names, registry=self.registry)
         info.labels(*values).set(1)
 
-    def engine(self, stats: EngineStats) -> None:
+    def engine(self, stats: EngineStats, busy_seconds: float) -> None:
         """Take in the engine's gauges and running totals."""
-        seen, self._seen = self._seen, stats
-        self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting)
-        self.kv_usage.set(stats.kv_cache_usage)
-        self.generation_tokens.inc(stats.num_generated_tokens - seen.num_generated_tokens)
-        self.preemptions.inc(stats.num_preemptions - seen.num_preemptions)
-        self.cache_queries.inc(stats.prefix_cache_queries - seen.prefix_cache_queries)
-        self.cache_hits.inc(stats.prefix_cache_hits - seen.prefix_cache_hits)
-        if stats.num_steps > seen.num_steps:
+        if stats.num_steps > self._engine.stats.num_steps:
             self.iteration_tokens.observe(stats.last_step_tokens)
+        self._engine.stats, self._engine.busy_seconds = stats, busy_seconds
 
     def begun(self, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
         """A request's first output came ``seconds`` after its arrival."""

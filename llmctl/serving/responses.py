@@ -64,14 +64,12 @@ class UsageCount:
         }
 
 
-@dataclass(frozen=True, slots=True)
 class Envelope:
     """What every body and chunk of one response repeats."""
 
-    id: str
-    object: str
-    created: int
-    model: str
+    def __init__(self, id_: str, object_: str, created: int, model: str) -> None:
+        self._fields = {"id": id_, "object": object_, "created": created, "model": model}
+        self._chunk_head = b"data: " + _encode(self._fields)[:-1] + b',"choices":['
 
     @classmethod
     def new(cls, prefix: str, object_: str, model: str) -> Envelope:
@@ -80,14 +78,16 @@ class Envelope:
 
     def body(self, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
         """The document around ``choices``."""
-        return {
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **extra,
-        }
+        return {**self._fields, "choices": choices, **extra}
+
+    def chunk(self, choice: dict[str, Any], extra: bytes = b"") -> bytes:
+        """The event of ``body([choice])``; ``extra`` is the JSON of further members, with a comma in front."""
+        return b"%b%b]%b}\n\n" % (self._chunk_head, _encode(choice), extra)
+
+
+def usage_member(usage: dict[str, Any] | None) -> bytes:
+    """``Envelope.chunk``'s extra for OpenAI's ``usage``."""
+    return b',"usage":' + _encode(usage)
 
 
 def chat_logprobs(output: TextOutput) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from llmctl.text.tokenizer import Tokenizer
 
@@ -26,30 +26,24 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._pieces: list[str] = []
         tail = self._prompt_tail(prompt_ids)
         self._begun = bool(tail)
         self._utf8.decode(tail)
+        self._between_characters = not self._utf8.getstate()[0]
 
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that these tokens complete; never a part of a character."""
-        return self._keep(self._utf8.decode(b"".join(self._bytes(i) for i in ids)))
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; never a part of a character."""
+        if self._between_characters and self._begun and token_id not in self._skipped:
+            text = self._tokenizer.token_text(token_id)
+            if text is not None:
+                return text
+        text = self._utf8.decode(self._bytes(token_id))
+        self._between_characters = not self._utf8.getstate()[0]
+        return text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed, else nothing."""
-        return self._keep(self._utf8.decode(b"", final=True))
-
-    @property
-    def text(self) -> str:
-        """All text so far."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0] if self._pieces else ""
-
-    def _keep(self, text: str) -> str:
-        if text:
-            self._pieces.append(text)
-        return text
+        return self._utf8.decode(b"", final=True)
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._skipped:

@@ -38,6 +38,7 @@ class TokenBytes:
         self._special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self._anchor = None if self._byte_level else self._find_anchor()
         self._middle: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     def middle(self, token_id: int) -> bytes:
         """Bytes of a token within a text; b"" for an unknown id."""
@@ -45,6 +46,14 @@ class TokenBytes:
         if found is None:
             found = self._middle[token_id] = self._compute(token_id)
         return found
+
+    def text(self, token_id: int) -> str | None:
+        """``middle`` as text; None when it is not UTF-8 by itself."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            found = self._texts[token_id] = _whole(self.middle(token_id))
+            return found
 
     def first(self, token_id: int) -> bytes:
         """Bytes of a token at a text's start."""
@@ -75,6 +84,13 @@ class TokenBytes:
             token = self._backend.id_to_token(token_id)
             if token and token_id not in self._special and token.isascii() and token.isalpha():
                 return token_id
+        return None
+
+
+def _whole(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
         return None
 
 

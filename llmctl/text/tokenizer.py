@@ -136,6 +136,10 @@ class Tokenizer:
         """The bytes a token adds to a text that has begun already; b"" for an unknown id."""
         return self._bytes.middle(token_id)
 
+    def token_text(self, token_id: int) -> str | None:
+        """``token_bytes`` as text; None where they do not begin and end with a character."""
+        return self._bytes.text(token_id)
+
     def first_token_bytes(self, token_id: int) -> bytes:
         """The bytes a token yields as the first of a text (some tokenizers drop its leading space)."""
         return self._bytes.first(token_id)

@@ -45,6 +45,14 @@ def chat(tokenizer: Tokenizer, **fields: Any) -> Any:
     return made.chat_params(body, asyncio.run(made.chat_prompt(body)))
 
 
+def test_only_an_assistants_message_may_lack_content(tokenizer: Tokenizer) -> None:
+    chat(tokenizer, messages=[{"role": "user", "content": ""}, {"role": "assistant", "content": None}])
+    for message in ({"role": "user"}, {"role": "user", "content": None}, {"role": "system"}):
+        with pytest.raises(RequestError, match=r"messages\[1\]\.content: expected text") as caught:
+            chat(tokenizer, messages=[{"role": "assistant"}, message])
+        assert caught.value.http_status == 400
+
+
 def test_every_sampling_field_arrives(tokenizer: Tokenizer) -> None:
     fields = {
         "n": 2,

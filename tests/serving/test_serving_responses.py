@@ -18,7 +18,15 @@ from llmctl.engine.sampling import SamplingParams
 from llmctl.engine.step import TokenLogprobs
 from llmctl.serving.generation import Generation
 from llmctl.serving.intake import Prompt
-from llmctl.serving.responses import CompletionLogprobs, UsageCount, chat_logprobs, event, prompt_logprobs
+from llmctl.serving.responses import (
+    CompletionLogprobs,
+    Envelope,
+    UsageCount,
+    chat_logprobs,
+    event,
+    prompt_logprobs,
+    usage_member,
+)
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -41,6 +49,14 @@ def test_events_are_one_line_of_json() -> None:
     assert data.endswith(b"\n\n")
     assert data.count(b"\n") == 2
     assert json.loads(data[6:]) == {"text": 'a\nb "é" 🎉'}
+
+
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 3}])
+def test_a_chunk_is_the_event_of_its_body(usage: dict[str, int] | None) -> None:
+    envelope = Envelope.new("cmpl", "text_completion", 'a "model"')
+    choice = {"index": 0, "text": 'é"\n', "finish_reason": None}
+    assert envelope.chunk(choice) == event(envelope.body([choice]))
+    assert envelope.chunk(choice, usage_member(usage)) == event(envelope.body([choice], usage=usage))
 
 
 def test_characters_are_never_split_whatever_the_batching(tokenizer: Tokenizer) -> None:

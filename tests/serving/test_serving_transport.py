@@ -157,7 +157,7 @@ def test_a_step_survives_the_wire() -> None:
         RequestTimes(1.0, 2.0, 3.0, 4.0),
     )
     refused = [Refused(["x"], ErrorInfo.of(QueueFullError("full")))]
-    event = decode_event(encode(StepMessage([output, TokenOutput("other")], STATS, refused)))
+    event = decode_event(encode(StepMessage([output, TokenOutput("other")], STATS, 1.5, refused)))
     assert isinstance(event, StepMessage)
     got = event.outputs[0]
     assert got.prompt_scores is not None
@@ -172,7 +172,12 @@ def test_a_step_survives_the_wire() -> None:
         "times",
     ):
         assert getattr(got, name) == getattr(output, name), name
-    assert (event.outputs[1], event.stats, event.refused) == (TokenOutput("other"), STATS, refused)
+    assert (event.outputs[1], event.stats, event.busy_seconds, event.refused) == (
+        TokenOutput("other"),
+        STATS,
+        1.5,
+        refused,
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,15 @@ IDS = st.lists(st.integers(0, 345), max_size=24)
 TEXTS = st.text(st.sampled_from("the fox dog世界你好😀é🇩 \n.x"), max_size=20)
 
 
-def pushed(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool, cuts: int = 1) -> str:
+def pushed(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> str:
     detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
-    parts = [detokenizer.push(ids[i : i + cuts]) for i in range(0, len(ids), cuts)]
-    parts.append(detokenizer.flush())
-    assert detokenizer.text == "".join(parts)
-    return detokenizer.text
+    return "".join([detokenizer.push(i) for i in ids]) + detokenizer.flush()
 
 
 def begun(tokenizer: Tokenizer, prompt: list[int], skip: bool) -> str:
     """The prompt's text, without the replacement of a character that its end leaves unfinished."""
-    return IncrementalDetokenizer(tokenizer, [], skip).push(prompt)
+    detokenizer = IncrementalDetokenizer(tokenizer, [], skip)
+    return "".join([detokenizer.push(i) for i in prompt])
 
 
 def valid_fallback_ids() -> st.SearchStrategy[list[int]]:
@@ -42,15 +40,13 @@ def valid_fallback_ids() -> st.SearchStrategy[list[int]]:
     )
 
 
-@given(prompt=IDS, ids=IDS, skip=st.booleans(), cuts=st.integers(1, 4))
-def test_byte_level_equals_the_whole_decode_for_any_ids(
-    prompt: list[int], ids: list[int], skip: bool, cuts: int
-) -> None:
+@given(prompt=IDS, ids=IDS, skip=st.booleans())
+def test_byte_level_equals_the_whole_decode_for_any_ids(prompt: list[int], ids: list[int], skip: bool) -> None:
     tokenizer = byte_level()
     whole = tokenizer.decode(prompt + ids, skip_special_tokens=skip)
     head = begun(tokenizer, prompt, skip)
     assert whole.startswith(head)
-    assert pushed(tokenizer, prompt, ids, skip, cuts) == whole[len(head) :]
+    assert pushed(tokenizer, prompt, ids, skip) == whole[len(head) :]
 
 
 @given(prompt=IDS, ids=IDS, skip=st.booleans())
@@ -61,8 +57,8 @@ def test_metaspace_equals_the_whole_decode_for_any_ids(prompt: list[int], ids: l
     assert pushed(tokenizer, prompt, ids, skip) == whole[len(head) :]
 
 
-@given(ids=valid_fallback_ids(), at=st.integers(0, 20), skip=st.booleans(), cuts=st.integers(1, 4))
-def test_byte_fallback_equals_the_whole_decode_of_valid_bytes(ids: list[int], at: int, skip: bool, cuts: int) -> None:
+@given(ids=valid_fallback_ids(), at=st.integers(0, 20), skip=st.booleans())
+def test_byte_fallback_equals_the_whole_decode_of_valid_bytes(ids: list[int], at: int, skip: bool) -> None:
     """Of a run of byte tokens that is not UTF-8 as a whole, tokenizers replaces every byte. That cannot be known while
     the run goes on, so characters are released as they complete; hence valid bytes only, the prompt's end apart."""
     tokenizer = byte_fallback()
@@ -70,7 +66,7 @@ def test_byte_fallback_equals_the_whole_decode_of_valid_bytes(ids: list[int], at
     whole = tokenizer.decode(prompt + ids, skip_special_tokens=skip)
     head = begun(tokenizer, prompt, skip)
     assert whole.startswith(head)
-    assert pushed(tokenizer, prompt, ids, skip, cuts) == whole[len(head) :]
+    assert pushed(tokenizer, prompt, ids, skip) == whole[len(head) :]
 
 
 @given(prompt=TEXTS, text=TEXTS)
@@ -89,8 +85,7 @@ def test_no_push_ever_ends_in_half_a_character(kind: str, ids: list[int]) -> Non
     detokenizer = IncrementalDetokenizer(KINDS[kind](), [])
     seen = ""
     for token_id in ids:
-        seen += detokenizer.push([token_id])
-        assert detokenizer.text == seen
+        seen += detokenizer.push(token_id)
     assert pushed(KINDS[kind](), [], ids, True).startswith(seen)
 
 
@@ -98,8 +93,8 @@ def test_a_character_spread_over_tokens_appears_with_its_last_byte() -> None:
     tokenizer = byte_fallback()
     ids = [tokenizer.token_to_id(f"<0x{b:02X}>") or 0 for b in "😀".encode()]
     detokenizer = IncrementalDetokenizer(tokenizer, [])
-    assert [detokenizer.push([i]) for i in ids] == ["", "", "", "😀"]
-    assert detokenizer.push(ids[:2]) == ""
+    assert [detokenizer.push(i) for i in ids] == ["", "", "", "😀"]
+    assert [detokenizer.push(i) for i in ids[:2]] == ["", ""]
     assert detokenizer.flush() == "\ufffd"
 
 
@@ -108,8 +103,8 @@ def test_invalid_bytes_do_not_hold_up_what_follows_them() -> None:
     bad = tokenizer.token_to_id("<0xFF>") or 0
     letter = tokenizer.token_to_id("a") or 0
     detokenizer = IncrementalDetokenizer(tokenizer, [])
-    assert detokenizer.push([bad] * 3) == "\ufffd\ufffd\ufffd"
-    assert detokenizer.push([letter]) == "a"
+    assert detokenizer.push(bad) == "\ufffd"
+    assert detokenizer.push(letter) == "a"
 
 
 def test_a_character_begun_in_the_prompt_is_completed() -> None:

@@ -1,0 +1,61 @@
+"""The server's own histogram against prometheus_client's, and the engine's totals as they are shown."""
+
+from __future__ import annotations
+
+import prometheus_client
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmctl.engine.llm_engine import EngineStats
+from llmctl.serving.metrics import LABELS, Histogram, ServerMetrics
+
+BOUNDS = (0.5, 1, 2.5)
+VALUES = st.one_of(st.sampled_from([0.5, 1.0, 2.5]), st.floats(-1, 4, allow_nan=False))
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(VALUES, max_size=8))
+def test_a_histogram_shows_what_prometheus_would(values: list[float]) -> None:
+    theirs = prometheus_client.CollectorRegistry()
+    reference = prometheus_client.Histogram("h", "text", LABELS, buckets=BOUNDS, registry=theirs).labels("m", "0")
+    ours = prometheus_client.CollectorRegistry()
+    histogram = Histogram("h", "text", BOUNDS, ("m", "0"))
+    ours.register(histogram)
+    for value in values:
+        reference.observe(value)
+        histogram.observe(value)
+    shown, expected = (samples(prometheus_client.generate_latest(r).decode()) for r in (ours, theirs))
+    assert shown == expected
+
+
+def test_the_engines_totals_are_shown_as_they_came_last() -> None:
+    metrics = ServerMetrics("m")
+    metrics.engine(EngineStats(1, 2, 0.5, 3, 40, 30, 7, 70, 60, 8, 1.25), 2.5)
+    metrics.engine(EngineStats(2, 0, 0.75, 4, 50, 35, 8, 90, 70, 16, 1.5), 3.0)
+    text = metrics.render()[0].decode()
+    shown = {name.removeprefix("llmctl:"): value for (name, _), value in samples(text).items()}
+    expected = {
+        "num_requests_running": 2,
+        "num_requests_waiting": 0,
+        "kv_cache_usage_perc": 0.75,
+        "num_preemptions_total": 4,
+        "prefix_cache_queries_total": 50,
+        "prefix_cache_hits_total": 35,
+        "generation_tokens_total": 70,
+        "engine_steps_total": 8,
+        "engine_busy_seconds_total": 3.0,
+        "engine_compute_seconds_total": 1.5,
+        "iteration_tokens_total_count": 2,
+        "iteration_tokens_total_sum": 24,
+    }
+    assert {name: shown[name] for name in expected} == expected
