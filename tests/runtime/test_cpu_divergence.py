@@ -25,8 +25,8 @@ pytestmark = [
     pytest.mark.xdist_group("cpu_kernels"),
 ]
 TOKENS = 96
-# Nats a token; two to three times what was measured (0.0004 to 0.0031; qwen3 0.025). The random model's norms of q and k
-# have channels six times the others: qwen3's attention is so peaked that the rounding of its inputs shows.
+# Nats a token; two to three times what was measured (0.0004 to 0.0031; qwen3 0.025). The random norms of q and k have
+# channels six times the others: qwen3's attention is so peaked that the rounding of its inputs shows.
 BOUND = dict.fromkeys(FAMILIES, 0.007) | {"qwen3": 0.05}
 HEADS = {"dense": 0.0, "int8": 0.0005, "int4": 0.03}
 """How a head is stored, and what its own rounding (the float32 head has none) may add; measured 0.0002 and 0.013."""

@@ -1,0 +1,360 @@
+#!/usr/bin/env python3
+"""Mixed load on a server for a long time: does memory grow, are KV blocks conserved, does it ever stall or fail?
+
+    python scripts/soak.py --model ./engine --minutes 20
+    python scripts/soak.py --base-url http://127.0.0.1:8000 --pid 1234
+
+Starts ``llmctl serve`` (or takes a running one; ``--pid`` is then its API process) and drives it in rounds of changing
+concurrency: completions and chat, streamed and not, seeds, log-probabilities, stop strings, clients that leave in the
+middle of a stream or of the prefill, prompts that are too long. After each round the server must fall idle, with all
+KV blocks free and no request left. Memory is the sum of the private memory of all processes of the server at
+those idle moments; the first ``--warmup`` minutes do not count, during which the KV cache's pages should all be touched
+(the server that this script starts has a small one, so that they are).
+
+Exit code 0 when every bound holds, 1 otherwise. Stdout holds the verdict (one JSON document with ``--json``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import aiohttp
+import psutil
+from soak_clients import KINDS, Client, Endpoint, Record
+
+LEVELS = (1, 4, 8, 16, 32, 2)
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is allowed. growth_mib: memory after warm-up. stall_seconds: without a step while requests run, or between
+    two chunks of a stream. idle_seconds: from the last answer until nothing runs."""
+
+    growth_mib: float
+    stall_seconds: float
+    idle_seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An idle moment. at: seconds since the start; private, resident: MiB over all processes of the server (None when
+    they are not known); blocks: share of the KV cache held; tokens: generated so far."""
+
+    at: float
+    private: float | None
+    resident: float | None
+    blocks: float
+    running: float
+    waiting: float
+    tokens: float
+
+
+@dataclass
+class SoakRecord(Record):
+    """With what was seen from outside. step_gap: longest time without a step while requests ran, seconds."""
+
+    step_gap: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Prometheus text -> value by series name, summed over labels; without the prefix ``llmctl:``."""
+    values: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("llmctl:"):
+            name, _, value = line.partition("{")
+            name, value = (name, value.rpartition("}")[2]) if value else line.split(" ", 1)
+            name = name.removeprefix("llmctl:")
+            values[name] = values.get(name, 0.0) + float(value.split()[0])
+    return values
+
+
+def growth(samples: Sequence[Sample], warm: float) -> float | None:
+    """MiB that the private memory grew after ``warm`` seconds: median of the last third over that of the first third.
+
+    None with fewer than three samples, or when memory was not measured.
+    """
+    values = [s.private for s in samples if s.at >= warm and s.private is not None]
+    if len(values) < 3:
+        return None
+    third = max(1, len(values) // 3)
+    return _median(values[-third:]) - _median(values[:third])
+
+
+def verdict(record: SoakRecord, bounds: Bounds, warm: float, expect_memory: bool) -> list[str]:
+    """Every bound that does not hold, one line each; empty when all is well."""
+    found = []
+    grown = growth(record.samples, warm)
+    if expect_memory and grown is None:
+        found.append("memory: fewer than three idle moments after warm-up; run longer")
+    if grown is not None and grown > bounds.growth_mib:
+        found.append(f"memory grew by {grown:.1f} MiB after warm-up, allowed {bounds.growth_mib:g}")
+    for sample in record.samples:
+        if sample.running or sample.waiting:
+            found.append(
+                f"{sample.running:g} running and {sample.waiting:g} waiting requests at {sample.at:.0f} s, "
+                f"{bounds.idle_seconds:g} s after the last client was done"
+            )
+        elif sample.blocks:
+            found.append(f"{100 * sample.blocks:.2f}% of the KV blocks held at {sample.at:.0f} s with no request")
+    for what, seconds in (("no step while requests ran", record.step_gap), ("between two chunks", record.chunk_gap)):
+        if seconds > bounds.stall_seconds:
+            found.append(f"stall: {what} for {seconds:.2f} s, allowed {bounds.stall_seconds:g}")
+    if record.answers["failed"]:
+        found.append(f"{record.answers['failed']} failures, first: {record.errors[0]}")
+    if not any(record.answers[kind] for kind in KINDS):
+        found.append("no request was answered")
+    return found
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+class Watcher:
+    """Polls the server's metrics and memory."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, pid: int | None, record: SoakRecord) -> None:
+        self.session, self.url, self.record, self.start = session, url, record, time.monotonic()
+        self.process = psutil.Process(pid) if pid else None
+
+    async def metrics(self) -> dict[str, float]:
+        """All series now."""
+        async with self.session.get(f"{self.url}/metrics") as answer:
+            return parse_metrics(await answer.text())
+
+    async def watch_steps(self) -> None:
+        """For ever: the longest time in which requests ran and no step was made."""
+        steps, since = -1.0, time.monotonic()
+        while True:
+            try:
+                found = await self.metrics()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                self.record.fail(f"/metrics: {type(error).__name__}: {error}")
+                found = {}
+            now = time.monotonic()
+            if found.get("engine_steps_total", steps) != steps or not found.get("num_requests_running"):
+                steps, since = found.get("engine_steps_total", steps), now
+            self.record.step_gap = max(self.record.step_gap, now - since)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def idle(self, patience: float) -> Sample:
+        """Wait until nothing runs (at most ``patience`` seconds) and look."""
+        end = time.monotonic() + patience
+        while True:
+            found = await self.metrics()
+            busy = found["num_requests_running"] + found["num_requests_waiting"] + found["kv_cache_usage_perc"]
+            if not busy or time.monotonic() > end:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        private, resident = memory(self.process) if self.process else (None, None)
+        return Sample(
+            round(time.monotonic() - self.start, 1),
+            private,
+            resident,
+            found["kv_cache_usage_perc"],
+            found["num_requests_running"],
+            found["num_requests_waiting"],
+            found["generation_tokens_total"],
+        )
+
+
+def memory(process: psutil.Process) -> tuple[float, float]:
+    """Private and resident memory of a process and its descendants, MiB."""
+    private = resident = 0
+    for member in (process, *process.children(recursive=True)):
+        info = member.memory_full_info()
+        private, resident = private + info.uss, resident + info.rss
+    return round(private / 2**20, 2), round(resident / 2**20, 2)
+
+
+async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecord:
+    """Drive the server for ``args.minutes``; what was seen."""
+    record = SoakRecord()
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        endpoint = await find_endpoint(session, url)
+        watcher = Watcher(session, url, pid, record)
+        steps = asyncio.create_task(watcher.watch_steps())
+        rng = random.Random(args.seed)
+        end = watcher.start + 60 * args.minutes
+        for level in _cycle(LEVELS):
+            until = min(end, time.monotonic() + args.round_seconds)
+            clients = [Client(session, endpoint, record, random.Random(rng.random())) for _ in range(level)]
+            await asyncio.gather(*(_run(client, until) for client in clients))
+            record.samples.append(await watcher.idle(args.idle_seconds))
+            _say(record, level)
+            if time.monotonic() >= end:
+                break
+        steps.cancel()
+        await asyncio.gather(steps, return_exceptions=True)
+    return record
+
+
+async def _run(client: Client, until: float) -> None:
+    while time.monotonic() < until:
+        await client.act()
+
+
+def _cycle(levels: Sequence[int]) -> Iterator[int]:
+    while True:
+        yield from levels
+
+
+def _say(record: SoakRecord, level: int) -> None:
+    sample = record.samples[-1]
+    print(
+        f"{sample.at:7.0f} s  concurrency {level:2}  private {sample.private} MiB  blocks {sample.blocks:g}  "
+        f"requests {sum(record.answers.values())}  failed {record.answers['failed']}  "
+        f"gaps: steps {record.step_gap:.2f} s, chunks {record.chunk_gap:.2f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+async def find_endpoint(session: aiohttp.ClientSession, url: str) -> Endpoint:
+    """The model that a server serves."""
+    async with session.get(f"{url}/v1/models") as answer:
+        models = await answer.json()
+    model = models["data"][0]
+    return Endpoint(url, model["id"], int(model["max_model_len"]))
+
+
+@contextmanager
+def running_server(args: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
+    """(url, pid) of the server named by the arguments, or of one started for the time of the context.
+
+    Raises:
+        RuntimeError: it does not get ready, or does not end cleanly.
+    """
+    if args.base_url:
+        yield args.base_url.rstrip("/"), args.pid
+        return
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [
+        sys.executable, "-m", "llmctl.cli.main", "serve", "--model", args.model, "--port", str(port),
+        "--kv-cache-memory", args.kv_cache_memory, "--max-model-len", str(args.max_model_len), *args.serve_args,
+    ]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            _wait_ready(process, port)
+            yield f"http://127.0.0.1:{port}", process.pid
+            process.terminate()
+            if process.wait(60):
+                raise RuntimeError(f"the server ended with exit code {process.returncode}")
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            log.seek(0)
+            raise RuntimeError(f"{error}\n{log.read()[-3000:]}") from error
+        finally:
+            if process.poll() is None:
+                for member in (*psutil.Process(process.pid).children(recursive=True), process):
+                    member.kill()
+                process.wait()
+
+
+def _wait_ready(process: subprocess.Popen[bytes], port: int, timeout: float = 300) -> None:
+    import urllib.error
+    import urllib.request
+
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise RuntimeError("the server did not get ready")
+
+
+def report(record: SoakRecord, bounds: Bounds, warm: float, violations: Sequence[str]) -> dict[str, Any]:
+    """The result as JSON data."""
+    grown = growth(record.samples, warm)
+    return {
+        "verdict": "fail" if violations else "pass",
+        "violations": list(violations),
+        "bounds": asdict(bounds),
+        "requests": dict(record.answers),
+        "generated_tokens": record.samples[-1].tokens if record.samples else 0,
+        "warmup_tokens": max((s.tokens for s in record.samples if s.at < warm), default=0),
+        "memory_growth_mib": None if grown is None else round(grown, 2),
+        "peak_resident_mib": max((s.resident for s in record.samples if s.resident is not None), default=None),
+        "longest_step_gap_seconds": round(record.step_gap, 3),
+        "longest_chunk_gap_seconds": round(record.chunk_gap, 3),
+        "errors": record.errors,
+        "samples": [asdict(s) for s in record.samples],
+    }
+
+
+def print_report(result: Mapping[str, Any]) -> None:
+    """The result for a person."""
+    for name in (
+        "requests", "generated_tokens", "memory_growth_mib", "peak_resident_mib", "longest_step_gap_seconds",
+        "longest_chunk_gap_seconds",
+    ):  # fmt: skip
+        print(f"{name}: {result[name]}")
+    for line in result["violations"]:
+        print(f"violation: {line}")
+    print(f"verdict: {result['verdict']}")
+
+
+def main() -> int:
+    """Run the soak; the process's exit code."""
+    args = _parser().parse_args()
+    bounds = Bounds(args.growth_mib, args.stall_seconds, args.idle_seconds)
+    warm = 60 * (args.warmup if args.warmup is not None else min(3.0, args.minutes / 4))
+    try:
+        with running_server(args) as (url, pid):
+            record = asyncio.run(soak(url, pid, args))
+    except (RuntimeError, aiohttp.ClientError, psutil.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    found = verdict(record, bounds, warm, expect_memory=pid is not None)
+    result = report(record, bounds, warm, found)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_report(result)
+    return 1 if found else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="what to serve: an engine or anything llmctl serve takes")
+    source.add_argument("--base-url", metavar="URL", help="a server that runs already")
+    parser.add_argument("--pid", type=int, help="with --base-url: its API process, to watch memory")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--warmup", type=float, help="minutes that do not count (default: a quarter, at most 3)")
+    parser.add_argument("--round-seconds", type=float, default=15.0, help="load between two idle moments")
+    parser.add_argument("--growth-mib", type=float, default=16.0, help="allowed growth of memory (default: 16)")
+    parser.add_argument("--stall-seconds", type=float, default=2.0, help="longest stall allowed (default: 2)")
+    parser.add_argument("--idle-seconds", type=float, default=10.0, help="patience for the last requests to end")
+    parser.add_argument("--kv-cache-memory", default="128MiB", help="of the started server (default: 128MiB)")
+    parser.add_argument("--max-model-len", type=int, default=2048, help="of the started server (default: 2048)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("serve_args", nargs="*", metavar="-- OPTION", help="more options of llmctl serve")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

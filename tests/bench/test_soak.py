@@ -1,0 +1,150 @@
+"""The soak's judgement and its clients, without a model: numbers given by hand, and a server that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+import soak
+import soak_clients
+
+BOUNDS = soak.Bounds(growth_mib=16, stall_seconds=2, idle_seconds=10)
+IDLE = soak.Sample(at=0, private=100.0, resident=200.0, blocks=0, running=0, waiting=0, tokens=10)
+
+
+def record(*private: float | None) -> soak.SoakRecord:
+    """Idle moments a minute apart."""
+    made = soak.SoakRecord(samples=[replace(IDLE, at=60.0 * i, private=p) for i, p in enumerate(private)])
+    made.answers["completion"] = 1
+    return made
+
+
+def test_metrics_are_summed_over_labels() -> None:
+    text = '# HELP x\nllmctl:steps_total{a="1 2"} 3.0\nllmctl:steps_total{a="b"} 4\nllmctl:plain 5.5\nprocess_x 7\n'
+    assert soak.parse_metrics(text) == {"steps_total": 7.0, "plain": 5.5}
+
+
+def test_a_quiet_run_passes() -> None:
+    assert soak.verdict(record(50, 100, 101, 100, 102, 101, 100), BOUNDS, 60, True) == []
+
+
+def test_growth_counts_after_warm_up_only_and_one_spike_is_none() -> None:
+    assert soak.growth(record(10, 50, 100, 100, 300, 101, 101, 102).samples, 120) == pytest.approx(1.5)
+    assert soak.growth(record(10, 50, 100).samples, 120) is None
+    assert soak.growth(record(None, None, None, None).samples, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"samples": record(*range(100, 220, 20)).samples}, "memory grew by 80.0 MiB"),
+        ({"samples": record(1, 2).samples}, "fewer than three idle moments"),
+        ({"samples": [*record(1, 1, 1).samples, replace(IDLE, private=1, blocks=0.01)]}, "1.00% of the KV blocks held"),
+        ({"samples": [*record(1, 1, 1).samples, replace(IDLE, private=1, running=2)]}, "2 running and 0 waiting"),
+        ({"step_gap": 2.5}, "no step while requests ran for 2.50 s"),
+        ({"chunk_gap": 3.0}, "between two chunks for 3.00 s"),
+    ],
+)
+def test_each_bound_is_held(changed: dict[str, object], said: str) -> None:
+    broken = replace(record(1, 1, 1), **changed)  # type: ignore[arg-type]
+    (line,) = soak.verdict(broken, BOUNDS, 0, True)
+    assert said in line
+
+
+def test_failures_and_silence_are_violations() -> None:
+    failed = record(1, 1, 1)
+    failed.fail("completion: status 500")
+    assert soak.verdict(failed, BOUNDS, 0, True) == ["1 failures, first: completion: status 500"]
+    silent = replace(record(1, 1, 1), answers=soak_clients.Counter())
+    assert soak.verdict(silent, BOUNDS, 0, True) == ["no request was answered"]
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def _completion(text: str) -> web.Response:
+    choice = {"text": text, "logprobs": {"token_logprobs": [-1.0]}}
+    return web.json_response({"choices": [choice, choice], "usage": {"completion_tokens": 1}})
+
+
+def act(kind: str, handler: Handler, times: int = 1) -> soak_clients.Record:
+    """One kind of request against a handler of everything."""
+
+    async def run() -> soak_clients.Record:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", handler)
+        seen = soak_clients.Record()
+        async with TestServer(app) as server, aiohttp.ClientSession() as session:
+            endpoint = soak_clients.Endpoint(str(server.make_url("/")).rstrip("/"), "m", 64)
+            client = soak_clients.Client(session, endpoint, seen, random.Random(0))
+            client.rng.choices = lambda *_, **__: [kind] * 60  # type: ignore[method-assign, assignment]
+            client.rng.randrange = lambda *_: 3  # type: ignore[method-assign, assignment]
+            for _ in range(times):
+                await client.act()
+        return seen
+
+    return asyncio.run(run())
+
+
+def test_good_answers_are_counted() -> None:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return await _completion("a")
+
+    for kind in ("completion", "logprobs", "stop", "probe"):
+        assert act(kind, answer).answers == {kind: 1}
+
+
+@pytest.mark.parametrize("kind", sorted(set(soak_clients.KINDS) - {"leave_prefill"}))
+def test_a_server_error_is_a_failure(kind: str) -> None:
+    async def broken(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500)
+
+    assert act(kind, broken).answers == {"failed": 1}
+
+
+def test_a_seeded_request_that_changes_its_text_is_a_failure() -> None:
+    texts = iter("aab")
+
+    async def changing(_: web.Request) -> web.StreamResponse:
+        return await _completion(next(texts))
+
+    seen = act("probe", changing, 3)
+    assert seen.answers == {"probe": 2, "failed": 1}
+    assert "gave 'b' after 'a'" in seen.errors[0]
+
+
+@pytest.mark.parametrize(("last", "failed"), [("data: [DONE]\n\n", 0), ("", 1), ('data: {"error": {}}\n\n', 1)])
+def test_a_stream_must_end_as_streams_do(last: str, failed: int) -> None:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b'data: {"choices": []}\n\n')
+        await asyncio.sleep(0.05)
+        await response.write(b'data: {"choices": []}\n\n')
+        await response.write(last.encode())
+        return response
+
+    seen = act("completion_stream", stream)
+    assert seen.answers["failed"] == failed
+    assert seen.chunk_gap >= 0.04
+
+
+def test_a_prompt_that_is_too_long_must_be_refused() -> None:
+    async def refuse(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=400)
+
+    async def accept(_: web.Request) -> web.StreamResponse:
+        return await _completion("a")
+
+    assert act("too_long", refuse).answers == {"too_long": 1}
+    assert act("too_long", accept).answers == {"failed": 1}
