@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
-from llmctl.artifact.loader import LoadedEngine
+from llmctl.artifact.loader import LoadedEngine, read_manifest
 from llmctl.bench.environment import usable_cores
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
@@ -19,6 +19,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.errors import UsageError
 from llmctl.runtime.load import open_runtime
 from llmctl.text.tokenizer import Tokenizer
 
@@ -53,13 +54,26 @@ class OpenedEngine:
         }
 
 
-def open_engine(config: EngineConfig) -> OpenedEngine:
+def open_engine(config: EngineConfig, longest: int = 0) -> OpenedEngine:
     """The engine that ``config.model`` names, built into the cache first if it is not an engine folder.
 
+    Args:
+        longest: tokens of the longest request that will come, prompt and output.
+
     Raises:
+        UsageError: the engine takes no sequence of ``longest`` tokens (found before it is loaded).
         LlmctlError: whatever resolving, building or loading refuses.
     """
     path: Path = ensure_engine(config.model, config)
+    limit = read_manifest(path).options.max_model_len
+    if longest > (found := min(limit, config.max_model_len or limit)):
+        fix = "shorter --input-len or --output-len" + (", or more --max-model-len" if found < limit else "")
+        raise UsageError(
+            f"--input-len, --output-len: requests of up to {longest} tokens, prompt and output; "
+            f"{'the engine takes' if found == limit else '--max-model-len is'} {found}",
+            fix=fix,
+            param="input_len",
+        )
     start = time.perf_counter()
     loaded, runtime = open_runtime(path, config)
     tokenizer = Tokenizer.from_folder(path)

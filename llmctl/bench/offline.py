@@ -65,7 +65,7 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     judge = _judge(config, config.regression_metrics)
     inputs, outputs = _lengths(config)
     environment = describe_environment()
-    opened = open_engine(config)
+    opened = open_engine(config, longest=inputs.high + outputs.high)
     head = _head(config, judge, opened, "throughput", num_prompts=config.num_prompts)
     judge.check_same_work(head)
 
@@ -103,7 +103,7 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
             param="batch_size",
         )
     environment = describe_environment()
-    opened = open_engine(config)
+    opened = open_engine(config, longest=inputs.high + outputs.high)
     sizes = {"batch_size": config.batch_size, "num_iters": config.num_iters}
     head = _head(config, judge, opened, "latency", **sizes)
     judge.check_same_work(head)
@@ -126,7 +126,18 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
 
 
 def _lengths(config: OfflineConfig) -> tuple[LengthRange, LengthRange]:
-    return LengthRange.parse(config.input_len, "input_len"), LengthRange.parse(config.output_len, "output_len")
+    inputs, outputs = (
+        LengthRange.parse(config.input_len, "input_len"),
+        LengthRange.parse(config.output_len, "output_len"),
+    )
+    if not config.enable_chunked_prefill and inputs.high > config.max_num_batched_tokens:
+        raise UsageError(
+            f"--input-len {inputs}: without chunked prefill a prompt has at most --max-num-batched-tokens, "
+            f"{config.max_num_batched_tokens}",
+            fix=f"--max-num-batched-tokens {inputs.high}, or leave --no-enable-chunked-prefill out",
+            param="input_len",
+        )
+    return inputs, outputs
 
 
 def _percentiles(text: str) -> list[float]:

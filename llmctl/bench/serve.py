@@ -69,7 +69,7 @@ def make_plan(config: BenchServeConfig) -> Plan:
             "--min-goodput: needs --goodput to say which requests are good", fix="such as --goodput ttft:200"
         )
     arrival_times(0, config.request_rate, config.burstiness, config.seed)
-    return Plan(
+    plan = Plan(
         config=config,
         endpoint=make_endpoint(
             config.base_url or f"http://{config.host}:{config.port}",
@@ -86,6 +86,9 @@ def make_plan(config: BenchServeConfig) -> Plan:
         extra_body=_parse_object(config.extra_body),
         ignore_eos=config.ignore_eos if config.ignore_eos is not None else config.dataset_name == "random",
     )
+    if config.dataset_path is not None:
+        make_items(plan, 0, counter=None)  # a data set that cannot be used is found before the server is waited for
+    return plan
 
 
 def _check_numbers(config: BenchServeConfig) -> None:

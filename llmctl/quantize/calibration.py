@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from llmctl.checkpoint.assemble import GraphSource
 
 SELF = "self"
+MIN_LENGTH = 3
+"""Tokens of the shortest sample."""
 
 _CHARS_PER_TOKEN = 64  # of a file's text read for each token wanted: plenty of choice, bounded work
 _DATASET_ROWS = 20_000
@@ -93,11 +95,17 @@ def read_calibration(spec: str, tokenizer: Tokenizer, samples: int, length: int,
         wanted -= len(text)
         if wanted <= 0:
             break
+    if not tokens:
+        raise UsageError(
+            f"--calib {spec}: no text in it",
+            fix=f"give a file with text, or --calib {SELF}: the model writes its own",
+            param="calib",
+        )
     windows = len(tokens) // length
     if not windows:
         raise UsageError(
             f"--calib {spec}: {len(tokens)} tokens of text are less than one sample",
-            fix=f"use more text or --calib-length {max(len(tokens), 1)}",
+            fix="use more text" + (f" or --calib-length {len(tokens)}" if len(tokens) >= MIN_LENGTH else ""),
             param="calib",
         )
     chosen = sorted(random.Random(seed).sample(range(windows), min(samples, windows)))
@@ -231,5 +239,7 @@ def check_lengths(samples: int, length: int, longest: int) -> None:
     """
     if samples < 1:
         raise UsageError(f"--calib-samples {samples}: expected at least 1", param="calib_samples")
-    if not 2 < length <= longest:
-        raise UsageError(f"--calib-length {length}: expected 3 to {longest}, the model's context", param="calib_length")
+    if not MIN_LENGTH <= length <= longest:
+        raise UsageError(
+            f"--calib-length {length}: expected {MIN_LENGTH} to {longest}, the model's context", param="calib_length"
+        )

@@ -108,10 +108,37 @@ def test_latency(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
         (("latency", "--model", "ENGINE", "--batch-size", "65"), "add --max-num-seqs 65"),
         (("latency", "--model", "ENGINE", "--metric-percentiles", "50,x"), "numbers from 0 to 100"),
         (("latency", "--model", "ENGINE", "--num-iters", "0"), "--num-iters: expected at least 1"),
-        (("latency", "--model", "ENGINE", "--output-len", "100000", "--kv-cache-memory", "8MiB"), "100000"),
+        (
+            ("latency", "--model", "ENGINE", "--output-len", "100000"),
+            "100128 tokens, prompt and output; the engine takes 512",
+        ),
+        (
+            ("throughput", "--model", "ENGINE", "--input-len", "8-400"),
+            "528 tokens, prompt and output; the engine takes 512",
+        ),
+        (
+            ("throughput", "--model", "ENGINE", "--max-model-len", "100"),
+            "--max-model-len is 100 (fix: shorter --input-len or --output-len, or more --max-model-len)",
+        ),
+        (
+            (
+                "latency",
+                "--model",
+                "ENGINE",
+                "--input-len",
+                "300",
+                "--no-enable-chunked-prefill",
+                "--max-num-batched-tokens",
+                "256",
+            ),
+            "--input-len 300: without chunked prefill a prompt has at most --max-num-batched-tokens, 256",
+        ),
     ],
 )
-def test_usage_errors(bench: Bench, tiny_engine: Path, args: tuple[str, ...], said: str) -> None:
+def test_usage_errors_before_the_engine_is_loaded(
+    bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("llmctl.runtime.load.load_runtime", lambda *_, **__: pytest.fail("loaded"))
     result = bench(*(str(tiny_engine) if a == "ENGINE" else a for a in args))
     assert result.exit_code == 2, result.stderr
     assert said in result.stderr

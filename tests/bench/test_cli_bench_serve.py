@@ -327,6 +327,26 @@ def test_default_file_name_is_vllms(
     assert f"wrote {path.name}" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("absent.txt", None, "No such file"),
+        ("empty.txt", "", "no prompts in it"),
+        ("bad.jsonl", "{", "not JSON"),
+        ("chat.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}', "add --endpoint /v1/chat/completions"),
+    ],
+)
+def test_a_data_set_is_checked_before_the_server_is_waited_for(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, said: str
+) -> None:
+    monkeypatch.setattr("llmctl.bench.serve.probe", lambda *_: pytest.fail("asked the server"))
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    result = bench("serve", "--dataset-name", "file", "--dataset-path", str(tmp_path / name), "--ready-timeout", "60")
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
 def test_file_dataset(start: Start, bench_serve: BenchServe, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one two"}\n{"prompt": "three", "output_len": 2}\n')

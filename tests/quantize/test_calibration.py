@@ -52,7 +52,10 @@ def test_json_lines_hold_text_or_messages(tokenizer: Tokenizer, tmp_path: Path) 
     [
         ("a.jsonl", '{"text": "x"}\nnot json\n', "a.jsonl:2: expected a JSON object"),
         ("b.jsonl", '{"prompt": "x"}\n', "expected a key 'text' or 'messages', found prompt"),
-        ("c.txt", "too short", "less than one sample"),
+        ("c.txt", "too short", r"less than one sample.*or --calib-length \d"),
+        ("c.txt", "a", r"less than one sample \(use more text\)$"),
+        ("c.txt", "", "no text in it.*--calib self"),
+        ("c.jsonl", "\n\n", "no text in it.*--calib self"),
         ("d.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("e.csv", "x", "expected a .txt or .jsonl file"),
     ],
