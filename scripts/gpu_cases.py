@@ -10,15 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmctl.graph.graph import Op
 from llmctl.kernels import reference
 from llmctl.kernels.cuda_call import Machine
-from llmctl.kernels.cuda_gemm import GEMM_ROWS, plan_tile
-from llmctl.kernels.cuda_gemm_signatures import gemm_call
+from llmctl.kernels.cuda_gemm import GEMM_ROWS
 from llmctl.kernels.cuda_layout import CudaFormat
 from llmctl.kernels.cuda_ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors
 from llmctl.kernels.cuda_signatures import launch
+from llmctl.kernels.lora import lora_splits
+from llmctl.kernels.reference import AdapterWeights
 
 BF16 = torch.bfloat16
 ROTATE_BYTES = 256 * 2**20
@@ -66,6 +68,7 @@ def all_cases() -> Iterator[Case]:
     yield from _sampling()
     yield from _linears("Llama-3-8B", 8)
     yield from _int8_linears()
+    yield from _adapters()
 
 
 def copies_of(nbytes: int) -> int:
@@ -185,19 +188,63 @@ def _int8_maker(fmt: CudaFormat, m: int) -> Callable[[Machine, str], Prepared]:
         count, step = copies_of(n * k), _step(device, Scratch(device))
         weights = [_planes(fmt, device) for _ in range(count)]
         x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
-        scales, y = torch.rand(m, device=device), torch.empty(m, n, device=device, dtype=BF16)
-        plan = plan_tile(fmt, "bfloat16", m, int8=True, sms=step.sms)
-        buffers = {
-            "workspace": step.scratch.take("workspace", torch.float32, plan.workspace),
-            "counters": step.scratch.take("counters", torch.int32, plan.counters),
-        }
+        scales, y = torch.rand(m, 1, device=device) * 0.02, torch.empty(m, n, device=device, dtype=BF16)
+        op = Op("linear", "linear", ("q", "scale"), ("y",), ("w", ""), {"activations": "int8"})
 
         def run(i: int) -> None:
-            machine.launch(gemm_call(plan, fmt, weights[i].planes, x=x, token_scales=scales, y=y, **buffers))
+            EXECUTORS["w8a8"](machine, Job(op, [x, scales], [y], [weights[i], None], step))
 
         wide, dense_count = random(device, m, k), copies_of(2 * n * k)
         dense = [random(device, n, k) for _ in range(dense_count)]
-        return Prepared(run, count, baselines={"cuBLAS bf16": lambda i: torch.mm(wide, dense[i % dense_count].T)})
+        baselines = {"cuBLAS bf16": lambda i: torch.mm(wide, dense[i % dense_count].T)}
+        return Prepared(run, count, lambda: y, lambda i: _product(machine, weights[i], x.float() * scales), baselines)
+
+    return make
+
+
+def _adapters() -> Iterator[Case]:
+    """The qkv and down projections of a Llama-3-8B: a decode batch with an adapter each four, and a prompt with one."""
+    for name, n, k in (("qkv", 6144, 4096), ("down", 4096, 14336)):
+        for rows, adapters in ((1, 1), (32, 8), (128, 32), (4096, 1)):
+            for rank in (16, 64):
+                weights = 2 * adapters * rank * (n + k)
+                between = 2 * 4 * rows * rank * lora_splits(k)
+                nbytes = weights + 2 * rows * (k + 2 * n) + between
+                shape = f"Llama-3-8B {name} {n}x{k}, rank {rank}, {adapters} adapters"
+                yield Case("lora", shape, rows, nbytes, 2 * rows * rank * (n + k),
+                           _adapter_maker(n, k, rows, adapters, rank))  # fmt: skip
+
+
+def _adapter_maker(n: int, k: int, rows: int, adapters: int, rank: int) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        count = copies_of(2 * (adapters * rank * (n + k) + rows * (k + n)))
+        weights = [
+            AdapterWeights(random(device, adapters, rank, k) * k**-0.5, random(device, adapters, n, rank),
+                           torch.rand(adapters, device=device))
+            for _ in range(count)
+        ]  # fmt: skip
+        x = [random(device, rows, k) for _ in range(count)]
+        y, z = random(device, rows, n), [torch.empty(rows, n, device=device, dtype=BF16) for _ in range(count)]
+        chosen = (torch.arange(rows, device=device) % adapters).int()
+        steps = [_step(device, Scratch(device), adapters=chosen, lora={"lora": w}) for w in weights]
+        op = Op("lora", "lora", ("x", "y"), ("z",), (), {"column": 0, "rows": n, "rank": rank})
+        last = [0]
+
+        def run(i: int) -> None:
+            # In place, as a runtime has it: what is added to is then whatever the run before left.
+            EXECUTORS["lora"](machine, Job(op, [x[i], z[i]], [z[i]], [], steps[i]))
+            last[0] = i
+
+        def first() -> Tensor:
+            z[last[0]].copy_(y)
+            run(last[0])
+            return z[last[0]]
+
+        def expected(i: int) -> Tensor:
+            wide = AdapterWeights(weights[i].a.float(), weights[i].b.float(), weights[i].scales)
+            return reference.lora(x[i].float(), y.float(), chosen, wide)
+
+        return Prepared(run, count, first, expected)
 
     return make
 
@@ -283,8 +330,10 @@ def _attention_maker(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+    """torch's flash attention, or what it has where that cannot be; never cuDNN's."""
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, enable_gqa=gqa)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, enable_gqa=gqa)
 
 
 # ---- rowwise -------------------------------------------------------------------------------------------------------
@@ -296,6 +345,8 @@ def _rowwise() -> Iterator[Case]:
             item = rows * hidden * 2
             yield Case("rms_norm", f"{hidden}", rows, 2 * item, 0, _norm_maker(rows, hidden, add=False))
             yield Case("add_rms_norm", f"{hidden}", rows, 4 * item, 0, _norm_maker(rows, hidden, add=True))
+            int8 = 3 * item + rows * (hidden + 4)
+            yield Case("add_rms_norm_s8", f"{hidden}", rows, int8, 0, _int8_norm_maker(rows, hidden))
         yield Case("silu_mul", "14336", rows, 3 * rows * 14336 * 2, 0, _gated_maker(rows, 14336))
         yield Case("rope_kv", "Llama-3-8B 32/8 heads", rows, 2 * rows * 48 * 256, 0, _rope_maker(rows, 32, 8))
 
@@ -322,6 +373,28 @@ def _norm_maker(rows: int, hidden: int, add: bool) -> Callable[[Machine, str], P
             return reference.rms_norm((x + residual if add else x).float(), w, 1e-5)
 
         return Prepared(run, count, lambda: sets[last[0]][2], expected, {"torch": plain})
+
+    return make
+
+
+def _int8_norm_maker(rows: int, hidden: int) -> Callable[[Machine, str], Prepared]:
+    def make(machine: Machine, device: str) -> Prepared:
+        count = copies_of(rows * hidden * 7)
+        sets = [random(device, 3, rows, hidden) for _ in range(count)]
+        q = [torch.empty(rows, hidden, device=device, dtype=torch.int8) for _ in range(count)]
+        w, scales, last = random(device, hidden), torch.empty(rows, device=device), [0]
+
+        def run(i: int) -> None:
+            x, residual, total = sets[i]
+            launch(machine, "add_rms_norm_s8_bf16", x=x, residual=residual, sum=total, w=w, q=q[i], scales=scales,
+                   eps=1e-5, plus_one=0)  # fmt: skip
+            last[0] = i
+
+        def expected(i: int) -> Tensor:
+            x, residual, _ = sets[i]
+            return reference.rms_norm((x + residual).float(), w, 1e-5)
+
+        return Prepared(run, count, lambda: reference.dequantize_rows(q[last[0]], scales[:, None]), expected)
 
     return make
 

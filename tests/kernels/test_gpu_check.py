@@ -67,7 +67,14 @@ def test_every_case_launches_what_its_kernel_takes() -> None:
         assert all(call.geometry.shared <= 227 * 1024 for call in machine.calls)
     assert {rows for kernel, _, rows in made if kernel == "w4a16"} == set(cases.ROWS)
     launched = {SIGNATURES[entry].source for entries in made.values() for entry in entries}
-    assert {"w4a16_stream.cu", "w4a16_gemm.cu", "w8a8_gemm.cu", "attention_decode_d128.cu", "norm.cu"} <= launched
+    assert {
+        "w4a16_stream.cu",
+        "w4a16_gemm.cu",
+        "w8a8_gemm.cu",
+        "attention_decode_d128.cu",
+        "norm.cu",
+        "lora.cu",
+    } <= launched
 
 
 def test_inputs_rotate_over_more_than_a_cache() -> None:
@@ -108,8 +115,9 @@ def test_targets_judge_the_worst_row() -> None:
             row("attention decode", "Llama-3-8B 32/8 heads, 32 x 8192, bfloat16", 32, 1.0, 0.9),
         ]
     )
-    assert [reached for _, _, reached in found] == [True, False, True, False, True, None, None]
-    assert found[1][1].startswith("1.20 at w4a16")
+    assert [verdict.reached for verdict in found] == [True, False, True, False, True, None, None]
+    assert found[1].found.startswith("1.20 at w4a16")
+    assert all(verdict.target.expected for verdict in found)
 
 
 def test_targets_name_shapes_that_are_measured() -> None:
@@ -117,4 +125,4 @@ def test_targets_name_shapes_that_are_measured() -> None:
         check.Row(c.kernel, c.shape, c.rows, 1.0, 0, 0, 1.0, 0, 0, None, {"cuBLAS bf16": 9.0, "torch SDPA": 9.0})
         for c in cases.all_cases()
     ]
-    assert all(reached for _, _, reached in targets.judge(rows))
+    assert all(verdict.reached for verdict in targets.judge(rows))

@@ -64,6 +64,39 @@ def test_quantized_linears_have_kernels_for_every_number_of_rows(graph: Graph, k
     assert ("permute_columns_f16" in choice.entries) == scheme.act_order
 
 
+W8 = QuantScheme(8, -1, symmetric=True)
+
+
+def int8_linear(quant: QuantScheme = W8, columns: int = 128) -> Graph:
+    weight = Weight("w", (256, columns), (WeightPart("w"),), quant)
+    op = Op("linear", "lin", ("x.q", "x.scale"), ("y",), ("w", ""), {"activations": "int8"})
+    return graph_of(op, weight)
+
+
+def lora(rank: int = 16, **changes: int) -> Graph:
+    attrs = {"module": "q_proj", "first_row": 0, "rows": 64, "column": 0, "rank": rank, **changes}
+    return graph_of(Op("lora", "lora", ("x", "y"), ("z",), (), attrs))
+
+
+def test_int8_activations_have_their_own_kernel() -> None:
+    graph = int8_linear()
+    choice = choose(OpFacts(graph.ops[0], graph, "float16"), "cuda")
+    assert (choice.kernel, choice.sources, choice.max_rows) == ("w8a8", ("w8a8_gemm.cu",), 0)
+    assert choice.entries == tuple(f"w8a8_gemm_f16_t{tokens}" for tokens in (8, 16, 32, 64))
+    assert {r.kernel: r.reason for r in choice.refused}["w8a16"] == "activations are int8; the kernel takes 16-bit ones"
+    assert chosen(linear(W8))[0] == "w8a16"
+    refused = choose(OpFacts(linear(None).ops[0], linear(None), "float16"), "cuda").refused
+    assert "int8_activations was not asked for" in {r.kernel: r.reason for r in refused}["w8a8"]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(8, 16), (16, 16), (24, 64), (64, 64)])
+def test_adapters(rank: int, ranks: int) -> None:
+    graph = lora(rank)
+    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16"), "cuda")
+    assert (choice.kernel, choice.sources) == ("lora", ("lora.cu",))
+    assert choice.entries == (f"lora_shrink_bf16_r{ranks}", f"lora_expand_bf16_r{ranks}")
+
+
 @pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
 def test_norms(kind: str) -> None:
     assert chosen(norm(kind=kind)) == ("rms_norm", [])
@@ -77,6 +110,13 @@ def test_norms(kind: str) -> None:
         (linear(replace(W4, bits=8, group_size=16)), "float16", "groups of 16"),
         (linear(W4, columns=100), "float16", "100 columns"),
         (linear(), "float32", "activations are float32"),
+        (int8_linear(columns=136), "float16", "136 columns are not a multiple of 16"),
+        (int8_linear(replace(W8, group_size=48)), "float16", "groups of 48"),
+        (int8_linear(), "float32", "activations are float32"),
+        (lora(65), "float16", "rank 65; the kernels take up to 64"),
+        (lora(rows=60), "float16", "width 60"),
+        (lora(column=4), "float16", "width 4"),
+        (lora(), "float32", "activations are float32"),
         (norm(100), "float16", "width 100"),
         (norm(), "float32", "activations are float32"),
         (linear(None, epilogue="silu_mul"), "float32", "activations are float32"),
@@ -107,6 +147,10 @@ PLAIN = [
     (op_graph("kv_write", "k v", "", layer=0), "rope_kv", "rope_kv_bf16_bf16"),
     (op_graph("rope_kv_write", "q k v positions", "q2", head_dim=64, layer=0), "rope_kv", "rope_kv_bf16_bf16"),
     (linear(None, epilogue="relu_mul"), "dense_gated", "relu_mul_bf16"),
+    (op_graph("act_mul", "x", "y", fn="gelu"), "elementwise", "gelu_mul_bf16"),
+    (op_graph("quantize", "x", "q scale"), "quantize_rows", "quantize_s8_bf16"),
+    (norm(kind="rms_norm_s8"), "rms_norm", "rms_norm_s8_bf16"),
+    (norm(kind="add_layer_norm_s8"), "layer_norm", "add_layer_norm_s8_bf16"),
 ]
 
 
@@ -176,7 +220,15 @@ def test_the_reference_target_has_no_kernels() -> None:
 def test_chosen_entry_points_exist_in_the_compiled_module() -> None:
     choices = tuple(
         choice
-        for graph in (linear(), norm(), norm(kind="rms_norm"), *(graph for graph, _, _ in PLAIN))
+        for graph in (
+            linear(),
+            int8_linear(),
+            lora(),
+            lora(64),
+            norm(),
+            norm(kind="rms_norm"),
+            *(graph for graph, _, _ in PLAIN),
+        )
         for dtype in ("float16", "bfloat16")
         for choice in choose_all(graph, dtype, "cuda")
     )
