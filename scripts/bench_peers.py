@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ PEERS = {peer.name: peer for module in (llama_cpp, vllm_cpu, ov_genai) for peer 
 
 def main() -> int:
     """Run; the process's exit code."""
+    # Ended from outside, it must still stop the server under test.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = _parser()
     args = parser.parse_args()
     try:
