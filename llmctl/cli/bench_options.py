@@ -1,121 +1,236 @@
-"""Options that the benches share, as Typer annotations."""
+"""The options of the benches: each written once, by field of its configuration, and the commands made of them."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
+from llmctl.bench.config import ReportConfig
+from llmctl.cli.common import ConfigOption, JsonOption
 
-def option(*names: str, panel: str, help: str, **more: Any) -> Any:
-    """A Typer option in a help panel."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+Table = Mapping[str, Any]
+"""Typer annotations by field name, in the order of the help."""
 
 
-_GATES = "Gates"
-_OUTPUT = "Output"
-_ENGINE = "Engine"
+def command_of(config: type[ReportConfig], *tables: Table) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function of ``settings`` (a ``config``), ``json_output`` and, if it wants it, ``ctx``.
 
-Slo = Annotated[
-    list[str] | None,
-    option(
-        "--slo",
-        metavar="METRIC<=LIMIT",
-        panel=_GATES,
-        help='Objective such as "p99_ttft_ms<=200" (<=, <, >=, >, ==; ms or s); repeatable.',
+    The command's options are those of the tables, and --config and --json; their defaults are the configuration's.
+
+    Raises:
+        KeyError: an option without a field.
+    """
+    options = {name: annotation for table in tables for name, annotation in table.items()}
+    defaults = {field.name: field.default for field in fields(config)}
+
+    def make(function: Callable[..., None]) -> Callable[..., None]:
+        takes_context = "ctx" in inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            chosen = {name: _setting(values[name], defaults[name]) for name in options}
+            context = {"ctx": values["ctx"]} if takes_context else {}
+            function(settings=config(**chosen), json_output=values["json_output"], **context)
+
+        parameters = [_parameter(name, kind, _default(defaults[name])) for name, kind in options.items()]
+        parameters += [_parameter("config", ConfigOption, None), _parameter("json_output", JsonOption, False)]
+        if takes_context:
+            parameters.insert(0, inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+        del command.__wrapped__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return make
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _default(default: Any) -> Any:
+    """A field's default as Typer wants it: None for a repeatable option's empty tuple."""
+    return None if default == () else default
+
+
+def _setting(value: Any, default: Any) -> Any:
+    return tuple(value or ()) if isinstance(default, tuple) else value
+
+
+def _option(*names: str, kind: Any = str, panel: str, help: str, **more: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **more)]
+
+
+_MAYBE, _NUMBER, _MANY = str | None, int | None, list[str] | None
+_server = functools.partial(_option, panel="Server")
+_workload = functools.partial(_option, panel="Workload")
+_load = functools.partial(_option, panel="Load")
+_metric = functools.partial(_option, panel="Metrics")
+_engine = functools.partial(_option, panel="Engine")
+_gate = functools.partial(_option, panel="Gates")
+_output = functools.partial(_option, panel="Output")
+
+_SLO_HELP = 'Objective such as "p99_ttft_ms<=200" (<=, <, >=, >, ==; ms or s); repeatable.'
+_CHUNKED, _PREFIX = "--enable-chunked-prefill", "--enable-prefix-caching"
+
+_INPUT_LEN = _workload("--input-len", metavar="N|LO-HI", help="Prompt tokens, or a uniform range.")
+_SEED = _workload("--seed", kind=int, help="Seed of prompts, lengths and arrivals.")
+_NUM_PROMPTS = _workload("--num-prompts", kind=int, help="Requests a repeat.")
+_SLO = _gate("--slo", kind=_MANY, metavar="METRIC<=LIMIT", help=_SLO_HELP)
+
+REPEATS: Table = {
+    "repeats": _load(
+        "--repeats", kind=_NUMBER, metavar="N", help="Runs of the whole workload, for confidence intervals."
     ),
-]
-Baseline = Annotated[
-    str | None,
-    option("--baseline", metavar="FILE", panel=_GATES, help="Earlier result to compare with; --repeats becomes 3."),
-]
-MaxRegression = Annotated[
-    str,
-    option(
+}
+BASELINE: Table = {
+    "baseline": _gate(
+        "--baseline", kind=_MAYBE, metavar="FILE", help="Earlier result to compare with; --repeats becomes 3."
+    ),
+    "max_regression": _gate(
         "--max-regression",
         metavar="SHARE",
-        panel=_GATES,
         help="How much worse than the baseline is allowed; counts only beyond the noise interval.",
     ),
-]
-RegressionMetrics = Annotated[
-    str, option("--regression-metrics", metavar="LIST", panel=_GATES, help="Metrics compared with the baseline.")
-]
-UpdateBaseline = Annotated[
-    bool,
-    option("--update-baseline", panel=_GATES, help="Write this result to --baseline if it passes the other gates."),
-]
-Repeats = Annotated[
-    int | None,
-    option("--repeats", metavar="N", panel="Load", help="Runs of the whole workload, for confidence intervals."),
-]
-Confidence = Annotated[
-    float, option("--confidence", metavar="SHARE", panel=_GATES, help="Level of the intervals across repeats.")
-]
-ExitZero = Annotated[
-    bool, option("--exit-zero", panel=_GATES, help="Exit 0 whatever the gates say (errors still count).")
-]
-Label = Annotated[str | None, option("--label", panel=_OUTPUT, help="Name of this run in the result.")]
-Metadata = Annotated[
-    list[str] | None, option("--metadata", metavar="K=V", panel=_OUTPUT, help="Extra key of the result; repeatable.")
-]
-SaveResult = Annotated[bool, option("--save-result", panel=_OUTPUT, help="Write the JSON result to a file.")]
-ResultDir = Annotated[str | None, option("--result-dir", metavar="DIR", panel=_OUTPUT, help="Folder of that file.")]
-ResultFilename = Annotated[
-    str | None, option("--result-filename", metavar="FILE", panel=_OUTPUT, help="Its name; made up by default.")
-]
-Junit = Annotated[str | None, option("--junit", metavar="FILE", panel=_OUTPUT, help="JUnit XML, one test case a gate.")]
-Markdown = Annotated[
-    str | None,
-    option("--markdown", metavar="FILE", panel=_OUTPUT, help="Summary; $GITHUB_STEP_SUMMARY gets it as well when set."),
-]
-Csv = Annotated[str | None, option("--csv", metavar="FILE", panel=_OUTPUT, help="One row a repeat, one for all.")]
-GithubActionBenchmark = Annotated[
-    str | None,
-    option(
+    "regression_metrics": _gate("--regression-metrics", metavar="LIST", help="Metrics compared with the baseline."),
+    "update_baseline": _gate(
+        "--update-baseline", kind=bool, help="Write this result to --baseline if it passes the other gates."
+    ),
+    "confidence": _gate("--confidence", kind=float, metavar="SHARE", help="Level of the intervals across repeats."),
+    "exit_zero": _gate("--exit-zero", kind=bool, help="Exit 0 whatever the gates say (errors still count)."),
+}
+OUTPUT: Table = {
+    "label": _output("--label", kind=_MAYBE, help="Name of this run in the result."),
+    "metadata": _output("--metadata", kind=_MANY, metavar="K=V", help="Extra key of the result; repeatable."),
+    "save_result": _output("--save-result", kind=bool, help="Write the JSON result to a file."),
+    "result_dir": _output("--result-dir", kind=_MAYBE, metavar="DIR", help="Folder of that file."),
+    "result_filename": _output("--result-filename", kind=_MAYBE, metavar="FILE", help="Its name; made up by default."),
+    "junit": _output("--junit", kind=_MAYBE, metavar="FILE", help="JUnit XML, one test case a gate."),
+    "markdown": _output(
+        "--markdown", kind=_MAYBE, metavar="FILE", help="Summary; $GITHUB_STEP_SUMMARY gets it as well when set."
+    ),
+    "csv": _output("--csv", kind=_MAYBE, metavar="FILE", help="One row a repeat, one for all."),
+    "github_action_benchmark": _output(
         "--github-action-benchmark",
+        kind=_MAYBE,
         metavar="STEM",
-        panel=_OUTPUT,
         help="STEM-bigger-is-better.json and STEM-smaller-is-better.json for that action.",
     ),
-]
+}
+ENGINE: Table = {
+    "target": _engine(
+        "--target", help="What a checkpoint is built for: cpu (auto), reference, cuda:sm_90; an engine must be for it."
+    ),
+    "dtype": _engine("--dtype", help="Activations' type: auto, float32, bfloat16, float16."),
+    "max_model_len": _engine("--max-model-len", kind=_NUMBER, metavar="N", min=1, help="Longest sequence, tokens."),
+    "block_size": _engine("--block-size", kind=_NUMBER, min=1, help="Tokens a KV block."),
+    "kv_cache_memory": _engine("--kv-cache-memory", kind=_MAYBE, metavar="SIZE", help="KV cache, such as 512MiB."),
+    "max_num_seqs": _engine("--max-num-seqs", kind=int, min=1, help="Sequences in one batch."),
+    "max_num_batched_tokens": _engine("--max-num-batched-tokens", kind=int, min=1, help="Token budget of a step."),
+    "enable_prefix_caching": _engine(
+        f"{_PREFIX}/--no{_PREFIX[1:]}", kind=bool, help="Reuse KV blocks of equal prefixes."
+    ),
+    "enable_chunked_prefill": _engine(
+        f"{_CHUNKED}/--no{_CHUNKED[1:]}", kind=bool, help="Split long prompts over steps."
+    ),
+    "threads": _engine("--threads", kind=_NUMBER, metavar="N", min=1, help="Processor threads to use."),
+    "verify": _engine("--verify", kind=bool, help="Check sha256 of every engine file first."),
+}
+_MODEL: Table = {
+    "model": _option(
+        "--model", panel="Model", help="Engine folder, checkpoint folder, .gguf, hub id, or demo:smollm2-135m."
+    ),
+}
+_LENGTHS: Table = {
+    "input_len": _INPUT_LEN,
+    "output_len": _workload("--output-len", metavar="N|LO-HI", help="Output tokens, or a uniform range."),
+    "seed": _SEED,
+}
+_OFFLINE: Table = {**REPEATS, **ENGINE, "slo": _SLO, **BASELINE, **OUTPUT}
 
-Target = Annotated[str, option("--target", panel=_ENGINE, help="Target to build for when the model is no engine.")]
-Dtype = Annotated[str, option("--dtype", panel=_ENGINE, help="Activations' type: auto, float32, bfloat16, float16.")]
-MaxModelLen = Annotated[
-    int | None, option("--max-model-len", metavar="N", min=1, panel=_ENGINE, help="Longest sequence, tokens.")
-]
-BlockSize = Annotated[int | None, option("--block-size", min=1, panel=_ENGINE, help="Tokens a KV block.")]
-KvCacheMemory = Annotated[
-    str | None, option("--kv-cache-memory", metavar="SIZE", panel=_ENGINE, help="KV cache, such as 512MiB.")
-]
-MaxNumSeqs = Annotated[int, option("--max-num-seqs", min=1, panel=_ENGINE, help="Sequences in one batch.")]
-MaxNumBatchedTokens = Annotated[
-    int, option("--max-num-batched-tokens", min=1, panel=_ENGINE, help="Token budget of a step.")
-]
-PrefixCaching = Annotated[
-    bool,
-    option(
-        "--enable-prefix-caching/--no-enable-prefix-caching", panel=_ENGINE, help="Reuse KV blocks of equal prefixes."
+THROUGHPUT: Table = {
+    **_MODEL,
+    "num_prompts": _NUM_PROMPTS,
+    **_LENGTHS,
+    "num_warmups": _workload("--num-warmups", kind=int, help="Requests run first and not counted."),
+    **_OFFLINE,
+}
+LATENCY: Table = {
+    **_MODEL,
+    "batch_size": _workload("--batch-size", kind=int, help="Requests in the batch."),
+    **_LENGTHS,
+    "num_iters": _workload("--num-iters", kind=int, help="Times the batch is run."),
+    "num_iters_warmup": _workload("--num-iters-warmup", kind=int, help="Times it is run first, not counted."),
+    "metric_percentiles": _workload("--metric-percentiles", metavar="LIST", help="Percentiles to report."),
+    **_OFFLINE,
+}
+SERVE: Table = {
+    "base_url": _server("--base-url", kind=_MAYBE, metavar="URL", help="Server; wins over --host and --port."),
+    "host": _server("--host", help="Server's host."),
+    "port": _server("--port", kind=int, help="Server's port."),
+    "endpoint": _server(
+        "--endpoint",
+        kind=_MAYBE,
+        metavar="PATH",
+        help="/v1/completions (default) or /v1/chat/completions; both stream.",
     ),
-]
-ChunkedPrefill = Annotated[
-    bool,
-    option(
-        "--enable-chunked-prefill/--no-enable-chunked-prefill", panel=_ENGINE, help="Split long prompts over steps."
+    "backend": _server("--backend", kind=_MAYBE, help="openai, openai-chat or vllm; sets the endpoint."),
+    "model": _server("--model", kind=_MAYBE, help="Model to ask for; by default the server's first."),
+    "api_key": _server("--api-key", kind=_MAYBE, envvar="OPENAI_API_KEY", help="Sent as bearer token."),
+    "header": _server("--header", kind=_MANY, metavar="K=V", help="Header of every request; repeatable."),
+    "insecure": _server("--insecure", kind=bool, help="Do not check TLS certificates."),
+    "ready_timeout": _server("--ready-timeout", kind=float, metavar="S", help="Wait so long for the server to answer."),
+    "request_timeout": _server("--request-timeout", kind=float, metavar="S", help="A longer request has failed."),
+    "keep_alive": _server("--keep-alive", kind=bool, help="Reuse connections; by default each request opens its own."),
+    "dataset_name": _workload("--dataset-name", help="random (distinct words), file or sharegpt."),
+    "dataset_path": _workload(
+        "--dataset-path",
+        kind=_MAYBE,
+        metavar="FILE",
+        help=".txt (a prompt a line), .jsonl (prompt, text or messages; output_len), ShareGPT .json.",
     ),
-]
-Threads = Annotated[
-    int | None, option("--threads", metavar="N", min=1, panel=_ENGINE, help="Processor threads to use.")
-]
-Verify = Annotated[bool, option("--verify", panel=_ENGINE, help="Check sha256 of every engine file first.")]
-EngineModel = Annotated[
-    str, option("--model", panel="Model", help="Engine folder, checkpoint folder, .gguf, hub id, or demo:smollm2-135m.")
-]
-Seed = Annotated[int, option("--seed", panel="Workload", help="Seed of prompts, lengths and arrivals.")]
-InputLen = Annotated[
-    str, option("--input-len", metavar="N|LO-HI", panel="Workload", help="Prompt tokens, or a uniform range.")
-]
-OutputLen = Annotated[
-    str, option("--output-len", metavar="N|LO-HI", panel="Workload", help="Output tokens, or a uniform range.")
-]
+    "num_prompts": _NUM_PROMPTS,
+    "input_len": _INPUT_LEN,
+    "output_len": _workload(
+        "--output-len", kind=_MAYBE, metavar="N|LO-HI", help="Output tokens (128), or a uniform range."
+    ),
+    "tokenizer": _workload(
+        "--tokenizer",
+        kind=_MAYBE,
+        metavar="MODEL",
+        help="Counts prompt tokens; by default the server's /tokenize does.",
+    ),
+    "ignore_eos": _workload(
+        "--ignore-eos/--no-ignore-eos", kind=bool | None, help="Ask for full outputs; default for random."
+    ),
+    "temperature": _workload("--temperature", kind=float, help="0 is greedy."),
+    "extra_body": _workload("--extra-body", kind=_MAYBE, metavar="JSON", help="Fields added to every request."),
+    "seed": _SEED,
+    "request_rate": _load("--request-rate", kind=float, metavar="R", help="Arrivals a second; inf: all at once."),
+    "burstiness": _load(
+        "--burstiness", kind=float, help="Shape of the gamma gaps: 1 Poisson, below burstier, inf even."
+    ),
+    "max_concurrency": _load(
+        "--max-concurrency", kind=_NUMBER, metavar="N", help="Requests under way at once (closed loop)."
+    ),
+    "num_warmups": _load("--num-warmups", kind=int, help="Requests sent first and not counted."),
+    **REPEATS,
+    "percentile_metrics": _metric("--percentile-metrics", metavar="LIST", help="Latencies to report."),
+    "metric_percentiles": _metric("--metric-percentiles", metavar="LIST", help="Their percentiles."),
+    "goodput": _metric(
+        "--goodput", kind=_MANY, metavar="METRIC:MS", help="What a good request is, such as ttft:200 tpot:50."
+    ),
+    "slo": _SLO,
+    "min_goodput": _gate(
+        "--min-goodput", kind=_MAYBE, metavar="N|SHARE", help="Good requests a second, or a share: 95%."
+    ),
+    "max_failed_ratio": _gate("--max-failed-ratio", kind=float, metavar="SHARE", help="Failed requests allowed."),
+    **BASELINE,
+    **OUTPUT,
+    "save_detailed": _output("--save-detailed", kind=bool, help="Per-request lists in the result."),
+}
