@@ -47,6 +47,7 @@ _SPECS: Mapping[str, _Spec] = {
     "add_layer_norm": _Spec(2, 2, 2, (1,), attrs="eps"),
     "rope_kv_write": _Spec(4, 1, attrs=f"{_ROPE_ATTRS} layer"),
     "quantize": _Spec(1, 2),
+    "act_mul_s8": _Spec(1, 2, attrs="fn"),
     "rms_norm_s8": _Spec(1, 2, 1, attrs="eps plus_one"),
     "layer_norm_s8": _Spec(1, 2, 2, (1,), attrs="eps"),
     "add_rms_norm_s8": _Spec(2, 3, 1, attrs="eps plus_one"),
@@ -277,6 +278,7 @@ def _lora(c: _Checker, op: Op) -> None:
 def _act_mul(c: _Checker, op: Op) -> None:
     c.expect(op, "fn is known", op.attrs["fn"] in _ACTIVATIONS, True)
     c.expect(op, "width of gate and up", c.width(op.inputs[0]), 2 * c.width(op.outputs[0]))
+    _unscaled(c, op)
 
 
 _SHAPES = {
@@ -303,4 +305,5 @@ _SHAPES = {
     "add_layer_norm_s8": _norm,
     "lora": _lora,
     "act_mul": _act_mul,
+    "act_mul_s8": _act_mul,
 }

@@ -41,6 +41,7 @@ fused (made by passes)
 int8 activations (made by a pass): q holds integers -127..127, scale (width 1) what each row of them is multiplied by
   quantize       x -> q, scale          |                | scale = max|x| / 127
   <norm>_s8      … -> q, scale, …       | as <norm>      | as <norm>, whose first output is quantized
+  act_mul_s8     x -> q, scale          |                | as act_mul
   linear         q, scale, … -> …       | w, b           | activations: "int8"
 adapters (made by graph.lora): their weights are the runtime's, by the op's name; each token has its own, or none
   lora           x, y -> z              |                | module, first_row, rows, column, rank;
@@ -70,7 +71,7 @@ PLAIN_KINDS = frozenset(
     "embed pos_embed rms_norm layer_norm head_rms_norm linear act mul add rope kv_write attention gather_rows".split()
 )
 FUSED_KINDS = frozenset("add_rms_norm add_layer_norm rope_kv_write".split())
-INT8_KINDS = frozenset("quantize rms_norm_s8 layer_norm_s8 add_rms_norm_s8 add_layer_norm_s8".split())
+INT8_KINDS = frozenset("quantize rms_norm_s8 layer_norm_s8 add_rms_norm_s8 add_layer_norm_s8 act_mul_s8".split())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Pass = Callable[[Graph], Graph]
 
 _FUSED_NORMS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
 _INT8: Mapping[str, str] = {"activations": "int8"}
-_INT8_NORMS = frozenset({*_FUSED_NORMS, *_FUSED_NORMS.values()})
+_INT8_MAKERS = frozenset({*_FUSED_NORMS, *_FUSED_NORMS.values(), "act_mul"})
 
 
 def apply_passes(graph: Graph, names: Iterable[str] | None = None) -> Graph:
@@ -118,8 +118,8 @@ def fuse_linear_add(graph: Graph) -> Graph:
 
 
 def int8_activations(graph: Graph) -> Graph:
-    """Linears of symmetric 8-bit weights take int8 rows with a scale each. The norm before them makes those where they
-    alone read its result, an op of its own elsewhere."""
+    """Linears of symmetric 8-bit weights take int8 rows with a scale each. The norm (or gating) before them makes those
+    where they alone read its result, an op of its own elsewhere."""
     flow = Flow(graph)
     readers: dict[str, list[Op]] = {}
     for op in graph.linears():
@@ -134,9 +134,10 @@ def int8_activations(graph: Graph) -> Graph:
         buffers += [Buffer(pair[0], graph.buffers[x].width), Buffer(pair[1], 1)]
         fed = {op.name: op.with_(inputs=(*pair, *op.inputs[1:]), attrs={**op.attrs, **_INT8}) for op in linears}
         changed.update(fed)
-        norm = flow.producer.get(x)
-        if norm is not None and norm.kind in _INT8_NORMS and flow.uses[x] == len(linears) and x == norm.outputs[0]:
-            changed[norm.name] = norm.with_(kind=f"{norm.kind}_s8", outputs=(*pair, *norm.outputs[1:]))
+        maker = flow.producer.get(x)
+        alone = flow.uses[x] == len(linears)
+        if maker is not None and maker.kind in _INT8_MAKERS and alone and x == maker.outputs[0]:
+            changed[maker.name] = maker.with_(kind=f"{maker.kind}_s8", outputs=(*pair, *maker.outputs[1:]))
         else:
             first = min(linears, key=lambda op: flow.index[op.name])
             quantize = Op("quantize", f"{x}.quantize", (x,), pair, layer=first.layer)

@@ -25,6 +25,7 @@ from llmctl.kernels.cuda_lora import add_adapters
 from llmctl.kernels.cuda_signatures import launch
 from llmctl.kernels.lora import lora_splits
 from llmctl.kernels.reference import AdapterWeights
+from llmctl.kernels.registry import quantizer
 
 DECODE_SPLIT = 512
 """Positions a split of decode attention: fixed, so that a sequence has the same bits in any batch."""
@@ -158,7 +159,7 @@ def _int8_rows(job: Job) -> dict[str, Tensor]:
 
 
 def _quantize(machine: Machine, job: Job) -> None:
-    launch(machine, f"quantize_s8_{job.tag}", x=job.inputs[0], **_int8_rows(job))
+    launch(machine, f"{quantizer(job.op)}_{job.tag}", x=job.inputs[0], **_int8_rows(job))
 
 
 def _head_norm(machine: Machine, job: Job) -> None:

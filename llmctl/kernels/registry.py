@@ -215,6 +215,11 @@ def _attention_entries(facts: OpFacts) -> tuple[str, ...]:
     return _attention_shape(facts).entries
 
 
+def quantizer(op: Op) -> str:
+    """The entry, less the dtype, that makes an op's int8 rows."""
+    return "quantize_s8" if op.kind == "quantize" else f"{op.attrs['fn']}_mul_s8"
+
+
 def _elementwise_entries(facts: OpFacts) -> tuple[str, ...]:
     fn = facts.op.attrs.get("fn")
     name = {"act": f"act_{fn}", "act_mul": f"{fn}_mul"}.get(facts.op.kind, facts.op.kind)
@@ -252,7 +257,8 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("paged_attention", "cuda", lambda f: _attention_shape(f).sources, frozenset({"attention"}),
            _refuse_attention, _attention_entries),
     _cuda("elementwise", "elementwise.cu", "act act_mul mul add", _refuse_width, _elementwise_entries),
-    _cuda("quantize_rows", "quantize_rows.cu", "quantize", _refuse_width, lambda f: (f"quantize_s8_{f.tag}",)),
+    _cuda("quantize_rows", "quantize_rows.cu", "quantize act_mul_s8", _refuse_width,
+          lambda f: (f"{quantizer(f.op)}_{f.tag}",)),
     _gemm(4),
     _gemm(8),
     _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),

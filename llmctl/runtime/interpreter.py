@@ -273,7 +273,15 @@ def _bind_lora(interp: Interpreter, op: Op) -> _Bound:
 
 
 def _bind_act_mul(_: Interpreter, op: Op) -> _Bound:
-    return _unary(op, partial(kernels.act_mul, fn=op.attrs["fn"]))
+    fn = op.attrs["fn"]
+    if op.kind == "act_mul":
+        return _unary(op, partial(kernels.act_mul, fn=fn))
+    (x,), (q, scale) = op.inputs, op.outputs
+
+    def run(env: Env, _: StepContext) -> None:
+        env[q], env[scale] = kernels.quantize_rows(kernels.act_mul(env[x].float(), fn))
+
+    return run
 
 
 def _bind_linear(interp: Interpreter, op: Op) -> _Bound:
@@ -392,5 +400,6 @@ _BINDERS: dict[str, Callable[[Interpreter, Op], _Bound]] = {
     "quantize": _bind_quantize,
     "lora": _bind_lora,
     "act_mul": _bind_act_mul,
+    "act_mul_s8": _bind_act_mul,
     **dict.fromkeys(("rms_norm_s8", "layer_norm_s8", "add_rms_norm_s8", "add_layer_norm_s8"), _bind_norm_s8),
 }

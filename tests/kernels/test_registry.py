@@ -149,6 +149,7 @@ PLAIN = [
     (linear(None, epilogue="relu_mul"), "dense_gated", "relu_mul_bf16"),
     (op_graph("act_mul", "x", "y", fn="gelu"), "elementwise", "gelu_mul_bf16"),
     (op_graph("quantize", "x", "q scale"), "quantize_rows", "quantize_s8_bf16"),
+    (op_graph("act_mul_s8", "x", "q scale", fn="silu"), "quantize_rows", "silu_mul_s8_bf16"),
     (norm(kind="rms_norm_s8"), "rms_norm", "rms_norm_s8_bf16"),
     (norm(kind="add_layer_norm_s8"), "layer_norm", "add_layer_norm_s8_bf16"),
 ]
