@@ -146,11 +146,12 @@ class Sketch:
 
 
 class _Recorder:
-    """A kernel library that remembers where the last op writes."""
+    """A kernel library that remembers where the last op writes, and can take a step's KV slots away."""
 
     def __init__(self, path: Path) -> None:
         self._library = cpu_open(path)
         self.output = (0, 0)
+        self.padding = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._library, name)
@@ -160,6 +161,12 @@ class _Recorder:
         last = ops[count - 1].y
         self.output = (last.data, last.ld)
         return self._library.llmctl_create(ops, count, *rest)
+
+    def llmctl_step(self, program: Any, step: Any, sampling: Any) -> Any:
+        """Pass on; as ``padding``, with every slot -1."""
+        if self.padding:
+            ctypes.memset(step._obj.slots, 0xFF, 8 * step._obj.tokens)
+        return self._library.llmctl_step(program, step, sampling)
 
 
 cpu_open = cpu.open_library
@@ -183,8 +190,8 @@ class Native:
         graph = sketch.graph(output)
         self.width = graph.vocab_size
         weights = cpu.CpuWeights(sketch.linears, sketch.tables, sketch.table_dtypes, sketch.vectors)
-        recorder = _Recorder(library(variant))
-        with patch.object(cpu, "open_library", lambda _: recorder):
+        self._library = _Recorder(library(variant))
+        with patch.object(cpu, "open_library", lambda _: self._library):
             self.runtime = cpu.CpuRuntime(
                 graph,
                 weights,
@@ -197,14 +204,18 @@ class Native:
                 kv_dtype=kv_dtype,
                 threads=threads,
             )
-        self._output = recorder.output
 
-    def step(self, *slices: SequenceSlice) -> Floats:
-        """One step; the last op's row for every token of every slice, f32 [T, width]."""
+    def step(self, *slices: SequenceSlice, padding: bool = False) -> Floats:
+        """One step; the last op's row for every token of every slice, f32 [T, width].
+
+        Args:
+            padding: the tokens are padding: their keys and values have no slot.
+        """
+        self._library.padding = padding
         scored = [SequenceSlice(s.request_id, s.token_ids, s.start, s.block_ids, False, [0] * len(s.token_ids))
                   for s in slices]  # fmt: skip
         self.runtime.execute(StepPlan(tuple(scored)), greedy(0)).result()
-        address, ld = self._output
+        address, ld = self._library.output
         count = sum(len(s.token_ids) for s in slices)
         values = (ctypes.c_float * ((count - 1) * ld + self.width)).from_address(address)
         flat = np.zeros(count * ld, np.float32)
