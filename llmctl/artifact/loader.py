@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llmctl.artifact.cpu_planes import cpu_planes
 from llmctl.artifact.cuda_planes import cuda_planes
-from llmctl.artifact.device import arch_number, best_arch, cpu_features, cuda_device
+from llmctl.artifact.device import best_arch, cpu_features, cuda_device
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, Target, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
@@ -313,13 +313,6 @@ class EngineChecks:
                 self.refuse(name, "every tensor once", f"'{twice[0]}' a second time")
             entries.update(header.tensors)
         return entries
-
-
-def kernel_files_for(manifest: Manifest, capability: tuple[int, int]) -> dict[str, str]:
-    """Kernel source -> path in the folder of its module for a device of ``capability``; empty when none runs there."""
-    archs = sorted({module.arch for module in manifest.kernel_files.values()}, key=arch_number)
-    best = best_arch(tuple(archs), capability)
-    return {m.sources[0]: name for name, m in sorted(manifest.kernel_files.items()) if m.arch == best}
 
 
 def _covers(built: Target, wanted: str) -> bool:

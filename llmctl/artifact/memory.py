@@ -10,7 +10,6 @@ from pathlib import Path
 
 from llmctl.artifact.device import cuda_device
 from llmctl.artifact.planes import DTYPE_BYTES
-from llmctl.errors import CapacityError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph
 
 KV_BYTES = {**DTYPE_BYTES, "int8": 1, "fp8_e4m3": 1}
@@ -82,11 +81,6 @@ class MemoryPlan:
         if self.largest_max_model_len > 0:
             return f"use --max-model-len {self.largest_max_model_len} or less, or free memory"
         return "free memory, or use a smaller or quantized model: the weights and activations alone do not fit"
-
-    def require(self) -> None:
-        """Raise CapacityError, itemised, unless the plan fits."""
-        if not self.fits:
-            raise CapacityError(self.shortfall(), fix=self.advice(), param="max_model_len")
 
 
 def plan_memory(

@@ -234,11 +234,5 @@ def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
 
 
-def unpack_nibbles(packed: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
-    """The inverse of ``pack_nibbles``: [N, ceil(K/2)] -> [N, K]."""
-    pairs = np.stack([packed & 15, packed >> 4], axis=-1)
-    return pairs.reshape(packed.shape[0], -1)[:, :columns]
-
-
 def _quiet(_name: str, _done: int, _total: int) -> None:
     pass

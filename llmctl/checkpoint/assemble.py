@@ -52,11 +52,6 @@ def assemble(weight: Weight, source: WeightSource) -> Tensor | QuantizedWeight:
     return found
 
 
-def assemble_all(graph: Graph, source: WeightSource) -> dict[str, Tensor | QuantizedWeight]:
-    """Every weight of a Graph by name; errors as ``assemble``."""
-    return {name: assemble(weight, source) for name, weight in graph.weights.items()}
-
-
 def _part(part: WeightPart, weight: Weight, source: WeightSource) -> Tensor | QuantizedWeight:
     found = source.weight(part.tensor)
     scheme = found.scheme if isinstance(found, QuantizedWeight) else None

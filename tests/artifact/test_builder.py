@@ -18,7 +18,7 @@ from llmctl.artifact import writer
 from llmctl.artifact.builder import build_engine, ensure_engine
 from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
 from llmctl.artifact.plan import parse_target, plan_build, resolve_dtype
-from llmctl.artifact.writer import pack_nibbles, unpack_nibbles
+from llmctl.artifact.writer import pack_nibbles
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
@@ -86,6 +86,11 @@ def test_without_a_compiler_a_cpu_engine_is_for_torch(
     plane, weight = engine.weights["lm_head.weight"], engine.graph.weights["lm_head.weight"]
     expected = assemble(weight, open_checkpoint(checkpoints["dense"])).to(getattr(torch, dtype))  # type: ignore[union-attr]
     assert plane.data.tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def unpack_nibbles(packed: np.ndarray, columns: int) -> np.ndarray:
+    """[N, ceil(K/2)] -> [N, K], the low nibble the even column."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)[:, :columns]
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (3, 64, True), (8, -1, False)])

@@ -237,11 +237,7 @@ def test_every_chosen_kernel_is_in_some_module(
     files = {**manifest.files, "kernels/sm_90/rope_kv.cubin": record}
     choices = (KernelChoice("a", "norm", ("n",), ("norm.cu",)), KernelChoice("b", "rope_kv", ("r",), ("rope_kv.cu",)))
     edit_manifest(engine, kernel_files=modules("n", "r"), files=files, kernels=choices)
-    found = load_engine(engine).manifest
-    assert loader.kernel_files_for(found, (9, 0)) == {
-        "norm.cu": "kernels/sm_90/norm.cubin", "rope_kv.cu": "kernels/sm_90/rope_kv.cubin",
-    }  # fmt: skip
-    assert loader.kernel_files_for(found, (8, 0)) == {}
+    load_engine(engine)
     edit_manifest(engine, kernel_files=modules("n", "other"))
     assert "kernels.b: expected kernel r for sm_90, found no such kernel" in refused(engine)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from random_models import FAMILIES, logits_of, write_model
 
-from llmctl.checkpoint.assemble import assemble_all, checkpoint_graph
+from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import QuantizeConfig
@@ -17,6 +17,7 @@ from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.report import QuantizeReport
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.workfolder import WorkFolder
+from llmctl.runtime.load import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 
 WORDS = (
@@ -56,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def logits(folder: Path, tokens: list[list[int]]) -> torch.Tensor:
     checkpoint = open_checkpoint(folder)
     graph = checkpoint_graph(checkpoint)
-    return logits_of(graph, assemble_all(graph, checkpoint), tokens)
+    return logits_of(graph, CheckpointWeights(graph, checkpoint), tokens)
 
 
 def distance(folder: Path, other: Path) -> float:

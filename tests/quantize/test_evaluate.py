@@ -8,12 +8,13 @@ import pytest
 import torch
 from random_models import logits_of, write_model
 
-from llmctl.checkpoint.assemble import assemble_all, checkpoint_graph
+from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.evaluate import Protocol, measure_kl, measure_perplexity
+from llmctl.runtime.load import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox reads a book and the answer is that every question has an answer of its own. " * 6
@@ -34,7 +35,7 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:
     checkpoint = open_checkpoint(folder)
     graph = checkpoint_graph(checkpoint)
-    return logits_of(graph, assemble_all(graph, checkpoint), [tokens]).double().log_softmax(dim=-1)
+    return logits_of(graph, CheckpointWeights(graph, checkpoint), [tokens]).double().log_softmax(dim=-1)
 
 
 def ids_of(folder: Path, count: int) -> list[int]:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from family_models import VOCAB, family_model
 
-from llmctl.checkpoint.assemble import assemble_all
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Op, QuantScheme
 from llmctl.runtime.batch import Batch, packed_batch
 from llmctl.runtime.context import StepContext, allocate_cache
 from llmctl.runtime.interpreter import Interpreter
+from llmctl.runtime.load import CheckpointWeights
 
 
 def sequences() -> list[list[int]]:
@@ -28,7 +28,7 @@ def scratch(interpreter: Interpreter, batch: Batch, layers: list[int] | None = N
 
 def make(case: str) -> Interpreter:
     model = family_model(case)
-    return Interpreter(model.graph, assemble_all(model.graph, model.checkpoint))
+    return Interpreter(model.graph, CheckpointWeights(model.graph, model.checkpoint))
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "qwen3", "phi", "gpt2"])
@@ -70,7 +70,7 @@ def test_a_replaced_weight_is_used_at_once(name: str) -> None:
     replacement = torch.randn(changed.shape, generator=torch.Generator().manual_seed(1))
     interpreter.set_weight(name, replacement)
     interpreter.release_weight(name)  # frees the copy, keeps the replacement
-    expected = Interpreter(model.graph, {**assemble_all(model.graph, model.checkpoint), name: replacement})
+    expected = Interpreter(model.graph, {**CheckpointWeights(model.graph, model.checkpoint), name: replacement})
     torch.testing.assert_close(run_all(interpreter), run_all(expected), atol=0, rtol=0)
     assert float((run_all(interpreter) - before).abs().max()) > 0.01
     with pytest.raises(ValueError, match=f"weight '{name}': expected shape"):
