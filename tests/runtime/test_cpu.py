@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 import torch
+from cpu_engines import cpu_runtime
 from family_models import CASES, VOCAB, family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,26 +20,15 @@ from runtime_stepping import greedy
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.device import cpu_features
-from llmctl.artifact.loader import load_engine
 from llmctl.config import BuildConfig
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.kernels.toolchain import VARIANTS, find_compiler, supported_variants
 from llmctl.runtime.cpu import CpuRuntime
-from llmctl.runtime.load import load_runtime, runtime_from_checkpoint
+from llmctl.runtime.load import runtime_from_checkpoint
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 
 _FOLDERS: list[TemporaryDirectory[str]] = []
-_KV_BYTES = 4 << 20
-
-
-def cpu_runtime(model: Path, threads: int = 2, target: str = "cpu", **options: object) -> CpuRuntime:
-    _FOLDERS.append(TemporaryDirectory())
-    output = Path(_FOLDERS[-1].name) / "engine"
-    build_engine(BuildConfig(model=str(model), target=target, output=str(output), **options))  # type: ignore[arg-type]
-    runtime = load_runtime(load_engine(output, kv_cache_bytes=_KV_BYTES, max_num_seqs=8), threads=threads)
-    assert isinstance(runtime, CpuRuntime)
-    return runtime
 
 
 @cache

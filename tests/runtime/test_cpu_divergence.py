@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from cpu_engines import cpu_runtime
 from random_models import FAMILIES, write_model
 from runtime_stepping import greedy
-from test_cpu import cpu_runtime
 
 from llmctl.config import QuantizeConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
