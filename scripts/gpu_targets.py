@@ -102,7 +102,7 @@ def targets(measured: Sequence[Any]) -> tuple[Target, ...]:
         Target(
             "norms, rope, activation, 4096 rows: ≥ 80% of copy", 0.8,
             "rms_norm 4096: 67 MB, 15.6 us + 1..2: 89..94%; add_rms_norm 134 MB: 94%; silu_mul 352 MB: 97%; rope_kv "
-            "101 MB, 8 bytes a lane: 85..93%",
+            "101 MB, 23.4 us, too few bytes on their way: 70..90%, at risk",
             lambda rows: [r for r in rows if r.kernel in _ROWWISE and r.rows == 4096], _copy,
         ),
     )  # fmt: skip

@@ -137,7 +137,7 @@ def _rope_kv(tag: str, kv: str) -> Signature:
             row(read, "v", "kv_heads"),
             row(write, "q_out", "heads"),
             maybe(read("positions", "i64", "tokens", align=8)),
-            *(maybe(read(name, "f32", "places rotary_dim/2", align=4)) for name in ("cosines", "sines")),
+            *(maybe(read(name, "f32", "places rotary_dim/2")) for name in ("cosines", "sines")),
             maybe(read("slots", "i64", "tokens", align=8)),
             *(maybe(update(name, kv, cache, align=8)) for name in ("keys", "values")),
             *(

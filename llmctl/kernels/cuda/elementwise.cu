@@ -9,6 +9,10 @@
 // fn: silu, gelu (erf), gelu_tanh, relu. All T and contiguous; width % 8 == 0; pointers multiples of 16 bytes; the
 // output of act, add, mul and pos_embed may alias an input. Grid: ceil(rows * width / 8 / 256) blocks of 256 threads.
 // Bound: the bytes read and written, each once.
+//
+// Numbers, sm_90: 24 to 48 registers, 5 to 8 blocks an SM, 16 or 32 bytes a lane on their way: 40 KB an SM and more.
+// On an H200 at 4.3 TB/s: silu_mul, 4096 rows of 14336: 352 MB, 82 us, 84 expected; add, 4096 rows of 4096: 101 MB,
+// 23.4 us. An exponential and a division an element are 0.06 G of each: 30 us of the SMs' special units, beneath the loads.
 #include "activation.cuh"
 
 namespace llmctl {

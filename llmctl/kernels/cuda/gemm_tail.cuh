@@ -7,6 +7,9 @@
 //
 //   plain  y = sum * token_scale + bias + residual                                      y [m, n]
 //   gated  y = fn(gate + bias) * (up + bias) + residual, rows interleaved by eights     y [m, n / 2]
+// residual: graphs use it for parallel residuals (passes.fuse_linear_add), where it saves a launch and two passes over
+// the rows. A residual in front of a norm is the norm's to add: here it would save one pass of five, 1.5 MB or 0.4 us
+// for the 192 rows that this kernel serves at most, and nothing at more, which are cuBLAS's.
 #pragma once
 #include "activation.cuh"
 

@@ -1,5 +1,8 @@
 // Changes to logits before sampling.cu, and log-probabilities after it. Logits are f32 [rows, vocab], changed in place.
 //
+// Numbers, sm_90: 16, 30 and 39 registers. All three are launches of 2 to 3 us but logprobs, whose row of 513 KB takes
+// one SM 9 us a read (27 us at 1 to 132 rows).
+//
 // add_bias: logits[bias_rows[i], bias_ids[i]] += bias_values[i]; i32, i32, f32 [n]; no pair may come twice.
 //   Grid: ceil(n / 256) blocks of 256 threads.
 //

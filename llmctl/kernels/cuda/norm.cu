@@ -10,6 +10,9 @@
 // Grid: rows blocks of 256 threads. `y` may alias `x`, and `sum` may alias `residual`: a thread touches only its own
 // elements. Bound: 2 reads and 2 writes of T per element (1 and 1 without the add); a row is read again from L1 for
 // every further pass (one for rms_norm, two for layer_norm, one more for int8).
+// Numbers, sm_90: 32 to 40 registers (head_rms_norm: 32 to 50), 8 (10) blocks of 256 (128) threads an SM; 7 flops an
+// element are nothing. On an H200 at 4.3 TB/s, 4096 rows of 4096, 1 to 2 us of ramp expected on top: rms_norm 67 MB,
+// 15.6 us; add_rms_norm 134 MB, 31.2 us; add_rms_norm_s8 117 MB, 27.3 us. One row is a launch, 2 to 3 us.
 //
 // head_rms_norm: the same over each head of x [rows, heads * head_dim], one warp a head, in place or into y. Rows are
 // x_stride and y_stride elements apart, so that q or k may lie inside a merged qkv row. head_dim and both strides % 8

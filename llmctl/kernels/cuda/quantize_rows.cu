@@ -7,6 +7,8 @@
 // x T, contiguous; q s8 [rows, width]; scales f32 [rows]. width % 8 == 0; x a multiple of 16 bytes, q of 8.
 // (After a norm, norm.cu's …_s8 entries do this in the norm itself.) Grid: rows blocks of 256 threads.
 // Bound: one read of T and one write of a byte per element; the second read of a row comes from L1.
+// Numbers, sm_90: 32 to 55 registers, 4 to 8 blocks an SM. On an H200 at 4.3 TB/s, 4096 rows of 14336: 176 MB, 41 us; a
+// row is read twice by one block, of which only 28 KB fit beside its neighbours' in L1: 45 to 55 us expected.
 #include "activation.cuh"
 
 namespace llmctl {

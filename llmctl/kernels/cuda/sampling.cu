@@ -12,6 +12,8 @@
 // = may be sampled; temperature f32 [rows], 0 = greedy, the lowest id among the largest; top_k i32, top_p f32, min_p
 // f32 [rows], each or null (0, 1, 0 = off); seeds u64, positions i64 [rows]; tokens i32 [rows]. A row whose every token
 // is forbidden gets token 0. vocab <= 2^23. Grid: rows blocks of 1024 threads.
+// Numbers, sm_90: 62 or 63 registers, one block of 1024 threads an SM. A vocabulary of 128256 in fp32 is 513 KB a row:
+// a block alone draws about 60 GB/s: greedy 9 us at 1 to 132 rows, a draw 27 us, with top-p 70 us.
 // Bound: greedy reads the row once; a draw reads it twice more, and five times more for each of top-k and top-p (from
 // L2).
 #include "device.cuh"
