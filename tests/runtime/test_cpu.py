@@ -21,6 +21,10 @@ from runtime_stepping import greedy
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.device import cpu_features
 from llmctl.config import BuildConfig
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.request import Request
+from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.kernels.toolchain import VARIANTS, find_compiler, supported_variants
 from llmctl.runtime.cpu import CpuRuntime
@@ -282,3 +286,41 @@ def test_a_cpu_engine_runs_without_torch(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(output)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def completions(engine: LLMEngine, prompts: list[list[int]]) -> list[list[tuple[int, float]]]:
+    """Greedy continuations, each token with its log-probability."""
+    params = SamplingParams(temperature=0.0, max_tokens=10, logprobs=0, ignore_eos=True)
+    found: dict[str, list[tuple[int, float]]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        engine.add_request(Request(str(i), prompt, params))
+    while engine.has_unfinished():
+        for output in engine.step():
+            values = [entry.logprob for entry in output.logprobs or ()]
+            found[output.request_id] += zip(output.new_token_ids, values, strict=True)
+    return list(found.values())
+
+
+_SYSTEM_PROMPTS = [tokens(48, 11, tiny_checkpoint.VOCAB), tokens(37, 12, tiny_checkpoint.VOCAB)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    asked=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 40), st.integers(0, 2)), min_size=1, max_size=8),
+    budget=st.integers(8, 120),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_greedy_output_is_the_same_alone_and_with_batches_chunks_and_cached_prefixes(
+    asked: list[tuple[int, int, int]], budget: int, dtype: str
+) -> None:
+    """Bit for bit. Alone, a prompt is computed whole and nothing is cached; together, prefixes of earlier requests are
+    found in the cache, and prompts are cut to the budget."""
+    runtime = _runtime_of(_quantized(4, 32, False), dtype, "cpu")
+    prompts = [_SYSTEM_PROMPTS[system] + tokens(length, seed, tiny_checkpoint.VOCAB) for system, length, seed in asked]
+    plain = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=512, enable_prefix_caching=False)
+    alone = [completions(LLMEngine(runtime, plain), [prompt])[0] for prompt in prompts]
+    engine = LLMEngine(runtime, SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget))
+    assert completions(engine, prompts) == alone
+    assert completions(engine, prompts) == alone
+    assert all(len(row) == 10 for row in alone)
+    assert engine.stats().prefix_cache_hits > 0
