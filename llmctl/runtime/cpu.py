@@ -19,8 +19,8 @@ from llmctl.graph.graph import Graph, Op
 from llmctl.kernels.cpu_layout import PackedLinear, pack_bias
 from llmctl.kernels.rope import cos_sin_table
 from llmctl.runtime.batch import BlockTables, FlatPlan, flatten
-from llmctl.runtime.cpu_abi import ACT, DTYPE, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
-from llmctl.runtime.cpu_bind import Bound, Lowering, View, logits_view, plan_arena
+from llmctl.runtime.cpu_abi import ACT, DTYPE, Acts, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
+from llmctl.runtime.cpu_bind import Bound, IntOperand, Lowering, View, logits_view, plan_arena
 from llmctl.runtime.cpu_sampling import NativeSampling
 
 _MAX_LOGITS_BYTES = 32 * 2**20
@@ -167,11 +167,8 @@ class CpuRuntime:
             setattr(desc, name, int(attrs.get(name, 0)))
         for name in ("eps", "scale", "softcap"):
             setattr(desc, name, float(attrs.get(name, 0.0)))
-        if bound.operand is not None:
-            desc.q_codes, desc.q_scales, desc.q_sums = (
-                self._address(s.offset) for s in (bound.operand.codes, bound.operand.scales, bound.operand.sums)
-            )
-            desc.q_k, desc.q_group = bound.operand.columns, bound.operand.group
+        for name, operand in bound.operands.items():
+            setattr(desc, name, self._acts(operand))
         if bound.x16 is not None and bound.packed is not None:
             desc.x16, desc.k = self._address(bound.x16.offset), bound.packed.columns
         if bound.permutation is not None:
@@ -194,7 +191,6 @@ class CpuRuntime:
     def _fill_rms_norm(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         desc.w = self._vector(bound.op.weights[0])
         desc.offset = 1.0 if bound.op.attrs.get("plus_one") else 0.0
-        desc.quantize_out = int(bound.operand is not None)
 
     def _fill_layer_norm(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
         self._fill_rms_norm(desc, bound, graph)
@@ -251,6 +247,10 @@ class CpuRuntime:
 
     def _matrix(self, view: View) -> Matrix:
         return Matrix(self._address(view.storage.offset) + 4 * view.column, view.ld)
+
+    def _acts(self, operand: IntOperand) -> Acts:
+        addresses = [self._address(s.offset) for s in operand.storages]
+        return Acts(*addresses, operand.columns, operand.group)
 
     def _address(self, offset: int) -> int:
         return int(self._arena.ctypes.data) + offset

@@ -39,16 +39,26 @@ class Matrix(c.Structure):
     _fields_ = (("data", c.c_void_p), ("ld", c.c_int64))
 
 
+class Acts(c.Structure):
+    """``struct IntActs``: int8 codes with a scale and a negated sum a group."""
+
+    _fields_ = (
+        *((name, c.c_void_p) for name in ("codes", "scales", "negated_sums")),
+        *((name, c.c_int64) for name in ("k", "group")),
+    )
+
+
 class OpDesc(c.Structure):
     """``struct OpDesc``."""
 
     _fields_ = (
         *((name, c.c_int32) for name in ("kind", "act", "weight_dtype", "neox")),
-        *((name, c.c_int32) for name in ("writes_kv", "on_rows", "layer", "quantize_out")),
+        *((name, c.c_int32) for name in ("writes_kv", "on_rows")),
+        ("layer", c.c_int64),
         *((name, Matrix) for name in ("x", "x2", "x3", "y", "y2")),
+        *((name, Acts) for name in ("x8", "y8")),
         *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group")),
-        *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "bias", "q_codes", "q_scales", "q_sums")),
-        *((name, c.c_int64) for name in ("q_k", "q_group")),
+        *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "bias")),
         *((name, c.c_void_p) for name in ("permutation", "x16")),
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),
         *((name, c.c_void_p) for name in ("cos", "sin")),

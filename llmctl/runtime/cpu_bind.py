@@ -15,10 +15,11 @@ import numpy as np
 
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
-from llmctl.kernels.cpu_layout import PackedLinear
+from llmctl.kernels.cpu_layout import TILE, PackedLinear
 from llmctl.runtime.cpu_abi import Kind
 
 _ALIGN = 64
+_QUERIES = 8  # kQueries of kernels/cpu/attention.h
 
 
 @dataclass
@@ -44,7 +45,7 @@ class View:
 
 @dataclass(frozen=True)
 class IntOperand:
-    """int8 codes, fp32 scales and fp32 scaled sums of a buffer."""
+    """int8 codes of a buffer, with a fp32 scale and an int32 negated sum for every ``group`` columns."""
 
     codes: Storage
     scales: Storage
@@ -52,17 +53,22 @@ class IntOperand:
     columns: int
     group: int
 
+    @property
+    def storages(self) -> tuple[Storage, Storage, Storage]:
+        """Codes, scales, sums."""
+        return self.codes, self.scales, self.sums
+
 
 @dataclass
 class Bound:
-    """One native op: kind, the graph op it came from, operands by descriptor field."""
+    """One native op: kind, the graph op it came from, fp32 and int8 operands by descriptor field."""
 
     kind: Kind
     op: Op
     on_rows: bool
     views: dict[str, View] = field(default_factory=dict)
     packed: PackedLinear | None = None
-    operand: IntOperand | None = None
+    operands: dict[str, IntOperand] = field(default_factory=dict)
     x16: Storage | None = None
     permutation: np.ndarray | None = None
 
@@ -118,8 +124,8 @@ class Lowering:
     def _emit(self, bound: Bound) -> None:
         index = len(self.bound)
         used = [v.storage for v in bound.views.values()]
-        if bound.operand:
-            used += [bound.operand.codes, bound.operand.scales, bound.operand.sums]
+        for operand in bound.operands.values():
+            used += operand.storages
         if bound.x16:
             used.append(bound.x16)
         for storage in used:
@@ -160,7 +166,13 @@ class Lowering:
         self._emit(self._simple(Kind.KV_WRITE, op, op.inputs))
 
     def _attention(self, op: Op) -> None:
-        self._emit(self._simple(Kind.ATTENTION, op, op.inputs))
+        bound = Bound(Kind.ATTENTION, op, self.on_rows, {"x": self.views[op.inputs[0]]})
+        group = int(op.attrs["heads"]) // int(op.attrs["kv_heads"])
+        # A query tile makes all heads of a group, or 8 of them when the group has more.
+        whole = group <= _QUERIES or group % _QUERIES == 0
+        per_tile = min(group, _QUERIES) * int(op.attrs["head_dim"]) if whole else 0
+        self._result(bound, op.outputs, per_tile)
+        self._emit(bound)
 
     def _gather_rows(self, op: Op) -> None:
         self.on_rows = True
@@ -187,19 +199,19 @@ class Lowering:
             bound.views["y2"] = self._outputs(op.outputs[1:])[0]
         direct = self._direct_operand(op.outputs[0])
         if direct is not None:
-            bound.operand = self._int_operand(op.outputs[0], direct)
+            bound.operands["y8"] = self._int_operand(op.outputs[0], direct)
         else:
             bound.views["y"] = self._outputs(op.outputs[:1])[0]
         self._emit(bound)
 
     def _direct_operand(self, buffer: str) -> PackedLinear | None:
-        """The weight whose int8 operand a norm may write itself: when all that read it want that same operand."""
+        """The weight whose int8 operand the op before it may write itself: when all readers want that same operand."""
         consumers = self.graph.consumers(buffer)
         weights = [self.linears[op.weights[0]] for op in consumers if op.kind == "linear"]
-        if not weights or len(weights) != len(consumers):
+        direct = [w for w in weights if w.dtype in ("w4", "w8") and w.permutation is None]
+        if not direct or len(direct) != len(consumers):
             return None
-        wanted = {(w.dtype in ("w4", "w8"), w.columns, w.act_group, w.permutation is None) for w in weights}
-        return weights[0] if len(wanted) == 1 and wanted.pop()[::3] == (True, True) else None
+        return direct[0] if len({(w.columns, w.act_group) for w in direct}) == 1 else None
 
     # rotary embedding
 
@@ -222,14 +234,25 @@ class Lowering:
         packed, source = self.linears[op.weights[0]], op.inputs[0]
         bound = Bound(Kind.LINEAR, op, self.on_rows, packed=packed)
         if packed.dtype in ("w4", "w8"):
-            bound.operand = self._quantized(op, source, packed)
+            bound.operands["x8"] = self._quantized(op, source, packed)
         elif packed.dtype == "bf16":
             bound.x16 = self._half(op, source, packed)
         else:
             bound.views["x"] = self.views[source]
-        outputs = self._outputs(op.outputs)
-        bound.views["y"] = outputs[0]
+        per_tile = TILE // 2 if op.attrs.get("epilogue") else TILE
+        self._result(bound, op.outputs, per_tile, many=True)
         self._emit(bound)
+
+    def _result(self, bound: Bound, outputs: tuple[str, ...], per_tile: int, *, many: bool = False) -> None:
+        """Outputs as int8 where their only readers want that and an activation group is made whole in one place:
+        inside the ``per_tile`` columns that a kernel makes at once, or (``many``) by several such tiles."""
+        direct = self._direct_operand(outputs[0]) if len(outputs) == 1 else None
+        if direct is not None and direct.columns == self.graph.buffers[outputs[0]].width and per_tile:
+            group = direct.act_group
+            if group % per_tile == 0 if many else per_tile % group == 0:
+                bound.operands["y8"] = self._int_operand(outputs[0], direct)
+                return
+        bound.views["y"] = self._outputs(outputs)[0]
 
     def _int_operand(self, buffer: str, packed: PackedLinear) -> IntOperand:
         key = (buffer, packed.columns, packed.act_group, 0 if packed.permutation is None else id(packed))
@@ -249,7 +272,9 @@ class Lowering:
         operand = self._int_operand(buffer, packed)
         if len(self.operands) > known:
             views = {"x": self.views[buffer]}
-            self._emit(Bound(Kind.QUANTIZE, op, self.on_rows, views, operand=operand, permutation=packed.permutation))
+            self._emit(
+                Bound(Kind.QUANTIZE, op, self.on_rows, views, operands={"y8": operand}, permutation=packed.permutation)
+            )
         return operand
 
     def _half(self, op: Op, buffer: str, packed: PackedLinear) -> Storage:

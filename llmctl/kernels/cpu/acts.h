@@ -1,7 +1,7 @@
-// Int8 activations: one scale per row and group, rows interleaved for the micro-kernels of gemm_int.h.
+// Int8 activations: one scale per row and group, rows interleaved for the micro-kernels of gemm.h.
 //
 // M rows are cut into blocks of 8, then 4, 2, 1. A block of R rows holds, per 4 columns, R consecutive runs of 4 codes
-// ([K/4][R][4]), so that a micro-kernel reads one pointer; scales and scaled sums are [groups][R].
+// ([K/4][R][4]), so that a micro-kernel reads one pointer; scales and sums are [groups][R].
 // A block starts where a row-major matrix would have its first row, whatever R.
 #pragma once
 #include "simd.h"
@@ -9,10 +9,10 @@
 namespace llmctl {
 
 struct IntActs {
-  int8_t* codes;       // [M * k]
-  float* scales;       // [M * groups]
-  float* scaled_sums;  // [M * groups], scale * sum of the group's codes
-  int64_t k, group;
+  int8_t* codes;          // [M * k]
+  float* scales;          // [M * groups]
+  int32_t* negated_sums;  // [M * groups], minus the sum of the group's codes: meets the weights' zero points
+  int64_t k, group;       // group: a multiple of 4, at most 128 (so that sums fit 16 bits)
   int64_t groups() const { return k / group; }
 };
 
@@ -30,50 +30,62 @@ static inline int64_t block_start(int64_t row, int64_t rows) {
   return start;
 }
 
-// Quantises x [width] as row `row` of `rows`; columns from width to k are zero. scale = max|x| / 127, round to nearest.
-static inline void quantize_row(const float* x, int64_t width, const IntActs& out, int64_t row, int64_t rows) {
-  const int64_t start = block_start(row, rows), lane = row - start;
-  const int64_t in_block = block_rows(start, rows), groups = out.groups();
-  int8_t* codes = out.codes + start * out.k + lane * 4;
-  float* scales = out.scales + start * groups + lane;
-  float* sums = out.scaled_sums + start * groups + lane;
-  for (int64_t g = 0; g < groups; g++) {
-    const int64_t begin = g * out.group, end = begin + out.group;
-    float largest = 0;
-    int64_t i = begin;
-    if (end <= width) {
-      f32x16 top{};
-      for (; i + 16 <= end; i += 16) {
-        const f32x16 v = load<f32x16>(x + i);
-        top = vmax(top, vmax(v, -v));
-      }
-      largest = reduce_max(top);
-    }
-    for (; i < end && i < width; i++) largest = std::fmax(largest, std::fabs(x[i]));
-    const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    int32_t sum = 0;
-    i = begin;
-    if (end <= width) {
-      i32x16 total{};
-      for (; i + 16 <= end; i += 16) {
-        // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low mantissa bits.
-        const f32x16 shifted = load<f32x16>(x + i) * inverse + 12582912.0f;
-        const i32x16 code = load<i32x16>(&shifted) - 0x4b400000;
-        total += code;
-        typedef int8_t i8x16 __attribute__((vector_size(16)));
-        const i8x16 bytes = __builtin_convertvector(code, i8x16);
-        for (int j = 0; j < 4; j++) std::memcpy(codes + (i / 4 + j) * in_block * 4, (const char*)&bytes + 4 * j, 4);
-      }
-      for (int j = 0; j < 16; j++) sum += total[j];
-    }
-    for (; i < end; i++) {
-      const int32_t code = i < width ? int32_t(std::nearbyint(x[i] * inverse)) : 0;
-      codes[(i / 4) * in_block * 4 + i % 4] = int8_t(code);
-      sum += code;
-    }
-    scales[g * in_block] = scale;
-    sums[g * in_block] = scale * float(sum);
+// Where one row's groups go: `in_block` rows are interleaved.
+struct ActRow {
+  int8_t* codes;
+  float* scales;
+  int32_t* negated_sums;
+  int64_t in_block;
+};
+
+static inline ActRow act_row_at(const IntActs& out, int64_t start, int64_t in_block, int64_t lane) {
+  const int64_t groups = out.groups();
+  return {out.codes + start * out.k + lane * 4, out.scales + start * groups + lane,
+          out.negated_sums + start * groups + lane, in_block};
+}
+static inline ActRow act_row_of(const IntActs& out, int64_t row, int64_t rows) {
+  const int64_t start = block_start(row, rows);
+  return act_row_at(out, start, block_rows(start, rows), row - start);
+}
+
+// Quantises columns begin .. begin+group-1 of a row, x being the first of them; those from `valid` on are zero.
+// scale = max|x| / 127, round to nearest even.
+static inline void quantize_group(const float* x, int64_t valid, int64_t group, int64_t begin, const ActRow& row) {
+  const int64_t vectors = valid >= group ? group / 16 * 16 : 0, end = valid < group ? valid : group;
+  f32x16 top{};
+  for (int64_t i = 0; i < vectors; i += 16) {
+    const f32x16 v = load<f32x16>(x + i);
+    top = vmax(top, vmax(v, -v));
   }
+  float largest = reduce_max(top);
+  for (int64_t i = vectors; i < end; i++) largest = std::fmax(largest, std::fabs(x[i]));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  int8_t* codes = row.codes + begin * row.in_block;
+  i32x16 total{};
+  for (int64_t i = 0; i < vectors; i += 16) {
+    // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low mantissa bits.
+    const f32x16 shifted = load<f32x16>(x + i) * inverse + 12582912.0f;
+    const i32x16 code = load<i32x16>(&shifted) - 0x4b400000;
+    total += code;
+    const i8x16 bytes = i32_to_i8(code);
+    int8_t* to = codes + i * row.in_block;
+    for (int j = 0; j < 4; j++) std::memcpy(to + j * row.in_block * 4, (const char*)&bytes + 4 * j, 4);
+  }
+  int32_t sum = reduce_add(total);
+  for (int64_t i = vectors; i < group; i++) {
+    const int32_t code = i < valid ? int32_t(std::nearbyint(x[i] * inverse)) : 0;
+    codes[i / 4 * row.in_block * 4 + i % 4] = int8_t(code);
+    sum += code;
+  }
+  const int64_t at = begin / group * row.in_block;
+  row.scales[at] = largest / 127.0f;
+  row.negated_sums[at] = -sum;
+}
+
+// Quantises x [width] as row `row` of `rows`; columns from width to k are zero.
+static inline void quantize_row(const float* x, int64_t width, const IntActs& out, int64_t row, int64_t rows) {
+  const ActRow to = act_row_of(out, row, rows);
+  for (int64_t g = 0; g < out.k; g += out.group) quantize_group(x + g, width - g, out.group, g, to);
 }
 
 }  // namespace llmctl

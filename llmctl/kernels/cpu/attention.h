@@ -34,10 +34,19 @@ static inline void kv_store(const KvLayer& kv, int64_t slot, int64_t head, const
   const int64_t block = slot / kv.block_size, offset = slot % kv.block_size, lane = offset % kKeys;
   uint8_t* tile = kv.tile(block, head, offset);
   if (kv.bf16) {
-    uint16_t *kt = (uint16_t*)tile, *vt = (uint16_t*)(tile + kv.half_bytes());
-    for (int64_t d = 0; d < kv.dim; d++) {
-      kt[d / 2 * 32 + lane * 2 + d % 2] = f32_to_bf16(k[d]);
-      vt[lane / 2 * kv.padded * 2 + d * 2 + lane % 2] = f32_to_bf16(v[d]);
+    uint16_t *kt = (uint16_t*)tile + lane * 2;
+    uint16_t *vt = (uint16_t*)(tile + kv.half_bytes()) + lane / 2 * kv.padded * 2 + lane % 2;
+    int64_t d = 0;
+    for (; d + 16 <= kv.dim; d += 16) {
+      uint16_t ks[16], vs[16];
+      store(ks, f32_to_bf16(load<f32x16>(k + d)));
+      store(vs, f32_to_bf16(load<f32x16>(v + d)));
+      for (int i = 0; i < 16; i += 2) std::memcpy(kt + (d + i) * kKeys, ks + i, 4);
+      for (int i = 0; i < 16; i++) vt[(d + i) * 2] = vs[i];
+    }
+    for (; d < kv.dim; d++) {
+      kt[d / 2 * 32 + d % 2] = f32_to_bf16(k[d]);
+      vt[d * 2] = f32_to_bf16(v[d]);
     }
   } else {
     float *kt = (float*)tile, *vt = (float*)(tile + kv.half_bytes());
@@ -63,60 +72,123 @@ struct Queries {
   float softcap;
 };
 
-// kCount is Queries::count as a constant, so that sums stay in registers.
-template <bool kBf16, int kCount>
-static inline void score_tile(const Queries& qs, const uint8_t* k, int64_t padded, f32x16* scores) {
-  f32x16 acc[kCount];
+// Independent sums in flight, to cover the latency of an addition: accumulators are [kWide][kCount].
+template <int kCount>
+constexpr int kWide = !kManyRegisters ? 1 : kCount <= 2 ? 8 : kCount <= 4 ? 4 : 2;
+
+#if defined(LLMCTL_AVX512_BF16)
+constexpr bool kDotPairs = true;  // vdpbf16ps multiplies pairs as they lie in the cache
+#else
+constexpr bool kDotPairs = false;  // pairs are widened to fp32, the other operand stays fp32
+#endif
+
+// acc[t][i] += line_t . pair i, where a line holds 16 pairs of bf16 and x(i) is query i's pair.
+template <int kTiles, int kCount, class Line, class Pair>
+static inline __attribute__((always_inline)) void multiply_pairs(f32x16 (&acc)[kTiles][kCount], Line line, Pair pair) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; i++) acc[i] = f32x16{};
-  if (kBf16) {
-    const uint16_t* line = (const uint16_t*)k;
-    for (int64_t d = 0; d < padded; d += 2, line += 32)
+  for (int t = 0; t < kTiles; t++) {
+    if constexpr (kDotPairs) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; i++) acc[i] = dot2_bf16(acc[i], line, qs.q16[i] + d);
-  } else {
-    const float* line = (const float*)k;
-    for (int64_t d = 0; d < padded; d++, line += kKeys) {
-      const f32x16 keys = load<f32x16>(line);
+      for (int i = 0; i < kCount; i++) acc[t][i] = dot2_bf16(acc[t][i], line(t), pair(i));
+    } else {
+      const u32x16 both = load<u32x16>(line(t)), even = both << 16, odd = both & 0xffff0000u;
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; i++) acc[i] += keys * qs.q[i][d];
+      for (int i = 0; i < kCount; i++) {
+        acc[t][i] += load<f32x16>(&even) * pair(i)[0];
+        acc[t][i] += load<f32x16>(&odd) * pair(i)[1];
+      }
     }
   }
+}
+
+// scores[t][i] = K of tile t . query i, for kTiles tiles; every sum runs over ascending d.
+template <bool kBf16, int kTiles, int kCount>
+static inline __attribute__((always_inline)) void score_tiles(const Queries& qs, const uint8_t* const* tiles,
+                                                              int64_t padded, f32x16 (*scores)[kCount]) {
+  f32x16 acc[kTiles][kCount];
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; i++) scores[i] = acc[i];
+  for (int t = 0; t < kTiles; t++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) acc[t][i] = f32x16{};
+  if constexpr (kBf16) {
+    for (int64_t d = 0; d < padded; d += 2) {
+      const auto line = [&](int t) { return (const uint16_t*)tiles[t] + d * kKeys; };
+      if constexpr (kDotPairs) multiply_pairs(acc, line, [&](int i) { return qs.q16[i] + d; });
+      else multiply_pairs(acc, line, [&](int i) { return qs.q[i] + d; });
+    }
+  } else {
+    for (int64_t d = 0; d < padded; d++)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTiles; t++) {
+        const f32x16 keys = load<f32x16>((const float*)tiles[t] + d * kKeys);
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; i++) acc[t][i] += keys * qs.q[i][d];
+      }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTiles; t++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) scores[t][i] = acc[t][i];
 }
 
 // Softmax weights of one segment's keys, in the type that meets V.
 template <bool kBf16, int kCount>
 struct SegmentWeights {
-  alignas(64) std::conditional_t<kBf16, uint16_t, float> at[kCount][kSegment];
+  alignas(64) std::conditional_t<kBf16 && kDotPairs, uint16_t, float> at[kCount][kSegment];
 };
 
-// part.out = sum over the segment's keys of weight * V, in ascending key order.
-template <bool kBf16, int kCount>
-static inline void sum_values(const SegmentWeights<kBf16, kCount>& weights, const uint8_t* const* tiles, int64_t count,
-                              int64_t padded, Partial& part) {
-  for (int64_t d = 0; d < padded; d += 16) {
-    f32x16 acc[kCount];
+// part.out[i][d ..] = sum over the segment's keys of weight * V for kVectors vectors of columns, in ascending key order.
+template <bool kBf16, int kVectors, int kCount>
+static inline __attribute__((always_inline)) void sum_columns(const SegmentWeights<kBf16, kCount>& weights,
+                                                              const uint8_t* const* tiles, int64_t count,
+                                                              int64_t padded, int64_t d, Partial& part) {
+  f32x16 acc[kVectors][kCount];
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; i++) acc[i] = f32x16{};
-    for (int64_t t = 0; t < count; t++) {
+  for (int j = 0; j < kVectors; j++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) acc[j][i] = f32x16{};
+  for (int64_t t = 0; t < count; t++)
+    for (int64_t key = 0; key < kKeys; key += kBf16 ? 2 : 1) {
+      const auto weight = [&](int i) { return weights.at[i] + t * kKeys + key; };
       if constexpr (kBf16) {
-        const uint16_t* line = (const uint16_t*)tiles[t] + d * 2;
-        for (int64_t key = t * kKeys; key < (t + 1) * kKeys; key += 2, line += padded * 2)
-#pragma GCC unroll 8
-          for (int i = 0; i < kCount; i++) acc[i] = dot2_bf16(acc[i], line, weights.at[i] + key);
+        const uint16_t* line = (const uint16_t*)tiles[t] + key * padded + d * 2;
+        multiply_pairs(acc, [&](int j) { return line + j * 32; }, weight);
       } else {
-        const float* line = (const float*)tiles[t] + d;
-        for (int64_t key = t * kKeys; key < (t + 1) * kKeys; key++, line += padded) {
-          const f32x16 values = load<f32x16>(line);
+        const float* line = (const float*)tiles[t] + key * padded + d;
 #pragma GCC unroll 8
-          for (int i = 0; i < kCount; i++) acc[i] += values * weights.at[i][key];
+        for (int j = 0; j < kVectors; j++) {
+          const f32x16 values = load<f32x16>(line + j * 16);
+#pragma GCC unroll 8
+          for (int i = 0; i < kCount; i++) acc[j][i] += values * *weight(i);
         }
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; i++) store(part.out[i] + d, acc[i]);
+  for (int j = 0; j < kVectors; j++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) store(part.out[i] + d + j * 16, acc[j][i]);
+}
+
+template <bool kBf16, int kCount>
+static inline void sum_values(const SegmentWeights<kBf16, kCount>& weights, const uint8_t* const* tiles, int64_t count,
+                              int64_t padded, Partial& part) {
+  constexpr int kVectors = kWide<kCount> < 4 ? kWide<kCount> : 4;
+  int64_t d = 0;
+  for (; d + kVectors * 16 <= padded; d += kVectors * 16)
+    sum_columns<kBf16, kVectors, kCount>(weights, tiles, count, padded, d, part);
+  for (; d < padded; d += 16) sum_columns<kBf16, 1, kCount>(weights, tiles, count, padded, d, part);
+}
+
+// Soft cap and mask of the scores of keys `key` .. `key + 15`.
+template <int kCount>
+static inline void mask_scores(const Queries& qs, int64_t key, f32x16 (&scores)[kCount]) {
+  const f32x16 at = f32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + float(key), never = splat(-INFINITY);
+  for (int i = 0; i < kCount; i++) {
+    f32x16 s = scores[i];
+    if (qs.softcap > 0) s = vtanh(s / qs.softcap) * qs.softcap;
+    if (key + kKeys - 1 > qs.position[i]) s = at > float(qs.position[i]) ? never : s;
+    if (key < qs.lo[i]) s = at < float(qs.lo[i]) ? never : s;
+    scores[i] = s;
   }
 }
 
@@ -124,40 +196,42 @@ static inline void sum_values(const SegmentWeights<kBf16, kCount>& weights, cons
 template <bool kBf16, int kCount>
 static void attend_segment(const KvLayer& kv, const int32_t* blocks, int64_t head, const Queries& qs, int64_t begin,
                            int64_t end, Partial& part) {
-  const f32x16 never = splat(-INFINITY);
-  f32x16 lane_ids;
-  for (int i = 0; i < 16; i++) lane_ids[i] = float(i);
   alignas(64) f32x16 scores[kSegment / kKeys][kCount];
   const uint8_t* tiles[kSegment / kKeys];
   const int64_t count = (end - begin + kKeys - 1) / kKeys;
-  f32x16 top[kCount], sums[kCount];
-  for (int i = 0; i < kCount; i++) top[i] = never, sums[i] = f32x16{};
   for (int64_t t = 0; t < count; t++) {
     const int64_t key = begin + t * kKeys;
     tiles[t] = kv.tile(blocks[key / kv.block_size], head, key % kv.block_size);
-    score_tile<kBf16, kCount>(qs, tiles[t], kv.padded, scores[t]);
-    tiles[t] += kv.half_bytes();
-    const f32x16 at = lane_ids + float(key);
-    for (int i = 0; i < kCount; i++) {
-      f32x16 s = scores[t][i];
-      if (qs.softcap > 0) s = vtanh(s / qs.softcap) * qs.softcap;
-      s = at > float(qs.position[i]) ? never : s;
-      s = at < float(qs.lo[i]) ? never : s;
-      scores[t][i] = s;
-      top[i] = vmax(top[i], s);
+  }
+  int64_t t = 0;
+  for (; t + kWide<kCount> <= count; t += kWide<kCount>) {
+    // The K tiles of the next round, and this round's V tiles, which lie behind its K tiles.
+    for (int64_t next = t; next < t + kWide<kCount>; next++) {
+      if (next + kWide<kCount> < count) prefetch(tiles[next + kWide<kCount>], kv.half_bytes());
+      prefetch(tiles[next] + kv.half_bytes(), kv.half_bytes());
     }
+    score_tiles<kBf16, kWide<kCount>, kCount>(qs, tiles + t, kv.padded, scores + t);
+  }
+  for (; t < count; t++) score_tiles<kBf16, 1, kCount>(qs, tiles + t, kv.padded, scores + t);
+  f32x16 top[kCount];
+  for (int i = 0; i < kCount; i++) top[i] = splat(-INFINITY);
+  for (t = 0; t < count; t++) {
+    mask_scores(qs, begin + t * kKeys, scores[t]);
+    for (int i = 0; i < kCount; i++) top[i] = vmax(top[i], scores[t][i]);
+    tiles[t] += kv.half_bytes();
   }
   SegmentWeights<kBf16, kCount> weights;
   for (int i = 0; i < kCount; i++) {
     // A query that sees no key of this segment has top = -inf; its weights must be 0, not exp(nan).
     part.top[i] = reduce_max(top[i]);
-    for (int64_t t = 0; t < count; t++) {
+    f32x16 sum{};
+    for (t = 0; t < count; t++) {
       const f32x16 w = part.top[i] == -INFINITY ? f32x16{} : vexp(scores[t][i] - part.top[i]);
-      sums[i] += w;
-      if constexpr (kBf16) store(weights.at[i] + t * kKeys, f32_to_bf16(w));
+      sum += w;
+      if constexpr (kBf16 && kDotPairs) store(weights.at[i] + t * kKeys, f32_to_bf16(w));
       else store(weights.at[i] + t * kKeys, w);
     }
-    part.sum[i] = reduce_add(sums[i]);
+    part.sum[i] = reduce_add(sum);
   }
   sum_values<kBf16, kCount>(weights, tiles, count, kv.padded, part);
 }
@@ -174,14 +248,6 @@ static inline void attend_counted(const KvLayer& kv, const int32_t* blocks, int6
     case 6: return attend_segment<kBf16, 6>(kv, blocks, head, qs, begin, end, part);
     case 7: return attend_segment<kBf16, 7>(kv, blocks, head, qs, begin, end, part);
     default: return attend_segment<kBf16, 8>(kv, blocks, head, qs, begin, end, part);
-  }
-}
-
-static inline void reset(Partial& total, int count, int64_t padded) {
-  for (int i = 0; i < count; i++) {
-    total.top[i] = -INFINITY;
-    total.sum[i] = 0;
-    std::memset(total.out[i], 0, size_t(padded) * 4);
   }
 }
 

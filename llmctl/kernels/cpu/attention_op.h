@@ -49,7 +49,7 @@ static inline void load_queries(const OpDesc& op, const StepDesc& step, const Kv
       float* out = qs.q[qs.count];
       for (int64_t d = 0; d < kv.dim; d++) out[d] = q[d] * op.scale;
       for (int64_t d = kv.dim; d < kv.padded; d++) out[d] = 0;
-      if (kv.bf16)
+      if (kv.bf16 && kDotPairs)
         for (int64_t d = 0; d < kv.padded; d += 16) store(qs.q16[qs.count] + d, f32_to_bf16(load<f32x16>(out + d)));
       qs.position[qs.count] = position;
       qs.lo[qs.count] = op.window > 0 && position >= op.window ? position - op.window + 1 : 0;
@@ -57,17 +57,25 @@ static inline void load_queries(const OpDesc& op, const StepDesc& step, const Kv
   }
 }
 
-static inline void store_outputs(const OpDesc& op, const KvLayer& kv, const HeadPacking& packing, const RowTile& tile,
-                                 int64_t kv_head, int64_t split, const Partial& total) {
+// Normalises the queries' outputs into y, or as int8 into y8: a row's columns of one tile are whole activation groups.
+static inline void store_outputs(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
+                                 const RowTile& tile, int64_t kv_head, int64_t split, const Partial& total) {
   const int64_t first = kv_head * packing.group + split * packing.heads_per;
   const int64_t last = std::min(first + packing.heads_per, (kv_head + 1) * packing.group);
+  const int64_t column = first * kv.dim, width = (last - first) * kv.dim;
+  alignas(64) float line[kQueries * kMaxHead];
   int i = 0;
-  for (int32_t r = 0; r < tile.count; r++)
-    for (int64_t head = first; head < last; head++, i++) {
-      float* y = op.y.data + (tile.row + r) * op.y.ld + head * kv.dim;
+  for (int32_t r = 0; r < tile.count; r++) {
+    const int64_t row = tile.row + r;
+    float* y = op.y8.codes ? line : op.y.data + row * op.y.ld + column;
+    for (int64_t head = first; head < last; head++, i++, y += kv.dim) {
       const float inverse = 1.0f / total.sum[i];
       for (int64_t d = 0; d < kv.dim; d++) y[d] = total.out[i][d] * inverse;
     }
+    if (!op.y8.codes) continue;
+    const ActRow to = act_row_of(op.y8, row, step.tokens);
+    for (int64_t g = 0; g < width; g += op.y8.group) quantize_group(line + g, op.y8.group, op.y8.group, column + g, to);
+  }
 }
 
 // Segments of keys that a tile's queries see: first .. last-1.
@@ -85,7 +93,7 @@ class Attention {
       : few_(2 * threads), segments_(max_model_len / kSegment + 1), partials_(size_t(few_ * segments_)) {}
 
   void run(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const std::vector<RowTile>& tiles, Pool& pool,
-           WorkCounter* counters) {
+           const Share& share, const Share& share2) {
     const HeadPacking packing(op.heads, op.kv_heads);
     const int64_t per_tile = op.kv_heads * packing.splits, items = int64_t(tiles.size()) * per_tile;
     int64_t longest = 1;
@@ -95,8 +103,8 @@ class Attention {
         tile_segments(op, step, tile, first, last);
         longest = std::max(longest, last - first);
       }
-    if (longest == 1) return whole(op, step, kv, packing, tiles, per_tile, items, counters[0]);
-    share(counters[0], items * longest, 1, [&](int64_t begin, int64_t) {
+    if (longest == 1) return whole(op, step, kv, packing, tiles, per_tile, items, share);
+    share.run(items * longest, 1, [&](int64_t begin, int64_t) {
       const int64_t item = begin / longest, part = begin % longest;
       const RowTile& tile = tiles[size_t(item / per_tile)];
       int64_t first, last;
@@ -109,37 +117,45 @@ class Attention {
                  partials_[size_t(item * segments_ + part)]);
     });
     pool.barrier();
-    share(counters[1], items, 1, [&](int64_t item, int64_t) {
+    share2.run(items, 1, [&](int64_t item, int64_t) {
       const RowTile& tile = tiles[size_t(item / per_tile)];
       int64_t first, last;
       tile_segments(op, step, tile, first, last);
       const int64_t kv_head = item % per_tile / packing.splits, split = item % packing.splits;
-      Partial total;
+      Partial* parts = &partials_[size_t(item * segments_)];
       const int count = int(tile.count * packing.heads_per);
-      reset(total, count, kv.padded);
-      for (int64_t part = 0; part < last - first; part++)
-        merge(total, partials_[size_t(item * segments_ + part)], count, kv.padded);
-      store_outputs(op, kv, packing, tile, kv_head, split, total);
+      for (int64_t part = 1; part < last - first; part++) merge(parts[0], parts[part], count, kv.padded);
+      store_outputs(op, step, kv, packing, tile, kv_head, split, parts[0]);
     });
   }
 
  private:
+  // The first K tiles of the item after this one.
+  static void prefetch_keys(const StepDesc& step, const KvLayer& kv, const RowTile& tile, int64_t kv_head) {
+    const int32_t* blocks = step.block_tables + tile.seq * step.max_blocks;
+    for (int64_t key = 0; key < 4 * kKeys && key <= step.positions[tile.row]; key += kKeys)
+      prefetch(kv.tile(blocks[key / kv.block_size], kv_head, key % kv.block_size), kv.half_bytes());
+  }
+
   static void whole(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
-                    const std::vector<RowTile>& tiles, int64_t per_tile, int64_t items, WorkCounter& counter) {
-    share(counter, items, 1, [&](int64_t item, int64_t) {
+                    const std::vector<RowTile>& tiles, int64_t per_tile, int64_t items, const Share& share) {
+    share.run(items, 1, [&](int64_t item, int64_t) {
       const RowTile& tile = tiles[size_t(item / per_tile)];
       int64_t first, last;
       tile_segments(op, step, tile, first, last);
       const int64_t kv_head = item % per_tile / packing.splits, split = item % packing.splits;
+      const int64_t ahead = item + 1;
+      if (ahead < items) prefetch_keys(step, kv, tiles[size_t(ahead / per_tile)], ahead % per_tile / packing.splits);
       Queries qs;
       Partial total, part;
       load_queries(op, step, kv, packing, tile, kv_head, split, qs);
-      reset(total, qs.count, kv.padded);
-      for (int64_t s = first; s < last; s++) {
-        attend_one(kv, step.block_tables + tile.seq * step.max_blocks, kv_head, qs, s, part);
+      const int32_t* blocks = step.block_tables + tile.seq * step.max_blocks;
+      attend_one(kv, blocks, kv_head, qs, first, total);
+      for (int64_t s = first + 1; s < last; s++) {
+        attend_one(kv, blocks, kv_head, qs, s, part);
         merge(total, part, qs.count, kv.padded);
       }
-      store_outputs(op, kv, packing, tile, kv_head, split, total);
+      store_outputs(op, step, kv, packing, tile, kv_head, split, total);
     });
   }
 

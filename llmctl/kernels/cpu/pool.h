@@ -101,19 +101,32 @@ class Pool {
   alignas(64) std::atomic<uint32_t> generation_{0};
 };
 
-// Hands out [0, total) in chunks to whichever thread asks; one per parallel phase, zeroed before the step.
+// How far one thread's share of a parallel phase is done; zeroed before the step.
 struct alignas(64) WorkCounter {
   std::atomic<int64_t> next{0};
 };
 
-// Calls f(begin, end) on chunks of [0, total) until none is left.
-template <class F>
-static inline void share(WorkCounter& counter, int64_t total, int64_t chunk, F&& f) {
-  for (;;) {
-    const int64_t begin = counter.next.fetch_add(chunk, std::memory_order_relaxed);
-    if (begin >= total) return;
-    f(begin, begin + chunk < total ? begin + chunk : total);
+// One thread's view of a phase: counters, one a thread.
+struct Share {
+  WorkCounter* counters;
+  int thread, threads;
+
+  int64_t begin(int64_t total, int owner) const { return total * owner / threads; }
+
+  // Calls f(begin, end) on chunks of [0, total) until none is left. Every thread owns a contiguous range, so that its
+  // reads form one stream and its rows stay in its cache; whoever is done takes chunks of the others' ranges.
+  template <class F>
+  void run(int64_t total, int64_t chunk, F&& f) const {
+    for (int i = 0; i < threads; i++) {
+      const int owner = (thread + i) % threads;
+      const int64_t first = begin(total, owner), last = begin(total, owner + 1);
+      for (;;) {
+        const int64_t at = first + counters[owner].next.fetch_add(chunk, std::memory_order_relaxed);
+        if (at >= last) break;
+        f(at, at + chunk < last ? at + chunk : last);
+      }
+    }
   }
-}
+};
 
 }  // namespace llmctl

@@ -45,11 +45,14 @@ static double probe_read(const void* data, int64_t bytes, int threads, int strea
 }
 
 // `rounds` times 16 independent int8 dot products of 64 multiply-adds, operands and accumulators in registers.
-// The empty asm hides an operand from the optimiser, which would hoist or fold the products otherwise.
+// The empty asm hides operands and accumulators from the optimiser, which would hoist the products, or find the sixteen
+// sums to be equal and compute fewer.
 static void int8_rounds(int64_t rounds) {
 #if defined(LLMCTL_AVX512)
   __m512i acc[16] = {}, a = _mm512_set1_epi8(3);
   const __m512i b = _mm512_set1_epi8(-5);
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++) asm volatile("" : "+v"(acc[j]));
   for (int64_t i = 0; i < rounds; i++) {
     asm volatile("" : "+v"(a));
 #pragma GCC unroll 16
@@ -58,6 +61,8 @@ static void int8_rounds(int64_t rounds) {
 #elif defined(__AVX2__)
   __m256i acc[8] = {}, a = _mm256_set1_epi8(3);
   const __m256i b = _mm256_set1_epi8(-5), ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) asm volatile("" : "+x"(acc[j]));
   for (int64_t i = 0; i < 4 * rounds; i++) {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {

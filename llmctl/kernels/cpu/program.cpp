@@ -20,8 +20,9 @@ struct llmctl_program {
   Pool pool;
   Attention attention;
   std::vector<RowTile> tiles;
-  std::unique_ptr<WorkCounter[]> counters;  // two an op, then one for sampling
+  std::unique_ptr<WorkCounter[]> counters;  // [op][2 phases][thread], then sampling
   std::vector<SamplingScratch> scratch;     // a thread
+  std::vector<LinearScratch> linear_scratch;  // a thread
   std::vector<int32_t> sample_index;        // logits row -> sampling row, -1 for a target
   double profile[16] = {};
 
@@ -33,8 +34,9 @@ struct llmctl_program {
         tail(ops.size()),
         pool(threads),
         attention(pool.threads(), max_model_len),
-        counters(new WorkCounter[2 * ops.size() + 1]),
-        scratch(size_t(pool.threads()), SamplingScratch(vocab_size)) {
+        counters(new WorkCounter[(2 * ops.size() + 1) * size_t(pool.threads())]),
+        scratch(size_t(pool.threads()), SamplingScratch(vocab_size)),
+        linear_scratch(size_t(pool.threads())) {
     for (int64_t i = 0; i < num_kv; i++)
       kv.push_back({kv_descs[i].base, kv_descs[i].kv_heads, kv_descs[i].head_dim, kv_descs[i].padded_dim,
                     kv_descs[i].bf16 != 0, block_size});
@@ -44,6 +46,10 @@ struct llmctl_program {
     }
     tiles.reserve(size_t(max_tokens));
     sample_index.reserve(size_t(max_tokens));
+  }
+
+  Share share(size_t phase, int thread) {
+    return {&counters[phase * size_t(pool.threads())], thread, pool.threads()};
   }
 };
 
@@ -67,13 +73,10 @@ void norm_row(const OpDesc& op, int64_t row, int64_t rows, float* line) {
     add_row(x, op.x2.data + row * op.x2.ld, sum, op.width);
     x = sum;
   }
-  float* y = op.quantize_out ? line : op.y.data + row * op.y.ld;
+  float* y = op.y8.codes ? line : op.y.data + row * op.y.ld;
   if (op.kind == kRmsNorm) rms_norm_row(x, (const float*)op.w, y, op.width, op.eps, op.offset);
   else layer_norm_row(x, (const float*)op.w, op.bias, y, op.width, op.eps);
-  if (op.quantize_out) {
-    const IntActs acts{op.q_codes, op.q_scales, op.q_sums, op.q_k, op.q_group};
-    quantize_row(y, op.width, acts, row, rows);
-  }
+  if (op.y8.codes) quantize_row(y, op.width, op.y8, row, rows);
 }
 
 void head_norm_row(const OpDesc& op, int64_t row) {
@@ -125,29 +128,27 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
     case kGatherRows:
       std::memcpy(y, op.x.data + step.logits_rows[first_logits_row + row] * op.x.ld, size_t(op.width) * 4);
       return;
-    case kQuantize: {
-      const IntActs acts{op.q_codes, op.q_scales, op.q_sums, op.q_k, op.q_group};
-      if (!op.permutation) return quantize_row(x, op.width, acts, row, rows);
+    case kQuantize:
+      if (!op.permutation) return quantize_row(x, op.width, op.y8, row, rows);
       for (int64_t i = 0; i < op.width; i++) line[i] = x[op.permutation[i]];
-      return quantize_row(line, op.width, acts, row, rows);
-    }
+      return quantize_row(line, op.width, op.y8, row, rows);
     case kToBf16: return to_bf16_row(op, row);
     default: return;
   }
 }
 
-void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows, int64_t first_logits_row,
+void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows, int64_t first_logits_row, int thread,
             std::vector<float>& line) {
   const OpDesc& op = p.ops[index];
-  WorkCounter* counters = &p.counters[2 * index];
+  const Share share = p.share(2 * index, thread);
   if (op.kind == kLinear) {
-    linear_op(op, rows, p.pool.threads(), counters[0]);
+    linear_op(op, rows, share, p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kAttention) {
-    p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, counters);
+    p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
   } else {
     if (int64_t(line.size()) < op.width) line.resize(size_t(op.width));
     const int64_t chunk = rows > 8 * p.pool.threads() ? 8 : 1;
-    share(counters[0], rows, chunk, [&](int64_t begin, int64_t end) {
+    share.run(rows, chunk, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) row_op(p, op, step, row, rows, first_logits_row, line.data());
     });
   }
@@ -176,7 +177,7 @@ struct Step {
         p.pool.barrier();
       }
       run_range(p.tail, p.ops.size(), rows, first, thread, line);
-      share(p.counters[2 * p.ops.size()], rows, 1, [&](int64_t row, int64_t) {
+      p.share(2 * p.ops.size(), thread).run(rows, 1, [&](int64_t row, int64_t) {
         finish_row(p, step, sampling, first + row, logits.data + row * logits.ld, p.scratch[size_t(thread)]);
       });
       p.pool.barrier();
@@ -186,7 +187,7 @@ struct Step {
   void run_range(size_t begin, size_t end, int64_t rows, int64_t first, int thread, std::vector<float>& line) {
     auto then = std::chrono::steady_clock::now();
     for (size_t i = begin; i < end; i++) {
-      run_op(p, i, step, rows, first, line);
+      run_op(p, i, step, rows, first, thread, line);
       p.pool.barrier();
       if (thread == 0) {
         const auto now = std::chrono::steady_clock::now();
@@ -197,7 +198,9 @@ struct Step {
   }
 
   void reset_counters(size_t from) {
-    for (size_t i = 2 * from; i <= 2 * p.ops.size(); i++) p.counters[i].next.store(0, std::memory_order_relaxed);
+    const size_t threads = size_t(p.pool.threads());
+    for (size_t i = 2 * from * threads; i < (2 * p.ops.size() + 1) * threads; i++)
+      p.counters[i].next.store(0, std::memory_order_relaxed);
   }
 };
 

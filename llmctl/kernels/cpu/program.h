@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "acts.h"
 #include "sampling.h"
 
 namespace llmctl {
@@ -40,9 +41,10 @@ struct OpDesc {
   int32_t neox;
   int32_t writes_kv;
   int32_t on_rows;       // runs on the gathered rows instead of on all tokens
-  int32_t layer;         // KV layer
-  int32_t quantize_out;  // norms: write int8 codes to q_* instead of y
+  int64_t layer;         // KV layer
   Matrix x, x2, x3, y, y2;
+  IntActs x8;            // int8 operand of a linear
+  IntActs y8;            // when codes is set, norms, linears and attention write this instead of y
   int64_t width;         // columns of x
   int64_t n;             // valid outputs of a linear (of the epilogue)
   int64_t n_padded, k, group;
@@ -50,10 +52,6 @@ struct OpDesc {
   const uint16_t* w_scales;
   const uint8_t* w_zeros;
   const float* bias;     // linear: fp32 in tile order, padded; layer norm: b
-  int8_t* q_codes;       // int8 operand: codes, scales, scaled sums
-  float* q_scales;
-  float* q_sums;
-  int64_t q_k, q_group;
   const int32_t* permutation;  // kQuantize: column order of an act-order weight, or null
   uint16_t* x16;         // bf16 operand, row stride k
   int64_t heads, kv_heads, head_dim, rotary_dim, window;

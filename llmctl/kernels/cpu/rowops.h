@@ -49,7 +49,14 @@ static inline void add_row(const float* a, const float* b, float* y, int64_t n) 
 // Rotates one head in place. neox pairs (i, i + dim/2), gptj pairs (2i, 2i + 1); cos and sin hold dim/2 values.
 static inline void rope_head(float* x, const float* cos, const float* sin, int64_t dim, bool neox) {
   const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; i++) {
+  int64_t i = 0;
+  for (; neox && i + 16 <= half; i += 16) {
+    const f32x16 a = load<f32x16>(x + i), b = load<f32x16>(x + half + i);
+    const f32x16 c = load<f32x16>(cos + i), s = load<f32x16>(sin + i);
+    store(x + i, a * c - b * s);
+    store(x + half + i, b * c + a * s);
+  }
+  for (; i < half; i++) {
     float& a = x[neox ? i : 2 * i];
     float& b = x[neox ? i + half : 2 * i + 1];
     const float first = a * cos[i] - b * sin[i], second = b * cos[i] + a * sin[i];
@@ -70,7 +77,7 @@ static inline f32x16 vtanh(f32x16 x) {
 static inline f32x16 activate(f32x16 x, Act act) {
   switch (act) {
     case Act::kSilu:
-      return x / (1.0f + vexp(-x));
+      return divide(x, 1.0f + vexp(-x));
     case Act::kGelu: {
       f32x16 y;
       for (int i = 0; i < 16; i++) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678118654752f));
