@@ -95,6 +95,8 @@ def python_environment(tools: Toolbox, compiler: Path, cache: Path) -> dict[str,
         "CXX": str(compiler),
         "LLMCTL_CACHE": str(cache),
         "LD_PRELOAD": ":".join(map(str, tools.preload)),
+        # Small arrays of Python are then allocations of their own, with poisoned ends.
+        "PYTHONMALLOC": "malloc",
         # Python itself leaks by design.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -23,7 +23,7 @@ from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan, StepResult
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Buffer, Graph, KVLayer, Op, Weight, WeightPart
-from llmctl.kernels.cpu_layout import PackedLinear
+from llmctl.kernels.cpu_layout import PackedLinear, pack_int
 from llmctl.kernels.toolchain import Variant, compile_library, find_compiler, supported_variants
 from llmctl.runtime import cpu
 
@@ -244,3 +244,23 @@ def run(sketch: Sketch, output: str, variant: Variant, rows: Sequence[int], **op
     found = [native.first_rows(count) for count in rows]
     native.runtime.close()
     return found
+
+
+def identity(width: int, bits: int, group: int) -> PackedLinear:
+    """Codes of the identity matrix: what comes out of the linear is the quantised activation."""
+    codes = np.eye(width, dtype=np.uint8)
+    scales = np.ones((width, width // group if group > 0 else 1), np.float16)
+    return pack_int(codes, scales, np.zeros(scales.shape, np.uint8), bits=bits, group=group, gated=False)
+
+
+def quantization_is_right(found: Floats, x: Floats, group: int) -> bool:
+    """Every value within half a step of its own, on a whole number of steps, the largest on step 127."""
+    ok = True
+    for begin in range(0, x.shape[1], group):
+        part, got = x[:, begin : begin + group].astype(np.float64), found[:, begin : begin + group]
+        top = np.abs(part).max(1, keepdims=True)
+        steps = got / (top / 127)
+        ok &= bool((np.abs(steps - np.rint(steps)) < 1e-3).all())
+        ok &= bool((np.abs(got - part) <= 0.5001 * top / 127).all())
+        ok &= bool((np.abs(np.abs(steps).max(1) - 127) < 1e-3).all())
+    return ok

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_graphs import VARIANTS, Floats, Native, Sketch
+from cpu_graphs import VARIANTS, Floats, Native, Sketch, identity, quantization_is_right
 
 from llmctl.engine.step import SequenceSlice
 from llmctl.graph.graph import KVLayer
@@ -98,8 +98,16 @@ def expected_rows(c: Content, shape: Shape, sequence: int, positions: range, kv_
     return out.reshape(len(positions), -1)
 
 
-def bind(c: Content, shape: Shape, variant: Variant, kv_dtype: str, threads: int = 2, num_blocks: int = 64) -> Native:
-    """token t of the sketch is sequence t."""
+def bind(
+    c: Content,
+    shape: Shape,
+    variant: Variant,
+    kv_dtype: str,
+    threads: int = 2,
+    num_blocks: int = 64,
+    quantized: int = 0,
+) -> Native:
+    """Token t of the sketch is sequence t; ``quantized``: the output goes through int8, in groups so wide."""
     positions = len(c.q)
     sketch = Sketch()
     sketch.kv.append(KVLayer(shape.kv_heads, shape.dim, shape.window))
@@ -110,7 +118,10 @@ def bind(c: Content, shape: Shape, variant: Variant, kv_dtype: str, threads: int
         "layer": 0, "heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.dim, "scale": shape.scale,
         "window": shape.window, "softcap": shape.softcap,
     }  # fmt: skip
-    out = sketch.op("attention", (q,), (shape.heads * shape.dim,), attrs=attrs)[0]
+    width = shape.heads * shape.dim
+    out = sketch.op("attention", (q,), (width,), attrs=attrs)[0]
+    if quantized:
+        out = sketch.linear(out, identity(width, 8, quantized), width)[0]
     return Native(
         sketch, out, variant, max_tokens=512, kv_dtype=kv_dtype, block_size=shape.block_size, threads=threads,
         num_blocks=num_blocks,
@@ -246,6 +257,22 @@ def test_long_contexts(variant: Variant, kv_dtype: str, window: int, threads: in
             expected = expected_rows(c, shape, s, seen, kv_dtype)
             assert np.abs(rows[seen.start :] - expected).max() <= c.bound * np.abs(c.v + c.v_token[s]).max()
         native.runtime.close()
+
+
+@each_variant
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("heads", "kv_heads", "group"), [(4, 2, 64), (4, 2, 128), (3, 1, 64), (8, 1, 32), (12, 1, 64)])
+def test_attention_that_quantizes(variant: Variant, kv_dtype: str, heads: int, kv_heads: int, group: int) -> None:
+    """Attention may write the next linear's int8 operand itself: the codes of its float output."""
+    shape, lengths = Shape(heads, kv_heads, 64), (300, 33, 9)
+    c = content("random", shape, max(lengths), len(lengths), kv_dtype)
+    outputs = []
+    for quantized in (0, group):
+        native = bind(c, shape, variant, kv_dtype, quantized=quantized)
+        outputs.append(Walk(native, lengths, np.random.default_rng(0)).finish())
+        native.runtime.close()
+    for exact, found in zip(*outputs, strict=True):
+        assert quantization_is_right(found, exact, group)
 
 
 @each_variant

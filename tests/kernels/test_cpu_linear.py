@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_graphs import VARIANTS, Floats, Sketch, run
+from cpu_graphs import VARIANTS, Floats, Sketch, identity, quantization_is_right, run
 from numpy.typing import NDArray
 
 from llmctl.kernels.cpu_layout import PackedLinear, pack_dense, pack_int, padded_columns
@@ -272,3 +272,26 @@ def test_gated_relu_is_exact(variant: Variant, dtype: str, width: int) -> None:
     product = np.maximum(gate, 0).astype(np.float32) * up.astype(np.float32)
     for count, found in zip(rows, run(sketch, out, variant, rows), strict=True):
         assert np.array_equal(found, product[:count])
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", ["w4", "w8", "bf16", "f32"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("group", [32, 128])
+def test_linear_that_quantizes(variant: Variant, dtype: str, gated: bool, group: int) -> None:
+    """A linear may write the next one's int8 operand itself: the codes of its float output, at any number of rows."""
+    width, k = 256, 64
+    n = width * (1 + gated)
+    if dtype in ("w4", "w8"):
+        made = integer_linear(Case(int(dtype[1]), 32, n, k, top=3, gated=gated))
+        x, packed = made.x, made.packed
+    else:
+        x, packed, _ = dense_linear(dtype, n, k, gated)
+    outputs = []
+    for chained in (False, True):
+        sketch = Sketch()
+        out = sketch.linear(sketch.rows(x / 64), packed, n, epilogue="silu_mul" if gated else "")[0]
+        out = sketch.linear(out, identity(width, 8, group), width)[0] if chained else out
+        outputs.append(run(sketch, out, variant, ROWS))
+    for exact, found in zip(*outputs, strict=True):
+        assert quantization_is_right(found, exact, group)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cpu_graphs import VARIANTS, Floats, Native, Sketch, run
+from cpu_graphs import VARIANTS, Floats, Native, Sketch, identity, quantization_is_right, run
 
 from llmctl.engine.step import SequenceSlice
 from llmctl.kernels import reference
@@ -160,26 +160,6 @@ def test_rope(variant: Variant, style: str, dim: int, rotary: int) -> None:
         inputs = (sketch.rows(q), sketch.rows(k), "positions")
         out = sketch.op("rope", inputs, (heads * dim, kv_heads * dim), (), attrs)[which]
         assert close(run_one(sketch, out, variant), reference.rope(torch.from_numpy(x), factors, dim, style), 1e-6)
-
-
-def identity(width: int, bits: int, group: int) -> Any:
-    """Codes of the identity matrix: what comes out of the linear is the quantised activation."""
-    codes = np.eye(width, dtype=np.uint8)
-    scales = np.ones((width, width // group if group > 0 else 1), np.float16)
-    return pack_int(codes, scales, np.zeros(scales.shape, np.uint8), bits=bits, group=group, gated=False)
-
-
-def quantization_is_right(found: Floats, x: Floats, group: int) -> bool:
-    """Every value within half a step of its own, on a whole number of steps, the largest on step 127."""
-    ok = True
-    for begin in range(0, x.shape[1], group):
-        part, got = x[:, begin : begin + group].astype(np.float64), found[:, begin : begin + group]
-        top = np.abs(part).max(1, keepdims=True)
-        steps = got / (top / 127)
-        ok &= bool((np.abs(steps - np.rint(steps)) < 1e-3).all())
-        ok &= bool((np.abs(got - part) <= 0.5001 * top / 127).all())
-        ok &= bool((np.abs(np.abs(steps).max(1) - 127) < 1e-3).all())
-    return ok
 
 
 @each_variant

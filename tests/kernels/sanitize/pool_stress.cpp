@@ -1,4 +1,4 @@
-// ThreadSanitizer on the thread pool: plain data shared through run, barrier and share, at every thread count, with
+// ThreadSanitizer on the thread pool: plain data shared through run, barrier and Share, at every thread count, with
 // pools created and destroyed and the caller changing. Exit 0 when all sums are right; a race makes TSan exit 66.
 // With -DPLANTED_RACE a phase reads its neighbours' data before the barrier, which must be reported.
 #include "pool.h"
@@ -22,7 +22,8 @@ struct Job {
 
   void operator()(int thread) {
     for (int phase = 0; phase < kPhases; phase++) {
-      share(counters[2 * phase], kItems, 1 + phase, [&](int64_t begin, int64_t end) {
+      const Share share{counters + phase * pool.threads(), thread, pool.threads()};
+      share.run(kItems, 1 + phase, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) values[size_t(i)] += i + phase;
       });
 #if !defined(PLANTED_RACE)
@@ -38,10 +39,10 @@ struct Job {
 
 bool stress(Pool& pool, int rounds, bool pauses) {
   std::vector<int64_t> values(kItems, 0), sums(size_t(pool.threads()), 0);
-  std::unique_ptr<WorkCounter[]> counters(new WorkCounter[2 * kPhases]);
+  std::unique_ptr<WorkCounter[]> counters(new WorkCounter[size_t(kPhases * pool.threads())]);
   int64_t expected = 0;
   for (int round = 0; round < rounds; round++) {
-    for (int i = 0; i < 2 * kPhases; i++) counters[i].next.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < kPhases * pool.threads(); i++) counters[i].next.store(0, std::memory_order_relaxed);
     Job job{pool, counters.get(), values, sums};
     pool.run(job);
     for (int phase = 0; phase < kPhases; phase++)

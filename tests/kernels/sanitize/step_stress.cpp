@@ -36,6 +36,8 @@ struct Layer {
   std::vector<OpDesc> ops;
   std::vector<KvDesc> kv;
 
+  Layer(const Layer&) = delete;
+
   OpDesc& add(Kind kind, Matrix x, Matrix y, int64_t width) {
     OpDesc op{};
     op.kind = kind;
@@ -48,39 +50,32 @@ struct Layer {
     return ops.back();
   }
 
-  // int8 operand of x, then a 4- or 8-bit linear.
-  Matrix linear(Matrix x, int64_t width, int64_t n, DType type, Act act = Act::kNone) {
-    const Matrix y = memory.rows(act == Act::kNone ? n : n / 2);
-    OpDesc quantize{};
-    quantize.kind = kQuantize;
-    quantize.x = x;
-    quantize.width = quantize.q_k = width;
-    quantize.q_group = kGroup;
-    quantize.q_codes = (int8_t*)memory.bytes(kTokens * width, 1);
-    quantize.q_scales = memory.floats(kTokens * width / kGroup, 0);
-    quantize.q_sums = memory.floats(kTokens * width / kGroup, 0);
-    ops.push_back(quantize);
-    OpDesc op = quantize;
-    op.kind = kLinear;
-    op.y = y;
-    op.act = int32_t(act);
+  IntActs operand(int64_t width) {
+    return {(int8_t*)memory.bytes(kTokens * width, 1), memory.floats(kTokens * width / kGroup, 0),
+            (int32_t*)memory.floats(kTokens * width / kGroup, 0), width, kGroup};
+  }
+
+  // A 4- or 8-bit linear of an int8 operand.
+  OpDesc& linear(IntActs x8, int64_t n, DType type) {
+    OpDesc& op = add(kLinear, {}, {}, x8.k);
+    op.x8 = x8;
     op.weight_dtype = type;
-    op.n = act == Act::kNone ? n : n / 2;
-    op.n_padded = n;
-    op.k = width;
+    op.n = op.n_padded = n;
+    op.k = x8.k;
     op.group = kGroup;
-    op.w = memory.bytes(n * width, 8);
-    op.w_zeros = memory.bytes(n * width / kGroup, type == kW4 ? 4 : 8);
-    auto* scales = (uint16_t*)memory.bytes(2 * n * width / kGroup, 8);
-    for (int64_t i = 0; i < n * width / kGroup; i++) scales[i] = type == kW4 ? 0x2000 : 0x1000;  // 2^-7, 2^-11
+    op.w = memory.bytes(n * x8.k, 8);
+    op.w_zeros = memory.bytes(n * x8.k / kGroup, type == kW4 ? 4 : 8);
+    auto* scales = (uint16_t*)memory.bytes(2 * n * x8.k / kGroup, 8);
+    for (int64_t i = 0; i < n * x8.k / kGroup; i++) scales[i] = type == kW4 ? 0x2000 : 0x1000;  // 2^-7, 2^-11
     op.w_scales = scales;
-    ops.push_back(op);
-    return y;
+    return op;
   }
 
   Layer() {
+    ops.reserve(32);  // references into it are kept
     const Matrix x = memory.rows(kWidth), normed = memory.rows(kWidth), q = memory.rows(kHeads * kDim);
-    const Matrix k = memory.rows(kKvHeads * kDim), v = memory.rows(kKvHeads * kDim), attended = memory.rows(kHeads * kDim);
+    const Matrix k = memory.rows(kKvHeads * kDim), v = memory.rows(kKvHeads * kDim);
+    const Matrix projected = memory.rows(kWidth), activated = memory.rows(kWidth), again = memory.rows(kWidth);
     const Matrix sum = memory.rows(kWidth), gathered = memory.rows(kWidth);
     OpDesc& embed = add(kEmbed, {}, x, kWidth);
     embed.w = (const uint8_t*)memory.floats(kVocab * kWidth, 1);
@@ -102,14 +97,23 @@ struct Layer {
     rope.neox = rope.writes_kv = 1;
     rope.cos = memory.floats(kLength * kDim / 2, 1);
     rope.sin = memory.floats(kLength * kDim / 2, 1);
-    OpDesc& attention = add(kAttention, q, attended, kHeads * kDim);
+    OpDesc& attention = add(kAttention, q, {}, kHeads * kDim);
     attention.heads = kHeads;
     attention.kv_heads = kKvHeads;
     attention.head_dim = kDim;
     attention.scale = 0.25f;
-    const Matrix hidden = linear(attended, kHeads * kDim, 128, kW4, Act::kSilu);
-    const Matrix projected = linear(hidden, 64, kWidth, kW8);
-    add(kAdd, x, sum, kWidth).x2 = projected;
+    // int8 from attention, from a gated linear, and from an op of its own.
+    const IntActs gated = operand(64), own = operand(kWidth);
+    attention.y8 = operand(kHeads * kDim);
+    OpDesc& first = linear(attention.y8, 128, kW4);
+    first.act = int32_t(Act::kSilu);
+    first.n = 64;
+    first.y8 = gated;
+    linear(gated, kWidth, kW8).y = projected;
+    add(kAct, projected, activated, kWidth).act = int32_t(Act::kGeluTanh);
+    add(kQuantize, activated, {}, kWidth).y8 = own;
+    linear(own, kWidth, kW4).y = again;
+    add(kAdd, x, sum, kWidth).x2 = again;
     add(kGatherRows, sum, gathered, kWidth).on_rows = 1;
     OpDesc& head = add(kLinear, gathered, memory.rows(kVocab), kWidth);
     head.on_rows = 1;
