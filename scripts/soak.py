@@ -7,7 +7,7 @@
 Starts ``llmctl serve`` (or takes a running one; ``--pid`` is then its API process) and drives it in rounds of changing
 concurrency: completions and chat, streamed and not, seeds, log-probabilities, stop strings, clients that leave in the
 middle of a stream or of the prefill, prompts that are too long. After each round the server must fall idle, with all
-KV blocks free and no request left. Memory is the sum of the private memory of all processes of the server at
+KV blocks free and no request left. Memory is the sum of the anonymous memory of all processes of the server at
 those idle moments; the first ``--warmup`` minutes do not count, during which the KV cache's pages should all be touched
 (the server that this script starts has a small one, so that they are).
 
@@ -50,11 +50,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Sample:
-    """An idle moment. at: seconds since the start; private, resident: MiB over all processes of the server (None when
-    they are not known); blocks: share of the KV cache held; tokens: generated so far."""
+    """An idle moment. at: seconds since the start; anonymous, resident: MiB over all processes of the server (None
+    when they are not known); blocks: share of the KV cache held; tokens: generated so far."""
 
     at: float
-    private: float | None
+    anonymous: float | None
     resident: float | None
     blocks: float
     running: float
@@ -64,9 +64,11 @@ class Sample:
 
 @dataclass
 class SoakRecord(Record):
-    """With what was seen from outside. step_gap: longest time without a step while requests ran, seconds."""
+    """With what was seen from outside. step_gap: longest time without a step while requests ran, seconds. own_pause:
+    longest time by which this process itself was held up, which the gaps then hold too."""
 
     step_gap: float = 0.0
+    own_pause: float = 0.0
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -83,11 +85,11 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def growth(samples: Sequence[Sample], warm: float) -> float | None:
-    """MiB that the private memory grew after ``warm`` seconds: median of the last third over that of the first third.
+    """MiB that the anonymous memory grew after ``warm`` seconds: median of the last third over that of the first third.
 
     None with fewer than three samples, or when memory was not measured.
     """
-    values = [s.private for s in samples if s.at >= warm and s.private is not None]
+    values = [s.anonymous for s in samples if s.at >= warm and s.anonymous is not None]
     if len(values) < 3:
         return None
     third = max(1, len(values) // 3)
@@ -112,7 +114,8 @@ def verdict(record: SoakRecord, bounds: Bounds, warm: float, expect_memory: bool
             found.append(f"{100 * sample.blocks:.2f}% of the KV blocks held at {sample.at:.0f} s with no request")
     for what, seconds in (("no step while requests ran", record.step_gap), ("between two chunks", record.chunk_gap)):
         if seconds > bounds.stall_seconds:
-            found.append(f"stall: {what} for {seconds:.2f} s, allowed {bounds.stall_seconds:g}")
+            held = f" (this process itself was held up for {record.own_pause:.2f} s)" * (record.own_pause > 0.5)
+            found.append(f"stall: {what} for {seconds:.2f} s, allowed {bounds.stall_seconds:g}{held}")
     if record.answers["failed"]:
         found.append(f"{record.answers['failed']} failures, first: {record.errors[0]}")
     if not any(record.answers[kind] for kind in KINDS):
@@ -139,8 +142,8 @@ class Watcher:
             return parse_metrics(await answer.text())
 
     async def watch_steps(self) -> None:
-        """For ever: the longest time in which requests ran and no step was made."""
-        steps, since = -1.0, time.monotonic()
+        """For ever: the longest time in which requests ran and no step was made, and how late this process woke."""
+        steps, since, ran = -1.0, time.monotonic(), False
         while True:
             try:
                 found = await self.metrics()
@@ -148,10 +151,14 @@ class Watcher:
                 self.record.fail(f"/metrics: {type(error).__name__}: {error}")
                 found = {}
             now = time.monotonic()
-            if found.get("engine_steps_total", steps) != steps or not found.get("num_requests_running"):
+            if ran:
+                self.record.step_gap = max(self.record.step_gap, now - since)
+            ran = bool(found.get("num_requests_running"))
+            if found.get("engine_steps_total", steps) != steps or not ran:
                 steps, since = found.get("engine_steps_total", steps), now
-            self.record.step_gap = max(self.record.step_gap, now - since)
+            before = time.monotonic()
             await asyncio.sleep(POLL_SECONDS)
+            self.record.own_pause = max(self.record.own_pause, time.monotonic() - before - POLL_SECONDS)
 
     async def idle(self, patience: float) -> Sample:
         """Wait until nothing runs (at most ``patience`` seconds) and look."""
@@ -162,10 +169,10 @@ class Watcher:
             if not busy or time.monotonic() > end:
                 break
             await asyncio.sleep(POLL_SECONDS)
-        private, resident = memory(self.process) if self.process else (None, None)
+        anonymous, resident = memory(self.process) if self.process else (None, None)
         return Sample(
             round(time.monotonic() - self.start, 1),
-            private,
+            anonymous,
             resident,
             found["kv_cache_usage_perc"],
             found["num_requests_running"],
@@ -176,11 +183,12 @@ class Watcher:
 
 def memory(process: psutil.Process) -> tuple[float, float]:
     """Private and resident memory of a process and its descendants, MiB."""
-    private = resident = 0
+    anonymous = resident = 0
     for member in (process, *process.children(recursive=True)):
-        info = member.memory_full_info()
-        private, resident = private + info.uss, resident + info.rss
-    return round(private / 2**20, 2), round(resident / 2**20, 2)
+        info = member.memory_info()
+        # Not USS: pages of shared libraries leave and enter it as other processes come and go.
+        anonymous, resident = anonymous + info.rss - getattr(info, "shared", 0), resident + info.rss
+    return round(anonymous / 2**20, 2), round(resident / 2**20, 2)
 
 
 async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecord:
@@ -220,7 +228,7 @@ def _cycle(levels: Sequence[int]) -> Iterator[int]:
 def _say(record: SoakRecord, level: int) -> None:
     sample = record.samples[-1]
     print(
-        f"{sample.at:7.0f} s  concurrency {level:2}  private {sample.private} MiB  blocks {sample.blocks:g}  "
+        f"{sample.at:7.0f} s  concurrency {level:2}  anonymous {sample.anonymous} MiB  blocks {sample.blocks:g}  "
         f"requests {sum(record.answers.values())}  failed {record.answers['failed']}  "
         f"gaps: steps {record.step_gap:.2f} s, chunks {record.chunk_gap:.2f} s",
         file=sys.stderr,
@@ -299,6 +307,7 @@ def report(record: SoakRecord, bounds: Bounds, warm: float, violations: Sequence
         "peak_resident_mib": max((s.resident for s in record.samples if s.resident is not None), default=None),
         "longest_step_gap_seconds": round(record.step_gap, 3),
         "longest_chunk_gap_seconds": round(record.chunk_gap, 3),
+        "longest_own_pause_seconds": round(record.own_pause, 3),
         "errors": record.errors,
         "samples": [asdict(s) for s in record.samples],
     }
@@ -308,7 +317,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     """The result for a person."""
     for name in (
         "requests", "generated_tokens", "memory_growth_mib", "peak_resident_mib", "longest_step_gap_seconds",
-        "longest_chunk_gap_seconds",
+        "longest_chunk_gap_seconds", "longest_own_pause_seconds",
     ):  # fmt: skip
         print(f"{name}: {result[name]}")
     for line in result["violations"]:

@@ -19,12 +19,12 @@ import soak
 import soak_clients
 
 BOUNDS = soak.Bounds(growth_mib=16, stall_seconds=2, idle_seconds=10)
-IDLE = soak.Sample(at=0, private=100.0, resident=200.0, blocks=0, running=0, waiting=0, tokens=10)
+IDLE = soak.Sample(at=0, anonymous=1.0, resident=200.0, blocks=0, running=0, waiting=0, tokens=10)
 
 
-def record(*private: float | None) -> soak.SoakRecord:
+def record(*anonymous: float | None) -> soak.SoakRecord:
     """Idle moments a minute apart."""
-    made = soak.SoakRecord(samples=[replace(IDLE, at=60.0 * i, private=p) for i, p in enumerate(private)])
+    made = soak.SoakRecord(samples=[replace(IDLE, at=60.0 * i, anonymous=p) for i, p in enumerate(anonymous)])
     made.answers["completion"] = 1
     return made
 
@@ -49,10 +49,14 @@ def test_growth_counts_after_warm_up_only_and_one_spike_is_none() -> None:
     [
         ({"samples": record(*range(100, 220, 20)).samples}, "memory grew by 80.0 MiB"),
         ({"samples": record(1, 2).samples}, "fewer than three idle moments"),
-        ({"samples": [*record(1, 1, 1).samples, replace(IDLE, private=1, blocks=0.01)]}, "1.00% of the KV blocks held"),
-        ({"samples": [*record(1, 1, 1).samples, replace(IDLE, private=1, running=2)]}, "2 running and 0 waiting"),
+        (
+            {"samples": [*record(1, 1, 1).samples, replace(IDLE, blocks=0.5)]},
+            "50.00% of the KV blocks held",
+        ),
+        ({"samples": [*record(1, 1, 1).samples, replace(IDLE, running=2)]}, "2 running and 0 waiting"),
         ({"step_gap": 2.5}, "no step while requests ran for 2.50 s"),
-        ({"chunk_gap": 3.0}, "between two chunks for 3.00 s"),
+        ({"chunk_gap": 3.0}, "between two chunks for 3.00 s, allowed 2"),
+        ({"chunk_gap": 9.0, "own_pause": 8.5}, "allowed 2 (this process itself was held up for 8.50 s)"),
     ],
 )
 def test_each_bound_is_held(changed: dict[str, object], said: str) -> None:
