@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from llmctl.artifact.device import cpu_features
 from llmctl.artifact.loader import LoadedEngine, cpu_library, load_engine
-from llmctl.artifact.planes import DTYPE_BYTES
+from llmctl.artifact.memory import kv_layer_bytes
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
@@ -102,7 +102,7 @@ class Profile:
         return self.work.int_macs / self.int8 * 1e6
 
 
-def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_itemsize: int, spans: Sequence[Span]) -> Work:
+def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_dtype: str, spans: Sequence[Span]) -> Work:
     """The least work of a step of sequences that add ``spans[i][1]`` tokens to ``spans[i][0]``; each samples once."""
     tokens = sum(added for _, added in spans)
     weight_bytes = int_macs = float_macs = kv_bytes = 0
@@ -119,10 +119,9 @@ def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_itemsize: int, 
                 float_macs += macs
         elif op.kind == "attention":
             layer, window = graph.kv[int(op.attrs["layer"])], int(op.attrs.get("window", 0))
-            padded = layer.head_dim + -layer.head_dim % 16
             for before, added in spans:
                 first = max(0, before + 1 - window) if window else 0
-                kv_bytes += 2 * (before + added - first) * layer.kv_heads * padded * kv_itemsize
+                kv_bytes += (before + added - first) * kv_layer_bytes(layer, kv_dtype)
                 seen = [min(before + i + 1, window or before + i + 1) for i in range(added)]
                 float_macs += 2 * sum(seen) * int(op.attrs["heads"]) * layer.head_dim
     return Work(weight_bytes, kv_bytes, int_macs, float_macs)
@@ -188,7 +187,7 @@ class Bench:
         self.engine, self.runtime, self.steps = engine, runtime, steps
         self.probes = Probes(library, runtime.threads)
         self.linears = dict(engine_weights(engine).linears)
-        self.kv_itemsize = DTYPE_BYTES[engine.manifest.options.kv_cache_dtype]
+        self.kv_dtype = engine.manifest.options.kv_cache_dtype
         self._random = np.random.default_rng(0)
 
     def decode(self, batch: int, context: int) -> Profile:
@@ -213,7 +212,7 @@ class Bench:
 
     def _measure(self, cases: Mapping[str, Sequence[Span]]) -> list[Profile]:
         """Time each of the steps in turns, over and over, with the probes in between."""
-        profiles = [Samples(step_work(self.engine.graph, self.linears, self.kv_itemsize, s)) for s in cases.values()]
+        profiles = [Samples(step_work(self.engine.graph, self.linears, self.kv_dtype, s)) for s in cases.values()]
         plans = [self._plan(spans) for spans in cases.values()]
         for i in range(self.steps):
             for (plan, sampling), samples in zip(plans, profiles, strict=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmctl.artifact.device import cuda_device
 from llmctl.artifact.planes import DTYPE_BYTES
-from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph
+from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, KVLayer
 
 KV_BYTES = {**DTYPE_BYTES, "int8": 1, "fp8_e4m3": 1}
 """Bytes of an element of the KV cache."""
@@ -137,8 +137,13 @@ def plan_memory(
 
 def kv_bytes_per_token(graph: Graph, dtype: str) -> int:
     """Bytes of keys and values of one token over all layers, scales included."""
+    return sum(kv_layer_bytes(layer, dtype) for layer in graph.kv)
+
+
+def kv_layer_bytes(layer: KVLayer, dtype: str) -> int:
+    """Bytes of keys and values of one token in one layer, scales included."""
     scale = _INT8_SCALE if dtype == "int8" else 0
-    return sum(2 * layer.kv_heads * (layer.head_dim * KV_BYTES[dtype] + scale) for layer in graph.kv)
+    return 2 * layer.kv_heads * (layer.head_dim * KV_BYTES[dtype] + scale)
 
 
 def activation_bytes(graph: Graph, dtype: str, tokens: int, rows: int) -> int:

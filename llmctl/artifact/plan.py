@@ -209,7 +209,10 @@ def _passes(config: BuildConfig, target: Target) -> tuple[str, ...]:
 def _kv_cache_dtype(name: str, target: Target, dtype: str) -> str:
     """The KV cache's dtype that an option names, one that the target's kernels have."""
     found = {"auto": dtype, "fp8": "fp8_e4m3"}.get(name, name)
-    known = (dtype, *(d for d in KV_BYTES if d not in DTYPE_BYTES)) if target.kind == "cuda" else tuple(DTYPE_BYTES)
+    if target.kind == "cuda":
+        known = (dtype, *(d for d in KV_BYTES if d not in DTYPE_BYTES))
+    else:
+        known = ("bfloat16", "float32", "int8") if target.native_cpu else tuple(DTYPE_BYTES)
     if found not in known:
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {', '.join(known)} for a {target.kind} target that computes in "
@@ -229,6 +232,8 @@ def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph:
     dtype = resolve_dtype(config.dtype, target, checkpoint.dtype)
     if target.kind == "cuda" and dtype == "float32":
         raise UsageError("--dtype: expected float16 or bfloat16 for a cuda target, found 'float32'", param="dtype")
+    if target.native_cpu and dtype == "float16":
+        raise UsageError("--dtype: expected bfloat16 or float32 for a cpu target, found 'float16'", param="dtype")
     options = BuildOptions(
         dtype,
         length,
@@ -242,10 +247,6 @@ def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph:
 
 def _native_options(config: BuildConfig, options: BuildOptions, graph: Graph) -> BuildOptions:
     """The options of an engine for the native CPU kernels."""
-    for name in ("dtype", "kv_cache_dtype"):
-        if getattr(options, name) == "float16":
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag}: expected bfloat16 or float32 for a cpu target, found 'float16'", param=name)
     if options.block_size % 16:
         raise UsageError(
             f"--block-size: expected a multiple of 16 for a cpu target, found {options.block_size}", param="block_size"

@@ -61,7 +61,7 @@ KvCacheDtype = Annotated[
     str,
     typer.Option(
         "--kv-cache-dtype",
-        help="auto (the dtype), float32, float16, bfloat16; for cuda also int8 and fp8_e4m3 (or fp8).",
+        help="auto (the dtype), bfloat16, float16, float32, int8 (a scale a token and head); for cuda also fp8_e4m3.",
         rich_help_panel="Memory",
     ),
 ]

@@ -19,7 +19,7 @@ from llmctl.graph.graph import Graph, Op
 from llmctl.kernels.cpu_layout import PackedLinear, pack_bias
 from llmctl.kernels.rope import cos_sin_table
 from llmctl.runtime.batch import BlockTables, FlatPlan, flatten
-from llmctl.runtime.cpu_abi import ACT, DTYPE, Acts, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
+from llmctl.runtime.cpu_abi import ACT, DTYPE, KV_TYPE, Acts, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
 from llmctl.runtime.cpu_bind import Bound, IntOperand, Lowering, View, logits_view, plan_arena
 from llmctl.runtime.cpu_sampling import NativeSampling
 
@@ -69,7 +69,7 @@ class CpuRuntime:
         """Plan the buffers, allocate arena and KV cache, bind the ops.
 
         Args:
-            library: the compiled kernels. kv_dtype: ``bf16`` or ``f32``.
+            library: the compiled kernels. kv_dtype: ``bf16``, ``f32`` or ``int8``.
             threads: native threads, the caller's included.
 
         Raises:
@@ -237,11 +237,11 @@ class CpuRuntime:
         descs, total = [], 0
         for layer in graph.kv:
             padded = layer.head_dim + -layer.head_dim % 16
-            size = 2 * num_blocks * block_size * layer.kv_heads * padded * (2 if dtype == "bf16" else 4)
+            token_bytes = padded + 4 if dtype == "int8" else padded * (2 if dtype == "bf16" else 4)
+            size = 2 * num_blocks * block_size * layer.kv_heads * token_bytes
             # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
-            descs.append(
-                KvDesc(self._pointer(_aligned(size)), layer.kv_heads, layer.head_dim, padded, int(dtype == "bf16"))
-            )
+            base = self._pointer(_aligned(size))
+            descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded, KV_TYPE[dtype]))
             total += size
         return (KvDesc * len(descs))(*descs), total
 

@@ -30,6 +30,7 @@ class Kind(IntEnum):
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+KV_TYPE = {"f32": 0, "bf16": 1, "int8": 2}
 DTYPE = {"f32": 0, "bf16": 1, "f16": 2, "w4": 3, "w8": 4}
 
 
@@ -72,7 +73,7 @@ class KvDesc(c.Structure):
     _fields_ = (
         ("base", c.c_void_p),
         *((name, c.c_int64) for name in ("kv_heads", "head_dim", "padded_dim")),
-        ("bf16", c.c_int32),
+        ("type", c.c_int32),
     )
 
 

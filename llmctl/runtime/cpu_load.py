@@ -13,7 +13,7 @@ from llmctl.runtime.cpu import CpuRuntime, CpuWeights
 
 _TABLES = frozenset({"embed", "pos_embed"})
 _TABLE_DTYPE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_KV_DTYPE = {"float32": "f32", "bfloat16": "bf16"}
+_KV_DTYPE = {"float32": "f32", "bfloat16": "bf16", "int8": "int8"}
 
 
 def load_cpu_runtime(engine: LoadedEngine, *, threads: int | None = None) -> CpuRuntime:

@@ -202,7 +202,8 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ({"max_model_len": 0}, "--max-model-len: expected at least 1"),
         ({"max_model_len": 513}, "--max-model-len: expected at most 512"),
         ({"kv_cache_dtype": "int2"}, "--kv-cache-dtype: expected one of"),
-        ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype: expected one of auto, float32, float16, bfloat16 for a cpu"),
+        ({"kv_cache_dtype": "float16"}, "--kv-cache-dtype: expected one of auto, bfloat16, float32, int8 for a cpu"),
+        ({"dtype": "float16"}, "--dtype: expected bfloat16 or float32 for a cpu target"),
         (
             {"target": "cuda:sm_80", "dtype": "bfloat16", "kv_cache_dtype": "float16"},
             "bfloat16, int8, fp8_e4m3 for a cuda target that computes in bfloat16, found 'float16'",

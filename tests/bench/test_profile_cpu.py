@@ -38,7 +38,7 @@ def test_work_of_a_step(engine: Path) -> None:
     loaded = load_engine(engine, kv_cache_bytes=1 << 20)
     graph, settings = loaded.graph, tiny_checkpoint.config()
     linears = dict(engine_weights(loaded).linears)
-    work = script.step_work(graph, linears, 2, [(9, 1), (0, 20)])
+    work = script.step_work(graph, linears, "bfloat16", [(9, 1), (0, 20)])
 
     layer_macs = sum(rows * columns for rows, columns in tiny_checkpoint.linear_shapes().values())
     head_macs = settings["vocab_size"] * settings["hidden_size"]
@@ -60,9 +60,9 @@ def test_a_window_bounds_what_attention_reads(engine: Path) -> None:
         replace(op, attrs={**op.attrs, "window": 8}) if op.kind == "attention" else op for op in loaded.graph.ops
     )
     windowed = replace(loaded.graph, ops=ops)
-    long, short = (script.step_work(windowed, linears, 2, [(before, 1)]) for before in (100, 7))
+    long, short = (script.step_work(windowed, linears, "bfloat16", [(before, 1)]) for before in (100, 7))
     assert (long.kv_bytes, long.float_macs) == (short.kv_bytes, short.float_macs)
-    assert long.kv_bytes < script.step_work(loaded.graph, linears, 2, [(100, 1)]).kv_bytes
+    assert long.kv_bytes < script.step_work(loaded.graph, linears, "bfloat16", [(100, 1)]).kv_bytes
 
 
 def test_growth_fits_a_line() -> None:

@@ -61,11 +61,12 @@ def content(kind: str, shape: Shape, positions: int, sequences: int, kv_dtype: s
         q = rng.normal(size=(positions, shape.heads, dim)) * (2 / shape.scale / dim**0.5)
         token = rng.normal(size=(sequences, *kv[1:]))
         # bf16: q, k, v and the softmax's weights each carry half an ulp, 2^-9.
-        bound = 2e-2 if kv_dtype == "bf16" else 4e-6
+        # int8: expected_rows rounds K and V as the cache does; what is left are queries and weights of 16 bits.
+        bound = {"bf16": 2e-2, "int8": 4e-4, "f32": 4e-6}[kv_dtype]
     else:
         k = rng.choice([-1.0, 1.0], kv)
         v, token = rng.integers(-60, 60, kv), rng.integers(-60, 60, (sequences, *kv[1:]))
-        q, bound = np.zeros((positions, shape.heads, dim)), 1e-6
+        q, bound = np.zeros((positions, shape.heads, dim)), 1e-4 if kv_dtype == "int8" else 1e-6
         if kind == "retrieval":
             for position in range(positions):
                 first = max(0, position - shape.window + 1) if shape.window else 0
@@ -82,9 +83,15 @@ def round_bf16(x: Floats) -> Floats:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+def round_int8(x: Floats) -> Floats:
+    """One scale for each token and head, the last axis."""
+    largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30))
+    return np.rint(x * (np.float32(127) / largest)) * (largest / np.float32(127))
+
+
 def expected_rows(c: Content, shape: Shape, sequence: int, positions: range, kv_dtype: str) -> np.ndarray:
     """float64 attention of one sequence's positions, [len, heads * dim]."""
-    stored = round_bf16 if kv_dtype == "bf16" else (lambda x: x)
+    stored = {"bf16": round_bf16, "int8": round_int8, "f32": lambda x: x}[kv_dtype]
     k, v = stored(c.k).astype(np.float64), stored(c.v + c.v_token[sequence]).astype(np.float64)
     group = shape.heads // shape.kv_heads
     out = np.zeros((len(positions), shape.heads, shape.dim))
@@ -185,7 +192,7 @@ def check(
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 2), (3, 1), (6, 2), (4, 1), (7, 1), (8, 1), (12, 1)])
 def test_grouped_heads(variant: Variant, kv_dtype: str, heads: int, kv_heads: int) -> None:
     for kind in ("uniform", "retrieval", "random"):
@@ -193,7 +200,7 @@ def test_grouped_heads(variant: Variant, kv_dtype: str, heads: int, kv_heads: in
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("dim", [80, 96, 128, 256])
 def test_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
     for kind in ("uniform", "retrieval", "random"):
@@ -201,7 +208,7 @@ def test_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("dim", [4, 12, 14, 18])
 def test_odd_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
     """Too few dimensions to tell random keys apart: no retrieval."""
@@ -210,7 +217,7 @@ def test_odd_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("window", [1, 7, 16, 17, 40])
 def test_sliding_window(variant: Variant, kv_dtype: str, window: int) -> None:
     for kind in ("uniform", "retrieval", "random"):
@@ -218,7 +225,7 @@ def test_sliding_window(variant: Variant, kv_dtype: str, window: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("softcap", [1.5, 30.0])
 def test_softcap_and_scale(variant: Variant, kv_dtype: str, softcap: float) -> None:
     for kind in ("uniform", "random"):
@@ -226,7 +233,7 @@ def test_softcap_and_scale(variant: Variant, kv_dtype: str, softcap: float) -> N
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33])
 def test_lengths_at_block_edges(variant: Variant, kv_dtype: str, length: int) -> None:
     for kind in ("uniform", "retrieval"):
@@ -234,7 +241,7 @@ def test_lengths_at_block_edges(variant: Variant, kv_dtype: str, length: int) ->
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize(("window", "threads"), [(0, 1), (0, 3), (270, 2)])
 def test_long_contexts(variant: Variant, kv_dtype: str, window: int, threads: int) -> None:
     """Several segments of keys: alone (cut among the threads) and in a batch, decode and prefill."""
@@ -260,7 +267,7 @@ def test_long_contexts(variant: Variant, kv_dtype: str, window: int, threads: in
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "group"), [(4, 2, 64), (4, 2, 128), (3, 1, 64), (8, 1, 32), (12, 1, 64)])
 def test_attention_that_quantizes(variant: Variant, kv_dtype: str, heads: int, kv_heads: int, group: int) -> None:
     """Attention may write the next linear's int8 operand itself: the codes of its float output."""
@@ -276,7 +283,7 @@ def test_attention_that_quantizes(variant: Variant, kv_dtype: str, heads: int, k
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 def test_slot_minus_one_writes_nothing(variant: Variant, kv_dtype: str) -> None:
     """Padding tokens in the middle of a sequence leave its keys and values, and every other block, as they were."""
     shape = Shape(3, 1, 64)
@@ -294,7 +301,7 @@ def test_slot_minus_one_writes_nothing(variant: Variant, kv_dtype: str) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("dim", [64, 14])
 def test_fused_rope_and_write_equals_the_two_apart(variant: Variant, kv_dtype: str, dim: int) -> None:
     """Bit for bit, through the attention that reads what was written."""

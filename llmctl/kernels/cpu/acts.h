@@ -52,20 +52,12 @@ static inline ActRow act_row_of(const IntActs& out, int64_t row, int64_t rows) {
 // scale = max|x| / 127, round to nearest even.
 static inline void quantize_group(const float* x, int64_t valid, int64_t group, int64_t begin, const ActRow& row) {
   const int64_t vectors = valid >= group ? group / 16 * 16 : 0, end = valid < group ? valid : group;
-  f32x16 top{};
-  for (int64_t i = 0; i < vectors; i += 16) {
-    const f32x16 v = load<f32x16>(x + i);
-    top = vmax(top, vmax(v, -v));
-  }
-  float largest = reduce_max(top);
-  for (int64_t i = vectors; i < end; i++) largest = std::fmax(largest, std::fabs(x[i]));
+  const float largest = max_abs(x, end);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   int8_t* codes = row.codes + begin * row.in_block;
   i32x16 total{};
   for (int64_t i = 0; i < vectors; i += 16) {
-    // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low mantissa bits.
-    const f32x16 shifted = load<f32x16>(x + i) * inverse + 12582912.0f;
-    const i32x16 code = load<i32x16>(&shifted) - 0x4b400000;
+    const i32x16 code = round_to_i32(load<f32x16>(x + i) * inverse);
     total += code;
     const i8x16 bytes = i32_to_i8(code);
     int8_t* to = codes + i * row.in_block;

@@ -36,6 +36,13 @@ struct HeadPacking {
         rows_per(int(kQueries / heads_per)) {}
 };
 
+// x as int16 codes with scale max|x| / 32767, returned; n a multiple of 16.
+static inline float query_codes(const float* x, int64_t n, int16_t* codes) {
+  const float largest = max_abs(x, n), inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+  for (int64_t d = 0; d < n; d += 16) store(codes + d, f32_to_i16(load<f32x16>(x + d) * inverse));
+  return largest / 32767.0f;
+}
+
 static inline void load_queries(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
                                 const RowTile& tile, int64_t kv_head, int64_t split, Queries& qs) {
   qs.count = 0;
@@ -49,8 +56,9 @@ static inline void load_queries(const OpDesc& op, const StepDesc& step, const Kv
       float* out = qs.q[qs.count];
       for (int64_t d = 0; d < kv.dim; d++) out[d] = q[d] * op.scale;
       for (int64_t d = kv.dim; d < kv.padded; d++) out[d] = 0;
-      if (kv.bf16 && kDotPairs)
+      if (kv.type == kKvBf16 && kDotPairs)
         for (int64_t d = 0; d < kv.padded; d += 16) store(qs.q16[qs.count] + d, f32_to_bf16(load<f32x16>(out + d)));
+      if (kv.type == kKvInt8) qs.code_scale[qs.count] = query_codes(out, kv.padded, qs.codes[qs.count]);
       qs.position[qs.count] = position;
       qs.lo[qs.count] = op.window > 0 && position >= op.window ? position - op.window + 1 : 0;
     }

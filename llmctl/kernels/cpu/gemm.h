@@ -35,24 +35,36 @@ constexpr int64_t kUnpackRows = 16;
 static inline void unpack_tile(const uint8_t* codes, int64_t k, uint8_t* out) {
   for (int64_t line = 0; line < k / 4; line++, codes += 64, out += 128) {
     const u8x64 both = load<u8x64>(codes);
-    __builtin_prefetch(codes + kPrefetch);
     store(out, both & 15);
     store(out + 64, high_nibbles(both));
   }
 }
 
+// Bytes to be fetched while something else is computed.
+struct Ahead {
+  const uint8_t* next;
+  int64_t bytes;  // from `next` on
+  // One of `parts` equal shares, rounded up to lines.
+  void fetch(int64_t parts) {
+    const int64_t share = (bytes / parts + 63) / 64 * 64;
+    prefetch(next, share);
+    next += share;
+  }
+};
+
 // acc[r][half] += the products of four columns; codes: one line of w4 or two of w8, xp: four codes a row.
-template <int kBits, bool kSmall, int R>
+// kStream: the codes come from memory, so those further on are fetched.
+template <int kBits, bool kSmall, bool kStream, int R>
 static inline __attribute__((always_inline)) void add_products(const uint8_t* codes, const int8_t* xp,
                                                                i32x16 (&acc)[R][2]) {
   u8x64 first = load<u8x64>(codes), second;
-  __builtin_prefetch(codes + kPrefetch);
+  if (kStream) __builtin_prefetch(codes + kPrefetch);
   if (kBits == 4) {
     second = high_nibbles(first);
     first = first & 15;
   } else {
     second = load<u8x64>(codes + 64);
-    __builtin_prefetch(codes + kPrefetch + 64);
+    if (kStream) __builtin_prefetch(codes + kPrefetch + 64);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
@@ -62,11 +74,14 @@ static inline __attribute__((always_inline)) void add_products(const uint8_t* co
 }
 
 // total[r][half]: outputs 16*half .. 16*half+15 of the tile for the R rows of the block starting at `row`.
-// codes: the tile's, kBits wide; kSmall: they are below 128. With integer sums s = sum of (code - zero) * x over an
+// codes: the tile's, kBits wide. With integer sums s = sum of (code - zero) * x over an
 // activation group, exact in 32 bits, total = sum over groups of s * (weight scale * activation scale).
-template <int kBits, bool kSmall, int R>
+// kUnpacked: the codes are unpacked w4; meanwhile `ahead`, bytes of the next tile as it is stored, are fetched.
+template <int kBits, bool kUnpacked, int R>
 static inline __attribute__((always_inline)) void int_tile(const Weights& w, const uint8_t* codes, const IntActs& x,
-                                                           int64_t tile, int64_t row, f32x16 (&total)[R][2]) {
+                                                           int64_t tile, int64_t row, Ahead ahead,
+                                                           f32x16 (&total)[R][2]) {
+  constexpr bool kSmall = kBits == 4 || kUnpacked;
   constexpr int kLine = kBits * 16;  // bytes of four columns
   constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
   const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
@@ -78,6 +93,7 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
   for (int64_t g = 0; g < groups; g++, scales += kTile, zeros += kTile) {
+    if (kUnpacked) ahead.fetch(groups);
     for (int64_t part = 0; part < ratio; part++, xs += R, sums += R) {
       i32x16 acc[kChains][R][2] = {};
 #pragma GCC unroll 2
@@ -89,9 +105,9 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
       const int8_t* end = xp + x.group * R;
       for (; xp + 4 * R * kChains <= end; xp += 4 * R * kChains) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kChains; c++, codes += kLine) add_products<kBits, kSmall, R>(codes, xp + 4 * R * c, acc[c]);
+        for (int c = 0; c < kChains; c++, codes += kLine) add_products<kBits, kSmall, !kUnpacked, R>(codes, xp + 4 * R * c, acc[c]);
       }
-      for (; kChains > 1 && xp != end; xp += 4 * R, codes += kLine) add_products<kBits, kSmall, R>(codes, xp, acc[0]);
+      for (; kChains > 1 && xp != end; xp += 4 * R, codes += kLine) add_products<kBits, kSmall, !kUnpacked, R>(codes, xp, acc[0]);
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; c++)
 #pragma GCC unroll 8

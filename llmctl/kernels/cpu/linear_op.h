@@ -62,11 +62,11 @@ struct LinearScratch {
 
 template <int kType, bool kUnpacked, int R>
 static inline void block_tile(const OpDesc& op, const Weights& w, const uint8_t* unpacked, int64_t tile, int64_t row,
-                              const Outputs& y, int64_t at) {
+                              const Ahead& ahead, const Outputs& y, int64_t at) {
   f32x16 total[R][2];
-  if constexpr (kUnpacked) int_tile<8, true, R>(w, unpacked, op.x8, tile, row, total);
-  else if constexpr (kType == kW4) int_tile<4, true, R>(w, w.data + tile * w.k * kTile / 2, op.x8, tile, row, total);
-  else if constexpr (kType == kW8) int_tile<8, false, R>(w, w.data + tile * w.k * kTile, op.x8, tile, row, total);
+  if constexpr (kUnpacked) int_tile<8, true, R>(w, unpacked, op.x8, tile, row, ahead, total);
+  else if constexpr (kType == kW4) int_tile<4, false, R>(w, w.data + tile * w.k * kTile / 2, op.x8, tile, row, ahead, total);
+  else if constexpr (kType == kW8) int_tile<8, false, R>(w, w.data + tile * w.k * kTile, op.x8, tile, row, ahead, total);
   else if constexpr (kType == kBf16) bf16_tile<R>(w, op.x16, w.k, tile, row, total);
   else f32_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
   finish_tile<R>(op, tile, y, at, total);
@@ -82,15 +82,17 @@ template <int kType, bool kUnpacked>
 static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y, int64_t at,
                       LinearScratch& scratch) {
   uint8_t* const unpacked = scratch.unpacked.data();
-  if (kUnpacked) unpack_tile(w.data + tile * w.k * kTile / 2, w.k, unpacked);
-  for (int64_t row = patch.row; row < patch.row_end;) {
+  const int64_t tile_bytes = w.k * kTile / 2, blocks = (patch.row_end - patch.row + 7) / 8;
+  Ahead ahead{w.data + (tile + 1) * tile_bytes, tile_bytes / blocks};
+  if (kUnpacked) unpack_tile(w.data + tile * tile_bytes, w.k, unpacked);
+  for (int64_t row = patch.row; row < patch.row_end; ahead.next += ahead.bytes) {
     const Outputs here{y.data + (row - patch.row) * y.ld, y.ld, y.n};
     const int count = block_rows(row, patch.rows);
     switch (count) {
-      case 8: block_tile<kType, kUnpacked, 8>(op, w, unpacked, tile, row, here, at); break;
-      case 4: block_tile<kType, kUnpacked, 4>(op, w, unpacked, tile, row, here, at); break;
-      case 2: block_tile<kType, kUnpacked, 2>(op, w, unpacked, tile, row, here, at); break;
-      default: block_tile<kType, kUnpacked, 1>(op, w, unpacked, tile, row, here, at);
+      case 8: block_tile<kType, kUnpacked, 8>(op, w, unpacked, tile, row, ahead, here, at); break;
+      case 4: block_tile<kType, kUnpacked, 4>(op, w, unpacked, tile, row, ahead, here, at); break;
+      case 2: block_tile<kType, kUnpacked, 2>(op, w, unpacked, tile, row, ahead, here, at); break;
+      default: block_tile<kType, kUnpacked, 1>(op, w, unpacked, tile, row, ahead, here, at);
     }
     row += count;
   }

@@ -39,7 +39,7 @@ struct llmctl_program {
         linear_scratch(size_t(pool.threads())) {
     for (int64_t i = 0; i < num_kv; i++)
       kv.push_back({kv_descs[i].base, kv_descs[i].kv_heads, kv_descs[i].head_dim, kv_descs[i].padded_dim,
-                    kv_descs[i].bf16 != 0, block_size});
+                    KvType(kv_descs[i].type), block_size});
     for (size_t i = ops.size(); i-- > 0;) {
       if (ops[i].on_rows) tail = i;
       if (ops[i].kind == kAttention) rows_per = HeadPacking(ops[i].heads, ops[i].kv_heads).rows_per;

@@ -63,7 +63,7 @@ struct OpDesc {
 struct KvDesc {
   uint8_t* base;
   int64_t kv_heads, head_dim, padded_dim;
-  int32_t bf16;
+  int32_t type;  // KvType
 };
 
 struct StepDesc {

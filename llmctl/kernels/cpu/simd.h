@@ -36,6 +36,8 @@ typedef uint8_t u8x64 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+typedef int16_t i16x32 __attribute__((vector_size(64)));
 
 // Unaligned loads and stores.
 template <class V>
@@ -128,6 +130,28 @@ static inline u16x16 f32_to_bf16(f32x16 x) {
   bits = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   return u32_to_u16(bits);
 }
+
+// 32 bytes widened.
+static inline i16x32 i8_to_i16(const int8_t* p) {
+#if defined(LLMCTL_AVX512)
+  return (i16x32)_mm512_maskz_cvtepi8_epi16(0xffffffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  const __m256i halves[2] = {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+                             _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+  return load<i16x32>(halves);
+#else
+  i16x32 r;
+  for (int i = 0; i < 32; i++) r[i] = p[i];
+  return r;
+#endif
+}
+// Rounded to nearest even; |x| < 2^22. Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits.
+static inline i32x16 round_to_i32(f32x16 x) {
+  const f32x16 shifted = x + 12582912.0f;
+  return load<i32x16>(&shifted) - 0x4b400000;
+}
+// Rounded to nearest even; |x| <= 32767.
+static inline i16x16 f32_to_i16(f32x16 x) { return (i16x16)u32_to_u16((u32x16)round_to_i32(x) & 0xffffu); }
 
 static inline float f16_to_f32(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000u) << 16, exponent = h >> 10 & 31u, mantissa = h & 0x3ffu, bits;
@@ -245,6 +269,22 @@ constexpr i32x16 kDown4 = {4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7};
 constexpr i32x16 kDown2 = {2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3};
 constexpr i32x16 kDown1 = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
+// acc[lane] += w[2*lane]*x[0] + w[2*lane+1]*x[1], exact while below 2^31.
+static inline i32x16 dot2_i16(i32x16 acc, i16x32 w, const int16_t* x) {
+  int32_t pair;
+  std::memcpy(&pair, x, 4);
+#if defined(LLMCTL_AVX512)
+  return (i32x16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(pair));
+#elif defined(__AVX2__)
+  const __m256i xx = _mm256_set1_epi32(pair);
+  const __m256i sums[2] = {_mm256_madd_epi16(load<__m256i>(&w), xx), _mm256_madd_epi16(load<__m256i>((const char*)&w + 32), xx)};
+  return acc + load<i32x16>(sums);
+#else
+  for (int i = 0; i < 16; i++) acc[i] += w[2 * i] * x[0] + w[2 * i + 1] * x[1];
+  return acc;
+#endif
+}
+
 // Fixed pairwise order: the same sum in every variant.
 template <class V>
 static inline auto reduce_add(V v) {
@@ -259,6 +299,17 @@ static inline float reduce_max(f32x16 v) {
   v = vmax(v, pick(v, kDown4));
   v = vmax(v, pick(v, kDown2));
   return vmax(v, pick(v, kDown1))[0];
+}
+static inline float max_abs(const float* x, int64_t n) {
+  f32x16 top{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f32x16 v = load<f32x16>(x + i);
+    top = vmax(top, vmax(v, -v));
+  }
+  float largest = reduce_max(top);
+  for (; i < n; i++) largest = std::fmax(largest, std::fabs(x[i]));
+  return largest;
 }
 
 // exp(x), relative error below 2e-7 on [-87, 88]; 0 below. Cephes expf, range reduction by ln 2.
