@@ -10,7 +10,7 @@ using namespace llmctl;
 namespace {
 
 constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 80, kGroup = 32;
-constexpr int64_t kBlock = 16, kBlocks = 48, kLength = 640;
+constexpr int64_t kBlock = 16, kBlocks = 56, kLength = 640;
 
 struct Memory {
   std::vector<std::unique_ptr<float[]>> blocks;
@@ -185,8 +185,8 @@ std::vector<int32_t> walk(int threads) {
   for (int32_t at = 0; at < 560; at += 70) run({{at, 70, 0}});  // chunked prefill over several segments
   for (int32_t at = 560; at < 575; at++) run({{at, 1, 0}});     // decode alone: keys are cut among the threads
   run({{575, 1, 0}, {0, 30, 40}});
-  // More sequences than rows of logits at once.
-  for (int32_t at = 30; at < 40; at++) run({{546 + at, 1, 0}, {at, 1, 40}, {at, 1, 40}, {at, 1, 40}, {at, 2, 40}});
+  // More sequences than rows of logits at once, each in blocks of its own.
+  for (int32_t at = 30; at < 40; at++) run({{546 + at, 1, 0}, {at, 1, 40}, {at, 1, 43}, {at, 1, 46}, {at, 2, 49}});
   llmctl_destroy(program);
   return found;
 }
