@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called as weights are written: (weight, bytes done, bytes in all)."""
 
+_CACHE_LINE = 64  # bytes; mapped weights are read in whole lines
 MAX_SHARD_BYTES = 2**30
 """Size of a weight file. The packed planes of one file's quantized weights are in memory at the same time."""
 
@@ -139,7 +140,7 @@ def _write_weights(plan: BuildPlan, folder: Path, progress: Progress) -> tuple[s
     names = tuple(f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
     writer = _WeightWriter(plan, progress)
     for name, weights in zip(names, shards, strict=True):
-        write_safetensors(folder / name, writer.tensors(weights))
+        write_safetensors(folder / name, writer.tensors(weights), align=_CACHE_LINE)
     return names
 
 

@@ -242,17 +242,23 @@ def tensor_spec(tensor: Tensor) -> TensorSpec:
     return (torch_dtype_name(tensor.dtype), tuple(tensor.shape), tensor)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None, *, align: int = 8
+) -> None:
     """Write a file beside ``path``, fsync it and rename it into place; the same input gives the same bytes.
 
     Args:
         tensors: name -> (dtype string, shape, data); see ``Plane`` for the kinds of data.
         metadata: the header's ``__metadata__``; None writes ``{"format": "pt"}``.
+        align: bytes; tensors whose sizes are multiples of it come first and start at multiples of it. With 8 the bytes
+            are those of the safetensors library.
 
     Raises:
         ValueError: data whose size is not what dtype and shape say.
     """
-    names = sorted(tensors, key=lambda name: (-_RANK[tensors[name][0]], name))
+    names = sorted(
+        tensors, key=lambda n: (spec_nbytes(tensors[n]) % align != 0 and align > 8, -_RANK[tensors[n][0]], n)
+    )
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
     offset = 0
     for name in names:
@@ -261,7 +267,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorSpec], metadata: M
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(len(raw) + 8) % align)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -20,6 +20,7 @@ from llmctl.runtime.cpu_abi import Kind
 
 _ALIGN = 64
 _QUERIES = 8  # kQueries of kernels/cpu/attention.h
+_MAX_HEAD = 256  # kMaxHead of kernels/cpu/kv_cache.h
 
 
 @dataclass
@@ -166,6 +167,11 @@ class Lowering:
         self._emit(self._simple(Kind.KV_WRITE, op, op.inputs))
 
     def _attention(self, op: Op) -> None:
+        if int(op.attrs["head_dim"]) > _MAX_HEAD:
+            raise UnsupportedModelError(
+                f"heads of {op.attrs['head_dim']} columns: the CPU kernels take up to {_MAX_HEAD}",
+                fix="--target reference",
+            )
         bound = Bound(Kind.ATTENTION, op, self.on_rows, {"x": self.views[op.inputs[0]]})
         group = int(op.attrs["heads"]) // int(op.attrs["kv_heads"])
         # A query tile makes all heads of a group, or 8 of them when the group has more.

@@ -16,7 +16,8 @@ from typing import cast
 
 _LENGTH_BYTES = 4
 _RECEIVE_BYTES = 1 << 18
-# What may pile up before the worker waits for the API process; the system's default is a few KiB in places.
+# What may pile up before the worker waits for the API process; Linux grants what net.core.wmem_max allows, some hundred
+# KiB by default.
 _BUFFER_BYTES = 1 << 20
 
 
@@ -25,7 +26,7 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in ends:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            with contextlib.suppress(OSError):  # beyond the system's limit
+            with contextlib.suppress(OSError):  # beyond the limit, on systems that do not cut it
                 end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
     return ends
 
@@ -55,7 +56,7 @@ class _Frames:
 
 
 class WorkerChannel:
-    """The worker's end. Sending waits when the API process is a megabyte behind."""
+    """The worker's end. Sending waits when the API process is some hundred KiB behind."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(True)

@@ -1,7 +1,7 @@
 """What crosses between the API process and the worker process: msgspec structs as MessagePack.
 
 The worker sends ONE ``StepMessage`` per engine step with all requests' tokens in it; text never crosses. The engine's
-own dataclasses travel as they are.
+own records travel as they are.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ group, and the worker must outlive the drain; the API process tells it when to s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -73,14 +74,16 @@ def main() -> int:
         gc.collect()
         gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
         EngineLoop(engine, channel).run()
-    except (EOFError, BrokenPipeError):  # the API process is gone; its death ends this one, too
+    except (EOFError, ConnectionError):  # the API process is gone; its death ends this one, too
         return 1
     except LlmctlError as error:
-        send(StartFailed(ErrorInfo.of(error)))
+        with contextlib.suppress(ConnectionError):
+            send(StartFailed(ErrorInfo.of(error)))
         return int(error.exit_code)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        send(StartFailed(ErrorInfo.of(LlmctlError(f"{error.strerror or error}{where}"))))
+        with contextlib.suppress(ConnectionError):
+            send(StartFailed(ErrorInfo.of(LlmctlError(f"{error.strerror or error}{where}"))))
         return 1
     finally:
         channel.close()

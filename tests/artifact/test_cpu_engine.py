@@ -105,7 +105,10 @@ def test_lm_head_is_an_option(checkpoints: dict[str, Path], tmp_path: Path) -> N
     ("options", "said"),
     [
         ({"dtype": "float16"}, "--dtype: expected bfloat16 or float32"),
-        ({"kv_cache_dtype": "float16"}, "--kv-cache-dtype: expected one of auto, bfloat16, float32, int8 for a cpu target"),
+        (
+            {"kv_cache_dtype": "float16"},
+            "--kv-cache-dtype: expected one of auto, bfloat16, float32, int8 for a cpu target",
+        ),
         ({"block_size": 8}, "--block-size: expected a multiple of 16"),
         ({"lm_head": "int3"}, "--lm-head: expected auto, dense, int8, int4"),
     ],

@@ -47,6 +47,19 @@ def test_bytes_are_the_librarys(path: Path, tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
+def test_aligned_tensors(tmp_path: Path) -> None:
+    """Those that fill whole lines start on lines of the file; the library reads all."""
+    tensors = {**TENSORS, "line": torch.randn(16), "two lines": torch.arange(128, dtype=torch.uint8)}
+    specs = {name: tensor_spec(tensor) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", specs, align=64)
+    with (tmp_path / "x.safetensors").open("rb") as file:
+        header = json.loads(file.read(data := int.from_bytes(file.read(8), "little")))
+    for name in ("line", "two lines"):
+        assert (8 + data + header[name]["data_offsets"][0]) % 64 == 0
+    for name, found in load_file(tmp_path / "x.safetensors").items():
+        assert found.flatten().view(torch.uint8).tolist() == tensors[name].flatten().view(torch.uint8).tolist()
+
+
 def test_order_of_the_mapping_does_not_matter(path: Path, tmp_path: Path) -> None:
     backwards = {name: tensor_spec(TENSORS[name]) for name in reversed(TENSORS)}
     write_safetensors(tmp_path / "y.safetensors", backwards)

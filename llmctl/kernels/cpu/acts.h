@@ -53,7 +53,7 @@ static inline ActRow act_row_of(const IntActs& out, int64_t row, int64_t rows) {
 static inline void quantize_group(const float* x, int64_t valid, int64_t group, int64_t begin, const ActRow& row) {
   const int64_t vectors = valid >= group ? group / 16 * 16 : 0, end = valid < group ? valid : group;
   const float largest = max_abs(x, end);
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = inverse_scale(largest, 127.0f);
   int8_t* codes = row.codes + begin * row.in_block;
   i32x16 total{};
   for (int64_t i = 0; i < vectors; i += 16) {

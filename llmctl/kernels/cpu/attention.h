@@ -15,7 +15,6 @@ namespace llmctl {
 
 constexpr int64_t kSegment = 256;    // keys a segment, a multiple of kKeys
 constexpr int kQueries = 8;          // queries sharing the loads of one K/V head
-constexpr int64_t kMaxHead = 256;
 
 // Running softmax of up to kQueries queries over some keys: out = sum exp(s - top) v, sum = sum exp(s - top).
 struct Partial {
@@ -160,7 +159,7 @@ static inline void pack_weights(const f32x16 (*w)[kCount], int i, const uint8_t*
       scaled[t] = w[t][i] * load<f32x16>(tiles[t] + padded * kKeys);
       top = vmax(top, scaled[t]);
     }
-    const float largest = reduce_max(top), inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+    const float largest = reduce_max(top), inverse = inverse_scale(largest, 32767.0f);
     weights.scale[i] = largest / 32767.0f;
     for (int64_t t = 0; t < count; t++) store(weights.at[i] + t * kKeys, f32_to_i16(scaled[t] * inverse));
   } else {

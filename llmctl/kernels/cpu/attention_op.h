@@ -1,5 +1,6 @@
 // An attention op: which query tiles of which sequences meet which K/V heads, shared among the threads.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "attention.h"
@@ -38,7 +39,7 @@ struct HeadPacking {
 
 // x as int16 codes with scale max|x| / 32767, returned; n a multiple of 16.
 static inline float query_codes(const float* x, int64_t n, int16_t* codes) {
-  const float largest = max_abs(x, n), inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+  const float largest = max_abs(x, n), inverse = inverse_scale(largest, 32767.0f);
   for (int64_t d = 0; d < n; d += 16) store(codes + d, f32_to_i16(load<f32x16>(x + d) * inverse));
   return largest / 32767.0f;
 }
@@ -138,10 +139,14 @@ class Attention {
   }
 
  private:
-  // The first K tiles of the item after this one.
-  static void prefetch_keys(const StepDesc& step, const KvLayer& kv, const RowTile& tile, int64_t kv_head) {
+  // The first K tiles that an item will read.
+  static void prefetch_keys(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const RowTile& tile,
+                            int64_t kv_head) {
     const int32_t* blocks = step.block_tables + tile.seq * step.max_blocks;
-    for (int64_t key = 0; key < 4 * kKeys && key <= step.positions[tile.row]; key += kKeys)
+    int64_t first, last;
+    tile_segments(op, step, tile, first, last);
+    const int64_t begin = first * kSegment;
+    for (int64_t key = begin; key < begin + 4 * kKeys && key <= step.positions[tile.row]; key += kKeys)
       prefetch(kv.tile(blocks[key / kv.block_size], kv_head, key % kv.block_size), kv.half_bytes());
   }
 
@@ -153,7 +158,7 @@ class Attention {
       tile_segments(op, step, tile, first, last);
       const int64_t kv_head = item % per_tile / packing.splits, split = item % packing.splits;
       const int64_t ahead = item + 1;
-      if (ahead < items) prefetch_keys(step, kv, tiles[size_t(ahead / per_tile)], ahead % per_tile / packing.splits);
+      if (ahead < items) prefetch_keys(op, step, kv, tiles[size_t(ahead / per_tile)], ahead % per_tile / packing.splits);
       Queries qs;
       Partial total, part;
       load_queries(op, step, kv, packing, tile, kv_head, split, qs);

@@ -11,7 +11,8 @@ namespace llmctl {
 
 enum KvType : int32_t { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2 };
 
-constexpr int64_t kKeys = 16;  // keys a tile
+constexpr int64_t kKeys = 16;      // keys a tile
+constexpr int64_t kMaxHead = 256;  // columns a head; runtime/cpu_bind.py refuses more
 
 struct KvLayer {
   uint8_t* base;
@@ -28,7 +29,7 @@ struct KvLayer {
 // x as int8 codes with scale max|x| / 127, returned.
 static inline float kv_codes(const float* x, int64_t dim, int8_t* codes) {
   float largest = max_abs(x, dim);
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = inverse_scale(largest, 127.0f);
   int64_t d = 0;
   for (; d + 16 <= dim; d += 16) store(codes + d, i32_to_i8(round_to_i32(load<f32x16>(x + d) * inverse)));
   for (; d < dim; d++) codes[d] = int8_t(std::nearbyint(x[d] * inverse));
@@ -48,11 +49,10 @@ static inline void store_pairs(const T* k, const T* v, int64_t dim, int64_t padd
 
 // Writes one token's K and V of one head at `slot` (block * block_size + offset).
 static inline void kv_store(const KvLayer& kv, int64_t slot, int64_t head, const float* k, const float* v) {
-  constexpr int64_t kMost = 256;
   const int64_t block = slot / kv.block_size, offset = slot % kv.block_size, lane = offset % kKeys;
   uint8_t *kt = kv.tile(block, head, offset), *vt = kt + kv.half_bytes();
   if (kv.type == kKvBf16) {
-    alignas(64) uint16_t ks[kMost], vs[kMost];
+    alignas(64) uint16_t ks[kMaxHead], vs[kMaxHead];
     int64_t d = 0;
     for (; d + 16 <= kv.dim; d += 16) {
       store(ks + d, f32_to_bf16(load<f32x16>(k + d)));
@@ -61,7 +61,7 @@ static inline void kv_store(const KvLayer& kv, int64_t slot, int64_t head, const
     for (; d < kv.dim; d++) ks[d] = f32_to_bf16(k[d]), vs[d] = f32_to_bf16(v[d]);
     store_pairs(ks, vs, kv.dim, kv.padded, lane, (uint16_t*)kt, (uint16_t*)vt);
   } else if (kv.type == kKvInt8) {
-    int8_t ks[kMost], vs[kMost];
+    int8_t ks[kMaxHead], vs[kMaxHead];
     ((float*)(kt + kv.tile_codes()))[lane] = kv_codes(k, kv.dim, ks);
     ((float*)(vt + kv.tile_codes()))[lane] = kv_codes(v, kv.dim, vs);
     store_pairs(ks, vs, kv.dim, kv.padded, lane, (int8_t*)kt, (int8_t*)vt);

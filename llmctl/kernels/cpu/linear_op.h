@@ -55,9 +55,20 @@ struct Units {
 };
 
 // A thread's scratch: a tile of w4 unpacked to bytes, and the fp32 outputs of kPatchRows rows on their way to int8.
-struct LinearScratch {
-  std::vector<uint8_t> unpacked;
-  std::vector<float> columns = std::vector<float>(size_t(kPatchRows * kMaxActGroup));
+class LinearScratch {
+ public:
+  uint8_t* unpacked(int64_t bytes) {
+    if (int64_t(lines_.size()) * 64 < bytes) lines_.resize(size_t(bytes + 63) / 64);
+    return lines_.data()->bytes;
+  }
+  float* columns() { return columns_.data(); }
+
+ private:
+  struct alignas(64) Line {  // the micro-kernel loads whole cache lines
+    uint8_t bytes[64];
+  };
+  std::vector<Line> lines_;
+  std::vector<float> columns_ = std::vector<float>(size_t(kPatchRows * kMaxActGroup));
 };
 
 template <int kType, bool kUnpacked, int R>
@@ -81,7 +92,7 @@ struct Patch {
 template <int kType, bool kUnpacked>
 static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y, int64_t at,
                       LinearScratch& scratch) {
-  uint8_t* const unpacked = scratch.unpacked.data();
+  uint8_t* const unpacked = kUnpacked ? scratch.unpacked(w.k * kTile) : nullptr;
   const int64_t tile_bytes = w.k * kTile / 2, blocks = (patch.row_end - patch.row + 7) / 8;
   Ahead ahead{w.data + (tile + 1) * tile_bytes, tile_bytes / blocks};
   if (kUnpacked) unpack_tile(w.data + tile * tile_bytes, w.k, unpacked);
@@ -101,9 +112,8 @@ static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, in
 template <int kType, bool kUnpacked>
 static void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
   const Weights w{op.w, op.w_scales, op.w_zeros, op.n_padded, op.k, op.group};
-  if (kUnpacked) scratch.unpacked.resize(size_t(w.k * kTile));
   const int64_t group = op.y8.group;
-  const Outputs y = op.y8.codes ? Outputs{scratch.columns.data(), kMaxActGroup, group}
+  const Outputs y = op.y8.codes ? Outputs{scratch.columns(), kMaxActGroup, group}
                                 : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n};
   for (int64_t unit = patch.unit; unit < patch.unit_end; unit++) {
     for (int64_t i = 0; i < units.tiles_per; i++) {
@@ -133,7 +143,8 @@ static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share,
   const Units units(op);
   if (rows >= kRowsAThread * share.threads) {
     const int64_t blocks = (rows + 7) / 8;
-    return share.run(blocks, kPatchRows / 8, [&](int64_t begin, int64_t end) {
+    const int64_t most = (blocks + share.threads - 1) / share.threads, parts = (most * 8 + kPatchRows - 1) / kPatchRows;
+    return share.run(blocks, (most + parts - 1) / parts, [&](int64_t begin, int64_t end) {
       linear_patch(op, units, {rows, begin * 8, std::min(end * 8, rows), 0, units.count}, scratch);
     });
   }

@@ -107,7 +107,6 @@ static inline i8x16 i32_to_i8(i32x16 v) {
 #endif
 }
 
-
 static inline float bf16_to_f32(uint16_t h) {
   uint32_t bits = uint32_t(h) << 16;
   float x;
@@ -300,6 +299,8 @@ static inline float reduce_max(f32x16 v) {
   v = vmax(v, pick(v, kDown2));
   return vmax(v, pick(v, kDown1))[0];
 }
+// most / largest, and 0 for what is too small to have a finite one: its codes are then all 0.
+static inline float inverse_scale(float largest, float most) { return largest > 1e-30f ? most / largest : 0.0f; }
 static inline float max_abs(const float* x, int64_t n) {
   f32x16 top{};
   int64_t i = 0;
