@@ -66,12 +66,12 @@ class Results:
         return Spread.of([metric.value(v.figures[work]) for v in self.of(name)])
 
     def ratio(self, ours: str, other: str, work: str, metric: Metric) -> Spread | None:
-        """``ours / other`` of each repeat that both have; None without one.
+        """``ours / other`` of each repeat that both have, but for a peer's 0 (tokens in one burst); None without one.
 
         Both sides of a ratio come from the same repeat, minutes apart: what slows the machine for longer cancels.
         """
         there = {v.repeat: metric.value(v.figures[work]) for v in self.of(other)}
-        pairs = [(metric.value(v.figures[work]), there[v.repeat]) for v in self.of(ours) if v.repeat in there]
+        pairs = [(metric.value(v.figures[work]), there[v.repeat]) for v in self.of(ours) if there.get(v.repeat)]
         return Spread.of([a / b for a, b in pairs]) if pairs else None
 
     def best_peer(self, own: Sequence[str], work: str, metric: Metric) -> str | None:
