@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -27,6 +28,7 @@ from peers import llama_cpp, ov_genai, own, vllm_cpu
 from peers.checkpoints import dense_checkpoint
 from peers.contest import Contestant, Cpu, PeerError, Setup
 from peers.measure import WORKLOADS, Plan, Visit, visits
+from peers.origin import claim
 from peers.report import Results, to_json, to_markdown
 from peers.venvs import install
 
@@ -46,11 +48,18 @@ def main() -> int:
         setup, contestants, plan = _configured(args)
     except (ValueError, LlmctlError) as error:
         parser.error(str(error))
-    setup.models.mkdir(parents=True, exist_ok=True)
+    try:
+        claim(setup)
+        dense_checkpoint(setup.model, setup.models / "bf16")
+    except (PeerError, LlmctlError, OSError) as error:
+        say(f"error: {error}")
+        return int(ExitCode.RUNTIME)
     missing: dict[str, str] = {}
     versions, models = _prepared(setup, contestants, missing)
     if args.install_only:
         print(json.dumps({"versions": versions, "models": {k: str(v) for k, v in models.items()}}, indent=2))
+        return _ended(missing)
+    if not models:
         return _ended(missing)
     done = _measured(plan, models, contestants, missing)
     if not done:
@@ -87,6 +96,7 @@ def _configured(args: argparse.Namespace) -> tuple[Setup, dict[str, Contestant],
     )
     if args.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, found {args.repeats}")
+    _check_json(args.json, work)
     ours = _own(args)
     peers = args.peers if args.peers is not None else ",".join(default_peers(Cpu.here()))
     chosen = ours | {name: PEERS[name] for name in _known(peers, PEERS, "--peers")}
@@ -94,6 +104,14 @@ def _configured(args: argparse.Namespace) -> tuple[Setup, dict[str, Contestant],
     tokenizer = setup.models / "bf16" / "tokenizer.json"
     plan = Plan(setup, workloads, args.repeats, tokenizer, args.start_timeout, args.max_busy / 100, args.idle_wait)
     return setup, chosen, plan
+
+
+def _check_json(path: Path | None, work: Path) -> None:
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if path.is_dir() or not (folder.is_dir() or folder == work):
+        raise ValueError(f"--json {path}: expected a file in a folder that exists")
 
 
 def _own(args: argparse.Namespace) -> dict[str, Contestant]:
@@ -132,14 +150,13 @@ def _prepared(
     """Install and convert; versions and model paths of those that can be measured, the others' reasons in missing."""
     versions: dict[str, dict[str, str]] = {}
     models: dict[str, Path] = {}
-    dense_checkpoint(setup.model, setup.models / "bf16")
     for name, contestant in contestants.items():
         try:
             if contestant.install is not None:
                 versions[name] = install(setup, contestant.install(setup), say)
             say(f"preparing {contestant.title}")
             models[name] = contestant.prepare(setup)
-        except (PeerError, LlmctlError) as error:
+        except (PeerError, LlmctlError, OSError) as error:
             missing[name] = str(error)
             say(f"{name}: {error}")
     return versions, models
@@ -171,7 +188,9 @@ def _publish(
     titles = {name: contestant.title for name, contestant in contestants.items()}
     ours = [name for name, contestant in contestants.items() if contestant.install is None]
     environment = describe_environment()
-    text = to_markdown(results, plan.workloads, titles, ours, _header(plan, versions, environment, done), missing)
+    header = _header(plan, versions, environment, done)
+    reasons = {name: _shown_text(plan.setup, reason) for name, reason in missing.items()}
+    text = to_markdown(results, plan.workloads, titles, ours, header, reasons)
     document = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "environment": environment,
@@ -192,10 +211,10 @@ def _header(
     environment: Mapping[str, object],
     done: Sequence[Visit],
 ) -> list[str]:
-    """Machine, method, versions and command lines; paths are shown relative to the work folder."""
-    threads = plan.setup.threads
+    """Machine, method, versions and command lines."""
+    model, cores = _shown_place(plan.setup, plan.setup.model), plan.setup.cores
     lines = [
-        f"{plan.setup.model} on {cpu_model()}, {threads} threads on cores {', '.join(map(str, plan.setup.cores))} of "
+        f"{model} on {cpu_model()}, {len(cores)} threads on cores {', '.join(map(str, cores))} of "
         f"{environment['cpu_cores']}; {plan.repeats} interleaved repeats: median (lowest–highest); "
         f"llmctl {environment['llmctl']}, commit {environment['git_commit']}.",
         "",
@@ -211,10 +230,35 @@ def _header(
 
 def _shown(setup: Setup, seen: Visit) -> str:
     """A server's command line, without the places of this machine."""
-    command = " ".join([*(f"{key}={value}" for key, value in seen.environment.items()), shlex.join(seen.argv)])
-    for place in (f"{setup.work}/", f"{Path(__file__).resolve().parents[1]}/"):
-        command = command.replace(place, "")
-    return command.replace(sys.executable, "python")
+    variables = [
+        f"{key}={':'.join(_shown_place(setup, part) for part in value.split(':'))}"
+        for key, value in seen.environment.items()
+    ]
+    return " ".join([*variables, shlex.join(_shown_word(setup, word) for word in seen.argv)])
+
+
+def _shown_word(setup: Setup, word: str) -> str:
+    """A word of a command line: a place, or an option with one."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return option + equals + _shown_place(setup, value)
+
+
+def _shown_place(setup: Setup, text: str) -> str:
+    """An absolute path as it is seen from the work folder or this checkout, of any other the last part."""
+    if text == sys.executable:
+        return "python"
+    path = Path(text)
+    if not path.is_absolute() or text.startswith("//"):
+        return text
+    for root in (setup.work, Path(__file__).resolve().parents[1]):
+        if path != root and path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return path.name
+
+
+def _shown_text(setup: Setup, text: str) -> str:
+    """A sentence, each path in it shortened."""
+    return re.sub(r"""(?<![^\s'"(=])/[^\s'")]+""", lambda found: _shown_place(setup, found[0]), text)
 
 
 def _cores(text: str) -> tuple[int, ...]:

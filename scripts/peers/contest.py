@@ -44,7 +44,7 @@ class Setup:
     """What every contestant is given.
 
     Attributes:
-        work: folder of virtual environments, models and logs.
+        work: folder of virtual environments, models and logs; its models are made from one ``model`` only.
         model: what llmctl resolves to a checkpoint; every contestant serves this model.
         cores: the processors that servers are pinned to; each runs one thread on each.
         torch: requirement of the PyTorch that peers are installed with.

@@ -136,14 +136,18 @@ class Plan:
 
 def visits(
     plan: Plan, models: Mapping[str, Path], contestants: Mapping[str, Contestant], say: Callable[[str], None]
-) -> Iterator[Visit | tuple[str, PeerError]]:
-    """Measure; yields each visit as it ends, or a contestant's name and what went wrong with it."""
+) -> Iterator[Visit | tuple[str, PeerError | OSError]]:
+    """Measure; yields each visit as it ends, or a contestant's name and what went wrong with it.
+
+    Args:
+        models: at least one.
+    """
     for repeat in range(plan.repeats):
         for name in rotation(list(models), repeat):
             say(f"repeat {repeat + 1}/{plan.repeats}: {name}")
             try:
                 yield visit(plan, contestants[name], models[name], repeat, say)
-            except PeerError as error:
+            except (PeerError, OSError) as error:  # OSError: a program of the contestant is not there
                 yield name, error
 
 

@@ -10,13 +10,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_peers  # noqa: E402
-from peers import checkpoints, contest, llama_cpp, measure, ov_genai, own, processes, report, venvs, vllm_cpu  # noqa: E402
+from peers import contest, llama_cpp, measure, ov_genai, own, processes, report, venvs, vllm_cpu  # noqa: E402
 
 from llmctl.bench.workloads import LengthRange, random_items  # noqa: E402
 
@@ -313,6 +313,7 @@ def test_engines_have_names(tmp_path: Path) -> None:
         (("--peers", "llama"), "--peers: unknown 'llama'"),
         (("--workloads", "c9"), "--workloads: unknown 'c9'"),
         (("--repeats", "0"), "--repeats"),
+        (("--json", "nowhere/out.json"), "--json nowhere/out.json: expected a file in a folder that exists"),
         (("--engine", "/nowhere"), "no such folder"),
         (("--engine", "vllm-bf16=."), "is taken"),
         (("--cores", "x"), "expected usable processors"),
@@ -427,7 +428,7 @@ def test_a_run(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr()
     assert "ended with code 9" in shown.err
     assert "* not measured: BAD: the server ended with code 9" in shown.out
-    assert str(tmp_path) not in shown.out.split("\n### ")[1]
+    assert str(tmp_path) not in shown.out
     document = json.loads((tmp_path / "work" / "report.json").read_text())
     order = [(v["contestant"], v["repeat"]) for v in document["visits"]]
     assert order == [("llmctl", 0), ("good", 0), ("llmctl", 1), ("good", 1)]
@@ -445,39 +446,40 @@ def test_install_only_measures_nothing(run: Callable[..., int], capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["versions"] == {"good": {"none": "1.0"}}
 
 
-# Checkpoints for the peers
+def test_what_cannot_be_prepared_or_started_is_reported(
+    run: Callable[..., int],
+    stand_in: Callable[..., contest.Contestant],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: contest.Setup) -> Path:
+        raise FileNotFoundError(2, "No such file or directory", "optimum-cli")
+
+    broken = replace(stand_in("broken", installed=False), prepare=fail)
+    gone = replace(stand_in("gone"), launch=lambda *_: contest.Launch(("/nowhere/server",)))
+    monkeypatch.setattr(bench_peers.own, "contestant", lambda **_: broken)
+    monkeypatch.setattr(bench_peers, "PEERS", {"gone": gone})
+    assert run("--peers", "") == 1
+    assert "error: llmctl: [Errno 2] No such file or directory: 'optimum-cli'" in capsys.readouterr().err
+    assert run("--peers", "gone", "--repeats", "1") == 1
+    assert "error: gone: [Errno 2] No such file or directory: '/nowhere/server'" in capsys.readouterr().err
 
 
-def test_w8a8_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
-    """What compressed-tensors readers expect: int8 linears with a scale a row, the rest bf16."""
-    from safetensors.torch import load_file
-
-    folder = checkpoints.w8a8_checkpoint(str(tiny_llama), tmp_path / "w8a8")
-    dense = load_file(checkpoints.dense_checkpoint(str(tiny_llama), tmp_path / "bf16") / "model.safetensors")
-    found = load_file(folder / "model.safetensors")
-    linears = [name for name in dense if name.endswith("proj.weight")]
-    assert len(linears) == 7 * json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    assert set(found) == set(dense) | {f"{name}_scale" for name in linears}
-    for name, weight in dense.items():
-        if name not in linears:
-            assert torch.equal(found[name], weight)
-            continue
-        scale = found[f"{name}_scale"]
-        assert found[name].dtype == torch.int8
-        assert scale.shape == (weight.shape[0], 1)
-        rounding = 0.5 * scale + weight.float().abs() * 2**-8  # half a code, and the reference's own bf16
-        assert ((found[name].float() * scale - weight.float()).abs() <= rounding).all()
-    config = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"]["format"] == "int-quantized"
-    assert (folder / "tokenizer.json").exists()
+def test_a_model_that_is_not_there_is_one_line(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", "nowhere.gguf") == 1
+    assert "error: no such file or folder: nowhere.gguf" in capsys.readouterr().err
 
 
-def test_the_dense_checkpoint_is_the_model(tiny_llama: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+# Places
 
-    folder = checkpoints.dense_checkpoint(str(tiny_llama), tmp_path / "bf16")
-    ids = torch.arange(3, 19)[None]
-    with torch.no_grad():
-        ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-        theirs = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).float()(ids).logits
-    torch.testing.assert_close(ours, theirs)
+
+def test_no_place_of_this_machine_is_shown(setup: contest.Setup) -> None:
+    argv = (sys.executable, "-m", "x", "--model", f"{setup.work}/models/e", "--engine", "/home/me/my e", "--log=/a/b")
+    variables = {"LD_PRELOAD": f"/x/a.so:{setup.work}/vllm/lib/b.so:/y/c.so", "THREADS": "0,1", "URL": "http://h:1/v1"}
+    seen = replace(visit("a", 0), argv=argv, environment=variables)
+    assert bench_peers._shown(setup, seen) == (
+        "LD_PRELOAD=a.so:vllm/lib/b.so:c.so THREADS=0,1 URL=http://h:1/v1 "
+        "python -m x --model models/e --engine 'my e' --log=b"
+    )
+    reason = f"ended (log: {setup.work}/a.log), [Errno 2] '/home/me/x' and/or http://h:1/v1"
+    assert bench_peers._shown_text(setup, reason) == "ended (log: a.log), [Errno 2] 'x' and/or http://h:1/v1"
