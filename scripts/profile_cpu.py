@@ -47,6 +47,8 @@ Span = tuple[int, int]
 """Tokens of a sequence before a step, and tokens that the step adds."""
 _BIG = 2**30
 _INT8_ROUNDS = 1 << 17
+_FILL = 512
+"""Tokens of a step that fills the cache, where no prefill is measured."""
 
 
 @dataclass(frozen=True)
@@ -267,21 +269,50 @@ def growth(points: Sequence[Profile]) -> Growth:
     return Growth(float(slope), float(attention), float(predicted), worst)
 
 
+@dataclass(frozen=True)
+class Need:
+    """What the engine must hold for the parts that are asked for.
+
+    Attributes:
+        length: longest sequence, tokens. step_tokens: largest step. sequences: at once. cache: tokens of KV cache.
+    """
+
+    length: int
+    step_tokens: int
+    sequences: int
+    cache: int
+
+
+def needed(args: argparse.Namespace) -> Need:
+    """By ``--only`` and the sizes; every sequence of a batch has whole blocks of its own."""
+    lengths: list[int] = []
+    step_tokens, sequences = _FILL, 1
+    if "decode" in args.only:
+        lengths.append(args.context)
+        sequences = max(args.batches)
+    if "prefill" in args.only:
+        lengths.append(args.prefill)
+        step_tokens = args.prefill
+    if "growth" in args.only:
+        lengths += args.contexts
+    length = max(lengths)
+    decode = -(-args.context // 16) * 16 * sequences if "decode" in args.only else 0
+    return Need(length, max(step_tokens, sequences), sequences, max(length, decode) + 16 * sequences)
+
+
 def open_engine(args: argparse.Namespace, scratch: Path) -> Bench:
     """The engine on its own kernels, or (``--from-source``) on this checkout's, compiled into ``scratch``."""
-    length = max([args.context, args.prefill, *args.contexts])
-    sequences = max(args.batches)
-    share = max(length, -(-args.context // 16) * 16 * sequences) + 16 * sequences
+    need = needed(args)
     engine = load_engine(
         args.engine,
-        max_model_len=length,
-        max_num_batched_tokens=max(args.prefill, sequences),
-        max_num_seqs=sequences,
+        max_model_len=need.length,
+        max_num_batched_tokens=need.step_tokens,
+        max_num_seqs=need.sequences,
     )
     if not engine.manifest.target.native_cpu:
         raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.manifest.target}")
-    if engine.plan.kv_tokens < share:
-        raise EngineLoadError(f"no memory for a KV cache of {share} tokens, room for {engine.plan.kv_tokens}")
+    if engine.plan.kv_tokens < need.cache:
+        raise EngineLoadError(f"no memory for a KV cache of {need.cache} tokens, room for {engine.plan.kv_tokens}")
     if args.from_source:
         variant = next(v for v in supported_variants(cpu_features()) if library_name(v) in engine.manifest.target.archs)
         compiled = compile_library(variant, cache=cache_dir() / "kernels")
@@ -373,7 +404,10 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def main() -> int:
     """Run the profile; the process's exit code."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
+        parser.error(f"--json {args.json}: expected a file in a folder that exists")
     try:
         with tempfile.TemporaryDirectory(prefix="llmctl-profile-") as scratch:
             result = run(args, Path(scratch))
@@ -385,20 +419,34 @@ def main() -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _parts(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    for part in found:
+        if part not in PARTS:
+            raise argparse.ArgumentTypeError(f"unknown '{part}': expected some of {', '.join(PARTS)}")
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     parser.add_argument("--engine", type=Path, required=True, help="engine folder for a cpu target")
-    parser.add_argument("--threads", type=int, default=None, help="native threads (default: physical cores)")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help="of " + ",".join(PARTS))
-    parser.add_argument("--batches", type=numbers, default=[1, 8, 32], metavar="N,N", help="batch sizes of decode")
-    parser.add_argument("--context", type=int, default=200, help="tokens of each sequence in decode")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--contexts", type=numbers, default=[512, 1024, 2048, 4096, 8192], help="of the growth table")
-    parser.add_argument("--steps", type=int, default=50, help="timed steps of each kind")
+    parser.add_argument("--threads", type=_positive, default=None, help="native threads (default: physical cores)")
+    parser.add_argument("--only", type=_parts, default=list(PARTS), help="of " + ",".join(PARTS))
+    parser.add_argument("--batches", type=_numbers, default=[1, 8, 32], metavar="N,N", help="batch sizes of decode")
+    parser.add_argument("--context", type=_positive, default=200, help="tokens of each sequence in decode")
+    parser.add_argument("--prefill", type=_positive, default=512, help="tokens of the prompt")
+    parser.add_argument("--contexts", type=_numbers, default=[512, 1024, 2048, 4096, 8192], help="of the growth table")
+    parser.add_argument("--steps", type=_positive, default=50, help="timed steps of each kind")
     parser.add_argument("--from-source", action="store_true", help="compile this checkout's kernels and use those")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser

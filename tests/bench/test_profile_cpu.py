@@ -98,6 +98,36 @@ def test_a_run(
     assert "slope, µs per 1,000 tokens of context" in table
 
 
+def parsed(*words: str) -> object:
+    return script.needed(script._parser().parse_args(["--engine", "e", *words]))
+
+
+def test_only_what_is_asked_for_must_fit() -> None:
+    assert parsed() == script.Need(length=8192, step_tokens=512, sequences=32, cache=8192 + 16 * 32)
+    assert parsed("--only", "decode") == script.Need(200, 512, 32, 208 * 32 + 16 * 32)
+    assert parsed("--only", "prefill", "--prefill", "700") == script.Need(700, 700, 1, 716)
+    assert parsed("--only", "growth", "--contexts", "64,1000") == script.Need(1000, 512, 1, 1016)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "decod"], "unknown 'decod': expected some of decode, prefill, growth"),
+        (["--batches", "0"], "'0': expected a whole number of at least 1"),
+        (["--steps", "x"], "'x': expected a whole number of at least 1"),
+        (["--json", "nowhere/out.json"], "--json nowhere/out.json: expected a file in a folder that exists"),
+    ],
+)
+def test_options_are_checked_before_the_engine_is_opened(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["profile_cpu.py", "--engine", "nowhere", *words])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_only_a_cpu_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_checkpoint.write_dense(tmp_path / "model")
     other = build_engine(BuildConfig(model=str(model), target="reference", output=str(tmp_path / "engine")))
