@@ -36,6 +36,7 @@ from soak_clients import KINDS, Client, Endpoint, Record
 
 LEVELS = (1, 4, 8, 16, 32, 2)
 POLL_SECONDS = 0.2
+IDLE_SERIES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,18 @@ class Watcher:
         self.session, self.url, self.record, self.start = session, url, record, time.monotonic()
         self.process = psutil.Process(pid) if pid else None
 
+    async def idle_metrics(self) -> dict[str, float]:
+        """As ``metrics``, with all that an idle moment needs.
+
+        Raises:
+            RuntimeError: a series is missing.
+        """
+        found = await self.metrics()
+        for name in IDLE_SERIES:
+            if name not in found:
+                raise RuntimeError(f"{self.url}: not an llmctl server: its /metrics has no llmctl:{name}")
+        return found
+
     async def metrics(self) -> dict[str, float]:
         """All series now."""
         async with self.session.get(f"{self.url}/metrics") as answer:
@@ -164,7 +177,7 @@ class Watcher:
         """Wait until nothing runs (at most ``patience`` seconds) and look."""
         end = time.monotonic() + patience
         while True:
-            found = await self.metrics()
+            found = await self.idle_metrics()
             busy = found["num_requests_running"] + found["num_requests_waiting"] + found["kv_cache_usage_perc"]
             if not busy or time.monotonic() > end:
                 break
@@ -199,6 +212,7 @@ async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecor
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         endpoint = await find_endpoint(session, url)
         watcher = Watcher(session, url, pid, record)
+        await watcher.idle_metrics()
         steps = asyncio.create_task(watcher.watch_steps())
         rng = random.Random(args.seed)
         end = watcher.start + 60 * args.minutes
@@ -208,11 +222,18 @@ async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecor
             await asyncio.gather(*(_run(client, until) for client in clients))
             record.samples.append(await watcher.idle(args.idle_seconds))
             _say(record, level)
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or steps.done():
                 break
-        steps.cancel()
-        await asyncio.gather(steps, return_exceptions=True)
+        await _stopped(steps, record)
     return record
+
+
+async def _stopped(watch: asyncio.Task[None], record: SoakRecord) -> None:
+    """End the watching of the steps; if it ended by itself, stalls went unseen and the run has failed."""
+    watch.cancel()
+    (error,) = await asyncio.gather(watch, return_exceptions=True)
+    if not isinstance(error, asyncio.CancelledError):
+        record.fail(f"the watch over the steps ended: {type(error).__name__}: {error}")
 
 
 async def _run(client: Client, until: float) -> None:
@@ -237,11 +258,18 @@ def _say(record: SoakRecord, level: int) -> None:
 
 
 async def find_endpoint(session: aiohttp.ClientSession, url: str) -> Endpoint:
-    """The model that a server serves."""
+    """The model that a server serves.
+
+    Raises:
+        RuntimeError: it does not say which, and how long its context is.
+    """
     async with session.get(f"{url}/v1/models") as answer:
-        models = await answer.json()
-    model = models["data"][0]
-    return Endpoint(url, model["id"], int(model["max_model_len"]))
+        text = await answer.text()
+    try:
+        model = json.loads(text)["data"][0]
+        return Endpoint(url, str(model["id"]), int(model["max_model_len"]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise RuntimeError(f"{url}: not an llmctl server: /v1/models: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

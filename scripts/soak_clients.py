@@ -56,6 +56,16 @@ class Endpoint:
     model: str
     max_model_len: int
 
+    @property
+    def prompt_words(self) -> int:
+        """The most that fill half of the context (at 1.5 tokens a word)."""
+        return max(1, int(0.5 * self.max_model_len / 1.5))
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most to be asked for: a quarter of the context; the last quarter is for the chat template."""
+        return max(1, self.max_model_len // 4)
+
 
 class Client:
     """One client's requests; ``record`` is shared by all."""
@@ -100,8 +110,13 @@ class Client:
         """One of a few fixed seeded requests: the text must be the same every time, whatever else runs."""
         number = self.rng.randrange(PROBES)
         own = random.Random(number)
-        prompt = " ".join(own.choices(WORDS, k=own.choice([5, 60, 200])))
-        asked = {"prompt": prompt, "max_tokens": 32, "temperature": 0.9 * (number % 3 > 0), "seed": number}
+        words = own.choices(WORDS, k=own.choice([5, 60, 200]))
+        asked = {
+            "prompt": " ".join(words[: self.endpoint.prompt_words]),
+            "max_tokens": 32,
+            "temperature": 0.9 * (number % 3 > 0),
+            "seed": number,
+        }
         answer = await self._json("completions", **asked, ignore_eos=True)
         text = answer["choices"][0]["text"]
         known = self.record.probes.setdefault(number, text)
@@ -115,7 +130,8 @@ class Client:
     async def _leave_prefill(self) -> None:
         """Gone before the first token, during a prefill of several steps."""
         prompt = self._words(int(0.6 * min(self.endpoint.max_model_len, 4096) / 1.5))
-        body = {"model": self.endpoint.model, "prompt": prompt, "max_tokens": 64, "stream": True}
+        answer = min(64, self.endpoint.answer_tokens)
+        body = {"model": self.endpoint.model, "prompt": prompt, "max_tokens": answer, "stream": True}
         request = self.session.post(f"{self.endpoint.url}/v1/completions", json=body)
         task = asyncio.ensure_future(request.__aenter__())
         await asyncio.wait([task], timeout=self.rng.uniform(0.0, 0.1))
@@ -130,14 +146,15 @@ class Client:
             _expect(answer.status == 400, f"a prompt that is too long: status {answer.status}: {await answer.text()}")
 
     async def _json(self, path: str, **body: Any) -> dict[str, Any]:
-        body["model"] = self.endpoint.model
+        body |= {"model": self.endpoint.model, "max_tokens": min(body["max_tokens"], self.endpoint.answer_tokens)}
         async with self.session.post(f"{self.endpoint.url}/v1/{path}", json=body) as answer:
             _expect(answer.status == 200, f"{path}: status {answer.status}: {(await answer.text())[:300]}")
             found: dict[str, Any] = await answer.json()
             return found
 
     async def _stream(self, path: str, leave_after: int | None = None, **body: Any) -> None:
-        body |= {"model": self.endpoint.model, "stream": True}
+        body |= {"model": self.endpoint.model, "max_tokens": min(body["max_tokens"], self.endpoint.answer_tokens)}
+        body["stream"] = True
         chunks, last = 0, None
         async with self.session.post(f"{self.endpoint.url}/v1/{path}", json=body) as answer:
             _expect(answer.status == 200, f"{path}: status {answer.status}")
@@ -164,10 +181,11 @@ class Client:
         return self.rng.choice([1, 8, 32, 64, 128])
 
     def _words(self, count: int = 0) -> str:
-        """Random text; half of the time after a beginning that others share."""
+        """Random text, half of the time after a beginning that others share: so many words, or some that fit."""
+        most = count or self.endpoint.prompt_words
         count = count or self.rng.choice([1, 20, 60, 150, 300])
         shared = WORDS * 3 if self.rng.random() < 0.5 else []
-        return " ".join([*shared, *self.rng.choices(WORDS, k=count)])
+        return " ".join([*shared, *self.rng.choices(WORDS, k=count)][:most])
 
 
 def _expect(condition: bool, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import random
 import sys
@@ -152,3 +153,66 @@ def test_a_prompt_that_is_too_long_must_be_refused() -> None:
 
     assert act("too_long", refuse).answers == {"too_long": 1}
     assert act("too_long", accept).answers == {"failed": 1}
+
+
+@pytest.mark.parametrize("kind", ["completion", "logprobs", "probe", "stop"])
+def test_requests_fit_the_context(kind: str) -> None:
+    """Of 64 tokens: half for the prompt, a quarter for the answer, a quarter for the template."""
+    asked: list[dict[str, object]] = []
+
+    async def note(request: web.Request) -> web.StreamResponse:
+        asked.append(await request.json())
+        return await _completion("a")
+
+    act(kind, note, 20)
+    assert len(asked) == 20
+    assert max(len(str(body["prompt"]).split()) for body in asked) <= 21
+    assert max(int(str(body["max_tokens"])) for body in asked) <= 16
+
+
+SERIES = "".join(f"llmctl:{name} 0\n" for name in soak.IDLE_SERIES)
+MODELS = {"data": [{"id": "m", "max_model_len": 64}]}
+
+
+def soaked(models: object, *metrics: str) -> soak.SoakRecord:
+    """A short soak of a server with those answers; the last of ``metrics`` is repeated."""
+    texts = list(metrics)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/models":
+            return web.json_response(models)
+        if request.path == "/metrics":
+            return web.Response(text=texts.pop(0) if len(texts) > 1 else texts[0])
+        await asyncio.sleep(0.01)
+        return await _completion("a")
+
+    async def run() -> soak.SoakRecord:
+        app = web.Application(client_max_size=2**24)
+        app.router.add_route("*", "/{path:.*}", handler)
+        options = argparse.Namespace(minutes=0.005, round_seconds=0.1, idle_seconds=0.1, seed=0)
+        async with TestServer(app) as server:
+            return await soak.soak(str(server.make_url("/")).rstrip("/"), None, options)
+
+    return asyncio.run(run())
+
+
+def test_a_watch_that_dies_is_a_failure() -> None:
+    """The second answer, which is the watch's first, is no number."""
+    seen = soaked(MODELS, SERIES, "llmctl:engine_steps_total x\n", SERIES)
+    assert "the watch over the steps ended: ValueError: could not convert string to float: 'x'" in seen.errors
+    assert any("failures" in line for line in soak.verdict(seen, BOUNDS, 0, False))
+    assert not any("watch" in error for error in soaked(MODELS, SERIES).errors)
+
+
+@pytest.mark.parametrize(
+    ("models", "metrics", "said"),
+    [
+        (MODELS, "vllm:num_requests_running 0\n", "its /metrics has no llmctl:num_requests_running"),
+        ({"data": [{"id": "m"}]}, SERIES, "/v1/models: KeyError: 'max_model_len'"),
+        ([], SERIES, "not an llmctl server"),
+    ],
+)
+def test_another_server_is_refused(models: object, metrics: str, said: str) -> None:
+    with pytest.raises(RuntimeError, match="not an llmctl server") as raised:
+        soaked(models, metrics)
+    assert said in str(raised.value)
