@@ -193,6 +193,7 @@ class Bench:
         self.context = context
         self.kernels = ""
         self._checkpoint, self._work, self._threads = checkpoint, work, threads
+        self._built: set[Path] = set()
 
     def integer(self, head: str) -> LoadedEngine:
         """The bfloat16 engine with that output head."""
@@ -247,12 +248,13 @@ class Bench:
 
     def _engine(self, dtype: str, head: str) -> LoadedEngine:
         from llmctl.artifact.builder import build_engine
-        from llmctl.artifact.loader import is_engine, load_engine, read_manifest
+        from llmctl.artifact.loader import load_engine, read_manifest
         from llmctl.config import BuildConfig
 
         path = self._work / f"{dtype}-{head}"
-        if not is_engine(path):
+        if path not in self._built:  # one that lies there may be of another model or of older kernels
             build_engine(BuildConfig(model=str(self._checkpoint), output=str(path), dtype=dtype, lm_head=head))
+            self._built.add(path)
         if read_manifest(path).quantization.method == "none":
             raise UsageError(f"{self._checkpoint}: is not quantized", fix="llmctl quantize it first", param="model")
         return load_engine(
@@ -275,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kl-tokens", type=int, default=256, help="leading tokens for KL; 0: none (default: 256)")
     parser.add_argument("--bound", type=float, default=0.01, help="allowed change of perplexity (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--work", metavar="DIR", help="keep the engines there")
+    parser.add_argument("--work", metavar="DIR", help="leave the engines there (built anew by every run)")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     return parser
 

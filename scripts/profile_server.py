@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +22,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 READY_SECONDS = 180
+STOP_SECONDS = 30
 COUNTERS = ("engine_steps_total", "engine_busy_seconds_total", "engine_compute_seconds_total")
 
 
@@ -79,7 +79,7 @@ def get(url: str) -> bytes:
         return bytes(answer.read())
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(model: str, extra: list[str]) -> Iterator[Server]:
     """``llmctl serve`` on a free port, ready."""
     with socket.socket() as sock:
@@ -87,13 +87,25 @@ def serving(model: str, extra: list[str]) -> Iterator[Server]:
         port = sock.getsockname()[1]
     command = [sys.executable, "-m", "llmctl.cli.main", "serve", "--model", model, "--port", str(port), *extra]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             wait_ready(f"http://127.0.0.1:{port}", process, log)
             yield Server(f"http://127.0.0.1:{port}", process)
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server; one that does not end in time is killed with its children."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"the server did not end within {STOP_SECONDS} s of SIGTERM: killed", file=sys.stderr)
+        for member in (*psutil.Process(process.pid).children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
