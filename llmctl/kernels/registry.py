@@ -13,7 +13,7 @@ from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.kernels.attention import AttentionShape
 from llmctl.kernels.cuda_gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
 from llmctl.kernels.cuda_layout import CudaFormat
-from llmctl.kernels.lora import MAX_RANK, lora_entries
+from llmctl.kernels.lora import MAX_RANK, RANK_MULTIPLE, lora_entries
 
 FALLBACK = "torch"
 """The kernel name of an op that a runtime executes with torch's own operators."""
@@ -189,8 +189,8 @@ def _refuse_int8(facts: OpFacts) -> str | None:
 
 def _refuse_lora(facts: OpFacts) -> str | None:
     rank, buffers = facts.op.attrs["rank"], facts.graph.buffers
-    if rank > MAX_RANK:
-        return f"rank {rank}; the kernels take up to {MAX_RANK}"
+    if rank > MAX_RANK or rank % RANK_MULTIPLE:
+        return f"rank {rank}; the kernels take multiples of {RANK_MULTIPLE} up to {MAX_RANK}"
     for width in (buffers[facts.op.inputs[0]].width, facts.op.attrs["rows"], facts.op.attrs["column"]):
         if width % 8:
             return f"width {width} is not a multiple of 8 (one 16-byte load)"
