@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.kernels.compile import PTX_FALLBACK
+
+NO_CUDA_RUNTIME = "this version builds cuda engines but has no runtime for them yet"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ def cpu_features() -> frozenset[str]:
     except OSError:
         pass
     return frozenset(features)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from llmctl import __version__
 from llmctl.artifact.cpu_planes import pack_planes as pack_cpu_planes
 from llmctl.artifact.cuda_planes import cuda_formats
 from llmctl.artifact.cuda_planes import pack_planes as pack_cuda_planes
+from llmctl.artifact.device import usable_cores
 from llmctl.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -48,7 +48,10 @@ Progress = Callable[[str, int, int], None]
 
 _CACHE_LINE = 64  # bytes; mapped weights are read in whole lines
 MAX_SHARD_BYTES = 2**30
-"""Size of a weight file. The packed planes of one file's quantized weights are in memory at the same time."""
+"""Size of a weight file. The packed planes of one file are in memory at the same time: those of all its weights for the
+native CPU kernels, of the quantized ones for other targets."""
+
+_MOST_PACKERS = 8  # threads; each holds a weight of the checkpoint beside its planes
 
 
 def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None) -> None:
@@ -160,7 +163,8 @@ def _shards(planes: Mapping[str, tuple[Plane, ...]]) -> Iterator[list[str]]:
 
 
 class _WeightWriter:
-    """Turns graph weights into tensors to write: a dense one when its turn comes, a quantized one packed at once."""
+    """Turns graph weights into tensors to write: packed at once, but for dense weights of other targets than the native
+    CPU kernels, each of which is read when its turn comes."""
 
     def __init__(self, plan: BuildPlan, progress: Progress) -> None:
         self.plan = plan
@@ -170,10 +174,10 @@ class _WeightWriter:
         self.done = 0
 
     def tensors(self, names: Sequence[str]) -> dict[str, TensorSpec]:
-        """What to write for some weights."""
+        """What to write for some weights; all that is packed is in memory together when it returns."""
         found: dict[str, TensorSpec] = {}
         # Packing is numpy's and torch's work, which other threads need not wait for.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(_MOST_PACKERS, usable_cores())) as pool:
             for name, specs in zip(names, pool.map(self._specs, names), strict=True):
                 found |= specs
                 if not any(callable(content) for *_, content in specs.values()):

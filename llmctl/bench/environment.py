@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from llmctl import __version__
+from llmctl.artifact.device import usable_cores
 
 _PACKAGES = ("numpy", "aiohttp", "torch", "transformers", "tokenizers", "cupy-cuda13x")
 
@@ -49,11 +50,6 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_average() -> list[float] | None:

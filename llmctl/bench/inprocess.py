@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
+from llmctl.artifact.device import usable_cores
 from llmctl.artifact.loader import LoadedEngine, read_manifest
-from llmctl.bench.environment import usable_cores
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
 from llmctl.config import EngineConfig

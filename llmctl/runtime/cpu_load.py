@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.artifact.cpu_planes import packed_linears
+from llmctl.artifact.device import usable_cores
 from llmctl.artifact.loader import LoadedEngine, WeightPlane, cpu_library
 from llmctl.runtime.cpu import CpuRuntime, CpuWeights
 
@@ -59,7 +58,7 @@ def physical_cores() -> int:
     """Physical cores this process may run on (its affinity), at least 1."""
     import psutil  # type: ignore[import-untyped,unused-ignore]
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_cores()
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
