@@ -84,8 +84,9 @@ def write_gptq(
     symmetric: bool = False,
     act_order: bool = False,
     seed: int = 0,
+    head: bool = False,
 ) -> Path:
-    """The checkpoint with random GPTQ weights in all layers."""
+    """The checkpoint with random GPTQ weights in all layers, and in its output head if ``head``."""
     import torch
 
     from llmctl.checkpoint import gptq
@@ -94,12 +95,13 @@ def write_gptq(
 
     scheme = QuantScheme(bits, group_size, symmetric, act_order)
     generator = torch.Generator().manual_seed(seed)
+    shapes = linear_shapes() | ({"lm_head": (VOCAB, HIDDEN)} if head else {})
     tensors: dict[str, Any] = {
         name: ("F16", array.shape, array)
         for name, array in dense_tensors(seed).items()
-        if name.removesuffix(".weight") not in linear_shapes()
+        if name.removesuffix(".weight") not in shapes
     }
-    for name, (rows, columns) in linear_shapes().items():
+    for name, (rows, columns) in shapes.items():
         groups = (rows, scheme.groups(columns))
         top = 2**bits
         zeros = torch.full(groups, top // 2) if symmetric else torch.randint(1, top, groups, generator=generator)

@@ -90,6 +90,12 @@ def linear_formats_of(name: str, graph: Graph, options: BuildOptions) -> LinearF
     return None if op is None else _format(graph.weights[name], op, options)
 
 
+def dense_head(graph: Graph) -> str | None:
+    """The weight of the output head; None when the checkpoint quantizes it."""
+    name = next(op.weights[0] for op in graph.linears() if LOGITS in op.outputs)
+    return name if graph.weights[name].quant is None else None
+
+
 def _table_names(graph: Graph) -> set[str]:
     return {op.weights[0] for op in graph.ops if op.kind in _TABLES}
 

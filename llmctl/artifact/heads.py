@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmctl.artifact.cpu_planes import LM_HEAD_BITS, linear_formats_of, pack_linear
+from llmctl.artifact.cpu_planes import LM_HEAD_BITS, dense_head, linear_formats_of, pack_linear
 from llmctl.artifact.loader import LoadedEngine, WeightPlane
 from llmctl.artifact.plan import BuildPlan
 from llmctl.checkpoint.assemble import assemble
-from llmctl.graph.graph import LOGITS
 from llmctl.kernels.cpu_layout import to_planes
 
 HEADS = ("dense", *LM_HEAD_BITS)
@@ -23,8 +22,7 @@ def free_head(plan: BuildPlan) -> str | None:
     """
     if not plan.target.native_cpu or plan.options.dtype == "float32":
         return None
-    name = next(op.weights[0] for op in plan.graph.linears() if LOGITS in op.outputs)
-    return name if plan.graph.weights[name].quant is None else None
+    return dense_head(plan.graph)
 
 
 def head_planes(engine: LoadedEngine, name: str) -> dict[str, WeightPlane]:

@@ -22,6 +22,7 @@ from llmctl.artifact.cuda_planes import cuda_planes
 from llmctl.artifact.device import best_arch, cpu_features, cuda_device
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, Target, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
+from llmctl.artifact.plan import parse_target
 from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
@@ -106,6 +107,7 @@ def load_engine(
     Raises:
         ModelNotFoundError: ``path`` is not an engine folder.
         EngineLoadError: a check failed; the message says what was expected and found, ``fix`` the command to run.
+        UsageError: ``target`` is no target.
     """
     checks = EngineChecks(path, read_manifest(path))
     checks.files(verify)
@@ -316,7 +318,12 @@ class EngineChecks:
 
 
 def _covers(built: Target, wanted: str) -> bool:
-    """Whether an engine for ``built`` is one for ``wanted``: of its kind, with every architecture that it names."""
+    """Whether an engine for ``built`` is one for ``wanted``: of its kind, with every architecture that it names.
+
+    Raises:
+        UsageError: ``wanted`` is no target.
+    """
+    parse_target(wanted)
     kind, _, archs = wanted.partition(":")
     # A cpu variant goes by its short name as well: avx2 for x86_64-avx2.
     names = {name for arch in built.archs for name in (arch, arch.rpartition("-")[2])}

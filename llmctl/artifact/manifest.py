@@ -14,6 +14,7 @@ from typing import Any
 
 from llmctl.artifact.strict import from_data, to_data
 from llmctl.graph.graph import Graph
+from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES
 from llmctl.kernels.compile import KernelResources
 from llmctl.kernels.registry import KernelChoice
 
@@ -75,6 +76,11 @@ class Target:
         """Whether weights are packed for the native CPU kernels."""
         return self.kind == "cpu" and bool(self.archs)
 
+    @property
+    def default_passes(self) -> tuple[str, ...]:
+        """The graph passes of a build that names none."""
+        return CUDA_PASSES if self.kind == "cuda" else DEFAULT_PASSES
+
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(self.archs)}" if self.archs else self.kind
 
@@ -128,18 +134,28 @@ class Manifest:
     def rebuild_command(self, output: str, **changes: Any) -> str:
         """The ``llmctl build`` that makes this engine again at ``output``, with options replaced by ``changes``."""
         built = self.options
+        int8 = built.passes[-1:] == ("int8_activations",)
+        passes = built.passes[:-1] if int8 else built.passes
         options: dict[str, Any] = {
             "target": self.target,
             "dtype": built.dtype,
             "max_model_len": built.max_model_len,
             "block_size": built.block_size,
             "kv_cache_dtype": None if built.kv_cache_dtype == built.dtype else built.kv_cache_dtype,
-            "activations": "int8" if "int8_activations" in built.passes else None,
+            "activations": "int8" if int8 else None,
+            "lm_head": built.lm_head if self.target.native_cpu and "dtype" not in changes else None,
+            "passes": None if passes == self.target.default_passes else passes or ("none",),
         }
-        if "target" in changes:  # another target has other dtypes
-            options |= dict.fromkeys(("dtype", "kv_cache_dtype", "activations"))
+        kind = str(changes.get("target", self.target)).partition(":")[0]
+        if kind != self.target.kind:  # which has other dtypes and passes
+            options |= dict.fromkeys(("dtype", "kv_cache_dtype", "activations", "lm_head", "passes"))
         options |= changes
-        words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+        words = [
+            f"--{name.replace('_', '-')} {word}"
+            for name, value in options.items()
+            if value is not None
+            for word in (value if isinstance(value, tuple) else (value,))
+        ]
         return " ".join(["llmctl build --model", self.source.name, *words, "--output", output])
 
 

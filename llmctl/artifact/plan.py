@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifact.cpu_planes import LM_HEAD_BITS, cpu_choices, cpu_planes
+from llmctl.artifact.cpu_planes import LM_HEAD_BITS, cpu_choices, cpu_planes, dense_head
 from llmctl.artifact.cuda_planes import cuda_planes
-from llmctl.artifact.device import cpu_features
+from llmctl.artifact.device import NO_CUDA_RUNTIME, cpu_features
 from llmctl.artifact.manifest import BuildOptions, QuantizationRecord, Target
 from llmctl.artifact.memory import KV_BYTES, MemoryPlan, plan_memory
 from llmctl.artifact.planes import DTYPE_BYTES, Plane, dense_dtypes, flat, resident_bytes, settle_planes, total_bytes
@@ -19,10 +19,10 @@ from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph
-from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES, PASSES, apply_passes
+from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.kernels.compile import ARCHITECTURES
 from llmctl.kernels.registry import KernelChoice, choose_all
-from llmctl.kernels.toolchain import VARIANTS, find_compiler, library_name, supported_variants
+from llmctl.kernels.toolchain import INSTALL_HINT, VARIANTS, find_compiler, library_name, supported_variants
 
 TARGETS = ("cpu", "cpu:VARIANT[,VARIANT…]", "reference", "cuda:sm_XX[,sm_YY…]")
 
@@ -122,6 +122,16 @@ def parse_target(text: str) -> Target:
     return Target("cuda", names)
 
 
+def check_has_runtime(target: Target) -> None:
+    """Refuse a target that can be built but not run.
+
+    Raises:
+        UsageError: a cuda target.
+    """
+    if target.kind == "cuda":
+        raise UsageError(f"--target {target}: {NO_CUDA_RUNTIME}", fix="--target cpu", param="target")
+
+
 def check_options(config: BuildConfig) -> None:
     """Refuse options that are wrong whatever the model is.
 
@@ -188,9 +198,8 @@ def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRec
 
 
 def _passes(config: BuildConfig, target: Target) -> tuple[str, ...]:
-    default = CUDA_PASSES if target.kind == "cuda" else DEFAULT_PASSES
     known = tuple(DEFAULT_PASSES if target.kind == "cpu" else PASSES)
-    names = default if config.passes is None else () if config.passes == ("none",) else config.passes
+    names = target.default_passes if config.passes is None else () if config.passes == ("none",) else config.passes
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(
@@ -213,6 +222,8 @@ def _kv_cache_dtype(name: str, target: Target, dtype: str) -> str:
         known = (dtype, *(d for d in KV_BYTES if d not in DTYPE_BYTES))
     else:
         known = ("bfloat16", "float32", "int8") if target.native_cpu else tuple(DTYPE_BYTES)
+    if found == "int8" and target.kind == "cpu" and not target.native_cpu:
+        raise _no_compiler("kv_cache_dtype", name)
     if found not in known:
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {', '.join(known)} for a {target.kind} target that computes in "
@@ -220,6 +231,32 @@ def _kv_cache_dtype(name: str, target: Target, dtype: str) -> str:
             param="kv_cache_dtype",
         )
     return found
+
+
+def _lm_head(name: str, target: Target, dtype: str, graph: Graph) -> str:
+    """How the output head is stored: as the option says, where the native CPU kernels leave that open."""
+    is_free = target.native_cpu and dtype != "float32" and dense_head(graph) is not None
+    if name == "auto":
+        quantized = any(weight.quant is not None for weight in graph.weights.values())
+        return "int8" if is_free and quantized else "dense"
+    if is_free or name not in LM_HEAD_BITS:
+        return name
+    if target.kind == "cpu" and not target.native_cpu:
+        raise _no_compiler("lm_head", name)
+    if target.kind != "cpu":
+        where = f"a {target.kind} target"
+    else:
+        where = "a float32 engine" if dtype == "float32" else "a checkpoint whose output head is quantized"
+    raise UsageError(f"--lm-head: expected auto or dense for {where}, found '{name}'", param="lm_head")
+
+
+def _no_compiler(param: str, value: str) -> UsageError:
+    """The refusal of an option that only the native CPU kernels honour, on a machine that cannot compile them."""
+    return UsageError(
+        f"--{param.replace('_', '-')} {value}: expected a C++ compiler for the kernels of a cpu target, found none",
+        fix=INSTALL_HINT,
+        param=param,
+    )
 
 
 def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph: Graph) -> BuildOptions:
@@ -234,27 +271,18 @@ def _options(config: BuildConfig, target: Target, checkpoint: Checkpoint, graph:
         raise UsageError("--dtype: expected float16 or bfloat16 for a cuda target, found 'float32'", param="dtype")
     if target.native_cpu and dtype == "float16":
         raise UsageError("--dtype: expected bfloat16 or float32 for a cpu target, found 'float16'", param="dtype")
-    options = BuildOptions(
+    if target.native_cpu and config.block_size % 16:
+        raise UsageError(
+            f"--block-size: expected a multiple of 16 for a cpu target, found {config.block_size}", param="block_size"
+        )
+    return BuildOptions(
         dtype,
         length,
         config.block_size,
         _kv_cache_dtype(config.kv_cache_dtype, target, dtype),
         graph.passes,
-        lm_head="dense" if config.lm_head == "auto" else config.lm_head,
+        lm_head=_lm_head(config.lm_head, target, dtype, graph),
     )
-    return _native_options(config, options, graph) if target.native_cpu else options
-
-
-def _native_options(config: BuildConfig, options: BuildOptions, graph: Graph) -> BuildOptions:
-    """The options of an engine for the native CPU kernels."""
-    if options.block_size % 16:
-        raise UsageError(
-            f"--block-size: expected a multiple of 16 for a cpu target, found {options.block_size}", param="block_size"
-        )
-    quantized = any(weight.quant is not None for weight in graph.weights.values())
-    if config.lm_head == "auto" and quantized and options.dtype != "float32":
-        return replace(options, lm_head="int8")
-    return options
 
 
 def resolve_dtype(dtype: str, target: Target, checkpoint_dtype: str) -> str:

@@ -61,7 +61,7 @@ KvCacheDtype = Annotated[
     str,
     typer.Option(
         "--kv-cache-dtype",
-        help="auto (the dtype), bfloat16, float16, float32, int8 (a scale a token and head); for cuda also fp8_e4m3.",
+        help="auto; cpu: bfloat16, float32, int8; cuda: the dtype, int8, fp8_e4m3; reference: the float types.",
         rich_help_panel="Memory",
     ),
 ]

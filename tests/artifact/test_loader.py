@@ -19,7 +19,7 @@ from llmctl.artifact.device import CudaDevice
 from llmctl.artifact.loader import load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, FileRecord, KernelFile, Target
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
-from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundError
+from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundError, UsageError
 from llmctl.kernels.compile import KernelResources
 from llmctl.kernels.registry import KernelChoice
 
@@ -244,7 +244,11 @@ def test_every_chosen_kernel_is_in_some_module(
 
 def test_an_engine_for_another_target_than_asked(built: Path, native: Path, refused: Callable[..., str]) -> None:
     arch = read_manifest(native).target.archs[0]
-    for wanted in ("cuda:sm_90", "reference", "cpu:sm_90", "tpu"):
+    for wanted in ("tpu", "cpu:sm_90", "cuda"):
+        with pytest.raises(UsageError, match=r"--target.*: expected (one|some) of") as error:
+            load_engine(native, target=wanted)
+        assert "llmctl build" not in str(error.value)
+    for wanted in ("cuda:sm_90", "reference"):
         message = refused(native, target=wanted)
         assert f"target: expected cpu:{arch}, found {wanted}" in message
         assert f"--target {wanted}" in message

@@ -72,3 +72,14 @@ def test_records_what_the_design_asks_for(built: Path) -> None:
     assert other.rebuild_command("./e", target="cpu") == (
         "llmctl build --model gptq --target cpu --max-model-len 256 --block-size 16 --output ./e"
     )
+    same_kind = other.rebuild_command("./e", target="cuda:sm_80")
+    assert "--target cuda:sm_80 --dtype float16" in same_kind
+    assert "--kv-cache-dtype int8 --activations int8" in same_kind
+
+
+def test_another_dtype_has_another_head(native: Path) -> None:
+    manifest = read_manifest(native)
+    assert "--dtype bfloat16" in (same := manifest.rebuild_command("./e"))
+    assert "--lm-head int8" in same
+    assert "--lm-head" not in manifest.rebuild_command("./e", dtype="float32")
+    assert "--lm-head" not in manifest.rebuild_command("./e", target="reference")

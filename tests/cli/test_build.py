@@ -10,6 +10,7 @@ import pytest
 from tiny_checkpoint import write_dense, write_gptq
 from typer.testing import CliRunner, Result
 
+from llmctl.artifact.loader import read_manifest
 from llmctl.cli.main import app
 from llmctl.errors import CompileError
 from llmctl.kernels.nvrtc import load_nvrtc
@@ -73,6 +74,28 @@ def test_json_documents(run: Run, model: Path, tmp_path: Path) -> None:
     assert shown["runs_here"] == "yes"
     assert shown["graph"]["ops"]["attention"] == 2
     assert len(shown["ops"]) == sum(shown["graph"]["ops"].values())
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--lm-head int4 --kv-cache-dtype int8 --passes fuse_rope_kv --passes merge_qkv",
+        "--lm-head dense --passes none",
+        "--dtype float32 --block-size 32",
+        "--target reference --dtype float16 --kv-cache-dtype float32 --max-model-len 99",
+    ],
+)
+def test_the_rebuild_command_makes_the_same_engine(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.chdir(model.parent)
+    run("build", "--model", "tiny", "--output", "first", "--eval-text", "none", *options.split())
+    first = read_manifest(Path("first"))
+    words = first.rebuild_command("second").split()
+    assert words[0] == "llmctl"
+    run(*words[1:], "--eval-text", "none")
+    assert read_manifest(Path("second")) == first
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
