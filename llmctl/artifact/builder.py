@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmctl import __version__
-from llmctl.artifact.device import cpu_features, cuda_device
+from llmctl.artifact.device import cpu_features
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, Target, canonical_json
-from llmctl.artifact.plan import BuildPlan, check_options, parse_target, plan_build
+from llmctl.artifact.plan import BuildPlan, check_has_runtime, check_options, parse_target, plan_build
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
@@ -128,14 +128,14 @@ def _check_runs_here(target: Target) -> None:
     Raises:
         UsageError: naming what is missing.
     """
+    check_has_runtime(target)
     here = [library_name(variant) for variant in supported_variants(cpu_features())]
-    if target.kind == "cuda" and cuda_device() is None:
-        expected, found = "an NVIDIA device and driver", "none on this machine"
-    elif target.native_cpu and not set(target.archs) & set(here):
-        expected, found = "a CPU that runs it", f"one that runs {', '.join(here)}"
-    else:
-        return
-    raise UsageError(f"--target {target}: expected {expected}, found {found}", fix="--target cpu", param="target")
+    if target.native_cpu and not set(target.archs) & set(here):
+        raise UsageError(
+            f"--target {target}: expected a CPU that runs it, found one that runs {', '.join(here)}",
+            fix="--target cpu",
+            param="target",
+        )
 
 
 def _is_complete(folder: Path, plan: BuildPlan) -> bool:

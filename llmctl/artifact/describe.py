@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llmctl.artifact.device import NO_CUDA_RUNTIME
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
 from llmctl.artifact.manifest import BuildOptions, Manifest, QuantizationRecord
 from llmctl.artifact.memory import human_bytes
@@ -133,6 +134,8 @@ def _modules(manifest: Manifest) -> dict[str, Any]:
 
 
 def _runs_here(checks: EngineChecks) -> str:
+    if checks.manifest.target.kind == "cuda":
+        return f"no: {NO_CUDA_RUNTIME}"
     try:
         checks.target()
     except EngineLoadError as error:

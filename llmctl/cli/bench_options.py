@@ -124,7 +124,7 @@ OUTPUT: Table = {
 }
 ENGINE: Table = {
     "target": _engine(
-        "--target", help="What a checkpoint is built for: cpu (auto), reference, cuda:sm_90; an engine must be for it."
+        "--target", help="What a checkpoint is built for: cpu (auto) or reference; an engine must be for it."
     ),
     "dtype": _engine("--dtype", help="Activations' type: auto, float32, bfloat16, float16."),
     "max_model_len": _engine("--max-model-len", kind=_NUMBER, metavar="N", min=1, help="Longest sequence, tokens."),

@@ -41,7 +41,7 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
-        help="What a checkpoint is built for: cpu (auto), reference, cuda:sm_90; an engine must be for it.",
+        help="What a checkpoint is built for: cpu (auto) or reference; an engine must be for it.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmctl.artifact.loader import LoadedEngine, WeightPlane, load_engine
+from llmctl.artifact.device import NO_CUDA_RUNTIME
+from llmctl.artifact.loader import LoadedEngine, WeightPlane, load_engine, read_manifest
+from llmctl.artifact.manifest import Manifest
+from llmctl.artifact.plan import check_has_runtime, parse_target
 from llmctl.checkpoint.assemble import GraphSource, assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.config import EngineConfig, parse_bytes
@@ -32,6 +35,9 @@ def open_runtime(path: Path, config: EngineConfig) -> tuple[LoadedEngine, Runtim
     Raises:
         LlmctlError: whatever loading refuses.
     """
+    if config.target != "auto":
+        check_has_runtime(parse_target(config.target))
+    _refuse_cuda(path, read_manifest(path))
     kv_bytes = parse_bytes(config.kv_cache_memory, param="kv_cache_memory") if config.kv_cache_memory else None
     loaded = load_engine(
         path,
@@ -57,19 +63,14 @@ def load_runtime(engine: LoadedEngine, *, dtype: str | None = None, threads: int
     Raises:
         EngineLoadError: no runtime for the engine's target.
     """
-    kind = engine.manifest.target.kind
+    _refuse_cuda(engine.path, engine.manifest)
     if engine.manifest.target.native_cpu:
         from llmctl.runtime.cpu_load import load_cpu_runtime
 
         return load_cpu_runtime(engine, threads=threads)
     from llmctl.runtime.reference import ReferenceRuntime
 
-    if kind not in ("cpu", "reference"):
-        raise EngineLoadError(
-            f"{engine.path}: target: no runtime for '{engine.manifest.target}' in this version",
-            fix=engine.manifest.rebuild_command(str(engine.path), target="cpu"),
-        )
-    if kind == "cpu":
+    if engine.manifest.target.kind == "cpu":
         logger.warning("this engine was built without a C++ compiler: it runs on torch, many times slower")
     return ReferenceRuntime(
         engine.graph,
@@ -80,6 +81,14 @@ def load_runtime(engine: LoadedEngine, *, dtype: str | None = None, threads: int
         dtype=dtype or engine.manifest.options.dtype,
         threads=threads,
     )
+
+
+def _refuse_cuda(path: Path, manifest: Manifest) -> None:
+    if manifest.target.kind == "cuda":
+        raise EngineLoadError(
+            f"{path}: target {manifest.target}: {NO_CUDA_RUNTIME}",
+            fix=manifest.rebuild_command(str(path), target="cpu"),
+        )
 
 
 def runtime_from_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
+from llmctl.kernels.toolchain import INSTALL_HINT, find_compiler
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -205,6 +207,12 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ({"kv_cache_dtype": "float16"}, "--kv-cache-dtype: expected one of auto, bfloat16, float32, int8 for a cpu"),
         ({"dtype": "float16"}, "--dtype: expected bfloat16 or float32 for a cpu target"),
         (
+            {"lm_head": "int8", "target": "cuda:sm_80"},
+            "--lm-head: expected auto or dense for a cuda target, found 'int8'",
+        ),
+        ({"lm_head": "int4", "target": "reference"}, "--lm-head: expected auto or dense for a reference target"),
+        ({"lm_head": "int8", "dtype": "float32"}, "--lm-head: expected auto or dense for a float32 engine"),
+        (
             {"target": "cuda:sm_80", "dtype": "bfloat16", "kv_cache_dtype": "float16"},
             "bfloat16, int8, fp8_e4m3 for a cuda target that computes in bfloat16, found 'float16'",
         ),
@@ -224,6 +232,28 @@ def test_bad_options(checkpoints: dict[str, Path], tmp_path: Path, options: dict
         build_engine(BuildConfig(**settings))  # type: ignore[arg-type]
     assert message in str(error.value)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("kv_cache_dtype", "int8"), ("lm_head", "int8"), ("lm_head", "int4")])
+def test_what_only_the_native_kernels_do_needs_a_compiler(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, option: str, value: str
+) -> None:
+    monkeypatch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
+    with pytest.raises(UsageError) as error:
+        plan_build(BuildConfig(model=str(checkpoints["gptq"]), **{option: value}))  # type: ignore[arg-type]
+    assert error.value.message.startswith(f"--{option.replace('_', '-')} {value}: expected a C++ compiler")
+    assert error.value.fix == INSTALL_HINT
+    assert plan_build(BuildConfig(model=str(checkpoints["gptq"]))).options.lm_head == "dense"
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+def test_a_head_that_the_checkpoint_quantizes_is_left_alone(tmp_path: Path) -> None:
+    config = BuildConfig(model=str(write_gptq(tmp_path / "m", head=True)))
+    plan = plan_build(config)
+    assert plan.options.lm_head == "dense"
+    assert {choice.op: choice.kernel for choice in plan.choices}["lm_head"] == "w4a8"
+    with pytest.raises(UsageError, match="expected auto or dense for a checkpoint whose output head is quantized"):
+        plan_build(replace(config, lm_head="int8"))
 
 
 def test_no_such_model(tmp_path: Path) -> None:
@@ -300,13 +330,18 @@ class TestEnsureEngine:
         assert capsys.readouterr().err == ""
         assert ensure_engine(model, EngineConfig(target="reference", dtype="bfloat16")) != first
 
-    @pytest.mark.parametrize("target", ["cuda:sm_90", "cpu:avx512bf16,avx2"])
+    @pytest.mark.parametrize(
+        ("target", "said"),
+        [
+            ("cuda:sm_90", "this version builds cuda engines but has no runtime for them yet"),
+            ("cpu:avx512bf16,avx2", "expected a CPU that runs it, found one that runs .*portable"),
+        ],
+    )
     def test_what_cannot_run_here_is_not_built(
-        self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, target: str
+        self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, target: str, said: str
     ) -> None:
-        monkeypatch.setattr("llmctl.artifact.builder.cuda_device", lambda: None)
         monkeypatch.setattr("llmctl.artifact.builder.cpu_features", lambda: frozenset({"fpu"}))
-        with pytest.raises(UsageError, match=r"--target .*: expected .*, found") as error:
+        with pytest.raises(UsageError, match=f"--target {target.partition(':')[0]}:.*: {said}") as error:
             ensure_engine(str(checkpoints["dense"]), EngineConfig(target=target))
         assert error.value.fix == "--target cpu"
         assert not cache.exists()

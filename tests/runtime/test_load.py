@@ -14,16 +14,16 @@ from tiny_checkpoint import VOCAB, write_dense, write_gptq
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import WeightPlane, load_engine
-from llmctl.artifact.manifest import Target
+from llmctl.artifact.manifest import MANIFEST_NAME, Target, manifest_to_bytes
 from llmctl.checkpoint.assemble import assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
-from llmctl.config import BuildConfig
+from llmctl.config import BuildConfig, EngineConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
-from llmctl.errors import CheckpointError, EngineLoadError
+from llmctl.errors import CheckpointError, EngineLoadError, UsageError
 from llmctl.graph.graph import Graph, QuantScheme, Weight, WeightPart
 from llmctl.graph.passes import apply_passes
-from llmctl.runtime.load import EngineWeights, load_runtime, runtime_from_checkpoint
+from llmctl.runtime.load import EngineWeights, load_runtime, open_runtime, runtime_from_checkpoint
 from llmctl.runtime.reference import ReferenceRuntime
 
 PLAN = StepPlan((SequenceSlice("a", np.random.default_rng(0).integers(0, VOCAB, 20).tolist(), 0, [2, 0], True),))
@@ -56,10 +56,14 @@ def test_a_cuda_engine_has_no_runtime_here(tmp_path: Path) -> None:
     write_dense(tmp_path / "checkpoint")
     config = BuildConfig(str(tmp_path / "checkpoint"), str(tmp_path / "engine"), target="reference")
     engine = load_engine(build_engine(config))
+    with pytest.raises(UsageError, match="--target cuda:sm_90: this version builds cuda engines but has no runtime"):
+        open_runtime(engine.path, EngineConfig(target="cuda:sm_90"))
     foreign = replace(engine, manifest=replace(engine.manifest, target=Target("cuda", ("sm_90",))))
-    with pytest.raises(EngineLoadError, match="no runtime for 'cuda:sm_90'") as caught:
-        load_runtime(foreign)
-    assert "--target cpu" in str(caught.value.fix)
+    (engine.path / MANIFEST_NAME).write_bytes(manifest_to_bytes(foreign.manifest))
+    for run in (lambda: load_runtime(foreign), lambda: open_runtime(engine.path, EngineConfig())):
+        with pytest.raises(EngineLoadError, match="target cuda:sm_90: this version builds cuda engines but") as caught:
+            run()
+        assert "--target cpu" in str(caught.value.fix)
 
 
 def planes_of(weight: QuantizedWeight, name: str) -> dict[str, WeightPlane]:
