@@ -69,11 +69,18 @@ def _build(name: str, key: Sequence[str], commands: Any) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             commands(Path(folder), Path(folder) / "made.so")
             os.replace(Path(folder) / "made.so", target)
-        newest_first = sorted(cache.glob("*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+        newest_first = sorted(cache.glob("*.so"), key=_modified, reverse=True)
         for old in newest_first[_KEPT_LIBRARIES:]:
             if not old.name.startswith("emulator-"):
                 old.unlink(missing_ok=True)
     return target
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another test process has just removed it
+        return 0.0
 
 
 def _execute(command: Sequence[str | Path], source: str | None = None) -> str:
