@@ -136,7 +136,7 @@ class Scheduler:
             CapacityError: a request that can never fit. QueueFullError: too many are waiting.
         """
         ids = {r.request_id for r in requests}
-        if len(ids) < len(requests) or not ids.isdisjoint(self.requests):
+        if len(ids) < len(requests) or not self.requests.keys().isdisjoint(ids):  # in this order it walks the few
             raise RequestError("request_id: already in use", param="request_id")
         for request in requests:
             self._validate(request)
@@ -199,7 +199,7 @@ class Scheduler:
         """The next step; its plan is empty when nothing can be computed before a step in flight is done."""
         step = _StepUnderWay(self.config.max_num_batched_tokens)
         self._schedule_running(step)
-        if self.waiting:
+        if self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             self._schedule_waiting(step)
         num_tokens = self.config.max_num_batched_tokens - step.budget
         if num_tokens:
