@@ -1,6 +1,6 @@
 """The CPU kernels under sanitizers: ``make sanitize``; CI runs it. Exit code 0 when all is clean, 1 otherwise.
 
-AddressSanitizer and UndefinedBehaviorSanitizer: every build of the kernels that this machine runs, through the kernel
+AddressSanitizer and UndefinedBehaviorSanitizer: every build of the kernels that the tests run, through the kernel
 tests and a part of the runtime's, with poisoned gaps between the activations (arena_redzones.py in SOURCES).
 ThreadSanitizer: the pool and whole steps (pool_stress.cpp, step_stress.cpp). Then faults are planted, each of which the
 same set-up must report: a sanitizer that is not really on would pass everything.
@@ -23,7 +23,14 @@ from pathlib import Path
 
 from llmctl.artifact.device import cpu_features
 from llmctl.errors import CompileError
-from llmctl.kernels.toolchain import INSTALL_HINT, SOURCE_DIR, compile_library, find_compiler, supported_variants
+from llmctl.kernels.toolchain import (
+    INSTALL_HINT,
+    SOURCE_DIR,
+    compile_library,
+    find_compiler,
+    supported_variants,
+    variants_to_test,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "kernels" / "sanitize"
@@ -106,8 +113,8 @@ def python_environment(tools: Toolbox, compiler: Path, cache: Path) -> dict[str,
 
 
 def compile_variants(compiler: Path, cache: Path) -> tuple[str, ...]:
-    """Compile every variant this machine runs into the kernel cache, two at a time; their names."""
-    variants = supported_variants(cpu_features())
+    """Compile every variant the kernel tests run into the kernel cache, two at a time; their names."""
+    variants = variants_to_test(cpu_features())
     os.environ["CXX"] = str(compiler)
     try:
         with ThreadPoolExecutor(2) as pool:

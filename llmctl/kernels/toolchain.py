@@ -51,6 +51,9 @@ VARIANTS = (
 )
 """From the fastest down."""
 
+EMULATED_BF16 = Variant("x86_64-avx512bf16-emulated", (*_AVX512_FLAGS, "-DLLMCTL_EMULATE_BF16"), _AVX512, "x86_64")
+"""The code of avx512bf16 with its one further instruction in software: for tests only, in no engine."""
+
 
 @dataclass(frozen=True)
 class CompiledLibrary:
@@ -78,6 +81,14 @@ def supported_variants(features: Iterable[str]) -> tuple[Variant, ...]:
     return tuple(
         v for v in VARIANTS if set(v.features) <= have and (v.machine is None or v.machine == platform.machine())
     )
+
+
+def variants_to_test(features: Iterable[str]) -> tuple[Variant, ...]:
+    """The supported variants; before them avx512bf16 emulated, where the CPU lacks nothing else for it."""
+    have = set(features)
+    supported = supported_variants(have)
+    emulate = "avx512_bf16" not in have and any(v.features == EMULATED_BF16.features for v in supported)
+    return (EMULATED_BF16, *supported) if emulate else supported
 
 
 def find_compiler() -> tuple[str, ...] | None:

@@ -24,12 +24,12 @@ from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan, StepResul
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Buffer, Graph, KVLayer, Op, Weight, WeightPart
 from llmctl.kernels.cpu_layout import PackedLinear, pack_int
-from llmctl.kernels.toolchain import Variant, compile_library, find_compiler, supported_variants
+from llmctl.kernels.toolchain import Variant, compile_library, find_compiler, variants_to_test
 from llmctl.runtime import cpu
 
 Floats = NDArray[np.float32]
-VARIANTS = supported_variants(cpu_features()) if find_compiler() else ()
-"""The builds of the kernels that this machine runs."""
+VARIANTS = variants_to_test(cpu_features()) if find_compiler() else ()
+"""The builds of the kernels that this machine runs, avx512bf16 in software where it lacks that."""
 
 _FOLDER = TemporaryDirectory()
 

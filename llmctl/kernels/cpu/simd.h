@@ -4,6 +4,7 @@
 // The same sources are compiled once per variant; flags alone decide which branch is taken:
 //   avx512bf16   avx512vnni + -mavx512bf16 (Zen 4, Sapphire Rapids)      avx512vnni   -mavx512f/bw/vl/dq/vnni (Ice Lake)
 //   avx2         -mavx2 -mfma -mf16c                                    portable     no flags (any architecture)
+// LLMCTL_EMULATE_BF16 with avx512vnni's flags takes avx512bf16's branches without its instruction: for tests, slow.
 // All integer dot products are exact in every variant; float results may differ between variants in rounding only.
 #pragma once
 #include <cmath>
@@ -16,7 +17,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define LLMCTL_AVX512 1
 #endif
-#if defined(LLMCTL_AVX512) && defined(__AVX512BF16__)
+#if defined(LLMCTL_AVX512) && (defined(__AVX512BF16__) || defined(LLMCTL_EMULATE_BF16))
 #define LLMCTL_AVX512_BF16 1
 #endif
 
@@ -236,12 +237,37 @@ static inline i32x16 dot4(i32x16 acc, u8x64 a, const int8_t* b) {
 #endif
 }
 
+#if defined(LLMCTL_AVX512_BF16)
+// vdpbf16ps: acc[lane] += a[lane][1] * b[lane][1], then += a[lane][0] * b[lane][0], in bf16 pairs.
+#if defined(LLMCTL_EMULATE_BF16)
+// As Intel's manual describes the instruction (SDM vol. 2, VDPBF16PS): two fused steps, the odd elements first, each
+// rounded to nearest even, denormal inputs taken and denormal results written as 0, MXCSR as it was. The mode is set in
+// the same asm because a compiler may move arithmetic over a change of MXCSR. Which payload a NaN gets is not followed.
+static inline f32x16 dot_bf16_pairs(f32x16 acc, __m512i a, __m512i b) {
+  static const uint32_t kFlushMaskNearest = 0x9fc0;  // FTZ, all exceptions masked, DAZ
+  const __m512i odd = _mm512_set1_epi32(int32_t(0xffff0000));
+  uint32_t before;
+  __asm__("vstmxcsr %[before]\n\tvldmxcsr %[mode]\n\t"
+          "vfmadd231ps %[a1], %[b1], %[acc]\n\tvfmadd231ps %[a0], %[b0], %[acc]\n\t"
+          "vldmxcsr %[before]"
+          : [acc] "+&v"(acc), [before] "=&m"(before)
+          : [mode] "m"(kFlushMaskNearest), [a1] "v"(_mm512_and_si512(a, odd)), [b1] "v"(_mm512_and_si512(b, odd)),
+            [a0] "v"(_mm512_maskz_slli_epi32(0xffff, a, 16)), [b0] "v"(_mm512_maskz_slli_epi32(0xffff, b, 16)));
+  return acc;
+}
+#else
+static inline f32x16 dot_bf16_pairs(f32x16 acc, __m512i a, __m512i b) {
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#endif
+#endif
+
 // acc[lane] += w[lane][0]*x[0] + w[lane][1]*x[1] in bf16 pairs (w: 32 bf16, x: 2 bf16), fp32 accumulation.
 static inline f32x16 dot2_bf16(f32x16 acc, const uint16_t* w, const uint16_t* x) {
 #if defined(LLMCTL_AVX512_BF16)
   int32_t pair;
   std::memcpy(&pair, x, 4);
-  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+  return dot_bf16_pairs(acc, _mm512_loadu_si512(w), _mm512_set1_epi32(pair));
 #else
   u32x16 both = load<u32x16>(w);
   u32x16 even = both << 16, odd = both & 0xffff0000u;
