@@ -1,38 +1,34 @@
 #!/usr/bin/env python3
-"""What the server path costs beside the model: the share of a core that the API process and the worker's Python take.
+"""What the server path costs beside the model, and what waiting requests cost those that run.
 
-    python scripts/profile_server.py --model ENGINE [--streams 1,8,32] [--output-len 128] [--json]
+    python scripts/profile_server.py --model ENGINE [--streams 1,8,32] [--output-len 256] [--json]
+    python scripts/profile_server.py --model ENGINE --streams 8 --queued 256 [--rounds 5] [--window 2] [--json]
 
 Starts ``llmctl serve`` on an engine, runs N streams at once for each N, and reads processor times from the system and
 the engine's own counters from /metrics. The API process counts with all its threads. The worker's Python is the wall
 time of its steps less that in which the model computed; on a machine that does other work too it is overstated.
+
+With ``--queued`` it compares steps while nothing waits with steps while that many requests wait (``server_queue.py``
+says how), on a server of its own for each N, with N seats.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import random
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import TypeVar
 
 import aiohttp
 import psutil
-from rich.console import Console
-from rich.table import Table
+from served import Server, client_session, prompts, serving, stream
+from server_queue import BUSY, COMPUTE, STEPS, TIMES, QueueRow, play_round
 
-READY_SECONDS = 180
-STOP_SECONDS = 30
-COUNTERS = ("engine_steps_total", "engine_busy_seconds_total", "engine_compute_seconds_total")
+Found = TypeVar("Found", "Row", QueueRow)
 
 
 @dataclass(frozen=True)
@@ -50,106 +46,32 @@ class Row:
     worker_cores: float
 
 
-class Server:
-    """A running ``llmctl serve``: its address and its two processes."""
+class Clocks:
+    """Wall time, and processor time of a server's two processes."""
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes]) -> None:
-        self.url = url
-        self._api = psutil.Process(process.pid)
+    def __init__(self, server: Server) -> None:
+        self._api = psutil.Process(server.pid)
         (self._worker,) = self._api.children()
-        self.model = json.loads(get(url + "/v1/models"))["data"][0]["id"]
 
-    def clocks(self) -> list[float]:
-        """Wall time, and processor time of the two processes, seconds."""
+    def read(self) -> list[float]:
+        """(wall, API process, worker), seconds."""
         return [time.perf_counter(), *(sum(p.cpu_times()[:2]) for p in (self._api, self._worker))]
-
-    def counters(self) -> list[float]:
-        """COUNTERS, as /metrics has them."""
-        values = {}
-        for line in get(self.url + "/metrics").decode().splitlines():
-            name = line.partition("{")[0].removeprefix("llmctl:")
-            if name in COUNTERS:
-                values[name] = float(line.rsplit(" ", 1)[1])
-        return [values[name] for name in COUNTERS]
-
-
-def get(url: str) -> bytes:
-    """A body; raises OSError unless the status is 200."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return bytes(answer.read())
-
-
-@contextlib.contextmanager
-def serving(model: str, extra: list[str]) -> Iterator[Server]:
-    """``llmctl serve`` on a free port, ready."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "llmctl.cli.main", "serve", "--model", model, "--port", str(port), *extra]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            wait_ready(f"http://127.0.0.1:{port}", process, log)
-            yield Server(f"http://127.0.0.1:{port}", process)
-        finally:
-            stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server; one that does not end in time is killed with its children."""
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        print(f"the server did not end within {STOP_SECONDS} s of SIGTERM: killed", file=sys.stderr)
-        for member in (*psutil.Process(process.pid).children(recursive=True), process):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    """Until /ready answers 200; exits with the server's words when it ends first."""
-    end = time.monotonic() + READY_SECONDS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            log.seek(0)
-            sys.exit(log.read().decode().strip())
-        try:
-            get(url + "/ready")
-            return
-        except OSError:
-            time.sleep(0.05)
-    sys.exit(f"the server was not ready within {READY_SECONDS} s")
 
 
 async def run_streams(server: Server, streams: int, prompt_tokens: int, output_tokens: int) -> None:
-    """N streams at once, each with a prompt of its own; what they answer is read and thrown away."""
-    ids = random.Random(streams)
-    body: dict[str, Any] = {"model": server.model, "max_tokens": output_tokens, "ignore_eos": True}
-    body |= {"temperature": 0, "stream": True}
-
-    async def one(session: aiohttp.ClientSession) -> None:
-        prompt = [ids.randrange(1000, 10_000) for _ in range(prompt_tokens)]
-        async with session.post(server.url + "/v1/completions", json={**body, "prompt": prompt}) as answer:
-            answer.raise_for_status()
-            tail = b""
-            async for data in answer.content.iter_any():
-                tail = (tail + data)[-64:]
-            if b"[DONE]" not in tail:
-                sys.exit("a stream ended early")
-
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
-        await asyncio.gather(*[one(session) for _ in range(streams)])
+    """N streams at once, each with a prompt of its own."""
+    async with client_session() as session:
+        await asyncio.gather(*[stream(session, server, p, output_tokens) for p in prompts(streams, prompt_tokens)])
 
 
 def measure(server: Server, streams: int, prompt_tokens: int, output_tokens: int) -> Row:
     """One row of the table."""
-    counters, clocks = server.counters(), server.clocks()  # in this order: asking for the metrics costs time as well
+    clocks = Clocks(server)
+    counted, began = server.metrics(), clocks.read()  # in this order: asking for the metrics costs time as well
     asyncio.run(run_streams(server, streams, prompt_tokens, output_tokens))
-    wall, api, worker = (b - a for a, b in zip(clocks, server.clocks(), strict=True))
-    steps, busy, compute = (b - a for a, b in zip(counters, server.counters(), strict=True))
+    wall, api, worker = (b - a for a, b in zip(began, clocks.read(), strict=True))
+    found = server.metrics()
+    steps, busy, compute = (found[name] - counted[name] for name in (STEPS, BUSY, COMPUTE))
     tokens, python = streams * output_tokens, busy - compute
     return Row(
         streams=streams,
@@ -164,47 +86,86 @@ def measure(server: Server, streams: int, prompt_tokens: int, output_tokens: int
     )
 
 
-def show(rows: list[Row]) -> None:
-    """The rows as a table."""
-    table = Table()
-    names = (
-        "streams",
-        "tok/s",
-        "API of a core",
-        "us/token",
-        "Python of worker",
-        "us/step",
-        "whole step",
-        "worker cores",
-    )
-    for name in names:
-        table.add_column(name, justify="right")
-    for r in rows:
-        table.add_row(
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table."""
+    print("| " + " | ".join(head) + " |\n|" + "---:|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def show_streams(rows: list[Row]) -> None:
+    """What streams cost."""
+    head = ("streams", "tok/s", "API of a core", "us/token", "Python of worker", "us/step", "whole step, us")
+    lines = [
+        (
             *(str(r.streams), f"{r.tokens_per_second:.0f}", f"{r.api_share:.1%}", f"{r.api_us_per_token:.0f}"),
             *(f"{r.worker_python_share:.1%}", f"{r.worker_python_us_per_step:.0f}", f"{r.step_us:.0f}"),
             f"{r.worker_cores:.2f}",
         )
-    Console(width=120).print(table)
+        for r in rows
+    ]
+    print_table((*head, "worker cores"), lines)
+
+
+def show_queue(rows: list[QueueRow]) -> None:
+    """What a queue costs."""
+    head = ("running", "waiting", "time", "none waits, us", "they wait, us", "ratio", "range", "ratio at submission")
+    lines = [
+        (
+            *(str(r.running), str(r.waiting), TIMES[r.time], f"{r.alone:.0f}", f"{r.queued:.0f}", f"{r.ratio:.3f}"),
+            *("{:.3f} to {:.3f}".format(*r.ratio_range), f"{r.submission_ratio:.2f}"),
+        )
+        for r in rows
+    ]
+    print_table(head, lines)
+
+
+def profile(args: argparse.Namespace, counts: Sequence[int], extra: list[str]) -> list[Row]:
+    """What so many streams cost."""
+    with serving(args.model, extra) as server:
+        asyncio.run(run_streams(server, max(counts), args.prompt_len, 8))  # warm-up
+        return [measure(server, n, args.prompt_len, args.output_len) for n in counts]
+
+
+def profile_queue(args: argparse.Namespace, counts: Sequence[int], extra: list[str]) -> list[QueueRow]:
+    """What ``args.queued`` waiting requests cost so many running ones."""
+    rows, sizes = [], (args.queued, args.prompt_len, args.window)
+    for count in counts:
+        with serving(args.model, ["--max-num-seqs", str(count), *extra]) as server:
+            asyncio.run(run_streams(server, count, args.prompt_len, 8))  # warm-up
+            rounds = [asyncio.run(play_round(server, count, *sizes)) for _ in range(args.rounds)]
+        rows += [QueueRow.of(count, args.queued, time, rounds) for time in TIMES]
+    return rows
+
+
+def report(rows: list[Found], show: Callable[[list[Found]], None], as_json: bool) -> None:
+    """The rows on stdout."""
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        show(rows)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Share of a core that serving costs beside the model.")
+    parser = argparse.ArgumentParser(description="What serving costs beside the model, and what a queue costs.")
     parser.add_argument("--model", required=True, help="an engine, or anything that llmctl serve takes")
     parser.add_argument("--streams", default="1,8,32", help="numbers of streams, comma-separated (1,8,32)")
     parser.add_argument("--prompt-len", type=int, default=32, help="tokens of each prompt (32)")
     parser.add_argument("--output-len", type=int, default=256, help="tokens of each answer (256)")
+    parser.add_argument("--queued", type=int, help="measure steps while so many requests wait, against none")
+    parser.add_argument("--rounds", type=int, default=5, help="with --queued: repeats (5)")
+    parser.add_argument("--window", type=float, default=2.0, help="with --queued: seconds of each window (2)")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args, extra = parser.parse_known_args()  # the rest is for llmctl serve
     counts = [int(n) for n in args.streams.split(",")]
-    with serving(args.model, extra) as server:
-        asyncio.run(run_streams(server, max(counts), args.prompt_len, 8))  # warm-up
-        rows = [measure(server, n, args.prompt_len, args.output_len) for n in counts]
-    if args.json:
-        print(json.dumps([asdict(row) for row in rows]))
-    else:
-        show(rows)
+    try:
+        if args.queued:
+            report(profile_queue(args, counts, extra), show_queue, args.json)
+        else:
+            report(profile(args, counts, extra), show_streams, args.json)
+    except (RuntimeError, aiohttp.ClientError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

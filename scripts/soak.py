@@ -20,10 +20,7 @@ import argparse
 import asyncio
 import json
 import random
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,17 +29,21 @@ from typing import Any
 
 import aiohttp
 import psutil
+from served import client_session, parse_metrics, serving
 from soak_clients import KINDS, Client, Endpoint, Record
 
 LEVELS = (1, 4, 8, 16, 32, 2)
 POLL_SECONDS = 0.2
-IDLE_SERIES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total")
+IDLE_SERIES = (
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total",
+    "num_preemptions_total",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Bounds:
     """What is allowed. growth_mib: memory after warm-up. stall_seconds: without a step while requests run, or between
-    two chunks of a stream. idle_seconds: from the last answer until nothing runs."""
+    two chunks of a stream. idle_seconds: from the last answer until nothing runs. Seconds are those of ``OwnClock``."""
 
     growth_mib: float
     stall_seconds: float
@@ -52,7 +53,7 @@ class Bounds:
 @dataclass(frozen=True)
 class Sample:
     """An idle moment. at: seconds since the start; anonymous, resident: MiB over all processes of the server (None
-    when they are not known); blocks: share of the KV cache held; tokens: generated so far."""
+    when they are not known); blocks: share of the KV cache held; tokens, preemptions: so far."""
 
     at: float
     anonymous: float | None
@@ -61,28 +62,16 @@ class Sample:
     running: float
     waiting: float
     tokens: float
+    preemptions: float
 
 
 @dataclass
 class SoakRecord(Record):
-    """With what was seen from outside. step_gap: longest time without a step while requests ran, seconds. own_pause:
-    longest time by which this process itself was held up, which the gaps then hold too."""
+    """With what was seen from outside. step_gap: longest time without a step while requests ran, seconds of
+    ``clock``."""
 
     step_gap: float = 0.0
-    own_pause: float = 0.0
     samples: list[Sample] = field(default_factory=list)
-
-
-def parse_metrics(text: str) -> dict[str, float]:
-    """Prometheus text -> value by series name, summed over labels; without the prefix ``llmctl:``."""
-    values: dict[str, float] = {}
-    for line in text.splitlines():
-        if line.startswith("llmctl:"):
-            name, _, value = line.partition("{")
-            name, value = (name, value.rpartition("}")[2]) if value else line.split(" ", 1)
-            name = name.removeprefix("llmctl:")
-            values[name] = values.get(name, 0.0) + float(value.split()[0])
-    return values
 
 
 def growth(samples: Sequence[Sample], warm: float) -> float | None:
@@ -115,8 +104,7 @@ def verdict(record: SoakRecord, bounds: Bounds, warm: float, expect_memory: bool
             found.append(f"{100 * sample.blocks:.2f}% of the KV blocks held at {sample.at:.0f} s with no request")
     for what, seconds in (("no step while requests ran", record.step_gap), ("between two chunks", record.chunk_gap)):
         if seconds > bounds.stall_seconds:
-            held = f" (this process itself was held up for {record.own_pause:.2f} s)" * (record.own_pause > 0.5)
-            found.append(f"stall: {what} for {seconds:.2f} s, allowed {bounds.stall_seconds:g}{held}")
+            found.append(f"stall: {what} for {seconds:.2f} s, allowed {bounds.stall_seconds:g}")
     if record.answers["failed"]:
         found.append(f"{record.answers['failed']} failures, first: {record.errors[0]}")
     if not any(record.answers[kind] for kind in KINDS):
@@ -155,31 +143,30 @@ class Watcher:
             return parse_metrics(await answer.text())
 
     async def watch_steps(self) -> None:
-        """For ever: the longest time in which requests ran and no step was made, and how late this process woke."""
-        steps, since, ran = -1.0, time.monotonic(), False
+        """For ever: the longest time in which requests ran and no step was made."""
+        clock = self.record.clock
+        steps, since, ran = -1.0, clock.now(), False
         while True:
             try:
                 found = await self.metrics()
             except (aiohttp.ClientError, TimeoutError) as error:
                 self.record.fail(f"/metrics: {type(error).__name__}: {error}")
                 found = {}
-            now = time.monotonic()
+            now = clock.now()
             if ran:
                 self.record.step_gap = max(self.record.step_gap, now - since)
             ran = bool(found.get("num_requests_running"))
             if found.get("engine_steps_total", steps) != steps or not ran:
                 steps, since = found.get("engine_steps_total", steps), now
-            before = time.monotonic()
             await asyncio.sleep(POLL_SECONDS)
-            self.record.own_pause = max(self.record.own_pause, time.monotonic() - before - POLL_SECONDS)
 
     async def idle(self, patience: float) -> Sample:
         """Wait until nothing runs (at most ``patience`` seconds) and look."""
-        end = time.monotonic() + patience
+        end = self.record.clock.now() + patience
         while True:
             found = await self.idle_metrics()
             busy = found["num_requests_running"] + found["num_requests_waiting"] + found["kv_cache_usage_perc"]
-            if not busy or time.monotonic() > end:
+            if not busy or self.record.clock.now() > end:
                 break
             await asyncio.sleep(POLL_SECONDS)
         anonymous, resident = memory(self.process) if self.process else (None, None)
@@ -191,6 +178,7 @@ class Watcher:
             found["num_requests_running"],
             found["num_requests_waiting"],
             found["generation_tokens_total"],
+            found["num_preemptions_total"],
         )
 
 
@@ -207,12 +195,11 @@ def memory(process: psutil.Process) -> tuple[float, float]:
 async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecord:
     """Drive the server for ``args.minutes``; what was seen."""
     record = SoakRecord()
-    timeout = aiohttp.ClientTimeout(total=300)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    async with client_session(timeout=300) as session:
         endpoint = await find_endpoint(session, url)
         watcher = Watcher(session, url, pid, record)
         await watcher.idle_metrics()
+        beats = asyncio.create_task(record.clock.listen())
         steps = asyncio.create_task(watcher.watch_steps())
         rng = random.Random(args.seed)
         end = watcher.start + 60 * args.minutes
@@ -224,6 +211,7 @@ async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecor
             _say(record, level)
             if time.monotonic() >= end or steps.done():
                 break
+        beats.cancel()
         await _stopped(steps, record)
     return record
 
@@ -277,48 +265,14 @@ def running_server(args: argparse.Namespace) -> Iterator[tuple[str, int | None]]
     """(url, pid) of the server named by the arguments, or of one started for the time of the context.
 
     Raises:
-        RuntimeError: it does not get ready, or does not end cleanly.
+        ServerError: the started one does not get ready, dies, or does not end cleanly.
     """
     if args.base_url:
         yield args.base_url.rstrip("/"), args.pid
         return
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    command = [
-        sys.executable, "-m", "llmctl.cli.main", "serve", "--model", args.model, "--port", str(port),
-        "--kv-cache-memory", args.kv_cache_memory, "--max-model-len", str(args.max_model_len), *args.serve_args,
-    ]  # fmt: skip
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            _wait_ready(process, port)
-            yield f"http://127.0.0.1:{port}", process.pid
-            process.terminate()
-            if process.wait(60):
-                raise RuntimeError(f"the server ended with exit code {process.returncode}")
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            log.seek(0)
-            raise RuntimeError(f"{error}\n{log.read()[-3000:]}") from error
-        finally:
-            if process.poll() is None:
-                for member in (*psutil.Process(process.pid).children(recursive=True), process):
-                    member.kill()
-                process.wait()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], port: int, timeout: float = 300) -> None:
-    import urllib.error
-    import urllib.request
-
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError("the server did not get ready")
+    limits = ["--kv-cache-memory", args.kv_cache_memory, "--max-model-len", str(args.max_model_len)]
+    with serving(args.model, [*limits, *args.serve_args]) as server:
+        yield server.url, server.pid
 
 
 def report(record: SoakRecord, bounds: Bounds, warm: float, violations: Sequence[str]) -> dict[str, Any]:
@@ -330,12 +284,13 @@ def report(record: SoakRecord, bounds: Bounds, warm: float, violations: Sequence
         "bounds": asdict(bounds),
         "requests": dict(record.answers),
         "generated_tokens": record.samples[-1].tokens if record.samples else 0,
+        "preemptions": record.samples[-1].preemptions if record.samples else 0,
         "warmup_tokens": max((s.tokens for s in record.samples if s.at < warm), default=0),
         "memory_growth_mib": None if grown is None else round(grown, 2),
         "peak_resident_mib": max((s.resident for s in record.samples if s.resident is not None), default=None),
         "longest_step_gap_seconds": round(record.step_gap, 3),
         "longest_chunk_gap_seconds": round(record.chunk_gap, 3),
-        "longest_own_pause_seconds": round(record.own_pause, 3),
+        "longest_own_pause_seconds": round(record.clock.longest, 3),
         "errors": record.errors,
         "samples": [asdict(s) for s in record.samples],
     }
@@ -344,8 +299,8 @@ def report(record: SoakRecord, bounds: Bounds, warm: float, violations: Sequence
 def print_report(result: Mapping[str, Any]) -> None:
     """The result for a person."""
     for name in (
-        "requests", "generated_tokens", "memory_growth_mib", "peak_resident_mib", "longest_step_gap_seconds",
-        "longest_chunk_gap_seconds", "longest_own_pause_seconds",
+        "requests", "generated_tokens", "preemptions", "memory_growth_mib", "peak_resident_mib",
+        "longest_step_gap_seconds", "longest_chunk_gap_seconds", "longest_own_pause_seconds",
     ):  # fmt: skip
         print(f"{name}: {result[name]}")
     for line in result["violations"]:
@@ -361,7 +316,7 @@ def main() -> int:
     try:
         with running_server(args) as (url, pid):
             record = asyncio.run(soak(url, pid, args))
-    except (RuntimeError, aiohttp.ClientError, psutil.Error) as error:
+    except (RuntimeError, TimeoutError, aiohttp.ClientError, psutil.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     found = verdict(record, bounds, warm, expect_memory=pid is not None)

@@ -25,21 +25,53 @@ KINDS = {
 }
 """What a client does next, by weight."""
 PROBES = 12
+BEAT_SECONDS = 0.05
 WORDS = (
     "the quick brown fox jumps over a lazy dog while engines read graphs and kernels write numbers into caches of "
     "light every answer has its question and no river forgets the mountain it came from or the sea where it must go"
 ).split()
 
 
+class OwnClock:
+    """Time that goes on only while this process does, seconds: what holds the soak itself up (its own work, a busy or
+    halted machine) is no stall of the server.
+
+    Attributes:
+        longest: time for which it was held up at once.
+    """
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._held = 0.0
+        self._beat = float("inf")  # until somebody listens, nothing counts as held up
+
+    def now(self) -> float:
+        """The time, with all that is known of being held up taken off, and what shows at this very moment."""
+        now = time.monotonic()
+        return now - self._held - self._late(now)
+
+    async def listen(self) -> None:
+        """For ever: note how late this process wakes."""
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(BEAT_SECONDS)
+            late = self._late(time.monotonic())
+            self._held, self.longest = self._held + late, max(self.longest, late)
+
+    def _late(self, now: float) -> float:
+        return max(0.0, now - self._beat - BEAT_SECONDS)
+
+
 @dataclass
 class Record:
     """What the clients saw. answers: by kind, and how many failed; probes: text of each seeded request; chunk_gap:
-    longest time between two chunks of a stream, seconds."""
+    longest time between two chunks of a stream, seconds of ``clock``."""
 
     answers: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     probes: dict[int, str] = field(default_factory=dict)
     chunk_gap: float = 0.0
+    clock: OwnClock = field(default_factory=OwnClock)
 
     def fail(self, what: str) -> None:
         """Note a failure; the first hundred are kept."""
@@ -161,7 +193,7 @@ class Client:
             async for line in answer.content:
                 if not line.startswith(b"data: "):
                     continue
-                now = time.monotonic()
+                now = self.record.clock.now()
                 if last is not None:
                     self.record.chunk_gap = max(self.record.chunk_gap, now - last)
                 last = now
