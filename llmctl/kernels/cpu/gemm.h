@@ -28,15 +28,36 @@ struct Weights {
   int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
 };
 
-// Rows from which nibbles are unpacked once for all blocks of rows (to the layout of w8) instead of once a block.
-constexpr int64_t kUnpackRows = 16;
+// One tile made ready for many rows. Products of unsigned activations code + 128 with signed weights need no work on zero
+// points in the loop over rows: they are off the weights, and the 128 are undone by the sums that the products start from.
+struct ReadyTile {
+  int8_t* codes;     // [K/4][2][64]: code - zero (w4), code - 128 (w8); outputs 0..15, then 16..31
+  int32_t* offsets;  // [activation groups][32]: -128 * sum of the group's bytes
+  static int64_t bytes(int64_t k, int64_t act_group) { return k * kTile + k / act_group * kTile * 4; }
+};
 
-// One tile of w4 as w8: K * 32 bytes.
-static inline void unpack_tile(const uint8_t* codes, int64_t k, uint8_t* out) {
-  for (int64_t line = 0; line < k / 4; line++, codes += 64, out += 128) {
-    const u8x64 both = load<u8x64>(codes);
-    store(out, both & 15);
-    store(out + 64, high_nibbles(both));
+template <int kBits>
+static inline void make_ready(const Weights& w, int64_t tile, int64_t act_group, const ReadyTile& out) {
+  const u8x64 one = u8x64{} + 1;
+  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = w.zeros + tile * (w.k / w.group) * kTile;
+  int8_t* to = out.codes;
+  int32_t* offsets = out.offsets;
+  for (int64_t k = 0; k < w.k; offsets += kTile) {
+    // A zero point in each byte of its output's lane.
+    const u8x64 zero0 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile) * 0x01010101);
+    const u8x64 zero1 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile + kLanes) * 0x01010101);
+    i32x16 sum0{}, sum1{};
+    for (const int64_t end = k + act_group; k < end; k += 4, codes += kBits * 16, to += 128) {
+      const u8x64 line = load<u8x64>(codes);
+      const i8x64 first = (i8x64)(kBits == 4 ? (line & 15) - zero0 : line ^ 0x80);
+      const i8x64 second = (i8x64)(kBits == 4 ? high_nibbles(line) - zero1 : load<u8x64>(codes + 64) ^ 0x80);
+      sum0 = dot4<true>(sum0, one, first);
+      sum1 = dot4<true>(sum1, one, second);
+      store(to, first);
+      store(to + 64, second);
+    }
+    store(offsets, sum0 * -128);
+    store(offsets + kLanes, sum1 * -128);
   }
 }
 
@@ -52,62 +73,84 @@ struct Ahead {
   }
 };
 
-// acc[r][half] += the products of four columns; codes: one line of w4 or two of w8, xp: four codes a row.
-// kStream: the codes come from memory, so those further on are fetched.
-template <int kBits, bool kSmall, bool kStream, int R>
+// acc[r][half] += the products of four columns. codes: one line of w4 or two of w8, which come from memory, so that those
+// further on are fetched; many rows: two lines of a ReadyTile. xp: four activations a row.
+template <int kBits, bool kMany, int R>
 static inline __attribute__((always_inline)) void add_products(const uint8_t* codes, const int8_t* xp,
                                                                i32x16 (&acc)[R][2]) {
+  constexpr bool kSmall = kBits == 4;
   u8x64 first = load<u8x64>(codes), second;
-  if (kStream) __builtin_prefetch(codes + kPrefetch);
-  if (kBits == 4) {
+  if (!kMany) __builtin_prefetch(codes + kPrefetch);
+  if (kBits == 4 && !kMany) {
     second = high_nibbles(first);
     first = first & 15;
   } else {
     second = load<u8x64>(codes + 64);
-    if (kStream) __builtin_prefetch(codes + kPrefetch + 64);
+    if (!kMany) __builtin_prefetch(codes + kPrefetch + 64);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
-    acc[r][0] = dot4<kSmall>(acc[r][0], first, xp + 4 * r);
-    acc[r][1] = dot4<kSmall>(acc[r][1], second, xp + 4 * r);
+    if constexpr (kMany) {
+      const u8x64 x = splat4<u8x64>(xp + 4 * r);
+      acc[r][0] = dot4<kSmall>(acc[r][0], x, (i8x64)first);
+      acc[r][1] = dot4<kSmall>(acc[r][1], x, (i8x64)second);
+    } else {
+      const i8x64 x = splat4<i8x64>(xp + 4 * r);
+      acc[r][0] = dot4<kSmall>(acc[r][0], first, x);
+      acc[r][1] = dot4<kSmall>(acc[r][1], second, x);
+    }
+  }
+}
+
+// What the sums of an activation group start from: what makes them sums of (code - zero) * x.
+// offsets: of a ReadyTile's group, for many rows.
+template <int kBits, bool kMany, int R>
+static inline __attribute__((always_inline)) void start_sums(const int32_t* offsets, const uint8_t* zeros,
+                                                             const int32_t* negated_sums, i32x16 (&acc)[R][2]) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    i32x16 zero{}, offset{};
+    if (!kMany || kBits == 8) zero = u8_to_i32(zeros + half * kLanes) - (kMany ? 128 : 0);
+    if (kMany) offset = load<i32x16>(offsets + half * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      acc[r][half] = offset;
+      if (!kMany || kBits == 8) acc[r][half] += mul_small(zero, negated_sums[r]);
+    }
   }
 }
 
 // total[r][half]: outputs 16*half .. 16*half+15 of the tile for the R rows of the block starting at `row`.
-// codes: the tile's, kBits wide. With integer sums s = sum of (code - zero) * x over an
-// activation group, exact in 32 bits, total = sum over groups of s * (weight scale * activation scale).
-// kUnpacked: the codes are unpacked w4; meanwhile `ahead`, bytes of the next tile as it is stored, are fetched.
-template <int kBits, bool kUnpacked, int R>
-static inline __attribute__((always_inline)) void int_tile(const Weights& w, const uint8_t* codes, const IntActs& x,
+// With integer sums s = sum of (code - zero) * x over an activation group, exact in 32 bits,
+// total = sum over groups of s * (weight scale * activation scale).
+// Many rows: `ready` is the tile, and `ahead`, bytes of the next tile as it is stored, are fetched meanwhile.
+template <int kBits, bool kMany, int R>
+static inline __attribute__((always_inline)) void int_tile(const Weights& w, const ReadyTile& ready, const IntActs& x,
                                                            int64_t tile, int64_t row, Ahead ahead,
                                                            f32x16 (&total)[R][2]) {
-  constexpr bool kSmall = kBits == 4 || kUnpacked;
-  constexpr int kLine = kBits * 16;  // bytes of four columns
+  constexpr int kLine = kMany ? 128 : kBits * 16;  // bytes of four columns
   constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
   const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
   const uint16_t* scales = w.scales + tile * groups * kTile;
   const uint8_t* zeros = w.zeros + tile * groups * kTile;
+  const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.data + tile * w.k * kTile * kBits / 8;
+  const int32_t* offsets = ready.offsets;
   const int8_t* xp = x.codes + row * x.k;
   const float* xs = x.scales + row * x.groups();
   const int32_t* sums = x.negated_sums + row * x.groups();
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
   for (int64_t g = 0; g < groups; g++, scales += kTile, zeros += kTile) {
-    if (kUnpacked) ahead.fetch(groups);
-    for (int64_t part = 0; part < ratio; part++, xs += R, sums += R) {
+    if (kMany) ahead.fetch(groups);
+    for (int64_t part = 0; part < ratio; part++, xs += R, sums += R, offsets += kTile) {
       i32x16 acc[kChains][R][2] = {};
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        const i32x16 zero = u8_to_i32(zeros + half * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[0][r][half] = mul_small(zero, sums[r]);
-      }
+      start_sums<kBits, kMany, R>(offsets, zeros, sums, acc[0]);
       const int8_t* end = xp + x.group * R;
       for (; xp + 4 * R * kChains <= end; xp += 4 * R * kChains) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kChains; c++, codes += kLine) add_products<kBits, kSmall, !kUnpacked, R>(codes, xp + 4 * R * c, acc[c]);
+        for (int c = 0; c < kChains; c++, codes += kLine) add_products<kBits, kMany, R>(codes, xp + 4 * R * c, acc[c]);
       }
-      for (; kChains > 1 && xp != end; xp += 4 * R, codes += kLine) add_products<kBits, kSmall, !kUnpacked, R>(codes, xp, acc[0]);
+      for (; kChains > 1 && xp != end; xp += 4 * R, codes += kLine) add_products<kBits, kMany, R>(codes, xp, acc[0]);
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; c++)
 #pragma GCC unroll 8

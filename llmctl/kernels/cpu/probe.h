@@ -73,7 +73,7 @@ static void int8_rounds(int64_t rounds) {
 #else
   i32x16 acc[16] = {};
   u8x64 a = u8x64{} + 3;
-  const int8_t b[4] = {-5, -5, -5, -5};
+  const i8x64 b = i8x64{} - 5;
   for (int64_t i = 0; i < rounds; i++) {
     asm volatile("" : : "r"(&a) : "memory");
 #pragma GCC unroll 16

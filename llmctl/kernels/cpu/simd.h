@@ -34,6 +34,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef int8_t i8x64 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
@@ -54,6 +55,10 @@ static inline void store(void* p, V v) {
 
 static inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
+static inline void prefetch_to_write(void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((char*)p + i, 1);
 }
 
 static inline f32x16 splat(float x) { return x - f32x16{}; }
@@ -107,6 +112,15 @@ static inline i8x16 i32_to_i8(i32x16 v) {
   return __builtin_convertvector(v, i8x16);
 #endif
 }
+
+#if defined(LLMCTL_AVX512)
+// Four columns of four rows: bytes 16 * c + 4 * r + j are codes[r][4 * c + j], which are in -128 .. 127.
+static inline i8x64 interleave_rows(const i32x16 (&codes)[4]) {
+  const __m512i low = _mm512_packs_epi32((__m512i)codes[0], (__m512i)codes[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)codes[2], (__m512i)codes[3]);
+  return (i8x64)_mm512_packs_epi16(low, high);
+}
+#endif
 
 static inline float bf16_to_f32(uint16_t h) {
   uint32_t bits = uint32_t(h) << 16;
@@ -193,30 +207,40 @@ static inline u8x64 high_nibbles(u8x64 v) {
 #endif
 }
 
-// a[lane] * b for |b| < 2^15 and 0 <= a < 2^15.
+// a[lane] * b for |a|, |b| < 2^15.
 static inline i32x16 mul_small(i32x16 a, int32_t b) {
 #if defined(LLMCTL_AVX512)
-  return (i32x16)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+  return (i32x16)_mm512_madd_epi16((__m512i)(a & 0xffff), _mm512_set1_epi32(b));
 #else
   return a * b;
 #endif
 }
 
-// acc[lane] += sum over j < 4 of a[4*lane+j] (unsigned) * b[j] (signed), b given as four bytes.
-// kSmall: every a is below 128, so that 16-bit pair sums cannot saturate on AVX2.
-template <bool kSmall>
-static inline i32x16 dot4(i32x16 acc, u8x64 a, const int8_t* b) {
+// The four bytes at p in every lane.
+template <class V>
+static inline V splat4(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
 #if defined(LLMCTL_AVX512)
-  int32_t four;
-  std::memcpy(&four, b, 4);
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_set1_epi32(four));
+  return (V)_mm512_set1_epi32(four);
+#else
+  const i32x16 lanes = four - i32x16{};
+  return load<V>(&lanes);
+#endif
+}
+
+// acc[lane] += sum over j < 4 of a[4*lane+j] * b[4*lane+j].
+// kSmall: every |a * b| is below 2^14, so that 16-bit pair sums cannot saturate on AVX2.
+template <bool kSmall>
+static inline i32x16 dot4(i32x16 acc, u8x64 a, i8x64 b) {
+#if defined(LLMCTL_AVX512)
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  int32_t four;
-  std::memcpy(&four, b, 4);
-  const __m256i bb = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  const __m256i ones = _mm256_set1_epi16(1);
   for (int half = 0; half < 2; half++) {
-    __m256i aa, sum, cc;
+    __m256i aa, bb, sum, cc;
     std::memcpy(&aa, (const char*)&a + 32 * half, 32);
+    std::memcpy(&bb, (const char*)&b + 32 * half, 32);
     std::memcpy(&cc, (const char*)&acc + 32 * half, 32);
     if (kSmall) {
       sum = _mm256_madd_epi16(_mm256_maddubs_epi16(aa, bb), ones);
@@ -232,7 +256,7 @@ static inline i32x16 dot4(i32x16 acc, u8x64 a, const int8_t* b) {
   return acc;
 #else
   for (int i = 0; i < 16; i++)
-    acc[i] += a[4 * i] * b[0] + a[4 * i + 1] * b[1] + a[4 * i + 2] * b[2] + a[4 * i + 3] * b[3];
+    acc[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
   return acc;
 #endif
 }
