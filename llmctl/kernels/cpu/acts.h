@@ -53,11 +53,10 @@ static inline ActRow act_row_of(const IntActs& out, int64_t row, int64_t rows) {
           out.negated_sums + start * groups + lane, block_rows(start, rows), flip_of(rows)};
 }
 
-// Quantises columns begin .. begin+group-1 of a row, x being the first of them; those from `valid` on are zero.
-// scale = max|x| / 127, round to nearest even.
-static inline void quantize_group(const float* x, int64_t valid, int64_t group, int64_t begin, const ActRow& row) {
-  const int64_t vectors = valid >= group ? group / 16 * 16 : 0, end = valid < group ? valid : group;
-  const float largest = max_abs(x, end);
+// Quantises columns begin .. begin+group-1 of a row, x being the first of them: scale = max|x| / 127, round to nearest even.
+static inline void quantize_group(const float* x, int64_t group, int64_t begin, const ActRow& row) {
+  const int64_t vectors = group / 16 * 16;
+  const float largest = max_abs(x, group);
   const float inverse = inverse_scale(largest, 127.0f);
   int8_t* codes = row.codes + begin * row.in_block;
   i32x16 total{};
@@ -70,13 +69,17 @@ static inline void quantize_group(const float* x, int64_t valid, int64_t group, 
   }
   int32_t sum = reduce_add(total);
   for (int64_t i = vectors; i < group; i++) {
-    const int32_t code = i < valid ? int32_t(std::nearbyint(x[i] * inverse)) : 0;
+    const int32_t code = int32_t(std::nearbyint(x[i] * inverse));
     codes[i / 4 * row.in_block * 4 + i % 4] = int8_t(uint8_t(code) ^ row.flip);
     sum += code;
   }
   const int64_t at = begin / group * row.in_block;
   row.scales[at] = largest / 127.0f;
   row.negated_sums[at] = -sum;
+}
+
+static inline void quantize_group(const float* x, int64_t, int64_t group, int64_t begin, const ActRow& row) {
+  quantize_group(x, group, begin, row);
 }
 
 #if defined(LLMCTL_AVX512)
@@ -130,14 +133,8 @@ static inline void quantize_columns(const float* x, int64_t ld, int64_t begin, c
       quantize_block(x, ld, begin, out, row, flip_of(range.rows));
     if (row >= range.last) return;
 #endif
-    quantize_group(x, out.group, out.group, begin, act_row_of(out, row, range.rows));
+    quantize_group(x, out.group, begin, act_row_of(out, row, range.rows));
   }
-}
-
-// Quantises x [width] as row `row` of `rows`; columns from width to k are zero.
-static inline void quantize_row(const float* x, int64_t width, const IntActs& out, int64_t row, int64_t rows) {
-  const ActRow to = act_row_of(out, row, rows);
-  for (int64_t g = 0; g < out.k; g += out.group) quantize_group(x + g, width - g, out.group, g, to);
 }
 
 }  // namespace llmctl

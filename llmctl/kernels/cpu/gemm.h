@@ -71,6 +71,13 @@ struct Ahead {
     prefetch(next, share);
     next += share;
   }
+  // The next few lines, to the second-level cache; false when all are fetched.
+  bool fetch_some() {
+    if (bytes <= 0) return false;
+    for (int64_t i = 0; i < 512; i += 64) __builtin_prefetch(next + i, 0, 2);
+    next += 512, bytes -= 512;
+    return true;
+  }
 };
 
 // acc[r][half] += the products of four columns. codes: one line of w4 or two of w8, which come from memory, so that those

@@ -153,6 +153,15 @@ static inline int64_t patch_rows(const OpDesc& op) {
   return std::min(kMaxPatch, std::max(kMinPatch, kPatchBytes / bytes / 8 * 8));
 }
 
+// The weight bytes that a thread reads first when the threads share the weight: all of its own share.
+static inline Ahead first_weights(const OpDesc& op, int thread, int threads) {
+  const Units units(op);
+  const int bits = op.weight_dtype == kW4 ? 4 : op.weight_dtype == kW8 ? 8 : op.weight_dtype == kBf16 ? 16 : 32;
+  const int64_t unit_bytes = units.tiles_per * op.k * kTile * bits / 8;
+  const int64_t begin = units.count * thread / threads, end = units.count * (thread + 1) / threads;
+  return {op.w + begin * unit_bytes, (end - begin) * unit_bytes};
+}
+
 // Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
 // in the cache of the core that made them (measured, 512 rows on 2 cores: linears 136 ms for 148); a patch is handed out
 // in pieces, for the last of which the threads would wait.

@@ -2,7 +2,8 @@
 //
 // A step walks some 300 small ops; handing each to a queue would cost more than many of them. So all threads walk the op
 // list together and meet at barriers. Waiting spins first (a barrier is microseconds away while a step runs), then yields
-// (the API process may need this core), and between steps workers sleep on a condition variable.
+// (the API process may need this core), then sleeps (the thread waited for may itself be waiting for this core); between
+// steps workers sleep on a condition variable.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -11,7 +12,9 @@
 #include <thread>
 #include <vector>
 #if defined(__linux__)
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace llmctl {
@@ -58,22 +61,56 @@ class Pool {
     barrier();
   }
 
-  // All threads inside run() meet here; writes before it are visible after it.
-  void barrier() {
+  // All threads inside run() meet here; writes before it are visible after it. While a thread waits it calls meanwhile(),
+  // something of well under a microsecond, as long as that returns true.
+  template <class F>
+  void barrier(F&& meanwhile) {
     if (threads_ == 1) return;
     const uint32_t generation = generation_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
+      generation_.store(generation + 1);
+      if (asleep_.load()) wake_sleepers();
       return;
     }
+    bool busy = true;
     for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; spins++) {
-      if (spins < 4096) cpu_relax();
-      else std::this_thread::yield();
+      if (spins < kSpins) {
+        busy = busy && meanwhile();
+        if (!busy) cpu_relax();
+      } else if (spins < kSpins + kYields) {
+        std::this_thread::yield();
+      } else {
+        sleep_while(generation);
+      }
     }
+  }
+  void barrier() {
+    barrier([] { return false; });
   }
 
  private:
+  static constexpr int kSpins = 4096, kYields = 256;  // about 100 microseconds each
+
+  // asleep_ rises before the kernel compares the generation, and the generation changes before asleep_ is read: either
+  // the sleeper sees the new generation or the last to arrive sees the sleeper.
+  void sleep_while(uint32_t generation) {
+#if defined(__linux__)
+    static_assert(sizeof(generation_) == sizeof(uint32_t), "a futex is 32 bits");
+    asleep_.fetch_add(1);
+    syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);
+    asleep_.fetch_sub(1);
+#else
+    (void)generation;
+    std::this_thread::yield();
+#endif
+  }
+  void wake_sleepers() {
+#if defined(__linux__)
+    syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, threads_, nullptr, nullptr, 0);
+#endif
+  }
+
   void work(int id) {
     uint32_t seen = 0;
     for (;;) {
@@ -99,6 +136,7 @@ class Pool {
   alignas(64) std::atomic<uint32_t> epoch_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<int> asleep_{0};
 };
 
 // How far one thread's share of a parallel phase is done; zeroed before the step.

@@ -16,6 +16,7 @@ struct llmctl_program {
   std::vector<KvLayer> kv;
   int64_t max_rows, vocab;
   size_t tail;  // first op that runs on gathered rows
+  std::vector<size_t> next_linear;  // [op] the first linear behind it, from the start again behind the last
   int rows_per = kQueries;
   Pool pool;
   Attention attention;
@@ -44,6 +45,11 @@ struct llmctl_program {
       if (ops[i].on_rows) tail = i;
       if (ops[i].kind == kAttention) rows_per = HeadPacking(ops[i].heads, ops[i].kv_heads).rows_per;
     }
+    next_linear.assign(ops.size(), 0);
+    for (size_t i = 2 * ops.size(), next = 0; i-- > 0;) {
+      next_linear[i % ops.size()] = next;
+      if (ops[i % ops.size()].kind == kLinear) next = i % ops.size();
+    }
     tiles.reserve(size_t(max_tokens));
     sample_index.reserve(size_t(max_tokens));
   }
@@ -65,18 +71,35 @@ void embed_row(const OpDesc& op, int64_t id, float* y) {
   }
 }
 
-// One row of a norm; `line` is scratch of width floats.
-void norm_row(const OpDesc& op, int64_t row, int64_t rows, float* line) {
+// One row of a norm into y.
+void norm_row(const OpDesc& op, int64_t row, float* y) {
   const float* x = op.x.data + row * op.x.ld;
   if (op.x2.data) {
     float* sum = op.y2.data + row * op.y2.ld;
     add_row(x, op.x2.data + row * op.x2.ld, sum, op.width);
     x = sum;
   }
-  float* y = op.y8.codes ? line : op.y.data + row * op.y.ld;
   if (op.kind == kRmsNorm) rms_norm_row(x, (const float*)op.w, y, op.width, op.eps, op.offset);
   else layer_norm_row(x, (const float*)op.w, op.bias, y, op.width, op.eps);
-  if (op.y8.codes) quantize_row(y, op.width, op.y8, row, rows);
+}
+
+// The columns of a linear's operand, in the order of its weight, into y.
+void operand_row(const OpDesc& op, int64_t row, float* y) {
+  const float* x = op.x.data + row * op.x.ld;
+  if (!op.permutation) std::memcpy(y, x, size_t(op.width) * 4);
+  else for (int64_t i = 0; i < op.width; i++) y[i] = x[op.permutation[i]];
+}
+
+// Rows of an op that writes int8: as fp32 to `lines` [rows][k], then quantised together.
+void int8_rows(const OpDesc& op, const RowRange& range, float* lines) {
+  const int64_t k = op.y8.k;
+  for (int64_t row = range.first; row < range.last; row++) {
+    float* line = lines + (row - range.first) * k;
+    if (op.kind == kQuantize) operand_row(op, row, line);
+    else norm_row(op, row, line);
+    std::fill(line + op.width, line + k, 0.0f);
+  }
+  for (int64_t g = 0; g < k; g += op.y8.group) quantize_columns(lines + g, k, g, op.y8, range);
 }
 
 void head_norm_row(const OpDesc& op, int64_t row) {
@@ -104,8 +127,8 @@ void to_bf16_row(const OpDesc& op, int64_t row) {
   for (int64_t i = 0; i < op.k; i++) y[i] = i < op.width ? f32_to_bf16(x[i]) : 0;
 }
 
-void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int64_t row, int64_t rows,
-            int64_t first_logits_row, float* line) {
+void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int64_t row, int64_t first_logits_row,
+            float* line) {
   const float* x = op.x.data ? op.x.data + row * op.x.ld : nullptr;
   float* y = op.y.data ? op.y.data + row * op.y.ld : nullptr;
   switch (op.kind) {
@@ -114,7 +137,7 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
       embed_row(op, step.positions[row] + int64_t(op.offset), line);
       return add_row(x, line, y, op.width);
     case kRmsNorm:
-    case kLayerNorm: return norm_row(op, row, rows, line);
+    case kLayerNorm: return norm_row(op, row, y);
     case kHeadRmsNorm: return head_norm_row(op, row);
     case kAct: return act_row(x, y, op.width, Act(op.act));
     case kMul: return mul_row(x, op.x2.data + row * op.x2.ld, y, op.width);
@@ -128,10 +151,6 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
     case kGatherRows:
       std::memcpy(y, op.x.data + step.logits_rows[first_logits_row + row] * op.x.ld, size_t(op.width) * 4);
       return;
-    case kQuantize:
-      if (!op.permutation) return quantize_row(x, op.width, op.y8, row, rows);
-      for (int64_t i = 0; i < op.width; i++) line[i] = x[op.permutation[i]];
-      return quantize_row(line, op.width, op.y8, row, rows);
     case kToBf16: return to_bf16_row(op, row);
     default: return;
   }
@@ -146,12 +165,14 @@ void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows,
   } else if (op.kind == kAttention) {
     p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
   } else {
-    if (int64_t(line.size()) < op.width) line.resize(size_t(op.width));
     // A block of int8 rows shares cache lines: two threads writing them take 1.5 times as long as one (8 rows, measured).
     const int64_t unit = op.y8.codes || rows > 8 * p.pool.threads() ? 8 : 1;
+    const size_t scratch = size_t(op.y8.codes ? 8 * op.y8.k : op.width);
+    if (line.size() < scratch) line.resize(scratch);
     share.run((rows + unit - 1) / unit, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin * unit; row < std::min(end * unit, rows); row++)
-        row_op(p, op, step, row, rows, first_logits_row, line.data());
+      const RowRange range{begin * unit, std::min(end * unit, rows), rows};
+      if (op.y8.codes) return int8_rows(op, range, line.data());
+      for (int64_t row = range.first; row < range.last; row++) row_op(p, op, step, row, first_logits_row, line.data());
     });
   }
 }
@@ -162,6 +183,10 @@ void finish_row(llmctl_program& p, const StepDesc& step, const SamplingDesc& sam
   if (target < 0) return sample_row(sampling, p.sample_index[size_t(row)], logits, p.vocab, scratch);
   step.target_logprobs[row] = float(double(logits[target]) - log_sum_exp(logits, p.vocab));
 }
+
+// Up to this many rows a step is bound by the reading of weights; a thread that waits then fetches what it will read next,
+// up to kFetchBytes (a quarter of a core's second-level cache).
+constexpr int64_t kFetchRows = 8, kFetchBytes = 512 << 10;
 
 struct Step {
   llmctl_program& p;
@@ -188,9 +213,16 @@ struct Step {
 
   void run_range(size_t begin, size_t end, int64_t rows, int64_t first, int thread, std::vector<float>& line) {
     auto then = std::chrono::steady_clock::now();
+    size_t fetching = p.ops.size();
+    Ahead weights{};
     for (size_t i = begin; i < end; i++) {
       run_op(p, i, step, rows, first, thread, line);
-      p.pool.barrier();
+      if (fetching != p.next_linear[i] && rows <= kFetchRows) {
+        fetching = p.next_linear[i];
+        weights = first_weights(p.ops[fetching], thread, p.pool.threads());
+        weights.bytes = std::min(weights.bytes, kFetchBytes);
+      }
+      p.pool.barrier([&] { return weights.fetch_some(); });
       if (thread == 0) {
         const auto now = std::chrono::steady_clock::now();
         p.profile[p.ops[i].kind] += std::chrono::duration<double, std::micro>(now - then).count();
