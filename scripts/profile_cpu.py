@@ -8,8 +8,9 @@
   bytes of weights and KV cache read, integer multiply-adds, and the share of each bound that was reached;
 * decode of one sequence at growing contexts: the slope of its time, against the slope that the KV bytes predict.
 
-The bounds are measured between the steps of the same run: bytes a second of loops that only read (a buffer as large as
-what the step reads, and one of 1 GiB), int8 multiply-adds a second of a loop on registers.
+The bounds are measured between the steps of the same run, and are medians as the steps are: bytes a second of loops
+that only read (a buffer as large as what the step reads, and one of 1 GiB), int8 multiply-adds a second of a loop on
+registers.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Work:
 
     Attributes:
         weight_bytes: weights read once. kv_bytes: keys and values read.
-        int_macs: multiply-adds of linears with integer weights. float_macs: of the other linears and of attention.
+        int_macs: multiply-adds of linears with integer weights and of attention over an int8 cache; float_macs: the others.
     """
 
     weight_bytes: int
@@ -125,7 +126,11 @@ def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_dtype: str, spa
                 first = max(0, before + 1 - window) if window else 0
                 kv_bytes += (before + added - first) * kv_layer_bytes(layer, kv_dtype)
                 seen = [min(before + i + 1, window or before + i + 1) for i in range(added)]
-                float_macs += 2 * sum(seen) * int(op.attrs["heads"]) * layer.head_dim
+                macs = 2 * sum(seen) * int(op.attrs["heads"]) * layer.head_dim
+                if kv_dtype == "int8":
+                    int_macs += macs
+                else:
+                    float_macs += macs
     return Work(weight_bytes, kv_bytes, int_macs, float_macs)
 
 
@@ -140,7 +145,7 @@ class Samples:
     peaks: list[float] = field(default_factory=list)
 
     def profile(self, name: str, spans: Sequence[Span]) -> Profile:
-        """Their medians; of the bounds the best."""
+        """Their medians."""
         ops = {kind: median(k.get(kind, 0.0) for k in self.kinds) for kind in self.kinds[0]}
         return Profile(
             name,
@@ -151,8 +156,8 @@ class Samples:
             ops=dict(sorted(ops.items(), key=lambda item: -item[1])),
             other=median(t - sum(k.values()) for t, k in zip(self.times, self.kinds, strict=True)),
             work=self.work,
-            read=max(self.reads),
-            int8=max(self.peaks),
+            read=median(self.reads),
+            int8=median(self.peaks),
         )
 
 
@@ -218,7 +223,7 @@ class Bench:
         plans = [self._plan(spans) for spans in cases.values()]
         for i in range(self.steps):
             for (plan, sampling), samples in zip(plans, profiles, strict=True):
-                if i % max(1, self.steps // 5) == 0:
+                if i % max(1, self.steps // 10) == 0:
                     samples.reads.append(self.probes.read(samples.work.bytes))
                     samples.peaks.append(self.probes.int8())
                     self.runtime.execute(plan, sampling)
