@@ -37,29 +37,36 @@ struct HeadPacking {
         rows_per(int(kQueries / heads_per)) {}
 };
 
-// x as int16 codes with scale max|x| / 32767, returned; n a multiple of 16.
-static inline float query_codes(const float* x, int64_t n, int16_t* codes) {
-  const float largest = max_abs(x, n), inverse = inverse_scale(largest, 32767.0f);
-  for (int64_t d = 0; d < n; d += 16) store(codes + d, f32_to_i16(load<f32x16>(x + d) * inverse));
-  return largest / 32767.0f;
+// Query i of qs: x * scale in the type that meets K.
+static inline void load_query(const KvLayer& kv, const float* x, float scale, int i, Queries& qs) {
+  float* q = qs.q[i];
+  int64_t d = 0;
+  for (; d + 16 <= kv.dim; d += 16) store(q + d, load<f32x16>(x + d) * scale);
+  for (; d < kv.padded; d++) q[d] = d < kv.dim ? x[d] * scale : 0.0f;
+  qs.scale[i] = 1.0f;
+  if (kv.type == kKvInt8) {
+    // Of a query of zeros the scale must not be 0: masked scores are -inf * scale.
+    const float largest = std::max(max_abs(q, kv.padded), 1e-30f);
+    i32x16 sum{};
+    for (d = 0; d < kv.padded; d += 16) sum += store_query(load<f32x16>(q + d), 127.0f / largest, qs.quads[i] + d / 4);
+    qs.offset[i] = -kKeyOffset * reduce_add(sum);
+    qs.scale[i] = largest / 127.0f;
+  } else if (kv.type == kKvBf16 && kDotPairs) {
+    for (d = 0; d < kv.padded; d += 16) store(qs.q16[i] + d, f32_to_bf16(load<f32x16>(q + d)));
+  }
 }
 
 static inline void load_queries(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
                                 const RowTile& tile, int64_t kv_head, int64_t split, Queries& qs) {
   qs.count = 0;
   qs.softcap = op.softcap;
+  qs.streams = step.query_start[tile.seq + 1] - step.query_start[tile.seq] == 1;
   const int64_t first = kv_head * packing.group + split * packing.heads_per;
   const int64_t last = std::min(first + packing.heads_per, (kv_head + 1) * packing.group);
   for (int32_t r = 0; r < tile.count; r++) {
     const int64_t position = step.positions[tile.row + r];
     for (int64_t head = first; head < last; head++, qs.count++) {
-      const float* q = op.x.data + (tile.row + r) * op.x.ld + head * kv.dim;
-      float* out = qs.q[qs.count];
-      for (int64_t d = 0; d < kv.dim; d++) out[d] = q[d] * op.scale;
-      for (int64_t d = kv.dim; d < kv.padded; d++) out[d] = 0;
-      if (kv.type == kKvBf16 && kDotPairs)
-        for (int64_t d = 0; d < kv.padded; d += 16) store(qs.q16[qs.count] + d, f32_to_bf16(load<f32x16>(out + d)));
-      if (kv.type == kKvInt8) qs.code_scale[qs.count] = query_codes(out, kv.padded, qs.codes[qs.count]);
+      load_query(kv, op.x.data + (tile.row + r) * op.x.ld + head * kv.dim, op.scale * kLog2E, qs.count, qs);
       qs.position[qs.count] = position;
       qs.lo[qs.count] = op.window > 0 && position >= op.window ? position - op.window + 1 : 0;
     }
@@ -79,20 +86,14 @@ static inline void store_outputs(const OpDesc& op, const StepDesc& step, const K
     float* y = op.y8.codes ? line : op.y.data + row * op.y.ld + column;
     for (int64_t head = first; head < last; head++, i++, y += kv.dim) {
       const float inverse = 1.0f / total.sum[i];
-      for (int64_t d = 0; d < kv.dim; d++) y[d] = total.out[i][d] * inverse;
+      int64_t d = 0;
+      for (; d + 16 <= kv.dim; d += 16) store(y + d, load<f32x16>(total.out[i] + d) * inverse);
+      for (; d < kv.dim; d++) y[d] = total.out[i][d] * inverse;
     }
     if (!op.y8.codes) continue;
     const ActRow to = act_row_of(op.y8, row, step.tokens);
     for (int64_t g = 0; g < width; g += op.y8.group) quantize_group(line + g, op.y8.group, op.y8.group, column + g, to);
   }
-}
-
-// Segments of keys that a tile's queries see: first .. last-1.
-static inline void tile_segments(const OpDesc& op, const StepDesc& step, const RowTile& tile, int64_t& first,
-                                 int64_t& last) {
-  const int64_t low = step.positions[tile.row], high = step.positions[tile.row + tile.count - 1];
-  first = op.window > 0 && low >= op.window ? (low - op.window + 1) / kSegment : 0;
-  last = high / kSegment + 1;
 }
 
 class Attention {
@@ -103,73 +104,93 @@ class Attention {
 
   void run(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const std::vector<RowTile>& tiles, Pool& pool,
            const Share& share, const Share& share2) {
-    const HeadPacking packing(op.heads, op.kv_heads);
-    const int64_t per_tile = op.kv_heads * packing.splits, items = int64_t(tiles.size()) * per_tile;
+    const Items items{op, step, kv, tiles, HeadPacking(op.heads, op.kv_heads)};
     int64_t longest = 1;
-    if (items <= few_)
-      for (const RowTile& tile : tiles) {
-        int64_t first, last;
-        tile_segments(op, step, tile, first, last);
-        longest = std::max(longest, last - first);
-      }
-    if (longest == 1) return whole(op, step, kv, packing, tiles, per_tile, items, share);
-    share.run(items * longest, 1, [&](int64_t begin, int64_t) {
-      const int64_t item = begin / longest, part = begin % longest;
-      const RowTile& tile = tiles[size_t(item / per_tile)];
-      int64_t first, last;
-      tile_segments(op, step, tile, first, last);
-      if (first + part >= last) return;
-      const int64_t kv_head = item % per_tile / packing.splits, split = item % packing.splits;
+    if (items.count() <= few_)
+      for (const RowTile& tile : tiles) longest = std::max(longest, Segments(op, step, tile).count());
+    if (longest == 1)
+      return share.run(items.count(), 1, [&](int64_t i, int64_t) { whole(items, i); });
+    share.run(items.count() * longest, 1, [&](int64_t at, int64_t) {
+      const int64_t part = at % longest;
+      const Item item(items, at / longest);
+      if (part >= item.segments.count()) return;
       Queries qs;
-      load_queries(op, step, kv, packing, tile, kv_head, split, qs);
-      attend_one(kv, step.block_tables + tile.seq * step.max_blocks, kv_head, qs, first + part,
-                 partials_[size_t(item * segments_ + part)]);
+      item.load(qs);
+      const Keys ahead = part + 1 < item.segments.count() ? item.keys(part + 1) : Item(items, at / longest + 1).keys(0);
+      attend(kv, item.keys(part), qs, ahead, partials_[size_t(item.index * segments_ + part)]);
     });
     pool.barrier();
-    share2.run(items, 1, [&](int64_t item, int64_t) {
-      const RowTile& tile = tiles[size_t(item / per_tile)];
-      int64_t first, last;
-      tile_segments(op, step, tile, first, last);
-      const int64_t kv_head = item % per_tile / packing.splits, split = item % packing.splits;
-      Partial* parts = &partials_[size_t(item * segments_)];
-      const int count = int(tile.count * packing.heads_per);
-      for (int64_t part = 1; part < last - first; part++) merge(parts[0], parts[part], count, kv.padded);
-      store_outputs(op, step, kv, packing, tile, kv_head, split, parts[0]);
+    share2.run(items.count(), 1, [&](int64_t i, int64_t) {
+      const Item item(items, i);
+      Partial* parts = &partials_[size_t(i * segments_)];
+      for (int64_t part = 1; part < item.segments.count(); part++) merge(parts[0], parts[part], item.queries(), kv.padded);
+      item.store(parts[0]);
     });
   }
 
  private:
-  // The first K tiles that an item will read.
-  static void prefetch_keys(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const RowTile& tile,
-                            int64_t kv_head) {
-    const int32_t* blocks = step.block_tables + tile.seq * step.max_blocks;
-    int64_t first, last;
-    tile_segments(op, step, tile, first, last);
-    const int64_t begin = first * kSegment;
-    for (int64_t key = begin; key < begin + 4 * kKeys && key <= step.positions[tile.row]; key += kKeys)
-      prefetch(kv.tile(blocks[key / kv.block_size], kv_head, key % kv.block_size), kv.half_bytes());
-  }
+  // Segments of keys that a tile's queries see: first .. last-1; keys up to `end`.
+  struct Segments {
+    int64_t first, last, end;
+    Segments(const OpDesc& op, const StepDesc& step, const RowTile& tile) {
+      const int64_t low = step.positions[tile.row];
+      end = step.positions[tile.row + tile.count - 1] + 1;
+      first = op.window > 0 && low >= op.window ? (low - op.window + 1) / kSegment : 0;
+      last = (end - 1) / kSegment + 1;
+    }
+    int64_t count() const { return last - first; }
+  };
+  // All query tiles x K/V heads of an op.
+  struct Items {
+    const OpDesc& op;
+    const StepDesc& step;
+    const KvLayer& kv;
+    const std::vector<RowTile>& tiles;
+    const HeadPacking packing;
+    int64_t per_tile() const { return op.kv_heads * packing.splits; }
+    int64_t count() const { return int64_t(tiles.size()) * per_tile(); }
+  };
+  // One of them.
+  struct Item {
+    const Items& of;
+    const int64_t index;
+    const RowTile& tile;
+    const int64_t kv_head, split;
+    const Segments segments;
+    Item(const Items& items, int64_t i)
+        : of(items),
+          index(std::min(i, items.count() - 1)),
+          tile(items.tiles[size_t(index / items.per_tile())]),
+          kv_head(index % items.per_tile() / items.packing.splits),
+          split(index % items.packing.splits),
+          segments(items.op, items.step, tile) {}
+    int queries() const {
+      const int64_t left = of.packing.group - split * of.packing.heads_per;
+      return tile.count * int(std::min(of.packing.heads_per, left));
+    }
+    void load(Queries& qs) const { load_queries(of.op, of.step, of.kv, of.packing, tile, kv_head, split, qs); }
+    void store(const Partial& total) const {
+      store_outputs(of.op, of.step, of.kv, of.packing, tile, kv_head, split, total);
+    }
+    Keys keys(int64_t part) const {
+      const int64_t begin = (segments.first + part) * kSegment;
+      return {of.step.block_tables + tile.seq * of.step.max_blocks, kv_head, begin,
+              std::min(begin + kSegment, segments.end)};
+    }
+  };
 
-  static void whole(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
-                    const std::vector<RowTile>& tiles, int64_t per_tile, int64_t items, const Share& share) {
-    share.run(items, 1, [&](int64_t item, int64_t) {
-      const RowTile& tile = tiles[size_t(item / per_tile)];
-      int64_t first, last;
-      tile_segments(op, step, tile, first, last);
-      const int64_t kv_head = item % per_tile / packing.splits, split = item % packing.splits;
-      const int64_t ahead = item + 1;
-      if (ahead < items) prefetch_keys(op, step, kv, tiles[size_t(ahead / per_tile)], ahead % per_tile / packing.splits);
-      Queries qs;
-      Partial total, part;
-      load_queries(op, step, kv, packing, tile, kv_head, split, qs);
-      const int32_t* blocks = step.block_tables + tile.seq * step.max_blocks;
-      attend_one(kv, blocks, kv_head, qs, first, total);
-      for (int64_t s = first + 1; s < last; s++) {
-        attend_one(kv, blocks, kv_head, qs, s, part);
-        merge(total, part, qs.count, kv.padded);
-      }
-      store_outputs(op, step, kv, packing, tile, kv_head, split, total);
-    });
+  static void whole(const Items& items, int64_t i) {
+    const Item item(items, i);
+    Queries qs;
+    Partial total, part;
+    item.load(qs);
+    const int64_t count = item.segments.count();
+    for (int64_t s = 0; s < count; s++) {
+      attend(items.kv, item.keys(s), qs, s + 1 < count ? item.keys(s + 1) : Item(items, i + 1).keys(0),
+             s ? part : total);
+      if (s) merge(total, part, qs.count, items.kv.padded);
+    }
+    item.store(total);
   }
 
   const int64_t few_, segments_;

@@ -3,7 +3,8 @@
 // Per layer: [block][kv_head][16-token subtile] of one K tile and one V tile, head size padded to D % 16 == 0
 //   fp32  K [D][16 tokens]             V [16 tokens][D]
 //   bf16  K [D/2][16 tokens][2]        V [8 token pairs][D][2]      (operands of vdpbf16ps)
-//   int8  as bf16, in bytes; behind each tile 16 fp32 scales, one a token (and head): K or V = code * scale
+//   int8  K [D/4][16 tokens][4]        V [4 token quads][D][4]      (operands of vpdpbusd)
+//         K's codes are stored + 128; behind each tile 16 fp32 scales, one a token (and head): K or V = code * scale
 #pragma once
 #include "simd.h"
 
@@ -36,15 +37,15 @@ static inline float kv_codes(const float* x, int64_t dim, int8_t* codes) {
   return largest / 127.0f;
 }
 
-// Writes 16-bit or 8-bit elements in the pair layouts; lane: the token's place in the tile.
-template <class T>
-static inline void store_pairs(const T* k, const T* v, int64_t dim, int64_t padded, int64_t lane, T* kt, T* vt) {
-  kt += lane * 2;
-  vt += lane / 2 * padded * 2 + lane % 2;
+// Writes 16-bit elements by 2 or 8-bit elements by 4 (kGroup); lane: the token's place in the tile.
+template <int kGroup, class T>
+static inline void store_groups(const T* k, const T* v, int64_t dim, int64_t padded, int64_t lane, T* kt, T* vt) {
+  kt += lane * kGroup;
+  vt += lane / kGroup * padded * kGroup + lane % kGroup;
   int64_t d = 0;
-  for (; d + 2 <= dim; d += 2) std::memcpy(kt + d * kKeys, k + d, 2 * sizeof(T));
-  if (d < dim) kt[d * kKeys] = k[d];
-  for (d = 0; d < dim; d++) vt[d * 2] = v[d];
+  for (; d + kGroup <= dim; d += kGroup) std::memcpy(kt + d * kKeys, k + d, kGroup * sizeof(T));
+  for (; d < dim; d++) kt[d / kGroup * kGroup * kKeys + d % kGroup] = k[d];
+  for (d = 0; d < dim; d++) vt[d * kGroup] = v[d];
 }
 
 // Writes one token's K and V of one head at `slot` (block * block_size + offset).
@@ -59,12 +60,13 @@ static inline void kv_store(const KvLayer& kv, int64_t slot, int64_t head, const
       store(vs + d, f32_to_bf16(load<f32x16>(v + d)));
     }
     for (; d < kv.dim; d++) ks[d] = f32_to_bf16(k[d]), vs[d] = f32_to_bf16(v[d]);
-    store_pairs(ks, vs, kv.dim, kv.padded, lane, (uint16_t*)kt, (uint16_t*)vt);
+    store_groups<2>(ks, vs, kv.dim, kv.padded, lane, (uint16_t*)kt, (uint16_t*)vt);
   } else if (kv.type == kKvInt8) {
     int8_t ks[kMaxHead], vs[kMaxHead];
     ((float*)(kt + kv.tile_codes()))[lane] = kv_codes(k, kv.dim, ks);
     ((float*)(vt + kv.tile_codes()))[lane] = kv_codes(v, kv.dim, vs);
-    store_pairs(ks, vs, kv.dim, kv.padded, lane, (int8_t*)kt, (int8_t*)vt);
+    for (int64_t d = 0; d < kv.dim; d++) ks[d] = int8_t(ks[d] ^ -128);
+    store_groups<4>(ks, vs, kv.dim, kv.padded, lane, (int8_t*)kt, (int8_t*)vt);
   } else {
     for (int64_t d = 0; d < kv.dim; d++) {
       ((float*)kt)[d * kKeys + lane] = k[d];
