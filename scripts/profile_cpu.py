@@ -58,7 +58,8 @@ class Work:
 
     Attributes:
         weight_bytes: weights read once. kv_bytes: keys and values read.
-        int_macs: multiply-adds of linears with integer weights and of attention over an int8 cache; float_macs: the others.
+        int_macs: multiply-adds of linears with integer weights and of attention over an int8 cache.
+        float_macs: the others.
     """
 
     weight_bytes: int

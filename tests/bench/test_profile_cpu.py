@@ -47,7 +47,8 @@ def test_work_of_a_step(engine: Path) -> None:
     head_dim = settings["hidden_size"] // heads
     seen = 10 + sum(range(1, 21))  # keys that each query sees
     assert work.float_macs == layers * heads * 2 * seen * head_dim
-    integers = script.step_work(graph, linears, "int8", [(9, 1), (0, 20)])  # attention over int8 keys multiplies integers
+    # Attention over int8 keys multiplies integers.
+    integers = script.step_work(graph, linears, "int8", [(9, 1), (0, 20)])
     assert (integers.int_macs, integers.float_macs) == (work.int_macs + work.float_macs, 0)
     padded = -(-head_dim // 16) * 16
     assert work.kv_bytes == layers * 2 * (10 + 20) * settings["num_key_value_heads"] * padded * 2
