@@ -302,8 +302,9 @@ def needed(args: argparse.Namespace) -> Need:
     if "growth" in args.only:
         lengths += args.contexts
     length = max(lengths)
-    decode = -(-args.context // 16) * 16 * sequences if "decode" in args.only else 0
-    return Need(length, max(step_tokens, sequences), sequences, max(length, decode) + 16 * sequences)
+    longest, context = (-(-tokens // 16) * 16 for tokens in (length, args.context))
+    decode = context * sequences if "decode" in args.only else 0
+    return Need(length, max(step_tokens, sequences), sequences, max(longest, decode))
 
 
 def open_engine(args: argparse.Namespace, scratch: Path) -> Bench:
