@@ -62,7 +62,7 @@ static inline void store_weights(f32x16 x, float inverse, WeightQuad* to) {
 // acc[lane] += (K of the lane's quad + 128) . x
 static inline i32x16 dot_keys(i32x16 acc, const uint8_t* line, const QueryQuad* x) {
 #if defined(LLMCTL_AVX512)
-  return dot4<false>(acc, load<u8x64>(line), x->code);
+  return dot4<false>(acc, load<u8x64>(line), splat4<i8x64>(x->code));
 #else
   const u16x32 both = load<u16x32>(line);
   acc = dot2_i16(acc, (i16x32)(both & uint16_t(0xff)), x->code);
