@@ -107,7 +107,7 @@ def compile_library(
     """Compile the kernels for one variant.
 
     Args:
-        cache: folder that keeps libraries, keyed by sources, flags and compiler version.
+        cache: folder that keeps libraries, keyed by sources, flags, compiler version and this machine's architecture.
         extra_flags: appended, e.g. sanitizers.
 
     Raises:
@@ -159,6 +159,8 @@ def _version(command: tuple[str, ...]) -> str:
 
 def _cache_key(version: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for part in (version, " ".join(flags), *(f"{n}\0{t}" for n, t in source_files([SOURCE], SOURCE_DIR).items())):
+    # The machine: a compiler names itself alike on every architecture, and a home folder may be shared.
+    made_for = (platform.machine(), version, " ".join(flags))
+    for part in (*made_for, *(f"{n}\0{t}" for n, t in source_files([SOURCE], SOURCE_DIR).items())):
         digest.update(len(part).to_bytes(8, "little") + part.encode())
     return digest.hexdigest()
