@@ -66,8 +66,8 @@ static inline void find_tops(const f32x16 (*scores)[kTiles], const float* to_log
 // Scores -> softmax weights, their sums, and the operands that meet V (tiles). Query by query the sums would wait for
 // each other; loops with the queries inside have independent ones.
 template <KvType kType, int kCount>
-static inline void weigh(const Queries& qs, Fetch& fetch, f32x16 (*scores)[kTiles], const uint8_t* const* tiles,
-                         int64_t count, int64_t padded, SegmentWeights<kType, kCount>& weights, Partial& part) {
+static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint8_t* const* tiles, int64_t count,
+                         int64_t padded, SegmentWeights<kType, kCount>& weights, Partial& part) {
   float to_log2[kCount], zero[kCount];
   for (int i = 0; i < kCount; i++) to_log2[i] = qs.softcap > 0 ? 1.0f : qs.scale[i];
   find_tops<kCount>(scores, to_log2, count, part.top);
@@ -75,7 +75,6 @@ static inline void weigh(const Queries& qs, Fetch& fetch, f32x16 (*scores)[kTile
   for (int i = 0; i < kCount; i++) zero[i] = part.top[i] == -INFINITY ? 0.0f : part.top[i];
   f32x16 sum[kCount] = {}, largest[kCount] = {};
   for (int64_t t = 0; t < count; t++) {
-    if (t % 4 == 3) fetch.next();
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; i++) {
       const f32x16 w = vexp2(scores[i][t] * to_log2[i] - zero[i]);
@@ -107,31 +106,31 @@ static inline void weigh(const Queries& qs, Fetch& fetch, f32x16 (*scores)[kTile
 
 // Scores of tiles t .. count-1, kWide at a time, so that independent sums cover the latency of an addition.
 template <KvType kType, int kWide, int kCount>
-static inline void score_segment(const Queries& qs, Fetch& fetch, const uint8_t* const* tiles, int64_t count,
-                                 int64_t padded, int64_t t, f32x16 (*scores)[kTiles]) {
-  for (; t + kWide <= count; t += kWide) {
-    for (int next = 0; next < kWide; next++) fetch.next();
+static inline void score_segment(const Queries& qs, const uint8_t* const* tiles, int64_t count, int64_t padded, int64_t t,
+                                 f32x16 (*scores)[kTiles]) {
+  for (; t + kWide <= count; t += kWide)
     score_tiles<kType, kWide, kCount>(qs, tiles + t, padded, scores[0] + t);
-  }
   if constexpr (kWide > 1)
-    if (t < count) score_segment<kType, kWide / 2, kCount>(qs, fetch, tiles, count, padded, t, scores);
+    if (t < count) score_segment<kType, kWide / 2, kCount>(qs, tiles, count, padded, t, scores);
 }
 
-// One segment of keys into `part`; `ahead`: those that this thread will see next (none: begin == end).
+// One segment of keys into `part`; `ahead`: those that this thread will see next.
 template <KvType kType, int kCount>
 static void attend_segment(const KvLayer& kv, const Keys& keys, const Queries& qs, const Keys& ahead, Partial& part) {
   alignas(64) f32x16 scores[kCount][kTiles];
-  const uint8_t* tiles[2 * kTiles + kAhead];  // K, V, then K of `ahead`
+  const uint8_t* tiles[2 * kTiles + kAhead];  // K, V, then what is only prefetched
   const int64_t count = list_tiles(kv, keys, kTiles, tiles);
-  for (int64_t t = 0; t < count; t++) tiles[count + t] = tiles[t] + kv.half_bytes();
-  Fetch fetch{tiles + kAhead, tiles, kv.half_bytes()};
-  if (qs.streams) fetch.end += 2 * count + list_tiles(kv, ahead, kAhead, tiles + 2 * count);
+  for (int64_t t = 0; t < count; t++) {
+    tiles[count + t] = tiles[t] + kv.half_bytes();
+    if (kv.type == kKvInt8) __builtin_prefetch(tiles[count + t] + kv.tile_codes());  // weigh reads the scales first
+  }
+  for (int64_t t = list_tiles(kv, ahead, kAhead, tiles + 2 * count); t < kAhead; t++) tiles[2 * count + t] = tiles[0];
   constexpr int kWide = !kManyRegisters ? 1 : kCount <= 6 ? 4 : 2;
-  score_segment<kType, kWide, kCount>(qs, fetch, tiles, count, kv.padded, 0, scores);
+  score_segment<kType, kWide, kCount>(qs, tiles, count, kv.padded, 0, scores);
   mask_scores<kCount>(qs, keys.begin, count, scores);
   SegmentWeights<kType, kCount> weights;
-  weigh<kType, kCount>(qs, fetch, scores, tiles + count, count, kv.padded, weights, part);
-  sum_values<kType, kCount>(weights, fetch, tiles + count, count, kv.padded, part.out);
+  weigh<kType, kCount>(qs, scores, tiles + count, count, kv.padded, weights, part);
+  sum_values<kType, kCount>(weights, tiles + count, count, kv.padded, part.out);
 }
 
 template <KvType kType>

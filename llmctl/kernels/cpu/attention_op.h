@@ -60,7 +60,6 @@ static inline void load_queries(const OpDesc& op, const StepDesc& step, const Kv
                                 const RowTile& tile, int64_t kv_head, int64_t split, Queries& qs) {
   qs.count = 0;
   qs.softcap = op.softcap;
-  qs.streams = step.query_start[tile.seq + 1] - step.query_start[tile.seq] == 1;
   const int64_t first = kv_head * packing.group + split * packing.heads_per;
   const int64_t last = std::min(first + packing.heads_per, (kv_head + 1) * packing.group);
   for (int32_t r = 0; r < tile.count; r++) {
