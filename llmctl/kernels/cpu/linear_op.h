@@ -47,6 +47,10 @@ static inline __attribute__((always_inline)) void finish_tile(const OpDesc& op, 
   }
 }
 
+static inline int weight_bits(const OpDesc& op) {
+  return op.weight_dtype == kW4 ? 4 : op.weight_dtype == kW8 ? 8 : op.weight_dtype == kBf16 ? 16 : 32;
+}
+
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
 struct Units {
   int64_t tiles, tiles_per, count;
@@ -89,8 +93,10 @@ static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTil
 }
 
 // A rectangle of a linear's work: rows [row, row_end) of the step's `rows`, at most kMaxPatch; units [unit, unit_end).
+// own_end: tile behind the last that the thread is to have when all are equally fast; it reads `after` next.
 struct Patch {
-  int64_t rows, row, row_end, unit, unit_end;
+  int64_t rows, row, row_end, unit, unit_end, own_end;
+  const uint8_t* after;
 };
 
 // One tile for the rows of a patch; y: outputs of the patch's first row, at: the tile's place in them.
@@ -98,11 +104,11 @@ template <int kType, bool kMany>
 static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y, int64_t at,
                       LinearScratch& scratch) {
   ReadyTile ready{};
-  Ahead ahead{};
+  const int64_t tile_bytes = w.k * kTile * weight_bits(op) / 8;
+  Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, 0};
   if constexpr (kMany) {
     constexpr int kBits = kType == kW4 ? 4 : 8;
-    const int64_t tile_bytes = w.k * kTile * kBits / 8, blocks = (patch.row_end - patch.row + 7) / 8;
-    ahead = {w.data + (tile + 1) * tile_bytes, tile_bytes / blocks};
+    ahead.bytes = tile_bytes / ((patch.row_end - patch.row + 7) / 8);
     ready = scratch.ready(w.k, op.x8.group);
     make_ready<kBits>(w, tile, op.x8.group, ready);
   }
@@ -156,16 +162,16 @@ static inline int64_t patch_rows(const OpDesc& op) {
 // The weight bytes that a thread reads first when the threads share the weight: all of its own share.
 static inline Ahead first_weights(const OpDesc& op, int thread, int threads) {
   const Units units(op);
-  const int bits = op.weight_dtype == kW4 ? 4 : op.weight_dtype == kW8 ? 8 : op.weight_dtype == kBf16 ? 16 : 32;
-  const int64_t unit_bytes = units.tiles_per * op.k * kTile * bits / 8;
+  const int64_t unit_bytes = units.tiles_per * op.k * kTile * weight_bits(op) / 8;
   const int64_t begin = units.count * thread / threads, end = units.count * (thread + 1) / threads;
   return {op.w + begin * unit_bytes, (end - begin) * unit_bytes};
 }
 
 // Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
 // in the cache of the core that made them (measured, 512 rows on 2 cores: linears 136 ms for 148); a patch is handed out
-// in pieces, for the last of which the threads would wait.
-static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, LinearScratch& scratch) {
+// in pieces, for the last of which the threads would wait. after: weights that this thread reads next.
+static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const uint8_t* after,
+                             LinearScratch& scratch) {
   const Units units(op);
   const int64_t largest = patch_rows(op);
   const bool by_rows = rows >= kRowsAThread * share.threads;
@@ -173,10 +179,12 @@ static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share,
   const int64_t pieces = std::min(units.count, by_rows ? kPieces : share.threads * kPieces);
   const auto row_of = [&](int64_t patch) { return std::min((rows + 7) / 8 * patch / patches * 8, rows); };
   const auto unit_of = [&](int64_t piece) { return units.count * piece / pieces; };
+  const int64_t own_end = (by_rows ? units.count : unit_of(share.begin(pieces, share.thread + 1))) * units.tiles_per;
   share.run(by_rows ? patches * pieces : pieces, 1, [&](int64_t begin, int64_t) {
     const int64_t piece = begin % pieces, first = by_rows ? begin / pieces : 0, last = by_rows ? first + 1 : patches;
     for (int64_t patch = first; patch < last; patch++)
-      linear_patch(op, units, {rows, row_of(patch), row_of(patch + 1), unit_of(piece), unit_of(piece + 1)}, scratch);
+      linear_patch(op, units,
+                   {rows, row_of(patch), row_of(patch + 1), unit_of(piece), unit_of(piece + 1), own_end, after}, scratch);
   });
 }
 

@@ -161,7 +161,8 @@ void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows,
   const OpDesc& op = p.ops[index];
   const Share share = p.share(2 * index, thread);
   if (op.kind == kLinear) {
-    linear_op(op, rows, share, p.linear_scratch[size_t(thread)]);
+    const Ahead after = first_weights(p.ops[p.next_linear[index]], thread, p.pool.threads());
+    linear_op(op, rows, share, after.next, p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kAttention) {
     p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
   } else {
