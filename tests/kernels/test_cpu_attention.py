@@ -62,7 +62,7 @@ def content(kind: str, shape: Shape, positions: int, sequences: int, kv_dtype: s
         token = rng.normal(size=(sequences, *kv[1:]))
         # bf16: q, k, v and the softmax's weights each carry half an ulp, 2^-9.
         # int8: expected_rows rounds K and V as the cache does, but for values between two codes, which a fused
-        # multiply-add may round the other way: one code is 1/127.
+        # multiply-add may round the other way: one code is 1/127. Queries are 8-bit codes too, not rounded there.
         bound = {"bf16": 2e-2, "int8": 1e-2, "f32": 4e-6}[kv_dtype]
     else:
         k = rng.choice([-1.0, 1.0], kv)
