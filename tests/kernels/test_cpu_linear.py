@@ -295,3 +295,22 @@ def test_linear_that_quantizes(variant: Variant, dtype: str, gated: bool, group:
         outputs.append(run(sketch, out, variant, ROWS))
     for exact, found in zip(*outputs, strict=True):
         assert quantization_is_right(found, exact, group)
+
+
+@each_variant
+@pytest.mark.parametrize(("threads", "rows"), [(1, 600), (9, 9 * 256 + 8)])  # nine shares: one patch each would not do
+def test_rows_of_long_steps_are_those_of_short_ones(variant: Variant, threads: int, rows: int) -> None:
+    """However a long step is cut into patches; through int8 outputs, whose scratch holds one patch."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((rows, 32)).astype(np.float32)
+    packed = integer_linear(Case(4, 32, 128, 32, top=3)).packed
+
+    def outputs(counts: tuple[int, ...], threads: int) -> list[Floats]:
+        sketch = Sketch()
+        out = sketch.linear(sketch.rows(x), packed, 128)[0]
+        out = sketch.linear(out, identity(128, 8, 128), 128)[0]
+        return run(sketch, out, variant, counts, threads=threads, num_blocks=-(-rows // 16))
+
+    whole, start = outputs((rows, 24), threads)
+    assert np.array_equal(whole[:24], start)
+    assert np.array_equal(whole, outputs((rows,), 2)[0])

@@ -75,8 +75,8 @@ struct Ahead {
   }
 };
 
-// Few rows: a tile to be read next is fetched from four places in turn. A core reads several
-// sequential streams faster than one (measured, two cores: one stream 33 GB/s, four 48).
+// Few rows: a tile to be read next is fetched from four places in turn. A core reads several sequential streams faster
+// than one (measured, two cores: one stream 33 GB/s, four 48).
 struct NextTile {
   const uint8_t* start;
   int64_t quarter;

@@ -11,10 +11,10 @@
 namespace llmctl {
 
 constexpr int64_t kRowsAThread = 64;  // rows a thread from which rows are shared instead of the weight
-constexpr int64_t kMinPatch = 64, kMaxPatch = 256;  // rows that meet a tile of weights, see patch_rows()
-constexpr int64_t kPieces = 8;                      // pieces of work a thread: whoever is done takes over others'
-constexpr int64_t kPatchBytes = 1 << 20;            // of their operands and outputs, half a core's L2
-constexpr int64_t kMaxActGroup = 128;  // columns an activation scale, see act_group() in cpu_layout.py
+constexpr int64_t kMinPatch = 8, kMaxPatch = 32;  // blocks of 8 rows that meet a tile of weights, see patch_blocks()
+constexpr int64_t kPatchBytes = 1 << 20;  // of their operands and outputs, half a core's L2
+constexpr int64_t kPieces = 8;            // pieces of work a thread: whoever is done takes over others'
+constexpr int64_t kMaxActGroup = 128;     // columns an activation scale, see act_group() in cpu_layout.py
 
 // Outputs of a block of rows: n columns, row stride ld.
 struct Outputs {
@@ -76,7 +76,7 @@ class LinearScratch {
     uint8_t bytes[64];
   };
   std::vector<Line> lines_;
-  std::vector<float> columns_ = std::vector<float>(size_t(kMaxPatch * kMaxActGroup));
+  std::vector<float> columns_ = std::vector<float>(size_t(8 * kMaxPatch * kMaxActGroup));
 };
 
 template <int kType, bool kMany, int R>
@@ -92,7 +92,7 @@ static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTil
   finish_tile<R>(op, tile, y, at, total);
 }
 
-// A rectangle of a linear's work: rows [row, row_end) of the step's `rows`, at most kMaxPatch; units [unit, unit_end).
+// A rectangle of a linear's work: rows [row, row_end) of the step's `rows`, at most 8 * kMaxPatch; units [unit, unit_end).
 // own_end: tile behind the last that the thread is to have when all are equally fast; it reads `after` next.
 struct Patch {
   int64_t rows, row, row_end, unit, unit_end, own_end;
@@ -151,12 +151,11 @@ static inline void linear_patch(const OpDesc& op, const Units& units, const Patc
   }
 }
 
-// Rows of a patch: the more, the cheaper a ReadyTile for each, as long as they stay in cache from tile to tile (measured,
-// 256 rows on one core: 103 ms for 109 with patches of 64; but outputs of 3 MB, 75 ms for 54).
-static inline int64_t patch_rows(const OpDesc& op) {
-  const int64_t element = op.weight_dtype == kF32 ? 4 : op.weight_dtype == kBf16 ? 2 : 1;
-  const int64_t bytes = op.k * element + op.n * (op.y8.codes ? 1 : 4);
-  return std::min(kMaxPatch, std::max(kMinPatch, kPatchBytes / bytes / 8 * 8));
+// Blocks of a patch: the more, the cheaper a ReadyTile for each, as long as they stay in cache from tile to tile
+// (measured, 256 rows on one core: 103 ms for 109 with patches of 64; but outputs of 3 MB, 75 ms for 54).
+static inline int64_t patch_blocks(const OpDesc& op) {
+  const int64_t bytes = op.k * std::max(8, weight_bits(op)) / 8 + op.n * (op.y8.codes ? 1 : 4);
+  return std::clamp(kPatchBytes / bytes / 8, kMinPatch, kMaxPatch);
 }
 
 // The weight bytes that a thread reads first when the threads share the weight: all of its own share.
@@ -167,24 +166,32 @@ static inline Ahead first_weights(const OpDesc& op, int thread, int threads) {
   return {op.w + begin * unit_bytes, (end - begin) * unit_bytes};
 }
 
+// How the blocks of 8 rows of a linear are cut into patches of about equal size, each for one thread or all for every one.
+struct Cut {
+  int64_t rows, blocks, patches;
+  Cut(const OpDesc& op, int64_t rows, int64_t ranges) : rows(rows), blocks((rows + 7) / 8) {
+    const int64_t most = (blocks + ranges - 1) / ranges, largest = patch_blocks(op);
+    patches = (most + largest - 1) / largest * ranges;
+  }
+  int64_t row(int64_t patch) const { return std::min(blocks * patch / patches * 8, rows); }
+};
+
 // Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
 // in the cache of the core that made them (measured, 512 rows on 2 cores: linears 136 ms for 148); a patch is handed out
 // in pieces, for the last of which the threads would wait. after: weights that this thread reads next.
 static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const uint8_t* after,
                              LinearScratch& scratch) {
   const Units units(op);
-  const int64_t largest = patch_rows(op);
   const bool by_rows = rows >= kRowsAThread * share.threads;
-  const int64_t ranges = by_rows ? share.threads : 1, patches = ((rows + 7) / 8 * 8 / ranges + largest - 1) / largest * ranges;
+  const Cut cut(op, rows, by_rows ? share.threads : 1);
   const int64_t pieces = std::min(units.count, by_rows ? kPieces : share.threads * kPieces);
-  const auto row_of = [&](int64_t patch) { return std::min((rows + 7) / 8 * patch / patches * 8, rows); };
   const auto unit_of = [&](int64_t piece) { return units.count * piece / pieces; };
   const int64_t own_end = (by_rows ? units.count : unit_of(share.begin(pieces, share.thread + 1))) * units.tiles_per;
-  share.run(by_rows ? patches * pieces : pieces, 1, [&](int64_t begin, int64_t) {
-    const int64_t piece = begin % pieces, first = by_rows ? begin / pieces : 0, last = by_rows ? first + 1 : patches;
+  share.run(by_rows ? cut.patches * pieces : pieces, 1, [&](int64_t item, int64_t) {
+    const int64_t piece = item % pieces, unit = unit_of(piece), unit_end = unit_of(piece + 1);
+    const int64_t first = by_rows ? item / pieces : 0, last = by_rows ? first + 1 : cut.patches;
     for (int64_t patch = first; patch < last; patch++)
-      linear_patch(op, units,
-                   {rows, row_of(patch), row_of(patch + 1), unit_of(piece), unit_of(piece + 1), own_end, after}, scratch);
+      linear_patch(op, units, {rows, cut.row(patch), cut.row(patch + 1), unit, unit_end, own_end, after}, scratch);
   });
 }
 
