@@ -78,10 +78,6 @@ static inline void quantize_group(const float* x, int64_t group, int64_t begin, 
   row.negated_sums[at] = -sum;
 }
 
-static inline void quantize_group(const float* x, int64_t, int64_t group, int64_t begin, const ActRow& row) {
-  quantize_group(x, group, begin, row);
-}
-
 #if defined(LLMCTL_AVX512)
 // quantize_group() for the eight rows of a block, x [8][ld]; the group a multiple of 16. To the same bits, in a third of
 // the time: codes are interleaved in registers.

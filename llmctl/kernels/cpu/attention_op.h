@@ -91,7 +91,7 @@ static inline void store_outputs(const OpDesc& op, const StepDesc& step, const K
     }
     if (!op.y8.codes) continue;
     const ActRow to = act_row_of(op.y8, row, step.tokens);
-    for (int64_t g = 0; g < width; g += op.y8.group) quantize_group(line + g, op.y8.group, op.y8.group, column + g, to);
+    for (int64_t g = 0; g < width; g += op.y8.group) quantize_group(line + g, op.y8.group, column + g, to);
   }
 }
 
