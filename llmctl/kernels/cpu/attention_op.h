@@ -110,12 +110,14 @@ class Attention {
     if (longest == 1)
       return share.run(items.count(), 1, [&](int64_t i, int64_t) { whole(items, i); });
     share.run(items.count() * longest, 1, [&](int64_t at, int64_t) {
-      const int64_t part = at % longest;
-      const Item item(items, at / longest);
+      // The heads of a block lie behind each other: they are read behind each other too.
+      const int64_t part = at / items.count();
+      const Item item(items, at % items.count());
       if (part >= item.segments.count()) return;
       Queries qs;
       item.load(qs);
-      const Keys ahead = part + 1 < item.segments.count() ? item.keys(part + 1) : Item(items, at / longest + 1).keys(0);
+      const Item next(items, (at + 1) % items.count());
+      const Keys ahead = next.keys(std::min((at + 1) / items.count(), next.segments.count() - 1));
       attend(kv, item.keys(part), qs, ahead, partials_[size_t(item.index * segments_ + part)]);
     });
     pool.barrier();
