@@ -262,12 +262,15 @@ class Growth:
 
     Attributes:
         step, attention: slopes measured, of the whole step and of its attention. predicted: KV bytes a token at the
-            read bandwidth of the longest context. worst: largest distance of a point from the line, as a share of it.
+            read bandwidth of the longest context. bound: slope of the read bound, weights included, every context at
+            the bandwidth of its own bytes (what no longer fits a cache is read more slowly). worst: largest distance of
+            a point from the line, as a share of it.
     """
 
     step: float
     attention: float
     predicted: float
+    bound: float
     worst: float
 
 
@@ -279,8 +282,9 @@ def growth(points: Sequence[Profile]) -> Growth:
     attention = np.polyfit(contexts, [p.ops.get("attention", 0.0) for p in points], 1)[0]
     kv_per_token = (points[-1].work.kv_bytes - points[0].work.kv_bytes) / (contexts[-1] - contexts[0])
     predicted = kv_per_token / points[-1].read * 1e6
+    bound = np.polyfit(contexts, [p.read_bound for p in points], 1)[0]
     worst = float(np.max(np.abs(times - (base + slope * contexts)) / times))
-    return Growth(float(slope), float(attention), float(predicted), worst)
+    return Growth(float(slope), float(attention), float(predicted), float(bound), worst)
 
 
 @dataclass(frozen=True)
@@ -404,7 +408,8 @@ def print_growth(points: Sequence[Profile], line: Growth) -> None:
     print_table(["context", "step, µs", "attention, µs", "KV, MB", "read, GB/s", "% of read bound"], rows)
     print(
         f"slope, µs per 1,000 tokens of context: step {1e3 * line.step:.0f}, its attention {1e3 * line.attention:.0f}, "
-        f"predicted from KV bytes {1e3 * line.predicted:.0f} (ratio {line.step / line.predicted:.2f}); "
+        f"predicted from KV bytes {1e3 * line.predicted:.0f} (ratio {line.step / line.predicted:.2f}), "
+        f"of the read bound {1e3 * line.bound:.0f} (ratio {line.step / line.bound:.2f}); "
         f"no point is further than {100 * line.worst:.1f}% from the line"
     )
 

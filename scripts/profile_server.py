@@ -164,7 +164,7 @@ def main() -> None:
             report(profile_queue(args, counts, extra), show_queue, args.json)
         else:
             report(profile(args, counts, extra), show_streams, args.json)
-    except (RuntimeError, aiohttp.ClientError) as error:
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -37,8 +37,16 @@ class Window:
 
     @classmethod
     def between(cls, before: dict[str, float], after: dict[str, float]) -> Window:
-        """From two answers of /metrics."""
+        """From two answers of /metrics.
+
+        Raises:
+            RuntimeError: no step or no token in between.
+        """
         grown = {name: after[name] - before[name] for name in after}
+        if not grown[STEPS] or not grown["inter_token_latency_seconds_count"]:
+            raise RuntimeError(
+                "a window without a step: the model is slow for it, take a longer --window or more --queued"
+            )
         steps, busy, compute = (grown[name] for name in (STEPS, BUSY, COMPUTE))
         gap = grown["inter_token_latency_seconds_sum"] / grown["inter_token_latency_seconds_count"]
         middle = (before[STEPS] + after[STEPS]) / 2

@@ -19,7 +19,7 @@ from llmctl.kernels.cpu_layout import TILE, PackedLinear
 from llmctl.runtime.cpu_abi import Kind
 
 _ALIGN = 64
-_QUERIES = 8  # kQueries of kernels/cpu/attention.h
+_QUERIES = 8  # kQueries of kernels/cpu/attention_products.h
 _MAX_HEAD = 256  # kMaxHead of kernels/cpu/kv_cache.h
 
 

@@ -74,7 +74,8 @@ def test_growth_fits_a_line() -> None:
         return script.Profile("", 1, context, step, (step, step), {"attention": context / 4}, 0.0, work, 1e9, 1e9)
 
     line = script.growth([point(c, 100 + 0.5 * c) for c in (512, 1024, 4096)])
-    np.testing.assert_allclose((line.step, line.attention, line.predicted), (0.5, 0.25, 0.064), rtol=1e-9)
+    found = (line.step, line.attention, line.predicted, line.bound)
+    np.testing.assert_allclose(found, (0.5, 0.25, 0.064, 0.064), rtol=1e-9)
     assert line.worst < 1e-9
     assert script.growth([point(100, 1.0), point(200, 4.0), point(300, 9.0)]).worst > 0.05
 

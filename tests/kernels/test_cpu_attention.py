@@ -331,3 +331,17 @@ def test_fused_rope_and_write_equals_the_two_apart(variant: Variant, kv_dtype: s
     for apart, together in zip(*outputs, strict=True):
         assert np.array_equal(apart, together)
     assert np.isfinite(outputs[0][1]).all()
+
+
+@each_variant
+def test_infinities_of_a_former_owner_do_no_harm(variant: Variant) -> None:
+    """An int8 block that held infinite values is given to another sequence, shorter than the block."""
+    shape = Shape(3, 1, 64)
+    c = content("uniform", shape, 40, 2, "int8")
+    expected = expected_rows(c, shape, 0, range(5), "int8")
+    c.v_token[1] = np.inf
+    native = bind(c, shape, variant, "int8", num_blocks=1)
+    native.step(SequenceSlice("b", [1] * 16, 0, [0], False))
+    found = native.step(SequenceSlice("a", [0] * 5, 0, [0], False))
+    assert np.abs(found - expected).max() <= c.bound * np.abs(c.v).max()
+    native.runtime.close()

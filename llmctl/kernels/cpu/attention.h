@@ -80,7 +80,8 @@ static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint
       const f32x16 w = vexp2(scores[i][t] * to_log2[i] - zero[i]);
       sum[i] += w;
       if constexpr (kType == kKvInt8) {
-        scores[i][t] = w * load<f32x16>(tiles[t] + padded * kKeys);
+        // What lies beyond the sequence may be a former request's, even NaN: it must not meet a weight of 0.
+        scores[i][t] = w > 0.0f ? w * load<f32x16>(tiles[t] + padded * kKeys) : f32x16{};
         largest[i] = vmax(largest[i], scores[i][t]);
       } else if constexpr (kType == kKvBf16 && kDotPairs) {
         store(weights.at[i] + t * kKeys, f32_to_bf16(w));
@@ -163,8 +164,9 @@ static inline void merge(Partial& total, const Partial& part, int count, int64_t
   store(total.top, top);
   for (int i = 0; i < count; i++) {
     for (int64_t d = 0; d < padded; d += 16)
-      store(total.out[i] + d, load<f32x16>(total.out[i] + d) * keep[i] + load<f32x16>(part.out[i] + d) * add[i]);
-    total.sum[i] = total.sum[i] * keep[i] + part.sum[i] * add[i];
+      store(total.out[i] + d,
+            fused(load<f32x16>(total.out[i] + d), keep[i], load<f32x16>(part.out[i] + d) * add[i]));
+    total.sum[i] = fused(total.sum[i], keep[i], part.sum[i] * add[i]);
   }
 }
 

@@ -69,11 +69,10 @@ static inline __attribute__((always_inline)) void multiply(f32x16& acc, const ui
 template <KvType kType>
 static inline __attribute__((always_inline)) void multiply(f32x16& acc, const uint8_t* line, const float* x) {
   if constexpr (kType == kKvF32) {
-    acc += load<f32x16>(line) * *x;
+    acc = fused(load<f32x16>(line), *x, acc);
   } else {
     const u32x16 both = load<u32x16>(line), even = both << 16, odd = both & 0xffff0000u;
-    acc += load<f32x16>(&even) * x[0];
-    acc += load<f32x16>(&odd) * x[1];
+    acc = fused(load<f32x16>(&odd), x[1], fused(load<f32x16>(&even), x[0], acc));
   }
 }
 

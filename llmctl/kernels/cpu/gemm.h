@@ -157,9 +157,10 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
   for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
   for (int64_t g = 0; g < groups; g++, scales += kTile, zeros += kTile) {
     if (kMany) ahead.fetch(groups);
-    for (int64_t part = 0; part < ratio; part++, xs += R, sums += R, offsets += kTile) {
+    for (int64_t part = 0; part < ratio; part++, xs += R, sums += R) {
       i32x16 acc[kChains][R][2] = {};
       start_sums<kBits, kMany, R>(offsets, zeros, sums, acc[0]);
+      if (kMany) offsets += kTile;
       const int8_t* end = xp + x.group * R;
       for (; xp + 4 * R * kChains <= end; xp += 4 * R * kChains) {
 #pragma GCC unroll 4
@@ -177,7 +178,7 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
       for (int half = 0; half < 2; half++) {
         const f32x16 scale = f16_to_f32x16(scales + half * kLanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) total[r][half] += to_f32(acc[0][r][half]) * (scale * xs[r]);
+        for (int r = 0; r < R; r++) total[r][half] = fused(to_f32(acc[0][r][half]), scale * xs[r], total[r][half]);
       }
       // Eight rows' totals and sums would fill all 32 registers: totals stay in memory, or the compiler spills both.
       if (R == 8) asm volatile("" : : "r"(&total) : "memory");
@@ -215,8 +216,8 @@ static inline __attribute__((always_inline)) void f32_tile(const Weights& w, con
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const float value = xp[r * ldx + k];
-      total[r][0] += first * value;
-      total[r][1] += second * value;
+      total[r][0] = fused(first, value, total[r][0]);
+      total[r][1] = fused(second, value, total[r][1]);
     }
   }
 }

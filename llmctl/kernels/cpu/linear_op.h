@@ -166,7 +166,7 @@ static inline Ahead first_weights(const OpDesc& op, int thread, int threads) {
   return {op.w + begin * unit_bytes, (end - begin) * unit_bytes};
 }
 
-// How the blocks of 8 rows of a linear are cut into patches of about equal size, each for one thread or all for every one.
+// How a linear's blocks of 8 rows are cut into patches of about equal size: as many for each of `ranges` threads.
 struct Cut {
   int64_t rows, blocks, patches;
   Cut(const OpDesc& op, int64_t rows, int64_t ranges) : rows(rows), blocks((rows + 7) / 8) {

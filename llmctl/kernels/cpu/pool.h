@@ -2,7 +2,7 @@
 //
 // A step walks some 300 small ops; handing each to a queue would cost more than many of them. So all threads walk the op
 // list together and meet at barriers. Waiting spins first (a barrier is microseconds away while a step runs), then yields
-// (the API process may need this core), then sleeps (the thread waited for may itself be waiting for this core); between
+// (the API process may need this core), then, on Linux, sleeps (the thread waited for may itself be waiting for this core); between
 // steps workers sleep on a condition variable.
 #pragma once
 #include <atomic>

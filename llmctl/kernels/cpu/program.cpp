@@ -43,7 +43,8 @@ struct llmctl_program {
                     KvType(kv_descs[i].type), block_size});
     for (size_t i = ops.size(); i-- > 0;) {
       if (ops[i].on_rows) tail = i;
-      if (ops[i].kind == kAttention) rows_per = HeadPacking(ops[i].heads, ops[i].kv_heads).rows_per;
+      if (ops[i].kind == kAttention)
+        rows_per = std::min(rows_per, HeadPacking(ops[i].heads, ops[i].kv_heads).rows_per);
     }
     next_linear.assign(ops.size(), 0);
     for (size_t i = 2 * ops.size(), next = 0; i-- > 0;) {

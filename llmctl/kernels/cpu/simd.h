@@ -1,5 +1,5 @@
-// Portable 16-lane vectors on GCC/Clang vector extensions, with intrinsics only where the ISA has an instruction that
-// the extensions cannot express (vpdpbusd, vdpbf16ps, fp16 and bf16 conversion).
+// Portable 16-lane vectors on GCC/Clang vector extensions, with intrinsics where the ISA has an instruction that the
+// extensions cannot express (dot products, packing, fp16) or that compilers do not find.
 //
 // The same sources are compiled once per variant; flags alone decide which branch is taken:
 //   avx512bf16   avx512vnni + -mavx512bf16 (Zen 4, Sapphire Rapids)      avx512vnni   -mavx512f/bw/vl/dq/vnni (Ice Lake)
@@ -62,6 +62,33 @@ static inline void prefetch_to_write(void* p, int64_t bytes) {
 }
 
 static inline f32x16 splat(float x) { return x - f32x16{}; }
+
+// a * b + c, rounded once where the machine can. Sums that must come out the same in every instance of a template are
+// written with it: whether a compiler fuses acc += a * b may depend on the registers that the instance needs (GCC does not
+// where its tuning sets avoid-fma-max-bits and acc stays in a register over the loop).
+static inline f32x16 fused(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(LLMCTL_AVX512)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  const __m256 halves[2] = {_mm256_fmadd_ps(load<__m256>(&a), load<__m256>(&b), load<__m256>(&c)),
+                            _mm256_fmadd_ps(load<__m256>((const char*)&a + 32), load<__m256>((const char*)&b + 32),
+                                            load<__m256>((const char*)&c + 32))};
+  return load<f32x16>(halves);
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+static inline f32x16 fused(f32x16 a, float b, f32x16 c) { return fused(a, splat(b), c); }
+static inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 static inline f32x16 to_f32(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 
@@ -145,20 +172,6 @@ static inline u16x16 f32_to_bf16(f32x16 x) {
   return u32_to_u16(bits);
 }
 
-// 32 bytes widened.
-static inline i16x32 i8_to_i16(const int8_t* p) {
-#if defined(LLMCTL_AVX512)
-  return (i16x32)_mm512_maskz_cvtepi8_epi16(0xffffffff, _mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-  const __m256i halves[2] = {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
-                             _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
-  return load<i16x32>(halves);
-#else
-  i16x32 r;
-  for (int i = 0; i < 32; i++) r[i] = p[i];
-  return r;
-#endif
-}
 // Rounded to nearest even; |x| < 2^22. Adding 1.5 * 2^23 rounds and leaves the integer in the low mantissa bits.
 static inline i32x16 round_to_i32(f32x16 x) {
   const f32x16 shifted = x + 12582912.0f;
@@ -295,7 +308,7 @@ static inline f32x16 dot2_bf16(f32x16 acc, const uint16_t* w, const uint16_t* x)
 #else
   u32x16 both = load<u32x16>(w);
   u32x16 even = both << 16, odd = both & 0xffff0000u;
-  return acc + load<f32x16>(&even) * bf16_to_f32(x[0]) + load<f32x16>(&odd) * bf16_to_f32(x[1]);
+  return fused(load<f32x16>(&odd), bf16_to_f32(x[1]), fused(load<f32x16>(&even), bf16_to_f32(x[0]), acc));
 #endif
 }
 
