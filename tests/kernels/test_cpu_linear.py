@@ -8,16 +8,15 @@ than 24 bits, which each case checks.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_graphs import VARIANTS, Floats, Sketch, identity, library, quantization_is_right, run
+from cpu_graphs import VARIANTS, Floats, Sketch, identity, quantization_is_right, run
 from numpy.typing import NDArray
 
-from llmctl.errors import CompileError
 from llmctl.kernels.cpu_layout import PackedLinear, pack_dense, pack_int, padded_columns
-from llmctl.kernels.toolchain import EMULATED_BF16, Variant, find_compiler
+from llmctl.kernels.toolchain import Variant, find_compiler
 
 pytestmark = [
     pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
@@ -317,33 +316,3 @@ def test_rows_of_long_steps_are_those_of_short_ones(variant: Variant, threads: i
     whole, start = outputs((rows, 24), threads)
     assert np.array_equal(whole[:24], start)
     assert np.array_equal(whole, outputs((rows,), 2)[0])
-
-
-def random_linear(dtype: str, n: int, k: int) -> PackedLinear:
-    """Real numbers: the order and the rounding of every sum show."""
-    rng = np.random.default_rng(4)
-    if dtype in ("w4", "w8"):
-        bits, groups = int(dtype[1]), k // 64
-        codes, zeros = (rng.integers(0, 2**bits, (n, size)).astype(np.uint8) for size in (k, groups))
-        return pack_int(codes, rng.uniform(0.5, 1.5, (n, groups)), zeros, bits=bits, group=64, gated=False)
-    weight = rng.standard_normal((n, k)).astype(np.float32)
-    stored = (weight.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else weight
-    return pack_dense(stored, dtype, gated=False)
-
-
-@pytest.mark.parametrize("dtype", ["w4", "w8", "bf16", "f32"])
-def test_a_row_is_the_same_in_any_block_whatever_the_compiler_fuses(dtype: str) -> None:
-    """With this flag, which some tunings imply, GCC fuses a + b * c in some instances of a template, not in others."""
-    fastest = next(v for v in VARIANTS if v is not EMULATED_BF16)
-    flags = (*fastest.flags, "--param=avoid-fma-max-bits=512")
-    variant = replace(fastest, name=f"{fastest.name}-unfused", flags=flags)
-    try:
-        library(variant)
-    except CompileError:
-        pytest.skip("the compiler is not GCC: it has no such flag")
-    x = np.random.default_rng(3).standard_normal((24, 256)).astype(np.float32)
-    sketch = Sketch()
-    out = sketch.linear(sketch.rows(x), random_linear(dtype, 70, 256), 70)[0]
-    *parts, whole = run(sketch, out, variant, (1, 2, 4, 7, 8, 24))
-    for part in parts:
-        assert np.array_equal(part, whole[: len(part)])
