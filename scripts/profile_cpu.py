@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from md_table import print_table
 from numpy.typing import NDArray
 
 from llmctl.artifact.device import cpu_features
@@ -412,14 +413,6 @@ def print_growth(points: Sequence[Profile], line: Growth) -> None:
         f"of the read bound {1e3 * line.bound:.0f} (ratio {line.step / line.bound:.2f}); "
         f"no point is further than {100 * line.worst:.1f}% from the line"
     )
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Markdown."""
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print(flush=True)
 
 
 def main() -> int:

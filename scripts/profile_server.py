@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import aiohttp
 import psutil
+from md_table import print_table
 from served import Server, client_session, prompts, serving, stream
 from server_queue import BUSY, COMPUTE, STEPS, TIMES, QueueRow, play_round
 
@@ -86,13 +87,6 @@ def measure(server: Server, streams: int, prompt_tokens: int, output_tokens: int
     )
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table."""
-    print("| " + " | ".join(head) + " |\n|" + "---:|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-
-
 def show_streams(rows: list[Row]) -> None:
     """What streams cost."""
     head = ("streams", "tok/s", "API of a core", "us/token", "Python of worker", "us/step", "whole step, us")
@@ -104,7 +98,7 @@ def show_streams(rows: list[Row]) -> None:
         )
         for r in rows
     ]
-    print_table((*head, "worker cores"), lines)
+    print_table((*head, "worker cores"), lines, "---:")
 
 
 def show_queue(rows: list[QueueRow]) -> None:
@@ -117,7 +111,7 @@ def show_queue(rows: list[QueueRow]) -> None:
         )
         for r in rows
     ]
-    print_table(head, lines)
+    print_table(head, lines, "---:")
 
 
 def profile(args: argparse.Namespace, counts: Sequence[int], extra: list[str]) -> list[Row]:

@@ -20,6 +20,7 @@ from llmctl.runtime.cpu_load import engine_weights
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))  # what the script imports from its own folder
 _SPEC = importlib.util.spec_from_file_location("profile_cpu", Path(__file__).parents[2] / "scripts" / "profile_cpu.py")
 assert _SPEC is not None
 assert _SPEC.loader is not None

@@ -79,8 +79,8 @@ static inline void quantize_group(const float* x, int64_t group, int64_t begin, 
 }
 
 #if defined(LLMCTL_AVX512)
-// quantize_group() for the eight rows of a block, x [8][ld]; the group a multiple of 16. To the same bits for
-// finite values, in a third of the time: codes are interleaved in registers.
+// quantize_group() for the eight rows of a block, x [8][ld]; the group a multiple of 16. To the same bits for finite
+// values; codes are interleaved in registers (measured, norms of a prefill of 512: 4.9 ms for 6.2).
 static inline void quantize_block(const float* x, int64_t ld, int64_t begin, const IntActs& out, int64_t start,
                                   uint8_t flip) {
   const int64_t at = start * out.groups() + begin / out.group * 8;

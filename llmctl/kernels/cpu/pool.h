@@ -90,7 +90,7 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins = 4096, kYields = 256;  // about 100 microseconds each
+  static constexpr int kSpins = 4096, kYields = 256;  // turns of waiting, each way
 
   // asleep_ rises before the kernel compares the generation, and the generation changes before asleep_ is read: either
   // the sleeper sees the new generation or the last to arrive sees the sleeper.

@@ -335,9 +335,7 @@ constexpr i32x16 kDown1 = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static inline i32x16 dot2_i16(i32x16 acc, i16x32 w, const int16_t* x) {
   int32_t pair;
   std::memcpy(&pair, x, 4);
-#if defined(LLMCTL_AVX512)
-  return (i32x16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(pair));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   const __m256i xx = _mm256_set1_epi32(pair);
   const __m256i sums[2] = {_mm256_madd_epi16(load<__m256i>(&w), xx), _mm256_madd_epi16(load<__m256i>((const char*)&w + 32), xx)};
   return acc + load<i32x16>(sums);
