@@ -204,13 +204,13 @@ class Bench:
 
     def exact(self, head: str) -> LoadedEngine:
         """The float32 engine, its output head holding the values that ``head`` stores."""
-        from llmctl.artifact.cpu_planes import LM_HEAD_BITS, linear_formats
         from llmctl.artifact.loader import WeightPlane
         from llmctl.checkpoint.assemble import assemble
         from llmctl.checkpoint.quantized import QuantizedWeight
         from llmctl.checkpoint.reader import open_checkpoint
         from llmctl.graph.graph import LOGITS
-        from llmctl.kernels.cpu_layout import pack_dense, quantize_symmetric, to_planes
+        from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric, to_planes
+        from llmctl.targets.cpu.planes import LM_HEAD_BITS, linear_formats
 
         engine = self._engine("float32", "auto")
         graph = engine.graph
@@ -236,7 +236,7 @@ class Bench:
         Raises:
             UsageError: no native kernels here (no compiler).
         """
-        from llmctl.runtime.load import load_runtime
+        from llmctl.artifact.runtimes import load_runtime
 
         if not engine.manifest.target.native_cpu:
             raise UsageError("the native CPU kernels are not available", fix="install a C++ compiler", param="model")

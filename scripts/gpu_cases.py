@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmctl.graph.graph import Op
-from llmctl.kernels import reference
-from llmctl.kernels.cuda_call import Machine
-from llmctl.kernels.cuda_gemm import GEMM_ROWS
-from llmctl.kernels.cuda_layout import CudaFormat
-from llmctl.kernels.cuda_ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors
-from llmctl.kernels.cuda_signatures import launch
-from llmctl.kernels.lora import lora_splits
-from llmctl.kernels.reference import AdapterWeights
+from llmctl.targets.cuda.call import Machine
+from llmctl.targets.cuda.gemm import GEMM_ROWS
+from llmctl.targets.cuda.layout import CudaFormat
+from llmctl.targets.cuda.lora import lora_splits
+from llmctl.targets.cuda.ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors
+from llmctl.targets.cuda.signatures import launch
+from llmctl.targets.reference import kernels as reference
+from llmctl.targets.reference.kernels import AdapterWeights
 
 BF16 = torch.bfloat16
 ROTATE_BYTES = 256 * 2**20
@@ -151,7 +151,7 @@ def _linear_maker(fmt: CudaFormat, m: int, weight_bytes: int) -> Callable[[Machi
 
 def _product(machine: Machine, weight: PackedWeight, x: Tensor) -> Tensor:
     """The product in float32 of weights dequantised by their kernel, which tests/gpu hold to the reference."""
-    from llmctl.kernels.cuda_gemm_signatures import dequantize_call
+    from llmctl.targets.cuda.gemm_signatures import dequantize_call
 
     w = torch.empty(weight.format.shape, device=x.device, dtype=BF16)
     machine.launch(dequantize_call(weight.format, "bf16", weight.planes, w))

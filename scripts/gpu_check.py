@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _missing() -> str | None:
     try:
-        from llmctl.kernels.cuda_launch import missing_device
+        from llmctl.targets.cuda.launch import missing_device
     except ImportError as error:
         return str(error)
     return missing_device()
@@ -200,8 +200,8 @@ def _check(options: argparse.Namespace, began: float) -> int:
     from gpu_cases import all_cases
 
     from llmctl.checkpoint.resolve import cache_dir
-    from llmctl.kernels.compile import SOURCE_DIR
-    from llmctl.kernels.cuda_launch import compiled_machine
+    from llmctl.targets.cuda.compile import SOURCE_DIR
+    from llmctl.targets.cuda.launch import compiled_machine
 
     torch.manual_seed(0)
     machine = compiled_machine(tuple(sorted(p.name for p in SOURCE_DIR.glob("*.cu"))), cache_dir() / "kernels")

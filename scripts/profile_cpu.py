@@ -31,18 +31,18 @@ import numpy as np
 from md_table import print_table
 from numpy.typing import NDArray
 
-from llmctl.artifact.device import cpu_features
 from llmctl.artifact.loader import LoadedEngine, cpu_library, load_engine
 from llmctl.artifact.memory import kv_layer_bytes
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
 from llmctl.graph.graph import Graph
-from llmctl.kernels.cpu_layout import PackedLinear
-from llmctl.kernels.toolchain import compile_library, library_name, supported_variants
-from llmctl.runtime.cpu import CpuRuntime
-from llmctl.runtime.cpu_abi import open_library
-from llmctl.runtime.cpu_load import engine_weights, load_cpu_runtime
+from llmctl.targets.cpu.abi import open_library
+from llmctl.targets.cpu.layout import PackedLinear
+from llmctl.targets.cpu.load import engine_weights, load_cpu_runtime
+from llmctl.targets.cpu.runtime import CpuRuntime
+from llmctl.targets.cpu.toolchain import compile_library, library_name, supported_variants
+from llmctl.targets.device import cpu_features
 
 PARTS = ("decode", "prefill", "growth")
 Span = tuple[int, int]

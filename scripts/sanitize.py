@@ -21,9 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifact.device import cpu_features
 from llmctl.errors import CompileError
-from llmctl.kernels.toolchain import (
+from llmctl.targets.cpu.toolchain import (
     INSTALL_HINT,
     SOURCE_DIR,
     compile_library,
@@ -31,14 +30,15 @@ from llmctl.kernels.toolchain import (
     supported_variants,
     variants_to_test,
 )
+from llmctl.targets.device import cpu_features
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "tests" / "kernels" / "sanitize"
+SOURCES = ROOT / "tests" / "targets" / "cpu" / "sanitize"
 ADDRESS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-fsanitize=thread")
 KERNEL_TESTS = ("linear", "row_ops", "attention", "sampler")
 RUNTIME_TESTS = "any_batch_and_chunking or long_contexts or penalties_bias or act_order or threads_does_not"
-PROBE_TEST = "tests/kernels/test_cpu_linear.py::test_zero_rows_and_zero_scales"
+PROBE_TEST = "tests/targets/cpu/test_cpu_linear.py::test_zero_rows_and_zero_scales"
 FAULTS = {
     "heap": "AddressSanitizer: heap-buffer-overflow",
     "arena": "AddressSanitizer: use-after-poison",
@@ -143,8 +143,8 @@ def check_address(tools: Toolbox) -> str:
     environment = python_environment(tools, compiler, cache)
     passed = []
     for arguments in (
-        [f"tests/kernels/test_cpu_{name}.py" for name in KERNEL_TESTS],
-        ["tests/runtime/test_cpu.py", "-k", RUNTIME_TESTS],
+        [f"tests/targets/cpu/test_cpu_{name}.py" for name in KERNEL_TESTS],
+        ["tests/targets/cpu/test_cpu.py", "-k", RUNTIME_TESTS],
     ):
         result = run_pytest(environment, *arguments)
         if result.returncode:

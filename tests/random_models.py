@@ -13,9 +13,9 @@ from torch import Tensor
 from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph
-from llmctl.runtime.batch import packed_batch
-from llmctl.runtime.context import allocate_cache
-from llmctl.runtime.interpreter import Interpreter
+from llmctl.targets.batch import packed_batch
+from llmctl.targets.reference.context import allocate_cache
+from llmctl.targets.reference.interpreter import Interpreter
 
 _LLAMA: dict[str, Any] = {
     "hidden_size": 64,

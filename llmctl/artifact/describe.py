@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifact.device import NO_CUDA_RUNTIME
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
 from llmctl.artifact.manifest import BuildOptions, Manifest, QuantizationRecord
 from llmctl.artifact.memory import human_bytes
 from llmctl.artifact.plan import op_counts, plan_build, quantization_record
-from llmctl.artifact.planes import flat
 from llmctl.artifact.strict import to_data
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError
 from llmctl.graph.graph import Graph
-from llmctl.kernels.registry import KernelChoice
+from llmctl.targets.cuda.registry import KernelChoice
+from llmctl.targets.device import NO_CUDA_RUNTIME
+from llmctl.targets.planes import flat
 
 
 def describe_model(model: str, *, verify: bool = False) -> dict[str, Any]:

@@ -17,18 +17,18 @@ from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
-from llmctl.artifact.cpu_planes import cpu_planes
-from llmctl.artifact.cuda_planes import cuda_planes
-from llmctl.artifact.device import best_arch, cpu_features, cuda_device
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, Target, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.plan import parse_target
-from llmctl.artifact.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
 from llmctl.graph.graph import Graph
-from llmctl.kernels.registry import FALLBACK
-from llmctl.kernels.toolchain import library_name, supported_variants
+from llmctl.targets.cpu.planes import cpu_planes
+from llmctl.targets.cpu.toolchain import library_name, supported_variants
+from llmctl.targets.cuda.planes import cuda_planes
+from llmctl.targets.cuda.registry import FALLBACK
+from llmctl.targets.device import best_arch, cpu_features, cuda_device
+from llmctl.targets.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 from llmctl.artifact.strict import from_data, to_data
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES
-from llmctl.kernels.compile import KernelResources
-from llmctl.kernels.registry import KernelChoice
+from llmctl.targets.cuda.compile import KernelResources
+from llmctl.targets.cuda.registry import KernelChoice
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "engine.json"

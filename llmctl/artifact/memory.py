@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifact.device import cuda_device
-from llmctl.artifact.planes import DTYPE_BYTES
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, KVLayer
+from llmctl.targets.device import cuda_device
+from llmctl.targets.planes import DTYPE_BYTES
 
 KV_BYTES = {**DTYPE_BYTES, "int8": 1, "fp8_e4m3": 1}
 """Bytes of an element of the KV cache."""

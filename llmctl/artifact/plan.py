@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifact.cpu_planes import LM_HEAD_BITS, cpu_choices, cpu_planes, dense_head
-from llmctl.artifact.cuda_planes import cuda_planes
-from llmctl.artifact.device import NO_CUDA_RUNTIME, cpu_features
 from llmctl.artifact.manifest import BuildOptions, QuantizationRecord, Target
 from llmctl.artifact.memory import KV_BYTES, MemoryPlan, plan_memory
-from llmctl.artifact.planes import DTYPE_BYTES, Plane, dense_dtypes, flat, resident_bytes, settle_planes, total_bytes
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
 from llmctl.checkpoint.resolve import resolve_model
@@ -20,9 +16,13 @@ from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
-from llmctl.kernels.compile import ARCHITECTURES
-from llmctl.kernels.registry import KernelChoice, choose_all
-from llmctl.kernels.toolchain import INSTALL_HINT, VARIANTS, find_compiler, library_name, supported_variants
+from llmctl.targets.cpu.planes import LM_HEAD_BITS, cpu_choices, cpu_planes, dense_head
+from llmctl.targets.cpu.toolchain import INSTALL_HINT, VARIANTS, find_compiler, library_name, supported_variants
+from llmctl.targets.cuda.compile import ARCHITECTURES
+from llmctl.targets.cuda.planes import cuda_planes
+from llmctl.targets.cuda.registry import KernelChoice, choose_all
+from llmctl.targets.device import NO_CUDA_RUNTIME, cpu_features
+from llmctl.targets.planes import DTYPE_BYTES, Plane, dense_dtypes, flat, resident_bytes, settle_planes, total_bytes
 
 TARGETS = ("cpu", "cpu:VARIANT[,VARIANT…]", "reference", "cuda:sm_XX[,sm_YY…]")
 

@@ -14,10 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl import __version__
-from llmctl.artifact.cpu_planes import pack_planes as pack_cpu_planes
-from llmctl.artifact.cuda_planes import cuda_formats
-from llmctl.artifact.cuda_planes import pack_planes as pack_cuda_planes
-from llmctl.artifact.device import usable_cores
 from llmctl.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -28,17 +24,21 @@ from llmctl.artifact.manifest import (
     manifest_to_bytes,
 )
 from llmctl.artifact.plan import BuildPlan, quantization_record
-from llmctl.artifact.planes import DTYPE_BYTES, SAFETENSORS_DTYPE, Plane, total_bytes
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.folder import published_folder
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
-from llmctl.kernels.compile import PTX_FALLBACK, compile_modules, source_hash
-from llmctl.kernels.registry import sources_of
-from llmctl.kernels.toolchain import INSTALL_HINT, VARIANTS, compile_library, library_name
-from llmctl.kernels.toolchain import SOURCE as CPU_SOURCE
-from llmctl.kernels.toolchain import SOURCE_DIR as CPU_SOURCE_DIR
+from llmctl.targets.cpu.planes import pack_planes as pack_cpu_planes
+from llmctl.targets.cpu.toolchain import INSTALL_HINT, VARIANTS, compile_library, library_name
+from llmctl.targets.cpu.toolchain import SOURCE as CPU_SOURCE
+from llmctl.targets.cpu.toolchain import SOURCE_DIR as CPU_SOURCE_DIR
+from llmctl.targets.cuda.compile import PTX_FALLBACK, compile_modules, source_hash
+from llmctl.targets.cuda.planes import cuda_formats
+from llmctl.targets.cuda.planes import pack_planes as pack_cuda_planes
+from llmctl.targets.cuda.registry import sources_of
+from llmctl.targets.device import usable_cores
+from llmctl.targets.planes import DTYPE_BYTES, SAFETENSORS_DTYPE, Plane, total_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,7 +216,7 @@ class _WeightWriter:
 
 
 def pack_planes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
-    """A quantized weight's planes as they are stored (see ``artifact.planes``), by suffix.
+    """A quantized weight's planes as they are stored (see ``targets.planes``), by suffix.
 
     Args:
         dtypes: suffix -> safetensors dtype of the planes wanted.

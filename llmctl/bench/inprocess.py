@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
-from llmctl.artifact.device import usable_cores
 from llmctl.artifact.loader import LoadedEngine, read_manifest
+from llmctl.artifact.runtimes import open_runtime
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
 from llmctl.config import EngineConfig
@@ -20,7 +20,7 @@ from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import UsageError
-from llmctl.runtime.load import open_runtime
+from llmctl.targets.device import usable_cores
 from llmctl.text.tokenizer import Tokenizer
 
 

@@ -48,7 +48,7 @@ adapters (made by graph.lora): their weights are the runtime's, by the op's name
                                                            z[:, column:][:, :rows] = y + scale * (x @ A.T) @ B.T
   act_mul        x -> y                 |                | fn; y = fn(gate) * up, gate columns first in x
 
-``rope_type`` and the fields it needs (HF's ``rope_parameters``, defaults resolved; kernels/rope.py has the formulas):
+``rope_type`` and the fields it needs (HF's ``rope_parameters``, defaults resolved; targets/rope.py has the formulas):
   default | linear: factor
   llama3: factor, low_freq_factor, high_freq_factor, original_max_position
   yarn: factor, beta_fast, beta_slow, original_max_position, attention_factor (multiplies cos and sin), truncate: bool

@@ -194,11 +194,11 @@ def self_calibration(
         vocab_size: the model's.
         on_progress: called with tokens written and wanted.
     """
+    from llmctl.artifact.runtimes import runtime_from_checkpoint
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.request import Request
     from llmctl.engine.sampling import SamplingParams, derive_seed
     from llmctl.engine.scheduler import SchedulerConfig
-    from llmctl.runtime.load import runtime_from_checkpoint
 
     rows = [list(prompt) for prompt in random_prompts(tokenizer, vocab_size, samples, seed)]
     running = min(samples, _MAX_RUNNING)

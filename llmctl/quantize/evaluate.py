@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from llmctl.artifact.runtimes import runtime_from_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.generate import score_all
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
-from llmctl.runtime.load import runtime_from_checkpoint
-from llmctl.runtime.reference import ReferenceRuntime
+from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.text.tokenizer import Tokenizer
 
 _BATCH = 8  # windows scored at once

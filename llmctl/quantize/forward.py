@@ -14,9 +14,9 @@ from torch import Tensor
 from llmctl.checkpoint.assemble import WeightSource, assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import INPUT_IDS, POSITIONS, Graph, Op
-from llmctl.runtime.batch import packed_batch
-from llmctl.runtime.context import Env, allocate_cache
-from llmctl.runtime.interpreter import Interpreter
+from llmctl.targets.batch import packed_batch
+from llmctl.targets.reference.context import Env, allocate_cache
+from llmctl.targets.reference.interpreter import Interpreter
 
 _STEP_INPUTS = (INPUT_IDS, POSITIONS)
 

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifact.heads import HEADS, free_head, head_planes, with_head
 from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.plan import BuildPlan
+from llmctl.artifact.runtimes import load_runtime
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.evaluate import Protocol, perplexity_of
-from llmctl.runtime.load import load_runtime
+from llmctl.targets.cpu.heads import HEADS, free_head, head_planes, with_head
 from llmctl.text.tokenizer import Tokenizer
 
 _BUILTIN = Path(__file__).parent / "eval_text.txt"  # Herman Melville, Moby-Dick (1851), from chapter 1

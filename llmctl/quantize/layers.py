@@ -22,7 +22,7 @@ from llmctl.quantize.plan import Plan
 from llmctl.quantize.rtn import quantize_rtn, take_rows
 from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
-from llmctl.runtime.context import Env
+from llmctl.targets.reference.context import Env
 
 Algorithm = Callable[[Tensor, Tensor], QuantizedWeight]
 

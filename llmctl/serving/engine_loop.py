@@ -116,7 +116,7 @@ def open_engine(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngin
     path = _locate(config, send)
     send(Located(str(path)))
     send(Progress("loading the engine"))
-    from llmctl.runtime.load import open_runtime
+    from llmctl.artifact.runtimes import open_runtime
 
     loaded, runtime = open_runtime(path, config)
     tokenizer = Tokenizer.from_folder(path)

@@ -11,7 +11,7 @@ from tiny_checkpoint import write_dense, write_gptq
 
 from llmctl.artifact.builder import build_engine
 from llmctl.config import BuildConfig
-from llmctl.kernels.toolchain import find_compiler
+from llmctl.targets.cpu.toolchain import find_compiler
 
 
 @pytest.fixture(scope="session")

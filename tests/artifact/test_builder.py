@@ -25,7 +25,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
-from llmctl.kernels.toolchain import INSTALL_HINT, find_compiler
+from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from llmctl.artifact.builder import build_engine
-from llmctl.artifact.cpu_planes import packed_linears
 from llmctl.artifact.loader import cpu_library, load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, Target, manifest_to_bytes
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UsageError
-from llmctl.kernels.cpu_layout import row_order
+from llmctl.targets.cpu.layout import row_order
+from llmctl.targets.cpu.planes import packed_linears
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from llmctl.artifact import loader, memory
-from llmctl.artifact.cuda_planes import cuda_formats
-from llmctl.artifact.device import CudaDevice
 from llmctl.artifact.loader import load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, FileRecord, KernelFile, Target
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundError, UsageError
-from llmctl.kernels.compile import KernelResources
-from llmctl.kernels.registry import KernelChoice
+from llmctl.targets.cuda.compile import KernelResources
+from llmctl.targets.cuda.planes import cuda_formats
+from llmctl.targets.cuda.registry import KernelChoice
+from llmctl.targets.device import CudaDevice
 
 WEIGHTS = "weights-00001-of-00001.safetensors"
 Edit = Callable[..., None]

@@ -138,7 +138,7 @@ def test_latency(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
 def test_usage_errors_before_the_engine_is_loaded(
     bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], said: str
 ) -> None:
-    monkeypatch.setattr("llmctl.runtime.load.load_runtime", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llmctl.artifact.runtimes.load_runtime", lambda *_, **__: pytest.fail("loaded"))
     result = bench(*(str(tiny_engine) if a == "ENGINE" else a for a in args))
     assert result.exit_code == 2, result.stderr
     assert said in result.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_models import write_model
 
-from llmctl.kernels.toolchain import find_compiler
+from llmctl.targets.cpu.toolchain import find_compiler
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 import cpu_quality

@@ -15,8 +15,8 @@ import tiny_checkpoint
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.config import BuildConfig
-from llmctl.kernels.toolchain import find_compiler
-from llmctl.runtime.cpu_load import engine_weights
+from llmctl.targets.cpu.load import engine_weights
+from llmctl.targets.cpu.toolchain import find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from llmctl.artifact.loader import read_manifest
 from llmctl.cli.main import app
 from llmctl.errors import CompileError
-from llmctl.kernels.nvrtc import load_nvrtc
-from llmctl.kernels.toolchain import find_compiler
+from llmctl.targets.cpu.toolchain import find_compiler
+from llmctl.targets.cuda.nvrtc import load_nvrtc
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "build"
 Run = Callable[..., Result]

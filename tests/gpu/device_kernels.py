@@ -13,9 +13,9 @@ import torch
 from emulator import GUARD, Buffer, _bytes
 
 from llmctl.checkpoint.resolve import cache_dir
-from llmctl.kernels.compile import SOURCE_DIR, compile_module
-from llmctl.kernels.cuda_call import Call, Geometry, Machine, Pointer
-from llmctl.kernels.cuda_launch import CudaMachine
+from llmctl.targets.cuda.call import Call, Geometry, Machine, Pointer
+from llmctl.targets.cuda.compile import SOURCE_DIR, compile_module
+from llmctl.targets.cuda.launch import CudaMachine
 
 _FILL = 0xA5
 

@@ -12,7 +12,7 @@ from device_kernels import DeviceKernels
 from emulator import missing, read, update, write
 from machine import EmulatedMachine
 
-from llmctl.kernels.cuda_call import Call, Pointer
+from llmctl.targets.cuda.call import Call, Pointer
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import device_kernels
 import pytest
 
-from llmctl.kernels.cuda_launch import missing_device
+from llmctl.targets.cuda.launch import missing_device
 
-EMULATION = Path(__file__).parent.parent / "kernels" / "emulation"
+EMULATION = Path(__file__).parent.parent / "targets" / "cuda" / "emulation"
 # Of the emulator itself, of what only it can see, and of tables that no device is needed for.
 NOT_HERE = ("test_emulator", "test_signatures", "test_attention_mutants", "test_gemm_mutants", "test_kernel_mutants")
 MODULES = sorted(path.stem for path in EMULATION.glob("test_*.py") if path.stem not in NOT_HERE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from family_models import VOCAB, family_model
 
+from llmctl.artifact.runtimes import CheckpointWeights
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
@@ -17,9 +18,8 @@ from llmctl.graph.graph import Graph, Op
 from llmctl.graph.lora import insert_lora
 from llmctl.graph.passes import CUDA_PASSES, apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
-from llmctl.kernels.reference import AdapterWeights
-from llmctl.runtime.load import CheckpointWeights
-from llmctl.runtime.reference import ReferenceRuntime
+from llmctl.targets.reference.kernels import AdapterWeights
+from llmctl.targets.reference.runtime import ReferenceRuntime
 
 RANK = 4
 SCALES = (0.5, 2.0)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from family_models import CASES, VOCAB, family_model
 
+from llmctl.artifact.runtimes import CheckpointWeights
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
-from llmctl.runtime.load import CheckpointWeights
-from llmctl.runtime.reference import ReferenceRuntime
+from llmctl.targets.reference.runtime import ReferenceRuntime
 
 
 def logits(case: str, graph: Graph) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from random_models import FAMILIES, logits_of, write_model
 
+from llmctl.artifact.runtimes import CheckpointWeights
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
@@ -17,7 +18,6 @@ from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.report import QuantizeReport
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.workfolder import WorkFolder
-from llmctl.runtime.load import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 
 WORDS = (

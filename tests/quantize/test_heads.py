@@ -10,18 +10,18 @@ import pytest
 import tiny_checkpoint
 
 from llmctl.artifact.builder import plan_output
-from llmctl.artifact.heads import HEADS, free_head, with_head
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.plan import BuildPlan
+from llmctl.artifact.runtimes import load_runtime
 from llmctl.artifact.writer import write_engine
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
-from llmctl.kernels.toolchain import find_compiler
 from llmctl.quantize import heads
 from llmctl.quantize.evaluate import Protocol, measure_perplexity, perplexity_of
-from llmctl.runtime.load import load_runtime
+from llmctl.targets.cpu.heads import HEADS, free_head, with_head
+from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")

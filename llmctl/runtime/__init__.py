@@ -1,1 +1,0 @@
-"""Interpreters of a Graph, one per device, behind one small protocol."""

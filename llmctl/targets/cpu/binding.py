@@ -1,0 +1,320 @@
+"""Bind a Graph to native op descriptors: once, with every buffer planned, so that a step allocates nothing.
+
+Two passes. ``lower`` turns each op into a ``Bound`` record whose operands are named storages, inserting the ops that
+prepare a linear's operand (int8 codes or bf16) unless the norm before it can write them itself. ``plan`` gives every
+storage an offset in one arena by the lifetime of its contents. Descriptors then follow by address arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmctl.errors import UnsupportedModelError
+from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
+from llmctl.targets.cpu.abi import Kind
+from llmctl.targets.cpu.layout import TILE, PackedLinear
+
+_ALIGN = 64
+_QUERIES = 8  # kQueries of native/attention_products.h
+_MAX_HEAD = 256  # kMaxHead of native/kv_cache.h
+
+
+@dataclass
+class Storage:
+    """A range of the arena: ``row_bytes`` for each of T tokens (or R rows), live from op ``first`` to op ``last``."""
+
+    name: str
+    row_bytes: int
+    on_rows: bool
+    first: int = -1
+    last: int = -1
+    offset: int = -1
+
+
+@dataclass(frozen=True)
+class View:
+    """Columns of an fp32 matrix storage: ``ld`` elements a row, starting at ``column``."""
+
+    storage: Storage
+    column: int
+    ld: int
+
+
+@dataclass(frozen=True)
+class IntOperand:
+    """int8 codes of a buffer, with a fp32 scale and an int32 negated sum for every ``group`` columns."""
+
+    codes: Storage
+    scales: Storage
+    sums: Storage
+    columns: int
+    group: int
+
+    @property
+    def storages(self) -> tuple[Storage, Storage, Storage]:
+        """Codes, scales, sums."""
+        return self.codes, self.scales, self.sums
+
+
+@dataclass
+class Bound:
+    """One native op: kind, the graph op it came from, fp32 and int8 operands by descriptor field."""
+
+    kind: Kind
+    op: Op
+    on_rows: bool
+    views: dict[str, View] = field(default_factory=dict)
+    packed: PackedLinear | None = None
+    operands: dict[str, IntOperand] = field(default_factory=dict)
+    x16: Storage | None = None
+    permutation: np.ndarray | None = None
+
+
+class Lowering:
+    """The first pass. ``linears``: packed weight by weight name."""
+
+    def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear]) -> None:
+        self.graph = graph
+        self.linears = linears
+        self.views: dict[str, View] = {}
+        self.storages: list[Storage] = []
+        self.bound: list[Bound] = []
+        self.operands: dict[tuple[str, int, int, int], IntOperand] = {}
+        self.halves: dict[str, Storage] = {}
+        self.on_rows = False
+
+    def run(self) -> list[Bound]:
+        """All bound ops, lifetimes filled in.
+
+        Raises:
+            UnsupportedModelError: an op the CPU runtime has no kernel for.
+        """
+        for op in self.graph.ops:
+            method = getattr(self, f"_{op.kind}", None)
+            if method is None:
+                raise UnsupportedModelError(f"op '{op.kind}' has no native CPU kernel", fix="--target reference")
+            method(op)
+        # The ops on gathered rows run once for each chunk of rows: what they read of all tokens lives until the last.
+        tail = next((i for i, bound in enumerate(self.bound) if bound.on_rows), len(self.bound))
+        for storage in self.storages:
+            if not storage.on_rows and storage.last >= tail:
+                storage.last = len(self.bound) - 1
+        return self.bound
+
+    # storages
+
+    def _storage(self, name: str, row_bytes: int) -> Storage:
+        storage = Storage(name, row_bytes, self.on_rows)
+        self.storages.append(storage)
+        return storage
+
+    def _outputs(self, names: tuple[str, ...]) -> list[View]:
+        """Views of new buffers that lie side by side in one matrix."""
+        widths = [self.graph.buffers[n].width for n in names]
+        storage = self._storage(names[0], 4 * sum(widths))
+        views = []
+        for i, name in enumerate(names):
+            self.views[name] = View(storage, sum(widths[:i]), sum(widths))
+            views.append(self.views[name])
+        return views
+
+    def _emit(self, bound: Bound) -> None:
+        index = len(self.bound)
+        used = [v.storage for v in bound.views.values()]
+        for operand in bound.operands.values():
+            used += operand.storages
+        if bound.x16:
+            used.append(bound.x16)
+        for storage in used:
+            storage.first = index if storage.first < 0 else storage.first
+            storage.last = index
+        self.bound.append(bound)
+
+    def _simple(self, kind: Kind, op: Op, inputs: tuple[str, ...], **extra: Any) -> Bound:
+        """An op whose inputs are x, x2, … and whose outputs are y, y2."""
+        views = {name: self.views[b] for name, b in zip(("x", "x2", "x3"), inputs, strict=False)}
+        for name, output in zip(("y", "y2"), op.outputs, strict=False):
+            views[name] = self._outputs((output,))[0]
+        return Bound(kind, op, self.on_rows, views, **extra)
+
+    # plain ops
+
+    def _embed(self, op: Op) -> None:
+        assert op.inputs == (INPUT_IDS,)
+        self._emit(self._simple(Kind.EMBED, op, ()))
+
+    def _pos_embed(self, op: Op) -> None:
+        assert op.inputs[1] == POSITIONS
+        self._emit(self._simple(Kind.POS_EMBED, op, op.inputs[:1]))
+
+    def _head_rms_norm(self, op: Op) -> None:
+        self._emit(self._simple(Kind.HEAD_RMS_NORM, op, op.inputs))
+
+    def _act(self, op: Op) -> None:
+        self._emit(self._simple(Kind.ACT, op, op.inputs))
+
+    def _mul(self, op: Op) -> None:
+        self._emit(self._simple(Kind.MUL, op, op.inputs))
+
+    def _add(self, op: Op) -> None:
+        self._emit(self._simple(Kind.ADD, op, op.inputs))
+
+    def _kv_write(self, op: Op) -> None:
+        self._emit(self._simple(Kind.KV_WRITE, op, op.inputs))
+
+    def _attention(self, op: Op) -> None:
+        if int(op.attrs["head_dim"]) > _MAX_HEAD:
+            raise UnsupportedModelError(
+                f"heads of {op.attrs['head_dim']} columns: the CPU kernels take up to {_MAX_HEAD}",
+                fix="--target reference",
+            )
+        bound = Bound(Kind.ATTENTION, op, self.on_rows, {"x": self.views[op.inputs[0]]})
+        group = int(op.attrs["heads"]) // int(op.attrs["kv_heads"])
+        # A query tile makes all heads of a group, or 8 of them when the group has more.
+        whole = group <= _QUERIES or group % _QUERIES == 0
+        per_tile = min(group, _QUERIES) * int(op.attrs["head_dim"]) if whole else 0
+        self._result(bound, op.outputs, per_tile)
+        self._emit(bound)
+
+    def _gather_rows(self, op: Op) -> None:
+        self.on_rows = True
+        self._emit(self._simple(Kind.GATHER_ROWS, op, op.inputs))
+
+    # norms
+
+    def _rms_norm(self, op: Op) -> None:
+        self._norm(Kind.RMS_NORM, op)
+
+    def _layer_norm(self, op: Op) -> None:
+        self._norm(Kind.LAYER_NORM, op)
+
+    def _add_rms_norm(self, op: Op) -> None:
+        self._norm(Kind.RMS_NORM, op)
+
+    def _add_layer_norm(self, op: Op) -> None:
+        self._norm(Kind.LAYER_NORM, op)
+
+    def _norm(self, kind: Kind, op: Op) -> None:
+        bound = Bound(kind, op, self.on_rows, {"x": self.views[op.inputs[0]]})
+        if len(op.inputs) == 2:
+            bound.views["x2"] = self.views[op.inputs[1]]
+            bound.views["y2"] = self._outputs(op.outputs[1:])[0]
+        direct = self._direct_operand(op.outputs[0])
+        if direct is not None:
+            bound.operands["y8"] = self._int_operand(op.outputs[0], direct)
+        else:
+            bound.views["y"] = self._outputs(op.outputs[:1])[0]
+        self._emit(bound)
+
+    def _direct_operand(self, buffer: str) -> PackedLinear | None:
+        """The weight whose int8 operand the op before it may write itself: when all readers want that same operand."""
+        consumers = self.graph.consumers(buffer)
+        weights = [self.linears[op.weights[0]] for op in consumers if op.kind == "linear"]
+        direct = [w for w in weights if w.dtype in ("w4", "w8") and w.permutation is None]
+        if not direct or len(direct) != len(consumers):
+            return None
+        return direct[0] if len({(w.columns, w.act_group) for w in direct}) == 1 else None
+
+    # rotary embedding
+
+    def _rope(self, op: Op) -> None:
+        self._emit(self._simple(Kind.ROPE, op, op.inputs[:2]))
+
+    def _rope_kv_write(self, op: Op) -> None:
+        q, k, v = (self.views[b] for b in op.inputs[:3])
+        # q and k are rotated where they lie when nobody else reads them.
+        y = q if len(self.graph.consumers(op.inputs[0])) == 1 else self._outputs(op.outputs)[0]
+        width = self.graph.buffers[op.inputs[1]].width
+        alone = len(self.graph.consumers(op.inputs[1])) == 1
+        y2 = k if alone else View(self._storage(f"{op.name}.k", 4 * width), 0, width)
+        self.views[op.outputs[0]] = y
+        self._emit(Bound(Kind.ROPE, op, self.on_rows, {"x": q, "x2": k, "x3": v, "y": y, "y2": y2}))
+
+    # linears
+
+    def _linear(self, op: Op) -> None:
+        packed, source = self.linears[op.weights[0]], op.inputs[0]
+        bound = Bound(Kind.LINEAR, op, self.on_rows, packed=packed)
+        if packed.dtype in ("w4", "w8"):
+            bound.operands["x8"] = self._quantized(op, source, packed)
+        elif packed.dtype == "bf16":
+            bound.x16 = self._half(op, source, packed)
+        else:
+            bound.views["x"] = self.views[source]
+        per_tile = TILE // 2 if op.attrs.get("epilogue") else TILE
+        self._result(bound, op.outputs, per_tile, many=True)
+        self._emit(bound)
+
+    def _result(self, bound: Bound, outputs: tuple[str, ...], per_tile: int, *, many: bool = False) -> None:
+        """Outputs as int8 where their only readers want that and an activation group is made whole in one place:
+        inside the ``per_tile`` columns that a kernel makes at once, or (``many``) by several such tiles."""
+        direct = self._direct_operand(outputs[0]) if len(outputs) == 1 else None
+        if direct is not None and direct.columns == self.graph.buffers[outputs[0]].width and per_tile:
+            group = direct.act_group
+            if group % per_tile == 0 if many else per_tile % group == 0:
+                bound.operands["y8"] = self._int_operand(outputs[0], direct)
+                return
+        bound.views["y"] = self._outputs(outputs)[0]
+
+    def _int_operand(self, buffer: str, packed: PackedLinear) -> IntOperand:
+        key = (buffer, packed.columns, packed.act_group, 0 if packed.permutation is None else id(packed))
+        if key not in self.operands:
+            groups = packed.columns // packed.act_group
+            self.operands[key] = IntOperand(
+                self._storage(f"{buffer}.codes", packed.columns),
+                self._storage(f"{buffer}.scales", 4 * groups),
+                self._storage(f"{buffer}.sums", 4 * groups),
+                packed.columns,
+                packed.act_group,
+            )
+        return self.operands[key]
+
+    def _quantized(self, op: Op, buffer: str, packed: PackedLinear) -> IntOperand:
+        known = len(self.operands)
+        operand = self._int_operand(buffer, packed)
+        if len(self.operands) > known:
+            views = {"x": self.views[buffer]}
+            self._emit(
+                Bound(Kind.QUANTIZE, op, self.on_rows, views, operands={"y8": operand}, permutation=packed.permutation)
+            )
+        return operand
+
+    def _half(self, op: Op, buffer: str, packed: PackedLinear) -> Storage:
+        if buffer not in self.halves:
+            self.halves[buffer] = self._storage(f"{buffer}.bf16", 2 * packed.columns)
+            views = {"x": self.views[buffer]}
+            self._emit(Bound(Kind.TO_BF16, op, self.on_rows, views, packed=packed, x16=self.halves[buffer]))
+        return self.halves[buffer]
+
+
+def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:
+    """Give every storage an offset such that none overlaps another while both live; bytes of the arena.
+
+    First fit in order of size: within a few percent of the optimum on chains such as these.
+    """
+
+    def size(storage: Storage) -> int:
+        rows = max_rows if storage.on_rows else max_tokens
+        return -(-storage.row_bytes * rows // _ALIGN) * _ALIGN
+
+    placed: list[Storage] = []
+    for storage in sorted(storages, key=size, reverse=True):
+        offset = 0
+        for other in sorted(placed, key=lambda s: s.offset):
+            if other.last < storage.first or other.first > storage.last:
+                continue
+            if offset + size(storage) <= other.offset:
+                break
+            offset = max(offset, other.offset + size(other))
+        storage.offset = offset
+        placed.append(storage)
+    return max((s.offset + size(s) for s in storages), default=0)
+
+
+def logits_view(lowering: Lowering) -> View:
+    """Where the last op leaves its logits."""
+    return lowering.views[LOGITS]

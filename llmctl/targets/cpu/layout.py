@@ -1,0 +1,242 @@
+"""Weights packed for the native CPU kernels, in numpy. The layouts are those of ``native/gemm.h``.
+
+Tiles of 32 outputs; a gated weight (gate rows first, up rows second) is interleaved so that every tile holds 16 gate
+rows and the 16 up rows that go with them. Rows are padded with zero weights to whole tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TILE = 32
+_HALF = TILE // 2
+_MAX_ACT_GROUP = 128
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """One linear weight in tiles.
+
+    Attributes:
+        dtype: ``w4``, ``w8``, ``bf16`` or ``f32``.
+        data: u8, the tiles. scales: f16 [tiles, groups, 32] and zeros: u8 [tiles, groups, 32], for w4 and w8.
+        rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
+            that stored column k multiplies (act-order); None when they are in order.
+    """
+
+    dtype: str
+    data: Bytes
+    scales: NDArray[np.uint16] | None
+    zeros: Bytes | None
+    rows: int
+    columns: int
+    group: int
+    permutation: NDArray[np.int32] | None = None
+
+    @property
+    def act_group(self) -> int:
+        """Columns sharing one activation scale: the weight group, or a part of it when that is long."""
+        return act_group(self.group)
+
+
+def act_group(group: int) -> int:
+    """The largest divisor of ``group`` that is a multiple of 4 and at most 128."""
+    return max(d for d in range(4, _MAX_ACT_GROUP + 1, 4) if group % d == 0)
+
+
+def row_order(rows: int, gated: bool) -> NDArray[np.int64]:
+    """Source row of every packed row, -1 for padding."""
+    if not gated:
+        order = np.arange(rows)
+        return np.concatenate([order, np.full(-rows % TILE, -1)])
+    half = rows // 2
+    lanes = np.concatenate([np.arange(half), np.full(-half % _HALF, -1)]).reshape(-1, _HALF)
+    up = np.where(lanes < 0, -1, lanes + half)
+    return np.concatenate([lanes, up], axis=1).reshape(-1)
+
+
+def padded_columns(columns: int, group: int) -> tuple[int, int]:
+    """(K padded, columns a group) of an integer weight; ``group`` -1 is one group for the whole row.
+
+    Raises:
+        ValueError: a group size that the kernels cannot take.
+    """
+    if group == -1:
+        padded = columns + -columns % 32
+        return padded, padded
+    if group % 4 or columns % group:
+        raise ValueError(
+            f"the CPU kernels need a group size that is a multiple of 4 and divides {columns}, found {group}"
+        )
+    return columns, group
+
+
+def pack_int(
+    codes: Bytes,
+    scales: NDArray[Any],
+    zeros: Bytes,
+    *,
+    bits: int,
+    group: int,
+    gated: bool,
+    g_idx: NDArray[np.int32] | None = None,
+) -> PackedLinear:
+    """Pack integer codes.
+
+    Args:
+        codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G].
+        bits: 8, or anything up to 4. group: columns a group, -1 = all.
+        gated: rows are gate then up, to be interleaved.
+        g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
+
+    Raises:
+        ValueError: a group size that the kernels cannot take, or scales beyond float16.
+    """
+    rows, columns = codes.shape
+    padded, size = padded_columns(columns, group)
+    permutation = None
+    if g_idx is not None:
+        permutation = np.argsort(g_idx, kind="stable").astype(np.int32)
+        codes = codes[:, permutation]
+    half = scales.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("weight scales do not fit float16")
+    order = row_order(rows, gated)
+    tiles, groups = len(order) // TILE, padded // size
+
+    def arrange(plane: NDArray[Any]) -> NDArray[Any]:
+        picked = plane[np.maximum(order, 0)]
+        picked[order < 0] = 0
+        return np.ascontiguousarray(picked.reshape(tiles, TILE, groups).transpose(0, 2, 1))
+
+    wide = np.zeros((len(order), padded), np.uint8)
+    wide[order >= 0, :columns] = codes[order[order >= 0]]
+    lines = wide.reshape(tiles, 2, _HALF, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
+    data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else lines
+    return PackedLinear(
+        dtype="w4" if bits <= 4 else "w8",
+        data=np.ascontiguousarray(data).reshape(-1),
+        scales=arrange(half.view(np.uint16)),
+        zeros=arrange(zeros),
+        rows=len(order),
+        columns=padded,
+        group=size,
+        permutation=permutation,
+    )
+
+
+def pack_dense(weight: NDArray[Any], dtype: str, *, gated: bool) -> PackedLinear:
+    """Pack a dense weight.
+
+    Args:
+        weight: [N, K]: f32 for ``dtype`` "f32", u16 holding bf16 bits for "bf16".
+    """
+    rows, columns = weight.shape
+    step = 2 if dtype == "bf16" else 1
+    padded = columns + -columns % step
+    order = row_order(rows, gated)
+    wide = np.zeros((len(order), padded), weight.dtype)
+    wide[order >= 0, :columns] = weight[order[order >= 0]]
+    lines = wide.reshape(-1, TILE, padded // step, step).transpose(0, 2, 1, 3)
+    data = np.ascontiguousarray(lines).reshape(-1).view(np.uint8)
+    return PackedLinear(dtype, data, None, None, len(order), padded, padded)
+
+
+def quantize_symmetric(weight: NDArray[np.float32], bits: int, group: int) -> tuple[Bytes, NDArray[np.float16], Bytes]:
+    """Round-to-nearest codes of a dense weight [N, K] around the constant zero ``2**(bits-1)``.
+
+    Args:
+        group: columns a scale, dividing K; -1 = all.
+
+    Returns:
+        codes u8 [N, K], scales f16 [N, G], zeros u8 [N, G].
+    """
+    rows, columns = weight.shape
+    parts = weight.reshape(rows, -1, columns if group == -1 else group)
+    middle = 2 ** (bits - 1)
+    scales = (np.abs(parts).max(axis=2) / (middle - 1)).astype(np.float16)
+    safe = np.where(scales == 0, np.float16(1), scales).astype(np.float32)
+    codes = np.clip(np.rint(parts / safe[:, :, None]) + middle, 0, 2 * middle - 1)
+    return codes.astype(np.uint8).reshape(rows, columns), scales, np.full(scales.shape, middle, np.uint8)
+
+
+def pack_bias(bias: NDArray[np.float32], rows: int, gated: bool) -> NDArray[np.float32]:
+    """A bias f32 [N] in the order of the packed rows, f32 [rows]."""
+    order = row_order(len(bias), gated)
+    assert len(order) == rows
+    return np.where(order < 0, np.float32(0), bias[np.maximum(order, 0)]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """How one linear weight [N, K] is stored for the CPU kernels.
+
+    Attributes:
+        dtype: ``w4``, ``w8``, ``bf16`` or ``f32``. shape: (N, K), logical. gated: interleaved gate and up rows.
+        group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
+    """
+
+    dtype: str
+    shape: tuple[int, int]
+    gated: bool
+    group: int = -1
+    permuted: bool = False
+
+    @property
+    def integer(self) -> bool:
+        """Whether activations are quantised to int8 for it."""
+        return self.dtype in ("w4", "w8")
+
+    @property
+    def rows(self) -> int:
+        """N in whole tiles."""
+        return len(row_order(self.shape[0], self.gated))
+
+    @property
+    def columns(self) -> int:
+        """K, padded."""
+        if self.integer:
+            return padded_columns(self.shape[1], self.group)[0]
+        return self.shape[1] + (self.shape[1] % 2 if self.dtype == "bf16" else 0)
+
+    def planes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored planes: suffix -> (safetensors dtype, shape)."""
+        size = {"w4": 1, "w8": 2, "bf16": 4, "f32": 8}[self.dtype] * self.rows * self.columns // 2
+        planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
+        if self.integer:
+            shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
+            planes |= {"tile_scales": ("F16", shape), "tile_zeros": ("U8", shape)}
+        if self.permuted:
+            planes["permutation"] = ("I32", (self.shape[1],))
+        return planes
+
+    def from_planes(self, planes: Mapping[str, NDArray[Any]]) -> PackedLinear:
+        """The packed weight over stored planes (suffix -> array)."""
+        group = padded_columns(self.shape[1], self.group)[1] if self.integer else self.columns
+        return PackedLinear(
+            self.dtype,
+            planes["tiles"],
+            planes.get("tile_scales"),
+            planes.get("tile_zeros"),
+            self.rows,
+            self.columns,
+            group,
+            planes.get("permutation"),
+        )
+
+
+def to_planes(packed: PackedLinear) -> dict[str, NDArray[Any]]:
+    """The planes to store, by suffix."""
+    planes: dict[str, NDArray[Any]] = {"tiles": packed.data}
+    if packed.scales is not None and packed.zeros is not None:
+        planes |= {"tile_scales": packed.scales, "tile_zeros": packed.zeros}
+    if packed.permutation is not None:
+        planes["permutation"] = packed.permutation
+    return planes

@@ -1,0 +1,225 @@
+// Micro-kernels of the GEMMs y[m][n] = sum_k x[m][k] * w[n][k]: int8 activations with 4- or 8-bit weights, bf16, fp32.
+//
+// Weights are packed for the target when the engine is built (targets/cpu/layout.py), in tiles of 32 outputs:
+//   w4     per 4 columns one 64-byte line; byte 4*lane+j holds column k+j of outputs `lane` (low nibble), 16+lane (high)
+//   w8     per 4 columns two lines of whole bytes: outputs 0..15, then 16..31
+//   bf16   per 2 columns two lines of 16 outputs x 2 columns
+//   fp32   per column two lines of 16 outputs
+// w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale.
+//
+// Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
+// neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
+#pragma once
+#include "acts.h"
+
+namespace llmctl {
+
+constexpr int kTile = 32;
+
+struct Weights {
+  const uint8_t* data;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+  int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
+};
+
+// One tile made ready for many rows. Products of unsigned activations code + 128 with signed weights need no work on zero
+// points in the loop over rows: they are off the weights, and the 128 are undone by the sums that the products start from.
+struct ReadyTile {
+  int8_t* codes;     // [K/4][2][64]: code - zero (w4), code - 128 (w8); outputs 0..15, then 16..31
+  int32_t* offsets;  // [activation groups][32]: -128 * sum of the group's bytes
+  static int64_t bytes(int64_t k, int64_t act_group) { return k * kTile + k / act_group * kTile * 4; }
+};
+
+template <int kBits>
+static inline void make_ready(const Weights& w, int64_t tile, int64_t act_group, const ReadyTile& out) {
+  const u8x64 one = u8x64{} + 1;
+  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = w.zeros + tile * (w.k / w.group) * kTile;
+  int8_t* to = out.codes;
+  int32_t* offsets = out.offsets;
+  for (int64_t k = 0; k < w.k; offsets += kTile) {
+    // A zero point in each byte of its output's lane.
+    const u8x64 zero0 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile) * 0x01010101);
+    const u8x64 zero1 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile + kLanes) * 0x01010101);
+    i32x16 sum0{}, sum1{};
+    for (const int64_t end = k + act_group; k < end; k += 4, codes += kBits * 16, to += 128) {
+      const u8x64 line = load<u8x64>(codes);
+      const i8x64 first = (i8x64)(kBits == 4 ? (line & 15) - zero0 : line ^ 0x80);
+      const i8x64 second = (i8x64)(kBits == 4 ? high_nibbles(line) - zero1 : load<u8x64>(codes + 64) ^ 0x80);
+      sum0 = dot4<true>(sum0, one, first);
+      sum1 = dot4<true>(sum1, one, second);
+      store(to, first);
+      store(to + 64, second);
+    }
+    store(offsets, sum0 * -128);
+    store(offsets + kLanes, sum1 * -128);
+  }
+}
+
+// Bytes to be fetched while something else is computed.
+struct Ahead {
+  const uint8_t* next;
+  int64_t bytes;  // from `next` on
+  // One of `parts` equal shares, rounded up to lines.
+  void fetch(int64_t parts) {
+    const int64_t share = (bytes / parts + 63) / 64 * 64;
+    prefetch(next, share);
+    next += share;
+  }
+  // The next few lines, to the second-level cache; false when all are fetched.
+  bool fetch_some() {
+    if (bytes <= 0) return false;
+    for (int64_t i = 0; i < 512; i += 64) __builtin_prefetch(next + i, 0, 2);
+    next += 512, bytes -= 512;
+    return true;
+  }
+};
+
+// Few rows: a tile to be read next is fetched from four places in turn. A core reads several sequential streams faster
+// than one (measured, two cores: one stream 33 GB/s, four 48).
+struct NextTile {
+  const uint8_t* start;
+  int64_t quarter;
+  template <int kLine>
+  void fetch(int64_t line) const {
+    const uint8_t* p = start + line % 4 * quarter + line / 4 * kLine;
+    __builtin_prefetch(p);
+    if (kLine == 128) __builtin_prefetch(p + 64);
+  }
+};
+
+// acc[r][half] += the products of four columns. codes: one line of w4 or two of w8; many rows: two lines of a ReadyTile.
+// xp: four activations a row.
+template <int kBits, bool kMany, int R>
+static inline __attribute__((always_inline)) void add_products(const uint8_t* codes, const int8_t* xp,
+                                                               i32x16 (&acc)[R][2]) {
+  constexpr bool kSmall = kBits == 4;
+  u8x64 first = load<u8x64>(codes), second;
+  if (kBits == 4 && !kMany) {
+    second = high_nibbles(first);
+    first = first & 15;
+  } else {
+    second = load<u8x64>(codes + 64);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    if constexpr (kMany) {
+      const u8x64 x = splat4<u8x64>(xp + 4 * r);
+      acc[r][0] = dot4<kSmall>(acc[r][0], x, (i8x64)first);
+      acc[r][1] = dot4<kSmall>(acc[r][1], x, (i8x64)second);
+    } else {
+      const i8x64 x = splat4<i8x64>(xp + 4 * r);
+      acc[r][0] = dot4<kSmall>(acc[r][0], first, x);
+      acc[r][1] = dot4<kSmall>(acc[r][1], second, x);
+    }
+  }
+}
+
+// What the sums of an activation group start from: what makes them sums of (code - zero) * x.
+// offsets: of a ReadyTile's group, for many rows.
+template <int kBits, bool kMany, int R>
+static inline __attribute__((always_inline)) void start_sums(const int32_t* offsets, const uint8_t* zeros,
+                                                             const int32_t* negated_sums, i32x16 (&acc)[R][2]) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    i32x16 zero{}, offset{};
+    if (!kMany || kBits == 8) zero = u8_to_i32(zeros + half * kLanes) - (kMany ? 128 : 0);
+    if (kMany) offset = load<i32x16>(offsets + half * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      acc[r][half] = offset;
+      if (!kMany || kBits == 8) acc[r][half] += mul_small(zero, negated_sums[r]);
+    }
+  }
+}
+
+// total[r][half]: outputs 16*half .. 16*half+15 of the tile for the R rows of the block starting at `row`.
+// With integer sums s = sum of (code - zero) * x over an activation group, exact in 32 bits,
+// total = sum over groups of s * (weight scale * activation scale).
+// Meanwhile `ahead` is fetched: the tile to be read next; many rows: bytes of it, `ready` being the tile at hand.
+template <int kBits, bool kMany, int R>
+static inline __attribute__((always_inline)) void int_tile(const Weights& w, const ReadyTile& ready, const IntActs& x,
+                                                           int64_t tile, int64_t row, Ahead ahead,
+                                                           f32x16 (&total)[R][2]) {
+  constexpr int kLine = kMany ? 128 : kBits * 16;  // bytes of four columns
+  constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
+  const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
+  const uint16_t* scales = w.scales + tile * groups * kTile;
+  const uint8_t* zeros = w.zeros + tile * groups * kTile;
+  const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.data + tile * w.k * kTile * kBits / 8;
+  const NextTile next{ahead.next, (w.k / 4 * kLine / 4 + kLine - 1) / kLine * kLine};
+  int64_t line = 0;
+  const int32_t* offsets = ready.offsets;
+  const int8_t* xp = x.codes + row * x.k;
+  const float* xs = x.scales + row * x.groups();
+  const int32_t* sums = x.negated_sums + row * x.groups();
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
+  for (int64_t g = 0; g < groups; g++, scales += kTile, zeros += kTile) {
+    if (kMany) ahead.fetch(groups);
+    for (int64_t part = 0; part < ratio; part++, xs += R, sums += R) {
+      i32x16 acc[kChains][R][2] = {};
+      start_sums<kBits, kMany, R>(offsets, zeros, sums, acc[0]);
+      if (kMany) offsets += kTile;
+      const int8_t* end = xp + x.group * R;
+      for (; xp + 4 * R * kChains <= end; xp += 4 * R * kChains) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; c++, codes += kLine) {
+          if (!kMany) next.fetch<kLine>(line++);
+          add_products<kBits, kMany, R>(codes, xp + 4 * R * c, acc[c]);
+        }
+      }
+      for (; kChains > 1 && xp != end; xp += 4 * R, codes += kLine) add_products<kBits, kMany, R>(codes, xp, acc[0]);
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; c++)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[0][r][0] += acc[c][r][0], acc[0][r][1] += acc[c][r][1];
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const f32x16 scale = f16_to_f32x16(scales + half * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) total[r][half] = fused(to_f32(acc[0][r][half]), scale * xs[r], total[r][half]);
+      }
+      // Eight rows' totals and sums would fill all 32 registers: totals stay in memory, or the compiler spills both.
+      if (R == 8) asm volatile("" : : "r"(&total) : "memory");
+    }
+  }
+}
+
+// x: bf16 row-major, row stride ldx (a multiple of 2, zero-padded to w.k).
+template <int R>
+static inline __attribute__((always_inline)) void bf16_tile(const Weights& w, const uint16_t* x, int64_t ldx,
+                                                            int64_t tile, int64_t row, f32x16 (&total)[R][2]) {
+  const uint16_t* line = (const uint16_t*)w.data + tile * w.k * kTile;
+  const uint16_t* xp = x + row * ldx;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
+  for (int64_t k = 0; k < w.k; k += 2, line += 64) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      total[r][0] = dot2_bf16(total[r][0], line, xp + r * ldx + k);
+      total[r][1] = dot2_bf16(total[r][1], line + 32, xp + r * ldx + k);
+    }
+  }
+}
+
+// x: fp32 row-major, row stride ldx.
+template <int R>
+static inline __attribute__((always_inline)) void f32_tile(const Weights& w, const float* x, int64_t ldx, int64_t tile,
+                                                           int64_t row, f32x16 (&total)[R][2]) {
+  const float* line = (const float*)w.data + tile * w.k * kTile;
+  const float* xp = x + row * ldx;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
+  for (int64_t k = 0; k < w.k; k++, line += 32) {
+    const f32x16 first = load<f32x16>(line), second = load<f32x16>(line + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const float value = xp[r * ldx + k];
+      total[r][0] = fused(first, value, total[r][0]);
+      total[r][1] = fused(second, value, total[r][1]);
+    }
+  }
+}
+
+}  // namespace llmctl

@@ -1,0 +1,198 @@
+// A linear op over all its tiles: micro-kernel, bias, gated epilogue, then fp32 or int8 output.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "gemm.h"
+#include "pool.h"
+#include "program.h"
+#include "rowops.h"
+
+namespace llmctl {
+
+constexpr int64_t kRowsAThread = 64;  // rows a thread from which rows are shared instead of the weight
+constexpr int64_t kMinPatch = 8, kMaxPatch = 32;  // blocks of 8 rows that meet a tile of weights, see patch_blocks()
+constexpr int64_t kPatchBytes = 1 << 20;  // of their operands and outputs, half a core's L2
+constexpr int64_t kPieces = 8;            // pieces of work a thread: whoever is done takes over others'
+constexpr int64_t kMaxActGroup = 128;     // columns an activation scale, see act_group() in targets/cpu/layout.py
+
+// Outputs of a block of rows: n columns, row stride ld.
+struct Outputs {
+  float* data;
+  int64_t ld, n;
+};
+
+static inline void store_columns(float* y, int64_t column, int64_t n, f32x16 v) {
+  if (column + kLanes <= n) return store(y + column, v);
+  for (int64_t i = column; i < n; i++) y[i] = v[i - column];
+}
+
+// Bias and gate of tile `tile`, stored as tile number `at` of y.
+template <int R>
+static inline __attribute__((always_inline)) void finish_tile(const OpDesc& op, int64_t tile, const Outputs& y,
+                                                              int64_t at, f32x16 (&total)[R][2]) {
+  if (op.bias) {
+    const f32x16 first = load<f32x16>(op.bias + tile * kTile), second = load<f32x16>(op.bias + tile * kTile + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) total[r][0] += first, total[r][1] += second;
+  }
+  for (int r = 0; r < R; r++) {
+    float* line = y.data + r * y.ld;
+    if (op.act) {
+      store_columns(line, at * kLanes, y.n, activate(total[r][0], Act(op.act)) * total[r][1]);
+    } else {
+      store_columns(line, at * kTile, y.n, total[r][0]);
+      store_columns(line, at * kTile + kLanes, y.n, total[r][1]);
+    }
+  }
+}
+
+static inline int weight_bits(const OpDesc& op) {
+  return op.weight_dtype == kW4 ? 4 : op.weight_dtype == kW8 ? 8 : op.weight_dtype == kBf16 ? 16 : 32;
+}
+
+// How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
+struct Units {
+  int64_t tiles, tiles_per, count;
+  explicit Units(const OpDesc& op)
+      : tiles(op.n_padded / kTile),
+        tiles_per(op.y8.codes ? op.y8.group / (op.act ? kLanes : kTile) : 1),
+        count(tiles / tiles_per) {}
+};
+
+// A thread's scratch: a ReadyTile, and the fp32 outputs of a patch on their way to int8.
+class LinearScratch {
+ public:
+  ReadyTile ready(int64_t k, int64_t act_group) {
+    const size_t lines = size_t(ReadyTile::bytes(k, act_group) + 63) / 64;
+    if (lines_.size() < lines) lines_.resize(lines);
+    uint8_t* const codes = lines_.data()->bytes;
+    return {(int8_t*)codes, (int32_t*)(codes + k * kTile)};
+  }
+  float* columns() { return columns_.data(); }
+
+ private:
+  struct alignas(64) Line {  // the micro-kernel loads whole cache lines
+    uint8_t bytes[64];
+  };
+  std::vector<Line> lines_;
+  std::vector<float> columns_ = std::vector<float>(size_t(8 * kMaxPatch * kMaxActGroup));
+};
+
+template <int kType, bool kMany, int R>
+static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTile& ready, int64_t tile, int64_t row,
+                              const Ahead& ahead, const Outputs& y, int64_t at) {
+  // A store to a line that is no longer in cache would wait for memory (512 rows: 120 ms without, 107 with).
+  for (int r = 0; r < R; r++) prefetch_to_write(y.data + r * y.ld + at * (op.act ? kLanes : kTile), op.act ? 64 : 128);
+  f32x16 total[R][2];
+  if constexpr (kType == kW4) int_tile<4, kMany, R>(w, ready, op.x8, tile, row, ahead, total);
+  else if constexpr (kType == kW8) int_tile<8, kMany, R>(w, ready, op.x8, tile, row, ahead, total);
+  else if constexpr (kType == kBf16) bf16_tile<R>(w, op.x16, w.k, tile, row, total);
+  else f32_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
+  finish_tile<R>(op, tile, y, at, total);
+}
+
+// A rectangle of a linear's work: rows [row, row_end) of the step's `rows`, at most 8 * kMaxPatch; units [unit, unit_end).
+// own_end: tile behind the last that the thread is to have when all are equally fast; it reads `after` next.
+struct Patch {
+  int64_t rows, row, row_end, unit, unit_end, own_end;
+  const uint8_t* after;
+};
+
+// One tile for the rows of a patch; y: outputs of the patch's first row, at: the tile's place in them.
+template <int kType, bool kMany>
+static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y, int64_t at,
+                      LinearScratch& scratch) {
+  ReadyTile ready{};
+  const int64_t tile_bytes = w.k * kTile * weight_bits(op) / 8;
+  Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, 0};
+  if constexpr (kMany) {
+    constexpr int kBits = kType == kW4 ? 4 : 8;
+    ahead.bytes = tile_bytes / ((patch.row_end - patch.row + 7) / 8);
+    ready = scratch.ready(w.k, op.x8.group);
+    make_ready<kBits>(w, tile, op.x8.group, ready);
+  }
+  for (int64_t row = patch.row; row < patch.row_end; ahead.next += ahead.bytes) {
+    const Outputs here{y.data + (row - patch.row) * y.ld, y.ld, y.n};
+    const int count = block_rows(row, patch.rows);
+    switch (count) {
+      case 8: block_tile<kType, kMany, 8>(op, w, ready, tile, row, ahead, here, at); break;
+      case 4: block_tile<kType, kMany, 4>(op, w, ready, tile, row, ahead, here, at); break;
+      case 2: block_tile<kType, kMany, 2>(op, w, ready, tile, row, ahead, here, at); break;
+      default: block_tile<kType, kMany, 1>(op, w, ready, tile, row, ahead, here, at);
+    }
+    row += count;
+  }
+}
+
+template <int kType, bool kMany>
+static void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
+  const Weights w{op.w, op.w_scales, op.w_zeros, op.n_padded, op.k, op.group};
+  const int64_t group = op.y8.group;
+  const Outputs y = op.y8.codes ? Outputs{scratch.columns(), group, group}
+                                : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n};
+  for (int64_t unit = patch.unit; unit < patch.unit_end; unit++) {
+    for (int64_t i = 0; i < units.tiles_per; i++) {
+      const int64_t tile = unit * units.tiles_per + i;
+      tile_rows<kType, kMany>(op, w, patch, tile, y, op.y8.codes ? i : tile, scratch);
+    }
+    if (!op.y8.codes) continue;
+    quantize_columns(y.data, y.ld, unit * group, op.y8, {patch.row, patch.row_end, patch.rows});
+  }
+}
+
+static inline void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
+  const bool many = patch.rows >= kManyRows;
+  switch (op.weight_dtype) {
+    case kW4: return many ? linear_patch<kW4, true>(op, units, patch, scratch) : linear_patch<kW4, false>(op, units, patch, scratch);
+    case kW8: return many ? linear_patch<kW8, true>(op, units, patch, scratch) : linear_patch<kW8, false>(op, units, patch, scratch);
+    case kBf16: return linear_patch<kBf16, false>(op, units, patch, scratch);
+    default: return linear_patch<kF32, false>(op, units, patch, scratch);
+  }
+}
+
+// Blocks of a patch: the more, the cheaper a ReadyTile for each, as long as they stay in cache from tile to tile
+// (measured, 256 rows on one core: 103 ms for 109 with patches of 64; but outputs of 3 MB, 75 ms for 54).
+static inline int64_t patch_blocks(const OpDesc& op) {
+  const int64_t bytes = op.k * std::max(8, weight_bits(op)) / 8 + op.n * (op.y8.codes ? 1 : 4);
+  return std::clamp(kPatchBytes / bytes / 8, kMinPatch, kMaxPatch);
+}
+
+// The weight bytes that a thread reads first when the threads share the weight: all of its own share.
+static inline Ahead first_weights(const OpDesc& op, int thread, int threads) {
+  const Units units(op);
+  const int64_t unit_bytes = units.tiles_per * op.k * kTile * weight_bits(op) / 8;
+  const int64_t begin = units.count * thread / threads, end = units.count * (thread + 1) / threads;
+  return {op.w + begin * unit_bytes, (end - begin) * unit_bytes};
+}
+
+// How a linear's blocks of 8 rows are cut into patches of about equal size: as many for each of `ranges` threads.
+struct Cut {
+  int64_t rows, blocks, patches;
+  Cut(const OpDesc& op, int64_t rows, int64_t ranges) : rows(rows), blocks((rows + 7) / 8) {
+    const int64_t most = (blocks + ranges - 1) / ranges, largest = patch_blocks(op);
+    patches = (most + largest - 1) / largest * ranges;
+  }
+  int64_t row(int64_t patch) const { return std::min(blocks * patch / patches * 8, rows); }
+};
+
+// Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
+// in the cache of the core that made them (measured, 512 rows on 2 cores: linears 136 ms for 148); a patch is handed out
+// in pieces, for the last of which the threads would wait. after: weights that this thread reads next.
+static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const uint8_t* after,
+                             LinearScratch& scratch) {
+  const Units units(op);
+  const bool by_rows = rows >= kRowsAThread * share.threads;
+  const Cut cut(op, rows, by_rows ? share.threads : 1);
+  const int64_t pieces = std::min(units.count, by_rows ? kPieces : share.threads * kPieces);
+  const auto unit_of = [&](int64_t piece) { return units.count * piece / pieces; };
+  const int64_t own_end = (by_rows ? units.count : unit_of(share.begin(pieces, share.thread + 1))) * units.tiles_per;
+  share.run(by_rows ? cut.patches * pieces : pieces, 1, [&](int64_t item, int64_t) {
+    const int64_t piece = item % pieces, unit = unit_of(piece), unit_end = unit_of(piece + 1);
+    const int64_t first = by_rows ? item / pieces : 0, last = by_rows ? first + 1 : cut.patches;
+    for (int64_t patch = first; patch < last; patch++)
+      linear_patch(op, units, {rows, cut.row(patch), cut.row(patch + 1), unit, unit_end, own_end, after}, scratch);
+  });
+}
+
+}  // namespace llmctl

@@ -1,0 +1,97 @@
+// The plain-data interface between targets/cpu/runtime.py (which binds a Graph to it once) and the native walker (program.cpp).
+// Field order and widths are mirrored by targets/cpu/abi.py; `llmctl_abi` lets the loader compare sizes.
+#pragma once
+#include <cstdint>
+
+#include "acts.h"
+#include "sampling.h"
+
+namespace llmctl {
+
+enum Kind : int32_t {
+  kEmbed = 0,
+  kPosEmbed = 1,
+  kRmsNorm = 2,     // with x2: y2 = x + x2 first, then the norm of that
+  kLayerNorm = 3,   // likewise
+  kHeadRmsNorm = 4,
+  kLinear = 5,
+  kAct = 6,
+  kMul = 7,
+  kAdd = 8,
+  kRope = 9,        // rotates q (y) and k (y2), copies of x and x2; with flag kWritesKv also writes k and v (x3)
+  kKvWrite = 10,    // x = k, x2 = v
+  kAttention = 11,
+  kGatherRows = 12,
+  kQuantize = 13,   // x -> int8 codes
+  kToBf16 = 14,     // x -> bf16
+};
+
+enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4 };
+
+// fp32 matrix [rows][ld]; a buffer may be a column range of a wider one.
+struct Matrix {
+  float* data;
+  int64_t ld;
+};
+
+struct OpDesc {
+  int32_t kind;
+  int32_t act;           // Act, of kAct and of a gated linear (gate rows are outputs 0..15 of every tile)
+  int32_t weight_dtype;  // DType of a linear's or an embedding's weight
+  int32_t neox;
+  int32_t writes_kv;
+  int32_t on_rows;       // runs on the gathered rows instead of on all tokens
+  int64_t layer;         // KV layer
+  Matrix x, x2, x3, y, y2;
+  IntActs x8;            // int8 operand of a linear
+  IntActs y8;            // when codes is set, norms, linears and attention write this instead of y
+  int64_t width;         // columns of x
+  int64_t n;             // valid outputs of a linear (of the epilogue)
+  int64_t n_padded, k, group;
+  const uint8_t* w;      // linear: packed; embeddings: [V][width]; norms: fp32
+  const uint16_t* w_scales;
+  const uint8_t* w_zeros;
+  const float* bias;     // linear: fp32 in tile order, padded; layer norm: b
+  const int32_t* permutation;  // kQuantize: column order of an act-order weight, or null
+  uint16_t* x16;         // bf16 operand, row stride k
+  int64_t heads, kv_heads, head_dim, rotary_dim, window;
+  const float* cos;      // [positions][rotary_dim / 2]
+  const float* sin;
+  float eps, offset, scale, softcap;
+};
+
+struct KvDesc {
+  uint8_t* base;
+  int64_t kv_heads, head_dim, padded_dim;
+  int32_t type;  // KvType
+};
+
+struct StepDesc {
+  int64_t tokens, seqs, rows;
+  const int32_t* token_ids;      // [tokens]
+  const int32_t* positions;      // [tokens]
+  const int64_t* slots;          // [tokens]; -1 = padding
+  const int32_t* query_start;    // [seqs + 1]
+  const int32_t* block_tables;   // [seqs][max_blocks]
+  int64_t max_blocks;
+  const int32_t* logits_rows;    // [rows], ascending
+  const int32_t* targets;        // [rows], -1: the row is sampled, else the log-probability of this id is wanted
+  float* target_logprobs;        // out [rows]
+};
+
+}  // namespace llmctl
+
+extern "C" {
+struct llmctl_program;
+// Bytes of OpDesc, KvDesc, StepDesc and SamplingDesc, to compare with the binder's.
+void llmctl_abi(int64_t sizes[4]);
+const char* llmctl_variant();
+llmctl_program* llmctl_create(const llmctl::OpDesc* ops, int64_t num_ops, const llmctl::KvDesc* kv, int64_t num_kv,
+                              int64_t block_size, int64_t max_tokens, int64_t max_rows, int64_t max_model_len,
+                              int64_t vocab, int threads);
+void llmctl_destroy(llmctl_program* program);
+// Runs one step; sampling has one row per logits row without a target, in order. Returns 0.
+int llmctl_step(llmctl_program* program, const llmctl::StepDesc* step, const llmctl::SamplingDesc* sampling);
+// Microseconds spent per op kind on thread 0 since the last call, for profiles; out has 16 entries.
+void llmctl_profile(llmctl_program* program, double* out);
+}

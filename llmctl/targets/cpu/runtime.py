@@ -1,0 +1,304 @@
+"""The CPU runtime: a Graph bound once to native kernels; a step is one native call. Imports neither torch nor
+transformers."""
+
+from __future__ import annotations
+
+import ctypes as c
+import time
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.graph.graph import Graph, Op
+from llmctl.targets.batch import BlockTables, FlatPlan, flatten
+from llmctl.targets.cpu.abi import ACT, DTYPE, KV_TYPE, Acts, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
+from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, logits_view, plan_arena
+from llmctl.targets.cpu.layout import PackedLinear, pack_bias
+from llmctl.targets.cpu.sampling import NativeSampling
+from llmctl.targets.rope import cos_sin_table
+
+_MAX_LOGITS_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class CpuWeights:
+    """Weights as the native kernels read them.
+
+    Attributes:
+        linears: packed weight by weight name, for every linear op.
+        tables: embeddings by weight name, [V, H]: f32, or u16 with ``table_dtypes`` "bf16" or "f16".
+        vectors: norm weights and biases by weight name, f32.
+    """
+
+    linears: Mapping[str, PackedLinear]
+    tables: Mapping[str, NDArray[Any]]
+    table_dtypes: Mapping[str, str]
+    vectors: Mapping[str, NDArray[Any]]
+
+
+class CpuRuntime:
+    """Implements ``engine.step.Runtime`` on a native kernel library; ``execute`` returns when the step is done.
+
+    Attributes:
+        limits: KV blocks, block size, longest sequence, vocabulary.
+        variant: which build of the kernels runs, e.g. ``avx512bf16``.
+        arena_bytes: activations and logits, allocated once.
+        kv_bytes: the KV cache.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: CpuWeights,
+        library: Path,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        kv_dtype: str,
+        threads: int,
+    ) -> None:
+        """Plan the buffers, allocate arena and KV cache, bind the ops.
+
+        Args:
+            library: the compiled kernels. kv_dtype: ``bf16``, ``f32`` or ``int8``.
+            threads: native threads, the caller's included.
+
+        Raises:
+            ValueError: a block size that is not a multiple of 16.
+            UnsupportedModelError: an op without a native kernel.
+            EngineLoadError: the library does not load here.
+        """
+        if block_size % 16:
+            raise ValueError(f"the CPU kernels need a block size that is a multiple of 16, found {block_size}")
+        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size)
+        self.threads = threads
+        self._library = open_library(library)
+        self.variant = self._library.llmctl_variant().decode()
+        self._weights = weights
+        self._keep: list[Any] = []
+        self._ropes: dict[tuple[Any, ...], tuple[int, int]] = {}
+        max_rows = max(1, min(max_num_seqs, _MAX_LOGITS_BYTES // (4 * graph.vocab_size)))
+        lowering = Lowering(graph, weights.linears)
+        bound = lowering.run()
+        self.arena_bytes = plan_arena(lowering.storages, max_num_batched_tokens, max_rows)
+        self._arena = _aligned(self.arena_bytes)
+        self._max_tokens = max_num_batched_tokens
+        ops = (OpDesc * len(bound))(*[self._describe(b, graph) for b in bound])
+        assert logits_view(lowering) == bound[-1].views["y"]
+        kv, self.kv_bytes = self._allocate_cache(graph, num_blocks, block_size, kv_dtype)
+        self._program = self._library.llmctl_create(
+            ops,
+            len(bound),
+            kv,
+            len(kv),
+            block_size,
+            max_num_batched_tokens,
+            max_rows,
+            max_model_len,
+            graph.vocab_size,
+            threads,
+        )
+        self._sampling = NativeSampling(graph.vocab_size)
+        self._tables = BlockTables(max_num_seqs, self.limits)
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:
+        """Run one step.
+
+        Raises:
+            ValueError: a plan that ``flatten`` or ``BlockTables`` refuses, one with more tokens than the runtime was
+                sized for, or sampling rows that do not match it.
+        """
+        self._tables.update(plan)
+        flat = flatten(plan, self.limits)
+        if len(flat.token_ids) > self._max_tokens:
+            raise ValueError(f"{len(flat.token_ids)} tokens exceed the {self._max_tokens} this runtime was sized for")
+        if len(sampling.temperature) != len(flat.rows):
+            raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
+        rows, targets = _logits_rows(plan, flat)
+        scores = array("f", bytes(4 * len(targets)))
+        arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", flat.slots)]
+        arrays += [array("i", flat.query_start), array("i", rows), array("i", targets)]
+        token_ids, positions, slots, query_start, rows_at, targets_at = (a.buffer_info()[0] for a in arrays)
+        step = StepDesc(
+            len(flat.token_ids),
+            len(plan.slices),
+            len(rows),
+            *(token_ids, positions, slots, query_start, self._tables.address, self._tables.width, rows_at),
+            *((targets_at, scores.buffer_info()[0]) if targets else (None, None)),
+        )
+        desc = self._sampling.prepare(sampling)
+        began = time.perf_counter()
+        self._library.llmctl_step(self._program, c.byref(step), c.byref(desc))
+        seconds = time.perf_counter() - began
+        sampled, logprobs = self._sampling.results()
+        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, targets, scores), seconds))
+
+    def profile(self) -> dict[str, float]:
+        """Microseconds per op kind since the last call (as seen by the first thread, waiting included)."""
+        out = (c.c_double * 16)()
+        self._library.llmctl_profile(self._program, out)
+        return {kind.name.lower(): out[kind] for kind in Kind if out[kind]}
+
+    def close(self) -> None:
+        """Stop the threads and free the memory; the runtime cannot be used afterwards."""
+        if self._program:
+            self._library.llmctl_destroy(self._program)
+            self._program = None
+            self._keep.clear()
+
+    # binding
+
+    def _describe(self, bound: Bound, graph: Graph) -> OpDesc:
+        op, attrs = bound.op, bound.op.attrs
+        desc = OpDesc(kind=int(bound.kind), on_rows=int(bound.on_rows))
+        for name, view in bound.views.items():
+            setattr(desc, name, self._matrix(view))
+        desc.width = graph.buffers[op.inputs[0]].width
+        for name in ("heads", "kv_heads", "head_dim", "window", "layer"):
+            setattr(desc, name, int(attrs.get(name, 0)))
+        for name in ("eps", "scale", "softcap"):
+            setattr(desc, name, float(attrs.get(name, 0.0)))
+        for name, operand in bound.operands.items():
+            setattr(desc, name, self._acts(operand))
+        if bound.x16 is not None and bound.packed is not None:
+            desc.x16, desc.k = self._address(bound.x16.offset), bound.packed.columns
+        if bound.permutation is not None:
+            desc.permutation = self._pointer(bound.permutation)
+        fill = getattr(self, f"_fill_{bound.kind.name.lower()}", None)
+        if fill is not None:
+            fill(desc, bound, graph)
+        return desc
+
+    def _fill_embed(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        name = bound.op.weights[0]
+        desc.w, desc.weight_dtype = self._pointer(self._weights.tables[name]), DTYPE[self._weights.table_dtypes[name]]
+        desc.width = graph.buffers[bound.op.outputs[0]].width
+        desc.scale = float(bound.op.attrs.get("scale", 1.0))
+
+    def _fill_pos_embed(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        self._fill_embed(desc, bound, graph)
+        desc.offset = float(bound.op.attrs.get("offset", 0))
+
+    def _fill_rms_norm(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
+        desc.w = self._vector(bound.op.weights[0])
+        desc.offset = 1.0 if bound.op.attrs.get("plus_one") else 0.0
+
+    def _fill_layer_norm(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        self._fill_rms_norm(desc, bound, graph)
+        if bound.op.weights[1]:
+            desc.bias = self._vector(bound.op.weights[1])
+
+    _fill_head_rms_norm = _fill_rms_norm
+
+    def _fill_act(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
+        desc.act = ACT[str(bound.op.attrs["fn"])]
+
+    def _fill_rope(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
+        attrs = bound.op.attrs
+        desc.cos, desc.sin = self._rope_table(bound.op)
+        desc.rotary_dim, desc.neox = int(attrs["rotary_dim"]), int(attrs["style"] == "neox")
+        desc.writes_kv = int("x3" in bound.views)
+
+    def _fill_linear(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        op, packed = bound.op, bound.packed
+        assert packed is not None
+        epilogue = str(op.attrs.get("epilogue", ""))
+        desc.act = ACT[epilogue.removesuffix("_mul")]
+        desc.weight_dtype = DTYPE[packed.dtype]
+        desc.n = sum(graph.buffers[o].width for o in op.outputs)
+        desc.n_padded, desc.k, desc.group = packed.rows, packed.columns, packed.group
+        desc.w = self._pointer(packed.data)
+        if packed.scales is not None and packed.zeros is not None:
+            desc.w_scales, desc.w_zeros = self._pointer(packed.scales), self._pointer(packed.zeros)
+        if len(op.weights) > 1 and op.weights[1]:
+            bias = self._weights.vectors[op.weights[1]].astype(np.float32)
+            desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue)))
+
+    def _rope_table(self, op: Op) -> tuple[int, int]:
+        attrs = {k: v for k, v in op.attrs.items() if k not in ("layer", "heads", "kv_heads", "head_dim", "style")}
+        key = tuple(sorted(attrs.items()))
+        if key not in self._ropes:
+            cos, sin = cos_sin_table(attrs, self.limits.max_model_len)
+            self._ropes[key] = (self._pointer(cos), self._pointer(sin))
+        return self._ropes[key]
+
+    def _allocate_cache(
+        self, graph: Graph, num_blocks: int, block_size: int, dtype: str
+    ) -> tuple[c.Array[KvDesc], int]:
+        descs, total = [], 0
+        for layer in graph.kv:
+            padded = layer.head_dim + -layer.head_dim % 16
+            token_bytes = padded + 4 if dtype == "int8" else padded * (2 if dtype == "bf16" else 4)
+            size = 2 * num_blocks * block_size * layer.kv_heads * token_bytes
+            # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
+            base = self._pointer(_aligned(size))
+            descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded, KV_TYPE[dtype]))
+            total += size
+        return (KvDesc * len(descs))(*descs), total
+
+    def _matrix(self, view: View) -> Matrix:
+        return Matrix(self._address(view.storage.offset) + 4 * view.column, view.ld)
+
+    def _acts(self, operand: IntOperand) -> Acts:
+        addresses = [self._address(s.offset) for s in operand.storages]
+        return Acts(*addresses, operand.columns, operand.group)
+
+    def _address(self, offset: int) -> int:
+        return int(self._arena.ctypes.data) + offset
+
+    def _vector(self, name: str) -> int:
+        return self._pointer(np.ascontiguousarray(self._weights.vectors[name], np.float32))
+
+    def _pointer(self, array: NDArray[Any]) -> int:
+        assert array.flags.c_contiguous
+        self._keep.append(array)
+        return int(array.ctypes.data)
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """Zeroed bytes on a 64-byte boundary; pages are touched only when used."""
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+def _logits_rows(plan: StepPlan, flat: FlatPlan) -> tuple[list[int], list[int]]:
+    """Rows whose logits are made, and per row the id whose log-probability is wanted (-1: the row is sampled).
+
+    No targets at all mean that every row is sampled.
+    """
+    if not flat.scored:
+        return flat.rows, []
+    rows: list[int] = []
+    targets: list[int] = []
+    for piece, first in zip(plan.slices, flat.query_start, strict=False):
+        wanted = piece.score_targets or ()
+        rows += range(first, first + len(wanted))
+        targets += wanted
+        if piece.sample:
+            rows.append(first + len(piece.token_ids) - 1)
+            targets.append(-1)
+    return rows, targets
+
+
+def _split_scores(plan: StepPlan, targets: list[int], scores: array[float]) -> dict[str, NDArray[np.float32]]:
+    """The scores of each slice that has score targets."""
+    if not targets:
+        return {}
+    values = np.frombuffer(scores, np.float32)[np.array(targets) >= 0]
+    out: dict[str, NDArray[np.float32]] = {}
+    at = 0
+    for piece in plan.slices:
+        if piece.score_targets is not None:
+            out[piece.request_id] = values[at : at + len(piece.score_targets)]
+            at += len(piece.score_targets)
+    return out

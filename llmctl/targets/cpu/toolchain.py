@@ -1,0 +1,166 @@
+"""The native CPU kernels -> shared libraries, with the system's C++ compiler and a cache.
+
+One translation unit (``native/program.cpp``) is compiled once per variant; flags alone choose the instructions. Without
+a compiler on PATH, the ``ziglang`` wheel's ``zig c++`` serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.errors import CompileError
+from llmctl.targets.cuda.compile import source_files
+
+SOURCE_DIR = Path(__file__).parent / "native"
+SOURCE = "program.cpp"
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi",
+)  # fmt: skip
+INSTALL_HINT = "install a C++ compiler (apt install g++, or pip install ziglang)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One build of the kernels. ``features``: what the CPU must have, as /proc/cpuinfo names it."""
+
+    name: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+    machine: str | None = None
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+_AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
+VARIANTS = (
+    Variant("x86_64-avx512bf16", (*_AVX512_FLAGS, "-mavx512bf16"), (*_AVX512, "avx512_bf16"), "x86_64"),
+    Variant("x86_64-avx512vnni", _AVX512_FLAGS, _AVX512, "x86_64"),
+    # -O2: what is hot is written in vectors; -O3 doubles the time to compile.
+    Variant("x86_64-avx2", ("-O2", "-mavx2", "-mfma", "-mf16c", "-mbmi2"), _AVX2, "x86_64"),
+    Variant("portable", ("-O2",), ()),
+)
+"""From the fastest down."""
+
+EMULATED_BF16 = Variant("x86_64-avx512bf16-emulated", (*_AVX512_FLAGS, "-DLLMCTL_EMULATE_BF16"), _AVX512, "x86_64")
+"""The code of avx512bf16 with its one further instruction in software: for tests only, in no engine."""
+
+
+@dataclass(frozen=True)
+class CompiledLibrary:
+    """One shared library: its variant, bytes, and what made it."""
+
+    variant: Variant
+    code: bytes
+    compiler: str
+    flags: tuple[str, ...]
+
+    @property
+    def filename(self) -> str:
+        """``x86_64-avx512bf16.so``; the portable one is named for the machine it was compiled on."""
+        return f"{library_name(self.variant)}.so"
+
+
+def library_name(variant: Variant) -> str:
+    """The file's stem: the variant's name, with the machine in front of ``portable``."""
+    return variant.name if variant.machine else f"{platform.machine()}-{variant.name}"
+
+
+def supported_variants(features: Iterable[str]) -> tuple[Variant, ...]:
+    """The variants that a CPU with these features (and this machine's architecture) can run, fastest first."""
+    have = set(features)
+    return tuple(
+        v for v in VARIANTS if set(v.features) <= have and (v.machine is None or v.machine == platform.machine())
+    )
+
+
+def variants_to_test(features: Iterable[str]) -> tuple[Variant, ...]:
+    """The supported variants; before them avx512bf16 emulated, where the CPU lacks nothing else for it."""
+    have = set(features)
+    supported = supported_variants(have)
+    emulate = "avx512_bf16" not in have and any(v.features == EMULATED_BF16.features for v in supported)
+    return (EMULATED_BF16, *supported) if emulate else supported
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """The C++ compiler's command: $CXX, c++, g++ or clang++ on PATH, or the ziglang wheel; None without any."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return (name,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "c++")
+    return None
+
+
+def compile_library(
+    variant: Variant, *, cache: Path | None = None, extra_flags: tuple[str, ...] = ()
+) -> CompiledLibrary:
+    """Compile the kernels for one variant.
+
+    Args:
+        cache: folder that keeps libraries, keyed by sources, flags, compiler version and this machine's architecture.
+        extra_flags: appended, e.g. sanitizers.
+
+    Raises:
+        CompileError: no compiler, or the sources do not compile (the compiler's first error is named).
+    """
+    command = find_compiler()
+    if command is None:
+        raise CompileError("no C++ compiler found for the CPU kernels", fix=INSTALL_HINT)
+    version = _version(command)
+    flags = (*FLAGS, *variant.flags, *extra_flags)
+    key = _cache_key(version, flags)
+    cached = cache / f"{key}.so" if cache is not None else None
+    if cached is not None and cached.is_file():
+        return CompiledLibrary(variant, cached.read_bytes(), version, flags)
+    code = _compile(command, flags)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=".so-", delete=False) as file:
+            file.write(code)
+        os.replace(file.name, cached)
+    return CompiledLibrary(variant, code, version, flags)
+
+
+def _compile(command: tuple[str, ...], flags: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "kernels.so"
+        # A relative source path and no build id: the same sources give the same bytes wherever they lie.
+        linker = ("-Wl,--build-id=none",) if sys.platform.startswith("linux") else ()
+        result = subprocess.run(
+            [*command, *flags, *linker, SOURCE, "-o", str(output)],
+            cwd=SOURCE_DIR,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode or not output.is_file():
+            lines = result.stderr.splitlines()
+            first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            raise CompileError(f"{SOURCE_DIR / SOURCE}: {command[0]} failed: {first.strip()}")
+        return output.read_bytes()
+
+
+def _version(command: tuple[str, ...]) -> str:
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    if result.returncode or not result.stdout.strip():
+        raise CompileError(f"{' '.join(command)} --version failed", fix=INSTALL_HINT)
+    return result.stdout.splitlines()[0].strip()
+
+
+def _cache_key(version: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    # The machine: a compiler names itself alike on every architecture, and a home folder may be shared.
+    made_for = (platform.machine(), version, " ".join(flags))
+    for part in (*made_for, *(f"{n}\0{t}" for n, t in source_files([SOURCE], SOURCE_DIR).items())):
+        digest.update(len(part).to_bytes(8, "little") + part.encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The CUDA target: kernels, what launches them, how weights lie for them."""

@@ -1,0 +1,140 @@
+"""Signatures of the GEMM kernels, and their calls from packed weights and plans. Importing this registers them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmctl.targets.cuda.call import Call, Geometry, Signature
+from llmctl.targets.cuda.gemm import ACTIVATION, STREAM_ROWS, GemmPlan
+from llmctl.targets.cuda.layout import CudaFormat
+from llmctl.targets.cuda.signatures import TAGS, blocks, ints, maybe, prepare, read, register, update, write
+
+_GROUPS = {4: (32, 64, 128), 8: (32, 64)}
+_PLANE = "tiles groups 32"
+
+
+def gemm_call(
+    plan: GemmPlan, fmt: CudaFormat, planes: dict[str, Any], *, epilogue: str = "", workspace: Any = None,
+    counters: Any = None, **tensors: Any,
+) -> Call:  # fmt: skip
+    """A planned product with a packed weight.
+
+    Args:
+        planes: the weight's planes by suffix, as ``fmt.planes()`` names them.
+        epilogue: ``silu_mul`` and the like for a gated weight, else "".
+        workspace, counters: at least as much as the plan asks for; may be None when it asks for none.
+        tensors: x [m, K], y [m, N] (gated: [m, N / 2]), and maybe bias [N], residual (like y), token_scales [m].
+
+    Raises:
+        ValueError: as ``call.bind``; planes or scratch that do not fit the format or the plan.
+    """
+    for suffix, (dtype, shape) in fmt.planes().items():
+        if tuple(planes[suffix].shape) != shape:
+            raise ValueError(f"{plan.entry}: {suffix}: expected {dtype} {shape}, found {tuple(planes[suffix].shape)}")
+    for name, tensor, needed in (("workspace", workspace, plan.workspace), ("counters", counters, plan.counters)):
+        if needed and (tensor is None or tensor.numel() < needed):
+            raise ValueError(f"{plan.entry}: {name}: expected {needed} elements or more")
+    if fmt.gated != bool(epilogue) or epilogue not in ACTIVATION:
+        raise ValueError(f"{plan.entry}: epilogue '{epilogue}' of a weight that is {'' if fmt.gated else 'not '}gated")
+    rows, columns = fmt.shape
+    outputs = rows // 2 if epilogue else rows
+    if tensors["y"].shape[-1] != outputs:
+        raise ValueError(f"{plan.entry}: y: expected {outputs} columns, found {tensors['y'].shape[-1]}")
+    return prepare(
+        plan.entry,
+        Geometry(plan.grid, plan.threads, plan.shared),
+        codes=planes["tiles"],
+        scales=planes["tile_scales"],
+        **({} if fmt.symmetric else {"zeros": planes["tile_zeros"]}),
+        workspace=workspace if plan.workspace else None,
+        counters=counters if plan.counters else None,
+        n=rows,
+        k=columns,
+        group_size=fmt.group_size,
+        activation=ACTIVATION[epilogue],
+        **tensors,
+    )
+
+
+def dequantize_call(fmt: CudaFormat, tag: str, planes: dict[str, Any], w: Any) -> Call:
+    """A packed weight into w [N, K], in packed column order.
+
+    Raises:
+        ValueError: as ``call.bind``.
+    """
+    return prepare(
+        f"dequantize_w{fmt.bits}_{tag}",
+        codes=planes["tiles"],
+        scales=planes["tile_scales"],
+        zeros=None if fmt.symmetric else planes["tile_zeros"],
+        w=w,
+        group_size=fmt.group_size,
+        gated=int(fmt.gated),
+    )
+
+
+def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 0) -> Signature:
+    x = [read("x", "s8", "m k"), read("token_scales", "f32", "m", align=4)] if int8 else [read("x", tag, "m k")]
+    zeros = () if int8 else (maybe(read("zeros", "u8", _PLANE)),)
+    return Signature(
+        entry,
+        source,
+        (
+            *x,
+            read("codes", "u8", "code_bytes"),
+            read("scales", "f16", _PLANE),
+            *zeros,
+            maybe(read("bias", tag, "n", align=2)),
+            maybe(read("residual", tag, "m outputs", align=2)),
+            write("y", tag, "m outputs", align=2),
+            maybe(update("workspace", "f32", "workspace_size")),
+            maybe(update("counters", "u32", "counter_count", align=4)),
+            *ints("m n k group_size activation"),
+        ),
+        {"k": 16 if int8 else 8, "group_size": 32},
+        {"m": rows} if rows else {},
+    )
+
+
+def _dequantize(bits: int, tag: str) -> Signature:
+    return Signature(
+        f"dequantize_w{bits}_{tag}",
+        "dequantize.cu",
+        (
+            read("codes", "u8", "code_bytes"),
+            read("scales", "f16", _PLANE),
+            maybe(read("zeros", "u8", _PLANE)),
+            write("w", tag, "n k"),
+            *ints("n k group_size gated"),
+        ),
+        {"k": 8, "group_size": 32},
+        geometry=lambda sizes: Geometry((sizes["tiles"], -(-sizes["k"] // 128), 1), 128),
+    )
+
+
+def _permute(tag: str) -> Signature:
+    return Signature(
+        f"permute_columns_{tag}",
+        "dequantize.cu",
+        (read("x", tag, "m k"), read("permutation", "i32", "k"), write("y", tag, "m k"), *ints("m k")),
+        geometry=blocks(256, lambda sizes: sizes["m"] * sizes["k"], 256),
+    )
+
+
+def _signatures(tag: str) -> Iterator[Signature]:
+    for bits, groups in _GROUPS.items():
+        name = f"w{bits}a16"
+        for rows in (8, STREAM_ROWS):
+            for group in groups:
+                yield _gemm(f"{name}_stream_{tag}_g{group}_m{rows}", f"{name}_stream.cu", tag, rows=rows)
+        for tokens in (32, 64):
+            yield _gemm(f"{name}_gemm_{tag}_t{tokens}", f"{name}_gemm.cu", tag)
+        yield _dequantize(bits, tag)
+    for tokens in (8, 16, 32, 64):
+        yield _gemm(f"w8a8_gemm_{tag}_t{tokens}", "w8a8_gemm.cu", tag, int8=True)
+    yield _permute(tag)
+
+
+for _tag in TAGS:
+    register(_signatures(_tag))

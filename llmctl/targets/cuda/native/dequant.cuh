@@ -1,0 +1,122 @@
+// The packed weight layout (targets/cuda/layout.py writes it) and its codes as mma operands, in registers.
+//
+// Tiles of 32 rows (outputs) by chunks of 32 columns; 4 chunks (128 columns) are a step, to which K is padded. Weights
+// are the A operand of mma.sync (rows = outputs), tokens the B operand, so that M comes in eights. With g = lane / 4
+// and t = lane % 4, lane (g, t) of a warp owns, of every chunk, rows g, g + 8, g + 16, g + 24 and columns 8t .. 8t + 7:
+// the order of k within an mma is free as long as both operands agree, and in this order the B fragments of a chunk are
+// 16 contiguous bytes of an activation row (8 bytes of int8): plain vector loads, no ldmatrix, no bank conflicts.
+//
+//   codes   [tile][chunk][vector][lane] 16 bytes: one vector of 4-bit codes, two of 8-bit codes. A fragment (r, s) is
+//           rows 16 r + {g, g + 8}, columns 8t + 4 s + {0, 1, 2, 3} (r, s = 0, 1; s is the k-step of m16n8k16):
+//             4 bits  word 2 r + s; nibble j: row 16 r + g + 8 (j & 1), column 8t + 4 s + 2 (j >> 1 & 1) + (j >> 2)
+//             8 bits  vector r, words 2 s (row g) and 2 s + 1 (row g + 8); byte b is column 8t + 4 s + b. These four
+//                     words are also the A fragment of the int8 m16n8k32.
+//   scales  [tile][group][g][j] f16: row g + 8 j; a lane's four scales are one 8-byte load, a warp's 64 bytes.
+//   zeros   [tile][group][g][j] u8; no plane when every zero is 2^(bits - 1).
+//
+// A gated weight (gate rows first, then up) is interleaved by eights: packed rows 16 i .. 16 i + 7 are gate rows
+// 8 i .. 8 i + 7, the next eight the up rows that go with them: both lie in one lane's accumulators.
+//
+// Codes become 16-bit floats without an int-to-float conversion (the trick of Kim et al., "Who Says Elephants Can't
+// Run", 2022, as in FasterTransformer and Marlin): a code in the low mantissa bits of 1024 (f16), 128 (bf16) or 2^23
+// (float) is that number plus the code; one subtraction takes away bias and zero point. The result, code - zero, is an
+// exact integer; the scale is applied to fp32 sums, once a group.
+#pragma once
+#include "device.cuh"
+
+namespace llmctl {
+namespace gemm {
+
+constexpr int kTileRows = 32;
+constexpr int kChunkColumns = 32;
+constexpr int kStepChunks = 4;
+constexpr int kStepColumns = kChunkColumns * kStepChunks;
+
+template <typename T>
+constexpr bool kIsF16 = false;
+template <>
+constexpr bool kIsF16<f16> = true;
+
+// (a & b) | c for lop3.
+constexpr int kMaskOr = (0xF0 & 0xCC) | 0xAA;
+
+// One lane's codes of a chunk.
+template <int kBits>
+struct Codes {
+    static constexpr int kVectors = kBits / 4;
+    static constexpr int kBytes = kVectors * 16 * kWarp;  // of the whole chunk
+    Vec16 vector[kVectors];
+};
+
+// What is subtracted from the codes of rows g (low) and g + 8 (high) of a fragment.
+struct ZeroPair {
+    u32 low, high;
+};
+
+// Four zero points (bytes: rows g + 8 j) when a weight has no zeros plane.
+template <int kBits>
+constexpr u32 kSymmetricZeros = kBits == 4 ? 0x08080808u : 0x80808080u;
+
+template <typename T, int kBits>
+LLMCTL_DEVICE ZeroPair zero_pair(u32 zeros, int r) {
+    const u32 low = 2 * r, high = 2 * r + 1;
+    if constexpr (kBits == 8 && !kIsF16<T>) {
+        return {byte_permute(zeros, 0x4B000000u, 0x7550u | low), byte_permute(zeros, 0x4B000000u, 0x7550u | high)};
+    } else if constexpr (kBits == 4 && kIsF16<T>) {
+        // Rows g + 8 are found four bits up: x / 16 - (64 + zero); 64 + zero < 128 has 1/16 as its last bit.
+        const u32 both = byte_permute(zeros, 0u, 0x4040u | high | high << 8);
+        return {byte_permute(zeros, 0x64646464u, 0x4040u | low | low << 8), 0xD400D400u | both << 4};
+    } else {
+        constexpr u32 kBias = kIsF16<T> ? 0x64646464u : 0x43434343u;
+        return {byte_permute(zeros, kBias, 0x4040u | low | low << 8),
+                byte_permute(zeros, kBias, 0x4040u | high | high << 8)};
+    }
+}
+
+// Bytes `first` and `first + 1` of a word of codes, minus their zero.
+template <typename T>
+LLMCTL_DEVICE u32 pair8(u32 word, int first, u32 zero) {
+    if constexpr (kIsF16<T>) {
+        return packed_sub<f16>(byte_permute(word, 0x64646464u, 0x4140u | first | first << 8), zero);
+    } else {
+        const float z = bits_to_float(zero);
+        const float low = bits_to_float(byte_permute(word, 0x4B000000u, 0x7550u | first)) - z;
+        const float high = bits_to_float(byte_permute(word, 0x4B000000u, 0x7550u | (first + 1))) - z;
+        return byte_permute(float_to_bits(low), float_to_bits(high), 0x7632u);  // exact: 8 significant bits
+    }
+}
+
+// The A operand (r, s) of a chunk: code - zero, as T.
+template <typename T, int kBits>
+LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s, const ZeroPair& zero) {
+    if constexpr (kBits == 8) {
+        const u32 low = codes.vector[r].w[2 * s], high = codes.vector[r].w[2 * s + 1];
+        a[0] = pair8<T>(low, 0, zero.low);
+        a[1] = pair8<T>(high, 0, zero.high);
+        a[2] = pair8<T>(low, 2, zero.low);
+        a[3] = pair8<T>(high, 2, zero.high);
+    } else if constexpr (kIsF16<T>) {
+        constexpr u32 kBias = 0x64006400u;
+        const u32 word = codes.vector[0].w[2 * r + s], upper = word >> 8;
+        a[0] = packed_sub<f16>(lop3<kMaskOr>(word, 0x000f000fu, kBias), zero.low);
+        a[1] = packed_fma<f16>(lop3<kMaskOr>(word, 0x00f000f0u, kBias), 0x2c002c00u, zero.high);
+        a[2] = packed_sub<f16>(lop3<kMaskOr>(upper, 0x000f000fu, kBias), zero.low);
+        a[3] = packed_fma<f16>(lop3<kMaskOr>(upper, 0x00f000f0u, kBias), 0x2c002c00u, zero.high);
+    } else {
+        const u32 word = codes.vector[0].w[2 * r + s];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 biased = lop3<kMaskOr>(word >> (4 * i), 0x000f000fu, 0x43004300u);
+            a[i] = packed_sub<bf16>(biased, i % 2 ? zero.high : zero.low);
+        }
+    }
+}
+
+// A lane's four scales of a group: rows g + 8 j.
+LLMCTL_DEVICE void unpack_scales(float (&scale)[4], const Vec8& packed) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scale[j] = to_float(f16{static_cast<u16>(packed.w[j / 2] >> (16 * (j % 2)))});
+}
+
+}  // namespace gemm
+}  // namespace llmctl

@@ -1,0 +1,331 @@
+"""What executes a graph's op on CUDA kernels: by the registry's kernel name, the launches that make its outputs.
+
+An executor gets the op, tensors for its inputs and outputs, its weights, and what the step's ops share. It launches
+through a ``Machine`` (a GPU, or the emulator in tests) and allocates only from the step's ``Scratch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmctl.graph.graph import INT8_KINDS, Op
+from llmctl.targets.cuda.attention import AttentionShape, max_splits
+from llmctl.targets.cuda.attention_signatures import planned
+from llmctl.targets.cuda.call import Machine
+from llmctl.targets.cuda.gemm import GEMM_ROWS, GemmPlan, plan_gemm, plan_tile
+from llmctl.targets.cuda.gemm_signatures import dequantize_call, gemm_call
+from llmctl.targets.cuda.layout import CudaFormat, CudaLinear
+from llmctl.targets.cuda.lora import lora_splits
+from llmctl.targets.cuda.lora_signatures import add_adapters
+from llmctl.targets.cuda.registry import quantizer
+from llmctl.targets.cuda.signatures import launch
+from llmctl.targets.reference.kernels import AdapterWeights
+
+DECODE_SPLIT = 512
+"""Positions a split of decode attention: fixed, so that a sequence has the same bits in any batch."""
+
+_TAG = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.int8: "s8",
+        torch.float8_e4m3fn: "e4m3"}  # fmt: skip
+_F16 = "tile_scales"
+_NAME = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class Scratch:
+    """Buffers by purpose, kept and grown; take the largest of each before a CUDA graph is captured."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A buffer of a shape; zeros when new, and whatever its last user left in it afterwards."""
+        size = torch.Size(shape).numel()
+        key = (name, dtype)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.zeros(size, dtype=dtype, device=self._device)
+        return self._buffers[key][:size].view(shape)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One integer weight on the device, packed: its planes by suffix, as ``format.planes()`` names them."""
+
+    format: CudaFormat
+    planes: dict[str, Tensor]
+
+
+def packed_weight(linear: CudaLinear, device: torch.device | str = "cpu") -> PackedWeight:
+    """A packed weight's planes as tensors."""
+    planes = {suffix: torch.from_numpy(plane).to(device) for suffix, plane in linear.planes().items() if suffix != _F16}
+    scales = torch.from_numpy(linear.scales.view("int16")).to(device).view(torch.float16)
+    return PackedWeight(linear.format, {**planes, _F16: scales})
+
+
+@dataclass
+class StepTensors:
+    """What the ops of one step share.
+
+    Attributes:
+        positions, slots: i64 [T]. rows: i64 [R], whose logits are wanted.
+        block_tables: i32 [S, blocks]. seq_lens: i32 [S]. query_start: i32 [S + 1].
+        longest: largest of seq_lens. most_rows: most rows of a sequence. fewest_rows: fewest.
+        caches: [2, blocks, block size, kv heads, head dim] by layer. rope: cos and sin f32 [positions, R / 2] of an op.
+        sms: multiprocessors of the device. kv_scales: f32 [2, slots, kv heads] by layer, of int8 caches.
+        adapters: i32 [T], each token's LoRA adapter, -1 for none; None: no token has one. lora: their weights by op.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    rows: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start: Tensor
+    longest: int
+    most_rows: int
+    fewest_rows: int
+    caches: Mapping[int, Tensor]
+    rope: Callable[[Op], tuple[Tensor, Tensor]]
+    scratch: Scratch
+    sms: int = 132
+    kv_scales: Mapping[int, Tensor] = field(default_factory=dict)
+    adapters: Tensor | None = None
+    lora: Mapping[str, AdapterWeights] = field(default_factory=dict)
+
+    def cache_scales(self, layer: int) -> dict[str, Tensor]:
+        """``key_scales`` and ``value_scales`` of an int8 cache; nothing for others."""
+        return dict(zip(("key_scales", "value_scales"), self.kv_scales.get(layer, ()), strict=False))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One op to execute. ``outputs``: one, merged, of a linear with splits; ``weights``: None where absent."""
+
+    op: Op
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    weights: Sequence[Tensor | PackedWeight | None]
+    step: StepTensors
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """Of the op."""
+        return self.op.attrs
+
+    @property
+    def tag(self) -> str:
+        """Of the activations that are not int8."""
+        return next(_TAG[t.dtype] for t in (*self.outputs, *self.inputs) if t.dtype in _NAME)
+
+
+Executor = Callable[[Machine, Job], None]
+
+
+def output_dtypes(op: Op, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What each of an op's outputs is made of, when activations are ``dtype``."""
+    first = (torch.int8, torch.float32) if op.kind in INT8_KINDS else (dtype,)
+    return (*first, *(dtype,) * len(op.outputs))[: len(op.outputs)]
+
+
+def _embed(machine: Machine, job: Job) -> None:
+    gather = job.op.kind == "gather_rows"
+    ids, table = (job.step.rows, job.inputs[0]) if gather else (job.inputs[0], job.weights[0])
+    scale = job.attrs.get("scale", 1.0)
+    launch(machine, f"embed_{job.tag}", ids=ids, w=table, y=job.outputs[0], scale=scale)
+
+
+def _pos_embed(machine: Machine, job: Job) -> None:
+    x, positions = job.inputs
+    launch(machine, f"pos_embed_{job.tag}", x=x, positions=positions, w=job.weights[0], z=job.outputs[0],
+           offset=job.attrs["offset"])  # fmt: skip
+
+
+def _norm(machine: Machine, job: Job) -> None:
+    layer = "layer" in job.op.kind
+    special: dict[str, Any] = {"b": job.weights[1]} if layer else {"plus_one": int(job.attrs.get("plus_one", False))}
+    added = {"residual": job.inputs[1], "sum": job.outputs[-1]} if job.op.kind.startswith("add_") else {}
+    made = _int8_rows(job) if job.op.kind in INT8_KINDS else {"y": job.outputs[0]}
+    launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], w=job.weights[0], eps=job.attrs["eps"], **made,
+           **special, **added)  # fmt: skip
+
+
+def _int8_rows(job: Job) -> dict[str, Tensor]:
+    return {"q": job.outputs[0], "scales": job.outputs[1][:, 0]}
+
+
+def _quantize(machine: Machine, job: Job) -> None:
+    launch(machine, f"{quantizer(job.op)}_{job.tag}", x=job.inputs[0], **_int8_rows(job))
+
+
+def _head_norm(machine: Machine, job: Job) -> None:
+    heads = job.inputs[0].shape[1] // job.attrs["head_dim"]
+    launch(machine, f"head_rms_norm_{job.tag}", x=job.inputs[0], w=job.weights[0], y=job.outputs[0], heads=heads,
+           eps=job.attrs["eps"], plus_one=int(job.attrs.get("plus_one", False)))  # fmt: skip
+
+
+def _elementwise(machine: Machine, job: Job) -> None:
+    # Slices of a merged linear whose epilogue was not fused have gaps between their rows.
+    x = [t if t.is_contiguous() else _gathered(job, f"elementwise{i}", t) for i, t in enumerate(job.inputs)]
+    if job.op.kind == "act":
+        launch(machine, f"act_{job.attrs['fn']}_{job.tag}", x=x[0], y=job.outputs[0])
+    elif job.op.kind == "act_mul":
+        launch(machine, f"{job.attrs['fn']}_mul_{job.tag}", x=x[0], y=job.outputs[0])
+    else:
+        launch(machine, f"{job.op.kind}_{job.tag}", x=x[0], y=x[1], z=job.outputs[0])
+
+
+def _gathered(job: Job, name: str, x: Tensor) -> Tensor:
+    return job.step.scratch.take(name, x.dtype, *x.shape).copy_(x)
+
+
+def _rope_kv(machine: Machine, job: Job) -> None:
+    numbers: dict[str, Any] = {"head_dim": job.attrs.get("head_dim", 0), "gptj": int(job.attrs.get("style") == "gptj"),
+               "rotary_dim": job.attrs.get("rotary_dim", 0), "key_scale": 1.0, "value_scale": 1.0}  # fmt: skip
+    rotation: dict[str, Any] = {}
+    if numbers["rotary_dim"]:
+        cos, sin = job.step.rope(job.op)
+        rotation = {"positions": job.step.positions, "cosines": cos, "sines": sin}
+    if job.op.kind == "rope":
+        for x, y in zip(job.inputs, job.outputs, strict=False):
+            heads = x.shape[1] // numbers["head_dim"]
+            launch(
+                machine, f"rope_kv_{job.tag}_{job.tag}", q=x, q_out=y, heads=heads, kv_heads=0, **rotation, **numbers
+            )
+        return
+    keys, values = (part.flatten(0, 1) for part in job.step.caches[job.attrs["layer"]])
+    numbers["head_dim"] = keys.shape[2]
+    store = {"slots": job.step.slots, "keys": keys, "values": values, "kv_heads": keys.shape[1]}
+    store |= job.step.cache_scales(job.attrs["layer"])
+    tag = f"{_TAG[job.inputs[0].dtype]}_{_TAG[keys.dtype]}"
+    if job.op.kind == "kv_write":
+        launch(machine, f"rope_kv_{tag}", k=job.inputs[0], v=job.inputs[1], heads=0, **store, **numbers)
+        return
+    q, k, v = job.inputs[:3]
+    launch(machine, f"rope_kv_{tag}", q=q, k=k, v=v, q_out=job.outputs[0], heads=job.attrs["heads"], **store,
+           **rotation, **numbers)  # fmt: skip
+
+
+def _gemm(machine: Machine, job: Job) -> None:
+    x, weight, scratch = job.inputs[0], job.weights[0], job.step.scratch
+    assert isinstance(weight, PackedWeight)
+    fmt = weight.format
+    if fmt.permuted:
+        ordered = scratch.take("permuted", x.dtype, *x.shape)
+        launch(machine, f"permute_columns_{job.tag}", x=x, permutation=weight.planes["permutation"], y=ordered)
+        x = ordered
+    if len(x) > GEMM_ROWS:
+        dense = scratch.take("dense", x.dtype, *fmt.shape)
+        machine.launch(dequantize_call(fmt, job.tag, weight.planes, dense))
+        _dense(machine, job, x, dense)
+        return
+    _launch_gemm(machine, job, plan_gemm(fmt, _NAME[x.dtype], len(x), job.step.sms), x=x)
+
+
+def _gemm_int8(machine: Machine, job: Job) -> None:
+    (q, scales), y, weight = job.inputs[:2], job.outputs[0], job.weights[0]
+    assert isinstance(weight, PackedWeight)
+    plan = plan_tile(weight.format, _NAME[y.dtype], len(q), int8=True, sms=job.step.sms)
+    _launch_gemm(machine, job, plan, x=q, token_scales=scales[:, 0])
+
+
+def _launch_gemm(machine: Machine, job: Job, plan: GemmPlan, **x: Tensor) -> None:
+    weight, scratch = job.weights[0], job.step.scratch
+    assert isinstance(weight, PackedWeight)
+    machine.launch(
+        gemm_call(
+            plan, weight.format, weight.planes, epilogue=job.attrs.get("epilogue", ""),
+            workspace=scratch.take("workspace", torch.float32, plan.workspace),
+            counters=scratch.take("counters", torch.int32, plan.counters),
+            y=job.outputs[0], bias=job.weights[1], residual=_residual(job), **x,
+        )
+    )  # fmt: skip
+
+
+def _residual(job: Job) -> Tensor | None:
+    return job.inputs[-1] if "residual" in job.attrs else None
+
+
+def _dense_gated(machine: Machine, job: Job) -> None:
+    weight = job.weights[0]
+    assert isinstance(weight, Tensor)
+    _dense(machine, job, job.inputs[0], weight)
+
+
+def _dense(machine: Machine, job: Job, x: Tensor, weight: Tensor) -> None:
+    """torch's product, then the gated activation or the residual if there is one."""
+    bias, epilogue, residual = job.weights[1], job.attrs.get("epilogue"), _residual(job)
+    product = F.linear(x, weight, bias)
+    if epilogue:
+        launch(machine, f"{epilogue}_{job.tag}", x=product, y=job.outputs[0])
+    elif residual is not None:
+        torch.add(product, residual, out=job.outputs[0])
+    else:
+        job.outputs[0].copy_(product)
+
+
+def _lora(machine: Machine, job: Job) -> None:
+    """The result may lie where the input that it adds to does; nothing is copied then."""
+    (x, y), z, step = job.inputs, job.outputs[0], job.step
+    if z.data_ptr() != y.data_ptr():
+        z.copy_(y)
+    if step.adapters is None:
+        return
+    weights = step.lora[job.op.name]
+    h = step.scratch.take("lora", torch.float32, lora_splits(x.shape[1]), len(x), weights.a.shape[1])
+    columns = slice(job.attrs["column"], job.attrs["column"] + job.attrs["rows"])
+    add_adapters(machine, job.tag, x=x, y=z[:, columns], h=h, a=weights.a, b=weights.b, scales=weights.scales,
+                 adapters=step.adapters)  # fmt: skip
+
+
+def _attention(machine: Machine, job: Job) -> None:
+    step, (q,), (out,) = job.step, job.inputs, job.outputs
+    cache = step.caches[job.attrs["layer"]]
+    keys, values = (part.flatten(0, 1) for part in cache)
+    heads, window = job.attrs["heads"], job.attrs["window"]
+    shape = AttentionShape(job.tag, _TAG[cache.dtype], heads, cache.shape[3], cache.shape[4], cache.shape[2])
+    sequences = len(step.seq_lens)
+    shared = {
+        "q": q, "keys": keys, "values": values, "block_tables": step.block_tables, "seq_lens": step.seq_lens,
+        "heads": heads, "block_size": shape.block_size, "window": window, "scale": job.attrs["scale"],
+        "softcap": job.attrs["softcap"], "key_scale": 1.0, "value_scale": 1.0,
+        **step.cache_scales(job.attrs["layer"]),
+    }  # fmt: skip
+    if step.most_rows > 1:
+        plan = shape.prefill(sequences, len(q))
+        launch(machine, plan.entry, planned(plan), query_start=step.query_start, out=out, min_rows=2, **shared)
+    if step.fewest_rows == 1:
+        starts = step.query_start if step.most_rows > 1 else None
+        splits = max_splits(step.longest, window, DECODE_SPLIT)
+        parts = step.scratch.take("parts", torch.float32, sequences, heads, splits, shape.head_dim)
+        stats = step.scratch.take("part_stats", torch.float32, sequences, heads, splits, 2)
+        plan = shape.decode(sequences, splits)
+        launch(machine, plan.entry, planned(plan), query_start=starts, parts=parts, part_stats=stats,
+               split=DECODE_SPLIT, **shared)  # fmt: skip
+        plan = shape.combine(sequences)
+        launch(machine, plan.entry, planned(plan), parts=parts, part_stats=stats, seq_lens=step.seq_lens,
+               query_start=starts, out=out, window=window, split=DECODE_SPLIT,
+               value_unit=shape.value_unit(1.0))  # fmt: skip
+
+
+EXECUTORS: dict[str, Executor] = {
+    "embed": _embed,
+    "pos_embed": _pos_embed,
+    "rms_norm": _norm,
+    "layer_norm": _norm,
+    "head_rms_norm": _head_norm,
+    "elementwise": _elementwise,
+    "rope_kv": _rope_kv,
+    "w4a16": _gemm,
+    "w8a16": _gemm,
+    "w8a8": _gemm_int8,
+    "quantize_rows": _quantize,
+    "lora": _lora,
+    "dense_gated": _dense_gated,
+    "paged_attention": _attention,
+}
+"""By the registry's kernel name."""

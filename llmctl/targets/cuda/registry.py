@@ -1,0 +1,304 @@
+"""Which kernel serves which op on which device, and why the others refused.
+
+A candidate looks at an op's facts and either takes it or gives its reason in one line. The choice and every reason are
+recorded in the engine's manifest, so that "why is this layer slow?" has an answer without a debugger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.targets.cuda.attention import AttentionShape
+from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
+from llmctl.targets.cuda.layout import CudaFormat
+from llmctl.targets.cuda.lora import MAX_RANK, RANK_MULTIPLE, lora_entries
+
+FALLBACK = "torch"
+"""The kernel name of an op that a runtime executes with torch's own operators."""
+
+SAMPLER_OPS = (
+    Op("sample", "sample", (LOGITS,), ("tokens",)),
+    Op("adjust_logits", "adjust_logits", (LOGITS,), (LOGITS,)),
+    Op("logprobs", "logprobs", (LOGITS, "tokens"), ("logprobs",)),
+)
+"""What a runtime does with a step's logits: no part of any graph, but a part of every engine."""
+
+_TAG = {"float16": "f16", "bfloat16": "bf16"}
+_KV_TAG = {**_TAG, "int8": "s8", "fp8_e4m3": "e4m3"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate that did not take an op, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What executes one op.
+
+    Attributes:
+        op: the op's name.
+        kernel: candidate that took it, or ``FALLBACK``.
+        entries: entry points in the compiled modules. sources: files those are compiled from.
+        max_rows: rows of input up to which the kernel serves, beyond which ``FALLBACK`` does; 0 means any number.
+        refused: the other candidates for this kind of op.
+    """
+
+    op: str
+    kernel: str
+    entries: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    max_rows: int = 0
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpFacts:
+    """What a candidate may judge by: the op, its graph, dtypes of activations and KV cache, and the tokens of a KV
+    block."""
+
+    op: Op
+    graph: Graph
+    dtype: str
+    kv_dtype: str = "auto"
+    block_size: int = 16
+
+    @property
+    def tag(self) -> str:
+        """The activation dtype as entry points spell it."""
+        return _TAG[self.dtype]
+
+    @property
+    def kv_tag(self) -> str:
+        """The KV cache's dtype as entry points spell it; "" when no kernel knows it."""
+        return _KV_TAG.get(self.dtype if self.kv_dtype == "auto" else self.kv_dtype, "")
+
+    @property
+    def width(self) -> int:
+        """Columns of the op's first output, or of its first input when it has none."""
+        return self.graph.buffers[(*self.op.outputs, *self.op.inputs)[0]].width
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A candidate. ``refuse`` gives the reason it cannot serve an op, or None; ``entries`` its entry points, and
+    ``sources`` the files those are in."""
+
+    name: str
+    device: str
+    sources: Callable[[OpFacts], tuple[str, ...]]
+    kinds: frozenset[str]
+    refuse: Callable[[OpFacts], str | None]
+    entries: Callable[[OpFacts], tuple[str, ...]]
+    max_rows: int = 0
+
+
+def files(*names: str) -> Callable[[OpFacts], tuple[str, ...]]:
+    """``Kernel.sources`` of a candidate that always needs the same files."""
+    return lambda _: names
+
+
+def refuse_dtype(facts: OpFacts) -> str | None:
+    """Why kernels for 16-bit activations cannot serve an op."""
+    if facts.dtype not in _TAG:
+        return f"activations are {facts.dtype}; the kernel takes {' or '.join(_TAG)}"
+    return None
+
+
+def _refuse_width(facts: OpFacts) -> str | None:
+    if facts.width % 8:
+        return f"width {facts.width} is not a multiple of 8 (one 16-byte load)"
+    return refuse_dtype(facts)
+
+
+def _refuse_head_norm(facts: OpFacts) -> str | None:
+    dim = facts.op.attrs["head_dim"]
+    return f"head size {dim} is not a multiple of 8 (one 16-byte load)" if dim % 8 else refuse_dtype(facts)
+
+
+def _refuse_rope_kv(facts: OpFacts) -> str | None:
+    dim = facts.op.attrs.get("head_dim") or facts.graph.kv[facts.op.attrs["layer"]].head_dim
+    if dim % 4 or dim > 256:
+        return f"head size {dim}; the kernel takes multiples of 4 up to 256"
+    if facts.op.kind != "rope" and facts.dtype in _TAG and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
+        return f"the KV cache is {facts.kv_dtype}; the kernel stores {facts.dtype}, int8 or fp8_e4m3"
+    return refuse_dtype(facts)
+
+
+def _attention_shape(facts: OpFacts) -> AttentionShape:
+    heads, kv_heads, dim = (facts.op.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
+    return AttentionShape(facts.tag, facts.kv_tag, heads, kv_heads, dim, facts.block_size)
+
+
+def _refuse_attention(facts: OpFacts) -> str | None:
+    if facts.dtype not in _TAG:
+        return refuse_dtype(facts)
+    if facts.kv_tag not in (facts.tag, "s8", "e4m3"):
+        return f"the KV cache is {facts.kv_dtype}; the kernels read {facts.dtype}, int8 or fp8_e4m3"
+    try:
+        _attention_shape(facts)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _refuse_gated(facts: OpFacts) -> str | None:
+    if "epilogue" not in facts.op.attrs:
+        return "the linear has no gated epilogue; its product is torch's"
+    if facts.graph.weights[facts.op.weights[0]].quant is not None:
+        return "the weight is quantized; the product before this kernel is torch's, of dense weights"
+    return _refuse_width(facts)
+
+
+def _gemm_format(facts: OpFacts) -> CudaFormat:
+    return weight_format(facts.graph.weights[facts.op.weights[0]], gated="epilogue" in facts.op.attrs)
+
+
+def _refuse_gemm(bits: int) -> Callable[[OpFacts], str | None]:
+    def refuse(facts: OpFacts) -> str | None:
+        try:
+            stored = _gemm_format(facts).bits
+        except ValueError as error:
+            return str(error)
+        if "activations" in facts.op.attrs:
+            return "activations are int8; the kernel takes 16-bit ones"
+        return refuse_dtype(facts) if stored == bits else f"the weight has {stored}-bit codes; the kernel reads {bits}"
+
+    return refuse
+
+
+def _refuse_int8(facts: OpFacts) -> str | None:
+    if "activations" not in facts.op.attrs:
+        return (
+            "activations are not quantized (int8_activations was not asked for, or the weight is not symmetric 8-bit)"
+        )
+    columns = facts.graph.weights[facts.op.weights[0]].shape[1]
+    if columns % 16:
+        return f"{columns} columns are not a multiple of 16 (one 16-byte load of int8)"
+    try:
+        _gemm_format(facts)
+    except ValueError as error:
+        return str(error)
+    return refuse_dtype(facts)
+
+
+def _refuse_lora(facts: OpFacts) -> str | None:
+    rank, buffers = facts.op.attrs["rank"], facts.graph.buffers
+    if rank > MAX_RANK or rank % RANK_MULTIPLE:
+        return f"rank {rank}; the kernels take multiples of {RANK_MULTIPLE} up to {MAX_RANK}"
+    for width in (buffers[facts.op.inputs[0]].width, facts.op.attrs["rows"], facts.op.attrs["column"]):
+        if width % 8:
+            return f"width {width} is not a multiple of 8 (one 16-byte load)"
+    return refuse_dtype(facts)
+
+
+def _refuse_sample(facts: OpFacts) -> str | None:
+    if facts.graph.vocab_size > 2**23:
+        return f"vocabulary of {facts.graph.vocab_size}; the kernel sums exactly up to {2**23}"
+    return refuse_dtype(facts)
+
+
+def _kind_entries(facts: OpFacts) -> tuple[str, ...]:
+    return (f"{facts.op.kind}_{facts.tag}",)
+
+
+def _rope_kv_entries(facts: OpFacts) -> tuple[str, ...]:
+    return (f"rope_kv_{facts.tag}_{facts.tag if facts.op.kind == 'rope' else facts.kv_tag}",)
+
+
+def _attention_entries(facts: OpFacts) -> tuple[str, ...]:
+    return _attention_shape(facts).entries
+
+
+def quantizer(op: Op) -> str:
+    """The entry, less the dtype, that makes an op's int8 rows."""
+    return "quantize_s8" if op.kind == "quantize" else f"{op.attrs['fn']}_mul_s8"
+
+
+def _elementwise_entries(facts: OpFacts) -> tuple[str, ...]:
+    fn = facts.op.attrs.get("fn")
+    name = {"act": f"act_{fn}", "act_mul": f"{fn}_mul"}.get(facts.op.kind, facts.op.kind)
+    return (f"{name}_{facts.tag}",)
+
+
+def _gemm(bits: int) -> Kernel:
+    """Integer weights by 16-bit activations; beyond ``max_rows`` torch multiplies weights dequantized into scratch."""
+    return Kernel(
+        f"w{bits}a16",
+        "cuda",
+        lambda facts: gemm_sources(_gemm_format(facts)),
+        frozenset({"linear"}),
+        _refuse_gemm(bits),
+        lambda facts: gemm_entries(_gemm_format(facts), facts.dtype),
+        GEMM_ROWS,
+    )
+
+
+def _cuda(
+    name: str, source: str, kinds: str, refuse: Callable[[OpFacts], str | None],
+    entries: Callable[[OpFacts], tuple[str, ...]],
+) -> Kernel:  # fmt: skip
+    return Kernel(name, "cuda", files(source), frozenset(kinds.split()), refuse, entries)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    _cuda("embed", "elementwise.cu", "embed gather_rows", _refuse_width, lambda f: (f"embed_{f.tag}",)),
+    _cuda("pos_embed", "elementwise.cu", "pos_embed", _refuse_width, _kind_entries),
+    _cuda("rms_norm", "norm.cu", "rms_norm add_rms_norm rms_norm_s8 add_rms_norm_s8", _refuse_width, _kind_entries),
+    _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm layer_norm_s8 add_layer_norm_s8", _refuse_width,
+          _kind_entries),
+    _cuda("head_rms_norm", "norm.cu", "head_rms_norm", _refuse_head_norm, _kind_entries),
+    _cuda("rope_kv", "rope_kv.cu", "rope kv_write rope_kv_write", _refuse_rope_kv, _rope_kv_entries),
+    Kernel("paged_attention", "cuda", lambda f: _attention_shape(f).sources, frozenset({"attention"}),
+           _refuse_attention, _attention_entries),
+    _cuda("elementwise", "elementwise.cu", "act act_mul mul add", _refuse_width, _elementwise_entries),
+    _cuda("quantize_rows", "quantize_rows.cu", "quantize act_mul_s8", _refuse_width,
+          lambda f: (f"{quantizer(f.op)}_{f.tag}",)),
+    _gemm(4),
+    _gemm(8),
+    _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),
+    _cuda("lora", "lora.cu", "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
+    _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
+          lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
+    _cuda("sample", "sampling.cu", "sample", _refuse_sample, lambda f: (f"sample_{f.tag}", "sample_f32")),
+    _cuda("adjust_logits", "logits.cu", "adjust_logits", refuse_dtype, lambda _: ("add_bias", "penalise")),
+    _cuda("logprobs", "logits.cu", "logprobs", refuse_dtype, lambda _: ("logprobs",)),
+)  # fmt: skip
+
+
+def choose(facts: OpFacts, device: str) -> KernelChoice:
+    """The first kernel of ``device`` that takes the op, else ``FALLBACK``, with every refusal before it."""
+    refused: list[Refusal] = []
+    for kernel in KERNELS:
+        if kernel.device != device or facts.op.kind not in kernel.kinds:
+            continue
+        reason = kernel.refuse(facts)
+        if reason is None:
+            return KernelChoice(
+                facts.op.name,
+                kernel.name,
+                kernel.entries(facts),
+                kernel.sources(facts),
+                kernel.max_rows,
+                tuple(refused),
+            )
+        refused.append(Refusal(kernel.name, reason))
+    return KernelChoice(facts.op.name, FALLBACK, refused=tuple(refused))
+
+
+def choose_all(
+    graph: Graph, dtype: str, device: str, kv_dtype: str = "auto", block_size: int = 16
+) -> tuple[KernelChoice, ...]:
+    """``choose`` for every op of a graph, in execution order, and on a cuda device for sampling after them."""
+    ops = (*graph.ops, *(SAMPLER_OPS if device == "cuda" else ()))
+    return tuple(choose(OpFacts(op, graph, dtype, kv_dtype, block_size), device) for op in ops)
+
+
+def sources_of(choices: tuple[KernelChoice, ...]) -> tuple[str, ...]:
+    """Source files that the chosen kernels are compiled from, sorted."""
+    return tuple(sorted({source for choice in choices for source in choice.sources}))

@@ -1,0 +1,25 @@
+"""Native CPU runtimes over real engine folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmctl.artifact.builder import build_engine
+from llmctl.artifact.loader import load_engine
+from llmctl.artifact.runtimes import load_runtime
+from llmctl.config import BuildConfig
+from llmctl.targets.cpu.runtime import CpuRuntime
+
+_FOLDERS: list[TemporaryDirectory[str]] = []
+_KV_BYTES = 4 << 20
+
+
+def cpu_runtime(model: Path, threads: int = 2, target: str = "cpu", **options: object) -> CpuRuntime:
+    """The runtime of a checkpoint built with these options, sized for 8 sequences."""
+    _FOLDERS.append(TemporaryDirectory())
+    output = Path(_FOLDERS[-1].name) / "engine"
+    build_engine(BuildConfig(model=str(model), target=target, output=str(output), **options))  # type: ignore[arg-type]
+    runtime = load_runtime(load_engine(output, kv_cache_bytes=_KV_BYTES, max_num_seqs=8), threads=threads)
+    assert isinstance(runtime, CpuRuntime)
+    return runtime

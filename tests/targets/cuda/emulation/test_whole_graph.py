@@ -1,0 +1,227 @@
+"""Whole tiny models on the CUDA kernels, op by op, give the reference runtime's greedy tokens: a Llama, dense and
+quantized, and the families whose ops it lacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cuda_graph_runner import KernelRuntime
+from emulator import missing
+from machine import EmulatedMachine, launch
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.graph.families import build_graph
+from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.lora import insert_lora
+from llmctl.graph.passes import CUDA_PASSES, apply_passes
+from llmctl.targets.cuda import ops as cuda_ops
+from llmctl.targets.cuda.registry import FALLBACK
+from llmctl.targets.reference.kernels import AdapterWeights
+from llmctl.targets.reference.runtime import ReferenceRuntime
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+CONFIG = {
+    "model_type": "llama", "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 96, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128,
+    "activation_function": "gelu_new", "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {**CONFIG, "model_type": "qwen3"}
+PHI = {
+    **CONFIG, "model_type": "phi", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64,
+    "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "qk_layernorm": False,
+}  # fmt: skip
+SIZES = {"num_blocks": 12, "block_size": 16}
+PROMPTS = [[5, 17, 3, 88, 41, 9, 9, 60, 2, 33, 71, 12, 50, 4, 28, 19, 7, 90], [66, 1, 30], [8]]
+
+
+def _model(
+    quant: QuantScheme | None,
+    config: dict[str, object] = CONFIG,
+    passes: tuple[str, ...] | None = None,
+    change: Callable[[Graph], Graph] = lambda graph: graph,
+) -> tuple[Graph, dict[str, torch.Tensor | QuantizedWeight]]:
+    graph = build_graph(config)
+    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
+    graph = replace(
+        graph, weights={n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
+    )
+    graph = change(apply_passes(graph, passes))
+    rng = np.random.default_rng(5)
+    weights: dict[str, torch.Tensor | QuantizedWeight] = {}
+    for name, weight in graph.weights.items():
+        if weight.quant is not None and quant is not None:
+            groups = (weight.shape[0], quant.groups(weight.shape[1]))
+            codes = torch.from_numpy(rng.integers(0, 2**quant.bits, weight.shape, np.uint8))
+            zeros = torch.full(groups, 2 ** (quant.bits - 1), dtype=torch.uint8)
+            if not quant.symmetric:
+                zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
+            scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / (2**quant.bits * 4)
+            order = None
+            if quant.act_order:
+                order = torch.from_numpy(rng.permutation(np.arange(weight.shape[1]) // quant.group_size)).int()
+            weights[name] = QuantizedWeight(codes, scales, zeros, quant, order)
+        elif len(weight.shape) == 1:
+            weights[name] = torch.from_numpy(rng.uniform(0.5, 1.5, weight.shape)).half()
+        else:
+            spread = 1.0 if "embed" in name else weight.shape[1] ** -0.5
+            weights[name] = torch.from_numpy(rng.standard_normal(weight.shape) * spread).half()
+    return graph, weights
+
+
+def _generate(
+    runtime: ReferenceRuntime, steps: int, path: list[list[int]] | None = None
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Greedy continuations: prompts in one step, then one token each; the second prompt comes a step later.
+
+    With a ``path`` its tokens go on, whatever the scores are.
+    """
+    blocks = [list(range(i * 4, i * 4 + 4)) for i in range(len(PROMPTS))]
+    texts, done, scores = [list(p) for p in PROMPTS], [0] * len(PROMPTS), []
+    for step in range(steps):
+        active = [i for i in range(len(PROMPTS)) if i != 1 or step]
+        plan = StepPlan(tuple(SequenceSlice(str(i), texts[i][done[i] :], done[i], blocks[i], True) for i in active))
+        logits = runtime.logits(plan)
+        tokens = logits.argmax(-1).tolist()
+        for i, token, row in zip(active, tokens, logits, strict=True):
+            done[i] = len(texts[i])
+            texts[i].append(path[i][len(texts[i]) - len(PROMPTS[i])] if path else token)
+            scores.append(row)
+    return [text[len(p) :] for text, p in zip(texts, PROMPTS, strict=True)], scores
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [None, QuantScheme(4, 64, symmetric=False), QuantScheme(8, -1, symmetric=True)],
+    ids=["dense", "w4", "w8"],
+)
+def test_greedy_tokens_are_those_of_the_reference(quant, capsys):
+    _check(*_model(quant), capsys)
+
+
+@pytest.mark.parametrize(
+    ("config", "passes"),
+    [(GPT2, None), (QWEN3, None), (PHI, None), (CONFIG, ())],
+    ids=["gpt2", "qwen3", "phi", "unfused"],
+)
+def test_other_families_and_plain_ops(config, passes, capsys):
+    _check(*_model(None, config, passes), capsys)
+
+
+def test_act_order_and_many_rows(capsys, monkeypatch):
+    monkeypatch.setattr(cuda_ops, "GEMM_ROWS", 4)  # prompts go through dequantised weights then
+    launched = _check(*_model(QuantScheme(4, 64, symmetric=False, act_order=True), passes=("fuse_add_norm",)), capsys)
+    assert {"permute_columns_f16", "dequantize_w4_f16", "w4a16_stream_f16_g64_m8"} <= launched
+
+
+def test_int8_activations(capsys):
+    """w8a8 throughout: rows quantized by the norms, or by themselves, as the reference quantizes them."""
+    passes = (*CUDA_PASSES, "int8_activations")
+    graph, weights = _model(QuantScheme(8, -1, symmetric=True), passes=passes)
+    # Of two computations that round apart a code may differ: 1/127 of a row's largest value, a hundred times as much as
+    # float16 rounds, and as much between the reference's own float16 and float32.
+    launched = _check(graph, weights, capsys)
+    assert {"rms_norm_s8_f16", "add_rms_norm_s8_f16", "quantize_s8_f16", "w8a8_gemm_f16_t32"} <= launched
+    assert not [entry for entry in launched if "w8a16" in entry]
+
+
+@pytest.mark.parametrize(
+    ("quant", "passes"),
+    [(None, CUDA_PASSES), (QuantScheme(8, -1, symmetric=True), (*CUDA_PASSES, "int8_activations"))],
+    ids=["dense", "w8a8"],
+)
+def test_parallel_residuals(quant, passes, capsys):
+    graph, weights = _model(quant, PHI, passes)
+    assert any("residual" in op.attrs for op in graph.ops)
+    _check(graph, weights, capsys)
+
+
+@pytest.mark.parametrize(
+    ("quant", "more", "gating"),
+    [
+        (QuantScheme(4, 64, symmetric=False), (), "silu_mul_f16"),
+        (QuantScheme(8, -1, symmetric=True), ("int8_activations",), "silu_mul_s8_f16"),
+    ],
+    ids=["w4a16", "w8a8"],
+)
+def test_adapters_in_one_batch(quant, more, gating, capsys):
+    """Sequences with two adapters and with none; the reference adds them in torch."""
+    # Not down_proj: the gating before it then makes int8 rows, which adapters could not read.
+    targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    graph, weights = _model(quant, passes=CUDA_PASSES, change=lambda g: apply_passes(insert_lora(g, targets, 8), more))
+    rng = torch.Generator().manual_seed(3)
+    adapters = {}
+    for op in (op for op in graph.ops if op.kind == "lora"):
+        k, n = graph.buffers[op.inputs[0]].width, op.attrs["rows"]
+        a, b = torch.randn(2, 8, k, generator=rng) * k**-0.5, torch.randn(2, n, 8, generator=rng) * 0.3
+        adapters[op.name] = AdapterWeights(a.half(), b.half(), torch.tensor([1.0, 0.5]))
+    launched = _check(graph, weights, capsys, adapters, near=bool(more))
+    assert {"lora_shrink_f16_r16", "lora_expand_f16_r16", gating} <= launched
+
+
+def _adapt(runtime, adapters):
+    """Sequence i of a step's prompts uses adapter i - 1."""
+    plain = runtime.interpreter.context
+
+    def context(batch, cache):
+        ctx = plain(batch, cache)
+        # A block table starts with block 4 i of prompt i.
+        chosen = torch.from_numpy(batch.block_tables[:, 0] // 4 - 1)
+        ctx.adapters = chosen.repeat_interleave(torch.from_numpy(np.diff(batch.query_start_loc))).int()
+        return ctx
+
+    runtime.interpreter.adapters.update(adapters)
+    runtime.interpreter.context = context
+    return runtime
+
+
+def _check(graph, weights, capsys, adapters=None, near=False):
+    """The reference's tokens exactly; with ``near`` they may be others that the reference's own rounding cannot tell
+    from its best."""
+    machine = EmulatedMachine()
+    emulated = KernelRuntime(machine, graph, weights, "float16", **SIZES)
+    half, single = (ReferenceRuntime(graph, weights, dtype=dtype, **SIZES) for dtype in ("float16", "float32"))
+    for runtime in (emulated, half, single) if adapters else ():
+        _adapt(runtime, adapters)
+    found, found_logits = _generate(emulated, 3)
+    path = found if near else None
+    expected, logits = _generate(half, 3, path)
+    exact = _generate(single, 3, path)[1]
+    with capsys.disabled():
+        print(f"\n{_summary(emulated)}", file=sys.stderr)
+    assert found == expected
+    noise = max((a - b).abs().max() for a, b in zip(logits, exact, strict=True))
+    error = max((a - b).abs().max() for a, b in zip(found_logits, exact, strict=True))
+    for row, best in zip(exact, found_logits, strict=True):
+        assert row[best.argmax()] >= row.max() - 2 * noise
+    assert error <= 2 * noise + 1e-3
+    # Every op but dense products, which are cuBLAS's.
+    by_torch = {op for op, choice in emulated.choices.items() if choice.kernel == FALLBACK}
+    assert by_torch <= {
+        op.name for op in graph.ops if op.kind == "linear" and graph.weights[op.weights[0]].quant is None
+    }
+    return set(machine.launched)
+
+
+def _summary(runtime: KernelRuntime) -> str:
+    parts = [f"{kind}: {'+'.join(sorted(by))}" for kind, by in sorted(runtime.executed.items())]
+    return "executed by " + ", ".join(parts)
+
+
+def test_the_kernels_sample_the_same_greedy_tokens():
+    graph, weights = _model(None)
+    runtime = ReferenceRuntime(graph, weights, dtype="float16", **SIZES)
+    logits = runtime.logits(StepPlan((SequenceSlice("a", PROMPTS[0], 0, [3, 5], True),)))
+    tokens = torch.empty(1, dtype=torch.int32)
+    launch("sample_f32", logits=logits, temperature=torch.zeros(1), seeds=torch.zeros(1, dtype=torch.int64),
+           positions=torch.zeros(1, dtype=torch.int64), tokens=tokens)  # fmt: skip
+    assert tokens.tolist() == logits.argmax(-1).tolist()

@@ -1,0 +1,114 @@
+"""The CUDA weight layout: round trips, documented positions, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from llmctl.targets.cuda.layout import STEP, TILE, CudaFormat, from_planes, pack, row_order, unpack
+
+
+def planes_of(fmt: CudaFormat, seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    rows, columns = fmt.shape
+    groups = 1 if fmt.group == -1 else -(-columns // fmt.group)
+    codes = rng.integers(0, 2**fmt.bits, fmt.shape, np.uint8)
+    scales = rng.random((rows, groups)).astype(np.float16)
+    zeros = rng.integers(0, 2**fmt.bits, (rows, groups), np.uint8)
+    return codes, scales, zeros
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    rows=st.integers(1, 80),
+    eights=st.integers(1, 40),
+    group=st.sampled_from([-1, 32, 64, 128, 256]),
+    gated=st.booleans(),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_unpack_inverts_pack(
+    bits: int, rows: int, eights: int, group: int, gated: bool, symmetric: bool, seed: int
+) -> None:
+    fmt = CudaFormat(bits, (rows * 2 if gated else rows, eights * 8), gated, group, symmetric)
+    codes, scales, zeros = planes_of(fmt, seed)
+    packed = pack(codes, scales, None if symmetric else zeros, fmt)
+    assert {name: (array.shape, array.dtype.itemsize) for name, array in packed.planes().items()} == {
+        name: (shape, 2 if dtype == "F16" else 1) for name, (dtype, shape) in fmt.planes().items()
+    }
+    found_codes, found_scales, found_zeros = unpack(from_planes(fmt, packed.planes()))
+    groups = scales.shape[1]
+    assert np.array_equal(found_codes, codes)
+    assert np.array_equal(found_scales[:, :groups], scales)
+    assert not found_scales[:, groups:].any()
+    assert np.array_equal(found_zeros[:, :groups], np.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_lane_finds_its_codes_where_dequant_cuh_says(bits: int) -> None:
+    fmt = CudaFormat(bits, (64, 256), group=64)
+    codes, scales, zeros = planes_of(fmt, 3)
+    packed = pack(codes, scales, zeros, fmt)
+    vectors = packed.tiles.view("<u4").reshape(2, 8, bits // 4, 32, 4)  # tile, chunk, vector, lane, word
+    for tile, chunk, lane, r, s in np.ndindex(2, 8, 32, 2, 2):
+        g, t = divmod(lane, 4)
+        for h, c in np.ndindex(2, 4):
+            row, column = 32 * tile + 16 * r + g + 8 * h, 32 * chunk + 8 * t + 4 * s + c
+            if bits == 4:
+                nibble = h + 2 * (c // 2) + 4 * (c % 2)
+                found = int(vectors[tile, chunk, 0, lane, 2 * r + s]) >> (4 * nibble) & 15
+            else:
+                found = int(vectors[tile, chunk, r, lane, 2 * s + h]) >> (8 * c) & 255
+            assert found == codes[row, column]
+    assert packed.zeros is not None
+    for tile, group, g, j in np.ndindex(2, 4, 8, 4):
+        assert packed.scales.view(np.float16)[tile, group, 4 * g + j] == scales[32 * tile + g + 8 * j, group]
+        assert packed.zeros[tile, group, 4 * g + j] == zeros[32 * tile + g + 8 * j, group]
+
+
+def test_gate_and_up_rows_alternate_by_eights() -> None:
+    order = row_order(40, gated=True)
+    assert len(order) % TILE == 0
+    assert order[:16].tolist() == [*range(8), *range(20, 28)]
+    assert order[32:48].tolist() == [*range(16, 20), -1, -1, -1, -1, *range(36, 40), -1, -1, -1, -1]
+
+
+def test_act_order_sorts_columns_by_group() -> None:
+    fmt = CudaFormat(4, (32, 256), group=64, permuted=True)
+    codes, scales, zeros = planes_of(fmt, 5)
+    g_idx = np.random.default_rng(0).permutation(np.arange(256) // 64).astype(np.int32)
+    packed = pack(codes, scales, zeros, fmt, g_idx)
+    assert packed.permutation is not None
+    assert np.array_equal(unpack(packed)[0], codes[:, packed.permutation])
+    assert np.array_equal(g_idx[packed.permutation], np.arange(256) // 64)
+    g_idx[g_idx == 0] = 1
+    with pytest.raises(ValueError, match="act-order groups are not of 64 columns"):
+        pack(codes, scales, zeros, fmt, g_idx)
+
+
+@pytest.mark.parametrize(
+    ("bits", "shape", "gated", "group", "reason"),
+    [
+        (3, (32, 128), False, 64, "3-bit codes"),
+        (4, (32, 100), False, -1, "100 columns"),
+        (4, (32, 128), False, 48, "groups of 48"),
+        (4, (32, 128), False, 0, "groups of 0"),
+        (4, (33, 128), True, 32, "33 rows"),
+    ],
+)
+def test_refusals(bits: int, shape: tuple[int, int], gated: bool, group: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        CudaFormat(bits, shape, gated, group)
+
+
+def test_scales_beyond_float16_are_refused() -> None:
+    fmt = CudaFormat(4, (32, STEP))
+    codes, _, zeros = planes_of(fmt, 0)
+    with pytest.raises(ValueError, match="float16"):
+        pack(codes, np.full((32, 1), 1e6, np.float32), zeros, fmt)

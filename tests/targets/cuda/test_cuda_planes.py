@@ -1,0 +1,55 @@
+"""A cuda engine holds the checkpoint's codes in the kernels' layout; formats that they refuse stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_checkpoint import write_gptq
+
+from llmctl.artifact import builder, writer
+from llmctl.artifact.loader import read_manifest
+from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.checkpoint.safetensors_io import SafetensorsFile
+from llmctl.config import BuildConfig
+from llmctl.targets.cuda.layout import unpack
+from llmctl.targets.cuda.planes import cuda_formats, packed_linears
+
+
+def build(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(writer, "compile_modules", lambda *_args, **_options: [])
+    return builder.build_engine(
+        BuildConfig(model=str(model), output=str(output), target="cuda:sm_90", dtype="float16", max_model_len=64)
+    )
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (3, 64, True), (8, -1, False)])
+def test_codes_are_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, group_size: int, symmetric: bool
+) -> None:
+    model = write_gptq(tmp_path / "m", bits=bits, group_size=group_size, symmetric=symmetric)
+    engine = build(model, tmp_path / "e", monkeypatch)
+    graph, source = read_manifest(engine).graph, open_checkpoint(model)
+    file = SafetensorsFile(engine / "weights-00001-of-00001.safetensors")
+    packed = packed_linears(graph, {name: file.plane(name) for name in file.tensors})
+    assert len(packed) == 2 * 4
+    assert sum(linear.format.gated for linear in packed.values()) == 2
+    for name, linear in packed.items():
+        expected = assemble(graph.weights[name], source)
+        assert isinstance(expected, QuantizedWeight)
+        codes, scales, zeros = unpack(linear)
+        groups = expected.scales.shape[1]
+        np.testing.assert_array_equal(codes, expected.codes.numpy())
+        np.testing.assert_array_equal(scales[:, :groups], expected.scales.numpy())
+        np.testing.assert_array_equal(zeros[:, :groups], expected.zeros.numpy())
+
+
+def test_a_refused_format_keeps_its_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_gptq(tmp_path / "m", bits=4, group_size=16, symmetric=False)
+    engine = build(model, tmp_path / "e", monkeypatch)
+    assert cuda_formats(read_manifest(engine).graph) == {}
+    names = SafetensorsFile(engine / "weights-00001-of-00001.safetensors").tensors
+    assert "layers.0.qkv_proj.weight.codes" in names

@@ -1,0 +1,101 @@
+"""Plans as flat arrays: the kept block tables of native code always say what the plan says."""
+
+from __future__ import annotations
+
+import ctypes as c
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.targets.batch import BlockTables, build_batch, flatten
+
+LIMITS = RuntimeLimits(num_blocks=64, block_size=4, max_model_len=40, vocab_size=30)
+
+
+def plan_of(tables: list[tuple[int, ...]]) -> StepPlan:
+    """One decoded token a sequence, the last that its table has room for."""
+    return StepPlan(
+        tuple(SequenceSlice(str(i), [i], 4 * len(blocks) - 1, blocks, True) for i, blocks in enumerate(tables))
+    )
+
+
+def read(tables: BlockTables, plan: StepPlan) -> list[tuple[int, ...]]:
+    rows = np.ctypeslib.as_array(
+        c.cast(tables.address, c.POINTER(c.c_int32)), shape=(len(plan.slices), tables.width)
+    ).tolist()
+    return [tuple(row[: len(piece.block_ids)]) for row, piece in zip(rows, plan.slices, strict=True)]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[list[tuple[int, ...]]]:
+    """Steps of a scheduler: tables grow, move up when one before them ends, and come anew."""
+    blocks = st.integers(0, LIMITS.num_blocks - 1)
+    live: list[tuple[int, ...]] = []
+    steps = []
+    for _ in range(draw(st.integers(1, 8))):
+        live = [t for t in live if draw(st.booleans())]
+        live = [(*t, draw(blocks)) if len(t) < 10 and draw(st.booleans()) else t for t in live]
+        live += [tuple(draw(st.lists(blocks, min_size=1, max_size=3))) for _ in range(draw(st.integers(0, 3)))]
+        steps.append(list(live))
+    return steps
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(), st.integers(1, 3))
+def test_kept_tables_follow_the_plans(steps: list[list[tuple[int, ...]]], sequences: int) -> None:
+    tables = BlockTables(sequences, LIMITS)
+    for step in steps:
+        plan = plan_of(step)
+        tables.update(plan)
+        assert read(tables, plan) == step
+
+
+def test_a_list_is_read_again_each_time() -> None:
+    tables = BlockTables(1, LIMITS)
+    blocks = [3]
+    plan = StepPlan((SequenceSlice("a", [1], 0, blocks, True),))
+    tables.update(plan)
+    blocks[0] = 7
+    tables.update(plan)
+    assert read(tables, plan) == [(7,)]
+
+
+def test_a_refused_table_leaves_nothing_behind() -> None:
+    tables = BlockTables(1, LIMITS)
+    good, bad = (1, 2), (1, 64)
+    tables.update(plan_of([good]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"request 0: block ids must be in 0\.\.63"):
+            tables.update(plan_of([bad]))
+    tables.update(plan_of([good]))
+    assert read(tables, plan_of([good])) == [good]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.permutations(range(10)), st.integers(0, 39), st.integers(1, 40), st.booleans()),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_slots_and_positions_of_any_slices(cases: list[tuple[list[int], int, int, bool]]) -> None:
+    slices = tuple(
+        SequenceSlice(str(i), [(start + j) % 30 for j in range(min(count, 40 - start))], start, blocks, sample)
+        for i, (blocks, start, count, sample) in enumerate(cases)
+    )
+    flat = flatten(StepPlan(slices), LIMITS)
+    expected = [
+        (piece.token_ids[j], position, piece.block_ids[position // 4] * 4 + position % 4)
+        for piece in slices
+        for j, position in enumerate(range(piece.start, piece.start + len(piece.token_ids)))
+    ]
+    assert list(zip(flat.token_ids, flat.positions, flat.slots, strict=True)) == expected
+    lengths = [len(s.token_ids) for s in slices]
+    assert flat.query_start == [sum(lengths[:i]) for i in range(len(slices) + 1)]
+    assert flat.rows == [sum(lengths[: i + 1]) - 1 for i, s in enumerate(slices) if s.sample]
+    assert not flat.scored
+    assert build_batch(StepPlan(slices), LIMITS).slot_mapping.tolist() == flat.slots
