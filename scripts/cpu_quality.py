@@ -236,11 +236,12 @@ class Bench:
         Raises:
             UsageError: no native kernels here (no compiler).
         """
-        from llmctl.artifact.runtimes import load_runtime
+        from llmctl.artifact.start import open_runtime
+        from llmctl.targets.cpu.target import CpuTarget
 
-        if not engine.manifest.target.native_cpu:
+        if not isinstance(engine.target, CpuTarget):
             raise UsageError("the native CPU kernels are not available", fix="install a C++ compiler", param="model")
-        runtime = load_runtime(engine, threads=self._threads)
+        runtime = open_runtime(engine, threads=self._threads)
         try:
             yield runtime
         finally:
@@ -249,6 +250,7 @@ class Bench:
     def _engine(self, dtype: str, head: str) -> LoadedEngine:
         from llmctl.artifact.builder import build_engine
         from llmctl.artifact.loader import load_engine, read_manifest
+        from llmctl.artifact.request import EngineRequest
         from llmctl.config import BuildConfig
 
         path = self._work / f"{dtype}-{head}"
@@ -257,14 +259,10 @@ class Bench:
             self._built.add(path)
         if read_manifest(path).quantization.method == "none":
             raise UsageError(f"{self._checkpoint}: is not quantized", fix="llmctl quantize it first", param="model")
-        return load_engine(
-            path,
-            max_model_len=self.context,
-            max_num_batched_tokens=self.context,
-            max_num_seqs=_BATCH,
-            budget=1 << 33,
-            kv_cache_bytes=None,
+        request = EngineRequest(
+            max_model_len=self.context, max_num_batched_tokens=self.context, max_num_seqs=_BATCH, budget=1 << 33
         )
+        return load_engine(path, request)
 
 
 def _parser() -> argparse.ArgumentParser:

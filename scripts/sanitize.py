@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.errors import CompileError
+from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.toolchain import (
     INSTALL_HINT,
     SOURCE_DIR,
@@ -30,7 +31,6 @@ from llmctl.targets.cpu.toolchain import (
     supported_variants,
     variants_to_test,
 )
-from llmctl.targets.device import cpu_features
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "targets" / "cpu" / "sanitize"

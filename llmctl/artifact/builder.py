@@ -15,20 +15,19 @@ from pathlib import Path
 
 from llmctl import __version__
 from llmctl.artifact.loader import is_engine, read_manifest
-from llmctl.artifact.manifest import MANIFEST_NAME, Target, canonical_json
-from llmctl.artifact.plan import BuildPlan, check_has_runtime, check_options, parse_target, plan_build
+from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
+from llmctl.artifact.plan import BuildPlan, check_options, plan_build
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import EngineLoadError, UsageError
-from llmctl.targets.cpu.toolchain import library_name, supported_variants
-from llmctl.targets.device import cpu_features
+from llmctl.targets.table import parse_target
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.
 _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
-_BUILDER_ROOMS = ("artifact", "checkpoint", "graph", "kernels")
+_BUILDER_ROOMS = ("artifact", "checkpoint", "graph", "targets")
 
 
 def build_engine(config: BuildConfig, progress: Progress | None = None) -> Path:
@@ -69,13 +68,13 @@ def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Prog
         return Path(model)
     wanted = _build_config(model, config)
     if isinstance(config, EngineConfig):
-        _check_runs_here(parse_target(wanted.target))
+        parse_target(wanted.target).check_runs_here()
     plan = plan_build(wanted)
     engines = cache_dir() / "engines"
     engines.mkdir(parents=True, exist_ok=True)
     key = _key({
         "source": _fingerprint(plan.checkpoint, engines),
-        "target": str(plan.target),
+        "target": str(plan.target.name),
         "options": asdict(plan.options),
         "version": __version__,
         "builder": _builder_hash(),
@@ -83,7 +82,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Prog
     folder = engines / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', plan.name)}-{key}"
     with _locked(engines / f"{folder.name}.lock"):
         if not _is_complete(folder, plan):
-            print(f"building {plan.name} for {plan.target} into {folder}", file=sys.stderr, flush=True)
+            print(f"building {plan.name} for {plan.target.name} into {folder}", file=sys.stderr, flush=True)
             write_engine(plan, folder, progress)
     return folder
 
@@ -122,22 +121,6 @@ def _build_config(model: str, config: BuildConfig | EngineConfig) -> BuildConfig
     return BuildConfig(model=model, target=target, dtype=config.dtype, block_size=block_size)
 
 
-def _check_runs_here(target: Target) -> None:
-    """Refuse, before it is built, an engine that this machine could not run.
-
-    Raises:
-        UsageError: naming what is missing.
-    """
-    check_has_runtime(target)
-    here = [library_name(variant) for variant in supported_variants(cpu_features())]
-    if target.native_cpu and not set(target.archs) & set(here):
-        raise UsageError(
-            f"--target {target}: expected a CPU that runs it, found one that runs {', '.join(here)}",
-            fix="--target cpu",
-            param="target",
-        )
-
-
 def _is_complete(folder: Path, plan: BuildPlan) -> bool:
     """Whether the cached folder holds the planned engine, and not one built over it by hand."""
     try:
@@ -146,7 +129,7 @@ def _is_complete(folder: Path, plan: BuildPlan) -> bool:
         manifest = read_manifest(folder)
     except EngineLoadError:
         return False
-    return manifest.target == plan.target and manifest.options == plan.options
+    return manifest.target == plan.target.name and manifest.options == plan.options
 
 
 def _fingerprint(checkpoint: Checkpoint, engines: Path) -> str:

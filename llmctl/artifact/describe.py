@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
-from llmctl.artifact.manifest import BuildOptions, Manifest, QuantizationRecord
+from llmctl.artifact.manifest import Manifest, QuantizationRecord
 from llmctl.artifact.memory import human_bytes
 from llmctl.artifact.plan import op_counts, plan_build, quantization_record
 from llmctl.artifact.strict import to_data
@@ -16,8 +16,7 @@ from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError
 from llmctl.graph.graph import Graph
-from llmctl.targets.cuda.registry import KernelChoice
-from llmctl.targets.device import NO_CUDA_RUNTIME
+from llmctl.targets.base import BuildOptions, KernelChoice
 from llmctl.targets.planes import flat
 
 
@@ -63,7 +62,7 @@ def _describe_plan(model: str) -> dict[str, Any]:
         "path": model,
         "kind": "model (this is what `llmctl build` would make of it)",
         "source": plan.name,
-        "target": str(plan.target),
+        "target": str(plan.target.name),
         "size": human_bytes(plan.weights_bytes),
         **_common(plan.options, quantization_record(plan.graph, plan.checkpoint), plan.graph, plan.choices),
         "modules": {},
@@ -134,10 +133,11 @@ def _modules(manifest: Manifest) -> dict[str, Any]:
 
 
 def _runs_here(checks: EngineChecks) -> str:
-    if checks.manifest.target.kind == "cuda":
-        return f"no: {NO_CUDA_RUNTIME}"
+    if checks.target.no_runtime is not None:
+        return f"no: {checks.target.no_runtime}"
     try:
-        checks.target()
+        checks.machine()
+        checks.kernels()
     except EngineLoadError as error:
         return f"no: {error.message.removeprefix(f'{checks.path}: ')}"
     return "yes"

@@ -1,63 +1,38 @@
 """Open an engine folder: every check first, in a fixed order, then memory-mapped weights. Imports no torch.
 
-Order: format version -> files and sizes (sha256 with ``verify``) -> CPU features, or compute capability and driver ->
-kernel hashes -> every tensor's shape and dtype against the graph -> requested limits against built limits -> memory
-estimate. Nothing is mapped or allocated before the last check has passed.
+Order: format version -> files and sizes (sha256 with ``verify``) -> CPU features, or compute capability and driver, ABI
+-> kernel sources and hashes -> every tensor's shape and dtype against the graph -> requested limits against built
+limits -> memory estimate. Nothing is mapped or allocated before the last check has passed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from numpy.typing import NDArray
-
-from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, Target, manifest_from_bytes
+from llmctl import __version__
+from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
-from llmctl.artifact.plan import parse_target
+from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
 from llmctl.graph.graph import Graph
-from llmctl.targets.cpu.planes import cpu_planes
-from llmctl.targets.cpu.toolchain import library_name, supported_variants
-from llmctl.targets.cuda.planes import cuda_planes
-from llmctl.targets.cuda.registry import FALLBACK
-from llmctl.targets.device import best_arch, cpu_features, cuda_device
-from llmctl.targets.planes import Plane, dense_dtypes, expected_planes, flat, resident_bytes
-
-
-@dataclass(frozen=True)
-class WeightPlane:
-    """One stored tensor: safetensors dtype, shape, and a read-only array over the file (BF16 as uint16)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class EngineRequest:
-    """What the caller wants of an engine: the limits of ``load_engine``."""
-
-    max_model_len: int | None = None
-    block_size: int | None = None
-    dtype: str | None = None
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 64
-    kv_cache_bytes: int | None = None
-    budget: int | None = None
-    target: str | None = None
+from llmctl.targets.base import FALLBACK, BuildOptions, Target, TargetName
+from llmctl.targets.planes import Plane, WeightPlane, flat
+from llmctl.targets.table import parse_target, target_of
 
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine that passed every check. ``weights``: planes by name; ``plan``: its memory, KV blocks included;
-    ``request``: the limits it was asked for."""
+    """An engine that passed every check; a ``targets.base.RuntimeEngine``.
+
+    Attributes:
+        weights: planes by name. plan: its memory, KV blocks included. request: the limits it was asked for.
+    """
 
     path: Path
     manifest: Manifest
@@ -66,14 +41,44 @@ class LoadedEngine:
     request: EngineRequest
 
     @property
+    def name(self) -> TargetName:
+        """The target it was built for, by name."""
+        return self.manifest.target
+
+    @property
+    def target(self) -> Target:
+        """The target it was built for."""
+        return target_of(self.manifest.target)
+
+    @property
     def graph(self) -> Graph:
         """The operator graph."""
         return self.manifest.graph
 
     @property
+    def options(self) -> BuildOptions:
+        """What it was built for."""
+        return self.manifest.options
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks."""
+        return self.plan.num_blocks
+
+    @property
     def max_model_len(self) -> int:
         """Longest sequence to serve, tokens."""
         return self.plan.max_model_len
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens of the largest step."""
+        return self.request.max_num_batched_tokens
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sampled rows of the largest step."""
+        return self.request.max_num_seqs
 
 
 def is_engine(path: Path) -> bool:
@@ -81,42 +86,22 @@ def is_engine(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file()
 
 
-def load_engine(
-    path: Path,
-    *,
-    verify: bool = False,
-    max_model_len: int | None = None,
-    block_size: int | None = None,
-    dtype: str | None = None,
-    max_num_batched_tokens: int = 512,
-    max_num_seqs: int = 64,
-    kv_cache_bytes: int | None = None,
-    budget: int | None = None,
-    target: str | None = None,
-) -> LoadedEngine:
-    """Open an engine folder. A limit that is None is the one the engine was built with.
+def load_engine(path: Path, request: EngineRequest = EngineRequest(), *, verify: bool = False) -> LoadedEngine:
+    """Open an engine folder.
 
     Args:
-        verify: check the sha256 of every file, not only its size.
-        max_model_len: longest sequence, tokens. block_size: tokens a KV block. dtype: dtype to compute in.
-        max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
-        kv_cache_bytes: KV cache size; None sizes it from the memory available.
-        budget: bytes for everything; None takes a share of the memory available.
-        target: what it must have been built for, as ``--target`` spells it: ``cpu``, ``cpu:avx2``, ``cuda:sm_90``.
+        request: the limits of the run. verify: check the sha256 of every file, not only its size.
 
     Raises:
         ModelNotFoundError: ``path`` is not an engine folder.
         EngineLoadError: a check failed; the message says what was expected and found, ``fix`` the command to run.
-        UsageError: ``target`` is no target.
+        UsageError: ``request.target`` is no target.
     """
     checks = EngineChecks(path, read_manifest(path))
     checks.files(verify)
-    checks.target()
+    checks.machine()
     checks.kernels()
     checks.tensors()
-    request = EngineRequest(
-        max_model_len, block_size, dtype, max_num_batched_tokens, max_num_seqs, kv_cache_bytes, budget, target
-    )
     plan = checks.limits(request)
     checks.memory(plan, request.kv_cache_bytes)
     return LoadedEngine(path, checks.manifest, _map_weights(path, checks.manifest), plan, request)
@@ -147,6 +132,7 @@ class EngineChecks:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self.target = target_of(manifest.target)
 
     def refuse(self, field: str, expected: object, found: object, **changes: Any) -> NoReturn:
         """Raise: ``field`` was not as expected; ``changes`` are the build options that mend it."""
@@ -167,28 +153,22 @@ class EngineChecks:
             if verify:
                 self._check_hash(name)
 
-    def target(self) -> None:
-        """This machine has the CPU features, or the NVIDIA device and driver, that the engine was built for."""
-        target = self.manifest.target
-        missing = sorted(set(target.features) - cpu_features())
-        if missing:
-            self.refuse("target.features", "a CPU with " + ", ".join(target.features), "none of " + ", ".join(missing))
-        if target.kind == "cuda":
-            self._check_cuda()
-        if target.native_cpu and cpu_library(self.path, self.manifest) is None:
-            here = ", ".join(library_name(v) for v in supported_variants(cpu_features()))
-            self.refuse("target", f"a CPU that runs {', '.join(target.archs)}", f"one that runs {here}", target="cpu")
+    def machine(self) -> None:
+        """This machine has what the engine was built for, and its modules are such as this version runs."""
+        self.target.check_machine(self.manifest.kernel_files, self.refuse)
 
     def kernels(self) -> None:
-        """Every compiled module has its recorded content, and every chosen kernel is in the engine's modules."""
+        """Every compiled module comes from this version's sources and has its recorded content, and every chosen kernel
+        is in the engine's modules."""
         manifest = self.manifest
+        self._check_sources()
         for name in manifest.kernel_files:
             if name not in manifest.files:
                 self.refuse(f"kernel_files.{name}", "a recorded size and sha256", "none")
             self._check_hash(name)
         for arch in dict.fromkeys(module.arch for module in manifest.kernel_files.values()):
             modules = [module for module in manifest.kernel_files.values() if module.arch == arch]
-            # PTX and the native CPU library list no resources.
+            # PTX and native libraries list no resources.
             if not all(module.resources for module in modules):
                 continue
             present = {resource.name for module in modules for resource in module.resources}
@@ -200,12 +180,7 @@ class EngineChecks:
     def tensors(self) -> None:
         """The weight files hold exactly the planes that the graph needs, of the right shapes and dtypes."""
         found = self._entries()
-        graph, target, options = self.manifest.graph, self.manifest.target, self.manifest.options
-        if target.native_cpu:
-            planes = cpu_planes(graph, options)
-        else:
-            planes = expected_planes(graph, dense_dtypes(target.kind, options.dtype))
-        expected = flat(cuda_planes(graph, planes) if target.kind == "cuda" else planes)
+        expected = flat(self.target.planes(self.manifest.graph, self.manifest.options))
         for name, plane in expected.items():
             wanted = f"{' or '.join(plane.dtypes)} {list(plane.shape)}"
             if name not in found:
@@ -228,24 +203,12 @@ class EngineChecks:
             self.refuse("max_model_len", "at least 1", request.max_model_len)
         if request.block_size not in (None, built.block_size):
             self.refuse("block_size", built.block_size, request.block_size, block_size=request.block_size)
-        if request.dtype not in (None, "auto", built.dtype):
+        if request.dtype not in (None, built.dtype):
             self.refuse("dtype", built.dtype, request.dtype, dtype=request.dtype)
-        if request.target not in (None, "auto") and not _covers(self.manifest.target, request.target):
-            self.refuse("target", self.manifest.target, request.target, target=request.target)
+        if request.target is not None and not _covers(self.target, request.target):
+            self.refuse("target", self.target.name, request.target, target=request.target)
         stored = [Plane(name, entry.shape, (entry.dtype,)) for name, entry in self._entries().items()]
-        return plan_memory(
-            self.manifest.graph,
-            weights_bytes=resident_bytes(self.manifest.graph, self.manifest.target, built.dtype, stored),
-            dtype=built.dtype,
-            target_kind=self.manifest.target.kind,
-            kv_cache_dtype=built.kv_cache_dtype,
-            block_size=built.block_size,
-            max_model_len=request.max_model_len or built.max_model_len,
-            max_num_batched_tokens=request.max_num_batched_tokens,
-            max_num_seqs=request.max_num_seqs,
-            budget=request.budget,
-            kv_cache_bytes=request.kv_cache_bytes,
-        )
+        return plan_memory(self.manifest.graph, built, self.target, request, stored)
 
     def memory(self, plan: MemoryPlan, kv_cache_bytes: int | None = None) -> None:
         """One sequence of the longest length fits in memory, and in a KV cache whose size was asked for."""
@@ -280,27 +243,17 @@ class EngineChecks:
         if found != expected:
             self.refuse(name, f"sha256 {expected[:16]}…", f"{found[:16]}…")
 
-    def _check_cuda(self) -> None:
-        device = cuda_device()
-        if device is None:
-            self.refuse(
-                f"target {self.manifest.target}", "an NVIDIA device and driver", "none on this machine",
-                target="cpu", dtype=None,
-            )  # fmt: skip
-        archs = tuple(module.arch for module in self.manifest.kernel_files.values())
-        if not archs:
-            return
-        best = best_arch(archs, device.capability)
-        if best is None:
-            self.refuse("target.archs", f"a device of {', '.join(archs)}", device.arch, target=f"cuda:{device.arch}")
-        module = next(m for m in self.manifest.kernel_files.values() if m.arch == best)
-        needed = _version_number(module.compiler)
-        # A cubin runs under any driver of its CUDA major version; PTX needs a driver as new as its compiler.
-        enough = device.driver >= needed if best.startswith("compute_") else device.driver[0] >= needed[0]
-        if not enough:
-            self.refuse(
-                "driver", f"CUDA {needed[0]}.{needed[1]} or newer", f"CUDA {device.driver[0]}.{device.driver[1]}"
-            )
+    def _check_sources(self) -> None:
+        """What host code and kernels agree on, both have from one version: launch arguments, layouts, numbers."""
+        ours, built = self.target.source_hashes(self.manifest.kernels), self.manifest.kernel_sources
+        for name in sorted({*ours, *built}):
+            if ours.get(name) != built.get(name):
+                expected, found = (hashes[name][:16] + "…" if name in hashes else "none" for hashes in (ours, built))
+                self.refuse(
+                    f"kernel_sources.{name}",
+                    f"the source of llmctl {__version__}, sha256 {expected}",
+                    f"that of llmctl {self.manifest.llmctl_version}, {found}",
+                )
 
     def _entries(self) -> dict[str, TensorEntry]:
         entries: dict[str, TensorEntry] = {}
@@ -325,17 +278,7 @@ def _covers(built: Target, wanted: str) -> bool:
     """
     parse_target(wanted)
     kind, _, archs = wanted.partition(":")
-    # A cpu variant goes by its short name as well: avx2 for x86_64-avx2.
-    names = {name for arch in built.archs for name in (arch, arch.rpartition("-")[2])}
-    return kind == built.kind and set(archs.split(",") if archs else ()) <= names
-
-
-def cpu_library(path: Path, manifest: Manifest) -> Path | None:
-    """The fastest of the engine's native libraries that this CPU runs; None when there is none."""
-    for variant in supported_variants(cpu_features()):
-        if library_name(variant) in manifest.target.archs:
-            return path / "kernels" / f"{library_name(variant)}.so"
-    return None
+    return kind == built.name.kind and built.covers(archs.split(",") if archs else ())
 
 
 def _map_weights(path: Path, manifest: Manifest) -> dict[str, WeightPlane]:
@@ -345,11 +288,6 @@ def _map_weights(path: Path, manifest: Manifest) -> dict[str, WeightPlane]:
         for tensor, entry in file.tensors.items():
             weights[tensor] = WeightPlane(entry.dtype, entry.shape, file.plane(tensor))
     return weights
-
-
-def _version_number(compiler: str) -> tuple[int, int]:
-    found = re.search(r"(\d+)\.(\d+)", compiler)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _salvaged_command(raw: bytes, path: Path) -> str:

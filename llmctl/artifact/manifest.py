@@ -14,11 +14,10 @@ from typing import Any
 
 from llmctl.artifact.strict import from_data, to_data
 from llmctl.graph.graph import Graph
-from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES
-from llmctl.targets.cuda.compile import KernelResources
-from llmctl.targets.cuda.registry import KernelChoice
+from llmctl.targets.base import BuildOptions, KernelChoice, KernelFile, TargetName
+from llmctl.targets.table import target_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "engine.json"
 
 
@@ -43,65 +42,11 @@ class QuantizationRecord:
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """What the engine was built for.
-
-    Attributes:
-        dtype: dtype the model computes in. max_model_len: longest sequence, tokens.
-        block_size: tokens a KV block. kv_cache_dtype: dtype of the KV cache.
-        passes: graph passes, in order. graph_sizes: batch sizes captured as device graphs.
-        lm_head: how the native CPU kernels store a dense output head: dense, int8 or int4.
-    """
-
-    dtype: str
-    max_model_len: int
-    block_size: int
-    kv_cache_dtype: str
-    passes: tuple[str, ...]
-    graph_sizes: tuple[int, ...] = ()
-    lm_head: str = "dense"
-
-
-@dataclass(frozen=True)
-class Target:
-    """``kind`` reference, cpu or cuda; ``archs``: sm_90 and the like, or the native kernels' variants of a cpu target
-    (none: it runs on the reference runtime); ``features`` a CPU must have (avx2)."""
-
-    kind: str
-    archs: tuple[str, ...] = ()
-    features: tuple[str, ...] = ()
-
-    @property
-    def native_cpu(self) -> bool:
-        """Whether weights are packed for the native CPU kernels."""
-        return self.kind == "cpu" and bool(self.archs)
-
-    @property
-    def default_passes(self) -> tuple[str, ...]:
-        """The graph passes of a build that names none."""
-        return CUDA_PASSES if self.kind == "cuda" else DEFAULT_PASSES
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{','.join(self.archs)}" if self.archs else self.kind
-
-
-@dataclass(frozen=True)
 class FileRecord:
     """Size in bytes and sha256 of one file of the folder."""
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class KernelFile:
-    """One compiled module: what made it, for which architecture, and what each of its kernels uses."""
-
-    arch: str
-    compiler: str
-    flags: tuple[str, ...]
-    sources: tuple[str, ...]
-    resources: tuple[KernelResources, ...]
 
 
 @dataclass(frozen=True)
@@ -120,7 +65,7 @@ class Manifest:
     format_version: int
     llmctl_version: str
     source: SourceModel
-    target: Target
+    target: TargetName
     options: BuildOptions
     quantization: QuantizationRecord
     graph: Graph
@@ -133,22 +78,12 @@ class Manifest:
 
     def rebuild_command(self, output: str, **changes: Any) -> str:
         """The ``llmctl build`` that makes this engine again at ``output``, with options replaced by ``changes``."""
-        built = self.options
-        int8 = built.passes[-1:] == ("int8_activations",)
-        passes = built.passes[:-1] if int8 else built.passes
-        options: dict[str, Any] = {
-            "target": self.target,
-            "dtype": built.dtype,
-            "max_model_len": built.max_model_len,
-            "block_size": built.block_size,
-            "kv_cache_dtype": None if built.kv_cache_dtype == built.dtype else built.kv_cache_dtype,
-            "activations": "int8" if int8 else None,
-            "lm_head": built.lm_head if self.target.native_cpu and "dtype" not in changes else None,
-            "passes": None if passes == self.target.default_passes else passes or ("none",),
-        }
+        options = {"target": self.target, **target_of(self.target).rebuild_options(self.options)}
         kind = str(changes.get("target", self.target)).partition(":")[0]
         if kind != self.target.kind:  # which has other dtypes and passes
             options |= dict.fromkeys(("dtype", "kv_cache_dtype", "activations", "lm_head", "passes"))
+        if "dtype" in changes:  # and with it another head
+            options["lm_head"] = None
         options |= changes
         words = [
             f"--{name.replace('_', '-')} {word}"
@@ -186,6 +121,7 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
         raise ManifestError(f"format_version: expected {FORMAT_VERSION}, found {json.dumps(version)}")
     try:
         manifest = from_data(Manifest, data)
+        target_of(manifest.target)
     except (ValueError, TypeError, KeyError) as error:
         raise ManifestError(str(error)) from error
     canonical, expected = _sealed(manifest)

@@ -5,25 +5,19 @@ Everything is computed from a Graph and sizes: no tensor is touched.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
+from llmctl.artifact.request import EngineRequest
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, KVLayer
-from llmctl.targets.device import cuda_device
-from llmctl.targets.planes import DTYPE_BYTES
+from llmctl.targets.base import BuildOptions, Target
+from llmctl.targets.planes import Plane
 
-KV_BYTES = {**DTYPE_BYTES, "int8": 1, "fp8_e4m3": 1}
-"""Bytes of an element of the KV cache."""
-_INT8_SCALE = 4  # bytes; int8 has one for every token's head
-
-HOST_SHARE = 0.7
-"""Share of the machine's available memory that an engine plans to use when no budget is given."""
-
-DEVICE_SHARE = 0.9
-"""Share of a GPU's memory that it plans to use."""
+_INT8_SCALE = 4  # bytes; an int8 KV cache has one for every token's head
 
 HOST_KV_BYTES = 4 * 2**30
-"""Size of the KV cache in the machine's own memory when neither it nor a budget is given: other programs live there."""
+"""Size of the KV cache in memory that other programs live in, when neither it nor a budget is given."""
 
 
 @dataclass(frozen=True)
@@ -84,48 +78,37 @@ class MemoryPlan:
 
 
 def plan_memory(
-    graph: Graph,
-    *,
-    weights_bytes: int,
-    dtype: str,
-    target_kind: str = "cpu",
-    kv_cache_dtype: str = "auto",
-    block_size: int = 16,
-    max_model_len: int | None = None,
-    max_num_batched_tokens: int = 512,
-    max_num_seqs: int = 64,
-    budget: int | None = None,
-    kv_cache_bytes: int | None = None,
+    graph: Graph, options: BuildOptions, target: Target, request: EngineRequest, planes: Iterable[Plane]
 ) -> MemoryPlan:
     """Plan an engine's memory.
 
+    Without a budget it takes the target's own. Without a size the KV cache takes what the budget leaves, but no more
+    than ``max_num_seqs`` sequences of ``max_model_len`` could use, nor, unless a budget is given, than
+    ``HOST_KV_BYTES`` (or one such sequence) of memory that other programs live in.
+
     Args:
-        weights_bytes: size of all weights in memory.
-        dtype: dtype of the activations. kv_cache_dtype: of the KV cache; "auto" is ``dtype``.
-        max_model_len: longest sequence, tokens; None takes the model's own limit.
-        max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
-        budget: bytes for everything; None takes a share of the device's memory for a cuda target on a machine that has
-            one, and of the machine's available memory otherwise.
-        kv_cache_bytes: size of the KV cache; None takes what the budget leaves, but no more than ``max_num_seqs``
-            sequences of ``max_model_len`` could use, nor than ``HOST_KV_BYTES`` (or one such sequence) of the machine's
-            memory unless a budget is given.
+        planes: the stored tensors.
     """
-    length = graph.max_position if max_model_len is None else max_model_len
-    per_token = kv_bytes_per_token(graph, dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
-    activations = activation_bytes(graph, dtype, max_num_batched_tokens, max_num_seqs)
+    length = options.max_model_len if request.max_model_len is None else request.max_model_len
+    block_size = options.block_size
+    per_token = kv_bytes_per_token(graph, options.kv_cache_dtype)
+    activations = activation_bytes(graph, options.dtype, request.max_num_batched_tokens, request.max_num_seqs)
+    weights = target.resident_bytes(graph, options, planes)
     block_bytes = max(1, per_token * block_size)
     sequence_blocks = _ceil(length, block_size) // block_size
-    most_blocks = max_num_seqs * sequence_blocks
+    most_blocks = request.max_num_seqs * sequence_blocks
+    budget = request.budget
     if budget is None:
-        budget, on_device = _default_budget(target_kind)
-        if not on_device:
+        budget, shared = target.memory_budget()
+        if shared:
             most_blocks = min(most_blocks, max(HOST_KV_BYTES // block_bytes, sequence_blocks))
-    room_blocks = max(0, budget - weights_bytes - activations) // block_bytes
-    num_blocks = min(room_blocks, most_blocks) if kv_cache_bytes is None else kv_cache_bytes // block_bytes
-    holds = room_blocks if kv_cache_bytes is None else min(room_blocks, num_blocks)
+    room_blocks = max(0, budget - weights - activations) // block_bytes
+    asked = request.kv_cache_bytes
+    num_blocks = min(room_blocks, most_blocks) if asked is None else asked // block_bytes
+    holds = room_blocks if asked is None else min(room_blocks, num_blocks)
     return MemoryPlan(
         budget=budget,
-        weights=weights_bytes,
+        weights=weights,
         activations=activations,
         kv_per_token=per_token,
         block_size=block_size,
@@ -143,7 +126,7 @@ def kv_bytes_per_token(graph: Graph, dtype: str) -> int:
 def kv_layer_bytes(layer: KVLayer, dtype: str) -> int:
     """Bytes of keys and values of one token in one layer, scales included."""
     scale = _INT8_SCALE if dtype == "int8" else 0
-    return 2 * layer.kv_heads * (layer.head_dim * KV_BYTES[dtype] + scale)
+    return 2 * layer.kv_heads * (layer.head_dim * DTYPES[dtype].nbytes + scale)
 
 
 def activation_bytes(graph: Graph, dtype: str, tokens: int, rows: int) -> int:
@@ -159,33 +142,7 @@ def activation_bytes(graph: Graph, dtype: str, tokens: int, rows: int) -> int:
         peak = max(peak, live)
         dead = {name for name in (*op.inputs, *op.outputs) if last_use.get(name, index) == index}
         live -= sum(graph.buffers[name].width for name in dead - {LOGITS, INPUT_IDS, POSITIONS})
-    return peak * tokens * DTYPE_BYTES[dtype] + 3 * rows * graph.vocab_size * 4
-
-
-def _default_budget(target_kind: str) -> tuple[int, bool]:
-    """What an engine may use by default, and whether that is a GPU's memory."""
-    device = cuda_device() if target_kind == "cuda" else None
-    if device is not None:
-        return int(device.memory * DEVICE_SHARE), True
-    return int(available_memory() * HOST_SHARE), False
-
-
-def available_memory() -> int:
-    """Bytes of memory this process may still take: the machine's, or its control group's where that is less."""
-    import psutil  # type: ignore[import-untyped,unused-ignore]
-
-    available = int(psutil.virtual_memory().available)
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):
-        return None
+    return peak * tokens * DTYPES[dtype].nbytes + 3 * rows * graph.vocab_size * 4
 
 
 def human_bytes(size: float) -> str:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from llmctl import __version__
 from llmctl.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     FileRecord,
-    KernelFile,
     Manifest,
     SourceModel,
     manifest_to_bytes,
@@ -26,52 +22,50 @@ from llmctl.artifact.manifest import (
 from llmctl.artifact.plan import BuildPlan, quantization_record
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.folder import published_folder
-from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
-from llmctl.targets.cpu.planes import pack_planes as pack_cpu_planes
-from llmctl.targets.cpu.toolchain import INSTALL_HINT, VARIANTS, compile_library, library_name
-from llmctl.targets.cpu.toolchain import SOURCE as CPU_SOURCE
-from llmctl.targets.cpu.toolchain import SOURCE_DIR as CPU_SOURCE_DIR
-from llmctl.targets.cuda.compile import PTX_FALLBACK, compile_modules, source_hash
-from llmctl.targets.cuda.planes import cuda_formats
-from llmctl.targets.cuda.planes import pack_planes as pack_cuda_planes
-from llmctl.targets.cuda.registry import sources_of
-from llmctl.targets.device import usable_cores
-from llmctl.targets.planes import DTYPE_BYTES, SAFETENSORS_DTYPE, Plane, total_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from llmctl.targets.base import CompileProgress, KernelFile, Module
+from llmctl.targets.machine import usable_cores
+from llmctl.targets.planes import PlanesByWeight, total_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called as weights are written: (weight, bytes done, bytes in all)."""
 
 _CACHE_LINE = 64  # bytes; mapped weights are read in whole lines
 MAX_SHARD_BYTES = 2**30
-"""Size of a weight file. The packed planes of one file are in memory at the same time: those of all its weights for the
-native CPU kernels, of the quantized ones for other targets."""
+"""Size of a weight file. What a target packs of one file is in memory at the same time."""
 
 _MOST_PACKERS = 8  # threads; each holds a weight of the checkpoint beside its planes
 
 
-def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None) -> None:
-    """Write the planned engine at ``output``, replacing an engine that is there."""
+def write_engine(
+    plan: BuildPlan, output: Path, progress: Progress | None = None, compiling: CompileProgress | None = None
+) -> None:
+    """Write the planned engine at ``output``, replacing an engine that is there.
+
+    Args:
+        progress: told after each weight. compiling: told after each kernel module.
+
+    Raises:
+        CompileError: a kernel does not compile, or its module does not load.
+    """
     # Compiled first: a kernel that does not compile is found before the weights are written.
-    kernels = _cpu_kernels(plan) if plan.target.kind == "cpu" else _cuda_kernels(plan)
+    modules = plan.target.compile(plan.choices, cache_dir() / "kernels", compiling)
     with ThreadPoolExecutor(1) as hasher, published_folder(output) as folder:
         fingerprint = hasher.submit(plan.checkpoint.fingerprint)
+        kernel_files = _write_kernels(folder, modules)
+        plan.target.try_modules([folder / name for name in kernel_files])
         weight_files = _write_weights(plan, folder, progress or _quiet)
         _write_aux(plan, folder)
-        kernel_files = _write_kernels(folder, kernels)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             llmctl_version=__version__,
             source=SourceModel(plan.name, fingerprint.result()),
-            target=plan.target,
+            target=plan.target.name,
             options=plan.options,
             quantization=quantization_record(plan.graph, plan.checkpoint),
             graph=plan.graph,
-            kernel_sources=_kernel_sources(plan),
+            kernel_sources=plan.target.source_hashes(plan.choices),
             kernel_files=kernel_files,
             kernels=plan.choices,
             weight_files=weight_files,
@@ -80,43 +74,13 @@ def write_engine(plan: BuildPlan, output: Path, progress: Progress | None = None
         (folder / MANIFEST_NAME).write_bytes(manifest_to_bytes(manifest))
 
 
-def _cuda_kernels(plan: BuildPlan) -> list[tuple[str, bytes, KernelFile]]:
-    """Per source file one cubin for each architecture, and PTX for the oldest: (file name, content, record)."""
-    archs = (*plan.target.archs, PTX_FALLBACK) if plan.target.archs else ()
-    modules = compile_modules(sources_of(plan.choices), archs, cache=cache_dir() / "kernels")
-    return [(m.filename, m.code, KernelFile(m.arch, m.compiler, m.flags, (m.source,), m.resources)) for m in modules]
-
-
-def _cpu_kernels(plan: BuildPlan) -> list[tuple[str, bytes, KernelFile]]:
-    """One shared library per variant."""
-    if not plan.target.archs:
-        print(
-            f"warning: no C++ compiler found: the engine will run on torch, many times slower; {INSTALL_HINT}",
-            file=sys.stderr,
-        )
-    variants = [v for v in VARIANTS if library_name(v) in plan.target.archs]
-    cache = cache_dir() / "kernels"
-    with ThreadPoolExecutor() as pool:
-        libraries = pool.map(lambda variant: compile_library(variant, cache=cache), variants)
-    return [
-        (lib.filename, lib.code, KernelFile(library_name(lib.variant), lib.compiler, lib.flags, (CPU_SOURCE,), ()))
-        for lib in libraries
-    ]
-
-
-def _kernel_sources(plan: BuildPlan) -> dict[str, str]:
-    if plan.target.native_cpu:
-        return {CPU_SOURCE: source_hash(CPU_SOURCE, CPU_SOURCE_DIR)}
-    return {name: source_hash(name) for name in sources_of(plan.choices)}
-
-
-def _write_kernels(folder: Path, kernels: Iterable[tuple[str, bytes, KernelFile]]) -> dict[str, KernelFile]:
+def _write_kernels(folder: Path, modules: Iterable[Module]) -> dict[str, KernelFile]:
     written: dict[str, KernelFile] = {}
-    for filename, code, record in kernels:
-        name = f"kernels/{filename}"
+    for module in modules:
+        name = f"kernels/{module.path}"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(code)
-        written[name] = record
+        (folder / name).write_bytes(module.code)
+        written[name] = module.record
     return written
 
 
@@ -147,7 +111,7 @@ def _write_weights(plan: BuildPlan, folder: Path, progress: Progress) -> tuple[s
     return names
 
 
-def _shards(planes: Mapping[str, tuple[Plane, ...]]) -> Iterator[list[str]]:
+def _shards(planes: PlanesByWeight) -> Iterator[list[str]]:
     """Weight names in graph order, cut into files of at most ``MAX_SHARD_BYTES`` (or one weight)."""
     shard: list[str] = []
     filled = 0
@@ -163,13 +127,11 @@ def _shards(planes: Mapping[str, tuple[Plane, ...]]) -> Iterator[list[str]]:
 
 
 class _WeightWriter:
-    """Turns graph weights into tensors to write: packed at once, but for dense weights of other targets than the native
-    CPU kernels, each of which is read when its turn comes."""
+    """Turns graph weights into tensors to write: packed at once, or made when their turn comes, as the target says."""
 
     def __init__(self, plan: BuildPlan, progress: Progress) -> None:
         self.plan = plan
         self.progress = progress
-        self.formats = cuda_formats(plan.graph) if plan.target.kind == "cuda" else {}
         self.total = plan.weights_bytes
         self.done = 0
 
@@ -185,58 +147,27 @@ class _WeightWriter:
         return found
 
     def _specs(self, name: str) -> dict[str, TensorSpec]:
-        planes = self.plan.planes[name]
-        if self.plan.target.native_cpu:
-            arrays = pack_cpu_planes(self._assemble(name), name, self.plan.graph, self.plan.options)
-            return {p.name: (p.dtype, p.shape, arrays[p.name]) for p in planes}
-        if self.plan.graph.weights[name].quant is None:
-            plane = planes[0]
-            return {plane.name: (plane.dtype, plane.shape, lambda: self._dense(name, plane))}
-        if name in self.formats:
-            arrays = pack_cuda_planes(self._assemble(name), self.formats[name])
-        else:
-            arrays = pack_planes(self._assemble(name), {p.name.rpartition(".")[2]: p.dtype for p in planes})
-        return {p.name: (p.dtype, p.shape, arrays[p.name.rpartition(".")[2]]) for p in planes}
+        plan, planes = self.plan, self.plan.planes[name]
+        read = partial(assemble, plan.graph.weights[name], plan.checkpoint)
+        contents = plan.target.pack(name, read, planes, plan.graph, plan.options)
+        specs = {}
+        for plane in planes:
+            content = contents[plane.name]
+            if callable(content):
+                content = self._reporting(content, name, plane.nbytes)
+            specs[plane.name] = (plane.dtype, plane.shape, content)
+        return specs
 
-    def _dense(self, name: str, plane: Plane) -> Tensor:
-        import torch
+    def _reporting(self, make: Callable[[], Any], name: str, size: int) -> Callable[[], Any]:
+        def made() -> Any:
+            self._report(name, size)
+            return make()
 
-        tensor = self._assemble(name)
-        assert isinstance(tensor, torch.Tensor)
-        dtype = next(d for d in DTYPE_BYTES if SAFETENSORS_DTYPE[d] == plane.dtype)
-        self._report(name, plane.nbytes)
-        return tensor.to(getattr(torch, dtype))
-
-    def _assemble(self, name: str) -> Any:
-        return assemble(self.plan.graph.weights[name], self.plan.checkpoint)
+        return made
 
     def _report(self, name: str, size: int) -> None:
         self.done += size
         self.progress(name, self.done, self.total)
-
-
-def pack_planes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
-    """A quantized weight's planes as they are stored (see ``targets.planes``), by suffix.
-
-    Args:
-        dtypes: suffix -> safetensors dtype of the planes wanted.
-    """
-    codes = weight.codes.contiguous().numpy()
-    planes: dict[str, NDArray[Any]] = {
-        "codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes),
-        "scales": weight.scales.contiguous().numpy().astype(np.float16 if dtypes["scales"] == "F16" else np.float32),
-        "zeros": weight.zeros.contiguous().numpy(),
-    }
-    if weight.g_idx is not None:
-        planes["g_idx"] = weight.g_idx.contiguous().numpy()
-    return {suffix: planes[suffix] for suffix in dtypes}
-
-
-def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes 0..15 [N, K] -> two a byte [N, ceil(K/2)], the low nibble the even column."""
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
 
 
 def _quiet(_name: str, _done: int, _total: int) -> None:

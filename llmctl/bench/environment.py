@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from llmctl import __version__
-from llmctl.targets.device import usable_cores
+from llmctl.targets.machine import usable_cores
 
 _PACKAGES = ("numpy", "aiohttp", "torch", "transformers", "tokenizers", "cupy-cuda13x")
 

@@ -10,27 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
-from llmctl.artifact.loader import LoadedEngine, read_manifest
-from llmctl.artifact.runtimes import open_runtime
+from llmctl.artifact.loader import read_manifest
+from llmctl.artifact.start import StartedEngine, start_engine
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
 from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import UsageError
-from llmctl.targets.device import usable_cores
+from llmctl.targets.machine import usable_cores
 from llmctl.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class OpenedEngine:
+class BenchedEngine(StartedEngine):
     """An engine that is ready to run. ``open_seconds``: from its folder on disk to here, building not counted."""
 
-    engine: LLMEngine
-    tokenizer: Tokenizer
-    loaded: LoadedEngine
     threads: int
     open_seconds: float
 
@@ -54,7 +50,7 @@ class OpenedEngine:
         }
 
 
-def open_engine(config: EngineConfig, longest: int = 0) -> OpenedEngine:
+def prepare_engine(config: EngineConfig, longest: int = 0) -> BenchedEngine:
     """The engine that ``config.model`` names, built into the cache first if it is not an engine folder.
 
     Args:
@@ -75,11 +71,9 @@ def open_engine(config: EngineConfig, longest: int = 0) -> OpenedEngine:
             param="input_len",
         )
     start = time.perf_counter()
-    loaded, runtime = open_runtime(path, config)
-    tokenizer = Tokenizer.from_folder(path)
-    scheduler = SchedulerConfig.from_engine_config(config)
-    engine = LLMEngine(runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=time.perf_counter)
-    return OpenedEngine(engine, tokenizer, loaded, _threads(config), time.perf_counter() - start)
+    started = start_engine(path, config, clock=time.perf_counter)
+    seconds = time.perf_counter() - start
+    return BenchedEngine(started.engine, started.tokenizer, started.loaded, _threads(config), seconds)
 
 
 def _threads(config: EngineConfig) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from llmctl.bench import gate, metrics, stats
 from llmctl.bench.config import BenchLatencyConfig, BenchThroughputConfig, OfflineConfig
 from llmctl.bench.environment import describe_environment, load_average
-from llmctl.bench.inprocess import EngineRun, OpenedEngine, open_engine, peak_rss_bytes, run_items
+from llmctl.bench.inprocess import BenchedEngine, EngineRun, peak_rss_bytes, prepare_engine, run_items
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
 from llmctl.bench.workloads import LengthRange, WorkItem, random_items
@@ -65,7 +65,7 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     judge = _judge(config, config.regression_metrics)
     inputs, outputs = _lengths(config)
     environment = describe_environment()
-    opened = open_engine(config, longest=inputs.high + outputs.high)
+    opened = prepare_engine(config, longest=inputs.high + outputs.high)
     head = _head(config, judge, opened, "throughput", num_prompts=config.num_prompts)
     judge.check_same_work(head)
 
@@ -103,7 +103,7 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
             param="batch_size",
         )
     environment = describe_environment()
-    opened = open_engine(config, longest=inputs.high + outputs.high)
+    opened = prepare_engine(config, longest=inputs.high + outputs.high)
     sizes = {"batch_size": config.batch_size, "num_iters": config.num_iters}
     head = _head(config, judge, opened, "latency", **sizes)
     judge.check_same_work(head)
@@ -156,7 +156,7 @@ def _options(judge: Judge, percentiles: tuple[float, ...]) -> metrics.MetricOpti
 
 
 def _items(
-    opened: OpenedEngine, config: OfflineConfig, count: int, inputs: LengthRange, outputs: LengthRange, stream: int
+    opened: BenchedEngine, config: OfflineConfig, count: int, inputs: LengthRange, outputs: LengthRange, stream: int
 ) -> list[WorkItem]:
     def counter(texts: Sequence[str]) -> list[int]:
         return [len(opened.tokenizer.encode(text)) for text in texts]
@@ -164,13 +164,13 @@ def _items(
     return random_items(count, inputs, outputs, seed=config.seed, stream=stream, counter=counter)
 
 
-def _warm_up(opened: OpenedEngine, items: list[WorkItem], progress: Progress) -> None:
+def _warm_up(opened: BenchedEngine, items: list[WorkItem], progress: Progress) -> None:
     if items:
         progress.log("warming up")
         run_items(opened.engine, opened.tokenizer, [WorkItem(i.prompt, i.input_tokens, 2) for i in items])
 
 
-def _head(config: OfflineConfig, judge: Judge, opened: OpenedEngine, kind: str, **sizes: int) -> dict[str, Any]:
+def _head(config: OfflineConfig, judge: Judge, opened: BenchedEngine, kind: str, **sizes: int) -> dict[str, Any]:
     return {
         "date": timestamp(),
         "backend": "llmctl",
@@ -248,7 +248,7 @@ def _rates(runs: Sequence[EngineRun]) -> dict[str, Any]:
 def _complete(
     result: dict[str, Any],
     config: OfflineConfig,
-    opened: OpenedEngine,
+    opened: BenchedEngine,
     environment: dict[str, object],
     repeats: list[dict[str, Any]],
     records: list[metrics.RequestRecord],

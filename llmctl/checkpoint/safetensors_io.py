@@ -21,48 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.errors import CheckpointError
+from llmctl.graph.dtypes import BY_SAFETENSORS, BY_TORCH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# safetensors' own order of dtypes, narrowest first; the writer sorts by it, descending.
-_NUMPY: dict[str, Any] = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "F8_E5M2": np.uint8,
-    "F8_E4M3": np.uint8,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "F32": np.float32,
-    "F64": np.float64,
-    "I64": np.int64,
-    "U64": np.uint64,
-}
-DTYPES = tuple(_NUMPY)
-_RANK = {name: rank for rank, name in enumerate(_NUMPY)}
-_TORCH = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
-_FROM_TORCH = {f"torch.{value}": key for key, value in _TORCH.items()}
+# Narrowest first; the writer sorts by it, descending.
+_RANK = {code: rank for rank, code in enumerate(BY_SAFETENSORS)}
 _MAX_HEADER = 100_000_000
 
 Plane = Any
@@ -79,9 +44,9 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
         CheckpointError: a dtype this version does not know.
     """
     try:
-        return np.dtype(_NUMPY[dtype])
+        return np.dtype(BY_SAFETENSORS[dtype].numpy)
     except KeyError:
-        raise CheckpointError(f"unknown safetensors dtype '{dtype}'; known: {', '.join(DTYPES)}") from None
+        raise CheckpointError(f"unknown safetensors dtype '{dtype}'; known: {', '.join(BY_SAFETENSORS)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +181,7 @@ def as_tensor(plane: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> Tensor
     """An array's bytes as a torch tensor of safetensors dtype ``dtype``; shares memory where it is writable."""
     import torch
 
-    target = getattr(torch, _TORCH[dtype])
+    target = getattr(torch, BY_SAFETENSORS[dtype].torch)
     if plane.nbytes == 0:
         return torch.empty(shape, dtype=target)
     raw = np.ascontiguousarray(plane).reshape(-1).view(np.uint8)
@@ -232,7 +197,7 @@ def torch_dtype_name(dtype: Any) -> str:
         ValueError: a dtype safetensors has no name for.
     """
     try:
-        return _FROM_TORCH[str(dtype)]
+        return BY_TORCH[str(dtype).removeprefix("torch.")].safetensors
     except KeyError:
         raise ValueError(f"{dtype} has no safetensors dtype") from None
 
@@ -288,7 +253,7 @@ def spec_nbytes(spec: TensorSpec) -> int:
 
 
 def _checked_bytes(name: str, spec: TensorSpec) -> memoryview:
-    view = _bytes_of(spec[2])
+    view = plane_bytes(spec[2])
     if view.nbytes != spec_nbytes(spec):
         raise ValueError(
             f"tensor '{name}': {spec[0]} {list(spec[1])} needs {spec_nbytes(spec)} bytes, found {view.nbytes}"
@@ -296,14 +261,15 @@ def _checked_bytes(name: str, spec: TensorSpec) -> memoryview:
     return view
 
 
-def _bytes_of(data: Plane) -> memoryview:
+def plane_bytes(data: Plane) -> memoryview:
+    """What a Plane is written as."""
     if isinstance(data, np.ndarray):
         return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
     if isinstance(data, bytes | bytearray | memoryview):
         return memoryview(data).cast("B")
     if isinstance(data, Callable):  # type: ignore[arg-type]
-        return _bytes_of(data())
-    return _bytes_of(_tensor_bytes(data))
+        return plane_bytes(data())
+    return plane_bytes(_tensor_bytes(data))
 
 
 def _tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:

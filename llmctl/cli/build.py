@@ -179,7 +179,7 @@ def plan_document(plan: BuildPlan) -> dict[str, Any]:
     return {
         "model": plan.name,
         "family": plan.graph.family,
-        "target": str(plan.target),
+        "target": str(plan.target.name),
         "dtype": plan.options.dtype,
         "max_model_len": plan.options.max_model_len,
         "weights_stored_bytes": plan.weights_bytes,
@@ -202,7 +202,8 @@ def _plan_table(plan: BuildPlan) -> Table:
     from llmctl.artifact.memory import human_bytes
 
     memory = plan.memory
-    table = Table(title=f"{plan.name} for {plan.target}, {plan.options.dtype}", title_justify="left", show_header=False)
+    title = f"{plan.name} for {plan.target.name}, {plan.options.dtype}"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("size", justify="right")
     rows = {
@@ -213,9 +214,7 @@ def _plan_table(plan: BuildPlan) -> Table:
         f"KV cache of one sequence of {memory.max_model_len} tokens": human_bytes(
             memory.kv_per_token * memory.max_model_len
         ),
-        "memory budget" if plan.target.kind != "cuda" else "memory budget (--memory-budget says what your GPU has)": (
-            human_bytes(memory.budget)
-        ),
+        f"memory budget ({note})" if (note := plan.target.memory_note) else "memory budget": human_bytes(memory.budget),
         f"KV cache that is planned, blocks of {memory.block_size} tokens": f"{memory.num_blocks}",
         "tokens that fit": f"{memory.kv_tokens}",
         "largest --max-model-len": f"{memory.largest_max_model_len}",

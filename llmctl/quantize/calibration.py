@@ -194,15 +194,15 @@ def self_calibration(
         vocab_size: the model's.
         on_progress: called with tokens written and wanted.
     """
-    from llmctl.artifact.runtimes import runtime_from_checkpoint
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.request import Request
     from llmctl.engine.sampling import SamplingParams, derive_seed
     from llmctl.engine.scheduler import SchedulerConfig
+    from llmctl.targets.reference.weights import checkpoint_runtime
 
     rows = [list(prompt) for prompt in random_prompts(tokenizer, vocab_size, samples, seed)]
     running = min(samples, _MAX_RUNNING)
-    runtime = runtime_from_checkpoint(checkpoint, num_blocks=running * (length // 16 + 1), max_model_len=length)
+    runtime = checkpoint_runtime(checkpoint, num_blocks=running * (length // 16 + 1), max_model_len=length)
     config = SchedulerConfig(max_num_seqs=running, max_num_queued_reqs=samples)
     engine = LLMEngine(runtime, config)
     for i, prompt in enumerate(rows):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from llmctl.artifact.runtimes import runtime_from_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.generate import score_all
 from llmctl.engine.llm_engine import LLMEngine
@@ -22,6 +21,7 @@ from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import checkpoint_runtime
 from llmctl.text.tokenizer import Tokenizer
 
 _BATCH = 8  # windows scored at once
@@ -176,7 +176,7 @@ def _runtime(checkpoint: Checkpoint, context: int, sequences: int) -> ReferenceR
     if context > longest:
         raise UsageError(f"context {context}: the model's longest is {longest}", param="context")
     blocks = sequences * (-(-context // 16) + 1)
-    return runtime_from_checkpoint(checkpoint, num_blocks=blocks, max_model_len=context)
+    return checkpoint_runtime(checkpoint, num_blocks=blocks, max_model_len=context)
 
 
 def _window_plan(window: Sequence[int], block_size: int) -> StepPlan:

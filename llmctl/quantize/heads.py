@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.plan import BuildPlan
-from llmctl.artifact.runtimes import load_runtime
+from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
+from llmctl.artifact.variant import with_options
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import LlmctlError, UsageError
+from llmctl.graph.graph import LOGITS
 from llmctl.quantize.evaluate import Protocol, perplexity_of
-from llmctl.targets.cpu.heads import HEADS, free_head, head_planes, with_head
+from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
 
 _BUILTIN = Path(__file__).parent / "eval_text.txt"  # Herman Melville, Moby-Dick (1851), from chapter 1
@@ -80,46 +84,54 @@ def compare_heads(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, 
     Raises:
         LlmctlError: the engine does not run here, or the model is too large for even a short text.
     """
-    if free_head(plan) is None:
+    heads = plan.target.lm_heads(plan.graph, plan.options)
+    if not heads:
         return None
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    tokens = tokens[: min(_MAX_TOKENS, _affordable(plan))]
+    tokens = tokens[: min(_MAX_TOKENS, _affordable(plan, len(heads)))]
     if len(tokens) < 2:
         raise LlmctlError("the text has no two tokens")
     if max(tokens) >= plan.graph.vocab_size:
         raise LlmctlError(f"the tokenizer gives id {max(tokens)}, the model has {plan.graph.vocab_size}")
     protocol = Protocol(context := min(_CONTEXT, plan.options.max_model_len), context)
     windows, block = protocol.windows(tokens), plan.options.block_size
-    engine = load_engine(
-        path,
+    request = EngineRequest(
         max_model_len=context,
         max_num_batched_tokens=context,
         max_num_seqs=_ROWS,
         kv_cache_bytes=_SEQUENCES * -(-context // block) * block * plan.memory.kv_per_token,
     )
-    heads = tuple(_effect(with_head(engine, plan, head), head, windows, plan) for head in HEADS)
-    return HeadComparison(plan.options.lm_head, name, len(tokens), context, heads)
+    engine, sizes = load_engine(path, request), _sizes(plan, heads)
+    effects = []
+    for head in heads:
+        swapped = with_options(engine, plan, replace(plan.options, lm_head=head))
+        effects.append(HeadEffect(head, sizes[head], _perplexity(swapped, windows)))
+    return HeadComparison(plan.options.lm_head, name, len(tokens), context, tuple(effects))
 
 
-def _affordable(plan: BuildPlan) -> int:
+def _affordable(plan: BuildPlan, heads: int) -> int:
     """Tokens of text that every head can be measured on."""
     macs = sum(math.prod(plan.graph.weights[op.weights[0]].shape) for op in plan.graph.linears())
-    tokens = int(_MAX_WORK / (len(HEADS) * macs))
+    tokens = int(_MAX_WORK / (heads * macs))
     if tokens < _MIN_TOKENS:
         raise LlmctlError(f"a model of {macs / 1e9:.0f} G weights would take minutes")
     return tokens
 
 
-def _effect(engine: LoadedEngine, head: str, windows: list[tuple[list[int], int]], plan: BuildPlan) -> HeadEffect:
-    runtime = load_runtime(engine)
-    limits = engine.request
-    config = SchedulerConfig(limits.max_num_seqs, limits.max_num_batched_tokens, enable_prefix_caching=False)
-    llm = LLMEngine(runtime, config)
+def _sizes(plan: BuildPlan, heads: Sequence[str]) -> dict[str, int]:
+    """Bytes that each head's kernel reads: its planes, but for those that all have (a table of tied embeddings)."""
+    name = next(op.weights[0] for op in plan.graph.linears() if LOGITS in op.outputs)
+    planes: dict[str, set[Plane]] = {
+        head: set(plan.target.planes(plan.graph, replace(plan.options, lm_head=head))[name]) for head in heads
+    }
+    common: set[Plane] = set.intersection(*planes.values())
+    return {head: total_bytes(found - common) for head, found in planes.items()}
+
+
+def _perplexity(engine: LoadedEngine, windows: list[tuple[list[int], int]]) -> float:
+    config = SchedulerConfig(engine.max_num_seqs, engine.max_num_batched_tokens, enable_prefix_caching=False)
+    llm = LLMEngine(open_runtime(engine), config)
     try:
-        perplexity = perplexity_of(llm, windows)
+        return perplexity_of(llm, windows)
     finally:
         llm.close()
-    name = free_head(plan)
-    assert name is not None
-    size = sum(plane.data.nbytes for plane in head_planes(engine, name).values())
-    return HeadEffect(head, size, perplexity)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
-from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import LlmctlError
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
@@ -27,7 +26,6 @@ from llmctl.serving.wire import (
     decode_command,
     encode,
 )
-from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
@@ -107,7 +105,7 @@ def _request(wire: WireRequest) -> Request:
     )
 
 
-def open_engine(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
+def start(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
 
     Raises:
@@ -116,13 +114,11 @@ def open_engine(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngin
     path = _locate(config, send)
     send(Located(str(path)))
     send(Progress("loading the engine"))
-    from llmctl.artifact.runtimes import open_runtime
+    from llmctl.artifact.start import start_engine
 
-    loaded, runtime = open_runtime(path, config)
-    tokenizer = Tokenizer.from_folder(path)
-    engine = LLMEngine(runtime, SchedulerConfig.from_engine_config(config), tokenizer.eos_token_ids, seed=config.seed)
-    send(_info(loaded, engine))
-    return engine
+    started = start_engine(path, config)
+    send(_info(started.loaded, started.engine))
+    return started.engine
 
 
 def _locate(config: EngineConfig, send: Callable[[Event], None]) -> Path:

@@ -68,9 +68,9 @@ def main() -> int:
 
     try:
         # Imported inside the try: the first failure of a heavy import is reported, too.
-        from llmctl.serving.engine_loop import EngineLoop, open_engine
+        from llmctl.serving.engine_loop import EngineLoop, start
 
-        engine = open_engine(settings.config, send)
+        engine = start(settings.config, send)
         gc.collect()
         gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
         EngineLoop(engine, channel).run()

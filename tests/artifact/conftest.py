@@ -28,7 +28,7 @@ def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         model=str(checkpoints["gptq"]), output=str(output), target="cpu", dtype="float32", max_model_len=256
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
+        patch.setattr("llmctl.targets.cpu.target.find_compiler", lambda: None)
         return build_engine(config)
 
 

@@ -18,14 +18,15 @@ from tiny_checkpoint import write_dense, write_gptq
 from llmctl.artifact import writer
 from llmctl.artifact.builder import build_engine, ensure_engine
 from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
-from llmctl.artifact.plan import parse_target, plan_build, resolve_dtype
-from llmctl.artifact.writer import pack_nibbles
+from llmctl.artifact.plan import plan_build
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
+from llmctl.targets.reference.planes import pack_nibbles
+from llmctl.targets.table import parse_target
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -81,7 +82,7 @@ def test_without_a_compiler_a_cpu_engine_is_for_torch(
 ) -> None:
     import torch
 
-    monkeypatch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
+    monkeypatch.setattr("llmctl.targets.cpu.target.find_compiler", lambda: None)
     engine = load_engine(build(checkpoints["dense"], tmp_path / "e", target="cpu", dtype=dtype))
     assert {plane.dtype for plane in engine.weights.values()} == {stored}
     assert "warning: no C++ compiler found" in capsys.readouterr().err
@@ -192,7 +193,8 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
     ("options", "message"),
     [
         ({"target": "tpu"}, "--target: expected one of cpu, cpu:VARIANT"),
-        ({"target": "cuda"}, "--target: expected one of cpu"),
+        ({"target": "cuda"}, "--target cuda: expected some of sm_80"),
+        ({"target": "reference:sm_80"}, "--target reference: expected no architecture, found 'sm_80'"),
         ({"target": "cuda:sm_70"}, "found 'sm_70'"),
         (
             {"target": "cpu:sm_80"},
@@ -238,7 +240,7 @@ def test_bad_options(checkpoints: dict[str, Path], tmp_path: Path, options: dict
 def test_what_only_the_native_kernels_do_needs_a_compiler(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, option: str, value: str
 ) -> None:
-    monkeypatch.setattr("llmctl.artifact.plan.find_compiler", lambda: None)
+    monkeypatch.setattr("llmctl.targets.cpu.target.find_compiler", lambda: None)
     with pytest.raises(UsageError) as error:
         plan_build(BuildConfig(model=str(checkpoints["gptq"]), **{option: value}))  # type: ignore[arg-type]
     assert error.value.message.startswith(f"--{option.replace('_', '-')} {value}: expected a C++ compiler")
@@ -261,12 +263,15 @@ def test_no_such_model(tmp_path: Path) -> None:
         build(tmp_path / "nothing", tmp_path / "e")
 
 
-def test_targets_and_dtypes() -> None:
-    assert str(parse_target("cuda:sm_120,sm_80,sm_80")) == "cuda:sm_80,sm_120"
-    assert resolve_dtype("auto", parse_target("reference"), "bfloat16") == "float32"
-    assert resolve_dtype("auto", parse_target("cuda:sm_80"), "float32") == "bfloat16"
-    assert resolve_dtype("auto", parse_target("cuda:sm_80"), "float16") == "float16"
-    assert resolve_dtype("float16", parse_target("cpu"), "bfloat16") == "float16"
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("reference", "float32"), ("cuda:sm_80", "float16"), ("cpu:portable", "bfloat16")]
+)
+def test_each_target_has_its_own_auto_dtype(checkpoints: dict[str, Path], target: str, dtype: str) -> None:
+    assert plan_build(BuildConfig(model=str(checkpoints["dense"]), target=target)).options.dtype == dtype
+
+
+def test_architectures_are_named_once_and_in_order() -> None:
+    assert str(parse_target("cuda:sm_120,sm_80,sm_80").name) == "cuda:sm_80,sm_120"
 
 
 def test_passes_can_be_left_out(checkpoints: dict[str, Path]) -> None:
@@ -340,7 +345,7 @@ class TestEnsureEngine:
     def test_what_cannot_run_here_is_not_built(
         self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, target: str, said: str
     ) -> None:
-        monkeypatch.setattr("llmctl.artifact.builder.cpu_features", lambda: frozenset({"fpu"}))
+        monkeypatch.setattr("llmctl.targets.cpu.target.cpu_features", lambda: frozenset({"fpu"}))
         with pytest.raises(UsageError, match=f"--target {target.partition(':')[0]}:.*: {said}") as error:
             ensure_engine(str(checkpoints["dense"]), EngineConfig(target=target))
         assert error.value.fix == "--target cpu"

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from llmctl.artifact.builder import build_engine
-from llmctl.artifact.loader import cpu_library, load_engine, read_manifest
-from llmctl.artifact.manifest import MANIFEST_NAME, Target, manifest_to_bytes
+from llmctl.artifact.loader import load_engine, read_manifest
+from llmctl.artifact.manifest import MANIFEST_NAME, manifest_to_bytes
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UsageError
+from llmctl.targets.base import TargetName
 from llmctl.targets.cpu.layout import row_order
 from llmctl.targets.cpu.planes import packed_linears
 
@@ -23,12 +24,12 @@ pytestmark = pytest.mark.usefixtures("native")
 
 def test_manifest(native: Path) -> None:
     manifest = read_manifest(native)
-    assert manifest.target.native_cpu
+    assert len(manifest.target.archs) == 1
     assert manifest.options.dtype == "bfloat16"
     assert manifest.options.lm_head == "int8"
     assert set(manifest.kernel_sources) == {"program.cpp"}
     (path,) = manifest.kernel_files
-    assert cpu_library(native, manifest) == native / path
+    assert path == f"kernels/{manifest.target.archs[0]}.so"
     assert {c.op: c.kernel for c in manifest.kernels}["layers.0.qkv_proj"] == "w4a8"
     assert {c.op: c.kernel for c in manifest.kernels}["lm_head"] == "w8a8"
 
@@ -84,7 +85,7 @@ def test_a_missing_library_is_refused(engine: Path) -> None:
 
 
 def test_another_cpu_is_refused(engine: Path) -> None:
-    manifest = replace(read_manifest(engine), target=Target("cpu", ("made-up",)))
+    manifest = replace(read_manifest(engine), target=TargetName("cpu", ("made-up",)))
     (engine / MANIFEST_NAME).write_bytes(manifest_to_bytes(manifest))
     with pytest.raises(
         EngineLoadError, match=r"target: expected a CPU that runs made-up, found one that runs .*--target cpu "

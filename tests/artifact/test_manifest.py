@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llmctl.artifact.loader import read_manifest
-from llmctl.artifact.manifest import MANIFEST_NAME, ManifestError, Target, manifest_from_bytes, manifest_to_bytes
+from llmctl.artifact.manifest import MANIFEST_NAME, ManifestError, manifest_from_bytes, manifest_to_bytes
+from llmctl.targets.base import TargetName
 
 
 def test_round_trip(built: Path) -> None:
@@ -67,7 +68,7 @@ def test_records_what_the_design_asks_for(built: Path) -> None:
     changed = replace(
         manifest.options, kv_cache_dtype="int8", dtype="float16", passes=(*manifest.options.passes, "int8_activations")
     )
-    other = replace(manifest, options=changed, target=Target("cuda", ("sm_90",)))
+    other = replace(manifest, options=changed, target=TargetName("cuda", ("sm_90",)))
     assert "--kv-cache-dtype int8 --activations int8" in other.rebuild_command("./e")
     assert other.rebuild_command("./e", target="cpu") == (
         "llmctl build --model gptq --target cpu --max-model-len 256 --block-size 16 --output ./e"

@@ -11,9 +11,11 @@ from tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, MAX_POSITION, MLP, 
 
 from llmctl.artifact.memory import MemoryPlan, activation_bytes, human_bytes, kv_bytes_per_token, plan_memory
 from llmctl.artifact.plan import plan_build
+from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
 from llmctl.graph.graph import Graph
+from llmctl.targets.base import BuildOptions
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +23,17 @@ def graph(checkpoints: dict[str, Path]) -> Graph:
     return plan_build(BuildConfig(model=str(checkpoints["dense"]))).graph
 
 
-def plan(graph: Graph, **changes: object) -> MemoryPlan:
-    settings = {"weights_bytes": 1000, "dtype": "float32", "budget": 10**9, **changes}
-    return plan_memory(graph, **settings)  # type: ignore[arg-type]
+class Machine:
+    """A target whose weights take 1000 bytes."""
+
+    def resident_bytes(self, *_: object) -> int:
+        return 1000
+
+
+def plan(graph: Graph, block_size: int = 16, **request: object) -> MemoryPlan:
+    options = BuildOptions("float32", MAX_POSITION, block_size, "float32", ())
+    wanted = EngineRequest(**{"budget": 10**9, **request})  # type: ignore[arg-type]
+    return plan_memory(graph, options, Machine(), wanted, ())  # type: ignore[arg-type]
 
 
 def test_kv_bytes_per_token(graph: Graph) -> None:

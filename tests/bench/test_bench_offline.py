@@ -11,19 +11,19 @@ import pytest
 from click.testing import Result
 
 from llmctl.bench.config import BenchThroughputConfig
-from llmctl.bench.inprocess import OpenedEngine, StepWork, open_engine, run_items
+from llmctl.bench.inprocess import BenchedEngine, StepWork, prepare_engine, run_items
 from llmctl.bench.workloads import WorkItem
 
 Bench = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def opened(tiny_engine: Path) -> OpenedEngine:
+def opened(tiny_engine: Path) -> BenchedEngine:
     config = BenchThroughputConfig(model=str(tiny_engine), kv_cache_memory="8MiB", max_num_batched_tokens=64)
-    return open_engine(config)
+    return prepare_engine(config)
 
 
-def test_every_token_has_a_timestamp_and_every_step_is_counted(opened: OpenedEngine) -> None:
+def test_every_token_has_a_timestamp_and_every_step_is_counted(opened: BenchedEngine) -> None:
     words = "the quick brown fox jumps over the lazy dog and then sits down to read a book about engines "
     items = [WorkItem(words * (1 + i % 3), 0, 3 + i) for i in range(6)]
     done: list[int] = []
@@ -138,7 +138,7 @@ def test_latency(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
 def test_usage_errors_before_the_engine_is_loaded(
     bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], said: str
 ) -> None:
-    monkeypatch.setattr("llmctl.artifact.runtimes.load_runtime", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llmctl.artifact.start.open_runtime", lambda *_, **__: pytest.fail("loaded"))
     result = bench(*(str(tiny_engine) if a == "ENGINE" else a for a in args))
     assert result.exit_code == 2, result.stderr
     assert said in result.stderr

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoint
+from llmctl.targets.cpu.load import engine_weights
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.config import BuildConfig
-from llmctl.targets.cpu.load import engine_weights
 from llmctl.targets.cpu.toolchain import find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")

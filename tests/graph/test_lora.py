@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_models import VOCAB, family_model
 
-from llmctl.artifact.runtimes import CheckpointWeights
+from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_models import logits_of, write_model
 
-from llmctl.artifact.runtimes import CheckpointWeights
+from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import QuantizeConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import tiny_checkpoint
 from llmctl.artifact.builder import plan_output
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.plan import BuildPlan
-from llmctl.artifact.runtimes import load_runtime
+from llmctl.artifact.start import open_runtime
+from llmctl.artifact.variant import with_options
 from llmctl.artifact.writer import write_engine
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig
@@ -20,7 +22,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize import heads
 from llmctl.quantize.evaluate import Protocol, measure_perplexity, perplexity_of
-from llmctl.targets.cpu.heads import HEADS, free_head, with_head
+from llmctl.targets.base import LM_HEADS
 from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.text.tokenizer import Tokenizer
 
@@ -57,10 +59,11 @@ def compare(plan: BuildPlan, path: Path, text: str = TEXT) -> heads.HeadComparis
     return found
 
 
-@pytest.mark.parametrize("lm_head", HEADS)
+@pytest.mark.parametrize("lm_head", LM_HEADS)
 def test_a_swapped_head_is_the_built_one(engine_with: Callable[[str], tuple[BuildPlan, Path]], lm_head: str) -> None:
     plan, path = engine_with("int8")
-    swapped, built = with_head(load_engine(path), plan, lm_head), load_engine(engine_with(lm_head)[1])
+    swapped = with_options(load_engine(path), plan, replace(plan.options, lm_head=lm_head))
+    built = load_engine(engine_with(lm_head)[1])
     assert swapped.manifest.options == built.manifest.options
     assert set(swapped.weights) == set(built.weights)
     for name, plane in built.weights.items():
@@ -76,12 +79,12 @@ def test_perplexities_are_those_of_the_built_engines(
 ) -> None:
     found = compare(*engine_with("int4"))
     assert found.chosen == "int4"
-    assert [h.lm_head for h in found.heads] == list(HEADS)
+    assert [h.lm_head for h in found.heads] == list(LM_HEADS)
     windows = Protocol(found.context, found.context).windows(
         Tokenizer.from_folder(model).encode(TEXT, add_special_tokens=False)[: found.tokens]
     )
     for head in found.heads:
-        engine = LLMEngine(load_runtime(load_engine(engine_with(head.lm_head)[1])), heads.SchedulerConfig())
+        engine = LLMEngine(open_runtime(load_engine(engine_with(head.lm_head)[1])), heads.SchedulerConfig())
         assert perplexity_of(engine, windows) == head.perplexity
         engine.close()
     assert [h.bytes for h in found.heads] == sorted((h.bytes for h in found.heads), reverse=True)
@@ -105,7 +108,7 @@ def test_a_large_model_is_measured_on_less_text(
 def test_nothing_to_compare(model: Path, tmp_path: Path) -> None:
     for options in ({"dtype": "float32"}, {"target": "reference"}, {"target": "cuda:sm_90"}):
         plan = plan_output(BuildConfig(**{"model": str(model), "output": str(tmp_path / "e"), **options}))
-        assert free_head(plan) is None
+        assert plan.target.lm_heads(plan.graph, plan.options) == ()
         assert heads.compare_heads(tmp_path, plan, Tokenizer.from_folder(model), TEXT, "builtin") is None
 
 

@@ -30,7 +30,7 @@ class Kind(IntEnum):
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-KV_TYPE = {"f32": 0, "bf16": 1, "int8": 2}
+KV_TYPE = {"f32": 0, "bf16": 1, "s8": 2}
 DTYPE = {"f32": 0, "bf16": 1, "f16": 2, "w4": 3, "w8": 4}
 
 

@@ -1,8 +1,8 @@
-"""How a Graph's weights lie in an engine for the native CPU kernels: formats, planes, packing.
+"""How a Graph's weights lie in an engine for the native CPU kernels: formats, planes, packing, kernel choices.
 
 A linear weight ``W`` is stored as ``W.tiles`` and, for integer formats, ``W.tile_scales``, ``W.tile_zeros`` and (only
-with act-order) ``W.permutation``; see ``layout``. Norm weights and biases are F32. Embedding tables are
-F32, or BF16 in a bfloat16 engine; a table that is also the output head is stored both ways.
+with act-order) ``W.permutation``; see ``layout.py``. Norm weights and biases are F32. Embedding tables are F32, or BF16
+in a bfloat16 engine; a table that is also the output head is stored both ways.
 
 In a ``float32`` engine every linear is dense float32 (for exactness). In a ``bfloat16`` engine quantized linears
 multiply their integer codes with int8 activations, dense ones are bfloat16.
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.artifact.manifest import BuildOptions
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op, Weight
+from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
     LinearFormat,
     PackedLinear,
@@ -28,15 +29,13 @@ from llmctl.targets.cpu.layout import (
     quantize_symmetric,
     to_planes,
 )
-from llmctl.targets.cuda.registry import KernelChoice, Refusal
-from llmctl.targets.planes import SAFETENSORS_DTYPE, Plane
+from llmctl.targets.planes import Plane
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _TABLES = frozenset({"embed", "pos_embed"})
 _HEAD_GROUP = 64
-_DENSE = {"float32": "f32", "bfloat16": "bf16"}
 _KERNEL = {"w4": "w4a8", "w8": "w8a8", "bf16": "bf16", "f32": "f32"}
 LM_HEAD_BITS = {"int8": 8, "int4": 4}
 
@@ -46,15 +45,26 @@ def linear_formats(graph: Graph, options: BuildOptions) -> dict[str, LinearForma
     return {op.weights[0]: _format(graph.weights[op.weights[0]], op, options) for op in graph.linears()}
 
 
+def linear_format(name: str, graph: Graph, options: BuildOptions) -> LinearFormat | None:
+    """The format of one weight; None when no linear reads it."""
+    op = next((op for op in graph.linears() if op.weights[0] == name), None)
+    return None if op is None else _format(graph.weights[name], op, options)
+
+
+def table_names(graph: Graph) -> set[str]:
+    """Weights that are looked up by row."""
+    return {op.weights[0] for op in graph.ops if op.kind in _TABLES}
+
+
 def cpu_planes(graph: Graph, options: BuildOptions) -> dict[str, tuple[Plane, ...]]:
     """Planes by weight name."""
     formats = linear_formats(graph, options)
-    tables = _table_names(graph)
+    tables = table_names(graph)
     planes: dict[str, tuple[Plane, ...]] = {}
     for name, weight in graph.weights.items():
         found: list[Plane] = []
         if name in tables:
-            found.append(Plane(name, weight.shape, (SAFETENSORS_DTYPE[options.dtype],)))
+            found.append(Plane(name, weight.shape, (DTYPES[options.dtype].safetensors,)))
         if name in formats:
             found += [Plane(f"{name}.{s}", shape, (d,)) for s, (d, shape) in formats[name].planes().items()]
         planes[name] = tuple(found) or (Plane(name, weight.shape, ("F32",)),)
@@ -74,36 +84,55 @@ def cpu_choices(graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]
 
 def pack_planes(weight: Tensor | QuantizedWeight, name: str, graph: Graph, options: BuildOptions) -> dict[str, Any]:
     """The planes of one weight, by plane name: arrays, or a tensor where the stored dtype is BF16."""
-    formats = linear_formats_of(name, graph, options)
+    fmt = linear_format(name, graph, options)
     planes: dict[str, Any] = {}
-    if name in _table_names(graph):
+    if name in table_names(graph):
         planes[name] = _dense(weight) if options.dtype == "float32" else _dense(weight).bfloat16()
-    if formats is not None:
-        packed = pack_linear(weight, formats)
+    if fmt is not None:
+        packed = pack_linear(weight, fmt)
         planes |= {f"{name}.{suffix}": array for suffix, array in to_planes(packed).items()}
     return planes or {name: _dense(weight)}
 
 
-def linear_formats_of(name: str, graph: Graph, options: BuildOptions) -> LinearFormat | None:
-    """The format of one weight; None when no linear reads it."""
-    op = next((op for op in graph.linears() if op.weights[0] == name), None)
-    return None if op is None else _format(graph.weights[name], op, options)
+def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLinear:
+    """One linear weight in its stored format."""
+    if not fmt.integer:
+        dense = _dense(weight).contiguous()
+        if fmt.dtype == "f32":
+            return pack_dense(dense.numpy(), "f32", gated=fmt.gated)
+        import torch
+
+        bits: NDArray[Any] = dense.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return pack_dense(bits, "bf16", gated=fmt.gated)
+    if not isinstance(weight, QuantizedWeight):
+        bits_wanted = 8 if fmt.dtype == "w8" else 4
+        codes, scales, zeros = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
+        return pack_int(codes, scales, zeros, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
+    g_idx = weight.g_idx.numpy() if weight.g_idx is not None else None
+    return pack_int(
+        weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(),
+        bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated, g_idx=g_idx,
+    )  # fmt: skip
 
 
-def dense_head(graph: Graph) -> str | None:
-    """The weight of the output head; None when the checkpoint quantizes it."""
-    name = next(op.weights[0] for op in graph.linears() if LOGITS in op.outputs)
-    return name if graph.weights[name].quant is None else None
+def packed_linears(graph: Graph, options: BuildOptions, planes: Mapping[str, NDArray[Any]]) -> dict[str, PackedLinear]:
+    """Every linear's packed weight over an engine's planes (plane name -> array)."""
+    result = {}
+    for name, fmt in linear_formats(graph, options).items():
+        result[name] = fmt.from_planes({suffix: planes[f"{name}.{suffix}"] for suffix in fmt.planes()})
+    return result
 
 
-def _table_names(graph: Graph) -> set[str]:
-    return {op.weights[0] for op in graph.ops if op.kind in _TABLES}
+def has_dense_head(graph: Graph) -> bool:
+    """Whether the checkpoint leaves the output head dense."""
+    head = next(op.weights[0] for op in graph.linears() if LOGITS in op.outputs)
+    return graph.weights[head].quant is None
 
 
 def _format(weight: Weight, op: Op, options: BuildOptions) -> LinearFormat:
     rows, columns = weight.shape
     gated = "epilogue" in op.attrs
-    dense = LinearFormat(_DENSE[options.dtype], (rows, columns), gated)
+    dense = LinearFormat(DTYPES[options.dtype].tag, (rows, columns), gated)
     if options.dtype == "float32":
         return dense
     scheme = weight.quant
@@ -139,32 +168,3 @@ def _refusals(graph: Graph, op: Op, options: BuildOptions) -> tuple[Refusal, ...
 
 def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.float()
-
-
-def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLinear:
-    """One linear weight in its stored format."""
-    if not fmt.integer:
-        dense = _dense(weight).contiguous()
-        if fmt.dtype == "f32":
-            return pack_dense(dense.numpy(), "f32", gated=fmt.gated)
-        import torch
-
-        bits: NDArray[Any] = dense.bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return pack_dense(bits, "bf16", gated=fmt.gated)
-    if not isinstance(weight, QuantizedWeight):
-        bits_wanted = 8 if fmt.dtype == "w8" else 4
-        codes, scales, zeros = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
-        return pack_int(codes, scales, zeros, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
-    g_idx = weight.g_idx.numpy() if weight.g_idx is not None else None
-    return pack_int(
-        weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(),
-        bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated, g_idx=g_idx,
-    )  # fmt: skip
-
-
-def packed_linears(graph: Graph, options: BuildOptions, planes: Mapping[str, NDArray[Any]]) -> dict[str, PackedLinear]:
-    """Every linear's packed weight over an engine's planes (plane name -> array)."""
-    result = {}
-    for name, fmt in linear_formats(graph, options).items():
-        result[name] = fmt.from_planes({suffix: planes[f"{name}.{suffix}"] for suffix in fmt.planes()})
-    return result

@@ -69,7 +69,7 @@ class CpuRuntime:
         """Plan the buffers, allocate arena and KV cache, bind the ops.
 
         Args:
-            library: the compiled kernels. kv_dtype: ``bf16``, ``f32`` or ``int8``.
+            library: the compiled kernels. kv_dtype: ``bf16``, ``f32`` or ``s8``.
             threads: native threads, the caller's included.
 
         Raises:
@@ -237,7 +237,7 @@ class CpuRuntime:
         descs, total = [], 0
         for layer in graph.kv:
             padded = layer.head_dim + -layer.head_dim % 16
-            token_bytes = padded + 4 if dtype == "int8" else padded * (2 if dtype == "bf16" else 4)
+            token_bytes = padded + 4 if dtype == "s8" else padded * (2 if dtype == "bf16" else 4)
             size = 2 * num_blocks * block_size * layer.kv_heads * token_bytes
             # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
             base = self._pointer(_aligned(size))

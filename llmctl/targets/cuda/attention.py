@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmctl.graph.dtypes import BY_TAG
+
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
-KV_TAGS = {"f16": 2, "bf16": 2, "s8": 1, "e4m3": 1}
-"""Cache element types by the name they have in entry points, and their bytes."""
 UNIT = 16
 """Positions a cache unit: what one warp loads at a time."""
 
@@ -31,7 +31,7 @@ class AttentionShape:
     """What an attention op's kernels are chosen by.
 
     Attributes:
-        tag: ``f16`` or ``bf16``, of queries and output. kv_tag: one of ``KV_TAGS``, of the cache.
+        tag: ``f16`` or ``bf16``, of queries and output. kv_tag: that, ``s8`` or ``e4m3``, of the cache.
 
     Raises:
         ValueError: what the kernels do not serve, and what they do.
@@ -77,7 +77,7 @@ class AttentionShape:
 
     @property
     def _cache_row(self) -> int:
-        return (self.head_dim * KV_TAGS[self.kv_tag] // 16 | 1) * 16
+        return (self.head_dim * BY_TAG[self.kv_tag].nbytes // 16 | 1) * 16
 
     @property
     def _query_row(self) -> int:

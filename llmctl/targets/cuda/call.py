@@ -15,20 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmctl.graph.dtypes import BY_TAG
+
 Sizes = Mapping[str, int]
 
-_DTYPES = {
-    "f16": ("torch.float16",),
-    "bf16": ("torch.bfloat16",),
-    "f32": ("torch.float32",),
-    "e4m3": ("torch.float8_e4m3fn",),
-    "s8": ("torch.int8",),
-    "u8": ("torch.uint8",),
-    "i32": ("torch.int32",),
-    "i64": ("torch.int64",),
-    "u32": ("torch.uint32", "torch.int32"),
-    "u64": ("torch.uint64", "torch.int64"),
-}
+_SIGNED = {"u32": "int32", "u64": "int64"}  # older torch makes no unsigned tensors of these
 _SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "f32": np.float32}
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -38,7 +29,7 @@ class Array:
     """A pointer parameter.
 
     Attributes:
-        dtype: a key of the kernels' type names (f16, s8, …).
+        dtype: a tag of ``graph.dtypes`` (f16, s8, …).
         shape: sizes, each a number, a name, or a formula of names: ``heads*head_dim``, ``k/2`` (whole), ``vocab/+32``
             (rounded up), ``rows+1``. A name stands for the same size wherever it is used, scalars included.
         use: ``read``; ``write``, every element; or ``update``.
@@ -191,8 +182,9 @@ class _Check:
                 self.refuse(p.name, "elements of its own", "an expanded tensor")
 
     def _array(self, p: Array, tensor: Any) -> None:
-        if str(tensor.dtype) not in _DTYPES[p.dtype]:
-            self.refuse(p.name, _DTYPES[p.dtype][0].removeprefix("torch."), str(tensor.dtype).removeprefix("torch."))
+        wanted, found = BY_TAG[p.dtype].torch, str(tensor.dtype).removeprefix("torch.")
+        if found not in (wanted, _SIGNED.get(p.dtype)):
+            self.refuse(p.name, wanted, found)
         if len(tensor.shape) != len(p.shape):
             self.refuse(p.name, f"[{', '.join(p.shape)}]", f"{len(tensor.shape)} dimensions")
         first = self.tensors[0]

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmctl.errors import CompileError, UsageError
+from llmctl.targets.base import CompileProgress, KernelResources
 from llmctl.targets.cuda.nvrtc import load_nvrtc
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -33,18 +34,6 @@ _FRAME = re.compile(
 )
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(?P<bytes>\d+) bytes smem")
-
-
-@dataclass(frozen=True)
-class KernelResources:
-    """What one kernel uses on one architecture, as ptxas reports it: registers a thread, bytes a block or thread."""
-
-    name: str
-    registers: int
-    shared_bytes: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
 
 
 @dataclass(frozen=True)
@@ -96,13 +85,23 @@ def source_hash(source: str, source_dir: Path = SOURCE_DIR) -> str:
 
 
 def compile_modules(
-    sources: Iterable[str], archs: Iterable[str], *, cache: Path | None = None, source_dir: Path = SOURCE_DIR
+    sources: Iterable[str],
+    archs: Iterable[str],
+    *,
+    cache: Path | None = None,
+    source_dir: Path = SOURCE_DIR,
+    progress: CompileProgress | None = None,
 ) -> list[CompiledModule]:
     """``compile_module`` for every file and architecture, several at a time; in the order of files, then archs."""
     archs = tuple(archs)
     jobs = [(source, arch) for source in sources for arch in archs]
+    modules: list[CompiledModule] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return list(pool.map(lambda job: compile_module(*job, cache=cache, source_dir=source_dir), jobs))
+        for module in pool.map(lambda job: compile_module(*job, cache=cache, source_dir=source_dir), jobs):
+            modules.append(module)
+            if progress is not None:
+                progress(module.filename, len(modules), len(jobs))
+    return modules
 
 
 def compile_module(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Weight
 from llmctl.targets.cuda.layout import TILE, CudaFormat
 
-TAG = {"float16": "f16", "bfloat16": "bf16"}
+HALVES = ("float16", "bfloat16")
+"""What the kernels compute with."""
 ACTIVATION = {"": 0, "silu_mul": 1, "gelu_mul": 2, "gelu_tanh_mul": 3, "relu_mul": 4}
 """The kernels' number of an epilogue."""
 STREAM_ROWS = 16
@@ -70,7 +72,7 @@ def weight_format(weight: Weight, *, gated: bool) -> CudaFormat:
 
 def gemm_entries(fmt: CudaFormat, dtype: str) -> tuple[str, ...]:
     """Every entry point that a weight of a format may need, whatever the rows of x."""
-    tag = TAG[dtype]
+    tag = DTYPES[dtype].tag
     plans = [plan_gemm(fmt, dtype, m).entry for m in (1, STREAM_ROWS, STREAM_ROWS + 1, GEMM_ROWS)]
     permute = (f"permute_columns_{tag}",) if fmt.permuted else ()
     return (*plans, f"dequantize_w{fmt.bits}_{tag}", *permute)
@@ -83,7 +85,7 @@ def gemm_sources(fmt: CudaFormat) -> tuple[str, ...]:
 
 def int8_entries(dtype: str) -> tuple[str, ...]:
     """Every entry point that an 8-bit weight may need for int8 rows of x."""
-    return tuple(f"w8a8_gemm_{TAG[dtype]}_t{tokens}" for tokens in INT8_TOKENS)
+    return tuple(f"w8a8_gemm_{DTYPES[dtype].tag}_t{tokens}" for tokens in INT8_TOKENS)
 
 
 def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
@@ -97,7 +99,7 @@ def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> Gem
     stage = chunks * 128 * fmt.bits + chunks // inner * TILE * 3
     rows = 8 if m <= 8 else 16
     return GemmPlan(
-        entry=f"w{fmt.bits}a16_stream_{TAG[dtype]}_g{32 * inner}_m{rows}",
+        entry=f"w{fmt.bits}a16_stream_{DTYPES[dtype].tag}_g{32 * inner}_m{rows}",
         grid=(tiles, splits, 1),
         threads=32 * warps,
         shared=warps * _STREAM_STAGES * stage,
@@ -122,7 +124,7 @@ def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: i
     halves = 2 if paired else 1
     splits = shares // halves
     return GemmPlan(
-        entry=f"w{fmt.bits}a{8 if int8 else 16}_gemm_{TAG[dtype]}_t{tokens}",
+        entry=f"w{fmt.bits}a{8 if int8 else 16}_gemm_{DTYPES[dtype].tag}_t{tokens}",
         grid=(columns, rows, splits),
         threads=_HALF_THREADS * halves,
         shared=shared * halves,

@@ -1,51 +1,68 @@
-"""How quantized weights lie in an engine for the CUDA kernels: ``W.tiles``, ``W.tile_scales``, ``W.tile_zeros`` (absent
-when symmetric) and ``W.permutation`` (only with act-order); see ``layout``.
+"""How weights lie in an engine for the CUDA kernels: ``W.tiles``, ``W.tile_scales``, ``W.tile_zeros`` (absent when
+symmetric) and ``W.permutation`` (only with act-order) of a quantized one; see ``layout.py``.
 
-Every linear is stored so, unless the kernels cannot take its format: then it keeps the planes of ``targets.planes``.
-Dense weights are as there, too.
+Every quantized linear is stored so, unless the kernels cannot take its format: then its planes are plain ones
+(``reference/planes.py``), as those of dense weights are, in the compute dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
+from llmctl.targets.base import BuildOptions, PlaneContent, Read
 from llmctl.targets.cuda.gemm import weight_format
 from llmctl.targets.cuda.layout import CudaFormat, CudaLinear, from_planes, pack
-from llmctl.targets.planes import Plane
+from llmctl.targets.planes import Describe, Plane
+from llmctl.targets.reference.planes import pack_plain, plain_planes
+
+
+def cuda_format(name: str, graph: Graph) -> CudaFormat | None:
+    """The packed format of a weight; None where the kernels do not take it (the registry records why)."""
+    weight = graph.weights[name]
+    op = next((op for op in graph.linears() if op.weights[0] == name), None)
+    if op is None or weight.quant is None:
+        return None
+    try:
+        return weight_format(weight, gated="epilogue" in op.attrs)
+    except ValueError:
+        return None
 
 
 def cuda_formats(graph: Graph) -> dict[str, CudaFormat]:
     """Stored format by weight name, for every quantized weight that the kernels take."""
-    formats = {}
-    for op in graph.linears():
-        weight = graph.weights[op.weights[0]]
-        if weight.quant is None:
-            continue
-        try:
-            formats[weight.name] = weight_format(weight, gated="epilogue" in op.attrs)
-        except ValueError:
-            continue  # the registry records the reason
-    return formats
+    names = dict.fromkeys(op.weights[0] for op in graph.linears())
+    return {name: fmt for name in names if (fmt := cuda_format(name, graph)) is not None}
 
 
-def cuda_planes(graph: Graph, planes: Mapping[str, tuple[Plane, ...]]) -> dict[str, tuple[Plane, ...]]:
-    """Planes by weight name: those given, but for the weights that are stored for the kernels."""
+def cuda_planes(graph: Graph, options: BuildOptions, describe: Describe | None) -> dict[str, tuple[Plane, ...]]:
+    """Planes by weight name; ``describe`` as for ``plain_planes``."""
     formats = cuda_formats(graph)
     return {
         name: tuple(Plane(f"{name}.{s}", shape, (dtype,)) for s, (dtype, shape) in formats[name].planes().items())
         if name in formats
-        else found
-        for name, found in planes.items()
+        else plain
+        for name, plain in plain_planes(graph, (DTYPES[options.dtype].safetensors,), describe).items()
     }
 
 
-def pack_planes(weight: QuantizedWeight, fmt: CudaFormat) -> dict[str, NDArray[Any]]:
-    """The planes of one weight, by suffix."""
+def pack_cuda(name: str, read: Read, planes: Sequence[Plane], graph: Graph) -> dict[str, PlaneContent]:
+    """The planes of one weight, by plane name."""
+    fmt = cuda_format(name, graph)
+    if fmt is None:
+        return pack_plain(graph.weights[name], read, planes)
+    weight = read()
+    assert isinstance(weight, QuantizedWeight)
+    return {f"{name}.{suffix}": array for suffix, array in pack_weight(weight, fmt).items()}
+
+
+def pack_weight(weight: QuantizedWeight, fmt: CudaFormat) -> dict[str, NDArray[Any]]:
+    """The packed planes of one weight, by suffix."""
     g_idx = None if weight.g_idx is None else weight.g_idx.numpy()
     return pack(weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(), fmt, g_idx).planes()
 

@@ -1,4 +1,4 @@
-"""Which kernel serves which op on which device, and why the others refused.
+"""Which CUDA kernel serves which op, and why the others refused.
 
 A candidate looks at an op's facts and either takes it or gives its reason in one line. The choice and every reason are
 recorded in the engine's manifest, so that "why is this layer slow?" has an answer without a debugger.
@@ -6,17 +6,16 @@ recorded in the engine's manifest, so that "why is this layer slow?" has an answ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.targets.base import FALLBACK, KernelChoice, Refusal
 from llmctl.targets.cuda.attention import AttentionShape
-from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
+from llmctl.targets.cuda.gemm import GEMM_ROWS, HALVES, gemm_entries, gemm_sources, int8_entries, weight_format
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import MAX_RANK, RANK_MULTIPLE, lora_entries
-
-FALLBACK = "torch"
-"""The kernel name of an op that a runtime executes with torch's own operators."""
 
 SAMPLER_OPS = (
     Op("sample", "sample", (LOGITS,), ("tokens",)),
@@ -24,37 +23,6 @@ SAMPLER_OPS = (
     Op("logprobs", "logprobs", (LOGITS, "tokens"), ("logprobs",)),
 )
 """What a runtime does with a step's logits: no part of any graph, but a part of every engine."""
-
-_TAG = {"float16": "f16", "bfloat16": "bf16"}
-_KV_TAG = {**_TAG, "int8": "s8", "fp8_e4m3": "e4m3"}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A candidate that did not take an op, and why."""
-
-    kernel: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """What executes one op.
-
-    Attributes:
-        op: the op's name.
-        kernel: candidate that took it, or ``FALLBACK``.
-        entries: entry points in the compiled modules. sources: files those are compiled from.
-        max_rows: rows of input up to which the kernel serves, beyond which ``FALLBACK`` does; 0 means any number.
-        refused: the other candidates for this kind of op.
-    """
-
-    op: str
-    kernel: str
-    entries: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    max_rows: int = 0
-    refused: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +39,12 @@ class OpFacts:
     @property
     def tag(self) -> str:
         """The activation dtype as entry points spell it."""
-        return _TAG[self.dtype]
+        return DTYPES[self.dtype].tag
 
     @property
     def kv_tag(self) -> str:
-        """The KV cache's dtype as entry points spell it; "" when no kernel knows it."""
-        return _KV_TAG.get(self.dtype if self.kv_dtype == "auto" else self.kv_dtype, "")
+        """The KV cache's dtype as entry points spell it."""
+        return DTYPES[self.dtype if self.kv_dtype == "auto" else self.kv_dtype].tag
 
     @property
     def width(self) -> int:
@@ -90,7 +58,6 @@ class Kernel:
     ``sources`` the files those are in."""
 
     name: str
-    device: str
     sources: Callable[[OpFacts], tuple[str, ...]]
     kinds: frozenset[str]
     refuse: Callable[[OpFacts], str | None]
@@ -105,8 +72,8 @@ def files(*names: str) -> Callable[[OpFacts], tuple[str, ...]]:
 
 def refuse_dtype(facts: OpFacts) -> str | None:
     """Why kernels for 16-bit activations cannot serve an op."""
-    if facts.dtype not in _TAG:
-        return f"activations are {facts.dtype}; the kernel takes {' or '.join(_TAG)}"
+    if facts.dtype not in HALVES:
+        return f"activations are {facts.dtype}; the kernel takes {' or '.join(HALVES)}"
     return None
 
 
@@ -125,7 +92,7 @@ def _refuse_rope_kv(facts: OpFacts) -> str | None:
     dim = facts.op.attrs.get("head_dim") or facts.graph.kv[facts.op.attrs["layer"]].head_dim
     if dim % 4 or dim > 256:
         return f"head size {dim}; the kernel takes multiples of 4 up to 256"
-    if facts.op.kind != "rope" and facts.dtype in _TAG and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
+    if facts.op.kind != "rope" and facts.dtype in HALVES and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
         return f"the KV cache is {facts.kv_dtype}; the kernel stores {facts.dtype}, int8 or fp8_e4m3"
     return refuse_dtype(facts)
 
@@ -136,7 +103,7 @@ def _attention_shape(facts: OpFacts) -> AttentionShape:
 
 
 def _refuse_attention(facts: OpFacts) -> str | None:
-    if facts.dtype not in _TAG:
+    if facts.dtype not in HALVES:
         return refuse_dtype(facts)
     if facts.kv_tag not in (facts.tag, "s8", "e4m3"):
         return f"the KV cache is {facts.kv_dtype}; the kernels read {facts.dtype}, int8 or fp8_e4m3"
@@ -230,7 +197,6 @@ def _gemm(bits: int) -> Kernel:
     """Integer weights by 16-bit activations; beyond ``max_rows`` torch multiplies weights dequantized into scratch."""
     return Kernel(
         f"w{bits}a16",
-        "cuda",
         lambda facts: gemm_sources(_gemm_format(facts)),
         frozenset({"linear"}),
         _refuse_gemm(bits),
@@ -243,7 +209,7 @@ def _cuda(
     name: str, source: str, kinds: str, refuse: Callable[[OpFacts], str | None],
     entries: Callable[[OpFacts], tuple[str, ...]],
 ) -> Kernel:  # fmt: skip
-    return Kernel(name, "cuda", files(source), frozenset(kinds.split()), refuse, entries)
+    return Kernel(name, files(source), frozenset(kinds.split()), refuse, entries)
 
 
 KERNELS: tuple[Kernel, ...] = (
@@ -254,7 +220,7 @@ KERNELS: tuple[Kernel, ...] = (
           _kind_entries),
     _cuda("head_rms_norm", "norm.cu", "head_rms_norm", _refuse_head_norm, _kind_entries),
     _cuda("rope_kv", "rope_kv.cu", "rope kv_write rope_kv_write", _refuse_rope_kv, _rope_kv_entries),
-    Kernel("paged_attention", "cuda", lambda f: _attention_shape(f).sources, frozenset({"attention"}),
+    Kernel("paged_attention", lambda f: _attention_shape(f).sources, frozenset({"attention"}),
            _refuse_attention, _attention_entries),
     _cuda("elementwise", "elementwise.cu", "act act_mul mul add", _refuse_width, _elementwise_entries),
     _cuda("quantize_rows", "quantize_rows.cu", "quantize act_mul_s8", _refuse_width,
@@ -271,11 +237,11 @@ KERNELS: tuple[Kernel, ...] = (
 )  # fmt: skip
 
 
-def choose(facts: OpFacts, device: str) -> KernelChoice:
-    """The first kernel of ``device`` that takes the op, else ``FALLBACK``, with every refusal before it."""
+def choose(facts: OpFacts) -> KernelChoice:
+    """The first kernel that takes the op, else ``FALLBACK``, with every refusal before it."""
     refused: list[Refusal] = []
     for kernel in KERNELS:
-        if kernel.device != device or facts.op.kind not in kernel.kinds:
+        if facts.op.kind not in kernel.kinds:
             continue
         reason = kernel.refuse(facts)
         if reason is None:
@@ -291,14 +257,11 @@ def choose(facts: OpFacts, device: str) -> KernelChoice:
     return KernelChoice(facts.op.name, FALLBACK, refused=tuple(refused))
 
 
-def choose_all(
-    graph: Graph, dtype: str, device: str, kv_dtype: str = "auto", block_size: int = 16
-) -> tuple[KernelChoice, ...]:
-    """``choose`` for every op of a graph, in execution order, and on a cuda device for sampling after them."""
-    ops = (*graph.ops, *(SAMPLER_OPS if device == "cuda" else ()))
-    return tuple(choose(OpFacts(op, graph, dtype, kv_dtype, block_size), device) for op in ops)
+def choose_all(graph: Graph, dtype: str, kv_dtype: str = "auto", block_size: int = 16) -> tuple[KernelChoice, ...]:
+    """``choose`` for every op of a graph, in execution order, and for sampling after them."""
+    return tuple(choose(OpFacts(op, graph, dtype, kv_dtype, block_size)) for op in (*graph.ops, *SAMPLER_OPS))
 
 
-def sources_of(choices: tuple[KernelChoice, ...]) -> tuple[str, ...]:
+def sources_of(choices: Iterable[KernelChoice]) -> tuple[str, ...]:
     """Source files that the chosen kernels are compiled from, sorted."""
     return tuple(sorted({source for choice in choices for source in choice.sources}))

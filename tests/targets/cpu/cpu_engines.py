@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
-from llmctl.artifact.runtimes import load_runtime
+from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
 from llmctl.config import BuildConfig
 from llmctl.targets.cpu.runtime import CpuRuntime
 
@@ -20,6 +21,7 @@ def cpu_runtime(model: Path, threads: int = 2, target: str = "cpu", **options: o
     _FOLDERS.append(TemporaryDirectory())
     output = Path(_FOLDERS[-1].name) / "engine"
     build_engine(BuildConfig(model=str(model), target=target, output=str(output), **options))  # type: ignore[arg-type]
-    runtime = load_runtime(load_engine(output, kv_cache_bytes=_KV_BYTES, max_num_seqs=8), threads=threads)
+    engine = load_engine(output, EngineRequest(kv_cache_bytes=_KV_BYTES, max_num_seqs=8))
+    runtime = open_runtime(engine, threads=threads)
     assert isinstance(runtime, CpuRuntime)
     return runtime

@@ -23,9 +23,9 @@ from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan, StepResul
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Buffer, Graph, KVLayer, Op, Weight, WeightPart
 from llmctl.targets.cpu import runtime as cpu
+from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import PackedLinear, pack_int
 from llmctl.targets.cpu.toolchain import Variant, compile_library, find_compiler, variants_to_test
-from llmctl.targets.device import cpu_features
 
 Floats = NDArray[np.float32]
 VARIANTS = variants_to_test(cpu_features()) if find_compiler() else ()

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from runtime_stepping import greedy
 
 from llmctl.artifact.builder import build_engine
-from llmctl.artifact.runtimes import runtime_from_checkpoint
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
+from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.runtime import CpuRuntime
 from llmctl.targets.cpu.toolchain import VARIANTS, find_compiler, supported_variants
-from llmctl.targets.device import cpu_features
+from llmctl.targets.reference.weights import checkpoint_runtime
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 
@@ -91,7 +91,7 @@ def generate(runtime: Runtime, prompt: list[int], steps: int, first_block: int =
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_equal_the_reference_runtime(case: str) -> None:
-    reference = runtime_from_checkpoint(family_model(case).checkpoint, num_blocks=16)
+    reference = checkpoint_runtime(family_model(case).checkpoint, num_blocks=16)
     prompt = tokens(19, 7)
     assert generate(exact_runtime(case), prompt, 48) == generate(reference, prompt, 48)
 
@@ -205,7 +205,7 @@ SAMPLING = [
 @pytest.mark.parametrize("asked", SAMPLING, ids=lambda a: "+".join(a) or "temperature")
 def test_sampling_equals_the_reference_sampler(asked: dict[str, np.generic]) -> None:
     """The same draws from (nearly) the same logits: all but the odd token on a rounding edge."""
-    reference = runtime_from_checkpoint(family_model("llama").checkpoint, num_blocks=64)
+    reference = checkpoint_runtime(family_model("llama").checkpoint, num_blocks=64)
     prompt, rows = tokens(12, 3), 8
     same = 0
     for trial in range(12):
@@ -222,7 +222,7 @@ def test_sampling_equals_the_reference_sampler(asked: dict[str, np.generic]) -> 
 
 
 def test_penalties_bias_mask_and_logprobs_equal_the_reference() -> None:
-    reference = runtime_from_checkpoint(family_model("qwen2").checkpoint, num_blocks=64)
+    reference = checkpoint_runtime(family_model("qwen2").checkpoint, num_blocks=64)
     rng = np.random.default_rng(0)
     rows = 4
     batch = SamplingBatch(
@@ -277,9 +277,10 @@ def test_a_cpu_engine_runs_without_torch(tmp_path: Path) -> None:
     build_engine(BuildConfig(model=str(_quantized(4, 32, False)), target="cpu", output=str(output)))
     code = (
         "import sys, numpy as np\nfrom pathlib import Path\n"
-        "from llmctl.artifact.loader import load_engine\nfrom llmctl.artifact.runtimes import load_runtime\n"
+        "from llmctl.artifact.loader import load_engine\nfrom llmctl.artifact.request import EngineRequest\n"
+        "from llmctl.artifact.start import open_runtime\n"
         "from llmctl.engine.step import *\n"
-        "runtime = load_runtime(load_engine(Path(sys.argv[1]), kv_cache_bytes=1 << 20))\n"
+        "runtime = open_runtime(load_engine(Path(sys.argv[1]), EngineRequest(kv_cache_bytes=1 << 20)))\n"
         "batch = SamplingBatch(np.zeros(1, np.float32), np.zeros(1, np.uint64), np.zeros(1, np.int64))\n"
         "runtime.execute(StepPlan((SequenceSlice('a', [1, 2], 0, [0], True),)), batch).result()\n"
         "heavy = {'torch', 'transformers', 'cupy'} & set(sys.modules)\nsys.exit(f'imported {heavy}' if heavy else 0)\n"

@@ -63,12 +63,12 @@ def content(kind: str, shape: Shape, positions: int, sequences: int, kv_dtype: s
         # bf16: q, k, v and the softmax's weights each carry half an ulp, 2^-9.
         # int8: expected_rows rounds K and V as the cache does, but for values between two codes, which a fused
         # multiply-add may round the other way: one code is 1/127. Queries are 8-bit codes too, not rounded there.
-        bound = {"bf16": 2e-2, "int8": 1e-2, "f32": 4e-6}[kv_dtype]
+        bound = {"bf16": 2e-2, "s8": 1e-2, "f32": 4e-6}[kv_dtype]
     else:
         k = rng.choice([-1.0, 1.0], kv)
         v, token = rng.integers(-60, 60, kv), rng.integers(-60, 60, (sequences, *kv[1:]))
         v[..., 0], token[..., 0] = 127, 0  # an int8 cache then has the scale 1, and no value lies between two codes
-        q, bound = np.zeros((positions, shape.heads, dim)), 1e-4 if kv_dtype == "int8" else 1e-6
+        q, bound = np.zeros((positions, shape.heads, dim)), 1e-4 if kv_dtype == "s8" else 1e-6
         if kind == "retrieval":
             for position in range(positions):
                 first = max(0, position - shape.window + 1) if shape.window else 0
@@ -93,7 +93,7 @@ def round_int8(x: Floats) -> Floats:
 
 def expected_rows(c: Content, shape: Shape, sequence: int, positions: range, kv_dtype: str) -> np.ndarray:
     """float64 attention of one sequence's positions, [len, heads * dim]."""
-    stored = {"bf16": round_bf16, "int8": round_int8, "f32": lambda x: x}[kv_dtype]
+    stored = {"bf16": round_bf16, "s8": round_int8, "f32": lambda x: x}[kv_dtype]
     k, v = stored(c.k).astype(np.float64), stored(c.v + c.v_token[sequence]).astype(np.float64)
     group = shape.heads // shape.kv_heads
     out = np.zeros((len(positions), shape.heads, shape.dim))
@@ -194,7 +194,7 @@ def check(
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 2), (3, 1), (6, 2), (4, 1), (7, 1), (8, 1), (12, 1)])
 def test_grouped_heads(variant: Variant, kv_dtype: str, heads: int, kv_heads: int) -> None:
     for kind in ("uniform", "retrieval", "random"):
@@ -202,7 +202,7 @@ def test_grouped_heads(variant: Variant, kv_dtype: str, heads: int, kv_heads: in
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize("dim", [80, 96, 128, 256])
 def test_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
     for kind in ("uniform", "retrieval", "random"):
@@ -210,7 +210,7 @@ def test_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize("dim", [4, 12, 14, 18])
 def test_odd_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
     """Too few dimensions to tell random keys apart: no retrieval."""
@@ -219,7 +219,7 @@ def test_odd_head_sizes(variant: Variant, kv_dtype: str, dim: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize("window", [1, 7, 16, 17, 40])
 def test_sliding_window(variant: Variant, kv_dtype: str, window: int) -> None:
     for kind in ("uniform", "retrieval", "random"):
@@ -227,7 +227,7 @@ def test_sliding_window(variant: Variant, kv_dtype: str, window: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize("softcap", [1.5, 30.0])
 def test_softcap_and_scale(variant: Variant, kv_dtype: str, softcap: float) -> None:
     for kind in ("uniform", "random"):
@@ -235,7 +235,7 @@ def test_softcap_and_scale(variant: Variant, kv_dtype: str, softcap: float) -> N
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize("length", [15, 16, 17, 31, 32, 33])
 def test_lengths_at_block_edges(variant: Variant, kv_dtype: str, length: int) -> None:
     for kind in ("uniform", "retrieval"):
@@ -243,7 +243,7 @@ def test_lengths_at_block_edges(variant: Variant, kv_dtype: str, length: int) ->
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize(("window", "threads"), [(0, 1), (0, 3), (270, 2)])
 def test_long_contexts(variant: Variant, kv_dtype: str, window: int, threads: int) -> None:
     """Several segments of keys: alone (cut among the threads) and in a batch, decode and prefill."""
@@ -269,7 +269,7 @@ def test_long_contexts(variant: Variant, kv_dtype: str, window: int, threads: in
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "group"), [(4, 2, 64), (4, 2, 128), (3, 1, 64), (8, 1, 32), (12, 1, 64)])
 def test_attention_that_quantizes(variant: Variant, kv_dtype: str, heads: int, kv_heads: int, group: int) -> None:
     """Attention may write the next linear's int8 operand itself: the codes of its float output."""
@@ -285,7 +285,7 @@ def test_attention_that_quantizes(variant: Variant, kv_dtype: str, heads: int, k
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 def test_slot_minus_one_writes_nothing(variant: Variant, kv_dtype: str) -> None:
     """Padding tokens in the middle of a sequence leave its keys and values, and every other block, as they were."""
     shape = Shape(3, 1, 64)
@@ -303,7 +303,7 @@ def test_slot_minus_one_writes_nothing(variant: Variant, kv_dtype: str) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "s8"])
 @pytest.mark.parametrize("dim", [64, 14])
 def test_fused_rope_and_write_equals_the_two_apart(variant: Variant, kv_dtype: str, dim: int) -> None:
     """Bit for bit, through the attention that reads what was written."""
@@ -337,10 +337,10 @@ def test_fused_rope_and_write_equals_the_two_apart(variant: Variant, kv_dtype: s
 def test_infinities_of_a_former_owner_do_no_harm(variant: Variant) -> None:
     """An int8 block that held infinite values is given to another sequence, shorter than the block."""
     shape = Shape(3, 1, 64)
-    c = content("uniform", shape, 40, 2, "int8")
-    expected = expected_rows(c, shape, 0, range(5), "int8")
+    c = content("uniform", shape, 40, 2, "s8")
+    expected = expected_rows(c, shape, 0, range(5), "s8")
     c.v_token[1] = np.inf
-    native = bind(c, shape, variant, "int8", num_blocks=1)
+    native = bind(c, shape, variant, "s8", num_blocks=1)
     native.step(SequenceSlice("b", [1] * 16, 0, [0], False))
     found = native.step(SequenceSlice("a", [0] * 5, 0, [0], False))
     assert np.abs(found - expected).max() <= c.bound * np.abs(c.v).max()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+from llmctl.targets.cpu.weights import engine_weights
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
+from llmctl.artifact.request import EngineRequest
 from llmctl.config import BuildConfig
 from llmctl.targets.cpu.binding import Lowering, plan_arena
-from llmctl.targets.cpu.load import engine_weights
 from llmctl.targets.cpu.toolchain import find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
@@ -23,8 +24,8 @@ def test_what_the_tail_reads_outlives_every_chunk_of_rows(tmp_path: Path, lm_hea
     """Scoring more rows than fit at once runs the tail again: its outputs must not lie on its first input."""
     model = tiny_checkpoint.write_gptq(tmp_path / "model")
     config = BuildConfig(model=str(model), target="cpu", lm_head=lm_head, output=str(tmp_path / "engine"))
-    engine = load_engine(build_engine(config), kv_cache_bytes=1 << 20)
-    lowering = Lowering(engine.graph, engine_weights(engine).linears)
+    engine = load_engine(build_engine(config), EngineRequest(kv_cache_bytes=1 << 20))
+    lowering = Lowering(engine.graph, engine_weights(engine.graph, engine.options, engine.weights).linears)
     bound = lowering.run()
     plan_arena(lowering.storages, tokens, rows)
     read = {id(v.storage): v.storage for b in bound if b.on_rows for v in b.views.values() if not v.storage.on_rows}

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 from tiny_checkpoint import write_gptq
 
-from llmctl.artifact import builder, writer
+from llmctl.artifact import builder
 from llmctl.artifact.loader import read_manifest
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
+from llmctl.targets.cuda import target
 from llmctl.targets.cuda.layout import unpack
 from llmctl.targets.cuda.planes import cuda_formats, packed_linears
 
 
 def build(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(writer, "compile_modules", lambda *_args, **_options: [])
+    monkeypatch.setattr(target, "compile_modules", lambda *_args, **_options: [])
     return builder.build_engine(
         BuildConfig(model=str(model), output=str(output), target="cuda:sm_90", dtype="float16", max_model_len=64)
     )

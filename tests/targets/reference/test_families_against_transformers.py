@@ -8,16 +8,16 @@ import torch
 from family_models import CASES, VOCAB, family_model
 from runtime_stepping import Pieces, paged_logits
 
-from llmctl.artifact.runtimes import runtime_from_checkpoint
 from llmctl.graph.passes import DEFAULT_PASSES
 from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import checkpoint_runtime
 
 TOLERANCE = 1e-4
 
 
 def make_runtime(case: str, passes: tuple[str, ...], block_size: int = 4) -> ReferenceRuntime:
     checkpoint = family_model(case).checkpoint
-    return runtime_from_checkpoint(checkpoint, passes=passes, num_blocks=64, block_size=block_size)
+    return checkpoint_runtime(checkpoint, passes=passes, num_blocks=64, block_size=block_size)
 
 
 def tokens(length: int, seed: int) -> list[int]:
@@ -90,7 +90,7 @@ def test_the_window_is_seen() -> None:
 def test_sixteen_bit_is_close(case: str, dtype: str) -> None:
     """A 16-bit run is within a few units of that format's precision of the float32 logits."""
     model = family_model(case)
-    runtime = runtime_from_checkpoint(model.checkpoint, dtype=dtype, num_blocks=64, block_size=4)
+    runtime = checkpoint_runtime(model.checkpoint, dtype=dtype, num_blocks=64, block_size=4)
     sequence = tokens(20, 2)
     expected = model.logits(sequence)
     found = paged_logits(runtime, [sequence], random_chunks(4))[0]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from family_models import VOCAB, family_model
+from llmctl.targets.reference.weights import CheckpointWeights
 
-from llmctl.artifact.runtimes import CheckpointWeights
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Op, QuantScheme
 from llmctl.targets.batch import Batch, packed_batch

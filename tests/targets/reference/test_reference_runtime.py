@@ -11,18 +11,18 @@ import torch
 from family_models import VOCAB, family_model
 from runtime_stepping import greedy, paged_logits, poison, shuffled_blocks
 
-from llmctl.artifact.runtimes import CheckpointWeights, runtime_from_checkpoint
 from llmctl.engine.step import Runtime, RuntimeLimits, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import LlmctlError
 from llmctl.graph.graph import LOGITS
 from llmctl.targets.batch import build_batch
 from llmctl.targets.reference import runtime as reference
 from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import CheckpointWeights, checkpoint_runtime
 
 
 @pytest.fixture(scope="module")
 def runtime() -> ReferenceRuntime:
-    return runtime_from_checkpoint(family_model("qwen2").checkpoint, num_blocks=40, block_size=4, max_model_len=100)
+    return checkpoint_runtime(family_model("qwen2").checkpoint, num_blocks=40, block_size=4, max_model_len=100)
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -161,7 +161,7 @@ def test_batch_arrays() -> None:
 
 def test_padding_slots_write_nothing_and_do_not_disturb() -> None:
     """A batch padded with slot -1 (as captured device graphs pad theirs) gives the real rows' logits."""
-    runtime = runtime_from_checkpoint(family_model("llama").checkpoint, num_blocks=8, block_size=4)
+    runtime = checkpoint_runtime(family_model("llama").checkpoint, num_blocks=8, block_size=4)
     poison(runtime)
     ids = tokens(6)
     batch = build_batch(StepPlan((SequenceSlice("a", ids, 0, [2, 5], True),)), runtime.limits)
@@ -192,7 +192,7 @@ def test_padding_slots_write_nothing_and_do_not_disturb() -> None:
 def test_settings_that_are_refused(changes: dict[str, object], words: str) -> None:
     settings = {"num_blocks": 4, "block_size": 4, **changes}
     with pytest.raises(ValueError, match=words):
-        runtime_from_checkpoint(family_model("llama").checkpoint, **settings)  # type: ignore[arg-type]
+        checkpoint_runtime(family_model("llama").checkpoint, **settings)  # type: ignore[arg-type]
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
@@ -223,7 +223,7 @@ def test_greedy_tokens_equal_transformers_on_the_demo_model() -> None:
 
     checkpoint = open_checkpoint(demo_model())
     graph = checkpoint_graph(checkpoint)
-    runtime = runtime_from_checkpoint(checkpoint, num_blocks=8, block_size=16)
+    runtime = checkpoint_runtime(checkpoint, num_blocks=8, block_size=16)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.config))
     model.to_empty(device="cpu")
@@ -250,7 +250,7 @@ def test_greedy_tokens_equal_transformers_on_the_demo_model() -> None:
 
 def test_paged_logits_helper_sees_a_wrong_block() -> None:
     """The helper's poison works: a runtime whose cache is poisoned mid-way gives NaN, not something plausible."""
-    runtime = runtime_from_checkpoint(family_model("llama").checkpoint, num_blocks=8, block_size=4)
+    runtime = checkpoint_runtime(family_model("llama").checkpoint, num_blocks=8, block_size=4)
     assert not paged_logits(runtime, [tokens(9)], lambda *_: 9)[0].isnan().any()
     poison(runtime)
     late = StepPlan((SequenceSlice("a", [1], 5, [0, 1], True),))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.targets.base import FALLBACK, KernelChoice
 from llmctl.targets.cuda.call import Machine
 from llmctl.targets.cuda.gemm import weight_format
 from llmctl.targets.cuda.layout import pack
 from llmctl.targets.cuda.ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors, output_dtypes, packed_weight
-from llmctl.targets.cuda.registry import FALLBACK, KernelChoice, choose_all
+from llmctl.targets.cuda.registry import choose_all
 from llmctl.targets.reference.context import Env, StepContext
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.rope import cos_sin_table
@@ -34,7 +35,7 @@ class KernelRuntime(ReferenceRuntime):
         self.executed: dict[str, set[str]] = {}
         self.scratch = Scratch("cpu")
         self.packed: dict[str, Tensor | PackedWeight | None] = {"": None}
-        chosen = choose_all(graph, dtype, "cuda", block_size=sizes["block_size"])
+        chosen = choose_all(graph, dtype, block_size=sizes["block_size"])
         self.choices: dict[str, KernelChoice] = {choice.op: choice for choice in chosen}
         for op in graph.ops:
             kernel = self.choices[op.name].kernel

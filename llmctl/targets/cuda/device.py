@@ -1,17 +1,12 @@
-"""What this machine is: CPU features, and the NVIDIA device and driver. Asks the system directly; no torch, no cupy."""
+"""The NVIDIA device and driver of this machine, asked through the driver's own library; no torch, no cupy."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmctl.targets.cuda.compile import PTX_FALLBACK
-
-NO_CUDA_RUNTIME = "this version builds cuda engines but has no runtime for them yet"
 
 
 @dataclass(frozen=True)
@@ -29,28 +24,8 @@ class CudaDevice:
 
 
 @functools.cache
-def cpu_features() -> frozenset[str]:
-    """Instruction-set features as Linux names them (avx2, avx512_bf16, …) and the machine name (x86_64)."""
-    features = {platform.machine().lower()}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
-                features.update(value.split())
-                break
-    except OSError:
-        pass
-    return frozenset(features)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
 def cuda_device() -> CudaDevice | None:
-    """The first NVIDIA device, through the driver's own library; None without a driver or device."""
+    """The first NVIDIA device; None without a driver or device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

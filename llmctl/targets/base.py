@@ -1,0 +1,293 @@
+"""The Target protocol: the whole of what the rest of the house may ask of a device, and the records that go with it.
+
+A target is a kind (``cpu``) and what it is built for there (``x86_64-avx2``). ``table.py`` makes one of a ``--target``
+or of what an engine's manifest names; nobody asks which one he has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from llmctl.config import BuildConfig
+from llmctl.engine.step import Runtime
+from llmctl.graph.graph import Graph
+from llmctl.targets.planes import Describe, Plane, PlanesByWeight, WeightPlane
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmctl.checkpoint.quantized import QuantizedWeight
+
+FALLBACK = "torch"
+"""The kernel name of an op that a runtime executes with torch's own operators."""
+LM_HEADS = ("dense", "int8", "int4")
+"""The ways to store an output head that ``--lm-head`` names."""
+
+
+@dataclass(frozen=True)
+class TargetName:
+    """A target as a manifest records it and ``--target`` spells it: ``cpu:x86_64-avx2``, ``cuda:sm_80,sm_90``."""
+
+    kind: str
+    archs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{','.join(self.archs)}" if self.archs else self.kind
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine was built for.
+
+    Attributes:
+        dtype: dtype the model computes in. max_model_len: longest sequence, tokens.
+        block_size: tokens a KV block. kv_cache_dtype: dtype of the KV cache.
+        passes: graph passes, in order. lm_head: how a dense output head is stored, one of ``LM_HEADS``.
+    """
+
+    dtype: str
+    max_model_len: int
+    block_size: int
+    kv_cache_dtype: str
+    passes: tuple[str, ...]
+    lm_head: str = "dense"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate that did not take an op, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What executes one op.
+
+    Attributes:
+        op: the op's name.
+        kernel: candidate that took it, or ``FALLBACK``.
+        entries: entry points in the compiled modules. sources: files those are compiled from.
+        max_rows: rows of input up to which the kernel serves, beyond which ``FALLBACK`` does; 0 means any number.
+        refused: the other candidates for this kind of op.
+    """
+
+    op: str
+    kernel: str
+    entries: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    max_rows: int = 0
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What one kernel uses on one architecture, as its compiler reports it: registers a thread, bytes a block or
+    thread."""
+
+    name: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """One compiled module: what made it, for which architecture, and what each of its kernels uses.
+
+    ``abi``: digest of what host code and module must agree on; "" where the sources' hashes stand for that.
+    """
+
+    arch: str
+    compiler: str
+    flags: tuple[str, ...]
+    sources: tuple[str, ...]
+    resources: tuple[KernelResources, ...]
+    abi: str = ""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled module: its path below ``kernels/``, its bytes, its record."""
+
+    path: str
+    code: bytes
+    record: KernelFile
+
+
+class RuntimeEngine(Protocol):
+    """What a runtime is opened from; ``artifact.loader.LoadedEngine`` is one.
+
+    Attributes:
+        path: the engine's folder. modules: records of its compiled modules by path there.
+        weights: planes by name. num_blocks: KV blocks. max_model_len: longest sequence, tokens.
+        max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> TargetName: ...
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def options(self) -> BuildOptions: ...
+    @property
+    def weights(self) -> Mapping[str, WeightPlane]: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+
+
+class Refuse(Protocol):
+    """How a check refuses an engine: the field, what was expected and found, the build options that mend it."""
+
+    def __call__(self, field: str, expected: object, found: object, **changes: Any) -> NoReturn: ...
+
+
+Read = Callable[[], "Tensor | QuantizedWeight"]
+"""Reads a weight out of the checkpoint."""
+PlaneContent = Any
+"""An array, a torch tensor, or a function that makes one when its turn to be written comes."""
+CompileProgress = Callable[[str, int, int], None]
+"""Called as modules are compiled: (module, done, in all)."""
+
+
+class Target(Protocol):
+    """One target. Options and engines that it cannot serve it refuses in words, before any work."""
+
+    @property
+    def name(self) -> TargetName:
+        """Kind and architectures."""
+        ...
+
+    @property
+    def no_runtime(self) -> str | None:
+        """Why this version cannot run engines of this kind at all; None when it can."""
+        ...
+
+    @property
+    def memory_note(self) -> str:
+        """What a reader of a memory plan should know of its budget; "" for nothing."""
+        ...
+
+    # what is built
+
+    def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
+        """The passes of a build.
+
+        Args:
+            names: those asked for; None: the target's own. activations: ``auto`` or ``int8``.
+
+        Raises:
+            UsageError: a pass that the target does not take.
+        """
+        ...
+
+    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:
+        """Every "auto" resolved. ``config.max_model_len`` is within the model's limit.
+
+        Raises:
+            UsageError: an option that the target cannot honour.
+        """
+        ...
+
+    def rebuild_options(self, built: BuildOptions) -> dict[str, Any]:
+        """The ``llmctl build`` options that lead to ``built`` again, by field of BuildConfig; None: leave it out."""
+        ...
+
+    def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
+        """What executes each op, in execution order, with the reasons of all that refused."""
+        ...
+
+    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
+        """The ``LM_HEADS`` among which ``--lm-head`` decides for this graph; empty when it decides nothing."""
+        ...
+
+    # how weights are stored
+
+    def planes(self, graph: Graph, options: BuildOptions, describe: Describe | None = None) -> PlanesByWeight:
+        """The planes that an engine holds.
+
+        Args:
+            describe: the checkpoint's tensors, which settle what is open; None: every dtype a plane may have.
+        """
+        ...
+
+    def pack(
+        self, name: str, read: Read, planes: Sequence[Plane], graph: Graph, options: BuildOptions
+    ) -> dict[str, PlaneContent]:
+        """The planes of one weight, by plane name."""
+        ...
+
+    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:
+        """Bytes the weights take when the engine runs."""
+        ...
+
+    # kernels
+
+    def compile(
+        self, choices: Sequence[KernelChoice], cache: Path, progress: CompileProgress | None = None
+    ) -> list[Module]:
+        """The modules that the chosen kernels are in, compiled or out of the cache.
+
+        Raises:
+            CompileError: no compiler, or sources that do not compile.
+        """
+        ...
+
+    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:
+        """Kernel source file -> sha256 of it and all it includes, as this version has them."""
+        ...
+
+    def try_modules(self, paths: Sequence[Path]) -> None:
+        """Load modules that this machine can load, so that no broken one is published.
+
+        Raises:
+            CompileError: one that does not load.
+        """
+        ...
+
+    # running
+
+    def check_runs_here(self) -> None:
+        """Refuse, before it is built, an engine that this machine could not run.
+
+        Raises:
+            UsageError: naming what is missing.
+        """
+        ...
+
+    def check_machine(self, modules: Mapping[str, KernelFile], refuse: Refuse) -> None:
+        """Hold an engine's modules against this machine: features, capability, driver, ABI. Loads nothing."""
+        ...
+
+    def covers(self, archs: Iterable[str]) -> bool:
+        """Whether it is built for every one of these."""
+        ...
+
+    def memory_budget(self) -> tuple[int, bool]:
+        """(bytes an engine may plan with by default, whether other programs live in that memory too)."""
+        ...
+
+    def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
+        """The runtime of a checked engine.
+
+        Args:
+            threads: CPU threads; None: the target's default.
+
+        Raises:
+            EngineLoadError: it does not load here after all.
+        """
+        ...

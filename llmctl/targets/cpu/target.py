@@ -1,0 +1,221 @@
+"""The cpu target: weights packed for native C++ kernels, which ``build`` compiles and one call a step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llmctl.config import BuildConfig
+from llmctl.engine.step import Runtime
+from llmctl.errors import UsageError
+from llmctl.graph.dtypes import DTYPES
+from llmctl.graph.graph import Graph
+from llmctl.graph.passes import DEFAULT_PASSES
+from llmctl.targets.base import (
+    LM_HEADS,
+    BuildOptions,
+    CompileProgress,
+    KernelChoice,
+    KernelFile,
+    Module,
+    PlaneContent,
+    Read,
+    Refuse,
+    RuntimeEngine,
+    Target,
+    TargetName,
+)
+from llmctl.targets.cpu.features import cpu_features
+from llmctl.targets.cpu.options import cpu_options, cpu_passes, head_is_free
+from llmctl.targets.cpu.planes import cpu_choices, cpu_planes, pack_planes
+from llmctl.targets.cpu.toolchain import (
+    SOURCE,
+    SOURCE_DIR,
+    VARIANTS,
+    compile_library,
+    find_compiler,
+    library_name,
+    supported_variants,
+)
+from llmctl.targets.cuda.compile import source_hash
+
+ABI_DIGEST = ""
+
+
+def try_library(p):
+    pass
+
+
+from llmctl.targets.cpu.uncompiled import UncompiledCpu
+from llmctl.targets.machine import available_memory, physical_cores
+from llmctl.targets.options import plain_rebuild_options
+from llmctl.targets.planes import Describe, Plane, total_bytes
+from llmctl.targets.reference.target import HOST_SHARE
+
+SPELLINGS = ("cpu", "cpu:VARIANT[,VARIANT…]")
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """Implements ``base.Target`` for the variants of the native kernels that ``name.archs`` lists, fastest first."""
+
+    name: TargetName
+    no_runtime: ClassVar[str | None] = None
+    memory_note: ClassVar[str] = ""
+
+    def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
+        """The default passes, or some of them."""
+        return cpu_passes(names, activations)
+
+    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:  # noqa: ARG002
+        """bfloat16 unless asked otherwise; a quantized model's dense head at 8 bits."""
+        return cpu_options(config, graph)
+
+    def rebuild_options(self, built: BuildOptions) -> dict[str, Any]:
+        """All, the head's included."""
+        return plain_rebuild_options(built, DEFAULT_PASSES) | {"lm_head": built.lm_head}
+
+    def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
+        """See ``planes.cpu_choices``."""
+        return cpu_choices(graph, options)
+
+    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
+        """All, unless the engine is exact or the checkpoint quantizes the head."""
+        return LM_HEADS if head_is_free(options.dtype, graph) else ()
+
+    def planes(
+        self,
+        graph: Graph,
+        options: BuildOptions,
+        describe: Describe | None = None,  # noqa: ARG002
+    ) -> dict[str, tuple[Plane, ...]]:
+        """See ``planes.cpu_planes``: nothing is left open."""
+        return cpu_planes(graph, options)
+
+    def pack(
+        self,
+        name: str,
+        read: Read,
+        planes: Sequence[Plane],  # noqa: ARG002
+        graph: Graph,
+        options: BuildOptions,
+    ) -> dict[str, PlaneContent]:
+        """See ``planes.pack_planes``."""
+        return pack_planes(read(), name, graph, options)
+
+    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
+        """The planes as they are stored: kernels read them where they are mapped."""
+        return total_bytes(planes)
+
+    def compile(
+        self,
+        choices: Sequence[KernelChoice],  # noqa: ARG002
+        cache: Path,
+        progress: CompileProgress | None = None,
+    ) -> list[Module]:
+        """One shared library per variant."""
+        variants = [v for v in VARIANTS if library_name(v) in self.name.archs]
+        modules = []
+        with ThreadPoolExecutor() as pool:
+            for library in pool.map(lambda variant: compile_library(variant, cache=cache), variants):
+                record = KernelFile(library_name(library.variant), library.compiler, library.flags, (SOURCE,), ())
+                modules.append(Module(library.filename, library.code, record))
+                if progress is not None:
+                    progress(library.filename, len(modules), len(variants))
+        return modules
+
+    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:  # noqa: ARG002
+        """One translation unit has all kernels."""
+        return {SOURCE: source_hash(SOURCE, SOURCE_DIR)}
+
+    def try_modules(self, paths: Sequence[Path]) -> None:
+        """Open every library that this CPU runs, in a process of its own."""
+        here = {f"{library_name(v)}.so" for v in supported_variants(cpu_features())}
+        for path in paths:
+            if path.name in here:
+                try_library(path)
+
+    def check_runs_here(self) -> None:
+        """This CPU runs one of the variants."""
+        if self._library() is None:
+            raise UsageError(
+                f"--target {self.name}: expected a CPU that runs it, found one that runs {_variants_here()}",
+                fix="--target cpu",
+                param="target",
+            )
+
+    def check_machine(self, modules: Mapping[str, KernelFile], refuse: Refuse) -> None:
+        """This CPU runs one of the variants, and the libraries agree with this version about everything they share."""
+        if self._library() is None:
+            expected = f"a CPU that runs {', '.join(self.name.archs)}"
+            refuse("target", expected, f"one that runs {_variants_here()}", target="cpu")
+        for path, module in modules.items():
+            if module.abi != ABI_DIGEST:
+                refuse(f"kernel_files.{path}.abi", ABI_DIGEST, module.abi or "none")
+
+    def covers(self, archs: Iterable[str]) -> bool:
+        """A variant goes by its short name as well: avx2 for x86_64-avx2."""
+        return set(archs) <= {name for arch in self.name.archs for name in (arch, arch.rpartition("-")[2])}
+
+    def memory_budget(self) -> tuple[int, bool]:
+        """A share of the machine's memory."""
+        return int(available_memory() * HOST_SHARE), True
+
+    def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
+        """A CpuRuntime on the fastest library that this CPU runs; by default a thread a physical core."""
+        from llmctl.targets.cpu.runtime import CpuRuntime
+        from llmctl.targets.cpu.weights import engine_weights
+
+        return CpuRuntime(
+            engine.graph,
+            engine_weights(engine.graph, engine.options, engine.weights),
+            self.library(engine.path),
+            num_blocks=engine.num_blocks,
+            block_size=engine.options.block_size,
+            max_model_len=engine.max_model_len,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_seqs=engine.max_num_seqs,
+            kv_dtype=DTYPES[engine.options.kv_cache_dtype].tag,
+            threads=threads or physical_cores(),
+        )
+
+    def library(self, engine: Path) -> Path:
+        """The fastest of an engine's libraries that this CPU runs; the machine has been checked."""
+        name = self._library()
+        assert name is not None, "check_machine came before"
+        return engine / "kernels" / f"{name}.so"
+
+    def _library(self) -> str | None:
+        return next((n for v in supported_variants(cpu_features()) if (n := library_name(v)) in self.name.archs), None)
+
+
+def parse(archs: str) -> Target:
+    """The target of a ``--target cpu[:…]``: the variants named, or the best one here; without a C++ compiler, none.
+
+    Raises:
+        UsageError: a variant that does not exist.
+    """
+    if not archs:
+        if find_compiler() is None:
+            return UncompiledCpu(TargetName("cpu"))
+        return CpuTarget(TargetName("cpu", (library_name(supported_variants(cpu_features())[0]),)))
+    known = {alias: library_name(v) for v in VARIANTS for alias in (v.name.rpartition("-")[2], library_name(v))}
+    wanted = archs.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        short = ", ".join(v.name.rpartition("-")[2] for v in VARIANTS)
+        raise UsageError(f"--target cpu: expected some of {short}, found '{unknown[0]}'", param="target")
+    chosen = {known[name] for name in wanted}
+    return CpuTarget(TargetName("cpu", tuple(library_name(v) for v in VARIANTS if library_name(v) in chosen)))
+
+
+def named(name: TargetName) -> Target:
+    """The target that a manifest records."""
+    return CpuTarget(name) if name.archs else UncompiledCpu(name)
+
+
+def _variants_here() -> str:
+    return ", ".join(library_name(v) for v in supported_variants(cpu_features()))

@@ -1,0 +1,73 @@
+"""What the targets' rooms share in resolving the options of a build: one mistake has one refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmctl.errors import UsageError
+from llmctl.targets.base import BuildOptions
+
+INT8_PASS = "int8_activations"
+
+
+def check_passes(
+    names: tuple[str, ...] | None, activations: str, default: tuple[str, ...], known: Sequence[str]
+) -> tuple[str, ...]:
+    """The passes that a build's options name.
+
+    Args:
+        names: ``--passes``; None: ``default``. activations: ``int8`` adds the pass that makes them.
+
+    Raises:
+        UsageError: a pass that is not known.
+    """
+    wanted = default if names is None else () if names == ("none",) else names
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UsageError(
+            f"--passes: expected none, or some of {', '.join(known)}, found '{unknown[0]}'", param="passes"
+        )
+    return wanted if activations != "int8" or INT8_PASS in wanted else (*wanted, INT8_PASS)
+
+
+def check_kv_cache_dtype(name: str, kind: str, dtype: str, known: Sequence[str]) -> str:
+    """The KV cache's dtype that an option names, one of ``known``; "auto" is the compute ``dtype``.
+
+    Raises:
+        UsageError: another.
+    """
+    found = {"auto": dtype, "fp8": "fp8_e4m3"}.get(name, name)
+    if found not in known:
+        raise UsageError(
+            f"--kv-cache-dtype: expected one of auto, {', '.join(known)} for a {kind} target that computes in "
+            f"{dtype}, found '{name}'",
+            param="kv_cache_dtype",
+        )
+    return found
+
+
+def check_lm_head(name: str, where: str) -> str:
+    """How a head is stored that nobody packs: dense.
+
+    Raises:
+        UsageError: another way; ``where`` says what does not have it.
+    """
+    if name not in ("auto", "dense"):
+        raise UsageError(f"--lm-head: expected auto or dense for {where}, found '{name}'", param="lm_head")
+    return "dense"
+
+
+def plain_rebuild_options(built: BuildOptions, default_passes: tuple[str, ...]) -> dict[str, Any]:
+    """The options of ``llmctl build`` that lead to ``built`` again, the output head's not among them."""
+    int8 = built.passes[-1:] == (INT8_PASS,)
+    passes = built.passes[:-1] if int8 else built.passes
+    return {
+        "dtype": built.dtype,
+        "max_model_len": built.max_model_len,
+        "block_size": built.block_size,
+        "kv_cache_dtype": None if built.kv_cache_dtype == built.dtype else built.kv_cache_dtype,
+        "activations": "int8" if int8 else None,
+        "lm_head": None,
+        "passes": None if passes == default_passes else passes or ("none",),
+    }

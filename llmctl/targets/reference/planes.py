@@ -1,0 +1,115 @@
+"""How a Graph's weights lie in an engine as plain planes: dense tensors, and quantized ones code by code.
+
+A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8; up to 4 bits: two codes a byte, the low
+nibble is the even column, [N, ceil(K/2)]; 8 bits: [N, K]), ``W.scales`` (F16 or F32 [N, G]), ``W.zeros`` (u8 [N, G];
+absent when symmetric) and ``W.g_idx`` (I32 [K]; only with act-order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.graph.dtypes import BY_SAFETENSORS
+from llmctl.graph.graph import Graph, QuantScheme, Weight
+from llmctl.targets.base import PlaneContent, Read
+from llmctl.targets.planes import Describe, Plane
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmctl.checkpoint.quantized import QuantizedWeight
+
+_SCALES = ("F32", "F16")
+
+
+def plain_planes(graph: Graph, dense: tuple[str, ...], describe: Describe | None) -> dict[str, tuple[Plane, ...]]:
+    """Planes by weight name.
+
+    Args:
+        dense: the safetensors dtypes a dense weight may have. Of several the checkpoint's own is taken; float64 and
+            mixed parts become F32.
+        describe: the checkpoint's tensors; None: every dtype that a plane may have.
+    """
+    if describe is None:
+        return {name: weight_planes(weight, dense, _SCALES) for name, weight in graph.weights.items()}
+    planes = {}
+    for name, weight in graph.weights.items():
+        stored = {describe(part.tensor).dtype for part in weight.parts}
+        scales = ("F16",) if stored == {"F16"} else ("F32",)
+        planes[name] = weight_planes(weight, _settled(dense, stored), scales)
+    return planes
+
+
+def weight_planes(weight: Weight, dense: tuple[str, ...], scales: tuple[str, ...]) -> tuple[Plane, ...]:
+    """The planes of one weight; ``dense`` and ``scales``: the dtypes those may have."""
+    if weight.quant is None:
+        return (Plane(weight.name, weight.shape, dense),)
+    rows, columns = weight.shape
+    scheme, groups = weight.quant, weight.quant.groups(columns)
+    planes = [
+        Plane(f"{weight.name}.codes", (rows, code_bytes(scheme, columns)), ("U8",)),
+        Plane(f"{weight.name}.scales", (rows, groups), scales),
+    ]
+    if not scheme.symmetric:
+        planes.append(Plane(f"{weight.name}.zeros", (rows, groups), ("U8",)))
+    if scheme.act_order:
+        planes.append(Plane(f"{weight.name}.g_idx", (columns,), ("I32",)))
+    return tuple(planes)
+
+
+def code_bytes(scheme: QuantScheme, columns: int) -> int:
+    """Bytes of one row of codes."""
+    return columns if scheme.bits == 8 else (columns + 1) // 2
+
+
+def pack_plain(weight: Weight, read: Read, planes: Sequence[Plane]) -> dict[str, PlaneContent]:
+    """One weight's planes by plane name; a dense one is read when its turn to be written comes."""
+    if weight.quant is None:
+        (plane,) = planes
+        return {plane.name: lambda: _dense(read, plane.dtype)}
+    dtypes = {plane.name.removeprefix(f"{weight.name}."): plane.dtype for plane in planes}
+    quantized: Any = read()
+    return {f"{weight.name}.{suffix}": array for suffix, array in pack_codes(quantized, dtypes).items()}
+
+
+def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    """A quantized weight's planes by suffix.
+
+    Args:
+        dtypes: suffix -> safetensors dtype of the planes wanted.
+    """
+    codes = weight.codes.contiguous().numpy()
+    planes: dict[str, NDArray[Any]] = {
+        "codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes),
+        "scales": weight.scales.contiguous().numpy().astype(BY_SAFETENSORS[dtypes["scales"]].numpy),
+        "zeros": weight.zeros.contiguous().numpy(),
+    }
+    if weight.g_idx is not None:
+        planes["g_idx"] = weight.g_idx.contiguous().numpy()
+    return {suffix: planes[suffix] for suffix in dtypes}
+
+
+def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes 0..15 [N, K] -> two a byte [N, ceil(K/2)], the low nibble the even column."""
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
+
+
+def _dense(read: Read, dtype: str) -> Tensor:
+    import torch
+
+    tensor = read()
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.to(getattr(torch, BY_SAFETENSORS[dtype].torch))
+
+
+def _settled(dense: tuple[str, ...], stored: set[str]) -> tuple[str, ...]:
+    if len(dense) == 1:
+        return dense
+    only = next(iter(stored)) if len(stored) == 1 else ""
+    return (only if only in dense else "F32",)

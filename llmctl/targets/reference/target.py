@@ -1,0 +1,168 @@
+"""The reference target: engines that plain torch runs, on any machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llmctl.config import BuildConfig
+from llmctl.engine.step import Runtime
+from llmctl.errors import UsageError
+from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
+from llmctl.graph.graph import Graph
+from llmctl.graph.passes import DEFAULT_PASSES, PASSES
+from llmctl.targets.base import (
+    FALLBACK,
+    BuildOptions,
+    CompileProgress,
+    KernelChoice,
+    KernelFile,
+    Module,
+    PlaneContent,
+    Read,
+    Refuse,
+    RuntimeEngine,
+    Target,
+    TargetName,
+)
+from llmctl.targets.machine import available_memory
+from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
+from llmctl.targets.planes import Describe, Plane
+from llmctl.targets.reference.planes import pack_plain, plain_planes
+
+SPELLINGS = ("reference",)
+HOST_SHARE = 0.7
+"""Share of the machine's available memory that an engine plans to use when no budget is given."""
+
+
+@dataclass(frozen=True)
+class ReferenceTarget:
+    """Implements ``base.Target`` with torch: no modules, dense weights in the checkpoint's own dtype (a float32 copy of
+    a bfloat16 weight holds nothing more)."""
+
+    name: TargetName
+    no_runtime: ClassVar[str | None] = None
+    memory_note: ClassVar[str] = ""
+
+    def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
+        """Any; ``int8`` activations are a pass at the end."""
+        return check_passes(names, activations, DEFAULT_PASSES, tuple(PASSES))
+
+    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:  # noqa: ARG002
+        """float32 unless asked otherwise; a KV cache of the same, or of another float type."""
+        dtype = "float32" if config.dtype == "auto" else config.dtype
+        return BuildOptions(
+            dtype,
+            graph.max_position if config.max_model_len is None else config.max_model_len,
+            config.block_size,
+            self._kv_cache_dtype(config.kv_cache_dtype, dtype),
+            graph.passes,
+            self._lm_head(config.lm_head),
+        )
+
+    def rebuild_options(self, built: BuildOptions) -> dict[str, Any]:
+        """All but the head's."""
+        return plain_rebuild_options(built, DEFAULT_PASSES)
+
+    def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:  # noqa: ARG002
+        """torch, for every op."""
+        return tuple(KernelChoice(op.name, FALLBACK) for op in graph.ops)
+
+    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:  # noqa: ARG002
+        """None: the head is stored as the checkpoint has it."""
+        return ()
+
+    def planes(
+        self, graph: Graph, options: BuildOptions, describe: Describe | None = None
+    ) -> dict[str, tuple[Plane, ...]]:
+        """Plain planes."""
+        return plain_planes(graph, self._dense(options), describe)
+
+    def pack(
+        self,
+        name: str,
+        read: Read,
+        planes: Sequence[Plane],
+        graph: Graph,
+        options: BuildOptions,  # noqa: ARG002
+    ) -> dict[str, PlaneContent]:
+        """Plain planes; dense ones when their turn comes."""
+        return pack_plain(graph.weights[name], read, planes)
+
+    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
+        """Every weight dense in the compute dtype."""
+        return sum(math.prod(weight.shape) for weight in graph.weights.values()) * DTYPES[options.dtype].nbytes
+
+    def compile(
+        self,
+        choices: Sequence[KernelChoice],  # noqa: ARG002
+        cache: Path,  # noqa: ARG002
+        progress: CompileProgress | None = None,  # noqa: ARG002
+    ) -> list[Module]:
+        """Nothing."""
+        return []
+
+    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:  # noqa: ARG002
+        """None."""
+        return {}
+
+    def try_modules(self, paths: Sequence[Path]) -> None:
+        """There are none."""
+
+    def check_runs_here(self) -> None:
+        """It runs anywhere."""
+
+    def check_machine(self, modules: Mapping[str, KernelFile], refuse: Refuse) -> None:
+        """Any machine will do."""
+
+    def covers(self, archs: Iterable[str]) -> bool:
+        """It is built for no architecture in particular."""
+        return not set(archs)
+
+    def memory_budget(self) -> tuple[int, bool]:
+        """A share of the machine's memory."""
+        return int(available_memory() * HOST_SHARE), True
+
+    def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
+        """A ReferenceRuntime; ``threads`` are torch's, for the whole process."""
+        from llmctl.targets.reference.runtime import ReferenceRuntime
+        from llmctl.targets.reference.weights import EngineWeights
+
+        return ReferenceRuntime(
+            engine.graph,
+            EngineWeights(engine.graph, engine.weights),
+            num_blocks=engine.num_blocks,
+            block_size=engine.options.block_size,
+            max_model_len=engine.max_model_len,
+            dtype=engine.options.dtype,
+            threads=threads,
+        )
+
+    def _dense(self, options: BuildOptions) -> tuple[str, ...]:  # noqa: ARG002
+        """The safetensors dtypes a dense weight may be stored in."""
+        return tuple(DTYPES[name].safetensors for name in COMPUTE_DTYPES)
+
+    def _kv_cache_dtype(self, name: str, dtype: str) -> str:
+        return check_kv_cache_dtype(name, self.name.kind, dtype, COMPUTE_DTYPES)
+
+    def _lm_head(self, name: str) -> str:
+        return check_lm_head(name, f"a {self.name.kind} target")
+
+
+def parse(archs: str) -> Target:
+    """The target of ``--target reference``.
+
+    Raises:
+        UsageError: architectures, of which it has none.
+    """
+    if archs:
+        raise UsageError(f"--target reference: expected no architecture, found '{archs}'", param="target")
+    return ReferenceTarget(TargetName("reference"))
+
+
+def named(name: TargetName) -> Target:
+    """The target that a manifest records."""
+    return ReferenceTarget(name)
