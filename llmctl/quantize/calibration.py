@@ -197,7 +197,7 @@ def self_calibration(
     from llmctl.artifact.runtimes import runtime_from_checkpoint
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.request import Request
-    from llmctl.engine.sampling import SamplingParams, derive_seed
+    from llmctl.engine.sampling_params import SamplingParams, derive_seed
     from llmctl.engine.scheduler import SchedulerConfig
 
     rows = [list(prompt) for prompt in random_prompts(tokenizer, vocab_size, samples, seed)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmctl.engine.request import Request
-from llmctl.engine.sampling import SamplingBatcher
+from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.step import (
     RuntimeLimits,
     SamplingBatch,

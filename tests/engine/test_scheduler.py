@@ -10,7 +10,7 @@ from fake_runtime import FakeRuntime
 from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request, RequestStatus
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError

@@ -14,7 +14,7 @@ from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import EngineStats, LLMEngine, TokenOutput
 from llmctl.engine.output import OutputProcessor
 from llmctl.engine.request import Request
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_loop import EngineLoop
