@@ -21,8 +21,8 @@ from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
 from llmctl.artifact.plan import parse_target, plan_build, resolve_dtype
 from llmctl.artifact.writer import pack_nibbles
 from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler

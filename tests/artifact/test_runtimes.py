@@ -17,8 +17,8 @@ from llmctl.artifact.loader import WeightPlane, load_engine
 from llmctl.artifact.manifest import MANIFEST_NAME, Target, manifest_to_bytes
 from llmctl.artifact.runtimes import EngineWeights, load_runtime, open_runtime, runtime_from_checkpoint
 from llmctl.checkpoint.assemble import assemble, checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import CheckpointError, EngineLoadError, UsageError

@@ -9,8 +9,8 @@ from random_models import FAMILIES, logits_of, write_model
 
 from llmctl.artifact.runtimes import CheckpointWeights
 from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize import driver

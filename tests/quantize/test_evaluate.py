@@ -10,7 +10,7 @@ from random_models import logits_of, write_model
 
 from llmctl.artifact.runtimes import CheckpointWeights
 from llmctl.checkpoint.assemble import checkpoint_graph
-from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.quantize.driver import quantize_checkpoint

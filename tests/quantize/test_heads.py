@@ -14,7 +14,7 @@ from llmctl.artifact.loader import load_engine
 from llmctl.artifact.plan import BuildPlan
 from llmctl.artifact.runtimes import load_runtime
 from llmctl.artifact.writer import write_engine
-from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
