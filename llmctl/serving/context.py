@@ -44,7 +44,7 @@ class ServerContext:
         Raises:
             NotReadyError: starting, draining, or dead, with the reason.
         """
-        self.client.check_admitting()
+        self.client.worker.check_admitting()
         assert self.loaded is not None, "the client admits requests only after load_model"
         return self.loaded
 
