@@ -233,7 +233,7 @@ class _Server:
             stop.cancel()
 
     async def _become_ready(self, context: ServerContext) -> None:
-        from llmctl.serving.context import load_model
+        from llmctl.serving.context import Model
         from llmctl.serving.summary import print_summary
 
         client, config = context.client, self._config
@@ -241,7 +241,7 @@ class _Server:
         info = await worker.until_ready()
         assert worker.tokenizer is not None
         assert worker.engine_path is not None
-        context.loaded = load_model(
+        context.loaded = Model.from_folder(
             context.model_name, worker.engine_path, worker.tokenizer, info, config.chat_template
         )
         context.metrics.set_cache_config(
