@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import RequestError
@@ -170,9 +170,6 @@ def _check_collections(params: SamplingParams) -> None:
             raise RequestError(f"{name}: expected integers", param=name)
     if not all(word and all(_is_int(token) for token in word) for word in params.bad_words):
         raise RequestError("bad_words: expected non-empty sequences of token ids", param="bad_words")
-
-
-FIELD_NAMES = frozenset(f.name for f in fields(SamplingParams))
 
 
 def derive_seed(seed: int, index: int) -> int:
