@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, text: str, work: Path) -> dict[str, Any]:
     Raises:
         LlmctlError: no quantized checkpoint, no compiler, too little text.
     """
-    from llmctl.checkpoint.reader import open_checkpoint
+    from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
     from llmctl.quantize.evaluate import Protocol
     from llmctl.text.tokenizer import Tokenizer
@@ -206,8 +206,8 @@ class Bench:
         """The float32 engine, its output head holding the values that ``head`` stores."""
         from llmctl.artifact.loader import WeightPlane
         from llmctl.checkpoint.assemble import assemble
+        from llmctl.checkpoint.opening import open_checkpoint
         from llmctl.checkpoint.quantized import QuantizedWeight
-        from llmctl.checkpoint.reader import open_checkpoint
         from llmctl.graph.graph import LOGITS
         from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric, to_planes
         from llmctl.targets.cpu.planes import LM_HEAD_BITS, linear_formats

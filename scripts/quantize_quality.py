@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Quantize and score with every method; the result as JSON data."""
     import torch
 
-    from llmctl.checkpoint.reader import open_checkpoint
+    from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
     from llmctl.quantize.driver import quantize_checkpoint
     from llmctl.quantize.evaluate import Protocol, measure_kl, measure_perplexity

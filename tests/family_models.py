@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from llmctl.checkpoint.assemble import checkpoint_graph
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.graph.graph import Graph
 
 VOCAB = 131

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,34 @@ ORDER = ("errors config text graph checkpoint engine targets artifact quantize s
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported_rooms(source: str) -> set[str]:
-    """Rooms of llmctl that a module imports, anywhere in it (lazy imports count)."""
-    rooms = set()
+def imported_names(source: str) -> set[str]:
+    """Full names under llmctl that a module imports, anywhere in it (lazy imports and those for types count)."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import: write the full module name"
-            names = [node.module or ""]
-            if node.module == "llmctl":
-                names = [f"llmctl.{alias.name}" for alias in node.names]
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        rooms |= {name.split(".")[1] for name in names if name.startswith("llmctl.")}
-    return rooms - {"__version__"}
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("llmctl.")}
+
+
+def imported_rooms(source: str) -> set[str]:
+    """Rooms of llmctl that a module imports."""
+    return {name.split(".")[1] for name in imported_names(source)} - {"__version__"}
+
+
+def circles(sources: Mapping[str, str]) -> set[frozenset[str]]:
+    """Groups of modules that import one another, by whatever way round. ``sources``: module -> its text."""
+    reach: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        names = imported_names(source)
+        reach[module] = {name if name in sources else name.rpartition(".")[0] for name in names} & sources.keys()
+    for via, further in reach.items():  # Warshall: in place, so in order
+        for found in reach.values():
+            if via in found:
+                found |= further
+    return {frozenset(n for n in found if module in reach[n]) for module, found in reach.items() if module in found}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.relative_to(PACKAGE).as_posix())
@@ -45,6 +59,27 @@ def test_imports_only_leftwards(module: Path) -> None:
 def test_engine_never_imports_a_runtime() -> None:
     for module in (PACKAGE / "engine").glob("*.py"):
         assert "targets" not in imported_rooms(module.read_text())
+
+
+def test_no_circle_of_imports() -> None:
+    names = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES}
+    found = circles({name.removesuffix(".__init__"): path.read_text() for path, name in names.items()})
+    assert sorted(sorted(circle) for circle in found) == []
+
+
+def test_circles_are_seen() -> None:
+    lazy = "def f():\n    from llmctl.x.a import A\n"
+    typed = "if TYPE_CHECKING:\n    import llmctl.x.c\n"
+    sources = {
+        "llmctl.x.a": "from llmctl.x import b, NAME\n",
+        "llmctl.x.b": lazy,
+        "llmctl.x.c": "from llmctl.x.d import D\n",
+        "llmctl.x.d": "from llmctl.x.e import E\n" + lazy,
+        "llmctl.x.e": typed,
+        "llmctl.x": "",
+    }
+    assert circles(sources) == {frozenset({"llmctl.x.a", "llmctl.x.b"}), frozenset({f"llmctl.x.{m}" for m in "cde"})}
+    assert circles({**sources, "llmctl.x.b": "", "llmctl.x.e": ""}) == set()
 
 
 def test_the_check_sees_a_violation() -> None:

@@ -9,7 +9,8 @@ from llmctl.artifact.manifest import QuantizationRecord
 from llmctl.artifact.memory import MemoryPlan, plan_memory
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.assemble import checkpoint_graph
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import UsageError

@@ -17,7 +17,7 @@ from llmctl.bench.workloads import WorkItem
 from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import UsageError
 from llmctl.targets.machine import usable_cores
 from llmctl.text.tokenizer import Tokenizer

@@ -34,7 +34,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Tokenizer.from_folder(path.parent)
     if (path / "tokenizer.json").is_file():
         return Tokenizer.from_folder(path)
-    from llmctl.checkpoint.reader import open_checkpoint
+    from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
 
     return Tokenizer.from_files(open_checkpoint(resolve_model(name)).aux_files(), where=name)

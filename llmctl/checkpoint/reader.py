@@ -1,4 +1,4 @@
-"""Open a checkpoint, whatever it is: a Hugging Face folder (dense, AWQ, GPTQ; one file or shards) or a GGUF file.
+"""A checkpoint's weights (dense, AWQ, GPTQ) over whatever stores them; safetensors shards are one such source.
 
 Names are Hugging Face's. A module ``X`` that has ``X.qweight`` appears as one weight ``X.weight`` of shape [N, K]; its
 planes are not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Checkpoints saved
@@ -14,11 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmctl.checkpoint import hf_folder
-from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme, parse_quantization_config
+from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
-from llmctl.errors import CheckpointError, ModelNotFoundError
+from llmctl.errors import CheckpointError
 from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
@@ -97,8 +96,8 @@ class Checkpoint:
     """A checkpoint opened for reading. Made by ``open_checkpoint``.
 
     Attributes:
-        path: the folder or the .gguf file.
-        config: ``config.json`` as a dict; synthesised for GGUF.
+        path: the folder or file.
+        config: ``config.json`` as a dict, or what stands for it.
         quantization: the checkpoint's quantization settings, None for a dense one.
     """
 
@@ -182,7 +181,7 @@ class Checkpoint:
         """Files to carry over to anything made from this checkpoint: tokenizer, chat template, generation config.
 
         Raises:
-            CheckpointError: a GGUF whose tokenizer cannot be expressed as tokenizer.json.
+            CheckpointError: a tokenizer that cannot be expressed as tokenizer.json.
         """
         return dict(self._aux())
 
@@ -236,34 +235,3 @@ class Checkpoint:
         if self.quantization.method == "awq":
             return awq.unpack(planes, scheme.group_size, symmetric=scheme.symmetric)
         return gptq.unpack(planes, scheme, self.quantization.checkpoint_format)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a Hugging Face folder or a .gguf file; only headers and small files are read.
-
-    Raises:
-        ModelNotFoundError: nothing there, or not a checkpoint.
-        CheckpointError: damaged, incomplete, or pickle weights only.
-        UnsupportedModelError: a quantization method or GGUF architecture this version cannot read.
-    """
-    if path.is_file() and path.suffix == ".gguf":
-        from llmctl.checkpoint.gguf_file import open_gguf
-
-        return open_gguf(path)
-    if not path.is_dir():
-        raise ModelNotFoundError(f"{path}: no such checkpoint folder or .gguf file")
-    return _open_folder(path)
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    config = hf_folder.read_config(folder)
-    raw = hf_folder.quantization_config(folder, config)
-    quantization = parse_quantization_config(*raw) if raw else None
-    shards = hf_folder.shard_paths(folder)
-    aux = hf_folder.aux_files(folder)
-    prefix = "transformer" if config["model_type"] == "gpt2" else "model"
-    files = [*shards, *aux.values(), folder / "config.json"]
-    if (folder / "quantize_config.json").is_file():
-        files.append(folder / "quantize_config.json")
-    source = SafetensorsSource(shards, prefix)
-    return Checkpoint(folder, config, source, aux=lambda: aux, files=files, quantization=quantization)

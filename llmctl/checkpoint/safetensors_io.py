@@ -61,11 +61,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header: tensors by name in file order, string metadata, size of the whole file in bytes."""
+    """A checked header: tensors by name in file order, string metadata."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
-    file_size: int
 
 
 def read_header(path: Path) -> Header:
@@ -97,7 +96,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"{path}: {kind}: expected {end} bytes, found {size}", fix="fetch or write the file again"
         )
-    return Header(entries, dict(metadata), size)
+    return Header(entries, dict(metadata))
 
 
 def _raw_header(path: Path, file: BinaryIO, size: int) -> bytes:

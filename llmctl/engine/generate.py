@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.output import OutputProcessor, TextOutput, merge_outputs
 from llmctl.engine.request import Request, RequestTimes, fan_out
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.text.tokenizer import Tokenizer
 
 

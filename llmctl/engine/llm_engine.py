@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
-from llmctl.engine.sampling import SamplingBatcher, derive_seed
+from llmctl.engine.sampling_batch import SamplingBatcher
+from llmctl.engine.sampling_params import derive_seed
 from llmctl.engine.scheduler import ScheduledStep, Scheduler, SchedulerConfig
 from llmctl.engine.step import PendingStep, Runtime, RuntimeLimits, SequenceSlice, StepResult, TokenLogprobs
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.request import FinishReason, RequestTimes
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs
 from llmctl.text.detokenizer import IncrementalDetokenizer, StopChecker
 from llmctl.text.tokenizer import Tokenizer

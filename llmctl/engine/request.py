@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 
 
 class RequestStatus(IntEnum):
@@ -119,11 +119,6 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Known tokens that no step has been asked to compute."""
-        return len(self.token_ids) - self.num_computed_tokens
-
-    @property
     def output_token_ids(self) -> list[int]:
         """Tokens generated so far (a copy)."""
         return self.token_ids[self.num_prompt_tokens :]
@@ -144,11 +139,11 @@ def fan_out(request: Request) -> list[Request]:
         Request(
             request_id=f"{request.request_id}#{index}",
             prompt_token_ids=request.prompt_token_ids,
-            params=request.params.sample(index),
+            params=params,
             priority=request.priority,
             arrival_time=request.arrival_time,
             cache_salt=request.cache_salt,
             adapter_id=request.adapter_id,
         )
-        for index in range(request.params.n)
+        for index, params in enumerate(request.params.samples())
     ]

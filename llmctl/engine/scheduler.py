@@ -239,9 +239,9 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, step: _StepUnderWay) -> None:
-        # Blocks that running requests still need for tokens they know: admitting into those would only preempt. For the
-        # same reason whoever was preempted in this step does not come straight back: its blocks are gone to another.
-        spoken_for = sum(self.pool.blocks_for(r.num_tokens) - len(r.block_ids) for r in self.running)
+        # Budget is left, so every running request holds the blocks of all tokens that it knows, and free blocks are
+        # nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
+        # whoever was preempted in this step does not come straight back either: its blocks are gone to another.
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
             cached = self._cached_prefix(request)
@@ -251,7 +251,7 @@ class Scheduler:
             if count < remaining and not self._may_cut(remaining):
                 return
             needed = self.pool.blocks_for(request.num_tokens) - len(cached)
-            if needed + spoken_for > self.pool.num_free - self.pool.num_unheld(cached):
+            if needed > self.pool.num_free - self.pool.num_unheld(cached):
                 return
             self._admit(request, cached)
             self._grow(request, start + count)

@@ -42,11 +42,6 @@ class StepPlan(msgspec.Struct, frozen=True):
 
     slices: tuple[SequenceSlice, ...]
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed by this step."""
-        return sum(len(s.token_ids) for s in self.slices)
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.checkpoint.assemble import checkpoint_graph
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError

@@ -196,7 +196,7 @@ def self_calibration(
     """
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.request import Request
-    from llmctl.engine.sampling import SamplingParams, derive_seed
+    from llmctl.engine.sampling_params import SamplingParams, derive_seed
     from llmctl.engine.scheduler import SchedulerConfig
     from llmctl.targets.reference.weights import checkpoint_runtime
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llmctl.checkpoint.assemble import WeightSource, assemble, checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.config import QuantizeConfig

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llmctl.engine.output import TextOutput
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import LlmctlError, RequestError
 from llmctl.serving.context import Model, ServerContext, context_of
 from llmctl.serving.generation import Generation, SequenceSpec
@@ -102,10 +102,11 @@ async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None
 
 
 def _sequences(prompts: list[Prompt], params: SamplingParams, body: SamplingFields) -> list[SequenceSpec]:
+    samples = params.samples()
     return [
-        SequenceSpec(prompt.token_ids, params.sample(i), body.priority or 0, body.cache_salt)
+        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt)
         for prompt in prompts
-        for i in range(params.n)
+        for sample in samples
     ]
 
 

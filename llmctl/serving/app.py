@@ -13,8 +13,8 @@ from llmctl import __version__
 from llmctl.errors import RequestError
 from llmctl.serving import api
 from llmctl.serving.api import openapi_body, parse
-from llmctl.serving.client import EngineState
 from llmctl.serving.context import ServerContext, context_of
+from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import install_handlers, json_response
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -60,9 +60,10 @@ def api_keys(given: str | None) -> list[str]:
 async def health(request: Request) -> Response:
     """Liveness: 200 from the first moment, 503 with the reason once the engine is dead."""
     client = context_of(request).client
-    if client.state is EngineState.DEAD:
+    state = client.worker.state
+    if state is EngineState.DEAD:
         return json_response({"status": "dead", "reason": client.why_not_ready()}, 503)
-    return json_response({"status": "ok", "engine": client.state.value})
+    return json_response({"status": "ok", "engine": state.value})
 
 
 async def ready(request: Request) -> Response:

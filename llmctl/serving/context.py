@@ -26,6 +26,27 @@ class Model:
     intake: Intake
     info: EngineInfo
 
+    @classmethod
+    def from_folder(
+        cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, chat_template: str | None
+    ) -> Model:
+        """The Model of an engine folder. ``chat_template`` is a file that overrides the model's own template.
+
+        Raises:
+            CheckpointError: the template file cannot be read or is not a template.
+        """
+        template = tokenizer.chat_template
+        if chat_template is not None:
+            template = _read_template(Path(chat_template), tokenizer)
+        intake = Intake(
+            tokenizer,
+            template,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            defaults=sampling_defaults(folder),
+        )
+        return cls(name, intake, info)
+
 
 @dataclass
 class ServerContext:
@@ -44,8 +65,8 @@ class ServerContext:
         Raises:
             NotReadyError: starting, draining, or dead, with the reason.
         """
-        self.client.check_admitting()
-        assert self.loaded is not None, "the client admits requests only after load_model"
+        self.client.worker.check_admitting()
+        assert self.loaded is not None, "the client admits requests only once the model is there"
         return self.loaded
 
     def check_name(self, name: str | None) -> None:
@@ -58,25 +79,6 @@ class ServerContext:
             raise ModelNotFoundError(
                 f"the model '{name}' does not exist; this server has: {self.model_name}", param="model"
             )
-
-
-def load_model(name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, chat_template: str | None) -> Model:
-    """The Model of an engine folder. ``chat_template`` is a file that overrides the model's own template.
-
-    Raises:
-        CheckpointError: the template file cannot be read or is not a template.
-    """
-    template = tokenizer.chat_template
-    if chat_template is not None:
-        template = _read_template(Path(chat_template), tokenizer)
-    intake = Intake(
-        tokenizer,
-        template,
-        max_model_len=info.max_model_len,
-        vocab_size=info.vocab_size,
-        defaults=sampling_defaults(folder),
-    )
-    return Model(name, intake, info)
 
 
 def _read_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:

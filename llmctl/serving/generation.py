@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from llmctl.engine.output import TextOutput, merge_outputs
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.engine.sampling import SamplingParams, bad_word_ids
+from llmctl.engine.sampling_params import SamplingParams, bad_word_ids
 from llmctl.errors import CapacityError, RequestError
 from llmctl.serving.protocol import (
     ChatCompletionRequest,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from llmctl.serving.client import AsyncEngineClient
     from llmctl.serving.context import ServerContext
+    from llmctl.serving.lifecycle import WorkerLifecycle
 
 log = logging.getLogger("llmctl.serving")
 
@@ -138,9 +139,9 @@ class _Server:
         name = config.served_model_name or default_model_name(config.model)
         metrics = ServerMetrics(name)
         client = AsyncEngineClient(config, metrics, stall_timeout=config.stall_timeout, log_level=config.log_level)
-        client.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
-        self._install_signals(client)
-        await client.start()
+        client.worker.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
+        self._install_signals(client.worker)
+        await client.worker.start()
         try:
             from llmctl.serving.app import create_app
             from llmctl.serving.context import ServerContext
@@ -187,13 +188,13 @@ class _Server:
             ) from error
         return Server(settings)
 
-    def _install_signals(self, client: AsyncEngineClient) -> None:
+    def _install_signals(self, worker: WorkerLifecycle) -> None:
         loop = asyncio.get_running_loop()
 
         def on_signal(number: int) -> None:
             if self._stop.is_set():
                 print("stopping at once", file=sys.stderr, flush=True)
-                client.kill()
+                worker.kill()
                 os._exit(128 + number)
             name = signal.Signals(number).name
             print(
@@ -201,7 +202,7 @@ class _Server:
                 file=sys.stderr,
                 flush=True,
             )
-            client.drain()
+            worker.drain()
             self._stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -214,7 +215,7 @@ class _Server:
             LlmctlError: the engine did not start, or died.
         """
         client = context.client
-        dead = asyncio.create_task(client.until_dead())
+        dead = asyncio.create_task(client.worker.until_dead())
         stop = asyncio.create_task(self._stop.wait())
         try:
             ready = asyncio.create_task(self._become_ready(context))
@@ -232,15 +233,16 @@ class _Server:
             stop.cancel()
 
     async def _become_ready(self, context: ServerContext) -> None:
-        from llmctl.serving.context import load_model
+        from llmctl.serving.context import Model
         from llmctl.serving.summary import print_summary
 
         client, config = context.client, self._config
-        info = await client.until_ready()
-        assert client.tokenizer is not None
-        assert client.engine_path is not None
-        context.loaded = load_model(
-            context.model_name, client.engine_path, client.tokenizer, info, config.chat_template
+        worker = client.worker
+        info = await worker.until_ready()
+        assert worker.tokenizer is not None
+        assert worker.engine_path is not None
+        context.loaded = Model.from_folder(
+            context.model_name, worker.engine_path, worker.tokenizer, info, config.chat_template
         )
         context.metrics.set_cache_config(
             block_size=info.block_size,
@@ -251,7 +253,7 @@ class _Server:
         gc.collect()
         gc.freeze()
         client.admit()
-        print_summary(config, context.loaded, client.engine_path, time.perf_counter() - self._began)
+        print_summary(config, context.loaded, worker.engine_path, time.perf_counter() - self._began)
 
     async def _drain(self, client: AsyncEngineClient) -> None:
         try:

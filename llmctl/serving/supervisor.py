@@ -62,11 +62,6 @@ class WorkerProcess:
             await process.stdin.drain()
         return cls(process)
 
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
     async def wait(self) -> int:
         """The exit status: negative for a signal."""
         return await self._process.wait()

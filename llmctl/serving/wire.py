@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import ExitCode, LlmctlError
 
 

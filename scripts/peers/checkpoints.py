@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.folder import published_folder
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_sharded
 from peers.contest import PeerError

@@ -20,8 +20,8 @@ from llmctl.artifact.builder import build_engine, ensure_engine
 from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
 from llmctl.artifact.plan import plan_build
 from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler

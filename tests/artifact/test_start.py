@@ -15,7 +15,7 @@ from llmctl.artifact.loader import load_engine
 from llmctl.artifact.manifest import MANIFEST_NAME, manifest_to_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime, start_engine
-from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, UsageError

@@ -11,8 +11,8 @@ from random_weights import random_weight
 from tiny_checkpoint import write_gptq
 
 from llmctl.checkpoint.assemble import assemble, checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.errors import CheckpointError
 from llmctl.graph.graph import QuantScheme, Weight, WeightPart
 from llmctl.graph.passes import apply_passes

@@ -10,8 +10,9 @@ import pytest
 import torch
 from checkpoint_samples import random_weight, same_weight, tiny_llama
 
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.writer import OutputFormat, write_quantized_checkpoint
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.graph.graph import QuantScheme

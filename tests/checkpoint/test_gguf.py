@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from llmctl.checkpoint.gguf_config import llama3_factors
 from llmctl.checkpoint.gguf_file import open_gguf
 from llmctl.checkpoint.gguf_header import GgufFile
-from llmctl.checkpoint.reader import Checkpoint, open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmctl.engine.request import Request
-from llmctl.engine.sampling import SamplingBatcher
+from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.step import (
     RuntimeLimits,
     SamplingBatch,
@@ -109,7 +109,7 @@ class FakeRuntime:
                 assert slot not in written, "two tokens of one step share a slot"
                 written.add(slot)
                 self.store[slot] = (token, piece.start + offset)
-        self.computed_tokens += plan.num_tokens
+        self.computed_tokens += sum(len(piece.token_ids) for piece in plan.slices)
         tokens, logprobs, scores = [], [], {}
         for piece in plan.slices:
             if piece.score_targets is not None:

@@ -3,6 +3,8 @@ everything ends within a bounded number of steps, and every request yields the t
 
 from __future__ import annotations
 
+from typing import Any
+
 from fake_runtime import FakeRuntime, expected_tokens
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import CapacityError, QueueFullError
 
@@ -54,6 +56,9 @@ class EngineMachine(RuleBasedStateMachine):
         runtime = FakeRuntime(blocks, block_size, max_model_len=30, vocab_size=VOCAB)
         self.config = SchedulerConfig(seats, budget, caching, chunking, policy, max_num_queued_reqs=8)
         self.engine = LLMEngine(runtime, self.config, EOS, seed=3, max_steps_in_flight=in_flight)
+        scheduler = self.engine.scheduler
+        self.admit = scheduler._schedule_waiting
+        scheduler._schedule_waiting = self.schedule_waiting  # type: ignore[method-assign]
         self.requests: dict[str, Request] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, FinishReason] = {}
@@ -100,6 +105,14 @@ class EngineMachine(RuleBasedStateMachine):
             if output.finish_reason is not None:
                 self.end(output.request_id, output.finish_reason)
         self.consistent()
+
+    def schedule_waiting(self, step: Any) -> None:
+        """Waiting requests are looked at only when running ones hold blocks for all that they know: none is spoken
+        for."""
+        scheduler = self.engine.scheduler
+        assert step.budget
+        assert all(len(r.block_ids) == scheduler.pool.blocks_for(r.num_tokens) for r in scheduler.running)
+        self.admit(step)
 
     @precondition(lambda self: self.engine.has_unfinished())
     @rule(data=st.data())

@@ -12,7 +12,7 @@ from small_tokenizers import byte_level
 from llmctl.engine.generate import Completion, generate, score, score_all
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import CapacityError
 

@@ -10,7 +10,7 @@ from small_tokenizers import byte_level
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput, merge_outputs
 from llmctl.engine.request import FinishReason
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs
 
 TOKENIZER = byte_level()

@@ -1,19 +1,14 @@
-"""SamplingParams' validation and their translation into a SamplingBatch."""
+"""SamplingParams' validation, the seeds of samples, and bad words as token ids."""
 
 from __future__ import annotations
 
 import math
-from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llmctl.engine.request import Request, fan_out
-from llmctl.engine.sampling import SamplingBatcher, SamplingParams, bad_word_ids, derive_seed
-from llmctl.engine.step import SamplingBatch
+from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, derive_seed
 from llmctl.errors import RequestError
 
 
@@ -54,106 +49,6 @@ def test_ids_outside_the_vocabulary_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="outside the vocabulary \\(0 to 49\\)") as caught:
         SamplingParams(**params).check_vocab(50)
     assert caught.value.param == next(iter(params))
-
-
-def batch(
-    *params: SamplingParams, outputs: list[int] | None = None, eos: frozenset[int] = frozenset()
-) -> SamplingBatch:
-    requests = [Request(str(i), [1, 2, 3], p) for i, p in enumerate(params)]
-    for request in requests:
-        request.token_ids += outputs or []
-    return SamplingBatcher(40, eos).batch(tuple(requests))
-
-
-def test_what_nobody_asks_for_is_none() -> None:
-    made = batch(SamplingParams(), SamplingParams(temperature=0))
-    given_fields = {name for name in SamplingBatch.__dataclass_fields__ if getattr(made, name) is not None}
-    assert given_fields == {"temperature", "seeds", "positions"}
-    assert made.temperature.tolist() == [1, 0]
-    assert made.positions.tolist() == [3, 3]
-    assert made.seeds.dtype == np.uint64
-
-
-def test_one_row_that_asks_fills_the_column_with_off_values() -> None:
-    made = batch(SamplingParams(), SamplingParams(top_k=5, top_p=0.5, min_p=0.1, presence_penalty=1, logprobs=0))
-    assert made.top_k is not None
-    assert made.top_k.tolist() == [0, 5]
-    assert made.top_p is not None
-    assert made.top_p.tolist() == [1, 0.5]
-    assert made.min_p is not None
-    assert made.min_p.tolist() == pytest.approx([0, 0.1])
-    assert made.presence_penalty is not None
-    assert made.presence_penalty.tolist() == [0, 1]
-    assert made.repetition_penalty is None
-    assert made.num_logprobs is not None
-    assert made.num_logprobs.tolist() == [-1, 0]
-    assert made.prompt_ids is not None
-    assert [ids.tolist() for ids in made.prompt_ids] == [[], [1, 2, 3]]  # only who is penalised
-
-
-def test_greedy_rows_do_not_ask_for_truncation() -> None:
-    made = batch(SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1))
-    assert made.top_k is None
-    assert made.top_p is None
-    assert made.min_p is None
-
-
-PARAMS = [
-    SamplingParams(temperature=0),
-    SamplingParams(temperature=0.7, top_p=0.9),
-    SamplingParams(repetition_penalty=1.5),
-    SamplingParams(min_tokens=3, stop_token_ids=(7,)),
-    SamplingParams(bad_words=((5,), (6, 7)), allowed_token_ids=(5, 6, 7)),
-]
-
-
-@given(st.lists(st.lists(st.integers(0, 4), unique=True), min_size=2, max_size=8), st.randoms())
-def test_a_batcher_that_has_seen_other_steps_makes_the_same_batch(steps: list[list[int]], random: Random) -> None:
-    requests = [Request(str(i), [1, 2, 3], p) for i, p in enumerate(PARAMS)]
-    batcher = SamplingBatcher(40, frozenset({9}))
-    for step in steps:
-        rows = tuple(requests[i] for i in step)
-        for _ in range(2):  # the same rows again, one token later
-            made, fresh = batcher.batch(rows), SamplingBatcher(40, frozenset({9})).batch(rows)
-            for name in SamplingBatch.__dataclass_fields__:
-                np.testing.assert_equal(getattr(made, name), getattr(fresh, name), err_msg=name)
-            for request in rows:
-                request.token_ids.append(random.randrange(4, 8))
-
-
-def biases(made: SamplingBatch, row: int = 0) -> dict[int, float]:
-    if made.bias_rows is None:
-        return {}
-    assert made.bias_ids is not None
-    assert made.bias_values is not None
-    at = made.bias_rows == row
-    return dict(zip(made.bias_ids[at].tolist(), made.bias_values[at].tolist(), strict=True))
-
-
-def test_min_tokens_suppresses_ends_until_reached() -> None:
-    params = SamplingParams(min_tokens=2, stop_token_ids=(7,), logit_bias={7: 5.0, 8: -1.0})
-    eos = (9,)
-    assert biases(batch(params, outputs=[4], eos=eos)) == {7: -math.inf, 9: -math.inf, 8: -1.0}
-    assert biases(batch(params, outputs=[4, 4], eos=eos)) == {7: 5.0, 8: -1.0}
-    ignoring = SamplingParams(min_tokens=2, ignore_eos=True)
-    assert biases(batch(ignoring, eos=eos)) == {}
-
-
-def test_bad_words_forbid_the_last_token_after_the_rest_of_the_word() -> None:
-    params = SamplingParams(bad_words=((5,), (6, 7), (3, 8)))
-    assert biases(batch(params, outputs=[6])) == {5: -math.inf, 7: -math.inf}
-    assert biases(batch(params)) == {5: -math.inf}  # the prompt's 3 does not begin a bad word
-
-
-@given(st.sets(st.integers(0, 39), min_size=1))
-def test_allowed_mask_has_exactly_the_allowed_bits(allowed: set[int]) -> None:
-    made = batch(SamplingParams(allowed_token_ids=tuple(allowed)), SamplingParams())
-    assert made.allowed_mask is not None
-    assert made.allowed_mask.dtype == np.uint32
-    assert made.allowed_mask.shape == (2, 2)
-    bits = [[int(word >> np.uint32(b)) & 1 for word in row for b in range(32)] for row in made.allowed_mask]
-    assert {i for i, bit in enumerate(bits[0]) if bit} == allowed
-    assert bits[1] == [1] * 40 + [0] * 24
 
 
 def test_samples_have_seeds_of_their_own_and_the_first_keeps_its_seed() -> None:

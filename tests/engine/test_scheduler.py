@@ -10,9 +10,9 @@ from fake_runtime import FakeRuntime
 from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request, RequestStatus
-from llmctl.engine.sampling import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
-from llmctl.engine.step import StepPlan
+from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.scheduler import Scheduler, SchedulerConfig
+from llmctl.engine.step import RuntimeLimits, StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 
 
@@ -130,12 +130,30 @@ def test_fcfs_takes_no_notice_of_priority() -> None:
     assert [s[0] for s in plans(engine)[0]] == ["a", "b"]
 
 
-def test_a_prompt_is_not_admitted_into_blocks_spoken_for() -> None:
+def test_a_prompt_is_admitted_when_all_of_it_fits() -> None:
     """Two prompts that do not fit together run one after the other instead of preempting each other's prefill."""
     engine = engine_of(blocks=5, max_num_batched_tokens=4)
     engine.add_requests([request("a", 13, 2), request("b", 13, 2)])
     for _ in range(12):
         step(engine)
+    assert not engine.has_unfinished()
+    assert engine.stats().num_preemptions == 0
+
+
+def test_a_prompt_in_the_middle_of_its_prefill_keeps_others_out_of_the_blocks_it_will_need() -> None:
+    """Free blocks suffice for "b" at each step, but they are "a"'s until it is computed."""
+    engine = engine_of(blocks=5, max_num_batched_tokens=4, enable_prefix_caching=False)
+    engine.add_requests([request("a", 14, 3), request("b", 6, 1)])
+    step(engine, 6)
+    assert plans(engine) == [
+        [("a", 0, 4, False)],
+        [("a", 4, 4, False)],
+        [("a", 8, 4, False)],
+        [("a", 12, 2, True)],
+        [("a", 14, 1, True)],
+        [("a", 15, 1, True)],
+    ]
+    step(engine, 2)
     assert not engine.has_unfinished()
     assert engine.stats().num_preemptions == 0
 
@@ -252,3 +270,25 @@ def test_a_step_in_flight_keeps_its_requests_out_of_the_next() -> None:
     assert plans(engine)[2] == [("a", 4, 1, True), ("b", 4, 3, False)]
     while engine.has_unfinished():
         step(engine)
+
+
+def test_a_slice_of_before_a_preemption_makes_nothing_findable() -> None:
+    """ "b" is preempted while a step in flight computes it, and has other blocks when that step is done."""
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=4), RuntimeLimits(2, 4, 64, 40))
+    a, b = request("a", 4), request("b", 4)
+    scheduler.add([a, b], 0.0)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [shape(s.plan) for s in (first, second)] == [[("a", 0, 4, True)], [("b", 0, 4, True)]]
+    a.token_ids.append(1)  # what the first step sampled
+    third = scheduler.schedule()
+    assert (shape(third.plan), b.status, third.plan.slices[0].block_ids) == (
+        [("a", 4, 1, True)], RequestStatus.PREEMPTED, (0, 1),
+    )  # fmt: skip
+    scheduler.finish(a, RequestStatus.FINISHED_ABORTED)
+    fourth = scheduler.schedule()
+    assert (shape(fourth.plan), b.block_ids) == ([("b", 0, 4, True)], (0,))
+    scheduler.computed(b, second.plan.slices[0], second.epochs[0])  # into block 1
+    assert scheduler.pool.match(b.block_hashes) == []
+    scheduler.computed(b, fourth.plan.slices[0], fourth.epochs[0])
+    assert scheduler.pool.match(b.block_hashes) == [0]
+    scheduler.check()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from family_models import VOCAB, family_model
 
-from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
@@ -20,6 +19,7 @@ from llmctl.graph.passes import CUDA_PASSES, apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import CheckpointWeights
 
 RANK = 4
 SCALES = (0.5, 2.0)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from family_models import CASES, VOCAB, family_model
 
-from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
@@ -19,6 +18,7 @@ from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
 from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import CheckpointWeights
 
 
 def logits(case: str, graph: Graph) -> torch.Tensor:

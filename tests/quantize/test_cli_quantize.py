@@ -147,7 +147,7 @@ def test_a_failing_autoawq_leaves_nothing(model: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.skipif(importlib.util.find_spec("awq") is None, reason="autoawq is not installed")
 def test_autoawq_writes_what_the_reader_reads(tmp_path: Path) -> None:
-    from llmctl.checkpoint.reader import open_checkpoint
+    from llmctl.checkpoint.opening import open_checkpoint
 
     # AutoAWQ asserts that output widths are multiples of 64.
     model = write_model(tmp_path / "model", "llama", intermediate_size=128, num_key_value_heads=4)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from random_models import FAMILIES, logits_of, write_model
 
-from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize import driver
@@ -18,6 +17,7 @@ from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.report import QuantizeReport
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.workfolder import WorkFolder
+from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 
 WORDS = (

@@ -8,13 +8,13 @@ import pytest
 import torch
 from random_models import logits_of, write_model
 
-from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.checkpoint.assemble import checkpoint_graph
-from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.evaluate import Protocol, measure_kl, measure_perplexity
+from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox reads a book and the answer is that every question has an answer of its own. " * 6

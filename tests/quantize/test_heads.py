@@ -16,7 +16,7 @@ from llmctl.artifact.plan import BuildPlan
 from llmctl.artifact.start import open_runtime
 from llmctl.artifact.variant import with_options
 from llmctl.artifact.writer import write_engine
-from llmctl.checkpoint.reader import open_checkpoint
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError

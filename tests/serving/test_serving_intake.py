@@ -11,7 +11,7 @@ import pytest
 from fixtures import make_tokenizer
 
 from llmctl.errors import CapacityError, CheckpointError, RequestError
-from llmctl.serving.context import load_model
+from llmctl.serving.context import Model
 from llmctl.serving.intake import Intake, sampling_defaults
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 from llmctl.serving.wire import EngineInfo
@@ -174,10 +174,10 @@ def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ eos_token }}")
     body = ChatCompletionRequest.model_validate_json('{"messages": [{"role": "user", "content": "hi"}]}')
-    assert load_model("m", tmp_path, tokenizer, info, str(path)).intake.render_chat(body) == "[hi]<|im_end|>"
-    assert "<|im_start|>user" in load_model("m", tmp_path, tokenizer, info, None).intake.render_chat(body)
+    assert Model.from_folder("m", tmp_path, tokenizer, info, str(path)).intake.render_chat(body) == "[hi]<|im_end|>"
+    assert "<|im_start|>user" in Model.from_folder("m", tmp_path, tokenizer, info, None).intake.render_chat(body)
     path.write_text("{% for %}")
     with pytest.raises(CheckpointError, match="chat template: line 1"):
-        load_model("m", tmp_path, tokenizer, info, str(path))
+        Model.from_folder("m", tmp_path, tokenizer, info, str(path))
     with pytest.raises(CheckpointError, match="--chat-template"):
-        load_model("m", tmp_path, tokenizer, info, str(tmp_path / "gone"))
+        Model.from_folder("m", tmp_path, tokenizer, info, str(tmp_path / "gone"))

@@ -12,9 +12,8 @@ from small_tokenizers import byte_level
 
 from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import EngineStats, LLMEngine, TokenOutput
-from llmctl.engine.output import OutputProcessor
 from llmctl.engine.request import Request
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_loop import EngineLoop
@@ -101,7 +100,7 @@ def test_the_api_process_takes_in_a_step_however_many_wait() -> None:
 
     def work(waiting: int) -> list[int]:
         client = AsyncEngineClient(ServeConfig(), ServerMetrics("m"), stall_timeout=60)
-        client._texts, client._channel = OutputProcessor(byte_level()), cast(ApiChannel, Discard())
+        client.worker.tokenizer, client.worker._channel = byte_level(), cast(ApiChannel, Discard())
         client.admit()
         spec = SequenceSpec([5, 6], PARAMS)
         streams = [client.generate([spec]) for _ in range(4 + waiting)][:4]
@@ -111,7 +110,7 @@ def test_the_api_process_takes_in_a_step_however_many_wait() -> None:
             stats = EngineStats(4, waiting, 0.5, 0, 0, 0, number, number * 4, number * 4, 4)
             message = encode(StepMessage(outputs, stats, number / 100))
             with Bytecodes() as bytecodes:
-                client._on_message(message)
+                client.worker._on_message(message)
             counts.append(bytecodes.count)
         assert all(s._pending for s in streams)
         return counts

@@ -14,7 +14,7 @@ from fixtures import LOOP_TEXT, make_tokenizer
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
 from llmctl.engine.request import FinishReason
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs
 from llmctl.serving.generation import Generation
 from llmctl.serving.intake import Prompt

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
 from llmctl.engine.request import FinishReason, RequestTimes
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs
 from llmctl.errors import CapacityError, ExitCode, ModelNotFoundError, QueueFullError
 from llmctl.serving.transport import ApiChannel, WorkerChannel, socket_pair

@@ -22,7 +22,7 @@ from llmctl.artifact.builder import build_engine
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
-from llmctl.engine.sampling import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.targets.cpu.features import cpu_features

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoint
-from llmctl.targets.cpu.weights import engine_weights
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
@@ -14,6 +13,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.config import BuildConfig
 from llmctl.targets.cpu.binding import Lowering, plan_arena
 from llmctl.targets.cpu.toolchain import find_compiler
+from llmctl.targets.cpu.weights import engine_weights
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 

@@ -11,8 +11,8 @@ from tiny_checkpoint import write_gptq
 from llmctl.artifact import builder
 from llmctl.artifact.loader import read_manifest
 from llmctl.checkpoint.assemble import assemble
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import open_checkpoint
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
 from llmctl.targets.cuda import target

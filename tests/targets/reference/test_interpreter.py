@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from family_models import VOCAB, family_model
-from llmctl.targets.reference.weights import CheckpointWeights
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Op, QuantScheme
 from llmctl.targets.batch import Batch, packed_batch
 from llmctl.targets.reference.context import StepContext, allocate_cache
 from llmctl.targets.reference.interpreter import Interpreter
+from llmctl.targets.reference.weights import CheckpointWeights
 
 
 def sequences() -> list[list[int]]:

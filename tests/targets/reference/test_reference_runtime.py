@@ -219,7 +219,7 @@ def test_greedy_tokens_equal_transformers_on_the_demo_model() -> None:
     import transformers
 
     from llmctl.checkpoint.assemble import checkpoint_graph
-    from llmctl.checkpoint.reader import open_checkpoint
+    from llmctl.checkpoint.opening import open_checkpoint
 
     checkpoint = open_checkpoint(demo_model())
     graph = checkpoint_graph(checkpoint)

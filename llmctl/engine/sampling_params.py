@@ -1,25 +1,16 @@
-"""Sampling parameters of a request, and their translation into one plain ``SamplingBatch`` per step.
-
-Nothing here touches logits: the runtime samples where the logits are.
-"""
+"""How a request is sampled: the parameters, their ranges, and the seeds of its samples."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llmctl.engine.step import SamplingBatch
 from llmctl.errors import RequestError
 
 if TYPE_CHECKING:
-    from llmctl.engine.request import Request
     from llmctl.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20
@@ -31,7 +22,7 @@ class SamplingParams:
     """How one request is sampled and when it ends. Names and defaults are vLLM's and OpenAI's.
 
     Attributes:
-        n: samples wanted of one prompt; the engine runs each as a request of its own (see ``sample``).
+        n: samples wanted of one prompt; the engine runs each as a request of its own (see ``samples``).
         temperature: 0 = greedy. top_k: 0 or -1 = off. top_p: (0, 1], 1 = off. min_p: [0, 1], 0 = off.
         repetition_penalty: > 0, 1 = off. presence_penalty, frequency_penalty: [-2, 2], 0 = off.
         logit_bias: token id -> additive bias in [-100, 100].
@@ -91,15 +82,13 @@ class SamplingParams:
         """Whether any penalty needs the request's token history."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    def sample(self, index: int) -> SamplingParams:
-        """Parameters of the ``index``-th of the ``n`` samples: n = 1, and a seed of its own.
+    def samples(self) -> tuple[SamplingParams, ...]:
+        """Parameters of each of the ``n`` samples: n = 1, and a seed of its own.
 
         Sample 0 keeps the seed, so the first of many samples equals the only sample of the same request.
         """
-        seed = self.seed
-        if seed is not None and index:
-            seed = derive_seed(seed, index)
-        return replace(self, n=1, seed=seed)
+        seeds = (derive_seed(self.seed, i) if i and self.seed is not None else self.seed for i in range(self.n))
+        return tuple(replace(self, n=1, seed=seed) for seed in seeds)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have.
@@ -183,9 +172,6 @@ def _check_collections(params: SamplingParams) -> None:
         raise RequestError("bad_words: expected non-empty sequences of token ids", param="bad_words")
 
 
-FIELD_NAMES = frozenset(f.name for f in fields(SamplingParams))
-
-
 def derive_seed(seed: int, index: int) -> int:
     """An independent u64 seed for stream ``index`` of ``seed`` (blake2b of both)."""
     data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(8, "little")
@@ -207,124 +193,3 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int,
             if ids:
                 found[ids] = None
     return tuple(found)
-
-
-class SamplingBatcher:
-    """Makes the SamplingBatch of each step.
-
-    Most steps sample the very requests that the last one did. Then only the positions are new, and whatever else
-    follows the requests' output; all other columns are the arrays of the last batch.
-
-    Args:
-        vocab_size: width of the logits. eos_token_ids: suppressed while a row is short of its ``min_tokens``.
-    """
-
-    def __init__(self, vocab_size: int, eos_token_ids: Collection[int] = frozenset()) -> None:
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
-        self._requests: tuple[Request, ...] | None = None
-        self._columns: dict[str, Any] = {}
-        self._penalised = self._biased = False
-
-    def batch(self, requests: tuple[Request, ...]) -> SamplingBatch:
-        """The batch of the requests whose next token is to be sampled, in row order."""
-        if requests != self._requests:  # by identity: requests have no equality of their own
-            self._requests = requests
-            self._set_columns([r.params for r in requests], [r.seed for r in requests])
-        columns = self._columns
-        if self._penalised or self._biased:
-            columns = {**columns, **self._following_output(requests)}
-        return SamplingBatch(positions=np.array([len(r.token_ids) for r in requests], np.int64), **columns)
-
-    def _set_columns(self, params: Sequence[SamplingParams], seeds: list[int]) -> None:
-        self._penalised = any(p.penalised for p in params)
-        self._biased = any(p.logit_bias or p.min_tokens or p.bad_words for p in params)
-        self._columns = {
-            "temperature": np.array([p.temperature for p in params], np.float32),
-            "seeds": np.array(seeds, np.uint64),
-            "top_k": _column(params, lambda p: 0 if p.greedy else max(p.top_k, 0), 0, np.int32),
-            "top_p": _column(params, lambda p: 1.0 if p.greedy else p.top_p, 1.0, np.float32),
-            "min_p": _column(params, lambda p: 0.0 if p.greedy else p.min_p, 0.0, np.float32),
-            "repetition_penalty": _column(params, lambda p: p.repetition_penalty, 1.0, np.float32),
-            "presence_penalty": _column(params, lambda p: p.presence_penalty, 0.0, np.float32),
-            "frequency_penalty": _column(params, lambda p: p.frequency_penalty, 0.0, np.float32),
-            "allowed_mask": _allowed_masks(params, self._vocab_size),
-            "num_logprobs": _column(params, lambda p: -1 if p.logprobs is None else p.logprobs, -1, np.int32),
-        }
-
-    def _following_output(self, requests: Sequence[Request]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self._penalised:
-            found["prompt_ids"] = tuple(_history(r, r.prompt_token_ids) for r in requests)
-            found["output_ids"] = tuple(_history(r, r.output_token_ids) for r in requests)
-        rows, ids, values = _biases(requests, self._eos_token_ids)
-        if rows:
-            found["bias_rows"] = np.array(rows, np.int32)
-            found["bias_ids"] = np.array(ids, np.int32)
-            found["bias_values"] = np.array(values, np.float32)
-        return found
-
-
-def _history(request: Request, ids: Sequence[int]) -> NDArray[np.int32]:
-    """Token history for the penalties; empty for a row that has none."""
-    return np.array(ids if request.params.penalised else (), np.int32)
-
-
-def _column(
-    params: Sequence[SamplingParams], value: Callable[[SamplingParams], float], off: float, dtype: Any
-) -> NDArray[Any] | None:
-    """One value a row, or None when every row has it off."""
-    values = [value(p) for p in params]
-    return np.array(values, dtype) if any(v != off for v in values) else None
-
-
-def _biases(requests: Sequence[Request], eos_token_ids: Collection[int]) -> tuple[list[int], list[int], list[float]]:
-    """Coordinates of every additive bias: logit_bias, min_tokens' suppressed ids, and bad words about to complete."""
-    rows: list[int] = []
-    ids: list[int] = []
-    values: list[float] = []
-    for row, request in enumerate(requests):
-        params = request.params
-        if not (params.logit_bias or params.min_tokens or params.bad_words):
-            continue
-        forbidden = _forbidden_ids(request, eos_token_ids)
-        bias = dict.fromkeys(sorted(forbidden), -math.inf)
-        for token, value in (params.logit_bias or {}).items():
-            bias.setdefault(token, float(value))
-        rows += [row] * len(bias)
-        ids += bias.keys()
-        values += bias.values()
-    return rows, ids, values
-
-
-def _forbidden_ids(request: Request, eos_token_ids: Collection[int]) -> set[int]:
-    params = request.params
-    forbidden: set[int] = set()
-    if request.num_output_tokens < params.min_tokens:
-        forbidden.update(params.stop_token_ids)
-        if not params.ignore_eos:
-            forbidden.update(eos_token_ids)
-    for word in params.bad_words:
-        prefix = word[:-1]
-        if not prefix or tuple(request.last_output_tokens(len(prefix))) == prefix:
-            forbidden.add(word[-1])
-    return forbidden
-
-
-def _allowed_masks(params: Sequence[SamplingParams], vocab_size: int) -> NDArray[np.uint32] | None:
-    if all(p.allowed_token_ids is None for p in params):
-        return None
-    return np.stack([_allowed_row(p.allowed_token_ids, vocab_size) for p in params])
-
-
-@lru_cache(maxsize=256)
-def _allowed_row(allowed: tuple[int, ...] | None, vocab_size: int) -> NDArray[np.uint32]:
-    """u32 [ceil(V/32)] with bit v%32 of word v//32 set when token v may be sampled. Read-only: it is shared."""
-    words = -(-vocab_size // 32)
-    bits = np.zeros(words * 32, np.uint8)
-    bits[:vocab_size] = allowed is None
-    if allowed is not None:
-        bits[list(allowed)] = 1
-    row = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
-    row.setflags(write=False)
-    return row
