@@ -15,11 +15,12 @@ from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
 from llmctl.checkpoint.reader import Checkpoint, TensorInfo
 from llmctl.checkpoint.safetensors_io import as_tensor
 from llmctl.errors import UnsupportedModelError
+from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DENSE = ("F32", "F16", "BF16")
+_DENSE = tuple(DTYPES[name].safetensors for name in COMPUTE_DTYPES)  # ggml calls them so, too
 
 
 class GgufSource:

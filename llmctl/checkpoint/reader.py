@@ -18,6 +18,7 @@ from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
 from llmctl.errors import CheckpointError
+from llmctl.graph.dtypes import BY_SAFETENSORS, FLOAT_DTYPES
 from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _PLANES = ("qweight", "qzeros", "scales", "g_idx")
 _HEADS = ("lm_head.", "score.", "classifier.")
-_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class Checkpoint:
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(named, str):
             return named.removeprefix("torch.")
-        dense = (self._stored[name].dtype for name in sorted(self._stored) if self._stored[name].dtype in _DTYPE_NAMES)
-        return _DTYPE_NAMES[next(dense, "F32")]
+        stored = (BY_SAFETENSORS[self._stored[name].dtype].name for name in sorted(self._stored))
+        return next((dtype for dtype in stored if dtype in FLOAT_DTYPES), "float32")
 
     @property
     def nbytes(self) -> int:

@@ -22,13 +22,13 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import TensorSpec, torch_dtype_name, write_sharded
 from llmctl.errors import CheckpointError, UsageError
+from llmctl.graph.dtypes import DTYPES, FLOAT_DTYPES, HALF_DTYPES
 from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SIXTEEN_BIT = ("float16", "bfloat16")
-_FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+_FLOATS = tuple(f"torch.{DTYPES[name].torch}" for name in FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class OutputFormat:
     def __post_init__(self) -> None:
         if self.format not in ("awq", "gptq"):
             raise ValueError(f"format: expected awq or gptq, found '{self.format}'")
-        if self.dtype not in (None, *_SIXTEEN_BIT):
+        if self.dtype not in (None, *HALF_DTYPES):
             raise ValueError(f"dtype: expected float16 or bfloat16, found '{self.dtype}'")
 
     def quantization_config(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class _Plan:
         settings: OutputFormat,
     ) -> None:
         self._source, self._quantized, self._replaced, self._settings = source, quantized, replaced, settings
-        self.dtype = settings.dtype or (source.dtype if source.dtype in _SIXTEEN_BIT else "float16")
+        self.dtype = settings.dtype or (source.dtype if source.dtype in HALF_DTYPES else "float16")
         # A Mapping's default `in` loads the value, so names are looked up here.
         self._modules = frozenset(quantized)
         self._packed = functools.lru_cache(maxsize=1)(self._pack)
@@ -179,7 +179,7 @@ class _Plan:
             stored, shape = info.dtype, info.shape
         if stored not in ("F64", "F32", "F16", "BF16"):
             return (stored, shape, functools.partial(self._dense, name))
-        return ("F16" if self.dtype == "float16" else "BF16", shape, functools.partial(self._dense, name))
+        return (DTYPES[self.dtype].safetensors, shape, functools.partial(self._dense, name))
 
     def _dense(self, name: str) -> Tensor:
         import torch

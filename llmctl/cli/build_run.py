@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from llmctl.artifact.builder import plan_output
 from llmctl.artifact.loader import read_manifest
 from llmctl.artifact.memory import human_bytes
 from llmctl.artifact.plan import BuildPlan
-from llmctl.artifact.writer import Progress, write_engine
+from llmctl.artifact.writer import write_engine
 from llmctl.cli.common import print_json
 from llmctl.config import BuildConfig
 from llmctl.errors import LlmctlError
@@ -34,7 +35,7 @@ def run_build(settings: BuildConfig, json_output: bool) -> None:
     tokenizer = Tokenizer.from_files(plan.checkpoint.aux_files(), where=str(plan.checkpoint.path))
     path = Path(settings.output)
     with _progress() as progress:
-        write_engine(plan, path, progress)
+        write_engine(plan, path, partial(progress, "weights"), partial(progress, "kernels"))
     seconds = time.perf_counter() - start
     manifest = read_manifest(path)
     size = sum(record.size for record in manifest.files.values())
@@ -79,35 +80,39 @@ def _print_heads(heads: HeadComparison) -> None:
     Console().print(table)
 
 
+_Show = Callable[[str, str, int, int], None]
+"""Shows how far a build is: (weights or kernels, the one just done, done, in all)."""
+
+
 @contextmanager
-def _progress() -> Iterator[Progress]:
-    """What to hand to a build to see it move: a bar on a terminal, a line at each tenth otherwise; on stderr."""
+def _progress() -> Iterator[_Show]:
+    """A bar on a terminal, a line at each tenth otherwise; on stderr."""
     if not sys.stderr.isatty():
         yield _PlainProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("weights"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
         TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[name]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda name, done, total: bar.update(task, completed=done, total=total, description=name)
+        tasks = {what: bar.add_task(what, total=None, name="") for what in ("kernels", "weights")}
+        yield lambda what, name, done, total: bar.update(tasks[what], completed=done, total=total, name=name)
 
 
 class _PlainProgress:
-    """One line each time another tenth of the weights is written."""
+    """One line each time another tenth of the kernels or of the weights is done."""
 
     def __init__(self) -> None:
-        self._tenth = 0
+        self._tenths: dict[str, int] = {}
 
-    def __call__(self, name: str, done: int, total: int) -> None:
+    def __call__(self, what: str, name: str, done: int, total: int) -> None:
         tenth = 10 * done // max(1, total)
-        if tenth > self._tenth:
-            self._tenth = tenth
-            print(f"weights {10 * tenth}% ({name})", file=sys.stderr, flush=True)
+        if tenth > self._tenths.get(what, 0):
+            self._tenths[what] = tenth
+            print(f"{what} {10 * tenth}% ({name})", file=sys.stderr, flush=True)

@@ -47,7 +47,10 @@ BY_SAFETENSORS = {row.safetensors: row for row in _ROWS}
 BY_TORCH = {row.torch: row for row in _ROWS}
 BY_TAG = {row.tag: row for row in _ROWS if row.tag}
 
-COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+HALF_DTYPES = ("float16", "bfloat16")
+COMPUTE_DTYPES = ("float32", *HALF_DTYPES)
 """What a model may compute in."""
+FLOAT_DTYPES = (*COMPUTE_DTYPES, "float64")
+"""What a dense weight may be stored in."""
 KV_DTYPES = (*COMPUTE_DTYPES, "int8", "fp8_e4m3")
 """What a KV cache may be made of."""

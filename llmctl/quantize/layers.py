@@ -118,8 +118,7 @@ class _LayerRun:
 
     def _stored(self, dense: Tensor) -> Tensor:
         """What a dense tensor is after it has been written: later stages are to make up for its rounding."""
-        dtype = torch.bfloat16 if self.plan.dense_dtype == "bfloat16" else torch.float16
-        return dense.to(dtype).float()
+        return dense.to(getattr(torch, self.plan.dense_dtype)).float()
 
     def _quantize_stage(self, stage: Stage, stats: InputStats, algorithm: Algorithm) -> None:
         weight = self._stacked(stage.linears)

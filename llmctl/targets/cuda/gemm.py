@@ -14,8 +14,6 @@ from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Weight
 from llmctl.targets.cuda.layout import TILE, CudaFormat
 
-HALVES = ("float16", "bfloat16")
-"""What the kernels compute with."""
 ACTIVATION = {"": 0, "silu_mul": 1, "gelu_mul": 2, "gelu_tanh_mul": 3, "relu_mul": 4}
 """The kernels' number of an epilogue."""
 STREAM_ROWS = 16

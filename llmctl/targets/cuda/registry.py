@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from llmctl.graph.dtypes import DTYPES
+from llmctl.graph.dtypes import DTYPES, HALF_DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import FALLBACK, KernelChoice, Refusal
 from llmctl.targets.cuda.attention import AttentionShape
-from llmctl.targets.cuda.gemm import GEMM_ROWS, HALVES, gemm_entries, gemm_sources, int8_entries, weight_format
+from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import MAX_RANK, RANK_MULTIPLE, lora_entries
 
@@ -72,8 +72,8 @@ def files(*names: str) -> Callable[[OpFacts], tuple[str, ...]]:
 
 def refuse_dtype(facts: OpFacts) -> str | None:
     """Why kernels for 16-bit activations cannot serve an op."""
-    if facts.dtype not in HALVES:
-        return f"activations are {facts.dtype}; the kernel takes {' or '.join(HALVES)}"
+    if facts.dtype not in HALF_DTYPES:
+        return f"activations are {facts.dtype}; the kernel takes {' or '.join(HALF_DTYPES)}"
     return None
 
 
@@ -92,7 +92,7 @@ def _refuse_rope_kv(facts: OpFacts) -> str | None:
     dim = facts.op.attrs.get("head_dim") or facts.graph.kv[facts.op.attrs["layer"]].head_dim
     if dim % 4 or dim > 256:
         return f"head size {dim}; the kernel takes multiples of 4 up to 256"
-    if facts.op.kind != "rope" and facts.dtype in HALVES and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
+    if facts.op.kind != "rope" and facts.dtype in HALF_DTYPES and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
         return f"the KV cache is {facts.kv_dtype}; the kernel stores {facts.dtype}, int8 or fp8_e4m3"
     return refuse_dtype(facts)
 
@@ -103,7 +103,7 @@ def _attention_shape(facts: OpFacts) -> AttentionShape:
 
 
 def _refuse_attention(facts: OpFacts) -> str | None:
-    if facts.dtype not in HALVES:
+    if facts.dtype not in HALF_DTYPES:
         return refuse_dtype(facts)
     if facts.kv_tag not in (facts.tag, "s8", "e4m3"):
         return f"the KV cache is {facts.kv_dtype}; the kernels read {facts.dtype}, int8 or fp8_e4m3"

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmctl.graph.dtypes import HALF_DTYPES
 from llmctl.graph.graph import QuantScheme, Weight, WeightPart
 from llmctl.targets.cuda.call import Call
 from llmctl.targets.cuda.compile import SOURCE_DIR
 from llmctl.targets.cuda.gemm import (
     GEMM_ROWS,
-    HALVES,
     STREAM_ROWS,
     gemm_entries,
     gemm_sources,
@@ -63,7 +63,7 @@ formats = st.builds(
 
 
 @settings(max_examples=80, deadline=None)
-@given(fmt=formats, dtype=st.sampled_from(HALVES), m=st.integers(1, 300), sms=st.integers(1, 200))
+@given(fmt=formats, dtype=st.sampled_from(HALF_DTYPES), m=st.integers(1, 300), sms=st.integers(1, 200))
 def test_plans_are_launchable(fmt: CudaFormat, dtype: str, m: int, sms: int) -> None:
     plans = [plan_gemm(fmt, dtype, m, sms), plan_tile(fmt, dtype, m, int8=fmt.bits == 8, sms=sms)]
     for plan in plans:
@@ -86,7 +86,7 @@ def test_streamed_rows_share_k_alike(fmt: CudaFormat) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(fmt=formats, dtype=st.sampled_from(HALVES), m=st.integers(1, 300))
+@given(fmt=formats, dtype=st.sampled_from(HALF_DTYPES), m=st.integers(1, 300))
 def test_every_plan_has_a_signature(fmt: CudaFormat, dtype: str, m: int) -> None:
     for entry in (plan_gemm(fmt, dtype, m).entry, *gemm_entries(fmt, dtype)):
         assert entry in entries_in(SIGNATURES[entry].source)
