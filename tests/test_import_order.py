@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import llmctl
+from llmctl.targets.table import ROOMS
 
 PACKAGE = Path(llmctl.__file__).parent
 ORDER = ("errors config text graph checkpoint engine targets artifact quantize serving bench distributed cli").split()
@@ -51,14 +53,39 @@ def test_imports_only_leftwards(module: Path) -> None:
     if room == "__init__":
         return
     allowed = set(ORDER[: ORDER.index(room) + 1])
-    if room == "targets":  # until the Target protocol stands between the two
-        allowed |= {"artifact"}
     assert imported_rooms(module.read_text()) <= allowed
 
 
 def test_engine_never_imports_a_runtime() -> None:
     for module in (PACKAGE / "engine").glob("*.py"):
         assert "targets" not in imported_rooms(module.read_text())
+
+
+def target_room(name: str) -> str | None:
+    """The target whose room a module stands in; None for what the targets share and what is no target's."""
+    parts = name.split(".")
+    return parts[2] if parts[1] == "targets" and len(parts) > 2 and parts[2] in ROOMS else None
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.relative_to(PACKAGE).as_posix())
+def test_only_the_table_knows_every_target(module: Path) -> None:
+    name = ".".join(module.relative_to(PACKAGE.parent).with_suffix("").parts)
+    imported = {target_room(found) for found in imported_names(module.read_text())} - {None}
+    room = target_room(name)
+    if room is not None:
+        assert imported <= {room, "reference"}
+    elif name.startswith("llmctl.quantize."):
+        assert imported <= {"reference"}
+    elif name != "llmctl.targets.table":
+        assert imported == set()
+
+
+def test_nobody_else_asks_which_target_it_is() -> None:
+    asked = re.compile(r"native_cpu|target_kind|target\.kind|name\.kind|kind [!=]= [\"'](cpu|cuda|reference)")
+    for module in MODULES:
+        if module.relative_to(PACKAGE).parts[0] != "targets":
+            assert asked.findall(module.read_text()) == [], module
+    assert asked.search("if plan.target.kind == 'cuda':")
 
 
 def test_no_circle_of_imports() -> None:

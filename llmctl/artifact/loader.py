@@ -277,8 +277,8 @@ def _covers(built: Target, wanted: str) -> bool:
         UsageError: ``wanted`` is no target.
     """
     parse_target(wanted)
-    kind, _, archs = wanted.partition(":")
-    return kind == built.name.kind and built.covers(archs.split(",") if archs else ())
+    archs = wanted.partition(":")[2]
+    return built.name.has_kind_of(wanted) and built.covers(archs.split(",") if archs else ())
 
 
 def _map_weights(path: Path, manifest: Manifest) -> dict[str, WeightPlane]:

@@ -79,8 +79,7 @@ class Manifest:
     def rebuild_command(self, output: str, **changes: Any) -> str:
         """The ``llmctl build`` that makes this engine again at ``output``, with options replaced by ``changes``."""
         options = {"target": self.target, **target_of(self.target).rebuild_options(self.options)}
-        kind = str(changes.get("target", self.target)).partition(":")[0]
-        if kind != self.target.kind:  # which has other dtypes and passes
+        if not self.target.has_kind_of(str(changes.get("target", self.target))):  # which has other dtypes and passes
             options |= dict.fromkeys(("dtype", "kv_cache_dtype", "activations", "lm_head", "passes"))
         if "dtype" in changes:  # and with it another head
             options["lm_head"] = None

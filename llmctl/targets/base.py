@@ -37,6 +37,10 @@ class TargetName:
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(self.archs)}" if self.archs else self.kind
 
+    def has_kind_of(self, text: str) -> bool:
+        """Whether a ``--target`` names one of the same kind."""
+        return text.partition(":")[0] == self.kind
+
 
 @dataclass(frozen=True)
 class BuildOptions:
