@@ -10,7 +10,7 @@
 
 The bounds are measured between the steps of the same run, and are medians as the steps are: bytes a second of loops
 that only read (a buffer as large as what the step reads, and one of 1 GiB), int8 multiply-adds a second of a loop on
-registers.
+registers. The loops are in native/probe.cpp, compiled as the engine's kernels are.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ import numpy as np
 from md_table import print_table
 from numpy.typing import NDArray
 
-from llmctl.artifact.loader import LoadedEngine, cpu_library, load_engine
+from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.memory import kv_layer_bytes
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
 from llmctl.graph.graph import Graph
-from llmctl.targets.cpu.abi import open_library
 from llmctl.targets.cpu.layout import PackedLinear
 from llmctl.targets.cpu.load import engine_weights, load_cpu_runtime
 from llmctl.targets.cpu.runtime import CpuRuntime
-from llmctl.targets.cpu.toolchain import compile_library, library_name, supported_variants
+from llmctl.targets.cpu.toolchain import Variant, compile_library, library_name, supported_variants
 from llmctl.targets.device import cpu_features
 
 PARTS = ("decode", "prefill", "growth")
 Span = tuple[int, int]
 """Tokens of a sequence before a step, and tokens that the step adds."""
+_PROBES = Path(__file__).resolve().parent / "native" / "probe.cpp"
 _BIG = 2**30
 _WARM_SECONDS = 0.05  # measured at batch 1: 3.8 ms right after the probes, 2.4 from the tenth step on
 _INT8_ROUNDS = 1 << 17
@@ -165,13 +165,10 @@ class Samples:
 
 
 class Probes:
-    """The machine's limits, measured by the kernel library's own loops."""
+    """The machine's limits, measured by loops compiled for the engine's variant."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
-        try:
-            self._read, self._int8 = library.llmctl_probe_read, library.llmctl_probe_int8
-        except AttributeError:
-            raise EngineLoadError("the engine's kernels have no probes", fix="rebuild it, or --from-source") from None
+        self._read, self._int8 = library.probe_read, library.probe_int8
         self._read.restype = self._int8.restype = ctypes.c_double
         self._read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
         self._int8.argtypes = (ctypes.c_int64, ctypes.c_int)
@@ -193,9 +190,8 @@ class Probes:
 class Bench:
     """A runtime with its probes; measures steps and keeps nothing between them but the KV cache."""
 
-    def __init__(self, engine: LoadedEngine, runtime: CpuRuntime, library: ctypes.CDLL, *, steps: int) -> None:
-        self.engine, self.runtime, self.steps = engine, runtime, steps
-        self.probes = Probes(library, runtime.threads)
+    def __init__(self, engine: LoadedEngine, runtime: CpuRuntime, probes: Probes, *, steps: int) -> None:
+        self.engine, self.runtime, self.probes, self.steps = engine, runtime, probes, steps
         self.linears = dict(engine_weights(engine).linears)
         self.kv_dtype = engine.manifest.options.kv_cache_dtype
         self._random = np.random.default_rng(0)
@@ -333,16 +329,21 @@ def open_engine(args: argparse.Namespace, scratch: Path) -> Bench:
         raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.manifest.target}")
     if engine.plan.kv_tokens < need.cache:
         raise EngineLoadError(f"no memory for a KV cache of {need.cache} tokens, room for {engine.plan.kv_tokens}")
+    variant = next(v for v in supported_variants(cpu_features()) if library_name(v) in engine.manifest.target.archs)
     if args.from_source:
-        variant = next(v for v in supported_variants(cpu_features()) if library_name(v) in engine.manifest.target.archs)
         compiled = compile_library(variant, cache=cache_dir() / "kernels")
         (scratch / "kernels").mkdir()
         (scratch / "kernels" / compiled.filename).write_bytes(compiled.code)
         engine = replace(engine, path=scratch)
-    library = cpu_library(engine.path, engine.manifest)
-    assert library is not None, "the loader checked the target"
     runtime = load_cpu_runtime(engine, threads=args.threads)
-    return Bench(engine, runtime, open_library(library), steps=args.steps)
+    return Bench(engine, runtime, Probes(compile_probes(variant, scratch), runtime.threads), steps=args.steps)
+
+
+def compile_probes(variant: Variant, scratch: Path) -> ctypes.CDLL:
+    """The probes' library, compiled with a variant's flags into ``scratch``."""
+    path = scratch / "probe.so"
+    path.write_bytes(compile_library(variant, cache=cache_dir() / "kernels", source=_PROBES).code)
+    return ctypes.CDLL(str(path))
 
 
 def run(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ a compiler on PATH, the ``ziglang`` wheel's ``zig c++`` serves.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import platform
@@ -19,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.errors import CompileError
-from llmctl.targets.cuda.compile import source_files
+from llmctl.targets.kernel_cache import read_entry, write_entry
+from llmctl.targets.sources import digest, included_files
 
 SOURCE_DIR = Path(__file__).parent / "native"
 SOURCE = "program.cpp"
@@ -102,13 +102,19 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def compile_library(
-    variant: Variant, *, cache: Path | None = None, extra_flags: tuple[str, ...] = ()
+    variant: Variant,
+    *,
+    cache: Path | None = None,
+    extra_flags: tuple[str, ...] = (),
+    source: Path = SOURCE_DIR / SOURCE,
 ) -> CompiledLibrary:
     """Compile the kernels for one variant.
 
     Args:
-        cache: folder that keeps libraries, keyed by sources, flags, compiler version and this machine's architecture.
+        cache: folder that keeps libraries, keyed by sources, flags, compiler version and this machine's architecture; a
+            damaged one is compiled afresh.
         extra_flags: appended, e.g. sanitizers.
+        source: what to compile; it may include the kernels' headers wherever it lies.
 
     Raises:
         CompileError: no compiler, or the sources do not compile (the compiler's first error is named).
@@ -118,27 +124,34 @@ def compile_library(
         raise CompileError("no C++ compiler found for the CPU kernels", fix=INSTALL_HINT)
     version = _version(command)
     flags = (*FLAGS, *variant.flags, *extra_flags)
-    key = _cache_key(version, flags)
-    cached = cache / f"{key}.so" if cache is not None else None
-    if cached is not None and cached.is_file():
-        return CompiledLibrary(variant, cached.read_bytes(), version, flags)
-    code = _compile(command, flags)
+    # The machine: a compiler names itself alike on every architecture, and a home folder may be shared.
+    made_for = {"machine": platform.machine(), "compiler": version, "flags": " ".join(flags)}
+    key = digest({**made_for, **_source_files(source)})
+    cached = read_entry(cache, key)
     if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=".so-", delete=False) as file:
-            file.write(code)
-        os.replace(file.name, cached)
+        return CompiledLibrary(variant, cached[1], version, flags)
+    code = _compile(command, flags, source)
+    write_entry(cache, key, {}, code)
     return CompiledLibrary(variant, code, version, flags)
 
 
-def _compile(command: tuple[str, ...], flags: tuple[str, ...]) -> bytes:
+def kernel_sources() -> dict[str, str]:
+    """What a library is made of: source file -> sha256 of it and all it includes."""
+    return {SOURCE: digest(_source_files(SOURCE_DIR / SOURCE))}
+
+
+def _source_files(source: Path) -> dict[str, str]:
+    return included_files([source.name], (source.parent, SOURCE_DIR))
+
+
+def _compile(command: tuple[str, ...], flags: tuple[str, ...], source: Path) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernels.so"
         # A relative source path and no build id: the same sources give the same bytes wherever they lie.
         linker = ("-Wl,--build-id=none",) if sys.platform.startswith("linux") else ()
         result = subprocess.run(
-            [*command, *flags, *linker, SOURCE, "-o", str(output)],
-            cwd=SOURCE_DIR,
+            [*command, *flags, *linker, f"-I{SOURCE_DIR}", source.name, "-o", str(output)],
+            cwd=source.parent,
             capture_output=True,
             text=True,
             check=False,
@@ -146,7 +159,7 @@ def _compile(command: tuple[str, ...], flags: tuple[str, ...]) -> bytes:
         if result.returncode or not output.is_file():
             lines = result.stderr.splitlines()
             first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            raise CompileError(f"{SOURCE_DIR / SOURCE}: {command[0]} failed: {first.strip()}")
+            raise CompileError(f"{source}: {command[0]} failed: {first.strip()}")
         return output.read_bytes()
 
 
@@ -155,12 +168,3 @@ def _version(command: tuple[str, ...]) -> str:
     if result.returncode or not result.stdout.strip():
         raise CompileError(f"{' '.join(command)} --version failed", fix=INSTALL_HINT)
     return result.stdout.splitlines()[0].strip()
-
-
-def _cache_key(version: str, flags: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    # The machine: a compiler names itself alike on every architecture, and a home folder may be shared.
-    made_for = (platform.machine(), version, " ".join(flags))
-    for part in (*made_for, *(f"{n}\0{t}" for n, t in source_files([SOURCE], SOURCE_DIR).items())):
-        digest.update(len(part).to_bytes(8, "little") + part.encode())
-    return digest.hexdigest()

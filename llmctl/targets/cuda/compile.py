@@ -8,11 +8,9 @@ same major version); PTX for the oldest is the fall-back that a driver can finis
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +18,15 @@ from pathlib import Path
 from llmctl.errors import CompileError, UsageError
 from llmctl.targets.base import CompileProgress, KernelResources
 from llmctl.targets.cuda.nvrtc import load_nvrtc
+from llmctl.targets.kernel_cache import read_entry, write_entry
+from llmctl.targets.sources import digest, included_files
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 PTX_FALLBACK = "compute_80"
 SOURCE_DIR = Path(__file__).parent / "native"
 FLAGS = ("--std=c++17",)
 
-_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+_HOST_ONLY = ("emulation.h",)  # for C++ builds: a device build never reaches that include
 _ERROR = re.compile(r"^(?P<file>[^\s(]+)\((?P<line>\d+)\): (?:catastrophic )?error:? ?(?P<text>.*)$", re.MULTILINE)
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 _FRAME = re.compile(
@@ -58,30 +58,18 @@ class CompiledModule:
         return hashlib.sha256(self.code).hexdigest()
 
 
-def source_files(sources: Sequence[str], source_dir: Path = SOURCE_DIR) -> dict[str, str]:
+def source_files(names: Iterable[str], source_dir: Path = SOURCE_DIR) -> dict[str, str]:
     """The named files and every file they include, by name, sorted.
 
     Raises:
         CompileError: a file that is not there.
     """
-    texts: dict[str, str] = {}
-    pending = list(sources)
-    while pending:
-        name = pending.pop()
-        if name in texts:
-            continue
-        try:
-            texts[name] = (source_dir / name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise CompileError(f"kernel source {source_dir / name}: {error.strerror or error}") from error
-        # The emulation header is for C++ builds only; a device build never reaches that include.
-        pending += [found for found in _INCLUDE.findall(texts[name]) if found != "emulation.h"]
-    return dict(sorted(texts.items()))
+    return included_files(names, (source_dir,), absent=_HOST_ONLY)
 
 
 def source_hash(source: str, source_dir: Path = SOURCE_DIR) -> str:
     """sha256 of one kernel file together with everything it includes."""
-    return _digest(source_files([source], source_dir))
+    return digest(source_files([source], source_dir))
 
 
 def compile_modules(
@@ -125,8 +113,8 @@ def compile_module(
     texts = source_files([source], source_dir)
     flags = (*FLAGS, f"--gpu-architecture={arch}", *(() if arch == PTX_FALLBACK else ("--ptxas-options=-v",)))
     unit = f'#include "{source}"\n'
-    key = _digest({**texts, "unit": unit, "flags": " ".join(flags), "nvrtc": nvrtc.version})
-    cached = _read_cache(cache, key)
+    key = digest({**texts, "unit": unit, "flags": " ".join(flags), "nvrtc": nvrtc.version})
+    cached = _cached(cache, key)
     if cached is not None:
         return cached
     if arch != PTX_FALLBACK and arch not in nvrtc.supported_archs():
@@ -141,7 +129,8 @@ def compile_module(
         source, arch, result.code.rstrip(b"\0") if arch == PTX_FALLBACK else result.code,
         parse_resources(result.log), f"NVRTC {nvrtc.version}", flags,
     )  # fmt: skip
-    _write_cache(cache, key, module)
+    fields = {name: value for name, value in asdict(module).items() if name != "code"}
+    write_entry(cache, key, fields, module.code)
     return module
 
 
@@ -167,14 +156,6 @@ def parse_resources(log: str) -> tuple[KernelResources, ...]:
     return tuple(sorted(found, key=lambda r: r.name))
 
 
-def _digest(parts: Mapping[str, str]) -> str:
-    digest = hashlib.sha256()
-    for name, text in sorted(parts.items()):
-        for piece in (name.encode(), text.encode()):
-            digest.update(len(piece).to_bytes(8, "little") + piece)
-    return digest.hexdigest()
-
-
 def _first_error(log: str, source_dir: Path) -> str:
     """The first error of a compiler log as ``path:line: text``, with how many there are."""
     errors = list(_ERROR.finditer(log))
@@ -185,31 +166,14 @@ def _first_error(log: str, source_dir: Path) -> str:
     return f"{source_dir / first['file']}:{first['line']}: {first['text']}{more}"
 
 
-def _read_cache(cache: Path | None, key: str) -> CompiledModule | None:
-    """A cached module; None when absent or damaged (it is then compiled afresh)."""
-    if cache is None:
+def _cached(cache: Path | None, key: str) -> CompiledModule | None:
+    """A module that the cache holds whole, with the fields that a module has in this version."""
+    entry = read_entry(cache, key)
+    if entry is None:
         return None
+    fields, code = entry
     try:
-        header, code = (cache / key).read_bytes().split(b"\n", 1)
-        fields = json.loads(header)
-        if fields.pop("sha256") != hashlib.sha256(code).hexdigest():
-            return None
         resources = tuple(KernelResources(**r) for r in fields.pop("resources"))
         return CompiledModule(code=code, resources=resources, flags=tuple(fields.pop("flags")), **fields)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
-
-
-def _write_cache(cache: Path | None, key: str, module: CompiledModule) -> None:
-    """Keep a module, atomically. A cache that cannot be written is not an error."""
-    if cache is None:
-        return
-    fields = {k: v for k, v in asdict(module).items() if k != "code"}
-    header = json.dumps({**fields, "sha256": hashlib.sha256(module.code).hexdigest()}, sort_keys=True)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, prefix=f".{key[:16]}-", delete=False) as file:
-            file.write(header.encode() + b"\n" + module.code)
-        os.replace(file.name, cache / key)
-    except OSError:
-        return

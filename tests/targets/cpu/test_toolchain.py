@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from llmctl.errors import CompileError
 from llmctl.targets.cpu.toolchain import (
     EMULATED_BF16,
+    FLAGS,
     VARIANTS,
     compile_library,
     find_compiler,
@@ -83,6 +85,43 @@ def test_the_cache_tells_flags_and_machines_apart(
     assert [calls(), calls(), calls("-g"), calls("-g")] == [1, 1, 2, 2]
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert [calls(), calls()] == [3, 3]
+
+
+def test_a_damaged_library_in_the_cache_is_compiled_afresh(empty_path: Path, tmp_path: Path) -> None:
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    install(empty_path, "c++", log)
+    assert compile_library(PORTABLE, cache=cache).code == b"library\n"
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    corrupted = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    for number, damaged in enumerate((corrupted, whole[:-1], b""), start=2):
+        entry.write_bytes(damaged)
+        assert compile_library(PORTABLE, cache=cache).code == b"library\n"
+        assert entry.read_bytes() == whole
+        assert compile_library(PORTABLE, cache=cache).code == b"library\n"
+        assert len(log.read_text().splitlines()) == number
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(empty_path: Path, tmp_path: Path) -> None:
+    install(empty_path, "c++", tmp_path / "log")
+    (tmp_path / "cache").write_text("a file")
+    assert compile_library(PORTABLE, cache=tmp_path / "cache").code == b"library\n"
+
+
+def test_another_source_may_include_the_kernels_headers(tmp_path: Path) -> None:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    (tmp_path / "own.h").write_text("#define ANSWER llmctl::kLanes\n")
+    source = tmp_path / "other.cpp"
+    source.write_text('#include "own.h"\n#include "simd.h"\nextern "C" int answer() { return ANSWER; }\n')
+    compiled = compile_library(PORTABLE, cache=tmp_path / "cache", source=source)
+    assert compiled.flags == (*FLAGS, *PORTABLE.flags)
+    (tmp_path / compiled.filename).write_bytes(compiled.code)
+    assert ctypes.CDLL(str(tmp_path / compiled.filename)).answer() == 16
+    # What it includes is a part of its key.
+    (tmp_path / "own.h").write_text("#define ANSWER 3\n")
+    compile_library(PORTABLE, cache=tmp_path / "cache", source=source)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_compiler_that_fails_is_quoted(empty_path: Path) -> None:

@@ -23,6 +23,7 @@ from llmctl.targets.cuda.compile import (
     source_files,
     source_hash,
 )
+from llmctl.targets.kernel_cache import write_entry
 
 SOURCES = tuple(sorted(path.name for path in SOURCE_DIR.glob("*.cu")))
 SMALL = "norm.cu"
@@ -126,19 +127,25 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 1
     (entry,) = cache.iterdir()
 
-    for damaged in (b"", b"{}\n", entry.read_bytes()[:-1]):
+    whole = entry.read_bytes()
+    for damaged in (b"", b"{}\n", whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
         entry.write_bytes(damaged)
         assert build() == first
-    assert len(compiled) == 4
+        assert entry.read_bytes() == whole
+    assert len(compiled) == 5
+    # Whole, but not of this version's fields.
+    write_entry(cache, entry.name, {"source": "k.cu"}, b"code")
+    assert build() == first
+    assert len(compiled) == 6
 
     build("sm_90")
-    assert len(compiled) == 5
+    assert len(compiled) == 7
     write_sources(tmp_path, header="// another header")
     build()
-    assert len(compiled) == 6
+    assert len(compiled) == 8
     monkeypatch.setattr(kernel_compile, "FLAGS", ("--std=c++17", "--use_fast_math"))
     build()
-    assert len(compiled) == 7
+    assert len(compiled) == 9
     assert len(list(cache.iterdir())) == 4
 
 

@@ -7,7 +7,6 @@
 
 #include "attention_op.h"
 #include "linear_op.h"
-#include "probe.h"
 
 using namespace llmctl;
 
@@ -288,11 +287,4 @@ void llmctl_profile(llmctl_program* program, double* out) {
     program->profile[i] = 0;
   }
 }
-
-// Machine limits for profiles, see probe.h: bytes a second of one pass over `data`; int8 multiply-adds a second.
-double llmctl_probe_read(const void* data, int64_t bytes, int threads, int streams) {
-  return probe_read(data, bytes, threads, streams);
-}
-
-double llmctl_probe_int8(int64_t rounds, int threads) { return probe_int8(rounds, threads); }
 }

@@ -1,15 +1,17 @@
-// What this machine can do, measured by loops with nothing else in them: the bounds that a profile compares steps with.
-#pragma once
+// What this machine can do, measured by loops with nothing else in them: the bounds that profile_cpu.py compares steps
+// with. Compiled with an engine's flags, on the kernels' own threads and vectors.
 #include <chrono>
 
 #include "pool.h"
 #include "simd.h"
 
-namespace llmctl {
+using namespace llmctl;
+
+namespace {
 
 // Seconds that f(thread id) takes on all threads, which are awake when the clock starts.
 template <class F>
-static double probe_seconds(int threads, F f) {
+double probe_seconds(int threads, F f) {
   Pool pool(threads);
   auto nothing = [](int) {};
   pool.run(nothing);
@@ -20,7 +22,7 @@ static double probe_seconds(int threads, F f) {
 
 // Reads `lines` 64-byte lines at p as S interleaved sequential streams.
 template <int S>
-static void read_streams(const char* p, int64_t lines) {
+void read_streams(const char* p, int64_t lines) {
   u8x64 seen[S] = {};
   const int64_t each = lines / S;
   for (int64_t i = 0; i < each; i++)
@@ -30,24 +32,10 @@ static void read_streams(const char* p, int64_t lines) {
   for (int s = 0; s < S; s++) asm volatile("" : : "r"(&seen[s]) : "memory");
 }
 
-// Bytes a second of one pass over `data`, each thread reading a contiguous share as 1, 2, 4 or 8 streams.
-static double probe_read(const void* data, int64_t bytes, int threads, int streams) {
-  const int64_t lines = bytes / 64;
-  const double seconds = probe_seconds(threads, [&](int id) {
-    const int64_t begin = lines * id / threads, count = lines * (id + 1) / threads - begin;
-    const char* p = (const char*)data + begin * 64;
-    if (streams >= 8) read_streams<8>(p, count);
-    else if (streams >= 4) read_streams<4>(p, count);
-    else if (streams >= 2) read_streams<2>(p, count);
-    else read_streams<1>(p, count);
-  });
-  return double(lines * 64) / seconds;
-}
-
 // `rounds` times 16 independent int8 dot products of 64 multiply-adds, operands and accumulators in registers.
 // The empty asm hides operands and accumulators from the optimiser, which would hoist the products, or find the sixteen
 // sums to be equal and compute fewer.
-static void int8_rounds(int64_t rounds) {
+void int8_rounds(int64_t rounds) {
 #if defined(LLMCTL_AVX512)
   __m512i acc[16] = {}, a = _mm512_set1_epi8(3);
   const __m512i b = _mm512_set1_epi8(-5);
@@ -83,9 +71,26 @@ static void int8_rounds(int64_t rounds) {
   asm volatile("" : : "r"(&acc) : "memory");
 }
 
-// Multiply-adds a second of int8 dot products on all threads together.
-static double probe_int8(int64_t rounds, int threads) {
-  return double(rounds) * threads * 16 * 64 / probe_seconds(threads, [&](int) { int8_rounds(rounds); });
+}  // namespace
+
+extern "C" {
+
+// Bytes a second of one pass over `data`, each thread reading a contiguous share as 1, 2, 4 or 8 streams.
+double probe_read(const void* data, int64_t bytes, int threads, int streams) {
+  const int64_t lines = bytes / 64;
+  const double seconds = probe_seconds(threads, [&](int id) {
+    const int64_t begin = lines * id / threads, count = lines * (id + 1) / threads - begin;
+    const char* p = (const char*)data + begin * 64;
+    if (streams >= 8) read_streams<8>(p, count);
+    else if (streams >= 4) read_streams<4>(p, count);
+    else if (streams >= 2) read_streams<2>(p, count);
+    else read_streams<1>(p, count);
+  });
+  return double(lines * 64) / seconds;
 }
 
-}  // namespace llmctl
+// Multiply-adds a second of int8 dot products on all threads together.
+double probe_int8(int64_t rounds, int threads) {
+  return double(rounds) * threads * 16 * 64 / probe_seconds(threads, [&](int) { int8_rounds(rounds); });
+}
+}
