@@ -33,15 +33,17 @@ from numpy.typing import NDArray
 
 from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.memory import kv_layer_bytes
+from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
 from llmctl.graph.graph import Graph
 from llmctl.targets.cpu.layout import PackedLinear
-from llmctl.targets.cpu.load import engine_weights, load_cpu_runtime
 from llmctl.targets.cpu.runtime import CpuRuntime
-from llmctl.targets.cpu.toolchain import Variant, compile_library, library_name, supported_variants
-from llmctl.targets.device import cpu_features
+from llmctl.targets.cpu.target import CpuTarget
+from llmctl.targets.cpu.toolchain import VARIANTS, Variant, compile_library, library_name
+from llmctl.targets.cpu.weights import engine_weights
 
 PARTS = ("decode", "prefill", "growth")
 Span = tuple[int, int]
@@ -192,7 +194,7 @@ class Bench:
 
     def __init__(self, engine: LoadedEngine, runtime: CpuRuntime, probes: Probes, *, steps: int) -> None:
         self.engine, self.runtime, self.probes, self.steps = engine, runtime, probes, steps
-        self.linears = dict(engine_weights(engine).linears)
+        self.linears = dict(engine_weights(engine.graph, engine.options, engine.weights).linears)
         self.kv_dtype = engine.manifest.options.kv_cache_dtype
         self._random = np.random.default_rng(0)
 
@@ -319,23 +321,22 @@ def needed(args: argparse.Namespace) -> Need:
 def open_engine(args: argparse.Namespace, scratch: Path) -> Bench:
     """The engine on its own kernels, or (``--from-source``) on this checkout's, compiled into ``scratch``."""
     need = needed(args)
-    engine = load_engine(
-        args.engine,
-        max_model_len=need.length,
-        max_num_batched_tokens=need.step_tokens,
-        max_num_seqs=need.sequences,
+    request = EngineRequest(
+        max_model_len=need.length, max_num_batched_tokens=need.step_tokens, max_num_seqs=need.sequences
     )
-    if not engine.manifest.target.native_cpu:
-        raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.manifest.target}")
+    engine = load_engine(args.engine, request)
+    if not isinstance(engine.target, CpuTarget):
+        raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.name}")
     if engine.plan.kv_tokens < need.cache:
         raise EngineLoadError(f"no memory for a KV cache of {need.cache} tokens, room for {engine.plan.kv_tokens}")
-    variant = next(v for v in supported_variants(cpu_features()) if library_name(v) in engine.manifest.target.archs)
+    variant = next(v for v in VARIANTS if library_name(v) == engine.target.library(engine.path).stem)
     if args.from_source:
         compiled = compile_library(variant, cache=cache_dir() / "kernels")
         (scratch / "kernels").mkdir()
         (scratch / "kernels" / compiled.filename).write_bytes(compiled.code)
         engine = replace(engine, path=scratch)
-    runtime = load_cpu_runtime(engine, threads=args.threads)
+    runtime = open_runtime(engine, threads=args.threads)
+    assert isinstance(runtime, CpuRuntime)
     return Bench(engine, runtime, Probes(compile_probes(variant, scratch), runtime.threads), steps=args.steps)
 
 

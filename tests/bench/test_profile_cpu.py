@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoint
-from llmctl.targets.cpu.load import engine_weights
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
+from llmctl.artifact.request import EngineRequest
 from llmctl.config import BuildConfig
 from llmctl.targets.cpu.toolchain import find_compiler
+from llmctl.targets.cpu.weights import engine_weights
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 
@@ -36,9 +37,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_work_of_a_step(engine: Path) -> None:
-    loaded = load_engine(engine, kv_cache_bytes=1 << 20)
+    loaded = load_engine(engine, EngineRequest(kv_cache_bytes=1 << 20))
     graph, settings = loaded.graph, tiny_checkpoint.config()
-    linears = dict(engine_weights(loaded).linears)
+    linears = dict(engine_weights(loaded.graph, loaded.options, loaded.weights).linears)
     work = script.step_work(graph, linears, "bfloat16", [(9, 1), (0, 20)])
 
     layer_macs = sum(rows * columns for rows, columns in tiny_checkpoint.linear_shapes().values())
@@ -58,8 +59,8 @@ def test_work_of_a_step(engine: Path) -> None:
 
 
 def test_a_window_bounds_what_attention_reads(engine: Path) -> None:
-    loaded = load_engine(engine, kv_cache_bytes=1 << 20)
-    linears = dict(engine_weights(loaded).linears)
+    loaded = load_engine(engine, EngineRequest(kv_cache_bytes=1 << 20))
+    linears = dict(engine_weights(loaded.graph, loaded.options, loaded.weights).linears)
     ops = tuple(
         replace(op, attrs={**op.attrs, "window": 8}) if op.kind == "attention" else op for op in loaded.graph.ops
     )

@@ -33,14 +33,13 @@ from llmctl.targets.cpu.options import cpu_options, cpu_passes, head_is_free
 from llmctl.targets.cpu.planes import cpu_choices, cpu_planes, pack_planes
 from llmctl.targets.cpu.toolchain import (
     SOURCE,
-    SOURCE_DIR,
     VARIANTS,
     compile_library,
     find_compiler,
+    kernel_sources,
     library_name,
     supported_variants,
 )
-from llmctl.targets.cuda.compile import source_hash
 
 ABI_DIGEST = ""
 
@@ -129,7 +128,7 @@ class CpuTarget:
 
     def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:  # noqa: ARG002
         """One translation unit has all kernels."""
-        return {SOURCE: source_hash(SOURCE, SOURCE_DIR)}
+        return kernel_sources()
 
     def try_modules(self, paths: Sequence[Path]) -> None:
         """Open every library that this CPU runs, in a process of its own."""
