@@ -112,7 +112,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         ModelNotFoundError: no ``engine.json`` there.
-        EngineLoadError: damaged or of another format version.
+        EngineLoadError: damaged, of another format version, or in a folder that is a checkpoint as well.
     """
     try:
         raw = (path / MANIFEST_NAME).read_bytes()
@@ -120,6 +120,11 @@ def read_manifest(path: Path) -> Manifest:
         raise ModelNotFoundError(f"{path}: not an llmctl engine: no {MANIFEST_NAME}") from None
     except OSError as error:
         raise EngineLoadError(f"{path / MANIFEST_NAME}: cannot be read: {error.strerror or error}") from error
+    if (path / "config.json").exists():  # whoever opens a checkpoint does not expect to run native code
+        raise EngineLoadError(
+            f"{path}: expected an engine or a checkpoint, found both: {MANIFEST_NAME} and config.json",
+            fix="keep the two in folders of their own; an engine is native code: open only what you or your team built",
+        )
     try:
         return manifest_from_bytes(raw)
     except ManifestError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,14 @@ def test_not_an_engine(tmp_path: Path) -> None:
         load_engine(tmp_path)
 
 
+def test_an_engine_that_is_a_checkpoint_as_well(engine: Path) -> None:
+    (engine / "config.json").write_text("{}")
+    with pytest.raises(
+        EngineLoadError, match=r"expected an engine or a checkpoint, found both: engine\.json and config"
+    ):
+        load_engine(engine)
+
+
 def test_wrong_format_version(engine: Path, refused: Callable[..., str]) -> None:
     raw = (engine / MANIFEST_NAME).read_text()
     (engine / MANIFEST_NAME).write_text(raw.replace('"format_version": 2', '"format_version": 99'))
@@ -138,6 +147,17 @@ def test_flipped_byte_is_seen_with_verify(engine: Path, name: str, refused: Call
     (engine / name).write_bytes(raw)
     load_engine(engine)
     assert f"{name}: expected sha256" in refused(engine, verify=True)
+
+
+def test_kernels_of_other_sources(
+    native: Path, tmp_path: Path, edit_manifest: Edit, refused: Callable[..., str]
+) -> None:
+    """What they agree on with host code may have changed with them: numbers, layouts, arguments."""
+    engine = Path(shutil.copytree(native, tmp_path / "engine"))
+    edit_manifest(engine, kernel_sources={"program.cpp": "0" * 64}, llmctl_version="0.0.1")
+    message = refused(engine)
+    assert "kernel_sources.program.cpp: expected the source of llmctl" in message
+    assert "found that of llmctl 0.0.1, 0000000000000000…" in message
 
 
 @pytest.fixture
