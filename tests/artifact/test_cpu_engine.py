@@ -13,8 +13,10 @@ import pytest
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import cpu_library, load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, Target, manifest_to_bytes
+from llmctl.artifact.runtimes import load_runtime
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UsageError
+from llmctl.targets.cpu import abi
 from llmctl.targets.cpu.layout import row_order
 from llmctl.targets.cpu.planes import packed_linears
 
@@ -75,6 +77,15 @@ def test_a_changed_library_is_refused(engine: Path) -> None:
     library.write_bytes(raw)
     with pytest.raises(EngineLoadError, match=r"kernels/.*\.so: expected sha256"):
         load_engine(engine)
+
+
+def test_an_engine_of_another_version_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels would take one activation for another."""
+    monkeypatch.setitem(abi.ACT, "silu", 2)
+    monkeypatch.setitem(abi.ACT, "gelu", 1)
+    refused = r"built for another version of llmctl: act\.silu: expected 2, found 1 \(.*llmctl build.*\)"
+    with pytest.raises(EngineLoadError, match=refused):
+        load_runtime(load_engine(engine, kv_cache_bytes=1 << 20))
 
 
 def test_a_missing_library_is_refused(engine: Path) -> None:
