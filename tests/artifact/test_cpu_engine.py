@@ -13,9 +13,12 @@ import pytest
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, manifest_to_bytes
+from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UsageError
 from llmctl.targets.base import TargetName
+from llmctl.targets.cpu import abi
 from llmctl.targets.cpu.layout import row_order
 from llmctl.targets.cpu.planes import packed_linears
 
@@ -76,6 +79,23 @@ def test_a_changed_library_is_refused(engine: Path) -> None:
     library.write_bytes(raw)
     with pytest.raises(EngineLoadError, match=r"kernels/.*\.so: expected sha256"):
         load_engine(engine)
+
+
+def test_an_engine_of_another_version_is_refused(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels would take one activation for another: the manifest says so before anything is loaded, and the
+    library itself, should the manifest be silent."""
+    loaded = load_engine(engine, EngineRequest(kv_cache_bytes=1 << 20))
+    monkeypatch.setitem(abi.ACT, "silu", 2)
+    monkeypatch.setitem(abi.ACT, "gelu", 1)
+    with pytest.raises(
+        EngineLoadError, match=r"kernel_files\.kernels/.*\.so\.abi: expected [0-9a-f]{16}, found"
+    ) as error:
+        load_engine(engine)
+    assert str(error.value.fix).startswith("llmctl build --model gptq --target cpu:")
+    with pytest.raises(
+        EngineLoadError, match=r"another version of llmctl: act\.silu: expected 2, found 1 .*llmctl build"
+    ):
+        open_runtime(loaded)
 
 
 def test_a_missing_library_is_refused(engine: Path) -> None:

@@ -1,12 +1,32 @@
-"""The structs of ``native/program.h`` in ctypes, and the library's entry points."""
+"""What Python and the native kernels agree on: enums, structs in ctypes, constants, the library's entry points.
+
+A library carries the same list as numbers that its own declarations gave (``native/abi.h``); ``open_library`` compares.
+"""
 
 from __future__ import annotations
 
 import ctypes as c
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from llmctl.errors import EngineLoadError
+
+TILE = 32
+"""Outputs of a linear that lie together: ``kTile``."""
+LANES = 16
+"""Lanes of a vector, half a tile; a head of the KV cache is padded to a multiple of it: ``kLanes``."""
+MAX_ACT_GROUP = 128
+"""Most columns that share an activation scale: ``kMaxActGroup``."""
+QUERIES = 8
+"""Queries of one K/V head that a kernel takes at once: ``kQueries``."""
+MAX_HEAD = 256
+"""Most columns of a head: ``kMaxHead``."""
+KEYS = 16
+"""Tokens of a tile of the KV cache, which a block is a multiple of: ``kKeys``."""
+MAX_KINDS = 16
+"""Entries of a profile, one a ``Kind``: ``kMaxKinds``."""
 
 
 class Kind(IntEnum):
@@ -30,8 +50,19 @@ class Kind(IntEnum):
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-KV_TYPE = {"f32": 0, "bf16": 1, "s8": 2}
 DTYPE = {"f32": 0, "bf16": 1, "f16": 2, "w4": 3, "w8": 4}
+KV_TYPE = {"f32": 0, "bf16": 1, "s8": 2}
+WEIGHT_BITS = {"f32": 32, "bf16": 16, "w4": 4, "w8": 8}
+"""Bits of an element of a linear's weight, by ``DTYPE``."""
+
+
+def kv_token_bytes(columns: int, dtype: str) -> int:
+    """Bytes of one token's K or V of one head, its scale included.
+
+    Args:
+        columns: of the head, padded to ``LANES``. dtype: of ``KV_TYPE``.
+    """
+    return columns + 4 if dtype == "s8" else columns * (2 if dtype == "bf16" else 4)
 
 
 class Matrix(c.Structure):
@@ -40,7 +71,7 @@ class Matrix(c.Structure):
     _fields_ = (("data", c.c_void_p), ("ld", c.c_int64))
 
 
-class Acts(c.Structure):
+class IntActs(c.Structure):
     """``struct IntActs``: int8 codes with a scale and a negated sum a group."""
 
     _fields_ = (
@@ -57,7 +88,7 @@ class OpDesc(c.Structure):
         *((name, c.c_int32) for name in ("writes_kv", "on_rows")),
         ("layer", c.c_int64),
         *((name, Matrix) for name in ("x", "x2", "x3", "y", "y2")),
-        *((name, Acts) for name in ("x8", "y8")),
+        *((name, IntActs) for name in ("x8", "y8")),
         *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group")),
         *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "bias")),
         *((name, c.c_void_p) for name in ("permutation", "x16")),
@@ -102,37 +133,89 @@ class SamplingDesc(c.Structure):
     )
 
 
-def open_library(path: Path) -> c.CDLL:
-    """Load a kernel library and check that its structs are the ones declared here.
+STRUCTS: tuple[type[c.Structure], ...] = (Matrix, IntActs, OpDesc, KvDesc, StepDesc, SamplingDesc)
+FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llmctl_create": (c.c_void_p, (c.POINTER(OpDesc), c.c_int64, c.POINTER(KvDesc), *[c.c_int64] * 6, c.c_int)),
+    "llmctl_destroy": (None, (c.c_void_p,)),
+    "llmctl_step": (c.c_int, (c.c_void_p, c.POINTER(StepDesc), c.POINTER(SamplingDesc))),
+    "llmctl_profile": (None, (c.c_void_p, c.POINTER(c.c_double))),
+    "llmctl_variant": (c.c_char_p, ()),
+}
+"""Result and arguments of the entry points."""
+
+
+def abi_entries() -> dict[str, int]:
+    """The numbers to agree on, by name, in the order of ``kAbi`` in ``native/abi.h``."""
+    entries = {f"kind.{kind.name.lower()}": int(kind) for kind in Kind}
+    entries |= {f"act.{name or 'none'}": number for name, number in ACT.items()}
+    entries |= {f"dtype.{name}": number for name, number in DTYPE.items()}
+    entries |= {f"kv_type.{name}": number for name, number in KV_TYPE.items()}
+    for struct in STRUCTS:
+        for name, *_ in struct._fields_:
+            field = getattr(struct, name)
+            entries |= {f"{struct.__name__}.{name}.{fact}": getattr(field, fact) for fact in ("offset", "size")}
+        entries[f"{struct.__name__}.size"] = c.sizeof(struct)
+    entries |= {"tile": TILE, "lanes": LANES, "max_act_group": MAX_ACT_GROUP, "queries": QUERIES}
+    entries |= {"max_head": MAX_HEAD, "keys": KEYS, "max_kinds": MAX_KINDS}
+    entries |= {f"weight_bits.{dtype}": bits for dtype, bits in WEIGHT_BITS.items()}
+    entries |= {f"kv_tile_bytes.{dtype}": KEYS * kv_token_bytes(LANES, dtype) for dtype in KV_TYPE}
+    return entries | {f"{name}.argument_bytes": sum(map(c.sizeof, types)) for name, (_, types) in FUNCTIONS.items()}
+
+
+def abi_digest(entries: Mapping[str, int]) -> int:
+    """``abi_digest`` of ``native/abi.h``: 64-bit FNV-1a of names (each with a zero behind it) and values."""
+    digest = 0xCBF29CE484222325
+    for name, value in entries.items():
+        for byte in name.encode() + b"\0" + value.to_bytes(8, "little", signed=True):
+            digest = (digest ^ byte) * 0x100000001B3 % 2**64
+    return digest
+
+
+def current_digest() -> str:
+    """This version's, as an engine's manifest records it: a library built for another version has another."""
+    return f"{abi_digest(abi_entries()):016x}"
+
+
+def open_library(path: Path, *, fix: str = "rebuild the engine with llmctl build") -> c.CDLL:
+    """Load a kernel library and check that it agrees with what is declared here.
 
     Raises:
-        EngineLoadError: not loadable on this machine, or built from another version of the structs.
+        EngineLoadError: not loadable on this machine, or built for another version of llmctl (the first entry that
+            differs is named).
     """
     try:
         library = c.CDLL(str(path))
-        sizes = (c.c_int64 * 4)()
-        library.llmctl_abi(sizes)
-    except (OSError, AttributeError) as error:
-        raise EngineLoadError(
-            f"kernel library {path.name}: {error}", fix="rebuild the engine with llmctl build"
-        ) from error
-    expected = [c.sizeof(struct) for struct in (OpDesc, KvDesc, StepDesc, SamplingDesc)]
-    if list(sizes) != expected:
-        raise EngineLoadError(
-            f"kernel library {path.name}: built for another version (struct sizes {list(sizes)}, expected {expected})",
-            fix="rebuild the engine with llmctl build",
-        )
-    library.llmctl_create.restype = c.c_void_p
-    library.llmctl_create.argtypes = (
-        c.POINTER(OpDesc),
-        c.c_int64,
-        c.POINTER(KvDesc),
-        *[c.c_int64] * 6,
-        c.c_int,
-    )
-    library.llmctl_destroy.argtypes = (c.c_void_p,)
-    library.llmctl_step.argtypes = (c.c_void_p, c.POINTER(StepDesc), c.POINTER(SamplingDesc))
-    library.llmctl_step.restype = c.c_int
-    library.llmctl_profile.argtypes = (c.c_void_p, c.POINTER(c.c_double))
-    library.llmctl_variant.restype = c.c_char_p
+    except OSError as error:
+        raise EngineLoadError(f"kernel library {path.name}: {error}", fix=fix) from error
+    difference = _difference(library)
+    if difference:
+        raise EngineLoadError(f"kernel library {path.name}: built for another version of llmctl: {difference}", fix=fix)
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
+
+
+def _difference(library: c.CDLL) -> str | None:
+    """The first entry in which a library differs from this version, in words."""
+    if not hasattr(library, "llmctl_abi_digest"):
+        return f"llmctl_abi_digest: expected {current_digest()}, found none"
+    expected = abi_entries()
+    library.llmctl_abi_digest.restype = c.c_uint64
+    digest = library.llmctl_abi_digest()
+    if digest == abi_digest(expected):
+        return None
+    found = dict(_library_entries(library))
+    for name in (*expected, *found):
+        if expected.get(name) != found.get(name):
+            return f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+    return f"llmctl_abi_digest: expected {abi_digest(expected):016x}, found {digest:016x}"
+
+
+def _library_entries(library: c.CDLL) -> Iterator[tuple[str, int]]:
+    library.llmctl_abi_entry.restype = c.c_char_p
+    library.llmctl_abi_entry.argtypes = (c.c_int64, c.POINTER(c.c_int64))
+    value, index = c.c_int64(), 0
+    while name := library.llmctl_abi_entry(index, c.byref(value)):
+        yield name.decode(), value.value
+        index += 1

@@ -15,12 +15,10 @@ import numpy as np
 
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
-from llmctl.targets.cpu.abi import Kind
-from llmctl.targets.cpu.layout import TILE, PackedLinear
+from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, TILE, Kind
+from llmctl.targets.cpu.layout import PackedLinear
 
 _ALIGN = 64
-_QUERIES = 8  # kQueries of native/attention_products.h
-_MAX_HEAD = 256  # kMaxHead of native/kv_cache.h
 
 
 @dataclass
@@ -167,16 +165,16 @@ class Lowering:
         self._emit(self._simple(Kind.KV_WRITE, op, op.inputs))
 
     def _attention(self, op: Op) -> None:
-        if int(op.attrs["head_dim"]) > _MAX_HEAD:
+        if int(op.attrs["head_dim"]) > MAX_HEAD:
             raise UnsupportedModelError(
-                f"heads of {op.attrs['head_dim']} columns: the CPU kernels take up to {_MAX_HEAD}",
+                f"heads of {op.attrs['head_dim']} columns: the CPU kernels take up to {MAX_HEAD}",
                 fix="--target reference",
             )
         bound = Bound(Kind.ATTENTION, op, self.on_rows, {"x": self.views[op.inputs[0]]})
         group = int(op.attrs["heads"]) // int(op.attrs["kv_heads"])
-        # A query tile makes all heads of a group, or 8 of them when the group has more.
-        whole = group <= _QUERIES or group % _QUERIES == 0
-        per_tile = min(group, _QUERIES) * int(op.attrs["head_dim"]) if whole else 0
+        # A query tile makes all heads of a group, or QUERIES of them when the group has more.
+        whole = group <= QUERIES or group % QUERIES == 0
+        per_tile = min(group, QUERIES) * int(op.attrs["head_dim"]) if whole else 0
         self._result(bound, op.outputs, per_tile)
         self._emit(bound)
 
@@ -245,7 +243,7 @@ class Lowering:
             bound.x16 = self._half(op, source, packed)
         else:
             bound.views["x"] = self.views[source]
-        per_tile = TILE // 2 if op.attrs.get("epilogue") else TILE
+        per_tile = LANES if op.attrs.get("epilogue") else TILE
         self._result(bound, op.outputs, per_tile, many=True)
         self._emit(bound)
 

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TILE = 32
-_HALF = TILE // 2
-_MAX_ACT_GROUP = 128
+from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS
 
 Bytes = NDArray[np.uint8]
 
@@ -47,8 +45,8 @@ class PackedLinear:
 
 
 def act_group(group: int) -> int:
-    """The largest divisor of ``group`` that is a multiple of 4 and at most 128."""
-    return max(d for d in range(4, _MAX_ACT_GROUP + 1, 4) if group % d == 0)
+    """The largest divisor of ``group`` that is a multiple of 4 and at most ``MAX_ACT_GROUP``."""
+    return max(d for d in range(4, MAX_ACT_GROUP + 1, 4) if group % d == 0)
 
 
 def row_order(rows: int, gated: bool) -> NDArray[np.int64]:
@@ -57,7 +55,7 @@ def row_order(rows: int, gated: bool) -> NDArray[np.int64]:
         order = np.arange(rows)
         return np.concatenate([order, np.full(-rows % TILE, -1)])
     half = rows // 2
-    lanes = np.concatenate([np.arange(half), np.full(-half % _HALF, -1)]).reshape(-1, _HALF)
+    lanes = np.concatenate([np.arange(half), np.full(-half % LANES, -1)]).reshape(-1, LANES)
     up = np.where(lanes < 0, -1, lanes + half)
     return np.concatenate([lanes, up], axis=1).reshape(-1)
 
@@ -118,7 +116,7 @@ def pack_int(
 
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
-    lines = wide.reshape(tiles, 2, _HALF, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
+    lines = wide.reshape(tiles, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
     data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else lines
     return PackedLinear(
         dtype="w4" if bits <= 4 else "w8",
@@ -208,7 +206,7 @@ class LinearFormat:
 
     def planes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored planes: suffix -> (safetensors dtype, shape)."""
-        size = {"w4": 1, "w8": 2, "bf16": 4, "f32": 8}[self.dtype] * self.rows * self.columns // 2
+        size = WEIGHT_BITS[self.dtype] * self.rows * self.columns // 8
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
         if self.integer:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)

@@ -17,7 +17,22 @@ from numpy.typing import NDArray
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.batch import BlockTables, FlatPlan, flatten
-from llmctl.targets.cpu.abi import ACT, DTYPE, KV_TYPE, Acts, Kind, KvDesc, Matrix, OpDesc, StepDesc, open_library
+from llmctl.targets.cpu.abi import (
+    ACT,
+    DTYPE,
+    KEYS,
+    KV_TYPE,
+    LANES,
+    MAX_KINDS,
+    IntActs,
+    Kind,
+    KvDesc,
+    Matrix,
+    OpDesc,
+    StepDesc,
+    kv_token_bytes,
+    open_library,
+)
 from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, logits_view, plan_arena
 from llmctl.targets.cpu.layout import PackedLinear, pack_bias
 from llmctl.targets.cpu.sampling import NativeSampling
@@ -73,12 +88,12 @@ class CpuRuntime:
             threads: native threads, the caller's included.
 
         Raises:
-            ValueError: a block size that is not a multiple of 16.
+            ValueError: a block size that is not a multiple of ``KEYS``.
             UnsupportedModelError: an op without a native kernel.
             EngineLoadError: the library does not load here.
         """
-        if block_size % 16:
-            raise ValueError(f"the CPU kernels need a block size that is a multiple of 16, found {block_size}")
+        if block_size % KEYS:
+            raise ValueError(f"the CPU kernels need a block size that is a multiple of {KEYS}, found {block_size}")
         self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size)
         self.threads = threads
         self._library = open_library(library)
@@ -144,7 +159,7 @@ class CpuRuntime:
 
     def profile(self) -> dict[str, float]:
         """Microseconds per op kind since the last call (as seen by the first thread, waiting included)."""
-        out = (c.c_double * 16)()
+        out = (c.c_double * MAX_KINDS)()
         self._library.llmctl_profile(self._program, out)
         return {kind.name.lower(): out[kind] for kind in Kind if out[kind]}
 
@@ -236,9 +251,8 @@ class CpuRuntime:
     ) -> tuple[c.Array[KvDesc], int]:
         descs, total = [], 0
         for layer in graph.kv:
-            padded = layer.head_dim + -layer.head_dim % 16
-            token_bytes = padded + 4 if dtype == "s8" else padded * (2 if dtype == "bf16" else 4)
-            size = 2 * num_blocks * block_size * layer.kv_heads * token_bytes
+            padded = layer.head_dim + -layer.head_dim % LANES
+            size = 2 * num_blocks * block_size * layer.kv_heads * kv_token_bytes(padded, dtype)
             # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
             base = self._pointer(_aligned(size))
             descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded, KV_TYPE[dtype]))
@@ -248,9 +262,9 @@ class CpuRuntime:
     def _matrix(self, view: View) -> Matrix:
         return Matrix(self._address(view.storage.offset) + 4 * view.column, view.ld)
 
-    def _acts(self, operand: IntOperand) -> Acts:
+    def _acts(self, operand: IntOperand) -> IntActs:
         addresses = [self._address(s.offset) for s in operand.storages]
-        return Acts(*addresses, operand.columns, operand.group)
+        return IntActs(*addresses, operand.columns, operand.group)
 
     def _address(self, offset: int) -> int:
         return int(self._arena.ctypes.data) + offset

@@ -28,6 +28,7 @@ from llmctl.targets.base import (
     Target,
     TargetName,
 )
+from llmctl.targets.cpu.abi import current_digest
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.options import cpu_options, cpu_passes, head_is_free
 from llmctl.targets.cpu.planes import cpu_choices, cpu_planes, pack_planes
@@ -40,14 +41,6 @@ from llmctl.targets.cpu.toolchain import (
     library_name,
     supported_variants,
 )
-
-ABI_DIGEST = ""
-
-
-def try_library(p):
-    pass
-
-
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
 from llmctl.targets.machine import available_memory, physical_cores
 from llmctl.targets.options import plain_rebuild_options
@@ -120,7 +113,8 @@ class CpuTarget:
         modules = []
         with ThreadPoolExecutor() as pool:
             for library in pool.map(lambda variant: compile_library(variant, cache=cache), variants):
-                record = KernelFile(library_name(library.variant), library.compiler, library.flags, (SOURCE,), ())
+                arch = library_name(library.variant)
+                record = KernelFile(arch, library.compiler, library.flags, (SOURCE,), (), current_digest())
                 modules.append(Module(library.filename, library.code, record))
                 if progress is not None:
                     progress(library.filename, len(modules), len(variants))
@@ -135,7 +129,7 @@ class CpuTarget:
         here = {f"{library_name(v)}.so" for v in supported_variants(cpu_features())}
         for path in paths:
             if path.name in here:
-                try_library(path)
+                pass  # TRY
 
     def check_runs_here(self) -> None:
         """This CPU runs one of the variants."""
@@ -151,9 +145,10 @@ class CpuTarget:
         if self._library() is None:
             expected = f"a CPU that runs {', '.join(self.name.archs)}"
             refuse("target", expected, f"one that runs {_variants_here()}", target="cpu")
+        expected = current_digest()
         for path, module in modules.items():
-            if module.abi != ABI_DIGEST:
-                refuse(f"kernel_files.{path}.abi", ABI_DIGEST, module.abi or "none")
+            if module.abi != expected:
+                refuse(f"kernel_files.{path}.abi", expected, module.abi or "none")
 
     def covers(self, archs: Iterable[str]) -> bool:
         """A variant goes by its short name as well: avx2 for x86_64-avx2."""

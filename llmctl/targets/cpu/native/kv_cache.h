@@ -13,15 +13,15 @@ namespace llmctl {
 enum KvType : int32_t { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2 };
 
 constexpr int64_t kKeys = 16;      // keys a tile
-constexpr int64_t kMaxHead = 256;  // columns a head; targets/cpu/binding.py refuses more
+constexpr int64_t kMaxHead = 256;  // columns a head
 
 struct KvLayer {
   uint8_t* base;
   int64_t kv_heads, dim, padded;  // padded: dim rounded up to 16
   KvType type;
   int64_t block_size;  // a multiple of kKeys
-  int64_t tile_codes() const { return kKeys * padded * (type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1); }
-  int64_t half_bytes() const { return tile_codes() + (type == kKvInt8 ? kKeys * 4 : 0); }  // one K or V tile
+  constexpr int64_t tile_codes() const { return kKeys * padded * (type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1); }
+  constexpr int64_t half_bytes() const { return tile_codes() + (type == kKvInt8 ? kKeys * 4 : 0); }  // one K or V tile
   uint8_t* tile(int64_t block, int64_t head, int64_t offset) const {
     return base + (((block * kv_heads + head) * (block_size / kKeys) + offset / kKeys) * 2) * half_bytes();
   }

@@ -14,7 +14,7 @@ constexpr int64_t kRowsAThread = 64;  // rows a thread from which rows are share
 constexpr int64_t kMinPatch = 8, kMaxPatch = 32;  // blocks of 8 rows that meet a tile of weights, see patch_blocks()
 constexpr int64_t kPatchBytes = 1 << 20;  // of their operands and outputs, half a core's L2
 constexpr int64_t kPieces = 8;            // pieces of work a thread: whoever is done takes over others'
-constexpr int64_t kMaxActGroup = 128;     // columns an activation scale, see act_group() in targets/cpu/layout.py
+constexpr int64_t kMaxActGroup = 128;     // columns an activation scale
 
 // Outputs of a block of rows: n columns, row stride ld.
 struct Outputs {
@@ -47,7 +47,7 @@ static inline __attribute__((always_inline)) void finish_tile(const OpDesc& op, 
   }
 }
 
-static inline int weight_bits(const OpDesc& op) {
+static constexpr int weight_bits(const OpDesc& op) {
   return op.weight_dtype == kW4 ? 4 : op.weight_dtype == kW8 ? 8 : op.weight_dtype == kBf16 ? 16 : 32;
 }
 

@@ -2,9 +2,11 @@
 #include "program.h"
 
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <vector>
 
+#include "abi.h"
 #include "attention_op.h"
 #include "linear_op.h"
 
@@ -24,7 +26,7 @@ struct llmctl_program {
   std::vector<SamplingScratch> scratch;     // a thread
   std::vector<LinearScratch> linear_scratch;  // a thread
   std::vector<int32_t> sample_index;        // logits row -> sampling row, -1 for a target
-  double profile[16] = {};
+  double profile[kMaxKinds] = {};
 
   llmctl_program(const OpDesc* begin, int64_t num_ops, const KvDesc* kv_descs, int64_t num_kv, int64_t block_size,
                  int64_t max_tokens, int64_t rows, int64_t max_model_len, int64_t vocab_size, int threads)
@@ -243,11 +245,12 @@ struct Step {
 
 extern "C" {
 
-void llmctl_abi(int64_t sizes[4]) {
-  sizes[0] = sizeof(OpDesc);
-  sizes[1] = sizeof(KvDesc);
-  sizes[2] = sizeof(StepDesc);
-  sizes[3] = sizeof(SamplingDesc);
+uint64_t llmctl_abi_digest() { return kAbiDigest; }
+
+const char* llmctl_abi_entry(int64_t i, int64_t* value) {
+  if (i < 0 || i >= int64_t(std::size(kAbi))) return nullptr;
+  *value = kAbi[i].value;
+  return kAbi[i].name;
 }
 
 const char* llmctl_variant() {
@@ -282,7 +285,7 @@ int llmctl_step(llmctl_program* program, const StepDesc* step, const SamplingDes
 }
 
 void llmctl_profile(llmctl_program* program, double* out) {
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < kMaxKinds; i++) {
     out[i] = program->profile[i];
     program->profile[i] = 0;
   }

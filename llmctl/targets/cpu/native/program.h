@@ -1,5 +1,5 @@
 // The plain-data interface between targets/cpu/runtime.py (which binds a Graph to it once) and the native walker (program.cpp).
-// Field order and widths are mirrored by targets/cpu/abi.py; `llmctl_abi` lets the loader compare sizes.
+// Mirrored by targets/cpu/abi.py; abi.h lets the loader compare the two.
 #pragma once
 #include <cstdint>
 
@@ -25,6 +25,7 @@ enum Kind : int32_t {
   kQuantize = 13,   // x -> int8 codes
   kToBf16 = 14,     // x -> bf16
 };
+constexpr int kMaxKinds = 16;
 
 enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4 };
 
@@ -83,8 +84,9 @@ struct StepDesc {
 
 extern "C" {
 struct llmctl_program;
-// Bytes of OpDesc, KvDesc, StepDesc and SamplingDesc, to compare with the binder's.
-void llmctl_abi(int64_t sizes[4]);
+// What the binder must agree on, see abi.h: a digest of it, and its entries: the name of entry i, null behind the last.
+uint64_t llmctl_abi_digest();
+const char* llmctl_abi_entry(int64_t i, int64_t* value);
 const char* llmctl_variant();
 llmctl_program* llmctl_create(const llmctl::OpDesc* ops, int64_t num_ops, const llmctl::KvDesc* kv, int64_t num_kv,
                               int64_t block_size, int64_t max_tokens, int64_t max_rows, int64_t max_model_len,
@@ -92,6 +94,6 @@ llmctl_program* llmctl_create(const llmctl::OpDesc* ops, int64_t num_ops, const 
 void llmctl_destroy(llmctl_program* program);
 // Runs one step; sampling has one row per logits row without a target, in order. Returns 0.
 int llmctl_step(llmctl_program* program, const llmctl::StepDesc* step, const llmctl::SamplingDesc* sampling);
-// Microseconds spent per op kind on thread 0 since the last call, for profiles; out has 16 entries.
+// Microseconds spent per op kind on thread 0 since the last call, for profiles; out has kMaxKinds entries.
 void llmctl_profile(llmctl_program* program, double* out);
 }

@@ -1,0 +1,106 @@
+// What targets/cpu/abi.py must agree on with this code, as named numbers made of the enums, structs and constants
+// themselves. abi.py makes the same list of its own declarations; its open_library() compares the two.
+#pragma once
+#include <cstddef>
+
+#include "attention_op.h"
+#include "linear_op.h"
+#include "program.h"
+
+namespace llmctl {
+
+struct AbiEntry {
+  const char* name;
+  int64_t value;
+};
+
+// Bytes of K or V of kKeys tokens of a head of kLanes columns.
+constexpr int64_t kv_tile_bytes(KvType type) {
+  return KvLayer{nullptr, 1, kLanes, kLanes, type, kKeys}.half_bytes();
+}
+
+constexpr int64_t weight_bits_of(DType dtype) {
+  OpDesc op{};
+  op.weight_dtype = dtype;
+  return weight_bits(op);
+}
+
+template <class Result, class... Arguments>
+constexpr int64_t argument_bytes(Result (*)(Arguments...)) {
+  return (0 + ... + int64_t(sizeof(Arguments)));
+}
+
+#define LLMCTL_FIELD(Struct, field) \
+  {#Struct "." #field ".offset", offsetof(Struct, field)}, {#Struct "." #field ".size", sizeof(Struct::field)},
+#define LLMCTL_SIZE(Struct) {#Struct ".size", sizeof(Struct)},
+#define LLMCTL_CALL(function) {#function ".argument_bytes", argument_bytes(&function)},
+
+constexpr AbiEntry kAbi[] = {
+  {"kind.embed", kEmbed}, {"kind.pos_embed", kPosEmbed}, {"kind.rms_norm", kRmsNorm},
+  {"kind.layer_norm", kLayerNorm}, {"kind.head_rms_norm", kHeadRmsNorm}, {"kind.linear", kLinear},
+  {"kind.act", kAct}, {"kind.mul", kMul}, {"kind.add", kAdd}, {"kind.rope", kRope}, {"kind.kv_write", kKvWrite},
+  {"kind.attention", kAttention}, {"kind.gather_rows", kGatherRows}, {"kind.quantize", kQuantize},
+  {"kind.to_bf16", kToBf16},
+  {"act.none", int64_t(Act::kNone)}, {"act.silu", int64_t(Act::kSilu)}, {"act.gelu", int64_t(Act::kGelu)},
+  {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
+  {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},
+  {"kv_type.f32", kKvF32}, {"kv_type.bf16", kKvBf16}, {"kv_type.s8", kKvInt8},
+  LLMCTL_FIELD(Matrix, data) LLMCTL_FIELD(Matrix, ld) LLMCTL_SIZE(Matrix)
+  LLMCTL_FIELD(IntActs, codes) LLMCTL_FIELD(IntActs, scales) LLMCTL_FIELD(IntActs, negated_sums)
+  LLMCTL_FIELD(IntActs, k) LLMCTL_FIELD(IntActs, group) LLMCTL_SIZE(IntActs)
+  LLMCTL_FIELD(OpDesc, kind) LLMCTL_FIELD(OpDesc, act) LLMCTL_FIELD(OpDesc, weight_dtype) LLMCTL_FIELD(OpDesc, neox)
+  LLMCTL_FIELD(OpDesc, writes_kv) LLMCTL_FIELD(OpDesc, on_rows) LLMCTL_FIELD(OpDesc, layer) LLMCTL_FIELD(OpDesc, x)
+  LLMCTL_FIELD(OpDesc, x2) LLMCTL_FIELD(OpDesc, x3) LLMCTL_FIELD(OpDesc, y) LLMCTL_FIELD(OpDesc, y2)
+  LLMCTL_FIELD(OpDesc, x8) LLMCTL_FIELD(OpDesc, y8) LLMCTL_FIELD(OpDesc, width) LLMCTL_FIELD(OpDesc, n)
+  LLMCTL_FIELD(OpDesc, n_padded) LLMCTL_FIELD(OpDesc, k) LLMCTL_FIELD(OpDesc, group) LLMCTL_FIELD(OpDesc, w)
+  LLMCTL_FIELD(OpDesc, w_scales) LLMCTL_FIELD(OpDesc, w_zeros) LLMCTL_FIELD(OpDesc, bias)
+  LLMCTL_FIELD(OpDesc, permutation) LLMCTL_FIELD(OpDesc, x16) LLMCTL_FIELD(OpDesc, heads)
+  LLMCTL_FIELD(OpDesc, kv_heads) LLMCTL_FIELD(OpDesc, head_dim) LLMCTL_FIELD(OpDesc, rotary_dim)
+  LLMCTL_FIELD(OpDesc, window) LLMCTL_FIELD(OpDesc, cos) LLMCTL_FIELD(OpDesc, sin) LLMCTL_FIELD(OpDesc, eps)
+  LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap) LLMCTL_SIZE(OpDesc)
+  LLMCTL_FIELD(KvDesc, base) LLMCTL_FIELD(KvDesc, kv_heads) LLMCTL_FIELD(KvDesc, head_dim)
+  LLMCTL_FIELD(KvDesc, padded_dim) LLMCTL_FIELD(KvDesc, type) LLMCTL_SIZE(KvDesc)
+  LLMCTL_FIELD(StepDesc, tokens) LLMCTL_FIELD(StepDesc, seqs) LLMCTL_FIELD(StepDesc, rows)
+  LLMCTL_FIELD(StepDesc, token_ids) LLMCTL_FIELD(StepDesc, positions) LLMCTL_FIELD(StepDesc, slots)
+  LLMCTL_FIELD(StepDesc, query_start) LLMCTL_FIELD(StepDesc, block_tables) LLMCTL_FIELD(StepDesc, max_blocks)
+  LLMCTL_FIELD(StepDesc, logits_rows) LLMCTL_FIELD(StepDesc, targets) LLMCTL_FIELD(StepDesc, target_logprobs)
+  LLMCTL_SIZE(StepDesc)
+  LLMCTL_FIELD(SamplingDesc, rows) LLMCTL_FIELD(SamplingDesc, temperature) LLMCTL_FIELD(SamplingDesc, seeds)
+  LLMCTL_FIELD(SamplingDesc, positions) LLMCTL_FIELD(SamplingDesc, top_k) LLMCTL_FIELD(SamplingDesc, top_p)
+  LLMCTL_FIELD(SamplingDesc, min_p) LLMCTL_FIELD(SamplingDesc, repetition_penalty)
+  LLMCTL_FIELD(SamplingDesc, presence_penalty) LLMCTL_FIELD(SamplingDesc, frequency_penalty)
+  LLMCTL_FIELD(SamplingDesc, prompt_ids) LLMCTL_FIELD(SamplingDesc, prompt_offsets)
+  LLMCTL_FIELD(SamplingDesc, output_ids) LLMCTL_FIELD(SamplingDesc, output_offsets)
+  LLMCTL_FIELD(SamplingDesc, bias_ids) LLMCTL_FIELD(SamplingDesc, bias_values)
+  LLMCTL_FIELD(SamplingDesc, bias_offsets) LLMCTL_FIELD(SamplingDesc, allowed_mask)
+  LLMCTL_FIELD(SamplingDesc, num_logprobs) LLMCTL_FIELD(SamplingDesc, max_logprobs)
+  LLMCTL_FIELD(SamplingDesc, token_ids) LLMCTL_FIELD(SamplingDesc, logprobs) LLMCTL_FIELD(SamplingDesc, ranks)
+  LLMCTL_FIELD(SamplingDesc, top_ids) LLMCTL_FIELD(SamplingDesc, top_logprobs) LLMCTL_SIZE(SamplingDesc)
+  {"tile", kTile}, {"lanes", kLanes}, {"max_act_group", kMaxActGroup}, {"queries", kQueries},
+  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds},
+  {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},
+  {"weight_bits.w4", weight_bits_of(kW4)}, {"weight_bits.w8", weight_bits_of(kW8)},
+  {"kv_tile_bytes.f32", kv_tile_bytes(kKvF32)}, {"kv_tile_bytes.bf16", kv_tile_bytes(kKvBf16)},
+  {"kv_tile_bytes.s8", kv_tile_bytes(kKvInt8)},
+  LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_profile)
+  LLMCTL_CALL(llmctl_variant)
+};
+
+#undef LLMCTL_FIELD
+#undef LLMCTL_SIZE
+#undef LLMCTL_CALL
+
+// 64-bit FNV-1a of every entry's name, its terminating zero, and its value as eight bytes, the lowest first.
+constexpr uint64_t abi_digest() {
+  uint64_t digest = 0xcbf29ce484222325u;
+  const auto mix = [&](uint8_t byte) { digest = (digest ^ byte) * 0x100000001b3u; };
+  for (const AbiEntry& entry : kAbi) {
+    for (const char* c = entry.name; *c; c++) mix(uint8_t(*c));
+    mix(0);
+    for (int shift = 0; shift < 64; shift += 8) mix(uint8_t(uint64_t(entry.value) >> shift));
+  }
+  return digest;
+}
+constexpr uint64_t kAbiDigest = abi_digest();
+
+}  // namespace llmctl
