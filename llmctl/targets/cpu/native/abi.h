@@ -44,7 +44,7 @@ constexpr AbiEntry kAbi[] = {
   {"act.none", int64_t(Act::kNone)}, {"act.silu", int64_t(Act::kSilu)}, {"act.gelu", int64_t(Act::kGelu)},
   {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
   {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},
-  {"kv_type.f32", kKvF32}, {"kv_type.bf16", kKvBf16}, {"kv_type.s8", kKvInt8},
+  {"kv_type.f32", kKvF32}, {"kv_type.bf16", kKvBf16}, {"kv_type.s8", kKvS8},
   LLMCTL_FIELD(Matrix, data) LLMCTL_FIELD(Matrix, ld) LLMCTL_SIZE(Matrix)
   LLMCTL_FIELD(IntActs, codes) LLMCTL_FIELD(IntActs, scales) LLMCTL_FIELD(IntActs, negated_sums)
   LLMCTL_FIELD(IntActs, k) LLMCTL_FIELD(IntActs, group) LLMCTL_SIZE(IntActs)
@@ -81,7 +81,7 @@ constexpr AbiEntry kAbi[] = {
   {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},
   {"weight_bits.w4", weight_bits_of(kW4)}, {"weight_bits.w8", weight_bits_of(kW8)},
   {"kv_tile_bytes.f32", kv_tile_bytes(kKvF32)}, {"kv_tile_bytes.bf16", kv_tile_bytes(kKvBf16)},
-  {"kv_tile_bytes.s8", kv_tile_bytes(kKvInt8)},
+  {"kv_tile_bytes.s8", kv_tile_bytes(kKvS8)},
   LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_profile)
   LLMCTL_CALL(llmctl_variant)
 };

@@ -79,7 +79,7 @@ static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint
     for (int i = 0; i < kCount; i++) {
       const f32x16 w = vexp2(scores[i][t] * to_log2[i] - zero[i]);
       sum[i] += w;
-      if constexpr (kType == kKvInt8) {
+      if constexpr (kType == kKvS8) {
         // What lies beyond the sequence may be a former request's, even NaN: it must not meet a weight of 0.
         scores[i][t] = w > 0.0f ? w * load<f32x16>(tiles[t] + padded * kKeys) : f32x16{};
         largest[i] = vmax(largest[i], scores[i][t]);
@@ -92,7 +92,7 @@ static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; i++) part.sum[i] = reduce_add(sum[i]);
-  if constexpr (kType == kKvInt8) {
+  if constexpr (kType == kKvS8) {
     float inverse[kCount];
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; i++) {
@@ -123,7 +123,7 @@ static void attend_segment(const KvLayer& kv, const Keys& keys, const Queries& q
   const int64_t count = list_tiles(kv, keys, kTiles, tiles);
   for (int64_t t = 0; t < count; t++) {
     tiles[count + t] = tiles[t] + kv.half_bytes();
-    if (kv.type == kKvInt8) __builtin_prefetch(tiles[count + t] + kv.tile_codes());  // weigh reads the scales first
+    if (kv.type == kKvS8) __builtin_prefetch(tiles[count + t] + kv.tile_codes());  // weigh reads the scales first
   }
   for (int64_t t = list_tiles(kv, ahead, kAhead, tiles + 2 * count); t < kAhead; t++) tiles[2 * count + t] = tiles[0];
   constexpr int kWide = !kManyRegisters ? 1 : kCount <= 6 ? 4 : 2;
@@ -149,7 +149,7 @@ static inline void attend_counted(const KvLayer& kv, const Keys& keys, const Que
 
 static inline void attend(const KvLayer& kv, const Keys& keys, const Queries& qs, const Keys& ahead, Partial& part) {
   switch (kv.type) {
-    case kKvInt8: return attend_counted<kKvInt8>(kv, keys, qs, ahead, part);
+    case kKvS8: return attend_counted<kKvS8>(kv, keys, qs, ahead, part);
     case kKvBf16: return attend_counted<kKvBf16>(kv, keys, qs, ahead, part);
     default: return attend_counted<kKvF32>(kv, keys, qs, ahead, part);
   }

@@ -44,7 +44,7 @@ static inline void load_query(const KvLayer& kv, const float* x, float scale, in
   for (; d + 16 <= kv.dim; d += 16) store(q + d, load<f32x16>(x + d) * scale);
   for (; d < kv.padded; d++) q[d] = d < kv.dim ? x[d] * scale : 0.0f;
   qs.scale[i] = 1.0f;
-  if (kv.type == kKvInt8) {
+  if (kv.type == kKvS8) {
     // Of a query of zeros the scale must not be 0: masked scores are -inf * scale.
     const float largest = std::max(max_abs(q, kv.padded), 1e-30f);
     i32x16 sum{};

@@ -36,19 +36,19 @@ constexpr int64_t kAhead = 8;
 
 // What meets the cache's elements (queries meet K, softmax weights meet V).
 template <KvType kType>
-using QueryOperand = std::conditional_t<kType == kKvInt8, QueryQuad,
+using QueryOperand = std::conditional_t<kType == kKvS8, QueryQuad,
                                         std::conditional_t<kType == kKvBf16 && kDotPairs, uint16_t, float>>;
 template <KvType kType>
-using WeightOperand = std::conditional_t<kType == kKvInt8, WeightQuad, QueryOperand<kType>>;
+using WeightOperand = std::conditional_t<kType == kKvS8, WeightQuad, QueryOperand<kType>>;
 
 template <KvType kType>
 constexpr int64_t kStep = kType == kKvF32 ? 1 : kType == kKvBf16 ? 2 : 4;  // elements of a lane of the cache
 template <KvType kType>
-constexpr int64_t kPerStep = kType == kKvInt8 ? 1 : kStep<kType>;  // operands that meet them
+constexpr int64_t kPerStep = kType == kKvS8 ? 1 : kStep<kType>;  // operands that meet them
 
 template <KvType kType>
 static inline const QueryOperand<kType>* query(const Queries& qs, int i) {
-  if constexpr (kType == kKvInt8) return qs.quads[i];
+  if constexpr (kType == kKvS8) return qs.quads[i];
   else if constexpr (kType == kKvBf16 && kDotPairs) return qs.q16[i];
   else return qs.q[i];
 }
@@ -80,8 +80,8 @@ static inline __attribute__((always_inline)) void multiply(f32x16& acc, const ui
 template <KvType kType, int kWide, int kCount>
 static inline __attribute__((always_inline)) void score_tiles(const Queries& qs, const uint8_t* const* tiles,
                                                               int64_t padded, f32x16* scores) {
-  std::conditional_t<kType == kKvInt8, i32x16, f32x16> acc[kWide][kCount] = {};
-  if constexpr (kType == kKvInt8) {
+  std::conditional_t<kType == kKvS8, i32x16, f32x16> acc[kWide][kCount] = {};
+  if constexpr (kType == kKvS8) {
 #pragma GCC unroll 8
     for (int t = 0; t < kWide; t++)
 #pragma GCC unroll 8
@@ -99,7 +99,7 @@ static inline __attribute__((always_inline)) void score_tiles(const Queries& qs,
   for (int t = 0; t < kWide; t++)
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; i++) {
-      if constexpr (kType == kKvInt8) scores[i * kTiles + t] = to_f32(acc[t][i]) * load<f32x16>(tiles[t] + padded * kKeys);
+      if constexpr (kType == kKvS8) scores[i * kTiles + t] = to_f32(acc[t][i]) * load<f32x16>(tiles[t] + padded * kKeys);
       else scores[i * kTiles + t] = acc[t][i];
     }
 }
@@ -117,7 +117,7 @@ template <KvType kType, int kVectors, int kRows, int kCount>
 static inline __attribute__((always_inline)) void sum_columns(const SegmentWeights<kType, kCount>& weights, int first,
                                                               const uint8_t* const* tiles, int64_t count,
                                                               int64_t padded, int64_t d, float (*out)[kMaxHead]) {
-  std::conditional_t<kType == kKvInt8, ValueSum, f32x16> acc[kVectors][kRows] = {};
+  std::conditional_t<kType == kKvS8, ValueSum, f32x16> acc[kVectors][kRows] = {};
   constexpr int64_t kSteps = kKeys / kStep<kType>;
   for (int64_t t = 0; t < count; t++)
     for (int64_t step = 0; step < kSteps; step++) {
@@ -136,7 +136,7 @@ static inline __attribute__((always_inline)) void sum_columns(const SegmentWeigh
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; i++) {
       float* to = out[first + i] + d + j * 16;
-      if constexpr (kType == kKvInt8) store(to, to_f32(acc[j][i].total()) * weights.scale[first + i]);
+      if constexpr (kType == kKvS8) store(to, to_f32(acc[j][i].total()) * weights.scale[first + i]);
       else store(to, acc[j][i]);
     }
 }
@@ -144,7 +144,7 @@ static inline __attribute__((always_inline)) void sum_columns(const SegmentWeigh
 template <KvType kType, int kRows, int kCount>
 static inline void sum_rows(const SegmentWeights<kType, kCount>& weights, int first, const uint8_t* const* tiles,
                             int64_t count, int64_t padded, float (*out)[kMaxHead]) {
-  constexpr int kVectors = !kManyRegisters ? 1 : kRows <= 4 ? (kType == kKvInt8 && kRows == 4 ? 2 : 4) : 2;
+  constexpr int kVectors = !kManyRegisters ? 1 : kRows <= 4 ? (kType == kKvS8 && kRows == 4 ? 2 : 4) : 2;
   int64_t d = 0;
   for (; d + kVectors * 16 <= padded; d += kVectors * 16)
     sum_columns<kType, kVectors, kRows, kCount>(weights, first, tiles, count, padded, d, out);
@@ -154,7 +154,7 @@ static inline void sum_rows(const SegmentWeights<kType, kCount>& weights, int fi
 template <KvType kType, int kCount>
 static inline void sum_values(const SegmentWeights<kType, kCount>& weights, const uint8_t* const* tiles,
                               int64_t count, int64_t padded, float (*out)[kMaxHead]) {
-  if constexpr (kType != kKvInt8 || kCount <= 3) {
+  if constexpr (kType != kKvS8 || kCount <= 3) {
     sum_rows<kType, kCount>(weights, 0, tiles, count, padded, out);
   } else if constexpr (kCount % 3 == 0) {
     for (int i = 0; i < kCount; i += 3) sum_rows<kType, 3>(weights, i, tiles, count, padded, out);

@@ -10,7 +10,7 @@
 
 namespace llmctl {
 
-enum KvType : int32_t { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2 };
+enum KvType : int32_t { kKvF32 = 0, kKvBf16 = 1, kKvS8 = 2 };
 
 constexpr int64_t kKeys = 16;      // keys a tile
 constexpr int64_t kMaxHead = 256;  // columns a head
@@ -21,7 +21,7 @@ struct KvLayer {
   KvType type;
   int64_t block_size;  // a multiple of kKeys
   constexpr int64_t tile_codes() const { return kKeys * padded * (type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1); }
-  constexpr int64_t half_bytes() const { return tile_codes() + (type == kKvInt8 ? kKeys * 4 : 0); }  // one K or V tile
+  constexpr int64_t half_bytes() const { return tile_codes() + (type == kKvS8 ? kKeys * 4 : 0); }  // one K or V tile
   uint8_t* tile(int64_t block, int64_t head, int64_t offset) const {
     return base + (((block * kv_heads + head) * (block_size / kKeys) + offset / kKeys) * 2) * half_bytes();
   }
@@ -61,7 +61,7 @@ static inline void kv_store(const KvLayer& kv, int64_t slot, int64_t head, const
     }
     for (; d < kv.dim; d++) ks[d] = f32_to_bf16(k[d]), vs[d] = f32_to_bf16(v[d]);
     store_groups<2>(ks, vs, kv.dim, kv.padded, lane, (uint16_t*)kt, (uint16_t*)vt);
-  } else if (kv.type == kKvInt8) {
+  } else if (kv.type == kKvS8) {
     int8_t ks[kMaxHead], vs[kMaxHead];
     ((float*)(kt + kv.tile_codes()))[lane] = kv_codes(k, kv.dim, ks);
     ((float*)(vt + kv.tile_codes()))[lane] = kv_codes(v, kv.dim, vs);
