@@ -326,7 +326,7 @@ def open_engine(args: argparse.Namespace, scratch: Path) -> Bench:
     )
     engine = load_engine(args.engine, request)
     if not isinstance(engine.target, CpuTarget):
-        raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.name}")
+        raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.manifest.target}")
     if engine.plan.kv_tokens < need.cache:
         raise EngineLoadError(f"no memory for a KV cache of {need.cache} tokens, room for {engine.plan.kv_tokens}")
     variant = next(v for v in VARIANTS if library_name(v) == engine.target.library(engine.path).stem)

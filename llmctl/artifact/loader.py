@@ -21,7 +21,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
 from llmctl.graph.graph import Graph
-from llmctl.targets.base import FALLBACK, BuildOptions, Target, TargetName
+from llmctl.targets.base import FALLBACK, BuildOptions, RuntimeSizes, Target
 from llmctl.targets.planes import Plane, WeightPlane, flat
 from llmctl.targets.table import parse_target, target_of
 
@@ -41,11 +41,6 @@ class LoadedEngine:
     request: EngineRequest
 
     @property
-    def name(self) -> TargetName:
-        """The target it was built for, by name."""
-        return self.manifest.target
-
-    @property
     def target(self) -> Target:
         """The target it was built for."""
         return target_of(self.manifest.target)
@@ -61,24 +56,16 @@ class LoadedEngine:
         return self.manifest.options
 
     @property
-    def num_blocks(self) -> int:
-        """KV blocks."""
-        return self.plan.num_blocks
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest sequence to serve, tokens."""
-        return self.plan.max_model_len
-
-    @property
-    def max_num_batched_tokens(self) -> int:
-        """Tokens of the largest step."""
-        return self.request.max_num_batched_tokens
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Sampled rows of the largest step."""
-        return self.request.max_num_seqs
+    def sizes(self) -> RuntimeSizes:
+        """What its runtime is sized for."""
+        plan, request = self.plan, self.request
+        return RuntimeSizes(
+            plan.num_blocks,
+            plan.block_size,
+            plan.max_model_len,
+            request.max_num_batched_tokens,
+            request.max_num_seqs,
+        )
 
 
 def is_engine(path: Path) -> bool:

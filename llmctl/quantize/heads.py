@@ -129,7 +129,9 @@ def _sizes(plan: BuildPlan, heads: Sequence[str]) -> dict[str, int]:
 
 
 def _perplexity(engine: LoadedEngine, windows: list[tuple[list[int], int]]) -> float:
-    config = SchedulerConfig(engine.max_num_seqs, engine.max_num_batched_tokens, enable_prefix_caching=False)
+    config = SchedulerConfig(
+        engine.sizes.max_num_seqs, engine.sizes.max_num_batched_tokens, enable_prefix_caching=False
+    )
     llm = LLMEngine(open_runtime(engine), config)
     try:
         return perplexity_of(llm, windows)

@@ -125,33 +125,49 @@ class Module:
     record: KernelFile
 
 
-class RuntimeEngine(Protocol):
-    """What a runtime is opened from; ``artifact.loader.LoadedEngine`` is one.
+@dataclass(frozen=True)
+class RuntimeSizes:
+    """What a runtime is sized for.
 
     Attributes:
-        path: the engine's folder. modules: records of its compiled modules by path there.
-        weights: planes by name. num_blocks: KV blocks. max_model_len: longest sequence, tokens.
+        num_blocks: KV blocks. block_size: tokens a block. max_model_len: longest sequence, tokens.
         max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
     """
 
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+
+
+class RuntimeEngine(Protocol):
+    """What a runtime is opened from; ``artifact.loader.LoadedEngine`` is one."""
+
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The engine's folder."""
+        ...
+
     @property
-    def name(self) -> TargetName: ...
+    def graph(self) -> Graph:
+        """The operator graph."""
+        ...
+
     @property
-    def graph(self) -> Graph: ...
+    def options(self) -> BuildOptions:
+        """What it was built for."""
+        ...
+
     @property
-    def options(self) -> BuildOptions: ...
+    def weights(self) -> Mapping[str, WeightPlane]:
+        """Planes by name."""
+        ...
+
     @property
-    def weights(self) -> Mapping[str, WeightPlane]: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def max_num_batched_tokens(self) -> int: ...
-    @property
-    def max_num_seqs(self) -> int: ...
+    def sizes(self) -> RuntimeSizes:
+        """What it is to run with."""
+        ...
 
 
 class Refuse(Protocol):

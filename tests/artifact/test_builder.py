@@ -127,7 +127,7 @@ def test_an_engine_is_replaced(checkpoints: dict[str, Path], tmp_path: Path) -> 
     output = build(checkpoints["dense"], tmp_path / "e", max_model_len=64)
     (output / "stray").write_text("left by hand")
     build(checkpoints["gptq"], output, max_model_len=128)
-    assert load_engine(output, verify=True).max_model_len == 128
+    assert load_engine(output, verify=True).sizes.max_model_len == 128
     assert not (output / "stray").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
 

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from llmctl.artifact.manifest import MANIFEST_NAME, manifest_to_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.config import BuildConfig
-from llmctl.errors import EngineLoadError, UsageError
+from llmctl.errors import CompileError, EngineLoadError, UsageError
 from llmctl.targets.base import TargetName
-from llmctl.targets.cpu import abi
+from llmctl.targets.cpu import abi, target
 from llmctl.targets.cpu.layout import row_order
 from llmctl.targets.cpu.planes import packed_linears
+from llmctl.targets.cpu.toolchain import CompiledLibrary
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -96,6 +98,21 @@ def test_an_engine_of_another_version_is_refused(engine: Path, monkeypatch: pyte
         EngineLoadError, match=r"another version of llmctl: act\.silu: expected 2, found 1 .*llmctl build"
     ):
         open_runtime(loaded)
+
+
+def test_a_library_that_does_not_load_is_not_published(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = target.compile_library
+
+    def cut(*arguments: Any, **options: Any) -> CompiledLibrary:
+        library = compiled(*arguments, **options)
+        return replace(library, code=library.code[: len(library.code) // 2])
+
+    monkeypatch.setattr(target, "compile_library", cut)
+    with pytest.raises(CompileError, match=r"kernel library .*\.so"):
+        build_engine(BuildConfig(model=str(checkpoints["gptq"]), output=str(tmp_path / "e"), target="cpu"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_library_is_refused(engine: Path) -> None:

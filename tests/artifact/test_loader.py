@@ -62,7 +62,7 @@ def rewrite_weights(engine: Path, edit: Edit, change: Callable[[dict[str, object
 
 def test_a_good_engine_loads(built: Path) -> None:
     engine = load_engine(built, verify=True)
-    assert engine.max_model_len == 256
+    assert engine.sizes.max_model_len == 256
     assert engine.plan.kv_tokens >= 256
     codes = engine.weights["layers.0.o_proj.weight.codes"]
     assert (codes.dtype, codes.shape, codes.data.shape) == ("U8", (64, 32), (64, 32))
@@ -318,7 +318,7 @@ def test_requested_limits(engine: Path, refused: Callable[..., str]) -> None:
     assert "--max-model-len 512" in message
     assert "block_size: expected 16, found 32" in refused(engine, block_size=32)
     assert "dtype: expected float32, found bfloat16" in refused(engine, dtype="bfloat16")
-    assert load_engine(engine, EngineRequest(max_model_len=100)).max_model_len == 100
+    assert load_engine(engine, EngineRequest(max_model_len=100)).sizes.max_model_len == 100
 
 
 def test_memory_that_is_not_there(engine: Path, refused: Callable[..., str]) -> None:

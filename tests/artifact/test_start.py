@@ -44,7 +44,7 @@ def test_an_engine_runs_as_its_checkpoint_does(
     runtime = open_runtime(engine)
     assert isinstance(runtime, ReferenceRuntime)
     assert runtime.limits.num_blocks == engine.plan.num_blocks
-    assert runtime.limits.max_model_len == engine.max_model_len
+    assert runtime.limits.max_model_len == engine.sizes.max_model_len
     expected = checkpoint_runtime(open_checkpoint(folder), num_blocks=4)
     torch.testing.assert_close(runtime.logits(PLAN), expected.logits(PLAN), atol=1e-5, rtol=1e-5)
 

@@ -7,11 +7,11 @@ from llmctl.errors import UsageError
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES
 from llmctl.targets.base import BuildOptions
+from llmctl.targets.cpu.abi import KEYS
 from llmctl.targets.cpu.planes import has_dense_head
 from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes
 
 KV_DTYPES = ("bfloat16", "float32", "int8")
-_BLOCK = 16  # tokens a tile of the KV cache
 
 
 def cpu_passes(names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
@@ -38,9 +38,9 @@ def cpu_options(config: BuildConfig, graph: Graph) -> BuildOptions:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     if dtype == "float16":
         raise UsageError("--dtype: expected bfloat16 or float32 for a cpu target, found 'float16'", param="dtype")
-    if config.block_size % _BLOCK:
+    if config.block_size % KEYS:
         raise UsageError(
-            f"--block-size: expected a multiple of {_BLOCK} for a cpu target, found {config.block_size}",
+            f"--block-size: expected a multiple of {KEYS} for a cpu target, found {config.block_size}",
             param="block_size",
         )
     return BuildOptions(

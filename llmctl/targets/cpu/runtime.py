@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
 from llmctl.graph.graph import Graph, Op
+from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.batch import BlockTables, FlatPlan, flatten
 from llmctl.targets.cpu.abi import (
     ACT,
@@ -72,19 +73,15 @@ class CpuRuntime:
         graph: Graph,
         weights: CpuWeights,
         library: Path,
+        sizes: RuntimeSizes,
         *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        max_num_batched_tokens: int,
-        max_num_seqs: int,
         kv_dtype: str,
         threads: int,
     ) -> None:
         """Plan the buffers, allocate arena and KV cache, bind the ops.
 
         Args:
-            library: the compiled kernels. kv_dtype: ``bf16``, ``f32`` or ``s8``.
+            library: the compiled kernels. sizes: of cache and steps. kv_dtype: ``bf16``, ``f32`` or ``s8``.
             threads: native threads, the caller's included.
 
         Raises:
@@ -92,38 +89,40 @@ class CpuRuntime:
             UnsupportedModelError: an op without a native kernel.
             EngineLoadError: the library does not load here.
         """
-        if block_size % KEYS:
-            raise ValueError(f"the CPU kernels need a block size that is a multiple of {KEYS}, found {block_size}")
-        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size)
+        if sizes.block_size % KEYS:
+            raise ValueError(
+                f"the CPU kernels need a block size that is a multiple of {KEYS}, found {sizes.block_size}"
+            )
+        self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size)
         self.threads = threads
         self._library = open_library(library)
         self.variant = self._library.llmctl_variant().decode()
         self._weights = weights
         self._keep: list[Any] = []
         self._ropes: dict[tuple[Any, ...], tuple[int, int]] = {}
-        max_rows = max(1, min(max_num_seqs, _MAX_LOGITS_BYTES // (4 * graph.vocab_size)))
+        max_rows = max(1, min(sizes.max_num_seqs, _MAX_LOGITS_BYTES // (4 * graph.vocab_size)))
         lowering = Lowering(graph, weights.linears)
         bound = lowering.run()
-        self.arena_bytes = plan_arena(lowering.storages, max_num_batched_tokens, max_rows)
+        self.arena_bytes = plan_arena(lowering.storages, sizes.max_num_batched_tokens, max_rows)
         self._arena = _aligned(self.arena_bytes)
-        self._max_tokens = max_num_batched_tokens
+        self._max_tokens = sizes.max_num_batched_tokens
         ops = (OpDesc * len(bound))(*[self._describe(b, graph) for b in bound])
         assert logits_view(lowering) == bound[-1].views["y"]
-        kv, self.kv_bytes = self._allocate_cache(graph, num_blocks, block_size, kv_dtype)
+        kv, self.kv_bytes = self._allocate_cache(graph, kv_dtype)
         self._program = self._library.llmctl_create(
             ops,
             len(bound),
             kv,
             len(kv),
-            block_size,
-            max_num_batched_tokens,
+            sizes.block_size,
+            sizes.max_num_batched_tokens,
             max_rows,
-            max_model_len,
+            sizes.max_model_len,
             graph.vocab_size,
             threads,
         )
         self._sampling = NativeSampling(graph.vocab_size)
-        self._tables = BlockTables(max_num_seqs, self.limits)
+        self._tables = BlockTables(sizes.max_num_seqs, self.limits)
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:
         """Run one step.
@@ -246,13 +245,12 @@ class CpuRuntime:
             self._ropes[key] = (self._pointer(cos), self._pointer(sin))
         return self._ropes[key]
 
-    def _allocate_cache(
-        self, graph: Graph, num_blocks: int, block_size: int, dtype: str
-    ) -> tuple[c.Array[KvDesc], int]:
+    def _allocate_cache(self, graph: Graph, dtype: str) -> tuple[c.Array[KvDesc], int]:
         descs, total = [], 0
+        tokens = self.limits.num_blocks * self.limits.block_size
         for layer in graph.kv:
             padded = layer.head_dim + -layer.head_dim % LANES
-            size = 2 * num_blocks * block_size * layer.kv_heads * kv_token_bytes(padded, dtype)
+            size = 2 * tokens * layer.kv_heads * kv_token_bytes(padded, dtype)
             # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
             base = self._pointer(_aligned(size))
             descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded, KV_TYPE[dtype]))

@@ -41,6 +41,7 @@ from llmctl.targets.cpu.toolchain import (
     library_name,
     supported_variants,
 )
+from llmctl.targets.cpu.trial import try_library
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
 from llmctl.targets.machine import available_memory, physical_cores
 from llmctl.targets.options import plain_rebuild_options
@@ -129,7 +130,7 @@ class CpuTarget:
         here = {f"{library_name(v)}.so" for v in supported_variants(cpu_features())}
         for path in paths:
             if path.name in here:
-                pass  # TRY
+                try_library(path)
 
     def check_runs_here(self) -> None:
         """This CPU runs one of the variants."""
@@ -167,11 +168,7 @@ class CpuTarget:
             engine.graph,
             engine_weights(engine.graph, engine.options, engine.weights),
             self.library(engine.path),
-            num_blocks=engine.num_blocks,
-            block_size=engine.options.block_size,
-            max_model_len=engine.max_model_len,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            max_num_seqs=engine.max_num_seqs,
+            engine.sizes,
             kv_dtype=DTYPES[engine.options.kv_cache_dtype].tag,
             threads=threads or physical_cores(),
         )

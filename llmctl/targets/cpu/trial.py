@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llmctl.checkpoint.resolve import cache_dir
 from llmctl.errors import CompileError
 
 _SECONDS = 60.0
@@ -57,7 +58,8 @@ def try_library(path: Path) -> None:
 
 
 def _refusal(message: str) -> CompileError:
-    return CompileError(message, fix="empty the kernel cache and build again, or set CXX to another compiler")
+    cache = cache_dir() / "kernels"
+    return CompileError(message, fix=f"rm -r {cache}, then build again; or set CXX to another compiler")
 
 
 def _signal_name(number: int) -> str:

@@ -134,9 +134,9 @@ class ReferenceTarget:
         return ReferenceRuntime(
             engine.graph,
             EngineWeights(engine.graph, engine.weights),
-            num_blocks=engine.num_blocks,
-            block_size=engine.options.block_size,
-            max_model_len=engine.max_model_len,
+            num_blocks=engine.sizes.num_blocks,
+            block_size=engine.sizes.block_size,
+            max_model_len=engine.sizes.max_model_len,
             dtype=engine.options.dtype,
             threads=threads,
         )

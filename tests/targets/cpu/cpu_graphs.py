@@ -22,6 +22,7 @@ from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan, StepResult
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Buffer, Graph, KVLayer, Op, Weight, WeightPart
+from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.cpu import runtime as cpu
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import PackedLinear, pack_int
@@ -196,11 +197,7 @@ class Native:
                 graph,
                 weights,
                 library(variant),
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_model_len=sketch.max_position,
-                max_num_batched_tokens=max_tokens,
-                max_num_seqs=max_tokens,
+                RuntimeSizes(num_blocks, block_size, sketch.max_position, max_tokens, max_tokens),
                 kv_dtype=kv_dtype,
                 threads=threads,
             )
