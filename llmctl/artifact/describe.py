@@ -10,7 +10,7 @@ from typing import Any
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
 from llmctl.artifact.manifest import Manifest, QuantizationRecord
 from llmctl.artifact.memory import human_bytes
-from llmctl.artifact.plan import op_counts, plan_build, quantization_record
+from llmctl.artifact.plan import plan_build, quantization_record
 from llmctl.artifact.strict import to_data
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
@@ -88,7 +88,7 @@ def _common(
             "vocab_size": graph.vocab_size,
             "max_position": graph.max_position,
             "parameters": sum(math.prod(weight.shape) for weight in graph.weights.values()),
-            "ops": op_counts(graph),
+            "ops": _op_counts(graph),
         },
         "kernels": _kernel_rows(graph, choices),
         "ops": [
@@ -141,3 +141,9 @@ def _runs_here(checks: EngineChecks) -> str:
     except EngineLoadError as error:
         return f"no: {error.message.removeprefix(f'{checks.path}: ')}"
     return "yes"
+
+
+def _op_counts(graph: Graph) -> dict[str, int]:
+    """Ops per kind, sorted by kind."""
+    kinds = sorted({op.kind for op in graph.ops})
+    return {kind: sum(op.kind == kind for op in graph.ops) for kind in kinds}

@@ -73,7 +73,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     planes = target.planes(graph, options, checkpoint.describe)
     budget = None if config.memory_budget is None else parse_bytes(config.memory_budget, param="memory_budget")
     return BuildPlan(
-        name=source_name(config.model, path),
+        name=_source_name(config.model, path),
         checkpoint=checkpoint,
         graph=graph,
         target=target,
@@ -111,7 +111,7 @@ def check_options(config: BuildConfig) -> None:
         raise UsageError(f"--max-model-len: expected at least 1, found {config.max_model_len}", param="max_model_len")
 
 
-def source_name(model: str, path: Path) -> str:
+def _source_name(model: str, path: Path) -> str:
     """What a manifest calls the model: a hub or demo id as given; of a local path the last part only."""
     return path.resolve().name if Path(model).expanduser().exists() else model
 
@@ -135,9 +135,3 @@ def _check_length(length: int | None, graph: Graph) -> None:
             f"--max-model-len: expected at most {graph.max_position}, the model's own limit, found {length}",
             param="max_model_len",
         )
-
-
-def op_counts(graph: Graph) -> dict[str, int]:
-    """Ops per kind, sorted by kind."""
-    kinds = sorted({op.kind for op in graph.ops})
-    return {kind: sum(op.kind == kind for op in graph.ops) for kind in kinds}
