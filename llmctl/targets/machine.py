@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+HOST_SHARE = 0.7
+"""Share of the machine's available memory that an engine plans to use when no budget is given."""
+
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
@@ -17,6 +20,11 @@ def physical_cores() -> int:
 
     allowed = usable_cores()
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def host_budget() -> int:
+    """Bytes of the machine's memory that an engine may plan with when no budget is given."""
+    return int(available_memory() * HOST_SHARE)
 
 
 def available_memory() -> int:

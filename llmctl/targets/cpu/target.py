@@ -43,10 +43,9 @@ from llmctl.targets.cpu.toolchain import (
 )
 from llmctl.targets.cpu.trial import try_library
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
-from llmctl.targets.machine import available_memory, physical_cores
+from llmctl.targets.machine import host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
-from llmctl.targets.reference.target import HOST_SHARE
 
 SPELLINGS = ("cpu", "cpu:VARIANT[,VARIANT…]")
 
@@ -157,7 +156,7 @@ class CpuTarget:
 
     def memory_budget(self) -> tuple[int, bool]:
         """A share of the machine's memory."""
-        return int(available_memory() * HOST_SHARE), True
+        return host_budget(), True
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
         """A CpuRuntime on the fastest library that this CPU runs; by default a thread a physical core."""

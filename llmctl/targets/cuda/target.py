@@ -31,10 +31,9 @@ from llmctl.targets.cuda.compile import ARCHITECTURES, PTX_FALLBACK, compile_mod
 from llmctl.targets.cuda.device import best_arch, cuda_device
 from llmctl.targets.cuda.planes import cuda_planes, pack_cuda
 from llmctl.targets.cuda.registry import choose_all, sources_of
-from llmctl.targets.machine import available_memory
+from llmctl.targets.machine import host_budget
 from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
-from llmctl.targets.reference.target import HOST_SHARE
 
 SPELLINGS = ("cuda:sm_XX[,sm_YY…]",)
 NO_RUNTIME = "this version builds cuda engines but has no runtime for them yet"
@@ -159,7 +158,7 @@ class CudaTarget:
         device = cuda_device()
         if device is not None:
             return int(device.memory * DEVICE_SHARE), False
-        return int(available_memory() * HOST_SHARE), True
+        return host_budget(), True
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:  # noqa: ARG002
         """There is none yet."""

@@ -28,14 +28,12 @@ from llmctl.targets.base import (
     Target,
     TargetName,
 )
-from llmctl.targets.machine import available_memory
+from llmctl.targets.machine import host_budget
 from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane
 from llmctl.targets.reference.planes import pack_plain, plain_planes
 
 SPELLINGS = ("reference",)
-HOST_SHARE = 0.7
-"""Share of the machine's available memory that an engine plans to use when no budget is given."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class ReferenceTarget:
 
     def memory_budget(self) -> tuple[int, bool]:
         """A share of the machine's memory."""
-        return int(available_memory() * HOST_SHARE), True
+        return host_budget(), True
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
         """A ReferenceRuntime; ``threads`` are torch's, for the whole process."""
