@@ -210,7 +210,7 @@ class Bench:
         from llmctl.checkpoint.quantized import QuantizedWeight
         from llmctl.graph.graph import LOGITS
         from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric, to_planes
-        from llmctl.targets.cpu.planes import LM_HEAD_BITS, linear_formats
+        from llmctl.targets.cpu.packing import LM_HEAD_BITS, linear_formats
 
         engine = self._engine("float32", "auto")
         graph = engine.graph

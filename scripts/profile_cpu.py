@@ -40,10 +40,10 @@ from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
 from llmctl.graph.graph import Graph
 from llmctl.targets.cpu.layout import PackedLinear
+from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.runtime import CpuRuntime
 from llmctl.targets.cpu.target import CpuTarget
 from llmctl.targets.cpu.toolchain import VARIANTS, Variant, compile_library, library_name
-from llmctl.targets.cpu.weights import engine_weights
 
 PARTS = ("decode", "prefill", "growth")
 Span = tuple[int, int]

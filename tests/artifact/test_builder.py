@@ -25,7 +25,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
-from llmctl.targets.reference.planes import pack_nibbles
+from llmctl.targets.reference.packing import pack_nibbles
 from llmctl.targets.table import parse_target
 
 

@@ -21,7 +21,7 @@ from llmctl.errors import CompileError, EngineLoadError, UsageError
 from llmctl.targets.base import TargetName
 from llmctl.targets.cpu import abi, target
 from llmctl.targets.cpu.layout import row_order
-from llmctl.targets.cpu.planes import packed_linears
+from llmctl.targets.cpu.packing import packed_linears
 from llmctl.targets.cpu.toolchain import CompiledLibrary
 
 pytestmark = pytest.mark.usefixtures("native")

@@ -22,7 +22,7 @@ from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundE
 from llmctl.targets.base import KernelChoice, KernelFile, KernelResources, TargetName
 from llmctl.targets.cuda import target as cuda
 from llmctl.targets.cuda.device import CudaDevice
-from llmctl.targets.cuda.planes import cuda_formats
+from llmctl.targets.cuda.packing import cuda_formats
 
 WEIGHTS = "weights-00001-of-00001.safetensors"
 Edit = Callable[..., None]

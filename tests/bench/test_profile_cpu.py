@@ -16,8 +16,8 @@ from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.config import BuildConfig
+from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.toolchain import find_compiler
-from llmctl.targets.cpu.weights import engine_weights
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 

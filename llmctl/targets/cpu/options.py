@@ -8,7 +8,7 @@ from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES
 from llmctl.targets.base import BuildOptions
 from llmctl.targets.cpu.abi import KEYS
-from llmctl.targets.cpu.planes import has_dense_head
+from llmctl.targets.cpu.packing import has_dense_head
 from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes
 
 KV_DTYPES = ("bfloat16", "float32", "int8")

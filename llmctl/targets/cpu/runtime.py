@@ -6,8 +6,6 @@ from __future__ import annotations
 import ctypes as c
 import time
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +33,12 @@ from llmctl.targets.cpu.abi import (
     open_library,
 )
 from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, logits_view, plan_arena
-from llmctl.targets.cpu.layout import PackedLinear, pack_bias
+from llmctl.targets.cpu.layout import pack_bias
+from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling
 from llmctl.targets.rope import cos_sin_table
 
 _MAX_LOGITS_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class CpuWeights:
-    """Weights as the native kernels read them.
-
-    Attributes:
-        linears: packed weight by weight name, for every linear op.
-        tables: embeddings by weight name, [V, H]: f32, or u16 with ``table_dtypes`` "bf16" or "f16".
-        vectors: norm weights and biases by weight name, f32.
-    """
-
-    linears: Mapping[str, PackedLinear]
-    tables: Mapping[str, NDArray[Any]]
-    table_dtypes: Mapping[str, str]
-    vectors: Mapping[str, NDArray[Any]]
 
 
 class CpuRuntime:

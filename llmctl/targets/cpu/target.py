@@ -31,7 +31,7 @@ from llmctl.targets.base import (
 from llmctl.targets.cpu.abi import current_digest
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.options import cpu_options, cpu_passes, head_is_free
-from llmctl.targets.cpu.planes import cpu_choices, cpu_planes, pack_planes
+from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, pack_planes
 from llmctl.targets.cpu.toolchain import (
     SOURCE,
     VARIANTS,
@@ -71,7 +71,7 @@ class CpuTarget:
         return plain_rebuild_options(built, DEFAULT_PASSES) | {"lm_head": built.lm_head}
 
     def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
-        """See ``planes.cpu_choices``."""
+        """See ``packing.cpu_choices``."""
         return cpu_choices(graph, options)
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class CpuTarget:
         options: BuildOptions,
         describe: Describe | None = None,  # noqa: ARG002
     ) -> dict[str, tuple[Plane, ...]]:
-        """See ``planes.cpu_planes``: nothing is left open."""
+        """See ``packing.cpu_planes``: nothing is left open."""
         return cpu_planes(graph, options)
 
     def pack(
@@ -95,7 +95,7 @@ class CpuTarget:
         graph: Graph,
         options: BuildOptions,
     ) -> dict[str, PlaneContent]:
-        """See ``planes.pack_planes``."""
+        """See ``packing.pack_planes``."""
         return pack_planes(read(), name, graph, options)
 
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
@@ -160,8 +160,8 @@ class CpuTarget:
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
         """A CpuRuntime on the fastest library that this CPU runs; by default a thread a physical core."""
+        from llmctl.targets.cpu.packing import engine_weights
         from llmctl.targets.cpu.runtime import CpuRuntime
-        from llmctl.targets.cpu.weights import engine_weights
 
         return CpuRuntime(
             engine.graph,

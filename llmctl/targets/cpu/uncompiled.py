@@ -13,7 +13,7 @@ from llmctl.errors import UsageError
 from llmctl.graph.dtypes import DTYPES
 from llmctl.targets.base import BuildOptions, CompileProgress, KernelChoice, Module, RuntimeEngine
 from llmctl.targets.cpu.options import cpu_passes
-from llmctl.targets.cpu.planes import LM_HEAD_BITS
+from llmctl.targets.cpu.packing import LM_HEAD_BITS
 from llmctl.targets.cpu.toolchain import INSTALL_HINT
 from llmctl.targets.reference.target import ReferenceTarget
 

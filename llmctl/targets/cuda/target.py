@@ -29,7 +29,7 @@ from llmctl.targets.base import (
 )
 from llmctl.targets.cuda.compile import ARCHITECTURES, PTX_FALLBACK, compile_modules, source_hash
 from llmctl.targets.cuda.device import best_arch, cuda_device
-from llmctl.targets.cuda.planes import cuda_planes, pack_cuda
+from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
 from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.machine import host_budget
 from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
@@ -87,7 +87,7 @@ class CudaTarget:
     def planes(
         self, graph: Graph, options: BuildOptions, describe: Describe | None = None
     ) -> dict[str, tuple[Plane, ...]]:
-        """See ``planes.cuda_planes``."""
+        """See ``packing.cuda_planes``."""
         return cuda_planes(graph, options, describe)
 
     def pack(
@@ -98,7 +98,7 @@ class CudaTarget:
         graph: Graph,
         options: BuildOptions,  # noqa: ARG002
     ) -> dict[str, PlaneContent]:
-        """See ``planes.pack_cuda``."""
+        """See ``packing.pack_cuda``."""
         return pack_cuda(name, read, planes, graph)
 
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002

@@ -31,7 +31,7 @@ from llmctl.targets.base import (
 from llmctl.targets.machine import host_budget
 from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane
-from llmctl.targets.reference.planes import pack_plain, plain_planes
+from llmctl.targets.reference.packing import pack_plain, plain_planes
 
 SPELLINGS = ("reference",)
 

@@ -17,7 +17,7 @@ from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
 from llmctl.targets.cuda import target
 from llmctl.targets.cuda.layout import unpack
-from llmctl.targets.cuda.planes import cuda_formats, packed_linears
+from llmctl.targets.cuda.packing import cuda_formats, packed_linears
 
 
 def build(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -11,13 +11,14 @@ multiply their integer codes with int8 activations, dense ones are bfloat16.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.graph.dtypes import DTYPES
+from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op, Weight
 from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
@@ -29,7 +30,7 @@ from llmctl.targets.cpu.layout import (
     quantize_symmetric,
     to_planes,
 )
-from llmctl.targets.planes import Plane
+from llmctl.targets.planes import Plane, WeightPlane
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,22 @@ _TABLES = frozenset({"embed", "pos_embed"})
 _HEAD_GROUP = 64
 _KERNEL = {"w4": "w4a8", "w8": "w8a8", "bf16": "bf16", "f32": "f32"}
 LM_HEAD_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class CpuWeights:
+    """Weights as the native kernels read them.
+
+    Attributes:
+        linears: packed weight by weight name, for every linear op.
+        tables: embeddings by weight name, [V, H]: f32, or u16 with ``table_dtypes`` "bf16" or "f16".
+        vectors: norm weights and biases by weight name, f32.
+    """
+
+    linears: Mapping[str, PackedLinear]
+    tables: Mapping[str, NDArray[Any]]
+    table_dtypes: Mapping[str, str]
+    vectors: Mapping[str, NDArray[Any]]
 
 
 def linear_formats(graph: Graph, options: BuildOptions) -> dict[str, LinearFormat]:
@@ -113,6 +130,18 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
         weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(),
         bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated, g_idx=g_idx,
     )  # fmt: skip
+
+
+def engine_weights(graph: Graph, options: BuildOptions, planes: Mapping[str, WeightPlane]) -> CpuWeights:
+    """An engine's planes by the role they play, as they lie in the mapped files: no linear weight is copied."""
+    arrays = {name: np.asarray(plane.data).reshape(plane.shape) for name, plane in planes.items()}
+    tables = table_names(graph)
+    return CpuWeights(
+        linears=packed_linears(graph, options, arrays),
+        tables={name: arrays[name] for name in tables},
+        table_dtypes={name: BY_SAFETENSORS[planes[name].dtype].tag for name in tables},
+        vectors={name: arrays[name] for name in graph.weights if name in arrays and name not in tables},
+    )
 
 
 def packed_linears(graph: Graph, options: BuildOptions, planes: Mapping[str, NDArray[Any]]) -> dict[str, PackedLinear]:
