@@ -76,7 +76,7 @@ def logits_of(graph: Graph, weights: Any, tokens: list[list[int]]) -> Tensor:
     context.rows = torch.arange(batch.num_tokens)
     env = context.inputs()
     assert set(env) == {INPUT_IDS, POSITIONS}
-    return interpreter.run(graph.ops, env, context)[LOGITS].clone()
+    return interpreter.program(graph.ops, (LOGITS,))(env, context)[LOGITS]
 
 
 def random_tokens(samples: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:

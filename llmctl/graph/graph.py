@@ -11,47 +11,7 @@ Conventions
   ``LOGITS`` (``[R, vocab]``).
 * A linear weight is ``[out, in]``; ``y = x @ w.T + b``.
 * The paged KV cache is not a buffer: ``kv_write`` and ``attention`` name it by ``layer`` (an index into ``Graph.kv``).
-
-Op kinds, ``inputs -> outputs | weights | attrs``; an absent optional weight is ``""``:
-
-plain
-  embed          ids -> x               | w [V,H]        | scale: float
-  pos_embed      x, positions -> y      | w [P,H]        | offset: int; y = x + w[pos + offset]
-  rms_norm       x -> y                 | w [H]          | eps, plus_one: bool (Gemma: 1 + w)
-  layer_norm     x -> y                 | w [H], b       | eps
-  head_rms_norm  x -> y                 | w [head_dim]   | eps, heads, head_dim
-  linear         x -> y                 | w [O,I], b     |
-  act            x -> y                 |                | fn: silu|gelu|gelu_tanh|relu
-  mul            x, y -> z              |                |
-  add            x, y -> z              |                |
-  rope           q, k, pos -> q', k'    |                | heads, kv_heads, head_dim, rotary_dim, theta,
-                                                           style: neox|gptj, rope_type and its fields
-  kv_write       k, v ->                |                | layer
-  attention      q -> o                 |                | layer, heads, kv_heads, head_dim, scale, window (0 = none),
-                                                           softcap (0 = none)
-  gather_rows    x -> y                 |                | rows whose logits are wanted
-fused (made by passes)
-  linear         x -> y1, y2, …         | w [O1+…, I], b | splits: (O1, O2, …)
-  linear         x -> h                 | w [2F, I], b   | epilogue: silu_mul|gelu_mul|gelu_tanh_mul|relu_mul
-                                                           (gate rows first, up rows second)
-  linear         …, residual -> y       | w [O,I], b     | residual: True; y = x @ w.T + b + residual
-  add_rms_norm   x, residual -> y, sum  | w              | eps, plus_one; sum = x + residual, y = norm(sum)
-  add_layer_norm x, residual -> y, sum  | w, b           | eps
-  rope_kv_write  q, k, v, pos -> q'     |                | rope's attrs and layer
-int8 activations (made by a pass): q holds integers -127..127, scale (width 1) what each row of them is multiplied by
-  quantize       x -> q, scale          |                | scale = max|x| / 127
-  <norm>_s8      … -> q, scale, …       | as <norm>      | as <norm>, whose first output is quantized
-  act_mul_s8     x -> q, scale          |                | as act_mul
-  linear         q, scale, … -> …       | w, b           | activations: "int8"
-adapters (made by graph.lora): their weights are the runtime's, by the op's name; each token has its own, or none
-  lora           x, y -> z              |                | module, first_row, rows, column, rank;
-                                                           z[:, column:][:, :rows] = y + scale * (x @ A.T) @ B.T
-  act_mul        x -> y                 |                | fn; y = fn(gate) * up, gate columns first in x
-
-``rope_type`` and the fields it needs (HF's ``rope_parameters``, defaults resolved; targets/rope.py has the formulas):
-  default | linear: factor
-  llama3: factor, low_freq_factor, high_freq_factor, original_max_position
-  yarn: factor, beta_fast, beta_slow, original_max_position, attention_factor (multiplies cos and sin), truncate: bool
+* ``ops.OP_KINDS`` declares the kinds of ops; an absent optional weight is ``""``.
 """
 
 from __future__ import annotations
@@ -66,12 +26,6 @@ LOGITS = "logits"
 
 Scalar = int | float | str | bool
 Attr = Scalar | tuple[Scalar, ...]
-
-PLAIN_KINDS = frozenset(
-    "embed pos_embed rms_norm layer_norm head_rms_norm linear act mul add rope kv_write attention gather_rows".split()
-)
-FUSED_KINDS = frozenset("add_rms_norm add_layer_norm rope_kv_write".split())
-INT8_KINDS = frozenset("quantize rms_norm_s8 layer_norm_s8 add_rms_norm_s8 add_layer_norm_s8 act_mul_s8".split())
 
 
 @dataclass(frozen=True)
@@ -135,7 +89,7 @@ class Buffer:
 class Op:
     """One operation; ``layer`` is its decoder layer, -1 before the first and ``num_layers`` after the last.
 
-    Values of ``attrs`` are ``Attr``s; typed Any because each kind fixes its own (``graph/check.py`` holds them).
+    Values of ``attrs`` are ``Attr``s; typed Any because each kind fixes its own.
     """
 
     kind: str

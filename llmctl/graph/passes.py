@@ -12,13 +12,14 @@ from dataclasses import replace
 
 from llmctl.errors import UsageError
 from llmctl.graph.graph import Buffer, Graph, Op, Weight, WeightPart
+from llmctl.graph.ops import OP_KINDS
 from llmctl.graph.rewrite import Changes, Flow, rewritten
 
 Pass = Callable[[Graph], Graph]
 
-_FUSED_NORMS = {"rms_norm": "add_rms_norm", "layer_norm": "add_layer_norm"}
+_AFTER_ADD = {kind.name: kind.after_add for kind in OP_KINDS.values() if kind.after_add}
+_AS_INT8 = {kind.name: kind.as_int8 for kind in OP_KINDS.values() if kind.as_int8}
 _INT8: Mapping[str, str] = {"activations": "int8"}
-_INT8_MAKERS = frozenset({*_FUSED_NORMS, *_FUSED_NORMS.values(), "act_mul"})
 
 
 def apply_passes(graph: Graph, names: Iterable[str] | None = None) -> Graph:
@@ -86,11 +87,11 @@ def fuse_add_norm(graph: Graph) -> Graph:
     flow = Flow(graph)
     changed: Changes = {}
     for norm in graph.ops:
-        add = flow.producer.get(norm.inputs[0]) if norm.kind in _FUSED_NORMS else None
+        add = flow.producer.get(norm.inputs[0]) if norm.kind in _AFTER_ADD else None
         if add is None or add.kind != "add" or add.name in changed:
             continue
         changed[add.name] = norm.with_(
-            kind=_FUSED_NORMS[norm.kind],
+            kind=_AFTER_ADD[norm.kind],
             inputs=add.inputs,
             outputs=(norm.outputs[0], add.outputs[0]),
             layer=add.layer,
@@ -136,8 +137,8 @@ def int8_activations(graph: Graph) -> Graph:
         changed.update(fed)
         maker = flow.producer.get(x)
         alone = flow.uses[x] == len(linears)
-        if maker is not None and maker.kind in _INT8_MAKERS and alone and x == maker.outputs[0]:
-            changed[maker.name] = maker.with_(kind=f"{maker.kind}_s8", outputs=(*pair, *maker.outputs[1:]))
+        if maker is not None and maker.kind in _AS_INT8 and alone and x == maker.outputs[0]:
+            changed[maker.name] = maker.with_(kind=_AS_INT8[maker.kind], outputs=(*pair, *maker.outputs[1:]))
         else:
             first = min(linears, key=lambda op: flow.index[op.name])
             quantize = Op("quantize", f"{x}.quantize", (x,), pair, layer=first.layer)

@@ -87,6 +87,7 @@ class CalibrationPass:
         self._batch = packed_batch(tokens.tolist())
         self._cache: dict[int, Tensor] = {}
         self._context = self._interpreter.context(self._batch, self._cache)
+        self._context.rows = torch.arange(self._batch.num_tokens)  # the head is calibrated on the rows of all tokens
 
     def stages(self, layer: int, chosen: Iterable[str]) -> list[Stage]:
         """The stages of a layer.
@@ -105,6 +106,7 @@ class CalibrationPass:
         """Activations entering layer 0, by buffer name."""
         return self.run(-1, {})
 
+    @torch.inference_mode()
     def run(
         self,
         layer: int,
@@ -119,27 +121,21 @@ class CalibrationPass:
         Args:
             on_stage: called with each stage and its input ``[tokens, width]`` before its first linear runs; weights it
                 changes take effect at once.
-            outputs: false stops after the last stage and returns nothing. The rows of all tokens go on to the head
-                then, whose logits are not computed.
+            outputs: false stops after the last stage and returns nothing.
         """
-        with torch.inference_mode():
-            ops = self.graph.layer_ops(layer)
-            leaving = self._leaving(layer)
-            env = {**self._context.inputs(), **hidden}
-            self._allocate(ops)
-            waiting = {stage.buffer: stage for stage in stages}
-            for i, op in enumerate(ops):
-                stage = waiting.pop(op.inputs[0], None) if op.kind == "linear" else None
-                if stage is not None and on_stage is not None:
-                    on_stage(stage, env[stage.buffer])
-                if not outputs and not waiting:
-                    return {}
-                if not outputs and op.kind == "gather_rows":
-                    env[op.outputs[0]] = env[op.inputs[0]]
-                    continue
-                later = {name for following in ops[i + 1 :] for name in following.inputs}
-                self._interpreter.run((op,), env, self._context, keep=leaving | later)
-            return {name: env[name] for name in leaving if name in env and name not in _STEP_INPUTS}
+        waiting = {stage.buffer: stage for stage in stages}
+
+        def before(op: Op, env: Env) -> bool:
+            stage = waiting.pop(op.inputs[0], None) if op.kind == "linear" else None
+            if stage is not None and on_stage is not None:
+                on_stage(stage, env[stage.buffer])
+            return not (outputs or waiting)
+
+        ops, leaving = self.graph.layer_ops(layer), self._leaving(layer)
+        self._allocate(ops)
+        program = self._interpreter.program(ops, leaving)
+        env = program({**self._context.inputs(), **hidden}, self._context, before)
+        return {name: env[name] for name in leaving if name in env and name not in _STEP_INPUTS} if outputs else {}
 
     def forget(self, layer: int) -> None:
         """Free a layer's weights and KV cache."""

@@ -109,6 +109,17 @@ def test_broken_fused_ops_are_refused() -> None:
             check_graph(changed)
 
 
+def test_scales_of_int8_rows_are_one_wide() -> None:
+    graph = family_model("llama").graph
+    linears = {op.weights[0] for op in graph.linears()}
+    eight = {n: replace(w, quant=QuantScheme(8, -1, True)) for n, w in graph.weights.items() if n in linears}
+    graph = apply_passes(replace(graph, weights={**graph.weights, **eight}), ["int8_activations"])
+    check_graph(graph)
+    scale = Buffer("layers.0.attn_norm.scale", 2)
+    with pytest.raises(ValueError, match=r"op 'layers.0.attn_norm': width of the scales: expected 1, found 2"):
+        check_graph(replace(graph, buffers={**graph.buffers, scale.name: scale}))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_json_round_trip(case: str) -> None:
     graph = apply_passes(family_model(case).graph)

@@ -7,7 +7,7 @@ storage an offset in one arena by the lifetime of its contents. Descriptors then
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,10 +92,13 @@ class Lowering:
             UnsupportedModelError: an op the CPU runtime has no kernel for.
         """
         for op in self.graph.ops:
-            method = getattr(self, f"_{op.kind}", None)
-            if method is None:
-                raise UnsupportedModelError(f"op '{op.kind}' has no native CPU kernel", fix="--target reference")
-            method(op)
+            lower = LOWERINGS.get(op.kind)
+            if lower is None:
+                reason = REFUSED_KINDS.get(op.kind, "it is unknown")
+                raise UnsupportedModelError(
+                    f"op '{op.kind}' has no native CPU kernel: {reason}", fix="--target reference"
+                )
+            lower(self, op)
         # The ops on gathered rows run once for each chunk of rows: what they read of all tokens lives until the last.
         tail = next((i for i, bound in enumerate(self.bound) if bound.on_rows), len(self.bound))
         for storage in self.storages:
@@ -149,21 +152,6 @@ class Lowering:
         assert op.inputs[1] == POSITIONS
         self._emit(self._simple(Kind.POS_EMBED, op, op.inputs[:1]))
 
-    def _head_rms_norm(self, op: Op) -> None:
-        self._emit(self._simple(Kind.HEAD_RMS_NORM, op, op.inputs))
-
-    def _act(self, op: Op) -> None:
-        self._emit(self._simple(Kind.ACT, op, op.inputs))
-
-    def _mul(self, op: Op) -> None:
-        self._emit(self._simple(Kind.MUL, op, op.inputs))
-
-    def _add(self, op: Op) -> None:
-        self._emit(self._simple(Kind.ADD, op, op.inputs))
-
-    def _kv_write(self, op: Op) -> None:
-        self._emit(self._simple(Kind.KV_WRITE, op, op.inputs))
-
     def _attention(self, op: Op) -> None:
         if int(op.attrs["head_dim"]) > MAX_HEAD:
             raise UnsupportedModelError(
@@ -183,18 +171,6 @@ class Lowering:
         self._emit(self._simple(Kind.GATHER_ROWS, op, op.inputs))
 
     # norms
-
-    def _rms_norm(self, op: Op) -> None:
-        self._norm(Kind.RMS_NORM, op)
-
-    def _layer_norm(self, op: Op) -> None:
-        self._norm(Kind.LAYER_NORM, op)
-
-    def _add_rms_norm(self, op: Op) -> None:
-        self._norm(Kind.RMS_NORM, op)
-
-    def _add_layer_norm(self, op: Op) -> None:
-        self._norm(Kind.LAYER_NORM, op)
 
     def _norm(self, kind: Kind, op: Op) -> None:
         bound = Bound(kind, op, self.on_rows, {"x": self.views[op.inputs[0]]})
@@ -287,6 +263,45 @@ class Lowering:
             views = {"x": self.views[buffer]}
             self._emit(Bound(Kind.TO_BF16, op, self.on_rows, views, packed=packed, x16=self.halves[buffer]))
         return self.halves[buffer]
+
+
+def _as(kind: Kind) -> Callable[[Lowering, Op], None]:
+    """The lowering to one native op that reads all inputs and writes all outputs."""
+    return lambda lowering, op: lowering._emit(lowering._simple(kind, op, op.inputs))
+
+
+LOWERINGS: Mapping[str, Callable[[Lowering, Op], None]] = {
+    "embed": Lowering._embed,
+    "pos_embed": Lowering._pos_embed,
+    "rms_norm": lambda lowering, op: lowering._norm(Kind.RMS_NORM, op),
+    "layer_norm": lambda lowering, op: lowering._norm(Kind.LAYER_NORM, op),
+    "head_rms_norm": _as(Kind.HEAD_RMS_NORM),
+    "linear": Lowering._linear,
+    "act": _as(Kind.ACT),
+    "mul": _as(Kind.MUL),
+    "add": _as(Kind.ADD),
+    "rope": Lowering._rope,
+    "kv_write": _as(Kind.KV_WRITE),
+    "attention": Lowering._attention,
+    "gather_rows": Lowering._gather_rows,
+    "add_rms_norm": lambda lowering, op: lowering._norm(Kind.RMS_NORM, op),
+    "add_layer_norm": lambda lowering, op: lowering._norm(Kind.LAYER_NORM, op),
+    "rope_kv_write": Lowering._rope_kv_write,
+}
+"""By op kind."""
+
+_OWN_ROWS = "quantized linears take int8 rows by themselves, with a scale for every group of columns"
+REFUSED_KINDS: Mapping[str, str] = {
+    "quantize": _OWN_ROWS,
+    "rms_norm_s8": _OWN_ROWS,
+    "layer_norm_s8": _OWN_ROWS,
+    "add_rms_norm_s8": _OWN_ROWS,
+    "add_layer_norm_s8": _OWN_ROWS,
+    "act_mul_s8": _OWN_ROWS,
+    "act_mul": "gating is a linear's epilogue, or an act and a mul",
+    "lora": "adapters are not added",
+}
+"""Op kind -> why there is no kernel for it."""
 
 
 def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:

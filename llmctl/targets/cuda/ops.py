@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmctl.graph.graph import INT8_KINDS, Op
+from llmctl.graph.graph import Op
+from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.cuda.attention import AttentionShape, max_splits
 from llmctl.targets.cuda.attention_signatures import planned
 from llmctl.targets.cuda.call import Machine
@@ -128,7 +129,7 @@ Executor = Callable[[Machine, Job], None]
 
 def output_dtypes(op: Op, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """What each of an op's outputs is made of, when activations are ``dtype``."""
-    first = (torch.int8, torch.float32) if op.kind in INT8_KINDS else (dtype,)
+    first = (torch.int8, torch.float32) if OP_KINDS[op.kind].int8_rows else (dtype,)
     return (*first, *(dtype,) * len(op.outputs))[: len(op.outputs)]
 
 
@@ -149,7 +150,7 @@ def _norm(machine: Machine, job: Job) -> None:
     layer = "layer" in job.op.kind
     special: dict[str, Any] = {"b": job.weights[1]} if layer else {"plus_one": int(job.attrs.get("plus_one", False))}
     added = {"residual": job.inputs[1], "sum": job.outputs[-1]} if job.op.kind.startswith("add_") else {}
-    made = _int8_rows(job) if job.op.kind in INT8_KINDS else {"y": job.outputs[0]}
+    made = _int8_rows(job) if OP_KINDS[job.op.kind].int8_rows else {"y": job.outputs[0]}
     launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], w=job.weights[0], eps=job.attrs["eps"], **made,
            **special, **added)  # fmt: skip
 

@@ -1,12 +1,12 @@
 """Runs a Graph's ops with the reference kernels: every op is bound once to its weights, then called step by step.
 
-The ReferenceRuntime runs whole graphs with it; quantization runs one decoder layer at a time, with a hook on the
-linears' inputs and weights that change between runs.
+The ReferenceRuntime runs whole graphs; quantization runs one decoder layer at a time, with a hook before each op and
+weights that change under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from llmctl.graph.graph import Graph, Op
+from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.batch import Batch
 from llmctl.targets.reference import kernels
 from llmctl.targets.reference.context import Env, RopeTable, StepContext
 
-LinearHook = Callable[[Op, Tensor], None]
-_Bound = Callable[[Env, StepContext], None]
+Bound = Callable[[Env, StepContext], None]
+"""Executes one op: reads its inputs from the environment and adds its outputs."""
+BeforeOp = Callable[[Op, Env], bool]
+"""Called before an op runs. It may read the environment and replace weights; true ends the run there."""
 
 
 class Dequantizable(Protocol):
@@ -38,8 +41,12 @@ class Dequantizable(Protocol):
 class Interpreter:
     """A Graph bound to weights.
 
-    Weights are turned to ``dtype`` when an op that uses them is first bound (quantized ones are dequantized); norms
-    keep theirs in float32. ``set_weight`` replaces one for the runs that follow.
+    Weights are turned to ``dtype`` when an op that uses them is bound (quantized ones are dequantized); norms keep
+    theirs in float32.
+
+    Attributes:
+        adapters: weights of lora ops, by the op's name.
+        changes: how often what executes some op has changed.
     """
 
     def __init__(
@@ -55,90 +62,73 @@ class Interpreter:
             weights: Weight name -> dense Tensor or QuantizedWeight; read lazily, so it may load on access.
         """
         self.graph = graph
-        self.adapters: dict[str, kernels.AdapterWeights] = {}  # by name of a lora op
+        self.adapters: dict[str, kernels.AdapterWeights] = {}
+        self.changes = 0
         self.dtype = dtype
         self.device = torch.device(device)
         self._source = weights
-        self._overrides: dict[str, Any] = {}
+        self._replaced: dict[str, Any] = {}
         self._dense: dict[str, Tensor] = {}
-        self._bound: dict[str, _Bound] = {}
+        self._ops = {op.name: op for op in graph.ops}
+        self._bound: dict[str, Bound] = {}
+        self._overrides: dict[str, Bound] = {}
         self._tables: dict[tuple[Any, ...], RopeTable] = {}
 
     def context(self, batch: Batch, cache: Mapping[int, Tensor]) -> StepContext:
         """The step context of a batch over KV caches by layer."""
         return StepContext(batch, cache, self.dtype, self.device)
 
-    def bind(self, ops: Iterable[Op]) -> None:
-        """Bind ops ahead of their first run (loads and converts their weights)."""
+    def program(self, ops: Sequence[Op], keep: Iterable[str]) -> Program:
+        """Ops of the graph as one callable; binds them (loads and converts their weights).
+
+        Args:
+            keep: the buffers to leave in the environment; every other one is dropped after its last use by ``ops``.
+        """
         for op in ops:
-            if op.name not in self._bound:
-                self._bound[op.name] = _BINDERS[op.kind](self, op)
+            self.bound(op.name)
+        drops = _last_uses(ops, set(keep))
+        return Program(self, [(op, drops.get(op.name, ())) for op in ops])
+
+    def bound(self, op_name: str) -> Bound:
+        """What executes an op: its override, else its reference kernel bound to the weights in use."""
+        if op_name in self._overrides:
+            return self._overrides[op_name]
+        if op_name not in self._bound:
+            op = self._ops[op_name]
+            self._bound[op_name] = BINDERS[op.kind](self, op)
+        return self._bound[op_name]
+
+    def override(self, op_name: str, run: Bound) -> None:
+        """Execute an op by ``run`` instead of its reference kernel, in programs made before and after alike."""
+        self._overrides[op_name] = run
+        self.changes += 1
 
     def set_weight(self, name: str, value: Tensor | Dequantizable) -> None:
-        """Use ``value`` for weight ``name`` from now on.
+        """Use ``value`` for weight ``name`` from the next run on, or the next op where a run's hook replaces it.
 
         Raises:
             KeyError: the graph has no such weight. ValueError: another shape.
         """
         self._checked(name, value)
-        self._overrides[name] = value
+        self._replaced[name] = value
         self.release_weight(name)
 
     def release_weight(self, name: str) -> None:
-        """Free the converted copy of a weight; it is made again when next needed."""
+        """Free the converted copy of a weight; it is made again, of what its source then gives, when next needed.
+
+        A program that has run without a hook holds on to the copy until it runs again.
+        """
         self._dense.pop(name, None)
         for op in self.graph.ops:
             if name in op.weights:
                 self._bound.pop(op.name, None)
+        self.changes += 1
 
     def weight(self, name: str) -> Tensor:
         """The dense weight in use, in the compute dtype."""
         if name not in self._dense:
             self._dense[name] = self._load(name, self.dtype)
         return self._dense[name]
-
-    @torch.inference_mode()
-    def run(
-        self,
-        ops: Sequence[Op],
-        env: Env,
-        ctx: StepContext,
-        *,
-        keep: Iterable[str] | None = None,
-        on_linear: LinearHook | None = None,
-    ) -> Env:
-        """Run ops in order; results are added to ``env``, which is returned.
-
-        Args:
-            ops: any ops of the graph whose inputs are in ``env`` or made on the way.
-            env: buffer name -> Tensor [T, width].
-            keep: when given, every buffer not named here is dropped from ``env`` after its last use by ``ops``.
-            on_linear: called before each linear with the op and its input.
-        """
-        self.bind(ops)
-        drops = _last_uses(ops, set(keep)) if keep is not None else {}
-        for op in ops:
-            if on_linear is not None and op.kind == "linear":
-                on_linear(op, env[op.inputs[0]])
-            self._bound[op.name](env, ctx)
-            for name in drops.get(op.name, ()):
-                env.pop(name, None)
-        return env
-
-    def program(self, ops: Sequence[Op], keep: Iterable[str]) -> Callable[[Env, StepContext], Env]:
-        """``run`` for a fixed list of ops with everything looked up ahead; weights must not be replaced afterwards."""
-        self.bind(ops)
-        drops = _last_uses(ops, set(keep))
-        steps = [(self._bound[op.name], drops.get(op.name, ())) for op in ops]
-
-        def run(env: Env, ctx: StepContext) -> Env:
-            for bound, dead in steps:
-                bound(env, ctx)
-                for name in dead:
-                    del env[name]
-            return env
-
-        return run
 
     def rope_table(self, op: Op) -> RopeTable:
         """The table an op's rope attributes describe, shared by all ops with equal ones."""
@@ -155,7 +145,7 @@ class Interpreter:
         return self.weight(op.weights[index]) if len(op.weights) > index and op.weights[index] else None
 
     def _load(self, name: str, dtype: torch.dtype) -> Tensor:
-        value = self._overrides[name] if name in self._overrides else self._source[name]
+        value = self._replaced[name] if name in self._replaced else self._source[name]
         self._checked(name, value)
         dense = value if isinstance(value, Tensor) else value.dequantize(dtype)
         return dense.to(device=self.device, dtype=dtype).contiguous()
@@ -164,6 +154,43 @@ class Interpreter:
         expected = self.graph.weights[name].shape
         if tuple(value.shape) != expected:
             raise ValueError(f"weight '{name}': expected shape {list(expected)}, found {list(value.shape)}")
+
+
+class Program:
+    """A list of ops to run in order over one environment after another; ``Interpreter.program`` makes it."""
+
+    def __init__(self, interpreter: Interpreter, ops: Sequence[tuple[Op, tuple[str, ...]]]) -> None:
+        """``ops``: each with the buffers to drop after it."""
+        self._interpreter = interpreter
+        self._ops = ops
+        self._steps: list[tuple[Bound, tuple[str, ...]]] = []
+        self._changes = -1  # the interpreter's when the steps were looked up
+
+    def __call__(self, env: Env, ctx: StepContext, before: BeforeOp | None = None) -> Env:
+        """Run the ops; results are added to ``env``, which is returned.
+
+        Args:
+            env: buffer name -> Tensor [T, width]; holds whatever the ops read and do not make.
+        """
+        for run, dead in self._looked_up() if before is None else self._watched(env, before):
+            run(env, ctx)
+            for name in dead:
+                del env[name]
+        return env
+
+    def _looked_up(self) -> list[tuple[Bound, tuple[str, ...]]]:
+        """What executes each op, looked up once for all runs: between two kernels every lookup misses the caches."""
+        if self._changes != self._interpreter.changes:
+            self._steps = [(self._interpreter.bound(op.name), dead) for op, dead in self._ops]
+            self._changes = self._interpreter.changes
+        return self._steps
+
+    def _watched(self, env: Env, before: BeforeOp) -> Iterator[tuple[Bound, tuple[str, ...]]]:
+        """What executes each op, looked up when the hook has seen it."""
+        for op, dead in self._ops:
+            if before(op, env):
+                return
+            yield self._interpreter.bound(op.name), dead
 
 
 def _last_uses(ops: Sequence[Op], keep: set[str]) -> dict[str, tuple[str, ...]]:
@@ -182,7 +209,7 @@ def _last_uses(ops: Sequence[Op], keep: set[str]) -> dict[str, tuple[str, ...]]:
 # Binders: op -> function of the step. Everything that does not change between steps is looked up here.
 
 
-def _unary(op: Op, fn: Callable[[Tensor], Tensor]) -> _Bound:
+def _unary(op: Op, fn: Callable[[Tensor], Tensor]) -> Bound:
     (x,), (y,) = op.inputs, op.outputs
 
     def run(env: Env, _: StepContext) -> None:
@@ -191,7 +218,7 @@ def _unary(op: Op, fn: Callable[[Tensor], Tensor]) -> _Bound:
     return run
 
 
-def _binary(op: Op, fn: Callable[[Tensor, Tensor], Tensor]) -> _Bound:
+def _binary(op: Op, fn: Callable[[Tensor, Tensor], Tensor]) -> Bound:
     (x, y), (z,) = op.inputs, op.outputs
 
     def run(env: Env, _: StepContext) -> None:
@@ -200,33 +227,38 @@ def _binary(op: Op, fn: Callable[[Tensor, Tensor], Tensor]) -> _Bound:
     return run
 
 
-def _bind_embed(interp: Interpreter, op: Op) -> _Bound:
+def _bind_embed(interp: Interpreter, op: Op) -> Bound:
     return _unary(op, partial(kernels.embed, w=interp.weight(op.weights[0]), scale=op.attrs["scale"]))
 
 
-def _bind_pos_embed(interp: Interpreter, op: Op) -> _Bound:
+def _bind_pos_embed(interp: Interpreter, op: Op) -> Bound:
     w, offset = interp.weight(op.weights[0]), op.attrs["offset"]
     return _binary(op, lambda x, positions: kernels.pos_embed(x, positions, w, offset))
 
 
-def _bind_norm(interp: Interpreter, op: Op) -> _Bound:
-    w, eps = interp.norm_weight(op, 0), op.attrs["eps"]
+def _bias(interp: Interpreter, op: Op) -> Tensor | None:
+    """A norm's second weight, where its kind has one and it is there."""
+    return interp.norm_weight(op, 1) if any(op.weights[1:]) else None
+
+
+def _bind_norm(interp: Interpreter, op: Op) -> Bound:
+    w, b, eps = interp.norm_weight(op, 0), _bias(interp, op), op.attrs["eps"]
     if op.kind == "rms_norm":
         return _unary(op, lambda x: kernels.rms_norm(x, w, eps))
-    if op.kind == "head_rms_norm":
-        dim = op.attrs["head_dim"]
-        return _unary(op, lambda x: kernels.head_rms_norm(x, w, eps, dim))
-    b = interp.norm_weight(op, 1) if op.weights[1] else None
     return _unary(op, lambda x: kernels.layer_norm(x, w, b, eps))
 
 
-def _bind_add_norm(interp: Interpreter, op: Op) -> _Bound:
+def _bind_head_norm(interp: Interpreter, op: Op) -> Bound:
+    w, eps, dim = interp.norm_weight(op, 0), op.attrs["eps"], op.attrs["head_dim"]
+    return _unary(op, lambda x: kernels.head_rms_norm(x, w, eps, dim))
+
+
+def _bind_add_norm(interp: Interpreter, op: Op) -> Bound:
     (x, residual), (y, total) = op.inputs, op.outputs
-    w, eps = interp.norm_weight(op, 0), op.attrs["eps"]
-    b = interp.norm_weight(op, 1) if op.kind == "add_layer_norm" and op.weights[1] else None
+    w, b, eps, rms = interp.norm_weight(op, 0), _bias(interp, op), op.attrs["eps"], op.kind == "add_rms_norm"
 
     def run(env: Env, _: StepContext) -> None:
-        if op.kind == "add_rms_norm":
+        if rms:
             env[y], env[total] = kernels.add_rms_norm(env[x], env[residual], w, eps)
         else:
             env[y], env[total] = kernels.add_layer_norm(env[x], env[residual], w, b, eps)
@@ -234,22 +266,19 @@ def _bind_add_norm(interp: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_norm_s8(interp: Interpreter, op: Op) -> _Bound:
-    """The norm in float32, quantized without a rounding between."""
-    q, scale, w, eps = *op.outputs[:2], interp.norm_weight(op, 0), op.attrs["eps"]
-    b = interp.norm_weight(op, 1) if "layer" in op.kind and op.weights[1] else None
+def _bind_norm_s8(interp: Interpreter, op: Op) -> Bound:
+    kind = OP_KINDS[op.kind]
+    kernel = getattr(kernels, kind.reference)
+    bias = (_bias(interp, op),) if "b" in kind.weights else ()
+    rest = (interp.norm_weight(op, 0), *bias, op.attrs["eps"])
 
     def run(env: Env, _: StepContext) -> None:
-        x = env[op.inputs[0]]
-        if op.kind.startswith("add_"):
-            x = env[op.outputs[2]] = x + env[op.inputs[1]]
-        y = kernels.layer_norm(x.float(), w, b, eps) if "layer" in op.kind else kernels.rms_norm(x.float(), w, eps)
-        env[q], env[scale] = kernels.quantize_rows(y)
+        env.update(zip(op.outputs, kernel(*(env[name] for name in op.inputs), *rest), strict=True))
 
     return run
 
 
-def _bind_quantize(_: Interpreter, op: Op) -> _Bound:
+def _bind_quantize(_: Interpreter, op: Op) -> Bound:
     (x,), (q, scale) = op.inputs, op.outputs
 
     def run(env: Env, _: StepContext) -> None:
@@ -258,7 +287,7 @@ def _bind_quantize(_: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_lora(interp: Interpreter, op: Op) -> _Bound:
+def _bind_lora(interp: Interpreter, op: Op) -> Bound:
     (x, y), (z,) = op.inputs, op.outputs
     columns = slice(op.attrs["column"], op.attrs["column"] + op.attrs["rows"])
 
@@ -272,24 +301,25 @@ def _bind_lora(interp: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_act_mul(_: Interpreter, op: Op) -> _Bound:
-    fn = op.attrs["fn"]
-    if op.kind == "act_mul":
-        return _unary(op, partial(kernels.act_mul, fn=fn))
-    (x,), (q, scale) = op.inputs, op.outputs
+def _bind_act_mul(_: Interpreter, op: Op) -> Bound:
+    return _unary(op, partial(kernels.act_mul, fn=op.attrs["fn"]))
+
+
+def _bind_act_mul_s8(_: Interpreter, op: Op) -> Bound:
+    (x,), (q, scale), fn = op.inputs, op.outputs, op.attrs["fn"]
 
     def run(env: Env, _: StepContext) -> None:
-        env[q], env[scale] = kernels.quantize_rows(kernels.act_mul(env[x].float(), fn))
+        env[q], env[scale] = kernels.act_mul_s8(env[x], fn)
 
     return run
 
 
-def _bind_linear(interp: Interpreter, op: Op) -> _Bound:
+def _bind_linear(interp: Interpreter, op: Op) -> Bound:
     plain = {"activations", "residual"}.isdisjoint(op.attrs)
     return _bind_float_linear(interp, op) if plain else _bind_fed_linear(interp, op)
 
 
-def _bind_fed_linear(interp: Interpreter, op: Op) -> _Bound:
+def _bind_fed_linear(interp: Interpreter, op: Op) -> Bound:
     """A linear with int8 rows or a residual: what is float about it, between the two."""
     attrs = {name: value for name, value in op.attrs.items() if name not in ("activations", "residual")}
     inner = _bind_float_linear(interp, op.with_(inputs=op.inputs[:1], attrs=attrs))
@@ -307,7 +337,7 @@ def _bind_fed_linear(interp: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_float_linear(interp: Interpreter, op: Op) -> _Bound:
+def _bind_float_linear(interp: Interpreter, op: Op) -> Bound:
     w, b = interp.weight(op.weights[0]), interp.optional(op, 1)
     splits, epilogue = op.attrs.get("splits"), op.attrs.get("epilogue")
     if epilogue:
@@ -322,7 +352,7 @@ def _bind_float_linear(interp: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_rope(interp: Interpreter, op: Op) -> _Bound:
+def _bind_rope(interp: Interpreter, op: Op) -> Bound:
     q, k, _ = op.inputs
     q_out, k_out = op.outputs
     table, dim, style = interp.rope_table(op), op.attrs["head_dim"], op.attrs["style"]
@@ -335,21 +365,20 @@ def _bind_rope(interp: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_rope_kv_write(interp: Interpreter, op: Op) -> _Bound:
+def _bind_rope_kv_write(interp: Interpreter, op: Op) -> Bound:
     q, k, v, _ = op.inputs
     (q_out,) = op.outputs
     table, dim, style, layer = interp.rope_table(op), op.attrs["head_dim"], op.attrs["style"], op.attrs["layer"]
 
     def run(env: Env, ctx: StepContext) -> None:
-        factors = ctx.rope_factors(table)
-        env[q_out] = kernels.rope(env[q], factors, dim, style)
-        rotated = kernels.rope(env[k], factors, dim, style)
-        kernels.kv_write(ctx.cache[layer], rotated, env[v], ctx.slots, padded=ctx.padded)
+        env[q_out] = kernels.rope_kv_write(
+            env[q], env[k], env[v], ctx.rope_factors(table), dim, style, ctx.cache[layer], ctx.slots, padded=ctx.padded
+        )
 
     return run
 
 
-def _bind_kv_write(_: Interpreter, op: Op) -> _Bound:
+def _bind_kv_write(_: Interpreter, op: Op) -> Bound:
     k, v = op.inputs
     layer = op.attrs["layer"]
 
@@ -359,7 +388,7 @@ def _bind_kv_write(_: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_attention(_: Interpreter, op: Op) -> _Bound:
+def _bind_attention(_: Interpreter, op: Op) -> Bound:
     (q,), (o,) = op.inputs, op.outputs
     layer, heads, scale = op.attrs["layer"], op.attrs["heads"], op.attrs["scale"]
     window, softcap = op.attrs["window"], op.attrs["softcap"]
@@ -371,7 +400,7 @@ def _bind_attention(_: Interpreter, op: Op) -> _Bound:
     return run
 
 
-def _bind_gather(_: Interpreter, op: Op) -> _Bound:
+def _bind_gather(_: Interpreter, op: Op) -> Bound:
     (x,), (y,) = op.inputs, op.outputs
 
     def run(env: Env, ctx: StepContext) -> None:
@@ -380,16 +409,16 @@ def _bind_gather(_: Interpreter, op: Op) -> _Bound:
     return run
 
 
-_BINDERS: dict[str, Callable[[Interpreter, Op], _Bound]] = {
+BINDERS: Mapping[str, Callable[[Interpreter, Op], Bound]] = {
     "embed": _bind_embed,
     "pos_embed": _bind_pos_embed,
     "rms_norm": _bind_norm,
     "layer_norm": _bind_norm,
-    "head_rms_norm": _bind_norm,
+    "head_rms_norm": _bind_head_norm,
     "linear": _bind_linear,
     "act": lambda _, op: _unary(op, kernels.ACTIVATIONS[str(op.attrs["fn"])]),
-    "mul": lambda _, op: _binary(op, torch.mul),
-    "add": lambda _, op: _binary(op, torch.add),
+    "mul": lambda _, op: _binary(op, kernels.mul),
+    "add": lambda _, op: _binary(op, kernels.add),
     "rope": _bind_rope,
     "kv_write": _bind_kv_write,
     "attention": _bind_attention,
@@ -398,8 +427,12 @@ _BINDERS: dict[str, Callable[[Interpreter, Op], _Bound]] = {
     "add_layer_norm": _bind_add_norm,
     "rope_kv_write": _bind_rope_kv_write,
     "quantize": _bind_quantize,
+    "rms_norm_s8": _bind_norm_s8,
+    "layer_norm_s8": _bind_norm_s8,
+    "add_rms_norm_s8": _bind_norm_s8,
+    "add_layer_norm_s8": _bind_norm_s8,
+    "act_mul_s8": _bind_act_mul_s8,
     "lora": _bind_lora,
     "act_mul": _bind_act_mul,
-    "act_mul_s8": _bind_act_mul,
-    **dict.fromkeys(("rms_norm_s8", "layer_norm_s8", "add_rms_norm_s8", "add_layer_norm_s8"), _bind_norm_s8),
 }
+"""By op kind."""

@@ -1,4 +1,6 @@
-"""The reference kernels: one torch function per op kind of ``graph.py``. The oracle that every other kernel is held to.
+"""The reference kernels: one torch function per op kind, as ``graph/ops.py`` names them.
+
+The oracle that every other kernel is held to.
 
 Activations are ``[T, width]`` in the compute dtype (float32, or bfloat16/float16). Norms and softmax are computed in
 float32 whatever that is. A paged KV cache is ``[2, num_blocks, block_size, kv_heads, head_dim]`` (keys, then values);
@@ -122,6 +124,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x * steps).clamp(-127, 127).to(torch.int8), most / 127.0
 
 
+def act_mul_s8(x: Tensor, fn: str) -> tuple[Tensor, Tensor]:
+    """``quantize_rows(act_mul(x))`` in float32, without a rounding between."""
+    return quantize_rows(act_mul(x.float(), fn))
+
+
 def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
     """``q * scale`` in float32."""
     return q.float() * scale
@@ -148,6 +155,11 @@ def act(x: Tensor, fn: str) -> Tensor:
     return ACTIVATIONS[fn](x)
 
 
+# Elementwise product and sum.
+mul = torch.mul
+add = torch.add
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, plus_one: bool = False) -> tuple[Tensor, Tensor]:
     """``(norm(sum), sum)`` with ``sum = x + residual``."""
     total = x + residual
@@ -158,6 +170,30 @@ def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps
     """``(norm(sum), sum)`` with ``sum = x + residual``."""
     total = x + residual
     return layer_norm(total, w, b, eps), total
+
+
+def rms_norm_s8(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``quantize_rows(rms_norm(x))`` in float32, without a rounding between."""
+    return quantize_rows(rms_norm(x.float(), w, eps))
+
+
+def layer_norm_s8(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``quantize_rows(layer_norm(x))`` in float32, without a rounding between."""
+    return quantize_rows(layer_norm(x.float(), w, b, eps))
+
+
+def add_rms_norm_s8(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q, scale, sum)`` of ``rms_norm_s8(sum)`` with ``sum = x + residual``."""
+    total = x + residual
+    return *rms_norm_s8(total, w, eps), total
+
+
+def add_layer_norm_s8(
+    x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q, scale, sum)`` of ``layer_norm_s8(sum)`` with ``sum = x + residual``."""
+    total = x + residual
+    return *layer_norm_s8(total, w, b, eps), total
 
 
 def rope_factors(cos: Tensor, sin: Tensor, style: str) -> tuple[Tensor, Tensor]:
@@ -197,6 +233,24 @@ def kv_write(cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, *, padded: bool
     width = k.shape[-1]
     cache[0].view(-1, width).index_copy_(0, slots, k)
     cache[1].view(-1, width).index_copy_(0, slots, v)
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factors: tuple[Tensor, Tensor],
+    head_dim: int,
+    style: str,
+    cache: Tensor,
+    slots: Tensor,
+    *,
+    padded: bool = True,
+) -> Tensor:
+    """``rope`` of q and k, and ``kv_write`` of the turned k and v; the turned q."""
+    turned = rope(q, factors, head_dim, style)
+    kv_write(cache, rope(k, factors, head_dim, style), v, slots, padded=padded)
+    return turned
 
 
 def paged_attention(

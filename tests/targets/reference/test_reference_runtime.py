@@ -173,7 +173,7 @@ def test_padding_slots_write_nothing_and_do_not_disturb() -> None:
     )
     interpreter = runtime.interpreter
     ctx = interpreter.context(padded, runtime.cache)
-    env = interpreter.run(interpreter.graph.ops, ctx.inputs(), ctx)
+    env = interpreter.program(interpreter.graph.ops, (LOGITS,))(ctx.inputs(), ctx)
     expected = family_model("llama").logits(ids)[-1:]
     assert float((env[LOGITS] - expected).abs().max()) < 1e-4
     written = ~runtime.cache[1].isnan().all(-1).all(-1).all(0).flatten()

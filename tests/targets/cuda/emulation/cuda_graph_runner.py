@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.graph.graph import Graph, Op
 from llmctl.targets.base import FALLBACK, KernelChoice
 from llmctl.targets.cuda.call import Machine
 from llmctl.targets.cuda.gemm import weight_format
@@ -17,6 +17,7 @@ from llmctl.targets.cuda.layout import pack
 from llmctl.targets.cuda.ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors, output_dtypes, packed_weight
 from llmctl.targets.cuda.registry import choose_all
 from llmctl.targets.reference.context import Env, StepContext
+from llmctl.targets.reference.interpreter import Bound
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.rope import cos_sin_table
 
@@ -39,23 +40,19 @@ class KernelRuntime(ReferenceRuntime):
         self.choices: dict[str, KernelChoice] = {choice.op: choice for choice in chosen}
         for op in graph.ops:
             kernel = self.choices[op.name].kernel
-            plain = self.interpreter._bound[op.name]
             if kernel != FALLBACK and kernel in EXECUTORS:
-                self.interpreter._bound[op.name] = self._bind(op, kernel)
+                self.interpreter.override(op.name, self._bind(op, kernel))
             else:
-                self.interpreter._bound[op.name] = self._note(op, plain)
-        gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
-        self._body = self.interpreter.program(graph.ops[:gather], keep=(self._hidden,))
-        self._head = self.interpreter.program(graph.ops[gather:], keep=(self._hidden, LOGITS))
+                self.interpreter.override(op.name, self._note(op, self.interpreter.bound(op.name)))
 
-    def _note(self, op: Op, plain: Any) -> Any:
+    def _note(self, op: Op, plain: Bound) -> Bound:
         def run(env: Env, ctx: StepContext) -> None:
             self.executed.setdefault(op.kind, set()).add(FALLBACK)
             plain(env, ctx)
 
         return run
 
-    def _bind(self, op: Op, kernel: str) -> Any:
+    def _bind(self, op: Op, kernel: str) -> Bound:
         def run(env: Env, ctx: StepContext) -> None:
             self.executed.setdefault(op.kind, set()).add(kernel)
             outputs = self._outputs(op, env, ctx)
