@@ -57,3 +57,16 @@ def test_the_cpu_target_says_why_it_refuses(kind: str) -> None:
         binding.Lowering(graph, {}).run()
     reason = binding.REFUSED_KINDS.get(kind, "it is unknown")
     assert caught.value.message == f"op '{kind}' has no native CPU kernel: {reason}"
+
+
+@pytest.mark.parametrize("variant", OP_KINDS["linear"].variants)
+def test_the_cpu_target_has_or_refuses_every_variant_of_a_linear(variant: str) -> None:
+    buffers = {name: Buffer(name, 8) for name in (INPUT_IDS, "y")}
+    op = Op("linear", "op", (INPUT_IDS,), ("y",), ("w",), {variant: True})
+    lowering = binding.Lowering(Graph("llama", 8, 8, 1, 8, (), buffers, {}, (op,)), {})
+    if variant in ("splits", "epilogue"):
+        with pytest.raises(KeyError, match="w"):  # it gets as far as the weight
+            lowering.run()
+    else:
+        with pytest.raises(UnsupportedModelError, match=f"op 'linear with {variant}' has no native CPU kernel"):
+            lowering.run()

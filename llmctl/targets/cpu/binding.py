@@ -94,10 +94,7 @@ class Lowering:
         for op in self.graph.ops:
             lower = LOWERINGS.get(op.kind)
             if lower is None:
-                reason = REFUSED_KINDS.get(op.kind, "it is unknown")
-                raise UnsupportedModelError(
-                    f"op '{op.kind}' has no native CPU kernel: {reason}", fix="--target reference"
-                )
+                raise _refused(op.kind, REFUSED_KINDS.get(op.kind, "it is unknown"))
             lower(self, op)
         # The ops on gathered rows run once for each chunk of rows: what they read of all tokens lives until the last.
         tail = next((i for i, bound in enumerate(self.bound) if bound.on_rows), len(self.bound))
@@ -211,6 +208,8 @@ class Lowering:
     # linears
 
     def _linear(self, op: Op) -> None:
+        for variant in sorted(REFUSED_VARIANTS.keys() & op.attrs.keys()):
+            raise _refused(f"linear with {variant}", REFUSED_VARIANTS[variant])
         packed, source = self.linears[op.weights[0]], op.inputs[0]
         bound = Bound(Kind.LINEAR, op, self.on_rows, packed=packed)
         if packed.dtype in ("w4", "w8"):
@@ -302,6 +301,15 @@ REFUSED_KINDS: Mapping[str, str] = {
     "lora": "adapters are not added",
 }
 """Op kind -> why there is no kernel for it."""
+REFUSED_VARIANTS: Mapping[str, str] = {
+    "activations": _OWN_ROWS,
+    "residual": "a residual is added by the norm that follows",
+}
+"""Attribute of a linear -> why there is no kernel for linears that have it."""
+
+
+def _refused(what: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"op '{what}' has no native CPU kernel: {reason}", fix="--target reference")
 
 
 def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:

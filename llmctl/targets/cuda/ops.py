@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmctl.graph.dtypes import BY_TAG, HALF_DTYPES
 from llmctl.graph.graph import Op
 from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.cuda.attention import AttentionShape, max_splits
@@ -31,10 +32,8 @@ from llmctl.targets.reference.kernels import AdapterWeights
 DECODE_SPLIT = 512
 """Positions a split of decode attention: fixed, so that a sequence has the same bits in any batch."""
 
-_TAG = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.int8: "s8",
-        torch.float8_e4m3fn: "e4m3"}  # fmt: skip
 _F16 = "tile_scales"
-_NAME = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPE = {getattr(torch, row.torch): row for row in BY_TAG.values()}
 
 
 class Scratch:
@@ -121,7 +120,8 @@ class Job:
     @property
     def tag(self) -> str:
         """Of the activations that are not int8."""
-        return next(_TAG[t.dtype] for t in (*self.outputs, *self.inputs) if t.dtype in _NAME)
+        tensors = (*self.outputs, *self.inputs)
+        return next(_DTYPE[t.dtype].tag for t in tensors if _DTYPE[t.dtype].name in HALF_DTYPES)
 
 
 Executor = Callable[[Machine, Job], None]
@@ -202,7 +202,7 @@ def _rope_kv(machine: Machine, job: Job) -> None:
     numbers["head_dim"] = keys.shape[2]
     store = {"slots": job.step.slots, "keys": keys, "values": values, "kv_heads": keys.shape[1]}
     store |= job.step.cache_scales(job.attrs["layer"])
-    tag = f"{_TAG[job.inputs[0].dtype]}_{_TAG[keys.dtype]}"
+    tag = f"{_DTYPE[job.inputs[0].dtype].tag}_{_DTYPE[keys.dtype].tag}"
     if job.op.kind == "kv_write":
         launch(machine, f"rope_kv_{tag}", k=job.inputs[0], v=job.inputs[1], heads=0, **store, **numbers)
         return
@@ -224,13 +224,13 @@ def _gemm(machine: Machine, job: Job) -> None:
         machine.launch(dequantize_call(fmt, job.tag, weight.planes, dense))
         _dense(machine, job, x, dense)
         return
-    _launch_gemm(machine, job, plan_gemm(fmt, _NAME[x.dtype], len(x), job.step.sms), x=x)
+    _launch_gemm(machine, job, plan_gemm(fmt, _DTYPE[x.dtype].name, len(x), job.step.sms), x=x)
 
 
 def _gemm_int8(machine: Machine, job: Job) -> None:
     (q, scales), y, weight = job.inputs[:2], job.outputs[0], job.weights[0]
     assert isinstance(weight, PackedWeight)
-    plan = plan_tile(weight.format, _NAME[y.dtype], len(q), int8=True, sms=job.step.sms)
+    plan = plan_tile(weight.format, _DTYPE[y.dtype].name, len(q), int8=True, sms=job.step.sms)
     _launch_gemm(machine, job, plan, x=q, token_scales=scales[:, 0])
 
 
@@ -288,7 +288,7 @@ def _attention(machine: Machine, job: Job) -> None:
     cache = step.caches[job.attrs["layer"]]
     keys, values = (part.flatten(0, 1) for part in cache)
     heads, window = job.attrs["heads"], job.attrs["window"]
-    shape = AttentionShape(job.tag, _TAG[cache.dtype], heads, cache.shape[3], cache.shape[4], cache.shape[2])
+    shape = AttentionShape(job.tag, _DTYPE[cache.dtype].tag, heads, cache.shape[3], cache.shape[4], cache.shape[2])
     sequences = len(step.seq_lens)
     shared = {
         "q": q, "keys": keys, "values": values, "block_tables": step.block_tables, "seq_lens": step.seq_lens,

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import LOGITS, Graph
 from llmctl.targets.batch import Batch, build_batch
 from llmctl.targets.reference.context import StepContext, allocate_cache
 from llmctl.targets.reference.interpreter import Interpreter
 from llmctl.targets.reference.sampler import sample
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Logits of scored rows are made this many bytes at a time: a vocabulary of 150k float32 is 0.6 MB a row.
 _SCORE_BYTES = 64 * 2**20
@@ -56,8 +55,8 @@ class ReferenceRuntime:
             ValueError: unknown dtype, a size that is not positive, a max_model_len the model cannot do, a weight of
                 another shape than the graph's.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found '{dtype}'")
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, found '{dtype}'")
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be positive, found {num_blocks} and {block_size}")
         if max_model_len is None:
@@ -67,8 +66,9 @@ class ReferenceRuntime:
         if threads is not None:
             torch.set_num_threads(threads)
         self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size)
-        self.interpreter = Interpreter(graph, weights, DTYPES[dtype], device)
-        self.cache = allocate_cache(graph, num_blocks, block_size, DTYPES[dtype], device=device)
+        element = getattr(torch, DTYPES[dtype].torch)
+        self.interpreter = Interpreter(graph, weights, element, device)
+        self.cache = allocate_cache(graph, num_blocks, block_size, element, device=device)
         gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
         self._hidden = graph.ops[gather].inputs[0]
         self._body = self.interpreter.program(graph.ops[:gather], keep=(self._hidden,))

@@ -183,7 +183,7 @@ def test_padding_slots_write_nothing_and_do_not_disturb() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, found 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, found 'int8'"),
         ({"num_blocks": 0}, "must be positive"),
         ({"max_model_len": 129}, "max_model_len must be in 1..128, found 129"),
         ({"max_model_len": 0}, "max_model_len must be in 1..128, found 0"),
