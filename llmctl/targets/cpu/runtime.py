@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes as c
 import time
 from array import array
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,8 @@ class CpuRuntime:
             desc.x16, desc.k = self._address(bound.x16.offset), bound.packed.columns
         if bound.permutation is not None:
             desc.permutation = self._pointer(bound.permutation)
-        fill = getattr(self, f"_fill_{bound.kind.name.lower()}", None)
-        if fill is not None:
-            fill(desc, bound, graph)
+        if bound.kind in _FILLERS:
+            _FILLERS[bound.kind](self, desc, bound, graph)
         return desc
 
     def _fill_embed(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
@@ -193,8 +193,6 @@ class CpuRuntime:
         self._fill_rms_norm(desc, bound, graph)
         if bound.op.weights[1]:
             desc.bias = self._vector(bound.op.weights[1])
-
-    _fill_head_rms_norm = _fill_rms_norm
 
     def _fill_act(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         desc.act = ACT[str(bound.op.attrs["fn"])]
@@ -283,6 +281,19 @@ def _logits_rows(plan: StepPlan, flat: FlatPlan) -> tuple[list[int], list[int]]:
             rows.append(first + len(piece.token_ids) - 1)
             targets.append(-1)
     return rows, targets
+
+
+_FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
+    Kind.EMBED: CpuRuntime._fill_embed,
+    Kind.POS_EMBED: CpuRuntime._fill_pos_embed,
+    Kind.RMS_NORM: CpuRuntime._fill_rms_norm,
+    Kind.LAYER_NORM: CpuRuntime._fill_layer_norm,
+    Kind.HEAD_RMS_NORM: CpuRuntime._fill_rms_norm,
+    Kind.LINEAR: CpuRuntime._fill_linear,
+    Kind.ACT: CpuRuntime._fill_act,
+    Kind.ROPE: CpuRuntime._fill_rope,
+}
+"""What writes the fields of a descriptor that not every kind has."""
 
 
 def _split_scores(plan: StepPlan, targets: list[int], scores: array[float]) -> dict[str, NDArray[np.float32]]:

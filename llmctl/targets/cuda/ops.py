@@ -147,10 +147,10 @@ def _pos_embed(machine: Machine, job: Job) -> None:
 
 
 def _norm(machine: Machine, job: Job) -> None:
-    layer = "layer" in job.op.kind
-    special: dict[str, Any] = {"b": job.weights[1]} if layer else {"plus_one": int(job.attrs.get("plus_one", False))}
-    added = {"residual": job.inputs[1], "sum": job.outputs[-1]} if job.op.kind.startswith("add_") else {}
-    made = _int8_rows(job) if OP_KINDS[job.op.kind].int8_rows else {"y": job.outputs[0]}
+    kind = OP_KINDS[job.op.kind]
+    special: dict[str, Any] = {"b": job.weights[1]} if "b" in kind.weights else {"plus_one": int(job.attrs["plus_one"])}
+    added = {"residual": job.inputs[1], "sum": job.outputs[-1]} if "residual" in kind.inputs else {}
+    made = _int8_rows(job) if kind.int8_rows else {"y": job.outputs[0]}
     launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], w=job.weights[0], eps=job.attrs["eps"], **made,
            **special, **added)  # fmt: skip
 

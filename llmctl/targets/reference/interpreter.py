@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,19 +25,6 @@ BeforeOp = Callable[[Op, Env], bool]
 """Called before an op runs. It may read the environment and replace weights; true ends the run there."""
 
 
-class Dequantizable(Protocol):
-    """A quantized weight; ``checkpoint.quantized.QuantizedWeight`` is one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape (N, K)."""
-        ...
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K]."""
-        ...
-
-
 class Interpreter:
     """A Graph bound to weights.
 
@@ -45,6 +32,7 @@ class Interpreter:
     theirs in float32.
 
     Attributes:
+        weights: weight name -> dense Tensor or QuantizedWeight, as given: read when an op that uses one is bound.
         adapters: weights of lora ops, by the op's name.
         changes: how often what executes some op has changed.
     """
@@ -66,8 +54,7 @@ class Interpreter:
         self.changes = 0
         self.dtype = dtype
         self.device = torch.device(device)
-        self._source = weights
-        self._replaced: dict[str, Any] = {}
+        self.weights = weights
         self._dense: dict[str, Tensor] = {}
         self._ops = {op.name: op for op in graph.ops}
         self._bound: dict[str, Bound] = {}
@@ -103,16 +90,6 @@ class Interpreter:
         self._overrides[op_name] = run
         self.changes += 1
 
-    def set_weight(self, name: str, value: Tensor | Dequantizable) -> None:
-        """Use ``value`` for weight ``name`` from the next run on, or the next op where a run's hook replaces it.
-
-        Raises:
-            KeyError: the graph has no such weight. ValueError: another shape.
-        """
-        self._checked(name, value)
-        self._replaced[name] = value
-        self.release_weight(name)
-
     def release_weight(self, name: str) -> None:
         """Free the converted copy of a weight; it is made again, of what its source then gives, when next needed.
 
@@ -145,15 +122,12 @@ class Interpreter:
         return self.weight(op.weights[index]) if len(op.weights) > index and op.weights[index] else None
 
     def _load(self, name: str, dtype: torch.dtype) -> Tensor:
-        value = self._replaced[name] if name in self._replaced else self._source[name]
-        self._checked(name, value)
-        dense = value if isinstance(value, Tensor) else value.dequantize(dtype)
-        return dense.to(device=self.device, dtype=dtype).contiguous()
-
-    def _checked(self, name: str, value: Any) -> None:
+        value = self.weights[name]
         expected = self.graph.weights[name].shape
         if tuple(value.shape) != expected:
             raise ValueError(f"weight '{name}': expected shape {list(expected)}, found {list(value.shape)}")
+        dense = value if isinstance(value, Tensor) else value.dequantize(dtype)
+        return dense.to(device=self.device, dtype=dtype).contiguous()
 
 
 class Program:
