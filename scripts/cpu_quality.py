@@ -204,13 +204,13 @@ class Bench:
 
     def exact(self, head: str) -> LoadedEngine:
         """The float32 engine, its output head holding the values that ``head`` stores."""
-        from llmctl.artifact.loader import WeightPlane
         from llmctl.checkpoint.assemble import assemble
         from llmctl.checkpoint.opening import open_checkpoint
         from llmctl.checkpoint.quantized import QuantizedWeight
         from llmctl.graph.graph import LOGITS
         from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric, to_planes
         from llmctl.targets.cpu.packing import LM_HEAD_BITS, linear_formats
+        from llmctl.targets.planes import WeightPlane
 
         engine = self._engine("float32", "auto")
         graph = engine.graph

@@ -32,14 +32,14 @@ from md_table import print_table
 from numpy.typing import NDArray
 
 from llmctl.artifact.loader import LoadedEngine, load_engine
-from llmctl.artifact.memory import kv_layer_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
-from llmctl.targets.cpu.layout import PackedLinear
+from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes
 from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.runtime import CpuRuntime
 from llmctl.targets.cpu.target import CpuTarget
@@ -129,7 +129,7 @@ def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_dtype: str, spa
             layer, window = graph.kv[int(op.attrs["layer"])], int(op.attrs.get("window", 0))
             for before, added in spans:
                 first = max(0, before + 1 - window) if window else 0
-                kv_bytes += (before + added - first) * kv_layer_bytes(layer, kv_dtype)
+                kv_bytes += (before + added - first) * kv_layer_bytes(layer, DTYPES[kv_dtype].tag)
                 seen = [min(before + i + 1, window or before + i + 1) for i in range(added)]
                 macs = 2 * sum(seen) * int(op.attrs["heads"]) * layer.head_dim
                 if kv_dtype == "int8":
@@ -324,7 +324,7 @@ def open_engine(args: argparse.Namespace, scratch: Path) -> Bench:
     request = EngineRequest(
         max_model_len=need.length, max_num_batched_tokens=need.step_tokens, max_num_seqs=need.sequences
     )
-    engine = load_engine(args.engine, request)
+    engine = load_engine(args.engine, request, kernels=not args.from_source)
     if not isinstance(engine.target, CpuTarget):
         raise EngineLoadError(f"{args.engine}: expected a cpu engine, found {engine.manifest.target}")
     if engine.plan.kv_tokens < need.cache:

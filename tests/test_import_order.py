@@ -1,4 +1,4 @@
-"""The rooms' dependency order: each may import only what stands to its left (see README, Layout)."""
+"""The rooms' dependency order: each may import only what stands to its left (see README, How it is built)."""
 
 from __future__ import annotations
 

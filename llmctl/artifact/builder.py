@@ -101,7 +101,8 @@ def check_replaceable(output: Path) -> None:
             return
         try:
             manifest = json.loads((output / MANIFEST_NAME).read_bytes())
-            if {"format_version", "llmctl_version", "graph"} <= set(manifest):
+            checkpoint = (output / "config.json").exists()
+            if {"format_version", "llmctl_version", "graph"} <= set(manifest) and not checkpoint:
                 return
         except (OSError, ValueError, TypeError):
             pass

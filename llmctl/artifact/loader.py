@@ -19,7 +19,7 @@ from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, man
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
-from llmctl.errors import CheckpointError, EngineLoadError, ModelNotFoundError
+from llmctl.errors import CheckpointError, CompileError, EngineLoadError, ModelNotFoundError
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import FALLBACK, BuildOptions, RuntimeSizes, Target
 from llmctl.targets.planes import Plane, WeightPlane, flat
@@ -73,11 +73,14 @@ def is_engine(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file()
 
 
-def load_engine(path: Path, request: EngineRequest = EngineRequest(), *, verify: bool = False) -> LoadedEngine:
+def load_engine(
+    path: Path, request: EngineRequest = EngineRequest(), *, verify: bool = False, kernels: bool = True
+) -> LoadedEngine:
     """Open an engine folder.
 
     Args:
         request: the limits of the run. verify: check the sha256 of every file, not only its size.
+        kernels: hold the engine's modules against machine and version; False for who brings modules of his own.
 
     Raises:
         ModelNotFoundError: ``path`` is not an engine folder.
@@ -86,8 +89,9 @@ def load_engine(path: Path, request: EngineRequest = EngineRequest(), *, verify:
     """
     checks = EngineChecks(path, read_manifest(path))
     checks.files(verify)
-    checks.machine()
-    checks.kernels()
+    if kernels:
+        checks.machine()
+        checks.kernels()
     checks.tensors()
     plan = checks.limits(request)
     checks.memory(plan, request.kv_cache_bytes)
@@ -237,7 +241,11 @@ class EngineChecks:
 
     def _check_sources(self) -> None:
         """What host code and kernels agree on, both have from one version: launch arguments, layouts, numbers."""
-        ours, built = self.target.source_hashes(self.manifest.kernels), self.manifest.kernel_sources
+        built = self.manifest.kernel_sources
+        try:
+            ours = self.target.source_hashes(self.manifest.kernels)
+        except CompileError as error:  # it names a source that this version no longer has
+            self.refuse("kernel_sources", f"sources of llmctl {__version__}", error.message)
         for name in sorted({*ours, *built}):
             if ours.get(name) != built.get(name):
                 expected, found = (hashes[name][:16] + "…" if name in hashes else "none" for hashes in (ours, built))

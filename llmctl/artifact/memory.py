@@ -9,12 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmctl.artifact.request import EngineRequest
-from llmctl.graph.dtypes import DTYPES
-from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, KVLayer
+from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, Target
 from llmctl.targets.planes import Plane
-
-_INT8_SCALE = 4  # bytes; an int8 KV cache has one for every token's head
 
 HOST_KV_BYTES = 4 * 2**30
 """Size of the KV cache in memory that other programs live in, when neither it nor a budget is given."""
@@ -91,8 +88,8 @@ def plan_memory(
     """
     length = options.max_model_len if request.max_model_len is None else request.max_model_len
     block_size = options.block_size
-    per_token = kv_bytes_per_token(graph, options.kv_cache_dtype)
-    activations = activation_bytes(graph, options.dtype, request.max_num_batched_tokens, request.max_num_seqs)
+    per_token = target.kv_bytes_per_token(graph, options)
+    activations = target.activation_bytes(graph, options, request.max_num_batched_tokens, request.max_num_seqs)
     weights = target.resident_bytes(graph, options, planes)
     block_bytes = max(1, per_token * block_size)
     sequence_blocks = _ceil(length, block_size) // block_size
@@ -116,33 +113,6 @@ def plan_memory(
         max_model_len=length,
         largest_max_model_len=min(holds * block_size, graph.max_position),
     )
-
-
-def kv_bytes_per_token(graph: Graph, dtype: str) -> int:
-    """Bytes of keys and values of one token over all layers, scales included."""
-    return sum(kv_layer_bytes(layer, dtype) for layer in graph.kv)
-
-
-def kv_layer_bytes(layer: KVLayer, dtype: str) -> int:
-    """Bytes of keys and values of one token in one layer, scales included."""
-    scale = _INT8_SCALE if dtype == "int8" else 0
-    return 2 * layer.kv_heads * (layer.head_dim * DTYPES[dtype].nbytes + scale)
-
-
-def activation_bytes(graph: Graph, dtype: str, tokens: int, rows: int) -> int:
-    """Peak bytes of the activation buffers of one step of ``tokens`` tokens and ``rows`` sampled rows.
-
-    A buffer lives from the op that writes it to the last that reads it. Logits are float32, and sampling holds
-    three arrays of their size (logits, their log-softmax, sorted copies).
-    """
-    last_use = {name: i for i, op in enumerate(graph.ops) for name in op.inputs}
-    live, peak = 0, 0
-    for index, op in enumerate(graph.ops):
-        live += sum(graph.buffers[name].width for name in op.outputs if name != LOGITS)
-        peak = max(peak, live)
-        dead = {name for name in (*op.inputs, *op.outputs) if last_use.get(name, index) == index}
-        live -= sum(graph.buffers[name].width for name in dead - {LOGITS, INPUT_IDS, POSITIONS})
-    return peak * tokens * DTYPES[dtype].nbytes + 3 * rows * graph.vocab_size * 4
 
 
 def human_bytes(size: float) -> str:

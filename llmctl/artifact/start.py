@@ -37,8 +37,8 @@ def start_engine(path: Path, config: EngineConfig, *, clock: Callable[[], float]
     Raises:
         LlmctlError: whatever loading refuses.
     """
-    if config.target != "auto":
-        parse_target(config.target).check_runs_here()
+    if config.target != "auto" and (wanted := parse_target(config.target)).no_runtime is not None:
+        wanted.check_runs_here()  # refuses every machine
     _check_has_runtime(path, read_manifest(path))
     loaded = load_engine(path, EngineRequest.of(config), verify=config.verify)
     runtime = open_runtime(loaded, threads=config.threads)

@@ -27,7 +27,7 @@ def with_options(engine: LoadedEngine, plan: BuildPlan, options: BuildOptions) -
     weights = dict(engine.weights)
     target, graph = plan.target, plan.graph
     for name, planes in target.planes(graph, options, plan.checkpoint.describe).items():
-        if planes == plan.planes[name]:
+        if planes == plan.planes[name]:  # all of them: one alike by name and shape may hold other numbers
             continue
         contents = target.pack(name, partial(assemble, graph.weights[name], plan.checkpoint), planes, graph, options)
         for plane in plan.planes[name]:

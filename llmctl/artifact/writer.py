@@ -52,9 +52,9 @@ def write_engine(
     # Compiled first: a kernel that does not compile is found before the weights are written.
     modules = plan.target.compile(plan.choices, cache_dir() / "kernels", compiling)
     with ThreadPoolExecutor(1) as hasher, published_folder(output) as folder:
-        fingerprint = hasher.submit(plan.checkpoint.fingerprint)
         kernel_files = _write_kernels(folder, modules)
         plan.target.try_modules([folder / name for name in kernel_files])
+        fingerprint = hasher.submit(plan.checkpoint.fingerprint)
         weight_files = _write_weights(plan, folder, progress or _quiet)
         _write_aux(plan, folder)
         manifest = Manifest(
@@ -160,8 +160,9 @@ class _WeightWriter:
 
     def _reporting(self, make: Callable[[], Any], name: str, size: int) -> Callable[[], Any]:
         def made() -> Any:
+            content = make()
             self._report(name, size)
-            return make()
+            return content
 
         return made
 

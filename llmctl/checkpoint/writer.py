@@ -28,6 +28,7 @@ from llmctl.graph.graph import QuantScheme
 if TYPE_CHECKING:
     from torch import Tensor
 
+_STORED_FLOATS = tuple(DTYPES[name].safetensors for name in FLOAT_DTYPES)
 _FLOATS = tuple(f"torch.{DTYPES[name].torch}" for name in FLOAT_DTYPES)
 
 
@@ -177,7 +178,7 @@ class _Plan:
         else:
             info = self._source.describe(name)
             stored, shape = info.dtype, info.shape
-        if stored not in ("F64", "F32", "F16", "BF16"):
+        if stored not in _STORED_FLOATS:
             return (stored, shape, functools.partial(self._dense, name))
         return (DTYPES[self.dtype].safetensors, shape, functools.partial(self._dense, name))
 

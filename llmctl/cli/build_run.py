@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmctl.artifact.builder import plan_output
 from llmctl.artifact.loader import read_manifest
@@ -21,6 +21,9 @@ from llmctl.config import BuildConfig
 from llmctl.errors import LlmctlError
 from llmctl.quantize.heads import HeadComparison, compare_heads, read_text
 from llmctl.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 def run_build(settings: BuildConfig, json_output: bool) -> None:
@@ -91,18 +94,25 @@ def _progress() -> Iterator[_Show]:
         yield _PlainProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TaskProgressColumn(),
+        TextColumn("{task.fields[size]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[name]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks = {what: bar.add_task(what, total=None, name="") for what in ("kernels", "weights")}
-        yield lambda what, name, done, total: bar.update(tasks[what], completed=done, total=total, name=name)
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, name: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, name=name, size="")
+            counted = (human_bytes(done), human_bytes(total)) if what == "weights" else (done, total)
+            bar.update(tasks[what], completed=done, name=name, size="{} of {}".format(*counted))
+
+        yield show
 
 
 class _PlainProgress:

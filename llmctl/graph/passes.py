@@ -158,8 +158,6 @@ PASSES: Mapping[str, Pass] = {
 DEFAULT_PASSES: tuple[str, ...] = (
     "merge_qkv", "merge_gate_up", "fuse_gated_activation", "fuse_rope_kv", "fuse_add_norm",
 )  # fmt: skip
-CUDA_PASSES: tuple[str, ...] = (*DEFAULT_PASSES, "fuse_linear_add")
-"""What a cuda target has by default: its kernels add residuals as they store."""
 
 
 def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:

@@ -251,8 +251,22 @@ class Target(Protocol):
         """The planes of one weight, by plane name."""
         ...
 
+    # what it takes to run
+
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:
         """Bytes the weights take when the engine runs."""
+        ...
+
+    def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
+        """Bytes of keys and values of one token over all layers, as the runtime lays them out."""
+        ...
+
+    def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
+        """Peak bytes of everything else in one step of ``tokens`` tokens and ``rows`` sampled rows."""
+        ...
+
+    def memory_budget(self) -> tuple[int, bool]:
+        """(bytes an engine may plan with by default, whether other programs live in that memory too)."""
         ...
 
     # kernels
@@ -295,10 +309,6 @@ class Target(Protocol):
 
     def covers(self, archs: Iterable[str]) -> bool:
         """Whether it is built for every one of these."""
-        ...
-
-    def memory_budget(self) -> tuple[int, bool]:
-        """(bytes an engine may plan with by default, whether other programs live in that memory too)."""
         ...
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmctl.config import BuildConfig
 from llmctl.errors import UsageError
+from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions
 
 INT8_PASS = "int8_activations"
@@ -56,6 +58,11 @@ def check_lm_head(name: str, where: str) -> str:
     if name not in ("auto", "dense"):
         raise UsageError(f"--lm-head: expected auto or dense for {where}, found '{name}'", param="lm_head")
     return "dense"
+
+
+def max_model_len(config: BuildConfig, graph: Graph) -> int:
+    """The longest sequence that is asked for, or else the model's own limit, tokens."""
+    return graph.max_position if config.max_model_len is None else config.max_model_len
 
 
 def plain_rebuild_options(built: BuildOptions, default_passes: tuple[str, ...]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.config import BuildConfig, EngineConfig
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
-from llmctl.targets.reference.packing import pack_nibbles
+from llmctl.targets.plain import pack_nibbles
 from llmctl.targets.table import parse_target
 
 
@@ -132,7 +133,7 @@ def test_an_engine_is_replaced(checkpoints: dict[str, Path], tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "other json", "link"])
+@pytest.mark.parametrize("kind", ["file", "folder", "other json", "link", "engine and checkpoint"])
 def test_anything_else_is_left_alone(checkpoints: dict[str, Path], tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out"
     if kind == "file":
@@ -140,6 +141,9 @@ def test_anything_else_is_left_alone(checkpoints: dict[str, Path], tmp_path: Pat
     elif kind == "link":
         (tmp_path / "target").mkdir()
         output.symlink_to(tmp_path / "target")
+    elif kind == "engine and checkpoint":
+        build(checkpoints["dense"], output)
+        shutil.copyfile(checkpoints["dense"] / "config.json", output / "config.json")
     else:
         output.mkdir()
         (output / ("engine.json" if kind == "other json" else "notes.txt")).write_text('{"mine": 1}')

@@ -160,6 +160,29 @@ def test_kernels_of_other_sources(
     assert "found that of llmctl 0.0.1, 0000000000000000…" in message
 
 
+def test_who_brings_kernels_of_his_own_needs_none_of_this_version(
+    native: Path, tmp_path: Path, edit_manifest: Edit
+) -> None:
+    """While kernels are changed, an engine's weights are run on them without a build."""
+    engine = Path(shutil.copytree(native, tmp_path / "engine"))
+    modules = {name: replace(file, abi="0" * 16) for name, file in read_manifest(engine).kernel_files.items()}
+    edit_manifest(engine, kernel_sources={"program.cpp": "0" * 64}, kernel_files=modules)
+    load_engine(engine, kernels=False)
+    with pytest.raises(EngineLoadError, match="abi: expected"):
+        load_engine(engine)
+
+
+def test_kernels_of_a_source_that_is_gone(
+    engine: Path, edit_manifest: Edit, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_kernels(engine, edit_manifest)
+    edit_manifest(engine, kernels=(KernelChoice("a", "norm", ("n",), ("renamed.cu",)),))
+    monkeypatch.setattr(cuda, "cuda_device", lambda: CudaDevice((9, 0), (13, 5), 2**34))
+    message = refused(engine)
+    assert "kernel_sources: expected sources of llmctl" in message
+    assert "renamed.cu: No such file" in message
+
+
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel source has the recorded hash: modules of these tests only look like some."""

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_checkpoint import HEADS, HIDDEN, KV_HEADS, LAYERS, MAX_POSITION, MLP, VOCAB, dense_tensors
+from tiny_checkpoint import MAX_POSITION, dense_tensors
 
-from llmctl.artifact.memory import MemoryPlan, activation_bytes, human_bytes, kv_bytes_per_token, plan_memory
+from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.plan import plan_build
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
 from llmctl.graph.graph import Graph
-from llmctl.targets.base import BuildOptions
+from llmctl.targets.base import BuildOptions, TargetName
+from llmctl.targets.reference.target import ReferenceTarget
+from llmctl.targets.step_memory import kv_bytes_per_token
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +25,17 @@ def graph(checkpoints: dict[str, Path]) -> Graph:
     return plan_build(BuildConfig(model=str(checkpoints["dense"]))).graph
 
 
-class Machine:
+class Machine(ReferenceTarget):
     """A target whose weights take 1000 bytes."""
 
-    def resident_bytes(self, *_: object) -> int:
+    def resident_bytes(self, *_: object) -> int:  # type: ignore[override]
         return 1000
 
 
 def plan(graph: Graph, block_size: int = 16, **request: object) -> MemoryPlan:
     options = BuildOptions("float32", MAX_POSITION, block_size, "float32", ())
     wanted = EngineRequest(**{"budget": 10**9, **request})  # type: ignore[arg-type]
-    return plan_memory(graph, options, Machine(), wanted, ())  # type: ignore[arg-type]
-
-
-def test_kv_bytes_per_token(graph: Graph) -> None:
-    width = HIDDEN // HEADS * KV_HEADS
-    assert kv_bytes_per_token(graph, "float32") == LAYERS * 2 * width * 4
-    assert kv_bytes_per_token(graph, "bfloat16") == LAYERS * 2 * width * 2
+    return plan_memory(graph, options, Machine(TargetName("reference")), wanted, ())
 
 
 def test_weights(checkpoints: dict[str, Path]) -> None:
@@ -49,14 +45,6 @@ def test_weights(checkpoints: dict[str, Path]) -> None:
     quantized = plan_build(BuildConfig(model=str(checkpoints["gptq"]), target="reference", dtype="bfloat16"))
     assert quantized.weights_bytes < dense.weights_bytes
     assert quantized.memory.weights == 2 * values
-
-
-def test_activations_hold_what_is_live(graph: Graph) -> None:
-    """At the widest point: residual, the norm's output and the MLP's gated half (its gate/up pair is fused away)."""
-    logits = 3 * 64 * VOCAB * 4
-    measured = activation_bytes(graph, "float32", 100, 64) - logits
-    assert measured % 400 == 0
-    assert HIDDEN + MLP <= measured // 400 <= 3 * HIDDEN + 2 * MLP
 
 
 def test_blocks_that_fit(graph: Graph) -> None:

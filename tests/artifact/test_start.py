@@ -20,6 +20,8 @@ from llmctl.config import BuildConfig, EngineConfig
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, UsageError
 from llmctl.targets.base import TargetName
+from llmctl.targets.cpu import target as cpu
+from llmctl.targets.cpu.toolchain import VARIANTS, find_compiler
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.reference.weights import checkpoint_runtime
 
@@ -47,6 +49,20 @@ def test_an_engine_runs_as_its_checkpoint_does(
     assert runtime.limits.max_model_len == engine.sizes.max_model_len
     expected = checkpoint_runtime(open_checkpoint(folder), num_blocks=4)
     torch.testing.assert_close(runtime.logits(PLAN), expected.logits(PLAN), atol=1e-5, rtol=1e-5)
+
+
+def test_an_engine_of_several_variants_runs_whichever_of_them_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--target`` asks what the engine is for; what of that this CPU runs is the target's business."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    write_dense(tmp_path / "checkpoint")
+    config = BuildConfig(str(tmp_path / "checkpoint"), str(tmp_path / "engine"), target="cpu:avx512bf16,avx2")
+    engine = build_engine(config)
+    monkeypatch.setattr(cpu, "supported_variants", lambda _: [v for v in VARIANTS if v.name.endswith("avx2")])
+    started = start_engine(engine, EngineConfig(target="cpu:avx512bf16", kv_cache_memory="1MiB"))
+    assert started.engine.runtime.variant == "avx2"
 
 
 def test_a_cuda_engine_has_no_runtime_here(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph, Op
 from llmctl.graph.lora import insert_lora
-from llmctl.graph.passes import CUDA_PASSES, apply_passes
+from llmctl.graph.passes import apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
+from llmctl.targets.cuda.target import CUDA_PASSES
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.reference.weights import CheckpointWeights

@@ -15,8 +15,9 @@ from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Graph, QuantScheme
-from llmctl.graph.passes import CUDA_PASSES, DEFAULT_PASSES, PASSES, apply_passes
+from llmctl.graph.passes import DEFAULT_PASSES, PASSES, apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
+from llmctl.targets.cuda.target import CUDA_PASSES
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.reference.weights import CheckpointWeights
 

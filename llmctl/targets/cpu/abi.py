@@ -176,7 +176,10 @@ def current_digest() -> str:
     return f"{abi_digest(abi_entries()):016x}"
 
 
-def open_library(path: Path, *, fix: str = "rebuild the engine with llmctl build") -> c.CDLL:
+_FIX = "rebuild the engine with llmctl build"
+
+
+def open_library(path: Path) -> c.CDLL:
     """Load a kernel library and check that it agrees with what is declared here.
 
     Raises:
@@ -186,10 +189,12 @@ def open_library(path: Path, *, fix: str = "rebuild the engine with llmctl build
     try:
         library = c.CDLL(str(path))
     except OSError as error:
-        raise EngineLoadError(f"kernel library {path.name}: {error}", fix=fix) from error
+        raise EngineLoadError(f"kernel library {path.name}: {error}", fix=_FIX) from error
     difference = _difference(library)
     if difference:
-        raise EngineLoadError(f"kernel library {path.name}: built for another version of llmctl: {difference}", fix=fix)
+        raise EngineLoadError(
+            f"kernel library {path.name}: built for another version of llmctl: {difference}", fix=_FIX
+        )
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS
+from llmctl.graph.graph import KVLayer
+from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS, kv_token_bytes
 
 Bytes = NDArray[np.uint8]
 
@@ -42,6 +43,16 @@ class PackedLinear:
     def act_group(self) -> int:
         """Columns sharing one activation scale: the weight group, or a part of it when that is long."""
         return act_group(self.group)
+
+
+def padded_head(layer: KVLayer) -> int:
+    """Columns of a head in the KV cache: whole vectors of ``LANES``."""
+    return layer.head_dim + -layer.head_dim % LANES
+
+
+def kv_layer_bytes(layer: KVLayer, dtype: str) -> int:
+    """Bytes of one token's keys and values in one layer, scales included; ``dtype``: of ``abi.KV_TYPE``."""
+    return 2 * layer.kv_heads * kv_token_bytes(padded_head(layer), dtype)
 
 
 def act_group(group: int) -> int:

@@ -9,7 +9,7 @@ from llmctl.graph.passes import DEFAULT_PASSES
 from llmctl.targets.base import BuildOptions
 from llmctl.targets.cpu.abi import KEYS
 from llmctl.targets.cpu.packing import has_dense_head
-from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes
+from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, max_model_len
 
 KV_DTYPES = ("bfloat16", "float32", "int8")
 
@@ -45,7 +45,7 @@ def cpu_options(config: BuildConfig, graph: Graph) -> BuildOptions:
         )
     return BuildOptions(
         dtype,
-        graph.max_position if config.max_model_len is None else config.max_model_len,
+        max_model_len(config, graph),
         config.block_size,
         check_kv_cache_dtype(config.kv_cache_dtype, "cpu", dtype, KV_DTYPES),
         graph.passes,

@@ -22,7 +22,6 @@ from llmctl.targets.cpu.abi import (
     DTYPE,
     KEYS,
     KV_TYPE,
-    LANES,
     MAX_KINDS,
     IntActs,
     Kind,
@@ -30,11 +29,10 @@ from llmctl.targets.cpu.abi import (
     Matrix,
     OpDesc,
     StepDesc,
-    kv_token_bytes,
     open_library,
 )
 from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, logits_view, plan_arena
-from llmctl.targets.cpu.layout import pack_bias
+from llmctl.targets.cpu.layout import kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling
 from llmctl.targets.rope import cos_sin_table
@@ -230,11 +228,10 @@ class CpuRuntime:
         descs, total = [], 0
         tokens = self.limits.num_blocks * self.limits.block_size
         for layer in graph.kv:
-            padded = layer.head_dim + -layer.head_dim % LANES
-            size = 2 * tokens * layer.kv_heads * kv_token_bytes(padded, dtype)
+            size = tokens * kv_layer_bytes(layer, dtype)
             # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
             base = self._pointer(_aligned(size))
-            descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded, KV_TYPE[dtype]))
+            descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded_head(layer), KV_TYPE[dtype]))
             total += size
         return (KvDesc * len(descs))(*descs), total
 

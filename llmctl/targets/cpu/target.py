@@ -30,6 +30,7 @@ from llmctl.targets.base import (
 )
 from llmctl.targets.cpu.abi import current_digest
 from llmctl.targets.cpu.features import cpu_features
+from llmctl.targets.cpu.layout import kv_layer_bytes
 from llmctl.targets.cpu.options import cpu_options, cpu_passes, head_is_free
 from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, pack_planes
 from llmctl.targets.cpu.toolchain import (
@@ -46,6 +47,7 @@ from llmctl.targets.cpu.uncompiled import UncompiledCpu
 from llmctl.targets.machine import host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
+from llmctl.targets.step_memory import activation_bytes
 
 SPELLINGS = ("cpu", "cpu:VARIANT[,VARIANT…]")
 
@@ -101,6 +103,14 @@ class CpuTarget:
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
         """The planes as they are stored: kernels read them where they are mapped."""
         return total_bytes(planes)
+
+    def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
+        """See ``layout.kv_layer_bytes``."""
+        return sum(kv_layer_bytes(layer, DTYPES[options.kv_cache_dtype].tag) for layer in graph.kv)
+
+    def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:  # noqa: ARG002
+        """Buffers are float32, whatever the weights are."""
+        return activation_bytes(graph, "float32", tokens, rows)
 
     def compile(
         self,

@@ -25,7 +25,6 @@ INT8_TOKENS = (8, 16, 32, 64)
 """Rows of x a block of the int8 kernels takes."""
 
 _STREAM_STAGES = 4
-_STREAM_STRIDE = TILE + 4
 _BLOCK_TILES = 4
 _HALF_THREADS = 128
 _BLOCK_SHARED = 99 * 1024  # the least that a block may have on any supported architecture

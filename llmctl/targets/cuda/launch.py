@@ -80,7 +80,7 @@ def compiled_machine(sources: tuple[str, ...], cache: Path) -> CudaMachine:
     modules = {}
     for module in compile_modules(sources, [arch], cache=cache):
         path = cache / "loadable" / module.digest / module.filename
-        if not path.exists():
+        if not path.exists() or path.read_bytes() != module.code:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{id(module)}")
             temporary.write_bytes(module.code)

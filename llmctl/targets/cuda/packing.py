@@ -2,7 +2,7 @@
 symmetric) and ``W.permutation`` (only with act-order) of a quantized one; see ``layout.py``.
 
 Every quantized linear is stored so, unless the kernels cannot take its format: then its planes are plain ones
-(``reference/packing.py``), as those of dense weights are, in the compute dtype.
+(``targets/plain.py``), as those of dense weights are, in the compute dtype.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, PlaneContent, Read
 from llmctl.targets.cuda.gemm import weight_format
 from llmctl.targets.cuda.layout import CudaFormat, CudaLinear, from_planes, pack
+from llmctl.targets.plain import pack_plain, plain_planes
 from llmctl.targets.planes import Describe, Plane
-from llmctl.targets.reference.packing import pack_plain, plain_planes
 
 
 def cuda_format(name: str, graph: Graph) -> CudaFormat | None:

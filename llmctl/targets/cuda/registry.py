@@ -33,8 +33,8 @@ class OpFacts:
     op: Op
     graph: Graph
     dtype: str
-    kv_dtype: str = "auto"
-    block_size: int = 16
+    kv_dtype: str
+    block_size: int
 
     @property
     def tag(self) -> str:
@@ -44,7 +44,7 @@ class OpFacts:
     @property
     def kv_tag(self) -> str:
         """The KV cache's dtype as entry points spell it."""
-        return DTYPES[self.dtype if self.kv_dtype == "auto" else self.kv_dtype].tag
+        return DTYPES[self.kv_dtype].tag
 
     @property
     def width(self) -> int:
@@ -257,7 +257,7 @@ def choose(facts: OpFacts) -> KernelChoice:
     return KernelChoice(facts.op.name, FALLBACK, refused=tuple(refused))
 
 
-def choose_all(graph: Graph, dtype: str, kv_dtype: str = "auto", block_size: int = 16) -> tuple[KernelChoice, ...]:
+def choose_all(graph: Graph, dtype: str, kv_dtype: str, block_size: int) -> tuple[KernelChoice, ...]:
     """``choose`` for every op of a graph, in execution order, and for sampling after them."""
     return tuple(choose(OpFacts(op, graph, dtype, kv_dtype, block_size)) for op in (*graph.ops, *SAMPLER_OPS))
 

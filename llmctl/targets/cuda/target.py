@@ -13,7 +13,7 @@ from llmctl.engine.step import Runtime
 from llmctl.errors import CompileError, EngineLoadError, UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph
-from llmctl.graph.passes import CUDA_PASSES, PASSES
+from llmctl.graph.passes import DEFAULT_PASSES, PASSES
 from llmctl.targets.base import (
     BuildOptions,
     CompileProgress,
@@ -32,11 +32,19 @@ from llmctl.targets.cuda.device import best_arch, cuda_device
 from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
 from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.machine import host_budget
-from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
+from llmctl.targets.options import (
+    check_kv_cache_dtype,
+    check_lm_head,
+    check_passes,
+    max_model_len,
+    plain_rebuild_options,
+)
 from llmctl.targets.planes import Describe, Plane, total_bytes
+from llmctl.targets.step_memory import activation_bytes, kv_bytes_per_token
 
 SPELLINGS = ("cuda:sm_XX[,sm_YY…]",)
-NO_RUNTIME = "this version builds cuda engines but has no runtime for them yet"
+CUDA_PASSES: tuple[str, ...] = (*DEFAULT_PASSES, "fuse_linear_add")
+"""The graph passes by default: the kernels add residuals as they store."""
 DEVICE_SHARE = 0.9
 """Share of a GPU's memory that an engine plans to use."""
 
@@ -48,7 +56,7 @@ class CudaTarget:
     """Implements ``base.Target`` for the architectures that ``name.archs`` lists."""
 
     name: TargetName
-    no_runtime: ClassVar[str | None] = NO_RUNTIME
+    no_runtime: ClassVar[str | None] = "this version builds cuda engines but has no runtime for them yet"
     memory_note: ClassVar[str] = "--memory-budget says what your GPU has"
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
@@ -65,7 +73,7 @@ class CudaTarget:
         caches = (dtype, *(name for name in KV_DTYPES if name not in COMPUTE_DTYPES))
         return BuildOptions(
             dtype,
-            graph.max_position if config.max_model_len is None else config.max_model_len,
+            max_model_len(config, graph),
             config.block_size,
             check_kv_cache_dtype(config.kv_cache_dtype, "cuda", dtype, caches),
             graph.passes,
@@ -105,6 +113,14 @@ class CudaTarget:
         """The planes as they are stored."""
         return total_bytes(planes)
 
+    def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
+        """As the cache's dtype has it."""
+        return kv_bytes_per_token(graph, options.kv_cache_dtype)
+
+    def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
+        """Buffers in the compute dtype."""
+        return activation_bytes(graph, options.dtype, tokens, rows)
+
     def compile(
         self, choices: Sequence[KernelChoice], cache: Path, progress: CompileProgress | None = None
     ) -> list[Module]:
@@ -128,7 +144,7 @@ class CudaTarget:
 
     def check_runs_here(self) -> None:
         """No machine does yet."""
-        raise UsageError(f"--target {self.name}: {NO_RUNTIME}", fix="--target cpu", param="target")
+        raise UsageError(f"--target {self.name}: {self.no_runtime}", fix="--target cpu", param="target")
 
     def check_machine(self, modules: Mapping[str, KernelFile], refuse: Refuse) -> None:
         """A device of one of the architectures, and a driver that takes the modules."""
@@ -162,7 +178,7 @@ class CudaTarget:
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:  # noqa: ARG002
         """There is none yet."""
-        raise EngineLoadError(f"{engine.path}: target {self.name}: {NO_RUNTIME}", fix="--target cpu")
+        raise EngineLoadError(f"{engine.path}: target {self.name}: {self.no_runtime}", fix="--target cpu")
 
 
 def parse(archs: str) -> Target:

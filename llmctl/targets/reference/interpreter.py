@@ -86,7 +86,10 @@ class Interpreter:
         return self._bound[op_name]
 
     def override(self, op_name: str, run: Bound) -> None:
-        """Execute an op by ``run`` instead of its reference kernel, in programs made before and after alike."""
+        """Execute an op by ``run`` instead of its reference kernel, in programs made before and after alike.
+
+        For who has another kernel to hold against the reference; the emulated CUDA kernels run whole graphs so.
+        """
         self._overrides[op_name] = run
         self.changes += 1
 

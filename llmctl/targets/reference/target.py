@@ -29,9 +29,16 @@ from llmctl.targets.base import (
     TargetName,
 )
 from llmctl.targets.machine import host_budget
-from llmctl.targets.options import check_kv_cache_dtype, check_lm_head, check_passes, plain_rebuild_options
+from llmctl.targets.options import (
+    check_kv_cache_dtype,
+    check_lm_head,
+    check_passes,
+    max_model_len,
+    plain_rebuild_options,
+)
+from llmctl.targets.plain import pack_plain, plain_planes
 from llmctl.targets.planes import Describe, Plane
-from llmctl.targets.reference.packing import pack_plain, plain_planes
+from llmctl.targets.step_memory import activation_bytes, kv_bytes_per_token
 
 SPELLINGS = ("reference",)
 
@@ -54,7 +61,7 @@ class ReferenceTarget:
         dtype = "float32" if config.dtype == "auto" else config.dtype
         return BuildOptions(
             dtype,
-            graph.max_position if config.max_model_len is None else config.max_model_len,
+            max_model_len(config, graph),
             config.block_size,
             self._kv_cache_dtype(config.kv_cache_dtype, dtype),
             graph.passes,
@@ -93,6 +100,14 @@ class ReferenceTarget:
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
         """Every weight dense in the compute dtype."""
         return sum(math.prod(weight.shape) for weight in graph.weights.values()) * DTYPES[options.dtype].nbytes
+
+    def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
+        """As the cache's dtype has it."""
+        return kv_bytes_per_token(graph, options.kv_cache_dtype)
+
+    def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
+        """Buffers in the compute dtype."""
+        return activation_bytes(graph, options.dtype, tokens, rows)
 
     def compile(
         self,

@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 from runtime_stepping import greedy
 
 from llmctl.artifact.builder import build_engine
+from llmctl.artifact.loader import load_engine
+from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
@@ -39,6 +42,19 @@ _FOLDERS: list[TemporaryDirectory[str]] = []
 def exact_runtime(case: str, target: str = "cpu") -> CpuRuntime:
     """A family's float32 engine."""
     return cpu_runtime(family_model(case).checkpoint.path, target=target, dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_is_of_what_the_runtime_allocates(dtype: str, tmp_path: Path) -> None:
+    """Heads of 12 columns lie in 16; activations are float32 in any engine."""
+    model = family_model("llama_llama3").checkpoint.path
+    config = BuildConfig(model=str(model), target="cpu", output=str(tmp_path / "engine"), dtype=dtype)
+    engine = load_engine(build_engine(config), EngineRequest(kv_cache_bytes=4 << 20, max_num_seqs=8))
+    runtime = open_runtime(engine, threads=1)
+    assert isinstance(runtime, CpuRuntime)
+    assert engine.graph.kv[0].head_dim == 12
+    assert engine.plan.kv_bytes == runtime.kv_bytes
+    assert 0.7 < engine.plan.activations / runtime.arena_bytes < 1.3
 
 
 def tokens(length: int, seed: int, vocab: int = VOCAB) -> list[int]:

@@ -15,6 +15,10 @@ from llmctl.targets.cuda.registry import OpFacts, choose, choose_all, sources_of
 W4 = QuantScheme(4, 64, symmetric=False)
 
 
+def facts(op: Op, graph: Graph, dtype: str, kv_dtype: str = "auto", block_size: int = 16) -> OpFacts:
+    return OpFacts(op, graph, dtype, dtype if kv_dtype == "auto" else kv_dtype, block_size)
+
+
 def graph_of(op: Op, weight: Weight | None = None, width: int = 128, vocab: int = 10, head_dim: int = 64) -> Graph:
     buffers = {name: Buffer(name, width) for name in (*op.inputs, *op.outputs)}
     weights = {} if weight is None else {weight.name: weight}
@@ -38,7 +42,7 @@ def norm(width: int = 128, kind: str = "add_rms_norm") -> Graph:
 
 
 def chosen(graph: Graph, dtype: str = "bfloat16", kv_dtype: str = "auto") -> tuple[str, list[str]]:
-    choice = choose(OpFacts(graph.ops[0], graph, dtype, kv_dtype))
+    choice = choose(facts(graph.ops[0], graph, dtype, kv_dtype))
     return choice.kernel, [refusal.reason for refusal in choice.refused]
 
 
@@ -54,7 +58,7 @@ def chosen(graph: Graph, dtype: str = "bfloat16", kv_dtype: str = "auto") -> tup
     ],
 )
 def test_quantized_linears_have_kernels_for_every_number_of_rows(graph: Graph, kernel: str) -> None:
-    choice = choose(OpFacts(graph.ops[0], graph, "float16"))
+    choice = choose(facts(graph.ops[0], graph, "float16"))
     assert choice.kernel == kernel
     assert choice.sources == (f"{kernel}_stream.cu", f"{kernel}_gemm.cu", "dequantize.cu")
     assert [entry.split("_")[1] for entry in choice.entries[:4]] == ["stream", "stream", "gemm", "gemm"]
@@ -79,19 +83,19 @@ def lora(rank: int = 16, **changes: int) -> Graph:
 
 def test_int8_activations_have_their_own_kernel() -> None:
     graph = int8_linear()
-    choice = choose(OpFacts(graph.ops[0], graph, "float16"))
+    choice = choose(facts(graph.ops[0], graph, "float16"))
     assert (choice.kernel, choice.sources, choice.max_rows) == ("w8a8", ("w8a8_gemm.cu",), 0)
     assert choice.entries == tuple(f"w8a8_gemm_f16_t{tokens}" for tokens in (8, 16, 32, 64))
     assert {r.kernel: r.reason for r in choice.refused}["w8a16"] == "activations are int8; the kernel takes 16-bit ones"
     assert chosen(linear(W8))[0] == "w8a16"
-    refused = choose(OpFacts(linear(None).ops[0], linear(None), "float16")).refused
+    refused = choose(facts(linear(None).ops[0], linear(None), "float16")).refused
     assert "int8_activations was not asked for" in {r.kernel: r.reason for r in refused}["w8a8"]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(8, 16), (16, 16), (24, 64), (64, 64)])
 def test_adapters(rank: int, ranks: int) -> None:
     graph = lora(rank)
-    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16"))
+    choice = choose(facts(graph.ops[0], graph, "bfloat16"))
     assert (choice.kernel, choice.sources) == ("lora", ("lora.cu",))
     assert choice.entries == (f"lora_shrink_bf16_r{ranks}", f"lora_expand_bf16_r{ranks}")
 
@@ -157,13 +161,13 @@ PLAIN = [
 
 @pytest.mark.parametrize(("graph", "kernel", "entry"), PLAIN, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_other_kind_has_a_kernel(graph: Graph, kernel: str, entry: str) -> None:
-    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16"))
+    choice = choose(facts(graph.ops[0], graph, "bfloat16"))
     assert (choice.kernel, choice.entries) == (kernel, (entry,))
 
 
 def test_the_cache_has_a_dtype_of_its_own() -> None:
     graph = op_graph("rope_kv_write", "q k v positions", "q2", head_dim=64, layer=0)
-    choice = choose(OpFacts(graph.ops[0], graph, "float16", "fp8_e4m3"))
+    choice = choose(facts(graph.ops[0], graph, "float16", "fp8_e4m3"))
     assert choice.entries == ("rope_kv_f16_e4m3",)
     kernel, reasons = chosen(graph, "float16", kv_dtype="bfloat16")
     assert kernel == FALLBACK
@@ -179,7 +183,7 @@ def attention(head_dim: int = 64, kv_heads: int = 2) -> Graph:
 @pytest.mark.parametrize(("kv_dtype", "tag"), [("auto", "bf16"), ("int8", "s8"), ("fp8_e4m3", "e4m3")])
 def test_attention_needs_three_kernels(kv_dtype: str, tag: str) -> None:
     graph = attention(96)
-    choice = choose(OpFacts(graph.ops[0], graph, "bfloat16", kv_dtype, 32))
+    choice = choose(facts(graph.ops[0], graph, "bfloat16", kv_dtype, 32))
     assert choice.kernel == "paged_attention"
     assert choice.entries == (
         f"attention_decode_bf16_{tag}_d96",
@@ -201,13 +205,13 @@ def test_attention_needs_three_kernels(kv_dtype: str, tag: str) -> None:
     ],
 )
 def test_attention_refusals(graph: Graph, dtype: str, kv_dtype: str, block_size: int, reason: str) -> None:
-    choice = choose(OpFacts(graph.ops[0], graph, dtype, kv_dtype, block_size))
+    choice = choose(facts(graph.ops[0], graph, dtype, kv_dtype, block_size))
     assert choice.kernel == FALLBACK
     assert reason in choice.refused[0].reason
 
 
 def test_sampling_comes_after_the_graph_of_a_cuda_engine() -> None:
-    choices = choose_all(norm(), "float16")
+    choices = choose_all(norm(), "float16", "float16", 16)
     assert [choice.op for choice in choices] == ["norm", "sample", "adjust_logits", "logprobs"]
     assert choices[1].entries == ("sample_f16", "sample_f32")
     huge = graph_of(Op("sample", "sample", (LOGITS,), ("tokens",)), vocab=2**24)
@@ -227,7 +231,7 @@ def test_chosen_entry_points_exist_in_the_compiled_module() -> None:
             *(graph for graph, _, _ in PLAIN),
         )
         for dtype in ("float16", "bfloat16")
-        for choice in choose_all(graph, dtype)
+        for choice in choose_all(graph, dtype, dtype, 16)
     )
     try:
         modules = compile_modules(sources_of(choices), ["sm_80"])

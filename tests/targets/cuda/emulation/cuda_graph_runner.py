@@ -36,7 +36,7 @@ class KernelRuntime(ReferenceRuntime):
         self.executed: dict[str, set[str]] = {}
         self.scratch = Scratch("cpu")
         self.packed: dict[str, Tensor | PackedWeight | None] = {"": None}
-        chosen = choose_all(graph, dtype, block_size=sizes["block_size"])
+        chosen = choose_all(graph, dtype, dtype, sizes["block_size"])
         self.choices: dict[str, KernelChoice] = {choice.op: choice for choice in chosen}
         for op in graph.ops:
             kernel = self.choices[op.name].kernel

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels of ``llmctl/kernels/cuda`` without a GPU, and checks what they do on the way.
+"""Runs the CUDA kernels of ``llmctl/targets/cuda/native`` without a GPU, and checks what they do on the way.
 
 The very same ``.cu`` file is compiled as C++ (``-DLLMCTL_EMULATE``) and its kernels are launched on host memory: blocks
 one after another, the threads of a block as fibres. Every launch runs twice, threads and blocks forwards and backwards,
@@ -260,10 +260,10 @@ def _runtime() -> ctypes.CDLL:
 
 @functools.cache
 def kernels_from_text(text: str, name: str = "kernel.cu") -> Kernels:
-    """Kernels of a source text that may include the headers of ``llmctl/kernels/cuda``."""
+    """Kernels of a source text that may include the headers of ``llmctl/targets/cuda/native``."""
     return Kernels(*build_kernels(text, name))
 
 
 def kernels(source: str) -> Kernels:
-    """Kernels of a file of ``llmctl/kernels/cuda``."""
+    """Kernels of a file of ``llmctl/targets/cuda/native``."""
     return kernels_from_text((SOURCE_DIR / source).read_text(), source)

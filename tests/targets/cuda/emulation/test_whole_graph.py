@@ -19,9 +19,10 @@ from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.graph.lora import insert_lora
-from llmctl.graph.passes import CUDA_PASSES, apply_passes
+from llmctl.graph.passes import apply_passes
 from llmctl.targets.cuda import ops as cuda_ops
 from llmctl.targets.cuda.registry import FALLBACK
+from llmctl.targets.cuda.target import CUDA_PASSES
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.reference.runtime import ReferenceRuntime
 
