@@ -106,8 +106,15 @@ class SamplingParams:
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise RequestError(
-                        f"{name}: token id {token} is outside the vocabulary (0 to {vocab_size - 1})", param=name
+                        f"{name}: token id {_shown(token)} is outside the vocabulary (0 to {vocab_size - 1})",
+                        param=name,
                     )
+
+
+def _shown(value: object) -> str:
+    """A value in a message; the middle of a number of hundreds of digits says nothing."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:16]}…{text[-8:]} ({len(text)} characters)"
 
 
 def _is_int(value: Any) -> bool:
@@ -119,13 +126,15 @@ def _require(params: SamplingParams, name: str, low: float, high: float, *, open
     value = getattr(params, name)
     whole = SamplingParams.__annotations__[name].startswith("int")
     number = _is_int(value) or (not whole and isinstance(value, float))
-    if number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high:
+    # isfinite overflows on an integer beyond a float's range, which is finite all the same.
+    finite = number and (isinstance(value, int) or math.isfinite(value))
+    if finite and (low < value if open_low else low <= value) and value <= high:
         return
     bounds = f"greater than {low:g}" if open_low else f"at least {low:g}"
     if math.isfinite(high):
         bounds += f" and at most {high:g}"
     kind = "an integer" if whole else "a number"
-    raise RequestError(f"{name}: expected {kind} {bounds}, found {value!r}", param=name)
+    raise RequestError(f"{name}: expected {kind} {bounds}, found {_shown(value)}", param=name)
 
 
 def _check_ranges(params: SamplingParams) -> None:
@@ -147,7 +156,7 @@ def _check_ranges(params: SamplingParams) -> None:
         _require(params, "prompt_logprobs", 0, 0)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(
-            f"min_tokens: expected at most max_tokens ({params.max_tokens}), found {params.min_tokens}",
+            f"min_tokens: expected at most max_tokens ({params.max_tokens}), found {_shown(params.min_tokens)}",
             param="min_tokens",
         )
 

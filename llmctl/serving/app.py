@@ -132,7 +132,7 @@ async def tokenize(request: Request) -> Response:
 async def _is_chat(request: Request) -> bool:
     try:
         body = msgspec.json.decode(await request.body())
-    except ValueError:
+    except (ValueError, RecursionError):  # the parser of the fields says what is wrong, or how deep is too deep
         return False
     return isinstance(body, dict) and "messages" in body
 

@@ -13,7 +13,7 @@ from itertools import count
 from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
-from llmctl.errors import LlmctlError, NotReadyError
+from llmctl.errors import LlmctlError, NotReadyError, QueueFullError, RequestError
 from llmctl.serving.generation import Generation, RunningSequence, SequenceSpec
 from llmctl.serving.lifecycle import EngineState, WorkerLifecycle
 from llmctl.serving.metrics import ServerMetrics
@@ -35,6 +35,7 @@ class AsyncEngineClient:
         self, config: EngineConfig, metrics: ServerMetrics, *, stall_timeout: float, log_level: str = "info"
     ) -> None:
         self.worker = WorkerLifecycle(config, self, log_level)
+        self._config = config
         self._metrics = metrics
         self._stall_timeout = stall_timeout
         self._idle = asyncio.Event()
@@ -75,6 +76,25 @@ class AsyncEngineClient:
         await self.worker.close()
 
     # Requests
+
+    def check_room(self, sequences: int) -> None:
+        """Refuse a request that the engine's queue has no room for, before anything is made of it.
+
+        Raises:
+            RequestError: more sequences than ever fit. QueueFullError: more than fit now.
+        """
+        limit = self._config.max_num_queued_reqs
+        if sequences > limit:
+            raise RequestError(
+                f"expected at most {limit} sequences in a request (prompts times n), found {sequences}",
+                fix="send fewer prompts at once, or start the server with a larger --max-num-queued-reqs",
+                param="n",
+            )
+        # At most max_num_seqs of those that have been sent run: the others wait. The engine, which knows which, refuses
+        # by the same limit; here nothing has to reach it.
+        waiting = len(self._running) - self._config.max_num_seqs
+        if waiting + sequences > limit:
+            raise QueueFullError(f"{waiting} requests are waiting and at most {limit} may", fix="try again later")
 
     def generate(self, specs: Sequence[SequenceSpec]) -> Generation:
         """Submit the sequences of one HTTP request; the engine admits all of them or none.

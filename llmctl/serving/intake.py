@@ -30,6 +30,8 @@ log = logging.getLogger("llmctl.serving")
 # Texts longer than this are tokenized in a thread: the event loop has streams to feed.
 _INLINE_CHARS = 4096
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# What a template is given by fields of the request.
+_OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _STRUCTURED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
@@ -93,15 +95,18 @@ class Intake:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
+    def num_sequences(self, body: CompletionRequest | ChatCompletionRequest) -> int:
+        """How many sequences a request asks for: its prompts times ``n``. Nothing is made for it.
+
+        Raises:
+            RequestError: ``n`` out of range.
+        """
+        samples = SamplingParams(n=1 if body.n is None else body.n).n
+        return samples * (len(_given_prompts(body)) if isinstance(body, CompletionRequest) else 1)
+
     async def completion_prompts(self, body: CompletionRequest) -> list[Prompt]:
         """The prompts of a completion request, in order."""
-        given = body.prompt
-        if isinstance(given, str):
-            items: list[Any] = [given]
-        elif given and isinstance(given[0], int):
-            items = [given]
-        else:
-            items = list(given)
+        items = _given_prompts(body)
         if not items:
             raise RequestError("prompt: expected at least one prompt, found an empty list", param="prompt")
         return [await self._completion_prompt(item, body) for item in items]
@@ -157,6 +162,12 @@ class Intake:
         if body.continue_final_message:
             raise RequestError("continue_final_message: not supported", param="continue_final_message")
         extra = dict(body.chat_template_kwargs or {})
+        for name in _OWN_VARIABLES & extra.keys():
+            raise RequestError(
+                f"chat_template_kwargs: expected variables of the template's own, found '{name}'",
+                fix=f"set the request's field '{name}'",
+                param="chat_template_kwargs",
+            )
         if body.documents is not None:
             extra["documents"] = body.documents
         return self._chat_template.render(
@@ -246,6 +257,13 @@ class Intake:
         )
         params.check_vocab(self._vocab_size)
         return params
+
+
+def _given_prompts(body: CompletionRequest) -> list[Any]:
+    """The prompts of a completion request as given: texts, or lists of token ids."""
+    given = body.prompt
+    one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    return [given] if one else list(given)
 
 
 def _message(message: ChatMessage, index: int) -> dict[str, Any]:

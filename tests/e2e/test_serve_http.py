@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import time
@@ -63,6 +64,9 @@ def _chat(**fields: object) -> bytes:
         (b'{"prompt": "a", "top_p": 0}', "top_p", "top_p"),
         (b'{"prompt": "a", "logprobs": 1000}', "logprobs", "logprobs"),
         (b'{"prompt": "a", "prompt_logprobs": 0, "stream": true}', "not available with stream", "prompt_logprobs"),
+        (b'{"prompt": "a", "seed": 1%s}' % (b"0" * 400), "found 1000000000000000", "seed"),
+        (b'{"prompt": %s}' % (b"[" * 9999 + b"]" * 9999), "recursion limit exceeded", None),
+        (json.dumps({"prompt": [[5]] * 10_000, "n": 128, "max_tokens": 1}).encode(), "found 1280000", "n"),
     ],
 )
 def test_bad_bodies(server: ServerProcess, data: bytes, said: str, param: str | None) -> None:
@@ -72,6 +76,18 @@ def test_bad_bodies(server: ServerProcess, data: bytes, said: str, param: str | 
     assert error["type"] == "invalid_request_error"
     assert said in error["message"]
     assert error["param"] == param
+
+
+def test_a_refused_body_leaves_the_connection_as_it_was(server: ServerProcess) -> None:
+    deep = b"[" * 9999 + b"]" * 9999
+    collides = _chat(chat_template_kwargs={"messages": []})
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    for path, body in [("/tokenize", deep), ("/v1/chat/completions", collides), ("/v1/completions", deep)] * 2:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]["type"]) == (400, "invalid_request_error")
+        assert not answer.will_close
+    connection.close()
 
 
 def test_oversized_prompt(server: ServerProcess) -> None:

@@ -115,6 +115,40 @@ def test_model_defaults_apply_unless_overridden(tokenizer: Tokenizer) -> None:
     assert completion(tokenizer, defaults, temperature=0).top_k == 7
 
 
+@pytest.mark.parametrize("name", ["n", "seed", "min_tokens", "logprobs", "prompt_logprobs", "max_tokens", "top_k"])
+@pytest.mark.parametrize("digits", [400, 4299])
+def test_integers_beyond_a_floats_range_are_refused_in_one_short_line(
+    tokenizer: Tokenizer, name: str, digits: int
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(tokenizer, **{name: -int("9" * digits)})
+    assert caught.value.param == name
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt"])
+def test_template_variables_that_are_fields_are_refused(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises(RequestError, match=f"found '{name}'") as caught:
+        chat(tokenizer, chat_template_kwargs={name: []})
+    assert (caught.value.param, caught.value.fix) == ("chat_template_kwargs", f"set the request's field '{name}'")
+
+
+@pytest.mark.parametrize("name", ["self", "kwargs", "class", "a b", ""])
+def test_any_other_template_variable_is_the_templates(tokenizer: Tokenizer, name: str) -> None:
+    assert chat(tokenizer, chat_template_kwargs={name: []}) == chat(tokenizer)
+
+
+def test_the_sequences_that_a_request_asks_for(tokenizer: Tokenizer) -> None:
+    def count(**fields: Any) -> int:
+        return intake(tokenizer).num_sequences(CompletionRequest.model_validate_json(json.dumps(fields)))
+
+    assert [count(prompt=p) for p in ("a", [5, 6], ["a", "b"], [[5], [6], [7]], [])] == [1, 1, 2, 3, 0]
+    assert count(prompt=[[5]] * 10_000, n=128) == 1_280_000
+    assert count(prompt="a", n=None) == 1
+    with pytest.raises(RequestError, match="n: expected an integer at least 1 and at most 128, found 129"):
+        count(prompt="a", n=129)
+
+
 def test_a_huge_top_k_means_all(tokenizer: Tokenizer) -> None:
     assert completion(tokenizer, top_k=10**30).top_k == tokenizer.vocab_size
 

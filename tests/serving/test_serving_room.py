@@ -1,0 +1,46 @@
+"""A request that the queue has no room for is refused before anything is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures import make_tokenizer
+
+from llmctl.config import ServeConfig
+from llmctl.engine.sampling_params import SamplingParams
+from llmctl.errors import QueueFullError, RequestError
+from llmctl.serving.client import AsyncEngineClient
+from llmctl.serving.generation import SequenceSpec
+from llmctl.serving.metrics import ServerMetrics
+from llmctl.text.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncEngineClient:
+    """Two seats, a queue of three."""
+    make_tokenizer(tmp_path)
+    config = ServeConfig(max_num_seqs=2, max_num_queued_reqs=3)
+    client = AsyncEngineClient(config, ServerMetrics("mine"), stall_timeout=60.0)
+    monkeypatch.setattr(client.worker, "tokenizer", Tokenizer.from_folder(tmp_path))
+    monkeypatch.setattr(client.worker, "send", lambda _: None)
+    client.admit()
+    return client
+
+
+def test_what_never_fits_is_the_requests_fault(client: AsyncEngineClient) -> None:
+    client.check_room(3)
+    with pytest.raises(RequestError, match=r"at most 3 sequences in a request \(prompts times n\), found 4") as caught:
+        client.check_room(4)
+    assert (caught.value.http_status, caught.value.param) == (400, "n")
+
+
+def test_what_does_not_fit_now_may_come_again(client: AsyncEngineClient) -> None:
+    for _ in range(4):
+        client.generate([SequenceSpec([5], SamplingParams())])
+    client.check_room(1)
+    with pytest.raises(QueueFullError, match="2 requests are waiting and at most 3 may"):
+        client.check_room(2)
+    client.generate([SequenceSpec([5], SamplingParams())])
+    with pytest.raises(QueueFullError):
+        client.check_room(1)
