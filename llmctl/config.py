@@ -93,6 +93,7 @@ class ServeConfig(EngineConfig):
     api_key: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
+    max_body: str | None = None
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     log_level: str = "info"

@@ -71,6 +71,15 @@ StallTimeout = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+MaxBody = Annotated[
+    str | None,
+    typer.Option(
+        "--max-body",
+        metavar="SIZE",
+        help="Largest request, such as 8MiB; by default 1 KiB a token of context, 1 to 32 MiB.",
+        rich_help_panel=_SERVER,
+    ),
+]
 LogLevel = Annotated[
     str,
     typer.Option("--log-level", help="debug (with an access log), info, warning or error.", rich_help_panel=_SERVER),
@@ -157,6 +166,7 @@ def serve(
     verify: Verify = _D.verify,
     host: Host = _D.host,
     port: Port = _D.port,
+    max_body: MaxBody = _D.max_body,
     drain_timeout: DrainTimeout = _D.drain_timeout,
     stall_timeout: StallTimeout = _D.stall_timeout,
     log_level: LogLevel = _D.log_level,
@@ -205,6 +215,7 @@ def serve(
         api_key=api_key,
         ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile,
+        max_body=max_body,
         drain_timeout=drain_timeout,
         stall_timeout=stall_timeout,
         log_level=log_level,

@@ -47,7 +47,7 @@ def create_app(context: ServerContext) -> FastAPI:
         response_model=None,
         openapi_extra=openapi_body(DetokenizeRequest),
     )
-    app.add_middleware(BodyGate)
+    app.add_middleware(BodyGate, max_bytes=context.max_body_bytes)
     app.add_middleware(ApiKeyGate, keys=api_keys(context.config.api_key))
     return app
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from llmctl.config import ServeConfig
+from llmctl.config import ServeConfig, parse_bytes
 from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.intake import Intake, sampling_defaults
@@ -16,6 +16,11 @@ from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
+
+# A token is a few bytes of text; requests bring escapes, tool schemas, token ids, and many prompts at once.
+BODY_BYTES_PER_TOKEN = 1024
+LEAST_BODY_BYTES = 2**20
+MOST_BODY_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,13 @@ class ServerContext:
         self.client.worker.check_admitting()
         assert self.loaded is not None, "the client admits requests only once the model is there"
         return self.loaded
+
+    def max_body_bytes(self) -> int:
+        """The largest request body: ``--max-body``, or what the model's context is worth."""
+        if self.config.max_body is not None:
+            return parse_bytes(self.config.max_body, param="max_body")
+        tokens = 0 if self.loaded is None else self.loaded.info.max_model_len
+        return min(max(tokens * BODY_BYTES_PER_TOKEN, LEAST_BODY_BYTES), MOST_BODY_BYTES)
 
     def check_name(self, name: str | None) -> None:
         """Refuse another model's name; a request without one means the served model.

@@ -65,6 +65,8 @@ def check_config(config: ServeConfig) -> None:
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
     if config.kv_cache_memory is not None:
         parse_bytes(config.kv_cache_memory, param="kv_cache_memory")
+    if config.max_body is not None:
+        parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):
         raise UsageError("--api-key is empty", fix="leave it out to serve without a key", param="api_key")
     if config.ssl_certfile and not config.ssl_keyfile:
@@ -159,6 +161,8 @@ class _Server:
     def _http_server(self, app: Any) -> uvicorn.Server:
         import uvicorn
 
+        from llmctl.serving.http_protocol import BoundedHttpProtocol
+
         config = self._config
 
         class Server(uvicorn.Server):
@@ -170,6 +174,7 @@ class _Server:
 
         settings = uvicorn.Config(
             app,
+            http=BoundedHttpProtocol,
             log_config=None,
             log_level="debug" if config.log_level == "debug" else "warning",
             access_log=config.log_level == "debug",

@@ -6,7 +6,7 @@ Starlette's ``BaseHTTPMiddleware`` is avoided: it wraps the response stream in a
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,7 +14,6 @@ from llmctl.errors import RequestError
 from llmctl.serving.openai_errors import error_body, error_response, json_response
 
 LIVENESS_PATHS = frozenset({"/health", "/ready"})
-DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 
 
 class BodyTooLargeError(RequestError):
@@ -59,9 +58,9 @@ class ApiKeyGate:
 
 
 class BodyGate:
-    """Refuses POST bodies that are not JSON (415) or are larger than ``max_bytes`` (413)."""
+    """Refuses POST bodies that are not JSON (415) or are larger than ``max_bytes()`` (413)."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = DEFAULT_MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
@@ -77,23 +76,28 @@ class BodyGate:
             )
             return
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
+        limit = self._max_bytes()
+        if length.isdigit() and int(length) > limit:
+            await error_response(_too_large(limit))(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, _limited(receive, limit), send)
 
-    def _limited(self, receive: Receive) -> Receive:
-        received = 0
 
-        async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._too_large()
-            return message
+def _limited(receive: Receive, limit: int) -> Receive:
+    received = 0
 
-        return limited_receive
+    async def limited_receive() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise _too_large(limit)
+        return message
 
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(f"the request body is larger than the limit of {self._max_bytes} bytes")
+    return limited_receive
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"the request body is larger than the limit of {limit} bytes", fix="start the server with a larger --max-body"
+    )

@@ -29,6 +29,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),
         ({"chat_template": "no-such-file"}, "--chat-template no-such-file: no such file"),
+        ({"max_body": "0"}, "--max-body"),
+        ({"max_body": "lots"}, "--max-body: expected a size"),
         ({"api_key": ""}, "--api-key is empty"),
         ({"api_key": " , "}, "--api-key is empty"),
     ],

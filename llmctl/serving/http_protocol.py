@@ -1,0 +1,150 @@
+"""uvicorn's HTTP protocol, with bounds on what a client may make the server hold or wait for before a request is whole.
+
+Runs before any check of a key, so each bound is one of the connection: bytes of headers, seconds for headers, seconds
+for a body that comes slowly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from llmctl.serving.openai_errors import error_body
+
+MAX_HEADER_BYTES = 64 * 1024
+HEADER_SECONDS = 10.0
+"""From a connection's, or a further request's, first moment to the end of its headers."""
+BODY_SECONDS = 10.0
+LINGER_SECONDS = 1.0
+"""Until a refused connection is closed. What still comes is thrown away: unread, it would reset the connection, and the
+client would not see the answer."""
+BODY_RATE = 16 * 1024
+"""A body has ``BODY_SECONDS``, and a second more for every so many bytes that have come."""
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """Answers 431 to headers beyond ``MAX_HEADER_BYTES``, 408 to those or bodies that take too long, and closes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refused = False
+        self._messages = 0  # begun
+        self._waits_for = "headers"  # or "body", or "" between requests
+        self._timed: tuple[int, str] | None = None  # message and part that the timer is for
+        self._timer: asyncio.TimerHandle | None = None
+        self._since = 0.0
+        self._parsed_bytes = self._open_bytes = self._body_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._waits_for = ""
+        self._time()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        messages = self._messages
+        super().data_received(data)
+        if self._waits_for == "headers" and self._messages == messages:
+            # Nothing but headers, and perhaps one without an end, which on_header would never see.
+            self._open_bytes += len(data)
+            if self._open_bytes > MAX_HEADER_BYTES:
+                self._refuse_headers()
+        if not self._refused:
+            self._time()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._parsed_bytes > MAX_HEADER_BYTES:  # the parser ended because a callback of ours did
+            self._refuse_headers()
+        else:
+            super().send_400_response(msg)
+
+    # what the parser calls
+
+    def on_message_begin(self) -> None:
+        self._messages += 1
+        self._waits_for = "headers"
+        self._parsed_bytes = self._open_bytes = self._body_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._waits_for = "body"
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._waits_for = ""
+        super().on_message_complete()
+
+    def _count(self, size: int) -> None:
+        self._parsed_bytes += size
+        if self._parsed_bytes > MAX_HEADER_BYTES:
+            raise ValueError("headers too large")  # the parser stops, and data_received calls send_400_response
+
+    # time
+
+    def _time(self) -> None:
+        """Have one timer run for what is waited for, from when it began."""
+        wanted = (self._messages, self._waits_for) if self._waits_for else None
+        if wanted == self._timed:
+            return
+        self._timed = wanted
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if wanted is not None:
+            self._since = self.loop.time()
+            self._timer = self.loop.call_later(self._allowed(), self._on_time)
+
+    def _allowed(self) -> float:
+        return HEADER_SECONDS if self._waits_for == "headers" else BODY_SECONDS + self._body_bytes / BODY_RATE
+
+    def _on_time(self) -> None:
+        left = self._since + self._allowed() - self.loop.time()
+        if self._waits_for == "body" and self.flow.read_paused:  # it is we who do not read
+            left = max(left, BODY_SECONDS)
+        if left > 0:
+            self._timer = self.loop.call_later(left, self._on_time)
+        elif not self._messages:
+            self.transport.close()
+        else:
+            self._refuse(408, f"the {self._waits_for} of the request took too long", "request_timeout")
+
+    # answers
+
+    def _refuse_headers(self) -> None:
+        self._refuse(431, f"the headers are larger than the limit of {MAX_HEADER_BYTES} bytes", "headers_too_large")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answer, unless something else is being answered, and close."""
+        others = self._waits_for == "headers" and self.cycle is not None and not self.cycle.response_complete
+        begun = self._waits_for == "body" and self.cycle.response_started
+        self._refused, self._waits_for = True, ""
+        self._time()
+        if not others and not begun:
+            body = msgspec.json.encode(error_body(message, type_="invalid_request_error", code=code))
+            head = (
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)

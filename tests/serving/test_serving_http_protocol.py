@@ -1,0 +1,174 @@
+"""The bounds on a connection whose request is not whole: bytes and seconds, with real sockets and a small app."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+
+from llmctl.serving import http_protocol
+from llmctl.serving.http_protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
+
+
+async def app(_scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the size of the body."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+    body = str(size).encode()
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[int]:
+    config = uvicorn.Config(app, http=BoundedHttpProtocol, log_config=None, lifespan="off", ws="none", port=0)
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await running
+
+
+class Client:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def send(self, *parts: bytes) -> None:
+        """As separate reads of the server."""
+        for part in parts:
+            self.writer.write(part)
+            await self.writer.drain()
+            await asyncio.sleep(0.02)
+
+    async def answer(self) -> tuple[int, bytes]:
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 20)
+        length = next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length" in line)
+        return int(head.split()[1]), await self.reader.readexactly(length)
+
+    async def refusal(self) -> tuple[int, str]:
+        """Status and code of an answer after which the connection is closed."""
+        status, body = await self.answer()
+        assert await asyncio.wait_for(self.reader.read(), 20) == b""
+        return status, json.loads(body)["error"]["code"]
+
+
+async def connect(port: int) -> Client:
+    return Client(*await asyncio.open_connection("127.0.0.1", port))
+
+
+HEADER = b"X-H: " + b"a" * 1015 + b"\r\n"  # 1022 bytes
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [GET, *[HEADER * 16] * 6],
+        [GET + HEADER * 80],
+        [GET + b"X: ", *[b"a" * 2**14] * 6],
+        [b"GET /", *[b"a" * 2**14] * 6],
+    ],
+    ids=["many headers", "in one piece", "a header without an end", "a path without an end"],
+)
+def test_headers_are_counted_while_they_arrive(parts: list[bytes]) -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(*parts)
+            assert await client.refusal() == (431, "headers_too_large")
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_is_owed_comes_before_the_end() -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(GET + b"\r\n" + GET + HEADER * 80)
+            assert await client.answer() == (200, b"0")
+            assert await asyncio.wait_for(client.reader.read(), 20) == b""
+
+    asyncio.run(run())
+
+
+def test_headers_below_the_limit_and_bodies_of_any_size_pass() -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            whole = MAX_HEADER_BYTES // len(HEADER) - 1
+            for pieces in ([GET + HEADER * whole + b"\r\n"], [GET, *[HEADER] * whole, b"\r\n"]):
+                await client.send(*pieces)
+                assert await client.answer() == (200, b"0")
+            body = b"b" * 300_000
+            post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
+            # The second request's headers come in one read with the end of the first one's body.
+            await client.send(post + body[:200_000], body[200_000:] + GET, b"\r\n")
+            assert [await client.answer(), await client.answer()] == [(200, b"300000"), (200, b"0")]
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of a second instead of ten."""
+    monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(http_protocol, "BODY_SECONDS", 0.3)
+
+
+@pytest.mark.usefixtures("hurry")
+@pytest.mark.parametrize(
+    "begun", [GET, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"], ids=["headers", "body"]
+)
+def test_what_comes_in_drops_is_ended(begun: bytes) -> None:
+    async def run() -> None:
+        async with serving() as port:
+            clients = [await connect(port) for _ in range(20)]
+            for client in clients:
+                client.writer.write(begun)
+            for _ in range(4):
+                await asyncio.sleep(0.1)
+                for client in clients:
+                    client.writer.write(b"x")
+            assert {await client.refusal() for client in clients} == {(408, "request_timeout")}
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("hurry")
+def test_a_connection_that_says_nothing_is_closed_without_a_word() -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            assert await asyncio.wait_for(client.reader.read(), 20) == b""
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("hurry")
+def test_a_body_that_keeps_coming_has_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "BODY_RATE", 1024)
+
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\n")
+            for _ in range(8):
+                await client.send(b"b" * 1024)
+                await asyncio.sleep(0.1)
+            assert await client.answer() == (200, b"8192")
+
+    asyncio.run(run())
