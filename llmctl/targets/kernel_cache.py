@@ -1,7 +1,7 @@
 """Compiled kernels kept from build to build: a folder with one file an entry, checked whenever it is read.
 
-An entry is three parts with a newline between them: the sha256 of the other two, what describes the code (JSON on one
-line), the code.
+An entry is three parts with a newline between them: the sha256 of its key and the other two, what describes the code
+(JSON on one line), the code. An entry that lies under another's name is a damaged one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ def read_entry(cache: Path | None, key: str) -> tuple[dict[str, Any], bytes] | N
         return None
     try:
         recorded, body = (cache / key).read_bytes().split(b"\n", 1)
-        if recorded != _sha256(body):
+        if recorded != _sha256(key, body):
             return None
         fields, code = body.split(b"\n", 1)
-        return json.loads(fields), code
+        described = json.loads(fields)
     except (OSError, ValueError):
         return None
+    return (described, code) if isinstance(described, dict) else None
 
 
 def write_entry(cache: Path | None, key: str, fields: Mapping[str, Any], code: bytes) -> None:
@@ -46,12 +47,12 @@ def write_entry(cache: Path | None, key: str, fields: Mapping[str, Any], code: b
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_sha256(body) + b"\n" + body)
+            file.write(_sha256(key, body) + b"\n" + body)
         os.replace(name, cache / key)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(name)
 
 
-def _sha256(body: bytes) -> bytes:
-    return hashlib.sha256(body).hexdigest().encode()
+def _sha256(key: str, body: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\n" + body).hexdigest().encode()

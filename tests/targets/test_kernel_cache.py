@@ -41,6 +41,19 @@ def test_damage_anywhere_is_an_absent_entry(tmp_path: Path) -> None:
     assert read_entry(tmp_path, "key") == ({"arch": "sm_90"}, CODE)
 
 
+def test_an_entry_under_another_name_is_no_entry(tmp_path: Path) -> None:
+    write_entry(tmp_path, "avx2", {}, CODE)
+    (tmp_path / "avx512").write_bytes((tmp_path / "avx2").read_bytes())
+    assert read_entry(tmp_path, "avx512") is None
+
+
+@pytest.mark.parametrize("fields", ["null", "[]", '"x"', "1"])
+def test_what_does_not_describe_code_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: str) -> None:
+    monkeypatch.setattr("llmctl.targets.kernel_cache.json.dumps", lambda *_, **__: fields)
+    write_entry(tmp_path, "key", {}, CODE)
+    assert read_entry(tmp_path, "key") is None
+
+
 @pytest.mark.parametrize("place", ["cache", "cache/folder"])
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, place: str) -> None:
     (tmp_path / "cache").write_text("a file")

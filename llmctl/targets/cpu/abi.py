@@ -151,23 +151,63 @@ def abi_entries() -> dict[str, int]:
     entries |= {f"dtype.{name}": number for name, number in DTYPE.items()}
     entries |= {f"kv_type.{name}": number for name, number in KV_TYPE.items()}
     for struct in STRUCTS:
-        for name, *_ in struct._fields_:
+        for name, kind, *_ in struct._fields_:
             field = getattr(struct, name)
             entries |= {f"{struct.__name__}.{name}.{fact}": getattr(field, fact) for fact in ("offset", "size")}
+            entries[f"{struct.__name__}.{name}.type"] = type_class(kind)
         entries[f"{struct.__name__}.size"] = c.sizeof(struct)
     entries |= {"tile": TILE, "lanes": LANES, "max_act_group": MAX_ACT_GROUP, "queries": QUERIES}
     entries |= {"max_head": MAX_HEAD, "keys": KEYS, "max_kinds": MAX_KINDS}
     entries |= {f"weight_bits.{dtype}": bits for dtype, bits in WEIGHT_BITS.items()}
     entries |= {f"kv_tile_bytes.{dtype}": KEYS * kv_token_bytes(LANES, dtype) for dtype in KV_TYPE}
-    return entries | {f"{name}.argument_bytes": sum(map(c.sizeof, types)) for name, (_, types) in FUNCTIONS.items()}
+    return entries | {f"{name}.signature": _signature(*types) for name, types in FUNCTIONS.items()}
+
+
+class TypeClass(IntEnum):
+    """What a value of a type is; ``type_class`` of ``native/abi.h``."""
+
+    NOTHING = 0
+    SIGNED = 1
+    UNSIGNED = 2
+    FLOAT = 3
+    POINTER = 4
+    STRUCT = 5
+
+
+def type_class(kind: Any) -> TypeClass:
+    """Of a ctypes type, or of None, a call's result that is nothing."""
+    if kind is None:
+        return TypeClass.NOTHING
+    if issubclass(kind, c.Structure):
+        return TypeClass.STRUCT
+    if kind in (c.c_void_p, c.c_char_p) or hasattr(kind, "contents"):
+        return TypeClass.POINTER
+    if kind in (c.c_float, c.c_double):
+        return TypeClass.FLOAT
+    return TypeClass.SIGNED if kind(-1).value < 0 else TypeClass.UNSIGNED
+
+
+def _signature(result: Any, arguments: tuple[Any, ...]) -> int:
+    """``signature`` of ``native/abi.h``: result and arguments, by class, size and size of what is pointed to."""
+    numbers: list[int] = []
+    for kind in (result, *arguments):
+        pointee = kind._type_ if hasattr(kind, "contents") else c.c_char if kind is c.c_char_p else None
+        numbers += [type_class(kind), *(0 if t is None else c.sizeof(t) for t in (kind, pointee))]
+    digest = _fnv(b"".join(number.to_bytes(8, "little") for number in numbers))
+    return digest - 2**64 if digest >= 2**63 else digest
 
 
 def abi_digest(entries: Mapping[str, int]) -> int:
-    """``abi_digest`` of ``native/abi.h``: 64-bit FNV-1a of names (each with a zero behind it) and values."""
+    """``abi_digest`` of ``native/abi.h``: names (each with a zero behind it) and values."""
+    pairs = (name.encode() + b"\0" + value.to_bytes(8, "little", signed=True) for name, value in entries.items())
+    return _fnv(b"".join(pairs))
+
+
+def _fnv(data: bytes) -> int:
+    """64-bit FNV-1a."""
     digest = 0xCBF29CE484222325
-    for name, value in entries.items():
-        for byte in name.encode() + b"\0" + value.to_bytes(8, "little", signed=True):
-            digest = (digest ^ byte) * 0x100000001B3 % 2**64
+    for byte in data:
+        digest = (digest ^ byte) * 0x100000001B3 % 2**64
     return digest
 
 
@@ -203,8 +243,9 @@ def open_library(path: Path) -> c.CDLL:
 
 def _difference(library: c.CDLL) -> str | None:
     """The first entry in which a library differs from this version, in words."""
-    if not hasattr(library, "llmctl_abi_digest"):
-        return f"llmctl_abi_digest: expected {current_digest()}, found none"
+    for name in ("llmctl_abi_digest", "llmctl_abi_entry", *FUNCTIONS):
+        if not hasattr(library, name):
+            return f"{name}: expected a function, found none"
     expected = abi_entries()
     library.llmctl_abi_digest.restype = c.c_uint64
     digest = library.llmctl_abi_digest()
@@ -214,6 +255,9 @@ def _difference(library: c.CDLL) -> str | None:
     for name in (*expected, *found):
         if expected.get(name) != found.get(name):
             return f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+    for ours, theirs in zip(expected, found, strict=True):
+        if ours != theirs:
+            return f"the order of what is listed: expected {ours}, found {theirs}"
     return f"llmctl_abi_digest: expected {abi_digest(expected):016x}, found {digest:016x}"
 
 

@@ -125,11 +125,18 @@ class CpuRuntime:
         arrays += [array("i", flat.query_start), array("i", rows), array("i", targets)]
         token_ids, positions, slots, query_start, rows_at, targets_at = (a.buffer_info()[0] for a in arrays)
         step = StepDesc(
-            len(flat.token_ids),
-            len(plan.slices),
-            len(rows),
-            *(token_ids, positions, slots, query_start, self._tables.address, self._tables.width, rows_at),
-            *((targets_at, scores.buffer_info()[0]) if targets else (None, None)),
+            tokens=len(flat.token_ids),
+            seqs=len(plan.slices),
+            rows=len(rows),
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            query_start=query_start,
+            block_tables=self._tables.address,
+            max_blocks=self._tables.width,
+            logits_rows=rows_at,
+            targets=targets_at if targets else None,
+            target_logprobs=scores.buffer_info()[0] if targets else None,
         )
         desc = self._sampling.prepare(sampling)
         began = time.perf_counter()

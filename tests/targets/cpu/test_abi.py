@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cpu_graphs import VARIANTS, library
@@ -103,13 +105,52 @@ def test_the_bytes_of_the_cache_count(path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_arguments_of_a_call_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result, arguments = abi.FUNCTIONS["llmctl_create"]
     monkeypatch.setitem(abi.FUNCTIONS, "llmctl_create", (result, arguments[:-1]))
-    assert refusal(path) == "llmctl_create.argument_bytes: expected 72, found 76"
+    assert refusal(path).startswith("llmctl_create.signature: expected ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llmctl_create", lambda _, arguments: (ctypes.c_int, arguments)),
+        ("llmctl_create", lambda result, arguments: (result, (*arguments[:4], arguments[9], *arguments[4:9]))),
+        ("llmctl_step", lambda result, arguments: (result, (arguments[0], arguments[2], arguments[1]))),
+        ("llmctl_profile", lambda result, arguments: (result, (arguments[0], ctypes.POINTER(ctypes.c_float)))),
+        ("llmctl_destroy", lambda _, arguments: (ctypes.c_int, arguments)),
+        ("llmctl_variant", lambda _, arguments: (ctypes.c_void_p, arguments)),
+    ],
+    ids=["its result", "an argument's place", "two pointers", "what is pointed to", "a result", "a string"],
+)
+def test_the_types_of_a_call_count(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., tuple[Any, tuple[Any, ...]]]
+) -> None:
+    monkeypatch.setitem(abi.FUNCTIONS, name, change(*abi.FUNCTIONS[name]))
+    assert refusal(path).startswith(f"{name}.signature: expected ")
+
+
+@pytest.mark.parametrize(
+    ("struct", "name", "kind", "found"),
+    [
+        ("OpDesc", "act", ctypes.c_float, "expected 3, found 1"),
+        ("OpDesc", "layer", ctypes.c_double, "expected 3, found 1"),
+        ("OpDesc", "eps", ctypes.c_int32, "expected 1, found 3"),
+        ("OpDesc", "w", ctypes.c_int64, "expected 1, found 4"),
+        ("StepDesc", "rows", ctypes.c_uint64, "expected 2, found 1"),
+        ("StepDesc", "slots", ctypes.c_double, "expected 3, found 4"),
+    ],
+)
+def test_the_type_of_a_field_counts_where_its_size_is_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch, struct: str, name: str, kind: type, found: str
+) -> None:
+    index = [s.__name__ for s in abi.STRUCTS].index(struct)
+    fields = dict(abi.STRUCTS[index]._fields_) | {name: kind}
+    changed = type(struct, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
+    monkeypatch.setattr(abi, "STRUCTS", (*abi.STRUCTS[:index], changed, *abi.STRUCTS[index + 1 :]))
+    assert refusal(path) == f"{struct}.{name}.type: {found}"
 
 
 def test_another_order_is_another_digest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = abi.current_digest()
     monkeypatch.setattr(abi, "ACT", dict(reversed(abi.ACT.items())))
-    assert refusal(path) == f"llmctl_abi_digest: expected {abi.current_digest()}, found {built}"
+    assert refusal(path) == "the order of what is listed: expected act.relu, found act.none"
 
 
 def test_a_library_that_does_not_say_is_refused(tmp_path: Path) -> None:
@@ -118,7 +159,7 @@ def test_a_library_that_does_not_say_is_refused(tmp_path: Path) -> None:
     old = tmp_path / "old.so"
     (tmp_path / "old.cpp").write_text('extern "C" void llmctl_abi(long* sizes) { sizes[0] = 480; }\n')
     subprocess.run([*compiler, "-shared", "-fPIC", str(tmp_path / "old.cpp"), "-o", str(old)], check=True)
-    assert refusal(old) == f"llmctl_abi_digest: expected {abi.current_digest()}, found none"
+    assert refusal(old) == "llmctl_abi_digest: expected a function, found none"
 
 
 def test_what_does_not_load_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -157,7 +198,9 @@ def test_every_struct_of_the_interface_is_in_the_table() -> None:
         body = re.sub(r"\w+\([^)]*\)[^{;]*\{.*?\}", "", body)  # functions
         names = [name for line in re.findall(r"\b[\w*]+[ *]+([\w, ]+);", body) for name in re.split(r", ", line)]
         assert names == [name for name, *_ in struct._fields_]
-        assert all(f"{struct.__name__}.{name}.{fact}" in entries for name in names for fact in ("offset", "size"))
+        assert all(
+            f"{struct.__name__}.{name}.{fact}" in entries for name in names for fact in ("offset", "size", "type")
+        )
 
 
 def test_a_profile_has_room_for_every_kind() -> None:

@@ -2,6 +2,7 @@
 // themselves. abi.py makes the same list of its own declarations; its open_library() compares the two.
 #pragma once
 #include <cstddef>
+#include <type_traits>
 
 #include "attention_op.h"
 #include "linear_op.h"
@@ -25,15 +26,57 @@ constexpr int64_t weight_bits_of(DType dtype) {
   return weight_bits(op);
 }
 
+// 64-bit FNV-1a.
+struct Fnv {
+  uint64_t digest = 0xcbf29ce484222325u;
+  constexpr void byte(uint8_t value) { digest = (digest ^ value) * 0x100000001b3u; }
+  constexpr void number(int64_t value) {  // eight bytes, the lowest first
+    for (int shift = 0; shift < 64; shift += 8) byte(uint8_t(uint64_t(value) >> shift));
+  }
+};
+
+// What a value of a type is, as abi.py's TypeClass numbers it.
+template <class T>
+constexpr int64_t type_class() {
+  if constexpr (std::is_enum_v<T>) return type_class<std::underlying_type_t<T>>();
+  if (std::is_void_v<T>) return 0;
+  if (std::is_integral_v<T>) return std::is_signed_v<T> ? 1 : 2;
+  if (std::is_floating_point_v<T>) return 3;
+  return std::is_pointer_v<T> ? 4 : 5;
+}
+
+// Bytes of what a pointer points to, 0 where that is nobody's business but the library's.
+template <class T>
+constexpr int64_t pointee_bytes = 0;
+template <> constexpr int64_t pointee_bytes<const OpDesc*> = sizeof(OpDesc);
+template <> constexpr int64_t pointee_bytes<const KvDesc*> = sizeof(KvDesc);
+template <> constexpr int64_t pointee_bytes<const StepDesc*> = sizeof(StepDesc);
+template <> constexpr int64_t pointee_bytes<const SamplingDesc*> = sizeof(SamplingDesc);
+template <> constexpr int64_t pointee_bytes<double*> = sizeof(double);
+template <> constexpr int64_t pointee_bytes<const char*> = sizeof(char);
+
+template <class T>
+constexpr void add_type(Fnv& fnv) {
+  fnv.number(type_class<T>());
+  if constexpr (std::is_void_v<T>) fnv.number(0);
+  else fnv.number(sizeof(T));
+  fnv.number(pointee_bytes<T>);
+}
+
+// Of a call's result and arguments, in order.
 template <class Result, class... Arguments>
-constexpr int64_t argument_bytes(Result (*)(Arguments...)) {
-  return (0 + ... + int64_t(sizeof(Arguments)));
+constexpr int64_t signature(Result (*)(Arguments...)) {
+  Fnv fnv;
+  add_type<Result>(fnv);
+  (add_type<Arguments>(fnv), ...);
+  return int64_t(fnv.digest);
 }
 
 #define LLMCTL_FIELD(Struct, field) \
-  {#Struct "." #field ".offset", offsetof(Struct, field)}, {#Struct "." #field ".size", sizeof(Struct::field)},
+  {#Struct "." #field ".offset", offsetof(Struct, field)}, {#Struct "." #field ".size", sizeof(Struct::field)}, \
+  {#Struct "." #field ".type", type_class<decltype(Struct::field)>()},
 #define LLMCTL_SIZE(Struct) {#Struct ".size", sizeof(Struct)},
-#define LLMCTL_CALL(function) {#function ".argument_bytes", argument_bytes(&function)},
+#define LLMCTL_CALL(function) {#function ".signature", signature(&function)},
 
 constexpr AbiEntry kAbi[] = {
   {"kind.embed", kEmbed}, {"kind.pos_embed", kPosEmbed}, {"kind.rms_norm", kRmsNorm},
@@ -90,16 +133,15 @@ constexpr AbiEntry kAbi[] = {
 #undef LLMCTL_SIZE
 #undef LLMCTL_CALL
 
-// 64-bit FNV-1a of every entry's name, its terminating zero, and its value as eight bytes, the lowest first.
+// Of every entry's name, its terminating zero, and its value.
 constexpr uint64_t abi_digest() {
-  uint64_t digest = 0xcbf29ce484222325u;
-  const auto mix = [&](uint8_t byte) { digest = (digest ^ byte) * 0x100000001b3u; };
+  Fnv fnv;
   for (const AbiEntry& entry : kAbi) {
-    for (const char* c = entry.name; *c; c++) mix(uint8_t(*c));
-    mix(0);
-    for (int shift = 0; shift < 64; shift += 8) mix(uint8_t(uint64_t(entry.value) >> shift));
+    for (const char* c = entry.name; *c; c++) fnv.byte(uint8_t(*c));
+    fnv.byte(0);
+    fnv.number(entry.value);
   }
-  return digest;
+  return fnv.digest;
 }
 constexpr uint64_t kAbiDigest = abi_digest();
 
