@@ -136,8 +136,9 @@ class EngineChecks:
         raise EngineLoadError(f"{self.path}: {field}: expected {expected}, found {found}", fix=fix)
 
     def files(self, verify: bool) -> None:
-        """Every recorded file is there, of its recorded size (and content, with ``verify``)."""
-        for name, record in self.manifest.files.items():
+        """Every file that is used is recorded; every recorded one is there, of its size (with ``verify``, content)."""
+        manifest = self.manifest
+        for name, record in manifest.files.items():
             file = self.path / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 self.refuse(f"files.{name}", "a path inside the engine folder", "one outside it")
@@ -148,6 +149,10 @@ class EngineChecks:
                 self.refuse(name, f"{record.size} bytes", f"{size} bytes")
             if verify:
                 self._check_hash(name)
+        for field, used in (("weight_files", manifest.weight_files), ("kernel_files", manifest.kernel_files)):
+            for name in used:
+                if name not in manifest.files:
+                    self.refuse(f"{field}.{name}", "a recorded size and sha256", "none")
 
     def machine(self) -> None:
         """This machine has what the engine was built for, and its modules are such as this version runs."""
@@ -159,9 +164,11 @@ class EngineChecks:
         manifest = self.manifest
         self._check_sources()
         for name in manifest.kernel_files:
-            if name not in manifest.files:
-                self.refuse(f"kernel_files.{name}", "a recorded size and sha256", "none")
             self._check_hash(name)
+        chosen = {choice.op for choice in manifest.kernels}
+        for op in manifest.graph.ops:
+            if op.name not in chosen:
+                self.refuse(f"kernels.{op.name}", "what executes it", "none")
         for arch in dict.fromkeys(module.arch for module in manifest.kernel_files.values()):
             modules = [module for module in manifest.kernel_files.values() if module.arch == arch]
             # PTX and native libraries list no resources.
@@ -191,6 +198,10 @@ class EngineChecks:
         """The requested limits are within the built ones; returns the memory plan for them."""
         built = self.manifest.options
         if request.max_model_len is not None and request.max_model_len > built.max_model_len:
+            longest = self.manifest.graph.max_position
+            if request.max_model_len > longest:
+                message = f"expected at most {longest}, the model's own limit, found {request.max_model_len}"
+                raise EngineLoadError(f"--max-model-len: {message}", fix=f"--max-model-len {built.max_model_len}")
             self.refuse(
                 "max_model_len", f"at most {built.max_model_len}", request.max_model_len,
                 max_model_len=request.max_model_len,

@@ -65,5 +65,6 @@ def _check_has_runtime(path: Path, manifest: Manifest) -> None:
     missing = target_of(manifest.target).no_runtime
     if missing is not None:
         raise EngineLoadError(
-            f"{path}: target {manifest.target}: {missing}", fix=manifest.rebuild_command(str(path), target="cpu")
+            f"{path}: target {manifest.target}: {missing}",
+            fix=manifest.rebuild_command(f"{path}-cpu", target="cpu"),  # beside it: it is whole, and took long to build
         )

@@ -19,7 +19,7 @@ from llmctl.artifact.manifest import MANIFEST_NAME, FileRecord
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from llmctl.errors import EngineLoadError, ExitCode, LlmctlError, ModelNotFoundError, UsageError
-from llmctl.targets.base import KernelChoice, KernelFile, KernelResources, TargetName
+from llmctl.targets.base import FALLBACK, KernelChoice, KernelFile, KernelResources, TargetName
 from llmctl.targets.cuda import target as cuda
 from llmctl.targets.cuda.device import CudaDevice
 from llmctl.targets.cuda.packing import cuda_formats
@@ -279,11 +279,45 @@ def test_every_chosen_kernel_is_in_some_module(
         return made
 
     files = {**manifest.files, "kernels/sm_90/rope_kv.cubin": record}
-    choices = (KernelChoice("a", "norm", ("n",), ("norm.cu",)), KernelChoice("b", "rope_kv", ("r",), ("rope_kv.cu",)))
+    made = (KernelChoice("a", "norm", ("n",), ("norm.cu",)), KernelChoice("b", "rope_kv", ("r",), ("rope_kv.cu",)))
+    choices = (*made, *(KernelChoice(op.name, FALLBACK) for op in manifest.graph.ops))
     edit_manifest(engine, kernel_files=modules("n", "r"), files=files, kernels=choices)
     load_engine(engine)
     edit_manifest(engine, kernel_files=modules("n", "other"))
     assert "kernels.b: expected kernel r for sm_90, found no such kernel" in refused(engine)
+
+
+def test_every_op_has_what_executes_it(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
+    kernels = read_manifest(engine).kernels
+    edit_manifest(engine, kernels=tuple(choice for choice in kernels if choice.op != "lm_head"))
+    assert "kernels.lm_head: expected what executes it, found none" in refused(engine)
+
+
+def test_the_library_that_is_opened_is_a_recorded_one(
+    native: Path, tmp_path: Path, edit_manifest: Edit, refused: Callable[..., str]
+) -> None:
+    engine = Path(shutil.copytree(native, tmp_path / "engine"))
+    (name,) = read_manifest(engine).kernel_files
+    edit_manifest(engine, kernel_files={})
+    assert f"kernel_files: expected {name}, found none" in refused(engine)
+
+
+@pytest.mark.parametrize("field", ["weight_files", "kernel_files"])
+def test_every_file_that_is_used_is_recorded(
+    native: Path, tmp_path: Path, edit_manifest: Edit, refused: Callable[..., str], field: str
+) -> None:
+    engine = Path(shutil.copytree(native, tmp_path / "engine"))
+    manifest = read_manifest(engine)
+    name = next(iter(getattr(manifest, field)))
+    edit_manifest(engine, files={file: record for file, record in manifest.files.items() if file != name})
+    assert f"{field}.{name}: expected a recorded size and sha256, found none" in refused(engine)
+
+
+def test_a_length_beyond_the_models_own_limit(built: Path) -> None:
+    limit = read_manifest(built).graph.max_position
+    with pytest.raises(EngineLoadError, match=f"expected at most {limit}, the model's own limit") as caught:
+        load_engine(built, EngineRequest(max_model_len=limit + 1))
+    assert caught.value.fix == f"--max-model-len {read_manifest(built).options.max_model_len}"
 
 
 def test_an_engine_for_another_target_than_asked(built: Path, native: Path, refused: Callable[..., str]) -> None:
@@ -363,7 +397,7 @@ def test_checks_come_in_the_stated_order(engine: Path, edit_manifest: Edit, refu
     good = (engine / MANIFEST_NAME).read_text()
     (engine / WEIGHTS).write_bytes(weights[:-1])
     (engine / MANIFEST_NAME).write_text(good.replace('"format_version": 2', '"format_version": 0'))
-    arguments = {"max_model_len": 9999, "budget": 1}
+    arguments = {"max_model_len": 400, "budget": 1}
     assert "format_version" in refused(engine, **arguments)
     (engine / MANIFEST_NAME).write_text(good)
     assert f"{WEIGHTS}: expected" in refused(engine, **arguments)

@@ -216,6 +216,7 @@ def current_digest() -> str:
     return f"{abi_digest(abi_entries()):016x}"
 
 
+OTHER_VERSION = "built for another version of llmctl"
 _FIX = "rebuild the engine with llmctl build"
 
 
@@ -232,9 +233,7 @@ def open_library(path: Path) -> c.CDLL:
         raise EngineLoadError(f"kernel library {path.name}: {error}", fix=_FIX) from error
     difference = _difference(library)
     if difference:
-        raise EngineLoadError(
-            f"kernel library {path.name}: built for another version of llmctl: {difference}", fix=_FIX
-        )
+        raise EngineLoadError(f"kernel library {path.name}: {OTHER_VERSION}: {difference}", fix=_FIX)
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -155,6 +155,9 @@ class CpuTarget:
         if self._library() is None:
             expected = f"a CPU that runs {', '.join(self.name.archs)}"
             refuse("target", expected, f"one that runs {_variants_here()}", target="cpu")
+        library = f"kernels/{self._library()}.so"
+        if library not in modules:  # it would be opened unchecked
+            refuse("kernel_files", library, ", ".join(modules) or "none")
         expected = current_digest()
         for path, module in modules.items():
             if module.abi != expected:

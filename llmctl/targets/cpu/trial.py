@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.errors import CompileError
+from llmctl.targets.cpu.abi import OTHER_VERSION
 
 _SECONDS = 60.0
 _OPENED = "opened"
@@ -58,6 +59,8 @@ def try_library(path: Path) -> None:
 
 
 def _refusal(message: str) -> CompileError:
+    if OTHER_VERSION in message:  # compiled from this installation's sources, by whatever compiler
+        return CompileError(message, fix="reinstall llmctl: its Python and its kernels' sources are of two versions")
     cache = cache_dir() / "kernels"
     return CompileError(message, fix=f"rm -r {cache}, then build again; or set CXX to another compiler")
 

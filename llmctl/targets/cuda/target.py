@@ -187,7 +187,7 @@ def parse(archs: str) -> Target:
     Raises:
         UsageError: no architecture, or one that the kernels are not compiled for.
     """
-    names = tuple(sorted({name for name in archs.split(",") if name}, key=lambda a: (len(a), a)))
+    names = tuple(sorted(set(archs.split(",")), key=lambda a: (len(a), a))) if archs else ()
     unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown or not names:
         found = f"'{unknown[0]}'" if unknown else "none"
