@@ -102,7 +102,9 @@ def ask(url: str) -> str:
     """The model's answer to QUESTION through the chat endpoint."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
     body["model"] = request(f"{url}/v1/models")["data"][0]["id"]
-    console.print(f"\n[bold cyan]$ curl {url}/v1/chat/completions -d '{json.dumps(body)}'[/]")
+    console.print(
+        f"\n[bold cyan]$ curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'[/]"
+    )
     answer = request(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
     console.print(f"[bold]Q:[/] {QUESTION}\n[bold]A:[/] {answer}")
     return str(answer)

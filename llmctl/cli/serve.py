@@ -111,7 +111,7 @@ KvCacheMemory = Annotated[
     typer.Option(
         "--kv-cache-memory",
         metavar="SIZE",
-        help="KV cache, such as 2GiB; by default what is left.",
+        help="KV cache, such as 2GiB; by default what all requests could use, at most 4 GiB of the host's memory.",
         rich_help_panel=_MEMORY,
     ),
 ]

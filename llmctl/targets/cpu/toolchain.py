@@ -92,8 +92,15 @@ def variants_to_test(features: Iterable[str]) -> tuple[Variant, ...]:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The C++ compiler's command: $CXX, c++, g++ or clang++ on PATH, or the ziglang wheel; None without any."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+    """The C++ compiler's command: $CXX, or c++, g++ or clang++ on PATH, or the ziglang wheel; None without any.
+
+    Raises:
+        CompileError: $CXX names a compiler that is not there.
+    """
+    wanted = os.environ.get("CXX")
+    if wanted and not shutil.which(wanted):
+        raise CompileError(f"CXX={wanted}: no such compiler", fix="unset CXX, or set it to a C++ compiler's command")
+    for name in (wanted, "c++", "g++", "clang++"):
         if name and shutil.which(name):
             return (name,)
     if importlib.util.find_spec("ziglang") is not None:
@@ -166,5 +173,8 @@ def _compile(command: tuple[str, ...], flags: tuple[str, ...], source: Path) -> 
 def _version(command: tuple[str, ...]) -> str:
     result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if result.returncode or not result.stdout.strip():
-        raise CompileError(f"{' '.join(command)} --version failed", fix=INSTALL_HINT)
+        said = next((line.strip() for line in result.stderr.splitlines() if line.strip()), "it said nothing")
+        raise CompileError(
+            f"{' '.join(command)} --version failed: {said}", fix=f"set CXX to another compiler, or {INSTALL_HINT}"
+        )
     return result.stdout.splitlines()[0].strip()

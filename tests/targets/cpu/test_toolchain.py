@@ -66,10 +66,14 @@ def test_compilers_on_the_path_go_before_the_wheel(
     assert find_compiler() == (sys.executable, "-m", "ziglang", "c++")
     made = compile_library(PORTABLE)
     assert (made.code, made.compiler) == (b"from zig", "zig 1.0")
-    monkeypatch.setenv("CXX", "mine")
-    for name in ("clang++", "g++", "c++", "mine"):
+    for name in ("clang++", "g++", "c++"):
         install(empty_path, name, tmp_path / "log")
         assert find_compiler() == (name,)
+    monkeypatch.setenv("CXX", "mine")
+    with pytest.raises(CompileError, match=r"CXX=mine: no such compiler \(unset CXX"):
+        find_compiler()
+    install(empty_path, "mine", tmp_path / "log")
+    assert find_compiler() == ("mine",)
 
 
 def test_the_cache_tells_flags_and_machines_apart(
