@@ -57,7 +57,6 @@ def open_runtime(engine: LoadedEngine, *, threads: int | None = None) -> Runtime
     Raises:
         EngineLoadError: this version has no runtime for the engine's target, or it does not load here.
     """
-    _check_has_runtime(engine.path, engine.manifest)
     return engine.target.open_runtime(engine, threads)
 
 

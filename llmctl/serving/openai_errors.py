@@ -10,6 +10,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from llmctl.errors import LlmctlError, QueueFullError, RequestError
@@ -89,10 +90,15 @@ def install_handlers(app: FastAPI) -> None:
         body = error_body(message, type_="invalid_request_error", code=_HTTP_CODES.get(error.status_code))
         return json_response(body, error.status_code, error.headers)
 
+    async def on_client_gone(_: Request, __: Exception) -> Response:
+        # In the middle of its body: nobody reads the answer, and it is no fault of ours that the log should tell.
+        return error_response(RequestError("the client closed the connection"))
+
     async def on_bug(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return error_response(error)
 
     app.add_exception_handler(LlmctlError, on_llmctl_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
     app.add_exception_handler(Exception, on_bug)

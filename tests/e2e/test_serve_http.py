@@ -90,6 +90,18 @@ def test_a_refused_body_leaves_the_connection_as_it_was(server: ServerProcess) -
     connection.close()
 
 
+def test_a_client_that_leaves_amid_its_body_is_no_fault_of_ours(server: ServerProcess) -> None:
+    before = len(server.output)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+        )
+        time.sleep(0.2)
+    time.sleep(0.5)
+    assert server.get("/health")[0] == 200
+    assert server.output[before:] == ""
+
+
 def test_oversized_prompt(server: ServerProcess) -> None:
     status, error = raw_post(server, "/v1/completions", json.dumps({"prompt": "word " * 2000}).encode())
     assert (status, error["code"]) == (400, "context_length_exceeded")

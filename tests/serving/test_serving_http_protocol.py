@@ -35,7 +35,6 @@ async def app(_scope: Any, receive: Any, send: Any) -> None:
 async def serving() -> AsyncIterator[int]:
     config = uvicorn.Config(app, http=BoundedHttpProtocol, log_config=None, lifespan="off", ws="none", port=0)
     server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     running = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -64,7 +64,7 @@ class CpuTarget:
         """The default passes, or some of them."""
         return cpu_passes(names, activations)
 
-    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:  # noqa: ARG002
+    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:
         """bfloat16 unless asked otherwise; a quantized model's dense head at 8 bits."""
         return cpu_options(config, graph)
 
@@ -84,7 +84,7 @@ class CpuTarget:
         self,
         graph: Graph,
         options: BuildOptions,
-        describe: Describe | None = None,  # noqa: ARG002
+        describe: Describe | None = None,
     ) -> dict[str, tuple[Plane, ...]]:
         """See ``packing.cpu_planes``: nothing is left open."""
         return cpu_planes(graph, options)
@@ -93,14 +93,14 @@ class CpuTarget:
         self,
         name: str,
         read: Read,
-        planes: Sequence[Plane],  # noqa: ARG002
+        planes: Sequence[Plane],
         graph: Graph,
         options: BuildOptions,
     ) -> dict[str, PlaneContent]:
         """See ``packing.pack_planes``."""
         return pack_planes(read(), name, graph, options)
 
-    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
+    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:
         """The planes as they are stored: kernels read them where they are mapped."""
         return total_bytes(planes)
 
@@ -108,13 +108,13 @@ class CpuTarget:
         """See ``layout.kv_layer_bytes``."""
         return sum(kv_layer_bytes(layer, DTYPES[options.kv_cache_dtype].tag) for layer in graph.kv)
 
-    def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:  # noqa: ARG002
+    def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
         """Buffers are float32, whatever the weights are."""
         return activation_bytes(graph, "float32", tokens, rows)
 
     def compile(
         self,
-        choices: Sequence[KernelChoice],  # noqa: ARG002
+        choices: Sequence[KernelChoice],
         cache: Path,
         progress: CompileProgress | None = None,
     ) -> list[Module]:
@@ -130,7 +130,7 @@ class CpuTarget:
                     progress(library.filename, len(modules), len(variants))
         return modules
 
-    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:  # noqa: ARG002
+    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:
         """One translation unit has all kernels."""
         return kernel_sources()
 

@@ -30,9 +30,9 @@ class UncompiledCpu(ReferenceTarget):
 
     def compile(
         self,
-        choices: Sequence[KernelChoice],  # noqa: ARG002
-        cache: Path,  # noqa: ARG002
-        progress: CompileProgress | None = None,  # noqa: ARG002
+        choices: Sequence[KernelChoice],
+        cache: Path,
+        progress: CompileProgress | None = None,
     ) -> list[Module]:
         """Nothing, and says so on stderr."""
         print(

@@ -88,7 +88,7 @@ class CudaTarget:
         """See ``registry.py``."""
         return choose_all(graph, options.dtype, options.kv_cache_dtype, options.block_size)
 
-    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:  # noqa: ARG002
+    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """None: a dense head stays dense."""
         return ()
 
@@ -104,12 +104,12 @@ class CudaTarget:
         read: Read,
         planes: Sequence[Plane],
         graph: Graph,
-        options: BuildOptions,  # noqa: ARG002
+        options: BuildOptions,
     ) -> dict[str, PlaneContent]:
         """See ``packing.pack_cuda``."""
         return pack_cuda(name, read, planes, graph)
 
-    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
+    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:
         """The planes as they are stored."""
         return total_bytes(planes)
 
@@ -176,7 +176,7 @@ class CudaTarget:
             return int(device.memory * DEVICE_SHARE), False
         return host_budget(), True
 
-    def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:  # noqa: ARG002
+    def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
         """There is none yet."""
         raise EngineLoadError(f"{engine.path}: target {self.name}: {self.no_runtime}", fix="--target cpu")
 

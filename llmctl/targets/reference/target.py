@@ -56,7 +56,7 @@ class ReferenceTarget:
         """Any; ``int8`` activations are a pass at the end."""
         return check_passes(names, activations, DEFAULT_PASSES, tuple(PASSES))
 
-    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:  # noqa: ARG002
+    def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:
         """float32 unless asked otherwise; a KV cache of the same, or of another float type."""
         dtype = "float32" if config.dtype == "auto" else config.dtype
         return BuildOptions(
@@ -72,11 +72,11 @@ class ReferenceTarget:
         """All but the head's."""
         return plain_rebuild_options(built, DEFAULT_PASSES)
 
-    def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:  # noqa: ARG002
+    def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
         """torch, for every op."""
         return tuple(KernelChoice(op.name, FALLBACK) for op in graph.ops)
 
-    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:  # noqa: ARG002
+    def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """None: the head is stored as the checkpoint has it."""
         return ()
 
@@ -92,12 +92,12 @@ class ReferenceTarget:
         read: Read,
         planes: Sequence[Plane],
         graph: Graph,
-        options: BuildOptions,  # noqa: ARG002
+        options: BuildOptions,
     ) -> dict[str, PlaneContent]:
         """Plain planes; dense ones when their turn comes."""
         return pack_plain(graph.weights[name], read, planes)
 
-    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:  # noqa: ARG002
+    def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:
         """Every weight dense in the compute dtype."""
         return sum(math.prod(weight.shape) for weight in graph.weights.values()) * DTYPES[options.dtype].nbytes
 
@@ -111,14 +111,14 @@ class ReferenceTarget:
 
     def compile(
         self,
-        choices: Sequence[KernelChoice],  # noqa: ARG002
-        cache: Path,  # noqa: ARG002
-        progress: CompileProgress | None = None,  # noqa: ARG002
+        choices: Sequence[KernelChoice],
+        cache: Path,
+        progress: CompileProgress | None = None,
     ) -> list[Module]:
         """Nothing."""
         return []
 
-    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:  # noqa: ARG002
+    def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:
         """None."""
         return {}
 
@@ -154,7 +154,7 @@ class ReferenceTarget:
             threads=threads,
         )
 
-    def _dense(self, options: BuildOptions) -> tuple[str, ...]:  # noqa: ARG002
+    def _dense(self, options: BuildOptions) -> tuple[str, ...]:
         """The safetensors dtypes a dense weight may be stored in."""
         return tuple(DTYPES[name].safetensors for name in COMPUTE_DTYPES)
 
