@@ -132,6 +132,8 @@ class RuntimeSizes:
     Attributes:
         num_blocks: KV blocks. block_size: tokens a block. max_model_len: longest sequence, tokens.
         max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
+        enforce_eager: start every kernel of a step by itself, where a device could replay a captured graph.
+        gpu_memory_utilization: share of a device's memory that may be used in all.
     """
 
     num_blocks: int
@@ -139,6 +141,8 @@ class RuntimeSizes:
     max_model_len: int
     max_num_batched_tokens: int
     max_num_seqs: int
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
 
 
 class RuntimeEngine(Protocol):

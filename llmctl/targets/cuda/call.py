@@ -108,15 +108,22 @@ class Call:
 
 
 class Machine(Protocol):
-    """Something that carries out calls: a GPU, or the emulator."""
+    """Something that carries out calls, in order: a GPU, the emulator, or a list that is run later."""
 
     def launch(self, call: Call) -> None:
-        """Start a call; results may come later, in order."""
+        """Start a call; results may come later."""
+        ...
+
+    def call_torch(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        """Start one of torch's own operators on tensors; its results go where ``out`` and the like say."""
         ...
 
 
 def bind(signature: Signature, arguments: Mapping[str, Any], geometry: Geometry | None = None) -> Call:
     """Check arguments against a signature.
+
+    What holds for shapes, strides, dtypes and numbers holds for all tensors that have them, and is remembered: the
+    layers of a model cost one full check and then a look-up each.
 
     Args:
         arguments: parameter name -> tensor (of torch, or anything with its dtype, shape, stride(), device and
@@ -127,17 +134,80 @@ def bind(signature: Signature, arguments: Mapping[str, Any], geometry: Geometry 
         ValueError: an argument of another dtype, shape, layout, alignment, device or range than the kernel takes,
             missing, or unknown; the message names the entry and the argument.
     """
+    key = _shape_key(signature, arguments, geometry)
+    checked = _CHECKED.get(key)
+    if checked is None:
+        checked = _checked(signature, arguments, geometry)
+        if len(_CHECKED) >= _MAX_CHECKED:
+            _CHECKED.clear()
+        _CHECKED[key] = checked
+    device = None
+    values: list[Pointer | np.generic | None] = []
+    for p, number in zip(signature.parameters, checked.numbers, strict=True):
+        if not isinstance(p, Array):
+            values.append(number)
+            continue
+        tensor = arguments.get(p.name)
+        if tensor is None:
+            values.append(None)
+            continue
+        device = device or tensor.device
+        if tensor.device != device or tensor.data_ptr() % p.align:
+            _refuse_place(signature, p, tensor, arguments)
+        values.append(Pointer(tensor, p.use))
+    return Call(signature.entry, signature.source, checked.geometry, tuple(values))
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What a check found that depends on shapes and numbers alone; ``numbers``: None at arrays.
+
+    ``signature`` is held so that its identity, which stands in the key, is nobody else's.
+    """
+
+    signature: Signature
+    geometry: Geometry
+    numbers: tuple[np.generic | None, ...]
+
+
+_CHECKED: dict[tuple[Any, ...], _Checked] = {}
+_MAX_CHECKED = 2**15
+
+
+def _shape_key(signature: Signature, arguments: Mapping[str, Any], geometry: Geometry | None) -> tuple[Any, ...]:
+    parts: list[Any] = [id(signature), geometry]
+    for name, a in arguments.items():
+        parts.append(name)
+        if hasattr(a, "data_ptr"):
+            parts += (a.dtype, a.shape, a.stride())
+        else:
+            parts += (type(a), a)
+    return tuple(parts)
+
+
+def _checked(signature: Signature, arguments: Mapping[str, Any], geometry: Geometry | None) -> _Checked:
     check = _Check(signature, arguments)
     check.names()
     check.arrays()
     check.sizes_allowed()
-    values = tuple(check.value(parameter) for parameter in signature.parameters)
+    numbers = tuple(None if isinstance(p, Array) else check.value(p) for p in signature.parameters)
     planned = signature.geometry(check.sizes) if signature.geometry else geometry
     if planned is None:
         raise ValueError(f"{signature.entry}: the launch geometry is the caller's to give")
     if any(not 0 <= n <= most for n, most in zip(planned.grid, _MAX_GRID, strict=True)):
         raise ValueError(f"{signature.entry}: a grid of {planned.grid} blocks is beyond {_MAX_GRID}")
-    return Call(signature.entry, signature.source, planned, values)
+    return _Checked(signature, planned, numbers)
+
+
+def _refuse_place(signature: Signature, p: Array, tensor: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise what is wrong with where a tensor lies."""
+    tensors = ((q.name, arguments.get(q.name)) for q in signature.parameters if isinstance(q, Array))
+    first, other = next((name, t) for name, t in tensors if t is not None)
+    where = f"{signature.entry}: {p.name}: expected"
+    if tensor.device != other.device:
+        raise ValueError(f"{where} a tensor on {other.device} like '{first}', found {tensor.device}")
+    beyond = tensor.data_ptr() % p.align
+    raise ValueError(f"{where} an address that is a multiple of {p.align}, found {beyond} beyond one")
 
 
 class _Check:
@@ -187,9 +257,6 @@ class _Check:
             self.refuse(p.name, wanted, found)
         if len(tensor.shape) != len(p.shape):
             self.refuse(p.name, f"[{', '.join(p.shape)}]", f"{len(tensor.shape)} dimensions")
-        first = self.tensors[0]
-        if tensor.device != first[1].device:
-            self.refuse(p.name, f"a tensor on {first[1].device} like '{first[0].name}'", tensor.device)
         for size, found in zip(p.shape, tensor.shape, strict=True):
             if size.isidentifier():
                 self.sizes.setdefault(size, int(found))
@@ -199,10 +266,6 @@ class _Check:
             self.sizes[p.stride] = int(tensor.stride(0)) if tensor.shape[0] > 1 else int(tensor.shape[-1])
         elif not tensor.is_contiguous():
             self.refuse(p.name, "a contiguous tensor", f"strides {tuple(tensor.stride())}")
-        if tensor.data_ptr() % p.align:
-            self.refuse(
-                p.name, f"an address that is a multiple of {p.align}", f"{tensor.data_ptr() % p.align} beyond one"
-            )
 
     def sizes_allowed(self) -> None:
         signature = self.signature
@@ -218,10 +281,7 @@ class _Check:
                 if self.arguments.get(argument) is None:
                     self.refuse(argument, f"a tensor, because {name} is {self.sizes[name]}", "none")
 
-    def value(self, p: Array | Number) -> Pointer | np.generic | None:
-        if isinstance(p, Array):
-            tensor = self.arguments.get(p.name)
-            return None if tensor is None else Pointer(tensor, p.use)
+    def value(self, p: Number) -> np.generic:
         strides = {a.stride for a in self.signature.parameters if isinstance(a, Array)}
         value = self.sizes.get(p.name, 0 if p.name in strides else None) if p.dtype == "i32" else None
         value = self.arguments.get(p.name) if value is None else value

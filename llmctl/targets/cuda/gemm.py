@@ -8,6 +8,7 @@ through torch) of weights dequantised into scratch. An act-order weight needs ``
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from llmctl.graph.dtypes import DTYPES
@@ -85,6 +86,7 @@ def int8_entries(dtype: str) -> tuple[str, ...]:
     return tuple(f"w8a8_gemm_{DTYPES[dtype].tag}_t{tokens}" for tokens in INT8_TOKENS)
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
     """The launch for m = 1..16 rows of x. K is shared out regardless of m, so a row has the same bits in any batch."""
     chunks = 16 // fmt.bits
@@ -105,6 +107,7 @@ def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> Gem
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: int = H200_SMS) -> GemmPlan:
     """The launch on tensor cores, for any m; ``int8``: int8 activations."""
     sizes = INT8_TOKENS if int8 else (32, 64)

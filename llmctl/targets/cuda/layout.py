@@ -8,6 +8,7 @@ steps of 128; padded groups have the scale 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class CudaFormat:
         if reason:
             raise ValueError(reason)
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """N in whole tiles."""
         return len(row_order(self.shape[0], self.gated))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llmctl.graph.dtypes import BY_TAG, HALF_DTYPES
@@ -37,19 +36,30 @@ _DTYPE = {getattr(torch, row.torch): row for row in BY_TAG.values()}
 
 
 class Scratch:
-    """Buffers by purpose, kept and grown; take the largest of each before a CUDA graph is captured."""
+    """Buffers by purpose, kept and grown until they are frozen: a captured CUDA graph holds on to their addresses."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._frozen = False
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """A buffer of a shape; zeros when new, and whatever its last user left in it afterwards."""
+        """A buffer of a shape; zeros when new, and whatever its last user left in it afterwards.
+
+        Raises:
+            RuntimeError: larger than what was reserved before ``freeze``.
+        """
         size = torch.Size(shape).numel()
         key = (name, dtype)
         if key not in self._buffers or self._buffers[key].numel() < size:
+            if self._frozen and size:
+                raise RuntimeError(f"scratch '{name}': {size} elements of {dtype} were not reserved")
             self._buffers[key] = torch.zeros(size, dtype=dtype, device=self._device)
         return self._buffers[key][:size].view(shape)
+
+    def freeze(self) -> None:
+        """Nothing grows from now on."""
+        self._frozen = True
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ def _head_norm(machine: Machine, job: Job) -> None:
 
 def _elementwise(machine: Machine, job: Job) -> None:
     # Slices of a merged linear whose epilogue was not fused have gaps between their rows.
-    x = [t if t.is_contiguous() else _gathered(job, f"elementwise{i}", t) for i, t in enumerate(job.inputs)]
+    x = [t if t.is_contiguous() else _gathered(machine, job, f"elementwise{i}", t) for i, t in enumerate(job.inputs)]
     if job.op.kind == "act":
         launch(machine, f"act_{job.attrs['fn']}_{job.tag}", x=x[0], y=job.outputs[0])
     elif job.op.kind == "act_mul":
@@ -180,8 +190,10 @@ def _elementwise(machine: Machine, job: Job) -> None:
         launch(machine, f"{job.op.kind}_{job.tag}", x=x[0], y=x[1], z=job.outputs[0])
 
 
-def _gathered(job: Job, name: str, x: Tensor) -> Tensor:
-    return job.step.scratch.take(name, x.dtype, *x.shape).copy_(x)
+def _gathered(machine: Machine, job: Job, name: str, x: Tensor) -> Tensor:
+    close = job.step.scratch.take(name, x.dtype, *x.shape)
+    machine.call_torch(close.copy_, x)
+    return close
 
 
 def _rope_kv(machine: Machine, job: Job) -> None:
@@ -251,7 +263,8 @@ def _residual(job: Job) -> Tensor | None:
     return job.inputs[-1] if "residual" in job.attrs else None
 
 
-def _dense_gated(machine: Machine, job: Job) -> None:
+def dense(machine: Machine, job: Job) -> None:
+    """A linear of a dense weight: torch's product (cuBLAS), into the output."""
     weight = job.weights[0]
     assert isinstance(weight, Tensor)
     _dense(machine, job, job.inputs[0], weight)
@@ -259,21 +272,27 @@ def _dense_gated(machine: Machine, job: Job) -> None:
 
 def _dense(machine: Machine, job: Job, x: Tensor, weight: Tensor) -> None:
     """torch's product, then the gated activation or the residual if there is one."""
-    bias, epilogue, residual = job.weights[1], job.attrs.get("epilogue"), _residual(job)
-    product = F.linear(x, weight, bias)
+    bias, epilogue, residual, y = job.weights[1], job.attrs.get("epilogue"), _residual(job), job.outputs[0]
     if epilogue:
-        launch(machine, f"{epilogue}_{job.tag}", x=product, y=job.outputs[0])
+        y = job.step.scratch.take("product", x.dtype, len(x), len(weight))
+    if bias is not None:
+        machine.call_torch(torch.addmm, bias, x, weight.t(), out=y)
     elif residual is not None:
-        torch.add(product, residual, out=job.outputs[0])
+        machine.call_torch(torch.addmm, residual, x, weight.t(), out=y)
+        return
     else:
-        job.outputs[0].copy_(product)
+        machine.call_torch(torch.mm, x, weight.t(), out=y)
+    if epilogue:
+        launch(machine, f"{epilogue}_{job.tag}", x=y, y=job.outputs[0])
+    elif residual is not None:
+        machine.call_torch(torch.add, y, residual, out=y)
 
 
 def _lora(machine: Machine, job: Job) -> None:
     """The result may lie where the input that it adds to does; nothing is copied then."""
     (x, y), z, step = job.inputs, job.outputs[0], job.step
     if z.data_ptr() != y.data_ptr():
-        z.copy_(y)
+        machine.call_torch(z.copy_, y)
     if step.adapters is None:
         return
     weights = step.lora[job.op.name]
@@ -326,7 +345,7 @@ EXECUTORS: dict[str, Executor] = {
     "w8a8": _gemm_int8,
     "quantize_rows": _quantize,
     "lora": _lora,
-    "dense_gated": _dense_gated,
+    "dense_gated": dense,
     "paged_attention": _attention,
 }
 """By the registry's kernel name."""

@@ -231,7 +231,8 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("lora", "lora.cu", "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
           lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
-    _cuda("sample", "sampling.cu", "sample", _refuse_sample, lambda f: (f"sample_{f.tag}", "sample_f32")),
+    _cuda("sample", "sampling.cu", "sample", _refuse_sample,
+          lambda f: (f"sample_{f.tag}", "sample_f32", "feed_tokens")),
     _cuda("adjust_logits", "logits.cu", "adjust_logits", refuse_dtype, lambda _: ("add_bias", "penalise")),
     _cuda("logprobs", "logits.cu", "logprobs", refuse_dtype, lambda _: ("logprobs",)),
 )  # fmt: skip

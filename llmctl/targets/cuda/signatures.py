@@ -220,6 +220,17 @@ def _sample(tag: str) -> Signature:
     )  # fmt: skip
 
 
+def _feed() -> Signature:
+    return Signature(
+        "feed_tokens", "sampling.cu",
+        (
+            update("ids", "i64", "rows", align=8), read("source", "i32", "rows", align=4),
+            read("tokens", "i32", "count", align=4), *ints("rows"),
+        ),
+        geometry=blocks(256, _rows, 256),
+    )  # fmt: skip
+
+
 def _logits() -> Iterable[Signature]:
     logits = update("logits", "f32", "rows vocab", align=4)
 
@@ -248,4 +259,4 @@ for _tag in TAGS:
     register([_head_norm(_tag), *(_rope_kv(_tag, kv) for kv in (_tag, "s8", "e4m3"))])
     register(_elementwise_all(_tag))
     register(_quantize(_tag, fn) for fn in (None, *ACTIVATIONS))
-register([*(_sample(tag) for tag in (*TAGS, "f32")), *_logits()])
+register([*(_sample(tag) for tag in (*TAGS, "f32")), _feed(), *_logits()])

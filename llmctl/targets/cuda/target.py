@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from llmctl.config import BuildConfig
 from llmctl.engine.step import Runtime
-from llmctl.errors import CompileError, EngineLoadError, UsageError
+from llmctl.errors import CompileError, UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
@@ -177,8 +177,10 @@ class CudaTarget:
         return host_budget(), True
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
-        """There is none yet."""
-        raise EngineLoadError(f"{engine.path}: target {self.name}: {self.no_runtime}", fix="--target cpu")
+        """A CudaRuntime on the first GPU; ``threads`` means nothing to it."""
+        from llmctl.targets.cuda.opening import open_cuda_runtime
+
+        return open_cuda_runtime(engine)
 
 
 def parse(archs: str) -> Target:

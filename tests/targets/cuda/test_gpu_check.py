@@ -40,6 +40,9 @@ class Recorder:
     def launch(self, call: Call) -> None:
         self.calls.append(call)
 
+    def call_torch(self, function: object, *arguments: object, **named: object) -> None:
+        pass
+
 
 @pytest.mark.skipif(missing_device() is None, reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_attention_refusals(graph: Graph, dtype: str, kv_dtype: str, block_size:
 def test_sampling_comes_after_the_graph_of_a_cuda_engine() -> None:
     choices = choose_all(norm(), "float16", "float16", 16)
     assert [choice.op for choice in choices] == ["norm", "sample", "adjust_logits", "logprobs"]
-    assert choices[1].entries == ("sample_f16", "sample_f32")
+    assert choices[1].entries == ("sample_f16", "sample_f32", "feed_tokens")
     huge = graph_of(Op("sample", "sample", (LOGITS,), ("tokens",)), vocab=2**24)
     assert "vocabulary" in chosen(huge)[1][0]
 

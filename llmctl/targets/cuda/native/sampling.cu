@@ -12,6 +12,9 @@
 // = may be sampled; temperature f32 [rows], 0 = greedy, the lowest id among the largest; top_k i32, top_p f32, min_p
 // f32 [rows], each or null (0, 1, 0 = off); seeds u64, positions i64 [rows]; tokens i32 [rows]. A row whose every token
 // is forbidden gets token 0. vocab <= 2^23. Grid: rows blocks of 1024 threads.
+// feed_tokens: ids[i] = tokens[source[i]] where source[i] >= 0: a step takes the tokens that the one before it sampled
+// without the host having seen them. ids i64, source i32 [rows]; tokens i32 [count]. Grid: ceil(rows / 256) of 256.
+//
 // Numbers, sm_90: 62 or 63 registers, one block of 1024 threads an SM. A vocabulary of 128256 in fp32 is 513 KB a row:
 // a block alone draws about 60 GB/s: greedy 9 us at 1 to 132 rows, a draw 27 us, with top-p 70 us.
 // Bound: greedy reads the row once; a draw reads it twice more, and five times more for each of top-k and top-p (from
@@ -240,3 +243,9 @@ LLMCTL_DEVICE void sample_row(const Batch<T>& batch, Shared& shared) {
 LLMCTL_SAMPLE(f16, llmctl::f16)
 LLMCTL_SAMPLE(bf16, llmctl::bf16)
 LLMCTL_SAMPLE(f32, float)
+
+LLMCTL_KERNEL(256, 4)
+feed_tokens(long long* ids, const int* source, const int* tokens, int rows) {
+    const int i = llmctl::block_index() * 256 + llmctl::thread_index();
+    if (i < rows && source[i] >= 0) ids[i] = tokens[source[i]];
+}

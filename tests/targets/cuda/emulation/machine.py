@@ -19,6 +19,14 @@ class EmulatedMachine:
     def __init__(self) -> None:
         self.launched: list[str] = []
 
+    def call_torch(self, function: Any, *arguments: Any, **named: Any) -> None:
+        """Run an operator of torch."""
+        function(*arguments, **named)
+
+    def prepared(self, call: Call) -> Any:
+        """What runs a call."""
+        return lambda: self.launch(call)
+
     def launch(self, call: Call) -> None:
         """Run a call in both schedules; raises EmulationError."""
         if call.empty:

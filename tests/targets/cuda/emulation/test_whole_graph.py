@@ -3,16 +3,15 @@ quantized, and the families whose ops it lacks."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from cuda_graph_runner import KernelRuntime
+from cuda_model import emulated_runtime
 from emulator import missing
-from machine import EmulatedMachine, launch
+from machine import launch
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice, StepPlan
@@ -20,6 +19,7 @@ from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.graph.lora import insert_lora
 from llmctl.graph.passes import apply_passes
+from llmctl.targets.cuda import buffers as cuda_buffers
 from llmctl.targets.cuda import ops as cuda_ops
 from llmctl.targets.cuda.registry import FALLBACK
 from llmctl.targets.cuda.target import CUDA_PASSES
@@ -105,8 +105,8 @@ def _generate(
     [None, QuantScheme(4, 64, symmetric=False), QuantScheme(8, -1, symmetric=True)],
     ids=["dense", "w4", "w8"],
 )
-def test_greedy_tokens_are_those_of_the_reference(quant, capsys):
-    _check(*_model(quant), capsys)
+def test_greedy_tokens_are_those_of_the_reference(quant):
+    _check(*_model(quant))
 
 
 @pytest.mark.parametrize(
@@ -114,23 +114,24 @@ def test_greedy_tokens_are_those_of_the_reference(quant, capsys):
     [(GPT2, None), (QWEN3, None), (PHI, None), (CONFIG, ())],
     ids=["gpt2", "qwen3", "phi", "unfused"],
 )
-def test_other_families_and_plain_ops(config, passes, capsys):
-    _check(*_model(None, config, passes), capsys)
+def test_other_families_and_plain_ops(config, passes):
+    _check(*_model(None, config, passes))
 
 
-def test_act_order_and_many_rows(capsys, monkeypatch):
-    monkeypatch.setattr(cuda_ops, "GEMM_ROWS", 4)  # prompts go through dequantised weights then
-    launched = _check(*_model(QuantScheme(4, 64, symmetric=False, act_order=True), passes=("fuse_add_norm",)), capsys)
+def test_act_order_and_many_rows(monkeypatch):
+    for module in (cuda_ops, cuda_buffers):
+        monkeypatch.setattr(module, "GEMM_ROWS", 4)  # prompts go through dequantised weights then
+    launched = _check(*_model(QuantScheme(4, 64, symmetric=False, act_order=True), passes=("fuse_add_norm",)))
     assert {"permute_columns_f16", "dequantize_w4_f16", "w4a16_stream_f16_g64_m8"} <= launched
 
 
-def test_int8_activations(capsys):
+def test_int8_activations():
     """w8a8 throughout: rows quantized by the norms, or by themselves, as the reference quantizes them."""
     passes = (*CUDA_PASSES, "int8_activations")
     graph, weights = _model(QuantScheme(8, -1, symmetric=True), passes=passes)
     # Of two computations that round apart a code may differ: 1/127 of a row's largest value, a hundred times as much as
     # float16 rounds, and as much between the reference's own float16 and float32.
-    launched = _check(graph, weights, capsys)
+    launched = _check(graph, weights)
     assert {"rms_norm_s8_f16", "add_rms_norm_s8_f16", "quantize_s8_f16", "w8a8_gemm_f16_t32"} <= launched
     assert not [entry for entry in launched if "w8a16" in entry]
 
@@ -140,10 +141,10 @@ def test_int8_activations(capsys):
     [(None, CUDA_PASSES), (QuantScheme(8, -1, symmetric=True), (*CUDA_PASSES, "int8_activations"))],
     ids=["dense", "w8a8"],
 )
-def test_parallel_residuals(quant, passes, capsys):
+def test_parallel_residuals(quant, passes):
     graph, weights = _model(quant, PHI, passes)
     assert any("residual" in op.attrs for op in graph.ops)
-    _check(graph, weights, capsys)
+    _check(graph, weights)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_parallel_residuals(quant, passes, capsys):
     ],
     ids=["w4a16", "w8a8"],
 )
-def test_adapters_in_one_batch(quant, more, gating, capsys):
+def test_adapters_in_one_batch(quant, more, gating):
     """Sequences with two adapters and with none; the reference adds them in torch."""
     # Not down_proj: the gating before it then makes int8 rows, which adapters could not read.
     targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
@@ -165,7 +166,7 @@ def test_adapters_in_one_batch(quant, more, gating, capsys):
         k, n = graph.buffers[op.inputs[0]].width, op.attrs["rows"]
         a, b = torch.randn(2, 8, k, generator=rng) * k**-0.5, torch.randn(2, n, 8, generator=rng) * 0.3
         adapters[op.name] = AdapterWeights(a.half(), b.half(), torch.tensor([1.0, 0.5]))
-    launched = _check(graph, weights, capsys, adapters, near=bool(more))
+    launched = _check(graph, weights, adapters, near=bool(more))
     assert {"lora_shrink_f16_r16", "lora_expand_f16_r16", gating} <= launched
 
 
@@ -185,20 +186,20 @@ def _adapt(runtime, adapters):
     return runtime
 
 
-def _check(graph, weights, capsys, adapters=None, near=False):
+def _check(graph, weights, adapters=None, near=False):
     """The reference's tokens exactly; with ``near`` they may be others that the reference's own rounding cannot tell
     from its best."""
-    machine = EmulatedMachine()
-    emulated = KernelRuntime(machine, graph, weights, "float16", **SIZES)
+    emulated = emulated_runtime(
+        graph, weights, "float16", **SIZES, lora=adapters, adapter_of=lambda piece: piece.block_ids[0] // 4 - 1
+    )
     half, single = (ReferenceRuntime(graph, weights, dtype=dtype, **SIZES) for dtype in ("float16", "float32"))
-    for runtime in (emulated, half, single) if adapters else ():
+    for runtime in (half, single) if adapters else ():
         _adapt(runtime, adapters)
+    emulated.machine.launched.clear()
     found, found_logits = _generate(emulated, 3)
     path = found if near else None
     expected, logits = _generate(half, 3, path)
     exact = _generate(single, 3, path)[1]
-    with capsys.disabled():
-        print(f"\n{_summary(emulated)}", file=sys.stderr)
     assert found == expected
     noise = max((a - b).abs().max() for a, b in zip(logits, exact, strict=True))
     error = max((a - b).abs().max() for a, b in zip(found_logits, exact, strict=True))
@@ -210,12 +211,7 @@ def _check(graph, weights, capsys, adapters=None, near=False):
     assert by_torch <= {
         op.name for op in graph.ops if op.kind == "linear" and graph.weights[op.weights[0]].quant is None
     }
-    return set(machine.launched)
-
-
-def _summary(runtime: KernelRuntime) -> str:
-    parts = [f"{kind}: {'+'.join(sorted(by))}" for kind, by in sorted(runtime.executed.items())]
-    return "executed by " + ", ".join(parts)
+    return set(emulated.machine.launched)
 
 
 def test_the_kernels_sample_the_same_greedy_tokens():

@@ -1,0 +1,238 @@
+"""Where a step's activations lie: planned once, at fixed addresses, because CUDA graphs keep them.
+
+A storage is ``row_bytes`` for each of the largest step's tokens (or sampled rows); a buffer is a view of one, or of
+some of its columns. A storage is used again once the last buffer in it has been read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
+from llmctl.graph.graph import Graph, Op
+from llmctl.targets.base import RuntimeSizes
+from llmctl.targets.cuda.attention import max_splits
+from llmctl.targets.cuda.gemm import GEMM_ROWS, plan_gemm, plan_tile
+from llmctl.targets.cuda.layout import CudaFormat
+from llmctl.targets.cuda.lora import lora_splits
+from llmctl.targets.cuda.ops import DECODE_SPLIT, output_dtypes
+from llmctl.targets.cuda.packing import cuda_formats
+
+SCRATCH_DTYPES = {
+    "workspace": torch.float32, "counters": torch.int32, "parts": torch.float32, "part_stats": torch.float32,
+    "lora": torch.float32,
+}  # fmt: skip
+"""Of the buffers by purpose that are not of the compute dtype."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """``row_bytes`` for each token of a step, or for each sampled row."""
+
+    row_bytes: int
+    on_rows: bool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A buffer: ``columns`` elements a row from column ``start`` on, in a storage whose rows have ``width``."""
+
+    storage: int
+    dtype: torch.dtype
+    width: int
+    start: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """Storages, and where each buffer lies. ``merged``: by op, all outputs of a linear with splits as one buffer."""
+
+    storages: tuple[Storage, ...]
+    placements: Mapping[str, Placement]
+    merged: Mapping[str, Placement]
+
+    def bytes(self, tokens: int, rows: int) -> int:
+        """What all storages take."""
+        return sum(s.row_bytes * (rows if s.on_rows else tokens) for s in self.storages)
+
+    def allocate(self, tokens: int, rows: int, device: torch.device | str) -> Buffers:
+        """Storages for steps of up to ``tokens`` tokens and ``rows`` sampled rows."""
+        made = [
+            torch.zeros(s.row_bytes * (rows if s.on_rows else tokens), dtype=torch.uint8, device=device)
+            for s in self.storages
+        ]
+        return Buffers(self, made)
+
+
+class Buffers:
+    """The storages of a plan on a device."""
+
+    def __init__(self, plan: BufferPlan, storages: Sequence[Tensor]) -> None:
+        self._plan, self._storages = plan, storages
+
+    def rows_of(self, name: str) -> int:
+        """Rows of the largest step, of a buffer."""
+        place = self._plan.placements[name]
+        return self._storages[place.storage].numel() // (place.width * place.dtype.itemsize)
+
+    def view(self, name: str, rows: int) -> Tensor:
+        """The first rows of a buffer, [rows, columns]."""
+        return self._view(self._plan.placements[name], rows)
+
+    def outputs(self, op: Op, rows: int) -> list[Tensor]:
+        """The first rows of each output of an op; one, merged, of a linear with splits."""
+        merged = self._plan.merged.get(op.name)
+        places = [self._plan.placements[name] for name in op.outputs] if merged is None else [merged]
+        return [self._view(place, rows) for place in places]
+
+    def _view(self, place: Placement, rows: int) -> Tensor:
+        storage = self._storages[place.storage].view(place.dtype)
+        whole = storage[: rows * place.width].view(rows, place.width)
+        return whole[:, place.start : place.start + place.columns]
+
+
+def plan_buffers(graph: Graph, dtype: torch.dtype) -> BufferPlan:
+    """Place every buffer that an op makes.
+
+    What ``gather_rows`` reads stays to the end of the step: rows of it may be wanted in several portions.
+    """
+    return _Planner(graph, dtype).run()
+
+
+class _Planner:
+    """One planning: storages, the buffers alive in each, and those that are free."""
+
+    def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
+        self.graph, self.dtype = graph, dtype
+        self.storages: list[Storage] = []
+        self.alive: list[int] = []
+        self.placements: dict[str, Placement] = {}
+        self.merged: dict[str, Placement] = {}
+        self.last = {name: i for i, op in enumerate(graph.ops) for name in (*op.inputs, *op.outputs)}
+        gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
+        self.gather = gather
+        self.last[graph.ops[gather].inputs[0]] = len(graph.ops)
+
+    def run(self) -> BufferPlan:
+        for index, op in enumerate(self.graph.ops):
+            self._place(index, op)
+            for name in {*op.inputs, *op.outputs}:
+                if self.last[name] == index and name in self.placements:
+                    self.alive[self.placements[name].storage] -= 1
+        return BufferPlan(tuple(self.storages), self.placements, self.merged)
+
+    def _place(self, index: int, op: Op) -> None:
+        widths = [self.graph.buffers[name].width for name in op.outputs]
+        if op.kind == "lora" and self.last[op.inputs[1]] == index:  # it adds to what lies there
+            self._add(op.outputs[0], self.placements[op.inputs[1]])
+        elif "splits" in op.attrs:
+            whole = self._take(index, sum(widths), self.dtype)
+            self.merged[op.name] = whole
+            start = 0
+            for name, width in zip(op.outputs, widths, strict=True):
+                self._add(name, Placement(whole.storage, self.dtype, whole.width, start, width))
+                start += width
+        else:
+            for name, width, dtype in zip(op.outputs, widths, output_dtypes(op, self.dtype), strict=True):
+                self._add(name, self._take(index, width, dtype))
+
+    def _add(self, name: str, place: Placement) -> None:
+        self.placements[name] = place
+        self.alive[place.storage] += 1
+
+    def _take(self, index: int, width: int, dtype: torch.dtype) -> Placement:
+        """The smallest free storage that is large enough, or a new one."""
+        on_rows, row_bytes = index >= self.gather, width * dtype.itemsize
+        row_bytes += -row_bytes % 16
+        free = [
+            i
+            for i, s in enumerate(self.storages)
+            if not self.alive[i] and s.on_rows == on_rows and s.row_bytes >= row_bytes
+        ]
+        if free:
+            found = min(free, key=lambda i: self.storages[i].row_bytes)
+        else:
+            found = len(self.storages)
+            self.storages.append(Storage(row_bytes, on_rows))
+            self.alive.append(0)
+        return Placement(found, dtype, width, 0, width)
+
+
+def scratch_sizes(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> dict[str, int]:
+    """Elements of every scratch buffer that some step of these sizes needs, by purpose (``ops.Scratch.take``'s names).
+
+    Exact for the GEMM kernels' workspaces, whose size is no simple function of the rows: every number is planned.
+    """
+    found: dict[str, int] = {}
+    for name, size in _needs(graph, dtype, sizes, sms):
+        found[name] = max(found.get(name, 0), size)
+    return found
+
+
+def scratch_bytes(sizes: Mapping[str, int], dtype: str) -> int:
+    """Bytes of scratch buffers of these sizes."""
+    half = DTYPES[dtype].nbytes
+    return sum(n * (SCRATCH_DTYPES[name].itemsize if name in SCRATCH_DTYPES else half) for name, n in sizes.items())
+
+
+def _needs(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> Iterator[tuple[str, int]]:
+    tokens, formats = sizes.max_num_batched_tokens, cuda_formats(graph)
+    gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
+    for index, op in enumerate(graph.ops):
+        most = sizes.max_num_seqs if index >= gather else tokens
+        if op.kind == "linear":
+            fmt, (rows, _) = formats.get(op.weights[0]), graph.weights[op.weights[0]].shape
+            int8 = "activations" in op.attrs
+            if fmt is not None:
+                yield from _gemm_needs(fmt, dtype, int8, most, sms)
+            if "epilogue" in op.attrs and (fmt is None or (most > GEMM_ROWS and not int8)):
+                yield "product", most * rows
+        elif op.kind == "attention":
+            splits = max_splits(sizes.max_model_len, op.attrs["window"], DECODE_SPLIT)
+            heads = sizes.max_num_seqs * op.attrs["heads"] * splits
+            yield "parts", heads * op.attrs["head_dim"]
+            yield "part_stats", heads * 2
+        elif op.kind == "lora":
+            yield "lora", lora_splits(graph.buffers[op.inputs[0]].width) * tokens * op.attrs["rank"]
+        elif op.kind in ("act", "act_mul", "mul", "add"):
+            for i, name in enumerate(op.inputs):
+                yield f"elementwise{i}", most * graph.buffers[name].width
+
+
+def _gemm_needs(fmt: CudaFormat, dtype: str, int8: bool, most: int, sms: int) -> Iterator[tuple[str, int]]:
+    workspace, counters = _gemm_scratch(fmt, dtype, int8, most if int8 else min(most, GEMM_ROWS), sms)
+    yield "workspace", workspace
+    yield "counters", counters
+    if fmt.permuted:
+        yield "permuted", most * fmt.shape[1]
+    if most > GEMM_ROWS and not int8:
+        yield "dense", fmt.shape[0] * fmt.shape[1]
+
+
+@functools.cache
+def _gemm_scratch(fmt: CudaFormat, dtype: str, int8: bool, most: int, sms: int) -> tuple[int, int]:
+    """(workspace, counters) that are enough for any number of rows up to ``most``."""
+    plans = [
+        plan_tile(fmt, dtype, m, int8=True, sms=sms) if int8 else plan_gemm(fmt, dtype, m, sms)
+        for m in range(1, most + 1)
+    ]
+    return max(p.workspace for p in plans), max(p.counters for p in plans)
+
+
+def step_bytes(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> int:
+    """Bytes beside weights and KV cache: activations, scratch, float32 logits of every sampled row."""
+    element = getattr(torch, BY_SAFETENSORS[DTYPES[dtype].safetensors].torch)
+    rows = sizes.max_num_seqs
+    plan = plan_buffers(graph, element)
+    logits = 4 * rows * graph.vocab_size
+    return (
+        plan.bytes(sizes.max_num_batched_tokens, rows)
+        + scratch_bytes(scratch_sizes(graph, dtype, sizes, sms), dtype)
+        + logits
+    )

@@ -1,0 +1,202 @@
+"""What a step is told: token ids, positions, slots, block tables, sampling parameters, staged on the host and copied
+to fixed places on the device, where programs and CUDA graphs read them."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmctl.engine.step import RuntimeLimits, SamplingBatch, StepPlan
+from llmctl.targets.batch import FlatPlan, check_blocks
+
+_ALIGN = 16
+_ROW_ARRAYS: dict[str, tuple[Any, float]] = {
+    "rows": (np.int64, 0), "seeds": (np.int64, 0), "sample_positions": (np.int64, 0), "temperature": (np.float32, 0),
+    "top_p": (np.float32, 1), "min_p": (np.float32, 0), "top_k": (np.int32, 0),
+}  # fmt: skip
+"""Arrays of the sampled rows: dtype, and what a row has that asks for nothing (greedy, no filter)."""
+_TORCH = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a program is bound for; steps are padded to one.
+
+    Attributes:
+        tokens, sequences: T and S, padding included. width: blocks a row of the block tables, so that contexts of up to
+            ``width * block_size`` tokens are read.
+        prefill, decode: whether some sequence has several rows, and whether some has one. Without prefill row i is
+            that of sequence i.
+    """
+
+    tokens: int
+    sequences: int
+    width: int
+    prefill: bool
+    decode: bool
+
+
+@dataclass(frozen=True)
+class _Region:
+    """An array in the arena: where it starts, in bytes, and its type."""
+
+    start: int
+    dtype: Any
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * np.dtype(self.dtype).itemsize
+
+
+def _regions(start: int, arrays: Sequence[tuple[str, Any, int]]) -> dict[str, _Region]:
+    found = {}
+    for name, dtype, count in arrays:
+        found[name] = region = _Region(start, dtype, count)
+        start = region.stop + -region.stop % _ALIGN
+    return found
+
+
+def _step_arrays(tokens: int, sequences: int) -> list[tuple[str, Any, int]]:
+    return [
+        ("ids", np.int64, tokens), ("positions", np.int64, tokens), ("slots", np.int64, tokens),
+        ("source", np.int32, tokens), ("adapters", np.int32, tokens), ("seq_lens", np.int32, sequences),
+        ("query_start", np.int32, sequences + 1),
+    ]  # fmt: skip
+
+
+class InputArena:
+    """The device's side: one block of memory for arrays, one for block tables.
+
+    Arrays of the sampled rows lie first, at the same place in every step; those of tokens and sequences follow, packed
+    for the step's shape.
+    """
+
+    def __init__(self, tokens: int, sequences: int, limits: RuntimeLimits, device: torch.device | str) -> None:
+        """``tokens``, ``sequences``: of the largest step."""
+        self.limits = limits
+        self.row_regions = _regions(0, [(name, dtype, sequences) for name, (dtype, _) in _ROW_ARRAYS.items()])
+        self._start = max(r.stop + -r.stop % _ALIGN for r in self.row_regions.values())
+        self.size = self.step_bytes(StepShape(tokens, sequences, 1, True, True))
+        self.table_width = -(-limits.max_model_len // limits.block_size)
+        self.memory = torch.zeros(self.size, dtype=torch.uint8, device=device)
+        self.tables = torch.zeros(sequences * self.table_width, dtype=torch.int32, device=device)
+
+    @functools.lru_cache(maxsize=512)  # noqa: B019 - one arena a runtime
+    def step_regions(self, tokens: int, sequences: int) -> dict[str, _Region]:
+        """Where a shape's arrays lie."""
+        return _regions(self._start, _step_arrays(tokens, sequences))
+
+    def step_bytes(self, shape: StepShape) -> int:
+        """Bytes from the arena's start that a step of a shape uses."""
+        return max(r.stop for r in self.step_regions(shape.tokens, shape.sequences).values())
+
+    def views(self, shape: StepShape) -> dict[str, Tensor]:
+        """The step's arrays on the device by name, ``block_tables`` [S, width] included."""
+        found = {n: self._view(r) for n, r in self.step_regions(shape.tokens, shape.sequences).items()}
+        found["block_tables"] = self.tables[: shape.sequences * shape.width].view(shape.sequences, shape.width)
+        return found
+
+    def row_view(self, name: str, rows: int) -> Tensor:
+        """The first rows of an array of the sampled rows."""
+        return self._view(self.row_regions[name])[:rows]
+
+    def _view(self, region: _Region) -> Tensor:
+        return self.memory[region.start : region.stop].view(_TORCH[region.dtype])
+
+
+class Staging:
+    """The host's side of one step in flight: what is written here is copied to the arena as the step starts.
+
+    Not to be written again before the copy has been made (the runtime waits for the step that used it).
+    """
+
+    def __init__(self, arena: InputArena, memory: Tensor, tables: Tensor) -> None:
+        """``memory``, ``tables``: page-locked host memory of the arena's sizes."""
+        self.arena, self.memory, self.tables = arena, memory, tables
+        self._bytes = memory.numpy()
+        self._table = memoryview(tables.numpy())
+        self._row_arrays = {name: self._bytes[r.start : r.stop].view(r.dtype) for name, r in arena.row_regions.items()}
+        self._width = 0
+        self._tables_of: list[Sequence[int] | None] = []
+        self._given: dict[str, tuple[int, NDArray[Any] | None]] = {}
+
+    def tokens(self, shape: StepShape, flat: FlatPlan, source: dict[int, int], adapters: Sequence[int] = ()) -> None:
+        """Write the arrays of tokens and sequences; padding reads token 0 at position 0 and stores nothing.
+
+        Args:
+            source: index of a token -> row of the step before whose token it is.
+            adapters: each token's LoRA adapter, -1 for none; empty: no token has one.
+        """
+        regions = self.arena.step_regions(shape.tokens, shape.sequences)
+        views = {n: self._bytes[r.start : r.stop].view(r.dtype) for n, r in regions.items()}
+        count, sequences = len(flat.token_ids), len(flat.query_start) - 1
+        ids, feed = views["ids"], views["source"]
+        ids[:count], ids[count:] = flat.token_ids, 0
+        feed[:] = -1
+        for at, row in source.items():
+            ids[at], feed[at] = 0, row
+        views["adapters"][: len(adapters)], views["adapters"][len(adapters) :] = adapters, -1
+        views["positions"][:count], views["positions"][count:] = flat.positions, 0
+        views["slots"][:count], views["slots"][count:] = flat.slots, -1
+        starts, lens = views["query_start"], views["seq_lens"]
+        starts[: sequences + 1], starts[sequences + 1 :] = flat.query_start, flat.query_start[-1]
+        ends = np.asarray(flat.query_start[1:]) - 1
+        lens[:sequences], lens[sequences:] = views["positions"][ends] + 1, 0
+
+    def block_tables(self, shape: StepShape, plan: StepPlan) -> None:
+        """Bring the tables up to the plan's slices; a row is written only when its sequence's table has changed.
+
+        Raises:
+            ValueError: a block id out of range; the message names the request.
+        """
+        if self._width != shape.width:
+            self._width, self._tables_of = shape.width, []
+        self._tables_of += [None] * (len(plan.slices) - len(self._tables_of))
+        for row, piece in enumerate(plan.slices):
+            if self._tables_of[row] is piece.block_ids:
+                continue
+            self._tables_of[row] = None
+            check_blocks(piece, self.arena.limits)
+            blocks = array("i", piece.block_ids[: shape.width])
+            self._table[row * shape.width : row * shape.width + len(blocks)] = blocks
+            if isinstance(piece.block_ids, tuple):  # another kind might change and still be the same object
+                self._tables_of[row] = piece.block_ids
+
+    def rows(self, flat: FlatPlan, batch: SamplingBatch, padded: int) -> None:
+        """Write the arrays of the sampled rows, up to ``padded`` of them."""
+        self._row("rows", padded, np.array(flat.rows, np.int64))
+        self._row("sample_positions", padded, batch.positions)
+        for name in ("seeds", "temperature", "top_p", "min_p", "top_k"):
+            value = getattr(batch, name)
+            given = self._given.get(name)
+            if given is None or given[0] != padded or given[1] is not value:
+                self._row(name, padded, value)
+                self._given[name] = (padded, value)
+
+    def sent_rows(self, padded: int) -> Tensor:
+        """The rows that were sent last, i64 [padded], on the host."""
+        return self.memory[self.arena.row_regions["rows"].start :][: 8 * padded].view(torch.int64)
+
+    def _row(self, name: str, padded: int, values: NDArray[Any] | None) -> None:
+        dtype, off = _ROW_ARRAYS[name]
+        to = self._row_arrays[name]
+        count = 0 if values is None else len(values)
+        if values is not None:
+            to[:count] = values.view(dtype) if values.dtype == np.uint64 else values
+        to[count:padded] = off
+
+    def send(self, shape: StepShape) -> None:
+        """Start both copies on the current stream."""
+        size = self.arena.step_bytes(shape)
+        self.arena.memory[:size].copy_(self.memory[:size], non_blocking=True)
+        used = shape.sequences * shape.width
+        self.arena.tables[:used].copy_(self.tables[:used], non_blocking=True)

@@ -1,0 +1,90 @@
+"""An engine folder opened on a GPU: modules, weights, and as large a KV cache as a measured run leaves room for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmctl.errors import EngineLoadError
+from llmctl.targets.base import RuntimeEngine, RuntimeSizes
+from llmctl.targets.cuda.device import best_arch, cuda_device
+from llmctl.targets.cuda.launch import CudaMachine
+from llmctl.targets.cuda.registry import choose_all, sources_of
+from llmctl.targets.cuda.runtime import CudaRuntime
+from llmctl.targets.cuda.weights import load_planes
+from llmctl.targets.step_memory import kv_bytes_per_token
+
+log = logging.getLogger("llmctl.cuda")
+
+_MARGIN = 256 * 2**20
+"""Bytes kept free beside the KV cache: graphs, samplers' temporaries, what the allocator rounds up."""
+
+
+def open_cuda_runtime(engine: RuntimeEngine) -> CudaRuntime:
+    """The runtime of a checked engine on the first GPU.
+
+    The plan says how many KV blocks there should be; where the device has less room than the plan thought (other
+    programs, the driver's own needs), there are fewer, and a line says so.
+
+    Raises:
+        EngineLoadError: no room for one sequence of the longest length.
+    """
+    torch.cuda.init()
+    machine = CudaMachine(module_files(engine))
+    planes = load_planes(engine.weights)
+    sizes = fitted(engine, planes, machine)
+    return CudaRuntime(engine.graph, engine.options, planes, sizes, machine)
+
+
+def module_files(engine: RuntimeEngine) -> dict[str, Path]:
+    """Kernel source -> the engine's module of it for this device."""
+    device = cuda_device()
+    assert device is not None, "check_machine came before"
+    options = engine.options
+    chosen = choose_all(engine.graph, options.dtype, options.kv_cache_dtype, options.block_size)
+    folder = engine.path / "kernels"
+    arch = best_arch(tuple(path.name for path in folder.iterdir()), device.capability)
+    assert arch is not None, "check_machine came before"
+    suffix = "ptx" if arch.startswith("compute_") else "cubin"
+    found = {source: folder / arch / f"{Path(source).stem}.{suffix}" for source in sources_of(chosen)}
+    missing = [path.name for path in found.values() if not path.exists()]
+    if missing:
+        raise EngineLoadError(f"{engine.path}: expected kernels/{arch}/{missing[0]}, found none")
+    return found
+
+
+def fitted(engine: RuntimeEngine, planes: Mapping[str, Tensor], machine: CudaMachine) -> RuntimeSizes:
+    """The engine's sizes with as many KV blocks as fit, after a run of the largest step over a cache of one block.
+
+    Raises:
+        EngineLoadError: fewer than one sequence of the longest length needs.
+    """
+    sizes = engine.sizes
+    block_bytes = sizes.block_size * kv_bytes_per_token(engine.graph, engine.options.kv_cache_dtype)
+    probe = CudaRuntime(engine.graph, engine.options, planes, replace(sizes, num_blocks=1, enforce_eager=True), machine)
+    probe.run_largest()
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    # What the probe holds the runtime will hold again, all but the one block.
+    room = int(total * sizes.gpu_memory_utilization) - (total - free) - _MARGIN
+    probe.close()
+    blocks = min(sizes.num_blocks, room // block_bytes)
+    needed = -(-sizes.max_model_len // sizes.block_size)
+    if blocks < needed:
+        raise EngineLoadError(
+            f"{engine.path}: KV cache: expected room for {sizes.max_model_len} tokens, found {max(0, blocks)} blocks "
+            f"of {sizes.block_size} beside weights and a step ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free, "
+            f"--gpu-memory-utilization {sizes.gpu_memory_utilization:g})",
+            fix=f"--max-model-len {max(1, blocks * sizes.block_size)}" if blocks > 0 else "free memory on the device",
+        )
+    if blocks < sizes.num_blocks:
+        log.warning(
+            "KV cache: %d of the %d planned blocks fit: %.1f of %.1f GiB are free", blocks, sizes.num_blocks,
+            free / 2**30, total / 2**30,
+        )  # fmt: skip
+    return replace(sizes, num_blocks=blocks)

@@ -1,0 +1,381 @@
+"""The CUDA runtime: a graph bound to kernels over planned buffers; decode steps replayed as CUDA graphs.
+
+A step is staged in page-locked memory, copied to fixed places on the device, run, sampled there; its token ids stay on
+the device for the next step, which may be started before this one is done, and come to the host beside it. Everything
+is in one stream, in order, so that steps need no other synchronisation among themselves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SamplingBatch, SequenceSlice, StepPlan, StepResult
+from llmctl.graph.dtypes import DTYPES
+from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
+from llmctl.targets.batch import FlatPlan, flatten
+from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
+from llmctl.targets.cuda.buffers import SCRATCH_DTYPES, plan_buffers, scratch_sizes
+from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
+from llmctl.targets.cuda.ops import Scratch
+from llmctl.targets.cuda.program import LaunchMachine, Model, Program, torch_dtype
+from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Mark, Queue
+from llmctl.targets.cuda.registry import choose_all
+from llmctl.targets.cuda.sampling import DeviceSampler, Sampled
+from llmctl.targets.cuda.weights import device_weights
+from llmctl.targets.reference.kernels import AdapterWeights
+from llmctl.targets.rope import cos_sin_table
+
+STEPS_IN_FLIGHT = 2
+_PROGRAMS = 256
+"""Bound programs that are kept, the latest used: about half a megabyte each for 32 layers."""
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """A request's score targets: f32 tensors on their way to the host."""
+
+    request_id: str
+    parts: tuple[Tensor, ...]
+
+
+class CudaStep:
+    """A step that the device may still be running; an ``engine.step.PendingStep``."""
+
+    def __init__(
+        self, sampled: Sampled | None, scores: list[_Scores], began: Mark, ended: Mark, execution: str
+    ) -> None:
+        self._sampled, self._scores, self._execution = sampled, scores, execution
+        self._began, self._ended = began, ended
+
+    def result(self) -> StepResult:
+        """Block until the step is done."""
+        self._ended.wait()
+        tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
+        scores = {s.request_id: _joined(s.parts) for s in self._scores}
+        return StepResult(tokens, logprobs, scores, self._ended.seconds_since(self._began), execution=self._execution)
+
+    def wait(self) -> None:
+        """Block until the step is done."""
+        self._ended.wait()
+
+
+class CudaRuntime:
+    """Implements ``engine.step.Runtime`` on CUDA kernels; ``execute`` returns when the step is started.
+
+    Attributes:
+        limits: KV blocks, block size, longest sequence, vocabulary.
+        steps_in_flight: steps that may be started before the first one's result is asked for.
+        caches: KV cache by layer, [2, blocks, block size, kv heads, head dim].
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        options: BuildOptions,
+        planes: Mapping[str, Tensor],
+        sizes: RuntimeSizes,
+        machine: LaunchMachine,
+        *,
+        device: str = "cuda",
+        lora: Mapping[str, AdapterWeights] | None = None,
+        adapter_of: Callable[[SequenceSlice], int] = lambda _: -1,
+    ) -> None:
+        """Plan and allocate buffers and KV cache, bind and capture the decode steps.
+
+        Args:
+            planes: on the device, by name: those of ``CudaTarget.planes``.
+            machine: with a module for every kernel that the registry chooses.
+            device: ``cuda``, or ``cpu`` for a machine that works in host memory.
+            lora: adapters by lora op. adapter_of: which of them a slice uses; -1: none.
+        """
+        self._queue: Queue = CudaQueue(machine) if device == "cuda" else HostQueue(machine)
+        self._lora, self._adapter_of = lora or {}, adapter_of
+        self._graph, self._options, self._sizes = graph, options, sizes
+        self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size)
+        self.steps_in_flight = STEPS_IN_FLIGHT
+        self._ropes: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._programs: OrderedDict[StepShape, Program] = OrderedDict()
+        self._heads: dict[tuple[int, bool], Program] = {}
+        self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
+        self._buckets = sequence_buckets(sizes.max_num_seqs)
+        self._row_of: dict[str, int] = {}
+        self._turn = 0
+        with self._queue.active(), torch.inference_mode():
+            self._arena = InputArena(sizes.max_num_batched_tokens, sizes.max_num_seqs, self.limits, self._queue.device)
+            self._slots = [self._staging() for _ in range(STEPS_IN_FLIGHT)]
+            self._steps: list[CudaStep | None] = [None] * STEPS_IN_FLIGHT
+            self._sampler = DeviceSampler(self._queue, self._arena, sizes.max_num_seqs, graph.vocab_size)
+            self._model = self._make_model(device_weights(graph, planes))
+            if not sizes.enforce_eager:
+                self._capture_all()
+
+    @property
+    def caches(self) -> Mapping[int, Tensor]:
+        """See the class."""
+        return self._model.caches
+
+    # -- a step -----------------------------------------------------------------------------------------------
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> CudaStep:
+        """Start one step.
+
+        Raises:
+            ValueError: a plan that ``flatten`` refuses, with more tokens or sequences than the runtime was sized for,
+                or that takes up a token which no step has sampled; sampling rows that do not match it.
+        """
+        flat = flatten(plan, self.limits, may_feed=True)
+        self._check(plan, flat, sampling)
+        staging, turn = self._next_staging()
+        shape, decode = self._shape(plan, flat)
+        rows = padded(len(flat.rows), self._buckets) if flat.rows else 0
+        staging.block_tables(shape, plan)
+        staging.tokens(shape, flat, self._fed(plan, flat), self._adapters(plan))
+        staging.rows(flat, sampling, rows)
+        with self._queue.active(), torch.inference_mode():
+            began = self._queue.mark()
+            staging.send(shape)
+            execution, logits = self._compute(shape, decode, rows)
+            scores = self._score(plan, flat) if flat.scored else []
+            sampled = None
+            if rows:
+                if logits is None:
+                    if flat.scored:  # scoring has put its own rows there
+                        self._arena.row_view("rows", rows).copy_(staging.sent_rows(rows), non_blocking=True)
+                    logits = self._head(rows, every=False)
+                sampled = self._sampler.start(sampling, logits)
+            step = CudaStep(sampled, scores, began, self._queue.mark(), execution)
+        self._row_of = {p.request_id: i for i, p in enumerate(p for p in plan.slices if p.sample)}
+        self._steps[turn] = step
+        return step
+
+    def logits(self, plan: StepPlan) -> Tensor:
+        """Run one step and return float32 logits [R, vocab] of the sampled rows, on the host; for tests."""
+        rows = sum(piece.sample for piece in plan.slices)
+        greedy = SamplingBatch(np.zeros(rows, np.float32), np.zeros(rows, np.uint64), np.zeros(rows, np.int64))
+        self.execute(plan, greedy).wait()
+        with self._queue.active():
+            return self._model.buffers.view(LOGITS, rows).float().cpu()
+
+    def run_largest(self) -> None:
+        """Start a step of the largest size over nothing but padding: what it allocates, every later one finds."""
+        sizes = self._sizes
+        width = context_width(sizes.max_model_len, self.limits)
+        shape = StepShape(sizes.max_num_batched_tokens, sizes.max_num_seqs, width, True, True)
+        with self._queue.active(), torch.inference_mode():
+            views = self._arena.views(shape)
+            for name in ("slots", "source"):
+                views[name].fill_(-1)
+            self._body(shape)()
+            self._head(sizes.max_num_seqs, every=False)
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        for step in self._steps:
+            if step is not None:
+                step.wait()
+        for name in ("_programs", "_heads", "_graphs", "_model", "_sampler", "_arena", "_slots", "_steps"):
+            delattr(self, name)
+        if self._queue.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check(self, plan: StepPlan, flat: FlatPlan, sampling: SamplingBatch) -> None:
+        sizes = self._sizes
+        if len(flat.token_ids) > sizes.max_num_batched_tokens:
+            raise ValueError(
+                f"{len(flat.token_ids)} tokens exceed the {sizes.max_num_batched_tokens} this runtime was sized for"
+            )
+        if len(plan.slices) > sizes.max_num_seqs:
+            raise ValueError(f"{len(plan.slices)} sequences exceed the {sizes.max_num_seqs} this runtime was sized for")
+        if len(sampling.temperature) != len(flat.rows):
+            raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
+
+    def _fed(self, plan: StepPlan, flat: FlatPlan) -> dict[int, int]:
+        """Index of each token in flight -> row of the step before that samples it."""
+        found = {}
+        for piece, start in zip(plan.slices, flat.query_start, strict=False):
+            if flat.token_ids[start] == IN_FLIGHT:
+                if piece.request_id not in self._row_of:
+                    raise ValueError(f"request {piece.request_id}: the step before sampled no token for it")
+                found[start] = self._row_of[piece.request_id]
+        return found
+
+    def _adapters(self, plan: StepPlan) -> list[int]:
+        if not self._lora:
+            return []
+        return [self._adapter_of(piece) for piece in plan.slices for _ in piece.token_ids]
+
+    def _next_staging(self) -> tuple[Staging, int]:
+        """The staging of the oldest step, which is done."""
+        turn = self._turn
+        self._turn = (turn + 1) % STEPS_IN_FLIGHT
+        step = self._steps[turn]
+        if step is not None:
+            step.wait()
+        return self._slots[turn], turn
+
+    def _shape(self, plan: StepPlan, flat: FlatPlan) -> tuple[StepShape, bool]:
+        """The shape that a plan is padded to, and whether it is a decode step: a row a sequence, all sampled."""
+        tokens, sequences = len(flat.token_ids), len(plan.slices)
+        counts = [b - a for a, b in zip(flat.query_start, flat.query_start[1:], strict=False)]
+        longest = max(p.start + n for p, n in zip(plan.slices, counts, strict=True))
+        width = context_width(longest, self.limits)
+        seats = padded(sequences, self._buckets)
+        if tokens == sequences:
+            return StepShape(seats, seats, width, False, True), not flat.scored and len(flat.rows) == tokens
+        most = self._sizes.max_num_batched_tokens
+        return StepShape(min(padded(tokens), most), seats, width, True, 1 in counts), False
+
+    def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[str, Tensor | None]:
+        """Start the model; the logits too, of a decode step. How it was executed, and the logits [rows, vocab]."""
+        if not decode:
+            self._body(shape)()
+            return "eager", None
+        if self._sizes.enforce_eager or not self._capturable:
+            self._body(shape)()
+            self._head_program(shape.tokens, True)()
+            return "eager", self._logits(rows)
+        self._graph_of(shape.tokens, shape.width)()
+        return "graph", self._logits(rows)
+
+    def _head(self, rows: int, every: bool) -> Tensor:
+        self._head_program(rows, every)()
+        return self._logits(rows)
+
+    def _logits(self, rows: int) -> Tensor:
+        return self._model.buffers.view(LOGITS, rows)
+
+    def _score(self, plan: StepPlan, flat: FlatPlan) -> list[_Scores]:
+        """Log-probabilities of every score target, as many rows at a time as logits have room for."""
+        most = self._sizes.max_num_seqs
+        found = []
+        for piece, first in zip(plan.slices, flat.query_start, strict=False):
+            if piece.score_targets is None:
+                continue
+            parts = []
+            targets = np.array(piece.score_targets, np.int32)
+            for start in range(0, len(targets), most):
+                wanted = targets[start : start + most]
+                rows = np.arange(first + start, first + start + len(wanted), dtype=np.int64)
+                count = padded(len(wanted), self._buckets)
+                view = self._arena.row_view("rows", count)
+                view.zero_()
+                view[: len(rows)].copy_(self._queue.upload(rows))
+                logits = self._head(count, every=False)
+                parts.append(self._sampler.score(logits, self._queue.upload(wanted)))
+            found.append(_Scores(piece.request_id, tuple(parts)))
+        return found
+
+    # -- programs ---------------------------------------------------------------------------------------------
+
+    @property
+    def _capturable(self) -> bool:
+        return not self._model.foreign
+
+    def _body(self, shape: StepShape) -> Program:
+        """The program up to the hidden states; bound at its first use."""
+        program = self._programs.get(shape)
+        if program is None:
+            program = self._model.bind(self._queue.machine, shape, self._arena.views(shape), self._sampler.tokens)
+            self._programs[shape] = program
+            if len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(shape)
+        return program
+
+    def _head_program(self, rows: int, every: bool) -> Program:
+        key = rows, every
+        if key not in self._heads:
+            self._heads[key] = self._model.bind_head(self._queue.machine, self._arena.row_view("rows", rows), every)
+        return self._heads[key]
+
+    def _graph_of(self, bucket: int, width: int) -> Callable[[], Any]:
+        """What replays the decode step of a bucket; captured at its first use where that was not done at the start."""
+        key = bucket, width
+        if key not in self._graphs:
+            body, head = self._body(StepShape(bucket, bucket, width, False, True)), self._head_program(bucket, True)
+
+            def run() -> None:
+                body()
+                head()
+
+            self._graphs[key] = self._queue.capture(run)
+        return self._graphs[key]
+
+    def _capture_all(self) -> None:
+        """Capture every bucket, the largest first, so that smaller ones find its memory in the pool."""
+        if not self._capturable:
+            return
+        width = context_width(1, self.limits)
+        self._warm_up(width)
+        for bucket in reversed(self._buckets):
+            self._graph_of(bucket, width)
+
+    def _warm_up(self, width: int) -> None:
+        """One eager step of padding alone: libraries make their handles and workspaces, which capturing forbids."""
+        bucket = self._buckets[-1]
+        shape = StepShape(bucket, bucket, width, False, True)
+        views = self._arena.views(shape)
+        views["slots"].fill_(-1)
+        views["source"].fill_(-1)
+        self._body(shape)()
+        self._head_program(bucket, True)()
+
+    # -- what is allocated ------------------------------------------------------------------------------------
+
+    def _staging(self) -> Staging:
+        arena = self._arena
+        tables = self._queue.host_memory(4 * arena.tables.numel()).view(torch.int32)
+        return Staging(arena, self._queue.host_memory(arena.size), tables)
+
+    def _make_model(self, weights: Mapping[str, Any]) -> Model:
+        graph, options, sizes = self._graph, self._options, self._sizes
+        dtype, device = torch_dtype(options.dtype), self._queue.device
+        chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, sizes.block_size)
+        choices: dict[str, KernelChoice] = {choice.op: choice for choice in chosen}
+        scratch = Scratch(device)
+        for name, size in scratch_sizes(graph, options.dtype, sizes, self._queue.sms).items():
+            scratch.take(name, SCRATCH_DTYPES.get(name, dtype), size)
+        scratch.freeze()
+        caches, scales = self._allocate_cache(options.kv_cache_dtype)
+        return Model(
+            graph, choices, weights, plan_buffers(graph, dtype).allocate(
+                sizes.max_num_batched_tokens, sizes.max_num_seqs, device
+            ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, {}, self._lora,
+        )  # fmt: skip
+
+    def _allocate_cache(self, dtype: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Caches and, of int8, their scales f32 [2, slots, kv heads], by layer."""
+        blocks, size = self.limits.num_blocks, self.limits.block_size
+        element, device = torch_dtype(DTYPES[dtype].torch), self._queue.device
+        caches, scales = {}, {}
+        for i, kv in enumerate(self._graph.kv):
+            raw = torch.zeros(
+                (2, blocks, size, kv.kv_heads, kv.head_dim * element.itemsize), dtype=torch.uint8, device=device
+            )
+            caches[i] = raw.view(element)
+            if dtype == "int8":
+                scales[i] = torch.zeros(2, blocks * size, kv.kv_heads, device=device)
+        return caches, scales
+
+    def _rope(self, op: Op) -> tuple[Tensor, Tensor]:
+        """cos and sin f32 [positions, R / 2] of an op; one table for all ops that turn alike."""
+        attrs = {k: v for k, v in op.attrs.items() if k not in ("layer", "heads", "kv_heads")}
+        key = tuple(sorted(attrs.items()))
+        if key not in self._ropes:
+            tables = cos_sin_table(attrs, self.limits.max_model_len)
+            cos, sin = (torch.from_numpy(t).to(self._queue.device) for t in tables)
+            self._ropes[key] = cos, sin
+        return self._ropes[key]
+
+
+def _joined(parts: tuple[Tensor, ...]) -> NDArray[np.float32]:
+    return np.concatenate([np.zeros(0, np.float32), *(p.numpy() for p in parts)])
