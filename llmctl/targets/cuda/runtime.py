@@ -160,10 +160,39 @@ class CudaRuntime:
     def logits(self, plan: StepPlan) -> Tensor:
         """Run one step and return float32 logits [R, vocab] of the sampled rows, on the host; for tests."""
         rows = sum(piece.sample for piece in plan.slices)
-        greedy = SamplingBatch(np.zeros(rows, np.float32), np.zeros(rows, np.uint64), np.zeros(rows, np.int64))
-        self.execute(plan, greedy).wait()
+        self.execute(plan, _greedy(rows)).wait()
         with self._queue.active():
             return self._model.buffers.view(LOGITS, rows).float().cpu()
+
+    def decode_replay(self, batch: int, context: int) -> Callable[[], None]:
+        """What starts one decode step of ``batch`` sequences again and again, as the engine would; for timing.
+
+        Args:
+            context: tokens of each sequence. Where the pool is too small for all of them they share blocks.
+        """
+        blocks, limits = -(-context // self.limits.block_size), self.limits
+        tables = [tuple((i * blocks + j) % limits.num_blocks for j in range(blocks)) for i in range(batch)]
+        plan = StepPlan(
+            tuple(SequenceSlice(str(i), (i % limits.vocab_size,), context - 1, t, True) for i, t in enumerate(tables))
+        )
+        greedy = _greedy(batch)
+        self.execute(plan, greedy).wait()
+        shape, _ = self._shape(plan, flatten(plan, limits))
+        rows = padded(batch, self._buckets)
+
+        def run() -> None:
+            with self._queue.active(), torch.inference_mode():
+                self._compute(shape, True, rows)
+                self._sampler.start(greedy, self._logits(rows))
+
+        return run
+
+    def step_launches(self, tokens: int, sequences: int) -> tuple[str, ...]:
+        """What a step starts, in order: entry points, and ``torch.<operator>``; a decode step where both are equal."""
+        width, seats = context_width(1, self.limits), padded(sequences, self._buckets)
+        decode = tokens == sequences
+        shape = StepShape(seats if decode else padded(tokens), seats, width, not decode, decode)
+        return self._body(shape).entries + self._head_program(seats, decode).entries
 
     def run_largest(self) -> None:
         """Start a step of the largest size over nothing but padding: what it allocates, every later one finds."""
@@ -379,3 +408,7 @@ class CudaRuntime:
 
 def _joined(parts: tuple[Tensor, ...]) -> NDArray[np.float32]:
     return np.concatenate([np.zeros(0, np.float32), *(p.numpy() for p in parts)])
+
+
+def _greedy(rows: int) -> SamplingBatch:
+    return SamplingBatch(np.zeros(rows, np.float32), np.zeros(rows, np.uint64), np.zeros(rows, np.int64))
