@@ -14,14 +14,18 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+IN_FLIGHT = -1
+"""In place of a slice's single token id: the token that the step executed just before this one samples for the
+request of the same ``request_id``. Only a runtime with ``steps_in_flight`` above 1 is given it."""
+
 
 class SequenceSlice(msgspec.Struct, frozen=True):
     """The tokens of one request that one step computes.
 
     Attributes:
         request_id: the request.
-        token_ids: the tokens to compute, positions ``start .. start+len-1``.
-        start: tokens of this request that are in the KV cache already.
+        token_ids: the tokens to compute, positions ``start .. start+len-1``; a single one may be ``IN_FLIGHT``.
+        start: tokens of this request that are in the KV cache already, or are put there by the step before.
         block_ids: the request's block table, long enough to hold ``start + len(token_ids)`` tokens. A runtime may
             keep what it made of a tuple for as long as it is given that very tuple again.
         sample: the logits of the last token are sampled (false inside a chunked prefill).
@@ -135,12 +139,23 @@ class RuntimeLimits:
 
 
 class Runtime(Protocol):
-    """Interprets a Graph on some device. ``execute`` may return before the device is done."""
+    """Interprets a Graph on some device.
+
+    Attributes:
+        limits: what it was built and sized for.
+        steps_in_flight: steps that may be handed over before the oldest one's result is asked for. 1: ``execute``
+            returns when the step is done. 2: it returns before, steps are executed in the order in which they came,
+            and what one of them samples can be fed to the next (``IN_FLIGHT``).
+    """
 
     limits: RuntimeLimits
+    steps_in_flight: int
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> PendingStep:
-        """Start one step; ``sampling`` has one row per slice of ``plan`` with ``sample`` true."""
+        """Start one step; ``sampling`` has one row per slice of ``plan`` with ``sample`` true.
+
+        A row or slice of a request that has ended meanwhile is computed like any other; nobody reads what it gave.
+        """
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 
 Ints = NDArray[np.int64]
 
@@ -24,7 +24,8 @@ class Batch:
     """T tokens of S sequences, packed in plan order.
 
     Attributes:
-        token_ids: i64 [T]. positions: i64 [T], index of each token in its sequence.
+        token_ids: i64 [T]; ``IN_FLIGHT`` (-1) only where the plan may feed. positions: i64 [T], index of each token in
+            its sequence.
         slot_mapping: i64 [T], KV slot of each token (``block_id * block_size + offset``); -1 is padding.
         query_start_loc: i64 [S + 1], where each sequence's tokens start.
         seq_lens: i64 [S], tokens of the sequence in the KV cache after this step.
@@ -62,7 +63,8 @@ class FlatPlan(msgspec.Struct, frozen=True):
     """T tokens of S sequences, packed in plan order; see ``Batch``.
 
     Attributes:
-        token_ids, positions, slots: [T]. query_start: [S + 1].
+        token_ids, positions, slots: [T]; a token id is ``IN_FLIGHT`` (-1) only where the plan may feed.
+        query_start: [S + 1].
         rows: [R], rows whose logits are sampled.
         scored: whether any slice has score targets.
     """
@@ -75,8 +77,12 @@ class FlatPlan(msgspec.Struct, frozen=True):
     scored: bool
 
 
-def flatten(plan: StepPlan, limits: RuntimeLimits) -> FlatPlan:
+def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) -> FlatPlan:
     """Flatten a plan. Block ids are checked by whoever reads the tables: ``build_batch``, ``BlockTables``.
+
+    Args:
+        may_feed: the runtime can feed a sampled token to the next step: the only token of a slice may be
+            ``IN_FLIGHT``, and stays so in ``token_ids``. Otherwise it is an id out of range.
 
     Raises:
         ValueError: an empty slice, token ids out of range, a block table too short, a sequence too long, or more
@@ -92,22 +98,25 @@ def flatten(plan: StepPlan, limits: RuntimeLimits) -> FlatPlan:
         end = start + count
         if piece.score_targets is not None:
             scored = True
-            _check_slice(piece, limits)
+            _check_slice(piece, limits, may_feed)
         elif not 0 <= start < end <= min(limits.max_model_len, len(blocks) * size):
-            _check_slice(piece, limits)
+            _check_slice(piece, limits, may_feed)
         token_ids += piece.token_ids
         if count == 1:
             positions.append(start)
             slots.append(blocks[start // size] * size + start % size)
         else:
+            if may_feed:
+                _check_slice(piece, limits, may_feed)
             positions += range(start, end)
             slots += _slots(blocks, start, end, size)
         query_start.append(len(token_ids))
         if piece.sample:
             rows.append(len(token_ids) - 1)
-    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < limits.vocab_size:
+    lowest = IN_FLIGHT if may_feed else 0
+    if token_ids and not lowest <= min(token_ids) <= max(token_ids) < limits.vocab_size:
         for piece in plan.slices:
-            _check_slice(piece, limits)
+            _check_slice(piece, limits, may_feed)
     return FlatPlan(token_ids, positions, slots, query_start, rows, scored)
 
 
@@ -160,15 +169,15 @@ class BlockTables:
             self._rows[row] = piece.block_ids
 
 
-def build_batch(plan: StepPlan, limits: RuntimeLimits) -> Batch:
-    """A plan in numpy arrays.
+def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) -> Batch:
+    """A plan in numpy arrays; ``may_feed`` as in ``flatten``.
 
     Raises:
         ValueError: as ``flatten``, or block ids out of range.
     """
     for piece in plan.slices:
         _check_blocks(piece, limits)
-    flat = flatten(plan, limits)
+    flat = flatten(plan, limits, may_feed=may_feed)
     return Batch(
         token_ids=np.array(flat.token_ids, np.int64),
         positions=np.array(flat.positions, np.int64),
@@ -196,14 +205,15 @@ def packed_batch(token_ids: Sequence[Sequence[int]], block_size: int = 16) -> Ba
     return build_batch(StepPlan(tuple(slices)), RuntimeLimits(used, block_size, longest, vocab))
 
 
-def _check_slice(piece: SequenceSlice, limits: RuntimeLimits) -> None:
+def _check_slice(piece: SequenceSlice, limits: RuntimeLimits, may_feed: bool) -> None:
     count, end = len(piece.token_ids), piece.start + len(piece.token_ids)
     who = f"request {piece.request_id}"
     if count == 0 or piece.start < 0:
         raise ValueError(f"{who}: a slice needs at least one token and a start >= 0, found {count} at {piece.start}")
     if end > limits.max_model_len:
         raise ValueError(f"{who}: {end} tokens exceed max_model_len {limits.max_model_len}")
-    if min(piece.token_ids) < 0 or max(piece.token_ids) >= limits.vocab_size:
+    lowest = IN_FLIGHT if may_feed and count == 1 else 0
+    if min(piece.token_ids) < lowest or max(piece.token_ids) >= limits.vocab_size:
         raise ValueError(f"{who}: token ids must be in 0..{limits.vocab_size - 1}")
     if len(piece.block_ids) * limits.block_size < end:
         raise ValueError(f"{who}: {len(piece.block_ids)} blocks of {limits.block_size} cannot hold {end} tokens")
