@@ -8,13 +8,13 @@ block and none is free, the last running request in that order loses its blocks 
 Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
 is added), so it advances in every step; waiting requests enter in the same order.
 
-Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once and the engine appends later what was sampled. So
-the next step may be scheduled before the last one is done: a request whose newest token is still being sampled has
-nothing to compute and sits out, all others go on. Freed blocks may be handed out while a step that uses them is in
-flight, because runtimes execute steps in order. (For a request to decode in consecutive steps in flight, a plan would
-have to say "the token sampled by the step before" in place of a token id; the bookkeeping here would stay as it is.)
-A request preempted in flight still gets the token being sampled; a recompute scheduled meanwhile then ends short of the
-request's new length, so that what it samples is not used.
+Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
+the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
+token is still being sampled computes just that one, ``IN_FLIGHT`` in the plan, unless the request ends with it by its
+length. Lengths, positions and blocks count the token in flight; hashes cover known tokens only. Freed blocks may be
+handed out while a step that uses them is in flight, because runtimes execute steps in order. A request preempted in
+flight still gets the token being sampled; a recompute scheduled meanwhile covers the known tokens and samples nothing.
+One that ends in flight (a stop, an abort) leaves a token behind that nobody takes in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import msgspec
 from llmctl.config import EngineConfig
 from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.request import Request, RequestStatus
-from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 
 POLICIES = ("fcfs", "priority")
@@ -107,7 +107,6 @@ class SchedulerCounters:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     scheduled_tokens: int = 0
-    steps: int = 0
 
 
 class Scheduler:
@@ -196,15 +195,13 @@ class Scheduler:
     # -- scheduling -------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep:
-        """The next step; its plan is empty when nothing can be computed before a step in flight is done."""
+        """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
         step = _StepUnderWay(self.config.max_num_batched_tokens)
         self._schedule_running(step)
         if self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             self._schedule_waiting(step)
         num_tokens = self.config.max_num_batched_tokens - step.budget
-        if num_tokens:
-            self.counters.steps += 1
-            self.counters.scheduled_tokens += num_tokens
+        self.counters.scheduled_tokens += num_tokens
         return ScheduledStep(
             StepPlan(tuple(step.slices)),
             tuple(step.requests),
@@ -220,7 +217,9 @@ class Scheduler:
             index += 1
             count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
             if not count:
-                continue
+                if not _can_be_fed(request):
+                    continue
+                count = 1
             if not self._grow(request, request.num_computed_tokens + count):
                 break  # it preempted itself
             self._take(step, request, count)
@@ -239,8 +238,8 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, step: _StepUnderWay) -> None:
-        # Budget is left, so every running request holds the blocks of all tokens that it knows, and free blocks are
-        # nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
+        # Budget is left, so every running request holds the blocks of all tokens that it can compute, and free blocks
+        # are nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
         # whoever was preempted in this step does not come straight back either: its blocks are gone to another.
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
@@ -250,7 +249,7 @@ class Scheduler:
             count = min(remaining, step.budget)
             if count < remaining and not self._may_cut(remaining):
                 return
-            needed = self.pool.blocks_for(request.num_tokens) - len(cached)
+            needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
             if needed > self.pool.num_free - self.pool.num_unheld(cached):
                 return
             self._admit(request, cached)
@@ -286,10 +285,13 @@ class Scheduler:
         targets = None
         if not request.scores_done and start < request.num_prompt_tokens - 1:
             targets = request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)]
-        tokens = request.token_ids[start:end]
-        sample = end == len(request.token_ids) and end < request.max_length
+        known = len(request.token_ids)
+        tokens = request.token_ids[start:end] if start < known else (IN_FLIGHT,)
+        sample = end == known + request.num_in_flight and end < request.max_length
         step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets))
         request.num_computed_tokens = end
+        if sample:
+            request.num_in_flight += 1
 
     def _preempt(self, request: Request) -> None:
         self._drop_blocks(request)
@@ -363,6 +365,11 @@ class _StepUnderWay:
         if piece.sample:
             self.sampled.append(request)
         self.budget -= len(piece.token_ids)
+
+
+def _can_be_fed(request: Request) -> bool:
+    """Whether a request with all known tokens computed has one in flight, and goes on after it."""
+    return request.num_in_flight == 1 and len(request.token_ids) + 1 < request.max_length
 
 
 def _key(request: Request) -> Any:

@@ -31,6 +31,8 @@ class ReferenceRuntime:
         cache: KV cache by layer, ``[2, num_blocks, block_size, kv_heads, head_dim]`` in the compute dtype.
     """
 
+    steps_in_flight: int = 1
+
     def __init__(
         self,
         graph: Graph,
