@@ -18,6 +18,8 @@ from llmctl.engine.step import RuntimeLimits, SamplingBatch, StepPlan
 from llmctl.targets.batch import FlatPlan, check_blocks
 
 _ALIGN = 16
+_SHAPES = 512
+"""Shapes whose arrays are kept."""
 _ROW_ARRAYS: dict[str, tuple[Any, float]] = {
     "rows": (np.int64, 0), "seeds": (np.int64, 0), "sample_positions": (np.int64, 0), "temperature": (np.float32, 0),
     "top_p": (np.float32, 1), "min_p": (np.float32, 0), "top_k": (np.int32, 0),
@@ -73,6 +75,11 @@ def _step_arrays(tokens: int, sequences: int) -> list[tuple[str, Any, int]]:
     ]  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
+def _step_regions(start: int, tokens: int, sequences: int) -> dict[str, _Region]:
+    return _regions(start, _step_arrays(tokens, sequences))
+
+
 class InputArena:
     """The device's side: one block of memory for arrays, one for block tables.
 
@@ -90,14 +97,13 @@ class InputArena:
         self.memory = torch.zeros(self.size, dtype=torch.uint8, device=device)
         self.tables = torch.zeros(sequences * self.table_width, dtype=torch.int32, device=device)
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019 - one arena a runtime
     def step_regions(self, tokens: int, sequences: int) -> dict[str, _Region]:
         """Where a shape's arrays lie."""
-        return _regions(self._start, _step_arrays(tokens, sequences))
+        return _step_regions(self._start, tokens, sequences)
 
     def step_bytes(self, shape: StepShape) -> int:
         """Bytes from the arena's start that a step of a shape uses."""
-        return max(r.stop for r in self.step_regions(shape.tokens, shape.sequences).values())
+        return next(reversed(self.step_regions(shape.tokens, shape.sequences).values())).stop
 
     def views(self, shape: StepShape) -> dict[str, Tensor]:
         """The step's arrays on the device by name, ``block_tables`` [S, width] included."""
@@ -125,6 +131,7 @@ class Staging:
         self._bytes = memory.numpy()
         self._table = memoryview(tables.numpy())
         self._row_arrays = {name: self._bytes[r.start : r.stop].view(r.dtype) for name, r in arena.row_regions.items()}
+        self._arrays: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
         self._width = 0
         self._tables_of: list[Sequence[int] | None] = []
         self._given: dict[str, tuple[int, NDArray[Any] | None]] = {}
@@ -136,8 +143,7 @@ class Staging:
             source: index of a token -> row of the step before whose token it is.
             adapters: each token's LoRA adapter, -1 for none; empty: no token has one.
         """
-        regions = self.arena.step_regions(shape.tokens, shape.sequences)
-        views = {n: self._bytes[r.start : r.stop].view(r.dtype) for n, r in regions.items()}
+        views = self._views(shape.tokens, shape.sequences)
         count, sequences = len(flat.token_ids), len(flat.query_start) - 1
         ids, feed = views["ids"], views["source"]
         ids[:count], ids[count:] = flat.token_ids, 0
@@ -151,6 +157,15 @@ class Staging:
         starts[: sequences + 1], starts[sequences + 1 :] = flat.query_start, flat.query_start[-1]
         ends = np.asarray(flat.query_start[1:]) - 1
         lens[:sequences], lens[sequences:] = views["positions"][ends] + 1, 0
+
+    def _views(self, tokens: int, sequences: int) -> dict[str, NDArray[Any]]:
+        key = tokens, sequences
+        if key not in self._arrays:
+            if len(self._arrays) > _SHAPES:
+                self._arrays.clear()
+            regions = self.arena.step_regions(tokens, sequences)
+            self._arrays[key] = {name: self._bytes[r.start : r.stop].view(r.dtype) for name, r in regions.items()}
+        return self._arrays[key]
 
     def block_tables(self, shape: StepShape, plan: StepPlan) -> None:
         """Bring the tables up to the plan's slices; a row is written only when its sequence's table has changed.

@@ -203,7 +203,7 @@ class CudaRuntime:
             views = self._arena.views(shape)
             for name in ("slots", "source"):
                 views[name].fill_(-1)
-            self._body(shape)()
+            self._run_body(shape)
             self._head(sizes.max_num_seqs, every=False)
 
     def close(self) -> None:
@@ -266,10 +266,10 @@ class CudaRuntime:
     def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[str, Tensor | None]:
         """Start the model; the logits too, of a decode step. How it was executed, and the logits [rows, vocab]."""
         if not decode:
-            self._body(shape)()
+            self._run_body(shape)
             return "eager", None
         if self._sizes.enforce_eager or not self._capturable:
-            self._body(shape)()
+            self._run_body(shape)
             self._head_program(shape.tokens, True)()
             return "eager", self._logits(rows)
         self._graph_of(shape.tokens, shape.width)()
@@ -309,11 +309,19 @@ class CudaRuntime:
     def _capturable(self) -> bool:
         return not self._model.foreign
 
-    def _body(self, shape: StepShape) -> Program:
-        """The program up to the hidden states; bound at its first use."""
+    def _run_body(self, shape: StepShape) -> None:
+        """Run the model up to the hidden states; a program that is not there yet runs while it is bound."""
+        if shape in self._programs:
+            self._body(shape)()
+        else:
+            self._body(shape, run=True)
+
+    def _body(self, shape: StepShape, *, run: bool = False) -> Program:
+        """The program up to the hidden states; bound at its first use, and then run too where that is asked for."""
         program = self._programs.get(shape)
         if program is None:
-            program = self._model.bind(self._queue.machine, shape, self._arena.views(shape), self._sampler.tokens)
+            inputs, tokens = self._arena.views(shape), self._sampler.tokens
+            program = self._model.bind(self._queue.machine, shape, inputs, tokens, run=run)
             self._programs[shape] = program
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
@@ -355,7 +363,7 @@ class CudaRuntime:
         views = self._arena.views(shape)
         views["slots"].fill_(-1)
         views["source"].fill_(-1)
-        self._body(shape)()
+        self._run_body(shape)
         self._head_program(bucket, True)()
 
     # -- what is allocated ------------------------------------------------------------------------------------
