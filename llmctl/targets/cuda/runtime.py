@@ -8,7 +8,7 @@ is in one stream, in order, so that steps need no other synchronisation among th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SamplingBatch, Sequence
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
-from llmctl.targets.batch import FlatPlan, flatten
+from llmctl.targets.batch import FlatPlan, build_batch, flatten
 from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
 from llmctl.targets.cuda.buffers import SCRATCH_DTYPES, plan_buffers, scratch_sizes
+from llmctl.targets.cuda.fallback import Fallbacks, dequantized
 from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
 from llmctl.targets.cuda.ops import Scratch
-from llmctl.targets.cuda.program import LaunchMachine, Model, Program, torch_dtype
+from llmctl.targets.cuda.program import LaunchMachine, Model, Program, Weights, torch_dtype
 from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Mark, Queue
 from llmctl.targets.cuda.registry import choose_all
 from llmctl.targets.cuda.sampling import DeviceSampler, Sampled
@@ -114,8 +115,13 @@ class CudaRuntime:
             self._slots = [self._staging() for _ in range(STEPS_IN_FLIGHT)]
             self._steps: list[CudaStep | None] = [None] * STEPS_IN_FLIGHT
             self._sampler = DeviceSampler(self._queue, self._arena, sizes.max_num_seqs, graph.vocab_size)
-            self._model = self._make_model(device_weights(graph, planes))
-            if not sizes.enforce_eager:
+            weights = device_weights(graph, planes)
+            weights |= dequantized(graph, planes, weights, torch_dtype(options.dtype))
+            chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, sizes.block_size)
+            choices = {choice.op: choice for choice in chosen}
+            self._fallbacks = Fallbacks(graph, choices, weights, options, self._queue.device)
+            self._model = self._make_model(choices, weights)
+            if self._captures:
                 self._capture_all()
 
     @property
@@ -136,7 +142,9 @@ class CudaRuntime:
         self._check(plan, flat, sampling)
         staging, turn = self._next_staging()
         shape, decode = self._shape(plan, flat)
-        rows = padded(len(flat.rows), self._buckets) if flat.rows else 0
+        rows = self._padded(len(flat.rows), self._buckets) if flat.rows else 0
+        if self._fallbacks.executors:
+            self._fallbacks.begin(build_batch(plan, self.limits, may_feed=True), self._model.caches)
         staging.block_tables(shape, plan)
         staging.tokens(shape, flat, self._fed(plan, flat), self._adapters(plan))
         staging.rows(flat, sampling, rows)
@@ -178,7 +186,7 @@ class CudaRuntime:
         greedy = _greedy(batch)
         self.execute(plan, greedy).wait()
         shape, _ = self._shape(plan, flatten(plan, limits))
-        rows = padded(batch, self._buckets)
+        rows = self._padded(batch, self._buckets)
 
         def run() -> None:
             with self._queue.active(), torch.inference_mode():
@@ -189,9 +197,9 @@ class CudaRuntime:
 
     def step_launches(self, tokens: int, sequences: int) -> tuple[str, ...]:
         """What a step starts, in order: entry points, and ``torch.<operator>``; a decode step where both are equal."""
-        width, seats = context_width(1, self.limits), padded(sequences, self._buckets)
+        width, seats = context_width(1, self.limits), self._padded(sequences, self._buckets)
         decode = tokens == sequences
-        shape = StepShape(seats if decode else padded(tokens), seats, width, not decode, decode)
+        shape = StepShape(seats if decode else self._padded(tokens), seats, width, not decode, decode)
         return self._body(shape).entries + self._head_program(seats, decode).entries
 
     def run_largest(self) -> None:
@@ -203,8 +211,9 @@ class CudaRuntime:
             views = self._arena.views(shape)
             for name in ("slots", "source"):
                 views[name].fill_(-1)
-            self._run_body(shape)
-            self._head(sizes.max_num_seqs, every=False)
+            if not self._fallbacks.executors:  # which could not run over padding
+                self._run_body(shape)
+                self._head(sizes.max_num_seqs, every=False)
 
     def close(self) -> None:
         """Free the device's memory."""
@@ -257,18 +266,18 @@ class CudaRuntime:
         counts = [b - a for a, b in zip(flat.query_start, flat.query_start[1:], strict=False)]
         longest = max(p.start + n for p, n in zip(plan.slices, counts, strict=True))
         width = context_width(longest, self.limits)
-        seats = padded(sequences, self._buckets)
+        seats = self._padded(sequences, self._buckets)
         if tokens == sequences:
             return StepShape(seats, seats, width, False, True), not flat.scored and len(flat.rows) == tokens
         most = self._sizes.max_num_batched_tokens
-        return StepShape(min(padded(tokens), most), seats, width, True, 1 in counts), False
+        return StepShape(min(self._padded(tokens), most), seats, width, True, 1 in counts), False
 
     def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[str, Tensor | None]:
         """Start the model; the logits too, of a decode step. How it was executed, and the logits [rows, vocab]."""
         if not decode:
             self._run_body(shape)
             return "eager", None
-        if self._sizes.enforce_eager or not self._capturable:
+        if not self._captures:
             self._run_body(shape)
             self._head_program(shape.tokens, True)()
             return "eager", self._logits(rows)
@@ -294,7 +303,7 @@ class CudaRuntime:
             for start in range(0, len(targets), most):
                 wanted = targets[start : start + most]
                 rows = np.arange(first + start, first + start + len(wanted), dtype=np.int64)
-                count = padded(len(wanted), self._buckets)
+                count = self._padded(len(wanted), self._buckets)
                 view = self._arena.row_view("rows", count)
                 view.zero_()
                 view[: len(rows)].copy_(self._queue.upload(rows))
@@ -306,8 +315,13 @@ class CudaRuntime:
     # -- programs ---------------------------------------------------------------------------------------------
 
     @property
-    def _capturable(self) -> bool:
-        return not self._model.foreign
+    def _captures(self) -> bool:
+        """Whether decode steps are replayed: torch's operators allocate, and wait for the host."""
+        return not (self._sizes.enforce_eager or self._fallbacks.executors)
+
+    def _padded(self, count: int, buckets: Sequence[int] = ()) -> int:
+        """What a number of tokens, sequences or rows is padded to; torch's operators are given no padding."""
+        return count if self._fallbacks.executors else padded(count, buckets)
 
     def _run_body(self, shape: StepShape) -> None:
         """Run the model up to the hidden states; a program that is not there yet runs while it is bound."""
@@ -349,8 +363,6 @@ class CudaRuntime:
 
     def _capture_all(self) -> None:
         """Capture every bucket, the largest first, so that smaller ones find its memory in the pool."""
-        if not self._capturable:
-            return
         width = context_width(1, self.limits)
         self._warm_up(width)
         for bucket in reversed(self._buckets):
@@ -373,11 +385,9 @@ class CudaRuntime:
         tables = self._queue.host_memory(4 * arena.tables.numel()).view(torch.int32)
         return Staging(arena, self._queue.host_memory(arena.size), tables)
 
-    def _make_model(self, weights: Mapping[str, Any]) -> Model:
+    def _make_model(self, choices: Mapping[str, KernelChoice], weights: Weights) -> Model:
         graph, options, sizes = self._graph, self._options, self._sizes
         dtype, device = torch_dtype(options.dtype), self._queue.device
-        chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, sizes.block_size)
-        choices: dict[str, KernelChoice] = {choice.op: choice for choice in chosen}
         scratch = Scratch(device)
         for name, size in scratch_sizes(graph, options.dtype, sizes, self._queue.sms).items():
             scratch.take(name, SCRATCH_DTYPES.get(name, dtype), size)
@@ -386,7 +396,7 @@ class CudaRuntime:
         return Model(
             graph, choices, weights, plan_buffers(graph, dtype).allocate(
                 sizes.max_num_batched_tokens, sizes.max_num_seqs, device
-            ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, {}, self._lora,
+            ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, self._fallbacks.executors, self._lora,
         )  # fmt: skip
 
     def _allocate_cache(self, dtype: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
