@@ -44,5 +44,5 @@ def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, cap
 
 def test_a_cache_that_torch_cannot_read_is_refused():
     graph, weights = _model(None, {**CONFIG, "head_dim": 48}, CUDA_PASSES)
-    with pytest.raises(EngineLoadError, match="--kv-cache-dtype int8: op 'layers.0.attention' has no CUDA kernel"):
+    with pytest.raises(EngineLoadError, match=r"--kv-cache-dtype int8: op 'layers\.0\.attention' has no CUDA kernel"):
         emulated_runtime(graph, weights, "float16", **SIZES, kv_cache_dtype="int8")
