@@ -56,17 +56,17 @@ class CudaStep:
     ) -> None:
         self._sampled, self._scores, self._execution = sampled, scores, execution
         self._began, self._ended = began, ended
+        self._value: StepResult | None = None
 
     def result(self) -> StepResult:
         """Block until the step is done."""
-        self._ended.wait()
-        tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
-        scores = {s.request_id: _joined(s.parts) for s in self._scores}
-        return StepResult(tokens, logprobs, scores, self._ended.seconds_since(self._began), execution=self._execution)
-
-    def wait(self) -> None:
-        """Block until the step is done."""
-        self._ended.wait()
+        if self._value is None:
+            self._ended.wait()
+            tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
+            scores = {s.request_id: _joined(s.parts) for s in self._scores}
+            seconds = self._ended.seconds_since(self._began)
+            self._value = StepResult(tokens, logprobs, scores, seconds, execution=self._execution)
+        return self._value
 
 
 class CudaRuntime:
@@ -113,6 +113,7 @@ class CudaRuntime:
         with self._queue.active(), torch.inference_mode():
             self._arena = InputArena(sizes.max_num_batched_tokens, sizes.max_num_seqs, self.limits, self._queue.device)
             self._slots = [self._staging() for _ in range(STEPS_IN_FLIGHT)]
+            self._results = [self._queue.host_memory(4 * sizes.max_num_seqs).view(torch.int32) for _ in self._slots]
             self._steps: list[CudaStep | None] = [None] * STEPS_IN_FLIGHT
             self._sampler = DeviceSampler(self._queue, self._arena, sizes.max_num_seqs, graph.vocab_size)
             weights = device_weights(graph, planes)
@@ -159,7 +160,7 @@ class CudaRuntime:
                     if flat.scored:  # scoring has put its own rows there
                         self._arena.row_view("rows", rows).copy_(staging.sent_rows(rows), non_blocking=True)
                     logits = self._head(rows, every=False)
-                sampled = self._sampler.start(sampling, logits)
+                sampled = self._sampler.start(sampling, logits, self._results[turn])
             step = CudaStep(sampled, scores, began, self._queue.mark(), execution)
         self._row_of = {p.request_id: i for i, p in enumerate(p for p in plan.slices if p.sample)}
         self._steps[turn] = step
@@ -168,7 +169,7 @@ class CudaRuntime:
     def logits(self, plan: StepPlan) -> Tensor:
         """Run one step and return float32 logits [R, vocab] of the sampled rows, on the host; for tests."""
         rows = sum(piece.sample for piece in plan.slices)
-        self.execute(plan, _greedy(rows)).wait()
+        self.execute(plan, _greedy(rows)).result()
         with self._queue.active():
             return self._model.buffers.view(LOGITS, rows).float().cpu()
 
@@ -184,14 +185,14 @@ class CudaRuntime:
             tuple(SequenceSlice(str(i), (i % limits.vocab_size,), context - 1, t, True) for i, t in enumerate(tables))
         )
         greedy = _greedy(batch)
-        self.execute(plan, greedy).wait()
+        self.execute(plan, greedy).result()
         shape, _ = self._shape(plan, flatten(plan, limits))
         rows = self._padded(batch, self._buckets)
 
         def run() -> None:
             with self._queue.active(), torch.inference_mode():
                 self._compute(shape, True, rows)
-                self._sampler.start(greedy, self._logits(rows))
+                self._sampler.start(greedy, self._logits(rows), self._results[0])
 
         return run
 
@@ -219,8 +220,8 @@ class CudaRuntime:
         """Free the device's memory."""
         for step in self._steps:
             if step is not None:
-                step.wait()
-        for name in ("_programs", "_heads", "_graphs", "_model", "_sampler", "_arena", "_slots", "_steps"):
+                step.result()
+        for name in ("_programs", "_heads", "_graphs", "_model", "_sampler", "_arena", "_slots", "_results", "_steps"):
             delattr(self, name)
         if self._queue.device == "cuda":
             torch.cuda.empty_cache()
@@ -252,12 +253,12 @@ class CudaRuntime:
         return [self._adapter_of(piece) for piece in plan.slices for _ in piece.token_ids]
 
     def _next_staging(self) -> tuple[Staging, int]:
-        """The staging of the oldest step, which is done."""
+        """The staging of the oldest step, which is done and whose result is kept: its memory is used again."""
         turn = self._turn
         self._turn = (turn + 1) % STEPS_IN_FLIGHT
         step = self._steps[turn]
         if step is not None:
-            step.wait()
+            step.result()
         return self._slots[turn], turn
 
     def _shape(self, plan: StepPlan, flat: FlatPlan) -> tuple[StepShape, bool]:
