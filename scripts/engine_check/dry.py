@@ -24,9 +24,7 @@ class DryRuntime:
 
     steps_in_flight = 2
 
-    def __init__(
-        self, graph: Graph, options: BuildOptions, planes: Mapping[str, Tensor], sizes: RuntimeSizes
-    ) -> None:
+    def __init__(self, graph: Graph, options: BuildOptions, planes: Mapping[str, Tensor], sizes: RuntimeSizes) -> None:
         self._graph, self._sizes = graph, sizes
         weights = unpacked(graph, planes)
         self._inner = ReferenceRuntime(
@@ -57,7 +55,7 @@ class DryRuntime:
         ]
         return lambda: self._inner.execute(StepPlan(tuple(slices)), greedy(batch))
 
-    def step_launches(self, tokens: int, sequences: int) -> list[str]:
+    def step_launches(self, tokens: int, sequences: int) -> list[str]:  # noqa: ARG002
         """The ops' names: nothing is launched."""
         return [op.name for op in self._graph.ops]
 

@@ -1,4 +1,4 @@
-"""An engine folder of a random-weight model, written by the product's own writer: what ``llmctl serve`` is started on."""
+"""An engine folder of random weights, written by the product's own writer: what ``llmctl serve`` is started on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ class RandomTarget(CudaTarget):
     made: Any = None
 
     def pack(
-        self, name: str, read: Read, planes: Sequence[Plane], graph: Graph, options: BuildOptions
+        self,
+        name: str,  # noqa: ARG002
+        read: Read,  # noqa: ARG002
+        planes: Sequence[Plane],
+        graph: Graph,  # noqa: ARG002
+        options: BuildOptions,  # noqa: ARG002
     ) -> dict[str, PlaneContent]:
         """Random numbers, each plane when its turn comes; nothing is read."""
         return {plane.name: self.made[plane.name] for plane in planes}

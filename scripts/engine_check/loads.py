@@ -41,18 +41,14 @@ MANY = Load(64, 512, 256, 2)
 
 def make_engine(runtime: Any, step_tokens: int = STEP_TOKENS) -> LLMEngine:
     """An engine over a runtime, as many steps in flight as the runtime is made for; close the runtime, not it."""
-    config = SchedulerConfig(
-        max_num_seqs=MOST_SEQS, max_num_batched_tokens=step_tokens, enable_prefix_caching=False
-    )
+    config = SchedulerConfig(max_num_seqs=MOST_SEQS, max_num_batched_tokens=step_tokens, enable_prefix_caching=False)
     return LLMEngine(runtime, config, max_steps_in_flight=runtime.steps_in_flight)
 
 
 def requests(load: Load, vocab: int, seed: int = 0) -> list[Request]:
     """Greedy requests over random prompts, no two alike, that go on to their last token."""
     params = SamplingParams(temperature=0.0, max_tokens=load.tokens_out, ignore_eos=True)
-    return [
-        Request(f"{seed}-{i}", prompt(load.tokens_in, vocab, 1000 * seed + i), params) for i in range(load.at_once)
-    ]
+    return [Request(f"{seed}-{i}", prompt(load.tokens_in, vocab, 1000 * seed + i), params) for i in range(load.at_once)]
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,11 @@ class CudaPlace:
 
     def open(self, graph: Graph, options: BuildOptions, planes: Mapping[str, Any], sizes: RuntimeSizes) -> Any:
         """The product's CUDA runtime; kernels are compiled here the first time."""
+        from llmctl.targets.cuda.runtime import CudaRuntime
+
         from llmctl.checkpoint.resolve import cache_dir
         from llmctl.targets.cuda.launch import compiled_machine
         from llmctl.targets.cuda.registry import choose_all, sources_of
-        from llmctl.targets.cuda.runtime import CudaRuntime
 
         chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, options.block_size)
         machine = compiled_machine(sources_of(chosen), cache_dir() / "kernels")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from engine_check.models import BLOCK, Model, planes_on
@@ -93,7 +93,7 @@ def _free_bytes(place: Place) -> int | None:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def decode_case(opened: Opened, batch: int, context: int, read_gb_s: float | None) -> dict[str, Any]:
+def decode_case(opened: Opened, batch: int, context: int) -> dict[str, Any]:
     """One decode step of ``batch`` sequences of ``context`` positions, replayed.
 
     Raises:
@@ -112,14 +112,11 @@ def decode_case(opened: Opened, batch: int, context: int, read_gb_s: float | Non
     ms, spread = median_ms(place, replay, count, 5 if place.real else 1)
     nbytes = model.decode_bytes(batch, context)
     found = {"batch": batch, "context": context, "ms": ms, "spread": spread, "tok/s": batch / ms * 1e3}
-    found |= {"GB": nbytes / 1e9, "GB/s": nbytes / ms / 1e6}
-    if read_gb_s:
-        found["of read"] = found["GB/s"] / read_gb_s
-    return found
+    return {**found, "GB": nbytes / 1e9, "GB/s": nbytes / ms / 1e6}
 
 
-def prefill_case(opened: Opened, tokens: int, matmul: float | None) -> dict[str, Any]:
-    """One prompt in one step, from ``execute`` to its token; ``matmul``: the device's rate in TFLOP/s."""
+def prefill_case(opened: Opened, tokens: int) -> dict[str, Any]:
+    """One prompt in one step, from ``execute`` to its token."""
     place, model, runtime = opened.place, opened.model, opened.runtime
     plan = one_slice(prompt(tokens, model.graph.vocab_size), BLOCK)
     rounds = (2 if tokens > 4096 else 4) if place.real else 1
@@ -136,14 +133,11 @@ def prefill_case(opened: Opened, tokens: int, matmul: float | None) -> dict[str,
     ms = statistics.median(found)
     rate = model.prefill_flops(tokens) / ms / 1e9
     result = {"tokens": tokens, "ms": ms, "spread": (max(found) - min(found)) / 2 / ms, "tok/s": tokens / ms * 1e3}
-    result |= {"TFLOP/s": rate, "host ms": statistics.median(hosts)}
-    if matmul:
-        result["of matmul"] = rate / matmul
-    return result
+    return {**result, "TFLOP/s": rate, "host ms": statistics.median(hosts)}
 
 
 def launch_cost(opened: Opened, tokens: int = 48) -> dict[str, Any]:
-    """Host microseconds a launch of a step that no graph replays: a prompt of so many tokens, to ``execute``'s return."""
+    """Host microseconds a launch, of a step that no graph replays: a prompt, up to where ``execute`` returns."""
     runtime, place = opened.runtime, opened.place
     launches = list(runtime.step_launches(tokens, 1))
     plan = one_slice(prompt(tokens, opened.model.graph.vocab_size), BLOCK)
@@ -165,9 +159,3 @@ def launches_of_a_step(opened: Opened, batch: int) -> dict[str, Any]:
     for name in names:
         counts[name] = counts.get(name, 0) + 1
     return {"launches": len(names), "entries": counts}
-
-
-def rate(results: Mapping[str, Any], name: str) -> float | None:
-    """One of the device's rates, if they were measured."""
-    value = results.get("rates", {}).get(name)
-    return float(value) if value else None
