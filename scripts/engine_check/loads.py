@@ -1,4 +1,4 @@
-"""Requests through the engine in this process, its loop overlapped as a server's: what one stream and many at once get."""
+"""Requests through the engine in this process, its loop overlapped as a server's: what one and many at once get."""
 
 from __future__ import annotations
 

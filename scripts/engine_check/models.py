@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,7 @@ def host_contents(model: Model, seed: int = 0) -> dict[str, Callable[[], NDArray
             block = _stored(normal * np.float32(content.size), plane.dtype)
         return np.resize(block, plane.shape)
 
-    return {plane.name: lambda p=plane, c=content: make(p, c) for plane, content in contents(model)}
+    return {plane.name: partial(make, plane, content) for plane, content in contents(model)}
 
 
 def _stored(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -109,9 +109,9 @@ class TinyModel:
     def planes(self, device: str) -> dict[str, Tensor]:
         """The weights packed by the product, as tensors on a device."""
         target = CudaTarget(TargetName("cuda", (self.arch,)))
-        packed = {}
+        packed: dict[str, Tensor] = {}
         for name, planes in target.planes(self.graph, self.options).items():
-            contents = target.pack(name, lambda n=name: self.weights[n], planes, self.graph, self.options)
+            contents = target.pack(name, partial(self.weights.__getitem__, name), planes, self.graph, self.options)
             packed |= {plane.name: to_tensor(contents[plane.name], plane).to(device) for plane in planes}
         return packed
 
