@@ -11,7 +11,7 @@ from torch import Tensor
 from engine_check.steps import greedy, prompt
 from engine_check.tiny import round_cache
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.engine.step import DoneStep, SamplingBatch, SequenceSlice, StepPlan
+from llmctl.engine.step import IN_FLIGHT, DoneStep, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, RuntimeSizes
 from llmctl.targets.cuda.layout import from_planes, unpack
@@ -21,8 +21,6 @@ from llmctl.targets.reference.runtime import ReferenceRuntime
 
 class DryRuntime:
     """What ``CudaRuntime`` offers, by the reference in the options' dtype on the CPU."""
-
-    steps_in_flight = 2
 
     def __init__(self, graph: Graph, options: BuildOptions, planes: Mapping[str, Tensor], sizes: RuntimeSizes) -> None:
         self._graph, self._sizes = graph, sizes
@@ -34,10 +32,21 @@ class DryRuntime:
         if options.kv_cache_dtype != options.dtype:
             round_cache(self._inner, graph, options.kv_cache_dtype)
         self.limits = self._inner.limits
+        self.steps_in_flight = 2
+        self._last: dict[str, int] = {}
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:
-        """At once."""
-        return self._inner.execute(plan, sampling)
+        """At once; a token in flight is the one that the step before has sampled."""
+        done = self._inner.execute(StepPlan(tuple(self._known(piece) for piece in plan.slices)), sampling)
+        ids = iter(done.value.token_ids.tolist())
+        self._last = {piece.request_id: next(ids) for piece in plan.slices if piece.sample}
+        return done
+
+    def _known(self, piece: SequenceSlice) -> SequenceSlice:
+        if piece.token_ids[0] != IN_FLIGHT:
+            return piece
+        tokens = [self._last[piece.request_id], *piece.token_ids[1:]]
+        return SequenceSlice(piece.request_id, tokens, piece.start, piece.block_ids, piece.sample, piece.score_targets)
 
     def logits(self, plan: StepPlan) -> Tensor:
         """f32 [R, vocab]."""

@@ -40,9 +40,9 @@ MANY = Load(64, 512, 256, 2)
 
 
 def make_engine(runtime: Any, step_tokens: int = STEP_TOKENS) -> LLMEngine:
-    """An engine over a runtime, as many steps in flight as the runtime is made for; close the runtime, not it."""
+    """An engine over a runtime that others use after it: that one is to be closed, not the engine."""
     config = SchedulerConfig(max_num_seqs=MOST_SEQS, max_num_batched_tokens=step_tokens, enable_prefix_caching=False)
-    return LLMEngine(runtime, config, max_steps_in_flight=runtime.steps_in_flight)
+    return LLMEngine(runtime, config)
 
 
 def requests(load: Load, vocab: int, seed: int = 0) -> list[Request]:

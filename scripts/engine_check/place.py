@@ -6,7 +6,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, Protocol
 
 from llmctl.graph.graph import Graph
@@ -24,10 +23,6 @@ class Place(Protocol):
         """A runtime over planes that lie on the device."""
         ...
 
-    def milliseconds(self, run: Callable[[], Any], count: int) -> float:
-        """Time of one of ``count`` runs, back to back."""
-        ...
-
     def synchronize(self) -> None:
         """Wait for all that was queued."""
         ...
@@ -41,22 +36,23 @@ class Place(Protocol):
         ...
 
 
-def runtime_sizes(blocks: int, block_size: int, length: int, tokens: int, seqs: int, **more: Any) -> RuntimeSizes:
-    """RuntimeSizes; ``more``: fields that came later.
+def wall_ms(place: Place, run: Callable[[], Any], count: int) -> float:
+    """Milliseconds of one of ``count`` runs, started back to back and waited for together.
 
-    Raises:
-        NotImplementedError: this version's RuntimeSizes has no such field.
+    By the wall, for a runtime has a stream of its own; what starting the first and waiting for the last costs, some 30
+    us, is shared by all.
     """
-    known = {field.name for field in fields(RuntimeSizes)}
-    for name in more:
-        if name not in known:
-            raise NotImplementedError(f"this version's RuntimeSizes has no {name}")
-    return RuntimeSizes(blocks, block_size, length, tokens, seqs, **more)
+    place.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    place.synchronize()
+    return (time.perf_counter() - start) * 1e3 / count
 
 
-def median_ms(place: Place, run: Callable[[], Any], count: int, rounds: int = 3) -> tuple[float, float]:
-    """(median milliseconds of a run over rounds, half the rounds' range over it)."""
-    found = [place.milliseconds(run, count) for _ in range(rounds)]
+def median_ms(measure: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """(median milliseconds over rounds, half the rounds' range over it)."""
+    found = [measure() for _ in range(rounds)]
     median = statistics.median(found)
     return median, (max(found) - min(found)) / 2 / median if median else 0.0
 
@@ -70,27 +66,14 @@ class CudaPlace:
 
     def open(self, graph: Graph, options: BuildOptions, planes: Mapping[str, Any], sizes: RuntimeSizes) -> Any:
         """The product's CUDA runtime; kernels are compiled here the first time."""
-        from llmctl.targets.cuda.runtime import CudaRuntime
-
         from llmctl.checkpoint.resolve import cache_dir
         from llmctl.targets.cuda.launch import compiled_machine
         from llmctl.targets.cuda.registry import choose_all, sources_of
+        from llmctl.targets.cuda.runtime import CudaRuntime
 
         chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, options.block_size)
         machine = compiled_machine(sources_of(chosen), cache_dir() / "kernels")
         return CudaRuntime(graph, options, planes, sizes, machine, device=self.device)
-
-    def milliseconds(self, run: Callable[[], Any], count: int) -> float:
-        """By events on the device."""
-        import torch
-
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(count):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / count
 
     def synchronize(self) -> None:
         """Wait; raises what a kernel did wrong."""
@@ -140,25 +123,21 @@ def _driver_version() -> str | None:
 
 
 class HostPlace:
-    """The CPU, for checks of everything but speed. ``opener``: makes the runtime."""
+    """The CPU, for checks of everything but speed.
+
+    Args:
+        opener: makes the runtime. graphs: whether that one has something to replay.
+    """
 
     device = "cpu"
-    graphs = False
     real = False
 
-    def __init__(self, opener: Callable[..., Any]) -> None:
-        self._opener = opener
+    def __init__(self, opener: Callable[..., Any], graphs: bool = False) -> None:
+        self._opener, self.graphs = opener, graphs
 
     def open(self, graph: Graph, options: BuildOptions, planes: Mapping[str, Any], sizes: RuntimeSizes) -> Any:
         """Whatever the opener makes."""
         return self._opener(graph, options, planes, sizes)
-
-    def milliseconds(self, run: Callable[[], Any], count: int) -> float:
-        """By the wall."""
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        return (time.perf_counter() - start) * 1e3 / count
 
     def synchronize(self) -> None:
         """Nothing is queued."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine_check.models import BLOCK
-from engine_check.place import Place, runtime_sizes
+from engine_check.place import Place
 from engine_check.steps import Sequences, greedy, prompt, seeded
 from engine_check.tiny import Heads, Oracle, Size, TinyModel, Variant, oracle
 from llmctl.engine.llm_engine import LLMEngine
@@ -60,7 +60,7 @@ class Scale:
     requests: tuple[tuple[int, int], ...] = (
         (90, 24), (20, 40), (64, 30), (5, 44), (130, 20), (47, 30), (1, 36), (80, 24), (33, 12), (90, 24),
     )  # fmt: skip
-    blocks: int = 36
+    blocks: int = 32
     tokens: int = 512
     seqs: int = 8
     budget: int = 48
@@ -93,8 +93,7 @@ def check(place: Place, variant: Variant, scale: Scale, arch: str) -> dict[str, 
 
 
 def _sizes(scale: Scale, eager: bool) -> RuntimeSizes:
-    more = {"enforce_eager": True} if eager else {}
-    return runtime_sizes(scale.blocks, BLOCK, scale.size.positions, scale.tokens, scale.seqs, **more)
+    return RuntimeSizes(scale.blocks, BLOCK, scale.size.positions, scale.tokens, scale.seqs, enforce_eager=eager)
 
 
 # ---- steps made by hand ----------------------------------------------------------------------------------------------
@@ -102,14 +101,18 @@ def _sizes(scale: Scale, eager: bool) -> RuntimeSizes:
 
 @dataclass(frozen=True)
 class Row:
-    """The logits after one position of one text, and the token sampled from them in the step ``place``."""
+    """The logits after one position of one text, and the token sampled from them in the step ``place``.
+
+    ``decode``: every sequence of the step had one token. ``execution``: how the runtime says that it ran.
+    """
 
     place: str
-    batch: int
+    decode: bool
     text: int
     position: int
     logits: Tensor
     token: int
+    execution: str
 
 
 Counts = Iterator[list[int]]
@@ -155,10 +158,11 @@ def run_by_hand(runtime: Any, texts: Sequence[Sequence[int]], scale: Scale) -> l
         for number, step in enumerate(counts(sequences, scale)):
             plan, members = sequences.plan(step)
             logits = runtime.logits(plan).float().cpu()
-            tokens = runtime.execute(plan, greedy(len(members))).result().token_ids
+            result = runtime.execute(plan, greedy(len(members))).result()
+            decode = sum(step) == len(members)
             for row, i in enumerate(members):
-                place = f"{name}, step {number}"
-                rows.append(Row(place, len(members), i, sequences.done[i] - 1, logits[row], int(tokens[row])))
+                place, token = f"{name}, step {number}", int(result.token_ids[row])
+                rows.append(Row(place, decode, i, sequences.done[i] - 1, logits[row], token, result.execution))
     return rows
 
 
@@ -179,15 +183,18 @@ def judged(judge: Oracle, rows: Sequence[Row], wrong: list[str]) -> dict[str, An
 
 
 def compared(eager: Sequence[Row], replayed: Sequence[Row], wrong: list[str]) -> str:
-    """Whether a runtime that replays gives the bits of one that does not."""
-    same = 0
+    """Whether a runtime that replays its decode steps gives the bits of one that does not."""
+    same = replays = 0
     for a, b in zip(eager, replayed, strict=True):
+        where = f"{b.place}, text {b.text}, position {b.position}"
         if torch.equal(a.logits, b.logits) and a.token == b.token:
             same += 1
         else:
-            off = float((a.logits - b.logits).abs().max())
-            wrong.append(f"replay: {b.place}, text {b.text}, position {b.position}: off from eager by {off:.2g}")
-    return f"{same} of {len(eager)} rows bit for bit as eager"
+            wrong.append(f"replay: {where}: off from eager by {float((a.logits - b.logits).abs().max()):.2g}")
+        replays += b.execution == "graph"
+        if b.decode != (b.execution == "graph"):
+            wrong.append(f"replay: {where}: {b.execution}, {'a' if b.decode else 'no'} decode step")
+    return f"{same} of {len(eager)} rows bit for bit as eager, {replays} of them replayed"
 
 
 def seeded_tokens(runtime: Any, texts: Sequence[Sequence[int]], scale: Scale, wrong: list[str]) -> str:
@@ -231,7 +238,8 @@ def through_engine(runtime: Any, judge: Oracle, scale: Scale, wrong: list[str]) 
 def generate(runtime: Any, scale: Scale, depth: int) -> tuple[list[tuple[list[int], list[int]]], int]:
     """((prompt, output) of every request, preemptions); requests come in while others run."""
     config = SchedulerConfig(max_num_seqs=scale.seqs, max_num_batched_tokens=scale.budget)
-    engine = LLMEngine(runtime, config, max_steps_in_flight=depth)
+    runtime.steps_in_flight = depth
+    engine = LLMEngine(runtime, config)
     vocab = scale.size.vocab
     prompts = [prompt(n, vocab, 50 if n == scale.requests[0][0] else 50 + i) for i, (n, _) in enumerate(scale.requests)]
     waiting = [

@@ -11,6 +11,7 @@ from engine_check import http_serve, kernel_trace, loads, right, speed
 from engine_check.models import Model, model
 from engine_check.place import Place
 from engine_check.supervise import Budget, Emit, LeftOut
+from engine_check.tiny import Variant
 from engine_check.trial import run_trial
 
 VARIANT_SECONDS, CASE_SECONDS = 6.0, 2.0
@@ -33,7 +34,7 @@ class Setting:
     folder: Callable[[str], Path]
     trial: str = ""
     models: Callable[[str, str, str], Model] = model
-    variants: tuple[right.Variant, ...] = right.VARIANTS
+    variants: tuple[Variant, ...] = right.VARIANTS
     scale: right.Scale = field(default_factory=right.Scale)
     decodes: tuple[tuple[int, int], ...] = speed.DECODES
     prefills: tuple[int, ...] = speed.PREFILLS
@@ -88,7 +89,7 @@ class Session:
                 return
             emit(["right", variant.name], self._checked(variant))
 
-    def _checked(self, variant: right.Variant) -> dict[str, Any]:
+    def _checked(self, variant: Variant) -> dict[str, Any]:
         """One variant; what it raises costs the others nothing, unless the device is lost with it."""
         try:
             return right.check(self.place, variant, self.setting.scale, self.setting.arch())

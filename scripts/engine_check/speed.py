@@ -1,7 +1,7 @@
 """Parts ``rates``, ``decode`` and ``prefill``: what the device can do, and what share of it steps get.
 
-Decode steps are timed as replays of the runtime's captured graphs, by events on the device; prompts by the wall, from
-``execute`` to the tokens. Bytes and operations are counted on paper (``models.py``).
+Decode steps are timed as replays of the runtime's captured graphs, back to back; prompts from ``execute`` to the token.
+Bytes and operations are counted on paper (``models.py``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from engine_check.models import BLOCK, Model, planes_on
-from engine_check.place import Place, median_ms, runtime_sizes
+from engine_check.place import Place, median_ms, wall_ms
 from engine_check.steps import greedy, one_slice, prompt
+from llmctl.targets.base import RuntimeSizes
 
 DECODES = ((1, 512), (64, 512), (32, 512), (16, 512), (8, 512), (128, 512), (1, 4096), (64, 4096))
 """(sequences, positions of each); the most telling first."""
@@ -29,21 +30,18 @@ def device_rates(nbytes: int = 2**30, matrix: int = 8192) -> dict[str, float]:
     """
     import torch
 
-    from engine_check.place import CudaPlace
-
-    place = CudaPlace()
     a = torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_()
     b = torch.empty_like(a)
-    copy, _ = median_ms(place, lambda: (b.copy_(a), a.copy_(b)), 4, 5)
+    copy = _by_events(lambda: (b.copy_(a), a.copy_(b)), 4, 5)
     big = torch.rand(nbytes // 2, device="cuda")
-    reads = min(median_ms(place, run, 4, 5)[0] for run in (big.sum, big.max))
+    reads = min(_by_events(run, 4, 5) for run in (big.sum, big.max))
     x, y = (torch.randn(matrix, matrix, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     z = torch.empty_like(x)
     torch.mm(x, y, out=z)
-    product, _ = median_ms(place, lambda: torch.mm(x, y, out=z), 5, 3)
+    product = _by_events(lambda: torch.mm(x, y, out=z), 5, 3)
     host = torch.empty(nbytes // 4, dtype=torch.uint8).pin_memory()
     part = a[: nbytes // 4]
-    up, _ = median_ms(place, lambda: part.copy_(host, non_blocking=True), 2, 3)
+    up = _by_events(lambda: part.copy_(host, non_blocking=True), 2, 3)
     return {
         "copy GB/s": 2 * nbytes / (copy / 2) / 1e6,
         "read GB/s": 2 * nbytes / reads / 1e6,
@@ -51,6 +49,23 @@ def device_rates(nbytes: int = 2**30, matrix: int = 8192) -> dict[str, float]:
         "host to device GB/s": nbytes / 4 / up / 1e6,
         "memory GB": torch.cuda.mem_get_info()[1] / 1e9,
     }
+
+
+def _by_events(run: Callable[[], Any], count: int, rounds: int) -> float:
+    """Median milliseconds of what goes to torch's current stream, over rounds of so many, by events there."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once() -> float:
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / count
+
+    return median_ms(once, rounds)[0]
 
 
 class Opened:
@@ -71,7 +86,7 @@ class Opened:
         if room is not None:
             blocks = min(blocks, int(room * 0.8) // model.kv_bytes(BLOCK))
         began = time.perf_counter()
-        sizes = runtime_sizes(blocks, BLOCK, length, length - length % 512, seqs)
+        sizes = RuntimeSizes(blocks, BLOCK, length, length - length % 512, seqs)
         self.runtime = place.open(model.graph, model.options, self.planes, sizes)
         place.synchronize()
         self.open_seconds = time.perf_counter() - began
@@ -105,11 +120,9 @@ def decode_case(opened: Opened, batch: int, context: int) -> dict[str, Any]:
     replay: Callable[[], Any] = opened.runtime.decode_replay(batch, context)
     count = 1
     if place.real:
-        for _ in range(3):
-            replay()
-        place.synchronize()
-        count = max(4, min(32, int(120 / max(place.milliseconds(replay, 1), 0.1))))
-    ms, spread = median_ms(place, replay, count, 5 if place.real else 1)
+        wall_ms(place, replay, 3)
+        count = max(4, min(32, int(120 / wall_ms(place, replay, 2))))
+    ms, spread = median_ms(lambda: wall_ms(place, replay, count), 5 if place.real else 1)
     nbytes = model.decode_bytes(batch, context)
     found = {"batch": batch, "context": context, "ms": ms, "spread": spread, "tok/s": batch / ms * 1e3}
     return {**found, "GB": nbytes / 1e9, "GB/s": nbytes / ms / 1e6}
