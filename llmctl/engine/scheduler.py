@@ -217,9 +217,9 @@ class Scheduler:
             index += 1
             count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
             if not count:
-                if not _can_be_fed(request):
-                    continue
-                count = 1
+                if len(request.token_ids) + 1 >= request.max_length:
+                    continue  # what is in flight ends it
+                count = 1  # the token in flight
             if not self._grow(request, request.num_computed_tokens + count):
                 break  # it preempted itself
             self._take(step, request, count)
@@ -365,11 +365,6 @@ class _StepUnderWay:
         if piece.sample:
             self.sampled.append(request)
         self.budget -= len(piece.token_ids)
-
-
-def _can_be_fed(request: Request) -> bool:
-    """Whether a request with all known tokens computed has one in flight, and goes on after it."""
-    return request.num_in_flight == 1 and len(request.token_ids) + 1 < request.max_length
 
 
 def _key(request: Request) -> Any:
