@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
 from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.sampling_params import derive_seed
@@ -49,6 +50,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         num_steps, num_generated_tokens: totals of the steps whose results were taken in; last_step_tokens: what the
             last of them computed. num_scheduled_tokens: total, steps in flight included.
         compute_seconds: total wall time that the runtime computed, as far as it says (see ``StepResult``).
+        state_seconds: all wall time by what it went into. num_graph_steps, num_eager_steps: steps by how they were run,
+            where the runtime says it.
     """
 
     num_running: int
@@ -62,10 +65,16 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_generated_tokens: int
     last_step_tokens: int
     compute_seconds: float = 0.0
+    state_seconds: StateSeconds = StateSeconds()
+    num_graph_steps: int = 0
+    num_eager_steps: int = 0
 
 
 class LLMEngine:
     """Runs requests on a runtime with continuous batching.
+
+    Attributes:
+        occupancy: where its time goes; whoever drives the engine adds what it waits and sends.
 
     Args:
         runtime: computes and samples. config: the scheduler's limits.
@@ -100,6 +109,8 @@ class LLMEngine:
         self._num_steps = 0
         self._last_step_tokens = 0
         self._compute_seconds = 0.0
+        self._executions = {"": 0, "graph": 0, "eager": 0}
+        self.occupancy = Occupancy()
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -174,13 +185,20 @@ class LLMEngine:
             num_generated_tokens=self._num_generated,
             last_step_tokens=self._last_step_tokens,
             compute_seconds=self._compute_seconds,
+            state_seconds=self.occupancy.seconds(),
+            num_graph_steps=self._executions["graph"],
+            num_eager_steps=self._executions["eager"],
         )
+
+    def settle(self) -> None:
+        """With no request left, wait for steps in flight that nobody wants any more."""
+        while self._in_flight and not self.has_unfinished():
+            self._in_flight.popleft()[1].result()
 
     def close(self) -> None:
         """Abort everything, wait for the device and free it."""
         self.abort(list(self.scheduler.requests))
-        while self._in_flight:
-            self._in_flight.popleft()[1].result()
+        self.settle()
         self.runtime.close()
 
     def _execute(self, step: ScheduledStep) -> PendingStep:
@@ -194,9 +212,7 @@ class LLMEngine:
     def _postprocess(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
         """Append what was sampled, cache what was computed, end what is done."""
         outputs = []
-        self._num_steps += 1
-        self._last_step_tokens = step.num_tokens
-        self._compute_seconds += result.compute_seconds
+        self._count(step, result)
         tokens = iter(result.token_ids.tolist())
         logprobs = iter(result.logprobs) if result.logprobs is not None else None
         for piece, request, epoch in zip(step.plan.slices, step.requests, step.epochs, strict=True):
@@ -211,6 +227,13 @@ class LLMEngine:
             if output is not None:
                 outputs.append(output)
         return outputs
+
+    def _count(self, step: ScheduledStep, result: StepResult) -> None:
+        self.occupancy.step_done(step.fill, result.compute_seconds)
+        self._num_steps += 1
+        self._last_step_tokens = step.num_tokens
+        self._compute_seconds += result.compute_seconds
+        self._executions[result.execution] += 1
 
     def _advance(
         self, request: Request, piece: SequenceSlice, token: int | None, logprob: TokenLogprobs | None

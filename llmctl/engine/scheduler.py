@@ -28,6 +28,7 @@ import msgspec
 
 from llmctl.config import EngineConfig
 from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.occupancy import Fill
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
@@ -89,7 +90,7 @@ class ScheduledStep(msgspec.Struct, frozen=True):
         requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
             of an older epoch wrote to blocks that its request no longer holds.
         sampled: those that get a token from this step, in SamplingBatch row order.
-        num_tokens: tokens computed.
+        num_tokens: tokens computed. fill: what bounded them.
     """
 
     plan: StepPlan
@@ -97,6 +98,7 @@ class ScheduledStep(msgspec.Struct, frozen=True):
     epochs: tuple[int, ...]
     sampled: tuple[Request, ...]
     num_tokens: int
+    fill: Fill
 
 
 @dataclass(slots=True)
@@ -197,6 +199,7 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
         step = _StepUnderWay(self.config.max_num_batched_tokens)
+        preemptions = self.counters.preemptions
         self._schedule_running(step)
         if self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             self._schedule_waiting(step)
@@ -208,7 +211,22 @@ class Scheduler:
             tuple([r.num_preemptions for r in step.requests]),
             tuple(step.sampled),
             num_tokens,
+            "kv_full" if self.counters.preemptions > preemptions else self._fill(step),
         )
+
+    def _fill(self, step: _StepUnderWay) -> Fill:
+        """What bounded a step that preempted nobody."""
+        seats = self.config.max_num_seqs
+        if not step.budget:
+            return "token_budget" if self.waiting or self._cut_short(step) else "busy"
+        if self.waiting:
+            return "max_num_seqs" if len(self.running) >= seats else step.kept_out_by
+        return "busy" if len(step.requests) >= seats else "few_requests"
+
+    def _cut_short(self, step: _StepUnderWay) -> bool:
+        """Whether a running request could have computed more, had there been more budget."""
+        last = step.requests[-1]
+        return last.num_computed_tokens < last.num_tokens or len(step.requests) < len(self.running)
 
     def _schedule_running(self, step: _StepUnderWay) -> None:
         index = 0
@@ -217,9 +235,9 @@ class Scheduler:
             index += 1
             count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
             if not count:
-                if not _can_be_fed(request):
-                    continue
-                count = 1
+                if len(request.token_ids) + 1 >= request.max_length:
+                    continue  # what is in flight ends it
+                count = 1  # the token in flight
             if not self._grow(request, request.num_computed_tokens + count):
                 break  # it preempted itself
             self._take(step, request, count)
@@ -248,9 +266,11 @@ class Scheduler:
             remaining = request.num_tokens - start
             count = min(remaining, step.budget)
             if count < remaining and not self._may_cut(remaining):
+                step.kept_out_by = "token_budget"
                 return
             needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
             if needed > self.pool.num_free - self.pool.num_unheld(cached):
+                step.kept_out_by = "kv_full"
                 return
             self._admit(request, cached)
             self._grow(request, start + count)
@@ -358,6 +378,7 @@ class _StepUnderWay:
         self.slices: list[SequenceSlice] = []
         self.requests: list[Request] = []
         self.sampled: list[Request] = []
+        self.kept_out_by: Fill = "kv_full"  # the first waiting request
 
     def add(self, request: Request, piece: SequenceSlice) -> None:
         self.slices.append(piece)
@@ -365,11 +386,6 @@ class _StepUnderWay:
         if piece.sample:
             self.sampled.append(request)
         self.budget -= len(piece.token_ids)
-
-
-def _can_be_fed(request: Request) -> bool:
-    """Whether a request with all known tokens computed has one in flight, and goes on after it."""
-    return request.num_in_flight == 1 and len(request.token_ids) + 1 < request.max_length
 
 
 def _key(request: Request) -> Any:

@@ -159,9 +159,10 @@ class AsyncEngineClient:
 
     def on_step(self, message: StepMessage) -> None:
         """Hand each request what a step made of it."""
-        assert self._texts is not None
         now = self._last_progress = time.monotonic()
         self._metrics.engine(message.stats, message.busy_seconds)
+        if self._texts is None:  # an engine that waits says so before anybody may ask it something
+            return
         outputs, aborts = self._texts.process(message.outputs)
         for output in outputs:
             self._on_output(output, now)

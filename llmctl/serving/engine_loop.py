@@ -30,14 +30,14 @@ from llmctl.serving.wire import (
 if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
 
-_IDLE_WAIT_MS = 60_000
+_IDLE_WAIT_MS = 10_000
 
 
 class EngineLoop:
     """Drives one LLMEngine from one channel.
 
     Commands are taken between steps. A step in which nothing is produced (a chunk of a long prompt) is reported too:
-    it is how the API process sees progress.
+    it is how the API process sees progress. So is an idle wait, now and then: the time in it counts.
     """
 
     def __init__(self, engine: LLMEngine, channel: WorkerChannel) -> None:
@@ -56,21 +56,28 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Commands, a step, a report."""
+        outputs = self._take_commands(0) if self._engine.has_unfinished() else self._wait()
         if self._engine.has_unfinished():
-            outputs = self._take_commands(0)
-        else:
-            before = time.perf_counter()
-            outputs = self._take_commands(_IDLE_WAIT_MS)
-            self._idle_seconds += time.perf_counter() - before
-        busy = self._engine.has_unfinished()
-        if busy:
             outputs += self._engine.step()
-        if busy or outputs or self._refused:
+        if not self._stopping or outputs or self._refused:
             self._report(outputs)
+
+    def _wait(self) -> list[TokenOutput]:
+        """Take commands when some have come, or nothing after a while. Returns outputs of aborts."""
+        before = time.perf_counter()
+        self._engine.settle()
+        outputs = self._take_commands(_IDLE_WAIT_MS)
+        seconds = time.perf_counter() - before
+        self._idle_seconds += seconds
+        self._engine.occupancy.waited(seconds)
+        return outputs
 
     def _report(self, outputs: list[TokenOutput]) -> None:
         busy_seconds = time.perf_counter() - self._began - self._idle_seconds
-        self._channel.send(encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused)))
+        message = encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused))
+        before = time.perf_counter()
+        self._channel.send(message)
+        self._engine.occupancy.sent(time.perf_counter() - before)
         self._refused = []
 
     def _take_commands(self, timeout_ms: int) -> list[TokenOutput]:

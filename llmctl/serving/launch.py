@@ -219,7 +219,10 @@ class _Server:
         Raises:
             LlmctlError: the engine did not start, or died.
         """
+        from llmctl.serving.status_line import log_status
+
         client = context.client
+        status = asyncio.create_task(log_status(lambda: context.metrics.engine_stats))
         dead = asyncio.create_task(client.worker.until_dead())
         stop = asyncio.create_task(self._stop.wait())
         try:
@@ -234,8 +237,8 @@ class _Server:
                 raise dead.result()
             await self._drain(client)
         finally:
-            dead.cancel()
-            stop.cancel()
+            for task in (status, dead, stop):
+                task.cancel()
 
     async def _become_ready(self, context: ServerContext) -> None:
         from llmctl.serving.context import Model

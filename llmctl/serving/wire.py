@@ -114,7 +114,7 @@ class Refused(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
-    """Everything that happened since the last one: one engine step, aborts, refusals, and the engine's state after.
+    """Everything that happened since the last one, and the engine's state after: a step or a wait, aborts, refusals.
 
     ``busy_seconds``: total wall time, since the start, in which the worker did not wait for requests.
     """

@@ -53,7 +53,7 @@ def test_a_runtime_says_one_or_two_steps() -> None:
     [
         {},
         {"temperature": 1.0, "seed": 5},
-        {"min_tokens": 4, "stop_token_ids": tuple(range(20))},
+        {"min_tokens": 4, "stop_token_ids": tuple(range(39))},
         {"logit_bias": {8: 100.0}},
         {"allowed_token_ids": (7, 9)},
         {"bad_words": ((5,), (6,))},
