@@ -283,6 +283,10 @@ def test_every_chosen_kernel_is_in_some_module(
     choices = (*made, *(KernelChoice(op.name, FALLBACK) for op in manifest.graph.ops))
     edit_manifest(engine, kernel_files=modules("n", "r"), files=files, kernels=choices)
     load_engine(engine)
+    other = (KernelChoice("b", "rope_kv", ("r_s8",), ("rope_kv.cu",)),)
+    monkeypatch.setattr(cuda.CudaTarget, "choose_kernels", lambda *_: other)  # for the KV cache of the run
+    assert "kernels.b: expected kernel r_s8 for sm_90, found no such kernel" in refused(engine, kv_cache_dtype="int8")
+    load_engine(engine, EngineRequest(kv_cache_dtype="float32"))  # which it was built with
     edit_manifest(engine, kernel_files=modules("n", "other"))
     assert "kernels.b: expected kernel r for sm_90, found no such kernel" in refused(engine)
 
