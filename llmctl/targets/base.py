@@ -372,6 +372,6 @@ class Target(Protocol):
             threads: CPU threads; None: the target's default.
 
         Raises:
-            EngineLoadError: it does not load here after all.
+            EngineLoadError, DeviceError: it does not load here after all.
         """
         ...

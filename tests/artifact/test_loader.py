@@ -223,6 +223,8 @@ def with_kernels(
     [
         (None, "expected an NVIDIA device and driver, found none on this machine"),
         (CudaDevice((8, 6), (13, 0), 2**34), "target.archs: expected a device of sm_90, found sm_86"),
+        (CudaDevice((8, 7), (13, 0), 2**34), "--target cuda:sm_86"),
+        (CudaDevice((7, 5), (13, 0), 2**34), "--target cpu"),
         (CudaDevice((9, 0), (12, 8), 2**34), "driver: expected CUDA 13.0 or newer, found CUDA 12.8"),
     ],
 )

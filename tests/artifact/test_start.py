@@ -14,11 +14,15 @@ from engine.fake_runtime import FakeRuntime
 from tiny_checkpoint import VOCAB, write_dense, write_gptq
 
 from llmctl.artifact.builder import build_engine
+from llmctl.artifact.describe import describe_model
 from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime, start_engine
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import BuildConfig, EngineOptions
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.request import Request
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import DeviceError, DeviceMemoryError, EngineLoadError, ExitCode, UsageError
 from llmctl.targets.cpu import target as cpu
@@ -124,6 +128,12 @@ def test_what_fails_on_the_way_in_is_one_line(cuda_engine: Path, monkeypatch: py
     assert caught.value.exit_code == ExitCode.RUNTIME
 
 
+def test_inspect_says_whether_it_runs_here(cuda_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe_model(str(cuda_engine))["runs_here"] == "yes"
+    monkeypatch.setattr(cuda, "missing_here", lambda _: "cupy is not installed")
+    assert describe_model(str(cuda_engine))["runs_here"] == "no: --target cuda:sm_90: cupy is not installed"
+
+
 def test_a_cuda_engine_without_a_gpu(cuda_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cuda_device", lambda: None)
     with pytest.raises(EngineLoadError, match="expected an NVIDIA device and driver, found none") as caught:
@@ -173,8 +183,23 @@ def test_a_cpu_engine_runs_with_any_cache(tmp_path: Path) -> None:
         dtype: start_engine(engine, EngineOptions(kv_cache_dtype=dtype, kv_cache_memory="1MiB")).engine.runtime
         for dtype in ("auto", "int8", "float32")
     }
-    tokens = {dtype: runtime.limits.num_blocks for dtype, runtime in sizes.items()}
-    assert tokens["float32"] < tokens["auto"] < tokens["int8"]
+    blocks = {dtype: runtime.limits.num_blocks for dtype, runtime in sizes.items()}
+    assert blocks["float32"] < blocks["auto"] < blocks["int8"]
     assert all(runtime.kv_bytes <= 2**20 for runtime in sizes.values())
     for runtime in sizes.values():
         runtime.close()
+    built = build_engine(BuildConfig(str(tmp_path / "checkpoint"), str(tmp_path / "int8"), kv_cache_dtype="int8"))
+    runs = (built, EngineOptions()), (engine, EngineOptions(kv_cache_dtype="int8")), (engine, EngineOptions())
+    expected, switched, plain = (top_logprobs(start_engine(*run).engine) for run in runs)
+    assert switched == expected  # bit for bit as an engine that was built so
+    assert switched != plain
+
+
+def top_logprobs(engine: LLMEngine) -> list[object]:
+    """The log-probabilities of a greedy answer."""
+    engine.add_request(Request("a", list(range(20)), SamplingParams(temperature=0, max_tokens=8, logprobs=5)))
+    found: list[object] = []
+    while engine.has_unfinished():
+        found += [output.logprobs for output in engine.step()]
+    engine.close()
+    return found

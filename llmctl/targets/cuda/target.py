@@ -171,7 +171,9 @@ class CudaTarget:
             return
         best = best_arch(archs, device.capability)
         if best is None:
-            refuse("target.archs", f"a device of {', '.join(archs)}", device.arch, target=f"cuda:{device.arch}")
+            arch = arch_here(device)
+            mend = {"target": "cpu", "dtype": None} if arch is None else {"target": f"cuda:{arch}"}
+            refuse("target.archs", f"a device of {', '.join(archs)}", device.arch, **mend)
         module = next(m for m in modules.values() if m.arch == best)
         needed = _version_number(module.compiler)
         # A cubin runs under any driver of its CUDA major version; PTX needs a driver as new as its compiler.
