@@ -7,6 +7,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
+# On a machine with an NVIDIA driver: what cuda engines need beside a torch with CUDA.
+EXTRAS := $(if $(wildcard /dev/nvidiactl),[cuda])
 
 .PHONY: demo test test-kernels test-slow sanitize lint format clean
 
@@ -43,7 +45,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.errors import LlmctlError
@@ -112,7 +113,7 @@ def _request(wire: WireRequest) -> Request:
     )
 
 
-def start(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
+def start(config: EngineOptions, send: Callable[[Event], None]) -> LLMEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
 
     Raises:
@@ -128,7 +129,7 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
     return started.engine
 
 
-def _locate(config: EngineConfig, send: Callable[[Event], None]) -> Path:
+def _locate(config: EngineOptions, send: Callable[[Event], None]) -> Path:
     """The engine folder of ``config.model``: itself, or built into the cache."""
     from llmctl.artifact.loader import is_engine
 
@@ -141,7 +142,11 @@ def _locate(config: EngineConfig, send: Callable[[Event], None]) -> Path:
 
 
 def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
-    manifest, limits = loaded.manifest, engine.limits
+    from llmctl.artifact.memory_table import memory_rows
+
+    manifest, limits, sizes, sizing = loaded.manifest, engine.limits, loaded.sizes, loaded.sizing
+    plan = replace(loaded.plan, num_blocks=limits.num_blocks)  # a runtime that measures may have taken fewer
+    own_memory = "gpu_memory_utilization" in loaded.target.run_options
     quantization = manifest.quantization
     return EngineInfo(
         model_name=manifest.source.name,
@@ -153,6 +158,11 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
         block_size=limits.block_size,
         num_blocks=limits.num_blocks,
         vocab_size=limits.vocab_size,
-        weight_bytes=loaded.plan.weights,
-        kv_cache_bytes=loaded.plan.kv_bytes,
+        weight_bytes=plan.weights,
+        kv_cache_bytes=plan.kv_bytes,
+        kv_cache_dtype=sizing.options.kv_cache_dtype,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        memory=[list(row) for row in memory_rows(sizing, plan)] if own_memory else [],
+        memory_note=f"budget: {plan.budget_source}" if own_memory else "",
     )

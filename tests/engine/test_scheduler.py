@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_runtime import FakeRuntime
 
-from llmctl.config import ServeConfig
+from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.sampling_params import SamplingParams
@@ -257,7 +257,7 @@ def test_config_refuses_nonsense_and_follows_the_commands_settings() -> None:
         SchedulerConfig(max_num_seqs=0)
     with pytest.raises(UsageError, match="expected fcfs or priority, found 'lifo'"):
         SchedulerConfig(policy="lifo")
-    made = SchedulerConfig.from_engine_config(ServeConfig(scheduling_policy="priority", max_num_seqs=3))
+    made = SchedulerConfig.from_engine_config(EngineConfig(scheduling_policy="priority", max_num_seqs=3))
     assert (made.policy, made.max_num_seqs, made.max_num_batched_tokens) == ("priority", 3, 512)
 
 

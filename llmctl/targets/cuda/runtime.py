@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from llmctl.targets.cuda.weights import device_weights
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.rope import cos_sin_table
 
+Execution = Literal["graph", "eager"]
 STEPS_IN_FLIGHT = 2
 _PROGRAMS = 256
 """Bound programs that are kept, the latest used: about half a megabyte each for 32 layers."""
@@ -52,7 +53,7 @@ class CudaStep:
     """A step that the device may still be running; an ``engine.step.PendingStep``."""
 
     def __init__(
-        self, sampled: Sampled | None, scores: list[_Scores], began: Mark, ended: Mark, execution: str
+        self, sampled: Sampled | None, scores: list[_Scores], began: Mark, ended: Mark, execution: Execution
     ) -> None:
         self._sampled, self._scores, self._execution = sampled, scores, execution
         self._began, self._ended = began, ended
@@ -273,7 +274,7 @@ class CudaRuntime:
         most = self._sizes.max_num_batched_tokens
         return StepShape(min(self._padded(tokens), most), seats, width, True, 1 in counts), False
 
-    def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[str, Tensor | None]:
+    def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[Execution, Tensor | None]:
         """Start the model; the logits too, of a decode step. How it was executed, and the logits [rows, vocab]."""
         if not decode:
             self._run_body(shape)
@@ -388,14 +389,14 @@ class CudaRuntime:
 
     def _make_model(self, choices: Mapping[str, KernelChoice], weights: Weights) -> Model:
         graph, options, sizes = self._graph, self._options, self._sizes
-        dtype, device = torch_dtype(options.dtype), self._queue.device
+        device = self._queue.device
         scratch = Scratch(device)
         for name, size in scratch_sizes(graph, options.dtype, sizes, self._queue.sms).items():
-            scratch.take(name, SCRATCH_DTYPES.get(name, dtype), size)
+            scratch.take(name, torch_dtype(SCRATCH_DTYPES.get(name, options.dtype)), size)
         scratch.freeze()
         caches, scales = self._allocate_cache(options.kv_cache_dtype)
         return Model(
-            graph, choices, weights, plan_buffers(graph, dtype).allocate(
+            graph, choices, weights, plan_buffers(graph, options.dtype).allocate(
                 sizes.max_num_batched_tokens, sizes.max_num_seqs, device
             ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, self._fallbacks.executors, self._lora,
         )  # fmt: skip
