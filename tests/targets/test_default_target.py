@@ -36,7 +36,8 @@ class Torch:
 def on_machine(monkeypatch: pytest.MonkeyPatch, device: CudaDevice | None, missing: str | None = None) -> None:
     monkeypatch.setattr(readiness, "cuda_device", lambda: device)
     monkeypatch.setattr(cuda, "cuda_device", lambda: device)
-    monkeypatch.setattr(launch, "missing_device", lambda: missing)
+    for name in ("missing_launcher", "missing_device"):
+        monkeypatch.setattr(launch, name, lambda: missing)
     Torch("13.0", True).install(monkeypatch)
 
 

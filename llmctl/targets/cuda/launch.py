@@ -135,7 +135,7 @@ def compiled_machine(sources: tuple[str, ...], cache: Path) -> CudaMachine:
     return CudaMachine(modules)
 
 
-def missing_device() -> str | None:
+def missing_launcher() -> str | None:
     """Why nothing can be launched here; None when it can."""
     try:
         import torch
@@ -147,6 +147,14 @@ def missing_device() -> str | None:
         import cupy  # noqa: F401
     except ImportError:
         return "cupy is not installed: pip install 'llmctl[cuda]'"
+    return None
+
+
+def missing_device() -> str | None:
+    """Why kernels can be neither launched nor compiled here; None when they can."""
+    missing = missing_launcher()
+    if missing is not None:
+        return missing
     try:
         from llmctl.targets.cuda.nvrtc import load_nvrtc
 

@@ -12,10 +12,13 @@ from llmctl.targets.cuda.device import CudaDevice, best_arch, cuda_device, why_n
 GIB = 2**30
 
 
-def missing_here(device: CudaDevice | None) -> str | None:
+def missing_here(device: CudaDevice | None, *, build: bool = False) -> str | None:
     """What this machine lacks to run cuda engines; None for nothing.
 
-    That is a device; or what drives it from Python: a torch with CUDA, a driver new enough for it, cupy, NVRTC.
+    That is a device; or what drives it from Python: a torch with CUDA, a driver new enough for it, cupy.
+
+    Args:
+        build: an engine is to be built first, for which NVRTC is needed as well.
     """
     if device is None:
         return why_no_device() or "no NVIDIA GPU"
@@ -28,9 +31,9 @@ def missing_here(device: CudaDevice | None) -> str | None:
     if not torch.cuda.is_available():
         driver = "CUDA {}.{}".format(*device.driver)
         return f"torch is built for CUDA {torch.version.cuda} and cannot use the device; the driver is for {driver}"
-    from llmctl.targets.cuda.launch import missing_device
+    from llmctl.targets.cuda.launch import missing_device, missing_launcher
 
-    return missing_device()
+    return missing_device() if build else missing_launcher()
 
 
 def arch_here(device: CudaDevice) -> str | None:
@@ -49,7 +52,7 @@ def offer() -> Offer | None:
     if device is None:
         return None
     found = f"{device.arch}, {device.memory / GIB:.1f} GiB"
-    missing = unknown_arch(device) if arch_here(device) is None else missing_here(device)
+    missing = unknown_arch(device) if arch_here(device) is None else missing_here(device, build=True)
     if missing is not None:
         return Offer("cuda", missing=f"the GPU ({found}) is not used: {missing}")
     return Offer("cuda", said=f"using the GPU ({found}); --target cpu would use the CPU")

@@ -24,6 +24,7 @@ from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
 from llmctl.targets.batch import FlatPlan, build_batch, flatten
 from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
 from llmctl.targets.cuda.buffers import SCRATCH_DTYPES, plan_buffers, scratch_sizes
+from llmctl.targets.cuda.errors import device_errors
 from llmctl.targets.cuda.fallback import Fallbacks, dequantized
 from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
 from llmctl.targets.cuda.ops import Scratch
@@ -60,9 +61,14 @@ class CudaStep:
         self._value: StepResult | None = None
 
     def result(self) -> StepResult:
-        """Block until the step is done."""
+        """Block until the step is done.
+
+        Raises:
+            DeviceError: the device failed.
+        """
         if self._value is None:
-            self._ended.wait()
+            with device_errors():
+                self._ended.wait()
             tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
             scores = {s.request_id: _joined(s.parts) for s in self._scores}
             seconds = self._ended.seconds_since(self._began)
@@ -139,6 +145,7 @@ class CudaRuntime:
         Raises:
             ValueError: a plan that ``flatten`` refuses, with more tokens or sequences than the runtime was sized for,
                 or that takes up a token which no step has sampled; sampling rows that do not match it.
+            DeviceError: the device failed, in this step or in an earlier one.
         """
         flat = flatten(plan, self.limits, may_feed=True)
         self._check(plan, flat, sampling)
@@ -150,7 +157,7 @@ class CudaRuntime:
         staging.block_tables(shape, plan)
         staging.tokens(shape, flat, self._fed(plan, flat), self._adapters(plan))
         staging.rows(flat, sampling, rows)
-        with self._queue.active(), torch.inference_mode():
+        with device_errors(), self._queue.active(), torch.inference_mode():
             began = self._queue.mark()
             staging.send(shape)
             execution, logits = self._compute(shape, decode, rows)
