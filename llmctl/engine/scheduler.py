@@ -310,8 +310,6 @@ class Scheduler:
         sample = end == known + request.num_in_flight and end < request.max_length
         step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets))
         request.num_computed_tokens = end
-        if sample:
-            request.num_in_flight += 1
 
     def _preempt(self, request: Request) -> None:
         self._drop_blocks(request)
@@ -385,6 +383,7 @@ class _StepUnderWay:
         self.requests.append(request)
         if piece.sample:
             self.sampled.append(request)
+            request.num_in_flight += 1
         self.budget -= len(piece.token_ids)
 
 

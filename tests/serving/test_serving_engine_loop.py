@@ -74,10 +74,18 @@ def test_before_it_waits_nothing_is_in_flight() -> None:
     plain = LLMEngine(FakeRuntime(), SchedulerConfig())
     plain.add_request(Request("a", [1, 2, 3], GREEDY))
     first = plain.step()[0].new_token_ids[0]
-    channel = Channel([add("a", SamplingParams(temperature=0.0, stop_token_ids=(first,)))], [])
+    in_flight = []
+
+    class Watched(Channel):
+        def receive(self, timeout_ms: int) -> list[bytes]:
+            in_flight.append(len(runtime.queue))
+            return super().receive(timeout_ms)
+
+    channel = Watched([add("a", SamplingParams(temperature=0.0, stop_token_ids=(first,)))], [])
     run(LLMEngine(runtime, SchedulerConfig()), channel)
     assert channel.sent[0].outputs[0].finish_reason == "stop"
     assert len(runtime.plans) == 2
+    assert in_flight == [0, 0, 0]
     assert channel.sent[1].stats.num_steps == 1
 
 
