@@ -126,12 +126,13 @@ def _run(options: argparse.Namespace, parts: Sequence[str]) -> int:
 
 
 def _facts(options: argparse.Namespace) -> dict[str, Any]:
+    from llmctl import __version__
     from llmctl.bench.environment import git_commit
 
     commit = os.environ.get("LLMCTL_COMMIT") or git_commit()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "commit": commit or "unknown",
-        "python": platform.python_version(), "measured": not options.dry,
+        "llmctl": __version__, "python": platform.python_version(), "measured": not options.dry,
     }  # fmt: skip
 
 

@@ -55,7 +55,9 @@ def wait_written(folder: Path, budget: Budget) -> float:
     return float(written_mark(folder).read_text())
 
 
-def serve_over_http(model: str, folder: Path, budget: Budget, emit: Emit) -> None:
+def serve_over_http(
+    model: str, folder: Path, budget: Budget, emit: Emit, loads: Sequence[Load] = (HTTP_ONE, HTTP_MANY)
+) -> None:
     """Start twice (the second time every file has been read before), serve, and take the start apart.
 
     Raises:
@@ -68,16 +70,15 @@ def serve_over_http(model: str, folder: Path, budget: Budget, emit: Emit) -> Non
 
     path = ["models", model, "http"]
     emit([*path, "folder written in s"], wait_written(folder, budget))
-    options = ("--target", "auto", *SERVE_OPTIONS)
     began = time.perf_counter()
-    with serving(str(folder), options) as server:
+    with serving(str(folder), SERVE_OPTIONS) as server:
         emit([*path, "first start to ready s"], time.perf_counter() - began)
-        for load in (HTTP_ONE, HTTP_MANY):
+        for load in loads:
             if budget.holds(8):
                 emit([*path, str(load.at_once)], send(server.url, folder, load))
     if budget.holds(8):
         began = time.perf_counter()
-        with serving(str(folder), options):
+        with serving(str(folder), SERVE_OPTIONS):
             emit([*path, "start to ready s"], time.perf_counter() - began)
     if budget.holds(6):
         emit([*path, "stages of a start s"], stages(folder))

@@ -1,8 +1,8 @@
 """Part ``gaps``: when the device is idle, from traces of its kernels.
 
 The profiler's library must be up before the graphs that it is to see are captured, so a worker of its own does this,
-after everything was timed without it. A step's gaps are held against its time untraced; those between steps come from a
-trace of the engine at work.
+after everything was timed without it. What kernels take in a trace is held against a step's time untraced, for tracing
+makes the gaps longer; those between steps come from a trace of the engine at work.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def span(spans: Sequence[Span]) -> float:
     return max(s + d for s, d, _ in spans) - spans[0][0] if spans else 0.0
 
 
-def replay_gaps(spans: Sequence[Span], replays: int, step_ms: float) -> dict[str, Any]:
-    """Of a trace of replays that were waited for one by one; ``step_ms``: a replay's time untraced.
+def replay_gaps(spans: Sequence[Span], replays: int) -> dict[str, Any]:
+    """Of a trace of replays that were waited for one by one.
 
     Raises:
         ValueError: no kernels, or not as many in each replay.
@@ -80,10 +80,8 @@ def replay_gaps(spans: Sequence[Span], replays: int, step_ms: float) -> dict[str
     steps = [spans[i * each : (i + 1) * each] for i in range(replays)]
     run = sum(busy(step) for step in steps) / replays
     inside = sum(sum(gaps(step)) for step in steps) / replays
-    return {
-        "kernels": each, "busy us": run, "step us": step_ms * 1e3, "gap share": max(0.0, 1 - run / (step_ms * 1e3)),
-        "gap us in the trace": inside, "us by kernel": by_name(spans, replays),
-    }  # fmt: skip
+    found = {"kernels": each, "busy us": run, "gap us in the trace": inside}
+    return {**found, "us by kernel": by_name(spans, replays)}
 
 
 def by_name(spans: Sequence[Span], steps: int, most: int = 14) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_check.chart import charts
-from engine_check.goals import get, judge, of_matmul, of_read
+from engine_check.goals import gap_share, get, judge, of_matmul, of_read
 from engine_check.supervise import Report
 from engine_check.trial import ratios
 
@@ -137,6 +137,10 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
 def decode_rows(results: Results) -> list[list[str]]:
     """A line a case."""
     against, rows = ratios(results), []
@@ -208,11 +212,10 @@ def gap_rows(results: Results) -> list[list[str]]:
     for name, found in _models(results):
         for batch, c in found.get("gaps", {}).items():
             step, engine = c["in a step"], c["engine"]
+            inside = gap_share(results, name, batch)
             kernels = ", ".join(f"{kernel} {us:.0f}" for kernel, us in step["us by kernel"].items())
-            rows.append([
-                name, batch, str(step["kernels"]), f"{step['gap share']:.1%}", f"{engine['between steps']:.1%}",
-                f"{engine['idle share']:.1%}", kernels,
-            ])  # fmt: skip
+            shares = [f"{engine['between steps']:.1%}", f"{engine['idle share']:.1%}"]
+            rows.append([name, batch, str(step["kernels"]), _percent(inside), *shares, kernels])
     return rows
 
 

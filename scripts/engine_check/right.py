@@ -72,6 +72,7 @@ def check(place: Place, variant: Variant, scale: Scale, arch: str) -> dict[str, 
     texts = [prompt(n + scale.more, scale.size.vocab, i) for i, n in enumerate(scale.prompts)]
     judge = oracle(model, texts, max(a + b for a, b in scale.requests))
     planes = model.planes(place.device)
+    place.synchronize()  # a runtime has a stream of its own
     wrong: list[str] = []
     result: dict[str, Any] = {"limit": judge.limit, "own error": judge.noise}
     runtime = place.open(model.graph, model.options, planes, _sizes(scale, eager=place.graphs))

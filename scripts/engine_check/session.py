@@ -25,7 +25,8 @@ class Setting:
 
     Attributes:
         models: the model of a name. variants, scale: of the right part. decodes, prefills: the cases.
-        one, many: what is served in process. folder: the engine folder of a model's name.
+        one, many: what is served in process. gap_context: positions at which replays are traced.
+        folder: the engine folder of a model's name. trial: the command, "" for none.
     """
 
     place: Callable[[], Place]
@@ -40,6 +41,7 @@ class Setting:
     prefills: tuple[int, ...] = speed.PREFILLS
     one: loads.Load = loads.ONE
     many: loads.Load = loads.MANY
+    gap_context: int = 512
     rates: Callable[[], dict[str, float]] = speed.device_rates
 
 
@@ -140,15 +142,15 @@ class Session:
 
     def _traced(self, opened: speed.Opened, load: loads.Load) -> dict[str, Any]:
         runtime = opened.runtime
-        step = speed.decode_case(opened, load.at_once, 512)
-        replay = runtime.decode_replay(load.at_once, 512)
+        replay = runtime.decode_replay(load.at_once, self.setting.gap_context)
+        replay()
 
         def replays() -> None:
             for _ in range(TRACED_REPLAYS):
                 replay()
                 self.place.synchronize()
 
-        found = {"in a step": kernel_trace.replay_gaps(kernel_trace.trace(replays), TRACED_REPLAYS, step["ms"])}
+        found = {"in a step": kernel_trace.replay_gaps(kernel_trace.trace(replays), TRACED_REPLAYS)}
         engine = loads.decoding(runtime, load)
         spans = kernel_trace.trace(lambda: [engine.step() for _ in range(TRACED_STEPS)])
         found["engine"] = kernel_trace.engine_gaps(spans, TRACED_STEPS)

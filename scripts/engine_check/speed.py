@@ -22,7 +22,7 @@ PREFILLS = (8192, 2048, 512)
 _SERVED_TOKENS = 64 * (512 + 256 + BLOCK)
 
 
-def device_rates(nbytes: int = 2**30, matrix: int = 8192) -> dict[str, float]:
+def device_rates(nbytes: int = 2**30, matrix: int = 8192, device: str = "cuda") -> dict[str, float]:
     """Copy, read and bf16 matmul rates as the trial measures them, and pinned memory to the device, GB/s and TFLOP/s.
 
     Args:
@@ -30,12 +30,12 @@ def device_rates(nbytes: int = 2**30, matrix: int = 8192) -> dict[str, float]:
     """
     import torch
 
-    a = torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_()
+    a = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
     b = torch.empty_like(a)
     copy = _by_events(lambda: (b.copy_(a), a.copy_(b)), 4, 5)
-    big = torch.rand(nbytes // 2, device="cuda")
+    big = torch.rand(nbytes // 2, device=device)
     reads = min(_by_events(run, 4, 5) for run in (big.sum, big.max))
-    x, y = (torch.randn(matrix, matrix, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x, y = (torch.randn(matrix, matrix, device=device, dtype=torch.bfloat16) for _ in range(2))
     z = torch.empty_like(x)
     torch.mm(x, y, out=z)
     product = _by_events(lambda: torch.mm(x, y, out=z), 5, 3)
