@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine_check.models import SHAPES, Model, host_contents
-from llmctl.artifact.memory import plan_memory
+from llmctl.artifact.memory import Sizing
 from llmctl.artifact.plan import BuildPlan
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.writer import write_engine
@@ -74,10 +74,10 @@ def write_folder(model: Model, output: Path) -> None:
     options = model.options
     planes = target.planes(model.graph, options)
     checkpoint: Any = RandomCheckpoint(model)
+    sizing = Sizing(model.graph, options, target, EngineRequest(), tuple(model.planes.values()))
     plan = BuildPlan(
         name=model.name.replace(" ", "-"), checkpoint=checkpoint, graph=model.graph, target=target, options=options,
-        planes=planes, choices=target.choose_kernels(model.graph, options),
-        memory=plan_memory(model.graph, options, target, EngineRequest(), model.planes.values()),
+        planes=planes, choices=target.choose_kernels(model.graph, options), sizing=sizing, memory=sizing.plan(),
     )  # fmt: skip
     write_engine(plan, output)
 

@@ -1,4 +1,5 @@
-"""Part ``http``: ``llmctl serve`` on a really written engine folder, loaded by ``llmctl bench``'s own client."""
+"""Part ``http``: ``llmctl serve`` with its own defaults on a really written engine folder, loaded by ``llmctl bench``'s
+client."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_check.loads import MANY, MOST_SEQS, ONE, STEP_TOKENS, Load
+from engine_check.loads import MANY, ONE, Load
 from engine_check.models import Model
 from engine_check.supervise import Budget, Emit, LeftOut
 
@@ -19,7 +20,6 @@ SERVER_PACKAGES = (
     "aiohttp", "fastapi", "httptools", "jinja2", "msgspec", "prometheus_client", "psutil", "pydantic", "rich",
     "safetensors", "tokenizers", "typer", "uvicorn", "uvloop", "yaml",
 )  # fmt: skip
-SERVE_OPTIONS = ("--max-num-seqs", str(MOST_SEQS), "--max-num-batched-tokens", str(STEP_TOKENS))
 HTTP_ONE = Load(ONE.at_once, ONE.tokens_in, ONE.tokens_out, 5)
 HTTP_MANY = Load(MANY.at_once, MANY.tokens_in, MANY.tokens_out, 2)
 
@@ -71,14 +71,14 @@ def serve_over_http(
     path = ["models", model, "http"]
     emit([*path, "folder written in s"], wait_written(folder, budget))
     began = time.perf_counter()
-    with serving(str(folder), SERVE_OPTIONS) as server:
+    with serving(str(folder)) as server:
         emit([*path, "first start to ready s"], time.perf_counter() - began)
         for load in loads:
             if budget.holds(8):
                 emit([*path, str(load.at_once)], send(server.url, folder, load))
     if budget.holds(8):
         began = time.perf_counter()
-        with serving(str(folder), SERVE_OPTIONS):
+        with serving(str(folder)):
             emit([*path, "start to ready s"], time.perf_counter() - began)
     if budget.holds(6):
         emit([*path, "stages of a start s"], stages(folder))

@@ -135,5 +135,5 @@ def decoding(runtime: Any, load: Load) -> LLMEngine:
 def drop(engine: LLMEngine) -> None:
     """End what still runs, so that the runtime can be used by others."""
     engine.abort(list(engine.scheduler.requests))
-    while engine.step():
-        pass
+    for _ in range(engine.runtime.steps_in_flight):
+        engine.step()

@@ -15,7 +15,7 @@ import sys  # noqa: E402
 from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from engine_check.loads import MOST_SEQS, STEP_TOKENS, make_engine  # noqa: E402
+from engine_check.loads import make_engine  # noqa: E402
 from llmctl.artifact.loader import load_engine  # noqa: E402
 from llmctl.artifact.request import EngineRequest  # noqa: E402
 from llmctl.artifact.start import open_runtime  # noqa: E402
@@ -25,7 +25,7 @@ from llmctl.text.tokenizer import Tokenizer  # noqa: E402
 def main(folder: Path, asked: float) -> dict[str, float]:
     """Seconds by stage."""
     marks = [("process", asked), ("imports", _BEGAN), ("checks and mapping", time.time())]
-    loaded = load_engine(folder, EngineRequest(max_num_seqs=MOST_SEQS, max_num_batched_tokens=STEP_TOKENS))
+    loaded = load_engine(folder, EngineRequest())
     marks.append(("runtime: weights, buffers, graphs", time.time()))
     runtime = open_runtime(loaded)
     marks.append(("tokenizer", time.time()))
