@@ -32,6 +32,11 @@ ALL: list[Case] = [
     for family, quant, dtype in product(FAMILIES, QUANTS, ("float16", "bfloat16"))
     for kv in (dtype, "int8", "fp8_e4m3")
 ]
+FACTORS = {"fp8_e4m3": 4.0}
+"""Of the error of the reference in the same dtype, where twice is not enough: two computations that round apart store
+some fp8 codes that differ, by an eighth of the value, and one of a large value moves a whole row. Of a thousand codes
+as few differ here as in the reference (10 to 15 of 2,560 in a layer), but not the same ones; measured at most 2.4 times
+its error over all cases."""
 
 
 @pytest.mark.parametrize("case", COVERING, ids="-".join)
@@ -54,4 +59,4 @@ def run(family: str, quant: str, kv: str, dtype: str, **options: bool) -> None:
     graph, weights = tiny_model(FAMILIES[family], QUANTS[quant], passes)
     runtime = emulated_runtime(graph, weights, dtype, kv_cache_dtype=kv, **SIZES, **options)
     poison_cache(runtime)
-    check(play(runtime), Oracle(graph, weights, dtype, kv), dtype)
+    check(play(runtime), Oracle(graph, weights, dtype, kv), dtype, FACTORS.get(kv, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,12 +32,16 @@ def _runtime(**options: bool) -> EmulatedRuntime:
     return runtime
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[EmulatedRuntime]:
-    """A runtime that captured its decode steps; whoever uses it poisons its cache."""
-    runtime = _runtime()
-    yield runtime
-    runtime.close()
+@functools.cache
+def _shared() -> EmulatedRuntime:
+    """A runtime that captured its decode steps. (No fixture: tests/gpu takes over the tests alone.)"""
+    return _runtime()
+
+
+def _fresh() -> EmulatedRuntime:
+    """That, with nothing in its cache."""
+    poison_cache(_shared())
+    return _shared()
 
 
 # -- tokens in flight ----------------------------------------------------------------------------------------------
@@ -115,13 +119,11 @@ class Player:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5], ids=["greedy", "drawn"])
-def test_a_token_in_flight_is_as_good_as_a_known_one(shared: EmulatedRuntime, temperature: float) -> None:
-    poison_cache(shared)
-    one_by_one = Player(shared, overlap=False, temperature=temperature)
+def test_a_token_in_flight_is_as_good_as_a_known_one(temperature: float) -> None:
+    one_by_one = Player(_fresh(), overlap=False, temperature=temperature)
     expected = one_by_one.play()
     assert one_by_one.fed == 0
-    poison_cache(shared)
-    overlapped = Player(shared, overlap=True, temperature=temperature)
+    overlapped = Player(_fresh(), overlap=True, temperature=temperature)
     found = overlapped.play()
     assert overlapped.fed == 16
     assert found[0] == expected[0]
@@ -129,25 +131,25 @@ def test_a_token_in_flight_is_as_good_as_a_known_one(shared: EmulatedRuntime, te
     assert len({token for tokens in found[0] for token in tokens}) > 8
 
 
-def test_only_what_the_step_before_samples_can_be_fed(shared: EmulatedRuntime) -> None:
+def test_only_what_the_step_before_samples_can_be_fed() -> None:
     """And a plan that is refused leaves nothing behind."""
-    poison_cache(shared)
-    fed = {"token_ids": [IN_FLIGHT]}
+    runtime, fed = _fresh(), {"token_ids": [IN_FLIGHT]}
+    runtime.execute(plan_of("A0:3-"), greedy(0))
     with pytest.raises(ValueError, match="request B: the step before sampled no token for it"):
-        shared.execute(plan_of("B1:2", B=fed), greedy(1))  # nor did any other
-    first = shared.execute(plan_of("A0:4 B0:1"), greedy(2)).result().token_ids[1]
-    expected = shared.execute(plan_of("B1:2", B={"token_ids": [int(first)]}), greedy(1)).result().token_ids
-    shared.execute(plan_of("A0:4 B0:1"), greedy(2))
+        runtime.execute(plan_of("B1:2", B=fed), greedy(1))  # nor did any other
+    first = runtime.execute(plan_of("A0:4 B0:1"), greedy(2)).result().token_ids[1]
+    expected = runtime.execute(plan_of("B1:2", B={"token_ids": [int(first)]}), greedy(1)).result().token_ids
+    runtime.execute(plan_of("A0:4 B0:1"), greedy(2))
     for step in ("B1:2 C0:1", "A4:5 C0:1"):
         with pytest.raises(ValueError, match="request C: the step before sampled no token for it"):
-            shared.execute(plan_of(step, A=fed, B=fed, C=fed), greedy(2))
+            runtime.execute(plan_of(step, A=fed, B=fed, C=fed), greedy(2))
     with pytest.raises(ValueError, match="request A: token ids must be in"):
-        shared.execute(plan_of("A4:6", A={"token_ids": [IN_FLIGHT, IN_FLIGHT]}), greedy(1))
-    found = shared.execute(plan_of("B1:2", B=fed), greedy(1)).result().token_ids
+        runtime.execute(plan_of("A4:6", A={"token_ids": [IN_FLIGHT, IN_FLIGHT]}), greedy(1))
+    found = runtime.execute(plan_of("B1:2", B=fed), greedy(1)).result().token_ids
     assert found.tolist() == expected.tolist()
-    shared.execute(plan_of("C0:3-"), greedy(0))
+    runtime.execute(plan_of("C0:3-"), greedy(0))
     with pytest.raises(ValueError, match="request B: the step before sampled no token for it"):
-        shared.execute(plan_of("B2:3", B=fed), greedy(1))  # the one before that did
+        runtime.execute(plan_of("B2:3", B=fed), greedy(1))  # the one before that did
 
 
 @pytest.mark.parametrize(
@@ -158,11 +160,9 @@ def test_only_what_the_step_before_samples_can_be_fed(shared: EmulatedRuntime) -
         ("A0:3 B0:2-", 2, "expected 1 sampling rows, found 2"),
     ],
 )
-def test_steps_beyond_what_the_runtime_was_sized_for(
-    shared: EmulatedRuntime, step: str, rows: int, message: str
-) -> None:
+def test_steps_beyond_what_the_runtime_was_sized_for(step: str, rows: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        shared.execute(plan_of(step), greedy(rows))
+        _shared().execute(plan_of(step), greedy(rows))
 
 
 # -- graphs --------------------------------------------------------------------------------------------------------
@@ -176,11 +176,10 @@ def _equal(found: list[Row], expected: list[Row]) -> bool:
     return all(torch.equal(a.logits, b.logits) and a.token == b.token for a, b in zip(found, expected, strict=True))
 
 
-def test_eager_steps_give_the_same_bits(shared: EmulatedRuntime) -> None:
+def test_eager_steps_give_the_same_bits() -> None:
     steps = ("A0:4", "A4:5", "A5:6 B0:1", "A6:7 B1:2-")
-    assert _executions(shared, *steps) == ["eager", "graph", "graph", "eager"]
-    poison_cache(shared)
-    captured = play(shared)
+    assert _executions(_shared(), *steps) == ["eager", "graph", "graph", "eager"]
+    captured = play(_fresh())
     eager = _runtime(enforce_eager=True)
     assert _executions(eager, *steps) == ["eager"] * 4
     assert not eager._graphs
@@ -188,12 +187,9 @@ def test_eager_steps_give_the_same_bits(shared: EmulatedRuntime) -> None:
     assert _equal(play(eager), captured)
 
 
-def test_longer_contexts_are_captured_when_they_come(
-    shared: EmulatedRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_longer_contexts_are_captured_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs for a block of context at first; splits of a block, so that wider tables mean more splits too."""
-    poison_cache(shared)
-    expected = play(shared)
+    expected = play(_fresh())
     monkeypatch.setattr(buckets, "GRAPH_CONTEXT", 16)
     for module in (cuda_ops, cuda_buffers):
         monkeypatch.setattr(module, "DECODE_SPLIT", 16)
