@@ -56,21 +56,23 @@ QUANTS: dict[str, QuantScheme | None] = {
 }
 
 
+def tiny_graph(config: dict[str, Any], quant: QuantScheme | None, passes: tuple[str, ...] | None = None) -> Graph:
+    """A graph after its passes; all linears of the layers are quantized alike."""
+    graph = build_graph(config)
+    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
+    weights = {n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
+    return apply_passes(replace(graph, weights=weights), passes)
+
+
 def tiny_model(
     config: dict[str, Any],
     quant: QuantScheme | None,
     passes: tuple[str, ...] | None = None,
     change: Callable[[Graph], Graph] = lambda graph: graph,
-    seed: int = 5,
 ) -> tuple[Graph, Weights]:
-    """A graph after its passes and ``change``, with random weights; all linears of the layers are quantized alike."""
-    graph = build_graph(config)
-    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
-    graph = replace(
-        graph, weights={n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
-    )
-    graph = change(apply_passes(graph, passes))
-    rng = np.random.default_rng(seed)
+    """``change`` of that, with random weights."""
+    graph = change(tiny_graph(config, quant, passes))
+    rng = np.random.default_rng(5)
     return graph, {name: _random(weight, rng) for name, weight in graph.weights.items()}
 
 
