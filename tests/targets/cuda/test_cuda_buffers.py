@@ -180,7 +180,10 @@ def test_adapters_and_long_contexts_have_scratch_too(monkeypatch: pytest.MonkeyP
     for module in (cuda_ops, cuda_buffers):
         monkeypatch.setattr(module, "DECODE_SPLIT", 16)
     assert scratch_sizes(graph, "float16", sizes, 132)["parts"] == 5 * 2 * 64 * 64
-    assert scratch_bytes({"parts": 3, "counters": 2, "dense": 5}, "float16") == 3 * 4 + 2 * 4 + 5 * DTYPES["float16"].nbytes
+    assert (
+        scratch_bytes({"parts": 3, "counters": 2, "dense": 5}, "float16")
+        == 3 * 4 + 2 * 4 + 5 * DTYPES["float16"].nbytes
+    )
 
 
 def test_frozen_scratch_refuses_what_was_not_reserved() -> None:

@@ -1,5 +1,7 @@
-"""What the CUDA runtime starts in a step, and what it does not do in one: lost fusions, allocations, waiting. On torch's
-meta device, so that sizes may be real ones; what the kernels compute is emulation's business."""
+"""What the CUDA runtime starts in a step, and what it does not do in one: lost fusions, allocations, waiting.
+
+On torch's meta device; what the kernels compute is emulation's business.
+"""
 
 from __future__ import annotations
 

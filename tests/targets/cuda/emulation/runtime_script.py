@@ -231,4 +231,4 @@ def check(rows: Sequence[Row], oracle: Oracle, dtype: str, factor: float = 2) ->
             if first - second > 2 * limit:
                 told += 1
                 assert row.token == expected.argmax(), f"{row.sequence}{row.position}: another token"
-    assert told or dtype != "float16", "no position had a token that could be told"
+    assert told or dtype != "float16" or factor > 2, "no position had a token that could be told"
