@@ -21,7 +21,7 @@ def sequence_buckets(most: int) -> tuple[int, ...]:
 def padded(count: int, buckets: Sequence[int] = ()) -> int:
     """The smallest bucket that holds ``count``; without buckets the next multiple of 8, or of 1/16 of its power of 2.
 
-    Padding wastes at most a sixteenth of the work then, and a budget of 2,048 tokens makes 72 sizes.
+    Padding wastes at most a sixteenth of the work then, and a budget of 2,048 tokens makes 80 sizes.
     """
     if buckets:
         return buckets[bisect_left(buckets, count)]

@@ -1,5 +1,4 @@
-"""Where activations lie, and how much scratch memory is reserved: no two buffers that are alive share bytes, and no step
-of any size needs more than was reserved."""
+"""No two buffers that are alive share bytes, and no step of any size needs more scratch memory than was reserved."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ class Device:
         class Probe:
             """A runtime."""
 
-            def __init__(self, graph: Any, options: Any, planes: Any, sizes: RuntimeSizes, machine: Any) -> None:
+            def __init__(self, *given: Any) -> None:
+                _, _, _, sizes, _ = given
                 device.used += device.probe
                 device.log.append(sizes)
 

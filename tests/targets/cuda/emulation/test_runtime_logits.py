@@ -38,10 +38,10 @@ ALL: list[Case] = [
     for kv in (dtype, "int8", "fp8_e4m3")
 ]
 FACTORS = {"fp8_e4m3": 4.0}
-"""Instead of twice the error of the reference in the same dtype. Where roundings differ a few fp8 codes do too (10 to 20
-of 2,560 in a layer, of the kernels as of the reference), each by an eighth of its value, and one of them may move a row
-further than all else: of the reference the error becomes up to 2.3 times as large when its embeddings move by half a
-unit in the last place, of the kernels it is at most 2.4 times as large."""
+"""Instead of twice the error of the reference in the same dtype. Where roundings differ a few fp8 codes do too (10 to
+20 of 2,560 in a layer, of the kernels as of the reference), each by an eighth of its value, and one of them may move a
+row further than all else: the reference's own error becomes up to 2.3 times as large when its embeddings move by half a
+unit in the last place; that of the kernels is at most 2.4 times as large."""
 
 
 @pytest.mark.parametrize("case", COVERING, ids="-".join)

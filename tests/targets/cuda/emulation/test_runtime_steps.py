@@ -50,7 +50,7 @@ SCHEDULE: tuple[tuple[tuple[str, int], ...], ...] = (
     (("A", 5), ("B", 3)),
     (("B", 0), ("A", 0)),  # in another order
     (("A", 0), ("C", 4)),  # B leaves, C joins with a prompt
-    (("C", 0), ("A", 0), ("D", -2)),  # D's first chunk, which samples nothing
+    (("D", -2), ("C", 0), ("A", 0)),  # D's first chunk, which samples nothing
     (("D", 1), ("C", 0), ("A", 0)),  # a known token among those in flight
     (("D", 0), ("A", 0)),
     (("A", 0), ("B", 0), ("D", 0)),  # B comes back: its token is known since long
