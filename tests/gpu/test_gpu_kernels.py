@@ -14,7 +14,8 @@ from llmctl.targets.cuda.launch import missing_device
 
 EMULATION = Path(__file__).parent.parent / "targets" / "cuda" / "emulation"
 # Of the emulator itself, of what only it can see, and of tables that no device is needed for.
-NOT_HERE = ("test_emulator", "test_signatures", "test_attention_mutants", "test_gemm_mutants", "test_kernel_mutants")
+NOT_HERE = ("test_emulator", "test_signatures", "test_attention_mutants", "test_gemm_mutants", "test_kernel_mutants",
+            "test_runtime_mutants")  # fmt: skip
 MODULES = sorted(path.stem for path in EMULATION.glob("test_*.py") if path.stem not in NOT_HERE)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing_device() is not None, reason=str(missing_device()))]

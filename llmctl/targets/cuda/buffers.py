@@ -105,7 +105,8 @@ class Buffers:
 def plan_buffers(graph: Graph, dtype: str) -> BufferPlan:
     """Place every buffer that an op makes.
 
-    What ``gather_rows`` reads stays to the end of the step: rows of it may be wanted in several portions.
+    What ``gather_rows`` reads stays to the end of the step, because all that follows lies in storages for sampled rows:
+    rows of it may be wanted in several portions.
     """
     return _Planner(graph, dtype).run()
 
@@ -120,9 +121,7 @@ class _Planner:
         self.placements: dict[str, Placement] = {}
         self.merged: dict[str, Placement] = {}
         self.last = {name: i for i, op in enumerate(graph.ops) for name in (*op.inputs, *op.outputs)}
-        gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
-        self.gather = gather
-        self.last[graph.ops[gather].inputs[0]] = len(graph.ops)
+        self.gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
 
     def run(self) -> BufferPlan:
         for index, op in enumerate(self.graph.ops):

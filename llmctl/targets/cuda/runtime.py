@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -107,6 +107,8 @@ class CudaRuntime:
         """
         self._queue: Queue = CudaQueue(machine) if device == "cuda" else HostQueue(machine)
         self._lora, self._adapter_of = lora or {}, adapter_of
+        # A step has no more sequences than tokens.
+        sizes = replace(sizes, max_num_seqs=min(sizes.max_num_seqs, sizes.max_num_batched_tokens))
         self._graph, self._options, self._sizes = graph, options, sizes
         self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size)
         self.steps_in_flight = STEPS_IN_FLIGHT

@@ -76,7 +76,7 @@ def _bytes(plane: WeightPlane) -> NDArray[np.uint8]:
 
 
 def _portions(planes: Mapping[str, WeightPlane]) -> Iterator[list[tuple[str, int, int]]]:
-    """(plane, start, bytes) of whatever fits one buffer together; starts are multiples of 16."""
+    """(plane, start, bytes) of whatever fits one buffer together."""
     portion: list[tuple[str, int, int]] = []
     room = _STAGE_BYTES
     for name, plane in planes.items():

@@ -45,16 +45,17 @@ def emulated_runtime(
     max_num_batched_tokens: int = 32,
     max_num_seqs: int = 3,
     enforce_eager: bool = False,
+    once: bool = False,
     lora: Any = None,
     adapter_of: Callable[[SequenceSlice], int] = lambda _: -1,
 ) -> EmulatedRuntime:
-    """A runtime whose kernels the emulator runs."""
+    """A runtime whose kernels the emulator runs; ``once``: forwards only."""
     options = BuildOptions(dtype, graph.max_position, block_size, kv_cache_dtype or dtype, graph.passes)
     sizes = RuntimeSizes(
         num_blocks, block_size, min(graph.max_position, num_blocks * block_size), max_num_batched_tokens, max_num_seqs,
         enforce_eager,
     )  # fmt: skip
-    machine = EmulatedMachine()
+    machine = EmulatedMachine(once)
     runtime = EmulatedRuntime(
         graph, options, packed_planes(graph, weights, options), sizes, machine, device="cpu", lora=lora,
         adapter_of=adapter_of,

@@ -92,14 +92,15 @@ class Kernels:
         return tuple(self._entries)
 
     def launch(
-        self, name: str, grid: int | tuple[int, ...], threads: int, args: Sequence[Any], shared: int = 0
-    ) -> None:
+        self, name: str, grid: int | tuple[int, ...], threads: int, args: Sequence[Any], shared: int = 0,
+        once: bool = False,
+    ) -> None:  # fmt: skip
         """Run a kernel in both schedules.
 
         Args:
             grid: blocks, up to three dimensions. threads: a block's, a multiple of 32.
             args: ``Buffer``s, None for a null pointer, exact-width numpy scalars, bytes for a struct.
-            shared: dynamic shared memory, bytes.
+            shared: dynamic shared memory, bytes. once: forwards only.
 
         Raises:
             EmulationError: what the kernel did wrong; no output is changed then.
@@ -111,7 +112,7 @@ class Kernels:
             raise EmulationError(f"{name}: {len(args)} arguments for {len(entry.kinds)} parameters")
         dims = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
         first = self._run(entry, dims, threads, args, shared, reverse=False)
-        second = self._run(entry, dims, threads, args, shared, reverse=True)
+        second = first if once else self._run(entry, dims, threads, args, shared, reverse=True)
         for i, result in first.items():
             if not np.array_equal(result, second[i]):
                 at = int(np.flatnonzero(result != second[i])[0])

@@ -16,8 +16,10 @@ class EmulatedMachine:
     """A ``call.Machine`` over tensors in host memory. A tensor that is part of a storage shares one buffer with
     all others of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, once: bool = False) -> None:
+        """``once``: kernels run forwards only; what depends on the order of threads their own tests find."""
         self.launched: list[str] = []
+        self._once = once
 
     def call_torch(self, function: Any, *arguments: Any, **named: Any) -> None:
         """Run an operator of torch."""
@@ -28,12 +30,12 @@ class EmulatedMachine:
         return lambda: self.launch(call)
 
     def launch(self, call: Call) -> None:
-        """Run a call in both schedules; raises EmulationError."""
+        """Run a call; raises EmulationError."""
         if call.empty:
             return
         self.launched.append(call.entry)
         g = call.geometry
-        kernels(call.source).launch(call.entry, g.grid, g.threads, buffers(call), shared=g.shared)
+        kernels(call.source).launch(call.entry, g.grid, g.threads, buffers(call), g.shared, self._once)
 
 
 def buffers(call: Call) -> list[Any]:

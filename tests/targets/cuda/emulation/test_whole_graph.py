@@ -3,20 +3,16 @@ quantized, and the families whose ops it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from cuda_model import emulated_runtime
 from emulator import missing
 from machine import launch
+from tiny_models import GPT2, LLAMA, PHI, QWEN3, tiny_model
 
-from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice, StepPlan
-from llmctl.graph.families import build_graph
-from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.graph import QuantScheme
 from llmctl.graph.lora import insert_lora
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.cuda import buffers as cuda_buffers
@@ -27,56 +23,8 @@ from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.reference.runtime import ReferenceRuntime
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-CONFIG = {
-    "model_type": "llama", "vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-}  # fmt: skip
-GPT2 = {
-    "model_type": "gpt2", "vocab_size": 96, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128,
-    "activation_function": "gelu_new", "tie_word_embeddings": True,
-}  # fmt: skip
-QWEN3 = {**CONFIG, "model_type": "qwen3"}
-PHI = {
-    **CONFIG, "model_type": "phi", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64,
-    "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "qk_layernorm": False,
-}  # fmt: skip
 SIZES = {"num_blocks": 12, "block_size": 16}
 PROMPTS = [[5, 17, 3, 88, 41, 9, 9, 60, 2, 33, 71, 12, 50, 4, 28, 19, 7, 90], [66, 1, 30], [8]]
-
-
-def _model(
-    quant: QuantScheme | None,
-    config: dict[str, object] = CONFIG,
-    passes: tuple[str, ...] | None = None,
-    change: Callable[[Graph], Graph] = lambda graph: graph,
-) -> tuple[Graph, dict[str, torch.Tensor | QuantizedWeight]]:
-    graph = build_graph(config)
-    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
-    graph = replace(
-        graph, weights={n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
-    )
-    graph = change(apply_passes(graph, passes))
-    rng = np.random.default_rng(5)
-    weights: dict[str, torch.Tensor | QuantizedWeight] = {}
-    for name, weight in graph.weights.items():
-        if weight.quant is not None and quant is not None:
-            groups = (weight.shape[0], quant.groups(weight.shape[1]))
-            codes = torch.from_numpy(rng.integers(0, 2**quant.bits, weight.shape, np.uint8))
-            zeros = torch.full(groups, 2 ** (quant.bits - 1), dtype=torch.uint8)
-            if not quant.symmetric:
-                zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
-            scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / (2**quant.bits * 4)
-            order = None
-            if quant.act_order:
-                order = torch.from_numpy(rng.permutation(np.arange(weight.shape[1]) // quant.group_size)).int()
-            weights[name] = QuantizedWeight(codes, scales, zeros, quant, order)
-        elif len(weight.shape) == 1:
-            weights[name] = torch.from_numpy(rng.uniform(0.5, 1.5, weight.shape)).half()
-        else:
-            spread = 1.0 if "embed" in name else weight.shape[1] ** -0.5
-            weights[name] = torch.from_numpy(rng.standard_normal(weight.shape) * spread).half()
-    return graph, weights
 
 
 def _generate(
@@ -106,29 +54,29 @@ def _generate(
     ids=["dense", "w4", "w8"],
 )
 def test_greedy_tokens_are_those_of_the_reference(quant):
-    _check(*_model(quant))
+    _check(*tiny_model(LLAMA, quant))
 
 
 @pytest.mark.parametrize(
     ("config", "passes"),
-    [(GPT2, None), (QWEN3, None), (PHI, None), (CONFIG, ())],
+    [(GPT2, None), (QWEN3, None), (PHI, None), (LLAMA, ())],
     ids=["gpt2", "qwen3", "phi", "unfused"],
 )
 def test_other_families_and_plain_ops(config, passes):
-    _check(*_model(None, config, passes))
+    _check(*tiny_model(config, None, passes))
 
 
 def test_act_order_and_many_rows(monkeypatch):
     for module in (cuda_ops, cuda_buffers):
         monkeypatch.setattr(module, "GEMM_ROWS", 4)  # prompts go through dequantised weights then
-    launched = _check(*_model(QuantScheme(4, 64, symmetric=False, act_order=True), passes=("fuse_add_norm",)))
+    launched = _check(*tiny_model(LLAMA, QuantScheme(4, 64, symmetric=False, act_order=True), ("fuse_add_norm",)))
     assert {"permute_columns_f16", "dequantize_w4_f16", "w4a16_stream_f16_g64_m8"} <= launched
 
 
 def test_int8_activations():
     """w8a8 throughout: rows quantized by the norms, or by themselves, as the reference quantizes them."""
     passes = (*CUDA_PASSES, "int8_activations")
-    graph, weights = _model(QuantScheme(8, -1, symmetric=True), passes=passes)
+    graph, weights = tiny_model(LLAMA, QuantScheme(8, -1, symmetric=True), passes)
     # Of two computations that round apart a code may differ: 1/127 of a row's largest value, a hundred times as much as
     # float16 rounds, and as much between the reference's own float16 and float32.
     launched = _check(graph, weights)
@@ -142,7 +90,7 @@ def test_int8_activations():
     ids=["dense", "w8a8"],
 )
 def test_parallel_residuals(quant, passes):
-    graph, weights = _model(quant, PHI, passes)
+    graph, weights = tiny_model(PHI, quant, passes)
     assert any("residual" in op.attrs for op in graph.ops)
     _check(graph, weights)
 
@@ -159,7 +107,7 @@ def test_adapters_in_one_batch(quant, more, gating):
     """Sequences with two adapters and with none; the reference adds them in torch."""
     # Not down_proj: the gating before it then makes int8 rows, which adapters could not read.
     targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
-    graph, weights = _model(quant, passes=CUDA_PASSES, change=lambda g: apply_passes(insert_lora(g, targets, 8), more))
+    graph, weights = tiny_model(LLAMA, quant, CUDA_PASSES, lambda g: apply_passes(insert_lora(g, targets, 8), more))
     rng = torch.Generator().manual_seed(3)
     adapters = {}
     for op in (op for op in graph.ops if op.kind == "lora"):
@@ -215,7 +163,7 @@ def _check(graph, weights, adapters=None, near=False):
 
 
 def test_the_kernels_sample_the_same_greedy_tokens():
-    graph, weights = _model(None)
+    graph, weights = tiny_model(LLAMA, None)
     runtime = ReferenceRuntime(graph, weights, dtype="float16", **SIZES)
     logits = runtime.logits(StepPlan((SequenceSlice("a", PROMPTS[0], 0, [3, 5], True),)))
     tokens = torch.empty(1, dtype=torch.int32)

@@ -1,0 +1,169 @@
+"""What is staged for a step: every array, padding included, at its place on the device, whatever was there before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runtime_stepping import greedy
+
+from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.targets.batch import flatten
+from llmctl.targets.cuda import buckets
+from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
+from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
+
+LIMITS = RuntimeLimits(num_blocks=9, block_size=4, max_model_len=24, vocab_size=50)
+TOKENS, SEQUENCES, WIDTH = 16, 4, 6
+
+
+def _staging(arena: InputArena) -> Staging:
+    """One full of what earlier steps left."""
+    tables = torch.full((arena.tables.numel(),), 77, dtype=torch.int32)
+    return Staging(arena, torch.full((arena.size,), 0x55, dtype=torch.uint8), tables)
+
+
+def _plan(rng: np.random.Generator, tables: list[Any]) -> StepPlan:
+    """Up to four slices; each has one of the tables."""
+    slices, left = [], TOKENS
+    for i in range(int(rng.integers(1, SEQUENCES + 1))):
+        table = tables[int(rng.integers(len(tables)))]
+        count = int(rng.integers(1, min(4, left - SEQUENCES + i) + 1)) if rng.random() < 0.5 else 1
+        start = int(rng.integers(0, len(table) * LIMITS.block_size - count + 1))
+        left -= count
+        ids = rng.integers(0, 50, count).tolist()
+        slices.append(SequenceSlice(str(i), ids, start, table, bool(rng.random() < 0.7)))
+    return StepPlan(tuple(slices))
+
+
+def _shape(plan: StepPlan, rng: np.random.Generator) -> StepShape:
+    tokens = sum(len(piece.token_ids) for piece in plan.slices)
+    longest = max(piece.start + len(piece.token_ids) for piece in plan.slices)
+    width = int(rng.integers(-(-longest // LIMITS.block_size), WIDTH + 1))
+    seats = int(rng.integers(len(plan.slices), SEQUENCES + 1))
+    return StepShape(int(rng.integers(tokens, TOKENS + 1)), seats, width, True, True)
+
+
+def _filled(values: Any, size: int, padding: int) -> list[int]:
+    return [*values, *[padding] * (size - len(values))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_arrays_of_tokens_and_sequences(seed: int) -> None:
+    """Padding is token 0 at position 0, stores nothing, and belongs to sequences of no rows and no context."""
+    rng = np.random.default_rng(seed)
+    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    staging = _staging(arena)
+    tables = [tuple(rng.integers(0, 9, rng.integers(1, 7)).tolist()) for _ in range(4)]
+    tables += [list(tables[0])]
+    for _ in range(4):
+        plan = _plan(rng, tables)
+        tables[-1] = list(tables[int(rng.integers(4))])
+        shape, flat = _shape(plan, rng), flatten(plan, LIMITS)
+        count, seats = len(flat.token_ids), shape.sequences
+        source = {0: 3} if len(plan.slices[0].token_ids) == 1 else {}
+        adapters = rng.integers(-1, 3, count).tolist() if rng.random() < 0.5 else []
+        staging.block_tables(shape, plan)
+        staging.tokens(shape, flat, source, adapters)
+        staging.send(shape)
+        found = {name: view.tolist() for name, view in arena.views(shape).items()}
+        expected = {
+            "ids": _filled([0] * len(source) + flat.token_ids[len(source) :], shape.tokens, 0),
+            "positions": _filled(flat.positions, shape.tokens, 0),
+            "slots": _filled(flat.slots, shape.tokens, -1),
+            "source": _filled([3] * len(source), shape.tokens, -1),
+            "adapters": _filled(adapters, shape.tokens, -1),
+            "seq_lens": _filled([p.start + len(p.token_ids) for p in plan.slices], seats, 0),
+            "query_start": _filled(flat.query_start, seats + 1, count),
+        }
+        rows = found.pop("block_tables")
+        assert found == expected
+        for row, piece in zip(rows, plan.slices, strict=False):
+            used = min(shape.width, len(piece.block_ids))
+            assert row[:used] == list(piece.block_ids[:used])
+
+
+def test_a_list_that_grows_is_read_again() -> None:
+    """A tuple stands for itself; another kind of table may change."""
+    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    staging, shape, blocks = _staging(arena), StepShape(1, 1, WIDTH, False, True), [3]
+    for expected in ([3], [3, 5]):
+        staging.block_tables(shape, StepPlan((SequenceSlice("a", [1], 0, blocks, True),)))
+        staging.send(shape)
+        assert arena.views(shape)["block_tables"][0, : len(expected)].tolist() == expected
+        blocks.append(5)
+
+
+def test_a_refused_table_is_written_the_next_time() -> None:
+    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    staging, shape = _staging(arena), StepShape(1, 1, WIDTH, False, True)
+    good, bad = (1, 2), (1, 99)
+    for table in (good, bad, good):
+        plan = StepPlan((SequenceSlice("a", [1], 0, table, True),))
+        if table is bad:
+            with pytest.raises(ValueError, match=r"request a: block ids must be in 0\.\.8"):
+                staging.block_tables(shape, plan)
+        else:
+            staging.block_tables(shape, plan)
+    staging.send(shape)
+    assert arena.views(shape)["block_tables"][0, :2].tolist() == [1, 2]
+
+
+def test_rows_that_ask_for_nothing_fill_up() -> None:
+    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    staging, shape = _staging(arena), StepShape(4, 4, WIDTH, True, True)
+    plan = StepPlan(tuple(SequenceSlice(name, [1, 2], 0, (i,), True) for i, name in enumerate("ab")))
+    staging.rows(flatten(plan, LIMITS), greedy(2), 4)
+    staging.send(shape)
+    found = {name: arena.row_view(name, 4).tolist() for name in arena.row_regions}
+    assert found == {
+        "rows": [1, 3, 0, 0], "seeds": [0] * 4, "sample_positions": [0] * 4, "temperature": [0] * 4, "top_p": [1] * 4,
+        "min_p": [0] * 4, "top_k": [0] * 4,
+    }  # fmt: skip
+    assert staging.sent_rows(4).tolist() == [1, 3, 0, 0]
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_arrays_lie_apart_and_aligned(tokens: int, sequences: int) -> None:
+    """Of any shape, in the same memory; those of sampled rows where they are in every step."""
+    arena = InputArena(40, 9, LIMITS, "cpu")
+    regions = [*arena.row_regions.values(), *arena.step_regions(tokens, sequences).values()]
+    assert all(region.start % 16 == 0 for region in regions)
+    ordered = sorted(regions, key=lambda region: region.start)
+    assert all(a.stop <= b.start for a, b in pairwise(ordered))
+    assert ordered[-1].stop == arena.step_bytes(StepShape(tokens, sequences, 1, True, True)) <= arena.size
+
+
+# -- buckets -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 600), st.data())
+def test_sequence_buckets_hold_every_number(most: int, data: st.DataObject) -> None:
+    sizes = sequence_buckets(most)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == most
+    count = data.draw(st.integers(1, most))
+    assert count <= padded(count, sizes) <= max(2 * count, 1)
+
+
+@given(st.integers(1, 10**6))
+def test_padding_of_tokens_wastes_little(count: int) -> None:
+    assert 0 <= padded(count) - count < max(8, count / 16 + 1)
+    assert padded(padded(count)) == padded(count)
+
+
+def test_few_numbers_of_tokens() -> None:
+    assert len({padded(n) for n in range(1, 2049)}) == 80
+
+
+def test_widths_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "GRAPH_CONTEXT", 64)
+    limits = RuntimeLimits(100, 16, 500, 10)
+    found = [context_width(n, limits) for n in (1, 64, 65, 128, 129, 257, 500)]
+    assert found == [4, 4, 8, 8, 16, 32, 32]  # 500 tokens need no more than 32 blocks

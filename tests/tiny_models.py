@@ -1,0 +1,99 @@
+"""Tiny random models of every family in the sizes that the CUDA kernels take, dense and quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.families import build_graph
+from llmctl.graph.graph import Graph, QuantScheme, Weight
+from llmctl.graph.passes import apply_passes
+
+Weights = dict[str, Tensor | QuantizedWeight]
+
+VOCAB = 96
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 128,
+    "activation_function": "gelu_new", "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {**LLAMA, "model_type": "qwen3"}
+PHI = {
+    **LLAMA, "model_type": "phi", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64,
+    "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "qk_layernorm": False,
+}  # fmt: skip
+
+_SMALL = {**LLAMA, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _SMALL,
+    "mistral": {**_SMALL, "model_type": "mistral", "sliding_window": 19},
+    "qwen2": {
+        **_SMALL, "model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 21,
+        "max_window_layers": 1,
+    },
+    "qwen3": {**_SMALL, "model_type": "qwen3"},
+    "phi": {**PHI, "intermediate_size": 128},
+    "gpt2": {**GPT2, "n_inner": 128},
+}  # fmt: skip
+"""One of every family: biases, tied heads, windows on some layers or all, and as little work as the kernels allow."""
+
+QUANTS: dict[str, QuantScheme | None] = {
+    "dense": None,
+    "w4": QuantScheme(4, 64, symmetric=False),
+    "w4_act_order": QuantScheme(4, 64, symmetric=False, act_order=True),
+    "w8": QuantScheme(8, -1, symmetric=False),
+    "w8a8": QuantScheme(8, -1, symmetric=True),
+}
+
+
+def tiny_graph(config: dict[str, Any], quant: QuantScheme | None, passes: tuple[str, ...] | None = None) -> Graph:
+    """A graph after its passes; all linears of the layers are quantized alike."""
+    graph = build_graph(config)
+    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
+    weights = {n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
+    return apply_passes(replace(graph, weights=weights), passes)
+
+
+def tiny_model(
+    config: dict[str, Any],
+    quant: QuantScheme | None,
+    passes: tuple[str, ...] | None = None,
+    change: Callable[[Graph], Graph] = lambda graph: graph,
+) -> tuple[Graph, Weights]:
+    """``change`` of that, with random weights."""
+    graph = change(tiny_graph(config, quant, passes))
+    rng = np.random.default_rng(5)
+    return graph, {name: _random(weight, rng) for name, weight in graph.weights.items()}
+
+
+def _random(weight: Weight, rng: np.random.Generator) -> Tensor | QuantizedWeight:
+    """Values that keep activations near one."""
+    if weight.quant is not None:
+        return _quantized(weight, weight.quant, rng)
+    if len(weight.shape) == 1:
+        return torch.from_numpy(rng.uniform(0.5, 1.5, weight.shape)).half()
+    spread = 1.0 if "embed" in weight.name else weight.shape[1] ** -0.5
+    return torch.from_numpy(rng.standard_normal(weight.shape) * spread).half()
+
+
+def _quantized(weight: Weight, quant: QuantScheme, rng: np.random.Generator) -> QuantizedWeight:
+    groups = (weight.shape[0], quant.groups(weight.shape[1]))
+    codes = torch.from_numpy(rng.integers(0, 2**quant.bits, weight.shape, np.uint8))
+    zeros = torch.full(groups, 2 ** (quant.bits - 1), dtype=torch.uint8)
+    if not quant.symmetric:
+        zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
+    scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / (2**quant.bits * 4)
+    order = None
+    if quant.act_order:
+        order = torch.from_numpy(rng.permutation(np.arange(weight.shape[1]) // quant.group_size)).int()
+    return QuantizedWeight(codes, scales, zeros, quant, order)
