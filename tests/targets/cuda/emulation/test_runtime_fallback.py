@@ -7,7 +7,8 @@ import logging
 import pytest
 from cuda_model import emulated_runtime
 from emulator import missing
-from test_whole_graph import CONFIG, SIZES, _generate, _model
+from test_whole_graph import SIZES, _generate
+from tiny_models import LLAMA, tiny_model
 
 from llmctl.errors import EngineLoadError
 from llmctl.graph.graph import QuantScheme
@@ -21,13 +22,13 @@ W4 = QuantScheme(4, 64, symmetric=False)
 @pytest.mark.parametrize(
     ("config", "quant", "said", "captured"),
     [
-        ({**CONFIG, "head_dim": 48}, W4, "no CUDA kernel for 'attention' ops: head size 48; the kernels have", False),
-        (CONFIG, QuantScheme(3, 16, symmetric=True), "no CUDA kernel reads 8 weights as they are quantized", True),
+        ({**LLAMA, "head_dim": 48}, W4, "no CUDA kernel for 'attention' ops: head size 48; the kernels have", False),
+        (LLAMA, QuantScheme(3, 16, symmetric=True), "no CUDA kernel reads 8 weights as they are quantized", True),
     ],
     ids=["attention", "groups of 16"],
 )
 def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, caplog):
-    graph, weights = _model(quant, config, CUDA_PASSES)
+    graph, weights = tiny_model(quant, config, CUDA_PASSES)
     with caplog.at_level(logging.WARNING, "llmctl.cuda"):
         runtime = emulated_runtime(graph, weights, "float16", **SIZES)
     assert any(message.startswith(said) for message in caplog.messages)
@@ -43,6 +44,6 @@ def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, cap
 
 
 def test_a_cache_that_torch_cannot_read_is_refused():
-    graph, weights = _model(None, {**CONFIG, "head_dim": 48}, CUDA_PASSES)
+    graph, weights = tiny_model(None, {**LLAMA, "head_dim": 48}, CUDA_PASSES)
     with pytest.raises(EngineLoadError, match=r"--kv-cache-dtype int8: op 'layers\.0\.attention' has no CUDA kernel"):
         emulated_runtime(graph, weights, "float16", **SIZES, kv_cache_dtype="int8")
