@@ -28,7 +28,7 @@ W4 = QuantScheme(4, 64, symmetric=False)
     ids=["attention", "groups of 16"],
 )
 def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, caplog):
-    graph, weights = tiny_model(quant, config, CUDA_PASSES)
+    graph, weights = tiny_model(config, quant, CUDA_PASSES)
     with caplog.at_level(logging.WARNING, "llmctl.cuda"):
         runtime = emulated_runtime(graph, weights, "float16", **SIZES)
     assert any(message.startswith(said) for message in caplog.messages)
@@ -44,6 +44,6 @@ def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, cap
 
 
 def test_a_cache_that_torch_cannot_read_is_refused():
-    graph, weights = tiny_model(None, {**LLAMA, "head_dim": 48}, CUDA_PASSES)
+    graph, weights = tiny_model({**LLAMA, "head_dim": 48}, None, CUDA_PASSES)
     with pytest.raises(EngineLoadError, match=r"--kv-cache-dtype int8: op 'layers\.0\.attention' has no CUDA kernel"):
         emulated_runtime(graph, weights, "float16", **SIZES, kv_cache_dtype="int8")
