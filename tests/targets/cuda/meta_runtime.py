@@ -27,10 +27,11 @@ from llmctl.targets.cuda.runtime import CudaRuntime
 
 
 class NullMachine:
-    """Starts nothing but torch's operators."""
+    """Starts nothing but torch's operators; notes what was started, and counts what was made ready."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.made_ready = 0
 
     def launch(self, call: Call) -> None:
         """Note the call."""
@@ -42,6 +43,7 @@ class NullMachine:
 
     def prepared(self, call: Call) -> Callable[[], None]:
         """What notes the call."""
+        self.made_ready += 1
         return lambda: self.launch(call)
 
 

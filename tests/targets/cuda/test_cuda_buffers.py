@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -96,6 +97,16 @@ def test_buffers_that_are_alive_do_not_overlap(family: str) -> None:
         check_plan(apply_passes(graph, ("int8_activations",)))
     check_plan(_with_adapters(tiny_graph(FAMILIES[family], None, CUDA_PASSES)))
     check_plan(_with_adapters(tiny_graph(FAMILIES[family], None, ())))
+
+
+def test_adapters_add_in_place_only_where_nothing_else_reads() -> None:
+    graph = _with_adapters(tiny_graph(FAMILIES["llama"], None, ()))
+    plain = next(op for op in graph.ops if op.kind == "lora")
+    plan = check_plan(graph)
+    assert plan.placements[plain.outputs[0]] == plan.placements[plain.inputs[1]]
+    ops = [op if op.kind != "add" else op.with_(inputs=(plain.inputs[1], op.inputs[1])) for op in graph.ops]
+    plan = check_plan(replace(graph, ops=tuple(ops)))
+    assert plan.placements[plain.outputs[0]].storage != plan.placements[plain.inputs[1]].storage
 
 
 def test_storages_are_used_again() -> None:

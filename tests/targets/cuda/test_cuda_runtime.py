@@ -81,6 +81,11 @@ def test_executing_a_decode_step_starts_that_and_the_sampler(monkeypatch: pytest
     assert started == [*body.entries, "sample_f16"]  # and torch's product for the logits, which is not noted
     assert started.count("embed_f16") == 1  # which gathers rows too
     started.clear()
+    made_ready = runtime.queue.machine.made_ready
+    runtime.execute(_decode(3), greedy(3))
+    assert started == [*body.entries, "sample_f16"]
+    assert runtime.queue.machine.made_ready == made_ready
+    started.clear()
     runtime.execute(_mixed(), greedy(2))
     assert started.count("embed_f16") == 2
 
@@ -134,6 +139,8 @@ def test_a_step_allocates_nothing_on_the_device(quant: str, monkeypatch: pytest.
     with DeviceAllocations() as allocations:
         runtime.execute(_decode(4), _everything(4))
     assert allocations.found
+    with pytest.raises(RuntimeError, match="were not reserved"):
+        runtime._model.scratch.take("workspace", torch.float32, 10**9)
 
 
 def test_allocations_are_seen() -> None:
