@@ -7,8 +7,10 @@ VENV ?= .venv
 PIP_FLAGS ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
+# On a machine with an NVIDIA driver: what cuda engines need beside a torch with CUDA.
+EXTRAS := $(if $(wildcard /dev/nvidiactl),[cuda])
 
-.PHONY: demo test test-kernels test-slow sanitize lint format clean
+.PHONY: demo test test-kernels test-slow sanitize gpu-table lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -25,6 +27,10 @@ test-kernels: $(VENV)/.installed-dev
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; planted faults must be reported.
 sanitize: $(VENV)/.installed-dev
 	$(BIN)/python scripts/sanitize.py
+
+# README's figures from a GPU, out of docs/gpu. With RESULTS=folder: of a run of scripts/gpu_check.sh --engine, kept there.
+gpu-table: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python scripts/gpu_readme.py $(if $(RESULTS),--results '$(RESULTS)')
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -43,7 +49,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UsageError
+
+GPU_MEMORY_UTILIZATION = 0.9
+"""Share of a GPU's memory that an engine may take when none is given."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,12 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How an engine is run; shared by ``serve`` and offline ``bench``.
+class EngineOptions:
+    """How an engine is to be run; shared by ``serve`` and offline ``bench``.
 
-    ``target`` "auto": an engine's own; cpu for anything that is built first.
+    ``target`` "auto": an engine's own; for anything that is built first, this machine's best (``targets.table``).
+    ``max_num_seqs``, ``max_num_batched_tokens`` None: the target's default. ``gpu_memory_utilization`` None:
+    ``GPU_MEMORY_UTILIZATION``; a number is refused where it means nothing. ``kv_cache_dtype`` "auto": as built.
     """
 
     model: str = ""
@@ -70,9 +75,12 @@ class EngineConfig:
     dtype: str = "auto"
     max_model_len: int | None = None
     block_size: int | None = None
+    kv_cache_dtype: str = "auto"
     kv_cache_memory: str | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: str = "fcfs"
@@ -81,9 +89,23 @@ class EngineConfig:
     seed: int = 0
     verify: bool = False
 
+    def sized(self, max_num_seqs: int, max_num_batched_tokens: int) -> EngineConfig:
+        """These options with the size of a step settled."""
+        kept = {field.name: getattr(self, field.name) for field in fields(EngineOptions)}
+        sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        return EngineConfig(**{**kept, **sizes})
+
 
 @dataclass(frozen=True)
-class ServeConfig(EngineConfig):
+class EngineConfig(EngineOptions):
+    """``EngineOptions`` with the size of a step settled: what a scheduler is made of."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class ServeConfig(EngineOptions):
     """``llmctl serve``: engine (or anything that can be built into one) -> OpenAI-compatible API."""
 
     host: str = "127.0.0.1"

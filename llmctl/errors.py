@@ -79,6 +79,20 @@ class CompileError(LlmctlError):
     """A kernel failed to compile, or no compiler was found."""
 
 
+class DeviceError(LlmctlError):
+    """A GPU, its driver or what drives it from Python that is missing, unfit or failing; ``fix`` says what to do."""
+
+    code = "device_error"
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU whose memory is spent: by this engine's own needs, or held by other processes."""
+
+
+class DeviceLostError(DeviceError):
+    """A GPU that failed in the middle of the work: nothing that was on it can be trusted or used any more."""
+
+
 class CapacityError(RequestError):
     """A request or setting that can never fit: context length, KV cache or memory."""
 

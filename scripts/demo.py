@@ -126,7 +126,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"llmctl demo: {summary['model']} on {os.cpu_count()} CPU(s)")
+    where = "a GPU" if summary["target"] == "cuda" else f"{os.cpu_count()} CPU(s)"
+    table = Table(title=f"llmctl demo: {summary['model']} on {where}")
     table.add_column("step")
     table.add_column("result", justify="right")
     for step, seconds in summary["seconds"].items():
@@ -140,6 +141,16 @@ def summary_table(summary: dict[str, Any]) -> Table:
             f" · ITL p50 {row['median_itl_ms']:.0f} ms",
         )
     return table
+
+
+def target_here() -> str:
+    """The ``--target`` to build for: what serve would choose, and said as it says it."""
+    from llmctl.targets.table import default_target
+
+    chosen = default_target()
+    for line in chosen.said:
+        console.print(f"\n{line}", markup=False)
+    return chosen.spelling
 
 
 def main() -> None:
@@ -165,7 +176,8 @@ def main() -> None:
         *("quantize", "--model", args.model, "--method", "awq", "--bits", "4", "--group-size", "64"),
         *("--output", str(quantized)),
     )
-    seconds["build"] = run("build", "--model", str(quantized), "--target", "cpu", "--output", str(engine))
+    target = target_here()
+    seconds["build"] = run("build", "--model", str(quantized), "--target", target, "--output", str(engine))
     run("inspect", str(engine))
     with server(engine, free_port()) as (url, ready, process):
         seconds["serve: start to ready"] = ready
@@ -182,7 +194,14 @@ def main() -> None:
     }
     keys = ("output_throughput", "median_ttft_ms", "median_itl_ms", "completed", "failed")
     benches = {str(c): {k: r[k] for k in keys} for c, r in results.items()}
-    summary = {"model": args.model, "answer": answer, "seconds": seconds, "bytes": sizes, "bench": benches}
+    summary = {
+        "model": args.model,
+        "target": target,
+        "answer": answer,
+        "seconds": seconds,
+        "bytes": sizes,
+        "bench": benches,
+    }
     (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print()
     console.print(summary_table(summary))

@@ -214,7 +214,7 @@ class Bench:
 
     def _fill(self, batch: int, context: int) -> None:
         """Prefill: a cache of never-written pages would be read from one page of zeros."""
-        most = max(1, self.engine.request.max_num_batched_tokens // batch)
+        most = max(1, self.engine.sizes.max_num_batched_tokens // batch)
         for start in range(0, context - 1, most):
             self.runtime.execute(*self._plan([(start, min(most, context - 1 - start))] * batch))
 

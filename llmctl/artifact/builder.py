@@ -10,20 +10,22 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from llmctl import __version__
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
 from llmctl.artifact.plan import BuildPlan, check_options, plan_build
+from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir
-from llmctl.config import BuildConfig, EngineConfig
+from llmctl.config import BuildConfig, EngineOptions
 from llmctl.errors import EngineLoadError, UsageError
-from llmctl.targets.table import parse_target
+from llmctl.targets.base import Target
+from llmctl.targets.table import default_target, parse_target, target_of
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.
 _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h")
@@ -56,20 +58,21 @@ def plan_output(config: BuildConfig) -> BuildPlan:
     return plan_build(config)
 
 
-def ensure_engine(model: str, config: BuildConfig | EngineConfig, progress: Progress | None = None) -> Path:
+def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Progress | None = None) -> Path:
     """The engine folder for a model: an engine is taken as it is, anything else is built into the cache once.
 
-    Says on stderr what it builds and where. Two processes that ask for the same engine build it once.
+    Says on stderr what it builds and where, and for a target that nobody named, why for that one. Two processes that
+    ask for the same engine build it once.
 
     Raises:
         As ``build_engine``.
     """
     if is_engine(Path(model)):
         return Path(model)
-    wanted = _build_config(model, config)
-    if isinstance(config, EngineConfig):
-        parse_target(wanted.target).check_runs_here()
-    plan = plan_build(wanted)
+    if isinstance(config, EngineOptions):
+        plan = _plan_to_run(model, config)
+    else:
+        plan = plan_build(replace(config, model=model, output=""))
     engines = cache_dir() / "engines"
     engines.mkdir(parents=True, exist_ok=True)
     key = _key({
@@ -113,13 +116,39 @@ def check_replaceable(output: Path) -> None:
     )
 
 
-def _build_config(model: str, config: BuildConfig | EngineConfig) -> BuildConfig:
-    if isinstance(config, BuildConfig):
-        return BuildConfig(**{**asdict(config), "model": model, "output": ""})
-    # The longest context is a limit of the run, not of the engine: one cached engine serves every --max-model-len.
+def engine_target(config: EngineOptions) -> Target:
+    """The target that ``config.model`` runs on: an engine's own, or what it will be built for.
+
+    Raises:
+        UsageError: ``config.target`` is no target. EngineLoadError: a damaged engine.
+    """
+    if is_engine(Path(config.model)):
+        return target_of(read_manifest(Path(config.model)).target)
+    return parse_target(default_target().spelling if config.target == "auto" else config.target)
+
+
+def _plan_to_run(model: str, config: EngineOptions) -> BuildPlan:
+    """The plan of an engine that can run as it is to be run.
+
+    The longest context, and a KV cache's dtype where the target leaves it open, are of the run and not of the engine:
+    one cached engine serves them all.
+    """
+    spelling = config.target
+    if spelling == "auto":
+        chosen = default_target()
+        spelling = chosen.spelling
+        for line in chosen.said:
+            print(line, file=sys.stderr, flush=True)
+    target, request = parse_target(spelling), EngineRequest.of(config)
+    target.check_runs_here()
+    request.check_honoured(target)
     block_size = config.block_size or BuildConfig.block_size
-    target = BuildConfig.target if config.target == "auto" else config.target
-    return BuildConfig(model=model, target=target, dtype=config.dtype, block_size=block_size)
+    wanted = BuildConfig(model=model, target=spelling, dtype=config.dtype, block_size=block_size)
+    plan = plan_build(wanted)
+    cache = request.kv_cache_dtype
+    if cache is not None and cache not in target.kv_cache_dtypes(plan.options):
+        plan = plan_build(replace(wanted, kv_cache_dtype=cache))
+    return plan
 
 
 def _is_complete(folder: Path, plan: BuildPlan) -> bool:

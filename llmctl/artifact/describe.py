@@ -9,12 +9,14 @@ from typing import Any
 
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
 from llmctl.artifact.manifest import Manifest, QuantizationRecord
-from llmctl.artifact.memory import human_bytes
+from llmctl.artifact.memory import Sizing, human_bytes
+from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.plan import plan_build, quantization_record
+from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.strict import to_data
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
-from llmctl.errors import EngineLoadError
+from llmctl.errors import EngineLoadError, UsageError
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, KernelChoice
 from llmctl.targets.planes import flat
@@ -48,6 +50,7 @@ def _describe_engine(path: Path, verify: bool) -> dict[str, Any]:
         "size": human_bytes(sum(record.size for record in manifest.files.values())),
         "checksum": manifest.checksum,
         **_common(manifest.options, manifest.quantization, manifest.graph, manifest.kernels),
+        "memory": _memory(checks.limits(EngineRequest())),
         "modules": _modules(manifest),
         "files": to_data(manifest.files),
         "weights": [
@@ -65,6 +68,7 @@ def _describe_plan(model: str) -> dict[str, Any]:
         "target": str(plan.target.name),
         "size": human_bytes(plan.weights_bytes),
         **_common(plan.options, quantization_record(plan.graph, plan.checkpoint), plan.graph, plan.choices),
+        "memory": _memory(plan.sizing),
         "modules": {},
         "weights": [
             {"name": p.name, "dtype": p.dtype, "shape": list(p.shape), "bytes": p.nbytes}
@@ -126,6 +130,12 @@ def _kernel_rows(graph: Graph, choices: tuple[KernelChoice, ...]) -> list[dict[s
     ]
 
 
+def _memory(sizing: Sizing) -> dict[str, Any]:
+    """The memory plan on this machine; ``rows`` for people."""
+    plan = sizing.plan()
+    return {**memory_document(sizing, plan), "rows": memory_rows(sizing, plan)}
+
+
 def _modules(manifest: Manifest) -> dict[str, Any]:
     return {
         name: {**to_data(module), **to_data(manifest.files[name])} for name, module in manifest.kernel_files.items()
@@ -133,12 +143,11 @@ def _modules(manifest: Manifest) -> dict[str, Any]:
 
 
 def _runs_here(checks: EngineChecks) -> str:
-    if checks.target.no_runtime is not None:
-        return f"no: {checks.target.no_runtime}"
     try:
         checks.machine()
         checks.kernels()
-    except EngineLoadError as error:
+        checks.target.check_runs_here()
+    except (EngineLoadError, UsageError) as error:
         return f"no: {error.message.removeprefix(f'{checks.path}: ')}"
     return "yes"
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llmctl import __version__
+from llmctl.artifact.fit import advice
 from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
-from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
+from llmctl.artifact.memory import MemoryPlan, Sizing, human_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
+from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
 from llmctl.errors import CheckpointError, CompileError, EngineLoadError, ModelNotFoundError
 from llmctl.graph.graph import Graph
-from llmctl.targets.base import FALLBACK, BuildOptions, RuntimeSizes, Target
+from llmctl.targets.base import FALLBACK, BuildOptions, KernelChoice, RuntimeSizes, Target
 from llmctl.targets.planes import Plane, WeightPlane, flat
 from llmctl.targets.table import parse_target, target_of
 
@@ -52,20 +54,35 @@ class LoadedEngine:
 
     @property
     def options(self) -> BuildOptions:
-        """What it was built for."""
-        return self.manifest.options
+        """What it was built for, with the KV cache of the run."""
+        return run_options(self.manifest.options, self.request)
 
     @property
     def sizes(self) -> RuntimeSizes:
         """What its runtime is sized for."""
-        plan, request = self.plan, self.request
+        plan, request, limits = self.plan, self.request, self.request.step_limits(self.target)
+        share = request.gpu_memory_utilization
         return RuntimeSizes(
             plan.num_blocks,
             plan.block_size,
             plan.max_model_len,
-            request.max_num_batched_tokens,
-            request.max_num_seqs,
+            limits.max_num_batched_tokens,
+            limits.max_num_seqs,
+            bool(request.enforce_eager),
+            GPU_MEMORY_UTILIZATION if share is None else share,
         )
+
+    @property
+    def sizing(self) -> Sizing:
+        """What its memory plan was made of."""
+        planes = tuple(Plane(name, plane.shape, (plane.dtype,)) for name, plane in self.weights.items())
+        return Sizing(self.graph, self.options, self.target, self.request, planes)
+
+
+def run_options(built: BuildOptions, request: EngineRequest) -> BuildOptions:
+    """What an engine runs with: as built, but for what the kernels leave open until then."""
+    asked = request.kv_cache_dtype
+    return built if asked is None else replace(built, kv_cache_dtype=asked)
 
 
 def is_engine(path: Path) -> bool:
@@ -85,7 +102,8 @@ def load_engine(
     Raises:
         ModelNotFoundError: ``path`` is not an engine folder.
         EngineLoadError: a check failed; the message says what was expected and found, ``fix`` the command to run.
-        UsageError: ``request.target`` is no target.
+        UsageError: ``request.target`` is no target or does not run here, or the engine's target does not have an option
+            of the run.
     """
     checks = EngineChecks(path, read_manifest(path))
     checks.files(verify)
@@ -93,8 +111,7 @@ def load_engine(
         checks.machine()
         checks.kernels()
     checks.tensors()
-    plan = checks.limits(request)
-    checks.memory(plan, request.kv_cache_bytes)
+    plan = checks.memory(checks.limits(request))
     return LoadedEngine(path, checks.manifest, _map_weights(path, checks.manifest), plan, request)
 
 
@@ -169,13 +186,18 @@ class EngineChecks:
         for op in manifest.graph.ops:
             if op.name not in chosen:
                 self.refuse(f"kernels.{op.name}", "what executes it", "none")
+        self._check_entries(manifest.kernels)
+
+    def _check_entries(self, choices: Iterable[KernelChoice]) -> None:
+        """The modules have every entry point of these kernels."""
+        manifest = self.manifest
         for arch in dict.fromkeys(module.arch for module in manifest.kernel_files.values()):
             modules = [module for module in manifest.kernel_files.values() if module.arch == arch]
             # PTX and native libraries list no resources.
             if not all(module.resources for module in modules):
                 continue
             present = {resource.name for module in modules for resource in module.resources}
-            for choice in manifest.kernels:
+            for choice in choices:
                 absent = sorted(set(choice.entries) - present)
                 if choice.kernel != FALLBACK and absent:
                     self.refuse(f"kernels.{choice.op}", f"kernel {absent[0]} for {arch}", "no such kernel")
@@ -194,9 +216,10 @@ class EngineChecks:
         if extra:
             self.refuse("tensors", f"the {len(expected)} that the graph names", f"'{extra[0]}' as well")
 
-    def limits(self, request: EngineRequest) -> MemoryPlan:
-        """The requested limits are within the built ones; returns the memory plan for them."""
+    def limits(self, request: EngineRequest) -> Sizing:
+        """The requested limits are within the built ones; returns what a memory plan for them is made of."""
         built = self.manifest.options
+        request.check_honoured(self.target)
         if request.max_model_len is not None and request.max_model_len > built.max_model_len:
             longest = self.manifest.graph.max_position
             if request.max_model_len > longest:
@@ -213,26 +236,36 @@ class EngineChecks:
         if request.dtype not in (None, built.dtype):
             self.refuse("dtype", built.dtype, request.dtype, dtype=request.dtype)
         if request.target is not None and not _covers(self.target, request.target):
+            parse_target(request.target).check_runs_here()  # or the rebuilt engine would be refused as well
             self.refuse("target", self.target.name, request.target, target=request.target)
-        stored = [Plane(name, entry.shape, (entry.dtype,)) for name, entry in self._entries().items()]
-        return plan_memory(self.manifest.graph, built, self.target, request, stored)
+        self._check_cache_dtype(request)
+        stored = tuple(Plane(name, entry.shape, (entry.dtype,)) for name, entry in self._entries().items())
+        return Sizing(self.manifest.graph, run_options(built, request), self.target, request, stored)
 
-    def memory(self, plan: MemoryPlan, kv_cache_bytes: int | None = None) -> None:
+    def memory(self, sizing: Sizing) -> MemoryPlan:
         """One sequence of the longest length fits in memory, and in a KV cache whose size was asked for."""
-        if plan.fits:
+        plan = sizing.plan()
+        if not plan.fits:
+            if sizing.request.kv_cache_bytes is not None:
+                self._refuse_cache_size(plan, sizing.request.kv_cache_bytes)
+            fix = advice(sizing, self.manifest.source.name)
+            raise EngineLoadError(f"{self.path}: {plan.shortfall()}", fix=fix)
+        return plan
+
+    def _check_cache_dtype(self, request: EngineRequest) -> None:
+        """The KV cache may be made of what was asked for: the modules have the kernels for it."""
+        built, graph, asked = self.manifest.options, self.manifest.graph, request.kv_cache_dtype
+        if asked is None or asked == built.kv_cache_dtype:
             return
-        if kv_cache_bytes is not None:
-            self._refuse_cache_size(plan, kv_cache_bytes)
-        length = plan.largest_max_model_len
-        fix = plan.advice()
-        if length > 0:
-            fix += ": " + self.manifest.rebuild_command(str(self.path), max_model_len=length)
-        raise EngineLoadError(f"{self.path}: {plan.shortfall()}", fix=fix)
+        if asked not in self.target.kv_cache_dtypes(built):
+            wanted = BuildConfig(dtype=built.dtype, block_size=built.block_size, kv_cache_dtype=asked)
+            self.target.options(wanted, graph, built.dtype)  # a dtype that no build of this target has is its to refuse
+            self.refuse("kv_cache_dtype", built.kv_cache_dtype, asked, kv_cache_dtype=asked)
+        self._check_entries(self.target.choose_kernels(graph, run_options(built, request)))
 
     def _refuse_cache_size(self, plan: MemoryPlan, size: int) -> None:
         """Raise if the size asked for is at fault: too small for one sequence, or more than there is room for."""
-        room = max(0, plan.budget - plan.weights - plan.activations)
-        least = -(-plan.max_model_len // plan.block_size) * plan.block_size * plan.kv_per_token
+        room, least = plan.room, plan.kv_bytes_of_one
         if size < least:
             shorter = f", or --max-model-len {plan.kv_tokens}" if plan.kv_tokens else ""
             fix = f"--kv-cache-memory {-(-least // 2**20)}MiB{shorter}"

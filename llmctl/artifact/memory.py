@@ -1,6 +1,7 @@
 """How much memory a model takes: weights, activations, KV cache; what fits, and the longest context that does.
 
-Everything is computed from a Graph and sizes: no tensor is touched.
+Everything is computed from a Graph and sizes: no tensor is touched. ``fit.py`` says what to change when it does not
+fit, ``memory_table.py`` shows a plan.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from llmctl.artifact.request import EngineRequest
 from llmctl.graph.graph import Graph
-from llmctl.targets.base import BuildOptions, Target
+from llmctl.targets.base import BuildOptions, MemoryBudget, Target
 from llmctl.targets.planes import Plane
 
 HOST_KV_BYTES = 4 * 2**30
@@ -22,15 +23,19 @@ class MemoryPlan:
     """What an engine takes and what fits; sizes in bytes.
 
     Attributes:
-        budget: what may be used in all. weights: all weights as they lie in memory. activations: peak of one step.
+        budget: what may be used in all. budget_source: where that comes from, for people.
+        weights: all weights as they lie in memory. activations: peak of one step.
+        context: what the device takes for running anything at all.
         kv_per_token: KV cache of one token over all layers. block_size: tokens a KV block.
         num_blocks: KV blocks that the plan allocates. max_model_len: longest sequence asked for, tokens.
         largest_max_model_len: longest sequence the budget has room for (at most the model's own limit), tokens.
     """
 
     budget: int
+    budget_source: str
     weights: int
     activations: int
+    context: int
     kv_per_token: int
     block_size: int
     num_blocks: int
@@ -48,30 +53,55 @@ class MemoryPlan:
         return self.kv_tokens * self.kv_per_token
 
     @property
+    def fixed(self) -> int:
+        """Everything but the KV cache."""
+        return self.weights + self.activations + self.context
+
+    @property
     def total(self) -> int:
         """Everything together."""
-        return self.weights + self.activations + self.kv_bytes
+        return self.fixed + self.kv_bytes
+
+    @property
+    def room(self) -> int:
+        """What the budget leaves for a KV cache."""
+        return max(0, self.budget - self.fixed)
 
     @property
     def fits(self) -> bool:
         """Whether one sequence of ``max_model_len`` fits."""
         return self.kv_tokens >= self.max_model_len and self.total <= self.budget
 
+    @property
+    def kv_bytes_of_one(self) -> int:
+        """KV cache of one sequence of ``max_model_len``, in whole blocks."""
+        return _ceil(self.max_model_len, self.block_size) * self.kv_per_token
+
     def shortfall(self) -> str:
         """One line that itemises why ``max_model_len`` does not fit."""
-        needed = _ceil(self.max_model_len, self.block_size) * self.kv_per_token
-        total = self.weights + self.activations + needed
+        needed = self.kv_bytes_of_one
+        context = f"device context {human_bytes(self.context)} + " if self.context else ""
         return (
-            f"memory: expected at most {human_bytes(self.budget)}, found {human_bytes(total)} needed: "
-            f"weights {human_bytes(self.weights)} + activations {human_bytes(self.activations)} + "
+            f"memory: expected at most {human_bytes(self.budget)} ({self.budget_source}), found "
+            f"{human_bytes(self.fixed + needed)} needed: weights {human_bytes(self.weights)} + "
+            f"activations {human_bytes(self.activations)} + {context}"
             f"KV {human_bytes(needed)} ({self.max_model_len} tokens of {human_bytes(self.kv_per_token)})"
         )
 
-    def advice(self) -> str:
-        """What to change so that it fits."""
-        if self.largest_max_model_len > 0:
-            return f"use --max-model-len {self.largest_max_model_len} or less, or free memory"
-        return "free memory, or use a smaller or quantized model: the weights and activations alone do not fit"
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a memory plan is made of. ``planes``: the stored tensors."""
+
+    graph: Graph
+    options: BuildOptions
+    target: Target
+    request: EngineRequest
+    planes: tuple[Plane, ...]
+
+    def plan(self) -> MemoryPlan:
+        """The plan."""
+        return plan_memory(self.graph, self.options, self.target, self.request, self.planes)
 
 
 def plan_memory(
@@ -87,32 +117,38 @@ def plan_memory(
         planes: the stored tensors.
     """
     length = options.max_model_len if request.max_model_len is None else request.max_model_len
-    block_size = options.block_size
+    block_size, limits = options.block_size, request.step_limits(target)
     per_token = target.kv_bytes_per_token(graph, options)
-    activations = target.activation_bytes(graph, options, request.max_num_batched_tokens, request.max_num_seqs)
-    weights = target.resident_bytes(graph, options, planes)
+    activations = target.activation_bytes(graph, options, limits.max_num_batched_tokens, limits.max_num_seqs)
+    weights, context = target.resident_bytes(graph, options, planes), target.context_bytes()
     block_bytes = max(1, per_token * block_size)
     sequence_blocks = _ceil(length, block_size) // block_size
-    most_blocks = request.max_num_seqs * sequence_blocks
-    budget = request.budget
-    if budget is None:
-        budget, shared = target.memory_budget()
-        if shared:
-            most_blocks = min(most_blocks, max(HOST_KV_BYTES // block_bytes, sequence_blocks))
-    room_blocks = max(0, budget - weights - activations) // block_bytes
+    most_blocks = limits.max_num_seqs * sequence_blocks
+    budget = _budget(target, request)
+    if budget.shared:
+        most_blocks = min(most_blocks, max(HOST_KV_BYTES // block_bytes, sequence_blocks))
+    room_blocks = max(0, budget.size - weights - activations - context) // block_bytes
     asked = request.kv_cache_bytes
     num_blocks = min(room_blocks, most_blocks) if asked is None else asked // block_bytes
     holds = room_blocks if asked is None else min(room_blocks, num_blocks)
     return MemoryPlan(
-        budget=budget,
+        budget=budget.size,
+        budget_source=budget.source,
         weights=weights,
         activations=activations,
+        context=context,
         kv_per_token=per_token,
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=length,
         largest_max_model_len=min(holds * block_size, graph.max_position),
     )
+
+
+def _budget(target: Target, request: EngineRequest) -> MemoryBudget:
+    if request.budget is not None:
+        return MemoryBudget(request.budget, "the budget that was given", shared=False)
+    return target.memory_budget(request.gpu_memory_utilization)
 
 
 def human_bytes(size: float) -> str:

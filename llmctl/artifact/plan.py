@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.artifact.manifest import QuantizationRecord
-from llmctl.artifact.memory import MemoryPlan, plan_memory
+from llmctl.artifact.memory import MemoryPlan, Sizing
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
@@ -31,6 +31,7 @@ class BuildPlan:
         name: the source model's name as the manifest records it.
         planes: stored tensors by the graph weight they belong to.
         choices: what executes each op.
+        sizing: what ``memory`` is a plan of.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BuildPlan:
     options: BuildOptions
     planes: PlanesByWeight
     choices: tuple[KernelChoice, ...]
+    sizing: Sizing
     memory: MemoryPlan
 
     @property
@@ -72,6 +74,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     options = target.options(config, graph, checkpoint.dtype)
     planes = target.planes(graph, options, checkpoint.describe)
     budget = None if config.memory_budget is None else parse_bytes(config.memory_budget, param="memory_budget")
+    sizing = Sizing(graph, options, target, EngineRequest(budget=budget), tuple(flat(planes).values()))
     return BuildPlan(
         name=_source_name(config.model, path),
         checkpoint=checkpoint,
@@ -80,7 +83,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         options=options,
         planes=planes,
         choices=target.choose_kernels(graph, options),
-        memory=plan_memory(graph, options, target, EngineRequest(budget=budget), flat(planes).values()),
+        sizing=sizing,
+        memory=sizing.plan(),
     )
 
 

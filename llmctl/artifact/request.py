@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from llmctl.config import EngineConfig, parse_bytes
+from llmctl.config import EngineOptions, parse_bytes
+from llmctl.errors import UsageError
+from llmctl.graph.dtypes import KV_DTYPES
+
+if TYPE_CHECKING:
+    from llmctl.targets.base import StepLimits, Target
+
+_SPELLINGS = {"fp8": "fp8_e4m3"}
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """Limits of a run; None: what the engine was built with.
+    """Limits of a run; None: what the engine was built with, or its target's default.
 
     Attributes:
         max_model_len: longest sequence, tokens. block_size: tokens a KV block. dtype: dtype to compute in.
         target: what it must have been built for, as ``--target`` spells it: ``cpu``, ``cpu:avx2``, ``cuda:sm_90``.
         max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
-        kv_cache_bytes: KV cache size; None sizes it from the memory available.
+        kv_cache_dtype: what the KV cache is made of. kv_cache_bytes: its size; None sizes it from the memory available.
         budget: bytes for everything; None takes a share of the memory available.
+        gpu_memory_utilization: that share, on a GPU. enforce_eager, threads: how a step is launched, CPU threads.
     """
 
     max_model_len: int | None = None
     block_size: int | None = None
     dtype: str | None = None
     target: str | None = None
-    max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens
-    max_num_seqs: int = EngineConfig.max_num_seqs
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    kv_cache_dtype: str | None = None
     kv_cache_bytes: int | None = None
     budget: int | None = None
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool | None = None
+    threads: int | None = None
 
     @classmethod
-    def of(cls, config: EngineConfig) -> EngineRequest:
+    def of(cls, config: EngineOptions) -> EngineRequest:
         """The request that a command's settings make.
 
         Raises:
-            UsageError: ``kv_cache_memory`` is no size.
+            UsageError: ``kv_cache_memory`` is no size, ``kv_cache_dtype`` no dtype, ``gpu_memory_utilization`` no
+                share.
         """
-        size = config.kv_cache_memory
+        size, share = config.kv_cache_memory, config.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise UsageError(
+                f"--gpu-memory-utilization: expected a share above 0 and up to 1, found {share:g}",
+                fix="--gpu-memory-utilization 0.9",
+                param="gpu_memory_utilization",
+            )
         return cls(
             max_model_len=config.max_model_len,
             block_size=config.block_size,
@@ -43,5 +63,47 @@ class EngineRequest:
             target=None if config.target == "auto" else config.target,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
+            kv_cache_dtype=_kv_cache_dtype(config.kv_cache_dtype),
             kv_cache_bytes=parse_bytes(size, param="kv_cache_memory") if size else None,
+            gpu_memory_utilization=share,
+            enforce_eager=config.enforce_eager or None,
+            threads=config.threads,
         )
+
+    def step_limits(self, target: Target) -> StepLimits:
+        """The largest step: as asked, else the target's own."""
+        asked = {"max_num_batched_tokens": self.max_num_batched_tokens, "max_num_seqs": self.max_num_seqs}
+        return replace(target.step_limits, **{name: value for name, value in asked.items() if value is not None})
+
+    def check_honoured(self, target: Target) -> None:
+        """Refuse what means nothing to a target, which would otherwise be ignored.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        given = {
+            "threads": self.threads,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enforce_eager": self.enforce_eager,
+        }
+        for name, value in given.items():
+            if value is not None and name not in target.run_options:
+                option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value:g}")
+                raise UsageError(
+                    f"{option}: expected an engine of a target that has this option, found {target.name}",
+                    fix="leave it out" + _INSTEAD.get(name, ""),
+                    param=name,
+                )
+
+
+_INSTEAD = {"gpu_memory_utilization": "; --kv-cache-memory sizes the KV cache of any engine"}
+
+
+def _kv_cache_dtype(name: str) -> str | None:
+    found = _SPELLINGS.get(name, name)
+    if found == "auto":
+        return None
+    if found not in KV_DTYPES:
+        known = ", ".join(("auto", *KV_DTYPES, *_SPELLINGS))
+        raise UsageError(f"--kv-cache-dtype: expected one of {known}, found '{name}'", param="kv_cache_dtype")
+    return found

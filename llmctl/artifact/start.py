@@ -7,15 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
-from llmctl.artifact.manifest import Manifest
+from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.request import EngineRequest
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.engine.step import Runtime
-from llmctl.errors import EngineLoadError
-from llmctl.targets.table import parse_target, target_of
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -28,7 +25,7 @@ class StartedEngine:
     loaded: LoadedEngine
 
 
-def start_engine(path: Path, config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> StartedEngine:
+def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float] = time.monotonic) -> StartedEngine:
     """Start the engine in a folder.
 
     Args:
@@ -37,13 +34,11 @@ def start_engine(path: Path, config: EngineConfig, *, clock: Callable[[], float]
     Raises:
         LlmctlError: whatever loading refuses.
     """
-    if config.target != "auto" and (wanted := parse_target(config.target)).no_runtime is not None:
-        wanted.check_runs_here()  # refuses every machine
-    _check_has_runtime(path, read_manifest(path))
     loaded = load_engine(path, EngineRequest.of(config), verify=config.verify)
     runtime = open_runtime(loaded, threads=config.threads)
     tokenizer = Tokenizer.from_folder(path)
-    scheduler = SchedulerConfig.from_engine_config(config)
+    sizes = loaded.sizes
+    scheduler = SchedulerConfig.from_engine_config(config.sized(sizes.max_num_seqs, sizes.max_num_batched_tokens))
     engine = LLMEngine(runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=clock)
     return StartedEngine(engine, tokenizer, loaded)
 
@@ -55,15 +50,6 @@ def open_runtime(engine: LoadedEngine, *, threads: int | None = None) -> Runtime
         threads: CPU threads; None: the target's default.
 
     Raises:
-        EngineLoadError: this version has no runtime for the engine's target, or it does not load here.
+        EngineLoadError, DeviceError: it does not load here after all.
     """
     return engine.target.open_runtime(engine, threads)
-
-
-def _check_has_runtime(path: Path, manifest: Manifest) -> None:
-    missing = target_of(manifest.target).no_runtime
-    if missing is not None:
-        raise EngineLoadError(
-            f"{path}: target {manifest.target}: {missing}",
-            fix=manifest.rebuild_command(f"{path}-cpu", target="cpu"),  # beside it: it is whole, and took long to build
-        )

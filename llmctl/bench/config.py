@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class BenchServeConfig(ReportConfig):
 
 
 @dataclass(frozen=True)
-class OfflineConfig(EngineConfig, ReportConfig):
+class OfflineConfig(EngineOptions, ReportConfig):
     """What the two offline benches share: an engine, and what is done with the result."""
 
     input_len: str = "128"

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
@@ -14,7 +14,7 @@ from llmctl.artifact.loader import read_manifest
 from llmctl.artifact.start import StartedEngine, start_engine
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling_params import SamplingParams
@@ -45,12 +45,19 @@ class BenchedEngine(StartedEngine):
             "num_blocks": self.engine.limits.num_blocks,
             "block_size": self.engine.limits.block_size,
             "weight_bytes": self.loaded.plan.weights,
-            "kv_cache_bytes": self.loaded.plan.kv_bytes,
+            "kv_cache_dtype": self.loaded.options.kv_cache_dtype,
+            "kv_cache_bytes": replace(self.loaded.plan, num_blocks=self.engine.limits.num_blocks).kv_bytes,
+            "gpu_memory_utilization": self._honoured("gpu_memory_utilization"),
+            "enforce_eager": self._honoured("enforce_eager"),
             "open_seconds": self.open_seconds,
         }
 
+    def _honoured(self, name: str) -> object:
+        """An option of the run; None where the target does not have it."""
+        return getattr(self.loaded.sizes, name) if name in self.loaded.target.run_options else None
 
-def prepare_engine(config: EngineConfig, longest: int = 0) -> BenchedEngine:
+
+def prepare_engine(config: EngineOptions, longest: int = 0) -> BenchedEngine:
     """The engine that ``config.model`` names, built into the cache first if it is not an engine folder.
 
     Args:
@@ -76,7 +83,7 @@ def prepare_engine(config: EngineConfig, longest: int = 0) -> BenchedEngine:
     return BenchedEngine(started.engine, started.tokenizer, started.loaded, _threads(config), seconds)
 
 
-def _threads(config: EngineConfig) -> int:
+def _threads(config: EngineOptions) -> int:
     """Threads that compute: those asked for, else torch's when it is the one computing, else all usable cores."""
     if config.threads is not None:
         return config.threads

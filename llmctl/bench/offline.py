@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmctl.artifact.builder import engine_target
+from llmctl.artifact.request import EngineRequest
 from llmctl.bench import gate, metrics, stats
 from llmctl.bench.config import BenchLatencyConfig, BenchThroughputConfig, OfflineConfig
 from llmctl.bench.environment import describe_environment, load_average
@@ -13,6 +15,7 @@ from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_inte
 from llmctl.bench.progress import Progress
 from llmctl.bench.workloads import LengthRange, WorkItem, random_items
 from llmctl.errors import UsageError
+from llmctl.targets.base import StepLimits
 
 EXTRA_METRICS = (
     *("elapsed_time", "requests_per_second", "tokens_per_second", "avg_latency", "median_latency"),
@@ -63,7 +66,7 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     """
     _at_least(config, num_prompts=1, num_warmups=0)
     judge = _judge(config, config.regression_metrics)
-    inputs, outputs = _lengths(config)
+    inputs, outputs = _lengths(config, _step_limits(config))
     environment = describe_environment()
     opened = prepare_engine(config, longest=inputs.high + outputs.high)
     head = _head(config, judge, opened, "throughput", num_prompts=config.num_prompts)
@@ -95,10 +98,11 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
     _at_least(config, batch_size=1, num_iters=1, num_iters_warmup=0)
     judge = _judge(config, config.regression_metrics)
     percentiles = _percentiles(config.metric_percentiles)
-    inputs, outputs = _lengths(config)
-    if config.batch_size > config.max_num_seqs:
+    limits = _step_limits(config)
+    inputs, outputs = _lengths(config, limits)
+    if config.batch_size > limits.max_num_seqs:
         raise UsageError(
-            f"--batch-size {config.batch_size}: more than --max-num-seqs {config.max_num_seqs} run at once",
+            f"--batch-size {config.batch_size}: more than --max-num-seqs {limits.max_num_seqs} run at once",
             fix=f"add --max-num-seqs {config.batch_size}",
             param="batch_size",
         )
@@ -125,15 +129,20 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
     return judge.judge(result, gate.request_gates(result, 0.0))
 
 
-def _lengths(config: OfflineConfig) -> tuple[LengthRange, LengthRange]:
+def _step_limits(config: OfflineConfig) -> StepLimits:
+    """The largest step of the engine that will run, known before it is built."""
+    return EngineRequest.of(config).step_limits(engine_target(config))
+
+
+def _lengths(config: OfflineConfig, limits: StepLimits) -> tuple[LengthRange, LengthRange]:
     inputs, outputs = (
         LengthRange.parse(config.input_len, "input_len"),
         LengthRange.parse(config.output_len, "output_len"),
     )
-    if not config.enable_chunked_prefill and inputs.high > config.max_num_batched_tokens:
+    if not config.enable_chunked_prefill and inputs.high > limits.max_num_batched_tokens:
         raise UsageError(
             f"--input-len {inputs}: without chunked prefill a prompt has at most --max-num-batched-tokens, "
-            f"{config.max_num_batched_tokens}",
+            f"{limits.max_num_batched_tokens}",
             fix=f"--max-num-batched-tokens {inputs.high}, or leave --no-enable-chunked-prefill out",
             param="input_len",
         )
@@ -191,8 +200,9 @@ def _head(config: OfflineConfig, judge: Judge, opened: BenchedEngine, kind: str,
             "dtype": opened.loaded.manifest.options.dtype,
             "quantization": opened.loaded.manifest.quantization.method,
             "threads": opened.threads,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_num_seqs": opened.loaded.sizes.max_num_seqs,
+            "max_num_batched_tokens": opened.loaded.sizes.max_num_batched_tokens,
+            "kv_cache_dtype": opened.loaded.options.kv_cache_dtype,
             "enable_prefix_caching": config.enable_prefix_caching,
             "enable_chunked_prefill": config.enable_chunked_prefill,
         },

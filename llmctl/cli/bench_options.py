@@ -12,6 +12,7 @@ import typer
 
 from llmctl.bench.config import ReportConfig
 from llmctl.cli.common import ConfigOption, JsonOption
+from llmctl.config import GPU_MEMORY_UTILIZATION
 
 Table = Mapping[str, Any]
 """Typer annotations by field name, in the order of the help."""
@@ -66,7 +67,7 @@ def _option(*names: str, kind: Any = str, panel: str, help: str, **more: Any) ->
     return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **more)]
 
 
-_MAYBE, _NUMBER, _MANY = str | None, int | None, list[str] | None
+_MAYBE, _NUMBER, _SHARE, _MANY = str | None, int | None, float | None, list[str] | None
 _server = functools.partial(_option, panel="Server")
 _workload = functools.partial(_option, panel="Workload")
 _load = functools.partial(_option, panel="Load")
@@ -124,21 +125,41 @@ OUTPUT: Table = {
 }
 ENGINE: Table = {
     "target": _engine(
-        "--target", help="What a checkpoint is built for: cpu (auto) or reference; an engine must be for it."
+        "--target",
+        help="What a checkpoint is built for: cuda (this machine's GPU), cpu or reference; auto: the GPU where one can "
+        "be used, else the CPU. An engine must be for it.",
     ),
     "dtype": _engine("--dtype", help="Activations' type: auto, float32, bfloat16, float16."),
     "max_model_len": _engine("--max-model-len", kind=_NUMBER, metavar="N", min=1, help="Longest sequence, tokens."),
     "block_size": _engine("--block-size", kind=_NUMBER, min=1, help="Tokens a KV block."),
+    "kv_cache_dtype": _engine(
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="KV cache: auto (as built), int8; fp8 on a GPU; or a float dtype of the target.",
+    ),
     "kv_cache_memory": _engine("--kv-cache-memory", kind=_MAYBE, metavar="SIZE", help="KV cache, such as 512MiB."),
-    "max_num_seqs": _engine("--max-num-seqs", kind=int, min=1, help="Sequences in one batch."),
-    "max_num_batched_tokens": _engine("--max-num-batched-tokens", kind=int, min=1, help="Token budget of a step."),
+    "gpu_memory_utilization": _engine(
+        "--gpu-memory-utilization",
+        kind=_SHARE,
+        metavar="SHARE",
+        help=f"Share of the GPU's memory to take in all; {GPU_MEMORY_UTILIZATION:g} by default. Only for a GPU.",
+    ),
+    "enforce_eager": _engine(
+        "--enforce-eager", kind=bool, help="Launch every kernel by itself, replay no CUDA graph. Only for a GPU."
+    ),
+    "max_num_seqs": _engine(
+        "--max-num-seqs", kind=_NUMBER, min=1, help="Sequences in one batch: 256 on a GPU, 64 on a CPU."
+    ),
+    "max_num_batched_tokens": _engine(
+        "--max-num-batched-tokens", kind=_NUMBER, min=1, help="Tokens of a step: 2048 on a GPU, 512 on a CPU."
+    ),
     "enable_prefix_caching": _engine(
         f"{_PREFIX}/--no{_PREFIX[1:]}", kind=bool, help="Reuse KV blocks of equal prefixes."
     ),
     "enable_chunked_prefill": _engine(
         f"{_CHUNKED}/--no{_CHUNKED[1:]}", kind=bool, help="Split long prompts over steps."
     ),
-    "threads": _engine("--threads", kind=_NUMBER, metavar="N", min=1, help="Processor threads to use."),
+    "threads": _engine("--threads", kind=_NUMBER, metavar="N", min=1, help="Processor threads to use; not for a GPU."),
     "verify": _engine("--verify", kind=bool, help="Check sha256 of every engine file first."),
 }
 _MODEL: Table = {

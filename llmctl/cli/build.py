@@ -10,8 +10,6 @@ from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import BuildConfig
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from llmctl.artifact.plan import BuildPlan
 
 _D = BuildConfig()
@@ -37,7 +35,8 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TARGET",
-        help="cpu (or cpu:avx512bf16,avx512vnni,avx2,portable), reference, or cuda:sm_80,sm_90 (built without a GPU).",
+        help="cpu (or cpu:avx512bf16,avx512vnni,avx2,portable), reference, cuda (this machine's GPU), or "
+        "cuda:sm_80,sm_90 (built without a GPU).",
         rich_help_panel="Target",
     ),
 ]
@@ -61,7 +60,8 @@ KvCacheDtype = Annotated[
     str,
     typer.Option(
         "--kv-cache-dtype",
-        help="auto; cpu: bfloat16, float32, int8; cuda: the dtype, int8, fp8_e4m3; reference: the float types.",
+        help="auto; cpu: bfloat16, float32, int8; cuda: the dtype, int8, fp8; reference: the float types. The default "
+        "of serve and bench, which may choose another on cpu and cuda.",
         rich_help_panel="Memory",
     ),
 ]
@@ -167,58 +167,34 @@ def _print_plan(settings: BuildConfig, json_output: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console()
-    console.print(_plan_table(plan))
-    if not plan.memory.fits:
-        console.print(f"does not fit: {plan.memory.shortfall()}; {plan.memory.advice()}", highlight=False)
+    from llmctl.artifact.fit import advice
+    from llmctl.artifact.memory import human_bytes
+    from llmctl.artifact.memory_table import memory_rows, render
+
+    memory, console = plan.memory, Console()
+    console.print(
+        f"{plan.name} for {plan.target.name}, {plan.options.dtype}: engine folder with "
+        f"{human_bytes(plan.weights_bytes)} of weights",
+        highlight=False,
+    )
+    note = f"budget: {memory.budget_source}; largest --max-model-len: {memory.largest_max_model_len}"
+    console.print(render(memory_rows(plan.sizing, memory), note=note), highlight=False)
+    if not memory.fits:
+        fix = advice(plan.sizing, settings.model, running=False)
+        console.print(f"does not fit: {memory.shortfall()}; {fix}", highlight=False, soft_wrap=True)
 
 
 def plan_document(plan: BuildPlan) -> dict[str, Any]:
     """The plan of a build as JSON data; sizes in bytes."""
+    from llmctl.artifact.memory_table import memory_document
+
     memory = plan.memory
     return {
         "model": plan.name,
         "family": plan.graph.family,
         "target": str(plan.target.name),
         "dtype": plan.options.dtype,
-        "max_model_len": plan.options.max_model_len,
         "weights_stored_bytes": plan.weights_bytes,
-        "weights_bytes": memory.weights,
-        "activation_bytes": memory.activations,
-        "kv_bytes_per_token": memory.kv_per_token,
         "kv_bytes_max_model_len": memory.kv_per_token * memory.max_model_len,
-        "memory_budget_bytes": memory.budget,
-        "block_size": memory.block_size,
-        "kv_blocks": memory.num_blocks,
-        "kv_tokens": memory.kv_tokens,
-        "largest_max_model_len": memory.largest_max_model_len,
-        "fits": memory.fits,
+        **memory_document(plan.sizing, memory),
     }
-
-
-def _plan_table(plan: BuildPlan) -> Table:
-    from rich.table import Table
-
-    from llmctl.artifact.memory import human_bytes
-
-    memory = plan.memory
-    title = f"{plan.name} for {plan.target.name}, {plan.options.dtype}"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("size", justify="right")
-    rows = {
-        "engine folder, weights": human_bytes(plan.weights_bytes),
-        "weights in memory": human_bytes(memory.weights),
-        "activations, largest step": human_bytes(memory.activations),
-        "KV cache per token": human_bytes(memory.kv_per_token),
-        f"KV cache of one sequence of {memory.max_model_len} tokens": human_bytes(
-            memory.kv_per_token * memory.max_model_len
-        ),
-        f"memory budget ({note})" if (note := plan.target.memory_note) else "memory budget": human_bytes(memory.budget),
-        f"KV cache that is planned, blocks of {memory.block_size} tokens": f"{memory.num_blocks}",
-        "tokens that fit": f"{memory.kv_tokens}",
-        "largest --max-model-len": f"{memory.largest_max_model_len}",
-    }
-    for what, size in rows.items():
-        table.add_row(what, size)
-    return table

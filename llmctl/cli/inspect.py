@@ -36,6 +36,7 @@ def inspect(
 
     document = describe_model(engine, verify=verify)
     if json_output:
+        document["memory"].pop("rows")
         print_json(document)
         return
     from rich.console import Console
@@ -44,6 +45,7 @@ def inspect(
     _print_summary(console, document)
     _print_graph(console, document)
     _print_kernels(console, document)
+    _print_memory(console, document["memory"])
     if weights:
         _print_weights(console, document["weights"])
     if ops:
@@ -112,6 +114,12 @@ def _print_kernels(console: Console, document: Mapping[str, Any]) -> None:
             table.add_row(r["name"], *(str(v) for v in (r["registers"], r["shared_bytes"], r["stack_bytes"], spills)))
         if module["resources"]:
             console.print(table, highlight=False)
+
+
+def _print_memory(console: Console, memory: Mapping[str, Any]) -> None:
+    from llmctl.artifact.memory_table import render
+
+    console.print(render(memory["rows"], note=f"budget: {memory['budget_source']}"), highlight=False)
 
 
 def _print_weights(console: Console, weights: list[Mapping[str, Any]]) -> None:

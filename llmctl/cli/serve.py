@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmctl.cli.common import ConfigOption, guarded
-from llmctl.config import ServeConfig
+from llmctl.config import GPU_MEMORY_UTILIZATION, ServeConfig
 
 _D = ServeConfig()
 _MODEL, _SERVER, _ENGINE, _MEMORY, _SECURITY = "Model", "Server", "Engine", "Memory", "Security"
@@ -41,7 +41,8 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
-        help="What a checkpoint is built for: cpu (auto) or reference; an engine must be for it.",
+        help="What a checkpoint is built for: cuda (this machine's GPU), cpu or reference; auto: the GPU where one can "
+        "be used, else the CPU. An engine must be for it.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -111,7 +112,28 @@ KvCacheMemory = Annotated[
     typer.Option(
         "--kv-cache-memory",
         metavar="SIZE",
-        help="KV cache, such as 2GiB; by default what all requests could use, at most 4 GiB of the host's memory.",
+        help="KV cache, such as 2GiB; by default what all requests could use: at most what the budget of a GPU leaves, "
+        "or 4 GiB of the host's memory.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="What the KV cache is made of: auto (as the engine was built), int8; fp8 on a GPU; or a float dtype of "
+        "the target.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        metavar="SHARE",
+        help=f"Share of the GPU's memory to take in all, above 0 and up to 1; {GPU_MEMORY_UTILIZATION:g} by default. "
+        "What other processes hold now is taken off. Only for a GPU.",
         rich_help_panel=_MEMORY,
     ),
 ]
@@ -128,10 +150,30 @@ PrefixCaching = Annotated[
     ),
 ]
 MaxNumSeqs = Annotated[
-    int, typer.Option("--max-num-seqs", min=1, help="Requests running at once.", rich_help_panel=_ENGINE)
+    int | None,
+    typer.Option(
+        "--max-num-seqs",
+        min=1,
+        help="Requests running at once; by default 256 on a GPU, 64 on a CPU.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 MaxBatchedTokens = Annotated[
-    int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens computed a step.", rich_help_panel=_ENGINE)
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        min=1,
+        help="Tokens computed a step; by default 2048 on a GPU, 512 on a CPU.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="Launch every kernel of a step by itself instead of replaying recorded CUDA graphs. Only for a GPU.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 ChunkedPrefill = Annotated[
     bool,
@@ -151,7 +193,8 @@ MaxQueued = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads of the model.", rich_help_panel=_ENGINE)
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads of the model; not for a GPU.", rich_help_panel=_ENGINE),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
 
@@ -174,11 +217,14 @@ def serve(
     ssl_keyfile: SslKey = _D.ssl_keyfile,
     ssl_certfile: SslCert = _D.ssl_certfile,
     max_model_len: MaxModelLen = _D.max_model_len,
+    kv_cache_dtype: KvCacheDtype = _D.kv_cache_dtype,
     kv_cache_memory: KvCacheMemory = _D.kv_cache_memory,
+    gpu_memory_utilization: GpuMemoryUtilization = _D.gpu_memory_utilization,
     block_size: BlockSize = _D.block_size,
     enable_prefix_caching: PrefixCaching = _D.enable_prefix_caching,
     max_num_seqs: MaxNumSeqs = _D.max_num_seqs,
     max_num_batched_tokens: MaxBatchedTokens = _D.max_num_batched_tokens,
+    enforce_eager: EnforceEager = _D.enforce_eager,
     enable_chunked_prefill: ChunkedPrefill = _D.enable_chunked_prefill,
     scheduling_policy: Policy = _D.scheduling_policy,
     max_num_queued_reqs: MaxQueued = _D.max_num_queued_reqs,
@@ -198,7 +244,10 @@ def serve(
         dtype=dtype,
         max_model_len=max_model_len,
         block_size=block_size,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,

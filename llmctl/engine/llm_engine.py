@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
 from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.sampling_params import derive_seed
@@ -46,8 +47,11 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         num_running, num_waiting: requests. kv_cache_usage: share of KV blocks held, 0 to 1.
         num_preemptions: total. prefix_cache_queries, prefix_cache_hits: total prompt tokens looked up and found.
-        num_steps, num_scheduled_tokens, num_generated_tokens: totals. last_step_tokens: tokens the last step computed.
+        num_steps, num_generated_tokens: totals of the steps whose results were taken in; last_step_tokens: what the
+            last of them computed. num_scheduled_tokens: total, steps in flight included.
         compute_seconds: total wall time that the runtime computed, as far as it says (see ``StepResult``).
+        state_seconds: all wall time by what it went into. num_graph_steps, num_eager_steps: steps by how they were run,
+            where the runtime says it.
     """
 
     num_running: int
@@ -61,18 +65,25 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_generated_tokens: int
     last_step_tokens: int
     compute_seconds: float = 0.0
+    state_seconds: StateSeconds = StateSeconds()
+    num_graph_steps: int = 0
+    num_eager_steps: int = 0
 
 
 class LLMEngine:
     """Runs requests on a runtime with continuous batching.
+
+    Attributes:
+        occupancy: where its time goes; whoever drives the engine adds what it waits and sends.
 
     Args:
         runtime: computes and samples. config: the scheduler's limits.
         eos_token_ids: tokens that end a request unless it says ``ignore_eos``.
         seed: what requests without a seed derive theirs from, each by its number in the order of arrival here.
         clock: seconds, for time stamps.
-        max_steps_in_flight: steps handed to the runtime before the oldest one's result is waited for; more than one
-            keeps a device busy whose ``execute`` returns early.
+
+    Raises:
+        ValueError: a runtime with other than 1 or 2 steps in flight.
     """
 
     def __init__(
@@ -83,20 +94,23 @@ class LLMEngine:
         *,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        max_steps_in_flight: int = 1,
     ) -> None:
+        if runtime.steps_in_flight not in (1, 2):
+            raise ValueError(f"steps_in_flight: expected 1 or 2, found {runtime.steps_in_flight}")
         self.runtime = runtime
         self.scheduler = Scheduler(config, runtime.limits)
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < runtime.limits.vocab_size)
         self._seed = seed
         self._num_seeded = 0
         self._clock = clock
-        self._max_steps_in_flight = max_steps_in_flight
         self._in_flight: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self._sampling = SamplingBatcher(runtime.limits.vocab_size, self.eos_token_ids)
         self._num_generated = 0
+        self._num_steps = 0
         self._last_step_tokens = 0
         self._compute_seconds = 0.0
+        self._executions = {"": 0, "graph": 0, "eager": 0}
+        self.occupancy = Occupancy()
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -105,7 +119,7 @@ class LLMEngine:
 
     def step(self) -> list[TokenOutput]:
         """Schedule, execute, postprocess: one step, and what it produced."""
-        while len(self._in_flight) < self._max_steps_in_flight:
+        while not self._in_flight or self._may_run_ahead():
             step = self.scheduler.schedule()
             if not step.plan.slices:
                 break
@@ -117,6 +131,10 @@ class LLMEngine:
         if not self.has_unfinished():
             self.scheduler.check_idle()
         return outputs
+
+    def _may_run_ahead(self) -> bool:
+        """Whether a step may be started whose requests have tokens in flight."""
+        return len(self._in_flight) < self.runtime.steps_in_flight and not self._sampling.follows_output
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -162,18 +180,25 @@ class LLMEngine:
             num_preemptions=counters.preemptions,
             prefix_cache_queries=counters.prefix_cache_queries,
             prefix_cache_hits=counters.prefix_cache_hits,
-            num_steps=counters.steps,
+            num_steps=self._num_steps,
             num_scheduled_tokens=counters.scheduled_tokens,
             num_generated_tokens=self._num_generated,
             last_step_tokens=self._last_step_tokens,
             compute_seconds=self._compute_seconds,
+            state_seconds=self.occupancy.seconds(),
+            num_graph_steps=self._executions["graph"],
+            num_eager_steps=self._executions["eager"],
         )
+
+    def settle(self) -> None:
+        """With no request left, wait for steps in flight that nobody wants any more."""
+        while self._in_flight and not self.has_unfinished():
+            self._in_flight.popleft()[1].result()
 
     def close(self) -> None:
         """Abort everything, wait for the device and free it."""
         self.abort(list(self.scheduler.requests))
-        while self._in_flight:
-            self._in_flight.popleft()[1].result()
+        self.settle()
         self.runtime.close()
 
     def _execute(self, step: ScheduledStep) -> PendingStep:
@@ -181,19 +206,19 @@ class LLMEngine:
         for request in step.requests:
             if request.times.first_scheduled is None:
                 request.times.first_scheduled = now
-        self._last_step_tokens = step.num_tokens
-        return self.runtime.execute(step.plan, self._sampling.batch(step.sampled))
+        positions = [request.num_computed_tokens for request in step.sampled]
+        return self.runtime.execute(step.plan, self._sampling.batch(step.sampled, positions))
 
     def _postprocess(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
         """Append what was sampled, cache what was computed, end what is done."""
         outputs = []
-        self._compute_seconds += result.compute_seconds
+        self._count(step, result)
         tokens = iter(result.token_ids.tolist())
         logprobs = iter(result.logprobs) if result.logprobs is not None else None
         for piece, request, epoch in zip(step.plan.slices, step.requests, step.epochs, strict=True):
             token = next(tokens) if piece.sample else None
             logprob = next(logprobs) if piece.sample and logprobs is not None else None
-            if request.status.finished:  # aborted while the step was in flight
+            if request.status.finished:  # while the step was in flight
                 continue
             if piece.score_targets is not None:
                 _keep_scores(request, piece.start, result.scores[request.request_id])
@@ -202,6 +227,13 @@ class LLMEngine:
             if output is not None:
                 outputs.append(output)
         return outputs
+
+    def _count(self, step: ScheduledStep, result: StepResult) -> None:
+        self.occupancy.step_done(step.fill, result.compute_seconds)
+        self._num_steps += 1
+        self._last_step_tokens = step.num_tokens
+        self._compute_seconds += result.compute_seconds
+        self._executions[result.execution] += 1
 
     def _advance(
         self, request: Request, piece: SequenceSlice, token: int | None, logprob: TokenLogprobs | None
@@ -214,7 +246,7 @@ class LLMEngine:
             request.scores_done, scores = True, request.prompt_scores
         if token is None:
             return self._finish(request, FinishReason.LENGTH, prompt_scores=scores)
-        request.token_ids.append(token)
+        request.append(token)
         self._num_generated += 1
         if request.times.first_token is None:
             request.times.first_token = self._clock()

@@ -69,6 +69,7 @@ class Request:
         cache_salt: requests share cached prefixes only with the same salt.
         adapter_id: the LoRA adapter it runs with; part of the prefix key.
         token_ids: prompt and output so far.
+        num_in_flight: tokens being sampled by steps in flight; they come after ``token_ids``.
         num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
         block_ids: KV blocks, in order; block_hashes: hashes of the full blocks of ``token_ids`` known so far.
         max_length: known tokens at which it ends with ``length``.
@@ -88,6 +89,7 @@ class Request:
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    num_in_flight: int = field(default=0, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     block_ids: tuple[int, ...] = field(default=(), init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
@@ -122,6 +124,11 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """Tokens generated so far (a copy)."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token: int) -> None:
+        """Take in a token that was in flight."""
+        self.token_ids.append(token)
+        self.num_in_flight -= 1
 
     def last_output_tokens(self, count: int) -> list[int]:
         """The last ``count`` generated tokens; fewer when there are fewer."""

@@ -24,6 +24,9 @@ class SamplingBatcher:
     Most steps sample the very requests that the last one did. Then only the positions are new, and whatever else
     follows the requests' output; all other columns are the arrays of the last batch.
 
+    Attributes:
+        follows_output: a row of the last batch needs the ids of all output before the token it samples.
+
     Args:
         vocab_size: width of the logits. eos_token_ids: suppressed while a row is short of its ``min_tokens``.
     """
@@ -33,20 +36,26 @@ class SamplingBatcher:
         self._eos_token_ids = eos_token_ids
         self._requests: tuple[Request, ...] | None = None
         self._columns: dict[str, Any] = {}
-        self._penalised = self._biased = False
+        self._penalised = self._biased = self.follows_output = False
 
-    def batch(self, requests: tuple[Request, ...]) -> SamplingBatch:
-        """The batch of the requests whose next token is to be sampled, in row order."""
+    def batch(self, requests: tuple[Request, ...], positions: Sequence[int]) -> SamplingBatch:
+        """The batch of the requests whose next token is to be sampled, in row order.
+
+        Args:
+            positions: index in its sequence of each token to be sampled: beyond the known tokens by those in flight,
+                of which there must be none where a row ``follows_output``.
+        """
         if requests != self._requests:  # by identity: requests have no equality of their own
             self._requests = requests
             self._set_columns([r.params for r in requests], [r.seed for r in requests])
         columns = self._columns
         if self._penalised or self._biased:
-            columns = {**columns, **self._following_output(requests)}
-        return SamplingBatch(positions=np.array([len(r.token_ids) for r in requests], np.int64), **columns)
+            columns = {**columns, **self._step_columns(requests, positions)}
+        return SamplingBatch(positions=np.array(positions, np.int64), **columns)
 
     def _set_columns(self, params: Sequence[SamplingParams], seeds: list[int]) -> None:
         self._penalised = any(p.penalised for p in params)
+        self.follows_output = any(p.follows_output for p in params)
         self._biased = any(p.logit_bias or p.min_tokens or p.bad_words for p in params)
         self._columns = {
             "temperature": np.array([p.temperature for p in params], np.float32),
@@ -61,12 +70,13 @@ class SamplingBatcher:
             "num_logprobs": _column(params, lambda p: -1 if p.logprobs is None else p.logprobs, -1, np.int32),
         }
 
-    def _following_output(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def _step_columns(self, requests: Sequence[Request], positions: Sequence[int]) -> dict[str, Any]:
+        """The columns that depend on the output so far: on its ids or on its length."""
         found: dict[str, Any] = {}
         if self._penalised:
             found["prompt_ids"] = tuple(_history(r, r.prompt_token_ids) for r in requests)
             found["output_ids"] = tuple(_history(r, r.output_token_ids) for r in requests)
-        rows, ids, values = _biases(requests, self._eos_token_ids)
+        rows, ids, values = _biases(requests, positions, self._eos_token_ids)
         if rows:
             found["bias_rows"] = np.array(rows, np.int32)
             found["bias_ids"] = np.array(ids, np.int32)
@@ -87,16 +97,18 @@ def _column(
     return np.array(values, dtype) if any(v != off for v in values) else None
 
 
-def _biases(requests: Sequence[Request], eos_token_ids: Collection[int]) -> tuple[list[int], list[int], list[float]]:
+def _biases(
+    requests: Sequence[Request], positions: Sequence[int], eos_token_ids: Collection[int]
+) -> tuple[list[int], list[int], list[float]]:
     """Coordinates of every additive bias: logit_bias, min_tokens' suppressed ids, and bad words about to complete."""
     rows: list[int] = []
     ids: list[int] = []
     values: list[float] = []
-    for row, request in enumerate(requests):
+    for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
         params = request.params
         if not (params.logit_bias or params.min_tokens or params.bad_words):
             continue
-        forbidden = _forbidden_ids(request, eos_token_ids)
+        forbidden = _forbidden_ids(request, position, eos_token_ids)
         bias = dict.fromkeys(sorted(forbidden), -math.inf)
         for token, value in (params.logit_bias or {}).items():
             bias.setdefault(token, float(value))
@@ -106,10 +118,10 @@ def _biases(requests: Sequence[Request], eos_token_ids: Collection[int]) -> tupl
     return rows, ids, values
 
 
-def _forbidden_ids(request: Request, eos_token_ids: Collection[int]) -> set[int]:
+def _forbidden_ids(request: Request, position: int, eos_token_ids: Collection[int]) -> set[int]:
     params = request.params
     forbidden: set[int] = set()
-    if request.num_output_tokens < params.min_tokens:
+    if position - request.num_prompt_tokens < params.min_tokens:
         forbidden.update(params.stop_token_ids)
         if not params.ignore_eos:
             forbidden.update(eos_token_ids)

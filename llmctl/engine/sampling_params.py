@@ -82,6 +82,11 @@ class SamplingParams:
         """Whether any penalty needs the request's token history."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def follows_output(self) -> bool:
+        """Whether sampling needs the ids of the output so far, not only their count."""
+        return self.penalised or any(len(word) > 1 for word in self.bad_words)
+
     def samples(self) -> tuple[SamplingParams, ...]:
         """Parameters of each of the ``n`` samples: n = 1, and a seed of its own.
 

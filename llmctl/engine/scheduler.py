@@ -8,13 +8,13 @@ block and none is free, the last running request in that order loses its blocks 
 Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
 is added), so it advances in every step; waiting requests enter in the same order.
 
-Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once and the engine appends later what was sampled. So
-the next step may be scheduled before the last one is done: a request whose newest token is still being sampled has
-nothing to compute and sits out, all others go on. Freed blocks may be handed out while a step that uses them is in
-flight, because runtimes execute steps in order. (For a request to decode in consecutive steps in flight, a plan would
-have to say "the token sampled by the step before" in place of a token id; the bookkeeping here would stay as it is.)
-A request preempted in flight still gets the token being sampled; a recompute scheduled meanwhile then ends short of the
-request's new length, so that what it samples is not used.
+Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
+the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
+token is still being sampled computes just that one, ``IN_FLIGHT`` in the plan, unless the request ends with it by its
+length. Lengths, positions and blocks count the token in flight; hashes cover known tokens only. Freed blocks may be
+handed out while a step that uses them is in flight, because runtimes execute steps in order. A request preempted in
+flight still gets the token being sampled; a recompute scheduled meanwhile covers the known tokens and samples nothing.
+One that ends in flight (a stop, an abort) leaves a token behind that nobody takes in.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import msgspec
 
 from llmctl.config import EngineConfig
 from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.occupancy import Fill
 from llmctl.engine.request import Request, RequestStatus
-from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 
 POLICIES = ("fcfs", "priority")
@@ -89,7 +90,7 @@ class ScheduledStep(msgspec.Struct, frozen=True):
         requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
             of an older epoch wrote to blocks that its request no longer holds.
         sampled: those that get a token from this step, in SamplingBatch row order.
-        num_tokens: tokens computed.
+        num_tokens: tokens computed. fill: what bounded them.
     """
 
     plan: StepPlan
@@ -97,6 +98,7 @@ class ScheduledStep(msgspec.Struct, frozen=True):
     epochs: tuple[int, ...]
     sampled: tuple[Request, ...]
     num_tokens: int
+    fill: Fill
 
 
 @dataclass(slots=True)
@@ -107,7 +109,6 @@ class SchedulerCounters:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     scheduled_tokens: int = 0
-    steps: int = 0
 
 
 class Scheduler:
@@ -196,22 +197,36 @@ class Scheduler:
     # -- scheduling -------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep:
-        """The next step; its plan is empty when nothing can be computed before a step in flight is done."""
+        """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
         step = _StepUnderWay(self.config.max_num_batched_tokens)
+        preemptions = self.counters.preemptions
         self._schedule_running(step)
         if self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             self._schedule_waiting(step)
         num_tokens = self.config.max_num_batched_tokens - step.budget
-        if num_tokens:
-            self.counters.steps += 1
-            self.counters.scheduled_tokens += num_tokens
+        self.counters.scheduled_tokens += num_tokens
         return ScheduledStep(
             StepPlan(tuple(step.slices)),
             tuple(step.requests),
             tuple([r.num_preemptions for r in step.requests]),
             tuple(step.sampled),
             num_tokens,
+            "kv_full" if self.counters.preemptions > preemptions else self._fill(step),
         )
+
+    def _fill(self, step: _StepUnderWay) -> Fill:
+        """What bounded a step that preempted nobody."""
+        seats = self.config.max_num_seqs
+        if not step.budget:
+            return "token_budget" if self.waiting or self._cut_short(step) else "busy"
+        if self.waiting:
+            return "max_num_seqs" if len(self.running) >= seats else step.kept_out_by
+        return "busy" if len(step.requests) >= seats else "few_requests"
+
+    def _cut_short(self, step: _StepUnderWay) -> bool:
+        """Whether a running request could have computed more, had there been more budget."""
+        last = step.requests[-1]
+        return last.num_computed_tokens < last.num_tokens or len(step.requests) < len(self.running)
 
     def _schedule_running(self, step: _StepUnderWay) -> None:
         index = 0
@@ -220,7 +235,9 @@ class Scheduler:
             index += 1
             count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
             if not count:
-                continue
+                if len(request.token_ids) + 1 >= request.max_length:
+                    continue  # what is in flight ends it
+                count = 1  # the token in flight
             if not self._grow(request, request.num_computed_tokens + count):
                 break  # it preempted itself
             self._take(step, request, count)
@@ -239,8 +256,8 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, step: _StepUnderWay) -> None:
-        # Budget is left, so every running request holds the blocks of all tokens that it knows, and free blocks are
-        # nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
+        # Budget is left, so every running request holds the blocks of all tokens that it can compute, and free blocks
+        # are nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
         # whoever was preempted in this step does not come straight back either: its blocks are gone to another.
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
@@ -249,9 +266,11 @@ class Scheduler:
             remaining = request.num_tokens - start
             count = min(remaining, step.budget)
             if count < remaining and not self._may_cut(remaining):
+                step.kept_out_by = "token_budget"
                 return
-            needed = self.pool.blocks_for(request.num_tokens) - len(cached)
+            needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
             if needed > self.pool.num_free - self.pool.num_unheld(cached):
+                step.kept_out_by = "kv_full"
                 return
             self._admit(request, cached)
             self._grow(request, start + count)
@@ -286,8 +305,9 @@ class Scheduler:
         targets = None
         if not request.scores_done and start < request.num_prompt_tokens - 1:
             targets = request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)]
-        tokens = request.token_ids[start:end]
-        sample = end == len(request.token_ids) and end < request.max_length
+        known = len(request.token_ids)
+        tokens = request.token_ids[start:end] if start < known else (IN_FLIGHT,)
+        sample = end == known + request.num_in_flight and end < request.max_length
         step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets))
         request.num_computed_tokens = end
 
@@ -356,12 +376,14 @@ class _StepUnderWay:
         self.slices: list[SequenceSlice] = []
         self.requests: list[Request] = []
         self.sampled: list[Request] = []
+        self.kept_out_by: Fill = "kv_full"  # the first waiting request
 
     def add(self, request: Request, piece: SequenceSlice) -> None:
         self.slices.append(piece)
         self.requests.append(request)
         if piece.sample:
             self.sampled.append(request)
+            request.num_in_flight += 1
         self.budget -= len(piece.token_ids)
 
 

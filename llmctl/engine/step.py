@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -106,15 +106,16 @@ class StepResult(msgspec.Struct, frozen=True):
         token_ids: i32 [R], in SamplingBatch row order.
         logprobs: one entry per row, None where not asked for; None when nobody asked.
         scores: request id -> f32 array of the slice's ``score_targets`` log-probabilities.
-        compute_seconds: wall time that the model itself took; what a step takes beyond it is the engine's own.
-        execution: ``graph`` or ``eager`` on a device that has the choice; "" says nothing.
+        compute_seconds: wall time in which the device computed this step and no other; what passes beyond it is the
+            engine's own.
+        execution: how a step that can be replayed was run; empty where there is no such choice.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: Sequence[TokenLogprobs | None] | None = None
     scores: Mapping[str, NDArray[np.float32]] = {}
     compute_seconds: float = 0.0
-    execution: str = ""
+    execution: Literal["", "graph", "eager"] = ""
 
 
 class PendingStep(Protocol):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import count
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
 from llmctl.errors import LlmctlError, NotReadyError, QueueFullError, RequestError
@@ -32,7 +32,7 @@ class AsyncEngineClient:
     """
 
     def __init__(
-        self, config: EngineConfig, metrics: ServerMetrics, *, stall_timeout: float, log_level: str = "info"
+        self, config: EngineOptions, metrics: ServerMetrics, *, stall_timeout: float, log_level: str = "info"
     ) -> None:
         self.worker = WorkerLifecycle(config, self, log_level)
         self._config = config
@@ -92,7 +92,8 @@ class AsyncEngineClient:
             )
         # At most max_num_seqs of those that have been sent run: the others wait. The engine, which knows which, refuses
         # by the same limit; here nothing has to reach it.
-        waiting = len(self._running) - self._config.max_num_seqs
+        assert self.worker.info is not None, "requests are taken only once the engine is there"
+        waiting = len(self._running) - self.worker.info.max_num_seqs
         if waiting + sequences > limit:
             raise QueueFullError(f"{waiting} requests are waiting and at most {limit} may", fix="try again later")
 
@@ -159,9 +160,10 @@ class AsyncEngineClient:
 
     def on_step(self, message: StepMessage) -> None:
         """Hand each request what a step made of it."""
-        assert self._texts is not None
         now = self._last_progress = time.monotonic()
         self._metrics.engine(message.stats, message.busy_seconds)
+        if self._texts is None:  # an engine that waits says so before anybody may ask it something
+            return
         outputs, aborts = self._texts.process(message.outputs)
         for output in outputs:
             self._on_output(output, now)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.errors import LlmctlError
@@ -30,14 +31,14 @@ from llmctl.serving.wire import (
 if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
 
-_IDLE_WAIT_MS = 60_000
+_IDLE_WAIT_MS = 10_000
 
 
 class EngineLoop:
     """Drives one LLMEngine from one channel.
 
     Commands are taken between steps. A step in which nothing is produced (a chunk of a long prompt) is reported too:
-    it is how the API process sees progress.
+    it is how the API process sees progress. So is an idle wait, now and then: the time in it counts.
     """
 
     def __init__(self, engine: LLMEngine, channel: WorkerChannel) -> None:
@@ -56,21 +57,28 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Commands, a step, a report."""
+        outputs = self._take_commands(0) if self._engine.has_unfinished() else self._wait()
         if self._engine.has_unfinished():
-            outputs = self._take_commands(0)
-        else:
-            before = time.perf_counter()
-            outputs = self._take_commands(_IDLE_WAIT_MS)
-            self._idle_seconds += time.perf_counter() - before
-        busy = self._engine.has_unfinished()
-        if busy:
             outputs += self._engine.step()
-        if busy or outputs or self._refused:
+        if not self._stopping or outputs or self._refused:
             self._report(outputs)
+
+    def _wait(self) -> list[TokenOutput]:
+        """Take commands when some have come, or nothing after a while. Returns outputs of aborts."""
+        before = time.perf_counter()
+        self._engine.settle()
+        outputs = self._take_commands(_IDLE_WAIT_MS)
+        seconds = time.perf_counter() - before
+        self._idle_seconds += seconds
+        self._engine.occupancy.waited(seconds)
+        return outputs
 
     def _report(self, outputs: list[TokenOutput]) -> None:
         busy_seconds = time.perf_counter() - self._began - self._idle_seconds
-        self._channel.send(encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused)))
+        message = encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused))
+        before = time.perf_counter()
+        self._channel.send(message)
+        self._engine.occupancy.sent(time.perf_counter() - before)
         self._refused = []
 
     def _take_commands(self, timeout_ms: int) -> list[TokenOutput]:
@@ -105,7 +113,7 @@ def _request(wire: WireRequest) -> Request:
     )
 
 
-def start(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
+def start(config: EngineOptions, send: Callable[[Event], None]) -> LLMEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
 
     Raises:
@@ -121,7 +129,7 @@ def start(config: EngineConfig, send: Callable[[Event], None]) -> LLMEngine:
     return started.engine
 
 
-def _locate(config: EngineConfig, send: Callable[[Event], None]) -> Path:
+def _locate(config: EngineOptions, send: Callable[[Event], None]) -> Path:
     """The engine folder of ``config.model``: itself, or built into the cache."""
     from llmctl.artifact.loader import is_engine
 
@@ -134,7 +142,11 @@ def _locate(config: EngineConfig, send: Callable[[Event], None]) -> Path:
 
 
 def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
-    manifest, limits = loaded.manifest, engine.limits
+    from llmctl.artifact.memory_table import memory_rows
+
+    manifest, limits, sizes, sizing = loaded.manifest, engine.limits, loaded.sizes, loaded.sizing
+    plan = replace(loaded.plan, num_blocks=limits.num_blocks)  # a runtime that measures may have taken fewer
+    own_memory = "gpu_memory_utilization" in loaded.target.run_options
     quantization = manifest.quantization
     return EngineInfo(
         model_name=manifest.source.name,
@@ -146,6 +158,11 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
         block_size=limits.block_size,
         num_blocks=limits.num_blocks,
         vocab_size=limits.vocab_size,
-        weight_bytes=loaded.plan.weights,
-        kv_cache_bytes=loaded.plan.kv_bytes,
+        weight_bytes=plan.weights,
+        kv_cache_bytes=plan.kv_bytes,
+        kv_cache_dtype=sizing.options.kv_cache_dtype,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        memory=[list(row) for row in memory_rows(sizing, plan)] if own_memory else [],
+        memory_note=f"budget: {plan.budget_source}" if own_memory else "",
     )

@@ -56,6 +56,8 @@ def check_config(config: ServeConfig) -> None:
     Raises:
         UsageError: an option out of its range, or a file that is not there.
     """
+    from llmctl.artifact.request import EngineRequest
+
     if not config.model:
         raise UsageError("--model is required", fix="llmctl serve --model demo:smollm2-135m", param="model")
     for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": ("fcfs", "priority")}.items():
@@ -63,8 +65,7 @@ def check_config(config: ServeConfig) -> None:
         if value not in allowed:
             option = name.replace("_", "-")
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
-    if config.kv_cache_memory is not None:
-        parse_bytes(config.kv_cache_memory, param="kv_cache_memory")
+    EngineRequest.of(config)
     if config.max_body is not None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):
@@ -219,7 +220,10 @@ class _Server:
         Raises:
             LlmctlError: the engine did not start, or died.
         """
+        from llmctl.serving.status_line import log_status
+
         client = context.client
+        status = asyncio.create_task(log_status(lambda: context.metrics.engine_stats))
         dead = asyncio.create_task(client.worker.until_dead())
         stop = asyncio.create_task(self._stop.wait())
         try:
@@ -234,8 +238,8 @@ class _Server:
                 raise dead.result()
             await self._drain(client)
         finally:
-            dead.cancel()
-            stop.cancel()
+            for task in (status, dead, stop):
+                task.cancel()
 
     async def _become_ready(self, context: ServerContext) -> None:
         from llmctl.serving.context import Model
@@ -253,7 +257,7 @@ class _Server:
             block_size=info.block_size,
             num_gpu_blocks=info.num_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
-            cache_dtype=info.dtype,
+            cache_dtype=info.kv_cache_dtype,
         )
         gc.collect()
         gc.freeze()

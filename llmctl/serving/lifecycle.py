@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 from llmctl.errors import LlmctlError, NotReadyError
 from llmctl.serving.supervisor import WorkerProcess, WorkerSettings, describe_exit
 from llmctl.serving.transport import ApiChannel, socket_pair
@@ -21,8 +21,8 @@ from llmctl.serving.wire import (
     Located,
     Progress,
     Shutdown,
-    StartFailed,
     StepMessage,
+    WorkerFailed,
     decode_event,
     encode,
 )
@@ -76,7 +76,7 @@ class WorkerLifecycle:
         requests: what runs in it; told of each step, and of its death.
     """
 
-    def __init__(self, config: EngineConfig, requests: Requests, log_level: str) -> None:
+    def __init__(self, config: EngineOptions, requests: Requests, log_level: str) -> None:
         self.state = EngineState.STARTING
         self.info: EngineInfo | None = None
         self.tokenizer: Tokenizer | None = None
@@ -89,7 +89,7 @@ class WorkerLifecycle:
         self._error: LlmctlError | None = None
         self._channel: ApiChannel | None = None
         self._process: WorkerProcess | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
         self._loading: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._dead = asyncio.Event()
@@ -98,7 +98,7 @@ class WorkerLifecycle:
         """Start the worker process; it reports by itself when it is ready."""
         ours, theirs = socket_pair()
         self._channel = await ApiChannel.open(ours, self._on_message)
-        plain = EngineConfig(**{f.name: getattr(self._config, f.name) for f in fields(EngineConfig)})
+        plain = EngineOptions(**{f.name: getattr(self._config, f.name) for f in fields(EngineOptions)})
         with theirs:
             settings = WorkerSettings(plain, theirs.fileno(), os.getpid(), self._log_level)
             self._process = await WorkerProcess.start(settings, theirs)
@@ -183,12 +183,12 @@ class WorkerLifecycle:
             if isinstance(event, StepMessage):
                 self._requests.on_step(event)
             else:
-                self._on_start_event(event)
+                self._on_other_event(event)
         except Exception as error:  # what is lost here, nothing would ever answer
             log.exception("cannot handle what the worker sent")
             self._die(EngineDeadError(f"the server failed: {type(error).__name__}: {error}"))
 
-    def _on_start_event(self, event: Any) -> None:
+    def _on_other_event(self, event: Any) -> None:
         if isinstance(event, Progress):
             self._doing = event.text
             self.on_progress(event.text)
@@ -198,8 +198,10 @@ class WorkerLifecycle:
             self._tasks.append(self._loading)  # the worker may fail before anyone awaits it, and for the same reason
         elif isinstance(event, EngineInfo):
             self._tasks.append(asyncio.create_task(self._become_ready(event)))
-        elif isinstance(event, StartFailed):
-            self._error = event.error.error()
+        elif isinstance(event, WorkerFailed):
+            self._die(event.error.error())
+            if self._process is not None:  # what has lost its device may never come to its end
+                self._tasks.append(asyncio.create_task(self._process.stop(_WORKER_EXIT_SECONDS)))
 
     async def _load_tokenizer(self, path: Path) -> None:
         self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, path)

@@ -7,9 +7,10 @@ asks; request latencies are observed by the API process, from the times at which
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
+from msgspec import structs
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import (
@@ -100,6 +101,25 @@ class EngineSeries(Collector):
             family = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
             family.add_metric(self._labels, value)
             yield family
+        yield self._by_label(
+            "engine_seconds",
+            "Wall time by what it went into: a device that computed (busy: a full step; else what bounded it), "
+            "or one that did not, and why.",
+            "state",
+            structs.asdict(stats.state_seconds),
+        )
+        yield self._by_label(
+            "engine_steps_by_execution",
+            "Steps replayed as a CUDA graph, and steps launched kernel by kernel.",
+            "execution",
+            {"graph": stats.num_graph_steps, "eager": stats.num_eager_steps},
+        )
+
+    def _by_label(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=(*LABELS, label))
+        for value, total in values.items():
+            family.add_metric((*self._labels, value), total)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
@@ -167,6 +187,11 @@ class ServerMetrics:
         if stats.num_steps > self._engine.stats.num_steps:
             self.iteration_tokens.observe(stats.last_step_tokens)
         self._engine.stats, self._engine.busy_seconds = stats, busy_seconds
+
+    @property
+    def engine_stats(self) -> EngineStats:
+        """What the engine said last."""
+        return self._engine.stats
 
     def begun(self, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
         """A request's first output came ``seconds`` after its arrival."""

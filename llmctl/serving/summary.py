@@ -36,7 +36,7 @@ def curl_line(config: ServeConfig, model: Model) -> str:
 
 
 def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float) -> None:
-    """The engine, the limits, the URL, and a line to try."""
+    """The engine, the limits, the URL, and a line to try; on a device with memory of its own, what takes how much."""
     info = model.info
     kv_tokens = info.num_blocks * info.block_size
     rows = {
@@ -45,8 +45,9 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         "runs": f"{info.family}, {info.quantization}, {info.dtype}, target {info.target}",
         "weights": _mib(info.weight_bytes),
         "context": f"{info.max_model_len} tokens",
-        "KV cache": f"{kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, {_mib(info.kv_cache_bytes)}",
-        "batch": f"up to {config.max_num_seqs} requests, {config.max_num_batched_tokens} tokens a step",
+        "KV cache": f"{kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, "
+        f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
+        "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
         "sampling": ", ".join(f"{k} {v}" for k, v in model.intake.defaults.items()) or "OpenAI's defaults",
         "access": "API key" if config.api_key else f"open to whoever reaches {config.host}",
         "URL": base_url(config),
@@ -56,6 +57,10 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         table.add_row(f"[bold]{name}[/]", value)
     console = Console(stderr=True)
     console.print(Panel(table, title=f"llmctl serve: ready in {seconds:.1f} s", expand=False))
+    if info.memory:
+        from llmctl.artifact.memory_table import render
+
+        console.print(render(info.memory, note=info.memory_note), highlight=False)
     # Printed as it is: a wrapped command line could not be copied.
     console.print(f"try: {curl_line(config, model)}", soft_wrap=True, markup=False, highlight=False)
 

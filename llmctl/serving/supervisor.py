@@ -14,13 +14,13 @@ import sys
 
 import msgspec
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineOptions
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
     """One JSON line on the worker's stdin; ``channel`` is the descriptor of the worker's end of the channel."""
 
-    config: EngineConfig
+    config: EngineOptions
     channel: int
     parent_pid: int
     log_level: str = "info"

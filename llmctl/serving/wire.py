@@ -85,7 +85,11 @@ class Located(msgspec.Struct, tag="located", array_like=True, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
-    """The worker is ready. Sizes in tokens, blocks and bytes; the strings are for people."""
+    """The worker is ready. Sizes in tokens, blocks and bytes; the strings are for people.
+
+    ``memory``: rows of the memory plan as it came to be (``artifact.memory_table``), for a device with memory of its
+    own; ``memory_note``: where the budget comes from.
+    """
 
     model_name: str
     family: str
@@ -98,10 +102,15 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     vocab_size: int
     weight_bytes: int
     kv_cache_bytes: int
+    kv_cache_dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory: list[list[str]] = []
+    memory_note: str = ""
 
 
-class StartFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
-    """The worker could not start; it exits after this."""
+class WorkerFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
+    """The worker could not start, or cannot go on; it exits after this."""
 
     error: ErrorInfo
 
@@ -114,7 +123,7 @@ class Refused(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
-    """Everything that happened since the last one: one engine step, aborts, refusals, and the engine's state after.
+    """Everything that happened since the last one, and the engine's state after: a step or a wait, aborts, refusals.
 
     ``busy_seconds``: total wall time, since the start, in which the worker did not wait for requests.
     """
@@ -125,7 +134,7 @@ class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
     refused: list[Refused] = []
 
 
-Event = Progress | Located | EngineInfo | StartFailed | StepMessage
+Event = Progress | Located | EngineInfo | WorkerFailed | StepMessage
 
 
 def _from_array(value: Any) -> Any:

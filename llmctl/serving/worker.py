@@ -22,7 +22,7 @@ import msgspec
 from llmctl.errors import LlmctlError
 from llmctl.serving.supervisor import WorkerSettings
 from llmctl.serving.transport import WorkerChannel
-from llmctl.serving.wire import ErrorInfo, Event, StartFailed, encode
+from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
 
 log = logging.getLogger("llmctl.worker")
 
@@ -56,6 +56,16 @@ def _read_settings() -> WorkerSettings:
     return msgspec.json.decode(bytes(line), type=WorkerSettings)
 
 
+def _as_said(error: Exception) -> LlmctlError:
+    """What the API process tells of an exception: what a user can see going wrong as it is, a mistake by its name."""
+    if isinstance(error, LlmctlError):
+        return error
+    if isinstance(error, OSError):
+        return LlmctlError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    text = " ".join(str(error).split())
+    return LlmctlError(f"the engine failed: {type(error).__name__}" + (f": {text}" if text else ""))
+
+
 def main() -> int:
     """Serve one engine until told to stop; the exit code."""
     settings = _read_settings()
@@ -76,15 +86,13 @@ def main() -> int:
         EngineLoop(engine, channel).run()
     except (EOFError, ConnectionError):  # the API process is gone; its death ends this one, too
         return 1
-    except LlmctlError as error:
+    except Exception as error:
+        said = _as_said(error)
+        if said is not error and not isinstance(error, OSError):
+            log.exception("the engine failed")
         with contextlib.suppress(ConnectionError):
-            send(StartFailed(ErrorInfo.of(error)))
-        return int(error.exit_code)
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        with contextlib.suppress(ConnectionError):
-            send(StartFailed(ErrorInfo.of(LlmctlError(f"{error.strerror or error}{where}"))))
-        return 1
+            send(WorkerFailed(ErrorInfo.of(said)))
+        return int(said.exit_code)
     finally:
         channel.close()
     return 0

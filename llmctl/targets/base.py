@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from llmctl.config import BuildConfig
+from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
 from llmctl.engine.step import Runtime
 from llmctl.graph.graph import Graph
 from llmctl.targets.planes import Describe, Plane, PlanesByWeight, WeightPlane
@@ -25,6 +25,8 @@ FALLBACK = "torch"
 """The kernel name of an op that a runtime executes with torch's own operators."""
 LM_HEADS = ("dense", "int8", "int4")
 """The ways to store an output head that ``--lm-head`` names."""
+RUN_OPTIONS = ("threads", "gpu_memory_utilization", "enforce_eager")
+"""The options of a run that mean something to some targets only; fields of EngineRequest."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class RuntimeSizes:
     Attributes:
         num_blocks: KV blocks. block_size: tokens a block. max_model_len: longest sequence, tokens.
         max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
-        enforce_eager: start every kernel of a step by itself, where a device could replay a captured graph.
-        gpu_memory_utilization: share of a device's memory that may be used in all.
+        enforce_eager: launch every kernel by itself, record no step for replay.
+        gpu_memory_utilization: share of the device's memory that the engine may take in all.
     """
 
     num_blocks: int
@@ -142,7 +144,42 @@ class RuntimeSizes:
     max_num_batched_tokens: int
     max_num_seqs: int
     enforce_eager: bool = False
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The largest step: tokens computed, requests that run at once (and rows that are sampled)."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What an engine may plan with.
+
+    Attributes:
+        size: bytes. source: where they come from, for people. shared: other programs live in that memory too.
+    """
+
+    size: int
+    source: str
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A room's answer to whether a model should be built for it on this machine.
+
+    Attributes:
+        spelling: the ``--target``. said: a line for the terminal; "" where there is nothing to say.
+        missing: what keeps a device that is there from being used; "" when it can be.
+    """
+
+    spelling: str
+    said: str = ""
+    missing: str = ""
 
 
 class RuntimeEngine(Protocol):
@@ -197,13 +234,13 @@ class Target(Protocol):
         ...
 
     @property
-    def no_runtime(self) -> str | None:
-        """Why this version cannot run engines of this kind at all; None when it can."""
+    def run_options(self) -> frozenset[str]:
+        """Those of ``RUN_OPTIONS`` that its engines honour."""
         ...
 
     @property
-    def memory_note(self) -> str:
-        """What a reader of a memory plan should know of its budget; "" for nothing."""
+    def step_limits(self) -> StepLimits:
+        """The largest step of a run that names none."""
         ...
 
     # what is built
@@ -233,6 +270,10 @@ class Target(Protocol):
 
     def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
         """What executes each op, in execution order, with the reasons of all that refused."""
+        ...
+
+    def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
+        """What the KV cache of an engine that was built so may be made of when it runs."""
         ...
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
@@ -269,8 +310,17 @@ class Target(Protocol):
         """Peak bytes of everything else in one step of ``tokens`` tokens and ``rows`` sampled rows."""
         ...
 
-    def memory_budget(self) -> tuple[int, bool]:
-        """(bytes an engine may plan with by default, whether other programs live in that memory too)."""
+    def context_bytes(self) -> int:
+        """Bytes that the device takes for running anything at all."""
+        ...
+
+    def memory_budget(self, utilization: float | None = None) -> MemoryBudget:
+        """What an engine may plan with.
+
+        Args:
+            utilization: share of the device's memory, where ``run_options`` has ``gpu_memory_utilization``; None: the
+                default.
+        """
         ...
 
     # kernels
@@ -322,6 +372,6 @@ class Target(Protocol):
             threads: CPU threads; None: the target's default.
 
         Raises:
-            EngineLoadError: it does not load here after all.
+            EngineLoadError, DeviceError: it does not load here after all.
         """
         ...

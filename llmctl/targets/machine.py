@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llmctl.targets.base import MemoryBudget, StepLimits
+
 HOST_SHARE = 0.7
 """Share of the machine's available memory that an engine plans to use when no budget is given."""
+
+
+HOST_STEP = StepLimits(max_num_batched_tokens=512, max_num_seqs=64)
+"""The largest step of an engine that runs on the machine's own processor."""
 
 
 def usable_cores() -> int:
@@ -22,9 +28,10 @@ def physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
-def host_budget() -> int:
-    """Bytes of the machine's memory that an engine may plan with when no budget is given."""
-    return int(available_memory() * HOST_SHARE)
+def host_budget(note: str = "") -> MemoryBudget:
+    """What an engine may take of the machine's memory. ``note``: more about where the budget comes from."""
+    source = f"{HOST_SHARE:.0%} of the memory available now"
+    return MemoryBudget(int(available_memory() * HOST_SHARE), f"{source}; {note}" if note else source, shared=True)
 
 
 def available_memory() -> int:

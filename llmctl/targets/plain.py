@@ -93,6 +93,23 @@ def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, 
     return {suffix: planes[suffix] for suffix in dtypes}
 
 
+def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeight:
+    """The inverse of ``pack_codes``: a quantized weight from its planes by suffix, on their device."""
+    import torch
+
+    from llmctl.checkpoint.quantized import QuantizedWeight
+
+    scheme = weight.quant
+    assert scheme is not None
+    codes = planes["codes"]
+    if scheme.bits != 8:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
+    scales, zeros = planes["scales"], planes.get("zeros")
+    if zeros is None:
+        zeros = torch.full(scales.shape, 2 ** (scheme.bits - 1), dtype=torch.uint8, device=scales.device)
+    return QuantizedWeight(codes, scales, zeros, scheme, planes.get("g_idx"))
+
+
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Codes 0..15 [N, K] -> two a byte [N, ceil(K/2)], the low nibble the even column."""
     if codes.shape[1] % 2:

@@ -16,18 +16,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tiny_checkpoint import write_dense, write_gptq
 
-from llmctl.artifact import writer
-from llmctl.artifact.builder import build_engine, ensure_engine
+from llmctl.artifact import builder, writer
+from llmctl.artifact.builder import build_engine, engine_target, ensure_engine
 from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
 from llmctl.artifact.plan import plan_build
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.config import BuildConfig, EngineConfig
+from llmctl.config import BuildConfig, EngineOptions
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
 from llmctl.targets.plain import pack_nibbles
-from llmctl.targets.table import parse_target
+from llmctl.targets.reference.target import ReferenceTarget
+from llmctl.targets.table import DefaultTarget, parse_target
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -323,26 +324,26 @@ class TestEnsureEngine:
         return tmp_path / "cache"
 
     def test_an_engine_is_itself(self, built: Path, cache: Path) -> None:
-        assert ensure_engine(str(built), EngineConfig()) == built
+        assert ensure_engine(str(built), EngineOptions()) == built
         assert not cache.exists()
 
     def test_a_checkpoint_is_built_once(
         self, checkpoints: dict[str, Path], cache: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model = str(checkpoints["dense"])
-        first = ensure_engine(model, EngineConfig(target="reference"))
+        first = ensure_engine(model, EngineOptions(target="reference"))
         assert f"building dense for reference into {first}" in capsys.readouterr().err
         assert first.parent == cache / "engines"
         before = (first / "engine.json").stat().st_mtime_ns
-        assert ensure_engine(model, EngineConfig(target="reference", max_model_len=32)) == first
+        assert ensure_engine(model, EngineOptions(target="reference", max_model_len=32)) == first
         assert (first / "engine.json").stat().st_mtime_ns == before
         assert capsys.readouterr().err == ""
-        assert ensure_engine(model, EngineConfig(target="reference", dtype="bfloat16")) != first
+        assert ensure_engine(model, EngineOptions(target="reference", dtype="bfloat16")) != first
 
     @pytest.mark.parametrize(
         ("target", "said"),
         [
-            ("cuda:sm_90", "this version builds cuda engines but has no runtime for them yet"),
+            ("cuda:sm_90", "no NVIDIA (driver|GPU)"),
             ("cpu:avx512bf16,avx2", "expected a CPU that runs it, found one that runs .*portable"),
         ],
     )
@@ -350,9 +351,43 @@ class TestEnsureEngine:
         self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, target: str, said: str
     ) -> None:
         monkeypatch.setattr("llmctl.targets.cpu.target.cpu_features", lambda: frozenset({"fpu"}))
+        monkeypatch.setattr("llmctl.targets.cuda.target.cuda_device", lambda: None)
         with pytest.raises(UsageError, match=f"--target {target.partition(':')[0]}:.*: {said}") as error:
-            ensure_engine(str(checkpoints["dense"]), EngineConfig(target=target))
+            ensure_engine(str(checkpoints["dense"]), EngineOptions(target=target))
         assert error.value.fix == "--target cpu"
+        assert not cache.exists()
+
+    def test_a_target_that_nobody_named(
+        self, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        chosen = DefaultTarget("reference", ("warning: the GPU (sm_75, 8.0 GiB) is not used",))
+        monkeypatch.setattr(builder, "default_target", lambda: chosen)
+        options = EngineOptions(model=str(checkpoints["dense"]))
+        assert str(engine_target(options).name) == "reference"
+        engine = ensure_engine(options.model, options)
+        assert str(read_manifest(engine).target) == "reference"
+        assert capsys.readouterr().err.startswith(f"{chosen.said[0]}\nbuilding dense for reference into ")
+        assert str(engine_target(EngineOptions(model=str(engine))).name) == "reference"
+        assert ensure_engine(options.model, BuildConfig()) != engine  # a build is for the CPU unless it is told
+        assert chosen.said[0] not in capsys.readouterr().err
+
+    def test_a_cache_of_the_run_is_no_other_engine_where_it_can_be_switched(
+        self, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = str(checkpoints["dense"])
+        first = ensure_engine(model, EngineOptions(target="reference"))
+        other = ensure_engine(model, EngineOptions(target="reference", kv_cache_dtype="bfloat16"))
+        assert read_manifest(other).options.kv_cache_dtype == "bfloat16"
+        assert other != first
+        monkeypatch.setattr(ReferenceTarget, "kv_cache_dtypes", lambda *_: ("float32", "bfloat16"))
+        assert ensure_engine(model, EngineOptions(target="reference", kv_cache_dtype="bfloat16")) == first
+
+    @pytest.mark.parametrize("options", [{"enforce_eager": True}, {"gpu_memory_utilization": 0.5}])
+    def test_what_would_be_refused_is_not_built(
+        self, checkpoints: dict[str, Path], cache: Path, options: dict[str, object]
+    ) -> None:
+        with pytest.raises(UsageError, match="expected an engine of a target that has this option, found reference"):
+            ensure_engine(str(checkpoints["dense"]), EngineOptions(target="reference", **options))  # type: ignore[arg-type]
         assert not cache.exists()
 
     def test_another_content_is_another_engine(self, tmp_path: Path) -> None:

@@ -283,3 +283,18 @@ def test_a_hundred_streams_equal_their_solo_answers(server: ServerProcess) -> No
         )
         assert solo["choices"][0]["text"] == together[i][0], prompts[i]
     wait_idle(server)
+
+
+def test_every_second_of_the_engine_is_in_one_state(server: ServerProcess) -> None:
+    def seconds() -> float:
+        server.post("/v1/completions", COMPLETION)
+        lines = [line for line in server.get("/metrics")[1].splitlines() if line.startswith("llmctl:engine_seconds_")]
+        assert {line.split('state="')[1].split('"')[0] for line in lines} >= {"busy", "few_requests", "no_requests"}
+        return sum(float(line.split()[-1]) for line in lines if "_total{" in line)
+
+    began = time.monotonic()
+    before, then = seconds(), time.monotonic()
+    time.sleep(0.5)
+    least = time.monotonic() - then
+    after = seconds()
+    assert 0.9 * least < after - before < time.monotonic() - began

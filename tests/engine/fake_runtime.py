@@ -1,7 +1,8 @@
 """A runtime without a model: the next token is a hash of the request's own history, read back through a paged store.
 
-A wrong block table, a stale block or a slot written by another request changes the history that is read, and with it
-the tokens. ``expected_tokens`` says what a request must yield, whatever it is batched with.
+A wrong block table, a stale block, a slot written by another request or a wrong token fed from the step before changes
+the history that is read, and with it the tokens. ``expected_tokens`` says what a request must yield, whatever it is
+batched with.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.step import (
+    IN_FLIGHT,
     RuntimeLimits,
     SamplingBatch,
     SequenceSlice,
@@ -33,7 +36,8 @@ def _hash(*parts: object) -> int:
 def next_token(history: Sequence[tuple[int, int]], sampling: SamplingBatch, row: int, vocab_size: int) -> int:
     """The fake model and sampler. ``history``: (token, position) pairs."""
     draw = 0 if sampling.temperature[row] == 0 else (int(sampling.seeds[row]), int(sampling.positions[row]))
-    first = _hash(list(history), draw)
+    penalised = () if sampling.output_ids is None else tuple(sampling.output_ids[row].tolist())
+    first = _hash(list(history), draw, penalised)
     forbidden = set()
     if sampling.bias_rows is not None:
         at = sampling.bias_rows == row
@@ -69,26 +73,54 @@ class FakeRuntime:
     """Executes steps in order, each when its result is first asked for (as a device would, later)."""
 
     def __init__(
-        self, num_blocks: int = 16, block_size: int = 4, max_model_len: int = 64, vocab_size: int = 40
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        vocab_size: int = 40,
+        steps_in_flight: int = 1,
     ) -> None:
         self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, vocab_size)
+        self.steps_in_flight = steps_in_flight
         self.store = [EMPTY] * (num_blocks * block_size)
-        self.queue: deque[_Pending] = deque()
+        self.queue: deque[_Pending | list[int]] = deque()
+        self.sampled: dict[str, int] = {}  # by the last step executed
         self.plans: list[StepPlan] = []
         self.computed_tokens = 0
         self.closed = False
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> _Pending:
         assert plan.slices
+        assert sum(isinstance(entry, _Pending) for entry in self.queue) < self.steps_in_flight
         assert len(sampling.temperature) == sum(s.sample for s in plan.slices)
         self.plans.append(plan)
-        self.queue.append(_Pending(self, plan, sampling))
-        return self.queue[-1]
+        pending = _Pending(self, plan, sampling)
+        self.queue.append(pending)
+        return pending
 
     def run_until(self, pending: _Pending) -> None:
         while pending.value is None:
             current = self.queue.popleft()
-            current.value = self._run(current.plan, current.sampling)
+            if isinstance(current, _Pending):
+                current.value = self._run(current.plan, current.sampling)
+            else:
+                self._wipe(current)
+
+    def wipe_allocated(self, pool: BlockPool) -> None:
+        """From now on a block loses its content when it is handed out, between the steps before and those after."""
+        allocate = pool.allocate
+
+        def allocated(count: int) -> list[int]:
+            blocks = allocate(count)
+            self.queue.append(blocks)
+            return blocks
+
+        pool.allocate = allocated  # type: ignore[method-assign]
+
+    def _wipe(self, blocks: list[int]) -> None:
+        size = self.limits.block_size
+        for block in blocks:
+            self.store[block * size : (block + 1) * size] = [EMPTY] * size
 
     def close(self) -> None:
         self.closed = True
@@ -98,18 +130,29 @@ class FakeRuntime:
         return piece.block_ids[position // size] * size + position % size
 
     def _history(self, piece: SequenceSlice, length: int) -> list[tuple[int, int]]:
-        return [self.store[self._slot(piece, p)] for p in range(length)]
+        history = [self.store[self._slot(piece, p)] for p in range(length)]
+        assert [position for _, position in history] == list(range(length)), "a slot was never written, or by another"
+        return history
+
+    def _tokens(self, piece: SequenceSlice) -> Sequence[int]:
+        if IN_FLIGHT not in piece.token_ids:
+            return piece.token_ids
+        assert self.steps_in_flight > 1
+        assert len(piece.token_ids) == 1
+        return [self.sampled[piece.request_id]]
 
     def _run(self, plan: StepPlan, sampling: SamplingBatch) -> StepResult:
         written = set()
         for piece in plan.slices:
             assert len(piece.token_ids) > 0
-            for offset, token in enumerate(piece.token_ids):
+            for offset, token in enumerate(self._tokens(piece)):
                 slot = self._slot(piece, piece.start + offset)
                 assert slot not in written, "two tokens of one step share a slot"
                 written.add(slot)
                 self.store[slot] = (token, piece.start + offset)
         self.computed_tokens += sum(len(piece.token_ids) for piece in plan.slices)
+        sampled = [piece for piece in plan.slices if piece.sample]
+        assert sampling.positions.tolist() == [piece.start + len(piece.token_ids) for piece in sampled]
         tokens, logprobs, scores = [], [], {}
         for piece in plan.slices:
             if piece.score_targets is not None:
@@ -123,6 +166,7 @@ class FakeRuntime:
                 tokens.append(next_token(history, sampling, row, self.limits.vocab_size))
                 wanted = -1 if sampling.num_logprobs is None else int(sampling.num_logprobs[row])
                 logprobs.append(None if wanted < 0 else TokenLogprobs(-1.5, 2, tuple(range(wanted)), (-0.5,) * wanted))
+        self.sampled = {piece.request_id: token for piece, token in zip(sampled, tokens, strict=True)}
         return StepResult(
             np.array(tokens, np.int32), logprobs if any(p is not None for p in logprobs) else None, scores
         )
@@ -136,7 +180,7 @@ def expected_tokens(request: Request, seed: int, limits: RuntimeLimits, eos: fro
     longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     end = longest if params.max_tokens is None else alone.num_prompt_tokens + params.max_tokens
     while alone.num_tokens < end:
-        sampling = SamplingBatcher(limits.vocab_size, eos).batch((alone,))
+        sampling = SamplingBatcher(limits.vocab_size, eos).batch((alone,), (alone.num_tokens,))
         history = [(token, position) for position, token in enumerate(alone.token_ids)]
         token = next_token(history, sampling, 0, limits.vocab_size)
         alone.token_ids.append(token)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llmctl.engine.llm_engine import LLMEngine
-from llmctl.engine.request import FinishReason, Request
+from llmctl.engine.request import FinishReason, Request, fan_out
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
 from llmctl.errors import CapacityError, QueueFullError
@@ -20,13 +20,19 @@ EOS = frozenset({0, 1})
 VOCAB = 40
 
 PARAMS = st.builds(
-    SamplingParams,
+    lambda max_tokens, min_tokens, **fields: SamplingParams(
+        max_tokens=max_tokens, min_tokens=min_tokens if max_tokens is None else min(min_tokens, max_tokens), **fields
+    ),
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.sampled_from([None, 0, 12345]),
     max_tokens=st.one_of(st.none(), st.integers(0, 20)),
     ignore_eos=st.booleans(),
-    stop_token_ids=st.sampled_from([(), (2, 3, 4)]),
-    bad_words=st.sampled_from([(), ((5,), (6, 7))]),
+    stop_token_ids=st.sampled_from([(), (2, 3, 4), tuple(range(2, 36))]),
+    bad_words=st.sampled_from([(), (), ((5,),), ((6, 7),)]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 1.0]),
+    logit_bias=st.sampled_from([None, {8: 1.0}]),
+    min_tokens=st.integers(0, 4),
+    n=st.sampled_from([1, 1, 2]),
     prompt_logprobs=st.sampled_from([None, None, 0]),
 )
 # Prompts from two "system prompts" and a short tail, so that prefixes are shared, in part and to the block's edge.
@@ -47,16 +53,17 @@ class EngineMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         chunking=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
-        in_flight=st.integers(1, 3),
+        in_flight=st.integers(1, 2),
     )
     def start(
         self, blocks: int, block_size: int, budget: int, seats: int, caching: bool, chunking: bool, policy: str,
         in_flight: int,
     ) -> None:  # fmt: skip
-        runtime = FakeRuntime(blocks, block_size, max_model_len=30, vocab_size=VOCAB)
+        runtime = FakeRuntime(blocks, block_size, 30, VOCAB, steps_in_flight=in_flight)
         self.config = SchedulerConfig(seats, budget, caching, chunking, policy, max_num_queued_reqs=8)
-        self.engine = LLMEngine(runtime, self.config, EOS, seed=3, max_steps_in_flight=in_flight)
+        self.engine = LLMEngine(runtime, self.config, EOS, seed=3)
         scheduler = self.engine.scheduler
+        runtime.wipe_allocated(scheduler.pool)
         self.admit = scheduler._schedule_waiting
         scheduler._schedule_waiting = self.schedule_waiting  # type: ignore[method-assign]
         self.requests: dict[str, Request] = {}
@@ -73,15 +80,15 @@ class EngineMachine(RuleBasedStateMachine):
     def add(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None) -> None:
         name = f"r{self.count}"
         self.count += 1
-        request = Request(name, prompt, params, priority=priority, cache_salt=salt)
+        requests = fan_out(Request(name, prompt, params, priority=priority, cache_salt=salt))
         longest = min(30, self.engine.limits.num_blocks * self.engine.limits.block_size)
-        output = 1 if params.max_tokens is None else params.max_tokens
+        output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         fits = len(prompt) + output <= longest and (
             self.config.enable_chunked_prefill or len(prompt) <= self.config.max_num_batched_tokens
         )
-        room = self.engine.stats().num_waiting < 8
+        room = self.engine.stats().num_waiting + params.n <= 8
         try:
-            self.engine.add_request(request)
+            self.engine.add_requests(requests)
         except CapacityError:
             assert not fits
         except QueueFullError:
@@ -90,8 +97,9 @@ class EngineMachine(RuleBasedStateMachine):
         else:
             assert fits
             assert room
-            self.requests[name] = request
-            self.got[name] = []
+            for request in requests:
+                self.requests[request.request_id] = request
+                self.got[request.request_id] = []
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -107,11 +115,13 @@ class EngineMachine(RuleBasedStateMachine):
         self.consistent()
 
     def schedule_waiting(self, step: Any) -> None:
-        """Waiting requests are looked at only when running ones hold blocks for all that they know: none is spoken
-        for."""
+        """Waiting requests are looked at only when running ones hold blocks for all that they can compute: none is
+        spoken for."""
         scheduler = self.engine.scheduler
         assert step.budget
-        assert all(len(r.block_ids) == scheduler.pool.blocks_for(r.num_tokens) for r in scheduler.running)
+        for r in scheduler.running:
+            fed = r.num_in_flight if r.num_tokens + 1 < r.max_length else 0
+            assert len(r.block_ids) == scheduler.pool.blocks_for(r.num_tokens + max(0, fed - (r in step.sampled)))
         self.admit(step)
 
     @precondition(lambda self: self.engine.has_unfinished())

@@ -18,7 +18,8 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 7]
 
 
 def engine_of(eos: frozenset[int] = frozenset(), **kwargs: Any) -> LLMEngine:
-    return LLMEngine(FakeRuntime(), SchedulerConfig(**kwargs.pop("config", {})), eos, **kwargs)
+    runtime = FakeRuntime(steps_in_flight=kwargs.pop("steps_in_flight", 1))
+    return LLMEngine(runtime, SchedulerConfig(**kwargs.pop("config", {})), eos, **kwargs)
 
 
 def run(engine: LLMEngine, request: Request) -> list[TokenOutput]:
@@ -152,7 +153,7 @@ def test_abort_frees_blocks_at_once_and_passes_over_the_unknown() -> None:
 
 
 def test_abort_of_a_request_in_flight_drops_its_result() -> None:
-    engine = engine_of(max_steps_in_flight=2, config={"max_num_batched_tokens": 8})
+    engine = engine_of(steps_in_flight=2, config={"max_num_batched_tokens": 8})
     engine.add_requests([Request("a", PROMPT, greedy()), Request("b", PROMPT[::-1], greedy())])
     engine.step()
     engine.abort(["b"])
@@ -220,7 +221,7 @@ def test_stats_count() -> None:
 
 
 def test_close_aborts_and_closes_the_runtime() -> None:
-    engine = engine_of(max_steps_in_flight=2)
+    engine = engine_of(steps_in_flight=2)
     engine.add_request(Request("a", PROMPT, greedy()))
     engine.step()
     engine.close()

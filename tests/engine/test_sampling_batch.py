@@ -22,7 +22,7 @@ def batch(
     requests = [Request(str(i), [1, 2, 3], p) for i, p in enumerate(params)]
     for request in requests:
         request.token_ids += outputs or []
-    return SamplingBatcher(40, eos).batch(tuple(requests))
+    return SamplingBatcher(40, eos).batch(tuple(requests), [r.num_tokens for r in requests])
 
 
 def test_what_nobody_asks_for_is_none() -> None:
@@ -74,7 +74,8 @@ def test_a_batcher_that_has_seen_other_steps_makes_the_same_batch(steps: list[li
     for step in steps:
         rows = tuple(requests[i] for i in step)
         for _ in range(2):  # the same rows again, one token later
-            made, fresh = batcher.batch(rows), SamplingBatcher(40, frozenset({9})).batch(rows)
+            positions = [r.num_tokens for r in rows]
+            made, fresh = (b.batch(rows, positions) for b in (batcher, SamplingBatcher(40, frozenset({9}))))
             for name in SamplingBatch.__dataclass_fields__:
                 np.testing.assert_equal(getattr(made, name), getattr(fresh, name), err_msg=name)
             for request in rows:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from fake_runtime import FakeRuntime
 
-from llmctl.config import ServeConfig
+from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import Scheduler, SchedulerConfig
-from llmctl.engine.step import RuntimeLimits, StepPlan
+from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 
 
@@ -257,38 +257,66 @@ def test_config_refuses_nonsense_and_follows_the_commands_settings() -> None:
         SchedulerConfig(max_num_seqs=0)
     with pytest.raises(UsageError, match="expected fcfs or priority, found 'lifo'"):
         SchedulerConfig(policy="lifo")
-    made = SchedulerConfig.from_engine_config(ServeConfig(scheduling_policy="priority", max_num_seqs=3))
+    made = SchedulerConfig.from_engine_config(EngineConfig(scheduling_policy="priority", max_num_seqs=3))
     assert (made.policy, made.max_num_seqs, made.max_num_batched_tokens) == ("priority", 3, 512)
 
 
-def test_a_step_in_flight_keeps_its_requests_out_of_the_next() -> None:
-    engine = LLMEngine(FakeRuntime(), SchedulerConfig(max_num_batched_tokens=4), max_steps_in_flight=2)
-    engine.add_requests([request("a", 4), request("b", 8)])
+def overlapped(**config: Any) -> LLMEngine:
+    return LLMEngine(FakeRuntime(steps_in_flight=2), SchedulerConfig(**config))
+
+
+def test_a_token_in_flight_is_fed_to_the_next_step_by_name() -> None:
+    engine = overlapped(max_num_batched_tokens=4)
+    engine.add_requests([request("a", 4, 3), request("b", 8, 1)])
     step(engine)
-    assert plans(engine) == [[("a", 0, 4, True)], [("b", 0, 4, False)]]  # both under way, one result taken
+    runtime = engine.runtime
+    assert isinstance(runtime, FakeRuntime)
+    assert plans(engine) == [[("a", 0, 4, True)], [("a", 4, 1, True), ("b", 0, 3, False)]]
+    assert runtime.plans[1].slices[0].token_ids == (IN_FLIGHT,)
+    step(engine, 3)  # "a" has one token more to get, which is in flight: it is not computed in vain
+    assert plans(engine)[2:] == [[("a", 5, 1, True), ("b", 3, 3, False)], [("b", 6, 2, True)]]
+    assert runtime.plans[2].slices[0].token_ids == (IN_FLIGHT,)
     step(engine)
-    assert plans(engine)[2] == [("a", 4, 1, True), ("b", 4, 3, False)]
-    while engine.has_unfinished():
-        step(engine)
+    assert not engine.has_unfinished()
+
+
+def test_a_request_preempted_with_a_token_in_flight_gets_it_once() -> None:
+    """The recompute that is scheduled meanwhile samples nothing: what it would sample is in flight."""
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=8), RuntimeLimits(2, 4, 64, 40))
+    a, b = request("a", 4), request("b", 4)
+    scheduler.add([a, b], 0.0)
+    scheduler.schedule()
+    assert shape(scheduler.schedule().plan) == [("a", 4, 1, True)]  # in a block of b's
+    assert (b.status, b.num_in_flight) == (RequestStatus.PREEMPTED, 1)
+    scheduler.finish(a, RequestStatus.FINISHED_ABORTED)
+    assert shape(scheduler.schedule().plan) == [("b", 0, 4, False)]
+    b.append(3)
+    assert shape(scheduler.schedule().plan) == [("b", 4, 1, True)]
+
+
+def test_who_has_no_block_for_a_token_in_flight_does_not_come_straight_back() -> None:
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=8), RuntimeLimits(3, 4, 64, 40))
+    a, b = request("a", 4), request("b", 4)
+    scheduler.add([a, b], 0.0)
+    scheduler.schedule()
+    assert shape(scheduler.schedule().plan) == [("a", 4, 1, True)]  # in the last free block
+    assert b.status is RequestStatus.PREEMPTED
+    assert scheduler.pool.num_free == 1
 
 
 def test_a_slice_of_before_a_preemption_makes_nothing_findable() -> None:
     """ "b" is preempted while a step in flight computes it, and has other blocks when that step is done."""
-    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=4), RuntimeLimits(2, 4, 64, 40))
+    scheduler = Scheduler(SchedulerConfig(max_num_batched_tokens=8), RuntimeLimits(2, 4, 64, 40))
     a, b = request("a", 4), request("b", 4)
     scheduler.add([a, b], 0.0)
     first, second = scheduler.schedule(), scheduler.schedule()
-    assert [shape(s.plan) for s in (first, second)] == [[("a", 0, 4, True)], [("b", 0, 4, True)]]
-    a.token_ids.append(1)  # what the first step sampled
-    third = scheduler.schedule()
-    assert (shape(third.plan), b.status, third.plan.slices[0].block_ids) == (
-        [("a", 4, 1, True)], RequestStatus.PREEMPTED, (0, 1),
-    )  # fmt: skip
+    assert [shape(s.plan) for s in (first, second)] == [[("a", 0, 4, True), ("b", 0, 4, True)], [("a", 4, 1, True)]]
+    assert (b.status, second.plan.slices[0].block_ids) == (RequestStatus.PREEMPTED, (0, 1))
     scheduler.finish(a, RequestStatus.FINISHED_ABORTED)
-    fourth = scheduler.schedule()
-    assert (shape(fourth.plan), b.block_ids) == ([("b", 0, 4, True)], (0,))
-    scheduler.computed(b, second.plan.slices[0], second.epochs[0])  # into block 1
+    third = scheduler.schedule()
+    assert (shape(third.plan), b.block_ids) == ([("b", 0, 4, False)], (0,))
+    scheduler.computed(b, first.plan.slices[1], first.epochs[1])  # into block 1
     assert scheduler.pool.match(b.block_hashes) == []
-    scheduler.computed(b, fourth.plan.slices[0], fourth.epochs[0])
+    scheduler.computed(b, third.plan.slices[0], third.epochs[0])
     assert scheduler.pool.match(b.block_hashes) == [0]
     scheduler.check()

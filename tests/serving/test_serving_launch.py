@@ -28,6 +28,9 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"ssl_certfile": "cert.pem"}, "--ssl-certfile needs --ssl-keyfile"),
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),
+        ({"kv_cache_dtype": "int3"}, "--kv-cache-dtype: expected one of auto"),
+        ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization: expected a share above 0 and up to 1, found 1.1"),
+        ({"gpu_memory_utilization": -0.1}, "--gpu-memory-utilization: expected a share"),
         ({"chat_template": "no-such-file"}, "--chat-template no-such-file: no such file"),
         ({"max_body": "0"}, "--max-body"),
         ({"max_body": "lots"}, "--max-body: expected a size"),
@@ -35,11 +38,11 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"api_key": " , "}, "--api-key is empty"),
     ],
 )
-def test_bad_settings(changes: dict[str, str], said: str) -> None:
+def test_bad_settings(changes: dict[str, object], said: str) -> None:
     good = ServeConfig(model="m")
     check_config(good)
     with pytest.raises(UsageError, match=said):
-        check_config(replace(good, **changes))
+        check_config(replace(good, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -48,7 +51,8 @@ def test_recipes_are_settings(recipe: Path) -> None:
     check_config(ServeConfig(model="m", **options))
     defaults = ServeConfig()
     for name, value in options.items():
-        assert type(value) in (type(getattr(defaults, name)), int), name
+        default = getattr(defaults, name)
+        assert type(value) in ((int, float) if default is None else (type(default), int)), name
 
 
 def test_bind_refuses_a_taken_port_and_a_foreign_host() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmctl.engine.llm_engine import EngineStats
+from llmctl.engine.occupancy import StateSeconds
 from llmctl.serving.metrics import LABELS, Histogram, ServerMetrics
 
 BOUNDS = (0.5, 1, 2.5)
@@ -59,3 +60,17 @@ def test_the_engines_totals_are_shown_as_they_came_last() -> None:
         "iteration_tokens_total_sum": 24,
     }
     assert {name: shown[name] for name in expected} == expected
+
+
+def test_time_by_state_and_steps_by_execution_are_shown_by_label() -> None:
+    metrics = ServerMetrics("m")
+    seconds = StateSeconds(*(float(i) for i in range(1, 9)))
+    metrics.engine(EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0.0, seconds, 5, 7), 0.0)
+    shown = {
+        (name.removeprefix("llmctl:"), dict(labels).get("state") or dict(labels).get("execution")): value
+        for (name, labels), value in samples(metrics.render()[0].decode()).items()
+    }
+    states = ("busy", "kv_full", "token_budget", "max_num_seqs", "few_requests", "host", "api_process", "no_requests")
+    expected = {("engine_seconds_total", state): i for i, state in enumerate(states, 1)}
+    expected |= {("engine_steps_by_execution_total", "graph"): 5, ("engine_steps_by_execution_total", "eager"): 7}
+    assert {key: shown.get(key) for key in expected} == expected

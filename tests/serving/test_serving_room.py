@@ -13,6 +13,7 @@ from llmctl.errors import QueueFullError, RequestError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -20,9 +21,11 @@ from llmctl.text.tokenizer import Tokenizer
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncEngineClient:
     """Two seats, a queue of three."""
     make_tokenizer(tmp_path)
-    config = ServeConfig(max_num_seqs=2, max_num_queued_reqs=3)
+    config = ServeConfig(max_num_queued_reqs=3)
     client = AsyncEngineClient(config, ServerMetrics("mine"), stall_timeout=60.0)
     monkeypatch.setattr(client.worker, "tokenizer", Tokenizer.from_folder(tmp_path))
+    info = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 0, 0, "float32", 2, 64)
+    monkeypatch.setattr(client.worker, "info", info)
     monkeypatch.setattr(client.worker, "send", lambda _: None)
     client.admit()
     return client

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.targets.batch import BlockTables, build_batch, flatten
 
 LIMITS = RuntimeLimits(num_blocks=64, block_size=4, max_model_len=40, vocab_size=30)
@@ -99,3 +99,22 @@ def test_slots_and_positions_of_any_slices(cases: list[tuple[list[int], int, int
     assert flat.rows == [sum(lengths[: i + 1]) - 1 for i, s in enumerate(slices) if s.sample]
     assert not flat.scored
     assert build_batch(StepPlan(slices), LIMITS).slot_mapping.tolist() == flat.slots
+
+
+def fed(token_ids: list[int]) -> StepPlan:
+    return StepPlan((SequenceSlice("a", [5, 6], 0, (0,), True), SequenceSlice("r", token_ids, 6, (1, 2, 3), True)))
+
+
+def test_a_token_in_flight_stays_one_where_the_plan_may_feed() -> None:
+    flat = flatten(fed([IN_FLIGHT]), LIMITS, may_feed=True)
+    assert (flat.token_ids, flat.positions, flat.slots) == ([5, 6, IN_FLIGHT], [0, 1, 6], [0, 1, 10])
+    assert build_batch(fed([IN_FLIGHT]), LIMITS, may_feed=True).token_ids.tolist() == flat.token_ids
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "may_feed"), [([IN_FLIGHT], False), ([5, IN_FLIGHT], True), ([IN_FLIGHT, 5], True), ([-2], True)]
+)
+def test_a_token_in_flight_is_refused_elsewhere(token_ids: list[int], may_feed: bool) -> None:
+    for make in (flatten, build_batch):
+        with pytest.raises(ValueError, match=r"request r: token ids must be in 0\.\.29"):
+            make(fed(token_ids), LIMITS, may_feed=may_feed)

@@ -50,6 +50,8 @@ class CpuRuntime:
         kv_bytes: the KV cache.
     """
 
+    steps_in_flight: int = 1
+
     def __init__(
         self,
         graph: Graph,

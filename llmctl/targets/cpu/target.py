@@ -20,18 +20,21 @@ from llmctl.targets.base import (
     CompileProgress,
     KernelChoice,
     KernelFile,
+    MemoryBudget,
     Module,
+    Offer,
     PlaneContent,
     Read,
     Refuse,
     RuntimeEngine,
+    StepLimits,
     Target,
     TargetName,
 )
 from llmctl.targets.cpu.abi import current_digest
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import kv_layer_bytes
-from llmctl.targets.cpu.options import cpu_options, cpu_passes, head_is_free
+from llmctl.targets.cpu.options import KV_DTYPES, cpu_options, cpu_passes, head_is_free
 from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, pack_planes
 from llmctl.targets.cpu.toolchain import (
     SOURCE,
@@ -44,7 +47,7 @@ from llmctl.targets.cpu.toolchain import (
 )
 from llmctl.targets.cpu.trial import try_library
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
-from llmctl.targets.machine import host_budget, physical_cores
+from llmctl.targets.machine import HOST_STEP, host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
 from llmctl.targets.step_memory import activation_bytes
@@ -57,8 +60,8 @@ class CpuTarget:
     """Implements ``base.Target`` for the variants of the native kernels that ``name.archs`` lists, fastest first."""
 
     name: TargetName
-    no_runtime: ClassVar[str | None] = None
-    memory_note: ClassVar[str] = ""
+    run_options: ClassVar[frozenset[str]] = frozenset({"threads"})
+    step_limits: ClassVar[StepLimits] = HOST_STEP
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
         """The default passes, or some of them."""
@@ -75,6 +78,10 @@ class CpuTarget:
     def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
         """See ``packing.cpu_choices``."""
         return cpu_choices(graph, options)
+
+    def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
+        """Any: one library has the kernels of all."""
+        return KV_DTYPES
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """All, unless the engine is exact or the checkpoint quantizes the head."""
@@ -167,9 +174,13 @@ class CpuTarget:
         """A variant goes by its short name as well: avx2 for x86_64-avx2."""
         return set(archs) <= {name for arch in self.name.archs for name in (arch, arch.rpartition("-")[2])}
 
-    def memory_budget(self) -> tuple[int, bool]:
+    def context_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def memory_budget(self, utilization: float | None = None) -> MemoryBudget:
         """A share of the machine's memory."""
-        return host_budget(), True
+        return host_budget()
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
         """A CpuRuntime on the fastest library that this CPU runs; by default a thread a physical core."""
@@ -213,6 +224,11 @@ def parse(archs: str) -> Target:
         raise UsageError(f"--target cpu: expected some of {short}, found '{unknown[0]}'", param="target")
     chosen = {known[name] for name in wanted}
     return CpuTarget(TargetName("cpu", tuple(library_name(v) for v in VARIANTS if library_name(v) in chosen)))
+
+
+def offer() -> Offer:
+    """Every machine has a CPU."""
+    return Offer("cpu")
 
 
 def named(name: TargetName) -> Target:

@@ -8,6 +8,8 @@ from llmctl.graph.dtypes import BY_TAG
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64)
+DECODE_SPLIT = 512
+"""Positions a split of decode attention: fixed, so that a sequence has the same bits in any batch."""
 UNIT = 16
 """Positions a cache unit: what one warp loads at a time."""
 

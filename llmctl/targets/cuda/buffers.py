@@ -1,7 +1,8 @@
 """Where a step's activations lie: planned once, at fixed addresses, because CUDA graphs keep them.
 
 A storage is ``row_bytes`` for each of the largest step's tokens (or sampled rows); a buffer is a view of one, or of
-some of its columns. A storage is used again once the last buffer in it has been read.
+some of its columns. A storage is used again once the last buffer in it has been read. Planning imports no torch: the
+memory plan of an engine is made of it too.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
+from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph, Op
+from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.base import RuntimeSizes
-from llmctl.targets.cuda.attention import max_splits
-from llmctl.targets.cuda.gemm import GEMM_ROWS, plan_gemm, plan_tile
+from llmctl.targets.cuda.attention import DECODE_SPLIT, max_splits
+from llmctl.targets.cuda.gemm import GEMM_ROWS, H200_SMS, plan_gemm, plan_tile
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import lora_splits
-from llmctl.targets.cuda.ops import DECODE_SPLIT, output_dtypes
 from llmctl.targets.cuda.packing import cuda_formats
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCRATCH_DTYPES = {
-    "workspace": torch.float32, "counters": torch.int32, "parts": torch.float32, "part_stats": torch.float32,
-    "lora": torch.float32,
+    "workspace": "float32", "counters": "int32", "parts": "float32", "part_stats": "float32", "lora": "float32",
 }  # fmt: skip
 """Of the buffers by purpose that are not of the compute dtype."""
 
@@ -43,7 +44,7 @@ class Placement:
     """A buffer: ``columns`` elements a row from column ``start`` on, in a storage whose rows have ``width``."""
 
     storage: int
-    dtype: torch.dtype
+    dtype: str
     width: int
     start: int
     columns: int
@@ -61,8 +62,10 @@ class BufferPlan:
         """What all storages take."""
         return sum(s.row_bytes * (rows if s.on_rows else tokens) for s in self.storages)
 
-    def allocate(self, tokens: int, rows: int, device: torch.device | str) -> Buffers:
+    def allocate(self, tokens: int, rows: int, device: str) -> Buffers:
         """Storages for steps of up to ``tokens`` tokens and ``rows`` sampled rows."""
+        import torch
+
         made = [
             torch.zeros(s.row_bytes * (rows if s.on_rows else tokens), dtype=torch.uint8, device=device)
             for s in self.storages
@@ -79,7 +82,7 @@ class Buffers:
     def rows_of(self, name: str) -> int:
         """Rows of the largest step, of a buffer."""
         place = self._plan.placements[name]
-        return self._storages[place.storage].numel() // (place.width * place.dtype.itemsize)
+        return self._storages[place.storage].numel() // (place.width * DTYPES[place.dtype].nbytes)
 
     def view(self, name: str, rows: int) -> Tensor:
         """The first rows of a buffer, [rows, columns]."""
@@ -92,12 +95,14 @@ class Buffers:
         return [self._view(place, rows) for place in places]
 
     def _view(self, place: Placement, rows: int) -> Tensor:
-        storage = self._storages[place.storage].view(place.dtype)
+        import torch
+
+        storage = self._storages[place.storage].view(getattr(torch, DTYPES[place.dtype].torch))
         whole = storage[: rows * place.width].view(rows, place.width)
         return whole[:, place.start : place.start + place.columns]
 
 
-def plan_buffers(graph: Graph, dtype: torch.dtype) -> BufferPlan:
+def plan_buffers(graph: Graph, dtype: str) -> BufferPlan:
     """Place every buffer that an op makes.
 
     What ``gather_rows`` reads stays to the end of the step, because all that follows lies in storages for sampled rows:
@@ -109,7 +114,7 @@ def plan_buffers(graph: Graph, dtype: torch.dtype) -> BufferPlan:
 class _Planner:
     """One planning: storages, the buffers alive in each, and those that are free."""
 
-    def __init__(self, graph: Graph, dtype: torch.dtype) -> None:
+    def __init__(self, graph: Graph, dtype: str) -> None:
         self.graph, self.dtype = graph, dtype
         self.storages: list[Storage] = []
         self.alive: list[int] = []
@@ -145,9 +150,9 @@ class _Planner:
         self.placements[name] = place
         self.alive[place.storage] += 1
 
-    def _take(self, index: int, width: int, dtype: torch.dtype) -> Placement:
+    def _take(self, index: int, width: int, dtype: str) -> Placement:
         """The smallest free storage that is large enough, or a new one."""
-        on_rows, row_bytes = index >= self.gather, width * dtype.itemsize
+        on_rows, row_bytes = index >= self.gather, width * DTYPES[dtype].nbytes
         row_bytes += -row_bytes % 16
         free = [
             i
@@ -163,6 +168,12 @@ class _Planner:
         return Placement(found, dtype, width, 0, width)
 
 
+def output_dtypes(op: Op, dtype: str) -> tuple[str, ...]:
+    """What each of an op's outputs is made of, when activations are ``dtype``."""
+    first = ("int8", "float32") if OP_KINDS[op.kind].int8_rows else (dtype,)
+    return (*first, *(dtype,) * len(op.outputs))[: len(op.outputs)]
+
+
 def scratch_sizes(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> dict[str, int]:
     """Elements of every scratch buffer that some step of these sizes needs, by purpose (``ops.Scratch.take``'s names).
 
@@ -176,8 +187,7 @@ def scratch_sizes(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> di
 
 def scratch_bytes(sizes: Mapping[str, int], dtype: str) -> int:
     """Bytes of scratch buffers of these sizes."""
-    half = DTYPES[dtype].nbytes
-    return sum(n * (SCRATCH_DTYPES[name].itemsize if name in SCRATCH_DTYPES else half) for name, n in sizes.items())
+    return sum(n * DTYPES[SCRATCH_DTYPES.get(name, dtype)].nbytes for name, n in sizes.items())
 
 
 def _needs(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> Iterator[tuple[str, int]]:
@@ -224,14 +234,8 @@ def _gemm_scratch(fmt: CudaFormat, dtype: str, int8: bool, most: int, sms: int) 
     return max(p.workspace for p in plans), max(p.counters for p in plans)
 
 
-def step_bytes(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> int:
-    """Bytes beside weights and KV cache: activations, scratch, float32 logits of every sampled row."""
-    element = getattr(torch, BY_SAFETENSORS[DTYPES[dtype].safetensors].torch)
+def step_bytes(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int = H200_SMS) -> int:
+    """Bytes beside weights and KV cache: activations, scratch, and float32 logits of every sampled row."""
     rows = sizes.max_num_seqs
-    plan = plan_buffers(graph, element)
-    logits = 4 * rows * graph.vocab_size
-    return (
-        plan.bytes(sizes.max_num_batched_tokens, rows)
-        + scratch_bytes(scratch_sizes(graph, dtype, sizes, sms), dtype)
-        + logits
-    )
+    activations = plan_buffers(graph, dtype).bytes(sizes.max_num_batched_tokens, rows)
+    return activations + scratch_bytes(scratch_sizes(graph, dtype, sizes, sms), dtype) + 4 * rows * graph.vocab_size

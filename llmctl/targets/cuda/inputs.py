@@ -18,6 +18,8 @@ from llmctl.engine.step import RuntimeLimits, SamplingBatch, StepPlan
 from llmctl.targets.batch import FlatPlan, check_blocks
 
 _ALIGN = 16
+_SHAPES = 512
+"""Shapes whose arrays are kept."""
 _ROW_ARRAYS: dict[str, tuple[Any, float]] = {
     "rows": (np.int64, 0), "seeds": (np.int64, 0), "sample_positions": (np.int64, 0), "temperature": (np.float32, 0),
     "top_p": (np.float32, 1), "min_p": (np.float32, 0), "top_k": (np.int32, 0),
@@ -73,11 +75,19 @@ def _step_arrays(tokens: int, sequences: int) -> list[tuple[str, Any, int]]:
     ]  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
+def _step_regions(start: int, tokens: int, sequences: int) -> dict[str, _Region]:
+    return _regions(start, _step_arrays(tokens, sequences))
+
+
 class InputArena:
     """The device's side: one block of memory for arrays, one for block tables.
 
     Arrays of the sampled rows lie first, at the same place in every step; those of tokens and sequences follow, packed
     for the step's shape.
+
+    Attributes:
+        held: width and rows of the block tables that were sent last; None where that is not known.
     """
 
     def __init__(self, tokens: int, sequences: int, limits: RuntimeLimits, device: torch.device | str) -> None:
@@ -89,15 +99,21 @@ class InputArena:
         self.table_width = -(-limits.max_model_len // limits.block_size)
         self.memory = torch.zeros(self.size, dtype=torch.uint8, device=device)
         self.tables = torch.zeros(sequences * self.table_width, dtype=torch.int32, device=device)
+        self.held: tuple[int, list[Sequence[int]]] | None = None
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019 - one arena a runtime
+    def holds(self, width: int, tables: Sequence[Sequence[int]]) -> bool:
+        """Whether the rows of these very tables are what was last sent (or more rows than these)."""
+        if self.held is None or self.held[0] != width or len(self.held[1]) < len(tables):
+            return False
+        return all(a is b for a, b in zip(self.held[1], tables, strict=False))
+
     def step_regions(self, tokens: int, sequences: int) -> dict[str, _Region]:
         """Where a shape's arrays lie."""
-        return _regions(self._start, _step_arrays(tokens, sequences))
+        return _step_regions(self._start, tokens, sequences)
 
     def step_bytes(self, shape: StepShape) -> int:
         """Bytes from the arena's start that a step of a shape uses."""
-        return max(r.stop for r in self.step_regions(shape.tokens, shape.sequences).values())
+        return next(reversed(self.step_regions(shape.tokens, shape.sequences).values())).stop
 
     def views(self, shape: StepShape) -> dict[str, Tensor]:
         """The step's arrays on the device by name, ``block_tables`` [S, width] included."""
@@ -125,6 +141,9 @@ class Staging:
         self._bytes = memory.numpy()
         self._table = memoryview(tables.numpy())
         self._row_arrays = {name: self._bytes[r.start : r.stop].view(r.dtype) for name, r in arena.row_regions.items()}
+        self._arrays: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
+        self._table_rows = 0
+        self._staged: tuple[int, list[Sequence[int]]] | None = None
         self._width = 0
         self._tables_of: list[Sequence[int] | None] = []
         self._given: dict[str, tuple[int, NDArray[Any] | None]] = {}
@@ -136,8 +155,7 @@ class Staging:
             source: index of a token -> row of the step before whose token it is.
             adapters: each token's LoRA adapter, -1 for none; empty: no token has one.
         """
-        regions = self.arena.step_regions(shape.tokens, shape.sequences)
-        views = {n: self._bytes[r.start : r.stop].view(r.dtype) for n, r in regions.items()}
+        views = self._views(shape.tokens, shape.sequences)
         count, sequences = len(flat.token_ids), len(flat.query_start) - 1
         ids, feed = views["ids"], views["source"]
         ids[:count], ids[count:] = flat.token_ids, 0
@@ -152,15 +170,30 @@ class Staging:
         ends = np.asarray(flat.query_start[1:]) - 1
         lens[:sequences], lens[sequences:] = views["positions"][ends] + 1, 0
 
+    def _views(self, tokens: int, sequences: int) -> dict[str, NDArray[Any]]:
+        key = tokens, sequences
+        if key not in self._arrays:
+            if len(self._arrays) > _SHAPES:
+                self._arrays.clear()
+            regions = self.arena.step_regions(tokens, sequences)
+            self._arrays[key] = {name: self._bytes[r.start : r.stop].view(r.dtype) for name, r in regions.items()}
+        return self._arrays[key]
+
     def block_tables(self, shape: StepShape, plan: StepPlan) -> None:
-        """Bring the tables up to the plan's slices; a row is written only when its sequence's table has changed.
+        """Bring the tables up to the plan's slices, where the device does not hold them as they are.
+
+        Most decode steps change none: a sequence takes a new block every ``block_size`` tokens.
 
         Raises:
             ValueError: a block id out of range; the message names the request.
         """
+        tables = [piece.block_ids for piece in plan.slices]
+        if self.arena.holds(shape.width, tables):
+            self._table_rows = 0
+            return
         if self._width != shape.width:
             self._width, self._tables_of = shape.width, []
-        self._tables_of += [None] * (len(plan.slices) - len(self._tables_of))
+        self._tables_of += [None] * (len(tables) - len(self._tables_of))
         for row, piece in enumerate(plan.slices):
             if self._tables_of[row] is piece.block_ids:
                 continue
@@ -170,6 +203,8 @@ class Staging:
             self._table[row * shape.width : row * shape.width + len(blocks)] = blocks
             if isinstance(piece.block_ids, tuple):  # another kind might change and still be the same object
                 self._tables_of[row] = piece.block_ids
+        self._table_rows = len(tables)
+        self._staged = (shape.width, tables) if all(isinstance(table, tuple) for table in tables) else None
 
     def rows(self, flat: FlatPlan, batch: SamplingBatch, padded: int) -> None:
         """Write the arrays of the sampled rows, up to ``padded`` of them."""
@@ -198,5 +233,7 @@ class Staging:
         """Start both copies on the current stream."""
         size = self.arena.step_bytes(shape)
         self.arena.memory[:size].copy_(self.memory[:size], non_blocking=True)
-        used = shape.sequences * shape.width
-        self.arena.tables[:used].copy_(self.tables[:used], non_blocking=True)
+        used = self._table_rows * shape.width
+        if used:
+            self.arena.held = self._staged
+            self.arena.tables[:used].copy_(self.tables[:used], non_blocking=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmctl.graph.dtypes import BY_TAG, HALF_DTYPES
 from llmctl.graph.graph import Op
 from llmctl.graph.ops import OP_KINDS
-from llmctl.targets.cuda.attention import AttentionShape, max_splits
+from llmctl.targets.cuda.attention import DECODE_SPLIT, AttentionShape, max_splits
 from llmctl.targets.cuda.attention_signatures import planned
 from llmctl.targets.cuda.call import Machine
 from llmctl.targets.cuda.gemm import GEMM_ROWS, GemmPlan, plan_gemm, plan_tile
@@ -27,9 +27,6 @@ from llmctl.targets.cuda.lora_signatures import add_adapters
 from llmctl.targets.cuda.registry import quantizer
 from llmctl.targets.cuda.signatures import launch
 from llmctl.targets.reference.kernels import AdapterWeights
-
-DECODE_SPLIT = 512
-"""Positions a split of decode attention: fixed, so that a sequence has the same bits in any batch."""
 
 _F16 = "tile_scales"
 _DTYPE = {getattr(torch, row.torch): row for row in BY_TAG.values()}
@@ -135,12 +132,6 @@ class Job:
 
 
 Executor = Callable[[Machine, Job], None]
-
-
-def output_dtypes(op: Op, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """What each of an op's outputs is made of, when activations are ``dtype``."""
-    first = (torch.int8, torch.float32) if OP_KINDS[op.kind].int8_rows else (dtype,)
-    return (*first, *(dtype,) * len(op.outputs))[: len(op.outputs)]
 
 
 def _embed(machine: Machine, job: Job) -> None:

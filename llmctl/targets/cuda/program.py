@@ -49,23 +49,28 @@ class Program:
 
 
 class Recorder:
-    """A ``Machine`` that starts nothing: it makes the list of a program."""
+    """A ``Machine`` that makes the list of a program; it starts nothing, unless it is to run the program meanwhile."""
 
-    def __init__(self, machine: LaunchMachine) -> None:
-        self._machine = machine
+    def __init__(self, machine: LaunchMachine, *, run: bool = False) -> None:
+        """``run``: start every launch as soon as it is ready: the device works while the next one is being bound."""
+        self._machine, self._run = machine, run
         self._launches: list[Run] = []
         self._entries: list[str] = []
 
     def launch(self, call: Call) -> None:
         """Add a call."""
         if not call.empty:
-            self._launches.append(self._machine.prepared(call))
-            self._entries.append(call.entry)
+            self._add(self._machine.prepared(call), call.entry)
 
     def call_torch(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         """Add an operator of torch."""
-        self._launches.append(partial(function, *arguments, **named))
-        self._entries.append(f"torch.{function.__name__}")
+        self._add(partial(function, *arguments, **named), f"torch.{function.__name__}")
+
+    def _add(self, start: Run, entry: str) -> None:
+        self._launches.append(start)
+        self._entries.append(entry)
+        if self._run:
+            start()
 
     def program(self) -> Program:
         """What was recorded."""
@@ -111,17 +116,20 @@ class Model:
         shape: StepShape,
         inputs: Mapping[str, Tensor],
         tokens: Tensor,
+        *,
+        run: bool = False,
     ) -> Program:
         """Everything up to ``gather_rows`` for a shape of step.
 
         Args:
             inputs: the shape's arrays, as ``InputArena.views`` gives them.
             tokens: i32, the tokens that the step before sampled, by row.
+            run: run it as well, while it is bound.
 
         Raises:
             ValueError: a kernel that cannot take what the graph gives it.
         """
-        recorder = Recorder(machine)
+        recorder = Recorder(machine, run=run)
         launch(recorder, "feed_tokens", ids=inputs["ids"], source=inputs["source"], tokens=tokens)
         step = self._step(shape, inputs, inputs["ids"][:0])
         env = {INPUT_IDS: inputs["ids"], POSITIONS: inputs["positions"]}

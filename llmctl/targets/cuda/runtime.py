@@ -8,9 +8,9 @@ is in one stream, in order, so that steps need no other synchronisation among th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SamplingBatch, Sequence
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
-from llmctl.targets.batch import FlatPlan, flatten
+from llmctl.targets.batch import FlatPlan, build_batch, flatten
 from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
 from llmctl.targets.cuda.buffers import SCRATCH_DTYPES, plan_buffers, scratch_sizes
+from llmctl.targets.cuda.errors import device_errors
+from llmctl.targets.cuda.fallback import Fallbacks, dequantized
 from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
 from llmctl.targets.cuda.ops import Scratch
-from llmctl.targets.cuda.program import LaunchMachine, Model, Program, torch_dtype
+from llmctl.targets.cuda.program import LaunchMachine, Model, Program, Weights, torch_dtype
 from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Mark, Queue
 from llmctl.targets.cuda.registry import choose_all
 from llmctl.targets.cuda.sampling import DeviceSampler, Sampled
@@ -34,6 +36,7 @@ from llmctl.targets.cuda.weights import device_weights
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.rope import cos_sin_table
 
+Execution = Literal["graph", "eager"]
 STEPS_IN_FLIGHT = 2
 _PROGRAMS = 256
 """Bound programs that are kept, the latest used: about half a megabyte each for 32 layers."""
@@ -51,21 +54,26 @@ class CudaStep:
     """A step that the device may still be running; an ``engine.step.PendingStep``."""
 
     def __init__(
-        self, sampled: Sampled | None, scores: list[_Scores], began: Mark, ended: Mark, execution: str
+        self, sampled: Sampled | None, scores: list[_Scores], began: Mark, ended: Mark, execution: Execution
     ) -> None:
         self._sampled, self._scores, self._execution = sampled, scores, execution
         self._began, self._ended = began, ended
+        self._value: StepResult | None = None
 
     def result(self) -> StepResult:
-        """Block until the step is done."""
-        self._ended.wait()
-        tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
-        scores = {s.request_id: _joined(s.parts) for s in self._scores}
-        return StepResult(tokens, logprobs, scores, self._ended.seconds_since(self._began), execution=self._execution)
+        """Block until the step is done.
 
-    def wait(self) -> None:
-        """Block until the step is done."""
-        self._ended.wait()
+        Raises:
+            DeviceError: the device failed.
+        """
+        if self._value is None:
+            with device_errors():
+                self._ended.wait()
+            tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
+            scores = {s.request_id: _joined(s.parts) for s in self._scores}
+            seconds = self._ended.seconds_since(self._began)
+            self._value = StepResult(tokens, logprobs, scores, seconds, execution=self._execution)
+        return self._value
 
 
 class CudaRuntime:
@@ -114,10 +122,16 @@ class CudaRuntime:
         with self._queue.active(), torch.inference_mode():
             self._arena = InputArena(sizes.max_num_batched_tokens, sizes.max_num_seqs, self.limits, self._queue.device)
             self._slots = [self._staging() for _ in range(STEPS_IN_FLIGHT)]
+            self._results = [self._queue.host_memory(4 * sizes.max_num_seqs).view(torch.int32) for _ in self._slots]
             self._steps: list[CudaStep | None] = [None] * STEPS_IN_FLIGHT
             self._sampler = DeviceSampler(self._queue, self._arena, sizes.max_num_seqs, graph.vocab_size)
-            self._model = self._make_model(device_weights(graph, planes))
-            if not sizes.enforce_eager:
+            weights = device_weights(graph, planes)
+            weights |= dequantized(graph, planes, weights, torch_dtype(options.dtype))
+            chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, sizes.block_size)
+            choices = {choice.op: choice for choice in chosen}
+            self._fallbacks = Fallbacks(graph, choices, weights, options, self._queue.device)
+            self._model = self._make_model(choices, weights)
+            if self._captures:
                 self._capture_all()
 
     @property
@@ -133,16 +147,19 @@ class CudaRuntime:
         Raises:
             ValueError: a plan that ``flatten`` refuses, with more tokens or sequences than the runtime was sized for,
                 or that takes up a token which no step has sampled; sampling rows that do not match it.
+            DeviceError: the device failed, in this step or in an earlier one.
         """
         flat = flatten(plan, self.limits, may_feed=True)
         self._check(plan, flat, sampling)
         staging, turn = self._next_staging()
         shape, decode = self._shape(plan, flat)
-        rows = padded(len(flat.rows), self._buckets) if flat.rows else 0
+        rows = self._padded(len(flat.rows), self._buckets) if flat.rows else 0
+        if self._fallbacks.executors:
+            self._fallbacks.begin(build_batch(plan, self.limits, may_feed=True), self._model.caches)
         staging.block_tables(shape, plan)
         staging.tokens(shape, flat, self._fed(plan, flat), self._adapters(plan))
         staging.rows(flat, sampling, rows)
-        with self._queue.active(), torch.inference_mode():
+        with device_errors(), self._queue.active(), torch.inference_mode():
             began = self._queue.mark()
             staging.send(shape)
             execution, logits = self._compute(shape, decode, rows)
@@ -153,7 +170,7 @@ class CudaRuntime:
                     if flat.scored:  # scoring has put its own rows there
                         self._arena.row_view("rows", rows).copy_(staging.sent_rows(rows), non_blocking=True)
                     logits = self._head(rows, every=False)
-                sampled = self._sampler.start(sampling, logits)
+                sampled = self._sampler.start(sampling, logits, self._results[turn])
             step = CudaStep(sampled, scores, began, self._queue.mark(), execution)
         self._row_of = {p.request_id: i for i, p in enumerate(p for p in plan.slices if p.sample)}
         self._steps[turn] = step
@@ -162,10 +179,39 @@ class CudaRuntime:
     def logits(self, plan: StepPlan) -> Tensor:
         """Run one step and return float32 logits [R, vocab] of the sampled rows, on the host; for tests."""
         rows = sum(piece.sample for piece in plan.slices)
-        greedy = SamplingBatch(np.zeros(rows, np.float32), np.zeros(rows, np.uint64), np.zeros(rows, np.int64))
-        self.execute(plan, greedy).wait()
+        self.execute(plan, _greedy(rows)).result()
         with self._queue.active():
             return self._model.buffers.view(LOGITS, rows).float().cpu()
+
+    def decode_replay(self, batch: int, context: int) -> Callable[[], None]:
+        """What starts one decode step of ``batch`` sequences again and again, as the engine would; for timing.
+
+        Args:
+            context: tokens of each sequence. Where the pool is too small for all of them they share blocks.
+        """
+        blocks, limits = -(-context // self.limits.block_size), self.limits
+        tables = [tuple((i * blocks + j) % limits.num_blocks for j in range(blocks)) for i in range(batch)]
+        plan = StepPlan(
+            tuple(SequenceSlice(str(i), (i % limits.vocab_size,), context - 1, t, True) for i, t in enumerate(tables))
+        )
+        greedy = _greedy(batch)
+        self.execute(plan, greedy).result()
+        shape, _ = self._shape(plan, flatten(plan, limits))
+        rows = self._padded(batch, self._buckets)
+
+        def run() -> None:
+            with self._queue.active(), torch.inference_mode():
+                self._compute(shape, True, rows)
+                self._sampler.start(greedy, self._logits(rows), self._results[0])
+
+        return run
+
+    def step_launches(self, tokens: int, sequences: int) -> tuple[str, ...]:
+        """What a step starts, in order: entry points, and ``torch.<operator>``; a decode step where both are equal."""
+        width, seats = context_width(1, self.limits), self._padded(sequences, self._buckets)
+        decode = tokens == sequences
+        shape = StepShape(seats if decode else self._padded(tokens), seats, width, not decode, decode)
+        return self._body(shape).entries + self._head_program(seats, decode).entries
 
     def run_largest(self) -> None:
         """Start a step of the largest size over nothing but padding: what it allocates, every later one finds."""
@@ -176,15 +222,16 @@ class CudaRuntime:
             views = self._arena.views(shape)
             for name in ("slots", "source"):
                 views[name].fill_(-1)
-            self._body(shape)()
-            self._head(sizes.max_num_seqs, every=False)
+            if not self._fallbacks.executors:  # which could not run over padding
+                self._run_body(shape)
+                self._head(sizes.max_num_seqs, every=False)
 
     def close(self) -> None:
         """Free the device's memory."""
         for step in self._steps:
             if step is not None:
-                step.wait()
-        for name in ("_programs", "_heads", "_graphs", "_model", "_sampler", "_arena", "_slots", "_steps"):
+                step.result()
+        for name in ("_programs", "_heads", "_graphs", "_model", "_sampler", "_arena", "_slots", "_results", "_steps"):
             delattr(self, name)
         if self._queue.device == "cuda":
             torch.cuda.empty_cache()
@@ -216,12 +263,12 @@ class CudaRuntime:
         return [self._adapter_of(piece) for piece in plan.slices for _ in piece.token_ids]
 
     def _next_staging(self) -> tuple[Staging, int]:
-        """The staging of the oldest step, which is done."""
+        """The staging of the oldest step, which is done and whose result is kept: its memory is used again."""
         turn = self._turn
         self._turn = (turn + 1) % STEPS_IN_FLIGHT
         step = self._steps[turn]
         if step is not None:
-            step.wait()
+            step.result()
         return self._slots[turn], turn
 
     def _shape(self, plan: StepPlan, flat: FlatPlan) -> tuple[StepShape, bool]:
@@ -230,19 +277,19 @@ class CudaRuntime:
         counts = [b - a for a, b in zip(flat.query_start, flat.query_start[1:], strict=False)]
         longest = max(p.start + n for p, n in zip(plan.slices, counts, strict=True))
         width = context_width(longest, self.limits)
-        seats = padded(sequences, self._buckets)
+        seats = self._padded(sequences, self._buckets)
         if tokens == sequences:
             return StepShape(seats, seats, width, False, True), not flat.scored and len(flat.rows) == tokens
         most = self._sizes.max_num_batched_tokens
-        return StepShape(min(padded(tokens), most), seats, width, True, 1 in counts), False
+        return StepShape(min(self._padded(tokens), most), seats, width, True, 1 in counts), False
 
-    def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[str, Tensor | None]:
+    def _compute(self, shape: StepShape, decode: bool, rows: int) -> tuple[Execution, Tensor | None]:
         """Start the model; the logits too, of a decode step. How it was executed, and the logits [rows, vocab]."""
         if not decode:
-            self._body(shape)()
+            self._run_body(shape)
             return "eager", None
-        if self._sizes.enforce_eager or not self._capturable:
-            self._body(shape)()
+        if not self._captures:
+            self._run_body(shape)
             self._head_program(shape.tokens, True)()
             return "eager", self._logits(rows)
         self._graph_of(shape.tokens, shape.width)()
@@ -267,7 +314,7 @@ class CudaRuntime:
             for start in range(0, len(targets), most):
                 wanted = targets[start : start + most]
                 rows = np.arange(first + start, first + start + len(wanted), dtype=np.int64)
-                count = padded(len(wanted), self._buckets)
+                count = self._padded(len(wanted), self._buckets)
                 view = self._arena.row_view("rows", count)
                 view.zero_()
                 view[: len(rows)].copy_(self._queue.upload(rows))
@@ -279,14 +326,27 @@ class CudaRuntime:
     # -- programs ---------------------------------------------------------------------------------------------
 
     @property
-    def _capturable(self) -> bool:
-        return not self._model.foreign
+    def _captures(self) -> bool:
+        """Whether decode steps are replayed: torch's operators allocate, and wait for the host."""
+        return not (self._sizes.enforce_eager or self._fallbacks.executors)
 
-    def _body(self, shape: StepShape) -> Program:
-        """The program up to the hidden states; bound at its first use."""
+    def _padded(self, count: int, buckets: Sequence[int] = ()) -> int:
+        """What a number of tokens, sequences or rows is padded to; torch's operators are given no padding."""
+        return count if self._fallbacks.executors else padded(count, buckets)
+
+    def _run_body(self, shape: StepShape) -> None:
+        """Run the model up to the hidden states; a program that is not there yet runs while it is bound."""
+        if shape in self._programs:
+            self._body(shape)()
+        else:
+            self._body(shape, run=True)
+
+    def _body(self, shape: StepShape, *, run: bool = False) -> Program:
+        """The program up to the hidden states; bound at its first use, and then run too where that is asked for."""
         program = self._programs.get(shape)
         if program is None:
-            program = self._model.bind(self._queue.machine, shape, self._arena.views(shape), self._sampler.tokens)
+            inputs, tokens = self._arena.views(shape), self._sampler.tokens
+            program = self._model.bind(self._queue.machine, shape, inputs, tokens, run=run)
             self._programs[shape] = program
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
@@ -314,8 +374,6 @@ class CudaRuntime:
 
     def _capture_all(self) -> None:
         """Capture every bucket, the largest first, so that smaller ones find its memory in the pool."""
-        if not self._capturable:
-            return
         width = context_width(1, self.limits)
         self._warm_up(width)
         for bucket in reversed(self._buckets):
@@ -328,7 +386,7 @@ class CudaRuntime:
         views = self._arena.views(shape)
         views["slots"].fill_(-1)
         views["source"].fill_(-1)
-        self._body(shape)()
+        self._run_body(shape)
         self._head_program(bucket, True)()
 
     # -- what is allocated ------------------------------------------------------------------------------------
@@ -338,20 +396,18 @@ class CudaRuntime:
         tables = self._queue.host_memory(4 * arena.tables.numel()).view(torch.int32)
         return Staging(arena, self._queue.host_memory(arena.size), tables)
 
-    def _make_model(self, weights: Mapping[str, Any]) -> Model:
+    def _make_model(self, choices: Mapping[str, KernelChoice], weights: Weights) -> Model:
         graph, options, sizes = self._graph, self._options, self._sizes
-        dtype, device = torch_dtype(options.dtype), self._queue.device
-        chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, sizes.block_size)
-        choices: dict[str, KernelChoice] = {choice.op: choice for choice in chosen}
+        device = self._queue.device
         scratch = Scratch(device)
         for name, size in scratch_sizes(graph, options.dtype, sizes, self._queue.sms).items():
-            scratch.take(name, SCRATCH_DTYPES.get(name, dtype), size)
+            scratch.take(name, torch_dtype(SCRATCH_DTYPES.get(name, options.dtype)), size)
         scratch.freeze()
         caches, scales = self._allocate_cache(options.kv_cache_dtype)
         return Model(
-            graph, choices, weights, plan_buffers(graph, dtype).allocate(
+            graph, choices, weights, plan_buffers(graph, options.dtype).allocate(
                 sizes.max_num_batched_tokens, sizes.max_num_seqs, device
-            ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, {}, self._lora,
+            ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, self._fallbacks.executors, self._lora,
         )  # fmt: skip
 
     def _allocate_cache(self, dtype: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -381,3 +437,7 @@ class CudaRuntime:
 
 def _joined(parts: tuple[Tensor, ...]) -> NDArray[np.float32]:
     return np.concatenate([np.zeros(0, np.float32), *(p.numpy() for p in parts)])
+
+
+def _greedy(rows: int) -> SamplingBatch:
+    return SamplingBatch(np.zeros(rows, np.float32), np.zeros(rows, np.uint64), np.zeros(rows, np.int64))

@@ -31,7 +31,7 @@ class Sampled:
     def result(self) -> tuple[NDArray[np.int32], Sequence[TokenLogprobs | None] | None]:
         """Once the step's end is passed."""
         logprobs = None if self.logprobs is None else self.logprobs.result()
-        return self.tokens.numpy(), logprobs
+        return self.tokens.numpy().copy(), logprobs
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class DeviceSampler:
         self._ranks = torch.zeros(rows, dtype=torch.int32, device=queue.device)
         self._plain: dict[int, Program] = {}
 
-    def start(self, batch: SamplingBatch, logits: Tensor) -> Sampled:
+    def start(self, batch: SamplingBatch, logits: Tensor, to: Tensor) -> Sampled:
         """Sample one token a row, with the parameters that ``Staging.rows`` has sent.
 
         Args:
             logits: [padded rows, vocab], half precision or f32; not changed.
+            to: i32 [R or more], page-locked, where the tokens go; nobody else's until the step's end is passed.
         """
         rows = len(batch.temperature)
         if not _adjusts(batch) and batch.allowed_mask is None:
@@ -82,7 +83,7 @@ class DeviceSampler:
         logprobs = None
         if batch.num_logprobs is not None and (batch.num_logprobs >= 0).any():
             logprobs = self._describe(batch.num_logprobs, logits, rows)
-        return Sampled(self._queue.download(self.tokens[:rows]), logprobs)
+        return Sampled(to[:rows].copy_(self.tokens[:rows], non_blocking=True), logprobs)
 
     def score(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Log-probability f32 [n] of each row's target, i32 [n], on its way to the host."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llmctl.config import BuildConfig
+from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
 from llmctl.engine.step import Runtime
-from llmctl.errors import CompileError, UsageError
+from llmctl.errors import CompileError, DeviceError, UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
@@ -19,17 +19,22 @@ from llmctl.targets.base import (
     CompileProgress,
     KernelChoice,
     KernelFile,
+    MemoryBudget,
     Module,
     PlaneContent,
     Read,
     Refuse,
     RuntimeEngine,
+    RuntimeSizes,
+    StepLimits,
     Target,
     TargetName,
 )
+from llmctl.targets.cuda.buffers import step_bytes
 from llmctl.targets.cuda.compile import ARCHITECTURES, PTX_FALLBACK, compile_modules, source_hash
-from llmctl.targets.cuda.device import best_arch, cuda_device
+from llmctl.targets.cuda.device import best_arch, cuda_device, held_bytes, why_no_device
 from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
+from llmctl.targets.cuda.readiness import GIB, arch_here, missing_here, unknown_arch
 from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.machine import host_budget
 from llmctl.targets.options import (
@@ -40,13 +45,16 @@ from llmctl.targets.options import (
     plain_rebuild_options,
 )
 from llmctl.targets.planes import Describe, Plane, total_bytes
-from llmctl.targets.step_memory import activation_bytes, kv_bytes_per_token
+from llmctl.targets.step_memory import kv_bytes_per_token
 
-SPELLINGS = ("cuda:sm_XX[,sm_YY…]",)
+SPELLINGS = ("cuda", "cuda:sm_XX[,sm_YY…]")
 CUDA_PASSES: tuple[str, ...] = (*DEFAULT_PASSES, "fuse_linear_add")
 """The graph passes by default: the kernels add residuals as they store."""
-DEVICE_SHARE = 0.9
-"""Share of a GPU's memory that an engine plans to use."""
+DEVICE_STEP = StepLimits(max_num_batched_tokens=2048, max_num_seqs=256)
+"""The largest step by default: a GPU needs many tokens at once to be busy."""
+CONTEXT_BYTES = 768 * 2**20
+"""What a plan leaves for the CUDA context, loaded modules and the libraries' own workspaces; the runtime measures what
+they really take."""
 
 _ELF = b"\x7fELF"
 
@@ -56,8 +64,8 @@ class CudaTarget:
     """Implements ``base.Target`` for the architectures that ``name.archs`` lists."""
 
     name: TargetName
-    no_runtime: ClassVar[str | None] = "this version builds cuda engines but has no runtime for them yet"
-    memory_note: ClassVar[str] = "--memory-budget says what your GPU has"
+    run_options: ClassVar[frozenset[str]] = frozenset({"gpu_memory_utilization", "enforce_eager"})
+    step_limits: ClassVar[StepLimits] = DEVICE_STEP
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
         """Any; by default residuals are added by the linears before them."""
@@ -70,12 +78,11 @@ class CudaTarget:
             dtype = "float16" if checkpoint_dtype == "float16" else "bfloat16"
         if dtype == "float32":
             raise UsageError("--dtype: expected float16 or bfloat16 for a cuda target, found 'float32'", param="dtype")
-        caches = (dtype, *(name for name in KV_DTYPES if name not in COMPUTE_DTYPES))
         return BuildOptions(
             dtype,
             max_model_len(config, graph),
             config.block_size,
-            check_kv_cache_dtype(config.kv_cache_dtype, "cuda", dtype, caches),
+            check_kv_cache_dtype(config.kv_cache_dtype, "cuda", dtype, _caches(dtype)),
             graph.passes,
             check_lm_head(config.lm_head, "a cuda target"),
         )
@@ -87,6 +94,10 @@ class CudaTarget:
     def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
         """See ``registry.py``."""
         return choose_all(graph, options.dtype, options.kv_cache_dtype, options.block_size)
+
+    def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
+        """The compute dtype, int8, fp8: a module has the entries of all."""
+        return _caches(options.dtype)
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """None: a dense head stays dense."""
@@ -118,8 +129,9 @@ class CudaTarget:
         return kv_bytes_per_token(graph, options.kv_cache_dtype)
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
-        """Buffers in the compute dtype."""
-        return activation_bytes(graph, options.dtype, tokens, rows)
+        """What the runtime plans: activations, the kernels' scratch, logits."""
+        sizes = RuntimeSizes(0, options.block_size, options.max_model_len, tokens, rows)
+        return step_bytes(graph, options.dtype, sizes)
 
     def compile(
         self, choices: Sequence[KernelChoice], cache: Path, progress: CompileProgress | None = None
@@ -143,21 +155,28 @@ class CudaTarget:
                 raise CompileError(f"{path.name}: expected a compiled module, found {start!r}")
 
     def check_runs_here(self) -> None:
-        """No machine does yet."""
-        raise UsageError(f"--target {self.name}: {self.no_runtime}", fix="--target cpu", param="target")
+        """A device that takes one of the modules, a torch with CUDA, cupy."""
+        device = cuda_device()
+        reason = missing_here(device)
+        if device is not None and best_arch((*self.name.archs, PTX_FALLBACK), device.capability) is None:
+            reason = f"expected a GPU of {', '.join(self.name.archs)}, found {device.arch}"
+        if reason is not None:
+            raise UsageError(f"--target {self.name}: {reason}", fix="--target cpu", param="target")
 
     def check_machine(self, modules: Mapping[str, KernelFile], refuse: Refuse) -> None:
         """A device of one of the architectures, and a driver that takes the modules."""
         device = cuda_device()
         if device is None:
-            refuse(f"target {self.name}", "an NVIDIA device and driver", "none on this machine", target="cpu",
-                   dtype=None)  # fmt: skip
+            found = f"none on this machine ({why_no_device()})"
+            refuse(f"target {self.name}", "an NVIDIA device and driver", found, target="cpu", dtype=None)
         archs = tuple(module.arch for module in modules.values())
         if not archs:
             return
         best = best_arch(archs, device.capability)
         if best is None:
-            refuse("target.archs", f"a device of {', '.join(archs)}", device.arch, target=f"cuda:{device.arch}")
+            arch = arch_here(device)
+            mend = {"target": "cpu", "dtype": None} if arch is None else {"target": f"cuda:{arch}"}
+            refuse("target.archs", f"a device of {', '.join(archs)}", device.arch, **mend)
         module = next(m for m in modules.values() if m.arch == best)
         needed = _version_number(module.compiler)
         # A cubin runs under any driver of its CUDA major version; PTX needs a driver as new as its compiler.
@@ -169,36 +188,70 @@ class CudaTarget:
         """By architecture."""
         return set(archs) <= set(self.name.archs)
 
-    def memory_budget(self) -> tuple[int, bool]:
-        """A share of the GPU's memory; of the machine's where there is none."""
+    def context_bytes(self) -> int:
+        """See ``CONTEXT_BYTES``."""
+        return CONTEXT_BYTES
+
+    def memory_budget(self, utilization: float | None = None) -> MemoryBudget:
+        """A share of the GPU's memory, less what processes hold of it now; the machine's memory where there is none."""
         device = cuda_device()
-        if device is not None:
-            return int(device.memory * DEVICE_SHARE), False
-        return host_budget(), True
+        if device is None:
+            return host_budget("no GPU here: --memory-budget of build says what yours has")
+        share, held = GPU_MEMORY_UTILIZATION if utilization is None else utilization, held_bytes(device)
+        source = f"{share:g} of the GPU's {device.memory / GIB:.1f} GiB"
+        if held:
+            source += f", less {held / GIB:.1f} GiB that others hold"
+        return MemoryBudget(max(0, int(device.memory * share) - held), source, shared=False)
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
-        """A CudaRuntime on the first GPU; ``threads`` means nothing to it."""
+        """See ``opening.py``."""
+        missing = missing_here(cuda_device())
+        if missing is not None:
+            fix = "mend that, or build the model with --target cpu"
+            raise DeviceError(f"{engine.path}: target {self.name}: {missing}", fix=fix)
+        from llmctl.targets.cuda.errors import device_errors
         from llmctl.targets.cuda.opening import open_cuda_runtime
 
-        return open_cuda_runtime(engine)
+        with device_errors():
+            return open_cuda_runtime(engine)
 
 
 def parse(archs: str) -> Target:
-    """The target of a ``--target cuda:sm_80,sm_90``.
+    """The target of a ``--target cuda:sm_80,sm_90``, or of ``cuda``: this machine's GPU.
 
     Raises:
-        UsageError: no architecture, or one that the kernels are not compiled for.
+        UsageError: an architecture that the kernels are not compiled for, named or of this GPU; none named and no GPU.
     """
-    names = tuple(sorted(set(archs.split(",")), key=lambda a: (len(a), a))) if archs else ()
+    if not archs:
+        return CudaTarget(TargetName("cuda", (_arch_of_this_machine(),)))
+    names = tuple(sorted(set(archs.split(",")), key=lambda a: (len(a), a)))
     unknown = [name for name in names if name not in ARCHITECTURES]
-    if unknown or not names:
-        found = f"'{unknown[0]}'" if unknown else "none"
+    if unknown:
         raise UsageError(
-            f"--target cuda: expected some of {', '.join(ARCHITECTURES)}, found {found}",
+            f"--target cuda: expected some of {', '.join(ARCHITECTURES)}, found '{unknown[0]}'",
             fix=f"--target cuda:{ARCHITECTURES[0]}",
             param="target",
         )
     return CudaTarget(TargetName("cuda", names))
+
+
+def _arch_of_this_machine() -> str:
+    device = cuda_device()
+    if device is None:
+        raise UsageError(
+            f"--target cuda: expected some of {', '.join(ARCHITECTURES)}, or a GPU whose architecture to take, found "
+            f"neither: {why_no_device()}",
+            fix=f"--target cuda:{ARCHITECTURES[0]}",
+            param="target",
+        )
+    arch = arch_here(device)
+    if arch is None:
+        raise UsageError(f"--target cuda: {unknown_arch(device)}", fix="--target cpu", param="target")
+    return arch
+
+
+def _caches(dtype: str) -> tuple[str, ...]:
+    return (dtype, *(name for name in KV_DTYPES if name not in COMPUTE_DTYPES))
 
 
 def named(name: TargetName) -> Target:

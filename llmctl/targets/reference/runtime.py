@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ class ReferenceRuntime:
         interpreter: the bound graph.
         cache: KV cache by layer, ``[2, num_blocks, block_size, kv_heads, head_dim]`` in the compute dtype.
     """
+
+    steps_in_flight: int = 1
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class ReferenceRuntime:
         Raises:
             ValueError: a plan that ``build_batch`` refuses, or sampling rows that do not match it.
         """
+        began = time.perf_counter()
         batch = build_batch(plan, self.limits)
         rows = len(batch.logits_indices)
         if len(sampling.temperature) != rows:
@@ -90,10 +94,10 @@ class ReferenceRuntime:
         hidden = env[self._hidden]
         scores = self._scores(plan, batch, hidden, ctx)
         if rows == 0:
-            return DoneStep(StepResult(np.zeros(0, dtype=np.int32), None, scores))
+            return DoneStep(StepResult(np.zeros(0, np.int32), None, scores, time.perf_counter() - began))
         logits = self._logits(hidden, ctx.tensor(batch.logits_indices), ctx)
         token_ids, logprobs = sample(logits, sampling)
-        return DoneStep(StepResult(token_ids, logprobs, scores))
+        return DoneStep(StepResult(token_ids, logprobs, scores, time.perf_counter() - began))
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, *, all_rows: bool = False) -> Tensor:

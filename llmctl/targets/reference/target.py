@@ -20,15 +20,17 @@ from llmctl.targets.base import (
     CompileProgress,
     KernelChoice,
     KernelFile,
+    MemoryBudget,
     Module,
     PlaneContent,
     Read,
     Refuse,
     RuntimeEngine,
+    StepLimits,
     Target,
     TargetName,
 )
-from llmctl.targets.machine import host_budget
+from llmctl.targets.machine import HOST_STEP, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
@@ -49,8 +51,8 @@ class ReferenceTarget:
     a bfloat16 weight holds nothing more)."""
 
     name: TargetName
-    no_runtime: ClassVar[str | None] = None
-    memory_note: ClassVar[str] = ""
+    run_options: ClassVar[frozenset[str]] = frozenset({"threads"})
+    step_limits: ClassVar[StepLimits] = HOST_STEP
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
         """Any; ``int8`` activations are a pass at the end."""
@@ -75,6 +77,10 @@ class ReferenceTarget:
     def choose_kernels(self, graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]:
         """torch, for every op."""
         return tuple(KernelChoice(op.name, FALLBACK) for op in graph.ops)
+
+    def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
+        """The one that it was built for."""
+        return (options.kv_cache_dtype,)
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """None: the head is stored as the checkpoint has it."""
@@ -135,9 +141,13 @@ class ReferenceTarget:
         """It is built for no architecture in particular."""
         return not set(archs)
 
-    def memory_budget(self) -> tuple[int, bool]:
+    def context_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def memory_budget(self, utilization: float | None = None) -> MemoryBudget:
         """A share of the machine's memory."""
-        return host_budget(), True
+        return host_budget()
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
         """A ReferenceRuntime; ``threads`` are torch's, for the whole process."""

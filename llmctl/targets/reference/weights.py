@@ -13,6 +13,7 @@ from llmctl.checkpoint.assemble import GraphSource, assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import Graph, Weight
 from llmctl.graph.passes import apply_passes
+from llmctl.targets.plain import unpack_codes
 from llmctl.targets.planes import WeightPlane
 from llmctl.targets.reference.runtime import ReferenceRuntime
 
@@ -52,18 +53,9 @@ class EngineWeights(Mapping[str, "Tensor | QuantizedWeight"]):
         return len(self._weights)
 
     def _quantized(self, weight: Weight) -> QuantizedWeight:
-        scheme = weight.quant
-        assert scheme is not None
-        codes = _tensor(self._planes[f"{weight.name}.codes"])
-        if scheme.bits != 8:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
-        scales = _tensor(self._planes[f"{weight.name}.scales"])
-        if scheme.symmetric:
-            zeros = torch.full(scales.shape, 2 ** (scheme.bits - 1), dtype=torch.uint8)
-        else:
-            zeros = _tensor(self._planes[f"{weight.name}.zeros"])
-        g_idx = _tensor(self._planes[f"{weight.name}.g_idx"]) if scheme.act_order else None
-        return QuantizedWeight(codes, scales, zeros, scheme, g_idx)
+        start = f"{weight.name}."
+        planes = {p.removeprefix(start): _tensor(v) for p, v in self._planes.items() if p.startswith(start)}
+        return unpack_codes(weight, planes)
 
 
 def checkpoint_runtime(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.targets.cuda.call import Array, Geometry, Signature, bind, evaluate
-from llmctl.targets.cuda.launch import CudaMachine, device_arguments
+from llmctl.targets.cuda.call import Array, Call, Geometry, Signature, bind, evaluate
+from llmctl.targets.cuda.launch import CudaMachine, argument_words
 from llmctl.targets.cuda.signatures import SIGNATURES, prepare, read, write
 
 
@@ -136,7 +136,9 @@ def test_every_formula_can_be_read() -> None:
 
 def test_a_gpu_launch_takes_only_cuda_tensors() -> None:
     with pytest.raises(ValueError, match="expected tensors on a CUDA device, found one on cpu"):
-        device_arguments(prepare("rms_norm_f16", **norm()))
-    assert (
-        device_arguments(prepare("rope_kv_f16_f16", **rope()))[0] == np.uint64(0) if torch.cuda.is_available() else True
-    )
+        argument_words(prepare("rms_norm_f16", **norm()))
+
+
+def test_arguments_of_a_launch_lie_in_the_low_bytes_of_64_bits() -> None:
+    call = Call("k", "k.cu", Geometry((1, 1, 1), 32), (None, np.int32(-2), np.float32(1.5)))
+    assert argument_words(call) == [0, 2**32 - 2, 0x3FC00000]

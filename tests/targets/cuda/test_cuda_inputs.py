@@ -116,6 +116,32 @@ def test_a_table_that_comes_back_is_written_again(between: Any) -> None:
     assert arena.views(shape)["block_tables"][0, :2].tolist() == [1, 2]
 
 
+def test_tables_are_sent_when_they_change() -> None:
+    """And what was staged and never sent, because the step was refused, is sent with the next."""
+    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    stagings, shape = [_staging(arena) for _ in range(2)], StepShape(2, 2, WIDTH, False, True)
+    first, second, third = (1, 2), (3,), (4, 5)
+
+    def step(turn: int, *tables: tuple[int, ...], sent: bool = True) -> list[list[int]]:
+        slices = tuple(SequenceSlice(str(i), [1], 0, table, True) for i, table in enumerate(tables))
+        arena.tables.fill_(-5)
+        stagings[turn].block_tables(shape, StepPlan(slices))
+        if sent:
+            stagings[turn].send(shape)
+        rows = arena.views(shape)["block_tables"].tolist()
+        return [row[: len(table)] for row, table in zip(rows, tables, strict=False)]
+
+    nothing = [[-5, -5], [-5]]
+    assert step(0, first, second) == [[1, 2], [3]]
+    assert step(1, first, second) == nothing  # are there already
+    assert step(0, first) == nothing[:1]
+    assert step(1, second, first) == [[3], [1, 2]]
+    assert step(0, third, first, sent=False) == [[-5, -5]] * 2
+    assert step(1, second, first) == [[-5], [-5, -5]]  # what is there is still that
+    assert step(0, third, first, sent=False) == [[-5, -5]] * 2
+    assert step(0, third, first) == [[4, 5], [1, 2]]
+
+
 def test_rows_that_ask_for_nothing_fill_up() -> None:
     arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
     staging, shape = _staging(arena), StepShape(4, 4, WIDTH, True, True)

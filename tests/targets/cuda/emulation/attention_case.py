@@ -52,7 +52,10 @@ class AttentionCase:
             stored[dead], scales[dead] = 127, torch.nan
             return stored, scales, exact
         unit = fixed if self.shape.kv_tag == "e4m3" else 1.0
-        stored = (x / unit).to(KV_DTYPES[self.shape.kv_tag])
+        scaled = x / unit
+        if self.shape.kv_tag == "e4m3":  # of what lies beyond, torch 2.11 makes NaN and 2.13 the largest value
+            scaled = scaled.clamp(-448, 448)
+        stored = scaled.to(KV_DTYPES[self.shape.kv_tag])
         exact = stored.float() * unit
         stored.view(torch.uint8 if unit != 1.0 else torch.int16)[dead] = 0x7F if unit != 1.0 else 0x7FFF  # NaN
         return stored, None, exact

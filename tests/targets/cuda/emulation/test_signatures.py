@@ -6,7 +6,8 @@ import pytest
 from emulator import kernels, missing
 
 import llmctl.targets.cuda.attention_signatures
-import llmctl.targets.cuda.gemm_signatures  # noqa: F401  (registers its entries)
+import llmctl.targets.cuda.gemm_signatures
+import llmctl.targets.cuda.lora_signatures  # noqa: F401  (they register their entries)
 from llmctl.targets.cuda.call import Array
 from llmctl.targets.cuda.signatures import SIGNATURES
 

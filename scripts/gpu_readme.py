@@ -1,0 +1,119 @@
+"""README's figures from a GPU: written from docs/gpu/gpu_engine.json, a run of ``scripts/gpu_check.sh --engine``.
+
+    python scripts/gpu_readme.py [--results FOLDER]     with results: those of that folder become docs/gpu first
+    python scripts/gpu_readme.py --check                exit code 1 when README is not what the file says
+
+Nothing is in README that the file does not hold, and the file holds what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine_check.goals import judge
+from engine_check.report import VERSION, decode_rows, failed, prefill_rows, served_rows, start_rows, table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- gpu figures: make gpu-table -->", "<!-- end of gpu figures -->"
+NOTHING = "Nothing has been measured on a GPU with this version yet (`scripts/gpu_check.sh --engine` does)."
+FILES = ("gpu_engine.json", "gpu_engine.svg", "gpu_engine_prefill.svg")
+_FACTS = ("card", "driver", "CUDA", "torch", "cupy", "python")
+
+
+def section(folder: Path) -> str:
+    """What stands between the markers.
+
+    Raises:
+        ValueError: a file of another version, or of a dry run.
+    """
+    path = folder / FILES[0]
+    if not path.exists():
+        return NOTHING
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document.get("version") != VERSION:
+        raise ValueError(f"{path.name}: expected version {VERSION}, found {document.get('version')}")
+    if not document["facts"]["measured"]:
+        raise ValueError(f"{path.name}: of a dry run, which measures nothing")
+    images = [name for name in FILES[1:] if (folder / name).exists()]
+    return "\n".join([*_head(document), *_tables(document["results"]), *_images(images, folder)])
+
+
+def _head(document: Mapping[str, Any]) -> list[str]:
+    facts = document["facts"]
+    known = ", ".join(f"{name} {facts[name]}" for name in _FACTS[1:] if facts.get(name))
+    when = (
+        f"Last run {facts['date']} on one {facts.get('card', 'unknown card')} ({known}), commit {facts['commit'][:12]}"
+    )
+    rates = document["results"].get("rates", {})
+    bounds = ", ".join(f"{name} {value:,.0f}" for name, value in rates.items() if name != "memory GB")
+    verdicts = [v for v in judge(document["results"]) if v.reached is not None]
+    missed = [f"{v.goal.name}: {v.found}" for v in verdicts if not v.reached]
+    lines = [f"{when}{f'; the device: {bounds}' if bounds else ''}. Random weights; `scripts/gpu_check.sh --engine`."]
+    wrong = failed(document)
+    if wrong:
+        lines += ["", f"That run reported {len(wrong)} failures, the first: {wrong[0]}."]
+    if verdicts:
+        lines += ["", f"{len(verdicts) - len(missed)} of {len(verdicts)} targets measured were reached."]
+    return [*lines, *(f"* missed: {line}" for line in missed)]
+
+
+def _tables(results: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for head, rows in (
+        (("served", "load", "way", "tok/s", "range", "TTFT ms", "range", "between tokens ms"), served_rows(results)),
+        (("decode", "sequences", "context", "ms", "±", "tok/s", "GB/s", "of read", "÷ trial"), decode_rows(results)),
+        (("prompts", "tokens", "ms", "tok/s", "TFLOP/s", "of matmul", "host ms", "÷ trial"), prefill_rows(results)),
+        (("start", "what", "seconds"), start_rows(results)),
+    ):
+        if rows:
+            kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+            lines += ["", *table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])]
+    return lines
+
+
+def _images(names: Sequence[str], folder: Path) -> list[str]:
+    place = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
+    return ["", *(f"![{name}]({place}/{name})" for name in names)] if names else []
+
+
+def written(readme: str, text: str) -> str:
+    """README with the section in it.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md: expected '{BEGIN}' and '{END}' once each, in this order")
+    return f"{readme.partition(BEGIN)[0]}{BEGIN}\n\n{text}\n\n{END}{readme.partition(END)[2]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of a run: becomes docs/gpu first")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    folder, path = REPOSITORY / "docs" / "gpu", REPOSITORY / "README.md"
+    if options.results is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+            if (options.results / name).exists():
+                shutil.copyfile(options.results / name, folder / name)
+    readme = path.read_text(encoding="utf-8")
+    wanted = written(readme, section(folder))
+    if options.check:
+        print("README.md is what docs/gpu says" if readme == wanted else "README.md: run make gpu-table")
+        return 0 if readme == wanted else 1
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

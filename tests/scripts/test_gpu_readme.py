@@ -1,0 +1,78 @@
+"""README's figures from a GPU are those of docs/gpu, whatever that holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import gpu_readme  # noqa: E402
+from test_gpu_engine import RESULTS  # noqa: E402
+
+FACTS = {
+    "date": "2026-12-01 10:00 UTC", "card": "NVIDIA H100 80GB HBM3", "driver": "580.1", "CUDA": "13.0", "torch": "2.11",
+    "cupy": "14.0", "python": "3.12.3", "commit": "0123456789abcdef", "measured": True,
+}  # fmt: skip
+
+
+def write(folder: Path, **changes: object) -> None:
+    document = {"version": 1, "facts": FACTS, "results": RESULTS, "problems": [], "left out": [], "seconds": {}}
+    (folder / "gpu_engine.json").write_text(json.dumps({**document, **changes}))
+
+
+def test_readme_is_what_the_file_says() -> None:
+    assert gpu_readme.main(["--check"]) == 0, "run make gpu-table"
+
+
+def test_without_a_file_it_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    assert gpu_readme.section(tmp_path) == gpu_readme.NOTHING
+
+
+def test_a_section_says_when_and_on_what_and_only_what_was_measured(tmp_path: Path) -> None:
+    write(tmp_path)
+    text = gpu_readme.section(tmp_path)
+    assert text.startswith("Last run 2026-12-01 10:00 UTC on one NVIDIA H100 80GB HBM3 (driver 580.1, CUDA 13.0, ")
+    assert "commit 0123456789ab;" in text
+    assert "| Llama-3-8B 4-bit | 64 | 512 | 11.000 | 1.0% | 5,818 | 2,000 | 67% | 1.10 |" in text
+    assert "5 of 9 targets measured were reached." in text or "targets measured were reached." in text
+    assert "* missed: idle in a decode step: ≤ 3%: 4.0% (batch 64, 4-bit)" in text
+    assert "Qwen" not in text
+    assert "not measured" not in text
+    assert "bf16" not in text
+    assert ".svg" not in text
+
+
+def test_charts_are_shown_where_they_are(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "gpu_engine.svg").write_text("<svg/>")
+    assert "gpu_engine.svg)" in gpu_readme.section(tmp_path)
+    assert "gpu_engine_prefill.svg" not in gpu_readme.section(tmp_path)
+
+
+def test_failures_are_not_kept_quiet(tmp_path: Path) -> None:
+    write(tmp_path, problems=["decode x: gone"])
+    assert "That run reported 1 failures, the first: decode x: gone." in gpu_readme.section(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"version": 0}, "expected version 1, found 0"), ({"facts": {**FACTS, "measured": False}}, "of a dry run")],
+)
+def test_what_is_no_measurement_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    write(tmp_path, **changes)
+    with pytest.raises(ValueError, match=said):
+        gpu_readme.section(tmp_path)
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    readme = f"before\n{gpu_readme.BEGIN}\nold\n{gpu_readme.END}\nafter\n"
+    found = gpu_readme.written(readme, "new")
+    assert found == f"before\n{gpu_readme.BEGIN}\n\nnew\n\n{gpu_readme.END}\nafter\n"
+    assert gpu_readme.written(found, "new") == found
+    with pytest.raises(ValueError, match="once each"):
+        gpu_readme.written(readme + gpu_readme.END, "new")

@@ -1,0 +1,98 @@
+"""The worker's loop: what it reports and when, and the time that it waits and sends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import cast
+
+from engine.fake_runtime import FakeRuntime
+
+from llmctl.config import ServeConfig
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.request import Request
+from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.serving.client import AsyncEngineClient
+from llmctl.serving.engine_loop import EngineLoop
+from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.transport import WorkerChannel
+from llmctl.serving.wire import AddRequests, Command, Shutdown, StepMessage, WireRequest, decode_event, encode
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
+
+
+class Channel:
+    """Brings one list of commands a turn, a tenth of a second late where the worker would wait; then the end. Sending
+    takes as long as it is told."""
+
+    def __init__(self, *turns: Sequence[Command], send_seconds: float = 0.0) -> None:
+        self.turns, self.send_seconds = list(turns), send_seconds
+        self.sent: list[StepMessage] = []
+
+    def receive(self, timeout_ms: int) -> list[bytes]:
+        if timeout_ms:
+            time.sleep(0.1)
+        return [encode(command) for command in (self.turns.pop(0) if self.turns else [Shutdown()])]
+
+    def send(self, message: bytes) -> None:
+        time.sleep(self.send_seconds)
+        event = decode_event(message)
+        assert isinstance(event, StepMessage)
+        self.sent.append(event)
+
+
+def add(name: str, params: SamplingParams = GREEDY) -> AddRequests:
+    return AddRequests([WireRequest(name, [1, 2, 3], params, 0, None, 0.0)])
+
+
+def run(engine: LLMEngine, channel: Channel) -> None:
+    EngineLoop(engine, cast(WorkerChannel, channel)).run()
+
+
+def test_a_wait_is_reported_and_counted_and_the_end_is_not_reported() -> None:
+    channel = Channel([], [])
+    run(LLMEngine(FakeRuntime(), SchedulerConfig()), channel)
+    assert [message.outputs for message in channel.sent] == [[], []]
+    waited = [message.stats.state_seconds.no_requests for message in channel.sent]
+    assert 0.1 <= waited[0] < waited[1] - 0.09
+    assert channel.sent[1].busy_seconds < 0.1
+
+
+def test_time_to_send_reports_is_the_api_processes_while_requests_run() -> None:
+    channel = Channel([add("a")], [], [], [], send_seconds=0.02)
+    run(LLMEngine(FakeRuntime(), SchedulerConfig()), channel)
+    seconds = channel.sent[3].stats.state_seconds
+    assert channel.sent[3].outputs[0].finish_reason == "length"
+    assert seconds.api_process >= 3 * 0.02
+    assert seconds.no_requests >= 0.1
+
+
+def test_before_it_waits_nothing_is_in_flight() -> None:
+    """The step that was computed in vain is the waiting's, not the next request's."""
+    runtime = FakeRuntime(steps_in_flight=2)
+    plain = LLMEngine(FakeRuntime(), SchedulerConfig())
+    plain.add_request(Request("a", [1, 2, 3], GREEDY))
+    first = plain.step()[0].new_token_ids[0]
+    in_flight = []
+
+    class Watched(Channel):
+        def receive(self, timeout_ms: int) -> list[bytes]:
+            in_flight.append(len(runtime.queue))
+            return super().receive(timeout_ms)
+
+    channel = Watched([add("a", SamplingParams(temperature=0.0, stop_token_ids=(first,)))], [])
+    run(LLMEngine(runtime, SchedulerConfig()), channel)
+    assert channel.sent[0].outputs[0].finish_reason == "stop"
+    assert len(runtime.plans) == 2
+    assert in_flight == [0, 0, 0]
+    assert channel.sent[1].stats.num_steps == 1
+
+
+def test_a_report_before_anybody_may_ask_is_taken_in() -> None:
+    metrics = ServerMetrics("m")
+    client = AsyncEngineClient(ServeConfig(), metrics, stall_timeout=60)
+    channel = Channel([])
+    run(LLMEngine(FakeRuntime(), SchedulerConfig()), channel)
+    client.on_step(channel.sent[0])
+    assert metrics.engine_stats.state_seconds.no_requests >= 0.1
