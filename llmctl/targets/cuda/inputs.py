@@ -143,6 +143,7 @@ class Staging:
         self._row_arrays = {name: self._bytes[r.start : r.stop].view(r.dtype) for name, r in arena.row_regions.items()}
         self._arrays: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
         self._table_rows = 0
+        self._staged: tuple[int, list[Sequence[int]]] | None = None
         self._width = 0
         self._tables_of: list[Sequence[int] | None] = []
         self._given: dict[str, tuple[int, NDArray[Any] | None]] = {}
@@ -193,7 +194,6 @@ class Staging:
         if self._width != shape.width:
             self._width, self._tables_of = shape.width, []
         self._tables_of += [None] * (len(tables) - len(self._tables_of))
-        self.arena.held = None
         for row, piece in enumerate(plan.slices):
             if self._tables_of[row] is piece.block_ids:
                 continue
@@ -204,8 +204,7 @@ class Staging:
             if isinstance(piece.block_ids, tuple):  # another kind might change and still be the same object
                 self._tables_of[row] = piece.block_ids
         self._table_rows = len(tables)
-        if all(isinstance(table, tuple) for table in tables):
-            self.arena.held = shape.width, tables
+        self._staged = (shape.width, tables) if all(isinstance(table, tuple) for table in tables) else None
 
     def rows(self, flat: FlatPlan, batch: SamplingBatch, padded: int) -> None:
         """Write the arrays of the sampled rows, up to ``padded`` of them."""
@@ -236,4 +235,5 @@ class Staging:
         self.arena.memory[:size].copy_(self.memory[:size], non_blocking=True)
         used = self._table_rows * shape.width
         if used:
+            self.arena.held = self._staged
             self.arena.tables[:used].copy_(self.tables[:used], non_blocking=True)

@@ -27,10 +27,11 @@ from llmctl.targets.cuda.runtime import CudaRuntime
 
 
 class NullMachine:
-    """Starts nothing but torch's operators."""
+    """Starts nothing but torch's operators; notes what was started, and counts what was made ready."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.made_ready = 0
 
     def launch(self, call: Call) -> None:
         """Note the call."""
@@ -42,6 +43,7 @@ class NullMachine:
 
     def prepared(self, call: Call) -> Callable[[], None]:
         """What notes the call."""
+        self.made_ready += 1
         return lambda: self.launch(call)
 
 
@@ -73,6 +75,10 @@ class MetaQueue(HostQueue):
         """Memory for a copy."""
         return torch.from_numpy(array.copy()).to("meta")
 
+    def active(self) -> Any:
+        """Copies that the host does not wait for may leave the device."""
+        return _CopiesOut()
+
     def download(self, tensor: Tensor) -> Tensor:
         """Zeros."""
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -81,6 +87,18 @@ class MetaQueue(HostQueue):
         """The next."""
         self.marks += 1
         return WatchedMark(self.marks, self.waits)
+
+
+class _CopiesOut(TorchDispatchMode):
+    """While it is active, a copy to the host that nobody waits for fills it with zeros; torch makes an error of it, and
+    should of one that is waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See the class."""
+        copies_out = func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta
+        if copies_out and (kwargs or {}).get("non_blocking", len(args) > 2 and args[2]):
+            return args[0].zero_()
+        return func(*args, **(kwargs or {}))
 
 
 class MetaRuntime(CudaRuntime):

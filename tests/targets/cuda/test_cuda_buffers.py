@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -53,7 +54,7 @@ def _in_place(graph: Graph) -> set[tuple[str, str]]:
     return {(op.inputs[1], op.outputs[0]) for op in graph.ops if op.kind == "lora"}
 
 
-def check_plan(graph: Graph, dtype: torch.dtype = torch.float16) -> BufferPlan:
+def check_plan(graph: Graph, dtype: str = "float16") -> BufferPlan:
     """Every buffer has room, and none that is alive with another shares bytes with it."""
     plan, lives, allowed = plan_buffers(graph, dtype), _lifetimes(graph), _in_place(graph)
     gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
@@ -62,7 +63,7 @@ def check_plan(graph: Graph, dtype: torch.dtype = torch.float16) -> BufferPlan:
         storage = plan.storages[place.storage]
         assert place.columns == graph.buffers[name].width
         assert place.start + place.columns <= place.width
-        assert place.width * place.dtype.itemsize <= storage.row_bytes
+        assert place.width * DTYPES[place.dtype].nbytes <= storage.row_bytes
         assert storage.on_rows == (lives[name][0] >= gather)
     for a, b in combinations(plan.placements, 2):
         first, second = sorted((a, b), key=lambda name: lives[name])
@@ -98,6 +99,16 @@ def test_buffers_that_are_alive_do_not_overlap(family: str) -> None:
     check_plan(_with_adapters(tiny_graph(FAMILIES[family], None, ())))
 
 
+def test_adapters_add_in_place_only_where_nothing_else_reads() -> None:
+    graph = _with_adapters(tiny_graph(FAMILIES["llama"], None, ()))
+    plain = next(op for op in graph.ops if op.kind == "lora")
+    plan = check_plan(graph)
+    assert plan.placements[plain.outputs[0]] == plan.placements[plain.inputs[1]]
+    ops = [op if op.kind != "add" else op.with_(inputs=(plain.inputs[1], op.inputs[1])) for op in graph.ops]
+    plan = check_plan(replace(graph, ops=tuple(ops)))
+    assert plan.placements[plain.outputs[0]].storage != plan.placements[plain.inputs[1]].storage
+
+
 def test_storages_are_used_again() -> None:
     """As many layers as one likes take the memory of two."""
     sizes = [
@@ -109,7 +120,7 @@ def test_storages_are_used_again() -> None:
 
 def test_outputs_of_a_merged_linear_lie_side_by_side() -> None:
     graph = tiny_graph(LLAMA, None, CUDA_PASSES)
-    buffers = plan_buffers(graph, torch.bfloat16).allocate(7, 2, "meta")
+    buffers = plan_buffers(graph, "bfloat16").allocate(7, 2, "meta")
     qkv = next(op for op in graph.ops if "splits" in op.attrs)
     (whole,) = buffers.outputs(qkv, 5)
     assert whole.shape == (5, 512)

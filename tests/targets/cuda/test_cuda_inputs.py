@@ -100,19 +100,46 @@ def test_a_list_that_grows_is_read_again() -> None:
         blocks.append(5)
 
 
-def test_a_refused_table_is_written_the_next_time() -> None:
+@pytest.mark.parametrize("between", [(1, 99), [5, 6]], ids=["refused", "a list"])
+def test_a_table_that_comes_back_is_written_again(between: Any) -> None:
     arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
     staging, shape = _staging(arena), StepShape(1, 1, WIDTH, False, True)
-    good, bad = (1, 2), (1, 99)
-    for table in (good, bad, good):
+    good = (1, 2)
+    for table in (good, between, good):
         plan = StepPlan((SequenceSlice("a", [1], 0, table, True),))
-        if table is bad:
+        if max(table) > 8:
             with pytest.raises(ValueError, match=r"request a: block ids must be in 0\.\.8"):
                 staging.block_tables(shape, plan)
         else:
             staging.block_tables(shape, plan)
     staging.send(shape)
     assert arena.views(shape)["block_tables"][0, :2].tolist() == [1, 2]
+
+
+def test_tables_are_sent_when_they_change() -> None:
+    """And what was staged and never sent, because the step was refused, is sent with the next."""
+    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    stagings, shape = [_staging(arena) for _ in range(2)], StepShape(2, 2, WIDTH, False, True)
+    first, second, third = (1, 2), (3,), (4, 5)
+
+    def step(turn: int, *tables: tuple[int, ...], sent: bool = True) -> list[list[int]]:
+        slices = tuple(SequenceSlice(str(i), [1], 0, table, True) for i, table in enumerate(tables))
+        arena.tables.fill_(-5)
+        stagings[turn].block_tables(shape, StepPlan(slices))
+        if sent:
+            stagings[turn].send(shape)
+        rows = arena.views(shape)["block_tables"].tolist()
+        return [row[: len(table)] for row, table in zip(rows, tables, strict=False)]
+
+    nothing = [[-5, -5], [-5]]
+    assert step(0, first, second) == [[1, 2], [3]]
+    assert step(1, first, second) == nothing  # are there already
+    assert step(0, first) == nothing[:1]
+    assert step(1, second, first) == [[3], [1, 2]]
+    assert step(0, third, first, sent=False) == [[-5, -5]] * 2
+    assert step(1, second, first) == [[-5], [-5, -5]]  # what is there is still that
+    assert step(0, third, first, sent=False) == [[-5, -5]] * 2
+    assert step(0, third, first) == [[4, 5], [1, 2]]
 
 
 def test_rows_that_ask_for_nothing_fill_up() -> None:

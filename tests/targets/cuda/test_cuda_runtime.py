@@ -26,11 +26,9 @@ INT8 = (*CUDA_PASSES, "int8_activations")
 
 def _decode_step(runtime: MetaRuntime, sequences: int = 4) -> list[str]:
     """What replaying the decode step of a bucket starts, without the dtypes and shapes of the entries' names."""
-    body = runtime._body(StepShape(sequences, sequences, runtime._arena.table_width, False, True))
-    head = runtime._head_program(sequences, True)
     names = ("attention_decode", "attention_combine", "rope_kv", "w4a16_stream", "w8a8_gemm", "add_rms_norm_s8",
              "rms_norm_s8", "add_rms_norm", "rms_norm", "quantize_s8", "embed")  # fmt: skip
-    return [next((n for n in names if e.startswith(n)), e) for e in (*body.entries, *head.entries)]
+    return [next((n for n in names if e.startswith(n)), e) for e in runtime.step_launches(sequences, sequences)]
 
 
 # -- fusions -------------------------------------------------------------------------------------------------------
@@ -77,9 +75,18 @@ def test_executing_a_decode_step_starts_that_and_the_sampler(monkeypatch: pytest
     started = runtime.queue.machine.started
     started.clear()
     runtime.execute(_decode(3), greedy(3))
-    body = runtime._body(StepShape(4, 4, runtime._arena.table_width, False, True))
-    assert started == [*body.entries, "sample_f16"]  # and torch's product for the logits, which is not noted
+    launches = [entry for entry in runtime.step_launches(4, 4) if not entry.startswith("torch")]  # the logits' product
+    assert started == [*launches, "sample_f16"]
     assert started.count("embed_f16") == 1  # which gathers rows too
+    started.clear()
+    made_ready = runtime.queue.machine.made_ready
+    runtime.execute(_decode(3), greedy(3))
+    assert started == [*launches, "sample_f16"]
+    assert runtime.queue.machine.made_ready == made_ready
+    again = runtime.decode_replay(3, 40)
+    started.clear()
+    again()
+    assert started == [*launches, "sample_f16"]
     started.clear()
     runtime.execute(_mixed(), greedy(2))
     assert started.count("embed_f16") == 2
@@ -134,6 +141,8 @@ def test_a_step_allocates_nothing_on_the_device(quant: str, monkeypatch: pytest.
     with DeviceAllocations() as allocations:
         runtime.execute(_decode(4), _everything(4))
     assert allocations.found
+    with pytest.raises(RuntimeError, match="were not reserved"):
+        runtime._model.scratch.take("workspace", torch.float32, 10**9)
 
 
 def test_allocations_are_seen() -> None:
@@ -177,8 +186,8 @@ def test_a_step_waits_for_the_step_two_before_it_alone(monkeypatch: pytest.Monke
     result = steps[-1].result()
     assert queue.waits == ended[-1:]
     assert result.token_ids.shape == (4,)
-    steps[1].result()
-    assert queue.waits == [ended[-1], ended[1]]
+    steps[1].result()  # was read when its staging was taken
+    assert queue.waits == ended[-1:]
 
 
 def test_stagings_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

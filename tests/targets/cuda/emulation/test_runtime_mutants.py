@@ -22,7 +22,7 @@ from llmctl.targets.cuda.inputs import InputArena, Staging
 from llmctl.targets.cuda.ops import StepTensors
 from llmctl.targets.cuda.program import Model
 from llmctl.targets.cuda.runtime import CudaRuntime
-from llmctl.targets.cuda.sampling import DeviceSampler
+from llmctl.targets.cuda.sampling import DeviceSampler, Sampled
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
@@ -37,6 +37,10 @@ def _fed(_: Any) -> None:
 
 def _refused(_: Any) -> None:
     test_runtime_steps.test_only_what_the_step_before_samples_can_be_fed()
+
+
+def _read_late(_: Any) -> None:
+    test_runtime_steps.test_results_stay_as_they_were()
 
 
 def _longer(patch: pytest.MonkeyPatch) -> None:
@@ -74,6 +78,11 @@ MUTANTS: dict[str, Mutant] = {
     "tables written once": (Staging, "block_tables", "is piece.block_ids", "is not None", _logits()),
     "tables of another width kept": (Staging, "block_tables", "self._width != shape.width", "not self._width",
         _longer),
+    "tables held before they are sent": (Staging, "block_tables", "self._staged = (",
+        "self._staged = self.arena.held = (", _refused),
+    "tables held at another width": (InputArena, "holds", "self.held[0] != width", "False", _longer),
+    "tables held of fewer sequences": (InputArena, "holds", "len(self.held[1]) < len(tables)", "False", _logits()),
+    "tables held by their length": (InputArena, "holds", "a is b", "len(a) == len(b)", _logits()),
     "tables cut short": (Staging, "block_tables", "[: shape.width]", "[: shape.width - 1]", _longer),
     "tables at another width": (InputArena, "views", "view(shape.sequences, shape.width)",
         "view(shape.width, shape.sequences).t().contiguous()", _logits()),
@@ -89,12 +98,14 @@ MUTANTS: dict[str, Mutant] = {
         "for p in plan.slices)", _fed),
     "any earlier step may be fed": (CudaRuntime, "execute", "self._row_of = {", "self._row_of |= {", _refused),
     "a token of no step": (CudaRuntime, "_fed", "piece.request_id not in self._row_of", "False", _refused),
+    "results in one place": (CudaRuntime, "execute", "self._results[turn]", "self._results[0]", _fed),
+    "results overwritten": (Sampled, "result", ".numpy().copy()", ".numpy()", _read_late),
     # programs
     "mixed steps are decoded": (CudaRuntime, "_shape", "not flat.scored and len(flat.rows) == tokens", "True",
         _logits()),
     "rows of one token are forgotten": (CudaRuntime, "_shape", "1 in counts", "False", _logits()),
-    "steps padded beyond what there is": (CudaRuntime, "_shape", "min(padded(tokens), most)", "padded(tokens)",
-        _logits()),
+    "steps padded beyond what there is": (CudaRuntime, "_shape", "min(self._padded(tokens), most)",
+        "self._padded(tokens)", _logits()),
     "graphs whatever the width": (CudaRuntime, "_graph_of", "key = bucket, width", "key = bucket, 0", _longer),
     "contexts of the first width": (CudaRuntime, "_shape", "context_width(longest, self.limits)",
         "context_width(1, self.limits)", _longer),

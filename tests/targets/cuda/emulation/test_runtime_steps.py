@@ -147,9 +147,29 @@ def test_only_what_the_step_before_samples_can_be_fed() -> None:
         runtime.execute(plan_of("A4:6", A={"token_ids": [IN_FLIGHT, IN_FLIGHT]}), greedy(1))
     found = runtime.execute(plan_of("B1:2", B=fed), greedy(1)).result().token_ids
     assert found.tolist() == expected.tolist()
+    known = plan_of("B2:3 D0:1")
+    with pytest.raises(ValueError, match="request D: the step before sampled no token for it"):
+        runtime.execute(plan_of("B2:3 D0:1", D=fed), greedy(2))
+    after_refusal = runtime.execute(known, greedy(2)).result(), runtime._logits(2).clone()
+    runtime.execute(plan_of("C0:3-"), greedy(0))
+    again = runtime.execute(known, greedy(2)).result(), runtime._logits(2).clone()
+    assert after_refusal[0].token_ids.tolist() == again[0].token_ids.tolist()
+    assert torch.equal(after_refusal[1], again[1])
     runtime.execute(plan_of("C0:3-"), greedy(0))
     with pytest.raises(ValueError, match="request B: the step before sampled no token for it"):
         runtime.execute(plan_of("B2:3", B=fed), greedy(1))  # the one before that did
+
+
+def test_results_stay_as_they_were() -> None:
+    """Though the memory that tokens arrive in is used again two steps later; a result may be asked for twice."""
+    runtime, steps = _fresh(), []
+    for plan in (plan_of("A0:3 B0:4"), plan_of("A3:4 B4:5"), plan_of("D0:1"), plan_of("D1:2")):
+        steps.append(runtime.execute(plan, greedy(len(plan.slices))))
+        if len(steps) == 1:
+            early = steps[0].result()
+            kept = early.token_ids.copy()
+    assert early.token_ids.tolist() == kept.tolist()
+    assert steps[0].result().token_ids.tolist() == kept.tolist()
 
 
 @pytest.mark.parametrize(
