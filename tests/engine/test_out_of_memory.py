@@ -1,4 +1,4 @@
-"""A device without memory for a step: the step is taken back, fewer requests run at once, and nobody's tokens change."""
+"""No memory for a step: it is taken back, fewer requests run at once, and nobody's tokens change."""
 
 from __future__ import annotations
 
