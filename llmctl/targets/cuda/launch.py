@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -143,9 +144,7 @@ def missing_launcher() -> str | None:
         return "torch is not installed"
     if not torch.cuda.is_available():
         return "no CUDA device, or a torch without CUDA"
-    try:
-        import cupy  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("cupy") is None:  # importing it takes most of a second
         return "cupy is not installed: pip install 'llmctl[cuda]'"
     return None
 

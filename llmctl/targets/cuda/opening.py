@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +37,20 @@ def open_cuda_runtime(engine: RuntimeEngine) -> CudaRuntime:
     Raises:
         EngineLoadError: no room for one sequence of the longest length.
     """
+    cupy = threading.Thread(target=_import_cupy, daemon=True)
+    cupy.start()
     torch.cuda.init()
-    machine = CudaMachine(module_files(engine))
     planes = load_planes(engine.weights)
+    cupy.join()
+    machine = CudaMachine(module_files(engine))
     sizes = fitted(engine, planes, machine)
     return CudaRuntime(engine.graph, engine.options, planes, sizes, machine)
+
+
+def _import_cupy() -> None:
+    """Import it while the weights are copied; where it is broken, whoever needs it finds out in his own thread."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("cupy")
 
 
 def module_files(engine: RuntimeEngine) -> dict[str, Path]:
