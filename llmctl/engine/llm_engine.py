@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -16,6 +17,9 @@ from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.sampling_params import derive_seed
 from llmctl.engine.scheduler import ScheduledStep, Scheduler, SchedulerConfig
 from llmctl.engine.step import PendingStep, Runtime, RuntimeLimits, SequenceSlice, StepResult, TokenLogprobs
+from llmctl.errors import DeviceMemoryError
+
+log = logging.getLogger("llmctl.engine")
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -118,12 +122,21 @@ class LLMEngine:
         return self.runtime.limits
 
     def step(self) -> list[TokenOutput]:
-        """Schedule, execute, postprocess: one step, and what it produced."""
+        """Schedule, execute, postprocess: one step, and what it produced.
+
+        Raises:
+            DeviceMemoryError: no memory for a step of one request.
+        """
         while not self._in_flight or self._may_run_ahead():
             step = self.scheduler.schedule()
             if not step.plan.slices:
                 break
-            self._in_flight.append((step, self._execute(step)))
+            try:
+                self._in_flight.append((step, self._execute(step)))
+            except DeviceMemoryError as error:
+                self._withdraw(step, error)
+                if self._in_flight:  # what it sampled was to be fed to the step that failed; it is known soon
+                    break
         if not self._in_flight:
             return []
         step, pending = self._in_flight.popleft()
@@ -200,6 +213,14 @@ class LLMEngine:
         self.abort(list(self.scheduler.requests))
         self.settle()
         self.runtime.close()
+
+    def _withdraw(self, step: ScheduledStep, error: DeviceMemoryError) -> None:
+        if not self.scheduler.withdraw(step):
+            raise error
+        log.warning(
+            "%s: %d requests go back to the queue, and at most %d run at once from now on",
+            error.message, len(step.requests) - self.scheduler.max_num_seqs, self.scheduler.max_num_seqs,
+        )  # fmt: skip
 
     def _execute(self, step: ScheduledStep) -> PendingStep:
         now = self._clock()

@@ -112,7 +112,11 @@ class SchedulerCounters:
 
 
 class Scheduler:
-    """Decides each step. Plain data in and out; see the module's text for the rules."""
+    """Decides each step. Plain data in and out; see the module's text for the rules.
+
+    Attributes:
+        max_num_seqs: requests running at once: the configuration's, or fewer once a device ran out of memory.
+    """
 
     def __init__(self, config: SchedulerConfig, limits: RuntimeLimits, *, cache_key: bytes | None = None) -> None:
         self.config = config
@@ -120,6 +124,7 @@ class Scheduler:
         self.pool = BlockPool(
             limits.num_blocks, limits.block_size, enable_caching=config.enable_prefix_caching, key=cache_key
         )
+        self.max_num_seqs = config.max_num_seqs
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
@@ -201,7 +206,7 @@ class Scheduler:
         step = _StepUnderWay(self.config.max_num_batched_tokens)
         preemptions = self.counters.preemptions
         self._schedule_running(step)
-        if self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
+        if self.waiting and step.budget and len(self.running) < self.max_num_seqs:
             self._schedule_waiting(step)
         num_tokens = self.config.max_num_batched_tokens - step.budget
         self.counters.scheduled_tokens += num_tokens
@@ -216,7 +221,7 @@ class Scheduler:
 
     def _fill(self, step: _StepUnderWay) -> Fill:
         """What bounded a step that preempted nobody."""
-        seats = self.config.max_num_seqs
+        seats = self.max_num_seqs
         if not step.budget:
             return "token_budget" if self.waiting or self._cut_short(step) else "busy"
         if self.waiting:
@@ -259,7 +264,7 @@ class Scheduler:
         # Budget is left, so every running request holds the blocks of all tokens that it can compute, and free blocks
         # are nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
         # whoever was preempted in this step does not come straight back either: its blocks are gone to another.
-        while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
+        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             cached = self._cached_prefix(request)
             start = len(cached) * self.pool.block_size
@@ -331,6 +336,22 @@ class Scheduler:
         self._extend_hashes(request)
         for index in filled:
             self.pool.cache(request.block_ids[index], request.block_hashes[index])
+
+    def withdraw(self, step: ScheduledStep) -> bool:
+        """Take back a step that was not executed for want of memory: half of its requests run on, the later half waits.
+
+        False when there is only one, which no smaller step can serve.
+        """
+        for piece, request in zip(step.plan.slices, step.requests, strict=True):
+            request.num_computed_tokens = piece.start
+            request.num_in_flight -= piece.sample
+        self.counters.scheduled_tokens -= step.num_tokens
+        if len(step.requests) == 1:
+            return False
+        self.max_num_seqs = len(step.requests) // 2
+        while len(self.running) > self.max_num_seqs:
+            self._preempt(self.running[-1])
+        return True
 
     def finish(self, request: Request, status: RequestStatus) -> None:
         """End a request and free its blocks."""
