@@ -189,8 +189,8 @@ def test_few_numbers_of_tokens() -> None:
     assert len({padded(n) for n in range(1, 2049)}) == 80
 
 
-def test_widths_double(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widths_grow_fourfold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "GRAPH_CONTEXT", 64)
     limits = RuntimeLimits(100, 16, 500, 10)
     found = [context_width(n, limits) for n in (1, 64, 65, 128, 129, 257, 500)]
-    assert found == [4, 4, 8, 8, 16, 32, 32]  # 500 tokens need no more than 32 blocks
+    assert found == [4, 4, 16, 16, 16, 32, 32]  # 500 tokens need no more than 32 blocks
