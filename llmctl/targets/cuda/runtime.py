@@ -7,8 +7,9 @@ is in one stream, in order, so that steps need no other synchronisation among th
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -159,7 +160,7 @@ class CudaRuntime:
         staging.block_tables(shape, plan)
         staging.tokens(shape, flat, self._fed(plan, flat), self._adapters(plan))
         staging.rows(flat, sampling, rows)
-        with device_errors(), self._queue.active(), torch.inference_mode():
+        with device_errors(), self._abandoning(), self._queue.active(), torch.inference_mode():
             began = self._queue.mark()
             staging.send(shape)
             execution, logits = self._compute(shape, decode, rows)
@@ -235,6 +236,18 @@ class CudaRuntime:
             delattr(self, name)
         if self._queue.device == "cuda":
             torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Around starting a step: where that fails half-way, what was started of it is waited for, because its staging
+        is used again, and nothing can be fed from what may be its tokens."""
+        try:
+            yield
+        except Exception:
+            self._row_of = {}
+            with contextlib.suppress(Exception):  # a device that is lost says so again
+                self._queue.mark().wait()
+            raise
 
     def _check(self, plan: StepPlan, flat: FlatPlan, sampling: SamplingBatch) -> None:
         sizes = self._sizes

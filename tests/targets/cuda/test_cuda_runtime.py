@@ -16,6 +16,7 @@ from runtime_stepping import greedy
 from tiny_models import FAMILIES, QUANTS, VOCAB, tiny_graph
 
 from llmctl.engine.step import IN_FLIGHT, SamplingBatch, SequenceSlice, StepPlan
+from llmctl.errors import DeviceMemoryError
 from llmctl.targets.cuda import runtime as cuda_runtime
 from llmctl.targets.cuda.inputs import StepShape
 from llmctl.targets.cuda.runtime import STEPS_IN_FLIGHT, CudaStep
@@ -188,6 +189,24 @@ def test_a_step_waits_for_the_step_two_before_it_alone(monkeypatch: pytest.Monke
     assert result.token_ids.shape == (4,)
     steps[1].result()  # was read when its staging was taken
     assert queue.waits == ended[-1:]
+
+
+def test_a_step_that_fails_half_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what it had sent already; and nothing is fed from where it may have left its tokens."""
+    runtime = meta_runtime(monkeypatch, tiny_graph(FAMILIES["llama"], None, CUDA_PASSES))
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    runtime.execute(_decode(4), greedy(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime._sampler, "start", fail)
+        with pytest.raises(DeviceMemoryError, match="the GPU is out of memory"):
+            runtime.execute(_decode(4, 21, IN_FLIGHT), greedy(4))
+    assert runtime.queue.waits[-1] == runtime.queue.marks
+    with pytest.raises(ValueError, match="the step before sampled no token"):
+        runtime.execute(_decode(4, 21, IN_FLIGHT), greedy(4))
+    assert runtime.execute(_decode(4, 21), greedy(4)).result().token_ids.shape == (4,)
 
 
 def test_stagings_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ MUTANTS: dict[str, Mutant] = {
         "0 : place.columns", _logits()),
     "logits in place of hidden states": (_Planner, "_take", "s.on_rows == on_rows", "True", _scored),
     "keys without their scale": (StepTensors, "cache_scales", "self.kv_scales.get(layer, ())",
-        "[2 * s for s in self.kv_scales.get(layer, ())]", _logits(kv="int8")),
+        "[torch.ones_like(s) for s in self.kv_scales.get(layer, ())]", _logits(kv="int8")),
     "values without their unit": (AttentionShape, "value_unit", "256.0 * value_scale", "128.0 * value_scale",
         _logits(kv="fp8_e4m3")),
     # sampling
