@@ -211,6 +211,7 @@ def test_longer_contexts_are_captured_when_they_come(monkeypatch: pytest.MonkeyP
     """Graphs for a block of context at first; splits of a block, so that wider tables mean more splits too."""
     expected = play(_fresh())
     monkeypatch.setattr(buckets, "GRAPH_CONTEXT", 16)
+    monkeypatch.setattr(buckets, "_GROWTH", 2)
     for module in (cuda_ops, cuda_buffers):
         monkeypatch.setattr(module, "DECODE_SPLIT", 16)
     runtime = _runtime()
