@@ -78,6 +78,7 @@ class Buffers:
 
     def __init__(self, plan: BufferPlan, storages: Sequence[Tensor]) -> None:
         self._plan, self._storages = plan, storages
+        self._typed: dict[tuple[int, str], Tensor] = {}  # storages as what lies in them
 
     def rows_of(self, name: str) -> int:
         """Rows of the largest step, of a buffer."""
@@ -95,9 +96,12 @@ class Buffers:
         return [self._view(place, rows) for place in places]
 
     def _view(self, place: Placement, rows: int) -> Tensor:
-        import torch
+        key = place.storage, place.dtype
+        if key not in self._typed:
+            import torch
 
-        storage = self._storages[place.storage].view(getattr(torch, DTYPES[place.dtype].torch))
+            self._typed[key] = self._storages[place.storage].view(getattr(torch, DTYPES[place.dtype].torch))
+        storage = self._typed[key]
         whole = storage[: rows * place.width].view(rows, place.width)
         return whole[:, place.start : place.start + place.columns]
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from llmctl.errors import CompileError
 from llmctl.targets.cuda.call import Call, Pointer
 from llmctl.targets.cuda.compile import compile_modules
 
+_FLOAT, _FLOAT_BITS = struct.Struct("<f"), struct.Struct("<I")
 _STATIC_LIMIT = 48 * 1024
 """Dynamic shared memory that a kernel may have without asking for more."""
 
@@ -110,8 +114,10 @@ def argument_words(call: Call) -> list[int]:
                 where = argument.tensor.device
                 raise ValueError(f"{call.entry}: expected tensors on a CUDA device, found one on {where}")
             words.append(argument.tensor.data_ptr())
+        elif isinstance(argument, np.integer):
+            words.append(int(argument) & 0xFFFF_FFFF)
         else:
-            words.append(int.from_bytes(argument.tobytes(), "little"))
+            words.append(_FLOAT_BITS.unpack(_FLOAT.pack(argument))[0])
     return words
 
 
