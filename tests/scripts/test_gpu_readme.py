@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import gpu_readme
 import pytest
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import gpu_readme  # noqa: E402
-from test_gpu_engine import RESULTS  # noqa: E402
+from engine_check_cases import RESULTS
 
 FACTS = {
     "date": "2026-12-01 10:00 UTC", "card": "NVIDIA H100 80GB HBM3", "driver": "580.1", "CUDA": "13.0", "torch": "2.11",
