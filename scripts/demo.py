@@ -126,8 +126,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    where = "a GPU" if summary["target"] == "cuda" else f"{os.cpu_count()} CPU(s)"
-    table = Table(title=f"llmctl demo: {summary['model']} on {where}")
+    table = Table(title=f"llmctl demo: {summary['model']}, target {summary['target']}, on {os.cpu_count()} CPU(s)")
     table.add_column("step")
     table.add_column("result", justify="right")
     for step, seconds in summary["seconds"].items():

@@ -55,6 +55,11 @@ def _head(document: Mapping[str, Any]) -> list[str]:
     verdicts = [v for v in judge(document["results"]) if v.reached is not None]
     missed = [f"{v.goal.name}: {v.found}" for v in verdicts if not v.reached]
     lines = [f"{when}{f'; the device: {bounds}' if bounds else ''}. Random weights; `scripts/gpu_check.sh --engine`."]
+    words = ["`of read`, `of matmul`: share of the device's rate"] if bounds else []
+    if document["results"].get("trial"):
+        words.append("`÷ trial`: time over that of the program given as `--trial`, on the same card in the same run")
+    if words:
+        lines += ["", f"{'; '.join(words)}."]
     wrong = failed(document)
     if wrong:
         lines += ["", f"That run reported {len(wrong)} failures, the first: {wrong[0]}."]

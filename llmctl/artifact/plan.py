@@ -15,7 +15,7 @@ from llmctl.checkpoint.resolve import resolve_model
 from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
-from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_DTYPES
+from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_SPELLINGS
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.base import LM_HEADS, BuildOptions, KernelChoice, Target
@@ -100,8 +100,8 @@ def check_options(config: BuildConfig) -> None:
         raise UsageError(
             f"--dtype: expected one of auto, {', '.join(COMPUTE_DTYPES)}, found '{config.dtype}'", param="dtype"
         )
-    if config.kv_cache_dtype not in ("auto", "fp8", *KV_DTYPES):
-        known = ", ".join(KV_DTYPES)
+    if config.kv_cache_dtype not in ("auto", *KV_SPELLINGS):
+        known = ", ".join(KV_SPELLINGS)
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
         )

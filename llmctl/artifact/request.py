@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from llmctl.config import EngineOptions, parse_bytes
 from llmctl.errors import UsageError
-from llmctl.graph.dtypes import KV_DTYPES
+from llmctl.graph.dtypes import KV_SPELLINGS
 
 if TYPE_CHECKING:
     from llmctl.targets.base import StepLimits, Target
-
-_SPELLINGS = {"fp8": "fp8_e4m3"}
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,9 @@ _INSTEAD = {"gpu_memory_utilization": "; --kv-cache-memory sizes the KV cache of
 
 
 def _kv_cache_dtype(name: str) -> str | None:
-    found = _SPELLINGS.get(name, name)
-    if found == "auto":
+    if name == "auto":
         return None
-    if found not in KV_DTYPES:
-        known = ", ".join(("auto", *KV_DTYPES, *_SPELLINGS))
-        raise UsageError(f"--kv-cache-dtype: expected one of {known}, found '{name}'", param="kv_cache_dtype")
-    return found
+    if name not in KV_SPELLINGS:
+        known = ", ".join(KV_SPELLINGS)
+        raise UsageError(f"--kv-cache-dtype: expected one of auto, {known}, found '{name}'", param="kv_cache_dtype")
+    return KV_SPELLINGS[name]

@@ -78,7 +78,8 @@ MemoryBudget = Annotated[
     typer.Option(
         "--memory-budget",
         metavar="SIZE",
-        help="What the plan may use, such as 8GiB; by default a share of the memory available now.",
+        help="What the plan may use, such as 8GiB; by default a share of the GPU's memory for cuda where there is one, "
+        "else of the machine's that is available now.",
         rich_help_panel="Memory",
     ),
 ]

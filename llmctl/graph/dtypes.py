@@ -54,3 +54,5 @@ FLOAT_DTYPES = (*COMPUTE_DTYPES, "float64")
 """What a dense weight may be stored in."""
 KV_DTYPES = (*COMPUTE_DTYPES, "int8", "fp8_e4m3")
 """What a KV cache may be made of."""
+KV_SPELLINGS = {**{name: name for name in KV_DTYPES}, "fp8": "fp8_e4m3"}
+"""A KV cache's dtype by every name that options have for it."""

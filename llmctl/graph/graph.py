@@ -148,6 +148,10 @@ class Graph:
         """All linear ops, in execution order."""
         return (op for op in self.ops if op.kind == "linear")
 
+    def gather_index(self) -> int:
+        """Index of the ``gather_rows`` op, from which on only rows whose logits are wanted are computed."""
+        return next(i for i, op in enumerate(self.ops) if op.kind == "gather_rows")
+
     def producer(self, buffer: str) -> Op | None:
         """The op that writes ``buffer``; None for a step input."""
         return next((op for op in self.ops if buffer in op.outputs), None)

@@ -18,7 +18,7 @@ WORTH_SAYING = 0.2
 """Share of the time without a full device from which the line says why."""
 
 ADVICE = {
-    "kv_full": "--kv-cache-memory or build --kv-cache-dtype int8",
+    "kv_full": "--kv-cache-memory or --kv-cache-dtype int8",
     "token_budget": "a larger --max-num-batched-tokens",
     "max_num_seqs": "a larger --max-num-seqs",
     "host": "fewer log-probabilities cost less",

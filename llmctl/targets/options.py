@@ -7,6 +7,7 @@ from typing import Any
 
 from llmctl.config import BuildConfig
 from llmctl.errors import UsageError
+from llmctl.graph.dtypes import KV_SPELLINGS
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions
 
@@ -39,7 +40,7 @@ def check_kv_cache_dtype(name: str, kind: str, dtype: str, known: Sequence[str])
     Raises:
         UsageError: another.
     """
-    found = {"auto": dtype, "fp8": "fp8_e4m3"}.get(name, name)
+    found = {"auto": dtype, **KV_SPELLINGS}.get(name, name)
     if found not in known:
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {', '.join(known)} for a {kind} target that computes in "

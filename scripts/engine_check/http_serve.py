@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -20,8 +21,6 @@ SERVER_PACKAGES = (
     "aiohttp", "fastapi", "httptools", "jinja2", "msgspec", "prometheus_client", "psutil", "pydantic", "rich",
     "safetensors", "tokenizers", "typer", "uvicorn", "uvloop", "yaml",
 )  # fmt: skip
-HTTP_ONE = Load(ONE.at_once, ONE.tokens_in, ONE.tokens_out, 5)
-HTTP_MANY = Load(MANY.at_once, MANY.tokens_in, MANY.tokens_out, 2)
 
 
 def missing_packages() -> list[str]:
@@ -55,9 +54,7 @@ def wait_written(folder: Path, budget: Budget) -> float:
     return float(written_mark(folder).read_text())
 
 
-def serve_over_http(
-    model: str, folder: Path, budget: Budget, emit: Emit, loads: Sequence[Load] = (HTTP_ONE, HTTP_MANY)
-) -> None:
+def serve_over_http(model: str, folder: Path, budget: Budget, emit: Emit, loads: Sequence[Load] = (ONE, MANY)) -> None:
     """Start twice (the second time every file has been read before), serve, and take the start apart.
 
     Raises:
@@ -106,18 +103,11 @@ def send(url: str, tokenizer: Path, load: Load) -> dict[str, Any]:
     firsts = [repeat["median_ttft_ms"] for repeat in result["repeats"]]
     return {
         "way": "over HTTP, llmctl serve and llmctl bench serve's client", "load": load.name, "rounds": load.repeats,
-        "tok/s": median(rates), "tok/s range": [min(rates), max(rates)],
-        "TTFT ms": median(firsts), "TTFT ms range": [min(firsts), max(firsts)],
+        "tok/s": statistics.median(rates), "tok/s range": [min(rates), max(rates)],
+        "TTFT ms": statistics.median(firsts), "TTFT ms range": [min(firsts), max(firsts)],
         "between tokens ms": result["median_itl_ms"], "client's share of a core":
         result["client"]["cpu_share_of_one_core"],
     }  # fmt: skip
-
-
-def median(values: Sequence[float]) -> float:
-    """Of a few."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def stages(folder: Path) -> dict[str, float]:

@@ -105,13 +105,6 @@ class CudaPlace:
         }
 
 
-def arch() -> str:
-    """This GPU's, as ``sm_90``."""
-    import torch
-
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
-
-
 def _driver_version() -> str | None:
     """The driver's own version, as the kernel's module tells it."""
     try:

@@ -7,14 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_sanitize
 import pytest
+from gpu_sanitize import Found, Run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import gpu_sanitize  # noqa: E402
-from gpu_sanitize import Found, Run  # noqa: E402
-
 CLEAN = (
     "....\n4 passed, 2 deselected in 3.21s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 )

@@ -42,7 +42,7 @@ def test_a_device_without_full_steps_is_explained_from_a_fifth_of_the_time_on() 
     line = status_line(before, after({"busy": 8.0, "kv_full": 51.0, "host": 2.0}), 10.0)
     assert line.endswith("; host 20%: fewer log-probabilities cost less")
     line = status_line(before, after({"busy": 8.0, "kv_full": 53.0}), 9.0)
-    assert line.endswith("; kv_full 30%: --kv-cache-memory or build --kv-cache-dtype int8")
+    assert line.endswith("; kv_full 30%: --kv-cache-memory or --kv-cache-dtype int8")
 
 
 def test_a_host_that_launches_kernel_by_kernel_is_told_so() -> None:
@@ -56,7 +56,7 @@ def test_a_host_that_launches_kernel_by_kernel_is_told_so() -> None:
 def test_every_state_has_its_advice_in_a_short_line_with_flags_that_exist() -> None:
     assert set(ADVICE) == set(StateSeconds.__struct_fields__) - {"busy"}
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    flags = {flag for name in ("serve", "build") for option in commands[name].params for flag in option.opts}
+    flags = {flag for option in commands["serve"].params for flag in option.opts}
     big = {"num_generated_tokens": 10**6, "num_scheduled_tokens": 2 * 10**6, "num_running": 512, "num_waiting": 1024}
     for state, words in ADVICE.items():
         assert {word.strip(",") for word in words.split() if word.startswith("--")} <= flags

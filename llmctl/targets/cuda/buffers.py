@@ -125,7 +125,7 @@ class _Planner:
         self.placements: dict[str, Placement] = {}
         self.merged: dict[str, Placement] = {}
         self.last = {name: i for i, op in enumerate(graph.ops) for name in (*op.inputs, *op.outputs)}
-        self.gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
+        self.gather = graph.gather_index()
 
     def run(self) -> BufferPlan:
         for index, op in enumerate(self.graph.ops):
@@ -196,7 +196,7 @@ def scratch_bytes(sizes: Mapping[str, int], dtype: str) -> int:
 
 def _needs(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> Iterator[tuple[str, int]]:
     tokens, formats = sizes.max_num_batched_tokens, cuda_formats(graph)
-    gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
+    gather = graph.gather_index()
     for index, op in enumerate(graph.ops):
         most = sizes.max_num_seqs if index >= gather else tokens
         if op.kind == "linear":

@@ -16,7 +16,7 @@ OUT_OF_MEMORY = 2
 _DRIVER_FIX = "install an NVIDIA driver for the CUDA version of torch, or a torch for the driver's; nvidia-smi names it"
 _MEMORY_FIX = "end what else runs on the GPU (nvidia-smi lists it), or lower --max-model-len or --max-num-seqs"
 _LOST_FIX = "restart the server; nvidia-smi and dmesg (lines with Xid) say whether the GPU is at fault"
-_REBUILD_FIX = "build the engine on this machine: llmctl build --target cuda"
+_REBUILD_FIX = "build the engine again on this machine, with --target cuda"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from llmctl.graph.graph import Graph
 from llmctl.targets.base import FALLBACK, BuildOptions, KernelChoice
 from llmctl.targets.batch import Batch
 from llmctl.targets.cuda.call import Machine
-from llmctl.targets.cuda.ops import Job
-from llmctl.targets.cuda.program import Foreign, Weights
+from llmctl.targets.cuda.ops import Executor, Job
+from llmctl.targets.cuda.program import Weights, torch_dtype
 from llmctl.targets.plain import unpack_codes
 from llmctl.targets.reference.context import Env, StepContext
 from llmctl.targets.reference.interpreter import Interpreter
@@ -64,9 +64,9 @@ class Fallbacks:
         self._ops = [op for op in graph.ops if choices[op.name].kernel == FALLBACK and op.name not in dense]
         self._check(choices, options)
         given = {name: w for name, w in weights.items() if isinstance(w, Tensor)}
-        self._interpreter = Interpreter(graph, given, getattr(torch, options.dtype), device)
+        self._interpreter = Interpreter(graph, given, torch_dtype(options.dtype), device)
         self._context: StepContext | None = None
-        self.executors: dict[str, Foreign] = {op.name: self._execute for op in self._ops}
+        self.executors: dict[str, Executor] = {op.name: self._execute for op in self._ops}
 
     def begin(self, batch: Batch, caches: Mapping[int, Tensor]) -> None:
         """What the ops of the next step share."""

@@ -20,6 +20,7 @@ import numpy as np
 from llmctl.errors import CompileError
 from llmctl.targets.cuda.call import Call, Pointer
 from llmctl.targets.cuda.compile import compile_modules
+from llmctl.targets.cuda.errors import of_code
 
 _FLOAT, _FLOAT_BITS = struct.Struct("<f"), struct.Struct("<I")
 _STATIC_LIMIT = 48 * 1024
@@ -44,6 +45,7 @@ class CudaMachine:
 
         Raises:
             ValueError: a tensor that is not on a CUDA device, or a kernel whose module is not among the machine's.
+            DeviceError: the driver refuses the launch, or a kernel before it has failed.
         """
         if not call.empty:
             self.prepared(call)()
@@ -56,7 +58,7 @@ class CudaMachine:
         """What queues a call, as often as it is called, on the stream that is torch's current one now.
 
         Raises:
-            ValueError: as ``launch``.
+            ValueError: as ``launch``; what it returns raises its DeviceError.
         """
         words = argument_words(call)
         values = (ctypes.c_uint64 * len(words))(*words)
@@ -188,14 +190,17 @@ def _driver() -> ctypes.CDLL:
 
 
 def raise_driver_error(code: int, what: str) -> NoReturn:
-    """Raise what a result of the CUDA driver says.
+    """Raise what a result of the CUDA driver stands for.
+
+    Args:
+        what: was to be done; an entry point.
 
     Raises:
-        RuntimeError: always; the driver's name for it and its description.
+        DeviceError: always, as ``of_code`` has it, with the driver's own name and description.
     """
     texts = []
     for function in ("cuGetErrorName", "cuGetErrorString"):
         text = ctypes.c_char_p()
         getattr(_driver(), function)(code, ctypes.byref(text))
         texts.append((text.value or b"?").decode())
-    raise RuntimeError(f"{what}: CUDA error: {texts[0]}: {texts[1]}")
+    raise of_code(code, f"{what}: {texts[0]}: {texts[1]}")

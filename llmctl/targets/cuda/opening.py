@@ -54,7 +54,11 @@ def _import_cupy() -> None:
 
 
 def module_files(engine: RuntimeEngine) -> dict[str, Path]:
-    """Kernel source -> the engine's module of it for this device."""
+    """Kernel source -> the engine's module of it for this device.
+
+    Raises:
+        EngineLoadError: a module that is not there.
+    """
     device = cuda_device()
     assert device is not None, "check_machine came before"
     options = engine.options
@@ -66,7 +70,10 @@ def module_files(engine: RuntimeEngine) -> dict[str, Path]:
     found = {source: folder / arch / f"{Path(source).stem}.{suffix}" for source in sources_of(chosen)}
     missing = [path.name for path in found.values() if not path.exists()]
     if missing:
-        raise EngineLoadError(f"{engine.path}: expected kernels/{arch}/{missing[0]}, found none")
+        raise EngineLoadError(
+            f"{engine.path}: expected kernels/{arch}/{missing[0]}, found none",
+            fix="build the engine again on this machine, with --target cuda",
+        )
     return found
 
 

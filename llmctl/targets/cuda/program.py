@@ -20,7 +20,7 @@ from llmctl.targets.base import FALLBACK, KernelChoice
 from llmctl.targets.cuda.buffers import Buffers
 from llmctl.targets.cuda.call import Call, Machine
 from llmctl.targets.cuda.inputs import StepShape
-from llmctl.targets.cuda.ops import EXECUTORS, Job, PackedWeight, Scratch, StepTensors, dense
+from llmctl.targets.cuda.ops import EXECUTORS, Executor, Job, PackedWeight, Scratch, StepTensors, dense
 from llmctl.targets.cuda.signatures import launch
 from llmctl.targets.reference.kernels import AdapterWeights
 
@@ -78,8 +78,6 @@ class Recorder:
 
 
 Weights = Mapping[str, "Tensor | PackedWeight | None"]
-Foreign = Callable[[Machine, Job], None]
-"""Executes an op that no kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,8 @@ class Model:
     rope: Callable[[Op], tuple[Tensor, Tensor]]
     limits: RuntimeLimits
     sms: int
-    foreign: Mapping[str, Foreign]
+    foreign: Mapping[str, Executor]
     lora: Mapping[str, AdapterWeights]
-
-    @property
-    def gather(self) -> int:
-        """Index of the op after which only sampled rows are computed."""
-        return next(i for i, op in enumerate(self.graph.ops) if op.kind == "gather_rows")
 
     def bind(
         self,
@@ -133,7 +126,7 @@ class Model:
         launch(recorder, "feed_tokens", ids=inputs["ids"], source=inputs["source"], tokens=tokens)
         step = self._step(shape, inputs, inputs["ids"][:0])
         env = {INPUT_IDS: inputs["ids"], POSITIONS: inputs["positions"]}
-        self._run(recorder, self.graph.ops[: self.gather], env, step, shape.tokens)
+        self._run(recorder, self.graph.ops[: self.graph.gather_index()], env, step, shape.tokens)
         return recorder.program()
 
     def bind_head(self, machine: LaunchMachine, rows: Tensor, every: bool) -> Program:
@@ -143,13 +136,13 @@ class Model:
             rows: i64 [R], the rows that are wanted. every: they are the first R rows in order; nothing is gathered.
         """
         recorder = Recorder(machine)
-        gather, rest = self.graph.ops[self.gather], self.graph.ops[self.gather + 1 :]
+        gather, *rest = self.graph.ops[self.graph.gather_index() :]
         hidden = gather.inputs[0]
         env = {}
         if every:
             env[gather.outputs[0]] = self.buffers.view(hidden, len(rows))
         else:
-            rest = (gather, *rest)
+            rest = [gather, *rest]
             env[hidden] = self.buffers.view(hidden, self.buffers.rows_of(hidden))
         none = rows[:0]
         shape = StepShape(len(rows), 0, 0, False, False)
@@ -172,7 +165,7 @@ class Model:
             job = Job(op, inputs, outputs, [self.weights[name] for name in op.weights], step)
             self._executor(op)(machine, job)
 
-    def _executor(self, op: Op) -> Foreign:
+    def _executor(self, op: Op) -> Executor:
         kernel = self.choices[op.name].kernel
         if kernel != FALLBACK:
             return EXECUTORS[kernel]

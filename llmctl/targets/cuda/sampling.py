@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmctl.engine.step import SamplingBatch, TokenLogprobs
 from llmctl.graph.dtypes import BY_TORCH
+from llmctl.targets.cuda.call import Machine
 from llmctl.targets.cuda.inputs import InputArena
 from llmctl.targets.cuda.program import Program, Recorder
 from llmctl.targets.cuda.queue import Queue
@@ -113,10 +114,10 @@ class DeviceSampler:
         allowed = None if batch.allowed_mask is None else upload(batch.allowed_mask.view(np.int32))
         self._sample(machine, adjusted, rows, allowed)
 
-    def _sample(self, machine: Recorder | object, logits: Tensor, rows: int, allowed: Tensor | None) -> None:
+    def _sample(self, machine: Machine, logits: Tensor, rows: int, allowed: Tensor | None) -> None:
         row = self._arena.row_view
         launch(
-            machine, f"sample_{BY_TORCH[str(logits.dtype).removeprefix('torch.')].tag}", logits=logits, allowed=allowed,  # type: ignore[arg-type]
+            machine, f"sample_{BY_TORCH[str(logits.dtype).removeprefix('torch.')].tag}", logits=logits, allowed=allowed,
             temperature=row("temperature", rows), top_k=row("top_k", rows), top_p=row("top_p", rows),
             min_p=row("min_p", rows), seeds=row("seeds", rows), positions=row("sample_positions", rows),
             tokens=self.tokens[:rows],
@@ -153,7 +154,8 @@ class DeviceSampler:
 
 
 def _penalises(batch: SamplingBatch) -> bool:
-    return not batch.repetition_penalty is batch.presence_penalty is batch.frequency_penalty is None
+    penalties = (batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
+    return any(penalty is not None for penalty in penalties)
 
 
 def _adjusts(batch: SamplingBatch) -> bool:

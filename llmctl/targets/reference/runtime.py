@@ -72,7 +72,7 @@ class ReferenceRuntime:
         element = getattr(torch, DTYPES[dtype].torch)
         self.interpreter = Interpreter(graph, weights, element, device)
         self.cache = allocate_cache(graph, num_blocks, block_size, element, device=device)
-        gather = next(i for i, op in enumerate(graph.ops) if op.kind == "gather_rows")
+        gather = graph.gather_index()
         self._hidden = graph.ops[gather].inputs[0]
         self._body = self.interpreter.program(graph.ops[:gather], keep=(self._hidden,))
         self._head = self.interpreter.program(graph.ops[gather:], keep=(self._hidden, LOGITS))
