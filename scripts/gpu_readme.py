@@ -22,7 +22,7 @@ from engine_check.report import VERSION, decode_rows, failed, prefill_rows, serv
 REPOSITORY = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu figures: make gpu-table -->", "<!-- end of gpu figures -->"
 NOTHING = "Nothing has been measured on a GPU with this version yet (`scripts/gpu_check.sh --engine` does)."
-FILES = ("gpu_engine.json", "gpu_engine.svg", "gpu_engine_prefill.svg")
+FILES = ("gpu_engine.json", "gpu_engine.svg", "gpu_engine_prefill.svg", "gpu_engine.md")
 _FACTS = ("card", "driver", "CUDA", "torch", "cupy", "python")
 
 
@@ -40,7 +40,7 @@ def section(folder: Path) -> str:
         raise ValueError(f"{path.name}: expected version {VERSION}, found {document.get('version')}")
     if not document["facts"]["measured"]:
         raise ValueError(f"{path.name}: of a dry run, which measures nothing")
-    images = [name for name in FILES[1:] if (folder / name).exists()]
+    images = [name for name in FILES if name.endswith(".svg") and (folder / name).exists()]
     return "\n".join([*_head(document), *_tables(document["results"]), *_images(images, folder)])
 
 
@@ -55,11 +55,8 @@ def _head(document: Mapping[str, Any]) -> list[str]:
     verdicts = [v for v in judge(document["results"]) if v.reached is not None]
     missed = [f"{v.goal.name}: {v.found}" for v in verdicts if not v.reached]
     lines = [f"{when}{f'; the device: {bounds}' if bounds else ''}. Random weights; `scripts/gpu_check.sh --engine`."]
-    words = ["`of read`, `of matmul`: share of the device's rate"] if bounds else []
-    if document["results"].get("trial"):
-        words.append("`÷ trial`: time over that of the program given as `--trial`, on the same card in the same run")
-    if words:
-        lines += ["", f"{'; '.join(words)}."]
+    if bounds:
+        lines += ["", "`of read`, `of matmul`: share of the device's rate. All of it: [docs/gpu](docs/gpu)."]
     wrong = failed(document)
     if wrong:
         lines += ["", f"That run reported {len(wrong)} failures, the first: {wrong[0]}."]
@@ -69,15 +66,20 @@ def _head(document: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of README asks for; docs/gpu has the rest."""
     lines: list[str] = []
-    for head, rows in (
-        (("served", "load", "way", "tok/s", "range", "TTFT ms", "range", "between tokens ms"), served_rows(results)),
-        (("decode", "sequences", "context", "ms", "±", "tok/s", "GB/s", "of read", "÷ trial"), decode_rows(results)),
-        (("prompts", "tokens", "ms", "tok/s", "TFLOP/s", "of matmul", "host ms", "÷ trial"), prefill_rows(results)),
-        (("start", "what", "seconds"), start_rows(results)),
+    decode = ("decode", "sequences", "context", "ms", "±", "tok/s", "GB/s", "of read", "÷ trial")
+    prompts = ("prompts", "tokens", "ms", "tok/s", "TFLOP/s", "of matmul", "host ms", "÷ trial")
+    served = ("served", "load", "way", "tok/s", "range", "TTFT ms", "range", "between tokens ms")
+    ready = [row for row in start_rows(results) if "to ready" in row[1]]
+    for head, rows, left_out in (
+        (served, served_rows(results), ()),
+        (decode, decode_rows(results), ("±", "GB/s", "÷ trial")),
+        (prompts, prefill_rows(results), ("TFLOP/s", "host ms", "÷ trial")),
+        (("start", "what", "seconds"), ready, ()),
     ):
         if rows:
-            kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+            kept = [i for i, name in enumerate(head) if name not in left_out and any(row[i] for row in rows)]
             lines += ["", *table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])]
     return lines
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
-from llmctl.artifact.loader import read_manifest
+from llmctl.artifact.loader import LoadedEngine, read_manifest
 from llmctl.artifact.start import StartedEngine, start_engine
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
@@ -25,9 +25,14 @@ from llmctl.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class BenchedEngine(StartedEngine):
-    """An engine that is ready to run. ``open_seconds``: from its folder on disk to here, building not counted."""
+    """An engine that is ready to run.
 
-    threads: int
+    Attributes:
+        threads: processor threads that compute; None where a device of its own does. open_seconds: from its folder on
+            disk to here, building not counted.
+    """
+
+    threads: int | None
     open_seconds: float
 
     def describe(self) -> dict[str, object]:
@@ -80,11 +85,13 @@ def prepare_engine(config: EngineOptions, longest: int = 0) -> BenchedEngine:
     start = time.perf_counter()
     started = start_engine(path, config, clock=time.perf_counter)
     seconds = time.perf_counter() - start
-    return BenchedEngine(started.engine, started.tokenizer, started.loaded, _threads(config), seconds)
+    return BenchedEngine(started.engine, started.tokenizer, started.loaded, _threads(config, started.loaded), seconds)
 
 
-def _threads(config: EngineOptions) -> int:
+def _threads(config: EngineOptions, loaded: LoadedEngine) -> int | None:
     """Threads that compute: those asked for, else torch's when it is the one computing, else all usable cores."""
+    if "threads" not in loaded.target.run_options:
+        return None
     if config.threads is not None:
         return config.threads
     torch = sys.modules.get("torch")

@@ -58,7 +58,8 @@ class Fallbacks:
         """Say which ops there are, and why.
 
         Raises:
-            EngineLoadError: one that reads or writes the KV cache, where that is not of the compute dtype.
+            EngineLoadError: one that reads or writes the KV cache, where that is not of the compute dtype; one that
+                torch's operators are not given what they need for.
         """
         dense = {op.name for op in graph.linears() if "activations" not in op.attrs}
         self._ops = [op for op in graph.ops if choices[op.name].kernel == FALLBACK and op.name not in dense]
@@ -81,6 +82,11 @@ class Fallbacks:
                     f"--kv-cache-dtype {options.kv_cache_dtype}: op '{op.name}' has no CUDA kernel ({reason}), and "
                     f"torch's operators read a cache of {options.dtype}",
                     fix="--kv-cache-dtype auto",
+                )
+            if op.kind == "lora":
+                raise EngineLoadError(
+                    f"op '{op.name}' has no CUDA kernel ({reason}), and torch's operators are not given adapters",
+                    fix="adapters of a rank that the kernels take",
                 )
             if "activations" in op.attrs:
                 raise EngineLoadError(

@@ -235,5 +235,6 @@ class Staging:
         self.arena.memory[:size].copy_(self.memory[:size], non_blocking=True)
         used = self._table_rows * shape.width
         if used:
-            self.arena.held = self._staged
+            self.arena.held = None
             self.arena.tables[:used].copy_(self.tables[:used], non_blocking=True)
+            self.arena.held = self._staged

@@ -86,9 +86,14 @@ def fitted(engine: RuntimeEngine, planes: Mapping[str, Tensor], machine: CudaMac
     sizes = engine.sizes
     block_bytes = sizes.block_size * kv_bytes_per_token(engine.graph, engine.options.kv_cache_dtype)
     probe = CudaRuntime(engine.graph, engine.options, planes, replace(sizes, num_blocks=1, enforce_eager=True), machine)
-    probe.run_largest()
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
+    try:
+        if not probe.run_largest():
+            log.warning("the KV cache is sized without a measured step: torch's operators allocate as they go")
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+    except BaseException:
+        probe.close()
+        raise
     # What the probe holds the runtime will hold again, all but the one block.
     room = int(total * sizes.gpu_memory_utilization) - (total - free) - _MARGIN
     probe.close()

@@ -214,8 +214,13 @@ class CudaRuntime:
         shape = StepShape(seats if decode else self._padded(tokens), seats, width, not decode, decode)
         return self._body(shape).entries + self._head_program(seats, decode).entries
 
-    def run_largest(self) -> None:
-        """Start a step of the largest size over nothing but padding: what it allocates, every later one finds."""
+    def run_largest(self) -> bool:
+        """Start a step of the largest size over nothing but padding: what it allocates, every later one finds.
+
+        False, and nothing is started, where torch's operators execute some ops: they could not run over padding.
+        """
+        if self._fallbacks.executors:
+            return False
         sizes = self._sizes
         width = context_width(sizes.max_model_len, self.limits)
         shape = StepShape(sizes.max_num_batched_tokens, sizes.max_num_seqs, width, True, True)
@@ -223,9 +228,9 @@ class CudaRuntime:
             views = self._arena.views(shape)
             for name in ("slots", "source"):
                 views[name].fill_(-1)
-            if not self._fallbacks.executors:  # which could not run over padding
-                self._run_body(shape)
-                self._head(sizes.max_num_seqs, every=False)
+            self._run_body(shape)
+            self._head(sizes.max_num_seqs, every=False)
+        return True
 
     def close(self) -> None:
         """Free the device's memory."""

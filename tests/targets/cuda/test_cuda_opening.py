@@ -88,7 +88,7 @@ class Device:
     """Memory of which ``used`` bytes are taken besides what a probe of the runtime takes while it is open."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: int, used: int, probe: int) -> None:
-        self.total, self.used, self.probe = total, used, probe
+        self.total, self.used, self.probe, self.measured = total, used, probe, True
         self.log: list[Any] = []
         device = self
 
@@ -100,8 +100,9 @@ class Device:
                 device.used += device.probe
                 device.log.append(sizes)
 
-            def run_largest(self) -> None:
+            def run_largest(self) -> bool:
                 device.log.append("largest")
+                return device.measured
 
             def close(self) -> None:
                 device.used -= device.probe
@@ -128,6 +129,24 @@ def test_as_many_blocks_as_planned_where_there_is_room(
     probed, *rest = device.log
     assert rest == ["largest", "done", "closed"]
     assert (probed.num_blocks, probed.enforce_eager, probed.max_num_seqs) == (1, True, 8)
+    assert device.used == 2 * GIB
+
+
+def test_a_step_that_cannot_be_measured_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Device(monkeypatch, 10 * GIB, 2 * GIB, GIB)
+    device.measured = False
+    with caplog.at_level(logging.WARNING):
+        device.fitted()
+    assert "the KV cache is sized without a measured step" in caplog.text
+
+
+def test_a_probe_that_fails_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, 10 * GIB, 2 * GIB, GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        device.fitted()
     assert device.used == 2 * GIB
 
 
