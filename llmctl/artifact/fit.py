@@ -32,6 +32,7 @@ def _remedies(sizing: Sizing, plan: MemoryPlan, model: str, running: bool) -> It
         yield f"use --max-model-len {plan.largest_max_model_len} or less"
     if running:
         yield from _fewer_sequences(sizing)
+        yield from _smaller_steps(sizing)
         yield from _larger_share(sizing, plan)
 
 
@@ -88,6 +89,14 @@ def _fewer_sequences(sizing: Sizing) -> Iterator[str]:
         low, high = (middle, high) if fits else (low, middle)
     if low:
         yield f"--max-num-seqs {low} or fewer"
+
+
+def _smaller_steps(sizing: Sizing) -> Iterator[str]:
+    tokens = sizing.request.step_limits(sizing.target).max_num_batched_tokens
+    while tokens := tokens // 2:  # not searched: each plan tries every number of rows
+        if replace(sizing, request=replace(sizing.request, max_num_batched_tokens=tokens)).plan().fits:
+            yield f"--max-num-batched-tokens {tokens} or fewer"
+            return
 
 
 def _larger_share(sizing: Sizing, plan: MemoryPlan) -> Iterator[str]:

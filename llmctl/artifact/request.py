@@ -62,7 +62,7 @@ class EngineRequest:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_dtype=_kv_cache_dtype(config.kv_cache_dtype),
-            kv_cache_bytes=parse_bytes(size, param="kv_cache_memory") if size else None,
+            kv_cache_bytes=parse_bytes(size, param="kv_cache_memory") if size is not None else None,
             gpu_memory_utilization=share,
             enforce_eager=config.enforce_eager or None,
             threads=config.threads,

@@ -62,11 +62,12 @@ class BenchedEngine(StartedEngine):
         return getattr(self.loaded.sizes, name) if name in self.loaded.target.run_options else None
 
 
-def prepare_engine(config: EngineOptions, longest: int = 0) -> BenchedEngine:
+def prepare_engine(config: EngineOptions, longest: int = 0, requests: int = 0) -> BenchedEngine:
     """The engine that ``config.model`` names, built into the cache first if it is not an engine folder.
 
     Args:
         longest: tokens of the longest request that will come, prompt and output.
+        requests: how many will come at once; the engine's queue has room for them.
 
     Raises:
         UsageError: the engine takes no sequence of ``longest`` tokens (found before it is loaded).
@@ -82,6 +83,7 @@ def prepare_engine(config: EngineOptions, longest: int = 0) -> BenchedEngine:
             fix=fix,
             param="input_len",
         )
+    config = replace(config, max_num_queued_reqs=max(requests, config.max_num_queued_reqs))
     start = time.perf_counter()
     started = start_engine(path, config, clock=time.perf_counter)
     seconds = time.perf_counter() - start

@@ -68,7 +68,8 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     judge = _judge(config, config.regression_metrics)
     inputs, outputs = _lengths(config, _step_limits(config))
     environment = describe_environment()
-    opened = prepare_engine(config, longest=inputs.high + outputs.high)
+    most = max(config.num_prompts, config.num_warmups)
+    opened = prepare_engine(config, longest=inputs.high + outputs.high, requests=most)
     head = _head(config, judge, opened, "throughput", num_prompts=config.num_prompts)
     judge.check_same_work(head)
 
@@ -107,7 +108,7 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
             param="batch_size",
         )
     environment = describe_environment()
-    opened = prepare_engine(config, longest=inputs.high + outputs.high)
+    opened = prepare_engine(config, longest=inputs.high + outputs.high, requests=config.batch_size)
     sizes = {"batch_size": config.batch_size, "num_iters": config.num_iters}
     head = _head(config, judge, opened, "latency", **sizes)
     judge.check_same_work(head)

@@ -65,7 +65,7 @@ def test_every_remedy_in_order_and_each_helps(sizing: Sizing, monkeypatch: pytes
     said = advice(sizing, "hub/tiny")
     parts = said.split("; or ")
     assert [re.sub(r"[ :].*", "", part) for part in parts] == [
-        "quantize", "--kv-cache-dtype", "use", "--max-num-seqs", "--gpu-memory-utilization"
+        "quantize", "--kv-cache-dtype", "use", "--max-num-seqs", "--max-num-batched-tokens", "--gpu-memory-utilization"
     ]  # fmt: skip
     assert "(llmctl quantize --model hub/tiny --bits 4 --output tiny-4bit, and then use tiny-4bit)" in parts[0]
     other = quantized(sizing)
@@ -78,10 +78,22 @@ def test_every_remedy_in_order_and_each_helps(sizing: Sizing, monkeypatch: pytes
         number = int(re.findall(r"\d+", part)[0])
         assert changed(sizing, **{option: number}).plan().fits
         assert not changed(sizing, **{option: number + step}).plan().fits
-    share = float(parts[4].split()[1])
+    assert parts[4] == "--max-num-batched-tokens 4 or fewer"
+    share = float(parts[5].split()[1])
     assert share > 0.9
     assert changed(sizing, gpu_memory_utilization=share).plan().fits
     assert not changed(sizing, gpu_memory_utilization=share - 0.01).plan().fits
+
+
+def test_steps_that_are_too_large_are_what_is_to_be_changed(sizing: Sizing, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, 64 * MIB)
+    large = changed(sizing, max_num_batched_tokens=2**20)
+    assert not large.plan().fits
+    (said,) = advice(large, "tiny").split("; or ")
+    tokens = int(re.fullmatch(r"--max-num-batched-tokens (\d+) or fewer", said)[1])  # type: ignore[index]
+    assert changed(sizing, max_num_batched_tokens=tokens).plan().fits
+    assert not changed(sizing, max_num_batched_tokens=2 * tokens).plan().fits
+    assert "--max-num-batched-tokens" not in advice(large, "tiny", running=False)
 
 
 def test_a_build_has_no_options_of_a_run(sizing: Sizing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,20 @@ def test_throughput(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
     assert bench(*args, *load[2:], *base).exit_code == 2, "another input length is other work"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("throughput", "--num-prompts", "1025", "--num-warmups", "0"),
+        ("latency", "--batch-size", "1025", "--max-num-seqs", "1025", "--num-iters", "1", "--num-iters-warmup", "0"),
+    ],
+)
+def test_more_requests_at_once_than_a_server_would_queue(
+    bench: Bench, tiny_engine: Path, options: tuple[str, ...]
+) -> None:
+    result = bench(*options, "--model", str(tiny_engine), "--input-len", "1", "--output-len", "1", "--json")
+    assert document(result)["completed"] == 1025
+
+
 def test_latency(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
     args = ("latency", "--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--batch-size", "2")
     load = ("--input-len", "9", "--output-len", "5", "--num-iters", "4", "--num-iters-warmup", "1", "--json")

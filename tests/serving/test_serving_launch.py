@@ -28,6 +28,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"ssl_certfile": "cert.pem"}, "--ssl-certfile needs --ssl-keyfile"),
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),
+        ({"kv_cache_memory": ""}, "--kv-cache-memory: expected a size"),
         ({"kv_cache_dtype": "int3"}, "--kv-cache-dtype: expected one of auto"),
         ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization: expected a share above 0 and up to 1, found 1.1"),
         ({"gpu_memory_utilization": -0.1}, "--gpu-memory-utilization: expected a share"),
