@@ -100,11 +100,16 @@ class CapacityError(RequestError):
 
 
 class QueueFullError(LlmctlError):
-    """Admission refused: too many requests are waiting."""
+    """Admission refused: too many requests are waiting.
+
+    Attributes:
+        retry_after: whole seconds until there is room, by what is known of how fast requests finish.
+    """
 
     http_status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after: int = 1
 
 
 class NotReadyError(LlmctlError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import RequestError
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     from llmctl.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_CHARS = 256
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class SamplingParams:
         repetition_penalty: > 0, 1 = off. presence_penalty, frequency_penalty: [-2, 2], 0 = off.
         logit_bias: token id -> additive bias in [-100, 100].
         seed: None derives one from the engine's seed.
-        stop: strings that end the output. stop_token_ids: token ids that end it.
+        stop: strings that end the output, at most 64 of at most 1024 characters. stop_token_ids: ids that end it.
         bad_words: token sequences that must not be produced (see ``bad_word_ids``).
         min_tokens: end-of-sequence and stop ids (and stop strings) are suppressed before that many tokens.
         max_tokens: None = up to the engine's max_model_len; 0 computes (and scores) the prompt only.
@@ -93,7 +98,14 @@ class SamplingParams:
         Sample 0 keeps the seed, so the first of many samples equals the only sample of the same request.
         """
         seeds = (derive_seed(self.seed, i) if i and self.seed is not None else self.seed for i in range(self.n))
-        return tuple(replace(self, n=1, seed=seed) for seed in seeds)
+        return tuple(self._sample(seed) for seed in seeds)
+
+    def _sample(self, seed: int | None) -> SamplingParams:
+        """As ``replace``, without checking again what may be many ids."""
+        made = copy(self)
+        object.__setattr__(made, "n", 1)
+        object.__setattr__(made, "seed", seed)
+        return made
 
     def check_vocab(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have.
@@ -144,7 +156,7 @@ def _require(params: SamplingParams, name: str, low: float, high: float, *, open
 
 def _check_ranges(params: SamplingParams) -> None:
     infinity = math.inf
-    _require(params, "n", 1, 128)
+    _require(params, "n", 1, MAX_SAMPLES)
     _require(params, "temperature", 0, infinity)
     _require(params, "top_k", -1, infinity)
     _require(params, "top_p", 0, 1, open_low=True)
@@ -171,6 +183,7 @@ def _check_collections(params: SamplingParams) -> None:
         raise RequestError("stop: expected non-empty strings", param="stop")
     if len(params.stop) > MAX_STOP_STRINGS:
         raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {len(params.stop)}", param="stop")
+    _check_lengths("stop", params.stop, MAX_STOP_CHARS)
     for token, bias in (params.logit_bias or {}).items():
         if not _is_int(token) or isinstance(bias, bool) or not isinstance(bias, int | float) or not abs(bias) <= 100:
             raise RequestError(
@@ -186,22 +199,40 @@ def _check_collections(params: SamplingParams) -> None:
         raise RequestError("bad_words: expected non-empty sequences of token ids", param="bad_words")
 
 
+def _check_lengths(name: str, texts: Sequence[str], most: int) -> None:
+    longest = max(map(len, texts), default=0)
+    if longest > most:
+        raise RequestError(f"{name}: expected strings of at most {most} characters, found one of {longest}", param=name)
+
+
 def derive_seed(seed: int, index: int) -> int:
     """An independent u64 seed for stream ``index`` of ``seed`` (blake2b of both)."""
     data = (seed % 2**64).to_bytes(8, "little") + index.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=b"llmctl.seed").digest(), "little")
 
 
+def check_bad_words(words: Sequence[str]) -> None:
+    """Refuse forbidden words before anything is made of them.
+
+    Raises:
+        RequestError: an empty word, one of more than 256 characters, or more than 1024 words.
+    """
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError(f"bad_words: expected at most {MAX_BAD_WORDS} words, found {len(words)}", param="bad_words")
+    _check_lengths("bad_words", words, MAX_BAD_WORD_CHARS)
+    if not all(word.strip() for word in words):
+        raise RequestError("bad_words: expected non-empty strings", param="bad_words")
+
+
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Token sequences of forbidden words, each as it is spelt at a text's start and after a space.
 
     Raises:
-        RequestError: an empty word.
+        RequestError: as ``check_bad_words``.
     """
+    check_bad_words(words)
     found: dict[tuple[int, ...], None] = {}
     for word in words:
-        if not word.strip():
-            raise RequestError("bad_words: expected non-empty strings", param="bad_words")
         for spelling in (word.lstrip(), " " + word.lstrip()):
             ids = tuple(tokenizer.encode(spelling, add_special_tokens=False))
             if ids:

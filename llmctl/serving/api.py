@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -20,6 +20,7 @@ from llmctl.serving.context import Model, ServerContext, context_of
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.intake import Prompt
 from llmctl.serving.openai_errors import body_of, from_validation_error, json_response
+from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, SamplingFields
 from llmctl.serving.responses import (
     DONE_EVENT,
@@ -44,14 +45,16 @@ _SSE_HEADERS = [
 ]
 
 
-async def parse(request: Request, model: type[Body]) -> Body:
-    """The request's body as ``model``.
+async def parse(request: Request, model: type[Body], check: Callable[[Outline], None]) -> Body:
+    """The request's body as ``model``. ``check`` is given its outline before, and may refuse it.
 
     Raises:
         RequestError: not JSON, wrong types, missing fields.
     """
+    data = await request.body()
+    check(Outline(data))
     try:
-        body = model.model_validate_json(await request.body())
+        body = model.model_validate_json(data)
     except ValidationError as error:
         raise from_validation_error(error) from None
     if body.model_extra:
@@ -254,13 +257,22 @@ class ChatAnswer(Answer):
         return self.chunk(choice)
 
 
-async def _respond(
-    request: Request, context: ServerContext, body: SamplingFields, specs: list[SequenceSpec], answer: Answer
-) -> Response:
+def _check_outline(context: ServerContext, outline: Outline) -> None:
+    context.client.check_room(outline.sequences())
+    context.model().intake.check_outline(outline)
+
+
+def _check_options(context: ServerContext, body: SamplingFields) -> None:
+    context.check_name(body.model)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
     if body.priority and context.config.scheduling_policy != "priority":
         raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
+
+
+async def _respond(
+    request: Request, context: ServerContext, body: SamplingFields, specs: list[SequenceSpec], answer: Answer
+) -> Response:
     generation = context.client.generate(specs)
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
@@ -293,11 +305,12 @@ async def completions(request: Request) -> Response:
     context = context_of(request)
     with _counted(context):
         model = context.model()
-        body = await parse(request, CompletionRequest)
-        context.check_name(body.model)
+        body = await parse(request, CompletionRequest, lambda outline: _check_outline(context, outline))
+        _check_options(context, body)
         context.client.check_room(model.intake.num_sequences(body))
+        params = await model.intake.completion_params(body)
         prompts = await model.intake.completion_prompts(body)
-        params = model.intake.completion_params(body, prompts)
+        params = model.intake.fit_completion(params, body, prompts)
         answer = CompletionAnswer(model, prompts, params.n, body)
         return await _respond(request, context, body, _sequences(prompts, params, body), answer)
 
@@ -308,10 +321,11 @@ async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     with _counted(context):
         model = context.model()
-        body = await parse(request, ChatCompletionRequest)
-        context.check_name(body.model)
+        body = await parse(request, ChatCompletionRequest, lambda outline: _check_outline(context, outline))
+        _check_options(context, body)
         context.client.check_room(model.intake.num_sequences(body))
-        prompt = await model.intake.chat_prompt(body)
-        params = model.intake.chat_params(body, prompt)
+        params = await model.intake.chat_params(body)
+        prompt = await model.intake.chat_prompt(body, len(await request.body()))
+        params = model.intake.fit_chat(params, body, prompt)
         answer = ChatAnswer(model, prompt, params.n, body)
         return await _respond(request, context, body, _sequences([prompt], params, body), answer)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from llmctl import __version__
-from llmctl.errors import RequestError
 from llmctl.serving import api
 from llmctl.serving.api import openapi_body, parse
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import install_handlers, json_response
+from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
 
@@ -114,35 +113,24 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, or of a chat as its template renders it."""
     context = context_of(request)
     intake = context.model().intake
+    data = await request.body()
     body: TokenizeRequest | TokenizeChatRequest
-    if await _is_chat(request):
-        body = await parse(request, TokenizeChatRequest)
-        text = intake.render_chat(body)
+    if Outline(data).has("messages"):
+        body = await parse(request, TokenizeChatRequest, intake.check_outline)
     else:
-        body = await parse(request, TokenizeRequest)
-        text = body.prompt
+        body = await parse(request, TokenizeRequest, intake.check_outline)
     context.check_name(body.model)
-    ids = await intake.encode(text, add_special_tokens=body.add_special_tokens)
+    ids = await intake.tokenize(body, len(data))
     answer: dict[str, object] = {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [intake.tokenizer.id_to_token(i) for i in ids]
+        answer["token_strs"] = await intake.token_texts(ids)
     return json_response(answer)
-
-
-async def _is_chat(request: Request) -> bool:
-    try:
-        body = msgspec.json.decode(await request.body())
-    except (ValueError, RecursionError):  # the parser of the fields says what is wrong, or how deep is too deep
-        return False
-    return isinstance(body, dict) and "messages" in body
 
 
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     context = context_of(request)
     intake = context.model().intake
-    body = await parse(request, DetokenizeRequest)
+    body = await parse(request, DetokenizeRequest, intake.check_outline)
     context.check_name(body.model)
-    if not intake.known(body.tokens):
-        raise RequestError("tokens: an id is outside the vocabulary", param="tokens")
-    return json_response({"prompt": intake.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    return json_response({"prompt": await intake.detokenize(body)})

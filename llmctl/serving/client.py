@@ -14,6 +14,7 @@ from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
 from llmctl.errors import LlmctlError, NotReadyError, QueueFullError, RequestError
+from llmctl.serving.finish_rate import FinishRate
 from llmctl.serving.generation import Generation, RunningSequence, SequenceSpec
 from llmctl.serving.lifecycle import EngineState, WorkerLifecycle
 from llmctl.serving.metrics import ServerMetrics
@@ -45,6 +46,7 @@ class AsyncEngineClient:
         self._running: dict[str, RunningSequence] = {}
         self._ended_by_stop: dict[str, tuple[RunningSequence, TextOutput]] = {}
         self._last_progress = time.monotonic()
+        self._finished = FinishRate()
 
     @property
     def busy(self) -> bool:
@@ -95,7 +97,9 @@ class AsyncEngineClient:
         assert self.worker.info is not None, "requests are taken only once the engine is there"
         waiting = len(self._running) - self.worker.info.max_num_seqs
         if waiting + sequences > limit:
-            raise QueueFullError(f"{waiting} requests are waiting and at most {limit} may", fix="try again later")
+            error = QueueFullError(f"{waiting} requests are waiting and at most {limit} may", fix="try again later")
+            error.retry_after = self._finished.seconds_until(waiting + sequences - limit)
+            raise error
 
     def generate(self, specs: Sequence[SequenceSpec]) -> Generation:
         """Submit the sequences of one HTTP request; the engine admits all of them or none.
@@ -108,6 +112,7 @@ class AsyncEngineClient:
         generation = Generation(len(specs), self._cancel)
         if not self._running:
             self._last_progress = generation.arrival
+            self._finished.begin(generation.arrival)
         wire = []
         for index, spec in enumerate(specs):
             request_id = str(next(self._numbers))  # short: it is in every step's message
@@ -132,6 +137,7 @@ class AsyncEngineClient:
     def _cancel(self, generation: Generation) -> None:
         ids = [s.request_id for s in generation.sequences if s.request_id in self._running]
         self._forget(ids)
+        self._finished.count(len(ids))
         for _ in ids:
             self._metrics.ended("abort")
         if ids and self.worker.state is not EngineState.DEAD:
@@ -187,6 +193,7 @@ class AsyncEngineClient:
         sequence.last_token = now
         if output.finish_reason is not None:
             del self._running[output.request_id]
+            self._finished.count(now=now)
             if output.times is not None:
                 self._metrics.finished(output, sequence.prompt_tokens, output.times)
             else:  # a stop string: the engine's times come when it has aborted the request
@@ -200,6 +207,8 @@ class AsyncEngineClient:
 
     def _on_refused(self, ids: list[str], error: LlmctlError) -> None:
         found = [self._running[i] for i in ids if i in self._running]
+        if isinstance(error, QueueFullError):
+            error.retry_after = self._finished.seconds_until(len(ids))
         self._forget(ids)
         for generation in {s.generation for s in found}:
             generation.fail(error)

@@ -5,30 +5,35 @@ Everything that can be refused without the engine is refused here, before a resp
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmctl.engine.sampling_params import SamplingParams, bad_word_ids
+from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_bad_words
 from llmctl.errors import CapacityError, RequestError
+from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
     ChatCompletionRequest,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     SamplingFields,
+    TokenizeChatRequest,
+    TokenizeRequest,
 )
+from llmctl.serving.text_workers import TextWorkers
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
 
 log = logging.getLogger("llmctl.serving")
 
-# Texts longer than this are tokenized in a thread: the event loop has streams to feed.
-_INLINE_CHARS = 4096
+# What a word that is to be forbidden costs beside its characters, in characters, and a token that is to be text.
+_BYTES_PER_WORD = 64
+_BYTES_PER_TOKEN = 4
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # What a template is given by fields of the request.
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -83,17 +88,82 @@ class Intake:
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self.defaults = dict(defaults)
+        self._workers = TextWorkers()
 
     @property
     def has_chat_template(self) -> bool:
         """Whether chats can be rendered."""
         return self._chat_template is not None
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
-        if len(text) <= _INLINE_CHARS:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    def check_outline(self, outline: Outline) -> None:
+        """Refuse what cannot fit the context by the number of its tokens, or of its messages: each is a token at least.
+
+        Raises:
+            CapacityError.
+        """
+        counts = {
+            "prompt": outline.ids("prompt"),
+            "tokens": outline.ids("tokens"),
+            "messages": outline.count("messages"),
+        }
+        for name, count in counts.items():
+            if count > self.max_model_len:
+                raise self._too_long(f"{count} {'messages' if name == 'messages' else 'tokens'}", name)
+
+    def _check_fits(self, text: str, param: str) -> None:
+        """Refuse by its bytes alone a text that has too many tokens."""
+        if 4 * len(text) > self.max_model_len:
+            least = self.tokenizer.bounds.least_tokens(text)
+            if least > self.max_model_len:
+                raise self._too_long(f"at least {least} tokens", param)
+
+    def _too_long(self, found: str, param: str) -> CapacityError:
+        return CapacityError(
+            f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {found}",
+            fix="shorten the prompt",
+            param=param,
+        )
+
+    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that fits the context."""
+        self._check_fits(text, param)
+        ids = self.tokenizer.encode_up_to(self.max_model_len, text, add_special_tokens)
+        if isinstance(ids, int):
+            raise self._too_long(f"{ids} tokens", param)
+        return ids
+
+    async def tokenize(self, body: TokenizeRequest | TokenizeChatRequest, body_bytes: int) -> list[int]:
+        """Token ids of what ``/tokenize`` is asked for.
+
+        Raises:
+            CapacityError: too long by its bytes. RequestError: as ``render_chat``. QueueFullError.
+        """
+        if isinstance(body, TokenizeRequest):
+            self._check_fits(body.prompt, "prompt")
+        return await self._workers.run(body_bytes, lambda: self._tokenize(body))
+
+    def _tokenize(self, body: TokenizeRequest | TokenizeChatRequest) -> list[int]:
+        if isinstance(body, TokenizeRequest):
+            return self.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        text = self.render_chat(body)
+        self._check_fits(text, "messages")
+        return self.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
+
+    async def token_texts(self, ids: Sequence[int]) -> list[str | None]:
+        """The vocabulary's spelling of each token."""
+        size = len(ids) * _BYTES_PER_TOKEN
+        return await self._workers.run(size, lambda: [self.tokenizer.id_to_token(i) for i in ids])
+
+    async def detokenize(self, body: DetokenizeRequest) -> str:
+        """The text of token ids.
+
+        Raises:
+            RequestError: an id outside the vocabulary. QueueFullError.
+        """
+        if not self.known(body.tokens):
+            raise RequestError("tokens: an id is outside the vocabulary", param="tokens")
+        size = len(body.tokens) * _BYTES_PER_TOKEN
+        return await self._workers.run(size, lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))
 
     def num_sequences(self, body: CompletionRequest | ChatCompletionRequest) -> int:
         """How many sequences a request asks for: its prompts times ``n``. Nothing is made for it.
@@ -109,21 +179,27 @@ class Intake:
         items = _given_prompts(body)
         if not items:
             raise RequestError("prompt: expected at least one prompt, found an empty list", param="prompt")
-        return [await self._completion_prompt(item, body) for item in items]
+        size = sum(self._check_given(item, body) for item in items)
+        return await self._workers.run(size, lambda: [self._completion_prompt(item, body) for item in items])
 
-    async def _completion_prompt(self, item: str | list[int], body: CompletionRequest) -> Prompt:
+    def _check_given(self, item: str | list[int], body: CompletionRequest) -> int:
+        """Refuse what needs no tokenizer to be refused; how many bytes of text it is for the tokenizer."""
         if isinstance(item, str):
-            ids = await self.encode(item, add_special_tokens=body.add_special_tokens)
-            prompt = Prompt(ids, item)
-        else:
-            text = self.tokenizer.decode(item) if body.echo and self.known(item) else None
-            prompt = Prompt(item, text)
-        self.check_prompt(prompt.token_ids, "prompt")
-        return prompt
+            self._check_fits(item, "prompt")
+            return len(item)
+        self.check_prompt(item, "prompt")
+        return len(item) * _BYTES_PER_TOKEN if body.echo else 0
+
+    def _completion_prompt(self, item: str | list[int], body: CompletionRequest) -> Prompt:
+        if isinstance(item, list):
+            return Prompt(item, self.tokenizer.decode(item) if body.echo else None)
+        ids = self._encode(item, "prompt", add_special_tokens=body.add_special_tokens)
+        self.check_prompt(ids, "prompt")
+        return Prompt(ids, item)
 
     def known(self, ids: Sequence[int]) -> bool:
         """Whether the model has all these ids."""
-        return all(0 <= i < self._vocab_size for i in ids)
+        return not ids or (min(ids) >= 0 and max(ids) < self._vocab_size)
 
     def check_prompt(self, ids: Sequence[int], param: str) -> None:
         """Refuse an empty prompt, ids that the model does not have, and what does not fit the context.
@@ -133,16 +209,12 @@ class Intake:
         """
         if not ids:
             raise RequestError(f"{param}: expected at least one token, found none", param=param)
+        if len(ids) > self.max_model_len:
+            raise self._too_long(f"{len(ids)} tokens", param)
         if not self.known(ids):
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
             raise RequestError(
                 f"{param}: token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
-            )
-        if len(ids) > self.max_model_len:
-            raise CapacityError(
-                f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {len(ids)}",
-                fix="shorten the prompt",
-                param=param,
             )
 
     def render_chat(self, body: ChatRequest) -> str:
@@ -177,18 +249,28 @@ class Intake:
             **extra,
         )
 
-    async def chat_prompt(self, body: ChatRequest) -> Prompt:
-        """The prompt of a chat, as text and ids."""
+    async def chat_prompt(self, body: ChatRequest, body_bytes: int) -> Prompt:
+        """The prompt of a chat, as text and ids.
+
+        Args:
+            body_bytes: bytes of the request, more or less what its rendering takes.
+
+        Raises:
+            RequestError: as ``render_chat``. CapacityError: too long. QueueFullError.
+        """
+        return await self._workers.run(body_bytes, lambda: self._chat_prompt(body))
+
+    def _chat_prompt(self, body: ChatRequest) -> Prompt:
         text = self.render_chat(body)
-        ids = await self.encode(text, add_special_tokens=body.add_special_tokens)
+        ids = self._encode(text, "messages", add_special_tokens=body.add_special_tokens)
         self.check_prompt(ids, "messages")
         return Prompt(ids, text)
 
-    def completion_params(self, body: CompletionRequest, prompts: Sequence[Prompt]) -> SamplingParams:
-        """Sampling parameters of a completion request; they fit its longest prompt.
+    async def completion_params(self, body: CompletionRequest) -> SamplingParams:
+        """Sampling parameters of a completion request, but for ``max_tokens``, which ``fit_completion`` adds.
 
         Raises:
-            RequestError: a field that is out of range or cannot be honoured. CapacityError: too long.
+            RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
         if body.suffix:
             raise RequestError("suffix: not supported", param="suffix")
@@ -199,23 +281,40 @@ class Intake:
             prompt_logprobs = 0
         if prompt_logprobs is not None and body.stream:
             raise RequestError("prompt_logprobs: not available with stream", param="prompt_logprobs")
-        longest = max(len(p.token_ids) for p in prompts)
-        max_tokens = self._max_tokens(16 if body.max_tokens is None else body.max_tokens, longest, "max_tokens")
-        return self._params(body, max_tokens, body.logprobs, prompt_logprobs)
+        return await self._params(body, body.logprobs, prompt_logprobs)
 
-    def chat_params(self, body: ChatCompletionRequest, prompt: Prompt) -> SamplingParams:
-        """Sampling parameters of a chat request.
+    def fit_completion(
+        self, params: SamplingParams, body: CompletionRequest, prompts: Sequence[Prompt]
+    ) -> SamplingParams:
+        """The parameters with ``max_tokens``, which fit the longest prompt.
 
         Raises:
-            RequestError: a field that is out of range or cannot be honoured. CapacityError: too long.
+            CapacityError: too long. RequestError: ``min_tokens`` is more than that.
+        """
+        longest = max(len(p.token_ids) for p in prompts)
+        wanted = 16 if body.max_tokens is None else body.max_tokens
+        return replace(params, max_tokens=self._max_tokens(wanted, longest, "max_tokens"))
+
+    async def chat_params(self, body: ChatCompletionRequest) -> SamplingParams:
+        """Sampling parameters of a chat request, but for ``max_tokens``, which ``fit_chat`` adds.
+
+        Raises:
+            RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
         _refuse_tool_calls(body)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
+        return await self._params(body, (body.top_logprobs or 0) if body.logprobs else None, None)
+
+    def fit_chat(self, params: SamplingParams, body: ChatCompletionRequest, prompt: Prompt) -> SamplingParams:
+        """The parameters with ``max_tokens``, which fit the prompt.
+
+        Raises:
+            CapacityError: too long. RequestError: ``min_tokens`` is more than that.
+        """
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = getattr(body, param)
-        max_tokens = self._max_tokens(wanted, len(prompt.token_ids), param)
-        return self._params(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, None)
+        return replace(params, max_tokens=self._max_tokens(wanted, len(prompt.token_ids), param))
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
         room = self.max_model_len - prompt_tokens
@@ -231,10 +330,9 @@ class Intake:
             )
         return needed
 
-    def _params(
-        self, body: SamplingFields, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
-    ) -> SamplingParams:
+    async def _params(self, body: SamplingFields, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         _refuse_structured(body)
+        self._check_counts(body)
         values: dict[str, Any] = dict(self.defaults)
         plain = (*_DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
         for name in (*plain, "skip_special_tokens", "include_stop_str_in_output"):
@@ -246,15 +344,30 @@ class Intake:
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         params = SamplingParams(
             **values,
-            max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             stop=stop,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
-            bad_words=bad_word_ids(self.tokenizer, body.bad_words or ()),
             logit_bias=_logit_bias(body.logit_bias),
         )
+        params.check_vocab(self._vocab_size)
+        return await self._without_bad_words(params, body.bad_words) if body.bad_words else params
+
+    def _check_counts(self, body: SamplingFields) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            given = getattr(body, name)
+            if given is not None and len(given) > self._vocab_size:
+                raise RequestError(
+                    f"{name}: expected at most {self._vocab_size} token ids (the vocabulary), found {len(given)}",
+                    param=name,
+                )
+
+    async def _without_bad_words(self, params: SamplingParams, words: Sequence[str]) -> SamplingParams:
+        check_bad_words(words)
+        size = 2 * sum(len(word) + _BYTES_PER_WORD for word in words)
+        ids = await self._workers.run(size, lambda: bad_word_ids(self.tokenizer, words))
+        params = replace(params, bad_words=ids)
         params.check_vocab(self._vocab_size)
         return params
 

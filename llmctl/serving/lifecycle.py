@@ -204,7 +204,9 @@ class WorkerLifecycle:
                 self._tasks.append(asyncio.create_task(self._process.stop(_WORKER_EXIT_SECONDS)))
 
     async def _load_tokenizer(self, path: Path) -> None:
-        self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, path)
+        tokenizer = self.tokenizer = await asyncio.to_thread(Tokenizer.from_folder, path)
+        # Nothing waits for the bounds: the first long text would, on the event loop.
+        self._tasks.append(asyncio.create_task(asyncio.to_thread(lambda: tokenizer.bounds)))
 
     async def _become_ready(self, info: EngineInfo) -> None:
         assert self._loading is not None

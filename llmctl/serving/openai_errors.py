@@ -17,7 +17,7 @@ from llmctl.errors import LlmctlError, QueueFullError, RequestError
 
 log = logging.getLogger("llmctl.serving")
 
-RETRY_AFTER_SECONDS = 1
+NOT_READY_RETRY_SECONDS = 1
 
 # A union fails with one problem per alternative; these say what the field accepts in one phrase.
 _UNIONS = {
@@ -53,9 +53,11 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 def error_response(error: BaseException) -> Response:
     """The HTTP response for any exception; a full queue and a server that is not ready say when to retry."""
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, QueueFullError) else None
-    if status_of(error) == 503:
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    headers = None
+    if isinstance(error, QueueFullError):
+        headers = {"Retry-After": str(error.retry_after)}
+    elif status_of(error) == 503:
+        headers = {"Retry-After": str(NOT_READY_RETRY_SECONDS)}
     return json_response(body_of(error), status_of(error), headers)
 
 

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
-Stop = str | list[str] | None
+# A list that is wrong ends at its first item that is: one problem is told, and a list has many items.
+_FAILS_FAST = Field(fail_fast=True)
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], _FAILS_FAST]
+Texts = Annotated[list[str], _FAILS_FAST]
+Objects = Annotated[list[dict[str, Any]], _FAILS_FAST]
 
 
 class ApiModel(BaseModel):
@@ -39,7 +42,7 @@ class SamplingFields(ApiModel):
     model: str | None = None
     n: int | None = 1
     seed: int | None = None
-    stop: Stop = None
+    stop: str | Texts | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -58,7 +61,7 @@ class SamplingFields(ApiModel):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     allowed_token_ids: TokenIds | None = None
-    bad_words: list[str] | None = None
+    bad_words: Texts | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
     cache_salt: str | None = None
     skip_special_tokens: bool | None = True
@@ -76,7 +79,7 @@ class SamplingFields(ApiModel):
 class CompletionRequest(SamplingFields):
     """``POST /v1/completions``."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], _FAILS_FAST]
     max_tokens: int | None = 16
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -97,20 +100,20 @@ class ChatMessage(ApiModel):
     """One message; fields beyond these reach the chat template as they are."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], _FAILS_FAST] | None = None
 
 
 class ChatRequest(ApiModel):
     """What renders to a chat prompt; shared by chat completions and ``/tokenize``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    tools: Objects | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Objects | None = None
 
 
 class ChatCompletionRequest(SamplingFields, ChatRequest):

@@ -16,14 +16,14 @@ from tokenizers import Tokenizer as _Backend
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of GPT-2's byte-level BPE: printable bytes stand for themselves, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_ALPHABET = _byte_level_alphabet()
+_ALPHABET = byte_level_alphabet()
 
 
 class TokenBytes:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as _Backend
 
 from llmctl.errors import CheckpointError, RequestError
 from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.text_bounds import TextBounds
 from llmctl.text.token_bytes import TokenBytes
 
 FILE_NAMES = (
@@ -24,6 +27,9 @@ FILE_NAMES = (
     "generation_config.json",
     "chat_template.jinja",
 )
+# tokenizers holds Python's lock in `encode` and `decode`, and lets it go in their batch forms: worth it for large ones.
+_BATCH_CHARS = 4096
+_BATCH_TOKENS = 1024
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -100,26 +106,49 @@ class Tokenizer:
         """Ids the tokenizer knows, added tokens included (a model's embedding may be padded beyond)."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def bounds(self) -> TextBounds:
+        """What is known of a text's length in tokens without tokenizing it. The first time reads the vocabulary."""
+        return TextBounds(self._backend)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with the model's own leading and trailing special tokens unless told otherwise.
+
+        A text beyond a few KB is tokenized without Python's lock: other threads run meanwhile.
 
         Raises:
             RequestError: text that is not valid Unicode (half of a surrogate pair, which JSON can spell).
         """
+        return self._encoding(text, add_special_tokens).ids
+
+    def encode_up_to(self, most: int, text: str, add_special_tokens: bool = True) -> list[int] | int:
+        """As ``encode``; of a text of more than ``most`` tokens their number only.
+
+        Raises:
+            RequestError: as ``encode``.
+        """
+        encoding = self._encoding(text, add_special_tokens)
+        return encoding.ids if len(encoding) <= most else len(encoding)
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"text: not valid Unicode at character {error.start}") from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= _BATCH_CHARS:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Ids that the tokenizer does not know yield nothing.
+        """Text of token ids, many of them without Python's lock. Ids that the tokenizer does not know yield nothing.
 
         Raises:
             RequestError: a number that can be no token id.
         """
         try:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            if len(ids) <= _BATCH_TOKENS:
+                return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
         except OverflowError as error:
             bad = next(i for i in ids if not 0 <= i < 2**32)
             raise RequestError(f"tokens: {bad} is not a token id", param="tokens") from error

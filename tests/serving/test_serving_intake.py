@@ -34,15 +34,15 @@ def intake(tokenizer: Tokenizer, **defaults: Any) -> Intake:
 def completion(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **fields: Any) -> Any:
     made = intake(tokenizer, **(defaults or {}))
     body = CompletionRequest.model_validate_json(json.dumps({"prompt": "a", **fields}))
-    prompts = asyncio.run(made.completion_prompts(body))
-    return made.completion_params(body, prompts)
+    params = asyncio.run(made.completion_params(body))
+    return made.fit_completion(params, body, asyncio.run(made.completion_prompts(body)))
 
 
 def chat(tokenizer: Tokenizer, **fields: Any) -> Any:
     made = intake(tokenizer)
     messages = [{"role": "user", "content": "hi"}]
     body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **fields}))
-    return made.chat_params(body, asyncio.run(made.chat_prompt(body)))
+    return made.fit_chat(asyncio.run(made.chat_params(body)), body, asyncio.run(made.chat_prompt(body, 0)))
 
 
 def test_only_an_assistants_message_may_lack_content(tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ from llmctl.errors import QueueFullError, RequestError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.openai_errors import error_response
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
 
@@ -47,3 +48,33 @@ def test_what_does_not_fit_now_may_come_again(client: AsyncEngineClient) -> None
     client.generate([SequenceSpec([5], SamplingParams())])
     with pytest.raises(QueueFullError):
         client.check_room(1)
+
+
+def test_it_says_when_by_how_fast_requests_finish(client: AsyncEngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+
+    def retry_after(sequences: int) -> str:
+        with pytest.raises(QueueFullError) as caught:
+            client.check_room(sequences)
+        return error_response(caught.value).headers["Retry-After"]
+
+    running = [client.generate([SequenceSpec([5], SamplingParams())]) for _ in range(5)]
+    now += 5
+    assert retry_after(2) == "10"  # two places at less than one in 5 s
+    for generation in running[:2]:
+        generation.abort()
+        now += 1
+    for _ in range(2):
+        client.generate([SequenceSpec([5], SamplingParams())])
+    now += 1
+    assert [retry_after(1), retry_after(3)] == ["4", "12"]  # two in 8 s
+    now += 20
+    assert retry_after(3) == "30"
+
+
+def test_a_refusal_by_the_engine_says_when_too(client: AsyncEngineClient) -> None:
+    generation = client.generate([SequenceSpec([5], SamplingParams())] * 3)
+    error = QueueFullError("full")
+    client._on_refused([s.request_id for s in generation.sequences], error)
+    assert error.retry_after == 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,40 @@ def test_token_bytes_of_sentencepiece_tokens_keep_their_space() -> None:
     assert tokenizer.token_bytes(tokenizer.token_to_id("<0xE4>") or 0) == b"\xe4"
     assert tokenizer.token_bytes(tokenizer.token_to_id("<s>") or 0) == b"<s>"
     assert byte_fallback_backend().decode([tokenizer.token_to_id("▁fox") or 0]) == "fox"
+
+
+def test_a_long_text_lets_other_threads_run_and_has_the_same_tokens() -> None:
+    """Python's lock is free in the backend's batch forms only."""
+    tokenizer, backend = byte_level(), byte_level_backend()
+    text = "The fox; 世界 é " * 2000
+    ids = tokenizer.encode(text)
+    assert ids == backend.encode(text).ids
+    assert tokenizer.decode(ids) == backend.decode(ids) == text
+    assert tokenizer.encode_up_to(len(ids), text) == ids
+    assert tokenizer.encode_up_to(len(ids) - 1, text) == len(ids)
+    for work in (lambda: tokenizer.encode(text * 8), lambda: tokenizer.decode(ids * 40)):
+        with _Ticking() as ticking:
+            work()
+        assert ticking.count > 3
+
+
+class _Ticking:
+    """Counts how often another thread gets to run, a few ms apart."""
+
+    def __enter__(self) -> _Ticking:
+        self.count, self._end = 0, threading.Event()
+        self._thread = threading.Thread(target=self._tick)
+        self._thread.start()
+        time.sleep(0.01)
+        self.count = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        count = self.count
+        self._end.set()
+        self._thread.join()
+        self.count = count
+
+    def _tick(self) -> None:
+        while not self._end.wait(0.001):
+            self.count += 1

@@ -1,0 +1,208 @@
+"""Long inputs: refused by their size where that is enough, and worked on off the event loop where it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from small_tokenizers import byte_level_backend
+
+from llmctl.errors import CapacityError, QueueFullError, RequestError
+from llmctl.serving.intake import Intake
+from llmctl.serving.outline import Outline
+from llmctl.serving.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
+from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
+from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.tokenizer import Tokenizer
+
+CONTEXT = 1000
+LONG = "fox " * INLINE_BYTES
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+class Watched(Tokenizer):
+    """Keeps the thread and the size of all work."""
+
+    def __init__(self) -> None:
+        super().__init__(byte_level_backend())
+        self.work: list[tuple[bool, int]] = []  # on the event loop?, bytes
+
+    def note(self, size: int) -> None:
+        self.work.append((threading.current_thread() is threading.main_thread(), size))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.note(len(text.encode()))
+        return super().encode(text, add_special_tokens)
+
+    def encode_up_to(self, most: int, text: str, add_special_tokens: bool = True) -> list[int] | int:
+        self.note(len(text.encode()))
+        return super().encode_up_to(most, text, add_special_tokens)
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        self.note(len(ids) * 4)
+        return super().decode(ids, skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        self.note(4)
+        return super().id_to_token(token_id)
+
+
+class WatchedTemplate(ChatTemplate):
+    """A template that is work like any other."""
+
+    def __init__(self, tokenizer: Watched) -> None:
+        super().__init__(TEMPLATE)
+        self.tokenizer = tokenizer
+
+    def render(self, /, messages: Any, *args: Any, **kwargs: Any) -> str:
+        self.tokenizer.note(len(json.dumps(messages)))
+        return super().render(messages, *args, **kwargs)
+
+
+@pytest.fixture
+def tokenizer() -> Watched:
+    return Watched()
+
+
+def intake(tokenizer: Watched, context: int = CONTEXT) -> Intake:
+    template = WatchedTemplate(tokenizer)
+    return Intake(tokenizer, template, max_model_len=context, vocab_size=tokenizer.vocab_size, defaults={})
+
+
+def chat(content: str, count: int = 1) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}] * count}
+
+
+def asked(made: Intake) -> Iterator[Callable[[], Any]]:
+    """Every way to have text worked on, each with much of it."""
+    few = [LONG[:2000]] * 40
+    yield lambda: made.completion_prompts(CompletionRequest(prompt=LONG))
+    yield lambda: made.completion_prompts(CompletionRequest(prompt=few))
+    yield lambda: made.completion_prompts(CompletionRequest(prompt=[5] * 9000, echo=True))
+    yield lambda: made.completion_params(CompletionRequest(prompt="x", bad_words=["a fox"] * 900))
+    for content, count in ((LONG, 1), ("fox", 3000)):
+        fields = chat(content, count)
+        yield lambda f=fields: made.chat_prompt(ChatCompletionRequest(**f), len(json.dumps(f)))
+        yield lambda f=fields: made.tokenize(TokenizeChatRequest(**f), len(json.dumps(f)))
+    yield lambda: made.tokenize(TokenizeRequest(prompt=LONG), len(LONG))
+    yield lambda: made.token_texts([5] * 9000)
+    yield lambda: made.detokenize(DetokenizeRequest(tokens=[5] * 9000))
+
+
+def test_the_event_loop_works_on_a_few_kb_of_text_at_most(tokenizer: Watched) -> None:
+    made = intake(tokenizer, 10**5)
+    for number, ask in enumerate(asked(made)):
+        tokenizer.work.clear()
+        asyncio.run(ask())
+        assert tokenizer.work, number
+        assert sum(size for on_loop, size in tokenizer.work if on_loop) <= INLINE_BYTES, number
+
+
+def test_short_texts_need_no_thread(tokenizer: Watched) -> None:
+    made = intake(tokenizer)
+    asyncio.run(made.completion_prompts(CompletionRequest(prompt="a fox")))
+    asyncio.run(made.completion_params(CompletionRequest(prompt="x", bad_words=["fox", "dog"])))
+    asyncio.run(made.chat_prompt(ChatCompletionRequest(**chat("hi")), 60))
+    assert len(tokenizer.work) == 1 + 4 + 2
+    assert all(on_loop for on_loop, _ in tokenizer.work)
+
+
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        (lambda i, long: i.completion_prompts(CompletionRequest(prompt=long)), "prompt"),
+        (lambda i, long: i.completion_prompts(CompletionRequest(prompt=["x", long])), "prompt"),
+        (lambda i, long: i.tokenize(TokenizeRequest(prompt=long), len(long)), "prompt"),
+        (lambda i, long: i.chat_prompt(ChatCompletionRequest(**chat(long)), len(long)), "messages"),
+        (lambda i, long: i.tokenize(TokenizeChatRequest(**chat(long)), len(long)), "messages"),
+    ],
+)
+def test_what_cannot_fit_is_refused_without_tokenizing(tokenizer: Watched, ask: Any, param: str) -> None:
+    with pytest.raises(
+        CapacityError, match=rf"context length is {CONTEXT} tokens; the prompt has at least \d+"
+    ) as error:
+        asyncio.run(ask(intake(tokenizer), "x" * 10**6))
+    assert (error.value.http_status, error.value.code, error.value.param) == (400, "context_length_exceeded", param)
+    assert len(tokenizer.work) <= 1  # the template
+    assert not any(on_loop for on_loop, _ in tokenizer.work)
+
+
+def test_what_may_fit_is_counted(tokenizer: Watched) -> None:
+    with pytest.raises(CapacityError, match=r"the prompt has 2000 tokens \(shorten"):
+        asyncio.run(intake(tokenizer).completion_prompts(CompletionRequest(prompt="12" * CONTEXT)))
+
+
+def test_parameters_are_refused_before_a_prompt_is_tokenized(tokenizer: Watched) -> None:
+    """They are asked for first, and need no prompt."""
+    for fields in ({"temperature": -1}, {"suffix": "x"}, {"stop_token_ids": [10**6]}, {"bad_words": [""]}):
+        with pytest.raises(RequestError):
+            asyncio.run(intake(tokenizer).completion_params(CompletionRequest(prompt=LONG, **fields)))
+    assert tokenizer.work == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bad_words": ["a"] * 1025}, "bad_words: expected at most 1024 words, found 1025"),
+        ({"bad_words": ["a", "b" * 257]}, "bad_words: expected strings of at most 256 characters, found one of 257"),
+        ({"stop": ["a"] * 65}, "stop: expected at most 64 strings, found 65"),
+        ({"stop": "a" * 1025}, "stop: expected strings of at most 1024 characters, found one of 1025"),
+        (
+            {"stop_token_ids": [5] * 1000},
+            r"stop_token_ids: expected at most \d+ token ids \(the vocabulary\), found 1000",
+        ),
+        ({"allowed_token_ids": [5] * 1000}, "allowed_token_ids: expected at most"),
+        ({"logit_bias": {str(i): 0 for i in range(1000)}}, "logit_bias: expected at most"),
+    ],
+)
+def test_lists_of_parameters_are_bounded(tokenizer: Watched, fields: dict[str, Any], message: str) -> None:
+    body = CompletionRequest.model_validate_json(json.dumps({"prompt": "x", **fields}))
+    with pytest.raises(RequestError, match=f"^{message}") as caught:
+        asyncio.run(intake(tokenizer).completion_params(body))
+    assert (caught.value.http_status, caught.value.param) == (400, next(iter(fields)))
+    assert tokenizer.work == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("prompt", [5] * (CONTEXT + 1), "1001 tokens"),
+        ("tokens", [5] * (CONTEXT + 1), "1001 tokens"),
+        ("messages", [{}] * (CONTEXT + 1), "1001 messages"),
+    ],
+)
+def test_counts_are_refused_by_the_outline(tokenizer: Watched, field: str, value: Any, found: str) -> None:
+    made = intake(tokenizer)
+    made.check_outline(Outline(json.dumps({field: value[:-1]}).encode()))
+    with pytest.raises(CapacityError, match=found) as caught:
+        made.check_outline(Outline(json.dumps({field: value}).encode()))
+    assert caught.value.param == field
+
+
+def test_work_beyond_the_queue_is_refused_with_a_time() -> None:
+    async def run() -> None:
+        workers, go = TextWorkers(threads=1, waiting=1), threading.Event()
+        taken = [asyncio.create_task(workers.run(INLINE_BYTES + 1, lambda: go.wait(20))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError, match="1 long texts are waiting") as caught:
+            await workers.run(INLINE_BYTES + 1, lambda: None)
+        assert 1 <= caught.value.retry_after <= 60
+        assert await workers.run(INLINE_BYTES, lambda: "short") == "short"
+        taken[0].cancel()  # whoever waits for it, the thread is still busy
+        with pytest.raises(QueueFullError):
+            await workers.run(INLINE_BYTES + 1, lambda: None)
+        go.set()
+        assert await taken[1]
+        assert await workers.run(INLINE_BYTES + 1, lambda: "room") == "room"
+
+    asyncio.run(run())

@@ -1,0 +1,50 @@
+"""A body's outline counts as the parser of its fields would find, and never fails."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llmctl.serving.outline import Outline
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (" , ", " :  ")])
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("a[,", 1), ([5, 6], 1), (["a", "b,["], 2), ([[5], [6, 7], [8]], 3), ([[]], 1), ([[5]] * 9000, 9000), ([-1], 1)],
+)
+def test_prompts(prompt: Any, count: int, separators: tuple[str, str]) -> None:
+    body = json.dumps({"prompt": prompt, "n": 3}, separators=separators).encode()
+    assert Outline(body).prompts() == count
+    assert Outline(body).sequences() == 3 * count
+
+
+def test_n_out_of_its_range_is_for_others_to_refuse() -> None:
+    for n in (0, -4, 129, 10**400, "3", 2.5, None, [2]):
+        assert Outline(json.dumps({"prompt": [[5]] * 7, "n": n}).encode()).sequences() == 7
+
+
+def test_ids_and_items() -> None:
+    outline = Outline(
+        b'{"tokens": [ 1, 2,3 ], "messages": [{}, {"a": [1, 2]}], "prompt": [ -1 ], "text": "[1,2]", "no": []}'
+    )
+    assert [outline.ids(name) for name in ("tokens", "prompt", "messages", "text", "no", "gone")] == [3, 1, 0, 0, 0, 0]
+    assert [outline.count(name) for name in ("tokens", "messages", "text", "no", "gone")] == [3, 2, 0, 0, 0]
+    assert outline.has("messages")
+    assert not outline.has("gone")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[1]", b'"x"', b"{", b"\xff", b'{"prompt": [[', b'{"a":' + b"[" * 10**5, b"nan"]
+)
+def test_what_is_no_object_asks_for_nothing(body: bytes) -> None:
+    outline = Outline(body)
+    assert (outline.count("prompt"), outline.ids("prompt"), outline.sequences(), outline.has("a")) == (0, 0, 1, False)
+
+
+def test_what_is_nested_too_deep_counts_as_nothing() -> None:
+    outline = Outline(b'{"prompt": [[' + b"[" * 400 + b"]" * 400 + b"]]}")
+    assert outline.count("messages") == 0
+    assert outline.sequences() >= 1
