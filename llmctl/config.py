@@ -7,6 +7,7 @@ resolves it builds a new object. ``load_yaml_options`` reads ``--config`` files 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,6 +69,7 @@ class EngineOptions:
     ``target`` "auto": an engine's own; for anything that is built first, this machine's best (``targets.table``).
     ``max_num_seqs``, ``max_num_batched_tokens`` None: the target's default. ``gpu_memory_utilization`` None:
     ``GPU_MEMORY_UTILIZATION``; a number is refused where it means nothing. ``kv_cache_dtype`` "auto": as built.
+    ``itl_target``: "auto" or milliseconds, see ``itl_target_seconds``.
     """
 
     model: str = ""
@@ -85,6 +87,7 @@ class EngineOptions:
     enable_chunked_prefill: bool = True
     scheduling_policy: str = "fcfs"
     max_num_queued_reqs: int = 1024
+    itl_target: str = "auto"
     threads: int | None = None
     seed: int = 0
     verify: bool = False
@@ -155,6 +158,23 @@ def _nearest(name: str, names: list[str]) -> str:
     if close:
         return f"; did you mean '{close[0].replace('_', '-')}'?"
     return "; known options: " + ", ".join(n.replace("_", "-") for n in names)
+
+
+def itl_target_seconds(text: str) -> float | None:
+    """Seconds of ``--itl-target``, which is milliseconds; 0: no target; None: "auto".
+
+    Raises:
+        UsageError: neither "auto" nor a number from 0 on.
+    """
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UsageError(f"--itl-target: expected auto, 0 or milliseconds, found '{text}'", param="itl_target")
+    return value / 1000
 
 
 def parse_bytes(text: str, *, param: str) -> int:

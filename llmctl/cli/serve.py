@@ -186,6 +186,16 @@ ChunkedPrefill = Annotated[
 Policy = Annotated[
     str, typer.Option("--scheduling-policy", metavar="POLICY", help="fcfs or priority.", rich_help_panel=_ENGINE)
 ]
+ItlTarget = Annotated[
+    str,
+    typer.Option(
+        "--itl-target",
+        metavar="MS",
+        help="How long a step may take in which prompts are computed beside requests that wait for their next token: "
+        "prompts are cut to fit, by what steps have cost so far. auto: 4.6 times a step without prompts; 0: no limit.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 MaxQueued = Annotated[
     int,
     typer.Option(
@@ -228,6 +238,7 @@ def serve(
     enable_chunked_prefill: ChunkedPrefill = _D.enable_chunked_prefill,
     scheduling_policy: Policy = _D.scheduling_policy,
     max_num_queued_reqs: MaxQueued = _D.max_num_queued_reqs,
+    itl_target: ItlTarget = _D.itl_target,
     threads: Threads = _D.threads,
     seed: Seed = _D.seed,
     config: ConfigOption = None,  # noqa: ARG001
@@ -254,6 +265,7 @@ def serve(
         enable_chunked_prefill=enable_chunked_prefill,
         scheduling_policy=scheduling_policy,
         max_num_queued_reqs=max_num_queued_reqs,
+        itl_target=itl_target,
         threads=threads,
         seed=seed,
         verify=verify,

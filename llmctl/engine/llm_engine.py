@@ -251,6 +251,8 @@ class LLMEngine:
 
     def _count(self, step: ScheduledStep, result: StepResult) -> None:
         self.occupancy.step_done(step.fill, result.compute_seconds)
+        if self.scheduler.pacer is not None:
+            self.scheduler.pacer.cost.observe(step.load, result.compute_seconds)
         self._num_steps += 1
         self._last_step_tokens = step.num_tokens
         self._compute_seconds += result.compute_seconds

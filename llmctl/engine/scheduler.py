@@ -5,8 +5,12 @@ tokens lag behind its known tokens wants the difference computed. Running reques
 (priority,) arrival; then waiting ones are admitted while budget, seats and blocks last. When a running request needs a
 block and none is free, the last running request in that order loses its blocks and waits to be recomputed.
 
+Beside decodes, prompts get no more than a ``PrefillAllowance``: what keeps the next tokens of running requests coming
+(``step_cost``). Once a prompt is cut by it, the step takes no more of any, and admits nobody.
+
 Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
-is added), so it advances in every step; waiting requests enter in the same order.
+is added), so it advances in every step (an allowance gives the first prompt in order some tokens, whatever they cost);
+waiting requests enter in the same order.
 
 Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
 the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
@@ -19,6 +23,7 @@ One that ends in flight (a stop, an abort) leaves a token behind that nobody tak
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +31,12 @@ from typing import Any
 
 import msgspec
 
-from llmctl.config import EngineConfig
+from llmctl.config import EngineConfig, itl_target_seconds
 from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.occupancy import Fill
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
+from llmctl.engine.step_cost import PrefillAllowance, PrefillPacer, StepLoad, chunk_context
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 
 POLICIES = ("fcfs", "priority")
@@ -48,6 +54,8 @@ class SchedulerConfig:
             budget is ever cut.
         policy: ``fcfs`` or ``priority`` (lower priority values first, then arrival).
         max_num_queued_reqs: requests waiting beyond which new ones are refused.
+        itl_target: seconds that a step may take in which prompts are computed beside decodes; 0: any; None: a multiple
+            of what the decodes take alone (``step_cost``). Without chunked prefill it has no effect.
 
     Raises:
         UsageError: a value out of range.
@@ -59,11 +67,14 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"
     max_num_queued_reqs: int = 1024
+    itl_target: float | None = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, found {getattr(self, name)}", param=name)
+        if self.itl_target is not None and not 0 <= self.itl_target < math.inf:
+            raise UsageError(f"itl_target: expected 0 or more seconds, found {self.itl_target}", param="itl_target")
         if self.policy not in POLICIES:
             raise UsageError(
                 f"scheduling_policy: expected {' or '.join(POLICIES)}, found '{self.policy}'", param="scheduling_policy"
@@ -79,6 +90,7 @@ class SchedulerConfig:
             enable_chunked_prefill=config.enable_chunked_prefill,
             policy=config.scheduling_policy,
             max_num_queued_reqs=config.max_num_queued_reqs,
+            itl_target=itl_target_seconds(config.itl_target),
         )
 
 
@@ -90,7 +102,7 @@ class ScheduledStep(msgspec.Struct, frozen=True):
         requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
             of an older epoch wrote to blocks that its request no longer holds.
         sampled: those that get a token from this step, in SamplingBatch row order.
-        num_tokens: tokens computed. fill: what bounded them.
+        num_tokens: tokens computed. fill: what bounded them. load: what they cost depends on.
     """
 
     plan: StepPlan
@@ -99,6 +111,7 @@ class ScheduledStep(msgspec.Struct, frozen=True):
     sampled: tuple[Request, ...]
     num_tokens: int
     fill: Fill
+    load: StepLoad
 
 
 @dataclass(slots=True)
@@ -116,6 +129,7 @@ class Scheduler:
 
     Attributes:
         max_num_seqs: requests running at once: the configuration's, or fewer once a device ran out of memory.
+        pacer: sizes prompts' chunks beside decodes; None when nothing is to.
     """
 
     def __init__(self, config: SchedulerConfig, limits: RuntimeLimits, *, cache_key: bytes | None = None) -> None:
@@ -125,6 +139,8 @@ class Scheduler:
             limits.num_blocks, limits.block_size, enable_caching=config.enable_prefix_caching, key=cache_key
         )
         self.max_num_seqs = config.max_num_seqs
+        paced = config.enable_chunked_prefill and config.itl_target != 0
+        self.pacer = PrefillPacer(config.itl_target) if paced else None
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
@@ -203,12 +219,14 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
-        step = _StepUnderWay(self.config.max_num_batched_tokens)
+        budget = self.config.max_num_batched_tokens
+        allowance = None if self.pacer is None else self.pacer.allowance(self._decodes(), budget)
+        step = _StepUnderWay(budget, allowance)
         preemptions = self.counters.preemptions
         self._schedule_running(step)
-        if self.waiting and step.budget and len(self.running) < self.max_num_seqs:
+        if self.waiting and len(self.running) < self.max_num_seqs and step.open:
             self._schedule_waiting(step)
-        num_tokens = self.config.max_num_batched_tokens - step.budget
+        num_tokens = budget - step.budget
         self.counters.scheduled_tokens += num_tokens
         return ScheduledStep(
             StepPlan(tuple(step.slices)),
@@ -217,13 +235,27 @@ class Scheduler:
             tuple(step.sampled),
             num_tokens,
             "kv_full" if self.counters.preemptions > preemptions else self._fill(step),
+            step.load(),
         )
+
+    def _decodes(self) -> StepLoad:
+        """The decode rows of the next step, if it has room for all."""
+        rows = context = 0
+        for request in self.running:
+            known = len(request.token_ids)
+            behind = known - request.num_computed_tokens
+            if behind == 1 or (not behind and known + 1 < request.max_length):
+                rows += 1
+                context += request.num_computed_tokens + 1
+        return StepLoad(rows, context)
 
     def _fill(self, step: _StepUnderWay) -> Fill:
         """What bounded a step that preempted nobody."""
         seats = self.max_num_seqs
         if not step.budget:
             return "token_budget" if self.waiting or self._cut_short(step) else "busy"
+        if not step.open:
+            return "itl_target"
         if self.waiting:
             return "max_num_seqs" if len(self.running) >= seats else step.kept_out_by
         return "busy" if len(step.requests) >= seats else "few_requests"
@@ -238,8 +270,12 @@ class Scheduler:
         while index < len(self.running) and step.budget:  # preemption shortens the list from its end
             request = self.running[index]
             index += 1
-            count = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
-            if not count:
+            count = len(request.token_ids) - request.num_computed_tokens
+            if count > 1:
+                count = step.prefill(count, request.num_computed_tokens)
+                if not count:
+                    continue  # decodes may follow
+            elif not count:
                 if len(request.token_ids) + 1 >= request.max_length:
                     continue  # what is in flight ends it
                 count = 1  # the token in flight
@@ -261,21 +297,24 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, step: _StepUnderWay) -> None:
-        # Budget is left, so every running request holds the blocks of all tokens that it can compute, and free blocks
-        # are nobody's. A request enters when all of it fits, not only its first chunk: the rest would only preempt. So
-        # whoever was preempted in this step does not come straight back either: its blocks are gone to another.
-        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
+        # Budget is left and no prompt was cut, so every running request holds the blocks of all tokens that it can
+        # compute, and free blocks are nobody's. A request enters when all of it fits, not only its first chunk: the
+        # rest would only preempt. So whoever was preempted in this step does not come straight back either: its blocks
+        # are gone to another.
+        while self.waiting and step.open and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             cached = self._cached_prefix(request)
             start = len(cached) * self.pool.block_size
             remaining = request.num_tokens - start
-            count = min(remaining, step.budget)
-            if count < remaining and not self._may_cut(remaining):
+            if step.budget < remaining and not self._may_cut(remaining):
                 step.kept_out_by = "token_budget"
                 return
             needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
             if needed > self.pool.num_free - self.pool.num_unheld(cached):
                 step.kept_out_by = "kv_full"
+                return
+            count = step.prefill(remaining, start)
+            if not count:
                 return
             self._admit(request, cached)
             self._grow(request, start + count)
@@ -390,14 +429,25 @@ class Scheduler:
 
 
 class _StepUnderWay:
-    """A step being put together."""
+    """A step being put together. ``budget``: tokens left. ``allowance``: what prompts may take of it; None: all."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, allowance: PrefillAllowance | None) -> None:
         self.budget = budget
+        self.allowance = allowance
         self.slices: list[SequenceSlice] = []
         self.requests: list[Request] = []
         self.sampled: list[Request] = []
         self.kept_out_by: Fill = "kv_full"  # the first waiting request
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes more of prompts."""
+        return self.budget > 0 and (self.allowance is None or not self.allowance.cut)
+
+    def prefill(self, wanted: int, start: int) -> int:
+        """How many of ``wanted`` tokens from position ``start`` on it takes."""
+        count = min(wanted, self.budget)
+        return count if self.allowance is None else self.allowance.take(count, start)
 
     def add(self, request: Request, piece: SequenceSlice) -> None:
         self.slices.append(piece)
@@ -406,6 +456,19 @@ class _StepUnderWay:
             self.sampled.append(request)
             request.num_in_flight += 1
         self.budget -= len(piece.token_ids)
+
+    def load(self) -> StepLoad:
+        """What it costs depends on."""
+        decodes = decode_context = rows = context = 0
+        for piece in self.slices:
+            count = len(piece.token_ids)
+            if count == 1:
+                decodes += 1
+                decode_context += piece.start + 1
+            else:
+                rows += count
+                context += chunk_context(piece.start, count)
+        return StepLoad(decodes, decode_context, rows, context)
 
 
 def _key(request: Request) -> Any:

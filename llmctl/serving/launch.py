@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.config import ServeConfig, parse_bytes
+from llmctl.config import ServeConfig, itl_target_seconds, parse_bytes
 from llmctl.errors import LlmctlError, NotReadyError, UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def check_config(config: ServeConfig) -> None:
             option = name.replace("_", "-")
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
     EngineRequest.of(config)
+    itl_target_seconds(config.itl_target)
     if config.max_body is not None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):

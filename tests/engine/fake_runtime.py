@@ -79,9 +79,11 @@ class FakeRuntime:
         max_model_len: int = 64,
         vocab_size: int = 40,
         steps_in_flight: int = 1,
+        seconds_a_token: float = 0.0,
     ) -> None:
         self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, vocab_size)
         self.steps_in_flight = steps_in_flight
+        self.seconds_a_token = seconds_a_token
         self.store = [EMPTY] * (num_blocks * block_size)
         self.queue: deque[_Pending | list[int]] = deque()
         self.sampled: dict[str, int] = {}  # by the last step executed
@@ -150,7 +152,8 @@ class FakeRuntime:
                 assert slot not in written, "two tokens of one step share a slot"
                 written.add(slot)
                 self.store[slot] = (token, piece.start + offset)
-        self.computed_tokens += sum(len(piece.token_ids) for piece in plan.slices)
+        num_tokens = sum(len(piece.token_ids) for piece in plan.slices)
+        self.computed_tokens += num_tokens
         sampled = [piece for piece in plan.slices if piece.sample]
         assert sampling.positions.tolist() == [piece.start + len(piece.token_ids) for piece in sampled]
         tokens, logprobs, scores = [], [], {}
@@ -167,9 +170,8 @@ class FakeRuntime:
                 wanted = -1 if sampling.num_logprobs is None else int(sampling.num_logprobs[row])
                 logprobs.append(None if wanted < 0 else TokenLogprobs(-1.5, 2, tuple(range(wanted)), (-0.5,) * wanted))
         self.sampled = {piece.request_id: token for piece, token in zip(sampled, tokens, strict=True)}
-        return StepResult(
-            np.array(tokens, np.int32), logprobs if any(p is not None for p in logprobs) else None, scores
-        )
+        given = logprobs if any(p is not None for p in logprobs) else None
+        return StepResult(np.array(tokens, np.int32), given, scores, self.seconds_a_token * num_tokens)
 
 
 def expected_tokens(request: Request, seed: int, limits: RuntimeLimits, eos: frozenset[int]) -> list[int]:

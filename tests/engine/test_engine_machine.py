@@ -54,13 +54,14 @@ class EngineMachine(RuleBasedStateMachine):
         chunking=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
         in_flight=st.integers(1, 2),
+        itl_target=st.sampled_from([0.0, None, 0.005]),
     )
     def start(
         self, blocks: int, block_size: int, budget: int, seats: int, caching: bool, chunking: bool, policy: str,
-        in_flight: int,
+        in_flight: int, itl_target: float | None,
     ) -> None:  # fmt: skip
-        runtime = FakeRuntime(blocks, block_size, 30, VOCAB, steps_in_flight=in_flight)
-        self.config = SchedulerConfig(seats, budget, caching, chunking, policy, max_num_queued_reqs=8)
+        runtime = FakeRuntime(blocks, block_size, 30, VOCAB, steps_in_flight=in_flight, seconds_a_token=0.001)
+        self.config = SchedulerConfig(seats, budget, caching, chunking, policy, 8, itl_target)
         self.engine = LLMEngine(runtime, self.config, EOS, seed=3)
         scheduler = self.engine.scheduler
         runtime.wipe_allocated(scheduler.pool)

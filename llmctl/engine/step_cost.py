@@ -1,0 +1,253 @@
+"""What a step costs, fitted while running, and how much of a prompt fits beside running decodes.
+
+A step's seconds are taken to be
+
+    base + prefill_base·[it prefills] + decode_row·D + prefill_row·P + decode_context·C_D + prefill_context·C_P
+
+with D and P the rows (tokens) of either kind, and C the sum over rows of the positions each one attends to. That is
+the arithmetic of a transformer's step: weights are read once, matrix products grow with rows, attention with rows ×
+context. Decode rows stand apart: they are bound by reading the KV cache, and often run other kernels than a prompt's.
+A chunk of k tokens from position s on has P = k and C_P = k·s + k(k+1)/2, so that the largest chunk that fits a number
+of seconds is the root of a quadratic: chunks shrink as a long prompt proceeds. To chunk a prompt so that decodes need
+not wait is of Agrawal et al. 2024, "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", who fix
+the tokens of a chunk; here its seconds are fixed.
+
+The coefficients are those of a non-negative least squares fit (Lawson and Hanson 1974, "Solving Least Squares
+Problems", chapter 23) to relative errors, with Huber's weights (1964) against steps that something else delayed. The
+latest samples of every class of steps (rows and context, by powers of two) are kept, so that hours of pure decode do
+not make the fit forget what prompts cost. Nothing here reads a clock: equal timings give equal chunks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_CHUNK = 8
+"""Tokens of a prompt that a step computes whatever the target, so that prompts proceed beside any number of decodes."""
+AUTO_SLOWDOWN = 4.6
+"""With the automatic target a step with prefill may take so many times as long as its decode rows alone."""
+_SAMPLES = 8  # kept of each class of steps
+# A chunk begins with this share of a step's tokens and grows by this factor: what lies far beyond the samples is not
+# believed at once.
+_FIRST, _GROWTH = 1 / 16, 1.5
+_REFIT = 8  # new samples after which the coefficients are fitted again
+_SURPRISE = 0.1  # relative error of a sample after which they are fitted again at once
+_HUBER = 1.345  # in standard deviations: 95% efficiency under normal errors
+_HALF_LIFE, _LEAST_WEIGHT = 2048, 0.1  # of a sample, in steps since then; of one of long ago
+_LEAST_ERROR = 0.02  # relative; fits better than this leave no outliers
+# Where samples do not tell apart what took the time, it is put down to the rows of a prompt: chunks then begin too
+# small, not too large, and that tells them apart.
+_RIDGE = np.array([1e-3, 1e-3, 1e-4, 1e-7, 1e-4, 1e-4])
+
+
+class StepLoad(msgspec.Struct, frozen=True):
+    """What a step computes, as far as it costs time.
+
+    Attributes:
+        decode_rows: slices of one token. decode_context: sum of their lengths, the token included.
+        prefill_rows: tokens of longer slices. prefill_context: sum over them of the positions each attends to.
+    """
+
+    decode_rows: int = 0
+    decode_context: int = 0
+    prefill_rows: int = 0
+    prefill_context: int = 0
+
+
+def chunk_context(start: int, count: int) -> int:
+    """Positions that ``count`` tokens from position ``start`` on attend to, in all."""
+    return count * start + count * (count + 1) // 2
+
+
+class StepCost:
+    """Seconds of a step by its load, learned from the steps that were timed.
+
+    Attributes:
+        known: whether there is anything to tell from.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[int, int, int], int] = {}  # class of steps -> its first row
+        self._seen: dict[tuple[int, int, int], int] = {}
+        self._rows, self._when, self._steps = np.zeros((0, 6)), np.zeros(0), 0
+        self._coefficients: NDArray[np.float64] = np.zeros(6)
+        self._new = 0
+        self._surprised = False
+
+    @property
+    def known(self) -> bool:
+        return bool(self._seen)
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """A step of this load took so long; one without a timing (0 seconds) tells nothing. O(1)."""
+        if seconds < 1e-9:
+            return
+        rows, context = load.decode_rows + load.prefill_rows, load.decode_context + load.prefill_context
+        kind = (load.prefill_rows.bit_length(), rows.bit_length(), (context // max(rows, 1)).bit_length())
+        seen = self._seen.get(kind, 0)
+        if not seen:
+            self._slots[kind] = len(self._slots) * _SAMPLES
+            if len(self._slots) * _SAMPLES > len(self._rows):
+                more = max(len(self._rows), 16 * _SAMPLES)
+                self._rows = np.concatenate([self._rows, np.zeros((more, 6))])
+                self._when = np.concatenate([self._when, np.zeros(more)])
+        row = self._slots[kind] + seen % _SAMPLES
+        self._rows[row] = _features(load) / seconds  # of a system whose right side is 1: errors are relative
+        self._steps += 1
+        self._when[row] = self._steps
+        self._seen[kind] = seen + 1
+        self._new += 1
+        expected = float(self._coefficients @ _features(load))
+        self._surprised |= abs(expected - seconds) > _SURPRISE * seconds
+
+    def coefficients(self) -> NDArray[np.float64]:
+        """base, prefill_base, decode_row, prefill_row, decode_context, prefill_context; seconds, none negative."""
+        if self._new >= _REFIT or self._surprised:
+            used = np.flatnonzero(self._when)
+            fresh = np.maximum(0.5 ** ((self._steps - self._when[used]) / _HALF_LIFE), _LEAST_WEIGHT)
+            self._coefficients = _fit(self._rows[used], fresh)
+            self._new, self._surprised = 0, False
+        return self._coefficients
+
+    def seconds(self, load: StepLoad) -> float:
+        """What a step of this load is expected to take."""
+        return float(self.coefficients() @ _features(load))
+
+
+class PrefillAllowance:
+    """What prompts may take of one step, beside its decodes. Nothing is reckoned until a prompt asks.
+
+    Attributes:
+        taken: tokens of prompts that the step computes.
+        cut: a prompt got less than it wanted. From then on the step takes no more of any.
+
+    Args:
+        cost: what steps take. decodes: the step's decode rows, at least one.
+        tokens: at most so many, whatever they cost; at least 1.
+        target: seconds that the step may take; None: ``AUTO_SLOWDOWN`` times what its decodes take alone.
+    """
+
+    def __init__(self, cost: StepCost, decodes: StepLoad, tokens: int, target: float | None) -> None:
+        self._cost, self._decodes, self._target = cost, decodes, target
+        self._tokens = tokens
+        self._seconds = self._row = self._context = 0.0
+        self._begun = self.cut = False
+        self.taken = 0
+
+    def take(self, wanted: int, start: int) -> int:
+        """How many of ``wanted`` tokens from position ``start`` on to compute now; for the first prompt at least 1."""
+        if self.cut:
+            return 0
+        least = 0
+        if not self._begun:
+            self._begin()
+            least = MIN_CHUNK
+        count = min(wanted, self._tokens - self.taken, max(least, self._fitting(start)))
+        self.cut = count < wanted
+        self.taken += count
+        self._seconds -= self._row * count + self._context * chunk_context(start, count)
+        return count
+
+    def _begin(self) -> None:
+        self._begun = True
+        if not self._cost.known:
+            self._seconds = math.inf
+            return
+        _, prefill_base, _, self._row, _, self._context = self._cost.coefficients().tolist()
+        alone = self._cost.seconds(self._decodes)
+        target = AUTO_SLOWDOWN * alone if self._target is None else self._target
+        self._seconds = target - alone - prefill_base
+
+    def _fitting(self, start: int) -> int:
+        """The largest k with row·k + context·(k·start + k(k+1)/2) <= seconds."""
+        if self._seconds <= 0 or self._seconds == math.inf:
+            return 0 if self._seconds <= 0 else self._tokens
+        linear = self._row + self._context * (start + 0.5)
+        root = linear + math.sqrt(linear * linear + 2 * self._context * self._seconds)
+        most = 2 * self._seconds / root if root > 0 else math.inf
+        return int(min(most, self._tokens))
+
+
+class PrefillPacer:
+    """Sizes chunks of prompts so that the tokens of running requests keep coming.
+
+    Attributes:
+        cost: what steps take.
+
+    Args:
+        itl_target: seconds that a step may take in which both decodes and prompts are computed; None: a multiple of
+            what its decodes take alone.
+    """
+
+    def __init__(self, itl_target: float | None) -> None:
+        self.cost = StepCost()
+        self._target = itl_target
+        self._last: PrefillAllowance | None = None
+        self._most = 0
+
+    def allowance(self, decodes: StepLoad, budget: int) -> PrefillAllowance | None:
+        """What prompts may take of a step with these decode rows and ``budget`` tokens in all; None: no limit, because
+        nobody waits for a next token."""
+        if not decodes.decode_rows:
+            return None
+        if self._last is not None and self._last.cut:
+            self._most = int(_GROWTH * self._last.taken)
+        self._most = max(self._most, MIN_CHUNK, int(_FIRST * budget))
+        tokens = max(1, min(budget - decodes.decode_rows, self._most))
+        self._last = PrefillAllowance(self.cost, decodes, tokens, self._target)
+        return self._last
+
+
+def _features(load: StepLoad) -> NDArray[np.float64]:
+    prefills = 1.0 if load.prefill_rows else 0.0
+    return np.array(
+        [1.0, prefills, load.decode_rows, load.prefill_rows, load.decode_context, load.prefill_context], np.float64
+    )
+
+
+def _fit(rows: NDArray[np.float64], trust: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Non-negative coefficients with ``rows @ coefficients`` near 1, by the trust in each row, whatever a few say."""
+    scale = np.sqrt((rows * rows).mean(axis=0))
+    scale[scale == 0] = 1.0
+    columns = rows / scale
+    weights = trust
+    found = np.zeros(rows.shape[1])
+    for _ in range(3):
+        weighted = columns * (weights / weights.sum())[:, None]
+        gram = columns.T @ weighted
+        gram[np.diag_indices_from(gram)] += _RIDGE
+        found = _non_negative(gram, weighted.sum(axis=0))
+        errors = np.abs(columns @ found - 1.0)
+        order = np.argsort(errors)
+        middle = np.searchsorted(np.cumsum(trust[order]), trust.sum() / 2)
+        usual = max(1.4826 * float(errors[order[middle]]), _LEAST_ERROR)
+        weights = trust * np.minimum(1.0, _HUBER * usual / np.maximum(errors, 1e-12))
+    return found / scale
+
+
+def _non_negative(gram: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The x >= 0 with the least x'Gx - 2·target'x, for a positive definite G: Lawson and Hanson's active set method."""
+    x = np.zeros(len(target))
+    free = np.zeros(len(target), bool)
+    for _ in range(3 * len(target)):
+        gradient = np.where(free, -np.inf, target - gram @ x)
+        best = int(np.argmax(gradient))
+        if gradient[best] <= 1e-9:
+            break
+        free[best] = True
+        while True:
+            trial = np.zeros(len(target))
+            index = np.flatnonzero(free)
+            trial[index] = np.linalg.solve(gram[np.ix_(index, index)], target[index])
+            falling = free & (trial <= 0)
+            if not falling.any():
+                break
+            share = float((x[falling] / np.maximum(x[falling] - trial[falling], 1e-300)).min())
+            x += share * (trial - x)
+            free &= x > 1e-15
+        x = trial
+    return x

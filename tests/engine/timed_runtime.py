@@ -1,0 +1,64 @@
+"""A runtime that computes nothing and says how long it would have taken: machines to size chunks of prompts for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.engine.step_cost import StepLoad, chunk_context
+
+Machine = Callable[[StepLoad], float]
+
+
+def cpu(load: StepLoad) -> float:
+    """Two cores and a model of 135M parameters: bound by arithmetic from the first rows on."""
+    rows = 2.0e-3 + 0.35e-3 * load.decode_rows + 0.265e-3 * load.prefill_rows
+    return rows + 1.2e-7 * load.decode_context + 0.9e-7 * load.prefill_context
+
+
+def gpu(load: StepLoad) -> float:
+    """A model of 8B parameters: reading weights hides the first rows; steps with prompts are not replayed graphs."""
+    rows = load.decode_rows + load.prefill_rows
+    launched = 2.5e-3 if load.prefill_rows else 0.0
+    return max(3.0e-3, 3.0e-5 * rows) + launched + 1e-8 * load.decode_context + 1.5e-9 * load.prefill_context
+
+
+def load_of(plan: StepPlan) -> StepLoad:
+    """The load of a plan, counted apart from the scheduler."""
+    decodes = [piece for piece in plan.slices if len(piece.token_ids) == 1]
+    prompts = [piece for piece in plan.slices if len(piece.token_ids) > 1]
+    return StepLoad(
+        len(decodes),
+        sum(piece.start + 1 for piece in decodes),
+        sum(len(piece.token_ids) for piece in prompts),
+        sum(chunk_context(piece.start, len(piece.token_ids)) for piece in prompts),
+    )
+
+
+class TimedRuntime:
+    """Samples zeros. ``loads``, ``seconds``: of the steps so far. ``disturb``: what becomes of the time of a step."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        steps_in_flight: int = 1,
+        disturb: Callable[[int, float], float] = lambda _, seconds: seconds,
+    ) -> None:
+        self.limits = RuntimeLimits(4096, 16, 16384, 40)
+        self.steps_in_flight = steps_in_flight
+        self.machine, self.disturb = machine, disturb
+        self.loads: list[StepLoad] = []
+        self.seconds: list[float] = []
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:
+        load = load_of(plan)
+        seconds = self.disturb(len(self.loads), self.machine(load))
+        self.loads.append(load)
+        self.seconds.append(seconds)
+        return DoneStep(StepResult(np.zeros(len(sampling.temperature), np.int32), compute_seconds=seconds))
+
+    def close(self) -> None:
+        pass
