@@ -1,7 +1,8 @@
 """Chat templates: a conversation rendered to a prompt by the model's own jinja2 template, sandboxed.
 
 Same environment and helpers as transformers', so that templates made for it render to the same text. A template comes
-with a downloaded model and is untrusted: it runs in jinja2's immutable sandbox and can reach no Python internals.
+with a downloaded model and is untrusted: it runs in jinja2's immutable sandbox, can reach no Python internals, and is
+stopped when it takes too many steps or makes too much text.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from llmctl.errors import CheckpointError, RequestError
+from llmctl.text.template_budget import Budget, TemplateLimitError, begin
+from llmctl.text.template_sandbox import BudgetedEnvironment
+
+_SCALARS = (str, int, float)
+_ARRAYS = (list, tuple)
 
 
 class ChatTemplate:
@@ -34,6 +39,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
+        begin()  # what is constant is computed now
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -57,36 +63,45 @@ class ChatTemplate:
             add_generation_prompt: open the assistant's turn. kwargs: further template variables.
 
         Raises:
-            RequestError: the template refuses these messages (its own words are given) or fails on them.
+            RequestError: the template refuses these messages (its own words are given), fails on them, or takes more
+                steps or makes more text than it may.
         """
+        budget = begin()
         variables = {
             **self._special_tokens,
-            **_plain(kwargs),
-            "messages": _plain(list(messages)),
-            "tools": _plain(list(tools)) if tools is not None else None,
-            "documents": _plain(kwargs.get("documents")),
+            **_plain(kwargs, budget),
+            "messages": _plain(list(messages), budget),
+            "tools": _plain(list(tools), budget) if tools is not None else None,
+            "documents": _plain(kwargs.get("documents"), budget),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             return self._template.render(variables)
+        except TemplateLimitError as error:
+            fix = "send less, or give the server another with --chat-template FILE"
+            raise RequestError(f"chat template: it {error}", fix=fix, param="messages") from error
         except Exception as error:  # an untrusted program on a user's data: whatever it raises is about this request
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"chat template: {reason}", param="messages") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, budget: Budget) -> Any:
     """A copy of JSON-like data made of plain dicts and lists, so that a template can reach no richer object.
 
     Raises:
         RequestError: something that is not JSON data.
     """
-    if value is None or isinstance(value, str | int | float):
+    kind = type(value)
+    if kind is str or value is None or isinstance(value, _SCALARS):
         return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    raise RequestError(f"chat template: expected JSON data, found {type(value).__name__}", param="messages")
+    if kind is dict or isinstance(value, Mapping):
+        made: Any = {str(k): v if type(v) is str else _plain(v, budget) for k, v in value.items()}
+    elif isinstance(value, _ARRAYS):
+        made = [_plain(v, budget) for v in value]
+    else:
+        raise RequestError(f"chat template: expected JSON data, found {kind.__name__}", param="messages")
+    budget.plain.add(id(made))
+    return made
 
 
 def _raise_exception(message: str) -> None:
@@ -149,13 +164,12 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+def _environment() -> BudgetedEnvironment:
+    environment = BudgetedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
+    environment.seal()
     return environment
