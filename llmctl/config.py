@@ -121,6 +121,7 @@ class ServeConfig(EngineOptions):
     max_body: str | None = None
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
+    max_restarts: int = 3
     log_level: str = "info"
 
 

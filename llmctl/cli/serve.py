@@ -68,7 +68,17 @@ StallTimeout = Annotated[
         "--stall-timeout",
         metavar="SECONDS",
         min=0.1,
-        help="Without a step for this long while requests run, /ready says stalled.",
+        help="Without a step for this long while requests run, or a sign of life while none do, /ready says stalled.",
+        rich_help_panel=_SERVER,
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts",
+        metavar="N",
+        min=0,
+        help="How often within 10 minutes a dead worker is restarted before the server ends; 0: never.",
         rich_help_panel=_SERVER,
     ),
 ]
@@ -222,6 +232,7 @@ def serve(
     max_body: MaxBody = _D.max_body,
     drain_timeout: DrainTimeout = _D.drain_timeout,
     stall_timeout: StallTimeout = _D.stall_timeout,
+    max_restarts: MaxRestarts = _D.max_restarts,
     log_level: LogLevel = _D.log_level,
     api_key: ApiKey = _D.api_key,
     ssl_keyfile: SslKey = _D.ssl_keyfile,
@@ -279,6 +290,7 @@ def serve(
         max_body=max_body,
         drain_timeout=drain_timeout,
         stall_timeout=stall_timeout,
+        max_restarts=max_restarts,
         log_level=log_level,
     )
     from llmctl.serving.launch import run_server

@@ -79,6 +79,7 @@ class LLMEngine:
 
     Attributes:
         occupancy: where its time goes; whoever drives the engine adds what it waits and sends.
+        on_first_scheduled: told the ids of requests that are in a step for the first time, before it is executed.
 
     Args:
         runtime: computes and samples. config: the scheduler's limits.
@@ -115,6 +116,7 @@ class LLMEngine:
         self._compute_seconds = 0.0
         self._executions = {"": 0, "graph": 0, "eager": 0}
         self.occupancy = Occupancy()
+        self.on_first_scheduled: Callable[[list[str]], None] = lambda _: None
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -224,9 +226,11 @@ class LLMEngine:
 
     def _execute(self, step: ScheduledStep) -> PendingStep:
         now = self._clock()
-        for request in step.requests:
-            if request.times.first_scheduled is None:
+        first = [request for request in step.requests if request.times.first_scheduled is None]
+        if first:
+            for request in first:
                 request.times.first_scheduled = now
+            self.on_first_scheduled([request.request_id for request in first])
         positions = [request.num_computed_tokens for request in step.sampled]
         return self.runtime.execute(step.plan, self._sampling.batch(step.sampled, positions))
 

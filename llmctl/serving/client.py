@@ -13,29 +13,44 @@ from itertools import count
 from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
+from llmctl.engine.request import RequestTimes
 from llmctl.errors import LlmctlError, NotReadyError, QueueFullError, RequestError
+from llmctl.serving.engine_loop import IDLE_SECONDS
 from llmctl.serving.finish_rate import FinishRate
 from llmctl.serving.generation import Generation, RunningSequence, SequenceSpec
-from llmctl.serving.lifecycle import EngineState, WorkerLifecycle
+from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
 from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.restarts import RestartPolicy
+from llmctl.serving.survivors import QuarantinedError, Survivors
 from llmctl.serving.wire import AbortRequests, AddRequests, StepMessage, WireRequest
+
+_SIGNS_PER_STALL = 4
+"""An idle worker gives so many signs of life within ``stall_timeout``, at least."""
 
 
 class AsyncEngineClient:
-    """The requests that run in one worker.
+    """The requests of one engine, which outlive its worker as far as they can.
 
     Attributes:
         worker: its life.
 
     Args:
         metrics: where request latencies and the engine's totals are recorded.
-        stall_timeout: seconds without a step, while requests run, after which the engine counts as stalled.
+        stall_timeout: seconds without a word from the worker after which the engine counts as stalled.
+        max_restarts: how often a dead worker is replaced, see ``RestartPolicy``.
     """
 
     def __init__(
-        self, config: EngineOptions, metrics: ServerMetrics, *, stall_timeout: float, log_level: str = "info"
+        self,
+        config: EngineOptions,
+        metrics: ServerMetrics,
+        *,
+        stall_timeout: float,
+        max_restarts: int = 0,
+        log_level: str = "info",
     ) -> None:
-        self.worker = WorkerLifecycle(config, self, log_level)
+        idle_seconds = min(IDLE_SECONDS, stall_timeout / _SIGNS_PER_STALL)
+        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), idle_seconds)
         self._config = config
         self._metrics = metrics
         self._stall_timeout = stall_timeout
@@ -45,8 +60,9 @@ class AsyncEngineClient:
         self._numbers = count()
         self._running: dict[str, RunningSequence] = {}
         self._ended_by_stop: dict[str, tuple[RunningSequence, TextOutput]] = {}
-        self._last_progress = time.monotonic()
         self._finished = FinishRate()
+        self._survivors = Survivors(self._submit, self._engine_room)
+        self._last_sign = time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -57,16 +73,18 @@ class AsyncEngineClient:
         """Begin to take requests; called once everything around a ready worker is in place."""
         assert self.worker.tokenizer is not None
         self._texts = OutputProcessor(self.worker.tokenizer)
-        self._last_progress = time.monotonic()
+        self._last_sign = time.monotonic()
         self.worker.admit()
 
     def why_not_ready(self) -> str | None:
         """Why a new request would not be served now; None when it would."""
         reason = self.worker.why_not_ready()
-        silent = time.monotonic() - self._last_progress
-        if reason is None and self._running and silent > self._stall_timeout:
+        silent = time.monotonic() - self._last_sign
+        if reason is not None or silent <= self._stall_timeout:
+            return reason
+        if self._running:
             return f"stalled: no step for {silent:.0f} s while {len(self._running)} requests run"
-        return reason
+        return f"stalled: no sign of life from the idle worker for {silent:.0f} s"
 
     async def until_idle(self) -> None:
         """Wait until no request is running."""
@@ -111,28 +129,31 @@ class AsyncEngineClient:
         assert self._texts is not None
         generation = Generation(len(specs), self._cancel)
         if not self._running:
-            self._last_progress = generation.arrival
             self._finished.begin(generation.arrival)
-        wire = []
         for index, spec in enumerate(specs):
             request_id = str(next(self._numbers))  # short: it is in every step's message
-            sequence = RunningSequence(request_id, generation, index, len(spec.prompt_token_ids))
+            prompt = spec.prompt_token_ids
+            wire = WireRequest(request_id, prompt, spec.params, spec.priority, spec.cache_salt, generation.arrival)
+            sequence = RunningSequence(request_id, generation, index, len(prompt), wire)
             generation.sequences.append(sequence)
             self._running[request_id] = sequence
-            self._texts.add(request_id, spec.prompt_token_ids, spec.params)
-            wire.append(
-                WireRequest(
-                    request_id,
-                    spec.prompt_token_ids,
-                    spec.params,
-                    spec.priority,
-                    spec.cache_salt,
-                    generation.arrival,
-                )
-            )
+            self._texts.add(request_id, prompt, spec.params)
         self._idle.clear()
-        self.worker.send(AddRequests(wire))
+        if self._survivors.holding:
+            self._survivors.hold(generation)
+        else:
+            self._submit(generation)
         return generation
+
+    def _submit(self, generation: Generation) -> None:
+        for sequence in generation.sequences:
+            sequence.sent = True
+        self.worker.send(AddRequests([s.wire for s in generation.sequences if s.wire is not None]))
+
+    def _engine_room(self) -> int:
+        """How many more sequences the worker's queue takes, as far as it is known here."""
+        queued = sum(s.sent and not s.scheduled for s in self._running.values())
+        return self._config.max_num_queued_reqs - queued
 
     def _cancel(self, generation: Generation) -> None:
         ids = [s.request_id for s in generation.sequences if s.request_id in self._running]
@@ -153,20 +174,53 @@ class AsyncEngineClient:
 
     def fail_all(self, error: LlmctlError) -> None:
         """End every running request with an error."""
-        running = list(self._running.values())
-        if running:
-            self._forget([s.request_id for s in running])
-            for _ in running:
-                self._metrics.ended("error")
-        for generation in {s.generation for s in running}:
-            generation.fail(error)
+        self._fail(self._generations(), error)
         self._idle.set()
+
+    def _generations(self) -> list[Generation]:
+        """Those that run or wait, in order of arrival."""
+        return list(dict.fromkeys(s.generation for s in self._running.values()))
+
+    def _fail(self, generations: Iterable[Generation], error: LlmctlError) -> None:
+        for generation in generations:
+            ids = [s.request_id for s in generation.sequences if s.request_id in self._running]
+            self._forget(ids)
+            for _ in ids:
+                self._metrics.ended("error")
+            generation.fail(error)
+
+    # The worker's life
+
+    def on_worker_lost(self, error: LlmctlError, reason: str) -> None:
+        """End what has a token or has been the end of two workers; keep the rest for the next worker."""
+        for sequence, output in self._ended_by_stop.values():  # their times will not come
+            self._metrics.finished(output, sequence.prompt_tokens, RequestTimes(sequence.generation.arrival))
+        self._ended_by_stop.clear()
+        lost, quarantined = self._survivors.sort(self._generations())
+        self._fail(lost, EngineDeadError(f"{error}; this request was running", fix="send it again"))
+        self._fail(
+            quarantined,
+            QuarantinedError(f"the engine died twice while it ran this request, which is not tried again: {error}"),
+        )
+        self._metrics.restarted(reason, len(self._running))
+
+    def on_worker_back(self) -> None:
+        """Give the new worker what was kept."""
+        self._last_sign = time.monotonic()
+        self._survivors.release()
+
+    def on_scheduled(self, request_ids: list[str]) -> None:
+        """Remember what is in a step that may be the worker's last."""
+        self._last_sign = time.monotonic()
+        for request_id in request_ids:
+            if (sequence := self._running.get(request_id)) is not None:
+                sequence.scheduled = True
 
     # Outputs
 
     def on_step(self, message: StepMessage) -> None:
         """Hand each request what a step made of it."""
-        now = self._last_progress = time.monotonic()
+        now = self._last_sign = time.monotonic()
         self._metrics.engine(message.stats, message.busy_seconds)
         if self._texts is None:  # an engine that waits says so before anybody may ask it something
             return
@@ -180,12 +234,15 @@ class AsyncEngineClient:
             self.worker.send(AbortRequests(aborts))
         for refused in message.refused:
             self._on_refused(refused.request_ids, refused.error.error())
+        if self._survivors.holding:
+            self._survivors.release()
         if not self._running:
             self._idle.set()
 
     def _on_output(self, output: TextOutput, now: float) -> None:
         sequence = self._running[output.request_id]
         if sequence.last_token is None:
+            sequence.wire = None
             waited = now - sequence.generation.arrival
             self._metrics.begun(sequence.prompt_tokens, output.num_cached_tokens, waited)
         elif output.token_ids:

@@ -22,6 +22,7 @@ from llmctl.serving.wire import (
     Located,
     Progress,
     Refused,
+    Scheduled,
     StepMessage,
     WireRequest,
     decode_command,
@@ -31,19 +32,23 @@ from llmctl.serving.wire import (
 if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
 
-_IDLE_WAIT_MS = 10_000
+IDLE_SECONDS = 10.0
+"""An idle worker reports at least this often."""
 
 
 class EngineLoop:
     """Drives one LLMEngine from one channel.
 
     Commands are taken between steps. A step in which nothing is produced (a chunk of a long prompt) is reported too:
-    it is how the API process sees progress. So is an idle wait, now and then: the time in it counts.
+    it is how the API process sees progress. So is an idle wait, every ``idle_seconds``: the time in it counts, and
+    without it an idle worker could not be told from one that is stopped.
     """
 
-    def __init__(self, engine: LLMEngine, channel: WorkerChannel) -> None:
+    def __init__(self, engine: LLMEngine, channel: WorkerChannel, idle_seconds: float = IDLE_SECONDS) -> None:
         self._engine = engine
         self._channel = channel
+        self._idle_wait_ms = max(1, round(1000 * idle_seconds))
+        engine.on_first_scheduled = self._tell_scheduled
         self._refused: list[Refused] = []
         self._began = time.perf_counter()
         self._idle_seconds = 0.0
@@ -67,11 +72,14 @@ class EngineLoop:
         """Take commands when some have come, or nothing after a while. Returns outputs of aborts."""
         before = time.perf_counter()
         self._engine.settle()
-        outputs = self._take_commands(_IDLE_WAIT_MS)
+        outputs = self._take_commands(self._idle_wait_ms)
         seconds = time.perf_counter() - before
         self._idle_seconds += seconds
         self._engine.occupancy.waited(seconds)
         return outputs
+
+    def _tell_scheduled(self, request_ids: list[str]) -> None:
+        self._channel.send(encode(Scheduled(request_ids)))
 
     def _report(self, outputs: list[TokenOutput]) -> None:
         busy_seconds = time.perf_counter() - self._began - self._idle_seconds

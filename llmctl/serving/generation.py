@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llmctl.engine.output import TextOutput, merge_outputs
 from llmctl.engine.sampling_params import SamplingParams
+from llmctl.serving.wire import WireRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,22 @@ class SequenceSpec:
 
 @dataclass(slots=True, eq=False)
 class RunningSequence:
-    """One sequence in the engine. ``last_token``: when its newest token came, seconds on ``time.monotonic``."""
+    """One sequence in the engine.
+
+    Attributes:
+        wire: what the worker is sent of it; None once it has a token, for then it is not sent again.
+        last_token: when its newest token came, seconds on ``time.monotonic``.
+        sent, scheduled: whether the present worker has it, and has had it in a step.
+    """
 
     request_id: str
     generation: Generation
     index: int
     prompt_tokens: int
+    wire: WireRequest | None
     last_token: float | None = None
+    sent: bool = False
+    scheduled: bool = False
 
 
 class Generation:
@@ -39,6 +49,9 @@ class Generation:
     only when all sequences are done. ``started`` waits for the first output, so that a refusal by the engine can still
     become an HTTP status.
 
+    Attributes:
+        deaths: workers in a row that died while one of these sequences was in a step.
+
     Args:
         cancel: tells the engine to drop these sequences; called at most once, by ``abort``.
     """
@@ -46,6 +59,7 @@ class Generation:
     def __init__(self, count: int, cancel: Callable[[Generation], None]) -> None:
         self.arrival = time.monotonic()
         self.sequences: list[RunningSequence] = []
+        self.deaths = 0
         self._cancel = cancel
         self._pending: dict[int, list[TextOutput]] = {}
         self._unfinished = count
@@ -58,6 +72,16 @@ class Generation:
     def done(self) -> bool:
         """Whether nothing more will come."""
         return self._unfinished == 0 or self._error is not None or self._aborted
+
+    @property
+    def begun(self) -> bool:
+        """Whether a sequence has a token."""
+        return any(sequence.last_token is not None for sequence in self.sequences)
+
+    @property
+    def all_begun(self) -> bool:
+        """Whether every sequence has a token."""
+        return all(sequence.last_token is not None for sequence in self.sequences)
 
     def push(self, index: int, output: TextOutput) -> None:
         """Take in output of one sequence."""

@@ -142,7 +142,13 @@ class _Server:
         config = self._config
         name = config.served_model_name or default_model_name(config.model)
         metrics = ServerMetrics(name)
-        client = AsyncEngineClient(config, metrics, stall_timeout=config.stall_timeout, log_level=config.log_level)
+        client = AsyncEngineClient(
+            config,
+            metrics,
+            stall_timeout=config.stall_timeout,
+            max_restarts=config.max_restarts,
+            log_level=config.log_level,
+        )
         client.worker.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
         self._install_signals(client.worker)
         await client.worker.start()
@@ -224,7 +230,7 @@ class _Server:
         from llmctl.serving.status_line import log_status
 
         client = context.client
-        status = asyncio.create_task(log_status(lambda: context.metrics.engine_stats))
+        status = asyncio.create_task(log_status(context.metrics))
         dead = asyncio.create_task(client.worker.until_dead())
         stop = asyncio.create_task(self._stop.wait())
         try:

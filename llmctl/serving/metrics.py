@@ -45,6 +45,7 @@ _ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTION_REASONS = ("queue_full", "context_length_exceeded", "not_ready", "invalid_request")
+NO_STATS = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Histogram(Collector):
@@ -80,7 +81,7 @@ class EngineSeries(Collector):
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = labels
-        self.stats = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
+        self.stats = NO_STATS
         self.busy_seconds = 0.0
 
     def collect(self) -> Iterator[Metric]:
@@ -128,7 +129,11 @@ class EngineSeries(Collector):
 
 
 class ServerMetrics:
-    """All series of one server. ``render`` gives the exposition text."""
+    """All series of one server. ``render`` gives the exposition text.
+
+    Attributes:
+        restarts: deaths of the worker that it was restarted after.
+    """
 
     def __init__(self, model_name: str, engine: str = "0") -> None:
         self.registry = CollectorRegistry()
@@ -143,6 +148,11 @@ class ServerMetrics:
         self._rejections = Counter(
             PREFIX + "admission_rejections", "Requests refused.", (*LABELS, "reason"), registry=self.registry
         )
+        self.restarts = 0
+        self._restarts = Counter(
+            PREFIX + "worker_restarts", "Deaths of the worker that it was restarted after.", (*LABELS, "reason"),
+            registry=self.registry,
+        )  # fmt: skip
         for reason in FINISH_REASONS:
             self._success.labels(*self._label_values, reason)
         for reason in REJECTION_REASONS:
@@ -198,6 +208,12 @@ class ServerMetrics:
         self.prompt_tokens.inc(prompt_tokens)
         self.prompt_tokens_cached.inc(cached_tokens)
         self.ttft.observe(seconds)
+
+    def restarted(self, reason: str, waiting: int) -> None:
+        """Count one death of the worker; the next one's totals begin at zero, and so many requests wait for it."""
+        self._restarts.labels(*self._label_values, reason).inc()
+        self.restarts += 1
+        self._engine.stats, self._engine.busy_seconds = structs.replace(NO_STATS, num_waiting=waiting), 0.0
 
     def rejected(self, reason: str) -> None:
         """Count one request refused at the door."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 
 from msgspec import structs
 
 from llmctl.engine.llm_engine import EngineStats
+from llmctl.serving.metrics import ServerMetrics
 
 log = logging.getLogger("llmctl.serving")
 
@@ -30,15 +30,16 @@ ADVICE = {
 """What to say of each state of ``StateSeconds`` but ``busy``."""
 
 
-async def log_status(stats: Callable[[], EngineStats]) -> None:
-    """Log the status line of every ``STATUS_SECONDS`` in which there was a step, until cancelled."""
-    before, began = stats(), time.monotonic()
+async def log_status(metrics: ServerMetrics) -> None:
+    """Log the status line of every ``STATUS_SECONDS`` in which there was a step of one and the same worker, until
+    cancelled."""
+    before, worker, began = metrics.engine_stats, metrics.restarts, time.monotonic()
     while True:
         await asyncio.sleep(STATUS_SECONDS)
-        after, now = stats(), time.monotonic()
-        if after.num_steps > before.num_steps:
+        after, now = metrics.engine_stats, time.monotonic()
+        if after.num_steps > before.num_steps and metrics.restarts == worker:
             log.info("%s", status_line(before, after, now - began))
-        before, began = after, now
+        before, worker, began = after, metrics.restarts, now
 
 
 def status_line(before: EngineStats, after: EngineStats, seconds: float) -> str:

@@ -18,12 +18,16 @@ from llmctl.config import EngineOptions
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
-    """One JSON line on the worker's stdin; ``channel`` is the descriptor of the worker's end of the channel."""
+    """One JSON line on the worker's stdin.
+
+    ``channel`` is the descriptor of the worker's end of the channel; ``idle_seconds``: see ``EngineLoop``.
+    """
 
     config: EngineOptions
     channel: int
     parent_pid: int
     log_level: str = "info"
+    idle_seconds: float = 10.0
 
 
 def describe_exit(code: int) -> str:
@@ -36,6 +40,11 @@ def describe_exit(code: int) -> str:
         name = f"signal {-code}"
     hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
     return f"killed by {name}{hint}"
+
+
+def exit_reason(code: int) -> str:
+    """An exit status as one of few words, for a label: the signal's name, or ``exit``."""
+    return describe_exit(code).removeprefix("killed by ").partition(";")[0] if code < 0 else "exit"
 
 
 class WorkerProcess:

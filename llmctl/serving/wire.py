@@ -1,7 +1,7 @@
 """What crosses between the API process and the worker process: msgspec structs as MessagePack.
 
-The worker sends ONE ``StepMessage`` per engine step with all requests' tokens in it; text never crosses. The engine's
-own records travel as they are.
+The worker sends ONE ``StepMessage`` per engine step with all requests' tokens in it, and one ``Scheduled`` before a
+step with new requests; text never crosses. The engine's own records travel as they are.
 """
 
 from __future__ import annotations
@@ -134,7 +134,13 @@ class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
     refused: list[Refused] = []
 
 
-Event = Progress | Located | EngineInfo | WorkerFailed | StepMessage
+class Scheduled(msgspec.Struct, tag="scheduled", array_like=True, frozen=True):
+    """These requests are in a step for the first time; sent before it is executed, which may be the worker's end."""
+
+    request_ids: list[str]
+
+
+Event = Scheduled | Progress | Located | EngineInfo | WorkerFailed | StepMessage
 
 
 def _from_array(value: Any) -> Any:

@@ -83,7 +83,7 @@ def main() -> int:
         engine = start(settings.config, send)
         gc.collect()
         gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
-        EngineLoop(engine, channel).run()
+        EngineLoop(engine, channel, settings.idle_seconds).run()
     except (EOFError, ConnectionError):  # the API process is gone; its death ends this one, too
         return 1
     except Exception as error:

@@ -35,7 +35,7 @@ class Servers:
             *("--model", str(checkpoint), "--target", "reference", "--stall-timeout", "0.5"),
             env={"LLMCTL_CACHE": str(folder / "cache")},
         )
-        self.victim = ServerProcess("--model", str(engine))
+        self.victim = ServerProcess("--model", str(engine), "--max-restarts", "0")
         self.twice = ServerProcess("--model", str(engine))
         self.all = [self.keyed, self.built, self.victim, self.twice]
 
@@ -177,7 +177,7 @@ def test_sigterm_drains(servers: Servers) -> None:
     assert server.leftovers() == []
 
 
-def test_the_workers_death_ends_the_server_with_the_reason(servers: Servers) -> None:
+def test_without_restarts_the_workers_death_ends_the_server_with_the_reason(servers: Servers) -> None:
     server = servers.victim
     stream = Stream(server)
     wait_running(server, 1)

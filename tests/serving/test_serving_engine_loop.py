@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
+import pytest
 from engine.fake_runtime import FakeRuntime
 
 from llmctl.config import ServeConfig
@@ -13,11 +14,21 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.step import SamplingBatch, StepPlan
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_loop import EngineLoop
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.transport import WorkerChannel
-from llmctl.serving.wire import AddRequests, Command, Shutdown, StepMessage, WireRequest, decode_event, encode
+from llmctl.serving.wire import (
+    AddRequests,
+    Command,
+    Scheduled,
+    Shutdown,
+    StepMessage,
+    WireRequest,
+    decode_event,
+    encode,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
@@ -29,6 +40,7 @@ class Channel:
     def __init__(self, *turns: Sequence[Command], send_seconds: float = 0.0) -> None:
         self.turns, self.send_seconds = list(turns), send_seconds
         self.sent: list[StepMessage] = []
+        self.scheduled: list[list[str]] = []
 
     def receive(self, timeout_ms: int) -> list[bytes]:
         if timeout_ms:
@@ -38,8 +50,11 @@ class Channel:
     def send(self, message: bytes) -> None:
         time.sleep(self.send_seconds)
         event = decode_event(message)
-        assert isinstance(event, StepMessage)
-        self.sent.append(event)
+        if isinstance(event, Scheduled):
+            self.scheduled.append(event.request_ids)
+        else:
+            assert isinstance(event, StepMessage)
+            self.sent.append(event)
 
 
 def add(name: str, params: SamplingParams = GREEDY) -> AddRequests:
@@ -66,6 +81,33 @@ def test_time_to_send_reports_is_the_api_processes_while_requests_run() -> None:
     assert channel.sent[3].outputs[0].finish_reason == "length"
     assert seconds.api_process >= 3 * 0.02
     assert seconds.no_requests >= 0.1
+
+
+def test_what_is_in_a_step_for_the_first_time_is_told_before_the_step() -> None:
+    class Fatal(FakeRuntime):
+        def execute(self, plan: StepPlan, sampling: SamplingBatch) -> object:  # type: ignore[override]
+            if any(piece.token_ids == [9] for piece in plan.slices):
+                raise RuntimeError("dead")
+            return super().execute(plan, sampling)
+
+    poison = AddRequests([WireRequest("poison", [9], GREEDY, 0, None, 0.0)])
+    channel = Channel([add("a"), add("b")], [], [poison, add("c"), add("d")])
+    with pytest.raises(RuntimeError, match="dead"):
+        run(LLMEngine(Fatal(), SchedulerConfig(max_num_seqs=4)), channel)
+    assert channel.scheduled == [["a", "b"], ["poison", "c"]]
+
+
+@pytest.mark.parametrize(("seconds", "milliseconds"), [(10.0, 10_000), (0.025, 25), (0.0001, 1)])
+def test_an_idle_worker_reports_as_often_as_it_is_told(seconds: float, milliseconds: int) -> None:
+    waits = []
+
+    class Watched(Channel):
+        def receive(self, timeout_ms: int) -> list[bytes]:
+            waits.append(timeout_ms)
+            return super().receive(timeout_ms)
+
+    EngineLoop(LLMEngine(FakeRuntime(), SchedulerConfig()), cast(WorkerChannel, Watched([])), seconds).run()
+    assert waits == [milliseconds] * 2
 
 
 def test_before_it_waits_nothing_is_in_flight() -> None:

@@ -21,6 +21,12 @@ class Requests:
     def on_step(self, message: StepMessage) -> None:
         self.steps.append(message)
 
+    def on_scheduled(self, _: list[str]) -> None: ...
+
+    def on_worker_lost(self, error: LlmctlError, reason: str) -> None: ...
+
+    def on_worker_back(self) -> None: ...
+
     def fail_all(self, error: LlmctlError) -> None:
         self.errors.append(error)
 

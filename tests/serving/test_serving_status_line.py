@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec import structs
@@ -14,6 +14,7 @@ from llmctl.cli.main import app
 from llmctl.engine.llm_engine import EngineStats
 from llmctl.engine.occupancy import StateSeconds
 from llmctl.serving import status_line as module
+from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.status_line import ADVICE, log_status, status_line
 
 IDLE = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
@@ -65,26 +66,31 @@ def test_every_state_has_its_advice_in_a_short_line_with_flags_that_exist() -> N
         assert len(line) <= 140
 
 
-def test_it_is_logged_only_when_there_were_steps(
+def test_it_is_logged_only_when_there_were_steps_of_one_worker(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "STATUS_SECONDS", 0.001)
-    looks = iter([0, 0, 4, 4, 6])
+    looks = iter([0, 0, 4, 4, 6, 8, 12])
     done = asyncio.Event()
 
-    def stats() -> EngineStats:
-        steps = next(looks, None)
-        if steps is None:
-            done.set()
-            steps = 6
-        return after({"busy": 1.0}, num_steps=steps)
+    class Metrics:
+        restarts = 0
+
+        @property
+        def engine_stats(self) -> EngineStats:
+            steps = next(looks, None)
+            if steps is None:
+                done.set()
+                steps = 12
+            self.restarts = int(steps > 6)
+            return after({"busy": 1.0}, num_steps=steps)
 
     async def watch() -> None:
-        task = asyncio.create_task(log_status(stats))
+        task = asyncio.create_task(log_status(cast(ServerMetrics, Metrics())))
         await done.wait()
         task.cancel()
 
     with caplog.at_level(logging.INFO, "llmctl.serving"):
         asyncio.run(watch())
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 3  # not from 6 to 8, which are another worker's
     assert all(record.levelno == logging.INFO for record in caplog.records)
