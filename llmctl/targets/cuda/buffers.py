@@ -17,7 +17,7 @@ from llmctl.graph.graph import Graph, Op
 from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.cuda.attention import DECODE_SPLIT, max_splits
-from llmctl.targets.cuda.gemm import GEMM_ROWS, H200_SMS, plan_gemm, plan_tile
+from llmctl.targets.cuda.gemm import GEMM_ROWS, H200_SMS, INT8_TOKENS, plan_gemm, plan_tile
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import lora_splits
 from llmctl.targets.cuda.packing import cuda_formats
@@ -230,11 +230,17 @@ def _gemm_needs(fmt: CudaFormat, dtype: str, int8: bool, most: int, sms: int) ->
 
 @functools.cache
 def _gemm_scratch(fmt: CudaFormat, dtype: str, int8: bool, most: int, sms: int) -> tuple[int, int]:
-    """(workspace, counters) that are enough for any number of rows up to ``most``."""
-    plans = [
-        plan_tile(fmt, dtype, m, int8=True, sms=sms) if int8 else plan_gemm(fmt, dtype, m, sms)
-        for m in range(1, most + 1)
-    ]
+    """(workspace, counters) that are enough for any number of rows up to ``most``.
+
+    Beyond the largest tile an int8 plan depends on the number of tiles alone, and shares nothing out from two a
+    multiprocessor on.
+    """
+    if int8:
+        tile = INT8_TOKENS[-1]
+        rows = [*range(1, min(most, tile) + 1), *range(2 * tile, min(most + tile, 2 * sms * tile), tile)]
+        plans = [plan_tile(fmt, dtype, m, int8=True, sms=sms) for m in rows]
+    else:
+        plans = [plan_gemm(fmt, dtype, m, sms) for m in range(1, most + 1)]
     return max(p.workspace for p in plans), max(p.counters for p in plans)
 
 
