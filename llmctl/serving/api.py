@@ -53,6 +53,15 @@ async def parse(request: Request, model: type[Body], check: Callable[[Outline], 
     """
     data = await request.body()
     check(Outline(data))
+    return parsed(data, model)
+
+
+def parsed(data: bytes, model: type[Body]) -> Body:
+    """A body as ``model``.
+
+    Raises:
+        RequestError: not JSON, wrong types, missing fields.
+    """
     try:
         body = model.model_validate_json(data)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from llmctl import __version__
 from llmctl.serving import api
-from llmctl.serving.api import openapi_body, parse
+from llmctl.serving.api import openapi_body, parse, parsed
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
@@ -114,11 +114,11 @@ async def tokenize(request: Request) -> Response:
     context = context_of(request)
     intake = context.model().intake
     data = await request.body()
+    outline = Outline(data)
+    intake.check_outline(outline)
+    chat = outline.has("messages")
     body: TokenizeRequest | TokenizeChatRequest
-    if Outline(data).has("messages"):
-        body = await parse(request, TokenizeChatRequest, intake.check_outline)
-    else:
-        body = await parse(request, TokenizeRequest, intake.check_outline)
+    body = parsed(data, TokenizeChatRequest) if chat else parsed(data, TokenizeRequest)
     context.check_name(body.model)
     ids = await intake.tokenize(body, len(data))
     answer: dict[str, object] = {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids}

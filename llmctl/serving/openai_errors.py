@@ -73,7 +73,7 @@ def from_validation_error(error: ValidationError) -> RequestError:
     if param in _UNIONS and first["type"] != "missing":
         return RequestError(f"{param}: expected {_UNIONS[param]}", param=param)
     path = ".".join(str(part) for part in first["loc"])
-    found = "" if first["type"] == "missing" else f", found {type(first['input']).__name__}"
+    found = "" if first["type"] in ("missing", "not_number") else f", found {type(first['input']).__name__}"
     return RequestError(f"{path}: {first['msg']}{found}", param=param)
 
 

@@ -8,13 +8,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 # A list that is wrong ends at its first item that is: one problem is told, and a list has many items.
 _FAILS_FAST = Field(fail_fast=True)
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], _FAILS_FAST]
 Texts = Annotated[list[str], _FAILS_FAST]
 Objects = Annotated[list[dict[str, Any]], _FAILS_FAST]
+
+
+def _numbers(given: dict[str, Any]) -> dict[str, Any]:
+    """The same, if all are numbers; else the first that is not. pydantic's own would describe every one."""
+    for name, value in given.items():
+        if type(value) is not float and type(value) is not int:
+            found = {"name": name[:40], "found": type(value).__name__}
+            raise PydanticCustomError("not_number", "expected numbers, found {found} for '{name}'", found)
+    return given
+
+
+Numbers = Annotated[
+    dict[str, Any],
+    AfterValidator(_numbers),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
 
 
 class ApiModel(BaseModel):
@@ -49,7 +66,7 @@ class SamplingFields(ApiModel):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Numbers | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
 

@@ -18,7 +18,7 @@ from string import Formatter
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.runtime import BlockReference, LoopContext, Macro
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -58,7 +58,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         for name in _LEFT_OUT:
             del self.filters[name]
-        self.macro_chars: dict[str, int] = {}
+        self._chars = 0  # of plain text in the template
 
     def seal(self) -> None:
         """Have all filters and tests spend; called when all are there."""
@@ -74,9 +74,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
     def _parse(self, *args: Any) -> nodes.Template:
         tree = super()._parse(*args)
-        self.macro_chars = {"": _chars(tree)}
-        for macro in tree.find_all(nodes.Macro):
-            self.macro_chars[macro.name] = max(_chars(macro), self.macro_chars.get(macro.name, 0))
+        self._chars = _chars(tree)
         changed: nodes.Template = _Instrument().visit(tree)
         return changed.set_environment(self)  # type: ignore[return-value]
 
@@ -104,9 +102,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str | bytes):
             args = _check_method(budget, owner, __obj.__name__, args)
         elif isinstance(__obj, LoopContext):
-            args = (_counted(args[0], __self.macro_chars[""]), *args[1:]) if args else args
-        elif isinstance(__obj, Macro | BlockReference):
-            budget.make(__self.macro_chars.get(__obj.name or "", __self.macro_chars[""]))
+            args = (_counted(args[0], __self._chars), *args[1:]) if args else args
         result = super().call(__context, __obj, *args, **kwargs)
         budget.size(result)
         return result

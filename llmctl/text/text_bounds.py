@@ -20,24 +20,30 @@ _KEEPING_SPLITTERS = frozenset({"ByteLevel", "Metaspace", "Digits"})
 # Every byte that UTF-8 spells whitespace with: what is left of a text without them is no whitespace.
 _WHITESPACE_BYTES = bytes(sorted({b for i in range(0x3001) if chr(i).isspace() for b in chr(i).encode()}))
 
+_UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+
 
 class TextBounds:
     """What a tokenizer's vocabulary says of the length of texts. Reads all of it: a few ms per 10 000 tokens."""
 
     def __init__(self, backend: _Backend) -> None:
         shrink = _shrink(_state(backend.normalizer))
-        keeps = _splitter_keeps(_state(backend.pre_tokenizer)) and _model_keeps(backend)
+        dropped = _dropped_bytes(backend)
+        known = dropped is not None and (not dropped or backend.normalizer is None)
+        keeps = known and _splitter_keeps(_state(backend.pre_tokenizer))
         self._longest = _longest(backend) * shrink if keeps and shrink else 0
+        self._uncounted = dropped or b""
         added = backend.get_added_tokens_decoder().values()
-        self._strips = any(token.lstrip or token.rstrip for token in added)
+        if any(token.lstrip or token.rstrip for token in added):  # it takes any amount of whitespace beside it
+            self._uncounted += _WHITESPACE_BYTES
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text surely has, special tokens that frame it aside; 0 when nothing is known."""
         if not self._longest:
             return 0
         data = text.encode("utf-8", "surrogatepass")
-        if self._strips:  # an added token may take any amount of whitespace beside it
-            data = data.translate(None, _WHITESPACE_BYTES)
+        if self._uncounted:
+            data = data.translate(None, self._uncounted)
         return -(-len(data) // self._longest)
 
 
@@ -73,14 +79,17 @@ def _splitter_keeps(splitter: dict[str, Any]) -> bool:
     return kind is None or kind in _KEEPING_SPLITTERS
 
 
-def _model_keeps(backend: _Backend) -> bool:
-    """Whether every byte of a text is in some token: no text is unknown."""
+def _dropped_bytes(backend: _Backend) -> bytes | None:
+    """The bytes that are in no token, which a model may drop from a text; None where whole words may be unknown."""
     model = backend.model
     if type(model).__name__ not in ("BPE", "Unigram"):
-        return False
+        return None
     if getattr(model, "byte_fallback", False):
-        return all(backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256))
-    return _is_byte_level(backend) and all(backend.token_to_id(c) is not None for c in byte_level_alphabet())
+        known = all(backend.token_to_id(f"<0x{b:02X}>") is not None for b in range(256))
+        return b"" if known else None
+    if not _is_byte_level(backend):
+        return None
+    return bytes(b for c, b in byte_level_alphabet().items() if b in _UTF8_BYTES and backend.token_to_id(c) is None)
 
 
 def _is_byte_level(backend: _Backend) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from fixtures import make_tokenizer
+from pydantic import ValidationError
 
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving.context import Model
 from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
@@ -216,3 +218,24 @@ def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path
         Model.from_folder("m", tmp_path, tokenizer, info, str(path))
     with pytest.raises(CheckpointError, match="--chat-template"):
         Model.from_folder("m", tmp_path, tokenizer, info, str(tmp_path / "gone"))
+
+
+def test_of_many_wrong_items_the_first_is_named() -> None:
+    """One problem is made and told, however many there are."""
+    cases: dict[str, Any] = {
+        "logit_bias": {"7": True, **{str(i): "x" for i in range(9000)}},
+        "stop_token_ids": ["x"] * 9000,
+        "bad_words": [4] * 9000,
+    }
+    for name, value in cases.items():
+        with pytest.raises(ValidationError) as caught:
+            CompletionRequest.model_validate_json(json.dumps({"prompt": "x", name: value}))
+        assert caught.value.error_count() == 1
+        assert str(from_validation_error(caught.value)).startswith(name)
+    for prompt, most in (([["x"]] * 9000, 4), ([5] * 9000 + ["x"], 4)):
+        with pytest.raises(ValidationError) as caught:
+            CompletionRequest.model_validate_json(json.dumps({"prompt": prompt}))
+        assert caught.value.error_count() <= most
+        assert str(from_validation_error(caught.value)) == (
+            "prompt: expected a string, a list of token ids (integers >= 0), or a list of either"
+        )

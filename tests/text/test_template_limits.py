@@ -28,6 +28,7 @@ def renamed(template: str, count: int = 60) -> str:
 
 
 ENDLESS = [
+    "{% set r = range(100000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "{% for i in range(100000) %}{% for j in range(100000) if j < 0 %}{% endfor %}{% endfor %}",
     "{% for a in [range(90000)] * 90 recursive %}{% if a is not number %}{{ loop(a) }}{% endif %}{% endfor %}",

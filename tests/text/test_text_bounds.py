@@ -11,6 +11,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from llmctl.text.text_bounds import TextBounds
+from llmctl.text.token_bytes import byte_level_alphabet
 
 
 def texts() -> list[str]:
@@ -50,6 +51,19 @@ def test_whitespace_that_an_added_token_takes_does_not_count() -> None:
     assert len(backend.encode(text, add_special_tokens=False)) == 1
     assert TextBounds(backend).least_tokens(text) == 1
     assert TextBounds(backend).least_tokens("a" * 5000) > 400
+
+
+def test_bytes_that_are_in_no_token_do_not_count() -> None:
+    """Vocabularies leave out bytes that never came up in training, and those that UTF-8 has not."""
+    vocab = {
+        c: i for i, c in enumerate(sorted(byte_level_alphabet())) if byte_level_alphabet()[c] not in (0, 7, 0xC0, 0xFF)
+    }
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = "\0\7" * 500 + "ab世"
+    assert TextBounds(backend).least_tokens(text) == len(backend.encode(text)) == 5
+    backend.normalizer = normalizers.NFC()
+    assert TextBounds(backend).least_tokens(text) == 0
 
 
 def _unknown_dropped() -> Backend:
