@@ -93,6 +93,12 @@ class DeviceLostError(DeviceError):
     """A GPU that failed in the middle of the work: nothing that was on it can be trusted or used any more."""
 
 
+class HostMemoryError(LlmctlError):
+    """The machine, or the limit on this process, has no memory left for what is to be done."""
+
+    code = "out_of_memory"
+
+
 class CapacityError(RequestError):
     """A request or setting that can never fit: context length, KV cache or memory."""
 
@@ -118,3 +124,19 @@ class NotReadyError(LlmctlError):
     http_status = 503
     type = "service_unavailable"
     code = "not_ready"
+
+
+_MEMORY_FIX = "free memory, choose less of it, or raise the limit (ulimit -v, the container's)"
+# How libraries say it: a loader that cannot map them, an allocator, a C++ runtime.
+_OUT_OF_MEMORY = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc")
+_NO_THREAD = "can't start new thread"
+
+
+def resource_error(error: BaseException) -> LlmctlError | None:
+    """An exception that means that memory or threads are spent, as an error that says so; None for any other."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+        return HostMemoryError("out of memory" + (f": {text}" if text else ""), fix=_MEMORY_FIX)
+    if isinstance(error, RuntimeError) and _NO_THREAD in text:
+        return HostMemoryError(f"no more threads: {text}", fix="raise the limit (ulimit -u, ulimit -v)")
+    return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmctl.config import EngineOptions, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import KV_SPELLINGS
+from llmctl.targets.machine import check_threads
 
 if TYPE_CHECKING:
     from llmctl.targets.base import StepLimits, Target
@@ -45,8 +46,9 @@ class EngineRequest:
 
         Raises:
             UsageError: ``kv_cache_memory`` is no size, ``kv_cache_dtype`` no dtype, ``gpu_memory_utilization`` no
-                share.
+                share, ``threads`` more than there are processors.
         """
+        check_threads(config.threads)
         size, share = config.kv_cache_memory, config.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise UsageError(

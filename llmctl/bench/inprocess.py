@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmctl.artifact.builder import ensure_engine
 from llmctl.artifact.loader import LoadedEngine, read_manifest
+from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import StartedEngine, start_engine
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
@@ -73,6 +74,7 @@ def prepare_engine(config: EngineOptions, longest: int = 0, requests: int = 0) -
         UsageError: the engine takes no sequence of ``longest`` tokens (found before it is loaded).
         LlmctlError: whatever resolving, building or loading refuses.
     """
+    EngineRequest.of(config)  # refused before anything is built
     path: Path = ensure_engine(config.model, config)
     limit = read_manifest(path).options.max_model_len
     if longest > (found := min(limit, config.max_model_len or limit)):

@@ -154,6 +154,9 @@ def build(
     if dry_run:
         _print_plan(settings, json_output)
         return
+    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+
+    check_address_space(LEAST_WITH_TORCH)
     from llmctl.cli.build_run import run_build
 
     run_build(settings, json_output)

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl.config import load_yaml_options
-from llmctl.errors import ExitCode, LlmctlError, UsageError
+from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,6 +107,12 @@ def report(error: LlmctlError) -> None:
     print(" ".join(line.split()), file=sys.stderr)
 
 
+def _check_address_space() -> None:
+    from llmctl.targets.machine import check_address_space
+
+    check_address_space()
+
+
 def guarded(function: F) -> F:
     """Decorate a subcommand: a user-visible error becomes one line and its exit code, never a traceback.
 
@@ -116,6 +122,7 @@ def guarded(function: F) -> F:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
+            _check_address_space()
             return function(*args, **kwargs)
         except LlmctlError as error:
             if os.environ.get("LLMCTL_TRACEBACK"):
@@ -128,6 +135,12 @@ def guarded(function: F) -> F:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(int(ExitCode.RUNTIME)) from None
+        except (MemoryError, ImportError, RuntimeError) as error:
+            said = resource_error(error)
+            if said is None or os.environ.get("LLMCTL_TRACEBACK"):
+                raise
+            report(said)
+            raise typer.Exit(int(said.exit_code)) from None
         except OSError as error:
             if os.environ.get("LLMCTL_TRACEBACK"):
                 raise

@@ -113,6 +113,9 @@ def quantize(
 
     [bold]llmctl quantize --model demo:smollm2-135m --method awq --bits 4 --output ./smollm2-awq[/bold]
     """
+    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+
+    check_address_space(LEAST_WITH_TORCH)
     from llmctl.cli.quantize_progress import ProgressLines, print_report
     from llmctl.quantize.backends import run_backend
 

@@ -16,6 +16,7 @@ from llmctl.quantize.calibration import check_lengths, file_of, source_digest
 from llmctl.quantize.gptq import GptqOptions
 from llmctl.quantize.grid import check_scheme
 from llmctl.quantize.modules import Module, Selection, select_modules
+from llmctl.targets.machine import check_threads
 
 METHODS = ("rtn", "awq", "gptq")
 FORMATS = ("auto", "awq", "gptq")
@@ -81,8 +82,7 @@ def check_options(config: QuantizeConfig) -> None:
         raise UsageError(
             f"--damp-percent {config.damp_percent}: expected a share between 0 and 1", param="damp_percent"
         )
-    if config.threads is not None and config.threads < 1:
-        raise UsageError(f"--threads {config.threads}: expected at least 1", param="threads")
+    check_threads(config.threads)
     if not config.output:
         raise UsageError("--output: the folder to write is missing", param="output")
     if config.method != "rtn":

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP protocol, with bounds on what a client may make the server hold or wait for before a request is whole.
+"""uvicorn's HTTP protocol, with bounds on what a client may make the server hold or wait for before a request is whole,
+and an ``X-Request-Id`` on every answer: the request's own, or a new one.
 
 Runs before any check of a key, so each bound is one of the connection: bytes of headers, seconds for headers, seconds
 for a body that comes slowly.
@@ -7,6 +8,10 @@ for a body that comes slowly.
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+import uuid
+from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any
 
@@ -24,6 +29,25 @@ LINGER_SECONDS = 1.0
 client would not see the answer."""
 BODY_RATE = 16 * 1024
 """A body has ``BODY_SECONDS``, and a second more for every so many bytes that have come."""
+
+
+REQUEST_ID = b"x-request-id"
+_USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # in a header and in a line of a log
+
+
+def request_id(given: bytes | None) -> str:
+    """The id of a request: the one that it brings, if that is 1 to 128 visible ASCII characters, else a new one."""
+    if given is not None and _USABLE_ID.fullmatch(given):
+        return given.decode("ascii")
+    return uuid.uuid4().hex
+
+
+class _WithId(logging.LoggerAdapter[logging.Logger]):
+    """Adds the request's id to a line of the access log."""
+
+    def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
+        """Part of ``logging.LoggerAdapter``."""
+        return f"{msg} {(self.extra or {})['id']}", kwargs
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -61,11 +85,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self._refused:
             self._time()
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         if self._parsed_bytes > MAX_HEADER_BYTES:  # the parser ended because a callback of ours did
             self._refuse_headers()
         else:
-            super().send_400_response(msg)
+            self._refuse(400, "the request is not valid HTTP", "invalid_http")
 
     # what the parser calls
 
@@ -86,6 +110,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._waits_for = "body"
         super().on_headers_complete()
+        if self.cycle is None or self.cycle.scope is not self.scope:  # an upgrade, which is not answered here
+            return
+        name = self._request_id()
+        # Before anything of the answer: its task is made, and has not run.
+        self.scope["state"]["request_id"] = name
+        self.cycle.default_headers = [*self.cycle.default_headers, (REQUEST_ID, name.encode())]
+        if self.cycle.access_log:
+            self.cycle.access_logger = _WithId(self.access_logger, {"id": name})  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -94,6 +126,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._waits_for = ""
         super().on_message_complete()
+
+    def _request_id(self) -> str:
+        return request_id(next((value for name, value in self.headers or () if name == REQUEST_ID), None))
 
     def _count(self, size: int) -> None:
         self._parsed_bytes += size
@@ -136,7 +171,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer, unless something else is being answered, and close."""
-        others = self._waits_for == "headers" and self.cycle is not None and not self.cycle.response_complete
+        others = self._waits_for != "body" and self.cycle is not None and not self.cycle.response_complete
         begun = self._waits_for == "body" and self.cycle.response_started
         self._refused, self._waits_for = True, ""
         self._time()
@@ -144,7 +179,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             body = msgspec.json.encode(error_body(message, type_="invalid_request_error", code=code))
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+                f"content-length: {len(body)}\r\nx-request-id: {self._request_id()}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
         self.loop.call_later(LINGER_SECONDS, self.transport.close)

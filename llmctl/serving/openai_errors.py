@@ -97,7 +97,8 @@ def install_handlers(app: FastAPI) -> None:
         return error_response(RequestError("the client closed the connection"))
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        name = getattr(request.state, "request_id", "without an id")
+        log.error("%s %s failed, request %s", request.method, request.url.path, name, exc_info=error)
         return error_response(error)
 
     app.add_exception_handler(LlmctlError, on_llmctl_error)

@@ -19,7 +19,7 @@ import threading
 
 import msgspec
 
-from llmctl.errors import LlmctlError
+from llmctl.errors import HostMemoryError, LlmctlError, resource_error
 from llmctl.serving.supervisor import WorkerSettings
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
@@ -60,6 +60,8 @@ def _as_said(error: Exception) -> LlmctlError:
     """What the API process tells of an exception: what a user can see going wrong as it is, a mistake by its name."""
     if isinstance(error, LlmctlError):
         return error
+    if (spent := resource_error(error)) is not None:
+        return spent
     if isinstance(error, OSError):
         return LlmctlError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     text = " ".join(str(error).split())
@@ -88,7 +90,7 @@ def main() -> int:
         return 1
     except Exception as error:
         said = _as_said(error)
-        if said is not error and not isinstance(error, OSError):
+        if said is not error and not isinstance(error, OSError) and not isinstance(said, HostMemoryError):
             log.exception("the engine failed")
         with contextlib.suppress(ConnectionError):
             send(WorkerFailed(ErrorInfo.of(said)))

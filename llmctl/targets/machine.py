@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
+from llmctl.errors import HostMemoryError, UsageError
 from llmctl.targets.base import MemoryBudget, StepLimits
 
 HOST_SHARE = 0.7
 """Share of the machine's available memory that an engine plans to use when no budget is given."""
 
+
+LEAST_ADDRESS_SPACE = 512 << 20
+"""Bytes of address space without which no command gets far."""
+LEAST_WITH_TORCH = 1 << 30
+"""The same for what runs on torch, whose libraries abort the process, or throw anything, when they cannot be mapped."""
 
 HOST_STEP = StepLimits(max_num_batched_tokens=512, max_num_seqs=64)
 """The largest step of an engine that runs on the machine's own processor."""
@@ -28,6 +35,35 @@ def physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than this machine has processors: they would only wait for each other.
+
+    Raises:
+        UsageError: below 1, or more than there are processors.
+    """
+    most = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= most:
+        raise UsageError(
+            f"--threads: expected 1 to {most}, this machine's processors, found {threads}",
+            fix="leave it out for the target's own choice",
+            param="threads",
+        )
+
+
+def check_address_space(least: int = LEAST_ADDRESS_SPACE) -> None:
+    """Refuse a limit on this process's address space in which not even its libraries fit: they would abort.
+
+    Raises:
+        HostMemoryError: below ``least`` bytes.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < least:
+        raise HostMemoryError(
+            f"the limit on address space: expected at least {least >> 20} MiB, found {limit >> 20} MiB",
+            fix="ulimit -v unlimited",
+        )
+
+
 def host_budget(note: str = "") -> MemoryBudget:
     """What an engine may take of the machine's memory. ``note``: more about where the budget comes from."""
     source = f"{HOST_SHARE:.0%} of the memory available now"
@@ -35,10 +71,13 @@ def host_budget(note: str = "") -> MemoryBudget:
 
 
 def available_memory() -> int:
-    """Bytes of memory this process may still take: the machine's, or its control group's where that is less."""
+    """Bytes of memory this process may still take: the machine's, its control group's or its own limit's, the least."""
     import psutil
 
     available = int(psutil.virtual_memory().available)
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        available = min(available, max(0, space - psutil.Process().memory_info().vms))
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
     if limit is not None and used is not None:
         available = min(available, max(0, limit - used))

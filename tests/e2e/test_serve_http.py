@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import time
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -298,3 +299,21 @@ def test_every_second_of_the_engine_is_in_one_state(server: ServerProcess) -> No
     least = time.monotonic() - then
     after = seconds()
     assert 0.9 * least < after - before < time.monotonic() - began
+
+
+def test_every_answer_carries_the_requests_id(server: ServerProcess) -> None:
+    def ids(path: str, data: bytes | None = None) -> tuple[int, str | None]:
+        request = urllib.request.Request(
+            server.url + path, data, {"Content-Type": "application/json", "X-Request-Id": "mine-7"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.headers["X-Request-Id"]
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers["X-Request-Id"]
+
+    assert ids("/ready") == (200, "mine-7")
+    assert ids("/nowhere") == (404, "mine-7")
+    assert ids("/v1/completions", json.dumps(COMPLETION).encode()) == (200, "mine-7")
+    assert ids("/v1/completions", json.dumps({**COMPLETION, "stream": True}).encode()) == (200, "mine-7")
+    assert ids("/v1/completions", b"{") == (400, "mine-7")

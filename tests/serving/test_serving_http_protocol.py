@@ -171,3 +171,48 @@ def test_a_body_that_keeps_coming_has_the_time_it_needs(monkeypatch: pytest.Monk
             assert await client.answer() == (200, b"8192")
 
     asyncio.run(run())
+
+
+async def head_of(client: Client) -> dict[str, str]:
+    """Headers of an answer, whose body is read; ``status`` is among them."""
+    first, *lines = (await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), 20)).decode().split("\r\n")
+    head = {"status": first.split()[1], **dict(line.lower().split(": ", 1) for line in lines if line)}
+    await client.reader.readexactly(int(head["content-length"]))
+    return head
+
+
+def test_every_answer_carries_the_requests_id_or_a_new_one(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(GET + b"X-Request-ID: mine-1\r\n\r\n" + GET + b"\r\n")  # two in one, pipelined
+            assert (await head_of(client))["x-request-id"] == "mine-1"
+            new = (await head_of(client))["x-request-id"]
+            assert len(new) == 32
+            for bad in (b"a b", b"\xe9", b"x" * 129):
+                await client.send(GET + b"X-Request-Id: " + bad + b"\r\n\r\n")
+                assert len((await head_of(client))["x-request-id"]) == 32
+            await client.send(GET + b"X-Request-Id: big\r\n" + HEADER * 80)
+            head = await head_of(client)
+            assert (head["status"], head["x-request-id"]) == ("431", "big")
+            client = await connect(port)
+            await client.send(b"no HTTP at all\r\n\r\n")
+            head = await head_of(client)
+            assert (head["status"], len(head["x-request-id"])) == ("400", 32)
+
+    with caplog.at_level("INFO", "uvicorn.access"):
+        asyncio.run(run())
+    lines = [record.getMessage() for record in caplog.records if record.name == "uvicorn.access"]
+    assert lines[0].endswith('"GET / HTTP/1.1" 200 mine-1')
+    assert all(len(line.rsplit(" ", 1)[1]) == 32 for line in lines[1:])
+
+
+def test_what_is_no_http_does_not_cut_into_an_answer() -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(GET + b"Content-Length: 1\r\n\r\nx" + b"\x00\x01 garbage\r\n\r\n")
+            rest = await asyncio.wait_for(client.reader.read(), 20)
+            assert rest.count(b"HTTP/1.1") <= 1
+
+    asyncio.run(run())

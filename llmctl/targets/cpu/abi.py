@@ -140,6 +140,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llmctl_step": (c.c_int, (c.c_void_p, c.POINTER(StepDesc), c.POINTER(SamplingDesc))),
     "llmctl_profile": (None, (c.c_void_p, c.POINTER(c.c_double))),
     "llmctl_variant": (c.c_char_p, ()),
+    "llmctl_create_error": (c.c_char_p, ()),
 }
 """Result and arguments of the entry points."""
 

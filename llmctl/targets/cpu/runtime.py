@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.errors import HostMemoryError
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.batch import BlockTables, FlatPlan, flatten
@@ -72,6 +73,7 @@ class CpuRuntime:
             ValueError: a block size that is not a multiple of ``KEYS``.
             UnsupportedModelError: an op without a native kernel.
             EngineLoadError: the library does not load here.
+            HostMemoryError: memory or threads are spent.
         """
         if sizes.block_size % KEYS:
             raise ValueError(
@@ -105,6 +107,12 @@ class CpuRuntime:
             graph.vocab_size,
             threads,
         )
+        if not self._program:
+            said = self._library.llmctl_create_error().decode(errors="replace")
+            raise HostMemoryError(
+                f"no memory or threads for a runtime of {threads} threads: {said}",
+                fix="free memory, or raise the limit (ulimit -v, ulimit -u)",
+            )
         self._sampling = NativeSampling(graph.vocab_size)
         self._tables = BlockTables(sizes.max_num_seqs, self.limits)
 

@@ -30,7 +30,7 @@ from llmctl.targets.base import (
     Target,
     TargetName,
 )
-from llmctl.targets.machine import HOST_STEP, host_budget
+from llmctl.targets.machine import HOST_STEP, LEAST_WITH_TORCH, check_address_space, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
@@ -150,7 +150,12 @@ class ReferenceTarget:
         return host_budget()
 
     def open_runtime(self, engine: RuntimeEngine, threads: int | None = None) -> Runtime:
-        """A ReferenceRuntime; ``threads`` are torch's, for the whole process."""
+        """A ReferenceRuntime; ``threads`` are torch's, for the whole process.
+
+        Raises:
+            HostMemoryError: no address space for torch.
+        """
+        check_address_space(LEAST_WITH_TORCH)
         from llmctl.targets.reference.runtime import ReferenceRuntime
         from llmctl.targets.reference.weights import EngineWeights
 

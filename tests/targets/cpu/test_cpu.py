@@ -288,6 +288,27 @@ def test_the_number_of_threads_does_not_matter(threads: int) -> None:
     runtime.close()
 
 
+def test_threads_that_cannot_be_made_are_an_error_and_not_an_abort(tmp_path: Path) -> None:
+    """Some of them are made before the limit is met, and must be gone again."""
+    output = tmp_path / "engine"
+    build_engine(BuildConfig(model=str(_quantized(4, 32, False)), target="cpu", output=str(output)))
+    code = (
+        "import resource, sys, threading, psutil\nfrom pathlib import Path\n"
+        "from llmctl.artifact.loader import load_engine\nfrom llmctl.artifact.request import EngineRequest\n"
+        "from llmctl.artifact.start import open_runtime\nfrom llmctl.errors import HostMemoryError\n"
+        "engine = load_engine(Path(sys.argv[1]), EngineRequest(kv_cache_bytes=1 << 20))\n"
+        "before, vms = psutil.Process().num_threads(), psutil.Process().memory_info().vms\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (vms + (200 << 20),) * 2)\n"
+        "try:\n    open_runtime(engine, threads=100_000)\n"
+        "except HostMemoryError as error:\n    print(error.message)\n"
+        "assert psutil.Process().num_threads() == before\n"
+        "open_runtime(engine, threads=2).close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no memory or threads for a runtime of 100000 threads: Resource temporarily")
+
+
 def test_a_cpu_engine_runs_without_torch(tmp_path: Path) -> None:
     output = tmp_path / "engine"
     build_engine(BuildConfig(model=str(_quantized(4, 32, False)), target="cpu", output=str(output)))

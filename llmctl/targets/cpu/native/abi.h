@@ -126,7 +126,7 @@ constexpr AbiEntry kAbi[] = {
   {"kv_tile_bytes.f32", kv_tile_bytes(kKvF32)}, {"kv_tile_bytes.bf16", kv_tile_bytes(kKvBf16)},
   {"kv_tile_bytes.s8", kv_tile_bytes(kKvS8)},
   LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_profile)
-  LLMCTL_CALL(llmctl_variant)
+  LLMCTL_CALL(llmctl_variant) LLMCTL_CALL(llmctl_create_error)
 };
 
 #undef LLMCTL_FIELD

@@ -30,17 +30,14 @@ static inline void cpu_relax() {
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads < 1 ? 1 : threads) {
-    for (int id = 1; id < threads_; id++) workers_.emplace_back([this, id] { work(id); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-      epoch_.fetch_add(1, std::memory_order_release);
+    try {
+      for (int id = 1; id < threads_; id++) workers_.emplace_back([this, id] { work(id); });
+    } catch (...) {  // a limit on threads or memory: those that were made must be gone before this object is
+      stop();
+      throw;
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
   }
+  ~Pool() { stop(); }
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
@@ -109,6 +106,16 @@ class Pool {
 #if defined(__linux__)
     syscall(SYS_futex, &generation_, FUTEX_WAKE_PRIVATE, threads_, nullptr, nullptr, 0);
 #endif
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
   }
 
   void work(int id) {

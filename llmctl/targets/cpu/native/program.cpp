@@ -2,6 +2,8 @@
 #include "program.h"
 
 #include <chrono>
+#include <cstdio>
+#include <exception>
 #include <iterator>
 #include <memory>
 #include <vector>
@@ -243,6 +245,8 @@ struct Step {
 
 }  // namespace
 
+static char create_error[256] = "";
+
 extern "C" {
 
 uint64_t llmctl_abi_digest() { return kAbiDigest; }
@@ -267,8 +271,15 @@ const char* llmctl_variant() {
 
 llmctl_program* llmctl_create(const OpDesc* ops, int64_t num_ops, const KvDesc* kv, int64_t num_kv, int64_t block_size,
                               int64_t max_tokens, int64_t max_rows, int64_t max_model_len, int64_t vocab, int threads) {
-  return new llmctl_program(ops, num_ops, kv, num_kv, block_size, max_tokens, max_rows, max_model_len, vocab, threads);
+  try {
+    return new llmctl_program(ops, num_ops, kv, num_kv, block_size, max_tokens, max_rows, max_model_len, vocab, threads);
+  } catch (const std::exception& error) {  // no C++ exception crosses into Python: it would abort the process
+    std::snprintf(create_error, sizeof create_error, "%s", error.what());
+    return nullptr;
+  }
 }
+
+const char* llmctl_create_error() { return create_error; }
 
 void llmctl_destroy(llmctl_program* program) { delete program; }
 

@@ -91,6 +91,8 @@ const char* llmctl_variant();
 llmctl_program* llmctl_create(const llmctl::OpDesc* ops, int64_t num_ops, const llmctl::KvDesc* kv, int64_t num_kv,
                               int64_t block_size, int64_t max_tokens, int64_t max_rows, int64_t max_model_len,
                               int64_t vocab, int threads);
+// Null when memory or threads are spent; llmctl_create_error says it.
+const char* llmctl_create_error();
 void llmctl_destroy(llmctl_program* program);
 // Runs one step; sampling has one row per logits row without a target, in order. Returns 0.
 int llmctl_step(llmctl_program* program, const llmctl::StepDesc* step, const llmctl::SamplingDesc* sampling);
