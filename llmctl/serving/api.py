@@ -31,6 +31,7 @@ from llmctl.serving.responses import (
     prompt_logprobs,
     usage_member,
 )
+from llmctl.serving.tenants import check_priority, tenant_of
 
 log = logging.getLogger("llmctl.serving")
 
@@ -259,9 +260,8 @@ async def _respond(
 ) -> Response:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
-    if body.priority and context.config.scheduling_policy != "priority":
-        raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
-    generation = context.client.generate(specs)
+    check_priority(request, body, context.config, context.keys)
+    generation = context.client.generate(specs, tenant_of(request, body, context.keys))
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
         if body.stream:

@@ -97,8 +97,8 @@ class AsyncEngineClient:
         if waiting + sequences > limit:
             raise QueueFullError(f"{waiting} requests are waiting and at most {limit} may", fix="try again later")
 
-    def generate(self, specs: Sequence[SequenceSpec]) -> Generation:
-        """Submit the sequences of one HTTP request; the engine admits all of them or none.
+    def generate(self, specs: Sequence[SequenceSpec], tenant: str = "") -> Generation:
+        """Submit the sequences of one HTTP request of a tenant; the engine admits all of them or none.
 
         Raises:
             NotReadyError: starting, draining or dead.
@@ -123,6 +123,7 @@ class AsyncEngineClient:
                     spec.priority,
                     spec.cache_salt,
                     generation.arrival,
+                    tenant,
                 )
             )
         self._idle.clear()
