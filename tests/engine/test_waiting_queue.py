@@ -267,3 +267,21 @@ def test_two_that_keep_waiting_are_served_alike(first: str) -> None:
     while all(account.waiting for account in accounts.values()):
         engine.step()
         assert abs(accounts["a"].served - accounts["b"].served) <= 2 * (20 + OUTPUT_WEIGHT * 12 * 4)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_is_served_is_what_had_to_be_computed_and_what_came_out(depth: int) -> None:
+    """Not what a prefix hit saved, nor what a preempted request computes again."""
+    engine = LLMEngine(FakeRuntime(5, steps_in_flight=depth), SchedulerConfig(policy="fair"))
+    made = [request("a", "a", 7, 9), request("b", "b", 7, 9)]
+    engine.add_requests(made)
+    while engine.has_unfinished():
+        engine.step()
+    assert engine.stats().num_preemptions
+    again = request("c", "a", 7, 2)
+    engine.add_request(again)
+    while engine.has_unfinished():
+        engine.step()
+    assert again.num_cached_tokens == 4
+    assert made[1].account.served == 7 + 9 * OUTPUT_WEIGHT
+    assert again.account.served == (7 + 9 * OUTPUT_WEIGHT) + (3 + 2 * OUTPUT_WEIGHT)
