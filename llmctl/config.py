@@ -85,7 +85,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    scheduling_policy: str = "fcfs"
+    scheduling_policy: str = "fair"
     max_num_queued_reqs: int = 1024
     itl_target: str = "auto"
     threads: int | None = None
@@ -116,6 +116,7 @@ class ServeConfig(EngineOptions):
     served_model_name: str | None = None
     chat_template: str | None = None
     api_key: str | None = None
+    priority_keys: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     max_body: str | None = None

@@ -56,6 +56,14 @@ class RequestError(UsageError):
     """An API request that is malformed or can never be served."""
 
 
+class PermissionDeniedError(RequestError):
+    """What this client may not ask for."""
+
+    http_status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
 class ModelNotFoundError(UsageError):
     """No such model, checkpoint folder, engine or adapter."""
 

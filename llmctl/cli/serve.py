@@ -105,6 +105,16 @@ ApiKey = Annotated[
         rich_help_panel=_SECURITY,
     ),
 ]
+PriorityKeys = Annotated[
+    str | None,
+    typer.Option(
+        "--priority-keys",
+        envvar="LLMCTL_PRIORITY_KEYS",
+        metavar="KEY",
+        help="More keys, comma-separated: with several keys in all, only requests with one of these may set priority.",
+        rich_help_panel=_SECURITY,
+    ),
+]
 SslKey = Annotated[
     str | None, typer.Option("--ssl-keyfile", metavar="FILE", help="TLS private key.", rich_help_panel=_SECURITY)
 ]
@@ -194,7 +204,15 @@ ChunkedPrefill = Annotated[
     ),
 ]
 Policy = Annotated[
-    str, typer.Option("--scheduling-policy", metavar="POLICY", help="fcfs or priority.", rich_help_panel=_ENGINE)
+    str,
+    typer.Option(
+        "--scheduling-policy",
+        metavar="POLICY",
+        help="Which waiting request is next. fcfs: the oldest. priority: that with the lowest priority. fair: the "
+        "same, and within one value tenants take turns by tokens served; a tenant is an API key if there are several, "
+        "else the request's 'user', else the client's address.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 ItlTarget = Annotated[
     str,
@@ -235,6 +253,7 @@ def serve(
     max_restarts: MaxRestarts = _D.max_restarts,
     log_level: LogLevel = _D.log_level,
     api_key: ApiKey = _D.api_key,
+    priority_keys: PriorityKeys = _D.priority_keys,
     ssl_keyfile: SslKey = _D.ssl_keyfile,
     ssl_certfile: SslCert = _D.ssl_certfile,
     max_model_len: MaxModelLen = _D.max_model_len,
@@ -285,6 +304,7 @@ def serve(
         served_model_name=served_model_name,
         chat_template=chat_template,
         api_key=api_key,
+        priority_keys=priority_keys,
         ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile,
         max_body=max_body,

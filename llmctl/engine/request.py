@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.tenants import Account
 
 
 class RequestStatus(IntEnum):
@@ -64,7 +65,8 @@ class Request:
         request_id: unique among unfinished requests.
         prompt_token_ids: at least one id.
         params: sampling parameters with ``n`` = 1 (see ``fan_out``).
-        priority: lower runs earlier under the ``priority`` policy.
+        priority: lower runs earlier, but under the ``fcfs`` policy.
+        tenant: whose it is; under the ``fair`` policy tenants take turns.
         arrival_time: seconds by the engine's clock; None = when it is added.
         cache_salt: requests share cached prefixes only with the same salt.
         adapter_id: the LoRA adapter it runs with; part of the prefix key.
@@ -75,6 +77,7 @@ class Request:
         max_length: known tokens at which it ends with ``length``.
         seed: what the sampler uses.
         num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
+        account: its tenant's. sort_key: its place in the queue, then among running requests (``waiting_queue``).
         prompt_scores: f32 [num_prompt_tokens - 1], filled as the prompt is computed; None when not asked for.
     """
 
@@ -85,6 +88,7 @@ class Request:
     arrival_time: float | None = None
     cache_salt: str | None = None
     adapter_id: str | None = None
+    tenant: str = ""
 
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False)
@@ -100,7 +104,8 @@ class Request:
     prompt_scores: NDArray[np.float32] | None = field(default=None, init=False)
     scores_done: bool = field(default=True, init=False)
     times: RequestTimes = field(init=False)
-    sort_key: tuple[int, float, int] = field(default=(0, 0.0, 0), init=False)
+    account: Account = field(default_factory=Account, init=False)
+    sort_key: tuple[int, int, float, int] = field(default=(0, 0, 0.0, 0), init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -151,6 +156,7 @@ def fan_out(request: Request) -> list[Request]:
             arrival_time=request.arrival_time,
             cache_salt=request.cache_salt,
             adapter_id=request.adapter_id,
+            tenant=request.tenant,
         )
         for index, params in enumerate(request.params.samples())
     ]

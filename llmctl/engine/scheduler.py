@@ -1,16 +1,18 @@
 """What to compute next: continuous batching under a token budget, over paged KV blocks.
 
 One rule covers prefill, chunked prefill, prefix hits, decode and recompute after preemption: a request whose computed
-tokens lag behind its known tokens wants the difference computed. Running requests are served first, in order of
-(priority,) arrival; then waiting ones are admitted while budget, seats and blocks last. When a running request needs a
-block and none is free, the last running request in that order loses its blocks and waits to be recomputed.
+tokens lag behind its known tokens wants the difference computed. Running requests are served first, in the order in
+which they were admitted; then waiting ones are admitted while budget, seats and blocks last, in the order of the policy
+(``waiting_queue``). When a running request needs a block and none is free, the last running request in order loses its
+blocks and waits to be recomputed.
 
 Beside decodes, prompts get no more than a ``PrefillAllowance``: what keeps the next tokens of running requests coming
 (``step_cost``). Once a prompt is cut by it, the step takes no more of any, and admits nobody.
 
 Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
 is added), so it advances in every step (an allowance gives the first prompt in order some tokens, whatever they cost);
-waiting requests enter in the same order.
+whoever is admitted comes after those that run, or lets them pass for good (by priority or an earlier arrival); the
+queue's next request stays next until it enters, or is passed as its policy allows.
 
 Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
 the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
@@ -37,9 +39,8 @@ from llmctl.engine.occupancy import Fill
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.engine.step_cost import PrefillAllowance, PrefillPacer, StepLoad, chunk_context
+from llmctl.engine.waiting_queue import POLICIES, WaitingQueue
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
-
-POLICIES = ("fcfs", "priority")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SchedulerConfig:
         enable_chunked_prefill: prompts may be computed over several steps. Without it a prompt longer than
             ``max_num_batched_tokens`` is refused; only the recompute of a preempted request that has outgrown the
             budget is ever cut.
-        policy: ``fcfs`` or ``priority`` (lower priority values first, then arrival).
+        policy: of the waiting queue: ``fcfs``, ``priority`` or ``fair`` (``waiting_queue``).
         max_num_queued_reqs: requests waiting beyond which new ones are refused.
         itl_target: seconds that a step may take in which prompts are computed beside decodes; 0: any; None: a multiple
             of what the decodes take alone (``step_cost``). Without chunked prefill it has no effect.
@@ -77,7 +78,7 @@ class SchedulerConfig:
             raise UsageError(f"itl_target: expected 0 or more seconds, found {self.itl_target}", param="itl_target")
         if self.policy not in POLICIES:
             raise UsageError(
-                f"scheduling_policy: expected {' or '.join(POLICIES)}, found '{self.policy}'", param="scheduling_policy"
+                f"scheduling_policy: expected {', '.join(POLICIES)}, found '{self.policy}'", param="scheduling_policy"
             )
 
     @classmethod
@@ -144,9 +145,8 @@ class Scheduler:
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
-        self.waiting: list[Request] = []  # both kept in sort_key order
-        self.running: list[Request] = []
-        self._arrivals = 0
+        self.waiting = WaitingQueue(config.policy)
+        self.running: list[Request] = []  # in sort_key order
 
     # -- the door ---------------------------------------------------------------------------------------------
 
@@ -209,11 +209,8 @@ class Scheduler:
         request.times.arrival = request.arrival_time = arrival
         wanted = request.params.max_tokens
         request.max_length = self.max_length if wanted is None else request.num_prompt_tokens + wanted
-        priority = request.priority if self.config.policy == "priority" else 0
-        request.sort_key = (priority, arrival, self._arrivals)
-        self._arrivals += 1
         self.requests[request.request_id] = request
-        _insert(self.waiting, request)
+        self.waiting.add(request, arrival)
 
     # -- scheduling -------------------------------------------------------------------------------------------
 
@@ -302,7 +299,7 @@ class Scheduler:
         # rest would only preempt. So whoever was preempted in this step does not come straight back either: its blocks
         # are gone to another.
         while self.waiting and step.open and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
+            request = self.waiting.peek()
             cached = self._cached_prefix(request)
             start = len(cached) * self.pool.block_size
             remaining = request.num_tokens - start
@@ -331,6 +328,7 @@ class Scheduler:
         return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.pool.block_size])
 
     def _admit(self, request: Request, cached: Sequence[int]) -> None:
+        self.waiting.pop()
         self.pool.share(cached)
         request.block_ids = tuple(cached)
         request.num_computed_tokens = len(cached) * self.pool.block_size
@@ -338,9 +336,10 @@ class Scheduler:
             self.counters.prefix_cache_queries += request.num_tokens
             self.counters.prefix_cache_hits += request.num_computed_tokens
             request.num_cached_tokens = request.num_computed_tokens
+        if request.status is RequestStatus.WAITING:  # what is computed again is nobody's fault
+            request.account.charge_prompt(request.num_prompt_tokens - request.num_computed_tokens)
         request.status = RequestStatus.RUNNING
-        self.waiting.pop(0)
-        _insert(self.running, request)
+        insort(self.running, request, key=_key)
 
     def _take(self, step: _StepUnderWay, request: Request, count: int) -> None:
         """Add a request's next ``count`` tokens to the step."""
@@ -362,12 +361,14 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.counters.preemptions += 1
-        _insert(self.waiting, request)
+        self.waiting.put_back(request)
 
     # -- after a step -----------------------------------------------------------------------------------------
 
     def computed(self, request: Request, piece: SequenceSlice, epoch: int) -> None:
-        """A slice is computed: make the blocks that it filled findable."""
+        """A slice is computed: count what it sampled, make the blocks that it filled findable."""
+        if piece.sample:
+            request.account.charge_output()
         size = self.pool.block_size
         filled = range(piece.start // size, (piece.start + len(piece.token_ids)) // size)
         if not filled or not self.pool.enable_caching or epoch != request.num_preemptions:
@@ -394,7 +395,11 @@ class Scheduler:
 
     def finish(self, request: Request, status: RequestStatus) -> None:
         """End a request and free its blocks."""
-        _remove(self.running if request.status is RequestStatus.RUNNING else self.waiting, request)
+        if request.status is RequestStatus.RUNNING:
+            del self.running[bisect_left(self.running, request.sort_key, key=_key)]
+        else:
+            self.waiting.remove(request)
+        self.waiting.ended(request)
         self._drop_blocks(request)
         request.status = status
         del self.requests[request.request_id]
@@ -473,11 +478,3 @@ class _StepUnderWay:
 
 def _key(request: Request) -> Any:
     return request.sort_key
-
-
-def _insert(queue: list[Request], request: Request) -> None:
-    insort(queue, request, key=_key)
-
-
-def _remove(queue: list[Request], request: Request) -> None:
-    del queue[bisect_left(queue, request.sort_key, key=_key)]

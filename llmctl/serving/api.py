@@ -32,6 +32,7 @@ from llmctl.serving.responses import (
     prompt_logprobs,
     usage_member,
 )
+from llmctl.serving.tenants import check_priority, tenant_of
 
 log = logging.getLogger("llmctl.serving")
 
@@ -271,18 +272,17 @@ def _check_outline(context: ServerContext, outline: Outline) -> None:
     context.model().intake.check_outline(outline)
 
 
-def _check_options(context: ServerContext, body: SamplingFields) -> None:
+def _check_options(request: Request, context: ServerContext, body: SamplingFields) -> None:
     context.check_name(body.model)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
-    if body.priority and context.config.scheduling_policy != "priority":
-        raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
+    check_priority(request, body, context.config, context.keys)
 
 
 async def _respond(
     request: Request, context: ServerContext, body: SamplingFields, specs: list[SequenceSpec], answer: Answer
 ) -> Response:
-    generation = context.client.generate(specs)
+    generation = context.client.generate(specs, tenant_of(request, body, context.keys))
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
         if body.stream:
@@ -315,7 +315,7 @@ async def completions(request: Request) -> Response:
     with _counted(context):
         model = context.model()
         body = await parse(request, CompletionRequest, lambda outline: _check_outline(context, outline))
-        _check_options(context, body)
+        _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
         params = await model.intake.completion_params(body)
         prompts = await model.intake.completion_prompts(body)
@@ -331,7 +331,7 @@ async def chat_completions(request: Request) -> Response:
     with _counted(context):
         model = context.model()
         body = await parse(request, ChatCompletionRequest, lambda outline: _check_outline(context, outline))
-        _check_options(context, body)
+        _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
         params = await model.intake.chat_params(body)
         prompt = await model.intake.chat_prompt(body, len(await request.body()))

@@ -47,13 +47,8 @@ def create_app(context: ServerContext) -> FastAPI:
         openapi_extra=openapi_body(DetokenizeRequest),
     )
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes)
-    app.add_middleware(ApiKeyGate, keys=api_keys(context.config.api_key))
+    app.add_middleware(ApiKeyGate, keys=context.keys)
     return app
-
-
-def api_keys(given: str | None) -> list[str]:
-    """The accepted keys: ``--api-key``, comma-separated."""
-    return [key for key in (part.strip() for part in (given or "").split(",")) if key]
 
 
 async def health(request: Request) -> Response:

@@ -119,8 +119,8 @@ class AsyncEngineClient:
             error.retry_after = self._finished.seconds_until(waiting + sequences - limit)
             raise error
 
-    def generate(self, specs: Sequence[SequenceSpec]) -> Generation:
-        """Submit the sequences of one HTTP request; the engine admits all of them or none.
+    def generate(self, specs: Sequence[SequenceSpec], tenant: str = "") -> Generation:
+        """Submit the sequences of one HTTP request of a tenant; the engine admits all of them or none.
 
         Raises:
             NotReadyError: starting, draining or dead.
@@ -133,7 +133,9 @@ class AsyncEngineClient:
         for index, spec in enumerate(specs):
             request_id = str(next(self._numbers))  # short: it is in every step's message
             prompt = spec.prompt_token_ids
-            wire = WireRequest(request_id, prompt, spec.params, spec.priority, spec.cache_salt, generation.arrival)
+            wire = WireRequest(
+                request_id, prompt, spec.params, spec.priority, spec.cache_salt, generation.arrival, tenant
+            )
             sequence = RunningSequence(request_id, generation, index, len(prompt), wire)
             generation.sequences.append(sequence)
             self._running[request_id] = sequence

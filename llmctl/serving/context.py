@@ -13,6 +13,7 @@ from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.intake import Intake, sampling_defaults
 from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.middleware import ServerKeys
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -63,6 +64,10 @@ class ServerContext:
     metrics: ServerMetrics
     loaded: Model | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    keys: ServerKeys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = ServerKeys(self.config.api_key, self.config.priority_keys)
 
     def model(self) -> Model:
         """The model.

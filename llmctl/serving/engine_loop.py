@@ -118,6 +118,7 @@ def _request(wire: WireRequest) -> Request:
         priority=wire.priority,
         arrival_time=wire.arrival,
         cache_salt=wire.cache_salt,
+        tenant=wire.tenant,
     )
 
 

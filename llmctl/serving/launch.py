@@ -60,7 +60,9 @@ def check_config(config: ServeConfig) -> None:
 
     if not config.model:
         raise UsageError("--model is required", fix="llmctl serve --model demo:smollm2-135m", param="model")
-    for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": ("fcfs", "priority")}.items():
+    from llmctl.engine.waiting_queue import POLICIES
+
+    for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES}.items():
         value = getattr(config, name)
         if value not in allowed:
             option = name.replace("_", "-")
@@ -71,6 +73,8 @@ def check_config(config: ServeConfig) -> None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):
         raise UsageError("--api-key is empty", fix="leave it out to serve without a key", param="api_key")
+    if config.priority_keys is not None and not config.priority_keys.strip(", "):
+        raise UsageError("--priority-keys is empty", fix="leave it out", param="priority_keys")
     if config.ssl_certfile and not config.ssl_keyfile:
         raise UsageError("--ssl-certfile needs --ssl-keyfile", param="ssl_keyfile")
     if config.ssl_keyfile and not config.ssl_certfile:

@@ -32,7 +32,7 @@ def curl_line(config: ServeConfig, model: Model) -> str:
         path, body["prompt"] = "completions", "Once upon a time"
     words = ["curl", f"{base_url(config)}/v1/{path}", "-H", "Content-Type: application/json"]
     line = shlex.join([*words, "-d", msgspec.json.encode(body).decode()])
-    return line + ' -H "Authorization: Bearer $LLMCTL_API_KEY"' if config.api_key else line
+    return line + ' -H "Authorization: Bearer $LLMCTL_API_KEY"' if config.api_key or config.priority_keys else line
 
 
 def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float) -> None:
@@ -49,7 +49,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
         "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
         "sampling": ", ".join(f"{k} {v}" for k, v in model.intake.defaults.items()) or "OpenAI's defaults",
-        "access": "API key" if config.api_key else f"open to whoever reaches {config.host}",
+        "access": "API key" if config.api_key or config.priority_keys else f"open to whoever reaches {config.host}",
         "URL": base_url(config),
     }
     table = Table.grid(padding=(0, 2))

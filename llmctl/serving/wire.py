@@ -17,7 +17,7 @@ from llmctl.errors import ExitCode, LlmctlError
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
-    """One sequence. ``arrival`` is on ``time.monotonic``, which all processes of a machine share."""
+    """One sequence of a ``tenant``. ``arrival`` is on ``time.monotonic``, which all processes of a machine share."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -25,6 +25,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
     priority: int
     cache_salt: str | None
     arrival: float
+    tenant: str = ""
 
 
 class AddRequests(msgspec.Struct, tag="add", array_like=True, frozen=True):

@@ -52,7 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
         seats=st.integers(1, 6),
         caching=st.booleans(),
         chunking=st.booleans(),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair"]),
         in_flight=st.integers(1, 2),
         itl_target=st.sampled_from([0.0, None, 0.005]),
     )
@@ -77,11 +77,12 @@ class EngineMachine(RuleBasedStateMachine):
         params=PARAMS,
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "s"]),
+        tenant=st.sampled_from(["", "a", "b"]),
     )
-    def add(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None) -> None:
+    def add(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None, tenant: str) -> None:
         name = f"r{self.count}"
         self.count += 1
-        requests = fan_out(Request(name, prompt, params, priority=priority, cache_salt=salt))
+        requests = fan_out(Request(name, prompt, params, priority=priority, cache_salt=salt, tenant=tenant))
         longest = min(30, self.engine.limits.num_blocks * self.engine.limits.block_size)
         output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         fits = len(prompt) + output <= longest and (

@@ -106,7 +106,7 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
     assert late.num_computed_tokens == 0
     engine.add_request(request("c", 1, 1, arrival_time=3.0))
     step(engine)
-    assert engine.scheduler.waiting[0] is late
+    assert engine.scheduler.waiting.peek() is late
     for _ in range(30):
         step(engine)
     assert not engine.has_unfinished()
@@ -255,7 +255,7 @@ def test_other_refusals_at_the_door() -> None:
 def test_config_refuses_nonsense_and_follows_the_commands_settings() -> None:
     with pytest.raises(UsageError, match="max_num_seqs: expected at least 1, found 0"):
         SchedulerConfig(max_num_seqs=0)
-    with pytest.raises(UsageError, match="expected fcfs or priority, found 'lifo'"):
+    with pytest.raises(UsageError, match="expected fcfs, priority, fair, found 'lifo'"):
         SchedulerConfig(policy="lifo")
     made = SchedulerConfig.from_engine_config(EngineConfig(scheduling_policy="priority", max_num_seqs=3))
     assert (made.policy, made.max_num_seqs, made.max_num_batched_tokens) == ("priority", 3, 512)

@@ -18,7 +18,8 @@ from llmctl.engine import step_cost
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler import Scheduler, SchedulerConfig
+from llmctl.engine.step import RuntimeLimits
 from llmctl.engine.step_cost import MIN_CHUNK, PrefillAllowance, StepCost, StepLoad, chunk_context
 
 MACHINES = {"cpu": (cpu, 512), "gpu": (gpu, 2048)}
@@ -142,6 +143,31 @@ def test_a_prompt_that_came_first_leaves_tokens_of_the_budget_to_decodes() -> No
         engine.step()
     assert [x.decode_rows for x in runtime.loads[-20:]] == [CHATS] * 20
     assert runtime.loads[-1].prefill_rows == 16 - CHATS
+
+
+def test_decodes_behind_a_prompt_that_gets_nothing_have_their_token() -> None:
+    """Two prompts stand before decodes when a device that ran out of memory gave their step back."""
+    config = SchedulerConfig(max_num_batched_tokens=512, policy="priority", itl_target=None)
+    scheduler = Scheduler(config, RuntimeLimits(64, 16, 512, 40))
+    chats = [request(f"chat{i}", 4, 20) for i in range(6)]
+    scheduler.add(chats, 0.0)
+    scheduler.schedule()
+    for chat in chats:
+        chat.append(1)
+    prompts = [request(f"long{i}", 10, 1) for i in range(2)]
+    for prompt in prompts:
+        prompt.priority = -1
+    scheduler.add(prompts, 1.0)
+    whole = scheduler.schedule()
+    assert (len(whole.requests), whole.load.prefill_rows) == (8, 20)
+    assert scheduler.withdraw(whole)
+    assert scheduler.pacer is not None
+    for _ in range(8):  # prompts are dear
+        for seen in (load(4, 10), load(4, 10, 16)):
+            scheduler.pacer.cost.observe(seen, 1.0 if seen.prefill_rows else 0.001)
+    step = scheduler.schedule()
+    assert [(s.request_id, len(s.token_ids)) for s in step.plan.slices] == [("long0", 8), ("chat0", 1), ("chat1", 1)]
+    assert len(scheduler.waiting) == 4
 
 
 def test_what_the_target_cut_is_said() -> None:

@@ -24,7 +24,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
     [
         ({"model": ""}, "--model is required"),
         ({"log_level": "loud"}, "--log-level: expected debug, info"),
-        ({"scheduling_policy": "lifo"}, "--scheduling-policy: expected fcfs, priority"),
+        ({"scheduling_policy": "lifo"}, "--scheduling-policy: expected fcfs, priority, fair"),
         ({"ssl_certfile": "cert.pem"}, "--ssl-certfile needs --ssl-keyfile"),
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),
@@ -40,6 +40,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"max_body": "lots"}, "--max-body: expected a size"),
         ({"api_key": ""}, "--api-key is empty"),
         ({"api_key": " , "}, "--api-key is empty"),
+        ({"priority_keys": ","}, "--priority-keys is empty"),
     ],
 )
 def test_bad_settings(changes: dict[str, object], said: str) -> None:

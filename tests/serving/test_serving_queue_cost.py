@@ -44,11 +44,15 @@ class Channel:
 
 def turns(running: int, waiting: int, *, seats: int, blocks: int) -> tuple[list[int], list[int]]:
     """Bytecodes of each turn of the worker's loop, and bytes of each message, with so many requests in the engine."""
-    engine = LLMEngine(FakeRuntime(blocks), SchedulerConfig(max_num_seqs=seats, max_num_queued_reqs=MANY))
+    served = {"policy": "fair", "itl_target": None}  # as a server does
+    config = SchedulerConfig(max_num_seqs=seats, max_num_queued_reqs=MANY, **served)  # type: ignore[arg-type]
+    engine = LLMEngine(FakeRuntime(blocks), config)
     engine.add_requests([Request(f"r{i}", [i, 1, 2], PARAMS) for i in range(running)])
     for _ in range(3):
         engine.step()
-    engine.add_requests([Request(f"w{i}", [7] * 60, SamplingParams(max_tokens=4)) for i in range(waiting)])
+    engine.add_requests(
+        [Request(f"w{i}", [7] * 60, SamplingParams(max_tokens=4), tenant=str(i)) for i in range(waiting)]
+    )
     engine.step()
     with Bytecodes() as work:
         channel = Channel(work)

@@ -1,0 +1,40 @@
+"""Whose a request is, for the fair queue; and who may set a priority."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from llmctl.config import ServeConfig
+from llmctl.errors import PermissionDeniedError, RequestError
+from llmctl.serving.middleware import KEY_SCOPE, ServerKeys
+from llmctl.serving.protocol import SamplingFields
+
+
+def tenant_of(request: Request, body: SamplingFields, keys: ServerKeys) -> str:
+    """The API key (its number, never itself) where there are several; else the body's ``user``; else the client's
+    address.
+
+    With one key or none ``user`` is the client's own word: it parts the users of one application, and is no defence
+    against a client that makes up names.
+    """
+    if len(keys) > 1:
+        return f"key {request.scope[KEY_SCOPE]}"
+    if body.user:
+        return f"user {body.user}"
+    return f"address {request.client.host}" if request.client else ""
+
+
+def check_priority(request: Request, body: SamplingFields, config: ServeConfig, keys: ServerKeys) -> None:
+    """Refuse a priority that would not be honoured.
+
+    Raises:
+        RequestError: the policy knows none. PermissionDeniedError: there are several API keys, and this one may not.
+    """
+    if not body.priority:
+        return
+    if config.scheduling_policy == "fcfs":
+        raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
+    if len(keys) > 1 and request.scope[KEY_SCOPE] not in keys.may_set_priority:
+        raise PermissionDeniedError(
+            "priority: this API key may not set it", fix="use one of the server's --priority-keys", param="priority"
+        )
