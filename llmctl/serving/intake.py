@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_bad_words
 from llmctl.errors import CapacityError, RequestError
@@ -25,15 +25,20 @@ from llmctl.serving.protocol import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
-from llmctl.serving.text_workers import TextWorkers
+from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.template_budget import TemplateLimitError, at_most
 from llmctl.text.tokenizer import Tokenizer
 
 log = logging.getLogger("llmctl.serving")
 
+T = TypeVar("T")
+
 # What a word that is to be forbidden costs beside its characters, in characters, and a token that is to be text.
 _BYTES_PER_WORD = 64
 _BYTES_PER_TOKEN = 4
+# Of a template, at a few µs each: a few KB of messages take some hundred.
+_INLINE_STEPS = 2000
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # What a template is given by fields of the request.
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -140,7 +145,8 @@ class Intake:
         """
         if isinstance(body, TokenizeRequest):
             self._check_fits(body.prompt, "prompt")
-        return await self._workers.run(body_bytes, lambda: self._tokenize(body))
+            return await self._workers.run(body_bytes, lambda: self._tokenize(body))
+        return await self._run_chat(body_bytes, lambda: self._tokenize(body))
 
     def _tokenize(self, body: TokenizeRequest | TokenizeChatRequest) -> list[int]:
         if isinstance(body, TokenizeRequest):
@@ -258,7 +264,18 @@ class Intake:
         Raises:
             RequestError: as ``render_chat``. CapacityError: too long. QueueFullError.
         """
-        return await self._workers.run(body_bytes, lambda: self._chat_prompt(body))
+        return await self._run_chat(body_bytes, lambda: self._chat_prompt(body))
+
+    async def _run_chat(self, body_bytes: int, work: Callable[[], T]) -> T:
+        """Do work that renders a chat; in a thread too if the template makes much of little."""
+        if body_bytes <= INLINE_BYTES:
+            try:
+                with at_most(_INLINE_STEPS):
+                    return work()
+            except RequestError as error:
+                if not isinstance(error.__cause__, TemplateLimitError):
+                    raise
+        return await self._workers.run(max(body_bytes, INLINE_BYTES + 1), work)
 
     def _chat_prompt(self, body: ChatRequest) -> Prompt:
         text = self.render_chat(body)

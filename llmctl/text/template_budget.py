@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2.utils import Namespace
@@ -31,8 +32,8 @@ class Budget:
 
     __slots__ = ("left", "plain")
 
-    def __init__(self) -> None:
-        self.left = MAX_STEPS
+    def __init__(self, steps: int) -> None:
+        self.left = steps
         self.plain: set[int] = set()  # ids of the request's own containers: trees, nothing is in them twice
 
     def spend(self, steps: int) -> None:
@@ -96,7 +97,8 @@ class Budget:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.budget = Budget()
+        self.most = MAX_STEPS
+        self.budget = Budget(MAX_STEPS)
 
 
 thread = _Thread()
@@ -105,8 +107,18 @@ thread = _Thread()
 
 def begin() -> Budget:
     """A new budget for this thread."""
-    thread.budget = made = Budget()
+    thread.budget = made = Budget(min(MAX_STEPS, thread.most))
     return made
+
+
+@contextmanager
+def at_most(steps: int) -> Iterator[None]:
+    """Renderings in this thread may take so many steps only."""
+    before, thread.most = thread.most, steps
+    try:
+        yield
+    finally:
+        thread.most = before
 
 
 def check_width(value: Any) -> None:

@@ -60,8 +60,8 @@ class Watched(Tokenizer):
 class WatchedTemplate(ChatTemplate):
     """A template that is work like any other."""
 
-    def __init__(self, tokenizer: Watched) -> None:
-        super().__init__(TEMPLATE)
+    def __init__(self, tokenizer: Watched, source: str = TEMPLATE) -> None:
+        super().__init__(source)
         self.tokenizer = tokenizer
 
     def render(self, /, messages: Any, *args: Any, **kwargs: Any) -> str:
@@ -115,6 +115,32 @@ def test_short_texts_need_no_thread(tokenizer: Watched) -> None:
     asyncio.run(made.chat_prompt(ChatCompletionRequest(**chat("hi")), 60))
     assert len(tokenizer.work) == 1 + 4 + 2
     assert all(on_loop for on_loop, _ in tokenizer.work)
+
+
+def test_a_template_that_makes_much_of_little_is_left_to_a_thread(tokenizer: Watched) -> None:
+    made = intake(tokenizer, 10**5)
+    small = ChatCompletionRequest(**chat("hi"))
+
+    def rendered(source: str) -> list[bool]:
+        tokenizer.work.clear()
+        made._chat_template = WatchedTemplate(tokenizer, source)
+        assert asyncio.run(made.chat_prompt(small, 60)).token_ids
+        return [on_loop for on_loop, _ in tokenizer.work]
+
+    assert rendered(TEMPLATE) == [True, True]
+    assert rendered("{% for i in range(3000) %}x{% endfor %}") == [
+        True,
+        False,
+        False,
+    ]  # begun, given up, done elsewhere
+    made._chat_template = WatchedTemplate(tokenizer, "{{ raise_exception('no') }}")
+    with pytest.raises(RequestError, match="chat template: no"):
+        asyncio.run(made.chat_prompt(small, 60))
+    made._chat_template = WatchedTemplate(
+        tokenizer, "{% for i in range(99999) %}{% for j in range(99) %}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(RequestError, match="took more than 500000 steps"):
+        asyncio.run(made.chat_prompt(small, 60))
 
 
 @pytest.mark.parametrize(
