@@ -160,7 +160,7 @@ ENGINE: Table = {
         f"{_CHUNKED}/--no{_CHUNKED[1:]}", kind=bool, help="Split long prompts over steps."
     ),
     "itl_target": _engine(
-        "--itl-target", metavar="MS", help="Longest step with prompts beside decodes; auto as in serve; 0: no limit."
+        "--itl-target", metavar="MS", help="Longest step with prompts beside decodes, or auto; 0: no limit."
     ),
     "threads": _engine("--threads", kind=_NUMBER, metavar="N", min=1, help="Processor threads to use; not for a GPU."),
     "verify": _engine("--verify", kind=bool, help="Check sha256 of every engine file first."),

@@ -15,7 +15,7 @@ from jinja2.utils import Namespace
 
 MAX_STEPS = 500_000
 """A few for each message and each call in it: more than any conversation takes, and about a second of work."""
-MAX_CHARS = 2**25
+MAX_CHARS = 2**23
 """Of one text that a template makes, its output among them."""
 MAX_WIDTH = 1000
 """Characters that text is padded or indented to, and items that lists are cut into."""
