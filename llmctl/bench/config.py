@@ -80,7 +80,6 @@ class OfflineConfig(EngineOptions, ReportConfig):
 
     input_len: str = "128"
     output_len: str = "128"
-    itl_target: str = "0"
 
 
 @dataclass(frozen=True)
