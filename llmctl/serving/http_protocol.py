@@ -171,7 +171,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer, unless something else is being answered, and close."""
-        others = self._waits_for != "body" and self.cycle is not None and not self.cycle.response_complete
+        others = self._waits_for == "headers" and self.cycle is not None and not self.cycle.response_complete
         begun = self._waits_for == "body" and self.cycle.response_started
         self._refused, self._waits_for = True, ""
         self._time()

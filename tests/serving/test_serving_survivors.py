@@ -174,5 +174,6 @@ def test_a_stop_string_whose_times_never_come_is_counted(bench: Bench) -> None:
     bench.step("0")
     assert bench.aborted == ["0"]
     bench.die()
+    bench.die()
     text = bench.metrics.render()[0].decode()
     assert 'finished_reason="stop",model_name="m"} 1.0' in text
