@@ -59,7 +59,7 @@ def test_more_threads_than_processors_are_refused(tiny_engine: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", ["serve", "latency", "build"])
-@pytest.mark.parametrize("mib", [200, 700])
+@pytest.mark.parametrize("mib", [pytest.param(200, marks=pytest.mark.slow), 700])
 def test_too_little_address_space_is_one_line(
     tiny_engine: Path, tiny_llama: Path, tmp_path: Path, name: str, mib: int
 ) -> None:

@@ -215,6 +215,7 @@ def test_sigterm_while_restarting_with_nothing_to_do_ends_at_once(tiny_engine: P
         assert "Traceback" not in server.output
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_come_back_ends_the_server(tiny_engine: Path, tmp_path: Path) -> None:
     engine = tmp_path / "engine"
     shutil.copytree(tiny_engine, engine)

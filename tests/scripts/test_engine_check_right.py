@@ -205,14 +205,15 @@ def test_other_choices_than_the_reference_are_told() -> None:
     assert 2 in judge.strays(prompt, worst)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize(
     "variant",
     [
         tiny.Variant("w4", "float16", "int8", LONE),
-        pytest.param(tiny.Variant("w8", "bfloat16", "same", LONE), marks=pytest.mark.slow),
-        pytest.param(tiny.Variant("dense", "bfloat16", "fp8_e4m3", LONE, "qwen3"), marks=pytest.mark.slow),
-        pytest.param(tiny.Variant("w4", "bfloat16", "fp8_e4m3", tiny.Heads(4, 2, 64)), marks=pytest.mark.slow),
+        tiny.Variant("w8", "bfloat16", "same", LONE),
+        tiny.Variant("dense", "bfloat16", "fp8_e4m3", LONE, "qwen3"),
+        tiny.Variant("w4", "bfloat16", "fp8_e4m3", tiny.Heads(4, 2, 64)),
     ],
     ids=lambda variant: variant.name,
 )

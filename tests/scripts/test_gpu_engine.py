@@ -373,6 +373,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dry_run_from_end_to_end(tmp_path: Path) -> None:
     said = json.dumps({"results": {"w4 B1 L64": {"ms": 1}}})
     command = [
