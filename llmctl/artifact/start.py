@@ -36,7 +36,7 @@ def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float
         LlmctlError: whatever loading refuses.
     """
     loaded = load_engine(path, EngineRequest.of(config), verify=config.verify)
-    with ThreadPoolExecutor(1) as reader:  # a tokenizer of 128k entries takes half a second, an eighth of a start
+    with ThreadPoolExecutor(1) as reader:  # a tokenizer of 128k entries takes half a second
         reading = reader.submit(Tokenizer.from_folder, path)
         runtime = open_runtime(loaded, threads=config.threads)
         tokenizer = reading.result()

@@ -54,7 +54,7 @@ DEVICE_STEP = StepLimits(max_num_batched_tokens=2048, max_num_seqs=256)
 """The largest step by default: a GPU needs many tokens at once to be busy."""
 CONTEXT_BYTES = 768 * 2**20
 """What a plan leaves for the CUDA context, loaded modules and the libraries' own workspaces; the runtime measures what
-they really take."""
+they really take (719 MiB on an H100 after the first product, CUDA 13.0, torch 2.11)."""
 
 _ELF = b"\x7fELF"
 
