@@ -19,8 +19,8 @@ from llmctl.targets.planes import WeightPlane
 _STAGE_BYTES = 64 * 2**20
 """Of one page-locked buffer; two alternate, so that one fills from the mapped file while the other is copied."""
 _READERS = 8
-"""Threads that fill a buffer. 5.76 GB in the page cache took 0.51 s with eight (11 GB/s), beside an H100 whose link takes
-55 GB/s of page-locked memory: filling is what takes the time."""
+"""Threads that fill a buffer. 5.76 GB in the page cache took 0.51 s with eight (11 GB/s), beside an H100 whose link
+takes 55 GB/s of page-locked memory: filling is what takes the time."""
 
 
 def load_planes(planes: Mapping[str, WeightPlane]) -> dict[str, Tensor]:
