@@ -9,8 +9,8 @@ from llmctl.engine.step import RuntimeLimits
 
 GRAPH_CONTEXT = 2048
 """Tokens of context that every decode graph is captured for at least. Longer grids cost little (an H100
-took 6.68 ms for 32 sequences of 512 tokens on a grid for 8,192 positions, 6.64 on one for 2,048), longer block tables are
-more to send."""
+took 6.68 ms for 32 sequences of 512 tokens on a grid for 8,192 positions, 6.64 on one for 2,048), longer block tables
+are more to send."""
 _GROWTH = 4
 
 
