@@ -87,7 +87,7 @@ class EngineOptions:
     enable_chunked_prefill: bool = True
     scheduling_policy: str = "fair"
     max_num_queued_reqs: int = 1024
-    itl_target: str = "0"
+    itl_target: str = "auto"
     threads: int | None = None
     seed: int = 0
     verify: bool = False

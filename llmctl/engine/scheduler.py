@@ -145,7 +145,7 @@ class Scheduler:
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
-        self.waiting = WaitingQueue(config.policy)
+        self.waiting = WaitingQueue(config.policy, short=config.max_num_batched_tokens)
         self.running: list[Request] = []  # in sort_key order
 
     # -- the door ---------------------------------------------------------------------------------------------
@@ -217,7 +217,10 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
         budget = self.config.max_num_batched_tokens
-        allowance = None if self.pacer is None else self.pacer.allowance(self._decodes(), budget)
+        allowance = None
+        if self.pacer is not None:
+            decodes, joining = self._decodes()
+            allowance = self.pacer.allowance(decodes, budget, joining)
         step = _StepUnderWay(budget, allowance)
         preemptions = self.counters.preemptions
         self._schedule_running(step)
@@ -235,8 +238,9 @@ class Scheduler:
             step.load(),
         )
 
-    def _decodes(self) -> StepLoad:
-        """The decode rows of the next step, if it has room for all."""
+    def _decodes(self) -> tuple[StepLoad, int]:
+        """The decode rows of the next step, if it has room for all; and how many waiting prompts will be rows soon:
+        those that find a seat and fit a step."""
         rows = context = 0
         for request in self.running:
             known = len(request.token_ids)
@@ -244,7 +248,8 @@ class Scheduler:
             if behind == 1 or (not behind and known + 1 < request.max_length):
                 rows += 1
                 context += request.num_computed_tokens + 1
-        return StepLoad(rows, context)
+        seats = max(self.max_num_seqs - len(self.running), 0)
+        return StepLoad(rows, context), min(seats, self.waiting.num_short)
 
     def _fill(self, step: _StepUnderWay) -> Fill:
         """What bounded a step that preempted nobody."""

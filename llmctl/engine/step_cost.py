@@ -12,6 +12,10 @@ of seconds is the root of a quadratic: chunks shrink as a long prompt proceeds. 
 not wait is of Agrawal et al. 2024, "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", who fix
 the tokens of a chunk; here its seconds are fixed.
 
+What a step may take with the automatic target is a multiple of what its decodes alone will take soon: those that run,
+and one more for every waiting prompt that has a seat and fits a step. So a burst of short prompts is let in at the pace
+that suits the batch it becomes; held to the pace of its first few, it would run thinly for long.
+
 The coefficients are those of a non-negative least squares fit (Lawson and Hanson 1974, "Solving Least Squares
 Problems", chapter 23) to relative errors, with Huber's weights (1964) against steps that something else delayed. The
 latest samples of every class of steps (rows and context, by powers of two) are kept, so that hours of pure decode do
@@ -31,8 +35,8 @@ MIN_CHUNK = 8
 AUTO_SLOWDOWN = 4.6
 """With the automatic target a step with prefill may take so many times as long as its decode rows alone."""
 _SAMPLES = 8  # kept of each class of steps
-# A chunk begins with this share of a step's tokens and grows by this factor: what lies far beyond the samples is not
-# believed at once.
+# A chunk of a long prompt begins with this share of a step's tokens and grows by this factor: what lies far beyond the
+# samples is not believed at once. Short prompts attend to little, so that rows seen in any step vouch for theirs.
 _FIRST, _GROWTH = 1 / 16, 1.5
 _REFIT = 8  # new samples after which the coefficients are fitted again
 _SURPRISE = 0.1  # relative error of a sample after which they are fitted again at once
@@ -67,7 +71,7 @@ class StepCost:
     """Seconds of a step by its load, learned from the steps that were timed.
 
     Attributes:
-        known: whether there is anything to tell from.
+        known: whether there is anything to tell from. most_rows: the most ``prefill_rows`` of a step so far.
     """
 
     def __init__(self) -> None:
@@ -77,6 +81,7 @@ class StepCost:
         self._coefficients: NDArray[np.float64] = np.zeros(6)
         self._new = 0
         self._surprised = False
+        self.most_rows = 0
 
     @property
     def known(self) -> bool:
@@ -84,6 +89,7 @@ class StepCost:
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """A step of this load took so long; one without a timing (0 seconds) tells nothing. O(1)."""
+        self.most_rows = max(self.most_rows, load.prefill_rows)
         if seconds < 1e-9:
             return
         rows, context = load.decode_rows + load.prefill_rows, load.decode_context + load.prefill_context
@@ -127,13 +133,24 @@ class PrefillAllowance:
 
     Args:
         cost: what steps take. decodes: the step's decode rows, at least one.
-        tokens: at most so many, whatever they cost; at least 1.
-        target: seconds that the step may take; None: ``AUTO_SLOWDOWN`` times what its decodes take alone.
+        budget: at most so many tokens, whatever they cost; at least 1. cautious: the same, for prompts of which more
+            is left than ``budget``.
+        target: seconds that the step may take; None: ``AUTO_SLOWDOWN`` times what its decodes, and ``joining`` rows
+            beside them, take alone.
     """
 
-    def __init__(self, cost: StepCost, decodes: StepLoad, tokens: int, target: float | None) -> None:
-        self._cost, self._decodes, self._target = cost, decodes, target
-        self._tokens = tokens
+    def __init__(
+        self,
+        cost: StepCost,
+        decodes: StepLoad,
+        budget: int,
+        target: float | None,
+        *,
+        cautious: int | None = None,
+        joining: int = 0,
+    ) -> None:
+        self._cost, self._decodes, self._target, self._joining = cost, decodes, target, joining
+        self._tokens, self._cautious = budget, budget if cautious is None else cautious
         self._seconds = self._row = self._context = 0.0
         self._begun = self.cut = False
         self.taken = 0
@@ -146,7 +163,8 @@ class PrefillAllowance:
         if not self._begun:
             self._begin()
             least = MIN_CHUNK
-        count = min(wanted, self._tokens - self.taken, max(least, self._fitting(start)))
+        tokens = self._tokens if wanted <= self._tokens else self._cautious
+        count = min(wanted, max(tokens - self.taken, 0), max(least, self._fitting(start)))
         self.cut = count < wanted
         self.taken += count
         self._seconds -= self._row * count + self._context * chunk_context(start, count)
@@ -157,9 +175,9 @@ class PrefillAllowance:
         if not self._cost.known:
             self._seconds = math.inf
             return
-        _, prefill_base, _, self._row, _, self._context = self._cost.coefficients().tolist()
+        _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients().tolist()
         alone = self._cost.seconds(self._decodes)
-        target = AUTO_SLOWDOWN * alone if self._target is None else self._target
+        target = AUTO_SLOWDOWN * (alone + decode_row * self._joining) if self._target is None else self._target
         self._seconds = target - alone - prefill_base
 
     def _fitting(self, start: int) -> int:
@@ -189,16 +207,24 @@ class PrefillPacer:
         self._last: PrefillAllowance | None = None
         self._most = 0
 
-    def allowance(self, decodes: StepLoad, budget: int) -> PrefillAllowance | None:
+    def allowance(self, decodes: StepLoad, budget: int, joining: int = 0) -> PrefillAllowance | None:
         """What prompts may take of a step with these decode rows and ``budget`` tokens in all; None: no limit, because
-        nobody waits for a next token."""
+        nobody waits for a next token. ``joining``: prompts that will be decode rows in a step or two."""
         if not decodes.decode_rows:
             return None
         if self._last is not None and self._last.cut:
             self._most = int(_GROWTH * self._last.taken)
         self._most = max(self._most, MIN_CHUNK, int(_FIRST * budget))
-        tokens = max(1, min(budget - decodes.decode_rows, self._most))
-        self._last = PrefillAllowance(self.cost, decodes, tokens, self._target)
+        room = budget - decodes.decode_rows
+        believed = max(self._most, int(_GROWTH * self.cost.most_rows))
+        self._last = PrefillAllowance(
+            self.cost,
+            decodes,
+            max(1, min(room, believed)),
+            self._target,
+            cautious=max(1, min(room, self._most)),
+            joining=joining,
+        )
         return self._last
 
 

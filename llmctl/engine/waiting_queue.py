@@ -36,9 +36,14 @@ POLICIES = ("fcfs", "priority", "fair")
 
 
 class WaitingQueue:
-    """The requests that wait under one of ``POLICIES``."""
+    """The requests that wait under one of ``POLICIES``.
 
-    def __init__(self, policy: str) -> None:
+    Attributes:
+        num_short: those that never ran and have at most ``short`` tokens.
+    """
+
+    def __init__(self, policy: str, *, short: int = 0) -> None:
+        self._short, self.num_short = short, 0
         self._by_priority, self._by_tenant = policy != "fcfs", policy == "fair"
         self._classes: dict[int, _Class] = {}
         self._priorities: list[int] = []  # of the classes, ascending
@@ -68,6 +73,7 @@ class WaitingQueue:
             account.served = max(account.served, least.served)
         account.waiting += 1
         self._length += 1
+        self.num_short += request.num_prompt_tokens <= self._short
         waiting.add(request)
 
     def put_back(self, request: Request) -> None:
@@ -105,6 +111,7 @@ class WaitingQueue:
             del waiting.resumed[bisect_left(waiting.resumed, request.sort_key, key=_key)]
             return
         waiting.remove(request)
+        self.num_short -= request.num_prompt_tokens <= self._short
         request.account.waiting -= 1
         if not request.account.waiting:
             self._last_to_leave = request.account

@@ -86,6 +86,36 @@ def test_a_cold_start_feels_its_way(name: str, depth: int) -> None:
     assert max(slowdown) <= 15.0
 
 
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_burst_of_short_prompts_costs_no_throughput(name: str) -> None:
+    """They are let in at the pace of the batch that they become, not at that of its first few."""
+    machine, budget = MACHINES[name]
+    seconds = {}
+    for target in (0.0, None):
+        runtime = TimedRuntime(machine)
+        engine = engine_of(runtime, budget, itl_target=target)
+        draws = random.Random(1)
+        engine.add_requests([request(f"r{i}", draws.randint(32, 256), draws.randint(32, 256)) for i in range(32)])
+        while engine.has_unfinished():
+            engine.step()
+        seconds[target] = sum(map(machine, runtime.loads))
+    assert seconds[None] <= 1.02 * seconds[0.0]
+
+
+def test_prompts_that_wait_count_as_rows_only_as_far_as_seats_go_and_they_fit_a_step() -> None:
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, itl_target=None), RuntimeLimits(64, 16, 512, 40)
+    )
+    scheduler.add([request("chat", 4, 20)], 0.0)
+    scheduler.schedule()
+    scheduler.add([request("long", 65, 1), request("a", 64, 1), request("b", 8, 1)], 0.0)
+    assert scheduler._decodes()[1] == 2
+    scheduler.add([request(f"more{i}", 8, 1) for i in range(5)], 0.0)
+    assert scheduler._decodes()[1] == 3
+    scheduler.max_num_seqs = 0  # a device ran out of memory
+    assert scheduler._decodes()[1] == 0
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_target_in_seconds_holds(depth: int) -> None:
     loads, _ = beside(TimedRuntime(cpu, steps_in_flight=depth), 512, itl_target=0.030)

@@ -134,6 +134,22 @@ def test_requests_leave_from_anywhere() -> None:
     assert drained(queue) == ["b0", "a1", "b2"]
 
 
+def test_short_prompts_that_never_ran_are_counted() -> None:
+    queue = WaitingQueue("fair", short=4)
+    made = [request(str(i), prompt=prompt) for i, prompt in enumerate((4, 5, 3, 4))]
+    for each in made:
+        queue.add(each, 0.0)
+    assert queue.num_short == 3
+    queue.remove(made[2])
+    first = queue.pop()
+    assert queue.num_short == 1
+    first.status = RequestStatus.PREEMPTED
+    queue.put_back(first)
+    assert queue.num_short == 1
+    drained(queue)
+    assert queue.num_short == 0
+
+
 def test_idle_accounts_are_forgotten_in_time() -> None:
     accounts = Accounts()
     kept = accounts.open("kept")
