@@ -123,6 +123,7 @@ class ServeConfig(EngineOptions):
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
     max_restarts: int = 3
+    metrics_prefix: str = "llmctl"
     log_level: str = "info"
 
 

@@ -91,6 +91,15 @@ MaxBody = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+MetricsPrefix = Annotated[
+    str,
+    typer.Option(
+        "--metrics-prefix",
+        metavar="NAME",
+        help="What series of /metrics begin with; vllm: for dashboards and routers that know only vLLM's names.",
+        rich_help_panel=_SERVER,
+    ),
+]
 LogLevel = Annotated[
     str,
     typer.Option("--log-level", help="debug (with an access log), info, warning or error.", rich_help_panel=_SERVER),
@@ -252,6 +261,7 @@ def serve(
     drain_timeout: DrainTimeout = _D.drain_timeout,
     stall_timeout: StallTimeout = _D.stall_timeout,
     max_restarts: MaxRestarts = _D.max_restarts,
+    metrics_prefix: MetricsPrefix = _D.metrics_prefix,
     log_level: LogLevel = _D.log_level,
     api_key: ApiKey = _D.api_key,
     priority_keys: PriorityKeys = _D.priority_keys,
@@ -312,6 +322,7 @@ def serve(
         drain_timeout=drain_timeout,
         stall_timeout=stall_timeout,
         max_restarts=max_restarts,
+        metrics_prefix=metrics_prefix,
         log_level=log_level,
     )
     from llmctl.serving.launch import run_server

@@ -302,6 +302,7 @@ class LLMEngine:
         prompt_scores: NDArray[np.float32] | None = None,
     ) -> TokenOutput:
         request.times.finished = self._clock()
+        request.times.num_preemptions = request.num_preemptions
         self.scheduler.finish(request, FINISHED_STATUS[reason])
         return _output(request, tokens, logprobs, reason, stop_reason, prompt_scores)
 

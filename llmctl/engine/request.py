@@ -46,12 +46,16 @@ FINISHED_STATUS = {
 
 @dataclass(slots=True)
 class RequestTimes:
-    """Moments of a request's life by the engine's clock, seconds; None until they happen."""
+    """Moments of a request's life by the engine's clock, seconds; None until they happen.
+
+    ``num_preemptions``: how often it lost its blocks in between; filled at the end.
+    """
 
     arrival: float
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    num_preemptions: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -117,7 +117,7 @@ async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None
 def _sequences(prompts: list[Prompt], params: SamplingParams, body: SamplingFields) -> list[SequenceSpec]:
     samples = params.samples()
     return [
-        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt)
+        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt, params.n)
         for prompt in prompts
         for sample in samples
     ]

@@ -12,6 +12,7 @@ from llmctl import __version__
 from llmctl.serving import api
 from llmctl.serving.api import openapi_body, parse, parsed
 from llmctl.serving.context import ServerContext, context_of
+from llmctl.serving.http_metrics import HttpMetrics
 from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import install_handlers, json_response
@@ -48,6 +49,7 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes)
     app.add_middleware(ApiKeyGate, keys=context.keys)
+    app.add_middleware(HttpMetrics, series=context.metrics.http)
     return app
 
 

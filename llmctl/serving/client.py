@@ -17,7 +17,7 @@ from llmctl.engine.request import RequestTimes
 from llmctl.errors import LlmctlError, NotReadyError, QueueFullError, RequestError
 from llmctl.serving.engine_loop import IDLE_SECONDS
 from llmctl.serving.finish_rate import FinishRate
-from llmctl.serving.generation import Generation, RunningSequence, SequenceSpec
+from llmctl.serving.generation import Generation, RunningSequence, Samples, SequenceSpec
 from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.restarts import RestartPolicy
@@ -63,6 +63,7 @@ class AsyncEngineClient:
         self._finished = FinishRate()
         self._survivors = Survivors(self._submit, self._engine_room)
         self._last_sign = time.monotonic()
+        metrics.watch(self._held, lambda: self.worker.pid)
 
     @property
     def busy(self) -> bool:
@@ -130,13 +131,18 @@ class AsyncEngineClient:
         generation = Generation(len(specs), self._cancel)
         if not self._running:
             self._finished.begin(generation.arrival)
+        samples = Samples(0, 0)
         for index, spec in enumerate(specs):
+            if index % spec.samples == 0:
+                samples = Samples(spec.samples, spec.samples)
             request_id = str(next(self._numbers))  # short: it is in every step's message
             prompt = spec.prompt_token_ids
             wire = WireRequest(
                 request_id, prompt, spec.params, spec.priority, spec.cache_salt, generation.arrival, tenant
             )
-            sequence = RunningSequence(request_id, generation, index, len(prompt), wire)
+            sequence = RunningSequence(
+                request_id, generation, index, len(prompt), samples, spec.params.max_tokens, wire
+            )
             generation.sequences.append(sequence)
             self._running[request_id] = sequence
             self._texts.add(request_id, prompt, spec.params)
@@ -156,6 +162,10 @@ class AsyncEngineClient:
         """How many more sequences the worker's queue takes, as far as it is known here."""
         queued = sum(s.sent and not s.scheduled for s in self._running.values())
         return self._config.max_num_queued_reqs - queued
+
+    def _held(self) -> int:
+        """How many sequences wait here for a worker."""
+        return sum(not s.sent for s in self._running.values()) if self._survivors.holding else 0
 
     def _cancel(self, generation: Generation) -> None:
         ids = [s.request_id for s in generation.sequences if s.request_id in self._running]
@@ -196,7 +206,7 @@ class AsyncEngineClient:
     def on_worker_lost(self, error: LlmctlError, reason: str) -> None:
         """End what has a token or has been the end of two workers; keep the rest for the next worker."""
         for sequence, output in self._ended_by_stop.values():  # their times will not come
-            self._metrics.finished(output, sequence.prompt_tokens, RequestTimes(sequence.generation.arrival))
+            self._record(sequence, output, RequestTimes(sequence.generation.arrival))
         self._ended_by_stop.clear()
         lost, quarantined = self._survivors.sort(self._generations())
         self._fail(lost, EngineDeadError(f"{error}; this request was running", fix="send it again"))
@@ -204,7 +214,7 @@ class AsyncEngineClient:
             quarantined,
             QuarantinedError(f"the engine died twice while it ran this request, which is not tried again: {error}"),
         )
-        self._metrics.restarted(reason, len(self._running))
+        self._metrics.restarted(reason)
 
     def on_worker_back(self) -> None:
         """Give the new worker what was kept."""
@@ -254,7 +264,7 @@ class AsyncEngineClient:
             del self._running[output.request_id]
             self._finished.count(now=now)
             if output.times is not None:
-                self._metrics.finished(output, sequence.prompt_tokens, output.times)
+                self._record(sequence, output, output.times)
             else:  # a stop string: the engine's times come when it has aborted the request
                 self._ended_by_stop[output.request_id] = (sequence, output)
         sequence.generation.push(sequence.index, output)
@@ -262,7 +272,16 @@ class AsyncEngineClient:
     def _on_late_times(self, output: TokenOutput) -> None:
         if output.times is not None and output.request_id in self._ended_by_stop:
             sequence, ended = self._ended_by_stop.pop(output.request_id)
-            self._metrics.finished(ended, sequence.prompt_tokens, output.times)
+            self._record(sequence, ended, output.times)
+
+    def _record(self, sequence: RunningSequence, output: TextOutput, times: RequestTimes) -> None:
+        """A sequence was answered; ``output`` is its last."""
+        self._metrics.finished(output, sequence.prompt_tokens, sequence.max_tokens, times)
+        samples = sequence.samples
+        samples.unfinished -= 1
+        samples.longest_output = max(samples.longest_output, output.num_output_tokens)
+        if not samples.unfinished:
+            self._metrics.samples_finished(samples.n, samples.longest_output)
 
     def _on_refused(self, ids: list[str], error: LlmctlError) -> None:
         found = [self._running[i] for i in ids if i in self._running]

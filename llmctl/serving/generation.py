@@ -14,12 +14,25 @@ from llmctl.serving.wire import WireRequest
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
-    """One sequence to generate: prompt, parameters with ``n`` = 1, scheduling facts."""
+    """One sequence to generate: prompt, parameters with ``n`` = 1, scheduling facts.
+
+    ``samples``: it is one of so many of its prompt, which follow each other.
+    """
 
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    samples: int = 1
+
+
+@dataclass(slots=True, eq=False)
+class Samples:
+    """The ``n`` samples of one prompt: how many are not finished, and the tokens of the longest that is."""
+
+    n: int
+    unfinished: int
+    longest_output: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +40,7 @@ class RunningSequence:
     """One sequence in the engine.
 
     Attributes:
+        samples: shared with the other samples of its prompt. max_tokens: what it may generate; None: up to the context.
         wire: what the worker is sent of it; None once it has a token, for then it is not sent again.
         last_token: when its newest token came, seconds on ``time.monotonic``.
         sent, scheduled: whether the present worker has it, and has had it in a step.
@@ -36,6 +50,8 @@ class RunningSequence:
     generation: Generation
     index: int
     prompt_tokens: int
+    samples: Samples
+    max_tokens: int | None
     wire: WireRequest | None
     last_token: float | None = None
     sent: bool = False

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ log = logging.getLogger("llmctl.serving")
 
 # How long /health says why the engine died before the process ends, so that a probe can see it.
 DEATH_NOTICE_SECONDS = 2.0
+_METRICS_PREFIX = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 # How long responses may take to leave after the last request is done.
 FLUSH_SECONDS = 5
@@ -69,6 +71,13 @@ def check_config(config: ServeConfig) -> None:
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
     EngineRequest.of(config)
     itl_target_seconds(config.itl_target)
+    if not _METRICS_PREFIX.fullmatch(config.metrics_prefix):
+        raise UsageError(
+            f"--metrics-prefix: expected letters, digits and underscores, no digit first, found "
+            f"'{config.metrics_prefix}'",
+            fix="--metrics-prefix vllm; the colon after it is added",
+            param="metrics_prefix",
+        )
     if config.max_body is not None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):
@@ -145,7 +154,7 @@ class _Server:
 
         config = self._config
         name = config.served_model_name or default_model_name(config.model)
-        metrics = ServerMetrics(name)
+        metrics = ServerMetrics(name, prefix=config.metrics_prefix)
         client = AsyncEngineClient(
             config,
             metrics,

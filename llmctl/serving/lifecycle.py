@@ -186,6 +186,11 @@ class WorkerLifecycle:
         if self._process is not None:
             self._process.kill()
 
+    @property
+    def pid(self) -> int | None:
+        """The worker's process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
     def send(self, command: Command) -> None:
         """Send the worker a command."""
         assert self._channel is not None

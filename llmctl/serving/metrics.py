@@ -1,32 +1,35 @@
-"""Prometheus series of the server: vLLM's names under the prefix ``llmctl:``, in a registry of their own.
+"""Prometheus series of the server: vLLM's names under a prefix of choice, in a registry of their own.
 
-Gauges and counters of the engine arrive as running totals with each step's message and are put in order when somebody
-asks; request latencies are observed by the API process, from the times at which things happened.
+Names, types and labels are those of vLLM 0.33 (``vllm/v1/metrics/loggers.py``), so that what is made for it works here;
+what it has not, is under the same prefix. Request latencies are observed by the API process, from the times at which
+things happened; for the engine's totals see ``engine_series``, for HTTP's ``http_metrics``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 
-from msgspec import structs
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
 )
-from prometheus_client.registry import Collector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import EngineStats
 from llmctl.engine.output import TextOutput
 from llmctl.engine.request import RequestTimes
+from llmctl.serving.engine_series import LABELS, NO_STATS, EngineSeries, WorkerProcessSeries
+from llmctl.serving.histogram import Buckets, Histogram
+from llmctl.serving.http_metrics import HttpSeries
 
-PREFIX = "llmctl:"
-LABELS = ("model_name", "engine")
+disable_created_metrics()  # in the text format each would be a gauge of its own beside its counter
 
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -41,122 +44,63 @@ _REQUEST_BUCKETS = (
     960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _LENGTH_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+_N_BUCKETS = (1, 2, 5, 10, 20)
+_PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 _ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTION_REASONS = ("queue_full", "context_length_exceeded", "not_ready", "invalid_request")
-NO_STATS = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
-
-
-class Histogram(Collector):
-    """One series of bucket counts. A value costs one bisection; prometheus_client's own histogram takes two locks and a
-    walk over the buckets, which is felt when it is once per token of every stream.
-
-    Args:
-        bounds: upper bounds, ascending; +Inf is added. labels: the values of LABELS.
-    """
-
-    def __init__(self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str]) -> None:
-        self._name, self._text, self._labels = name, text, labels
-        self._bounds = tuple(float(b) for b in bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value, in the first bucket whose bound is not below it."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def collect(self) -> Iterator[Metric]:
-        """Part of prometheus_client's Collector."""
-        family = HistogramMetricFamily(self._name, self._text, labels=LABELS)
-        bounds = [*(str(b) for b in self._bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        family.add_metric(self._labels, buckets, self._sum)
-        yield family
-
-
-class EngineSeries(Collector):
-    """What the last step's message said of the engine; ``busy_seconds`` is the worker's, see ``StepMessage``."""
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = labels
-        self.stats = NO_STATS
-        self.busy_seconds = 0.0
-
-    def collect(self) -> Iterator[Metric]:
-        """Part of prometheus_client's Collector."""
-        stats = self.stats
-        yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1.", stats.kv_cache_usage)
-        for name, text, value in (
-            ("generation_tokens", "Tokens generated.", stats.num_generated_tokens),
-            ("num_preemptions", "Preemptions of a running request.", stats.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
-            ("engine_steps", "Steps of the engine.", stats.num_steps),
-            ("engine_busy_seconds", "Wall time in which the worker had requests.", self.busy_seconds),
-            ("engine_compute_seconds", "Wall time of it in which the model computed.", stats.compute_seconds),
-        ):
-            family = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
-            family.add_metric(self._labels, value)
-            yield family
-        yield self._by_label(
-            "engine_seconds",
-            "Wall time by what it went into: a device that computed (busy: a full step; else what bounded it), "
-            "or one that did not, and why.",
-            "state",
-            structs.asdict(stats.state_seconds),
-        )
-        yield self._by_label(
-            "engine_steps_by_execution",
-            "Steps replayed as a CUDA graph, and steps launched kernel by kernel.",
-            "execution",
-            {"graph": stats.num_graph_steps, "eager": stats.num_eager_steps},
-        )
-
-    def _by_label(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, text, labels=(*LABELS, label))
-        for value, total in values.items():
-            family.add_metric((*self._labels, value), total)
-        return family
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
-        family.add_metric(self._labels, value)
-        return family
+PROMPT_SOURCES = ("local_compute", "local_cache_hit")
+REJECTION_REASONS = ("max_num_queued_reqs", "context_length_exceeded", "not_ready", "invalid_request")
+_VLLM_REASONS = {"queue_full": "max_num_queued_reqs"}
 
 
 class ServerMetrics:
     """All series of one server. ``render`` gives the exposition text.
 
     Attributes:
-        restarts: deaths of the worker that it was restarted after.
+        restarts: deaths of the worker that it was restarted after. http: what the HTTP middleware counts.
+
+    Args:
+        prefix: of every series but those of HTTP and of this process; a colon follows it.
     """
 
-    def __init__(self, model_name: str, engine: str = "0") -> None:
+    def __init__(self, model_name: str, engine: str = "0", prefix: str = ServeConfig.metrics_prefix) -> None:
         self.registry = CollectorRegistry()
+        self._prefix = prefix + ":"
         self._label_values = (model_name, engine)
-        self._engine = EngineSeries(self._label_values)
+        self._engine = EngineSeries(self._prefix, self._label_values)
         self.registry.register(self._engine)
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
-        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens that needed no computation.")
-        self._success = Counter(
-            PREFIX + "request_success", "Finished requests.", (*LABELS, "finished_reason"), registry=self.registry
-        )
-        self._rejections = Counter(
-            PREFIX + "admission_rejections", "Requests refused.", (*LABELS, "reason"), registry=self.registry
-        )
         self.restarts = 0
-        self._restarts = Counter(
-            PREFIX + "worker_restarts", "Deaths of the worker that it was restarted after.", (*LABELS, "reason"),
+        self._make_counters()
+        self._make_latencies()
+        self._make_sizes()
+        self.http = HttpSeries(self.registry)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+
+    def _make_counters(self) -> None:
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
+        self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens that needed no computation.")
+        self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens by where they came from.", "source")
+        self._success = self._counter("request_success", "Finished requests.", "finished_reason")
+        self._restarts = self._counter("worker_restarts", "Deaths of the worker that it was restarted after.", "reason")
+        # vLLM counts these before it chooses an engine.
+        self._rejections = Counter(
+            self._prefix + "admission_rejections",
+            "Requests refused.",
+            ("model_name", "reason"),
             registry=self.registry,
-        )  # fmt: skip
+        )
+        for counter in (self._prompt_tokens, self._prompt_tokens_cached):
+            counter.labels(*self._label_values)
+        for source in PROMPT_SOURCES:
+            self._by_source.labels(*self._label_values, source)
         for reason in FINISH_REASONS:
             self._success.labels(*self._label_values, reason)
         for reason in REJECTION_REASONS:
-            self._rejections.labels(*self._label_values, reason)
+            self._rejections.labels(self._label_values[0], reason)
+
+    def _make_latencies(self) -> None:
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
         self.itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request.", _TOKEN_BUCKETS)
         self.tpot = self._histogram(
@@ -171,25 +115,39 @@ class ServerMetrics:
             "request_prefill_time_seconds", "Scheduled to first token.", _REQUEST_BUCKETS
         )
         self.decode_time = self._histogram("request_decode_time_seconds", "First to last token.", _REQUEST_BUCKETS)
+
+    def _make_sizes(self) -> None:
         self.prompt_lengths = self._histogram("request_prompt_tokens", "Prompt length.", _LENGTH_BUCKETS)
+        self.computed_lengths = self._histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens not found in the prefix cache.", _LENGTH_BUCKETS
+        )
         self.output_lengths = self._histogram("request_generation_tokens", "Output length.", _LENGTH_BUCKETS)
+        self.longest_outputs = self._histogram(
+            "request_max_num_generation_tokens", "Longest output of the samples of a prompt.", _LENGTH_BUCKETS
+        )
+        self.samples = self._histogram("request_params_n", "Samples asked for of a prompt.", _N_BUCKETS)
+        self.max_tokens = self._histogram("request_params_max_tokens", "Output length allowed.", _LENGTH_BUCKETS)
+        self.preemptions = self._histogram("request_num_preemptions", "Preemptions of a request.", _PREEMPTION_BUCKETS)
         self.iteration_tokens = self._histogram(
             "iteration_tokens_total", "Tokens computed per step.", _ITERATION_BUCKETS
         )
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(PREFIX + name, text, LABELS, registry=self.registry).labels(*self._label_values)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(self._prefix + name, text, (*LABELS, *labels), registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(PREFIX + name, text, buckets, self._label_values)
-        self.registry.register(histogram)
-        return histogram
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Buckets:
+        return Histogram(self._prefix + name, text, buckets, LABELS, self.registry).labels(*self._label_values)
+
+    def watch(self, held: Callable[[], int], worker_pid: Callable[[], int | None]) -> None:
+        """Say where to look when somebody asks: how many requests wait for a worker, and the worker's process."""
+        self._engine.held = held
+        self.registry.register(WorkerProcessSeries(self._prefix, self._label_values, worker_pid))
 
     def set_cache_config(self, **fields: object) -> None:
         """Export ``cache_config_info``: constant 1, the settings as labels."""
         names = ("engine", *fields)
         values = (self._label_values[1], *(str(value) for value in fields.values()))
-        info = Gauge(PREFIX + "cache_config_info", "KV-cache settings.", names, registry=self.registry)
+        info = Gauge(self._prefix + "cache_config_info", "KV-cache settings.", names, registry=self.registry)
         info.labels(*values).set(1)
 
     def engine(self, stats: EngineStats, busy_seconds: float) -> None:
@@ -205,31 +163,42 @@ class ServerMetrics:
 
     def begun(self, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
         """A request's first output came ``seconds`` after its arrival."""
-        self.prompt_tokens.inc(prompt_tokens)
-        self.prompt_tokens_cached.inc(cached_tokens)
+        self._prompt_tokens.labels(*self._label_values).inc(prompt_tokens)
+        self._prompt_tokens_cached.labels(*self._label_values).inc(cached_tokens)
+        for source, tokens in zip(PROMPT_SOURCES, (prompt_tokens - cached_tokens, cached_tokens), strict=True):
+            self._by_source.labels(*self._label_values, source).inc(tokens)
         self.ttft.observe(seconds)
 
-    def restarted(self, reason: str, waiting: int) -> None:
-        """Count one death of the worker; the next one's totals begin at zero, and so many requests wait for it."""
+    def restarted(self, reason: str) -> None:
+        """Count one death of the worker; the next one's totals begin at zero."""
         self._restarts.labels(*self._label_values, reason).inc()
         self.restarts += 1
-        self._engine.stats, self._engine.busy_seconds = structs.replace(NO_STATS, num_waiting=waiting), 0.0
+        self._engine.stats, self._engine.busy_seconds = NO_STATS, 0.0
 
     def rejected(self, reason: str) -> None:
-        """Count one request refused at the door."""
-        self._rejections.labels(*self._label_values, reason).inc()
+        """Count one request refused at the door, by its error's code."""
+        self._rejections.labels(self._label_values[0], _VLLM_REASONS.get(reason, reason)).inc()
 
     def ended(self, reason: str) -> None:
         """Count one request that ended without an answer: ``abort`` or ``error``."""
         self._success.labels(*self._label_values, reason).inc()
 
-    def finished(self, output: TextOutput, prompt_tokens: int, times: RequestTimes) -> None:
+    def samples_finished(self, n: int, longest_output: int) -> None:
+        """Record that all ``n`` samples of one prompt were answered."""
+        self.samples.observe(n)
+        self.longest_outputs.observe(longest_output)
+
+    def finished(self, output: TextOutput, prompt_tokens: int, max_tokens: int | None, times: RequestTimes) -> None:
         """Record one request that was answered; ``output`` is its last, ``times`` the engine's."""
         self._success.labels(*self._label_values, str(output.finish_reason)).inc()
         self.prompt_lengths.observe(prompt_tokens)
+        self.computed_lengths.observe(prompt_tokens - output.num_cached_tokens)
         self.output_lengths.observe(output.num_output_tokens)
+        if max_tokens is not None:
+            self.max_tokens.observe(max_tokens)
         if times.first_scheduled is None or times.finished is None:
             return
+        self.preemptions.observe(times.num_preemptions)
         first = times.finished if times.first_token is None else times.first_token
         self.queue_time.observe(max(0.0, times.first_scheduled - times.arrival))
         self.prefill_time.observe(first - times.first_scheduled)

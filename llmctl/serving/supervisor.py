@@ -71,6 +71,11 @@ class WorkerProcess:
             await process.stdin.drain()
         return cls(process)
 
+    @property
+    def pid(self) -> int | None:
+        """Its number; None once it has ended, when another process may have it."""
+        return self._process.pid if self._process.returncode is None else None
+
     async def wait(self) -> int:
         """The exit status: negative for a signal."""
         return await self._process.wait()
