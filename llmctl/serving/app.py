@@ -49,7 +49,7 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes)
     app.add_middleware(ApiKeyGate, keys=context.keys)
-    app.add_middleware(HttpMetrics, series=context.metrics.http)
+    app.add_middleware(HttpMetrics, series=context.metrics.http, routes=[*api.router.routes, *app.routes])
     return app
 
 

@@ -7,10 +7,10 @@ and it matches every request's path against the routes a second time.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Summary
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmctl.serving.histogram import Histogram
@@ -71,11 +71,16 @@ class HttpSeries:
 
 
 class HttpMetrics:
-    """Counts every request but those of ``UNCOUNTED``; one that ends with an exception and no response is a 500."""
+    """Counts every request but those of ``UNCOUNTED``; one that ends with an exception and no response is a 500.
 
-    def __init__(self, app: ASGIApp, series: HttpSeries) -> None:
+    Args:
+        routes: what requests are matched with that a gate refused before they were routed.
+    """
+
+    def __init__(self, app: ASGIApp, series: HttpSeries, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._series = series
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +98,7 @@ class HttpMetrics:
         try:
             await self._app(scope, receive, watched)
         finally:
-            handler = _template(scope)
+            handler = self._template(scope)
             if handler not in UNCOUNTED:
                 self._series.count(
                     scope["method"],
@@ -104,17 +109,12 @@ class HttpMetrics:
                     _content_length(start.get("headers", ())),
                 )
 
-
-def _template(scope: Scope) -> str:
-    """The path of the route that took a request, or would have, had no gate refused it."""
-    route = scope.get("route")
-    if route is None:
-        for candidate in scope["app"].router.routes:
-            match, found = candidate.matches(scope)
-            if match is not Match.NONE:
-                route = found.get("route", candidate)
-                break
-    return str(getattr(route, "path", UNKNOWN_PATH))
+    def _template(self, scope: Scope) -> str:
+        """The path of the route that took a request, or would have."""
+        route = scope.get("route")
+        if route is None:
+            route = next((r for r in self._routes if r.matches(scope)[0] is not Match.NONE), None)
+        return str(getattr(route, "path", UNKNOWN_PATH))
 
 
 def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:

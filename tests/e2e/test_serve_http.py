@@ -217,10 +217,34 @@ def test_metrics_count_what_happened(server: ServerProcess) -> None:
         *("request_decode_time_seconds_bucket", "request_inference_time_seconds_bucket", "num_requests_waiting"),
         *("prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_cached_total"),
         *("admission_rejections_total", "request_prompt_tokens_bucket", "request_generation_tokens_bucket"),
+        *("worker_resident_memory_bytes", "worker_cpu_seconds_total", "worker_open_fds"),
     ):
         server.metric("llmctl:" + series)
     _, text = server.get("/metrics")
     assert 'llmctl:inter_token_latency_seconds_bucket{engine="0",le="0.0025",model_name="tiny-llama"}' in text
+
+
+def test_http_series_count_streams_and_whole_answers(server: ServerProcess) -> None:
+    def seen() -> list[float]:
+        text = server.get("/metrics")[1]
+        values = []
+        for name in (
+            "requests_total",
+            "request_size_bytes_sum",
+            "response_size_bytes_sum",
+            "request_duration_seconds_sum",
+        ):
+            lines = [i for i in text.splitlines() if i.startswith(f"http_{name}{{") and "/v1/completions" in i]
+            values.append(sum(float(line.rsplit(" ", 1)[1]) for line in lines if '"4xx"' not in line))
+        return values
+
+    server.post("/v1/completions", COMPLETION)
+    before = seen()
+    bodies = [json.dumps({**COMPLETION, "stream": stream}).encode() for stream in (False, True)]
+    answers = [fetch(server.url + "/v1/completions", body)[1] for body in bodies]
+    requests, asked, answered, seconds = (b - a for a, b in zip(before, seen(), strict=True))
+    assert (requests, asked, answered) == (2, sum(map(len, bodies)), len(answers[0].encode()))
+    assert seconds > 0
 
 
 def test_a_stop_string_frees_the_blocks_and_is_counted(server: ServerProcess) -> None:

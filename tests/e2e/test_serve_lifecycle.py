@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,16 @@ class Servers:
     def __init__(self, engine: Path, checkpoint: Path, folder: Path) -> None:
         self.keyed = ServerProcess(
             *("--config", str(RECIPES / "shared.yaml"), "--host", "127.0.0.1", "--model", str(engine)),
-            *("--served-model-name", "mine", "--max-num-seqs", "1", "--max-num-queued-reqs", "1"),
+            *(
+                "--served-model-name",
+                "mine",
+                "--max-num-seqs",
+                "1",
+                "--max-num-queued-reqs",
+                "1",
+                "--metrics-prefix",
+                "vllm",
+            ),
             env={"LLMCTL_API_KEY": "secret-1,secret-2"},
         )
         self.built = ServerProcess(
@@ -78,10 +88,9 @@ def wait_running(server: ServerProcess, running: int, waiting: int = 0, headers:
     end = time.monotonic() + 20
     while time.monotonic() < end:
         _, text = fetch(server.url + "/metrics", headers=headers)
-        values = {line.split("{")[0]: line.rsplit(" ", 1)[1] for line in text.splitlines() if "num_requests" in line}
-        if values.get("llmctl:num_requests_running") == f"{running}.0":  # noqa: SIM102
-            if values.get("llmctl:num_requests_waiting") == f"{waiting}.0":
-                return
+        pairs = re.findall(r"^\w+:num_requests_(running|waiting)\{.*\} (.*)", text, re.MULTILINE)
+        if dict(pairs) == {"running": f"{running}.0", "waiting": f"{waiting}.0"}:
+            return
         time.sleep(0.01)
     raise AssertionError(f"never {running} running and {waiting} waiting")
 
@@ -128,7 +137,8 @@ def test_a_full_queue_is_429_with_retry_after(servers: Servers) -> None:
     assert running.end()[-2] == "data: [DONE]"
     assert waiting.end()[-2] == "data: [DONE]"
     _, text = fetch(server.url + "/metrics", headers=KEY)
-    assert 'llmctl:admission_rejections_total{engine="0",model_name="mine",reason="queue_full"} 1.0' in text
+    assert 'vllm:admission_rejections_total{model_name="mine",reason="max_num_queued_reqs"} 1.0' in text
+    assert "llmctl:" not in text
 
 
 def test_no_files_while_it_runs(servers: Servers) -> None:
