@@ -40,8 +40,8 @@ _TOKEN_BUCKETS = (
     10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
 _REQUEST_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
-    960.0, 1920.0, 7680.0,
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _LENGTH_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 _N_BUCKETS = (1, 2, 5, 10, 20)
@@ -51,6 +51,7 @@ _ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 FINISH_REASONS = ("stop", "length", "abort", "error")
 PROMPT_SOURCES = ("local_compute", "local_cache_hit")
 REJECTION_REASONS = ("max_num_queued_reqs", "context_length_exceeded", "not_ready", "invalid_request")
+RESTART_REASONS = ("failed", "exit", "not_ready", "SIGKILL", "SIGSEGV", "SIGABRT")
 _VLLM_REASONS = {"queue_full": "max_num_queued_reqs"}
 
 
@@ -79,6 +80,7 @@ class ServerMetrics:
             collector(registry=self.registry)
 
     def _make_counters(self) -> None:
+        """Label values that are known are shown from the beginning: a rate over one that appears misses its first."""
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
         self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens that needed no computation.")
         self._by_source = self._counter("prompt_tokens_by_source", "Prompt tokens by where they came from.", "source")
@@ -97,6 +99,8 @@ class ServerMetrics:
             self._by_source.labels(*self._label_values, source)
         for reason in FINISH_REASONS:
             self._success.labels(*self._label_values, reason)
+        for reason in RESTART_REASONS:
+            self._restarts.labels(*self._label_values, reason)
         for reason in REJECTION_REASONS:
             self._rejections.labels(self._label_values[0], reason)
 

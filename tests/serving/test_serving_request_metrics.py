@@ -162,3 +162,9 @@ def test_a_full_queue_has_vllms_name(code: str, reason: str) -> None:
     metrics.rejected(code)
     labels = {"model_name": "m", "reason": reason}
     assert metrics.registry.get_sample_value("llmctl:admission_rejections_total", labels) == 1
+
+
+def test_a_first_death_is_a_rise_from_zero(bench: Bench) -> None:
+    assert bench.value("worker_restarts_total", reason="SIGKILL") == 0
+    bench.client.on_worker_lost(LlmctlError("dead"), "SIGKILL")
+    assert bench.value("worker_restarts_total", reason="SIGKILL") == 1
