@@ -58,12 +58,12 @@ class SamplingBatcher:
         self.follows_output = any(p.follows_output for p in params)
         self._biased = any(p.logit_bias or p.min_tokens or p.bad_words for p in params)
         self._columns = {
-            "temperature": np.array([p.temperature for p in params], np.float32),
+            "temperature": np.array([0 if p.greedy else _factor(p.temperature) for p in params], np.float32),
             "seeds": np.array(seeds, np.uint64),
             "top_k": _column(params, lambda p: 0 if p.greedy else max(p.top_k, 0), 0, np.int32),
-            "top_p": _column(params, lambda p: 1.0 if p.greedy else p.top_p, 1.0, np.float32),
+            "top_p": _column(params, lambda p: 1.0 if p.greedy else _factor(p.top_p), 1.0, np.float32),
             "min_p": _column(params, lambda p: 0.0 if p.greedy else p.min_p, 0.0, np.float32),
-            "repetition_penalty": _column(params, lambda p: p.repetition_penalty, 1.0, np.float32),
+            "repetition_penalty": _column(params, lambda p: _factor(p.repetition_penalty), 1.0, np.float32),
             "presence_penalty": _column(params, lambda p: p.presence_penalty, 0.0, np.float32),
             "frequency_penalty": _column(params, lambda p: p.frequency_penalty, 0.0, np.float32),
             "allowed_mask": _allowed_masks(params, self._vocab_size),
@@ -82,6 +82,15 @@ class SamplingBatcher:
             found["bias_ids"] = np.array(ids, np.int32)
             found["bias_values"] = np.array(values, np.float32)
         return found
+
+
+def _factor(value: float) -> float:
+    """A positive number within bounds that float32 holds, its inverse and its product with a logit too.
+
+    Else it would be 0 or infinite there, and a forbidden token's logit, -inf, times 0 is not a number. Numbers beyond
+    the bounds sample as the bounds do: a distribution that is flat, or all at its peak.
+    """
+    return min(max(value, 1e-30), 1e30)
 
 
 def _history(request: Request, ids: Sequence[int]) -> NDArray[np.int32]:

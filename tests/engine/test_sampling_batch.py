@@ -51,6 +51,22 @@ def test_one_row_that_asks_fills_the_column_with_off_values() -> None:
     assert [ids.tolist() for ids in made.prompt_ids] == [[], [1, 2, 3]]  # only who is penalised
 
 
+EXTREMES = [5e-324, 1e-300, 1e-46, 1e-39, 1e39, 1.7976931348623157e308]
+"""Of float64; in float32 0, not normal, or infinite."""
+
+
+@pytest.mark.parametrize("value", EXTREMES)
+def test_a_factor_that_float32_cannot_hold_is_neither_off_nor_infinite(value: float) -> None:
+    made = batch(SamplingParams(temperature=value, repetition_penalty=value, top_p=min(value, 1)))
+    factors = [made.temperature, made.repetition_penalty] + ([made.top_p] if value < 1 else [])
+    with np.errstate(over="raise", divide="raise", under="raise"):
+        for column in factors:
+            assert column is not None
+            for number in (column, 1 / column, column * np.float32(1e7), np.float32(1e7) / column):
+                assert np.isfinite(number).all()
+                assert (number > 0).all()
+
+
 def test_greedy_rows_do_not_ask_for_truncation() -> None:
     made = batch(SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1))
     assert made.top_k is None

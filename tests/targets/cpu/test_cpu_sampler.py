@@ -10,6 +10,9 @@ import pytest
 import torch
 from cpu_graphs import VARIANTS, Floats, Native, Sketch, greedy
 
+from llmctl.engine.request import Request
+from llmctl.engine.sampling_batch import SamplingBatcher
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import SamplingBatch, StepResult
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 from llmctl.targets.reference.philox import uniform
@@ -143,3 +146,17 @@ def test_log_probabilities_of_extreme_logits(variant: Variant) -> None:
     for row, entry in enumerate(result.logprobs):
         assert entry is not None
         assert np.allclose(entry.top_logprobs, expected[row][list(entry.top_ids)], rtol=1e-6, atol=1e-6)
+
+
+@each_variant
+def test_parameters_beyond_float32_sample_as_the_reference_does(variant: Variant) -> None:
+    logits = np.random.default_rng(1).normal(0, 3, (1, 40)).astype(np.float32)
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for value in (5e-324, 1e-39, 1e39, 1.7976931348623157e308):
+            if value > 1 and name in ("top_p", "min_p"):
+                continue
+            params = SamplingParams(**{name: value}, allowed_token_ids=[2, 5, 17, 31], seed=3)
+            batch = SamplingBatcher(40).batch((Request("0", list(range(40)), params),), [40])
+            expected, _ = sample(torch.from_numpy(logits), batch)
+            found = native_sample(logits, batch, variant).token_ids.tolist()
+            assert found == expected.tolist(), (name, value)

@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from llmctl.engine.request import Request
+from llmctl.engine.sampling_batch import SamplingBatcher
+from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import SamplingBatch
 from llmctl.targets.reference import sampler
 from llmctl.targets.reference.philox import uniform
@@ -275,3 +278,18 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
         assert entry.rank == order.tolist().index(7) + 1
         assert list(entry.top_ids) == order[:count].tolist()
         np.testing.assert_allclose(entry.top_logprobs, raw[row, order[:count]], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [5e-324, 1e-39, 1e39, 1.7976931348623157e308])
+def test_parameters_beyond_float32_sample_an_allowed_token(name: str, value: float) -> None:
+    """A forbidden token's logit is -inf: times 0, or over infinity, it is not a number."""
+    if value > 1 and name in ("top_p", "min_p"):
+        value = 1.0
+    params = SamplingParams(**{name: value}, allowed_token_ids=[2, 5], logprobs=2)
+    requests = tuple(Request(str(i), list(range(8)), params) for i in range(16))
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (16, 8)).astype(np.float32))
+    tokens, logprobs = sample(logits, SamplingBatcher(8).batch(requests, [8] * 16))
+    assert set(tokens.tolist()) <= {2, 5}
+    assert logprobs is not None
+    assert all(row is not None and np.isfinite(row.logprob) for row in logprobs)
