@@ -23,6 +23,43 @@ MAX_BAD_WORD_CHARS = 256
 
 
 @dataclass(frozen=True)
+class Range:
+    """The numbers from ``low`` (itself left out when ``open_low``) to ``high``; never NaN or infinite."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        # isfinite overflows on an integer beyond a float's range, which is finite all the same.
+        finite = isinstance(value, int) or math.isfinite(value)
+        return finite and (self.low < value if self.open_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        text = f"greater than {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        return f"{text} and at most {self.high:g}" if math.isfinite(self.high) else text
+
+
+LOGIT_BIAS = Range(-100, 100)
+RANGES = {
+    "n": Range(1, MAX_SAMPLES),
+    "temperature": Range(0),
+    "top_k": Range(-1),
+    "top_p": Range(0, 1, open_low=True),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, open_low=True),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "seed": Range(-(2**63), 2**64 - 1),
+    "min_tokens": Range(0),
+    "max_tokens": Range(0),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, 0),
+}
+"""Of every number among the fields of SamplingParams, when it is not None."""
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends. Names and defaults are vLLM's and OpenAI's.
 
@@ -138,39 +175,22 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require(params: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    """Refuse a number outside [low, high] ((low, high] when ``open_low``), NaN, or one of the wrong type."""
+def _check_range(params: SamplingParams, name: str, allowed: Range) -> None:
+    """Refuse a number that is out of its range, or of the wrong type."""
     value = getattr(params, name)
-    whole = SamplingParams.__annotations__[name].startswith("int")
-    number = _is_int(value) or (not whole and isinstance(value, float))
-    # isfinite overflows on an integer beyond a float's range, which is finite all the same.
-    finite = number and (isinstance(value, int) or math.isfinite(value))
-    if finite and (low < value if open_low else low <= value) and value <= high:
+    kind = SamplingParams.__annotations__[name]
+    if value is None and kind.endswith("None"):
         return
-    bounds = f"greater than {low:g}" if open_low else f"at least {low:g}"
-    if math.isfinite(high):
-        bounds += f" and at most {high:g}"
-    kind = "an integer" if whole else "a number"
-    raise RequestError(f"{name}: expected {kind} {bounds}, found {_shown(value)}", param=name)
+    whole = kind.startswith("int")
+    if (_is_int(value) or (not whole and isinstance(value, float))) and value in allowed:
+        return
+    expected = "an integer" if whole else "a number"
+    raise RequestError(f"{name}: expected {expected} {allowed}, found {_shown(value)}", param=name)
 
 
 def _check_ranges(params: SamplingParams) -> None:
-    infinity = math.inf
-    _require(params, "n", 1, MAX_SAMPLES)
-    _require(params, "temperature", 0, infinity)
-    _require(params, "top_k", -1, infinity)
-    _require(params, "top_p", 0, 1, open_low=True)
-    _require(params, "min_p", 0, 1)
-    _require(params, "repetition_penalty", 0, infinity, open_low=True)
-    _require(params, "presence_penalty", -2, 2)
-    _require(params, "frequency_penalty", -2, 2)
-    _require(params, "min_tokens", 0, infinity)
-    optional = {"seed": (-(2**63), 2**64 - 1), "max_tokens": (0, infinity), "logprobs": (0, MAX_LOGPROBS)}
-    for name, (low, high) in optional.items():
-        if getattr(params, name) is not None:
-            _require(params, name, low, high)
-    if params.prompt_logprobs is not None:
-        _require(params, "prompt_logprobs", 0, 0)
+    for name, allowed in RANGES.items():
+        _check_range(params, name, allowed)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(
             f"min_tokens: expected at most max_tokens ({params.max_tokens}), found {_shown(params.min_tokens)}",
@@ -185,9 +205,9 @@ def _check_collections(params: SamplingParams) -> None:
         raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {len(params.stop)}", param="stop")
     _check_lengths("stop", params.stop, MAX_STOP_CHARS)
     for token, bias in (params.logit_bias or {}).items():
-        if not _is_int(token) or isinstance(bias, bool) or not isinstance(bias, int | float) or not abs(bias) <= 100:
+        if not _is_int(token) or isinstance(bias, bool) or not isinstance(bias, int | float) or bias not in LOGIT_BIAS:
             raise RequestError(
-                f"logit_bias: expected token ids with values from -100 to 100, found {token!r}: {bias!r}",
+                f"logit_bias: expected token ids with values {LOGIT_BIAS}, found {_shown(token)}: {_shown(bias)}",
                 param="logit_bias",
             )
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
