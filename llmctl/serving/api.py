@@ -53,11 +53,12 @@ async def parse(request: Request, model: type[Body], check: Callable[[Outline], 
         RequestError: not JSON, wrong types, missing fields.
     """
     data = await request.body()
-    check(Outline(data))
-    return parsed(data, model)
+    outline = Outline(data)
+    check(outline)
+    return parsed(data, outline, model)
 
 
-def parsed(data: bytes, model: type[Body]) -> Body:
+def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
     """A body as ``model``.
 
     Raises:
@@ -67,25 +68,11 @@ def parsed(data: bytes, model: type[Body]) -> Body:
         body = model.model_validate_json(data)
     except ValidationError as error:
         raise from_validation_error(error) from None
+    if outline.problem is not None:  # NaN and Infinity, which pydantic reads: nothing of this body has been counted
+        raise RequestError(f"the request body is not valid JSON: {outline.problem}")
     if body.model_extra:
         log.debug("ignored unknown request fields: %s", ", ".join(body.model_extra))
     return body
-
-
-def openapi_body(model: type[ApiModel]) -> dict[str, Any]:
-    """What ``/docs`` shows for a body that is parsed by ``parse``."""
-    schema = model.model_json_schema()
-    schema = _inlined(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """A JSON schema with its local references replaced by what they name; an OpenAPI document has no ``$defs``."""
-    if isinstance(node, dict):
-        if "$ref" in node:
-            return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
-        return {key: _inlined(value, definitions) for key, value in node.items()}
-    return [_inlined(item, definitions) for item in node] if isinstance(node, list) else node
 
 
 class EventStream(Response):
@@ -308,7 +295,7 @@ def _counted(context: ServerContext) -> Iterator[None]:
         raise
 
 
-@router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest), response_model=None)
+@router.post("/v1/completions", response_model=None)
 async def completions(request: Request) -> Response:
     """Continue a text."""
     context = context_of(request)
@@ -324,7 +311,7 @@ async def completions(request: Request) -> Response:
         return await _respond(request, context, body, _sequences(prompts, params, body), answer)
 
 
-@router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatCompletionRequest), response_model=None)
+@router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)

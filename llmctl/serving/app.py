@@ -9,21 +9,32 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from llmctl import __version__
+from llmctl.errors import RequestError
 from llmctl.serving import api
-from llmctl.serving.api import openapi_body, parse, parsed
+from llmctl.serving.api import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.http_metrics import HttpMetrics
 from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
-from llmctl.serving.openai_errors import install_handlers, json_response
+from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_response
+from llmctl.serving.openapi import describe
+from llmctl.serving.operations import OPERATIONS
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
 
 def create_app(context: ServerContext) -> FastAPI:
     """The app of one server."""
-    app = FastAPI(title="llmctl", version=__version__, redirect_slashes=False)
+    app = FastAPI(
+        title="llmctl",
+        version=__version__,
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
     app.state.context = context
+    description = describe(context.model_name, with_keys=bool(context.keys))
+    app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
     app.include_router(api.router)
     gets: dict[str, Callable[..., Any]] = {
@@ -35,19 +46,11 @@ def create_app(context: ServerContext) -> FastAPI:
         "/v1/models/{name:path}": model,
     }
     for path, endpoint in gets.items():
-        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
-        app.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
-    app.add_api_route(
-        "/tokenize", tokenize, methods=["POST"], response_model=None, openapi_extra=openapi_body(TokenizeRequest)
-    )
-    app.add_api_route(
-        "/detokenize",
-        detokenize,
-        methods=["POST"],
-        response_model=None,
-        openapi_extra=openapi_body(DetokenizeRequest),
-    )
-    app.add_middleware(BodyGate, max_bytes=context.max_body_bytes)
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
+    for path, endpoint in {"/tokenize": tokenize, "/detokenize": detokenize}.items():
+        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+    with_body = frozenset(operation.path for operation in OPERATIONS if operation.bodies)
+    app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=with_body)
     app.add_middleware(ApiKeyGate, keys=context.keys)
     app.add_middleware(HttpMetrics, series=context.metrics.http, routes=[*api.router.routes, *app.routes])
     return app
@@ -58,7 +61,7 @@ async def health(request: Request) -> Response:
     client = context_of(request).client
     state = client.worker.state
     if state is EngineState.DEAD:
-        return json_response({"status": "dead", "reason": client.why_not_ready()}, 503)
+        return json_response({"status": "dead", "reason": client.why_not_ready()}, 503, RETRY_SOON)
     return json_response({"status": "ok", "engine": state.value})
 
 
@@ -67,7 +70,7 @@ async def ready(request: Request) -> Response:
     reason = context_of(request).client.why_not_ready()
     if reason is None:
         return json_response({"status": "ready"})
-    return json_response({"status": reason.partition(":")[0], "reason": reason}, 503, {"Retry-After": "1"})
+    return json_response({"status": reason.partition(":")[0], "reason": reason}, 503, RETRY_SOON)
 
 
 async def version() -> Response:
@@ -114,8 +117,10 @@ async def tokenize(request: Request) -> Response:
     outline = Outline(data)
     intake.check_outline(outline)
     chat = outline.has("messages")
+    if chat and outline.has("prompt"):
+        raise RequestError("expected either a prompt or messages, found both", param="messages")
     body: TokenizeRequest | TokenizeChatRequest
-    body = parsed(data, TokenizeChatRequest) if chat else parsed(data, TokenizeRequest)
+    body = parsed(data, outline, TokenizeChatRequest) if chat else parsed(data, outline, TokenizeRequest)
     context.check_name(body.model)
     ids = await intake.tokenize(body, len(data))
     answer: dict[str, object] = {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids}

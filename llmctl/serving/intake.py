@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_ba
 from llmctl.errors import CapacityError, RequestError
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
+    OWN_VARIABLES,
+    TOKEN_ID_KEY,
     ChatCompletionRequest,
     ChatMessage,
     ChatRequest,
@@ -40,8 +43,7 @@ _BYTES_PER_TOKEN = 4
 # Of a template, at a few µs each: a few KB of messages take some hundred.
 _INLINE_STEPS = 2000
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# What a template is given by fields of the request.
-_OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_TOKEN_ID = re.compile(TOKEN_ID_KEY)
 _STRUCTURED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
@@ -240,7 +242,7 @@ class Intake:
         if body.continue_final_message:
             raise RequestError("continue_final_message: not supported", param="continue_final_message")
         extra = dict(body.chat_template_kwargs or {})
-        for name in _OWN_VARIABLES & extra.keys():
+        for name in OWN_VARIABLES & extra.keys():
             raise RequestError(
                 f"chat_template_kwargs: expected variables of the template's own, found '{name}'",
                 fix=f"set the request's field '{name}'",
@@ -415,10 +417,10 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
 def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if not given:
         return None
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError as error:
-        raise RequestError("logit_bias: expected token ids as keys", param="logit_bias") from error
+    # int() alone takes spaces, signs, underscores and leading zeros too: two keys could be one token.
+    if not all(_TOKEN_ID.fullmatch(token) for token in given):
+        raise RequestError("logit_bias: expected token ids as keys", param="logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
@@ -428,8 +430,8 @@ def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
             "tool_choice: only 'none' is supported; tools are shown to the model, its calls come as text",
             param="tool_choice",
         )
-    for name in ("functions", "function_call"):
-        if getattr(body, name):
+    for name, nothing in {"functions": [], "function_call": "none"}.items():
+        if getattr(body, name) not in (None, nothing):
             raise RequestError(f"{name}: not supported; use tools", param=name)
 
 

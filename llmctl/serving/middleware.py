@@ -87,14 +87,18 @@ class ApiKeyGate:
 
 
 class BodyGate:
-    """Refuses POST bodies that are not JSON (415) or are larger than ``max_bytes()`` (413)."""
+    """Refuses bodies POSTed to ``paths`` that are not JSON (415) or are larger than ``max_bytes()`` (413).
 
-    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int]) -> None:
+    Other paths read no body: what they answer to POST, 404 or 405, is the router's.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int], paths: frozenset[str]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])

@@ -17,7 +17,8 @@ from llmctl.errors import LlmctlError, QueueFullError, RequestError
 
 log = logging.getLogger("llmctl.serving")
 
-NOT_READY_RETRY_SECONDS = 1
+RETRY_SOON = {"Retry-After": "1"}
+"""Headers of an answer that the server is not ready."""
 
 # A union fails with one problem per alternative; these say what the field accepts in one phrase.
 _UNIONS = {
@@ -57,7 +58,7 @@ def error_response(error: BaseException) -> Response:
     if isinstance(error, QueueFullError):
         headers = {"Retry-After": str(error.retry_after)}
     elif status_of(error) == 503:
-        headers = {"Retry-After": str(NOT_READY_RETRY_SECONDS)}
+        headers = RETRY_SOON
     return json_response(body_of(error), status_of(error), headers)
 
 

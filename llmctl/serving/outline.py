@@ -1,12 +1,10 @@
 """The outline of a request's body: how much it asks for, counted before objects are made of any of it.
 
 Only for refusals that can be had cheaply: whatever is not as it should be counts as nothing here, and is refused in
-words by the parser of the fields.
+words by the parser of the fields; what that one would let pass, by ``api.parsed``.
 """
 
 from __future__ import annotations
-
-import contextlib
 
 import msgspec
 
@@ -17,13 +15,19 @@ _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class Outline:
-    """The top-level fields of a JSON object, undecoded. Nothing for any other body."""
+    """The top-level fields of a JSON object, undecoded, the last of each name. Nothing for any other body.
+
+    Attributes:
+        problem: why it is nothing; None when it is an object.
+    """
 
     def __init__(self, body: bytes) -> None:
         self._fields: dict[str, msgspec.Raw] = {}
-        # Else the parser of the fields says what is wrong, or how deep is too deep.
-        with contextlib.suppress(ValueError, RecursionError):
+        self.problem: str | None = None
+        try:
             self._fields = _FIELDS.decode(body)
+        except (ValueError, RecursionError) as error:
+            self.problem = str(error)
 
     def has(self, name: str) -> bool:
         """Whether the field is given."""

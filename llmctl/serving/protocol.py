@@ -11,6 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from llmctl.engine.sampling_params import (
+    LOGIT_BIAS,
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+)
+
 # A list that is wrong ends at its first item that is: one problem is told, and a list has many items.
 _FAILS_FAST = Field(fail_fast=True)
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], _FAILS_FAST]
@@ -27,11 +35,63 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-Numbers = Annotated[
+TOKEN_ID_KEY = "0|[1-9][0-9]{0,18}"
+"""A token id as a key of an object, as a regular expression for the whole of it."""
+LogitBias = Annotated[
     dict[str, Any],
     AfterValidator(_numbers),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "patternProperties": {
+                f"^({TOKEN_ID_KEY})$": {"type": "number", "minimum": LOGIT_BIAS.low, "maximum": LOGIT_BIAS.high}
+            },
+            "additionalProperties": False,
+        }
+    ),
 ]
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+Stop = Annotated[
+    str | Texts,
+    WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
+]
+BadWords = Annotated[
+    Texts,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "string", "pattern": r"\S", "maxLength": MAX_BAD_WORD_CHARS},
+            "maxItems": MAX_BAD_WORDS,
+        }
+    ),
+]
+
+
+_SOME_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Prompts = Annotated[
+    str | TokenIds | Texts | Annotated[list[TokenIds], _FAILS_FAST],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                _SOME_IDS,
+                {"type": "array", "items": _SOME_IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+# A template is given these by fields of the request.
+OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+TemplateVariables = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "propertyNames": {"not": {"enum": sorted(OWN_VARIABLES)}}}),
+]
+
+
+def _only(*values: Any) -> WithJsonSchema:
+    """The schema of a field that is known, and is refused when it is set to anything but ``values``."""
+    return WithJsonSchema({"enum": list(values), "description": "Anything else is not supported."})
 
 
 class ApiModel(BaseModel):
@@ -50,7 +110,7 @@ class StreamOptions(ApiModel):
 class ResponseFormat(ApiModel):
     """OpenAI's ``response_format``; only ``text`` can be honoured."""
 
-    type: str
+    type: Annotated[str, _only("text")]
 
 
 class SamplingFields(ApiModel):
@@ -59,14 +119,14 @@ class SamplingFields(ApiModel):
     model: str | None = None
     n: int | None = 1
     seed: int | None = None
-    stop: str | Texts | None = None
+    stop: Stop | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Numbers | None = None
+    logit_bias: LogitBias | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
 
@@ -77,40 +137,42 @@ class SamplingFields(ApiModel):
     stop_token_ids: TokenIds | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    allowed_token_ids: TokenIds | None = None
-    bad_words: Texts | None = None
+    allowed_token_ids: Annotated[TokenIds, WithJsonSchema(_SOME_IDS)] | None = None
+    bad_words: BadWords | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
     cache_salt: str | None = None
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
 
     # Known, and refused when set.
-    use_beam_search: bool | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    structured_outputs: Any = None
+    use_beam_search: Annotated[bool | None, _only(None, False)] = None
+    guided_json: Annotated[Any, _only(None)] = None
+    guided_regex: Annotated[Any, _only(None)] = None
+    guided_choice: Annotated[Any, _only(None)] = None
+    guided_grammar: Annotated[Any, _only(None)] = None
+    structured_outputs: Annotated[Any, _only(None)] = None
 
 
 class CompletionRequest(SamplingFields):
     """``POST /v1/completions``."""
 
-    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], _FAILS_FAST]
+    prompt: Prompts
     max_tokens: int | None = 16
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     echo: bool | None = False
-    best_of: int | None = None
-    suffix: str | None = None
+    best_of: Annotated[int | None, Field(description="Refused unless it equals `n`.")] = None
+    suffix: Annotated[str | None, _only(None, "")] = None
     add_special_tokens: bool = True
 
 
 class ContentPart(ApiModel):
     """A part of a message's content; only ``text`` parts can be honoured."""
 
-    type: str
-    text: str | None = None
+    model_config = ConfigDict(json_schema_extra={"required": ["type", "text"]})
+
+    type: Annotated[str, _only("text")]
+    text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 
 
 class ChatMessage(ApiModel):
@@ -127,9 +189,9 @@ class ChatRequest(ApiModel):
     tools: Objects | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
-    continue_final_message: bool = False
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: Annotated[bool, _only(False)] = False
+    chat_template: Annotated[str | None, _only(None)] = None
+    chat_template_kwargs: TemplateVariables | None = None
     documents: Objects | None = None
 
 
@@ -140,14 +202,16 @@ class ChatCompletionRequest(SamplingFields, ChatRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | dict[str, Any] | None, _only(None, "none")] = None
     parallel_tool_calls: bool | None = None
-    functions: Any = None
-    function_call: Any = None
+    functions: Annotated[Any, _only(None, [])] = None
+    function_call: Annotated[Any, _only(None, "none")] = None
 
 
 class TokenizeRequest(ApiModel):
     """``POST /tokenize`` with a prompt."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {"required": ["messages"]}})
 
     model: str | None = None
     prompt: str
@@ -157,6 +221,8 @@ class TokenizeRequest(ApiModel):
 
 class TokenizeChatRequest(ChatRequest):
     """``POST /tokenize`` with messages."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {"required": ["prompt"]}})
 
     model: str | None = None
     return_token_strs: bool | None = False

@@ -1,0 +1,220 @@
+"""The OpenAPI document of one server, put together once from ``operations`` and the models that they name.
+
+FastAPI's own would know neither streams nor what the gates and the HTTP protocol answer, and would promise 422.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+from pydantic_core import core_schema
+
+from llmctl import __version__
+from llmctl.engine.sampling_params import RANGES, Range
+from llmctl.serving.middleware import LIVENESS_PATHS
+from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
+from llmctl.serving.protocol import ApiModel, SamplingFields
+from llmctl.serving.response_schema import ErrorResponse, ResponseModel
+
+_DESCRIPTION = """\
+An OpenAI-compatible server for one model.
+
+A path answers other methods than those described here with 405 and `Allow`, but HEAD wherever GET is described; other
+paths answer 404. Integers are written without a fraction: `5.0` is refused. Of a name that an object repeats, the last
+value counts. Fields that are not described are ignored.
+"""
+_RANGES = RANGES | {
+    "best_of": RANGES["n"],
+    "top_logprobs": RANGES["logprobs"],
+    "max_completion_tokens": RANGES["max_tokens"],
+}
+_ERRORS = {
+    400: (
+        "BadRequest",
+        "Malformed, or never to be served: `param` names the field, the message what was expected.",
+    ),
+    401: ("Unauthorized", "No API key of this server's."),
+    403: ("Forbidden", "This API key may not set `priority`."),
+    404: ("NotFound", "Not the served model's name."),
+    405: ("MethodNotAllowed", "Another method than those described."),
+    408: ("RequestTimeout", "The request's headers or body came too slowly."),
+    413: ("ContentTooLarge", "The body is larger than `--max-body`."),
+    415: ("UnsupportedMediaType", "The body is not declared to be `application/json`."),
+    429: ("TooManyRequests", "Too many requests wait."),
+    431: ("HeadersTooLarge", "More than 64 KiB of headers."),
+    500: ("InternalError", "A fault of the server's, or a request that ended two of its workers."),
+    503: ("Unavailable", "The engine is starting, restarting, draining or dead."),
+}
+_ERROR_HEADERS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
+_HEADERS = {
+    "X-Request-Id": ("The request's own `X-Request-Id`, or a new one.", {"type": "string", "minLength": 1}),
+    "Retry-After": ("Seconds until it is worth another try.", {"type": "integer", "minimum": 1}),
+    "WWW-Authenticate": ("How to authenticate.", {"type": "string", "const": "Bearer"}),
+    "Allow": ("The path's methods.", {"type": "string"}),
+}
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "Comes back with the answer, if it is 1 to 128 visible ASCII characters.",
+    "schema": {"type": "string"},
+}
+
+
+def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
+    """The document of a server that serves ``model_name``, with API keys or without."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        guarded = with_keys and operation.path not in LIVENESS_PATHS
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation, model_name, guarded, with_keys)
+    document: dict[str, Any] = {
+        "openapi": "3.2.0",  # the first in which a stream's events can be described
+        "info": {"title": "llmctl", "version": __version__, "description": _DESCRIPTION},
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(OPERATIONS),
+            "responses": {name: _error(status) for status, (name, _) in _ERRORS.items() if with_keys or status != 401},
+            "headers": {
+                name: {"description": text, "required": True, "schema": schema}
+                for name, (text, schema) in _HEADERS.items()
+            },
+            "parameters": {"RequestId": _REQUEST_ID},
+        },
+    }
+    if with_keys:
+        document["components"]["securitySchemes"] = {
+            "apiKey": {"type": "http", "scheme": "bearer", "description": "One of `--api-key` or `--priority-keys`."}
+        }
+        document["security"] = [{"apiKey": []}]
+    return document
+
+
+def _described(operation: Operation, model_name: str, guarded: bool, with_keys: bool) -> dict[str, Any]:
+    parameters: list[Any] = [{"$ref": "#/components/parameters/RequestId"}]
+    if "{name}" in operation.path:
+        parameters.append(
+            {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}, "example": model_name}
+        )
+    made: dict[str, Any] = {
+        "operationId": operation.id,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": parameters,
+        "responses": _responses(operation, guarded),
+    }
+    if operation.bodies:
+        made["requestBody"] = _request_body(operation, model_name)
+    if with_keys and not guarded:
+        made["security"] = []
+    return made
+
+
+def _request_body(operation: Operation, model_name: str) -> dict[str, Any]:
+    schemas = [_ref(model) for model in operation.bodies]
+    content = {
+        "schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas},
+        "examples": {name: {"value": {"model": model_name, **body}} for name, body in operation.examples.items()},
+    }
+    return {"required": True, "content": {"application/json": content}}
+
+
+def _responses(operation: Operation, guarded: bool) -> dict[str, Any]:
+    statuses = {*ALWAYS, *operation.refusals, *((401,) if guarded else ())}
+    responses = {"200": _response("What was asked for.", _content(operation))}
+    for status in sorted(statuses):
+        name, text = _ERRORS[status]
+        responses[str(status)] = {"$ref": f"#/components/responses/{name}"}
+        if status == 503 and operation.unavailable is not ErrorResponse:
+            responses["503"] = _response(text, {"application/json": {"schema": _ref(operation.unavailable)}}, 503)
+    return responses
+
+
+def _content(operation: Operation) -> dict[str, Any]:
+    if operation.answer is None:
+        return {"text/plain": {"schema": {"type": "string"}}}
+    content = {"application/json": {"schema": _ref(operation.answer)}}
+    if operation.event is not None:
+        content["text/event-stream"] = {"itemSchema": _event(operation.event)}
+    return content
+
+
+def _event(model: type[ResponseModel]) -> dict[str, Any]:
+    chunk = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(model), _ref(ErrorResponse)]},
+    }
+    return {
+        "description": "With `stream`. An error after the first event is an event too; `[DONE]` is always the last.",
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, chunk]}},
+        "required": ["data"],
+    }
+
+
+def _error(status: int) -> dict[str, Any]:
+    return _response(_ERRORS[status][1], {"application/json": {"schema": _ref(ErrorResponse)}}, status)
+
+
+def _response(text: str, content: dict[str, Any], status: int = 200) -> dict[str, Any]:
+    headers = ("X-Request-Id", *_ERROR_HEADERS.get(status, ()))
+    return {
+        "description": text,
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in headers},
+        "content": content,
+    }
+
+
+def _ref(model: type[ApiModel] | type[ResponseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+class _Schemas(GenerateJsonSchema):
+    """pydantic's schemas without what says nothing: a title that is the field's name, a default of null."""
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> dict[str, Any]:
+        """Part of ``GenerateJsonSchema``."""
+        if schema.get("default") is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        """Part of ``GenerateJsonSchema``."""
+        return False
+
+
+def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
+    asked = {model: None for operation in operations for model in operation.bodies}
+    answered = {
+        model: None
+        for operation in operations
+        for model in (operation.answer, operation.event, operation.unavailable, ErrorResponse)
+        if model is not None
+    }
+    _, made = models_json_schema(
+        [(model, "validation") for model in (*asked, *answered)],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_Schemas,
+    )
+    schemas: dict[str, Any] = made["$defs"]
+    for model in asked:
+        if issubclass(model, SamplingFields):
+            for name, allowed in _RANGES.items():
+                if name in model.model_fields:
+                    _bound(schemas[model.__name__]["properties"][name], allowed)
+    return schemas
+
+
+def _bound(schema: dict[str, Any], allowed: Range) -> None:
+    """Add a range to the schema of a field that is a number, or null."""
+    for number in schema["anyOf"]:
+        if number["type"] in ("integer", "number"):
+            number["exclusiveMinimum" if allowed.open_low else "minimum"] = allowed.low
+            if math.isfinite(allowed.high):
+                number["maximum"] = allowed.high
+            elif number["type"] == "number":
+                number["maximum"] = sys.float_info.max

@@ -1,0 +1,139 @@
+"""The operations that ``/openapi.json`` describes: what each is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmctl.serving.protocol import (
+    ApiModel,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
+from llmctl.serving.response_schema import (
+    Alive,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Dead,
+    DetokenizeResponse,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    NotReady,
+    Ready,
+    ResponseModel,
+    TokenizeResponse,
+    Version,
+)
+
+TAGS = {
+    "generation": "What the model writes, as OpenAI's API and vLLM's additions to it.",
+    "models": "The served model.",
+    "tokens": "Texts to token ids, and back.",
+    "operation": "For who operates the server.",
+}
+
+# Any request may be answered these; those of one that is not HTTP, too slow or too large come before it is routed.
+ALWAYS = (400, 408, 431, 500)
+_BODY = (404, 413, 415, 429, 503)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path.
+
+    Attributes:
+        answer: the JSON of a 200; None when it is text.
+        event: the JSON of an event, where the answer can be a stream.
+        bodies: what a request may be, one of these.
+        examples: bodies by name, without ``model``.
+        refusals: statuses it answers beside ``ALWAYS`` and, on a server with keys, 401.
+        unavailable: the JSON of a 503.
+    """
+
+    method: str
+    path: str
+    id: str
+    tag: str
+    summary: str
+    answer: type[ResponseModel] | None
+    event: type[ResponseModel] | None = None
+    bodies: tuple[type[ApiModel], ...] = ()
+    examples: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    refusals: tuple[int, ...] = ()
+    unavailable: type[ResponseModel] = ErrorResponse
+
+
+_HELLO = [{"role": "user", "content": "Say hello."}]
+
+OPERATIONS = (
+    Operation(
+        *("post", "/v1/completions", "createCompletion", "generation", "Continue one or more texts", Completion),
+        event=CompletionChunk,
+        bodies=(CompletionRequest,),
+        examples={
+            "text": {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0},
+            "batch": {"prompt": ["One, two,", "Red, green,"], "n": 2, "max_tokens": 4, "seed": 7},
+            "scored": {"prompt": "Once upon a time", "max_tokens": 0, "echo": True, "logprobs": 0},
+            "stream": {
+                **{"prompt": "Once upon a time", "max_tokens": 8, "stream": True},
+                "stream_options": {"include_usage": True},
+            },
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/v1/chat/completions", "createChatCompletion", "generation", "Answer a conversation"),
+        ChatCompletion,
+        event=ChatCompletionChunk,
+        bodies=(ChatCompletionRequest,),
+        examples={
+            "chat": {"messages": _HELLO, "max_tokens": 8},
+            "logprobs": {"messages": _HELLO, "max_tokens": 4, "logprobs": True, "top_logprobs": 2},
+            "stream": {
+                **{"messages": _HELLO, "max_tokens": 8, "stream": True},
+                "stream_options": {"include_usage": True},
+            },
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation("get", "/v1/models", "listModels", "models", "List the served model", ModelList),
+    Operation(
+        *("get", "/v1/models/{name}", "retrieveModel", "models", "The served model by its name", ModelCard),
+        refusals=(404,),
+    ),
+    Operation(
+        *("post", "/tokenize", "tokenize", "tokens", "Token ids of a text, or of a chat as its template renders it"),
+        TokenizeResponse,
+        bodies=(TokenizeRequest, TokenizeChatRequest),
+        examples={
+            "prompt": {"prompt": "Once upon a time", "return_token_strs": True},
+            "messages": {"messages": _HELLO},
+        },
+        refusals=_BODY,
+    ),
+    Operation(
+        *("post", "/detokenize", "detokenize", "tokens", "The text of token ids", DetokenizeResponse),
+        bodies=(DetokenizeRequest,),
+        examples={"tokens": {"tokens": [5, 6, 7]}},
+        refusals=_BODY,
+    ),
+    Operation(
+        *("get", "/health", "health", "operation", "Whether the server lives; also while its engine starts", Alive),
+        refusals=(503,),
+        unavailable=Dead,
+    ),
+    Operation(
+        *("get", "/ready", "ready", "operation", "Whether a request would be served now", Ready),
+        refusals=(503,),
+        unavailable=NotReady,
+    ),
+    Operation("get", "/version", "version", "operation", "The version of llmctl", Version),
+    Operation("get", "/metrics", "metrics", "operation", "Prometheus' text format", None),
+)

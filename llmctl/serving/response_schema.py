@@ -1,0 +1,264 @@
+"""What the server answers, as models: for ``/openapi.json`` and for tests, which hold real answers against them.
+
+Nothing is made or checked with these while serving: ``llmctl.serving.responses`` builds plain dicts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+Absent = SkipJsonSchema[None]
+"""Of a member that may be left out, and is not null when it is there."""
+Count = Annotated[int, Field(ge=0)]
+LogProb = Annotated[float, Field(le=0, ge=-9999, description="-9999 stands for -inf.")]
+FinishReason = Literal["stop", "length"]
+StopReason = Annotated[int | str | None, Field(description="The stop string or the stop token's id that ended it.")]
+
+
+class ResponseModel(BaseModel):
+    """Base of what is answered: exactly these members."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class ErrorDetail(ResponseModel):
+    """OpenAI's error."""
+
+    message: str
+    type: str
+    param: Annotated[str | None, Field(description="The field of the request at fault.")]
+    code: str | None
+
+
+class ErrorResponse(ResponseModel):
+    """What every refusal and failure answers."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(ResponseModel):
+    """Of the prompt's tokens."""
+
+    cached_tokens: Annotated[Count, Field(description="Found in the prefix cache.")]
+
+
+class Usage(ResponseModel):
+    """Tokens of one request; a prompt counts once, however many samples are drawn of it."""
+
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(ResponseModel):
+    """Log-probabilities of a completion: lists of one length, an entry a token."""
+
+    text_offset: list[Count]
+    token_logprobs: list[LogProb | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, LogProb] | None]
+
+
+class PromptTokenLogprob(ResponseModel):
+    """A token of the prompt."""
+
+    logprob: LogProb
+    decoded_token: str
+
+
+class CompletionChunkChoice(ResponseModel):
+    """What one event of a stream adds to a completion."""
+
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: StopReason
+
+
+class CompletionChoice(ResponseModel):
+    """One completion."""
+
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: StopReason
+    prompt_logprobs: Annotated[
+        list[dict[str, PromptTokenLogprob] | None] | Absent,
+        Field(description="With `prompt_logprobs`: per token of the prompt, by its id; null for the first."),
+    ] = None
+
+
+class Completion(ResponseModel):
+    """The answer of ``/v1/completions``. Choices: all samples of the first prompt, then of the next."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: Count
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(ResponseModel):
+    """An event of ``/v1/completions`` with ``stream``; the last before ``[DONE]`` may be ``usage`` alone."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: Count
+    model: str
+    choices: Annotated[list[CompletionChunkChoice], Field(max_length=1)]
+    usage: Annotated[Usage | None, Field(description="With `stream_options.include_usage`.")] = None
+
+
+class TokenLogprob(ResponseModel):
+    """A token and how likely it was."""
+
+    token: str
+    logprob: LogProb
+    bytes: list[Annotated[int, Field(ge=0, le=255)]]
+
+
+class SampledTokenLogprob(TokenLogprob):
+    """A sampled token, and the most likely ones in its place, best first."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(ResponseModel):
+    """Log-probabilities of an answer, an entry a token."""
+
+    content: list[SampledTokenLogprob]
+
+
+class AssistantMessage(ResponseModel):
+    """The model's message."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(ResponseModel):
+    """One answer."""
+
+    index: Count
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: StopReason
+
+
+class ChatCompletion(ResponseModel):
+    """The answer of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: Count
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class MessageDelta(ResponseModel):
+    """What one event adds to a message: its role first, then text; nothing with the reason of its end."""
+
+    role: Literal["assistant"] | Absent = None
+    content: str | Absent = None
+
+
+class ChatChunkChoice(ResponseModel):
+    """What one event of a stream adds to an answer."""
+
+    index: Count
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: Annotated[int | str | None, Field(description="Only with a `finish_reason`.")] = None
+
+
+class ChatCompletionChunk(ResponseModel):
+    """An event of ``/v1/chat/completions`` with ``stream``; the last before ``[DONE]`` may be ``usage`` alone."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: Count
+    model: str
+    choices: Annotated[list[ChatChunkChoice], Field(max_length=1)]
+    usage: Annotated[Usage | None, Field(description="With `stream_options.include_usage`.")] = None
+
+
+class ModelCard(ResponseModel):
+    """The served model."""
+
+    id: str
+    object: Literal["model"]
+    created: Count
+    owned_by: Literal["llmctl"]
+    root: Annotated[str, Field(description="`--model` as it was given.")]
+    max_model_len: Annotated[
+        Annotated[int, Field(ge=1)] | Absent,
+        Field(description="Tokens, prompt and output; once the engine is there."),
+    ] = None
+
+
+class ModelList(ResponseModel):
+    """All models: the served one."""
+
+    object: Literal["list"]
+    data: Annotated[list[ModelCard], Field(min_length=1, max_length=1)]
+
+
+class TokenizeResponse(ResponseModel):
+    """Token ids of a text."""
+
+    count: Count
+    max_model_len: Annotated[int, Field(ge=1)]
+    tokens: list[Count]
+    token_strs: Annotated[
+        list[str | None] | Absent, Field(description="With `return_token_strs`: the vocabulary's spelling.")
+    ] = None
+
+
+class DetokenizeResponse(ResponseModel):
+    """The text of token ids."""
+
+    prompt: str
+
+
+class Alive(ResponseModel):
+    """The server lives; its engine may be starting."""
+
+    status: Literal["ok"]
+    engine: str
+
+
+class Dead(ResponseModel):
+    """The engine is dead, and the server about to end."""
+
+    status: Literal["dead"]
+    reason: str
+
+
+class Ready(ResponseModel):
+    """A request would be served now."""
+
+    status: Literal["ready"]
+
+
+class NotReady(ResponseModel):
+    """A request would not be served now."""
+
+    status: Annotated[str, Field(description="The first word or words of the reason, as `starting` or `stalled`.")]
+    reason: str
+
+
+class Version(ResponseModel):
+    """The version of llmctl."""
+
+    version: str

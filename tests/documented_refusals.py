@@ -1,0 +1,12 @@
+"""What a JSON schema cannot say of a request, in the words of its refusals; the description has all of it as text."""
+
+from __future__ import annotations
+
+import re
+
+DOCUMENTED = re.compile(
+    r"maximum context length|at least one token, found none|outside the vocabulary|token ids \(the vocabulary\)"
+    r"|min_tokens: expected at most max_tokens|stream_options: only with stream|best_of: not supported; use n"
+    r"|prompt_logprobs: not available with stream|top_logprobs: needs logprobs|content: expected text, found none"
+    r"|sequences in a request|chat template: |bad_words: expected non-empty strings|recursion limit exceeded"
+)
