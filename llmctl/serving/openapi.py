@@ -26,6 +26,16 @@ An OpenAI-compatible server for one model.
 A path answers other methods than those described here with 405 and `Allow`, but HEAD wherever GET is described; other
 paths answer 404. Integers are written without a fraction: `5.0` is refused. Of a name that an object repeats, the last
 value counts. Fields that are not described are ignored.
+
+Beyond what the schemas say, 400 is the answer to
+
+* what does not fit the model: its context length, and the ids of its vocabulary;
+* a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
+* messages that the chat template refuses, or a message without `content` that is not the assistant's;
+* fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
+  `top_logprobs` without `logprobs`; in a stream `prompt_logprobs`, or `echo` with `logprobs`;
+* a `priority` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white space, and JSON that
+  is too deep (about 200 levels).
 """
 _RANGES = RANGES | {
     "best_of": RANGES["n"],
