@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from llmctl import __version__
 from llmctl.errors import RequestError
@@ -18,7 +19,6 @@ from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_response
 from llmctl.serving.openapi import describe
-from llmctl.serving.operations import OPERATIONS
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
@@ -33,6 +33,7 @@ def create_app(context: ServerContext) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.context = context
+    # Made now, while the worker loads the engine: later it would keep streams waiting.
     description = describe(context.model_name, with_keys=bool(context.keys))
     app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
@@ -49,8 +50,9 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
     for path, endpoint in {"/tokenize": tokenize, "/detokenize": detokenize}.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    with_body = frozenset(operation.path for operation in OPERATIONS if operation.bodies)
-    app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=with_body)
+    routes = [route for route in (*api.router.routes, *app.routes) if isinstance(route, Route)]
+    posts = frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+    app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys)
     app.add_middleware(HttpMetrics, series=context.metrics.http, routes=[*api.router.routes, *app.routes])
     return app

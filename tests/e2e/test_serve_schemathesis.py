@@ -61,8 +61,8 @@ def make_affordable(case: Any) -> None:
     if "completions" in case.operation.path:
         for name in [name for name in ("max_tokens", "max_completion_tokens") if name in body] or ["max_tokens"]:
             body[name] = fewer(body.get(name))
-        if case.meta.generation.mode.is_positive:
-            agree(body)
+    if case.meta.generation.mode.is_positive:
+        agree(body)
 
 
 def without_fractions(value: Any) -> Any:
@@ -94,7 +94,8 @@ def agree(body: dict[str, Any]) -> None:
         body["logprobs"] = True
     if body.get("best_of") is not None:
         body["best_of"] = body.get("n") or 1
-    body["min_tokens"] = min(body.get("min_tokens") or 0, MOST_TOKENS)
+    if body.get("min_tokens") is not None:
+        body["min_tokens"] = min(body["min_tokens"], MOST_TOKENS)
     for message in body.get("messages", ()):
         if message.get("content") is None:
             message["content"] = "a"
@@ -124,7 +125,7 @@ def session() -> Iterator[requests.Session]:
 some = settings(
     deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
 )
-few = loaded(with_keys=False, examples=12, coverage=False)
+few = loaded(with_keys=False, examples=6, coverage=False)
 many = loaded(with_keys=False, examples=400, coverage=True)
 keyed = loaded(with_keys=True, examples=100, coverage=True)
 
