@@ -50,11 +50,11 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
     for path, endpoint in {"/tokenize": tokenize, "/detokenize": detokenize}.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    routes = [route for route in (*api.router.routes, *app.routes) if isinstance(route, Route)]
-    posts = frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+    routes = [*api.router.routes, *app.routes]
+    posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys)
-    app.add_middleware(HttpMetrics, series=context.metrics.http, routes=[*api.router.routes, *app.routes])
+    app.add_middleware(HttpMetrics, series=context.metrics.http, routes=routes)
     return app
 
 
