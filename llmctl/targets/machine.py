@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
-from pathlib import Path
 
 from llmctl.errors import HostMemoryError, UsageError
 from llmctl.targets.base import MemoryBudget, StepLimits
+from llmctl.targets.control_group import cpu_quota, memory_left
 
 HOST_SHARE = 0.7
 """Share of the machine's available memory that an engine plans to use when no budget is given."""
@@ -23,12 +23,14 @@ HOST_STEP = StepLimits(max_num_batched_tokens=512, max_num_seqs=64)
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may keep busy: by its affinity, and by a quota of its control group; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def physical_cores() -> int:
-    """Physical cores this process may run on (its affinity), at least 1."""
+    """Physical cores this process may keep busy, at least 1."""
     import psutil  # type: ignore[import-untyped,unused-ignore]
 
     allowed = usable_cores()
@@ -78,14 +80,5 @@ def available_memory() -> int:
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
         available = min(available, max(0, space - psutil.Process().memory_info().vms))
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):
-        return None
+    left = memory_left()
+    return available if left is None else min(available, left)
