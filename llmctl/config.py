@@ -69,7 +69,8 @@ class EngineOptions:
     ``target`` "auto": an engine's own; for anything that is built first, this machine's best (``targets.table``).
     ``max_num_seqs``, ``max_num_batched_tokens`` None: the target's default. ``gpu_memory_utilization`` None:
     ``GPU_MEMORY_UTILIZATION``; a number is refused where it means nothing. ``kv_cache_dtype`` "auto": as built.
-    ``itl_target``: "auto" or milliseconds, see ``itl_target_seconds``.
+    ``itl_target``: "auto" or milliseconds, see ``itl_target_seconds``. ``shed``: refuse what cannot keep its TTFT
+    deadline, or missed it in the queue.
     """
 
     model: str = ""
@@ -88,6 +89,7 @@ class EngineOptions:
     scheduling_policy: str = "fair"
     max_num_queued_reqs: int = 1024
     itl_target: str = "auto"
+    shed: bool = False
     threads: int | None = None
     seed: int = 0
     verify: bool = False
@@ -117,6 +119,7 @@ class ServeConfig(EngineOptions):
     chat_template: str | None = None
     api_key: str | None = None
     priority_keys: str | None = None
+    deadline: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     max_body: str | None = None

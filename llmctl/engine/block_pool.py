@@ -174,6 +174,10 @@ class BlockPool:
             found.append(block.id)
         return found
 
+    def num_holders(self, block_id: int) -> int:
+        """How many requests hold a block."""
+        return self._blocks[block_id].refs
+
     def num_unheld(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks are in the free list."""
         return sum(self._blocks[i].refs == 0 for i in block_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,7 +16,8 @@ from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
 from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.sampling_params import derive_seed
-from llmctl.engine.scheduler import ScheduledStep, Scheduler, SchedulerConfig
+from llmctl.engine.scheduled_step import ScheduledStep
+from llmctl.engine.scheduler import Scheduler, SchedulerConfig
 from llmctl.engine.step import PendingStep, Runtime, RuntimeLimits, SequenceSlice, StepResult, TokenLogprobs
 from llmctl.errors import DeviceMemoryError
 
@@ -80,6 +82,7 @@ class LLMEngine:
     Attributes:
         occupancy: where its time goes; whoever drives the engine adds what it waits and sends.
         on_first_scheduled: told the ids of requests that are in a step for the first time, before it is executed.
+        on_shed: told the requests that ended because they missed their TTFT deadline in the queue.
 
     Args:
         runtime: computes and samples. config: the scheduler's limits.
@@ -117,6 +120,7 @@ class LLMEngine:
         self._executions = {"": 0, "graph": 0, "eager": 0}
         self.occupancy = Occupancy()
         self.on_first_scheduled: Callable[[list[str]], None] = lambda _: None
+        self.on_shed: Callable[[list[Request]], None] = lambda _: None
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -129,6 +133,8 @@ class LLMEngine:
         Raises:
             DeviceMemoryError: no memory for a step of one request.
         """
+        if self.scheduler.waiting.next_miss < math.inf:
+            self._pass_time()
         while not self._in_flight or self._may_run_ahead():
             step = self.scheduler.schedule()
             if not step.plan.slices:
@@ -146,6 +152,10 @@ class LLMEngine:
         if not self.has_unfinished():
             self.scheduler.check_idle()
         return outputs
+
+    def _pass_time(self) -> None:
+        if shed := self.scheduler.pass_time(self._clock()):
+            self.on_shed(shed)
 
     def _may_run_ahead(self) -> bool:
         """Whether a step may be started whose requests have tokens in flight."""

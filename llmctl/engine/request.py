@@ -9,6 +9,7 @@ from enum import IntEnum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.tenants import Account
 
@@ -58,6 +59,13 @@ class RequestTimes:
     num_preemptions: int = 0
 
 
+@dataclass(slots=True)
+class Batch:
+    """Requests that were added together. ``scheduled``: whether one of them ever was."""
+
+    scheduled: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence to generate.
@@ -74,6 +82,7 @@ class Request:
         arrival_time: seconds by the engine's clock; None = when it is added.
         cache_salt: requests share cached prefixes only with the same salt.
         adapter_id: the LoRA adapter it runs with; part of the prefix key.
+        deadline: what it is promised; under the ``fcfs`` policy nothing can be.
         token_ids: prompt and output so far.
         num_in_flight: tokens being sampled by steps in flight; they come after ``token_ids``.
         num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
@@ -82,6 +91,8 @@ class Request:
         seed: what the sampler uses.
         num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
         account: its tenant's. sort_key: its place in the queue, then among running requests (``waiting_queue``).
+        due: its place among its tenant's that never ran: (seconds, arrival, number). hopeful: it has a TTFT deadline,
+            and has not missed it before it ran. batch: with whom it was added.
         prompt_scores: f32 [num_prompt_tokens - 1], filled as the prompt is computed; None when not asked for.
     """
 
@@ -93,6 +104,7 @@ class Request:
     cache_salt: str | None = None
     adapter_id: str | None = None
     tenant: str = ""
+    deadline: Deadline = NO_DEADLINE
 
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False)
@@ -110,6 +122,9 @@ class Request:
     times: RequestTimes = field(init=False)
     account: Account = field(default_factory=Account, init=False)
     sort_key: tuple[int, int, float, int] = field(default=(0, 0, 0.0, 0), init=False)
+    due: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
+    hopeful: bool = field(default=False, init=False)
+    batch: Batch = field(default_factory=Batch, init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -161,6 +176,7 @@ def fan_out(request: Request) -> list[Request]:
             cache_salt=request.cache_salt,
             adapter_id=request.adapter_id,
             tenant=request.tenant,
+            deadline=request.deadline,
         )
         for index, params in enumerate(request.params.samples())
     ]

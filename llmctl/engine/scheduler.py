@@ -6,13 +6,20 @@ which they were admitted; then waiting ones are admitted while budget, seats and
 (``waiting_queue``). When a running request needs a block and none is free, the last running request in order loses its
 blocks and waits to be recomputed.
 
-Beside decodes, prompts get no more than a ``PrefillAllowance``: what keeps the next tokens of running requests coming
-(``step_cost``). Once a prompt is cut by it, the step takes no more of any, and admits nobody.
+When the queue's next request is more important (its priority value is lower) than the last running ones, and lacks a
+seat, blocks, or leave by an ITL deadline, as few of those as suffice make room (``preemption``): before anything is
+scheduled in the step, and only if it then enters in that step. They wait behind it.
 
-Why nothing starves: the first request in order is never preempted by another and fits the pool alone (checked when it
-is added), so it advances in every step (an allowance gives the first prompt in order some tokens, whatever they cost);
-whoever is admitted comes after those that run, or lets them pass for good (by priority or an earlier arrival); the
-queue's next request stays next until it enters, or is passed as its policy allows.
+Beside decodes, prompts get no more than a ``PrefillAllowance``: what keeps the next tokens of running requests coming,
+within their ITL deadlines (``step_cost``). Once a prompt is cut by it, the step takes no more of any, and admits
+nobody. Nor is anybody admitted, while others run, who would make the decodes alone exceed an ITL deadline
+(``itl_guard``).
+
+Why nothing starves within a priority: the first request in order is never preempted by an equal and fits the pool alone
+(checked when it is added), so it advances in every step (an allowance gives the first prompt in order some tokens,
+whatever they cost); whoever is admitted comes after those that run, or lets them pass for good (by priority or an
+earlier arrival); the queue's next request stays next until it enters, or is passed as its policy allows; nobody enters
+before it, so one that an ITL deadline keeps out enters when those that run have ended, at the latest.
 
 Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
 the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
@@ -31,14 +38,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from llmctl.config import EngineConfig, itl_target_seconds
 from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
 from llmctl.engine.occupancy import Fill
-from llmctl.engine.request import Request, RequestStatus
+from llmctl.engine.preemption import Entry, num_staying
+from llmctl.engine.request import Batch, Request, RequestStatus
+from llmctl.engine.scheduled_step import ScheduledStep, StepUnderWay
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
-from llmctl.engine.step_cost import PrefillAllowance, PrefillPacer, StepLoad, chunk_context
+from llmctl.engine.step_cost import PrefillAllowance, PrefillPacer, StepLoad
 from llmctl.engine.waiting_queue import POLICIES, WaitingQueue
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 
@@ -57,6 +65,7 @@ class SchedulerConfig:
         max_num_queued_reqs: requests waiting beyond which new ones are refused.
         itl_target: seconds that a step may take in which prompts are computed beside decodes; 0: any; None: a multiple
             of what the decodes take alone (``step_cost``). Without chunked prefill it has no effect.
+        shed: end requests that missed their TTFT deadline before they were ever scheduled.
 
     Raises:
         UsageError: a value out of range.
@@ -69,6 +78,7 @@ class SchedulerConfig:
     policy: str = "fcfs"
     max_num_queued_reqs: int = 1024
     itl_target: float | None = 0.0
+    shed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
@@ -92,27 +102,8 @@ class SchedulerConfig:
             policy=config.scheduling_policy,
             max_num_queued_reqs=config.max_num_queued_reqs,
             itl_target=itl_target_seconds(config.itl_target),
+            shed=config.shed,
         )
-
-
-class ScheduledStep(msgspec.Struct, frozen=True):
-    """A step and what must be remembered about it until it is done.
-
-    Attributes:
-        plan: what the runtime computes.
-        requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
-            of an older epoch wrote to blocks that its request no longer holds.
-        sampled: those that get a token from this step, in SamplingBatch row order.
-        num_tokens: tokens computed. fill: what bounded them. load: what they cost depends on.
-    """
-
-    plan: StepPlan
-    requests: tuple[Request, ...]
-    epochs: tuple[int, ...]
-    sampled: tuple[Request, ...]
-    num_tokens: int
-    fill: Fill
-    load: StepLoad
 
 
 @dataclass(slots=True)
@@ -130,7 +121,7 @@ class Scheduler:
 
     Attributes:
         max_num_seqs: requests running at once: the configuration's, or fewer once a device ran out of memory.
-        pacer: sizes prompts' chunks beside decodes; None when nothing is to.
+        pacer: sizes prompts' chunks beside decodes, and knows what steps cost; None while nobody has asked for either.
     """
 
     def __init__(self, config: SchedulerConfig, limits: RuntimeLimits, *, cache_key: bytes | None = None) -> None:
@@ -142,6 +133,7 @@ class Scheduler:
         self.max_num_seqs = config.max_num_seqs
         paced = config.enable_chunked_prefill and config.itl_target != 0
         self.pacer = PrefillPacer(config.itl_target) if paced else None
+        self._num_itl = 0  # requests with an ITL deadline
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
@@ -167,7 +159,9 @@ class Scheduler:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting and at most {limit} may", fix="try again later"
             )
+        batch = Batch()
         for request in requests:
+            request.batch = batch
             self._enqueue(request, now)
 
     def _validate(self, request: Request) -> None:
@@ -182,6 +176,8 @@ class Scheduler:
         if bad is not None:
             raise RequestError(f"prompt: token id {bad} is outside the vocabulary (0 to {vocab - 1})", param="prompt")
         request.params.check_vocab(vocab)
+        if request.deadline and self.config.policy == "fcfs":
+            raise RequestError("deadline: the policy fcfs knows none", param="deadline")
         self._check_capacity(request)
 
     def _check_capacity(self, request: Request) -> None:
@@ -210,18 +206,19 @@ class Scheduler:
         wanted = request.params.max_tokens
         request.max_length = self.max_length if wanted is None else request.num_prompt_tokens + wanted
         self.requests[request.request_id] = request
+        if request.deadline.itl is not None:
+            self._num_itl += 1
+            self.pacer = self.pacer or PrefillPacer(self.config.itl_target)
         self.waiting.add(request, arrival)
 
     # -- scheduling -------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
+        if self.waiting and self.running and self.waiting.least_priority < self.running[-1].sort_key[0]:
+            self._make_way()
         budget = self.config.max_num_batched_tokens
-        allowance = None
-        if self.pacer is not None:
-            decodes, joining = self._decodes()
-            allowance = self.pacer.allowance(decodes, budget, joining)
-        step = _StepUnderWay(budget, allowance)
+        step = StepUnderWay(budget, self._allowance(budget))
         preemptions = self.counters.preemptions
         self._schedule_running(step)
         if self.waiting and len(self.running) < self.max_num_seqs and step.open:
@@ -238,6 +235,16 @@ class Scheduler:
             step.load(),
         )
 
+    def _allowance(self, budget: int) -> PrefillAllowance | None:
+        if self.pacer is None or not self.config.enable_chunked_prefill:
+            return None
+        limit = math.inf
+        if self._num_itl:
+            decoding = (r for r in self.running if r.num_computed_tokens >= r.num_prompt_tokens)
+            limit = DecodeOutlook(self.pacer.cost, decoding).tightest
+        decodes, joining = self._decodes()
+        return self.pacer.allowance(decodes, budget, joining, limit)
+
     def _decodes(self) -> tuple[StepLoad, int]:
         """The decode rows of the next step, if it has room for all; and how many waiting prompts will be rows soon:
         those that find a seat and fit a step."""
@@ -251,7 +258,7 @@ class Scheduler:
         seats = max(self.max_num_seqs - len(self.running), 0)
         return StepLoad(rows, context), min(seats, self.waiting.num_short)
 
-    def _fill(self, step: _StepUnderWay) -> Fill:
+    def _fill(self, step: StepUnderWay) -> Fill:
         """What bounded a step that preempted nobody."""
         seats = self.max_num_seqs
         if not step.budget:
@@ -262,12 +269,12 @@ class Scheduler:
             return "max_num_seqs" if len(self.running) >= seats else step.kept_out_by
         return "busy" if len(step.requests) >= seats else "few_requests"
 
-    def _cut_short(self, step: _StepUnderWay) -> bool:
+    def _cut_short(self, step: StepUnderWay) -> bool:
         """Whether a running request could have computed more, had there been more budget."""
         last = step.requests[-1]
         return last.num_computed_tokens < last.num_tokens or len(step.requests) < len(self.running)
 
-    def _schedule_running(self, step: _StepUnderWay) -> None:
+    def _schedule_running(self, step: StepUnderWay) -> None:
         index = 0
         while index < len(self.running) and step.budget:  # preemption shortens the list from its end
             request = self.running[index]
@@ -298,29 +305,59 @@ class Scheduler:
         request.block_ids += tuple(self.pool.allocate(missing))
         return True
 
-    def _schedule_waiting(self, step: _StepUnderWay) -> None:
+    def _schedule_waiting(self, step: StepUnderWay) -> None:
         # Budget is left and no prompt was cut, so every running request holds the blocks of all tokens that it can
         # compute, and free blocks are nobody's. A request enters when all of it fits, not only its first chunk: the
         # rest would only preempt. So whoever was preempted in this step does not come straight back either: its blocks
         # are gone to another.
         while self.waiting and step.open and len(self.running) < self.max_num_seqs:
-            request = self.waiting.peek()
-            cached = self._cached_prefix(request)
-            start = len(cached) * self.pool.block_size
-            remaining = request.num_tokens - start
-            if step.budget < remaining and not self._may_cut(remaining):
+            entry = self._entry()
+            request = entry.request
+            if step.budget < entry.least_tokens:
                 step.kept_out_by = "token_budget"
                 return
-            needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
-            if needed > self.pool.num_free - self.pool.num_unheld(cached):
+            if not entry.has_blocks(self.pool):
                 step.kept_out_by = "kv_full"
                 return
-            count = step.prefill(remaining, start)
+            if self._num_itl and not self._within_itl(step, request):
+                step.kept_out_by = "deadline"
+                return
+            count = step.prefill(entry.remaining, entry.start)
             if not count:
                 return
-            self._admit(request, cached)
-            self._grow(request, start + count)
+            self._admit(request, entry.cached)
+            if step.outlook is not None:
+                step.outlook.add(request)
+            self._grow(request, entry.start + count)
             self._take(step, request, count)
+
+    def _entry(self) -> Entry:
+        """What the queue's next request takes."""
+        request = self.waiting.peek()
+        cached = self._cached_prefix(request)
+        start = len(cached) * self.pool.block_size
+        remaining = request.num_tokens - start
+        needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
+        least_tokens = 1 if self._may_cut(remaining) else remaining
+        return Entry(request, cached, start, remaining, needed, least_tokens)
+
+    def _within_itl(self, step: StepUnderWay, request: Request) -> bool:
+        assert self.pacer is not None, "whoever has an ITL deadline makes it"
+        if step.outlook is None:
+            step.outlook = DecodeOutlook(self.pacer.cost, self.running)
+        return not self.running or step.outlook.admits(request)
+
+    def _make_way(self) -> None:
+        """Send back as many running requests as a more important one that waits needs to enter this step."""
+        entry = self._entry()
+        admits = None
+        if self._num_itl:
+            assert self.pacer is not None
+            admits = admitting_prefixes(self.pacer.cost, self.running, entry.request)
+        budget = self.config.max_num_batched_tokens
+        staying = num_staying(entry, self.running, self.pool, seats=self.max_num_seqs, budget=budget, admits=admits)
+        while len(self.running) > staying:
+            self._preempt(self.running[-1])
 
     def _may_cut(self, remaining: int) -> bool:
         return self.config.enable_chunked_prefill or remaining > self.config.max_num_batched_tokens
@@ -343,10 +380,10 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
         if request.status is RequestStatus.WAITING:  # what is computed again is nobody's fault
             request.account.charge_prompt(request.num_prompt_tokens - request.num_computed_tokens)
-        request.status = RequestStatus.RUNNING
+        request.status, request.batch.scheduled = RequestStatus.RUNNING, True
         insort(self.running, request, key=_key)
 
-    def _take(self, step: _StepUnderWay, request: Request, count: int) -> None:
+    def _take(self, step: StepUnderWay, request: Request, count: int) -> None:
         """Add a request's next ``count`` tokens to the step."""
         start = request.num_computed_tokens
         end = start + count
@@ -367,6 +404,17 @@ class Scheduler:
         request.num_preemptions += 1
         self.counters.preemptions += 1
         self.waiting.put_back(request)
+
+    def pass_time(self, now: float) -> list[Request]:
+        """Take note of TTFT deadlines that have passed. With ``shed``, ends the requests that missed theirs, unless one
+        of their batch was scheduled: its client has seen a beginning. These."""
+        missed = self.waiting.pass_time(now)
+        if not self.config.shed:
+            return []
+        shed = [request for request in missed if not request.batch.scheduled]
+        for request in shed:
+            self.finish(request, RequestStatus.FINISHED_ABORTED)
+        return shed
 
     # -- after a step -----------------------------------------------------------------------------------------
 
@@ -405,6 +453,7 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self.waiting.ended(request)
+        self._num_itl -= request.deadline.itl is not None
         self._drop_blocks(request)
         request.status = status
         del self.requests[request.request_id]
@@ -436,49 +485,6 @@ class Scheduler:
 
     def _extend_hashes(self, request: Request) -> None:
         self.pool.extend_hashes(request.block_hashes, request.token_ids, request.adapter_id, request.cache_salt)
-
-
-class _StepUnderWay:
-    """A step being put together. ``budget``: tokens left. ``allowance``: what prompts may take of it; None: all."""
-
-    def __init__(self, budget: int, allowance: PrefillAllowance | None) -> None:
-        self.budget = budget
-        self.allowance = allowance
-        self.slices: list[SequenceSlice] = []
-        self.requests: list[Request] = []
-        self.sampled: list[Request] = []
-        self.kept_out_by: Fill = "kv_full"  # the first waiting request
-
-    @property
-    def open(self) -> bool:
-        """Whether it takes more of prompts."""
-        return self.budget > 0 and (self.allowance is None or not self.allowance.cut)
-
-    def prefill(self, wanted: int, start: int) -> int:
-        """How many of ``wanted`` tokens from position ``start`` on it takes."""
-        count = min(wanted, self.budget)
-        return count if self.allowance is None else self.allowance.take(count, start)
-
-    def add(self, request: Request, piece: SequenceSlice) -> None:
-        self.slices.append(piece)
-        self.requests.append(request)
-        if piece.sample:
-            self.sampled.append(request)
-            request.num_in_flight += 1
-        self.budget -= len(piece.token_ids)
-
-    def load(self) -> StepLoad:
-        """What it costs depends on."""
-        decodes = decode_context = rows = context = 0
-        for piece in self.slices:
-            count = len(piece.token_ids)
-            if count == 1:
-                decodes += 1
-                decode_context += piece.start + 1
-            else:
-                rows += count
-                context += chunk_context(piece.start, count)
-        return StepLoad(decodes, decode_context, rows, context)
 
 
 def _key(request: Request) -> Any:

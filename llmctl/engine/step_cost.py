@@ -136,7 +136,7 @@ class PrefillAllowance:
         budget: at most so many tokens, whatever they cost; at least 1. cautious: the same, for prompts of which more
             is left than ``budget``.
         target: seconds that the step may take; None: ``AUTO_SLOWDOWN`` times what its decodes, and ``joining`` rows
-            beside them, take alone.
+            beside them, take alone. limit: seconds that it may not exceed, whatever the target.
     """
 
     def __init__(
@@ -148,8 +148,10 @@ class PrefillAllowance:
         *,
         cautious: int | None = None,
         joining: int = 0,
+        limit: float = math.inf,
     ) -> None:
         self._cost, self._decodes, self._target, self._joining = cost, decodes, target, joining
+        self._limit = limit
         self._tokens, self._cautious = budget, budget if cautious is None else cautious
         self._seconds = self._row = self._context = 0.0
         self._begun = self.cut = False
@@ -178,7 +180,7 @@ class PrefillAllowance:
         _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients().tolist()
         alone = self._cost.seconds(self._decodes)
         target = AUTO_SLOWDOWN * (alone + decode_row * self._joining) if self._target is None else self._target
-        self._seconds = target - alone - prefill_base
+        self._seconds = min(target, self._limit) - alone - prefill_base
 
     def _fitting(self, start: int) -> int:
         """The largest k with row·k + context·(k·start + k(k+1)/2) <= seconds."""
@@ -198,19 +200,22 @@ class PrefillPacer:
 
     Args:
         itl_target: seconds that a step may take in which both decodes and prompts are computed; None: a multiple of
-            what its decodes take alone.
+            what its decodes take alone; 0: any.
     """
 
     def __init__(self, itl_target: float | None) -> None:
         self.cost = StepCost()
-        self._target = itl_target
+        self._target = math.inf if itl_target == 0 else itl_target
         self._last: PrefillAllowance | None = None
         self._most = 0
 
-    def allowance(self, decodes: StepLoad, budget: int, joining: int = 0) -> PrefillAllowance | None:
+    def allowance(
+        self, decodes: StepLoad, budget: int, joining: int = 0, limit: float = math.inf
+    ) -> PrefillAllowance | None:
         """What prompts may take of a step with these decode rows and ``budget`` tokens in all; None: no limit, because
-        nobody waits for a next token. ``joining``: prompts that will be decode rows in a step or two."""
-        if not decodes.decode_rows:
+        nobody waits for a next token, or may for any time. ``joining``: prompts that will be decode rows in a step or
+        two. ``limit``: seconds, the tightest ITL deadline of the decodes."""
+        if not decodes.decode_rows or self._target == limit == math.inf:
             return None
         if self._last is not None and self._last.cut:
             self._most = int(_GROWTH * self._last.taken)
@@ -224,6 +229,7 @@ class PrefillPacer:
             self._target,
             cautious=max(1, min(room, self._most)),
             joining=joining,
+            limit=limit,
         )
         return self._last
 

@@ -3,27 +3,39 @@
 Policies:
 
 * ``fcfs``: by arrival.
-* ``priority``: lower values first, then by arrival.
-* ``fair``: lower values first; within one value tenants take turns: next is the oldest request of the tenant that has
-  been served least. That is the Virtual Token Counter of Sheng et al. 2024, "Fairness in Serving Large Language
+* ``priority``: lower values first, then by due time.
+* ``fair``: lower values first; within one value tenants take turns: next is the first due request of the tenant that
+  has been served least. That is the Virtual Token Counter of Sheng et al. 2024, "Fairness in Serving Large Language
   Models" (OSDI): a tenant is charged its prompt when a request is admitted, and each token when it is generated; one
   that comes to the queue with nothing waiting is raised to the least of those that wait there (else to whoever was
   there last), so that nobody saves up turns by being idle. Two tenants that both keep waiting differ in service by a
   bounded number of tokens, and a newcomer's request is passed by at most one request of each other tenant.
 
+A request with a TTFT deadline is due then, any other ``PATIENCE`` after its arrival: without deadlines the order is
+that of arrival, with them it is earliest deadline first (Liu and Layland 1973, "Scheduling Algorithms for
+Multiprogramming in a Hard-Real-Time Environment"). Under overload that alone meets few deadlines, for each late request
+makes the next one late. So a request that misses its deadline while it waits, and cannot be saved, is due a second and
+last time ``LATE`` times the deadline after its arrival: those that can be saved pass it meanwhile.
+
+Nothing starves within a priority: both due times follow from the arrival, so who arrives later than the second is due
+later. Where the overload lasts longer than that, those that became late first are served first, late: then only
+refusing some (``shed``) keeps others in time.
+
 A preempted request comes back before any that never ran, but for earlier arrivals of the same tenant.
 
 The order of running requests follows: ``sort_key`` is (priority, turn, arrival, number), where the turn is counted up
-whenever another tenant than the last is admitted. So whoever is admitted later is preempted earlier, and with one
-tenant ``fair`` is ``priority``, exactly. The other policies know one tenant.
+whenever another tenant than the last is admitted. So whoever is admitted later is preempted earlier, but for an earlier
+arrival of the same tenant, and with one tenant ``fair`` is ``priority``, exactly. The other policies know one tenant.
 
 Next is found in O(log tenants), whatever the number that waits: each tenant has one entry in a heap, by what it had
-been served when the entry was made. Counters only grow, so an entry that is up to date at the top is the least; one
-that is not is put back as it is now.
+been served when the entry was made, and by when its first request is due. Both only grow, but where a request comes
+that is due before the others of its line, for which a new entry is made: so an entry that is up to date at the top is
+the least; one that is not is put back as it is now.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from heapq import heappop, heappush, heapreplace
@@ -33,6 +45,8 @@ from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.tenants import Account, Accounts
 
 POLICIES = ("fcfs", "priority", "fair")
+LATE = 10.0
+"""A request that missed its TTFT deadline is due so many times the deadline after its arrival."""
 
 
 class WaitingQueue:
@@ -47,6 +61,7 @@ class WaitingQueue:
         self._by_priority, self._by_tenant = policy != "fcfs", policy == "fair"
         self._classes: dict[int, _Class] = {}
         self._priorities: list[int] = []  # of the classes, ascending
+        self._hopeful: list[Request] = []  # those that have not missed a TTFT deadline, by due time
         self._accounts = Accounts()
         self._last_to_leave = self._last_admitted = Account()
         self._turn = self._arrivals = self._length = 0
@@ -59,12 +74,14 @@ class WaitingQueue:
         for waiting in self._classes.values():
             yield from waiting.resumed
             for line in waiting.lines.values():
-                yield from line.requests
+                yield from line.hopeful
+                yield from line.settled
 
     def add(self, request: Request, arrival: float) -> None:
         """Take in a new request."""
         account = request.account = self._accounts.open(request.tenant if self._by_tenant else "")
         request.sort_key = (request.priority if self._by_priority else 0, 0, arrival, self._arrivals)
+        request.due = (request.deadline.due(arrival), arrival, self._arrivals)
         self._arrivals += 1
         waiting = self._class(request.sort_key[0])
         if not account.waiting:
@@ -74,7 +91,40 @@ class WaitingQueue:
         account.waiting += 1
         self._length += 1
         self.num_short += request.num_prompt_tokens <= self._short
+        request.hopeful = request.deadline.ttft is not None
+        if request.hopeful:
+            insort(self._hopeful, request, key=_due)
         waiting.add(request)
+
+    @property
+    def next_miss(self) -> float:
+        """When the next TTFT deadline of a request that never ran passes; infinity: never."""
+        return self._hopeful[0].due[0] if self._hopeful else math.inf
+
+    def pass_time(self, now: float) -> list[Request]:
+        """Put back the requests whose TTFT deadline has passed by now; these. O(log n) for each."""
+        missed = []
+        while self.next_miss < now:
+            request = self._hopeful[0]
+            waiting = self._classes[request.sort_key[0]]
+            waiting.remove(request)
+            self._give_up(request)
+            assert request.deadline.ttft is not None
+            arrival = request.due[1]
+            request.due = (arrival + LATE * request.deadline.ttft, *request.due[1:])
+            waiting.add(request)
+            missed.append(request)
+        return missed
+
+    def _give_up(self, request: Request) -> None:
+        """Its due time will not change any more."""
+        del self._hopeful[bisect_left(self._hopeful, request.due, key=_due)]
+        request.hopeful = False
+
+    @property
+    def least_priority(self) -> int:
+        """No waiting request has a lower value; there must be one that waits."""
+        return self._priorities[0]
 
     def put_back(self, request: Request) -> None:
         """Take in a request that was preempted; it keeps its place among those that run or ran."""
@@ -88,7 +138,7 @@ class WaitingQueue:
         line = waiting.first_line()
         if line is None:
             return waiting.resumed[0]
-        first = line.requests[0]
+        first = line.first()
         if waiting.resumed and waiting.resumed[0].sort_key < self._key_if_admitted(first):
             return waiting.resumed[0]
         return first
@@ -112,6 +162,8 @@ class WaitingQueue:
             return
         waiting.remove(request)
         self.num_short -= request.num_prompt_tokens <= self._short
+        if request.hopeful:
+            self._give_up(request)
         request.account.waiting -= 1
         if not request.account.waiting:
             self._last_to_leave = request.account
@@ -133,13 +185,34 @@ class WaitingQueue:
 
 
 class _Line:
-    """One tenant's waiting requests that never ran, by arrival."""
+    """One tenant's waiting requests that never ran, by due time: those that may still meet a TTFT deadline, and those
+    whose due time is settled. ``entry``: the valid one of its class's heap."""
 
-    __slots__ = ("account", "requests")
+    __slots__ = ("account", "entry", "hopeful", "settled")
 
     def __init__(self, account: Account) -> None:
         self.account = account
-        self.requests: list[Request] = []
+        self.hopeful: list[Request] = []
+        self.settled: list[Request] = []
+        self.entry: tuple[int, Any, _Line] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.settled or self.hopeful)
+
+    def first(self) -> Request:
+        """The one that is due first; there must be one."""
+        if not self.hopeful:
+            return self.settled[0]
+        if self.settled and self.settled[0].due < self.hopeful[0].due:
+            return self.settled[0]
+        return self.hopeful[0]
+
+    def add(self, request: Request) -> None:
+        insort(self.hopeful if request.hopeful else self.settled, request, key=_due)
+
+    def remove(self, request: Request) -> None:
+        requests = self.hopeful if request.hopeful else self.settled
+        del requests[bisect_left(requests, request.due, key=_due)]
 
 
 class _Class:
@@ -150,7 +223,7 @@ class _Class:
     def __init__(self) -> None:
         self.resumed: list[Request] = []
         self.lines: dict[str, _Line] = {}
-        self._heap: list[tuple[int, Any, _Line]] = []  # served, key of the oldest request, line: see the module's text
+        self._heap: list[tuple[int, Any, _Line]] = []  # served, when the first is due, line: see the module's text
 
     def __bool__(self) -> bool:
         return bool(self.lines or self.resumed)
@@ -159,24 +232,28 @@ class _Class:
         line = self.lines.get(request.account.tenant)
         if line is None:
             line = self.lines[request.account.tenant] = _Line(request.account)
-            heappush(self._heap, (request.account.served, request.sort_key, line))
-        insort(line.requests, request, key=_key)
+        line.add(request)
+        if line.first() is request:
+            line.entry = (line.account.served, request.due, line)
+            heappush(self._heap, line.entry)
 
     def remove(self, request: Request) -> None:
         line = self.lines[request.account.tenant]
-        del line.requests[bisect_left(line.requests, request.sort_key, key=_key)]
-        if not line.requests:
+        line.remove(request)
+        if not line:
             del self.lines[request.account.tenant]
 
     def first_line(self) -> _Line | None:
-        """The line of the tenant that has been served least; of equals, the one with the oldest request."""
+        """The line of the tenant that has been served least; of equals, the one with the request that is due first."""
         heap = self._heap
         while heap:
-            served, key, line = heap[0]
-            if not line.requests:
+            entry = heap[0]
+            served, due, line = entry
+            if not line or entry is not line.entry:
                 heappop(heap)
-            elif served != line.account.served or key is not line.requests[0].sort_key:
-                heapreplace(heap, (line.account.served, line.requests[0].sort_key, line))
+            elif served != line.account.served or due is not line.first().due:
+                line.entry = (line.account.served, line.first().due, line)
+                heapreplace(heap, line.entry)
             else:
                 return line
         return None
@@ -184,3 +261,7 @@ class _Class:
 
 def _key(request: Request) -> Any:
     return request.sort_key
+
+
+def _due(request: Request) -> Any:
+    return request.due

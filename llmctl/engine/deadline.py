@@ -1,0 +1,68 @@
+"""What a request is promised: a time until its first token, and a time for each token after it."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from llmctl.errors import UsageError
+
+PATIENCE = 60.0
+"""Seconds after its arrival at which a request without a TTFT deadline counts as due, beside those that have one."""
+
+
+class Deadline(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds that a request may take; None: any.
+
+    Attributes:
+        ttft: from its arrival to its first token. itl: between tokens after the first, in the mean.
+    """
+
+    ttft: float | None = None
+    itl: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Deadline:
+        """The deadline that a text such as ``ttft:300,itl:50`` (milliseconds, in any order, either alone) means.
+
+        Args:
+            name: of the option or request field, for the error.
+
+        Raises:
+            UsageError: any other text.
+        """
+        seconds: dict[str, float] = {}
+        for part in text.split(","):
+            key, _, number = part.partition(":")
+            value = _positive(number)
+            if key.strip() not in cls.__struct_fields__ or key.strip() in seconds or value is None:
+                raise UsageError(
+                    f"{name}: expected ttft:MS, itl:MS or ttft:MS,itl:MS with milliseconds above 0, "
+                    f"found '{text[:80]}'",
+                    param="deadline",
+                )
+            seconds[key.strip()] = value / 1000
+        return cls(**seconds)
+
+    def over(self, default: Deadline) -> Deadline:
+        """This one, with what it lacks taken from ``default``."""
+        return Deadline(default.ttft if self.ttft is None else self.ttft, default.itl if self.itl is None else self.itl)
+
+    def due(self, arrival: float) -> float:
+        """When the first token of a request that arrived then is to be there."""
+        return arrival + (PATIENCE if self.ttft is None else self.ttft)
+
+    def __bool__(self) -> bool:
+        return self.ttft is not None or self.itl is not None
+
+
+NO_DEADLINE = Deadline()
+
+
+def _positive(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None

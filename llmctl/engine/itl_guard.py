@@ -1,0 +1,54 @@
+"""Whether one request more lets those that run keep their ITL deadlines, by the cost model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from llmctl.engine.request import Request
+from llmctl.engine.step_cost import StepCost
+
+
+class DecodeOutlook:
+    """A step in which every request that was added decodes one token.
+
+    A request whose ITL deadline such a step would exceed even alone holds nobody up: it cannot be helped. Until the
+    model knows anything, a step takes no time.
+
+    Attributes:
+        tightest: the least ITL deadline among them that can be kept, seconds; infinity: none.
+    """
+
+    def __init__(self, cost: StepCost, requests: Iterable[Request] = ()) -> None:
+        self._base, _, self._row, _, self._context, _ = cost.coefficients().tolist()
+        self._seconds = 0.0  # beyond the base; 0 exactly when there is none, or nothing is known
+        self.tightest = math.inf
+        for request in requests:
+            self.add(request)
+
+    def add(self, request: Request) -> None:
+        """One more."""
+        self._seconds += self._own(request)
+        self.tightest = min(self.tightest, self._keepable(request))
+
+    def admits(self, request: Request) -> bool:
+        """Whether the step with this one more would keep the tightest deadline, its own included."""
+        seconds = self._base + self._seconds + self._own(request)
+        return seconds <= min(self.tightest, self._keepable(request))
+
+    def _own(self, request: Request) -> float:
+        return self._row + self._context * (len(request.token_ids) + 1)
+
+    def _keepable(self, request: Request) -> float:
+        itl = request.deadline.itl
+        return math.inf if itl is None or self._base + self._own(request) > itl else itl
+
+
+def admitting_prefixes(cost: StepCost, running: Sequence[Request], request: Request) -> list[bool]:
+    """For each number of requests that run, from the front and from 0 to all: whether they admit one more."""
+    outlook = DecodeOutlook(cost)
+    admits = [True]  # where nothing runs, somebody must
+    for one in running:
+        outlook.add(one)
+        admits.append(outlook.admits(request))
+    return admits

@@ -1,0 +1,81 @@
+"""A step as the scheduler puts it together, and what is remembered of it until it is done."""
+
+from __future__ import annotations
+
+import msgspec
+
+from llmctl.engine.itl_guard import DecodeOutlook
+from llmctl.engine.occupancy import Fill
+from llmctl.engine.request import Request
+from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.engine.step_cost import PrefillAllowance, StepLoad, chunk_context
+
+
+class ScheduledStep(msgspec.Struct, frozen=True):
+    """A step and what must be remembered about it until it is done.
+
+    Attributes:
+        plan: what the runtime computes.
+        requests: the requests of ``plan.slices``, in order. epochs: their ``num_preemptions`` when scheduled; a slice
+            of an older epoch wrote to blocks that its request no longer holds.
+        sampled: those that get a token from this step, in SamplingBatch row order.
+        num_tokens: tokens computed. fill: what bounded them. load: what they cost depends on.
+    """
+
+    plan: StepPlan
+    requests: tuple[Request, ...]
+    epochs: tuple[int, ...]
+    sampled: tuple[Request, ...]
+    num_tokens: int
+    fill: Fill
+    load: StepLoad
+
+
+class StepUnderWay:
+    """A step being put together.
+
+    Attributes:
+        budget: tokens left. allowance: what prompts may take of it; None: all. kept_out_by: what the first waiting
+            request lacks. outlook: that of all running requests, once a waiting one was held against it.
+    """
+
+    def __init__(self, budget: int, allowance: PrefillAllowance | None) -> None:
+        self.budget = budget
+        self.allowance = allowance
+        self.slices: list[SequenceSlice] = []
+        self.requests: list[Request] = []
+        self.sampled: list[Request] = []
+        self.kept_out_by: Fill = "kv_full"
+        self.outlook: DecodeOutlook | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes more of prompts."""
+        return self.budget > 0 and (self.allowance is None or not self.allowance.cut)
+
+    def prefill(self, wanted: int, start: int) -> int:
+        """How many of ``wanted`` tokens from position ``start`` on it takes."""
+        count = min(wanted, self.budget)
+        return count if self.allowance is None else self.allowance.take(count, start)
+
+    def add(self, request: Request, piece: SequenceSlice) -> None:
+        """A request's next slice."""
+        self.slices.append(piece)
+        self.requests.append(request)
+        if piece.sample:
+            self.sampled.append(request)
+            request.num_in_flight += 1
+        self.budget -= len(piece.token_ids)
+
+    def load(self) -> StepLoad:
+        """What it costs depends on."""
+        decodes = decode_context = rows = context = 0
+        for piece in self.slices:
+            count = len(piece.token_ids)
+            if count == 1:
+                decodes += 1
+                decode_context += piece.start + 1
+            else:
+                rows += count
+                context += chunk_context(piece.start, count)
+        return StepLoad(decodes, decode_context, rows, context)
