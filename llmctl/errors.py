@@ -27,12 +27,16 @@ class LlmctlError(Exception):
         message: what is wrong, what was expected and what was found; one line.
         fix: what the user can do about it (a command where possible); one line.
         param: the option or request field at fault, if there is one.
+
+    Attributes:
+        retry_after: whole seconds after which the client may try again; None: nothing is known.
     """
 
     exit_code: ExitCode = ExitCode.RUNTIME
     http_status: int = 500
     type: str = "server_error"
     code: str | None = None
+    retry_after: int | None = None
 
     def __init__(self, message: str, *, fix: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -113,17 +117,30 @@ class CapacityError(RequestError):
     code = "context_length_exceeded"
 
 
-class QueueFullError(LlmctlError):
-    """Admission refused: too many requests are waiting.
-
-    Attributes:
-        retry_after: whole seconds until there is room, by what is known of how fast requests finish.
-    """
+class OverloadError(LlmctlError):
+    """Refused for now: there is more to do than is done in time."""
 
     http_status = 429
     type = "rate_limit_error"
+    retry_after = 1
+
+
+class QueueFullError(OverloadError):
+    """Admission refused: too many requests are waiting."""
+
     code = "queue_full"
-    retry_after: int = 1
+
+
+class DeadlineUnreachableError(OverloadError):
+    """Admission refused: by what was measured, the first token would come after its deadline."""
+
+    code = "deadline_unreachable"
+
+
+class DeadlineMissedError(OverloadError):
+    """The deadline of the first token passed while the request waited."""
+
+    code = "deadline_missed"
 
 
 class NotReadyError(LlmctlError):

@@ -234,6 +234,26 @@ ItlTarget = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+DeadlineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--deadline",
+        metavar="ttft:MS,itl:MS",
+        help="Milliseconds to a request's first token, and between those after it in the mean; either may be left out, "
+        "and a request may bring its own. What is due first is next; prompts, and more requests at once, wait where "
+        "they would cost running ones their deadline. Not with fcfs.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Shed = Annotated[
+    bool,
+    typer.Option(
+        "--shed",
+        help="Answer 429 to a request whose first token is expected after its deadline, or that missed it in the "
+        "queue.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 MaxQueued = Annotated[
     int,
     typer.Option(
@@ -280,6 +300,8 @@ def serve(
     scheduling_policy: Policy = _D.scheduling_policy,
     max_num_queued_reqs: MaxQueued = _D.max_num_queued_reqs,
     itl_target: ItlTarget = _D.itl_target,
+    deadline: DeadlineOption = _D.deadline,
+    shed: Shed = _D.shed,
     threads: Threads = _D.threads,
     seed: Seed = _D.seed,
     config: ConfigOption = None,  # noqa: ARG001
@@ -307,6 +329,8 @@ def serve(
         scheduling_policy=scheduling_policy,
         max_num_queued_reqs=max_num_queued_reqs,
         itl_target=itl_target,
+        deadline=deadline,
+        shed=shed,
         threads=threads,
         seed=seed,
         verify=verify,

@@ -23,15 +23,17 @@ class Deadline(msgspec.Struct, frozen=True, array_like=True):
     itl: float | None = None
 
     @classmethod
-    def parse(cls, text: str, name: str) -> Deadline:
+    def parse(cls, text: str | None, name: str) -> Deadline:
         """The deadline that a text such as ``ttft:300,itl:50`` (milliseconds, in any order, either alone) means.
 
         Args:
-            name: of the option or request field, for the error.
+            text: None: no deadline. name: of the option or request field, for the error.
 
         Raises:
             UsageError: any other text.
         """
+        if text is None:
+            return cls()
         seconds: dict[str, float] = {}
         for part in text.split(","):
             key, _, number = part.partition(":")

@@ -134,6 +134,7 @@ class Scheduler:
         paced = config.enable_chunked_prefill and config.itl_target != 0
         self.pacer = PrefillPacer(config.itl_target) if paced else None
         self._num_itl = 0  # requests with an ITL deadline
+        self._ranked = False  # whether there ever was a priority
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
@@ -210,12 +211,13 @@ class Scheduler:
             self._num_itl += 1
             self.pacer = self.pacer or PrefillPacer(self.config.itl_target)
         self.waiting.add(request, arrival)
+        self._ranked |= request.sort_key[0] != 0
 
     # -- scheduling -------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
-        if self.waiting and self.running and self.waiting.least_priority < self.running[-1].sort_key[0]:
+        if self._ranked:
             self._make_way()
         budget = self.config.max_num_batched_tokens
         step = StepUnderWay(budget, self._allowance(budget))
@@ -349,6 +351,8 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Send back as many running requests as a more important one that waits needs to enter this step."""
+        if not self.waiting or not self.running or self.waiting.least_priority >= self.running[-1].sort_key[0]:
+            return
         entry = self._entry()
         admits = None
         if self._num_itl:

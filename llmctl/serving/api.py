@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from llmctl.engine.deadline import Deadline
 from llmctl.engine.output import TextOutput
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import LlmctlError, RequestError
@@ -32,7 +33,7 @@ from llmctl.serving.responses import (
     prompt_logprobs,
     usage_member,
 )
-from llmctl.serving.tenants import check_priority, tenant_of
+from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 
 log = logging.getLogger("llmctl.serving")
 
@@ -101,10 +102,12 @@ async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None
     generation.abort()
 
 
-def _sequences(prompts: list[Prompt], params: SamplingParams, body: SamplingFields) -> list[SequenceSpec]:
+def _sequences(
+    prompts: list[Prompt], params: SamplingParams, body: SamplingFields, deadline: Deadline
+) -> list[SequenceSpec]:
     samples = params.samples()
     return [
-        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt, params.n)
+        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt, params.n, deadline)
         for prompt in prompts
         for sample in samples
     ]
@@ -259,11 +262,13 @@ def _check_outline(context: ServerContext, outline: Outline) -> None:
     context.model().intake.check_outline(outline)
 
 
-def _check_options(request: Request, context: ServerContext, body: SamplingFields) -> None:
+def _check_options(request: Request, context: ServerContext, body: SamplingFields) -> Deadline:
+    """Refuse what can be refused before the prompt is looked at; the request's deadline."""
     context.check_name(body.model)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
-    check_priority(request, body, context.config, context.keys)
+    check_precedence(request, body, context.config, context.keys)
+    return deadline_of(body, context.deadline)
 
 
 async def _respond(
@@ -302,13 +307,13 @@ async def completions(request: Request) -> Response:
     with _counted(context):
         model = context.model()
         body = await parse(request, CompletionRequest, lambda outline: _check_outline(context, outline))
-        _check_options(request, context, body)
+        deadline = _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
         params = await model.intake.completion_params(body)
         prompts = await model.intake.completion_prompts(body)
         params = model.intake.fit_completion(params, body, prompts)
         answer = CompletionAnswer(model, prompts, params.n, body)
-        return await _respond(request, context, body, _sequences(prompts, params, body), answer)
+        return await _respond(request, context, body, _sequences(prompts, params, body, deadline), answer)
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -318,10 +323,10 @@ async def chat_completions(request: Request) -> Response:
     with _counted(context):
         model = context.model()
         body = await parse(request, ChatCompletionRequest, lambda outline: _check_outline(context, outline))
-        _check_options(request, context, body)
+        deadline = _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
         params = await model.intake.chat_params(body)
         prompt = await model.intake.chat_prompt(body, len(await request.body()))
         params = model.intake.fit_chat(params, body, prompt)
         answer = ChatAnswer(model, prompt, params.n, body)
-        return await _respond(request, context, body, _sequences([prompt], params, body), answer)
+        return await _respond(request, context, body, _sequences([prompt], params, body, deadline), answer)

@@ -6,6 +6,7 @@ Token ids come from the worker, one message per step; text is made here, so that
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Sequence
 from itertools import count
@@ -14,14 +15,23 @@ from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
 from llmctl.engine.request import RequestTimes
-from llmctl.errors import LlmctlError, NotReadyError, QueueFullError, RequestError
+from llmctl.errors import (
+    DeadlineMissedError,
+    DeadlineUnreachableError,
+    LlmctlError,
+    NotReadyError,
+    OverloadError,
+    QueueFullError,
+    RequestError,
+)
 from llmctl.serving.engine_loop import IDLE_SECONDS
-from llmctl.serving.finish_rate import FinishRate
+from llmctl.serving.finish_rate import FinishRate, whole_seconds
 from llmctl.serving.generation import Generation, RunningSequence, Samples, SequenceSpec
 from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.restarts import RestartPolicy
 from llmctl.serving.survivors import QuarantinedError, Survivors
+from llmctl.serving.ttft_predictor import TtftPredictor, Waiting
 from llmctl.serving.wire import AbortRequests, AddRequests, StepMessage, WireRequest
 
 _SIGNS_PER_STALL = 4
@@ -61,6 +71,7 @@ class AsyncEngineClient:
         self._running: dict[str, RunningSequence] = {}
         self._ended_by_stop: dict[str, tuple[RunningSequence, TextOutput]] = {}
         self._finished = FinishRate()
+        self._predictor = TtftPredictor(fair=config.scheduling_policy == "fair") if config.shed else None
         self._survivors = Survivors(self._submit, self._engine_room)
         self._last_sign = time.monotonic()
         metrics.watch(self._held, lambda: self.worker.pid)
@@ -124,11 +135,13 @@ class AsyncEngineClient:
         """Submit the sequences of one HTTP request of a tenant; the engine admits all of them or none.
 
         Raises:
-            NotReadyError: starting, draining or dead.
+            NotReadyError: starting, draining or dead. DeadlineUnreachableError: with ``shed``, when the first token
+                would come too late by all that is known.
         """
         self.worker.check_admitting()
         assert self._texts is not None
         generation = Generation(len(specs), self._cancel)
+        self._check_reachable(specs, generation.arrival, tenant)
         if not self._running:
             self._finished.begin(generation.arrival)
         samples = Samples(0, 0)
@@ -138,20 +151,49 @@ class AsyncEngineClient:
             request_id = str(next(self._numbers))  # short: it is in every step's message
             prompt = spec.prompt_token_ids
             wire = WireRequest(
-                request_id, prompt, spec.params, spec.priority, spec.cache_salt, generation.arrival, tenant
+                request_id,
+                prompt,
+                spec.params,
+                spec.priority,
+                spec.cache_salt,
+                generation.arrival,
+                tenant,
+                spec.deadline,
             )
             sequence = RunningSequence(
-                request_id, generation, index, len(prompt), samples, spec.params.max_tokens, wire
+                request_id, generation, index, len(prompt), samples, spec.params.max_tokens, wire, spec.deadline
             )
             generation.sequences.append(sequence)
             self._running[request_id] = sequence
             self._texts.add(request_id, prompt, spec.params)
+            if self._predictor is not None:
+                self._predictor.waits(request_id, _waiting(spec, generation.arrival, tenant))
         self._idle.clear()
         if self._survivors.holding:
             self._survivors.hold(generation)
         else:
             self._submit(generation)
         return generation
+
+    def _check_reachable(self, specs: Sequence[SequenceSpec], arrival: float, tenant: str) -> None:
+        first = specs[0]
+        if self._predictor is None or first.deadline.ttft is None:
+            return
+        assert self.worker.info is not None, "requests are taken only once the engine is there"
+        predicted = self._predictor.predict(
+            _waiting(first, arrival, tenant), self.worker.info.max_num_seqs, self._finished.per_second(arrival)
+        )
+        if predicted <= first.deadline.ttft:
+            return
+        self._metrics.goodput.shed(first.deadline, len(specs))
+        error = DeadlineUnreachableError(
+            f"the first token is expected after {1000 * predicted:.0f} ms, "
+            f"the TTFT deadline is {1000 * first.deadline.ttft:g} ms",
+            fix="try again later, or with a longer deadline",
+            param="deadline",
+        )
+        error.retry_after = whole_seconds(predicted - first.deadline.ttft)
+        raise error
 
     def _submit(self, generation: Generation) -> None:
         for sequence in generation.sequences:
@@ -180,6 +222,8 @@ class AsyncEngineClient:
         assert self._texts is not None
         for request_id in ids:
             self._running.pop(request_id, None)
+            if self._predictor is not None:
+                self._predictor.left(request_id)
         self._texts.drop(ids)
         if not self._running:
             self._idle.set()
@@ -195,10 +239,11 @@ class AsyncEngineClient:
 
     def _fail(self, generations: Iterable[Generation], error: LlmctlError) -> None:
         for generation in generations:
-            ids = [s.request_id for s in generation.sequences if s.request_id in self._running]
-            self._forget(ids)
-            for _ in ids:
+            failed = [s for s in generation.sequences if s.request_id in self._running]
+            self._forget([s.request_id for s in failed])
+            for sequence in failed:
                 self._metrics.ended("error")
+                self._metrics.goodput.ended(sequence.deadline, sequence.ttft, math.inf)
             generation.fail(error)
 
     # The worker's life
@@ -215,6 +260,8 @@ class AsyncEngineClient:
             QuarantinedError(f"the engine died twice while it ran this request, which is not tried again: {error}"),
         )
         self._metrics.restarted(reason)
+        if self._predictor is not None:
+            self._predictor.worker_lost()
 
     def on_worker_back(self) -> None:
         """Give the new worker what was kept."""
@@ -227,6 +274,8 @@ class AsyncEngineClient:
         for request_id in request_ids:
             if (sequence := self._running.get(request_id)) is not None:
                 sequence.scheduled = True
+                if self._predictor is not None:
+                    self._predictor.scheduled(request_id)
 
     # Outputs
 
@@ -234,6 +283,8 @@ class AsyncEngineClient:
         """Hand each request what a step made of it."""
         now = self._last_sign = time.monotonic()
         self._metrics.engine(message.stats, message.busy_seconds)
+        if self._predictor is not None:
+            self._predictor.step(message.stats, message.busy_seconds)
         if self._texts is None:  # an engine that waits says so before anybody may ask it something
             return
         outputs, aborts = self._texts.process(message.outputs)
@@ -254,15 +305,19 @@ class AsyncEngineClient:
     def _on_output(self, output: TextOutput, now: float) -> None:
         sequence = self._running[output.request_id]
         if sequence.last_token is None:
-            sequence.wire = None
-            waited = now - sequence.generation.arrival
-            self._metrics.begun(sequence.prompt_tokens, output.num_cached_tokens, waited)
+            sequence.wire, sequence.first_token = None, now
+            self._metrics.begun(sequence.prompt_tokens, output.num_cached_tokens, sequence.ttft)
+            if self._predictor is not None:
+                self._predictor.begun(output.request_id, output.num_cached_tokens)
         elif output.token_ids:
             self._metrics.itl.observe(now - sequence.last_token)
         sequence.last_token = now
         if output.finish_reason is not None:
             del self._running[output.request_id]
             self._finished.count(now=now)
+            self._metrics.goodput.ended(sequence.deadline, sequence.ttft, sequence.mean_itl(output.num_output_tokens))
+            if self._predictor is not None:
+                self._predictor.left(output.request_id)
             if output.times is not None:
                 self._record(sequence, output, output.times)
             else:  # a stop string: the engine's times come when it has aborted the request
@@ -285,8 +340,15 @@ class AsyncEngineClient:
 
     def _on_refused(self, ids: list[str], error: LlmctlError) -> None:
         found = [self._running[i] for i in ids if i in self._running]
-        if isinstance(error, QueueFullError):
+        if error.http_status == OverloadError.http_status:
             error.retry_after = self._finished.seconds_until(len(ids))
+        if error.code == DeadlineMissedError.code:
+            for sequence in found:
+                self._metrics.goodput.shed(sequence.deadline)
         self._forget(ids)
         for generation in {s.generation for s in found}:
             generation.fail(error)
+
+
+def _waiting(spec: SequenceSpec, arrival: float, tenant: str) -> Waiting:
+    return Waiting(spec.priority, tenant, spec.deadline.due(arrival), len(spec.prompt_token_ids))

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import Request
 
 from llmctl.config import ServeConfig, parse_bytes
+from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.intake import Intake, sampling_defaults
@@ -56,7 +57,11 @@ class Model:
 
 @dataclass
 class ServerContext:
-    """State of one server. ``model()`` is for requests, and refuses while the engine cannot take them."""
+    """State of one server. ``model()`` is for requests, and refuses while the engine cannot take them.
+
+    Attributes:
+        deadline: of requests that bring none.
+    """
 
     config: ServeConfig
     model_name: str
@@ -65,8 +70,10 @@ class ServerContext:
     loaded: Model | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     keys: ServerKeys = field(init=False)
+    deadline: Deadline = field(init=False)
 
     def __post_init__(self) -> None:
+        self.deadline = Deadline.parse(self.config.deadline, "--deadline")
         self.keys = ServerKeys(self.config.api_key, self.config.priority_keys)
 
     def model(self) -> Model:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
-from llmctl.errors import LlmctlError
+from llmctl.errors import DeadlineMissedError, LlmctlError
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
     AbortRequests,
@@ -49,6 +49,7 @@ class EngineLoop:
         self._channel = channel
         self._idle_wait_ms = max(1, round(1000 * idle_seconds))
         engine.on_first_scheduled = self._tell_scheduled
+        engine.on_shed = self._refuse_missed
         self._refused: list[Refused] = []
         self._began = time.perf_counter()
         self._idle_seconds = 0.0
@@ -80,6 +81,16 @@ class EngineLoop:
 
     def _tell_scheduled(self, request_ids: list[str]) -> None:
         self._channel.send(encode(Scheduled(request_ids)))
+
+    def _refuse_missed(self, requests: list[Request]) -> None:
+        for request in requests:
+            assert request.deadline.ttft is not None
+            error = DeadlineMissedError(
+                f"the request waited longer than its TTFT deadline of {1000 * request.deadline.ttft:g} ms",
+                fix="try again later, or with a longer deadline",
+                param="deadline",
+            )
+            self._refused.append(Refused([request.request_id], ErrorInfo.of(error)))
 
     def _report(self, outputs: list[TokenOutput]) -> None:
         busy_seconds = time.perf_counter() - self._began - self._idle_seconds
@@ -119,6 +130,7 @@ def _request(wire: WireRequest) -> Request:
         arrival_time=wire.arrival,
         cache_salt=wire.cache_salt,
         tenant=wire.tenant,
+        deadline=wire.deadline,
     )
 
 

@@ -10,6 +10,11 @@ WINDOW_SECONDS = 10
 LEAST_SECONDS, MOST_SECONDS = 1, 60
 
 
+def whole_seconds(seconds: float) -> int:
+    """What a ``Retry-After`` says of so many seconds: 1 to 60."""
+    return min(max(math.ceil(seconds), LEAST_SECONDS), MOST_SECONDS)
+
+
 class FinishRate:
     """Counts what finished in the last ``WINDOW_SECONDS``, by the second.
 
@@ -38,11 +43,19 @@ class FinishRate:
 
         With nothing finished yet, one is taken to be about to.
         """
+        count, elapsed = self._counted(now)
+        return whole_seconds(finished * elapsed / max(1, count))
+
+    def per_second(self, now: float | None = None) -> float:
+        """The present rate; 0 with nothing finished yet."""
+        count, elapsed = self._counted(now)
+        return count / elapsed
+
+    def _counted(self, now: float | None) -> tuple[int, float]:
+        """How many finished in the window, and its seconds."""
         now = time.monotonic() if now is None else now
         self._forget(int(now))
-        elapsed = min(max(now - self._since, 1.0), float(WINDOW_SECONDS))
-        rate = max(1, sum(n for _, n in self._seconds)) / elapsed
-        return min(max(math.ceil(finished / rate), LEAST_SECONDS), MOST_SECONDS)
+        return sum(n for _, n in self._seconds), min(max(now - self._since, 1.0), float(WINDOW_SECONDS))
 
     def _forget(self, second: int) -> None:
         while self._seconds and self._seconds[0][0] <= second - WINDOW_SECONDS:

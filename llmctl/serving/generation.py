@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.output import TextOutput, merge_outputs
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.serving.wire import WireRequest
@@ -24,6 +26,7 @@ class SequenceSpec:
     priority: int = 0
     cache_salt: str | None = None
     samples: int = 1
+    deadline: Deadline = NO_DEADLINE
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +45,7 @@ class RunningSequence:
     Attributes:
         samples: shared with the other samples of its prompt. max_tokens: what it may generate; None: up to the context.
         wire: what the worker is sent of it; None once it has a token, for then it is not sent again.
-        last_token: when its newest token came, seconds on ``time.monotonic``.
+        first_token, last_token: when its first and its newest token came, seconds on ``time.monotonic``.
         sent, scheduled: whether the present worker has it, and has had it in a step.
     """
 
@@ -53,9 +56,23 @@ class RunningSequence:
     samples: Samples
     max_tokens: int | None
     wire: WireRequest | None
+    deadline: Deadline = NO_DEADLINE
+    first_token: float | None = None
     last_token: float | None = None
     sent: bool = False
     scheduled: bool = False
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from its arrival to its first token; infinity: it has none."""
+        return math.inf if self.first_token is None else self.first_token - self.generation.arrival
+
+    def mean_itl(self, tokens: int) -> float:
+        """Seconds between its tokens after the first, of which there are ``tokens`` in all (``bench serve`` calls it
+        TPOT); 0 for fewer than two."""
+        if self.first_token is None or self.last_token is None or tokens < 2:
+            return 0.0
+        return (self.last_token - self.first_token) / (tokens - 1)
 
 
 class Generation:

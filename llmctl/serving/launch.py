@@ -71,6 +71,7 @@ def check_config(config: ServeConfig) -> None:
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
     EngineRequest.of(config)
     itl_target_seconds(config.itl_target)
+    _check_deadline(config)
     if not _METRICS_PREFIX.fullmatch(config.metrics_prefix):
         raise UsageError(
             f"--metrics-prefix: expected letters, digits and underscores, no digit first, found "
@@ -92,6 +93,19 @@ def check_config(config: ServeConfig) -> None:
         file = getattr(config, name)
         if file is not None and not Path(file).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {file}: no such file", param=name)
+
+
+def _check_deadline(config: ServeConfig) -> None:
+    from llmctl.engine.deadline import Deadline
+
+    Deadline.parse(config.deadline, "--deadline")
+    for name, given in {"deadline": config.deadline is not None, "shed": config.shed}.items():
+        if given and config.scheduling_policy == "fcfs":
+            raise UsageError(
+                f"--{name}: the scheduling policy fcfs knows no deadlines",
+                fix="--scheduling-policy fair or priority",
+                param=name,
+            )
 
 
 def bind(host: str, port: int) -> socket.socket:

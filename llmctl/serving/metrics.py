@@ -26,6 +26,7 @@ from llmctl.engine.llm_engine import EngineStats
 from llmctl.engine.output import TextOutput
 from llmctl.engine.request import RequestTimes
 from llmctl.serving.engine_series import LABELS, NO_STATS, EngineSeries, WorkerProcessSeries
+from llmctl.serving.goodput import Goodput
 from llmctl.serving.histogram import Buckets, Histogram
 from llmctl.serving.http_metrics import HttpSeries
 
@@ -50,7 +51,10 @@ _ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 PROMPT_SOURCES = ("local_compute", "local_cache_hit")
-REJECTION_REASONS = ("max_num_queued_reqs", "context_length_exceeded", "not_ready", "invalid_request")
+REJECTION_REASONS = (
+    "max_num_queued_reqs", "context_length_exceeded", "not_ready", "invalid_request",
+    "deadline_unreachable", "deadline_missed",
+)  # fmt: skip
 RESTART_REASONS = ("failed", "exit", "not_ready", "SIGKILL", "SIGSEGV", "SIGABRT")
 _VLLM_REASONS = {"queue_full": "max_num_queued_reqs"}
 
@@ -60,6 +64,7 @@ class ServerMetrics:
 
     Attributes:
         restarts: deaths of the worker that it was restarted after. http: what the HTTP middleware counts.
+        goodput: what became of deadlines.
 
     Args:
         prefix: of every series but those of HTTP and of this process; a colon follows it.
@@ -93,6 +98,8 @@ class ServerMetrics:
             ("model_name", "reason"),
             registry=self.registry,
         )
+        deadlines = self._counter("request_deadlines", "Requests with a deadline, by what became of it.", "outcome")
+        self.goodput = Goodput(deadlines, self._label_values)
         for counter in (self._prompt_tokens, self._prompt_tokens_cached):
             counter.labels(*self._label_values)
         for source in PROMPT_SOURCES:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from llmctl.errors import LlmctlError, QueueFullError, RequestError
+from llmctl.errors import LlmctlError, RequestError
 
 log = logging.getLogger("llmctl.serving")
 
@@ -53,9 +53,9 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 
 def error_response(error: BaseException) -> Response:
-    """The HTTP response for any exception; a full queue and a server that is not ready say when to retry."""
+    """The HTTP response for any exception; one that is for now says when to retry, as does a server not ready."""
     headers = None
-    if isinstance(error, QueueFullError):
+    if isinstance(error, LlmctlError) and error.retry_after is not None:
         headers = {"Retry-After": str(error.retry_after)}
     elif status_of(error) == 503:
         headers = RETRY_SOON

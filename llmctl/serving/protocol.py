@@ -140,6 +140,7 @@ class SamplingFields(ApiModel):
     allowed_token_ids: Annotated[TokenIds, WithJsonSchema(_SOME_IDS)] | None = None
     bad_words: BadWords | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
+    deadline: str | None = None
     cache_salt: str | None = None
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False

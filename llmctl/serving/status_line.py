@@ -20,8 +20,9 @@ WORTH_SAYING = 0.2
 ADVICE = {
     "kv_full": "--kv-cache-memory or --kv-cache-dtype int8",
     "token_budget": "a larger --max-num-batched-tokens",
-    "itl_target": "a larger --itl-target",
+    "itl_target": "a larger --itl-target, or ITL deadline",
     "max_num_seqs": "a larger --max-num-seqs",
+    "deadline": "a longer ITL deadline",
     "host": "fewer log-probabilities cost less",
     "api_process": "the API process is behind",
     "few_requests": "there is room for more",

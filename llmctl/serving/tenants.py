@@ -1,10 +1,11 @@
-"""Whose a request is, for the fair queue; and who may set a priority."""
+"""Whose a request is, for the fair queue; and who may ask to be served before others."""
 
 from __future__ import annotations
 
 from starlette.requests import Request
 
 from llmctl.config import ServeConfig
+from llmctl.engine.deadline import Deadline
 from llmctl.errors import PermissionDeniedError, RequestError
 from llmctl.serving.middleware import KEY_SCOPE, ServerKeys
 from llmctl.serving.protocol import SamplingFields
@@ -24,17 +25,27 @@ def tenant_of(request: Request, body: SamplingFields, keys: ServerKeys) -> str:
     return f"address {request.client.host}" if request.client else ""
 
 
-def check_priority(request: Request, body: SamplingFields, config: ServeConfig, keys: ServerKeys) -> None:
-    """Refuse a priority that would not be honoured.
+def check_precedence(request: Request, body: SamplingFields, config: ServeConfig, keys: ServerKeys) -> None:
+    """Refuse a priority or a deadline that would not be honoured.
 
     Raises:
         RequestError: the policy knows none. PermissionDeniedError: there are several API keys, and this one may not.
     """
-    if not body.priority:
-        return
-    if config.scheduling_policy == "fcfs":
-        raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
-    if len(keys) > 1 and request.scope[KEY_SCOPE] not in keys.may_set_priority:
-        raise PermissionDeniedError(
-            "priority: this API key may not set it", fix="use one of the server's --priority-keys", param="priority"
-        )
+    for name in ("priority", "deadline"):
+        if not getattr(body, name):
+            continue
+        if config.scheduling_policy == "fcfs":
+            raise RequestError(f"{name}: the server runs with --scheduling-policy fcfs", param=name)
+        if len(keys) > 1 and request.scope[KEY_SCOPE] not in keys.may_set_priority:
+            raise PermissionDeniedError(
+                f"{name}: this API key may not set it", fix="use one of the server's --priority-keys", param=name
+            )
+
+
+def deadline_of(body: SamplingFields, default: Deadline) -> Deadline:
+    """The request's deadline; the server's in what it leaves out.
+
+    Raises:
+        UsageError: not a deadline.
+    """
+    return Deadline.parse(body.deadline, "deadline").over(default)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import ExitCode, LlmctlError
@@ -26,6 +27,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
     cache_salt: str | None
     arrival: float
     tenant: str = ""
+    deadline: Deadline = NO_DEADLINE
 
 
 class AddRequests(msgspec.Struct, tag="add", array_like=True, frozen=True):

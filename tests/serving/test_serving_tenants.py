@@ -15,7 +15,7 @@ from llmctl.errors import PermissionDeniedError, RequestError
 from llmctl.serving.engine_loop import _request
 from llmctl.serving.middleware import KEY_SCOPE, ApiKeyGate, ServerKeys
 from llmctl.serving.protocol import CompletionRequest
-from llmctl.serving.tenants import check_priority, tenant_of
+from llmctl.serving.tenants import check_precedence, tenant_of
 from llmctl.serving.wire import AddRequests, WireRequest, decode_command, encode
 
 NONE, ONE, TWO = ServerKeys(None, None), ServerKeys("k", None), ServerKeys("k, l", "m,k")
@@ -43,24 +43,24 @@ def test_no_two_kinds_of_tenants_share_a_name() -> None:
 
 def test_with_one_key_or_none_everyone_may_set_a_priority() -> None:
     for keys in (NONE, ONE, ServerKeys(None, "m")):
-        check_priority(request(**{KEY_SCOPE: 0}), body(priority=3), ServeConfig(), keys)
+        check_precedence(request(**{KEY_SCOPE: 0}), body(priority=3), ServeConfig(), keys)
 
 
 def test_with_several_keys_only_some_may() -> None:
     for number in (0, 2):
-        check_priority(request(**{KEY_SCOPE: number}), body(priority=-1), ServeConfig(), TWO)
-    check_priority(request(**{KEY_SCOPE: 1}), body(priority=0), ServeConfig(), TWO)
-    check_priority(request(**{KEY_SCOPE: 1}), body(priority=None), ServeConfig(), TWO)
+        check_precedence(request(**{KEY_SCOPE: number}), body(priority=-1), ServeConfig(), TWO)
+    check_precedence(request(**{KEY_SCOPE: 1}), body(priority=0), ServeConfig(), TWO)
+    check_precedence(request(**{KEY_SCOPE: 1}), body(priority=None), ServeConfig(), TWO)
     with pytest.raises(PermissionDeniedError, match="this API key may not set it") as caught:
-        check_priority(request(**{KEY_SCOPE: 1}), body(priority=-1), ServeConfig(), TWO)
+        check_precedence(request(**{KEY_SCOPE: 1}), body(priority=-1), ServeConfig(), TWO)
     assert (caught.value.http_status, caught.value.param) == (403, "priority")
     with pytest.raises(PermissionDeniedError):
-        check_priority(request(**{KEY_SCOPE: 0}), body(priority=-1), ServeConfig(), ServerKeys("k,l", None))
+        check_precedence(request(**{KEY_SCOPE: 0}), body(priority=-1), ServeConfig(), ServerKeys("k,l", None))
 
 
 def test_first_come_first_served_knows_no_priority() -> None:
     with pytest.raises(RequestError, match="--scheduling-policy fcfs"):
-        check_priority(request(), body(priority=1), ServeConfig(scheduling_policy="fcfs"), NONE)
+        check_precedence(request(), body(priority=1), ServeConfig(scheduling_policy="fcfs"), NONE)
 
 
 def test_keys_are_counted_once() -> None:
