@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llmctl.engine.deadline import Deadline
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request, fan_out
 from llmctl.engine.sampling_params import SamplingParams
@@ -55,15 +56,21 @@ class EngineMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority", "fair"]),
         in_flight=st.integers(1, 2),
         itl_target=st.sampled_from([0.0, None, 0.005]),
+        shed=st.booleans(),
     )
     def start(
         self, blocks: int, block_size: int, budget: int, seats: int, caching: bool, chunking: bool, policy: str,
-        in_flight: int, itl_target: float | None,
+        in_flight: int, itl_target: float | None, shed: bool,
     ) -> None:  # fmt: skip
         runtime = FakeRuntime(blocks, block_size, 30, VOCAB, steps_in_flight=in_flight, seconds_a_token=0.001)
-        self.config = SchedulerConfig(seats, budget, caching, chunking, policy, 8, itl_target)
-        self.engine = LLMEngine(runtime, self.config, EOS, seed=3)
+        self.config = SchedulerConfig(seats, budget, caching, chunking, policy, 8, itl_target, shed)
+        self.now = 0.0
+        self.engine = LLMEngine(runtime, self.config, EOS, seed=3, clock=lambda: self.now)
+        self.engine.on_shed = self.on_shed
         scheduler = self.engine.scheduler
+        self.make_way = scheduler._make_way
+        scheduler._make_way = self.making_way  # type: ignore[method-assign]
+        self.made_way_for: Request | None = None
         runtime.wipe_allocated(scheduler.pool)
         self.admit = scheduler._schedule_waiting
         scheduler._schedule_waiting = self.schedule_waiting  # type: ignore[method-assign]
@@ -78,11 +85,18 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "s"]),
         tenant=st.sampled_from(["", "a", "b"]),
+        deadline=st.builds(Deadline, st.sampled_from([None, 3.0, 10.0]), st.sampled_from([None, 0.002, 0.006])),
     )
-    def add(self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None, tenant: str) -> None:
+    def add(
+        self, prompt: list[int], params: SamplingParams, priority: int, salt: str | None, tenant: str,
+        deadline: Deadline,
+    ) -> None:  # fmt: skip
+        if self.config.policy == "fcfs":
+            deadline = Deadline()
         name = f"r{self.count}"
         self.count += 1
-        requests = fan_out(Request(name, prompt, params, priority=priority, cache_salt=salt, tenant=tenant))
+        facts = {"priority": priority, "cache_salt": salt, "tenant": tenant, "deadline": deadline}
+        requests = fan_out(Request(name, prompt, params, **facts))  # type: ignore[arg-type]
         longest = min(30, self.engine.limits.num_blocks * self.engine.limits.block_size)
         output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         fits = len(prompt) + output <= longest and (
@@ -109,12 +123,30 @@ class EngineMachine(RuleBasedStateMachine):
             self.step_once()
 
     def step_once(self) -> None:
+        self.now += 1.0
         for output in self.engine.step():
             assert output.request_id not in self.ended
             self.got[output.request_id] += output.new_token_ids
             if output.finish_reason is not None:
                 self.end(output.request_id, output.finish_reason)
         self.consistent()
+
+    def making_way(self) -> None:
+        """Whoever makes room is of a larger priority value, and does it for one that is in the step."""
+        running = list(self.engine.scheduler.running)
+        self.make_way()
+        gone = running[len(self.engine.scheduler.running) :]
+        if gone:
+            self.made_way_for = self.engine.scheduler.waiting.peek()
+            assert all(r.priority > self.made_way_for.priority for r in gone)
+
+    def on_shed(self, requests: list[Request]) -> None:
+        for request in requests:
+            assert self.config.shed
+            assert request.times.first_scheduled is None
+            assert request.deadline.ttft is not None
+            assert self.now > request.times.arrival + request.deadline.ttft
+            self.ended[request.request_id] = FinishReason.ABORT
 
     def schedule_waiting(self, step: Any) -> None:
         """Waiting requests are looked at only when running ones hold blocks for all that they can compute: none is
@@ -125,6 +157,8 @@ class EngineMachine(RuleBasedStateMachine):
             fed = r.num_in_flight if r.num_tokens + 1 < r.max_length else 0
             assert len(r.block_ids) == scheduler.pool.blocks_for(r.num_tokens + max(0, fed - (r in step.sampled)))
         self.admit(step)
+        assert self.made_way_for is None or self.made_way_for in step.requests
+        self.made_way_for = None
 
     @precondition(lambda self: self.engine.has_unfinished())
     @rule(data=st.data())
@@ -165,6 +199,7 @@ class EngineMachine(RuleBasedStateMachine):
     def consistent(self) -> None:
         if not hasattr(self, "engine"):
             return
+        assert self.made_way_for is None
         self.engine.scheduler.check()
         stats = self.engine.stats()
         assert stats.num_running <= self.config.max_num_seqs

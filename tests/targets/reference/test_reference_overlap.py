@@ -92,3 +92,23 @@ def test_greedy_tokens_with_a_step_in_flight_are_the_models(blocks: int, budget:
     assert got == {str(i): model_tokens(prompt, 15) for i, prompt in enumerate(prompts)}
     assert runtime.num_fed
     assert bool(engine.stats().num_preemptions) is (blocks == 16)
+
+
+def test_greedy_tokens_of_who_made_room_for_more_important_ones_are_the_models() -> None:
+    """Two seats, a step in flight, and requests that come in waves, each more important than those that run."""
+    inner = checkpoint_runtime(family_model("llama").checkpoint, num_blocks=30, block_size=4, max_model_len=60)
+    poison(inner)
+    engine = LLMEngine(DelayedRuntime(inner), SchedulerConfig(max_num_seqs=2, policy="priority"))
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (9, 3, 14, 6, 5)]
+    greedy = SamplingParams(temperature=0.0, max_tokens=9)
+    got: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    waiting = [Request(str(i), prompt, greedy, priority=-i) for i, prompt in enumerate(prompts)]
+    while waiting or engine.has_unfinished():
+        if waiting:
+            engine.add_request(waiting.pop(0))
+        for output in [output for _ in range(2) for output in engine.step()]:
+            got[output.request_id] += output.new_token_ids
+        engine.scheduler.check()
+    assert got == {str(i): model_tokens(prompt, 9) for i, prompt in enumerate(prompts)}
+    assert engine.stats().num_preemptions >= 3
