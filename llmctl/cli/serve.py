@@ -120,7 +120,8 @@ PriorityKeys = Annotated[
         "--priority-keys",
         envvar="LLMCTL_PRIORITY_KEYS",
         metavar="KEY",
-        help="More keys, comma-separated: with several keys in all, only requests with one of these may set priority.",
+        help="More keys, comma-separated: with several keys in all, only requests with one of these may set priority "
+        "or deadline.",
         rich_help_panel=_SECURITY,
     ),
 ]
@@ -217,9 +218,10 @@ Policy = Annotated[
     typer.Option(
         "--scheduling-policy",
         metavar="POLICY",
-        help="Which waiting request is next. fcfs: the oldest. priority: that with the lowest priority. fair: the "
-        "same, and within one value tenants take turns by tokens served; a tenant is an API key if there are several, "
-        "else the request's 'user', else the client's address.",
+        help="Which waiting request is next. fcfs: the oldest. priority: that with the lowest priority, for which "
+        "running ones with larger values make room; within one value the first due, without deadlines the oldest. "
+        "fair: the same, and within one value tenants take turns by tokens served; a tenant is an API key if there are "
+        "several, else the request's 'user', else the client's address.",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -238,10 +240,10 @@ DeadlineOption = Annotated[
     str | None,
     typer.Option(
         "--deadline",
-        metavar="ttft:MS,itl:MS",
-        help="Milliseconds to a request's first token, and between those after it in the mean; either may be left out, "
-        "and a request may bring its own. What is due first is next; prompts, and more requests at once, wait where "
-        "they would cost running ones their deadline. Not with fcfs.",
+        metavar="DEADLINE",
+        help="Such as ttft:300,itl:50: milliseconds to a first token, and between those after it in the mean; either "
+        "may be left out, and a request may bring its own. What is due first is next; prompts and waiting requests are "
+        "held back where they would cost running ones their itl. Not with fcfs.",
         rich_help_panel=_ENGINE,
     ),
 ]

@@ -10,6 +10,7 @@ import pytest
 from engine.fake_runtime import FakeRuntime
 
 from llmctl.config import ServeConfig
+from llmctl.engine.deadline import Deadline
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
@@ -138,3 +139,16 @@ def test_a_report_before_anybody_may_ask_is_taken_in() -> None:
     run(LLMEngine(FakeRuntime(), SchedulerConfig()), channel)
     client.on_step(channel.sent[0])
     assert metrics.engine_stats.state_seconds.no_requests >= 0.1
+
+
+def test_what_missed_its_deadline_in_the_queue_is_refused() -> None:
+    """It arrived at 0 s of the machine's clock; the one before it has the only seat."""
+    late = WireRequest("late", [1, 2, 3], GREEDY, 0, None, 0.0, deadline=Deadline(0.25))
+    channel = Channel([add("a")], [AddRequests([late])], [], [])
+    run(LLMEngine(FakeRuntime(), SchedulerConfig(max_num_seqs=1, policy="fair", shed=True)), channel)
+    (refused,) = [refused for message in channel.sent for refused in message.refused]
+    assert refused.request_ids == ["late"]
+    error = refused.error.error()
+    assert (error.http_status, error.code, error.param) == (429, "deadline_missed", "deadline")
+    assert "longer than its TTFT deadline of 250 ms" in str(error)
+    assert channel.scheduled == [["a"]]

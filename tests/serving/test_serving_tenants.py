@@ -1,4 +1,4 @@
-"""Whose a request is, and whether it may set a priority."""
+"""Whose a request is, and whether it may set a priority or a deadline."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from llmctl.config import ServeConfig
+from llmctl.engine.deadline import Deadline
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.errors import PermissionDeniedError, RequestError
+from llmctl.errors import PermissionDeniedError, RequestError, UsageError
 from llmctl.serving.engine_loop import _request
 from llmctl.serving.middleware import KEY_SCOPE, ApiKeyGate, ServerKeys
 from llmctl.serving.protocol import CompletionRequest
-from llmctl.serving.tenants import check_precedence, tenant_of
+from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 from llmctl.serving.wire import AddRequests, WireRequest, decode_command, encode
 
 NONE, ONE, TWO = ServerKeys(None, None), ServerKeys("k", None), ServerKeys("k, l", "m,k")
@@ -41,26 +42,41 @@ def test_no_two_kinds_of_tenants_share_a_name() -> None:
     assert tenant_of(request(), body(user="10.0.0.7"), NONE) != tenant_of(request(), body(), NONE)
 
 
-def test_with_one_key_or_none_everyone_may_set_a_priority() -> None:
+PRECEDENCE = pytest.mark.parametrize(("name", "value"), [("priority", -1), ("deadline", "ttft:300")])
+
+
+@PRECEDENCE
+def test_with_one_key_or_none_everyone_may_set_it(name: str, value: object) -> None:
     for keys in (NONE, ONE, ServerKeys(None, "m")):
-        check_precedence(request(**{KEY_SCOPE: 0}), body(priority=3), ServeConfig(), keys)
+        check_precedence(request(**{KEY_SCOPE: 0}), body(**{name: value}), ServeConfig(), keys)
 
 
-def test_with_several_keys_only_some_may() -> None:
+@PRECEDENCE
+def test_with_several_keys_only_some_may(name: str, value: object) -> None:
     for number in (0, 2):
-        check_precedence(request(**{KEY_SCOPE: number}), body(priority=-1), ServeConfig(), TWO)
-    check_precedence(request(**{KEY_SCOPE: 1}), body(priority=0), ServeConfig(), TWO)
-    check_precedence(request(**{KEY_SCOPE: 1}), body(priority=None), ServeConfig(), TWO)
-    with pytest.raises(PermissionDeniedError, match="this API key may not set it") as caught:
-        check_precedence(request(**{KEY_SCOPE: 1}), body(priority=-1), ServeConfig(), TWO)
-    assert (caught.value.http_status, caught.value.param) == (403, "priority")
+        check_precedence(request(**{KEY_SCOPE: number}), body(**{name: value}), ServeConfig(), TWO)
+    check_precedence(request(**{KEY_SCOPE: 1}), body(priority=0), ServeConfig(deadline="ttft:300"), TWO)
+    check_precedence(request(**{KEY_SCOPE: 1}), body(**{name: None}), ServeConfig(), TWO)
+    with pytest.raises(PermissionDeniedError, match=f"{name}: this API key may not set it") as caught:
+        check_precedence(request(**{KEY_SCOPE: 1}), body(**{name: value}), ServeConfig(), TWO)
+    assert (caught.value.http_status, caught.value.param) == (403, name)
     with pytest.raises(PermissionDeniedError):
-        check_precedence(request(**{KEY_SCOPE: 0}), body(priority=-1), ServeConfig(), ServerKeys("k,l", None))
+        check_precedence(request(**{KEY_SCOPE: 0}), body(**{name: value}), ServeConfig(), ServerKeys("k,l", None))
 
 
-def test_first_come_first_served_knows_no_priority() -> None:
-    with pytest.raises(RequestError, match="--scheduling-policy fcfs"):
-        check_precedence(request(), body(priority=1), ServeConfig(scheduling_policy="fcfs"), NONE)
+@PRECEDENCE
+def test_first_come_first_served_knows_none(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"{name}: the server runs with --scheduling-policy fcfs"):
+        check_precedence(request(), body(**{name: value}), ServeConfig(scheduling_policy="fcfs"), NONE)
+
+
+def test_a_request_takes_from_the_servers_deadline_what_it_leaves_out() -> None:
+    default = Deadline(0.3, 0.05)
+    assert deadline_of(body(), default) == default
+    assert deadline_of(body(deadline="itl:100"), default) == Deadline(0.3, 0.1)
+    with pytest.raises(UsageError, match="deadline: expected ttft:MS") as caught:
+        deadline_of(body(deadline=""), default)
+    assert (caught.value.http_status, caught.value.param) == (400, "deadline")
 
 
 def test_keys_are_counted_once() -> None:
@@ -93,8 +109,9 @@ def test_the_gate_says_which_key_came(header: bytes, seen: int | None) -> None:
     assert (status[:1] == [401]) is (seen is None)
 
 
-def test_the_tenant_reaches_the_engine() -> None:
-    sent = AddRequests([WireRequest("r", [1], SamplingParams(), 0, None, 0.0, "user u")])
+def test_the_tenant_and_the_deadline_reach_the_engine() -> None:
+    sent = AddRequests([WireRequest("r", [1], SamplingParams(), 0, None, 0.0, "user u", Deadline(0.3))])
     command = decode_command(encode(sent))
     assert isinstance(command, AddRequests)
-    assert _request(command.requests[0]).tenant == "user u"
+    made = _request(command.requests[0])
+    assert (made.tenant, made.deadline) == ("user u", Deadline(0.3))
