@@ -12,8 +12,8 @@ from llmctl.engine.step_cost import StepCost
 class DecodeOutlook:
     """A step in which every request that was added decodes one token.
 
-    A request whose ITL deadline such a step would exceed even alone holds nobody up: it cannot be helped. Until the
-    model knows anything, a step takes no time.
+    A request whose ITL deadline such a step would exceed even alone holds nobody up, nor itself: it cannot be helped.
+    So where nobody decodes, anybody is admitted. Until the model knows anything, a step takes no time.
 
     Attributes:
         tightest: the least ITL deadline among them that can be kept, seconds; infinity: none.
@@ -21,7 +21,7 @@ class DecodeOutlook:
 
     def __init__(self, cost: StepCost, requests: Iterable[Request] = ()) -> None:
         self._base, _, self._row, _, self._context, _ = cost.coefficients().tolist()
-        self._seconds = 0.0  # beyond the base; 0 exactly when there is none, or nothing is known
+        self._seconds = self._base
         self.tightest = math.inf
         for request in requests:
             self.add(request)
@@ -33,8 +33,7 @@ class DecodeOutlook:
 
     def admits(self, request: Request) -> bool:
         """Whether the step with this one more would keep the tightest deadline, its own included."""
-        seconds = self._base + self._seconds + self._own(request)
-        return seconds <= min(self.tightest, self._keepable(request))
+        return self._seconds + self._own(request) <= min(self.tightest, self._keepable(request))
 
     def _own(self, request: Request) -> float:
         return self._row + self._context * (len(request.token_ids) + 1)
@@ -47,7 +46,7 @@ class DecodeOutlook:
 def admitting_prefixes(cost: StepCost, running: Sequence[Request], request: Request) -> list[bool]:
     """For each number of requests that run, from the front and from 0 to all: whether they admit one more."""
     outlook = DecodeOutlook(cost)
-    admits = [True]  # where nothing runs, somebody must
+    admits = [outlook.admits(request)]
     for one in running:
         outlook.add(one)
         admits.append(outlook.admits(request))

@@ -347,7 +347,7 @@ class Scheduler:
         assert self.pacer is not None, "whoever has an ITL deadline makes it"
         if step.outlook is None:
             step.outlook = DecodeOutlook(self.pacer.cost, self.running)
-        return not self.running or step.outlook.admits(request)
+        return step.outlook.admits(request)
 
     def _make_way(self) -> None:
         """Send back as many running requests as a more important one that waits needs to enter this step."""
@@ -473,6 +473,8 @@ class Scheduler:
         self.pool.check(r.block_ids for r in self.running)
         if any(r.block_ids for r in self.waiting):
             raise RuntimeError("scheduler: a waiting request holds blocks")
+        if self._num_itl != sum(r.deadline.itl is not None for r in self.requests.values()):
+            raise RuntimeError("scheduler: ITL deadlines are miscounted")
 
     def check_idle(self) -> None:
         """Cheap form of ``check`` for when no request is left: every block is free.

@@ -16,7 +16,7 @@ for KV blocks, which is not foreseen. So in doubt the prediction is short, and t
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class _Line:
         self.tokens = 0
 
     def before(self, due: float) -> Ahead:
-        count = bisect_left(self.places, (due,))
+        count = bisect_right(self.places, due, key=lambda place: place[0])
         return Ahead(count, sum(place[2] for place in self.places[:count]))
 
 

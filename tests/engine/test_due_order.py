@@ -74,6 +74,25 @@ def test_a_request_among_tighter_ones_that_never_end_is_served() -> None:
         assert now >= settled
 
 
+def test_of_tenants_served_alike_the_one_with_the_first_due_is_next() -> None:
+    """Also when that came last, behind others of its tenant."""
+    queue = WaitingQueue("fair")
+    queue.add(request("a0", tenant="a"), 0.0)
+    queue.add(request("b0", 2.0, tenant="b"), 0.0)
+    assert queue.peek().request_id == "b0"
+    queue.add(request("a1", 1.0, tenant="a"), 0.0)
+    assert queue.peek().request_id == "a1"
+
+
+def test_what_is_remembered_of_a_line_does_not_grow_with_those_that_pass() -> None:
+    queue = WaitingQueue("fair")
+    queue.add(request("patient"), 0.0)
+    for number in range(200):
+        queue.add(request(str(number), 1.0), 0.0)
+        queue.pop().account.charge_prompt(1)
+    assert len(queue._classes[0]._heap) <= 3
+
+
 def test_passing_time_looks_only_at_those_that_missed() -> None:
     def work(count: int) -> int:
         queue = WaitingQueue("fair")

@@ -98,6 +98,19 @@ def test_blocks_that_another_shares_are_not_counted_twice() -> None:
     assert step(engine) == ["a"]
 
 
+def test_blocks_that_it_shares_itself_are_not_counted_twice() -> None:
+    """It needs two beyond the prefix that "b" holds and would let go, and "b" has one of its own."""
+    prefix = list(range(16))
+    engine = engine_of(blocks=6)
+    params = SamplingParams(max_tokens=2)
+    engine.add_requests([request("a", 0, 1, 3), Request("b", [*prefix, 20], params, priority=2)])
+    step(engine)
+    assert engine.scheduler.pool.num_free == 0
+    engine.add_request(Request("c", [*prefix, *range(20, 26)], params, priority=1))
+    assert step(engine) == ["a", "b"]
+    assert engine.stats().num_preemptions == 0
+
+
 def test_nobody_makes_room_in_vain() -> None:
     """More blocks are needed than all that may be sent away hold."""
     engine = engine_of(blocks=8, enable_prefix_caching=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fixtures import make_tokenizer
+from msgspec import structs
 
 from llmctl.config import ServeConfig
 from llmctl.engine.deadline import Deadline
@@ -27,7 +28,7 @@ class Server:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
         make_tokenizer(folder)
-        self.now = 1000.0
+        self.now, self.stats = 1000.0, NO_STATS
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         self.metrics = ServerMetrics("m")
         self.client = AsyncEngineClient(ServeConfig(**config), self.metrics, stall_timeout=60.0)
@@ -40,15 +41,22 @@ class Server:
     def generate(self, deadline: Deadline, samples: int = 1) -> Generation:
         return self.client.generate([SequenceSpec([5], SamplingParams(), deadline=deadline)] * samples)
 
-    def step(self, generation: Generation, after: float, *, last: bool = False) -> None:
+    def step(self, generation: Generation, after: float, *, last: bool = False, prompt_tokens: int = 0) -> None:
+        """A token for each sequence, ``after`` seconds of a step, which computed so many tokens of prompts."""
         self.now += after
+        self.stats = structs.replace(
+            self.stats,
+            num_steps=self.stats.num_steps + 1,
+            last_step_tokens=prompt_tokens + len(generation.sequences),
+            num_generated_tokens=self.stats.num_generated_tokens + len(generation.sequences),
+        )
         reason = FinishReason.LENGTH if last else None
         outputs = [TokenOutput(s.request_id, (40,), finish_reason=reason) for s in generation.sequences]
-        self.client.on_step(StepMessage(outputs, NO_STATS, 0.0))
+        self.client.on_step(StepMessage(outputs, self.stats, self.now))
 
     def refuse(self, generation: Generation, error: LlmctlError) -> None:
         refused = [Refused([s.request_id], ErrorInfo.of(error)) for s in generation.sequences]
-        self.client.on_step(StepMessage([], NO_STATS, 0.0, refused))
+        self.client.on_step(StepMessage([], self.stats, self.now, refused))
 
     def counts(self) -> dict[str, float]:
         registry, labels = self.metrics.registry, {"model_name": "m", "engine": "0"}

@@ -13,7 +13,7 @@ from scripted_worker import Server
 
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.errors import DeadlineUnreachableError
+from llmctl.errors import DeadlineUnreachableError, NotReadyError
 from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.metrics import NO_STATS
 from llmctl.serving.openai_errors import error_response
@@ -144,7 +144,7 @@ def test_what_is_ahead_is_what_a_walk_over_all_finds(events: list[tuple[str, int
     for priority, tenant, due in itertools.product((0, 1, 2), "abc", (0.0, 3.0, 9.0)):
         sooner = [w for w in queue if w.priority < priority]
         same = [w for w in queue if w.priority == priority]
-        own = [w for w in same if (w.tenant == tenant or not fair) and w.due < due]
+        own = [w for w in same if (w.tenant == tenant or not fair) and w.due <= due]
         requests, tokens = len(sooner) + len(own), sum(w.tokens for w in sooner + own)
         for other in set("abc") - {tenant} if fair else ():
             line = sorted((w for w in same if w.tenant == other), key=lambda w: w.due)
@@ -184,6 +184,29 @@ def test_the_door_refuses_what_cannot_be_in_time(server: Server) -> None:
     assert len(server.client._running) == 3
     server.client.generate([spec(8.5)])
     server.client.generate([spec(None)])
+
+
+def test_the_door_knows_what_prompts_cost_and_which_are_to_be_computed(server: Server) -> None:
+    first = server.client.generate([spec(None)])
+    server.client.on_scheduled([s.request_id for s in first.sequences])
+    server.step(first, 0.1)
+    server.client.generate([spec(0.005)]).abort()  # nothing is known of prompts
+    server.step(first, 0.1, prompt_tokens=100)
+    with pytest.raises(DeadlineUnreachableError, match="after 10 ms, the TTFT deadline is 5 ms"):
+        server.client.generate([spec(0.005)])
+    server.client.generate([spec(0.015)])  # that of the first is computed
+    with pytest.raises(DeadlineUnreachableError, match="after 20 ms"):
+        server.client.generate([spec(0.015)])
+
+
+def test_what_outlives_its_worker_is_ahead_again(server: Server) -> None:
+    generation = server.client.generate([spec(9.0)])
+    server.client.on_scheduled([s.request_id for s in generation.sequences])
+    predictor = server.client._predictor
+    assert predictor is not None
+    assert predictor.ahead(0, "", server.now + 60) == (0, 0)
+    server.client.on_worker_lost(NotReadyError("it died"), "failed")
+    assert predictor.ahead(0, "", server.now + 60) == (1, 10)
 
 
 def test_the_account_is_empty_when_everything_has_ended(server: Server) -> None:
