@@ -70,14 +70,14 @@ def test_when_the_tightest_is_gone_the_next_one_counts() -> None:
 
 def test_a_prompt_is_not_cut_for_its_own_deadline() -> None:
     engine = timed(itl_target=0.0)
-    engine.add_request(request("chat", 64, 2000))
+    engine.add_request(request("chat", 64, 2000, itl=1.0))
     for _ in range(50):
         engine.step()
     engine.add_request(request("long", 4000, 1, itl=0.03))
     began = len(loads(engine))
     while "long" in engine.scheduler.requests:
         engine.step()
-    assert len(loads(engine)) - began <= 9
+    assert len(loads(engine)) - began <= 20
 
 
 def test_a_target_that_is_tighter_holds() -> None:

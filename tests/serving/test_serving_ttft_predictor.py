@@ -190,7 +190,6 @@ def test_the_door_knows_what_prompts_cost_and_which_are_to_be_computed(server: S
     first = server.client.generate([spec(None)])
     server.client.on_scheduled([s.request_id for s in first.sequences])
     server.step(first, 0.1)
-    server.client.generate([spec(0.005)]).abort()  # nothing is known of prompts
     server.step(first, 0.1, prompt_tokens=100)
     with pytest.raises(DeadlineUnreachableError, match="after 10 ms, the TTFT deadline is 5 ms"):
         server.client.generate([spec(0.005)])
