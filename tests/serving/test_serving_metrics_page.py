@@ -18,8 +18,6 @@ PAGE = full_page()
 WRONG_UNITS = re.compile("_(ms|milliseconds|us|microseconds|ns|minutes|hours|kb|mb|gb|mib|kib|percent)(_|$)")
 # vLLM's.
 NAMED_AS_A_COUNTER = {"llmctl:iteration_tokens_total"}
-# The dashboard asks for it already.
-AWAITED = "request_deadlines_total"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory and CPU time are read from /proc")
 
@@ -89,7 +87,7 @@ def metric_selectors(expression: str) -> list[promql_parser.VectorSelector]:
     return found
 
 
-@pytest.mark.parametrize("expression", [e for e in expressions(DASHBOARD) if AWAITED not in e])
+@pytest.mark.parametrize("expression", expressions(DASHBOARD))
 def test_the_dashboard_asks_for_what_is_there(expression: str) -> None:
     selectors = metric_selectors(expression)
     assert selectors
@@ -100,10 +98,6 @@ def test_the_dashboard_asks_for_what_is_there(expression: str) -> None:
         labels = shown[selector.name] | {"instance"}  # Prometheus adds where it was scraped
         assert {matcher.name for matcher in selector.matchers.matchers} <= labels
         assert grouped <= labels
-
-
-def test_what_the_dashboard_awaits_is_not_there() -> None:
-    assert "llmctl:" + AWAITED not in series(PAGE)
 
 
 def test_the_dashboards_variables_are_those_it_uses() -> None:
