@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 
 import msgspec
 
@@ -10,6 +10,13 @@ from llmctl.errors import UsageError
 
 PATIENCE = 60.0
 """Seconds after its arrival at which a request without a TTFT deadline counts as due, beside those that have one."""
+
+
+_POSITIVE = r"([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)"
+PATTERN = f"^(ttft:{_POSITIVE}(,itl:{_POSITIVE})?|itl:{_POSITIVE}(,ttft:{_POSITIVE})?)$"
+"""Of a deadline's text, in the dialect of JSON schemas, too."""
+MAX_CHARS = 64
+_GRAMMAR = re.compile(PATTERN)
 
 
 class Deadline(msgspec.Struct, frozen=True, array_like=True):
@@ -34,18 +41,13 @@ class Deadline(msgspec.Struct, frozen=True, array_like=True):
         """
         if text is None:
             return cls()
-        seconds: dict[str, float] = {}
-        for part in text.split(","):
-            key, _, number = part.partition(":")
-            value = _positive(number)
-            if key.strip() not in cls.__struct_fields__ or key.strip() in seconds or value is None:
-                raise UsageError(
-                    f"{name}: expected ttft:MS, itl:MS or ttft:MS,itl:MS with milliseconds above 0, "
-                    f"found '{text[:80]}'",
-                    param="deadline",
-                )
-            seconds[key.strip()] = value / 1000
-        return cls(**seconds)
+        if len(text) > MAX_CHARS or not _GRAMMAR.fullmatch(text):
+            raise UsageError(
+                f"{name}: expected ttft:MS, itl:MS or ttft:MS,itl:MS with milliseconds above 0, found '{text[:80]}'",
+                param="deadline",
+            )
+        parts = (part.split(":") for part in text.split(","))
+        return cls(**{key: float(number) / 1000 for key, number in parts})
 
     def over(self, default: Deadline) -> Deadline:
         """This one, with what it lacks taken from ``default``."""
@@ -60,11 +62,3 @@ class Deadline(msgspec.Struct, frozen=True, array_like=True):
 
 
 NO_DEADLINE = Deadline()
-
-
-def _positive(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if 0 < value < math.inf else None

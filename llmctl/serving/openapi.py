@@ -34,8 +34,8 @@ Beyond what the schemas say, 400 is the answer to
 * messages that the chat template refuses, or a message without `content` that is not the assistant's;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
   `top_logprobs` without `logprobs`; in a stream `prompt_logprobs`, or `echo` with `logprobs`;
-* a `priority` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white space, and JSON that
-  is too deep (about 200 levels).
+* a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
+  space, and JSON that is too deep (about 200 levels).
 """
 _RANGES = RANGES | {
     "best_of": RANGES["n"],
@@ -48,13 +48,13 @@ _ERRORS = {
         "Malformed, or never to be served: `param` names the field, the message what was expected.",
     ),
     401: ("Unauthorized", "No API key of this server's."),
-    403: ("Forbidden", "This API key may not set `priority`."),
+    403: ("Forbidden", "This API key may not set `priority` or `deadline`."),
     404: ("NotFound", "Not the served model's name."),
     405: ("MethodNotAllowed", "Another method than those described."),
     408: ("RequestTimeout", "The request's headers or body came too slowly."),
     413: ("ContentTooLarge", "The body is larger than `--max-body`."),
     415: ("UnsupportedMediaType", "The body is not declared to be `application/json`."),
-    429: ("TooManyRequests", "Too many requests wait."),
+    429: ("TooManyRequests", "Too many requests wait; with `--shed`, too many for this one's deadline."),
     431: ("HeadersTooLarge", "More than 64 KiB of headers."),
     500: ("InternalError", "A fault of the server's, or a request that ended two of its workers."),
     503: ("Unavailable", "The engine is starting, restarting, draining or dead."),

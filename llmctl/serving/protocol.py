@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from llmctl.engine.deadline import MAX_CHARS, PATTERN
 from llmctl.engine.sampling_params import (
     LOGIT_BIAS,
     MAX_BAD_WORD_CHARS,
@@ -66,6 +67,8 @@ BadWords = Annotated[
     ),
 ]
 
+
+DeadlineText = Annotated[str, WithJsonSchema({"type": "string", "pattern": PATTERN, "maxLength": MAX_CHARS})]
 
 _SOME_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Prompts = Annotated[
@@ -140,7 +143,7 @@ class SamplingFields(ApiModel):
     allowed_token_ids: Annotated[TokenIds, WithJsonSchema(_SOME_IDS)] | None = None
     bad_words: BadWords | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
-    deadline: str | None = None
+    deadline: DeadlineText | None = None
     cache_salt: str | None = None
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False

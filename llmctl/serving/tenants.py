@@ -6,7 +6,7 @@ from starlette.requests import Request
 
 from llmctl.config import ServeConfig
 from llmctl.engine.deadline import Deadline
-from llmctl.errors import PermissionDeniedError, RequestError
+from llmctl.errors import PermissionDeniedError, RequestError, UsageError
 from llmctl.serving.middleware import KEY_SCOPE, ServerKeys
 from llmctl.serving.protocol import SamplingFields
 
@@ -46,6 +46,9 @@ def deadline_of(body: SamplingFields, default: Deadline) -> Deadline:
     """The request's deadline; the server's in what it leaves out.
 
     Raises:
-        UsageError: not a deadline.
+        RequestError: not a deadline.
     """
-    return Deadline.parse(body.deadline, "deadline").over(default)
+    try:
+        return Deadline.parse(body.deadline, "deadline").over(default)
+    except UsageError as error:
+        raise RequestError(error.message, param=error.param) from None

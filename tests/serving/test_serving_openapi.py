@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, settings
 from schemathesis.config import SchemathesisConfig
 
 from llmctl.config import ServeConfig
+from llmctl.engine.deadline import NO_DEADLINE
 from llmctl.errors import RequestError
 from llmctl.serving.api import parsed
 from llmctl.serving.app import create_app
@@ -35,6 +36,7 @@ from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from llmctl.serving.response_schema import ErrorResponse
+from llmctl.serving.tenants import deadline_of
 from llmctl.text.tokenizer import Tokenizer
 
 MODEL = "m"
@@ -103,7 +105,7 @@ LONG = "x" * 257
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 20, 21, 128, 129, 0.5, 1.5, -2, 2.5, -2.5, 1e300, sys.float_info.max, 1e-320),
     *(2**31 - 1, 2**31, -(2**31), -(2**31) - 1, -(2**63), -(2**63) - 1, 2**64 - 1, 2**64, 10**40),
-    *("", "a", "5", "none", "auto", "text", LONG, 4 * LONG),
+    *("", "a", "5", "none", "auto", "text", LONG, 4 * LONG, "ttft:300,itl:0.5", "itl:5,ttft:0", "itl:" + "9" * 61),
     *([], [""], ["a"], [LONG], [4 * LONG], ["a"] * 64, ["a"] * 65, ["a"] * 1025, ["a", 1], [" "]),
     *([1], [-1], [True], [0.5], [None], [[1]], [[]], [["a"]], [[1], "a"]),
     *({}, {"a": 1}, {"type": "text"}, {"type": "json_object"}, {"type": 1}, {"include_usage": True}),
@@ -140,6 +142,7 @@ def intake(tmp_path_factory: pytest.TempPathFactory) -> Intake:
 async def take_in(intake: Intake, model: type[Any], data: bytes) -> None:
     """What the endpoints do with a body before the engine sees any of it."""
     body = parsed(data, Outline(data), model)
+    deadline_of(body, NO_DEADLINE)
     intake.num_sequences(body)
     if model is CompletionRequest:
         params = await intake.completion_params(body)

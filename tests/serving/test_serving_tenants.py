@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from llmctl.config import ServeConfig
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.errors import PermissionDeniedError, RequestError, UsageError
+from llmctl.errors import PermissionDeniedError, RequestError
 from llmctl.serving.engine_loop import _request
 from llmctl.serving.middleware import KEY_SCOPE, ApiKeyGate, ServerKeys
 from llmctl.serving.protocol import CompletionRequest
@@ -74,7 +74,7 @@ def test_a_request_takes_from_the_servers_deadline_what_it_leaves_out() -> None:
     default = Deadline(0.3, 0.05)
     assert deadline_of(body(), default) == default
     assert deadline_of(body(deadline="itl:100"), default) == Deadline(0.3, 0.1)
-    with pytest.raises(UsageError, match="deadline: expected ttft:MS") as caught:
+    with pytest.raises(RequestError, match="deadline: expected ttft:MS") as caught:
         deadline_of(body(deadline=""), default)
     assert (caught.value.http_status, caught.value.param) == (400, "deadline")
 
