@@ -223,10 +223,12 @@ class AsyncEngineClient:
 
     def on_scheduled(self, request_ids: list[str]) -> None:
         """Remember what is in a step that may be the worker's last."""
-        self._last_sign = time.monotonic()
+        now = self._last_sign = time.monotonic()
         for request_id in request_ids:
             if (sequence := self._running.get(request_id)) is not None:
                 sequence.scheduled = True
+                if sequence.scheduled_at is None:
+                    sequence.scheduled_at = now
 
     # Outputs
 
@@ -255,6 +257,7 @@ class AsyncEngineClient:
         sequence = self._running[output.request_id]
         if sequence.last_token is None:
             sequence.wire = None
+            sequence.first_token = now
             waited = now - sequence.generation.arrival
             self._metrics.begun(sequence.prompt_tokens, output.num_cached_tokens, waited)
         elif output.token_ids:
@@ -262,6 +265,7 @@ class AsyncEngineClient:
         sequence.last_token = now
         if output.finish_reason is not None:
             del self._running[output.request_id]
+            sequence.finish_reason, sequence.output_tokens = output.finish_reason, output.num_output_tokens
             self._finished.count(now=now)
             if output.times is not None:
                 self._record(sequence, output, output.times)

@@ -6,20 +6,20 @@ from starlette.requests import Request
 
 from llmctl.config import ServeConfig
 from llmctl.errors import PermissionDeniedError, RequestError
-from llmctl.serving.middleware import KEY_SCOPE, ServerKeys
+from llmctl.serving.keys import KEY_SCOPE, ServerKeys
 from llmctl.serving.protocol import SamplingFields
 
 
-def tenant_of(request: Request, body: SamplingFields, keys: ServerKeys) -> str:
-    """The API key (its number, never itself) where there are several; else the body's ``user``; else the client's
-    address.
+def tenant_of(request: Request, body: SamplingFields | None, keys: ServerKeys) -> str:
+    """The API key (its name, never itself) where there are several; else the body's ``user``; else the client's
+    address. ``body`` is None for a request whose body is not known.
 
     With one key or none ``user`` is the client's own word: it parts the users of one application, and is no defence
     against a client that makes up names.
     """
-    if len(keys) > 1:
-        return f"key {request.scope[KEY_SCOPE]}"
-    if body.user:
+    if keys.several:
+        return f"key {request.scope[KEY_SCOPE].name}"
+    if body is not None and body.user:
         return f"user {body.user}"
     return f"address {request.client.host}" if request.client else ""
 
@@ -34,7 +34,9 @@ def check_priority(request: Request, body: SamplingFields, config: ServeConfig, 
         return
     if config.scheduling_policy == "fcfs":
         raise RequestError("priority: the server runs with --scheduling-policy fcfs", param="priority")
-    if len(keys) > 1 and request.scope[KEY_SCOPE] not in keys.may_set_priority:
+    if keys.several and not request.scope[KEY_SCOPE].may_set_priority:
         raise PermissionDeniedError(
-            "priority: this API key may not set it", fix="use one of the server's --priority-keys", param="priority"
+            "priority: this API key may not set it",
+            fix="use one of --priority-keys, or one with the word priority in --api-key-file",
+            param="priority",
         )
