@@ -122,7 +122,7 @@ OtlpTraces = Annotated[
     typer.Option(
         "--otlp-traces-endpoint",
         metavar="URL",
-        help="Send a trace of each request to this OpenTelemetry collector, by OTLP over HTTP. Needs llmctl[[otel]].",
+        help="Send a trace of each request to this OpenTelemetry collector, by OTLP over HTTP. Needs the extra otel.",
         rich_help_panel=_SERVER,
     ),
 ]

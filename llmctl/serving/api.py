@@ -42,7 +42,7 @@ log = logging.getLogger("llmctl.serving")
 Body = TypeVar("Body", bound=ApiModel)
 router = APIRouter()
 
-MOST_FIELDS_SHOWN = 20
+MOST_FIELDS_SHOWN = 20  # in the log, of those that a request has and no one knows
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -76,7 +76,8 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
     if outline.problem is not None:  # NaN and Infinity, which pydantic reads: nothing of this body has been counted
         raise RequestError(f"the request body is not valid JSON: {outline.problem}")
     if body.model_extra:
-        log.debug("ignored unknown request fields: %s", ", ".join(islice(body.model_extra, MOST_FIELDS_SHOWN)))
+        shown = ", ".join(islice(body.model_extra, MOST_FIELDS_SHOWN))
+        log.debug("ignored %d unknown request fields: %s", len(body.model_extra), shown)
     return body
 
 

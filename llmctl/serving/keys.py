@@ -107,7 +107,11 @@ def _split(given: str | None, param: str) -> list[str]:
     keys = [key for key in (part.strip() for part in (given or "").split(",")) if key]
     if any(key.split() != [key] for key in keys):
         option = param.replace("_", "-")
-        raise UsageError(f"--{option}: a key has white space, which no Bearer token can have", param=param)
+        raise UsageError(
+            f"--{option}: a key has white space, which no Bearer token can have",
+            fix="put commas between keys",
+            param=param,
+        )
     return keys
 
 

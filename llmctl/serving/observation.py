@@ -78,7 +78,7 @@ class Observation:
         asked: dict[str, Any] = {"stream": bool(body.stream), "n": body.n or 1, "priority": body.priority or 0}
         if (params := self.params) is not None:
             asked |= {"max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p}
-        if self.context.observers.want_texts:
+        if self.context.observers.want_texts and self.prompts:
             asked["prompts"] = tuple(p.token_ids if p.text is None else p.text for p in self.prompts)
         return asked
 

@@ -18,10 +18,10 @@ LONGEST_WORD = 256
 _MOST_PARTS, _MOST_PARTS_OF_LONG_WORDS = 64, 16
 """Of a word, that a key may have: bounds what a word costs."""
 
-_USER = re.compile(r"//[^/?#\s\"']*@")
+_USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
 _QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")
 _WORD = re.compile(r"\S+")
-_PART = re.compile(r"[^\W_]+|[\W_]")  # a run of letters and digits, or one other character
+_PART = re.compile(r"%(?:25)*[0-9A-Fa-f]{2}|[^\W_]+|[\W_]")  # a code, a run of letters and digits, another character
 
 
 class Redactor:

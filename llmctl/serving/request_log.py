@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ from llmctl.serving.request_record import RequestRecord
 
 log = logging.getLogger("llmctl.serving")
 
-FLUSH_SECONDS = 0.5
+FLUSH_SECONDS = 0.25
 MOST_RECORDS = 8192
 """Records that wait to be written, beyond which new ones are lost."""
 MOST_TEXT = 2**16
@@ -179,20 +180,17 @@ class RequestLog:
 
     def _put_out(self) -> None:
         """Write all lines, and change files where that is due."""
-        changes = self._reopens or self._deleted()
-        try:
-            self._write_lines()
-        except OSError:
-            if not changes:
-                raise
-        if changes:
+        reopens, self._reopens = self._reopens, False
+        if self._deleted():
             self._close_file()
-            self._descriptor = self._open()
-            self._reopens = False
-            self._write_lines()
+        elif reopens:
+            with contextlib.suppress(OSError):  # what is left goes into the next file
+                self._write_lines()
+            self._close_file()
+        self._write_lines()
 
     def _write_lines(self) -> None:
-        if self._descriptor is None:  # it could not be opened the last time
+        if self._descriptor is None:
             self._descriptor = self._open()
         while self._lines:
             line = self._lines[0]
