@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import signal
 import socket
 import time
@@ -226,6 +227,7 @@ def test_sighup_reads_keys_and_opens_the_log_again(observed: Observed) -> None:
     log.rename(moved)
     keys.write_text(entry("bob", "sk-new-one"))
     try:
+        os.kill(observed.server.worker_pid, signal.SIGHUP)  # service managers signal the whole group
         observed.reload("SIGHUP: 2 API keys")
         assert observed.post("sk-new-one", {"X-Request-Id": "by-bob"})[0] == 200
         assert observed.post(FILE_KEY)[0] == 401
@@ -248,3 +250,4 @@ def test_the_last_line_is_there_after_the_drain(observed: Observed) -> None:
     assert observed.server.process.wait(20) == 0
     assert observed.lines()[-1]["request_id"] == "before-the-end"
     assert "Traceback" not in observed.server.output
+    assert "restarting" not in observed.server.output

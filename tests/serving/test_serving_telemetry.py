@@ -1,0 +1,40 @@
+"""FastAPI's own telemetry stays off, whoever set up OpenTelemetry in this process: its spans hold the query of a URL."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("opentelemetry.sdk.trace", reason="needs the extra otel")
+
+CODE = """
+import asyncio
+from types import SimpleNamespace
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from llmctl.serving.app import create_app
+from llmctl.serving.keys import ServerKeys
+
+kept = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(kept))
+trace.set_tracer_provider(provider)
+app = create_app(SimpleNamespace(keys=ServerKeys(), max_body_bytes=lambda: 1))
+said = []
+
+async def send(message):
+    said.append(message.get("status"))
+
+scope = {"type": "http", "method": "GET", "path": "/version", "query_string": b"k=sk", "headers": [], "root_path": ""}
+asyncio.run(app(scope, None, send))
+print(said[0], len(kept.get_finished_spans()))
+"""
+
+
+def test_a_provider_of_the_process_gets_no_span() -> None:
+    result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert result.stdout.split() == ["200", "0"], result.stderr
