@@ -33,8 +33,10 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def writing(path: Path | str) -> Iterator[RequestLog]:
     made = RequestLog(str(path), REDACTOR)
-    yield made
-    made.close()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""FastAPI's own telemetry stays off, whoever set up OpenTelemetry in this process: its spans hold the query of a URL."""
+"""FastAPI's own telemetry stays off, whoever set up OpenTelemetry in the process: its spans hold the query of a URL."""
 
 from __future__ import annotations
 
