@@ -21,7 +21,8 @@ _MOST_PARTS, _MOST_PARTS_OF_LONG_WORDS = 64, 16
 _USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
 _QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")
 _WORD = re.compile(r"\S+")
-_PART = re.compile(r"%(?:25)*[0-9A-Fa-f]{2}|[^\W_]+|[\W_]")  # a code, a run of letters and digits, another character
+_PART = re.compile(r"[^\W_]+|[\W_]")  # a run of letters and digits, or another character
+_CODE = re.compile(r"%(?:25)*[0-9A-Fa-f]{2}")
 
 
 class Redactor:
@@ -50,7 +51,9 @@ class Redactor:
         return _WORD.sub(lambda match: self._word(match[0]), text)
 
     def _word(self, word: str) -> str:
-        starts = [match.start() for match in _PART.finditer(word)]
+        # Of "%3Babc" both readings count: the letters may begin after the code, or after the percent sign.
+        ends_of_codes = {match.end() for match in _CODE.finditer(word)} if "%" in word else set()
+        starts = sorted({match.start() for match in _PART.finditer(word)} | ends_of_codes - {len(word)})
         borders = [*starts, len(word)]
         most = _MOST_PARTS if len(word) <= LONGEST_WORD else _MOST_PARTS_OF_LONG_WORDS
         kept: list[str] = []

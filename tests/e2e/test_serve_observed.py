@@ -243,11 +243,17 @@ def test_sighup_reads_keys_and_opens_the_log_again(observed: Observed) -> None:
     assert observed.post()[0] == 200
 
 
-def test_the_last_line_is_there_after_the_drain(observed: Observed) -> None:
-    """Ends the server; the last test of this file."""
-    observed.post(headers={"X-Request-Id": "before-the-end"})
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_the_end_of_the_server_is_the_end_of_the_log(observed: Observed) -> None:
+    """Ends the server, the last test of this file: with a log that cannot be written, which it says at its end."""
+    observed.log.unlink()
+    observed.log.symlink_to("/dev/full")
+    observed.reload("SIGHUP: 2 API keys")
+    assert observed.post()[0] == 200
+    wait_for(lambda: "No space left on device; the server goes on" in observed.server.output)
+    assert observed.post()[0] == 200
     observed.server.process.send_signal(signal.SIGTERM)
     assert observed.server.process.wait(20) == 0
-    assert observed.lines()[-1]["request_id"] == "before-the-end"
+    assert f"--request-log {observed.log}: the last 2 records are lost" in observed.server.output
     assert "Traceback" not in observed.server.output
     assert "restarting" not in observed.server.output

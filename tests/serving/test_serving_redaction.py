@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.serving.keys import ServerKeys, key_digest
@@ -23,6 +23,7 @@ _CHARACTERS = string.ascii_letters + string.digits + "-._~+/="
 _BESIDE = st.text(st.sampled_from(" \t\n\"'/?&=:@,;()[]{}<>|#%!$^*`~+-._\\"), max_size=4)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(KEYS), _BESIDE, _BESIDE, st.text("xyz", max_size=3), st.booleans())
 def test_a_key_is_found_between_any_two_marks(key: str, before: str, after: str, word: str, coded: bool) -> None:
     text = f"{word} {before}{quote(key, safe='') if coded else key}{after} {word}"
@@ -31,6 +32,7 @@ def test_a_key_is_found_between_any_two_marks(key: str, before: str, after: str,
         assert quote(key, safe="") not in shown
 
 
+@settings(deadline=None)
 @given(st.text(_CHARACTERS, min_size=1, max_size=60).filter(lambda key: "," not in key))
 def test_any_key_is_found_in_a_path(key: str) -> None:
     redactor = Redactor(ServerKeys(key))
@@ -39,6 +41,7 @@ def test_any_key_is_found_in_a_path(key: str) -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_what_has_no_key_stays(text: str) -> None:
     redactor = Redactor(ServerKeys("0123456789abcdefghijklmnopqrstuvwxyz"))

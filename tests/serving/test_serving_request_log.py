@@ -106,6 +106,15 @@ def test_it_is_written_while_the_server_runs(tmp_path: Path) -> None:
         wait_until(lambda: ids(file) == ["r0", "r1", "r2"])
 
 
+def test_the_end_writes_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_log, "FLUSH_SECONDS", 1000.0)
+    file = tmp_path / "log"
+    with writing(file) as made:
+        made.write(record())
+        assert lines(file) == []
+    assert ids(file) == ["r0"]
+
+
 def test_it_is_appended_to(tmp_path: Path) -> None:
     file = tmp_path / "log"
     for number in range(2):
