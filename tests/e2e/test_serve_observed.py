@@ -246,6 +246,8 @@ def test_sighup_reads_keys_and_opens_the_log_again(observed: Observed) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_the_end_of_the_server_is_the_end_of_the_log(observed: Observed) -> None:
     """Ends the server, the last test of this file: with a log that cannot be written, which it says at its end."""
+    observed.post(headers={"X-Request-Id": "written"})
+    observed.line("written")
     observed.log.unlink()
     observed.log.symlink_to("/dev/full")
     observed.reload("SIGHUP: 2 API keys")
