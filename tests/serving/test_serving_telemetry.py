@@ -11,19 +11,25 @@ pytest.importorskip("opentelemetry.sdk.trace", reason="needs the extra otel")
 
 CODE = """
 import asyncio
-from types import SimpleNamespace
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from llmctl.config import ServeConfig
 from llmctl.serving.app import create_app
+from llmctl.serving.client import AsyncEngineClient
+from llmctl.serving.context import ServerContext
 from llmctl.serving.keys import ServerKeys
+from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.redaction import Redactor
 
 kept = InMemorySpanExporter()
 provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(kept))
 trace.set_tracer_provider(provider)
-app = create_app(SimpleNamespace(keys=ServerKeys(), max_body_bytes=lambda: 1))
+config, metrics, keys = ServeConfig(), ServerMetrics("m"), ServerKeys()
+client = AsyncEngineClient(config, metrics, stall_timeout=60)
+app = create_app(ServerContext(config, "m", client, metrics, keys, Redactor(keys)))
 said = []
 
 async def send(message):
