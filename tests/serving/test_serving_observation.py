@@ -13,7 +13,7 @@ from llmctl.engine.output import TextOutput
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import CapacityError, LlmctlError, QueueFullError, RequestError
-from llmctl.serving.generation import Generation, RunningSequence
+from llmctl.serving.generation import Generation, RunningSequence, Samples
 from llmctl.serving.intake import Prompt
 from llmctl.serving.keys import KEY_SCOPE, ServerKeys
 from llmctl.serving.observation import Observation
@@ -64,7 +64,7 @@ class Case:
         seen.usage = TextCount(4) if self.observers.want_texts else UsageCount(4)
         generation = seen.generation = Generation(len(ends), lambda _: None)
         for index, end in enumerate(ends):
-            made = RunningSequence(str(index), generation, index, 2, None)
+            made = RunningSequence(str(index), generation, index, 2, Samples(n, n), 9, None)
             generation.sequences.append(made)
             if end is not None:
                 made.scheduled_at, made.first_token, made.last_token = (generation.arrival + s for s in (1, 3, 7))
