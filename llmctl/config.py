@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,9 @@ class ServeConfig(EngineOptions):
     port: int = 8000
     served_model_name: str | None = None
     chat_template: str | None = None
-    api_key: str | None = None
-    priority_keys: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    priority_keys: str | None = field(default=None, repr=False)
+    api_key_file: str | None = None
     deadline: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
@@ -128,6 +130,13 @@ class ServeConfig(EngineOptions):
     max_restarts: int = 3
     metrics_prefix: str = "llmctl"
     log_level: str = "info"
+    request_log: str | None = None
+    request_log_text: bool = False
+    otlp_traces_endpoint: str | None = None
+
+
+SECRET_OPTIONS = frozenset({"api_key", "priority_keys"})
+"""Options whose values are shown nowhere."""
 
 
 def load_yaml_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
@@ -143,8 +152,7 @@ def load_yaml_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}", param="config") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path}: not valid YAML: {reason}", param="config") from error
+        raise UsageError(f"--config {path}: not valid YAML: {_yaml_problem(error)}", param="config") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, Mapping):
@@ -157,6 +165,15 @@ def load_yaml_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
             raise UsageError(f"--config {path}: unknown option '{key}'{_nearest(name, names)}", param=str(key))
         options[name] = value
     return options
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, without the text there, which may be a key."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return type(error).__name__
+    shown = re.sub("'[^']{2,}'", "[not shown]", problem)
+    return f"{shown}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from llmctl.config import load_yaml_options
+from llmctl.config import SECRET_OPTIONS, load_yaml_options
 from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,9 +36,18 @@ class OneLineErrors(TyperGroup):
         except _CommandLineError as error:
             if message := error.format_message().strip():  # empty: no arguments, and the help is already printed
                 command = error.ctx.command_path if error.ctx else "llmctl"
+                message = _without_extra_words(message, sys.argv[1:] if args is None else args)
                 report(UsageError(message.rstrip("."), fix=f"see {command} --help"))
             code = ExitCode.USAGE
         sys.exit(int(code) if isinstance(code, int) else 0)
+
+
+def _without_extra_words(message: str, args: Sequence[str]) -> str:
+    """The message without the words that are one too many, which may be keys (``--api-key A, B``)."""
+    secret = tuple("--" + name.replace("_", "-") for name in SECRET_OPTIONS)
+    if message.startswith("Got unexpected extra argument") and any(arg.startswith(secret) for arg in args):
+        return message.partition(" (")[0] + ", not shown as a key is given"
+    return message
 
 
 def _apply_config(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -74,7 +83,9 @@ def _default(path: Path, parameter: Any, key: str, found: Any) -> Any:
     for item in items:
         scalar = not isinstance(item, list | dict)
         if item is not None and (not scalar or isinstance(item, bool) != switch):
-            shown = str(item).lower() + ("" if switch else " (quote it if it is text)") if scalar else str(item)
+            shown = "something else" if key in SECRET_OPTIONS else str(item)
+            if scalar:
+                shown = shown.lower() + ("" if switch else " (quote it if it is text)")
             name = key.replace("_", "-")
             raise UsageError(f"--config {path}: {name}: expected {wanted}, found {shown}", param=parameter.name)
     if found is None or switch:

@@ -104,13 +104,37 @@ LogLevel = Annotated[
     str,
     typer.Option("--log-level", help="debug (with an access log), info, warning or error.", rich_help_panel=_SERVER),
 ]
+RequestLog = Annotated[
+    str | None,
+    typer.Option(
+        "--request-log",
+        metavar="FILE",
+        help="One JSON object for each finished or refused request, without texts; -: stdout. SIGHUP opens FILE again.",
+        rich_help_panel=_SERVER,
+    ),
+]
+RequestLogText = Annotated[
+    bool,
+    typer.Option("--request-log-text", help="Prompts and outputs in the request log, too.", rich_help_panel=_SERVER),
+]
+OtlpTraces = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="Send a trace of each request to this OpenTelemetry collector, by OTLP over HTTP. Needs the extra otel.",
+        rich_help_panel=_SERVER,
+    ),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(
         "--api-key",
         envvar="LLMCTL_API_KEY",
         metavar="KEY",
-        help="Required of every request but /health and /ready; several: comma-separated.",
+        show_default=False,
+        help="Required of every request but /health and /ready; several: comma-separated. Other users of the machine "
+        "can see it on the command line: prefer the variable, or --api-key-file.",
         rich_help_panel=_SECURITY,
     ),
 ]
@@ -120,8 +144,20 @@ PriorityKeys = Annotated[
         "--priority-keys",
         envvar="LLMCTL_PRIORITY_KEYS",
         metavar="KEY",
+        show_default=False,
         help="More keys, comma-separated: with several keys in all, only requests with one of these may set priority "
         "or deadline.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+ApiKeyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-file",
+        envvar="LLMCTL_API_KEY_FILE",
+        metavar="FILE",
+        help="More keys, hashed: lines of NAME sha256:HEX, then the word priority if the key may set priority or "
+        "deadline. Read again on SIGHUP.",
         rich_help_panel=_SECURITY,
     ),
 ]
@@ -285,8 +321,12 @@ def serve(
     max_restarts: MaxRestarts = _D.max_restarts,
     metrics_prefix: MetricsPrefix = _D.metrics_prefix,
     log_level: LogLevel = _D.log_level,
+    request_log: RequestLog = _D.request_log,
+    request_log_text: RequestLogText = _D.request_log_text,
+    otlp_traces_endpoint: OtlpTraces = _D.otlp_traces_endpoint,
     api_key: ApiKey = _D.api_key,
     priority_keys: PriorityKeys = _D.priority_keys,
+    api_key_file: ApiKeyFile = _D.api_key_file,
     ssl_keyfile: SslKey = _D.ssl_keyfile,
     ssl_certfile: SslCert = _D.ssl_certfile,
     max_model_len: MaxModelLen = _D.max_model_len,
@@ -342,6 +382,7 @@ def serve(
         chat_template=chat_template,
         api_key=api_key,
         priority_keys=priority_keys,
+        api_key_file=api_key_file,
         ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile,
         max_body=max_body,
@@ -350,6 +391,9 @@ def serve(
         max_restarts=max_restarts,
         metrics_prefix=metrics_prefix,
         log_level=log_level,
+        request_log=request_log,
+        request_log_text=request_log_text,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     from llmctl.serving.launch import run_server
 

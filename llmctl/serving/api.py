@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,7 @@ from llmctl.errors import LlmctlError, RequestError
 from llmctl.serving.context import Model, ServerContext, context_of
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.intake import Prompt
+from llmctl.serving.observation import Observation
 from llmctl.serving.openai_errors import body_of, from_validation_error, json_response
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, SamplingFields
@@ -27,6 +29,7 @@ from llmctl.serving.responses import (
     DONE_EVENT,
     CompletionLogprobs,
     Envelope,
+    TextCount,
     UsageCount,
     chat_logprobs,
     event,
@@ -39,6 +42,8 @@ log = logging.getLogger("llmctl.serving")
 
 Body = TypeVar("Body", bound=ApiModel)
 router = APIRouter()
+
+MOST_FIELDS_SHOWN = 20  # in the log, of those that a request has and no one knows
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -72,18 +77,26 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
     if outline.problem is not None:  # NaN and Infinity, which pydantic reads: nothing of this body has been counted
         raise RequestError(f"the request body is not valid JSON: {outline.problem}")
     if body.model_extra:
-        log.debug("ignored unknown request fields: %s", ", ".join(body.model_extra))
+        shown = ", ".join(islice(body.model_extra, MOST_FIELDS_SHOWN))
+        log.debug("ignored %d unknown request fields: %s", len(body.model_extra), shown)
     return body
 
 
 class EventStream(Response):
     """Server-sent events of one generation, which is aborted when the client goes away or the response fails."""
 
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation, watcher: asyncio.Task[None]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        generation: Generation,
+        watcher: asyncio.Task[None],
+        on_end: Callable[[], None],
+    ) -> None:
         super().__init__()
         self._events = events
         self._generation = generation
         self._watcher = watcher
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
@@ -94,6 +107,7 @@ class EventStream(Response):
         finally:
             self._watcher.cancel()
             self._generation.abort()
+            self._on_end()
 
 
 async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None:
@@ -271,32 +285,39 @@ def _check_options(request: Request, context: ServerContext, body: SamplingField
     return deadline_of(body, context.deadline)
 
 
-async def _respond(
-    request: Request, context: ServerContext, body: SamplingFields, specs: list[SequenceSpec], answer: Answer
-) -> Response:
-    generation = context.client.generate(specs, tenant_of(request, body, context.keys))
+async def _respond(seen: Observation, body: SamplingFields, specs: list[SequenceSpec], answer: Answer) -> Response:
+    request, context = seen.request, seen.context
+    if context.observers.want_texts:
+        answer.usage = TextCount(answer.usage.prompt_tokens)
+    seen.usage, seen.params = answer.usage, specs[0].params
+    generation = seen.generation = context.client.generate(specs, tenant_of(request, body, context.keys))
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
         if body.stream:
             # The status line waits for the first output, so that a refusal by the scheduler has its own status.
             await generation.started()
-            return EventStream(answer.stream(generation), generation, watcher)
+            return EventStream(answer.stream(generation), generation, watcher, seen.end)
         outputs = await generation.result()
     except BaseException:
         watcher.cancel()
         generation.abort()
         raise
     watcher.cancel()
-    return json_response(answer.whole(outputs))
+    response = json_response(answer.whole(outputs))
+    seen.end()
+    return response
 
 
 @contextlib.contextmanager
-def _counted(context: ServerContext) -> Iterator[None]:
-    """Count a refusal under its reason."""
+def _counted(request: Request, context: ServerContext) -> Iterator[Observation]:
+    """Observe a request, and count a refusal under its reason."""
+    seen = Observation(request, context)
     try:
-        yield
-    except LlmctlError as error:
-        context.metrics.rejected(error.code or "invalid_request")
+        yield seen
+    except BaseException as error:
+        if isinstance(error, LlmctlError):
+            context.metrics.rejected(error.code or "invalid_request")
+        seen.end(error)
         raise
 
 
@@ -304,29 +325,30 @@ def _counted(context: ServerContext) -> Iterator[None]:
 async def completions(request: Request) -> Response:
     """Continue a text."""
     context = context_of(request)
-    with _counted(context):
+    with _counted(request, context) as seen:
         model = context.model()
-        body = await parse(request, CompletionRequest, lambda outline: _check_outline(context, outline))
+        seen.body = body = await parse(request, CompletionRequest, lambda outline: _check_outline(context, outline))
         deadline = _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
         params = await model.intake.completion_params(body)
-        prompts = await model.intake.completion_prompts(body)
+        seen.prompts = prompts = await model.intake.completion_prompts(body)
         params = model.intake.fit_completion(params, body, prompts)
         answer = CompletionAnswer(model, prompts, params.n, body)
-        return await _respond(request, context, body, _sequences(prompts, params, body, deadline), answer)
+        return await _respond(seen, body, _sequences(prompts, params, body, deadline), answer)
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
-    with _counted(context):
+    with _counted(request, context) as seen:
         model = context.model()
-        body = await parse(request, ChatCompletionRequest, lambda outline: _check_outline(context, outline))
+        seen.body = body = await parse(request, ChatCompletionRequest, lambda outline: _check_outline(context, outline))
         deadline = _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
         params = await model.intake.chat_params(body)
         prompt = await model.intake.chat_prompt(body, len(await request.body()))
+        seen.prompts = [prompt]
         params = model.intake.fit_chat(params, body, prompt)
         answer = ChatAnswer(model, prompt, params.n, body)
-        return await _respond(request, context, body, _sequences([prompt], params, body, deadline), answer)
+        return await _respond(seen, body, _sequences([prompt], params, body, deadline), answer)

@@ -22,6 +22,9 @@ from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
+# FastAPI's own spans would hold the query of a URL, with whatever key stands in it. Older versions have none.
+_NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+
 
 def create_app(context: ServerContext) -> FastAPI:
     """The app of one server."""
@@ -31,6 +34,7 @@ def create_app(context: ServerContext) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        telemetry=_NO_TELEMETRY,
     )
     app.state.context = context
     # Made now, while the worker loads the engine: later it would keep streams waiting.

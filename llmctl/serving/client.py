@@ -270,12 +270,14 @@ class AsyncEngineClient:
 
     def on_scheduled(self, request_ids: list[str]) -> None:
         """Remember what is in a step that may be the worker's last."""
-        self._last_sign = time.monotonic()
+        now = self._last_sign = time.monotonic()
         for request_id in request_ids:
             if (sequence := self._running.get(request_id)) is not None:
                 sequence.scheduled = True
                 if self._predictor is not None:
                     self._predictor.scheduled(request_id)
+                if sequence.scheduled_at is None:
+                    sequence.scheduled_at = now
 
     # Outputs
 
@@ -314,6 +316,7 @@ class AsyncEngineClient:
         sequence.last_token = now
         if output.finish_reason is not None:
             del self._running[output.request_id]
+            sequence.finish_reason, sequence.output_tokens = output.finish_reason, output.num_output_tokens
             self._finished.count(now=now)
             self._metrics.goodput.ended(sequence.deadline, sequence.ttft, sequence.mean_itl(output.num_output_tokens))
             if self._predictor is not None:

@@ -13,8 +13,10 @@ from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
-from llmctl.serving.middleware import ServerKeys
+from llmctl.serving.observers import RequestObservers
+from llmctl.serving.redaction import Redactor
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -67,14 +69,15 @@ class ServerContext:
     model_name: str
     client: AsyncEngineClient
     metrics: ServerMetrics
+    keys: ServerKeys
+    redactor: Redactor
+    observers: RequestObservers = field(default_factory=RequestObservers)
     loaded: Model | None = None
     created: int = field(default_factory=lambda: int(time.time()))
-    keys: ServerKeys = field(init=False)
     deadline: Deadline = field(init=False)
 
     def __post_init__(self) -> None:
         self.deadline = Deadline.parse(self.config.deadline, "--deadline")
-        self.keys = ServerKeys(self.config.api_key, self.config.priority_keys)
 
     def model(self) -> Model:
         """The model.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.output import TextOutput, merge_outputs
+from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.serving.wire import WireRequest
 
@@ -45,7 +46,9 @@ class RunningSequence:
     Attributes:
         samples: shared with the other samples of its prompt. max_tokens: what it may generate; None: up to the context.
         wire: what the worker is sent of it; None once it has a token, for then it is not sent again.
-        first_token, last_token: when its first and its newest token came, seconds on ``time.monotonic``.
+        scheduled_at, first_token, last_token: when it was first in a step, and when its first and newest token came,
+            seconds on ``time.monotonic``.
+        finish_reason, output_tokens: once it is finished.
         sent, scheduled: whether the present worker has it, and has had it in a step.
     """
 
@@ -61,6 +64,9 @@ class RunningSequence:
     last_token: float | None = None
     sent: bool = False
     scheduled: bool = False
+    scheduled_at: float | None = None
+    finish_reason: FinishReason | None = None
+    output_tokens: int = 0
 
     @property
     def ttft(self) -> float:
@@ -105,6 +111,16 @@ class Generation:
     def done(self) -> bool:
         """Whether nothing more will come."""
         return self._unfinished == 0 or self._error is not None or self._aborted
+
+    @property
+    def error(self) -> Exception | None:
+        """What it ended with, if that is an error."""
+        return self._error
+
+    @property
+    def aborted(self) -> bool:
+        """Whether it was dropped before it was done."""
+        return self._aborted
 
     @property
     def begun(self) -> bool:

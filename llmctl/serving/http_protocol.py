@@ -108,8 +108,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()  # raises on a target that is no URL: then there is nothing to answer but that
         self._waits_for = "body"
-        super().on_headers_complete()
         if self.cycle is None or self.cycle.scope is not self.scope:  # an upgrade, which is not answered here
             return
         name = self._request_id()

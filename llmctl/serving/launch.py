@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
     from llmctl.serving.client import AsyncEngineClient
     from llmctl.serving.context import ServerContext
+    from llmctl.serving.keys import ServerKeys
     from llmctl.serving.lifecycle import WorkerLifecycle
+    from llmctl.serving.observers import RequestObservers
+    from llmctl.serving.redaction import Redactor
 
 log = logging.getLogger("llmctl.serving")
 
@@ -45,11 +49,38 @@ def run_server(config: ServeConfig) -> None:
     Raises:
         LlmctlError: the port is taken, the engine did not start, or it died.
     """
+    from llmctl.serving.redaction import Redactor
+
     check_config(config)
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    keys = server_keys(config)
+    redactor = Redactor(keys)
+    config = dataclasses.replace(config, api_key=None, priority_keys=None)  # from here on there are only digests
+    _start_logging(config.log_level, redactor)
+    if (warning := keys.warning()) is not None:
+        log.warning("%s", warning)
     listener = bind(config.host, config.port)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_Server(config, listener).run())
+        runner.run(_Server(config, listener, keys, redactor).run())
+
+
+def server_keys(config: ServeConfig) -> ServerKeys:
+    """The keys of ``--api-key``, ``--priority-keys`` and ``--api-key-file``.
+
+    Raises:
+        UsageError: one of these is not keys.
+    """
+    from llmctl.serving.keys import ServerKeys
+
+    file = None if config.api_key_file is None else Path(config.api_key_file)
+    return ServerKeys(config.api_key, config.priority_keys, file)
+
+
+def _start_logging(level: str, redactor: Redactor) -> None:
+    from llmctl.serving.redaction import RedactingFormatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter(redactor, "%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def check_config(config: ServeConfig) -> None:
@@ -85,6 +116,12 @@ def check_config(config: ServeConfig) -> None:
         raise UsageError("--api-key is empty", fix="leave it out to serve without a key", param="api_key")
     if config.priority_keys is not None and not config.priority_keys.strip(", "):
         raise UsageError("--priority-keys is empty", fix="leave it out", param="priority_keys")
+    if config.request_log_text and config.request_log is None:
+        raise UsageError("--request-log-text needs --request-log", param="request_log_text")
+    if config.otlp_traces_endpoint is not None:
+        from llmctl.serving.tracing import traces_url
+
+        traces_url(config.otlp_traces_endpoint)
     if config.ssl_certfile and not config.ssl_keyfile:
         raise UsageError("--ssl-certfile needs --ssl-keyfile", param="ssl_keyfile")
     if config.ssl_keyfile and not config.ssl_certfile:
@@ -156,15 +193,18 @@ def _loop_factory() -> Any:
 class _Server:
     """One run of the server."""
 
-    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, listener: socket.socket, keys: ServerKeys, redactor: Redactor) -> None:
         self._config = config
         self._listener = listener
+        self._keys = keys
+        self._redactor = redactor
         self._began = time.perf_counter()
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
         from llmctl.serving.client import AsyncEngineClient
         from llmctl.serving.metrics import ServerMetrics
+        from llmctl.serving.observers import RequestObservers
 
         config = self._config
         name = config.served_model_name or default_model_name(config.model)
@@ -177,13 +217,14 @@ class _Server:
             log_level=config.log_level,
         )
         client.worker.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
-        self._install_signals(client.worker)
+        observers = RequestObservers.of(config, self._redactor)
+        self._install_signals(client.worker, observers)
         await client.worker.start()
         try:
             from llmctl.serving.app import create_app
             from llmctl.serving.context import ServerContext
 
-            context = ServerContext(config, name, client, metrics)
+            context = ServerContext(config, name, client, metrics, self._keys, self._redactor, observers)
             server = self._http_server(create_app(context))
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             try:
@@ -192,6 +233,7 @@ class _Server:
                 await self._stop_http(server, serving)
         finally:
             await client.close()
+            await asyncio.to_thread(observers.close)
 
     def _http_server(self, app: Any) -> uvicorn.Server:
         import uvicorn
@@ -228,7 +270,7 @@ class _Server:
             ) from error
         return Server(settings)
 
-    def _install_signals(self, worker: WorkerLifecycle) -> None:
+    def _install_signals(self, worker: WorkerLifecycle, observers: RequestObservers) -> None:
         loop = asyncio.get_running_loop()
 
         def on_signal(number: int) -> None:
@@ -247,6 +289,20 @@ class _Server:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
+        if self._config.api_key_file is not None or self._config.request_log is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload, observers)
+
+    def _reload(self, observers: RequestObservers) -> None:
+        """SIGHUP: read the key file again, open the request log again."""
+        observers.reopen()
+        try:
+            self._keys.reload()
+        except UsageError as error:
+            log.error("SIGHUP: %s; the keys are what they were", error)
+            return
+        log.info("SIGHUP: %d API keys", len(self._keys))
+        if (warning := self._keys.warning()) is not None:
+            log.warning("%s", warning)
 
     async def _supervise(self, context: ServerContext) -> None:
         """From start to the decision to end.
@@ -296,7 +352,9 @@ class _Server:
         gc.collect()
         gc.freeze()
         client.admit()
-        print_summary(config, context.loaded, worker.engine_path, time.perf_counter() - self._began)
+        print_summary(
+            config, context.loaded, worker.engine_path, time.perf_counter() - self._began, keyed=bool(self._keys)
+        )
 
     async def _drain(self, client: AsyncEngineClient) -> None:
         try:

@@ -5,44 +5,15 @@ Starlette's ``BaseHTTPMiddleware`` is avoided: it wraps the response stream in a
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmctl.errors import RequestError
+from llmctl.serving.keys import KEY_SCOPE, ServerKeys
 from llmctl.serving.openai_errors import error_body, error_response, json_response
 
 LIVENESS_PATHS = frozenset({"/health", "/ready"})
-
-
-KEY_SCOPE = "llmctl.api_key"
-"""Where a request's scope says which of the server's keys it brought, by number."""
-
-
-class ServerKeys:
-    """The accepted API keys, by number, and which of them may set a priority; both from comma-separated text.
-
-    Attributes:
-        may_set_priority: numbers.
-    """
-
-    def __init__(self, api_key: str | None, priority_keys: str | None) -> None:
-        plain, privileged = _split(api_key), _split(priority_keys)
-        self._keys = [key.encode() for key in dict.fromkeys([*plain, *privileged])]
-        self.may_set_priority = frozenset(self._keys.index(key.encode()) for key in privileged)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def find(self, token: bytes) -> int | None:
-        """The number of a key. Every key is compared, in constant time, whatever the outcome."""
-        matches = [hmac.compare_digest(token, key) for key in self._keys]
-        return matches.index(True) if any(matches) else None
-
-
-def _split(given: str | None) -> list[str]:
-    return [key for key in (part.strip() for part in (given or "").split(",")) if key]
 
 
 class BodyTooLargeError(RequestError):
@@ -81,9 +52,9 @@ class ApiKeyGate:
     def _allowed(self, scope: Scope) -> bool:
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, token = header.partition(b" ")
-        number = self._keys.find(token.strip())
-        scope[KEY_SCOPE] = number
-        return scheme.lower() == b"bearer" and number is not None
+        key = self._keys.find(token.strip())
+        scope[KEY_SCOPE] = key
+        return scheme.lower() == b"bearer" and key is not None
 
 
 class BodyGate:

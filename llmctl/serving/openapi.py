@@ -97,7 +97,11 @@ def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
     }
     if with_keys:
         document["components"]["securitySchemes"] = {
-            "apiKey": {"type": "http", "scheme": "bearer", "description": "One of `--api-key` or `--priority-keys`."}
+            "apiKey": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "One of the keys of `--api-key`, `--priority-keys` or `--api-key-file`.",
+            }
         }
         document["security"] = [{"apiKey": []}]
     return document

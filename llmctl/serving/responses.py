@@ -58,10 +58,28 @@ class UsageCount:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(n for index, n in self.cached.items() if index % samples == 0)
-            },
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens(samples)},
         }
+
+    def cached_tokens(self, samples: int) -> int:
+        """Cached tokens of the prompts."""
+        return sum(n for index, n in self.cached.items() if index % samples == 0)
+
+
+@dataclass(slots=True)
+class TextCount(UsageCount):
+    """Counts tokens and keeps what they say, by sequence."""
+
+    parts: dict[int, list[str]] = field(default_factory=dict)
+
+    def count(self, index: int, output: TextOutput) -> None:
+        """Take in output."""
+        UsageCount.count(self, index, output)
+        self.parts.setdefault(index, []).append(output.text)
+
+    def texts(self) -> tuple[str, ...]:
+        """The text of each sequence that has any, in order."""
+        return tuple("".join(parts) for _, parts in sorted(self.parts.items()))
 
 
 class Envelope:

@@ -23,8 +23,8 @@ def base_url(config: ServeConfig) -> str:
     return f"{'https' if config.ssl_certfile else 'http'}://{host}:{config.port}"
 
 
-def curl_line(config: ServeConfig, model: Model) -> str:
-    """A command that asks the server something."""
+def curl_line(config: ServeConfig, model: Model, *, keyed: bool) -> str:
+    """A command that asks the server something, with a key if it is ``keyed``."""
     body: dict[str, Any] = {"model": model.name, "max_tokens": 50}
     if model.intake.has_chat_template:
         path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello!"}]
@@ -32,10 +32,10 @@ def curl_line(config: ServeConfig, model: Model) -> str:
         path, body["prompt"] = "completions", "Once upon a time"
     words = ["curl", f"{base_url(config)}/v1/{path}", "-H", "Content-Type: application/json"]
     line = shlex.join([*words, "-d", msgspec.json.encode(body).decode()])
-    return line + ' -H "Authorization: Bearer $LLMCTL_API_KEY"' if config.api_key or config.priority_keys else line
+    return line + ' -H "Authorization: Bearer $LLMCTL_API_KEY"' if keyed else line
 
 
-def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float) -> None:
+def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float, *, keyed: bool) -> None:
     """The engine, the limits, the URL, and a line to try; on a device with memory of its own, what takes how much."""
     info = model.info
     kv_tokens = info.num_blocks * info.block_size
@@ -49,7 +49,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
         "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
         "sampling": ", ".join(f"{k} {v}" for k, v in model.intake.defaults.items()) or "OpenAI's defaults",
-        "access": "API key" if config.api_key or config.priority_keys else f"open to whoever reaches {config.host}",
+        "access": "API key" if keyed else f"open to whoever reaches {config.host}",
         "URL": base_url(config),
     }
     table = Table.grid(padding=(0, 2))
@@ -62,7 +62,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
 
         console.print(render(info.memory, note=info.memory_note), highlight=False)
     # Printed as it is: a wrapped command line could not be copied.
-    console.print(f"try: {curl_line(config, model)}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"try: {curl_line(config, model, keyed=keyed)}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _mib(size: int) -> str:

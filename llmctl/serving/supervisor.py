@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
 
 import msgspec
 
-from llmctl.config import EngineOptions
+from llmctl.config import SECRET_OPTIONS, EngineOptions
+
+_SECRET_VARIABLES = frozenset(f"LLMCTL_{name.upper()}" for name in SECRET_OPTIONS)
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
@@ -64,6 +67,7 @@ class WorkerProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
             pass_fds=[end.fileno()],
+            env={name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES},
         )
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):

@@ -7,20 +7,20 @@ from starlette.requests import Request
 from llmctl.config import ServeConfig
 from llmctl.engine.deadline import Deadline
 from llmctl.errors import PermissionDeniedError, RequestError, UsageError
-from llmctl.serving.middleware import KEY_SCOPE, ServerKeys
+from llmctl.serving.keys import KEY_SCOPE, ServerKeys
 from llmctl.serving.protocol import SamplingFields
 
 
-def tenant_of(request: Request, body: SamplingFields, keys: ServerKeys) -> str:
-    """The API key (its number, never itself) where there are several; else the body's ``user``; else the client's
-    address.
+def tenant_of(request: Request, body: SamplingFields | None, keys: ServerKeys) -> str:
+    """The API key (its name, never itself) where there are several; else the body's ``user``; else the client's
+    address. ``body`` is None for a request whose body is not known.
 
     With one key or none ``user`` is the client's own word: it parts the users of one application, and is no defence
     against a client that makes up names.
     """
-    if len(keys) > 1:
-        return f"key {request.scope[KEY_SCOPE]}"
-    if body.user:
+    if keys.several:
+        return f"key {request.scope[KEY_SCOPE].name}"
+    if body is not None and body.user:
         return f"user {body.user}"
     return f"address {request.client.host}" if request.client else ""
 
@@ -36,9 +36,11 @@ def check_precedence(request: Request, body: SamplingFields, config: ServeConfig
             continue
         if config.scheduling_policy == "fcfs":
             raise RequestError(f"{name}: the server runs with --scheduling-policy fcfs", param=name)
-        if len(keys) > 1 and request.scope[KEY_SCOPE] not in keys.may_set_priority:
+        if keys.several and not request.scope[KEY_SCOPE].may_set_priority:
             raise PermissionDeniedError(
-                f"{name}: this API key may not set it", fix="use one of the server's --priority-keys", param=name
+                f"{name}: this API key may not set it",
+                fix="use one of --priority-keys, or one with the word priority in --api-key-file",
+                param=name,
             )
 
 

@@ -1,8 +1,8 @@
 """The worker process: one engine loop behind one channel. ``python -m llmctl.serving.worker``, settings on stdin.
 
 It dies with the API process: on Linux the kernel kills it (PR_SET_PDEATHSIG), elsewhere the end of stdin, which the API
-process holds open, does. It ignores SIGINT and SIGTERM: a terminal's Ctrl-C and a service manager signal the whole
-group, and the worker must outlive the drain; the API process tells it when to stop.
+process holds open, does. It ignores SIGINT, SIGTERM and SIGHUP: a terminal's Ctrl-C and a service manager signal the
+whole group, and the worker must outlive the drain and a reload; the API process tells it when to stop.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def die_with_parent(parent_pid: int) -> None:
     """Make sure that this process does not outlive its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()

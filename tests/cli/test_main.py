@@ -92,6 +92,39 @@ def test_a_config_that_cannot_be_taken(text: str, said: str, tmp_path: Path) -> 
     assert said in one_error_line("bench", "serve", "--config", str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("api-key: [sk-secret]", "api-key: expected one value, found something else"),
+        ("priority-keys: {sk-secret: 1}", "priority-keys: expected one value, found something else"),
+        ('api-key: "sk-secret', "not valid YAML: found unexpected end of stream, line 1, column 20"),
+        ("api-key: *sk-secret", "not valid YAML: found undefined alias [not shown], line 1, column 10"),
+        ("api-key: a: sk-secret", "not valid YAML: mapping values are not allowed here, line 1, column 11"),
+    ],
+)
+def test_an_error_in_a_config_shows_no_key(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = one_error_line("serve", "--config", str(path))
+    assert said in line
+    assert "secret" not in line
+
+
+def test_the_help_shows_no_key_of_a_config(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("api-key: sk-secret\npriority-keys: sk-secret\nhost: 1.2.3.4\n")
+    result = CliRunner().invoke(app, ["serve", "--config", str(path), "--help"])
+    assert "1.2.3.4" in result.stdout
+    assert "secret" not in result.stdout
+
+
+@pytest.mark.parametrize("given", [["--api-key", "a,", "sk-secret"], ["--priority-keys=a", "sk-secret"]])
+def test_a_word_too_many_beside_a_key_is_not_shown(given: list[str]) -> None:
+    line = one_error_line("serve", "--model", "m", *given)
+    assert "unexpected extra argument" in line
+    assert "secret" not in line
+
+
 def test_a_missing_config_is_one_line() -> None:
     assert "nowhere.yaml" in one_error_line("build", "--config", "nowhere.yaml")
 

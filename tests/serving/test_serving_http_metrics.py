@@ -17,8 +17,10 @@ from llmctl.serving.app import create_app
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.context import ServerContext
 from llmctl.serving.http_metrics import HttpMetrics, HttpSeries
+from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.openai_errors import install_handlers
+from llmctl.serving.redaction import Redactor
 
 
 class Streamed(Response):
@@ -171,8 +173,9 @@ def test_chunks_go_straight_to_the_server() -> None:
 def test_what_a_gate_refuses_is_counted_under_the_route_it_was_for(
     path: str, headers: tuple[tuple[str, str], ...], status: int
 ) -> None:
-    config, metrics = ServeConfig(api_key="k"), ServerMetrics("m")
-    context = ServerContext(config, "m", AsyncEngineClient(config, metrics, stall_timeout=60), metrics)
+    config, metrics, keys = ServeConfig(), ServerMetrics("m"), ServerKeys("k")
+    client = AsyncEngineClient(config, metrics, stall_timeout=60)
+    context = ServerContext(config, "m", client, metrics, keys, Redactor(keys))
     answer = ask(create_app(context), "POST", path, b"{}", headers)
     assert answer[0]["status"] == status
     handler = path.replace("/x", "/{name:path}")

@@ -207,6 +207,22 @@ def test_every_answer_carries_the_requests_id_or_a_new_one(caplog: pytest.LogCap
     assert all(len(line.rsplit(" ", 1)[1]) == 32 for line in lines[1:])
 
 
+@pytest.mark.parametrize("before", [b"", GET + b"\r\n"], ids=["first", "after another"])
+@pytest.mark.parametrize("line", [b"GET http://a:b/c@d:e/ HTTP/1.1", b"CONNECT a=b:443 HTTP/1.1"])
+def test_a_target_that_is_no_url_is_answered(before: bytes, line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            if before:
+                await client.send(before)
+                assert await client.answer() == (200, b"0")
+            await client.send(line + b"\r\nHost: x\r\n\r\n")
+            assert await client.refusal() == (400, "invalid_http")
+
+    asyncio.run(run())
+    assert "Traceback" not in caplog.text
+
+
 def test_what_is_no_http_does_not_cut_into_an_answer() -> None:
     async def run() -> None:
         async with serving() as port:

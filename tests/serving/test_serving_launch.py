@@ -8,11 +8,14 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from llmctl.config import ServeConfig, load_yaml_options
 from llmctl.errors import UsageError
+from llmctl.serving import launch
+from llmctl.serving.keys import ServerKeys
 from llmctl.serving.launch import bind, check_config, default_model_name
 from llmctl.serving.supervisor import describe_exit
 
@@ -48,6 +51,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"api_key": ""}, "--api-key is empty"),
         ({"api_key": " , "}, "--api-key is empty"),
         ({"priority_keys": ","}, "--priority-keys is empty"),
+        ({"request_log_text": True}, "--request-log-text needs --request-log"),
+        ({"otlp_traces_endpoint": "c:4317"}, "--otlp-traces-endpoint: expected the URL of an OTLP/HTTP collector"),
     ],
 )
 def test_bad_settings(changes: dict[str, object], said: str) -> None:
@@ -55,6 +60,24 @@ def test_bad_settings(changes: dict[str, object], said: str) -> None:
     check_config(good)
     with pytest.raises(UsageError, match=said):
         check_config(replace(good, **changes))  # type: ignore[arg-type]
+
+
+def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server:
+        def __init__(self, config: ServeConfig, _: object, keys: ServerKeys, __: object) -> None:
+            assert "sk-" not in str(vars(config))
+            assert [bool(keys.find(key)) for key in (b"sk-one", b"sk-two", b"sk-")] == [True, True, False]
+            self.made.append(config)
+
+        made: ClassVar[list[ServeConfig]] = []
+
+        async def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(launch, "_Server", Server)
+    monkeypatch.setattr(launch, "bind", lambda *_: socket.socket())
+    launch.run_server(ServeConfig(model="m", api_key="sk-one", priority_keys="sk-two"))
+    assert len(Server.made) == 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -110,10 +133,10 @@ def test_the_worker_needs_its_settings() -> None:
     assert "started by 'llmctl serve'" in result.stderr
 
 
-def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
+def test_the_api_process_imports_nothing_heavy() -> None:
     code = (
         "import sys, llmctl.serving.app, llmctl.serving.launch, llmctl.serving.summary, llmctl.artifact.loader\n"
-        "sys.exit(str({'torch', 'transformers', 'cupy'} & set(sys.modules) or ''))"
+        "sys.exit(str({'torch', 'transformers', 'cupy', 'opentelemetry.sdk'} & set(sys.modules) or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.stderr.strip() == ""

@@ -30,11 +30,13 @@ from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.context import ServerContext
 from llmctl.serving.http_protocol import BoundedHttpProtocol
 from llmctl.serving.intake import Intake
+from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from llmctl.serving.redaction import Redactor
 from llmctl.serving.response_schema import ErrorResponse
 from llmctl.serving.tenants import deadline_of
 from llmctl.text.tokenizer import Tokenizer
@@ -48,7 +50,9 @@ def app(**options: Any) -> FastAPI:
     """An app whose engine has not been started."""
     config = ServeConfig(**options)
     metrics = ServerMetrics(MODEL)
-    return create_app(ServerContext(config, MODEL, AsyncEngineClient(config, metrics, stall_timeout=60), metrics))
+    keys = ServerKeys(config.api_key, config.priority_keys)
+    client = AsyncEngineClient(config, metrics, stall_timeout=60)
+    return create_app(ServerContext(config, MODEL, client, metrics, keys, Redactor(keys)))
 
 
 @pytest.mark.parametrize("with_keys", [False, True])

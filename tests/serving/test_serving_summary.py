@@ -51,7 +51,7 @@ def info_of(model: Path, target: str, options: EngineOptions) -> EngineInfo:
 def shown(info: EngineInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "80")
     intake = SimpleNamespace(defaults={}, has_chat_template=False)
-    print_summary(ServeConfig(), Model("tiny", intake, info), Path("e"), 1.0)  # type: ignore[arg-type]
+    print_summary(ServeConfig(), Model("tiny", intake, info), Path("e"), 1.0, keyed=False)  # type: ignore[arg-type]
     return capsys.readouterr().err
 
 

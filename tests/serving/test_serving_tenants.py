@@ -14,12 +14,17 @@ from llmctl.engine.deadline import Deadline
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import PermissionDeniedError, RequestError
 from llmctl.serving.engine_loop import _request
-from llmctl.serving.middleware import KEY_SCOPE, ApiKeyGate, ServerKeys
+from llmctl.serving.keys import KEY_SCOPE, ApiKey, ServerKeys, key_digest
+from llmctl.serving.middleware import ApiKeyGate
 from llmctl.serving.protocol import CompletionRequest
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 from llmctl.serving.wire import AddRequests, WireRequest, decode_command, encode
 
 NONE, ONE, TWO = ServerKeys(None, None), ServerKeys("k", None), ServerKeys("k, l", "m,k")
+
+
+def key(number: int) -> ApiKey | None:
+    return TWO.find(b"klm"[number : number + 1])
 
 
 def request(**scope: Any) -> Request:
@@ -31,8 +36,8 @@ def body(**fields: Any) -> CompletionRequest:
 
 
 def test_a_tenant_is_a_key_else_a_user_else_an_address() -> None:
-    assert tenant_of(request(**{KEY_SCOPE: 1}), body(user="u"), TWO) == "key 1"
-    assert tenant_of(request(**{KEY_SCOPE: 0}), body(user="u"), ONE) == "user u"
+    assert tenant_of(request(**{KEY_SCOPE: key(1)}), body(user="u"), TWO) == "key 1"
+    assert tenant_of(request(**{KEY_SCOPE: key(0)}), body(user="u"), ONE) == "user u"
     assert tenant_of(request(), body(user="u"), NONE) == "user u"
     assert tenant_of(request(), body(), NONE) == "address 10.0.0.7"
     assert tenant_of(request(client=None), body(user=""), NONE) == ""
@@ -48,20 +53,22 @@ PRECEDENCE = pytest.mark.parametrize(("name", "value"), [("priority", -1), ("dea
 @PRECEDENCE
 def test_with_one_key_or_none_everyone_may_set_it(name: str, value: object) -> None:
     for keys in (NONE, ONE, ServerKeys(None, "m")):
-        check_precedence(request(**{KEY_SCOPE: 0}), body(**{name: value}), ServeConfig(), keys)
+        check_precedence(request(**{KEY_SCOPE: key(0)}), body(**{name: value}), ServeConfig(), keys)
 
 
 @PRECEDENCE
 def test_with_several_keys_only_some_may(name: str, value: object) -> None:
     for number in (0, 2):
-        check_precedence(request(**{KEY_SCOPE: number}), body(**{name: value}), ServeConfig(), TWO)
-    check_precedence(request(**{KEY_SCOPE: 1}), body(priority=0), ServeConfig(deadline="ttft:300"), TWO)
-    check_precedence(request(**{KEY_SCOPE: 1}), body(**{name: None}), ServeConfig(), TWO)
+        check_precedence(request(**{KEY_SCOPE: key(number)}), body(**{name: value}), ServeConfig(), TWO)
+    check_precedence(request(**{KEY_SCOPE: key(1)}), body(priority=0), ServeConfig(deadline="ttft:300"), TWO)
+    check_precedence(request(**{KEY_SCOPE: key(1)}), body(**{name: None}), ServeConfig(), TWO)
     with pytest.raises(PermissionDeniedError, match=f"{name}: this API key may not set it") as caught:
-        check_precedence(request(**{KEY_SCOPE: 1}), body(**{name: value}), ServeConfig(), TWO)
+        check_precedence(request(**{KEY_SCOPE: key(1)}), body(**{name: value}), ServeConfig(), TWO)
     assert (caught.value.http_status, caught.value.param) == (403, name)
     with pytest.raises(PermissionDeniedError):
-        check_precedence(request(**{KEY_SCOPE: 0}), body(**{name: value}), ServeConfig(), ServerKeys("k,l", None))
+        check_precedence(
+            request(**{KEY_SCOPE: ApiKey("0", b"")}), body(**{name: value}), ServeConfig(), ServerKeys("k,l")
+        )
 
 
 @PRECEDENCE
@@ -81,21 +88,27 @@ def test_a_request_takes_from_the_servers_deadline_what_it_leaves_out() -> None:
 
 def test_keys_are_counted_once() -> None:
     assert [len(keys) for keys in (NONE, ONE, TWO)] == [0, 1, 3]
-    assert [TWO.find(token) for token in (b"k", b"l", b"m", b"", b"kk")] == [0, 1, 2, None, None]
-    assert TWO.may_set_priority == {0, 2}
+    found = [TWO.find(token) for token in (b"k", b"l", b"m", b"", b"kk")]
+    assert found == [
+        ApiKey("0", key_digest(b"k"), may_set_priority=True),
+        ApiKey("1", key_digest(b"l")),
+        ApiKey("2", key_digest(b"m"), may_set_priority=True),
+        None,
+        None,
+    ]
     assert NONE.find(b"") is None
 
 
 @pytest.mark.parametrize(
     ("header", "seen"),
-    [(b"Bearer l", 1), (b"bearer  m ", 2), (b"Bearer wrong", None), (b"Basic k", None), (b"", None)],
+    [(b"Bearer l", "1"), (b"bearer  m ", "2"), (b"Bearer wrong", None), (b"Basic k", None), (b"", None)],
 )
-def test_the_gate_says_which_key_came(header: bytes, seen: int | None) -> None:
-    reached: list[int] = []
+def test_the_gate_says_which_key_came(header: bytes, seen: str | None) -> None:
+    reached: list[str] = []
     status: list[int] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
-        reached.append(scope[KEY_SCOPE])
+        reached.append(scope[KEY_SCOPE].name)
 
     async def send(message: Message) -> None:
         status.append(message.get("status", 0))
