@@ -188,7 +188,7 @@ def _serves(build: Build, entry: list[str], model: Path, cache: Path) -> None:
     server = subprocess.Popen(command, cwd=cache, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600  # the kernels are compiled
         while not _is_ready(url):
             assert server.poll() is None, server.communicate()[0]
             assert time.monotonic() < end, "never ready"

@@ -126,6 +126,7 @@ _DENY = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_cpu_engine_needs_no_writable_code(tiny_llama: Path, tmp_path: Path) -> None:
     """Built and run as the unit's MemoryDenyWriteExecute= has it."""
     assert unit(UNIT)["Service"]["MemoryDenyWriteExecute"] == "yes"
