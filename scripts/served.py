@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -128,10 +128,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise ServerError(f"the server ended with exit code {code}")
 
 
-def client_session(timeout: float | None = None) -> aiohttp.ClientSession:
+def client_session(timeout: float | None = None, headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:
     """For any number of requests at once, each of which may last ``timeout`` seconds (None: any time)."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
-    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout))
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout), headers=headers)
 
 
 def prompts(count: int, tokens: int) -> list[list[int]]:
