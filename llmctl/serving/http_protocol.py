@@ -108,8 +108,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()  # which may refuse the URL: the headers are still what is waited for then
         self._waits_for = "body"
-        super().on_headers_complete()
         if self.cycle is None or self.cycle.scope is not self.scope:  # an upgrade, which is not answered here
             return
         name = self._request_id()
