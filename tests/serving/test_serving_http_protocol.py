@@ -207,6 +207,25 @@ def test_every_answer_carries_the_requests_id_or_a_new_one(caplog: pytest.LogCap
     assert all(len(line.rsplit(" ", 1)[1]) == 32 for line in lines[1:])
 
 
+def test_a_url_that_is_none_is_refused_on_a_new_connection_and_on_a_used_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The parser takes such a head for whole before anything looks at its URL."""
+
+    async def run() -> None:
+        async with serving() as port:
+            for before in (b"", GET + b"\r\n"):
+                client = await connect(port)
+                if before:
+                    await client.send(before)
+                    assert await client.answer() == (200, b"0")
+                await client.send(b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert await client.refusal() == (400, "invalid_http")
+
+    asyncio.run(run())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_what_is_no_http_does_not_cut_into_an_answer() -> None:
     async def run() -> None:
         async with serving() as port:
