@@ -2,7 +2,7 @@
 and an ``X-Request-Id`` on every answer: the request's own, or a new one.
 
 Runs before any check of a key, so each bound is one of the connection: bytes of headers, seconds for headers, seconds
-for a body that comes slowly.
+for a body that comes slowly, and for an answer that is read slowly or never.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ LINGER_SECONDS = 1.0
 client would not see the answer."""
 BODY_RATE = 16 * 1024
 """A body has ``BODY_SECONDS``, and a second more for every so many bytes that have come."""
+UNREAD_SECONDS = 60.0
+"""What an answer has to be read once more than uvicorn's 64 KiB of it wait, or once its connection is to close; and a
+second more for every ``BODY_RATE`` bytes that have been taken. Without it who never reads holds his connection, and all
+that is made for him, for ever."""
 
 
 REQUEST_ID = b"x-request-id"
@@ -51,7 +55,9 @@ class _WithId(logging.LoggerAdapter[logging.Logger]):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 to headers beyond ``MAX_HEADER_BYTES``, 408 to those or bodies that take too long, and closes."""
+    """Answers 431 to headers beyond ``MAX_HEADER_BYTES``, 408 to those or bodies that take too long, and closes; cuts
+    off who does not read what is sent.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +68,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._since = 0.0
         self._parsed_bytes = self._open_bytes = self._body_bytes = 0
+        self._unread = 0  # when it began to be watched
+        self._unread_since = 0.0
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -70,6 +79,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._waits_for = ""
         self._time()
+        self._forget_unread()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -163,6 +173,45 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self._refuse(408, f"the {self._waits_for} of the request took too long", "request_timeout")
+
+    # what nobody reads
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._forget_unread()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_unread()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_unread()
+
+    def _watch_unread(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread and self._unread_timer is None:
+            self._unread, self._unread_since = unread, self.loop.time()
+            self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self._on_unread_time)
+
+    def _forget_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    def _on_unread_time(self) -> None:
+        taken = self._unread - self.transport.get_write_buffer_size()
+        left = self._unread_since + UNREAD_SECONDS + taken / BODY_RATE - self.loop.time()
+        if left > 0:
+            self._unread_timer = self.loop.call_later(left, self._on_unread_time)
+        else:
+            self.transport.abort()
 
     # answers
 

@@ -25,10 +25,10 @@ CASES = tuple(
     for prompt, tokens in (
         ("Name three colours.", 24),
         ("What is the capital of France? Answer in one sentence.", 32),
-        ("Write a short story about a river and a mountain. " * 8, 48),
+        ("Write a short story about a river and a mountain. " * 4, 48),
         ("Count from one to ten.", 40),
         ("e\u0301 \u65e5\u672c\u8a9e \U0001f389 translate", 16),
-        ("List the words: " + " ".join(f"w{i}" for i in range(120)), 20),
+        ("List the words: " + " ".join(f"w{i}" for i in range(40)), 20),
     )
 )
 """Conversations, and tokens of their answers; greedy, so that each has one right answer."""

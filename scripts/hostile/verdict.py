@@ -15,8 +15,8 @@ from hostile.prober import Probe
 from llmctl.bench.stats import percentile
 
 MORE_FDS = 4
-MORE_THREADS = 2
-"""Open files and threads that may be left: of a connection that is just being closed, of a pool that grew by use."""
+MORE_THREADS = 8
+"""Open files and threads that may be left: of a connection that is just being closed; of pools, which grow by use."""
 LOG_BYTES = 4 << 20
 _BROKEN = re.compile(r"Traceback|never retrieved|Fatal error|core dumped|internal server error", re.IGNORECASE)
 

@@ -15,7 +15,7 @@ import httptools
 
 CLOSED, SILENT = 0, -1
 """In place of a status: the connection ended without an answer; nothing came in time."""
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 180.0
 KEPT_BYTES = 1 << 18
 _READ_BYTES = 1 << 16
 
