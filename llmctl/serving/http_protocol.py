@@ -213,19 +213,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
+    # the server's end
+
+    def shutdown(self) -> None:
+        """Part of uvicorn: no more requests. One whose body is not whole will not be: uvicorn would wait for it."""
+        if self._waits_for == "body":
+            self._refuse(503, "the server is shutting down", "not_ready", type_="service_unavailable")
+        super().shutdown()
+
     # answers
 
     def _refuse_headers(self) -> None:
         self._refuse(431, f"the headers are larger than the limit of {MAX_HEADER_BYTES} bytes", "headers_too_large")
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, status: int, message: str, code: str, *, type_: str = "invalid_request_error") -> None:
         """Answer, unless something else is being answered, and close."""
         others = self._waits_for == "headers" and self.cycle is not None and not self.cycle.response_complete
         begun = self._waits_for == "body" and self.cycle.response_started
         self._refused, self._waits_for = True, ""
         self._time()
         if not others and not begun:
-            body = msgspec.json.encode(error_body(message, type_="invalid_request_error", code=code))
+            body = msgspec.json.encode(error_body(message, type_=type_, code=code))
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
                 f"content-length: {len(body)}\r\nx-request-id: {self._request_id()}\r\nconnection: close\r\n\r\n"

@@ -56,6 +56,6 @@ ATTACKS = (
     Attack("burst 5,000", "5,000 connections at once", OK | BUSY, burst(5000), fills_queue=True),
     Attack("queue games", "a hog's 250 beside a single one", OK, connections.queue_games),
     Attack("metrics flood", "all that is rendered, 300 times", OK, connections.metrics_flood),
-    Attack("worker killed", "kill -9 amid 100 streams", OK, workers.kill),
+    Attack("worker killed", "kill -9 amid 60 streams", OK, workers.kill),
     Attack("worker stopped", "SIGSTOP for 5 s, SIGCONT", OK, workers.stop),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from served import Server, ServerError, client_session, serving
 from hostile.arena import Arena, Attack
 from hostile.attacks import ATTACKS
 from hostile.connections import GET, stream_of
-from hostile.honest import CASES, Honest, exact_answers
+from hostile.honest import CASES, PATIENCE_SECONDS, Honest, exact_answers
 from hostile.judgement import Spans, Tally
 from hostile.levels import Peak, settled
 from hostile.prober import probing
@@ -58,7 +58,7 @@ class Campaign:
         found = self.found
         peak = Peak(self.server)
         with probing(self.address.host, self.address.port) as prober:
-            async with client_session(headers=self._session_headers) as session:
+            async with client_session(PATIENCE_SECONDS, self._session_headers) as session:
                 await self.honest.learn(session)
                 found.before = await exact_answers(session, self.server)
                 began = time.monotonic()

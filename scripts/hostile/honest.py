@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,14 +127,15 @@ def _told(record: RequestRecord) -> Told:
 
 
 async def exact_answers(session: aiohttp.ClientSession, server: Server) -> list[Any]:
-    """What an idle server answers to every case, with the log-probability of every token."""
+    """What an idle server answers to every case, with the log-probability of every token; prompts are computed in full,
+    for not every target's last bits are the same after a cached beginning."""
     found = []
     for item in CASES:
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": item.prompt}],
             "max_tokens": item.output_tokens,
         }
-        body |= {"temperature": 0, "logprobs": True, "top_logprobs": 2}
+        body |= {"temperature": 0, "logprobs": True, "top_logprobs": 2, "cache_salt": secrets.token_hex(8)}
         async with session.post(server.url + CHAT, json=body, headers=server.headers) as answer:
             found.append(json.loads(await answer.text())["choices"])
     return found

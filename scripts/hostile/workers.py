@@ -46,7 +46,7 @@ async def _until_ready(arena: Arena, what: str) -> None:
 
 async def kill(arena: Arena) -> None:
     """kill -9 while streams run and requests wait; another worker must come."""
-    work = asyncio.create_task(arena.crowd([partial(arena.exchange, stream_of(arena, 300))] * 100, 100))
+    work = asyncio.create_task(arena.crowd([partial(arena.exchange, stream_of(arena, 60))] * 60, 60))
     await asyncio.sleep(1.0)
     worker = worker_of(arena.server)
     if worker is None:
@@ -65,7 +65,7 @@ async def kill(arena: Arena) -> None:
 
 async def stop(arena: Arena) -> None:
     """SIGSTOP for longer than --stall-timeout, and SIGCONT: /ready says so meanwhile, and nothing is lost."""
-    work = asyncio.create_task(arena.crowd([partial(arena.exchange, stream_of(arena, 100))] * 50, 50))
+    work = asyncio.create_task(arena.crowd([partial(arena.exchange, stream_of(arena, 30))] * 30, 30))
     await asyncio.sleep(0.5)
     worker = worker_of(arena.server)
     if worker is None:

@@ -348,6 +348,22 @@ def test_who_reads_slowly_has_the_time_it_needs(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(run())
 
 
+def test_a_body_that_never_ends_does_not_keep_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving() as port:
+            clients = [await connect(port) for _ in range(3)]
+            await clients[0].send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            await clients[1].send(GET)
+            await clients[2].send(GET + b"\r\n")
+            assert await clients[2].answer() == (200, b"0")
+        assert await clients[0].refusal() == (503, "not_ready")
+        for client in clients[1:]:
+            assert await client.reader.read() == b""
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_what_is_no_http_does_not_cut_into_an_answer() -> None:
     async def run() -> None:
         async with serving() as port:
