@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -31,21 +33,40 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A server that is ready: its address, and its API process."""
+    """A server that is ready: its address, and its API process.
 
-    def __init__(self, url: str, pid: int) -> None:
-        self.url, self.pid = url, pid
-        model = json.loads(get(url + "/v1/models"))["data"][0]
+    Attributes:
+        headers: of every request, such as an API key.
+        terminated: whether it has been told to end.
+    """
+
+    def __init__(self, url: str, pid: int, headers: Mapping[str, str] | None = None, log: int | None = None) -> None:
+        self.url, self.pid, self.headers, self._log = url, pid, dict(headers or {}), log
+        self.terminated = False
+        model = json.loads(get(url + "/v1/models", self.headers))["data"][0]
         self.model, self.max_model_len = str(model["id"]), int(model["max_model_len"])
 
     def metrics(self) -> dict[str, float]:
         """All series now."""
-        return parse_metrics(get(self.url + "/metrics").decode())
+        return parse_metrics(get(self.url + "/metrics", self.headers).decode())
+
+    def said(self) -> str:
+        """What it has printed so far; nothing of one that was not started here."""
+        if self._log is None:
+            return ""
+        # Not by seek and read: the server writes at the offset of the same open file.
+        return os.pread(self._log, os.fstat(self._log).st_size, 0).decode(errors="replace")
+
+    def terminate(self) -> None:
+        """SIGTERM, once: a second one would have it end at once."""
+        if not self.terminated:
+            self.terminated = True
+            os.kill(self.pid, signal.SIGTERM)
 
 
-def get(url: str) -> bytes:
+def get(url: str, headers: Mapping[str, str] | None = None) -> bytes:
     """A body; raises OSError unless the status is 200."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=10) as answer:
         return bytes(answer.read())
 
 
@@ -62,8 +83,8 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def serving(model: str, options: Sequence[str] = ()) -> Iterator[Server]:
-    """``llmctl serve`` on a free port, ready; ended with the context.
+def serving(model: str, options: Sequence[str] = (), headers: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """``llmctl serve`` on a free port, ready; ended with the context. ``headers``: see ``Server``.
 
     Raises:
         ServerError: it does not get ready, ends by itself, or does not end cleanly.
@@ -77,8 +98,10 @@ def serving(model: str, options: Sequence[str] = ()) -> Iterator[Server]:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             _wait_ready(url, process)
-            yield Server(url, process.pid)
-            _stop(process)
+            server = Server(url, process.pid, headers, log.fileno())
+            yield server
+            server.terminate()
+            _wait_end(process)
         except Exception as error:
             said = str(error)
             if not isinstance(error, ServerError):
@@ -118,8 +141,7 @@ def _lives(url: str, process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is None
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+def _wait_end(process: subprocess.Popen[bytes]) -> None:
     try:
         code = process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
@@ -128,10 +150,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         raise ServerError(f"the server ended with exit code {code}")
 
 
-def client_session(timeout: float | None = None) -> aiohttp.ClientSession:
+def client_session(timeout: float | None = None, headers: Mapping[str, str] | None = None) -> aiohttp.ClientSession:
     """For any number of requests at once, each of which may last ``timeout`` seconds (None: any time)."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
-    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout))
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout), headers=headers)
 
 
 def prompts(count: int, tokens: int) -> list[list[int]]:

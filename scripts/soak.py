@@ -3,6 +3,7 @@
 
     python scripts/soak.py --model ./engine --minutes 20
     python scripts/soak.py --base-url http://127.0.0.1:8000 --pid 1234
+    python scripts/soak.py --hostile --model ./engine --minutes 20
 
 Starts ``llmctl serve`` (or takes a running one; ``--pid`` is then its API process) and drives it in rounds of changing
 concurrency: completions and chat, streamed and not, seeds, log-probabilities, stop strings, clients that leave in the
@@ -10,6 +11,9 @@ middle of a stream or of the prefill, prompts that are too long. After each roun
 KV blocks free and no request left. Memory is the sum of the anonymous memory of all processes of the server at
 those idle moments; the first ``--warmup`` minutes do not count, during which the KV cache's pages should all be touched
 (the server that this script starts has a small one, so that they are).
+
+With ``--hostile`` attacks of every kind take turns beside well-behaved streams whose answers are known
+(``hostile/attacks.py`` has the table, ``hostile/verdict.py`` what must hold); ``--minutes 0.2`` plays a few.
 
 Exit code 0 when every bound holds, 1 otherwise. Stdout holds the verdict (one JSON document with ``--json``).
 """
@@ -29,6 +33,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from process_memory import tree_memory
 from served import client_session, parse_metrics, serving
 from soak_clients import KINDS, Client, Endpoint, Record
 
@@ -169,7 +174,7 @@ class Watcher:
             if not busy or self.record.clock.now() > end:
                 break
             await asyncio.sleep(POLL_SECONDS)
-        anonymous, resident = memory(self.process) if self.process else (None, None)
+        anonymous, resident = tree_memory(self.process) if self.process else (None, None)
         return Sample(
             round(time.monotonic() - self.start, 1),
             anonymous,
@@ -180,16 +185,6 @@ class Watcher:
             found["generation_tokens_total"],
             found["num_preemptions_total"],
         )
-
-
-def memory(process: psutil.Process) -> tuple[float, float]:
-    """Private and resident memory of a process and its descendants, MiB."""
-    anonymous = resident = 0
-    for member in (process, *process.children(recursive=True)):
-        info = member.memory_info()
-        # Not USS: pages of shared libraries leave and enter it as other processes come and go.
-        anonymous, resident = anonymous + info.rss - getattr(info, "shared", 0), resident + info.rss
-    return round(anonymous / 2**20, 2), round(resident / 2**20, 2)
 
 
 async def soak(url: str, pid: int | None, args: argparse.Namespace) -> SoakRecord:
@@ -310,9 +305,13 @@ def print_report(result: Mapping[str, Any]) -> None:
 
 def main() -> int:
     """Run the soak; the process's exit code."""
-    args = _parser().parse_args()
+    args = _arguments()
     bounds = Bounds(args.growth_mib, args.stall_seconds, args.idle_seconds)
     warm = 60 * (args.warmup if args.warmup is not None else min(3.0, args.minutes / 4))
+    if args.hostile:
+        from hostile.campaign import run
+
+        return run(args, warm / 60)
     try:
         with running_server(args) as (url, pid):
             record = asyncio.run(soak(url, pid, args))
@@ -328,7 +327,7 @@ def main() -> int:
     return 1 if found else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="what to serve: an engine or anything llmctl serve takes")
@@ -344,8 +343,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, default=2048, help="of the started server (default: 2048)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--hostile", action="store_true", help="attacks beside well-behaved clients; needs --model")
+    parser.add_argument("--attack", action="append", metavar="NAME", help="with --hostile: only this; repeatable")
+    parser.add_argument("--health-ms", type=float, default=50.0, help="with --hostile: /health's p99 (default: 50)")
+    parser.add_argument("--log", metavar="FILE", help="with --hostile: what the server printed")
     parser.add_argument("serve_args", nargs="*", metavar="-- OPTION", help="more options of llmctl serve")
-    return parser
+    args = parser.parse_args()
+    if args.hostile and not args.model:
+        parser.error("--hostile: needs --model, for it kills and ends the server")
+    if args.attack and not args.hostile:
+        parser.error("--attack: only with --hostile")
+    return args
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 and an ``X-Request-Id`` on every answer: the request's own, or a new one.
 
 Runs before any check of a key, so each bound is one of the connection: bytes of headers, seconds for headers, seconds
-for a body that comes slowly.
+for a body that comes slowly, and for an answer that is read slowly or never.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ LINGER_SECONDS = 1.0
 client would not see the answer."""
 BODY_RATE = 16 * 1024
 """A body has ``BODY_SECONDS``, and a second more for every so many bytes that have come."""
+UNREAD_SECONDS = 60.0
+"""What an answer has to be read once more than uvicorn's 64 KiB of it wait, or once its connection is to close; and a
+second more for every ``BODY_RATE`` bytes that have been taken. Without it who never reads holds his connection, and all
+that is made for him, for ever."""
 
 
 REQUEST_ID = b"x-request-id"
@@ -51,7 +55,9 @@ class _WithId(logging.LoggerAdapter[logging.Logger]):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 to headers beyond ``MAX_HEADER_BYTES``, 408 to those or bodies that take too long, and closes."""
+    """Answers 431 to headers beyond ``MAX_HEADER_BYTES``, 408 to those or bodies that take too long, and closes; cuts
+    off who does not read what is sent.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +68,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._since = 0.0
         self._parsed_bytes = self._open_bytes = self._body_bytes = 0
+        self._unread = 0  # when it began to be watched
+        self._unread_since = 0.0
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -70,6 +79,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._waits_for = ""
         self._time()
+        self._forget_unread()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -108,7 +118,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        super().on_headers_complete()  # raises on a target that is no URL: then there is nothing to answer but that
+        super().on_headers_complete()  # which may refuse the URL: the headers are still what is waited for then
         self._waits_for = "body"
         if self.cycle is None or self.cycle.scope is not self.scope:  # an upgrade, which is not answered here
             return
@@ -164,19 +174,66 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self._refuse(408, f"the {self._waits_for} of the request took too long", "request_timeout")
 
+    # what nobody reads
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._forget_unread()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_unread()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_unread()
+
+    def _watch_unread(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread and self._unread_timer is None:
+            self._unread, self._unread_since = unread, self.loop.time()
+            self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self._on_unread_time)
+
+    def _forget_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    def _on_unread_time(self) -> None:
+        taken = self._unread - self.transport.get_write_buffer_size()
+        left = self._unread_since + UNREAD_SECONDS + taken / BODY_RATE - self.loop.time()
+        if left > 0:
+            self._unread_timer = self.loop.call_later(left, self._on_unread_time)
+        else:
+            self.transport.abort()
+
+    # the server's end
+
+    def shutdown(self) -> None:
+        """Part of uvicorn: no more requests. One whose body is not whole will not be: uvicorn would wait for it."""
+        if self._waits_for == "body":
+            self._refuse(503, "the server is shutting down", "not_ready", type_="service_unavailable")
+        super().shutdown()
+
     # answers
 
     def _refuse_headers(self) -> None:
         self._refuse(431, f"the headers are larger than the limit of {MAX_HEADER_BYTES} bytes", "headers_too_large")
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, status: int, message: str, code: str, *, type_: str = "invalid_request_error") -> None:
         """Answer, unless something else is being answered, and close."""
         others = self._waits_for == "headers" and self.cycle is not None and not self.cycle.response_complete
         begun = self._waits_for == "body" and self.cycle.response_started
         self._refused, self._waits_for = True, ""
         self._time()
         if not others and not begun:
-            body = msgspec.json.encode(error_body(message, type_="invalid_request_error", code=code))
+            body = msgspec.json.encode(error_body(message, type_=type_, code=code))
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
                 f"content-length: {len(body)}\r\nx-request-id: {self._request_id()}\r\nconnection: close\r\n\r\n"

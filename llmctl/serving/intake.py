@@ -103,10 +103,11 @@ class Intake:
         return self._chat_template is not None
 
     def check_outline(self, outline: Outline) -> None:
-        """Refuse what cannot fit the context by the number of its tokens, or of its messages: each is a token at least.
+        """Refuse what cannot fit the context by the number of its tokens, or of its messages: each is a token at least;
+        and more token ids in a parameter than there are.
 
         Raises:
-            CapacityError.
+            CapacityError, RequestError.
         """
         counts = {
             "prompt": outline.ids("prompt"),
@@ -116,6 +117,9 @@ class Intake:
         for name, count in counts.items():
             if count > self.max_model_len:
                 raise self._too_long(f"{count} {'messages' if name == 'messages' else 'tokens'}", name)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            self._check_count(name, outline.ids(name))
+        self._check_count("logit_bias", outline.members("logit_bias"))
 
     def _check_fits(self, text: str, param: str) -> None:
         """Refuse by its bytes alone a text that has too many tokens."""
@@ -375,12 +379,13 @@ class Intake:
 
     def _check_counts(self, body: SamplingFields) -> None:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            given = getattr(body, name)
-            if given is not None and len(given) > self._vocab_size:
-                raise RequestError(
-                    f"{name}: expected at most {self._vocab_size} token ids (the vocabulary), found {len(given)}",
-                    param=name,
-                )
+            self._check_count(name, len(getattr(body, name) or ()))
+
+    def _check_count(self, name: str, count: int) -> None:
+        if count > self._vocab_size:
+            raise RequestError(
+                f"{name}: expected at most {self._vocab_size} token ids (the vocabulary), found {count}", param=name
+            )
 
     async def _without_bad_words(self, params: SamplingParams, words: Sequence[str]) -> SamplingParams:
         check_bad_words(words)

@@ -39,6 +39,9 @@ log = logging.getLogger("llmctl.serving")
 DEATH_NOTICE_SECONDS = 2.0
 _METRICS_PREFIX = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
+# Connections that wait to be accepted; the system cuts it to what it allows (Linux: net.core.somaxconn, mostly 4096).
+# One beyond them is tried again by its client's system after 1 s, 3 s, 7 s, be it a probe of /health.
+BACKLOG = 1 << 16
 # How long responses may take to leave after the last request is done.
 FLUSH_SECONDS = 5
 
@@ -159,7 +162,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error
@@ -261,6 +264,7 @@ class _Server:
             ssl_keyfile=config.ssl_keyfile,
             ssl_certfile=config.ssl_certfile,
             timeout_graceful_shutdown=FLUSH_SECONDS,
+            backlog=BACKLOG,
         )
         try:
             settings.load()

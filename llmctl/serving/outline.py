@@ -45,6 +45,11 @@ class Outline:
         data = self._data(name)
         return data.count(b",") + 1 if _first_item(data) in "-0123456789" else 0
 
+    def members(self, name: str) -> int:
+        """Members of a field that is an object of numbers; no less for any other object, and 0 for anything else."""
+        data = self._data(name)
+        return data.count(b":") if data.startswith(b"{") else 0
+
     def prompts(self) -> int:
         """How many prompts ``prompt`` holds: 1 for a text or token ids, else the items of its array."""
         data = self._data("prompt")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 
@@ -31,9 +33,26 @@ async def app(_scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def sends(size: int) -> Any:
+    """An app that answers with so many bytes at once."""
+
+    async def answer(_scope: Any, _receive: Any, send: Any) -> None:
+        headers = [(b"content-length", str(size).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    return answer
+
+
+def connections_of(port: int) -> list[Any]:
+    """Ends of connections that the server has open."""
+    found = psutil.Process().net_connections("tcp")
+    return [c for c in found if c.laddr and c.laddr.port == port and c.status == "ESTABLISHED"]
+
+
 @asynccontextmanager
-async def serving() -> AsyncIterator[int]:
-    config = uvicorn.Config(app, http=BoundedHttpProtocol, log_config=None, lifespan="off", ws="none", port=0)
+async def serving(served: Any = app) -> AsyncIterator[int]:
+    config = uvicorn.Config(served, http=BoundedHttpProtocol, log_config=None, lifespan="off", ws="none", port=0)
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve())
     while not server.started:
@@ -221,6 +240,125 @@ def test_a_target_that_is_no_url_is_answered(before: bytes, line: bytes, caplog:
 
     asyncio.run(run())
     assert "Traceback" not in caplog.text
+
+
+async def reads_little(port: int) -> socket.socket:
+    """A connection whose kernel holds as little as it can for who does not read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    return sock
+
+
+async def endless(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app whose stream has no end while somebody is there."""
+    gone = asyncio.create_task(until_gone(_receive))
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while not gone.done():
+        await send({"type": "http.response.body", "body": bytes(2**16), "more_body": True})
+        await asyncio.sleep(0)
+
+
+async def until_gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def test_who_never_reads_a_stream_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "UNREAD_SECONDS", 0.3)
+
+    async def run() -> None:
+        async with serving(endless) as port:
+            with await reads_little(port) as sock:
+                await asyncio.get_running_loop().sock_sendall(sock, GET + b"\r\n")
+                for wanted in (True, False):  # there, and not any more
+                    async with asyncio.timeout(20):
+                        while bool(connections_of(port)) is not wanted:
+                            await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+
+
+class Unread(asyncio.Transport):
+    """Holds so many bytes that nobody takes."""
+
+    def __init__(self, unread: int) -> None:
+        super().__init__()
+        self.unread, self.closing, self.aborted = unread, False, False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("unread", [0, 1000])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept alive", "to be closed"])
+def test_what_is_left_of_an_answer_does_not_keep_its_connection(
+    monkeypatch: pytest.MonkeyPatch, unread: int, kept: bool
+) -> None:
+    """Less of it than uvicorn would wait for."""
+    monkeypatch.setattr(http_protocol, "UNREAD_SECONDS", 0.05)
+
+    async def run() -> None:
+        config = uvicorn.Config(app, log_config=None)
+        config.load()
+        protocol, transport = BoundedHttpProtocol(config, uvicorn.server.ServerState(), {}), Unread(unread)
+        protocol.connection_made(transport)
+        if kept:
+            protocol.timeout_keep_alive_handler()
+        else:
+            transport.close()
+            protocol.on_response_complete()
+        assert transport.closing
+        await asyncio.sleep(0.2)
+        assert transport.aborted == (unread > 0)
+        protocol.connection_lost(None)
+
+    asyncio.run(run())
+
+
+def test_who_reads_slowly_has_the_time_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(http_protocol, "BODY_RATE", 2**20)
+
+    async def run() -> None:
+        size, got = 16 * 2**20, 0
+        async with serving(sends(size)) as port:
+            loop, sock = asyncio.get_running_loop(), await reads_little(port)
+            with sock:
+                await loop.sock_sendall(sock, GET + b"Connection: close\r\n\r\n")
+                began = loop.time()
+                while data := await loop.sock_recv(sock, 2**18):
+                    got += len(data)
+                    await asyncio.sleep(max(0.0, began + got / (8 * 2**20) - loop.time()))  # 2 s in all
+            assert got > size
+
+    asyncio.run(run())
+
+
+def test_a_body_that_never_ends_does_not_keep_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving() as port:
+            clients = [await connect(port) for _ in range(3)]
+            await clients[0].send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            await clients[1].send(GET)
+            await clients[2].send(GET + b"\r\n")
+            assert await clients[2].answer() == (200, b"0")
+        assert await clients[0].refusal() == (503, "not_ready")
+        for client in clients[1:]:
+            assert await client.reader.read() == b""
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_what_is_no_http_does_not_cut_into_an_answer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -16,7 +17,8 @@ from llmctl.config import ServeConfig, load_yaml_options
 from llmctl.errors import UsageError
 from llmctl.serving import launch
 from llmctl.serving.keys import ServerKeys
-from llmctl.serving.launch import bind, check_config, default_model_name
+from llmctl.serving.launch import _Server, bind, check_config, default_model_name
+from llmctl.serving.redaction import Redactor
 from llmctl.serving.supervisor import describe_exit
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"))
@@ -78,6 +80,31 @@ def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "bind", lambda *_: socket.socket())
     launch.run_server(ServeConfig(model="m", api_key="sk-one", priority_keys="sk-two"))
     assert len(Server.made) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says how many may wait")
+def test_as_many_connections_wait_as_the_system_allows() -> None:
+    """Also once uvicorn has listened again."""
+    allowed = int(Path("/proc/sys/net/core/somaxconn").read_text())
+
+    def backlog(listener: socket.socket) -> int:
+        told = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return int.from_bytes(told[28:32], sys.byteorder)  # tcpi_sacked, which means this of a listener
+
+    async def run(listener: socket.socket) -> int:
+        keys = ServerKeys(None, None)
+        server = _Server(ServeConfig(model="m"), listener, keys, Redactor(keys))._http_server(None)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        found = backlog(listener)
+        server.should_exit = True
+        await serving
+        return found
+
+    with bind("127.0.0.1", 0) as listener:
+        assert backlog(listener) == allowed
+        assert asyncio.run(run(listener)) == allowed
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -217,6 +217,20 @@ def test_counts_are_refused_by_the_outline(tokenizer: Watched, field: str, value
     assert caught.value.param == field
 
 
+@pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])
+def test_more_ids_than_the_vocabulary_are_refused_by_the_outline(tokenizer: Watched, field: str) -> None:
+    made, most = intake(tokenizer), tokenizer.vocab_size
+
+    def outline(count: int) -> Outline:
+        ids = list(range(count))
+        return Outline(json.dumps({field: dict.fromkeys(ids, 1) if field == "logit_bias" else ids}).encode())
+
+    made.check_outline(outline(most))
+    with pytest.raises(RequestError, match=f"^{field}: expected at most {most} .*, found {most + 1}$") as caught:
+        made.check_outline(outline(most + 1))
+    assert (caught.value.http_status, caught.value.param) == (400, field)
+
+
 def test_work_beyond_the_queue_is_refused_with_a_time() -> None:
     async def run() -> None:
         workers, go = TextWorkers(threads=1, waiting=1), threading.Event()

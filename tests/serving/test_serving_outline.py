@@ -36,6 +36,14 @@ def test_ids_and_items() -> None:
     assert not outline.has("gone")
 
 
+@pytest.mark.parametrize("separators", [(",", ":"), (" , ", " :  ")])
+def test_members(separators: tuple[str, str]) -> None:
+    body = {"bias": {str(i): -1.5 for i in range(700)}, "none": {}, "text": "{a:b}", "nested": {"a": {"b": 1}}}
+    outline = Outline(json.dumps(body, separators=separators).encode())
+    assert [outline.members(name) for name in ("bias", "none", "text", "gone")] == [700, 0, 0, 0]
+    assert outline.members("nested") >= 1
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"[1]", b'"x"', b"{", b"\xff", b'{"prompt": [[', b'{"a":' + b"[" * 10**5, b"nan"]
 )

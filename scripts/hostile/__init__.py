@@ -1,0 +1,1 @@
+"""What ``scripts/soak.py --hostile`` is made of: attacks on a server, and what must hold meanwhile and afterwards."""
