@@ -25,12 +25,13 @@ Piece = bytes | float
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. body: its beginning; tail: its end. sent, seconds: when the request was begun (``time.monotonic``),
-    and how long after that the answer began. whole: it ended as HTTP says."""
+    """An answer. body: its beginning; tail: its end. sent: when the request was begun (``time.monotonic``); seconds,
+    lasted: from then until the answer began, and until it ended or was given up. whole: it ended as HTTP says."""
 
     status: int
     sent: float
     seconds: float
+    lasted: float
     body: bytes = b""
     tail: bytes = b""
     content_type: str = ""
@@ -39,8 +40,8 @@ class Answer:
 
     @property
     def end(self) -> float:
-        """When it began, on ``time.monotonic``."""
-        return self.sent + self.seconds
+        """When it ended, on ``time.monotonic``."""
+        return self.sent + self.lasted
 
     def document(self) -> Any:
         """The JSON body; None for anything else."""
@@ -85,7 +86,14 @@ class _Reader:
         """What there is of the present answer."""
         kind, name = (self._headers.get(key, b"").decode("latin-1") for key in (b"content-type", b"x-request-id"))
         status, body = self._parser.get_status_code(), bytes(self._body)
-        return Answer(status, self._sent, self._at, body, self._tail, kind, name, whole)
+        lasted = time.monotonic() - self._sent
+        return Answer(status, self._sent, self._at, lasted, body, self._tail, kind, name, whole)
+
+
+def _none(status: int, sent: float) -> Answer:
+    """No answer, until now."""
+    lasted = time.monotonic() - sent
+    return Answer(status, sent, lasted, lasted)
 
 
 @dataclass(frozen=True)
@@ -120,9 +128,9 @@ class Address:
         try:
             reader, writer = await self.connect()
         except TimeoutError:
-            return [Answer(SILENT, sent, time.monotonic() - sent)]
+            return [_none(SILENT, sent)]
         except OSError:
-            return [Answer(CLOSED, sent, time.monotonic() - sent)]
+            return [_none(CLOSED, sent)]
         sending = asyncio.create_task(send(writer, pieces))
         found = _Reader(sent)
         try:
@@ -135,7 +143,7 @@ class Address:
             writer.transport.abort()
         if len(found.answers) >= expect:
             return found.answers
-        last = found.made(whole=False) if found.open else Answer(ending, sent, time.monotonic() - sent)
+        last = found.made(whole=False) if found.open else _none(ending, sent)
         return [*found.answers, last]
 
 

@@ -29,8 +29,8 @@ def error(code: str | None = None, **changed: Any) -> bytes:
 
 
 def answer(status: int, body: bytes = b"", kind: str = "application/json", **fields: Any) -> Answer:
-    """Asked for at 100, answered at 101."""
-    return Answer(status, 100.0, 1.0, body, body[-1024:], kind, **{"request_id": "r", "whole": True, **fields})
+    """Asked for at 100, answered from 101 to 102."""
+    return Answer(status, 100.0, 1.0, 2.0, body, body[-1024:], kind, **{"request_id": "r", "whole": True, **fields})
 
 
 def stream(*events: bytes) -> Answer:
@@ -61,6 +61,7 @@ KILLED = spans(90, 100.5)
         (answer(503, error("not_ready")), KILLED),
         (answer(500, error("request_quarantined")), KILLED),
         (stream(b'{"choices": []}', b'{"error":{"code":"engine_dead"}}', b"[DONE]"), KILLED),
+        (stream(b'{"choices": []}', b'{"error":{"code":"engine_dead"}}', b"[DONE]"), spans(101.5, 110)),
     ],
 )
 def test_answers_that_are_allowed(found: Answer, kills: Spans) -> None:
@@ -74,7 +75,7 @@ def test_answers_that_are_allowed(found: Answer, kills: Spans) -> None:
         (answer(SILENT), spans(), "found silent"),
         (answer(500, error("internal_error")), spans(), "found 500"),
         (answer(500, error("internal_error")), KILLED, "500 while no worker died"),
-        (answer(503, error("not_ready")), spans(102, 110), "found 503"),
+        (answer(503, error("not_ready")), spans(102.5, 110), "found 503"),
         (answer(400, error(), request_id=""), spans(), "400 without X-Request-Id"),
         (answer(400, b"no"), spans(), "not in OpenAI's shape"),
         (answer(400, error(param="left out")), spans(), "not in OpenAI's shape"),
