@@ -39,6 +39,7 @@ from soak_clients import KINDS, Client, Endpoint, Record
 
 LEVELS = (1, 4, 8, 16, 32, 2)
 POLL_SECONDS = 0.2
+GROWTH_MIB = 16.0
 IDLE_SERIES = (
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total",
     "num_preemptions_total",
@@ -306,12 +307,12 @@ def print_report(result: Mapping[str, Any]) -> None:
 def main() -> int:
     """Run the soak; the process's exit code."""
     args = _arguments()
-    bounds = Bounds(args.growth_mib, args.stall_seconds, args.idle_seconds)
-    warm = 60 * (args.warmup if args.warmup is not None else min(3.0, args.minutes / 4))
     if args.hostile:
         from hostile.campaign import run
 
-        return run(args, warm / 60)
+        return run(args)
+    bounds = Bounds(GROWTH_MIB if args.growth_mib is None else args.growth_mib, args.stall_seconds, args.idle_seconds)
+    warm = 60 * (args.warmup if args.warmup is not None else min(3.0, args.minutes / 4))
     try:
         with running_server(args) as (url, pid):
             record = asyncio.run(soak(url, pid, args))
@@ -334,9 +335,11 @@ def _arguments() -> argparse.Namespace:
     source.add_argument("--base-url", metavar="URL", help="a server that runs already")
     parser.add_argument("--pid", type=int, help="with --base-url: its API process, to watch memory")
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--warmup", type=float, help="minutes that do not count (default: a quarter, at most 3)")
+    parser.add_argument(
+        "--warmup", type=float, help="minutes that do not count (a quarter, at most 3; hostile: a third)"
+    )
     parser.add_argument("--round-seconds", type=float, default=15.0, help="load between two idle moments")
-    parser.add_argument("--growth-mib", type=float, default=16.0, help="allowed growth of memory (default: 16)")
+    parser.add_argument("--growth-mib", type=float, help="allowed growth of memory (16; hostile, of each process: 64)")
     parser.add_argument("--stall-seconds", type=float, default=2.0, help="longest stall allowed (default: 2)")
     parser.add_argument("--idle-seconds", type=float, default=10.0, help="patience for the last requests to end")
     parser.add_argument("--kv-cache-memory", default="128MiB", help="of the started server (default: 128MiB)")

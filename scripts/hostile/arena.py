@@ -72,10 +72,12 @@ class Arena:
 
 @dataclass(frozen=True)
 class Attack:
-    """A row of the table. fills_queue: others may be told 429 meanwhile."""
+    """A row of the table. fills_queue: others may be told 429 meanwhile. large: what it sends is, so that it belongs to
+    the warm-up: what a process once needed, its allocator keeps."""
 
     name: str
     sends: str
     allowed: frozenset[int]
     play: Callable[[Arena], Awaitable[None]]
     fills_queue: bool = False
+    large: bool = False

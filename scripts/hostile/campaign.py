@@ -31,6 +31,7 @@ from hostile.wire import Address, send
 
 HONEST_CLIENTS = 3
 QUIET_SECONDS = 5.0
+GROWTH_MIB = 64.0
 PLAY_SECONDS = 240.0
 """Beyond this an attack's answers do not come any more."""
 FILES = 12_000
@@ -140,19 +141,21 @@ async def _held(arena: Arena) -> AsyncIterator[None]:
 
 
 def _cycle(attacks: Sequence[Attack], rng: random.Random) -> Iterator[Attack]:
-    """All of them in a random order, and again in another."""
+    """All of them in a random order, the large ones first; and again in another order, and so on."""
+    yield from sorted(rng.sample(attacks, len(attacks)), key=lambda attack: not attack.large)
     while True:
         yield from rng.sample(attacks, len(attacks))
 
 
-def run(args: argparse.Namespace, warmup: float) -> int:
+def run(args: argparse.Namespace) -> int:
     """``scripts/soak.py --hostile``; the exit code."""
+    warmup = args.minutes / 3 if args.warmup is None else args.warmup
     attacks = [attack for attack in ATTACKS if not args.attack or attack.name in args.attack]
     _raise_files()
     honest_key, key = (secrets.token_hex(8) for _ in range(2))
     options = ["--kv-cache-memory", args.kv_cache_memory, "--max-model-len", str(args.max_model_len)]
     options += [*OPTIONS, "--api-key", f"{honest_key},{key}", *args.serve_args]
-    bounds = Bounds(args.growth_mib, args.health_ms)
+    bounds = Bounds(GROWTH_MIB if args.growth_mib is None else args.growth_mib, args.health_ms)
     campaign = None
     try:
         with serving(args.model, options, {"Authorization": f"Bearer {honest_key}"}) as server:
