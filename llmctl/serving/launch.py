@@ -256,7 +256,8 @@ class _Server:
             app,
             http=BoundedHttpProtocol,
             log_config=None,
-            log_level="debug" if config.log_level == "debug" else "warning",
+            # Its warnings are a line for every request that is no HTTP, which anybody may send.
+            log_level="debug" if config.log_level == "debug" else "error",
             access_log=config.log_level == "debug",
             lifespan="off",
             ws="none",

@@ -32,7 +32,7 @@ from hostile.wire import Address, send
 HONEST_CLIENTS = 3
 QUIET_SECONDS = 5.0
 GROWTH_MIB = 64.0
-PLAY_SECONDS = 240.0
+PLAY_SECONDS = 400.0
 """Beyond this an attack's answers do not come any more."""
 FILES = 12_000
 """Open files that the largest burst needs, here and in the server."""

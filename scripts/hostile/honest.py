@@ -19,7 +19,7 @@ from llmctl.bench.endpoint import CHAT
 from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 180.0
 RETRY_SECONDS = 1.0
 CASES = tuple(
     WorkItem(prompt, 0, tokens)

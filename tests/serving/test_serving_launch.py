@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import subprocess
@@ -105,6 +106,16 @@ def test_as_many_connections_wait_as_the_system_allows() -> None:
     with bind("127.0.0.1", 0) as listener:
         assert backlog(listener) == allowed
         assert asyncio.run(run(listener)) == allowed
+
+
+@pytest.mark.parametrize(("level", "told"), [("info", False), ("debug", True)])
+def test_what_is_no_http_is_told_to_who_debugs(level: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(log, "level", log.level)
+    with bind("127.0.0.1", 0) as listener:
+        _Server(ServeConfig(model="m", log_level=level), listener)._http_server(None)
+    assert log.isEnabledFor(logging.WARNING) == told
+    assert log.isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
