@@ -112,8 +112,9 @@ def test_as_many_connections_wait_as_the_system_allows() -> None:
 def test_what_is_no_http_is_told_to_who_debugs(level: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     log = logging.getLogger("uvicorn.error")
     monkeypatch.setattr(log, "level", log.level)
+    keys = ServerKeys(None, None)
     with bind("127.0.0.1", 0) as listener:
-        _Server(ServeConfig(model="m", log_level=level), listener)._http_server(None)
+        _Server(ServeConfig(model="m", log_level=level), listener, keys, Redactor(keys))._http_server(None)
     assert log.isEnabledFor(logging.WARNING) == told
     assert log.isEnabledFor(logging.ERROR)
 
