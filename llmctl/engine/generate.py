@@ -94,10 +94,10 @@ def score_all(engine: LLMEngine, sequences: Sequence[Sequence[int]]) -> list[NDA
     def collect() -> None:
         for output in engine.step():
             if output.prompt_scores is not None:
-                scores[output.request_id] = output.prompt_scores
+                scores[output.request_id] = output.prompt_scores.logprobs
 
     _drain(engine, deque([r] for r in requests), collect)
-    return [scores.get(r.request_id, np.zeros(0, np.float32)) for r in requests]
+    return [scores[r.request_id] for r in requests]
 
 
 class _Run:

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
@@ -18,7 +16,15 @@ from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.sampling_params import derive_seed
 from llmctl.engine.scheduled_step import ScheduledStep
 from llmctl.engine.scheduler import Scheduler, SchedulerConfig
-from llmctl.engine.step import PendingStep, Runtime, RuntimeLimits, SequenceSlice, StepResult, TokenLogprobs
+from llmctl.engine.step import (
+    PendingStep,
+    Runtime,
+    RuntimeLimits,
+    SequenceSlice,
+    StepResult,
+    TokenLogprobs,
+    TokenScores,
+)
 from llmctl.errors import DeviceMemoryError
 
 log = logging.getLogger("llmctl.engine")
@@ -32,8 +38,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
         logprobs: one entry per new token; None when not asked for.
         finish_reason: None while it goes on. stop_reason: the stop token id that ended it; None for end-of-sequence.
         num_cached_tokens: prompt tokens that came from the prefix cache.
-        prompt_scores: f32 [num_prompt_tokens - 1], log-probability of each prompt token after the first; given once,
-            when the whole prompt is computed, if the request asked for it.
+        prompt_scores: log-probabilities of the prompt's tokens after the first; given once, when the whole prompt is
+            computed, if the request asked for them.
         times: the request's, with its end.
     """
 
@@ -43,7 +49,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     num_cached_tokens: int = 0
-    prompt_scores: NDArray[np.float32] | None = None
+    prompt_scores: TokenScores | None = None
     times: RequestTimes | None = None
 
 
@@ -256,7 +262,7 @@ class LLMEngine:
             if request.status.finished:  # while the step was in flight
                 continue
             if piece.score_targets is not None:
-                _keep_scores(request, piece.start, result.scores[request.request_id])
+                request.keep_scores(piece.start, result.scores[request.request_id])
             self.scheduler.computed(request, piece, epoch)
             output = self._advance(request, piece, token, logprob)
             if output is not None:
@@ -280,7 +286,7 @@ class LLMEngine:
             return None
         scores = None
         if not request.scores_done:
-            request.scores_done, scores = True, request.prompt_scores
+            request.scores_done, scores = True, request.prompt_scores or TokenScores.zeros(0)
         if token is None:
             return self._finish(request, FinishReason.LENGTH, prompt_scores=scores)
         request.append(token)
@@ -309,7 +315,7 @@ class LLMEngine:
         stop_reason: int | None = None,
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] | None = None,
-        prompt_scores: NDArray[np.float32] | None = None,
+        prompt_scores: TokenScores | None = None,
     ) -> TokenOutput:
         request.times.finished = self._clock()
         request.times.num_preemptions = request.num_preemptions
@@ -323,7 +329,7 @@ def _output(
     logprobs: tuple[TokenLogprobs, ...] | None,
     reason: FinishReason | None = None,
     stop_reason: int | None = None,
-    prompt_scores: NDArray[np.float32] | None = None,
+    prompt_scores: TokenScores | None = None,
 ) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
@@ -335,8 +341,3 @@ def _output(
         prompt_scores=prompt_scores,
         times=request.times if reason is not None else None,
     )
-
-
-def _keep_scores(request: Request, start: int, scores: NDArray[np.float32]) -> None:
-    if request.prompt_scores is not None:
-        request.prompt_scores[start : start + len(scores)] = scores

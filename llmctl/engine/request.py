@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.step import TokenScores
 from llmctl.engine.tenants import Account
 
 
@@ -93,7 +91,8 @@ class Request:
         account: its tenant's. sort_key: its place in the queue, then among running requests (``waiting_queue``).
         due: its place among its tenant's that never ran: (seconds, arrival, number). hopeful: it has a TTFT deadline,
             and has not missed it before it ran. batch: with whom it was added.
-        prompt_scores: f32 [num_prompt_tokens - 1], filled as the prompt is computed; None when not asked for.
+        prompt_scores: of the prompt's tokens after the first, filled as it is computed; None before.
+        scores_done: nothing (more) of them is wanted.
     """
 
     request_id: str
@@ -117,7 +116,7 @@ class Request:
     seed: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
-    prompt_scores: NDArray[np.float32] | None = field(default=None, init=False)
+    prompt_scores: TokenScores | None = field(default=None, init=False)
     scores_done: bool = field(default=True, init=False)
     times: RequestTimes = field(init=False)
     account: Account = field(default_factory=Account, init=False)
@@ -130,9 +129,7 @@ class Request:
         self.token_ids = list(self.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.times = RequestTimes(arrival=self.arrival_time or 0.0)
-        if self.params.prompt_logprobs is not None:
-            self.prompt_scores = np.zeros(max(self.num_prompt_tokens - 1, 0), np.float32)
-            self.scores_done = self.num_prompt_tokens < 2
+        self.scores_done = self.params.prompt_logprobs is None
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +150,12 @@ class Request:
         """Take in a token that was in flight."""
         self.token_ids.append(token)
         self.num_in_flight -= 1
+
+    def keep_scores(self, start: int, scores: TokenScores) -> None:
+        """Take in those of the prompt's tokens from ``start + 1`` on."""
+        if self.prompt_scores is None:
+            self.prompt_scores = TokenScores.zeros(self.num_prompt_tokens - 1, scores.top_ids.shape[1])
+        self.prompt_scores.put(start, scores)
 
     def last_output_tokens(self, count: int) -> list[int]:
         """The last ``count`` generated tokens; fewer when there are fewer."""

@@ -54,7 +54,7 @@ RANGES = {
     "min_tokens": Range(0),
     "max_tokens": Range(0),
     "logprobs": Range(0, MAX_LOGPROBS),
-    "prompt_logprobs": Range(0, 0),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
 }
 """Of every number among the fields of SamplingParams, when it is not None."""
 
@@ -76,7 +76,7 @@ class SamplingParams:
         ignore_eos: do not stop at end-of-sequence tokens.
         allowed_token_ids: only these may be sampled.
         logprobs: None = none; n = the sampled token's and the n most likely ones, at most 20.
-        prompt_logprobs: 0 = the log-probability of every prompt token after the first; alternatives are not offered.
+        prompt_logprobs: None = none; n = every prompt token's after the first and the n most likely ones, at most 20.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string (or stop token) in the text.
 

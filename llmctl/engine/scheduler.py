@@ -391,13 +391,14 @@ class Scheduler:
         """Add a request's next ``count`` tokens to the step."""
         start = request.num_computed_tokens
         end = start + count
-        targets = None
+        targets, top = None, 0
         if not request.scores_done and start < request.num_prompt_tokens - 1:
             targets = request.token_ids[start + 1 : min(end + 1, request.num_prompt_tokens)]
+            top = request.params.prompt_logprobs or 0
         known = len(request.token_ids)
         tokens = request.token_ids[start:end] if start < known else (IN_FLIGHT,)
         sample = end == known + request.num_in_flight and end < request.max_length
-        step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets))
+        step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets, top))
         request.num_computed_tokens = end
 
     def _preempt(self, request: Request) -> None:

@@ -6,7 +6,7 @@ token is a msgspec struct: a frozen dataclass takes about five times as long to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,6 +31,7 @@ class SequenceSlice(msgspec.Struct, frozen=True):
         sample: the logits of the last token are sampled (false inside a chunked prefill).
         score_targets: when set, the log-probability of ``score_targets[i]`` after ``token_ids[:i+1]`` is wanted
             (prompt log-probabilities, perplexity); at most ``len(token_ids)`` ids.
+        score_top: how many of the most likely tokens are wanted beside each of them.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class SequenceSlice(msgspec.Struct, frozen=True):
     block_ids: Sequence[int]
     sample: bool
     score_targets: Sequence[int] | None = None
+    score_top: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -99,13 +101,61 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+class TokenScores(msgspec.Struct, frozen=True, array_like=True, eq=False):
+    """Log-probabilities of n given tokens: what ``TokenLogprobs`` is for one, in arrays.
+
+    Attributes:
+        logprobs: f32 [n]. ranks: i32 [n], 1 = most likely.
+        top_ids: i32 [n, k], top_logprobs: f32 [n, k]: the most likely tokens, best first, of equals the lowest id
+            first; k is no more than the vocabulary.
+    """
+
+    logprobs: NDArray[np.float32]
+    ranks: NDArray[np.int32]
+    top_ids: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+
+    @classmethod
+    def zeros(cls, count: int, top: int = 0) -> TokenScores:
+        """Of ``count`` tokens, to be ``put`` in."""
+        return cls(
+            np.zeros(count, np.float32),
+            np.zeros(count, np.int32),
+            np.zeros((count, top), np.int32),
+            np.zeros((count, top), np.float32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def put(self, start: int, part: TokenScores) -> None:
+        """Take in those of the tokens from ``start`` on."""
+        for name in self.__struct_fields__:
+            getattr(self, name)[start : start + len(part)] = getattr(part, name)
+
+    def part(self, start: int, count: int, top: int) -> TokenScores:
+        """Those of ``count`` tokens from ``start`` on, with the ``top`` most likely (a view)."""
+        rows = slice(start, start + count)
+        tops = self.top_ids[rows, :top], self.top_logprobs[rows, :top]
+        return TokenScores(self.logprobs[rows], self.ranks[rows], *tops)
+
+    def entries(self, counts: Iterable[int]) -> list[TokenLogprobs | None]:
+        """One a token, with as many of the most likely ones as ``counts`` says; None where it says -1."""
+        columns = (getattr(self, name).tolist() for name in self.__struct_fields__)
+        rows = zip(*columns, counts, strict=True)
+        return [
+            TokenLogprobs(own, rank, tuple(ids[:n]), tuple(top[:n])) if n >= 0 else None
+            for own, rank, ids, top, n in rows
+        ]
+
+
 class StepResult(msgspec.Struct, frozen=True):
     """What a step produced.
 
     Attributes:
         token_ids: i32 [R], in SamplingBatch row order.
         logprobs: one entry per row, None where not asked for; None when nobody asked.
-        scores: request id -> f32 array of the slice's ``score_targets`` log-probabilities.
+        scores: request id -> the log-probabilities of the slice's ``score_targets``.
         compute_seconds: wall time in which the device computed this step and no other; what passes beyond it is the
             engine's own.
         execution: how a step that can be replayed was run; empty where there is no such choice.
@@ -113,7 +163,7 @@ class StepResult(msgspec.Struct, frozen=True):
 
     token_ids: NDArray[np.int32]
     logprobs: Sequence[TokenLogprobs | None] | None = None
-    scores: Mapping[str, NDArray[np.float32]] = {}
+    scores: Mapping[str, TokenScores] = {}
     compute_seconds: float = 0.0
     execution: Literal["", "graph", "eager"] = ""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from engine_check.steps import greedy, prompt
@@ -46,7 +47,7 @@ class DryRuntime:
         if piece.token_ids[0] != IN_FLIGHT:
             return piece
         tokens = [self._last[piece.request_id], *piece.token_ids[1:]]
-        return SequenceSlice(piece.request_id, tokens, piece.start, piece.block_ids, piece.sample, piece.score_targets)
+        return structs.replace(piece, token_ids=tokens)
 
     def logits(self, plan: StepPlan) -> Tensor:
         """f32 [R, vocab]."""

@@ -24,6 +24,7 @@ from llmctl.engine.step import (
     StepPlan,
     StepResult,
     TokenLogprobs,
+    TokenScores,
 )
 
 EMPTY = (-1, -1)
@@ -56,6 +57,17 @@ def next_token(history: Sequence[tuple[int, int]], sampling: SamplingBatch, row:
 
 def score_of(history: Sequence[tuple[int, int]], target: int) -> float:
     return -(_hash(list(history), "score", target) % 1000) / 100
+
+
+def scores_of(histories: Sequence[Sequence[tuple[int, int]]], targets: Sequence[int], top: int) -> TokenScores:
+    """Ranks are a hash, too; the most likely tokens are those from the target on, each a little less likely."""
+    scores = TokenScores.zeros(len(targets), top)
+    for i, (history, target) in enumerate(zip(histories, targets, strict=True)):
+        scores.logprobs[i] = score_of(history, target)
+        scores.ranks[i] = _hash(list(history), "rank", target) % 50
+        scores.top_ids[i] = target + np.arange(top)
+        scores.top_logprobs[i] = scores.logprobs[i] - np.arange(top)
+    return scores
 
 
 class _Pending:
@@ -159,10 +171,8 @@ class FakeRuntime:
         tokens, logprobs, scores = [], [], {}
         for piece in plan.slices:
             if piece.score_targets is not None:
-                scores[piece.request_id] = np.array(
-                    [score_of(self._history(piece, piece.start + i + 1), t) for i, t in enumerate(piece.score_targets)],
-                    np.float32,
-                )
+                histories = [self._history(piece, piece.start + i + 1) for i in range(len(piece.score_targets))]
+                scores[piece.request_id] = scores_of(histories, piece.score_targets, piece.score_top)
             if piece.sample:
                 row = len(tokens)
                 history = self._history(piece, piece.start + len(piece.token_ids))

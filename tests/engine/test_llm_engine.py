@@ -113,7 +113,7 @@ def test_prompt_scores_do_not_depend_on_chunking_or_cached_prefixes(budget: int,
     expected = [score_of(history[:i], PROMPT[i]) for i in range(1, len(PROMPT))]
     given = [o.prompt_scores for o in outputs if o.prompt_scores is not None]
     assert len(given) == 1
-    np.testing.assert_allclose(given[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(given[0].logprobs, expected, rtol=1e-6)
     assert len(tokens_of(outputs)) == max_tokens
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
@@ -135,7 +135,7 @@ def test_prompt_scores_survive_preemption() -> None:
     for request in requests:
         history = list(zip(request.prompt_token_ids, range(10), strict=True))
         expected = [score_of(history[:i], history[i][0]) for i in range(1, 10)]
-        np.testing.assert_allclose(scores[request.request_id], expected, rtol=1e-6)
+        np.testing.assert_allclose(scores[request.request_id].logprobs, expected, rtol=1e-6)
 
 
 def test_abort_frees_blocks_at_once_and_passes_over_the_unknown() -> None:

@@ -21,7 +21,8 @@ from llmctl.errors import RequestError
         ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}), ("logit_bias", {"1": 1}), ("seed", 2**64),
         ("seed", 0.5), ("stop", "text"), ("stop", ("",)), ("stop", ("x",) * 65), ("stop_token_ids", ("a",)),
         ("bad_words", ((),)), ("min_tokens", -1), ("max_tokens", -1), ("max_tokens", 1.0), ("logprobs", 21),
-        ("logprobs", -1), ("prompt_logprobs", 1), ("allowed_token_ids", ()), ("allowed_token_ids", (1.5,)),
+        ("logprobs", -1), ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("allowed_token_ids", ()),
+        ("allowed_token_ids", (1.5,)),
     ],
 )  # fmt: skip
 def test_refusals_name_the_parameter(param: str, value: Any) -> None:
@@ -34,7 +35,7 @@ def test_refusals_name_the_parameter(param: str, value: Any) -> None:
 def test_limits_themselves_are_accepted() -> None:
     SamplingParams(
         n=128, temperature=0, top_k=-1, top_p=1, min_p=1, repetition_penalty=0.01, presence_penalty=-2,
-        frequency_penalty=2, logit_bias={0: -100, 1: 100.0}, seed=-(2**63), stop=["a"], logprobs=20, prompt_logprobs=0,
+        frequency_penalty=2, logit_bias={0: -100, 1: 100.0}, seed=-(2**63), stop=["a"], logprobs=20, prompt_logprobs=20,
         min_tokens=3, max_tokens=3,
     )  # fmt: skip
     with pytest.raises(RequestError, match=r"at most max_tokens \(2\), found 3"):

@@ -108,6 +108,15 @@ class KvDesc(c.Structure):
     )
 
 
+class LogprobsOut(c.Structure):
+    """``struct LogprobsOut``."""
+
+    _fields_ = (
+        ("width", c.c_int64),
+        *((name, c.c_void_p) for name in ("logprobs", "ranks", "top_ids", "top_logprobs")),
+    )
+
+
 class StepDesc(c.Structure):
     """``struct StepDesc``."""
 
@@ -115,7 +124,8 @@ class StepDesc(c.Structure):
         *((name, c.c_int64) for name in ("tokens", "seqs", "rows")),
         *((name, c.c_void_p) for name in ("token_ids", "positions", "slots", "query_start", "block_tables")),
         ("max_blocks", c.c_int64),
-        *((name, c.c_void_p) for name in ("logits_rows", "targets", "target_logprobs")),
+        *((name, c.c_void_p) for name in ("logits_rows", "targets", "target_tops")),
+        ("out", LogprobsOut),
     )
 
 
@@ -128,12 +138,12 @@ class SamplingDesc(c.Structure):
         *((name, c.c_void_p) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")),
         *((name, c.c_void_p) for name in ("prompt_ids", "prompt_offsets", "output_ids", "output_offsets")),
         *((name, c.c_void_p) for name in ("bias_ids", "bias_values", "bias_offsets", "allowed_mask", "num_logprobs")),
-        ("max_logprobs", c.c_int64),
-        *((name, c.c_void_p) for name in ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")),
+        ("token_ids", c.c_void_p),
+        ("out", LogprobsOut),
     )
 
 
-STRUCTS: tuple[type[c.Structure], ...] = (Matrix, IntActs, OpDesc, KvDesc, StepDesc, SamplingDesc)
+STRUCTS: tuple[type[c.Structure], ...] = (Matrix, IntActs, OpDesc, KvDesc, LogprobsOut, StepDesc, SamplingDesc)
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llmctl_create": (c.c_void_p, (c.POINTER(OpDesc), c.c_int64, c.POINTER(KvDesc), *[c.c_int64] * 6, c.c_int)),
     "llmctl_destroy": (None, (c.c_void_p,)),

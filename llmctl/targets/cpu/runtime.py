@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.errors import HostMemoryError
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.base import RuntimeSizes
@@ -35,7 +35,7 @@ from llmctl.targets.cpu.abi import (
 from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, logits_view, plan_arena
 from llmctl.targets.cpu.layout import kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
-from llmctl.targets.cpu.sampling import NativeSampling
+from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
 from llmctl.targets.rope import cos_sin_table
 
 _MAX_LOGITS_BYTES = 32 * 2**20
@@ -129,11 +129,11 @@ class CpuRuntime:
             raise ValueError(f"{len(flat.token_ids)} tokens exceed the {self._max_tokens} this runtime was sized for")
         if len(sampling.temperature) != len(flat.rows):
             raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
-        rows, targets = _logits_rows(plan, flat)
-        scores = array("f", bytes(4 * len(targets)))
+        rows, targets, tops = _logits_rows(plan, flat)
+        scores = TokenScores.zeros(len(targets), min(max(tops, default=0), self.limits.vocab_size))
         arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", flat.slots)]
-        arrays += [array("i", flat.query_start), array("i", rows), array("i", targets)]
-        token_ids, positions, slots, query_start, rows_at, targets_at = (a.buffer_info()[0] for a in arrays)
+        arrays += [array("i", values) for values in (flat.query_start, rows, targets, tops)]
+        token_ids, positions, slots, query_start, rows_at, targets_at, tops_at = (a.buffer_info()[0] for a in arrays)
         step = StepDesc(
             tokens=len(flat.token_ids),
             seqs=len(plan.slices),
@@ -146,14 +146,15 @@ class CpuRuntime:
             max_blocks=self._tables.width,
             logits_rows=rows_at,
             targets=targets_at if targets else None,
-            target_logprobs=scores.buffer_info()[0] if targets else None,
+            target_tops=tops_at,
+            out=logprobs_out(scores),
         )
         desc = self._sampling.prepare(sampling)
         began = time.perf_counter()
         self._library.llmctl_step(self._program, c.byref(step), c.byref(desc))
         seconds = time.perf_counter() - began
         sampled, logprobs = self._sampling.results()
-        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, targets, scores), seconds))
+        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, scores), seconds))
 
     def profile(self) -> dict[str, float]:
         """Microseconds per op kind since the last call (as seen by the first thread, waiting included)."""
@@ -278,23 +279,27 @@ def _aligned(size: int) -> NDArray[np.uint8]:
     return raw[start : start + size]
 
 
-def _logits_rows(plan: StepPlan, flat: FlatPlan) -> tuple[list[int], list[int]]:
-    """Rows whose logits are made, and per row the id whose log-probability is wanted (-1: the row is sampled).
+def _logits_rows(plan: StepPlan, flat: FlatPlan) -> tuple[list[int], list[int], list[int]]:
+    """Rows whose logits are made, and per row the id whose log-probability is wanted (-1: the row is sampled) and how
+    many of the most likely ones.
 
     No targets at all mean that every row is sampled.
     """
     if not flat.scored:
-        return flat.rows, []
+        return flat.rows, [], []
     rows: list[int] = []
     targets: list[int] = []
+    tops: list[int] = []
     for piece, first in zip(plan.slices, flat.query_start, strict=False):
         wanted = piece.score_targets or ()
         rows += range(first, first + len(wanted))
         targets += wanted
+        tops += [piece.score_top] * len(wanted)
         if piece.sample:
             rows.append(first + len(piece.token_ids) - 1)
             targets.append(-1)
-    return rows, targets
+            tops.append(0)
+    return rows, targets, tops
 
 
 _FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
@@ -310,15 +315,13 @@ _FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
 """What writes the fields of a descriptor that not every kind has."""
 
 
-def _split_scores(plan: StepPlan, targets: list[int], scores: array[float]) -> dict[str, NDArray[np.float32]]:
-    """The scores of each slice that has score targets."""
-    if not targets:
-        return {}
-    values = np.frombuffer(scores, np.float32)[np.array(targets) >= 0]
-    out: dict[str, NDArray[np.float32]] = {}
+def _split_scores(plan: StepPlan, scores: TokenScores) -> dict[str, TokenScores]:
+    """The scores of each slice that has score targets; of rows in the order of ``_logits_rows``."""
+    out: dict[str, TokenScores] = {}
     at = 0
     for piece in plan.slices:
         if piece.score_targets is not None:
-            out[piece.request_id] = values[at : at + len(piece.score_targets)]
+            out[piece.request_id] = scores.part(at, len(piece.score_targets), piece.score_top)
             at += len(piece.score_targets)
+        at += piece.sample
     return out

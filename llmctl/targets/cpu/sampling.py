@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmctl.engine.step import SamplingBatch, TokenLogprobs
-from llmctl.targets.cpu.abi import SamplingDesc
+from llmctl.engine.step import SamplingBatch, TokenLogprobs, TokenScores
+from llmctl.targets.cpu.abi import LogprobsOut, SamplingDesc
 
 _FIELDS = {
     "temperature": np.float32,
@@ -27,7 +27,6 @@ _FIELDS = {
 }
 _HISTORY = ("prompt_ids", "prompt_offsets", "output_ids", "output_offsets")
 _BIAS = ("bias_ids", "bias_values", "bias_offsets")
-_LOGPROBS = ("logprobs", "ranks", "top_ids", "top_logprobs")
 
 
 class NativeSampling:
@@ -39,6 +38,7 @@ class NativeSampling:
         self._given: dict[str, NDArray[Any] | None] = dict.fromkeys(_FIELDS)
         self._keep: dict[str, NDArray[Any]] = {}
         self._token_ids = array("i")
+        self._logprobs = TokenScores.zeros(0)
 
     def prepare(self, batch: SamplingBatch) -> SamplingDesc:
         """The struct for one step's batch, valid until the next call."""
@@ -54,7 +54,8 @@ class NativeSampling:
         self._token_ids = array("i", bytes(4 * desc.rows))
         desc.token_ids = self._token_ids.buffer_info()[0]
         if batch.num_logprobs is not None:
-            self._logprob_outputs(desc.rows, min(int(batch.num_logprobs.max(initial=0)), self._vocab))
+            self._logprobs = TokenScores.zeros(desc.rows, min(int(batch.num_logprobs.max(initial=0)), self._vocab))
+            desc.out = logprobs_out(self._logprobs)
         return desc
 
     def results(self) -> tuple[NDArray[np.int32], Sequence[TokenLogprobs | None] | None]:
@@ -63,11 +64,7 @@ class NativeSampling:
         counts = self._given["num_logprobs"]
         if counts is None or not (counts >= 0).any():
             return token_ids, None
-        logprobs, ranks, ids, values = (self._keep[name].tolist() for name in _LOGPROBS)
-        return token_ids, [
-            TokenLogprobs(logprobs[row], ranks[row], tuple(ids[row][:n]), tuple(values[row][:n])) if n >= 0 else None
-            for row, n in enumerate(counts.tolist())
-        ]
+        return token_ids, self._logprobs.entries(counts.tolist())
 
     def _point(self, name: str, values: NDArray[Any] | None) -> None:
         if values is None:
@@ -101,12 +98,11 @@ class NativeSampling:
             for name in names:
                 self._point(name, None)
 
-    def _logprob_outputs(self, rows: int, most: int) -> None:
-        columns = max(most, 1)
-        self._desc.max_logprobs = columns
-        for name in ("logprobs", "top_logprobs", "ranks", "top_ids"):
-            shape = (rows, columns) if name.startswith("top") else (rows,)
-            self._point(name, np.zeros(shape, np.float32 if name.endswith("logprobs") else np.int32))
+
+def logprobs_out(scores: TokenScores) -> LogprobsOut:
+    """Where native code writes log-probabilities: into ``scores``, which must outlive that."""
+    columns = (scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)
+    return LogprobsOut(scores.top_ids.shape[1], *(column.ctypes.data for column in columns))
 
 
 def _offsets(lengths: ArrayLike) -> NDArray[np.int64]:

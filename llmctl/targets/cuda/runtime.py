@@ -15,10 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SamplingBatch, SequenceSlice, StepPlan, StepResult
+from llmctl.engine.step import (
+    IN_FLIGHT,
+    RuntimeLimits,
+    SamplingBatch,
+    SequenceSlice,
+    StepPlan,
+    StepResult,
+    TokenScores,
+)
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
@@ -32,7 +39,7 @@ from llmctl.targets.cuda.ops import Scratch
 from llmctl.targets.cuda.program import LaunchMachine, Model, Program, Weights, torch_dtype
 from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Mark, Queue
 from llmctl.targets.cuda.registry import choose_all
-from llmctl.targets.cuda.sampling import DeviceSampler, Sampled
+from llmctl.targets.cuda.sampling import Described, DeviceSampler, Sampled
 from llmctl.targets.cuda.weights import device_weights
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.rope import cos_sin_table
@@ -45,10 +52,21 @@ _PROGRAMS = 256
 
 @dataclass(frozen=True)
 class _Scores:
-    """A request's score targets: f32 tensors on their way to the host."""
+    """A request's score targets, in order."""
 
     request_id: str
-    parts: tuple[Tensor, ...]
+    count: int
+    top: int
+    parts: tuple[Described, ...]
+
+    def result(self) -> TokenScores:
+        """Once the step's end is passed."""
+        joined, at = TokenScores.zeros(self.count, self.top), 0
+        for part in self.parts:
+            scores = part.result()
+            joined.put(at, scores)
+            at += len(scores)
+        return joined
 
 
 class CudaStep:
@@ -71,7 +89,7 @@ class CudaStep:
             with device_errors():
                 self._ended.wait()
             tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
-            scores = {s.request_id: _joined(s.parts) for s in self._scores}
+            scores = {s.request_id: s.result() for s in self._scores}
             seconds = self._ended.seconds_since(self._began)
             self._value = StepResult(tokens, logprobs, scores, seconds, execution=self._execution)
         return self._value
@@ -337,8 +355,9 @@ class CudaRuntime:
                 view.zero_()
                 view[: len(rows)].copy_(self._queue.upload(rows))
                 logits = self._head(count, every=False)
-                parts.append(self._sampler.score(logits, self._queue.upload(wanted)))
-            found.append(_Scores(piece.request_id, tuple(parts)))
+                parts.append(self._sampler.describe(logits, self._queue.upload(wanted), piece.score_top))
+            top = min(piece.score_top, self.limits.vocab_size)
+            found.append(_Scores(piece.request_id, len(targets), top, tuple(parts)))
         return found
 
     # -- programs ---------------------------------------------------------------------------------------------
@@ -451,10 +470,6 @@ class CudaRuntime:
             cos, sin = (torch.from_numpy(t).to(self._queue.device) for t in tables)
             self._ropes[key] = cos, sin
         return self._ropes[key]
-
-
-def _joined(parts: tuple[Tensor, ...]) -> NDArray[np.float32]:
-    return np.concatenate([np.zeros(0, np.float32), *(p.numpy() for p in parts)])
 
 
 def _greedy(rows: int) -> SamplingBatch:

@@ -13,44 +13,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmctl.engine.step import SamplingBatch, TokenLogprobs
+from llmctl.engine.step import SamplingBatch, TokenLogprobs, TokenScores
 from llmctl.graph.dtypes import BY_TORCH
 from llmctl.targets.cuda.call import Machine
 from llmctl.targets.cuda.inputs import InputArena
 from llmctl.targets.cuda.program import Program, Recorder
 from llmctl.targets.cuda.queue import Queue
 from llmctl.targets.cuda.signatures import launch
+from llmctl.targets.reference.logprobs import top_ids
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is on its way to the host: token ids i32 [R], and for rows that asked, see ``_Logprobs``."""
+    """What is on its way to the host: token ids i32 [R], and what was asked of them, a count a row (-1: nothing)."""
 
     tokens: Tensor
-    logprobs: _Logprobs | None
+    counts: NDArray[np.int32] | None = None
+    logprobs: Described | None = None
 
     def result(self) -> tuple[NDArray[np.int32], Sequence[TokenLogprobs | None] | None]:
         """Once the step's end is passed."""
-        logprobs = None if self.logprobs is None else self.logprobs.result()
-        return self.tokens.numpy().copy(), logprobs
+        tokens = self.tokens.numpy().copy()
+        if self.counts is None or self.logprobs is None:
+            return tokens, None
+        return tokens, self.logprobs.result().entries(self.counts.tolist())
 
 
 @dataclass(frozen=True)
-class _Logprobs:
-    """Counts asked for, i32 [R] (-1: none); f32 [R] and i32 [R] of the sampled token; the top n, [R, n]."""
+class Described:
+    """``TokenScores`` on their way to the host."""
 
-    counts: NDArray[np.int32]
-    own: Tensor
-    ranks: Tensor
-    top_ids: Tensor
-    top: Tensor
+    columns: tuple[Tensor, ...]
 
-    def result(self) -> list[TokenLogprobs | None]:
-        own, ranks, ids, top = (t.tolist() for t in (self.own, self.ranks, self.top_ids, self.top))
-        return [
-            TokenLogprobs(own[row], ranks[row], tuple(ids[row][:n]), tuple(top[row][:n])) if n >= 0 else None
-            for row, n in enumerate(self.counts.tolist())
-        ]
+    def result(self) -> TokenScores:
+        """Once the step's end is passed."""
+        return TokenScores(*(column.numpy() for column in self.columns))
 
 
 class DeviceSampler:
@@ -81,17 +78,26 @@ class DeviceSampler:
             self._sample_plain(logits)
         else:
             self._sample_adjusted(batch, logits, rows)
-        logprobs = None
-        if batch.num_logprobs is not None and (batch.num_logprobs >= 0).any():
-            logprobs = self._describe(batch.num_logprobs, logits, rows)
-        return Sampled(to[:rows].copy_(self.tokens[:rows], non_blocking=True), logprobs)
+        counts, logprobs = batch.num_logprobs, None
+        if counts is not None and (counts >= 0).any():
+            logprobs = self.describe(logits, self.tokens[:rows], int(counts.max()))
+        return Sampled(to[:rows].copy_(self.tokens[:rows], non_blocking=True), counts, logprobs)
 
-    def score(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability f32 [n] of each row's target, i32 [n], on its way to the host."""
-        n = len(targets)
-        launch(self._queue.machine, "logprobs", logits=self._widened(logits, n), tokens=targets, logprob=self._own[:n],
-               rank=self._ranks[:n])  # fmt: skip
-        return self._queue.download(self._own[:n])
+    def describe(self, logits: Tensor, tokens: Tensor, top: int) -> Described:
+        """What the raw distribution of each row says of its token.
+
+        Args:
+            logits: [n or more, vocab], half precision or f32. tokens: i32 [n]. top: how many of the most likely tokens
+                are wanted.
+        """
+        n = len(tokens)
+        wide, own, ranks = self._widened(logits, n), self._own[:n], self._ranks[:n]
+        launch(self._queue.machine, "logprobs", logits=wide, tokens=tokens, logprob=own, rank=ranks)
+        ids = top_ids(wide, top)
+        # What log-softmax takes off a logit is the same for all tokens of a row. A token that is among the most likely
+        # ones must have the very same log-probability there: clients compare the two.
+        top_logprobs = own[:, None] + (wide.gather(1, ids) - wide.gather(1, tokens[:, None].long()))
+        return Described(tuple(self._queue.download(t) for t in (own, ranks, ids.int(), top_logprobs)))
 
     def _sample_plain(self, logits: Tensor) -> None:
         padded = len(logits)
@@ -135,18 +141,6 @@ class DeviceSampler:
             counts=upload(counts), repetition=column(batch.repetition_penalty, 1),
             presence=column(batch.presence_penalty, 0), frequency=column(batch.frequency_penalty, 0),
         )  # fmt: skip
-
-    def _describe(self, wanted: NDArray[np.int32], logits: Tensor, rows: int) -> _Logprobs:
-        """Log-probabilities of the raw distribution."""
-        wide, tokens = self._widened(logits, rows), self.tokens[:rows]
-        own, ranks = self._own[:rows], self._ranks[:rows]
-        launch(self._queue.machine, "logprobs", logits=wide, tokens=tokens, logprob=own, rank=ranks)
-        best = wide.topk(min(int(wanted.max()), self._vocab), dim=-1)
-        # What log-softmax takes off a logit is the same for all tokens of a row.
-        shift = wide.gather(1, tokens[:, None].long())[:, 0] - own
-        top = best.values - shift[:, None]
-        down = self._queue.download
-        return _Logprobs(wanted, down(own), down(ranks), down(best.indices), down(top))
 
     def _widened(self, logits: Tensor, rows: int) -> Tensor:
         wide = self._wide[: rows * self._vocab].view(rows, self._vocab)

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import LOGITS, Graph
 from llmctl.targets.batch import Batch, build_batch
 from llmctl.targets.reference.context import StepContext, allocate_cache
 from llmctl.targets.reference.interpreter import Interpreter
+from llmctl.targets.reference.logprobs import describe
 from llmctl.targets.reference.sampler import sample
 
 # Logits of scored rows are made this many bytes at a time: a vocabulary of 150k float32 is 0.6 MB a row.
@@ -116,19 +116,18 @@ class ReferenceRuntime:
         ctx.rows = rows
         return self._head({self._hidden: hidden}, ctx)[LOGITS].float()
 
-    def _scores(self, plan: StepPlan, batch: Batch, hidden: Tensor, ctx: StepContext) -> dict[str, NDArray[np.float32]]:
-        """Log-probability of every score target, a bounded number of rows at a time."""
-        scores: dict[str, NDArray[np.float32]] = {}
+    def _scores(self, plan: StepPlan, batch: Batch, hidden: Tensor, ctx: StepContext) -> dict[str, TokenScores]:
+        """Log-probabilities of every score target, a bounded number of rows at a time."""
+        scores: dict[str, TokenScores] = {}
         chunk = max(1, _SCORE_BYTES // (4 * self.limits.vocab_size))
         for piece, first in zip(plan.slices, batch.query_start_loc, strict=False):
             if piece.score_targets is None:
                 continue
             targets = torch.tensor(list(piece.score_targets), dtype=torch.int64, device=ctx.device)
-            parts = [torch.empty(0)]
+            found = TokenScores.zeros(len(targets), min(piece.score_top, self.limits.vocab_size))
             for start in range(0, len(targets), chunk):
                 wanted = targets[start : start + chunk]
                 rows = torch.arange(len(wanted), device=ctx.device) + (int(first) + start)
-                logprobs = torch.log_softmax(self._logits(hidden, rows, ctx), -1)
-                parts.append(logprobs.gather(1, wanted[:, None])[:, 0].cpu())
-            scores[piece.request_id] = torch.cat(parts).numpy()
+                found.put(start, describe(self._logits(hidden, rows, ctx), wanted, piece.score_top))
+            scores[piece.request_id] = found
         return scores

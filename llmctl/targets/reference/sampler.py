@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.engine.step import SamplingBatch, TokenLogprobs
+from llmctl.targets.reference.logprobs import describe
 from llmctl.targets.reference.philox import uniform
 
 # Top-p looks at this many of the most likely tokens first; only rows whose mass p lies deeper are sorted in full.
@@ -156,16 +157,10 @@ def _logprobs(
         return None
     rows = np.flatnonzero(num_logprobs >= 0)
     index = torch.from_numpy(rows).to(logits.device)
-    logprobs = torch.log_softmax(logits[index], -1)
-    own = logprobs.gather(1, tokens[index][:, None])
-    ranks = ((logprobs > own).sum(-1) + 1).tolist()
-    most = min(int(num_logprobs.max()), logits.shape[1])
-    best = logprobs.topk(most, dim=-1)
-    values, ids = best.values.tolist(), best.indices.tolist()
+    entries = describe(logits[index], tokens[index], int(num_logprobs.max())).entries(num_logprobs[rows].tolist())
     result: list[TokenLogprobs | None] = [None] * len(logits)
-    for i, row in enumerate(rows):
-        n = int(num_logprobs[row])
-        result[row] = TokenLogprobs(float(own[i, 0]), ranks[i], tuple(ids[i][:n]), tuple(values[i][:n]))
+    for row, entry in zip(rows.tolist(), entries, strict=True):
+        result[row] = entry
     return result
 
 

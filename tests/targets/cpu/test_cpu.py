@@ -79,7 +79,7 @@ def scores_in_pieces(runtime: Runtime, sequences: list[list[int]], seed: int, la
         if slices:
             scores = runtime.execute(StepPlan(tuple(slices)), greedy(0)).result().scores
             for name, values in scores.items():
-                found[int(name)].append(values)
+                found[int(name)].append(values.logprobs)
     return [np.concatenate(parts) for parts in found]
 
 

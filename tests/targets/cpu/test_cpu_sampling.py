@@ -41,7 +41,7 @@ def contents(desc: SamplingDesc) -> dict[str, Any]:
         offsets = read(f"{name}_offsets", c.c_int64, desc.rows + 1)
         found[name] = None if offsets is None else (offsets, read(f"{name}_ids", kind, offsets[-1]))
     found["bias_values"] = read("bias_values", c.c_float, found["bias"][0][-1]) if found["bias"] else None
-    return found | {"rows": desc.rows, "outputs": [desc.token_ids is not None, desc.max_logprobs]}
+    return found | {"rows": desc.rows, "outputs": [desc.token_ids is not None, desc.out.width]}
 
 
 @st.composite
@@ -75,7 +75,7 @@ def batches(draw: st.DrawFn) -> SamplingBatch:
 
 
 def dense(found: dict[str, Any]) -> dict[str, Any]:
-    """max_logprobs counts only where log-probabilities are asked for."""
+    """``out`` counts only where log-probabilities are asked for."""
     if found["num_logprobs"] is None:
         found["outputs"][1] = 0
     return found

@@ -77,9 +77,11 @@ def test_scores_are_the_models_logprobs(
     )
     second = StepPlan((SequenceSlice("a", a[8:], 8, [0, 1, 2, 3], True, score_targets=a[9:]),))
     one, two = runtime.execute(first, greedy(1)).result(), runtime.execute(second, greedy(1)).result()
-    np.testing.assert_allclose(np.concatenate([one.scores["a"], two.scores["a"]]), expected["a"], atol=1e-4)
-    np.testing.assert_allclose(one.scores["b"], expected["b"], atol=1e-4)
-    assert one.scores["b"].dtype == np.float32
+    np.testing.assert_allclose(
+        np.concatenate([one.scores["a"].logprobs, two.scores["a"].logprobs]), expected["a"], atol=1e-4
+    )
+    np.testing.assert_allclose(one.scores["b"].logprobs, expected["b"], atol=1e-4)
+    assert one.scores["b"].logprobs.dtype == np.float32
     assert one.token_ids.tolist() == [int(family_model("qwen2").logits(b)[-1].argmax())]
     assert set(two.scores) == {"a"}
 

@@ -103,11 +103,13 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap) LLMCTL_SIZE(OpDesc)
   LLMCTL_FIELD(KvDesc, base) LLMCTL_FIELD(KvDesc, kv_heads) LLMCTL_FIELD(KvDesc, head_dim)
   LLMCTL_FIELD(KvDesc, padded_dim) LLMCTL_FIELD(KvDesc, type) LLMCTL_SIZE(KvDesc)
+  LLMCTL_FIELD(LogprobsOut, width) LLMCTL_FIELD(LogprobsOut, logprobs) LLMCTL_FIELD(LogprobsOut, ranks)
+  LLMCTL_FIELD(LogprobsOut, top_ids) LLMCTL_FIELD(LogprobsOut, top_logprobs) LLMCTL_SIZE(LogprobsOut)
   LLMCTL_FIELD(StepDesc, tokens) LLMCTL_FIELD(StepDesc, seqs) LLMCTL_FIELD(StepDesc, rows)
   LLMCTL_FIELD(StepDesc, token_ids) LLMCTL_FIELD(StepDesc, positions) LLMCTL_FIELD(StepDesc, slots)
   LLMCTL_FIELD(StepDesc, query_start) LLMCTL_FIELD(StepDesc, block_tables) LLMCTL_FIELD(StepDesc, max_blocks)
-  LLMCTL_FIELD(StepDesc, logits_rows) LLMCTL_FIELD(StepDesc, targets) LLMCTL_FIELD(StepDesc, target_logprobs)
-  LLMCTL_SIZE(StepDesc)
+  LLMCTL_FIELD(StepDesc, logits_rows) LLMCTL_FIELD(StepDesc, targets) LLMCTL_FIELD(StepDesc, target_tops)
+  LLMCTL_FIELD(StepDesc, out) LLMCTL_SIZE(StepDesc)
   LLMCTL_FIELD(SamplingDesc, rows) LLMCTL_FIELD(SamplingDesc, temperature) LLMCTL_FIELD(SamplingDesc, seeds)
   LLMCTL_FIELD(SamplingDesc, positions) LLMCTL_FIELD(SamplingDesc, top_k) LLMCTL_FIELD(SamplingDesc, top_p)
   LLMCTL_FIELD(SamplingDesc, min_p) LLMCTL_FIELD(SamplingDesc, repetition_penalty)
@@ -116,9 +118,8 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(SamplingDesc, output_ids) LLMCTL_FIELD(SamplingDesc, output_offsets)
   LLMCTL_FIELD(SamplingDesc, bias_ids) LLMCTL_FIELD(SamplingDesc, bias_values)
   LLMCTL_FIELD(SamplingDesc, bias_offsets) LLMCTL_FIELD(SamplingDesc, allowed_mask)
-  LLMCTL_FIELD(SamplingDesc, num_logprobs) LLMCTL_FIELD(SamplingDesc, max_logprobs)
-  LLMCTL_FIELD(SamplingDesc, token_ids) LLMCTL_FIELD(SamplingDesc, logprobs) LLMCTL_FIELD(SamplingDesc, ranks)
-  LLMCTL_FIELD(SamplingDesc, top_ids) LLMCTL_FIELD(SamplingDesc, top_logprobs) LLMCTL_SIZE(SamplingDesc)
+  LLMCTL_FIELD(SamplingDesc, num_logprobs) LLMCTL_FIELD(SamplingDesc, token_ids) LLMCTL_FIELD(SamplingDesc, out)
+  LLMCTL_SIZE(SamplingDesc)
   {"tile", kTile}, {"lanes", kLanes}, {"max_act_group", kMaxActGroup}, {"queries", kQueries},
   {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds},
   {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},

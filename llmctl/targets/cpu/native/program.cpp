@@ -186,7 +186,7 @@ void finish_row(llmctl_program& p, const StepDesc& step, const SamplingDesc& sam
                 SamplingScratch& scratch) {
   const int32_t target = step.targets ? step.targets[row] : -1;
   if (target < 0) return sample_row(sampling, p.sample_index[size_t(row)], logits, p.vocab, scratch);
-  step.target_logprobs[row] = float(double(logits[target]) - log_sum_exp(logits, p.vocab));
+  report_logprobs(step.out, row, logits, p.vocab, target, step.target_tops[row], scratch);
 }
 
 // Up to this many rows a step is bound by the reading of weights; a thread that waits then fetches what it will read next,

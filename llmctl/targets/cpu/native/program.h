@@ -77,7 +77,8 @@ struct StepDesc {
   int64_t max_blocks;
   const int32_t* logits_rows;    // [rows], ascending
   const int32_t* targets;        // [rows], -1: the row is sampled, else the log-probability of this id is wanted
-  float* target_logprobs;        // out [rows]
+  const int32_t* target_tops;    // [rows], how many of the most likely tokens are wanted beside a target
+  LogprobsOut out;               // of the rows with a target
 };
 
 }  // namespace llmctl

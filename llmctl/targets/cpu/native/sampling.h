@@ -9,6 +9,15 @@
 
 namespace llmctl {
 
+// Log-probabilities of R rows. Mirrored by targets/cpu/abi.py.
+struct LogprobsOut {
+  int64_t width;        // most that a row wants of the most likely tokens
+  float* logprobs;      // [R]
+  int32_t* ranks;       // [R]
+  int32_t* top_ids;     // [R][width]
+  float* top_logprobs;  // [R][width]
+};
+
 // Parameters and results of R rows; pointers may be null where nobody asked. Mirrored by targets/cpu/abi.py.
 struct SamplingDesc {
   int64_t rows;
@@ -30,12 +39,8 @@ struct SamplingDesc {
   const int64_t* bias_offsets;     // [R+1]
   const uint32_t* allowed_mask;    // [R][ceil(V/32)]
   const int32_t* num_logprobs;     // [R]; -1 none
-  int64_t max_logprobs;
   int32_t* token_ids;              // out [R]
-  float* logprobs;                 // out [R]
-  int32_t* ranks;                  // out [R]
-  int32_t* top_ids;                // out [R][max_logprobs]
-  float* top_logprobs;             // out [R][max_logprobs]
+  LogprobsOut out;
 };
 
 // Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (position, 0); 53 random bits. As targets/reference/philox.py.
@@ -182,22 +187,24 @@ static inline int32_t draw(const SamplingDesc& s, int64_t row, const float* x, i
   return last;
 }
 
-static inline void report_logprobs(const SamplingDesc& s, int64_t row, const float* raw, int64_t vocab, int32_t token,
-                                   SamplingScratch& scratch) {
+// What is said of a token of row `row`: its log-probability, its rank (1 = most likely), the `wanted` most likely
+// tokens (of equals the lowest id first).
+static inline void report_logprobs(const LogprobsOut& out, int64_t row, const float* raw, int64_t vocab, int32_t token,
+                                   int64_t wanted, SamplingScratch& scratch) {
   const double norm = log_sum_exp(raw, vocab);
-  s.logprobs[row] = float(double(raw[token]) - norm);
+  out.logprobs[row] = float(double(raw[token]) - norm);
   int32_t rank = 1;
   for (int64_t id = 0; id < vocab; id++) rank += raw[id] > raw[token];
-  s.ranks[row] = rank;
-  const int64_t wanted = std::min<int64_t>(s.num_logprobs[row], vocab);
+  out.ranks[row] = rank;
+  wanted = std::min(wanted, vocab);
   if (wanted <= 0) return;
   int32_t* order = scratch.order.data();
   for (int64_t id = 0; id < vocab; id++) order[id] = int32_t(id);
   std::partial_sort(order, order + wanted, order + vocab,
                     [&](int32_t a, int32_t b) { return raw[a] != raw[b] ? raw[a] > raw[b] : a < b; });
   for (int64_t i = 0; i < wanted; i++) {
-    s.top_ids[row * s.max_logprobs + i] = order[i];
-    s.top_logprobs[row * s.max_logprobs + i] = float(double(raw[order[i]]) - norm);
+    out.top_ids[row * out.width + i] = order[i];
+    out.top_logprobs[row * out.width + i] = float(double(raw[order[i]]) - norm);
   }
 }
 
@@ -216,7 +223,7 @@ static inline void sample_row(const SamplingDesc& s, int64_t row, float* x, int6
   const bool greedy = s.temperature[row] == 0;
   const int32_t token = greedy ? int32_t(argmax(x, vocab)) : draw(s, row, x, vocab, scratch);
   s.token_ids[row] = token;
-  if (wants_logprobs) report_logprobs(s, row, scratch.raw.data(), vocab, token, scratch);
+  if (wants_logprobs) report_logprobs(s.out, row, scratch.raw.data(), vocab, token, s.num_logprobs[row], scratch);
 }
 
 }  // namespace llmctl

@@ -196,7 +196,7 @@ def test_scores_of_prompts() -> None:
         torch.testing.assert_close(_logits(runtime, rows), expected, atol=0.02, rtol=0)
         for into, scores in ((found, result.scores), (exact, single.execute(plan, batch).value.scores),
                              (same, half.execute(plan, batch).value.scores)):  # fmt: skip
-            into |= {(number, name): values for name, values in scores.items()}
+            into |= {(number, name): values.logprobs for name, values in scores.items()}
     assert found.keys() == exact.keys()
     assert {key: len(values) for key, values in found.items()} == {key: len(values) for key, values in exact.items()}
     noise = max(np.abs(same[key] - exact[key]).max(initial=0) for key in exact)
