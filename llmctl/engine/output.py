@@ -5,39 +5,44 @@ Runs wherever the text is wanted: in the API process when serving, next to the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.request import FinishReason, RequestTimes
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.step import TokenLogprobs
+from llmctl.engine.step import TokenLogprobs, TokenScores
 from llmctl.text.detokenizer import IncrementalDetokenizer, StopChecker
 from llmctl.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """A token with its log-probability: ``text`` has U+FFFD where its ``data`` is a part of a character only."""
+    """A token with its log-probability (NaN: none is known).
+
+    Attributes:
+        text: has U+FFFD where ``data`` is a part of a character only. data: None where the tokenizer has no such token.
+        rank: 1 = most likely; tokens that are as likely as one another rank alike.
+    """
 
     token_id: int
     text: str
-    data: bytes
+    data: bytes | None
     logprob: float
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """The sampled token, and the most likely ones at its position, best first."""
+    """The token at a position, the most likely ones there, best first; ``offset``: characters of text before it."""
 
     token: TokenText
     top: tuple[TokenText, ...] = ()
+    offset: int = 0
 
 
 class TextOutput(msgspec.Struct, frozen=True):
@@ -60,7 +65,7 @@ class TextOutput(msgspec.Struct, frozen=True):
     stop_reason: int | str | None
     num_output_tokens: int
     num_cached_tokens: int
-    prompt_scores: NDArray[np.float32] | None
+    prompt_scores: TokenScores | None
     times: RequestTimes | None
 
 
@@ -74,15 +79,40 @@ class Processed(NamedTuple):
 def describe_token(tokenizer: Tokenizer, token_id: int, logprob: float, rank: int) -> TokenText:
     """A token with its text and bytes; special tokens have their vocabulary's spelling."""
     data = tokenizer.token_bytes(token_id)
-    return TokenText(token_id, data.decode("utf-8", "replace"), data, logprob, rank)
+    known = data or tokenizer.id_to_token(token_id) is not None
+    return TokenText(token_id, data.decode("utf-8", "replace"), data if known else None, logprob, rank)
+
+
+def describe_position(tokenizer: Tokenizer, token_id: int, entry: TokenLogprobs, offset: int) -> PositionLogprobs:
+    """A position's tokens with their texts and bytes."""
+    tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    return PositionLogprobs(
+        describe_token(tokenizer, token_id, entry.logprob, entry.rank),
+        tuple(describe_token(tokenizer, i, p, rank) for rank, (i, p) in enumerate(tops, start=1)),
+        offset,
+    )
+
+
+def prompt_positions(
+    tokenizer: Tokenizer, token_ids: Sequence[int], scores: TokenScores, top: int, offsets: Sequence[int] | None = None
+) -> list[PositionLogprobs]:
+    """The positions of a prompt; nothing is known of the first one's log-probability.
+
+    Args:
+        scores: of the tokens after the first. top: how many of the most likely tokens. offsets: of the tokens.
+    """
+    entries = [TokenLogprobs(math.nan, 0), *scores.entries([top] * len(scores))]
+    rows = zip(token_ids, entries, offsets or [0] * len(token_ids), strict=True)
+    return [describe_position(tokenizer, i, entry, at) for i, entry, at in rows if entry is not None]
 
 
 class _Text:
-    """The text side of one request."""
+    """The text side of one request. ``num_chars``: of its tokens' text so far, before any stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         self.params = params
         self.num_tokens = 0
+        self.num_chars = 0
         self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         self._stops = StopChecker(params.stop, params.include_stop_str_in_output)
 
@@ -92,6 +122,7 @@ class _Text:
         if ends and not self.params.include_stop_str_in_output:
             return "", None
         text = self._detokenizer.push(token_id)
+        self.num_chars += len(text)
         if self.num_tokens <= self.params.min_tokens:
             return text, None
         return self._stops.push(text)
@@ -135,10 +166,12 @@ class OutputProcessor:
 
     def _process(self, text: _Text, output: TokenOutput) -> TextOutput:
         pieces: list[str] = []
+        offsets: list[int] = []
         stop: str | None = None
         used = 0
         for token_id in output.new_token_ids:
             used += 1
+            offsets.append(text.num_chars)
             ends = output.finish_reason is FinishReason.STOP and used == len(output.new_token_ids)
             piece, stop = text.push(token_id, ends=ends)
             pieces.append(piece)
@@ -151,7 +184,7 @@ class OutputProcessor:
             request_id=output.request_id,
             text="".join(pieces),
             token_ids=output.new_token_ids[:used],
-            logprobs=self._logprobs(output, used),
+            logprobs=self._logprobs(output, offsets),
             finish_reason=FinishReason.STOP if stop is not None else output.finish_reason,
             stop_reason=stop if stop is not None else output.stop_reason,
             num_output_tokens=text.num_tokens,
@@ -160,18 +193,12 @@ class OutputProcessor:
             times=output.times,
         )
 
-    def _logprobs(self, output: TokenOutput, count: int) -> tuple[PositionLogprobs, ...] | None:
+    def _logprobs(self, output: TokenOutput, offsets: Sequence[int]) -> tuple[PositionLogprobs, ...] | None:
+        """Of the tokens that ``offsets`` has; a stop string may have ended the output before the others."""
         if output.logprobs is None:
             return None
-        pairs = zip(output.new_token_ids[:count], output.logprobs, strict=False)
-        return tuple(self._position(token_id, entry) for token_id, entry in pairs)
-
-    def _position(self, token_id: int, entry: TokenLogprobs) -> PositionLogprobs:
-        tops = zip(entry.top_ids, entry.top_logprobs, strict=True)
-        return PositionLogprobs(
-            describe_token(self._tokenizer, token_id, entry.logprob, entry.rank),
-            tuple(describe_token(self._tokenizer, i, p, rank) for rank, (i, p) in enumerate(tops, start=1)),
-        )
+        rows = zip(output.new_token_ids, output.logprobs, offsets, strict=False)
+        return tuple(describe_position(self._tokenizer, *row) for row in rows)
 
 
 def merge_outputs(parts: Sequence[TextOutput]) -> TextOutput:

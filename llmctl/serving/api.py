@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,19 +22,17 @@ from llmctl.errors import LlmctlError, RequestError
 from llmctl.serving.context import Model, ServerContext, context_of
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.intake import Prompt
+from llmctl.serving.logprobs import chat_logprobs, completion_logprobs, echoed_positions, prompt_logprobs
 from llmctl.serving.observation import Observation
 from llmctl.serving.openai_errors import body_of, from_validation_error, json_response
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, SamplingFields
 from llmctl.serving.responses import (
     DONE_EVENT,
-    CompletionLogprobs,
     Envelope,
     TextCount,
     UsageCount,
-    chat_logprobs,
     event,
-    prompt_logprobs,
     usage_member,
 )
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
@@ -41,9 +40,12 @@ from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 log = logging.getLogger("llmctl.serving")
 
 Body = TypeVar("Body", bound=ApiModel)
+Written = TypeVar("Written")
 router = APIRouter()
 
 MOST_FIELDS_SHOWN = 20  # in the log, of those that a request has and no one knows
+# What writing a log-probability takes, by the measure of ``TextWorkers``.
+_BYTES_PER_LOGPROB = 4
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -130,7 +132,12 @@ def _sequences(
 class Answer:
     """One kind of response: how a finished delta becomes a choice, and how a running one becomes events."""
 
-    def __init__(self, envelope: Envelope, usage: UsageCount, samples: int, body: SamplingFields) -> None:
+    def __init__(self, model: Model, envelope: Envelope, usage: UsageCount, samples: int, body: SamplingFields) -> None:
+        self.tokenizer = model.intake.tokenizer
+        self.prompt_logprobs = body.prompt_logprobs
+        self.scores_prompts = body.prompt_logprobs is not None
+        self.as_ids = bool(body.return_tokens_as_token_ids)
+        self._workers = model.intake.workers
         self.envelope = envelope
         self.usage = usage
         self.samples = samples
@@ -162,7 +169,10 @@ class Answer:
             async for batch in generation:
                 for index, output in batch:
                     self.usage.count(index, output)
-                data = b"".join([self.events(index, output) for index, output in batch])
+                if self.scores_prompts:
+                    data = await self._written([output for _, output in batch], partial(self._events, batch))
+                else:
+                    data = self._events(batch)
                 if data:
                     yield data
             if self.include_usage:
@@ -171,6 +181,13 @@ class Answer:
             yield event(body_of(error))
         yield DONE_EVENT
 
+    def _events(self, batch: list[tuple[int, TextOutput]]) -> bytes:
+        return b"".join([self.events(index, output) for index, output in batch])
+
+    async def response(self, outputs: list[TextOutput]) -> Response:
+        """The response that is not streamed."""
+        return await self._written(outputs, lambda: json_response(self.whole(outputs)))
+
     def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
         """The document of a response that is not streamed."""
         for index, output in enumerate(outputs):
@@ -178,53 +195,64 @@ class Answer:
         choices = [self.choice(index, output) for index, output in enumerate(outputs)]
         return self.envelope.body(choices, usage=self.usage_body())
 
+    async def _written(self, outputs: list[TextOutput], write: Callable[[], Written]) -> Written:
+        """What ``write`` makes of outputs; in a thread if that is much."""
+        scores = [output.prompt_scores for output in outputs if output.prompt_scores is not None]
+        size = sum(len(s) * (1 + s.top_ids.shape[1]) for s in scores) * _BYTES_PER_LOGPROB
+        return await self._workers.finish(size, write)
+
 
 class CompletionAnswer(Answer):
     """``text_completion``."""
 
     def __init__(self, model: Model, prompts: list[Prompt], samples: int, body: CompletionRequest) -> None:
         usage = UsageCount(sum(len(p.token_ids) for p in prompts))
-        super().__init__(Envelope.new("cmpl", "text_completion", model.name), usage, samples, body)
-        self._tokenizer = model.intake.tokenizer
+        super().__init__(model, Envelope.new("cmpl", "text_completion", model.name), usage, samples, body)
         self._prompts = prompts
         self._echo = bool(body.echo)
-        self._prompt_logprobs = body.prompt_logprobs is not None
-        self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._logprobs = body.logprobs
+        self.scores_prompts |= self._echo and body.logprobs is not None
+        self._begun: set[int] = set()
 
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index // self.samples]
 
     def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
-        prompt = self._prompt(index)
-        logprobs = CompletionLogprobs()
-        choice = {
-            "index": index,
-            "text": (prompt.text or "") + output.text if self._echo else output.text,
-            "logprobs": logprobs.echoed(self._tokenizer, prompt, output) if self._echo else logprobs.body(output),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        }
-        if self._prompt_logprobs:
-            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, prompt, output.prompt_scores)
+        choice = self._choice(index, output, echoes=self._echo)
+        if self.prompt_logprobs is not None and output.prompt_scores is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                self.tokenizer, self._prompt(index), output.prompt_scores, self.prompt_logprobs
+            )
         return choice
 
     def events(self, index: int, output: TextOutput) -> bytes:
-        first = index not in self._logprobs
-        logprobs = self._logprobs.setdefault(index, CompletionLogprobs())
-        text = output.text
-        if first and self._echo:
-            text = (self._prompt(index).text or "") + text
-        if not text and output.finish_reason is None and output.logprobs is None:
+        choice = self._choice(index, output, echoes=self._echo and index not in self._begun)
+        self._begun.add(index)
+        if not choice["text"] and choice["finish_reason"] is None and choice["logprobs"] is None:
             return b""
-        return self.chunk(
-            {
-                "index": index,
-                "text": text,
-                "logprobs": logprobs.body(output),
-                "finish_reason": output.finish_reason,
-                "stop_reason": output.stop_reason,
-            }
-        )
+        return self.chunk(choice)
+
+    def _choice(self, index: int, output: TextOutput, *, echoes: bool) -> dict[str, Any]:
+        """What output adds to a choice; with its prompt if it ``echoes``."""
+        return {
+            "index": index,
+            "text": (self._prompt(index).text or "") + output.text if echoes else output.text,
+            "logprobs": self._logprobs_of(index, output, echoes),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+
+    def _logprobs_of(self, index: int, output: TextOutput, echoes: bool) -> dict[str, list[Any]] | None:
+        scores = output.prompt_scores if echoes else None
+        if self._logprobs is None or (scores is None and output.logprobs is None):
+            return None
+        prompt = self._prompt(index)
+        start = len(prompt.text or "") if self._echo else 0
+        body = completion_logprobs(output.logprobs or (), self.as_ids, start)
+        if scores is None:
+            return body
+        before = completion_logprobs(echoed_positions(self.tokenizer, prompt, scores, self._logprobs), self.as_ids)
+        return {name: before[name] + body[name] for name in body}
 
 
 class ChatAnswer(Answer):
@@ -233,14 +261,15 @@ class ChatAnswer(Answer):
     def __init__(self, model: Model, prompt: Prompt, samples: int, body: ChatCompletionRequest) -> None:
         object_ = "chat.completion.chunk" if body.stream else "chat.completion"
         usage = UsageCount(len(prompt.token_ids))
-        super().__init__(Envelope.new("chatcmpl", object_, model.name), usage, samples, body)
+        super().__init__(model, Envelope.new("chatcmpl", object_, model.name), usage, samples, body)
+        self._prompt = prompt
         self._begun: set[int] = set()
 
     def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": chat_logprobs(output),
+            "logprobs": chat_logprobs(output.logprobs, self.as_ids),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
@@ -250,12 +279,19 @@ class ChatAnswer(Answer):
         if index not in self._begun:
             self._begun.add(index)
             data += self._delta(index, {"role": "assistant", "content": ""})
-        logprobs = chat_logprobs(output)
+        logprobs = chat_logprobs(output.logprobs, self.as_ids)
         if output.text or (logprobs is not None and output.token_ids):
             data += self._delta(index, {"content": output.text}, logprobs)
         if output.finish_reason is not None:
             data += self._delta(index, {}, None, output.finish_reason, output.stop_reason)
         return data
+
+    def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
+        body = super().whole(outputs)
+        scores = outputs[0].prompt_scores if outputs else None
+        if self.prompt_logprobs is not None and scores is not None:
+            body["prompt_logprobs"] = prompt_logprobs(self.tokenizer, self._prompt, scores, self.prompt_logprobs)
+        return body
 
     def _delta(
         self,
@@ -303,7 +339,7 @@ async def _respond(seen: Observation, body: SamplingFields, specs: list[Sequence
         generation.abort()
         raise
     watcher.cancel()
-    response = json_response(answer.whole(outputs))
+    response = await answer.response(outputs)
     seen.end()
     return response
 

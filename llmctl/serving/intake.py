@@ -40,6 +40,8 @@ T = TypeVar("T")
 # What a word that is to be forbidden costs beside its characters, in characters, and a token that is to be text.
 _BYTES_PER_WORD = 64
 _BYTES_PER_TOKEN = 4
+MAX_PROMPT_LOGPROBS = 2**21
+"""Of all prompts of a request: some hundred bytes each while its answer is written."""
 # Of a template, at a few µs each: a few KB of messages take some hundred.
 _INLINE_STEPS = 2000
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -79,6 +81,9 @@ class Intake:
         chat_template: None when the model has none; chat requests are then refused rather than guessed.
         max_model_len: tokens, prompt and output. vocab_size: ids a prompt may hold.
         defaults: sampling parameters used where a request leaves them out.
+
+    Attributes:
+        workers: do what takes long of this model's requests.
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class Intake:
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self.defaults = dict(defaults)
-        self._workers = TextWorkers()
+        self.workers = TextWorkers()
 
     @property
     def has_chat_template(self) -> bool:
@@ -151,7 +156,7 @@ class Intake:
         """
         if isinstance(body, TokenizeRequest):
             self._check_fits(body.prompt, "prompt")
-            return await self._workers.run(body_bytes, lambda: self._tokenize(body))
+            return await self.workers.run(body_bytes, lambda: self._tokenize(body))
         return await self._run_chat(body_bytes, lambda: self._tokenize(body))
 
     def _tokenize(self, body: TokenizeRequest | TokenizeChatRequest) -> list[int]:
@@ -164,7 +169,7 @@ class Intake:
     async def token_texts(self, ids: Sequence[int]) -> list[str | None]:
         """The vocabulary's spelling of each token."""
         size = len(ids) * _BYTES_PER_TOKEN
-        return await self._workers.run(size, lambda: [self.tokenizer.id_to_token(i) for i in ids])
+        return await self.workers.run(size, lambda: [self.tokenizer.id_to_token(i) for i in ids])
 
     async def detokenize(self, body: DetokenizeRequest) -> str:
         """The text of token ids.
@@ -175,7 +180,7 @@ class Intake:
         if not self.known(body.tokens):
             raise RequestError("tokens: an id is outside the vocabulary", param="tokens")
         size = len(body.tokens) * _BYTES_PER_TOKEN
-        return await self._workers.run(size, lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))
+        return await self.workers.run(size, lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))
 
     def num_sequences(self, body: CompletionRequest | ChatCompletionRequest) -> int:
         """How many sequences a request asks for: its prompts times ``n``. Nothing is made for it.
@@ -192,7 +197,7 @@ class Intake:
         if not items:
             raise RequestError("prompt: expected at least one prompt, found an empty list", param="prompt")
         size = sum(self._check_given(item, body) for item in items)
-        return await self._workers.run(size, lambda: [self._completion_prompt(item, body) for item in items])
+        return await self.workers.run(size, lambda: [self._completion_prompt(item, body) for item in items])
 
     def _check_given(self, item: str | list[int], body: CompletionRequest) -> int:
         """Refuse what needs no tokenizer to be refused; how many bytes of text it is for the tokenizer."""
@@ -281,7 +286,7 @@ class Intake:
             except RequestError as error:
                 if not isinstance(error.__cause__, TemplateLimitError):
                     raise
-        return await self._workers.run(max(body_bytes, INLINE_BYTES + 1), work)
+        return await self.workers.run(max(body_bytes, INLINE_BYTES + 1), work)
 
     def _chat_prompt(self, body: ChatRequest) -> Prompt:
         text = self.render_chat(body)
@@ -299,24 +304,26 @@ class Intake:
             raise RequestError("suffix: not supported", param="suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError("best_of: not supported; use n", param="best_of")
-        prompt_logprobs = body.prompt_logprobs
-        if prompt_logprobs is None and body.echo and body.logprobs is not None:
-            prompt_logprobs = 0
-        if prompt_logprobs is not None and body.stream:
-            raise RequestError("prompt_logprobs: not available with stream", param="prompt_logprobs")
-        return await self._params(body, body.logprobs, prompt_logprobs)
+        return await self._params(body, body.logprobs)
 
     def fit_completion(
         self, params: SamplingParams, body: CompletionRequest, prompts: Sequence[Prompt]
     ) -> SamplingParams:
-        """The parameters with ``max_tokens``, which fit the longest prompt.
+        """The parameters with ``max_tokens``, which fit the longest prompt, and what an echo needs to know of prompts.
 
         Raises:
-            CapacityError: too long. RequestError: ``min_tokens`` is more than that.
+            CapacityError: too long. RequestError: ``min_tokens`` is more than that, or too many log-probabilities.
         """
         longest = max(len(p.token_ids) for p in prompts)
         wanted = 16 if body.max_tokens is None else body.max_tokens
-        return replace(params, max_tokens=self._max_tokens(wanted, longest, "max_tokens"))
+        tops = [top for top in (params.prompt_logprobs, params.logprobs if body.echo else None) if top is not None]
+        params = replace(
+            params,
+            max_tokens=self._max_tokens(wanted, longest, "max_tokens"),
+            prompt_logprobs=max(tops, default=None),
+        )
+        _check_scores(params, sum(len(p.token_ids) for p in prompts))
+        return params
 
     async def chat_params(self, body: ChatCompletionRequest) -> SamplingParams:
         """Sampling parameters of a chat request, but for ``max_tokens``, which ``fit_chat`` adds.
@@ -327,16 +334,17 @@ class Intake:
         _refuse_tool_calls(body)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
-        return await self._params(body, (body.top_logprobs or 0) if body.logprobs else None, None)
+        return await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)
 
     def fit_chat(self, params: SamplingParams, body: ChatCompletionRequest, prompt: Prompt) -> SamplingParams:
         """The parameters with ``max_tokens``, which fit the prompt.
 
         Raises:
-            CapacityError: too long. RequestError: ``min_tokens`` is more than that.
+            CapacityError: too long. RequestError: as ``fit_completion``.
         """
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = getattr(body, param)
+        _check_scores(params, len(prompt.token_ids))
         return replace(params, max_tokens=self._max_tokens(wanted, len(prompt.token_ids), param))
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
@@ -353,8 +361,14 @@ class Intake:
             )
         return needed
 
-    async def _params(self, body: SamplingFields, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+    async def _params(self, body: SamplingFields, logprobs: int | None) -> SamplingParams:
         _refuse_structured(body)
+        if body.prompt_logprobs is not None and body.stream:
+            raise RequestError(
+                "prompt_logprobs: not available with stream",
+                fix="leave stream out; of completions, echo with logprobs has them in a stream, too",
+                param="prompt_logprobs",
+            )
         self._check_counts(body)
         values: dict[str, Any] = dict(self.defaults)
         plain = (*_DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
@@ -368,7 +382,7 @@ class Intake:
         params = SamplingParams(
             **values,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=body.prompt_logprobs,
             stop=stop,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
@@ -390,7 +404,7 @@ class Intake:
     async def _without_bad_words(self, params: SamplingParams, words: Sequence[str]) -> SamplingParams:
         check_bad_words(words)
         size = 2 * sum(len(word) + _BYTES_PER_WORD for word in words)
-        ids = await self._workers.run(size, lambda: bad_word_ids(self.tokenizer, words))
+        ids = await self.workers.run(size, lambda: bad_word_ids(self.tokenizer, words))
         params = replace(params, bad_words=ids)
         params.check_vocab(self._vocab_size)
         return params
@@ -417,6 +431,20 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
     if content is None and message.role != "assistant":  # an assistant's may consist of tool calls
         raise RequestError(f"messages[{index}].content: expected text, found none", param="messages")
     return {**(message.model_extra or {}), "role": message.role, "content": content or ""}
+
+
+def _check_scores(params: SamplingParams, prompt_tokens: int) -> None:
+    """Bound what an answer holds of its prompts: it is whole in memory, and a prompt may be as long as the context."""
+    if params.prompt_logprobs is None:
+        return
+    count = prompt_tokens * params.n * (1 + params.prompt_logprobs)
+    if count > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"prompt_logprobs: expected at most {MAX_PROMPT_LOGPROBS} log-probabilities in all, found {count} "
+            f"({prompt_tokens} prompt tokens x {params.n} samples x {1 + params.prompt_logprobs})",
+            fix="send fewer prompts in a request, or ask for fewer of the most likely tokens",
+            param="prompt_logprobs",
+        )
 
 
 def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:

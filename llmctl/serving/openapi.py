@@ -33,7 +33,8 @@ Beyond what the schemas say, 400 is the answer to
 * a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
 * messages that the chat template refuses, or a message without `content` that is not the assistant's;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
-  `top_logprobs` without `logprobs`; in a stream `prompt_logprobs`, or `echo` with `logprobs`;
+  `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`;
+* more than 2097152 log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).
 """

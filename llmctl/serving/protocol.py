@@ -147,6 +147,8 @@ class SamplingFields(ApiModel):
     cache_salt: str | None = None
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
+    prompt_logprobs: int | None = None
+    return_tokens_as_token_ids: bool | None = False
 
     # Known, and refused when set.
     use_beam_search: Annotated[bool | None, _only(None, False)] = None
@@ -163,7 +165,6 @@ class CompletionRequest(SamplingFields):
     prompt: Prompts
     max_tokens: int | None = 16
     logprobs: int | None = None
-    prompt_logprobs: int | None = None
     echo: bool | None = False
     best_of: Annotated[int | None, Field(description="Refused unless it equals `n`.")] = None
     suffix: Annotated[str | None, _only(None, "")] = None

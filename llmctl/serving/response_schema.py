@@ -64,10 +64,20 @@ class CompletionLogprobs(ResponseModel):
 
 
 class PromptTokenLogprob(ResponseModel):
-    """A token of the prompt."""
+    """A token in a place of the prompt."""
 
     logprob: LogProb
-    decoded_token: str
+    rank: Annotated[int, Field(ge=1, description="1 is the most likely token.")]
+    decoded_token: Annotated[str | None, Field(description="Null where the tokenizer has no such token.")]
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptTokenLogprob] | None] | Absent,
+    Field(
+        description="With `prompt_logprobs`: per token of the prompt, by their ids, it and the most likely ones in its "
+        "place; null for the first."
+    ),
+]
 
 
 class CompletionChunkChoice(ResponseModel):
@@ -88,10 +98,7 @@ class CompletionChoice(ResponseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason
-    prompt_logprobs: Annotated[
-        list[dict[str, PromptTokenLogprob] | None] | Absent,
-        Field(description="With `prompt_logprobs`: per token of the prompt, by its id; null for the first."),
-    ] = None
+    prompt_logprobs: PromptLogprobs = None
 
 
 class Completion(ResponseModel):
@@ -121,7 +128,10 @@ class TokenLogprob(ResponseModel):
 
     token: str
     logprob: LogProb
-    bytes: list[Annotated[int, Field(ge=0, le=255)]]
+    bytes: Annotated[
+        list[Annotated[int, Field(ge=0, le=255)]] | None,
+        Field(description="Null where the tokenizer has no such token."),
+    ]
 
 
 class SampledTokenLogprob(TokenLogprob):
@@ -163,6 +173,7 @@ class ChatCompletion(ResponseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs = None
 
 
 class MessageDelta(ResponseModel):

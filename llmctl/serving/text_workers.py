@@ -50,3 +50,9 @@ class TextWorkers:
             return await asyncio.wrap_future(future)
         finally:
             self._rate.count()
+
+    async def finish(self, size: int, work: Callable[[], T]) -> T:
+        """As ``run``, for the end of what was served: it is never refused, and takes no place of the queue."""
+        if size <= INLINE_BYTES:
+            return work()
+        return await asyncio.wrap_future(self._pool.submit(work))

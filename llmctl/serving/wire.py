@@ -148,12 +148,13 @@ Event = Scheduled | Progress | Located | EngineInfo | WorkerFailed | StepMessage
 
 def _from_array(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.astype("<f4").tobytes()
+        return value.dtype.str, value.shape, value.tobytes()
     raise NotImplementedError(f"cannot be sent: {type(value).__name__}")
 
 
 def _to_array(_: type, value: Any) -> Any:
-    return np.frombuffer(value, "<f4")
+    dtype, shape, data = value
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 encode = msgspec.msgpack.Encoder(enc_hook=_from_array).encode

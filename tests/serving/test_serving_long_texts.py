@@ -194,7 +194,7 @@ def test_parameters_are_refused_before_a_prompt_is_tokenized(tokenizer: Watched)
 def test_lists_of_parameters_are_bounded(tokenizer: Watched, fields: dict[str, Any], message: str) -> None:
     body = CompletionRequest.model_validate_json(json.dumps({"prompt": "x", **fields}))
     made = intake(tokenizer)
-    made._workers = None  # type: ignore[assignment]  # refused before it would wait
+    made.workers = None  # type: ignore[assignment]  # refused before it would wait
     with pytest.raises(RequestError, match=f"^{message}") as caught:
         asyncio.run(made.completion_params(body))
     assert (caught.value.http_status, caught.value.param) == (400, next(iter(fields)))

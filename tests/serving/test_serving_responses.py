@@ -1,13 +1,10 @@
-"""Bodies of responses: logprobs' shapes, usage, events."""
+"""Bodies of responses: usage, events, whole characters."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import msgspec
-import numpy as np
 import pytest
 from fixtures import LOOP_TEXT, make_tokenizer
 
@@ -15,16 +12,11 @@ from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.output import OutputProcessor, TextOutput
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.step import TokenLogprobs
 from llmctl.serving.generation import Generation
-from llmctl.serving.intake import Prompt
 from llmctl.serving.responses import (
-    CompletionLogprobs,
     Envelope,
     UsageCount,
-    chat_logprobs,
     event,
-    prompt_logprobs,
     usage_member,
 )
 from llmctl.text.tokenizer import Tokenizer
@@ -72,56 +64,6 @@ def test_characters_are_never_split_whatever_the_batching(tokenizer: Tokenizer) 
             generation.push(0, output)
         assert "".join(output.text for output in made) == LOOP_TEXT * 3
         assert generation.done
-
-
-def test_logprobs_of_parts_of_characters(tokenizer: Tokenizer) -> None:
-    first, second = tokenizer.encode("é", add_special_tokens=False)
-    entries = (TokenLogprobs(-0.5, 1, (first, second), (-0.5, -math.inf)),)
-    (output,) = outputs(tokenizer, [TokenOutput("id", (first,), entries)], SamplingParams(logprobs=2))
-    chat = chat_logprobs(output)
-    assert chat is not None
-    (entry,) = chat["content"]
-    assert (entry["token"], entry["bytes"], entry["logprob"]) == ("bytes:\\xc3", [0xC3], -0.5)
-    assert [t["logprob"] for t in entry["top_logprobs"]] == [-0.5, -9999.0]
-    body = CompletionLogprobs().body(output)
-    assert body is not None
-    assert body["top_logprobs"] == [{"bytes:\\xc3": -0.5, "bytes:\\xa9": -9999.0}]
-    json.loads(msgspec.json.encode(body))
-
-
-def test_text_offsets_run_on_and_cover_the_text(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("the fox sits", add_special_tokens=False)
-    steps = [TokenOutput("id", (i,), (TokenLogprobs(-1.0, 1),)) for i in ids]
-    logprobs = CompletionLogprobs()
-    bodies = [logprobs.body(output) for output in outputs(tokenizer, steps, SamplingParams(logprobs=0))]
-    offset = 0
-    for body in bodies:
-        assert body is not None
-        assert body["text_offset"] == [offset]
-        offset += len(body["tokens"][0])
-    assert offset == len("the fox sits")
-
-
-def test_no_logprobs_are_null(tokenizer: Tokenizer) -> None:
-    (output,) = outputs(tokenizer, [TokenOutput("id", (5,))], SamplingParams())
-    assert chat_logprobs(output) is None
-    assert CompletionLogprobs().body(output) is None
-
-
-def test_echoed_and_prompt_logprobs(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("abc", add_special_tokens=False)
-    scores = np.arange(1, len(ids), dtype=np.float32) * -1
-    step = TokenOutput("id", (ids[0],), (TokenLogprobs(-9.0, 1),), prompt_scores=scores)
-    (output,) = outputs(tokenizer, [step], SamplingParams(logprobs=0, prompt_logprobs=0))
-    prompt = Prompt(ids, "abc")
-    body = CompletionLogprobs().echoed(tokenizer, prompt, output)
-    assert body is not None
-    assert body["token_logprobs"] == [None, *scores.tolist(), -9.0]
-    assert body["top_logprobs"][0] is None
-    entries = prompt_logprobs(tokenizer, prompt, scores)
-    assert entries is not None
-    assert entries[0] is None
-    assert [entry[str(i)]["logprob"] for entry, i in zip(entries[1:], ids[1:], strict=True)] == scores.tolist()
 
 
 def test_usage_counts_a_prompt_once(tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
 from llmctl.engine.request import FinishReason, RequestTimes
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.step import TokenLogprobs
+from llmctl.engine.step import TokenLogprobs, TokenScores
 from llmctl.errors import CapacityError, ExitCode, ModelNotFoundError, QueueFullError
 from llmctl.serving.transport import ApiChannel, WorkerChannel, socket_pair
 from llmctl.serving.wire import (
@@ -145,7 +145,12 @@ def test_a_request_survives_the_wire() -> None:
 
 
 def test_a_step_survives_the_wire() -> None:
-    scores = np.array([-1.5, -0.25], np.float32)
+    scores = TokenScores(
+        np.array([-1.5, -0.25], np.float32),
+        np.array([1, 70000], np.int32),
+        np.array([[5, 6], [7, 128255]], np.int32),
+        np.array([[-1.5, -3.0], [-0.125, -np.inf]], np.float32),
+    )
     output = TokenOutput(
         "id",
         (5, 6),
@@ -161,7 +166,8 @@ def test_a_step_survives_the_wire() -> None:
     assert isinstance(event, StepMessage)
     got = event.outputs[0]
     assert got.prompt_scores is not None
-    assert got.prompt_scores.tolist() == scores.tolist()
+    for name in TokenScores.__struct_fields__:
+        np.testing.assert_array_equal(getattr(got.prompt_scores, name), getattr(scores, name), strict=True)
     for name in (
         "request_id",
         "new_token_ids",
