@@ -13,15 +13,17 @@ from llmctl.config import BuildConfig
 from llmctl.targets.cpu.runtime import CpuRuntime
 
 _FOLDERS: list[TemporaryDirectory[str]] = []
-_KV_BYTES = 4 << 20
+_SIZES = EngineRequest(kv_cache_bytes=4 << 20, max_num_seqs=8)
 
 
-def cpu_runtime(model: Path, threads: int = 2, target: str = "cpu", **options: object) -> CpuRuntime:
-    """The runtime of a checkpoint built with these options, sized for 8 sequences."""
+def cpu_runtime(
+    model: Path, threads: int = 2, target: str = "cpu", sizes: EngineRequest = _SIZES, **options: object
+) -> CpuRuntime:
+    """The runtime of a checkpoint built with these options."""
     _FOLDERS.append(TemporaryDirectory())
     output = Path(_FOLDERS[-1].name) / "engine"
     build_engine(BuildConfig(model=str(model), target=target, output=str(output), **options))  # type: ignore[arg-type]
-    engine = load_engine(output, EngineRequest(kv_cache_bytes=_KV_BYTES, max_num_seqs=8))
+    engine = load_engine(output, sizes)
     runtime = open_runtime(engine, threads=threads)
     assert isinstance(runtime, CpuRuntime)
     return runtime

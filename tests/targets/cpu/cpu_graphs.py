@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.resolve import cache_dir
-from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan, StepResult
+from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan, StepResult, TokenScores
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Buffer, Graph, KVLayer, Op, Weight, WeightPart
 from llmctl.targets.base import RuntimeSizes
@@ -228,6 +228,13 @@ class Native:
         blocks = range(-(-rows // self.runtime.limits.block_size))
         plan = StepPlan(tuple(SequenceSlice(str(i), [0], i, blocks, True) for i in range(rows)))
         return self.runtime.execute(plan, batch).result()
+
+    def score(self, targets: Sequence[int], top: int) -> TokenScores:
+        """Log-probabilities of tokens in the output's rows at positions 0 .. , as one sequence."""
+        count = len(targets)
+        blocks = range(-(-count // self.runtime.limits.block_size))
+        piece = SequenceSlice("a", [0] * count, 0, blocks, False, targets, top)
+        return self.runtime.execute(StepPlan((piece,)), greedy(0)).result().scores["a"]
 
 
 def greedy(rows: int) -> SamplingBatch:

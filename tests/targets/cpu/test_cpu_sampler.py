@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cpu_graphs import VARIANTS, Floats, Native, Sketch, greedy
+from scored_tokens import check_scores
 
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_batch import SamplingBatcher
@@ -160,3 +161,19 @@ def test_parameters_beyond_float32_sample_as_the_reference_does(variant: Variant
             expected, _ = sample(torch.from_numpy(logits), batch)
             found = native_sample(logits, batch, variant).token_ids.tolist()
             assert found == expected.tolist(), (name, value)
+
+
+@each_variant
+@pytest.mark.parametrize("vocab", [1, 17, 131, 1000])
+@pytest.mark.parametrize("top", [0, 1, 20, 2000])
+def test_scores_are_of_the_targets_and_of_equals_the_lowest_id_first(variant: Variant, vocab: int, top: int) -> None:
+    rng = np.random.default_rng(vocab + top)
+    logits = rng.integers(-4, 4, (24, vocab)).astype(np.float32)
+    targets = rng.integers(0, vocab, 24)
+    sketch = Sketch()
+    native = Native(sketch, sketch.rows(logits), variant, max_tokens=24)
+    found = native.score(targets.tolist(), top)
+    native.runtime.close()
+    check_scores(found, torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy(), targets.tolist(), top, 1e-5)
+    assert found.top_ids.tolist() == np.argsort(-logits, axis=1, kind="stable")[:, :top].tolist()
+    assert found.ranks.tolist() == [1 + int((row > row[t]).sum()) for row, t in zip(logits, targets, strict=True)]

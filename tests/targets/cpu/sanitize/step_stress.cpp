@@ -132,7 +132,7 @@ struct Piece {
 };
 
 std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pieces) {
-  std::vector<int32_t> ids, positions, start{0}, tables, rows, targets;
+  std::vector<int32_t> ids, positions, start{0}, tables, rows, targets, tops;
   std::vector<int64_t> slots;
   const int64_t blocks = kLength / kBlock;
   for (const Piece& piece : pieces) {
@@ -143,17 +143,26 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
     }
     start.push_back(int32_t(ids.size()));
     for (int32_t b = 0; b < blocks; b++) tables.push_back(piece.first_block + b);
+    if (piece.count > 1) {  // its first token is scored
+      rows.push_back(start[start.size() - 2]);
+      targets.push_back(piece.start % kVocab);
+      tops.push_back(piece.count % 4);
+    }
     rows.push_back(start.back() - 1);
     targets.push_back(-1);
+    tops.push_back(0);
   }
   const int64_t count = int64_t(pieces.size());
-  std::vector<float> temperature(size_t(count), 0.7f), logprobs(size_t(count), 0);
+  const size_t scored = rows.size();
+  std::vector<float> temperature(size_t(count), 0.7f), logprobs(scored, 0), top_logprobs(3 * scored, 0);
+  std::vector<int32_t> ranks(scored, 0), top_ids(3 * scored, 0);
   std::vector<uint64_t> seeds(size_t(count), 5);
   std::vector<int64_t> at(positions.begin(), positions.begin() + count);
   std::vector<int32_t> tokens(size_t(count), -1);
   StepDesc desc{};
   desc.tokens = int64_t(ids.size());
-  desc.seqs = desc.rows = count;
+  desc.seqs = count;
+  desc.rows = int64_t(scored);
   desc.token_ids = ids.data();
   desc.positions = positions.data();
   desc.slots = slots.data();
@@ -162,7 +171,8 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
   desc.max_blocks = blocks;
   desc.logits_rows = rows.data();
   desc.targets = targets.data();
-  desc.target_logprobs = logprobs.data();
+  desc.target_tops = tops.data();
+  desc.out = {3, logprobs.data(), ranks.data(), top_ids.data(), top_logprobs.data()};
   SamplingDesc sampling{};
   sampling.rows = count;
   sampling.temperature = temperature.data();
@@ -170,6 +180,8 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
   sampling.positions = at.data();
   sampling.token_ids = tokens.data();
   llmctl_step(program, &desc, &sampling);
+  tokens.insert(tokens.end(), ranks.begin(), ranks.end());
+  tokens.insert(tokens.end(), top_ids.begin(), top_ids.end());
   return tokens;
 }
 

@@ -13,6 +13,7 @@ from cuda_model import EmulatedRuntime, emulated_runtime
 from emulator import missing
 from runtime_script import SIZES, plan_of, poison_activations, poison_cache, tables, texts
 from runtime_stepping import greedy
+from scored_tokens import check_scores
 from tiny_models import FAMILIES, VOCAB, tiny_model
 from torch import Tensor
 
@@ -96,19 +97,17 @@ def check_sampled(result: StepResult, logits: Tensor, batch: SamplingBatch) -> N
     assert result.token_ids.dtype == np.int32
     assert result.token_ids.tolist() == tokens.tolist()
     assert (result.logprobs is None) == (logprobs is None)
-    raw = torch.log_softmax(logits, -1)
-    for row, (found, expected) in enumerate(zip(result.logprobs or (), logprobs or (), strict=True)):
+    for found, expected in zip(result.logprobs or (), logprobs or (), strict=True):
         assert (found is None) == (expected is None)
         if found is not None and expected is not None:
-            _check_logprobs(found, expected, raw[row])
+            _check_logprobs(found, expected)
 
 
-def _check_logprobs(found: TokenLogprobs, expected: TokenLogprobs, raw: Tensor) -> None:
+def _check_logprobs(found: TokenLogprobs, expected: TokenLogprobs) -> None:
     assert found.rank == expected.rank
     assert found.logprob == pytest.approx(expected.logprob, abs=1e-5)
     assert found.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-5)
-    assert len(set(found.top_ids)) == len(expected.top_ids)
-    assert raw[list(found.top_ids)].tolist() == pytest.approx(found.top_logprobs, abs=1e-5)  # ties in any order
+    assert found.top_ids == expected.top_ids
 
 
 def _run_batches(seed: int, kept: bool = False) -> None:
@@ -184,9 +183,13 @@ def test_scores_of_prompts() -> None:
     sizes = {"num_blocks": SIZES["num_blocks"], "block_size": SIZES["block_size"]}
     single, half = (ReferenceRuntime(*MODEL, dtype=dtype, **sizes) for dtype in ("float32", "float16"))
     rng = np.random.default_rng(2)
-    found, exact, same = {}, {}, {}
+    tops = {"A": 3, "B": VOCAB + 1, "C": 0, "D": 2, "E": 20}
+    found, exact, same, asked = {}, {}, {}, {}
     for number, (step, wanted, rows) in enumerate(SCORED):
-        targets = {name: {"score_targets": rng.integers(0, VOCAB, count).tolist()} for name, count in wanted.items()}
+        targets = {
+            name: {"score_targets": rng.integers(0, VOCAB, count).tolist(), "score_top": tops[name]}
+            for name, count in wanted.items()
+        }
         plan = _plan(step, **targets)
         batch = random_batch(rows, rng)
         poison_activations(runtime)
@@ -194,6 +197,13 @@ def test_scores_of_prompts() -> None:
         check_sampled(result, _logits(runtime, rows), batch)
         expected = single.logits(plan)
         torch.testing.assert_close(_logits(runtime, rows), expected, atol=0.02, rtol=0)
+        distribution = torch.log_softmax(single.logits(plan, all_rows=True).double(), -1).numpy()
+        first = 0
+        for piece in plan.slices:
+            if piece.score_targets is not None:
+                rows_of = distribution[first : first + len(piece.score_targets)]
+                asked[number, piece.request_id] = (result.scores[piece.request_id], rows_of, piece)
+            first += len(piece.token_ids)
         for into, scores in ((found, result.scores), (exact, single.execute(plan, batch).value.scores),
                              (same, half.execute(plan, batch).value.scores)):  # fmt: skip
             into |= {(number, name): values.logprobs for name, values in scores.items()}
@@ -201,3 +211,5 @@ def test_scores_of_prompts() -> None:
     assert {key: len(values) for key, values in found.items()} == {key: len(values) for key, values in exact.items()}
     noise = max(np.abs(same[key] - exact[key]).max(initial=0) for key in exact)
     assert max(np.abs(found[key] - exact[key]).max(initial=0) for key in exact) <= 2 * noise + 1e-3
+    for scores, rows_of, piece in asked.values():
+        check_scores(scores, rows_of, piece.score_targets, piece.score_top, atol=4 * noise + 1e-3)
