@@ -17,6 +17,7 @@ from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_ba
 from llmctl.errors import CapacityError, RequestError
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
+    MAX_PROMPT_LOGPROBS,
     OWN_VARIABLES,
     TOKEN_ID_KEY,
     ChatCompletionRequest,
@@ -40,8 +41,6 @@ T = TypeVar("T")
 # What a word that is to be forbidden costs beside its characters, in characters, and a token that is to be text.
 _BYTES_PER_WORD = 64
 _BYTES_PER_TOKEN = 4
-MAX_PROMPT_LOGPROBS = 2**21
-"""Of all prompts of a request: some hundred bytes each while its answer is written."""
 # Of a template, at a few µs each: a few KB of messages take some hundred.
 _INLINE_STEPS = 2000
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -17,10 +17,10 @@ from llmctl import __version__
 from llmctl.engine.sampling_params import RANGES, Range
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
-from llmctl.serving.protocol import ApiModel, SamplingFields
+from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, ApiModel, SamplingFields
 from llmctl.serving.response_schema import ErrorResponse, ResponseModel
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 An OpenAI-compatible server for one model.
 
 A path answers other methods than those described here with 405 and `Allow`, but HEAD wherever GET is described; other
@@ -34,7 +34,7 @@ Beyond what the schemas say, 400 is the answer to
 * messages that the chat template refuses, or a message without `content` that is not the assistant's;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
   `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`;
-* more than 2097152 log-probabilities of prompts in one answer;
+* more than {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).
 """

@@ -20,6 +20,8 @@ from llmctl.engine.sampling_params import (
     MAX_STOP_STRINGS,
 )
 
+MAX_PROMPT_LOGPROBS = 2**21
+"""Log-probabilities of all prompts of a request: some hundred bytes each while its answer is written."""
 # A list that is wrong ends at its first item that is: one problem is told, and a list has many items.
 _FAILS_FAST = Field(fail_fast=True)
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], _FAILS_FAST]

@@ -183,6 +183,60 @@ def test_prompt_logprobs_agree_with_echo(client: openai.OpenAI, server: ServerPr
     assert values == pytest.approx(echoed.token_logprobs[1 : 1 + len(rest)], abs=1e-4)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_a_streamed_echo_is_the_whole_one(client: openai.OpenAI, max_tokens: int) -> None:
+    """Prompt and first token come in one event, as vLLM sends them; every sample and prompt has its own."""
+    options = {"model": MODEL, "prompt": ["x é", "q", "the fox é日"], "max_tokens": max_tokens, "temperature": 0}
+    options |= {"n": 2, "echo": True, "logprobs": 3, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**options).choices
+    lists = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
+    streamed = [{"text": "", **{name: [] for name in lists}} for _ in whole]
+    for chunk in client.completions.create(**options, stream=True):
+        (choice,) = chunk.choices
+        streamed[choice.index]["text"] += choice.text
+        for name in lists:
+            streamed[choice.index][name] += getattr(choice.logprobs, name)
+    for choice in whole:
+        assert choice.logprobs is not None
+        expected = {"text": choice.text, **{name: getattr(choice.logprobs, name) for name in lists}}
+        assert streamed[choice.index] == expected
+        assert expected["token_logprobs"][0] is expected["top_logprobs"][0] is None
+        assert all(len(top) in (3, 4) for top in expected["top_logprobs"][1:])
+        assert len(expected["tokens"]) == len(expected["top_logprobs"])
+    assert whole[0].logprobs is not None
+    assert whole[0].logprobs.tokens == [*("x", " ", "bytes:\\xc3", "bytes:\\xa9"), *whole[0].logprobs.tokens[4:]]
+    assert whole[0].logprobs.text_offset is not None
+    assert whole[0].logprobs.text_offset[:7] == [0, 1, 2, 2, 3, 3, 3][: 4 + max_tokens]
+
+
+def test_prompt_logprobs_of_a_chat(client: openai.OpenAI, server: ServerProcess) -> None:
+    """They are those of the rendered prompt as a completion."""
+    _, tokens = server.post("/tokenize", {"messages": MESSAGES})
+    body = {"max_tokens": 2, "temperature": 0, "prompt_logprobs": 4}
+    _, chat = server.post("/v1/chat/completions", {**body, "messages": MESSAGES})
+    _, completion = server.post("/v1/completions", {**body, "prompt": tokens["tokens"]})
+    first, *rest = chat["prompt_logprobs"]
+    assert first is None
+    assert chat["prompt_logprobs"] == completion["choices"][0]["prompt_logprobs"]
+    for entry, token in zip(rest, tokens["tokens"][1:], strict=True):
+        assert next(iter(entry)) == str(token)
+        assert sorted(e["rank"] for e in entry.values())[:4] == [1, 2, 3, 4]
+    assert (
+        "prompt_logprobs" not in client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1).to_dict()
+    )
+
+
+def test_tokens_by_their_ids(client: openai.OpenAI) -> None:
+    options = {"model": MODEL, "prompt": "x é", "max_tokens": 2, "temperature": 0, "logprobs": 2, "echo": True}
+    plain = client.completions.create(**options).choices[0].logprobs
+    named = client.completions.create(**options, extra_body={"return_tokens_as_token_ids": True}).choices[0].logprobs
+    assert plain is not None
+    assert named is not None
+    assert all(token.startswith("token_id:") for token in named.tokens or ())
+    assert all(name.startswith("token_id:") for top in (named.top_logprobs or ())[1:] for name in top)
+    assert (named.token_logprobs, named.text_offset) == (plain.token_logprobs, plain.text_offset)
+
+
 def test_logit_bias_allowed_and_bad_words(client: openai.OpenAI, server: ServerProcess) -> None:
     _, tokens = server.post("/tokenize", {"prompt": "q"})
     (q,) = tokens["tokens"]

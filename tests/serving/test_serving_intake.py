@@ -12,6 +12,7 @@ from fixtures import make_tokenizer
 from pydantic import ValidationError
 
 from llmctl.errors import CapacityError, CheckpointError, RequestError
+from llmctl.serving import intake as intake_module
 from llmctl.serving.context import Model
 from llmctl.serving.intake import Intake, sampling_defaults
 from llmctl.serving.openai_errors import from_validation_error
@@ -85,6 +86,39 @@ def test_every_sampling_field_arrives(tokenizer: Tokenizer) -> None:
     assert params.allowed_token_ids == (5, 6)
     assert tuple(tokenizer.encode("q", add_special_tokens=False)) in params.bad_words
     assert params.logit_bias == {3: 1.0}
+
+
+def test_what_is_asked_of_prompts(tokenizer: Tokenizer) -> None:
+    """As many of the most likely tokens as the echo or ``prompt_logprobs`` needs, whichever is more."""
+    assert completion(tokenizer, logprobs=5).prompt_logprobs is None
+    assert completion(tokenizer, echo=True).prompt_logprobs is None
+    assert completion(tokenizer, echo=True, logprobs=5).prompt_logprobs == 5
+    assert completion(tokenizer, echo=True, logprobs=5, stream=True).prompt_logprobs == 5
+    assert completion(tokenizer, echo=True, logprobs=2, prompt_logprobs=7).prompt_logprobs == 7
+    assert completion(tokenizer, echo=True, logprobs=7, prompt_logprobs=0).prompt_logprobs == 7
+    assert completion(tokenizer, logprobs=7, prompt_logprobs=2).prompt_logprobs == 2
+    assert chat(tokenizer, prompt_logprobs=3).prompt_logprobs == 3
+    for fields in ({"prompt_logprobs": 21}, {"echo": True, "logprobs": 3, "prompt_logprobs": -1}):
+        with pytest.raises(RequestError, match=r"^prompt_logprobs: expected an integer at least 0 and at most 20"):
+            completion(tokenizer, **fields)
+    for ask in (completion, chat):
+        with pytest.raises(RequestError, match=r"^prompt_logprobs: not available with stream"):
+            ask(tokenizer, prompt_logprobs=0, stream=True)
+
+
+def test_what_an_answer_holds_of_prompts_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake_module, "MAX_PROMPT_LOGPROBS", 2 * 30 * 3 * 6)
+    fields = {"prompt": [[5] * 30] * 2, "n": 3, "echo": True}
+    assert completion(tokenizer, **fields, logprobs=5).prompt_logprobs == 5
+    assert completion(tokenizer, **fields).prompt_logprobs is None
+    with pytest.raises(
+        RequestError, match=r"at most 1080 .* found 1260 \(60 prompt tokens x 3 samples x 7\)"
+    ) as caught:
+        completion(tokenizer, **fields, logprobs=6)
+    assert caught.value.param == "prompt_logprobs"
+    monkeypatch.setattr(intake_module, "MAX_PROMPT_LOGPROBS", 10)
+    with pytest.raises(RequestError, match="at most 10 log-probabilities"):
+        chat(tokenizer, prompt_logprobs=0)
 
 
 def test_null_means_the_default(tokenizer: Tokenizer) -> None:

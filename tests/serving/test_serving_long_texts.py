@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 from small_tokenizers import byte_level_backend
 
+from llmctl.engine.output import TextOutput
+from llmctl.engine.request import FinishReason
+from llmctl.engine.step import TokenScores
 from llmctl.errors import CapacityError, QueueFullError, RequestError
-from llmctl.serving.intake import Intake
+from llmctl.serving.api import CompletionAnswer
+from llmctl.serving.context import Model
+from llmctl.serving.generation import Generation
+from llmctl.serving.intake import Intake, Prompt
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
     ChatCompletionRequest,
@@ -248,3 +254,34 @@ def test_work_beyond_the_queue_is_refused_with_a_time() -> None:
         assert await workers.run(INLINE_BYTES + 1, lambda: "room") == "room"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("tokens", "on_loop"), [(20, True), (CONTEXT, False)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_of_a_long_prompt_are_written_in_a_thread(
+    tokenizer: Watched, tokens: int, on_loop: bool, stream: bool
+) -> None:
+    """Also when every place of the queue is taken: the answer is there, and is not refused any more."""
+    made = intake(tokenizer)
+    made.workers = TextWorkers(threads=1, waiting=0)
+    body = CompletionRequest(prompt=[7] * tokens, echo=True, logprobs=4, stream=stream)
+    scores = TokenScores.zeros(tokens - 1, 4)
+    scores.top_ids[:] = 5000  # which the tokenizer is asked for
+    output = TextOutput("id", "", (), None, FinishReason.LENGTH, None, 0, 0, scores, None)
+
+    async def write() -> None:
+        made.workers._places.acquire()
+        prompts = [Prompt(body.prompt, "")]  # type: ignore[arg-type]
+        model = Model("name", made, None)  # type: ignore[arg-type]  # nobody asks for the engine's facts
+        answer = CompletionAnswer(model, prompts, 1, body)
+        if not stream:
+            await answer.response([output])
+            return
+        generation = Generation(1, lambda _: None)
+        generation.push(0, output)
+        assert [data async for data in answer.stream(generation)]
+
+    tokenizer.work.clear()
+    asyncio.run(write())
+    assert tokenizer.work
+    assert {thread for thread, _ in tokenizer.work} == {on_loop}
