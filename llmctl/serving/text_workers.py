@@ -1,4 +1,4 @@
-"""Threads for work on long texts: tokenizing, chat templates, detokenizing. The event loop has streams to feed."""
+"""Threads for long texts: tokenizing, chat templates, detokenizing, answers. The event loop has streams to feed."""
 
 from __future__ import annotations
 
