@@ -39,7 +39,8 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from heapq import heappop, heappush, heapreplace
-from typing import Any
+from itertools import count
+from typing import Any, TypeAlias
 
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.tenants import Account, Accounts
@@ -184,6 +185,11 @@ class WaitingQueue:
         return found
 
 
+# Served, when the first is due, number, line: see the module's text. The number, because the first two can be equal in
+# two lines of one tenant: where a TTFT deadline is less than a float tells from the arrival, a miss puts nothing off.
+_Entry: TypeAlias = "tuple[int, Any, int, _Line]"
+
+
 class _Line:
     """One tenant's waiting requests that never ran, by due time: those that may still meet a TTFT deadline, and those
     whose due time is settled. ``entry``: the valid one of its class's heap."""
@@ -194,7 +200,7 @@ class _Line:
         self.account = account
         self.hopeful: list[Request] = []
         self.settled: list[Request] = []
-        self.entry: tuple[int, Any, _Line] | None = None
+        self.entry: _Entry | None = None
 
     def __bool__(self) -> bool:
         return bool(self.settled or self.hopeful)
@@ -218,12 +224,13 @@ class _Line:
 class _Class:
     """What waits with one priority: preempted requests in order, and a line of each tenant, never an empty one."""
 
-    __slots__ = ("_heap", "lines", "resumed")
+    __slots__ = ("_heap", "_numbers", "lines", "resumed")
 
     def __init__(self) -> None:
         self.resumed: list[Request] = []
         self.lines: dict[str, _Line] = {}
-        self._heap: list[tuple[int, Any, _Line]] = []  # served, when the first is due, line: see the module's text
+        self._heap: list[_Entry] = []
+        self._numbers = count()
 
     def __bool__(self) -> bool:
         return bool(self.lines or self.resumed)
@@ -234,8 +241,7 @@ class _Class:
             line = self.lines[request.account.tenant] = _Line(request.account)
         line.add(request)
         if line.first() is request:
-            line.entry = (line.account.served, request.due, line)
-            heappush(self._heap, line.entry)
+            heappush(self._heap, self._entry(line))
 
     def remove(self, request: Request) -> None:
         line = self.lines[request.account.tenant]
@@ -248,15 +254,19 @@ class _Class:
         heap = self._heap
         while heap:
             entry = heap[0]
-            served, due, line = entry
+            served, due, _, line = entry
             if not line or entry is not line.entry:
                 heappop(heap)
             elif served != line.account.served or due is not line.first().due:
-                line.entry = (line.account.served, line.first().due, line)
-                heapreplace(heap, line.entry)
+                heapreplace(heap, self._entry(line))
             else:
                 return line
         return None
+
+    def _entry(self, line: _Line) -> _Entry:
+        """A line's valid entry from now on."""
+        line.entry = (line.account.served, line.first().due, next(self._numbers), line)
+        return line.entry
 
 
 def _key(request: Request) -> Any:

@@ -57,6 +57,16 @@ def test_without_deadlines_the_order_is_that_of_arrival_to_the_last_bit() -> Non
     assert drained(queue) == [str(arrival) for arrival in sorted(arrivals)]
 
 
+def test_a_deadline_too_small_to_be_told_from_the_arrival() -> None:
+    """Both of its due times are its arrival."""
+    queue, arrival = WaitingQueue("fair"), 1e5
+    assert arrival + LATE * 1e-13 == arrival
+    queue.add(request("a", 1e-13), arrival)
+    assert [r.request_id for r in queue.pass_time(arrival + 1)] == ["a"]
+    queue.add(request("b", 1e-13), arrival + 1)
+    assert drained(queue) == ["a", "b"]
+
+
 def test_a_request_among_tighter_ones_that_never_end_is_served() -> None:
     """Two come for each that is served, all of them due sooner, until the time at which it is due at last."""
     for ttft, settled in ((3.0, LATE * 3.0), (None, PATIENCE)):
