@@ -97,9 +97,13 @@ class ServerKeys:
         )
 
 
+key_hash = hashlib.sha256
+"""What keys are hashed with."""
+
+
 def key_digest(key: bytes) -> bytes:
-    """The sha256 of a key."""
-    return hashlib.sha256(key).digest()
+    """The digest of a key."""
+    return key_hash(key).digest()
 
 
 _EMPTY = key_digest(b"")

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from urllib.parse import unquote
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from urllib.parse import unquote_to_bytes
 
-from llmctl.serving.keys import ServerKeys, key_digest
+from llmctl.serving.keys import ServerKeys, key_hash
 
 REDACTED = "[redacted]"
 LONGEST_WORD = 256
-_MOST_PARTS, _MOST_PARTS_OF_LONG_WORDS = 64, 16
-"""Of a word, that a key may have: bounds what a word costs."""
+_MANY_PARTS = 96
+_MOST_PARTS, _MOST_PARTS_OF_MANY = 64, 16
+"""Of a word, that a key may have; the latter in a word that has more than ``_MANY_PARTS``, which bounds the work."""
 
 _USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
 _QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")
@@ -43,42 +45,61 @@ class Redactor:
     def prose(self, text: str) -> str:
         """A text without keys.
 
-        A key is found wherever it stands between characters that are neither letters nor digits, plain or as
-        ``%``-codes. It may have up to 31 of such characters inside, 7 within a word longer than ``LONGEST_WORD``.
+        A key is found wherever it stands between characters that are neither letters nor digits, plain or under up to
+        two layers of ``%``-codes. It may have up to 31 of such characters inside, 7 within a word of more than
+        ``_MANY_PARTS`` parts.
         """
         if not self._keys.ever_accepted:
             return text
         return _WORD.sub(lambda match: self._word(match[0]), text)
 
     def _word(self, word: str) -> str:
-        # Of "%3Babc" both readings count: the letters may begin after the code, or after the percent sign.
-        ends_of_codes = {match.end() for match in _CODE.finditer(word)} if "%" in word else set()
-        starts = sorted({match.start() for match in _PART.finditer(word)} | ends_of_codes - {len(word)})
-        borders = [*starts, len(word)]
-        most = _MOST_PARTS if len(word) <= LONGEST_WORD else _MOST_PARTS_OF_LONG_WORDS
+        readings = _readings(word)
         kept: list[str] = []
         at = 0
-        while at < len(starts):
-            ends = range(min(len(starts), at + most), at, -1)
-            end = next((end for end in ends if self._is_key(word[borders[at] : borders[end]])), None)
-            kept.append(word[borders[at] : borders[at + 1]] if end is None else REDACTED)
-            at = at + 1 if end is None else end
-        return "".join(kept)
+        for start in sorted({start for reading in readings for start in reading}):
+            if start < at:
+                continue
+            end = max(self._end_of_key(reading, start) for reading in readings)
+            if end > start:
+                kept += [word[at:start], REDACTED]
+                at = end
+        return "".join([*kept, word[at:]])
 
-    def _is_key(self, text: str) -> bool:
-        accepted = self._keys.ever_accepted
-        return any(key_digest(form.encode(errors="replace")) in accepted for form in _forms(text))
+    def _end_of_key(self, reading: Mapping[int, tuple[bytes, int]], start: int) -> int:
+        """Where the longest key ends that begins at ``start``; 0: there is none."""
+        accepted, hashed = self._keys.ever_accepted, key_hash()
+        end, found = start, 0
+        for _ in range(_MOST_PARTS if len(reading) <= _MANY_PARTS else _MOST_PARTS_OF_MANY):
+            if end not in reading:
+                break
+            part, end = reading[end]
+            hashed.update(part)
+            if hashed.digest() in accepted:
+                found = end
+        return found
 
 
-def _forms(text: str) -> Iterator[str]:
-    """A text, and what it says under up to two layers of ``%``-codes."""
-    yield text
-    for _ in range(2):
-        plain = unquote(text) if "%" in text else text
-        if plain == text:
-            return
-        text = plain
-        yield text
+def _readings(word: str) -> list[dict[int, tuple[bytes, int]]]:
+    """The parts of a word, as it stands and under one and two layers of codes: start -> (what it says, its end)."""
+    starts = {match.start() for match in _PART.finditer(word)}
+    if "%" not in word:
+        return [_parts(word, starts, 0)]
+    codes = [match.span() for match in _CODE.finditer(word)]
+    # Of "%3Babc" both count: the letters may begin after the code, or after the percent sign, which is none then.
+    starts |= {end for _, end in codes}
+    whole = starts - {at for start, end in codes for at in range(start + 1, end)}
+    return [_parts(word, starts, 0), _parts(word, whole, 1), _parts(word, whole, 2)]
+
+
+def _parts(word: str, starts: Iterable[int], layers: int) -> dict[int, tuple[bytes, int]]:
+    parts = {}
+    for start, end in pairwise(sorted({*starts, len(word)})):
+        part = word[start:end].encode(errors="replace")
+        for _ in range(layers):
+            part = unquote_to_bytes(part)
+        parts[start] = (part, end)
+    return parts
 
 
 class RedactingFormatter(logging.Formatter):

@@ -79,14 +79,22 @@ def test_long_words_are_left_out_of_lines_and_searched_in_prose() -> None:
 def test_the_work_on_a_word_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = 0
 
-    def count(key: bytes) -> bytes:
-        nonlocal hashed
-        hashed += 1
-        return key
+    class Counted:
+        def update(self, data: bytes) -> None:  # noqa: ARG002
+            nonlocal hashed
+            hashed += 1
 
-    monkeypatch.setattr("llmctl.serving.redaction.key_digest", count)
-    REDACTOR.line("/" * LONGEST_WORD)
-    assert hashed <= 64 * LONGEST_WORD
+        def digest(self) -> bytes:
+            return b""
+
+    monkeypatch.setattr("llmctl.serving.redaction.key_hash", Counted)
+    for word in ("/" * LONGEST_WORD, "-a" * (LONGEST_WORD // 2), "/" * 96):
+        hashed = 0
+        REDACTOR.line(word)
+        assert hashed <= 16 * LONGEST_WORD + 32
+    hashed = 0
+    REDACTOR.line("%41q" * (LONGEST_WORD // 4))
+    assert hashed <= 3 * 16 * LONGEST_WORD
     hashed = 0
     REDACTOR.prose("/" * 10_000)
     assert hashed <= 16 * 10_000
