@@ -24,6 +24,8 @@ from llmctl.serving.tenants import tenant_of
 log = logging.getLogger("llmctl.serving")
 
 _TRACE_HEADERS = ("traceparent", "tracestate")
+_MOST_TRACE_CHARS = 512
+"""A longer header is dropped: what W3C's Trace Context asks to be passed on at least."""
 
 
 class Observation:
@@ -130,7 +132,11 @@ class Observation:
 
     def _trace_context(self) -> dict[str, str]:
         shown, headers = self.context.redactor.line, self.request.headers
-        return {name: ",".join(map(shown, headers[name].split(","))) for name in _TRACE_HEADERS if name in headers}
+        return {
+            name: ",".join(map(shown, headers[name].split(",")))
+            for name in _TRACE_HEADERS
+            if len(headers.get(name, "")) in range(1, _MOST_TRACE_CHARS + 1)
+        }
 
 
 def _name(error: BaseException) -> str:

@@ -158,6 +158,12 @@ def test_no_key_is_in_a_record() -> None:
     assert made.trace_context == {"traceparent": REDACTED, "tracestate": f"a=b,c={REDACTED},d=e"}
 
 
+def test_a_trace_header_that_is_long_to_search_is_dropped() -> None:
+    case = Case(traceparent="a" * 513, tracestate="a=b," * 128)
+    case.run(FinishReason.STOP)
+    assert case.end().trace_context == {"tracestate": "a=b," * 128}
+
+
 def test_an_observer_that_fails_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
     case = Case()
     case.observers.tell = lambda _: 1 / 0  # type: ignore[assignment,method-assign]
