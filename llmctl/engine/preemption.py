@@ -49,8 +49,10 @@ def num_staying(
     everyone = len(running)
     fewest = bisect_right(running, entry.request.sort_key[0], key=lambda r: r.sort_key[0])
     wants = [_next_tokens(r) for r in running]
-    growth = [0, *accumulate(_missing_blocks(r, count, pool) for r, count in zip(running, wants, strict=True))]
     in_prompt = next((i for i, count in enumerate(wants) if count > 1), everyone)
+    if in_prompt < fewest:
+        return everyone
+    growth = [0, *accumulate(_missing_blocks(r, count, pool) for r, count in zip(running, wants, strict=True))]
     room = pool.num_free - pool.num_unheld(entry.cached)
     let_go: Counter[int] = Counter()
     cached = set(entry.cached)
