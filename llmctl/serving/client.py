@@ -318,7 +318,7 @@ class AsyncEngineClient:
             del self._running[output.request_id]
             sequence.finish_reason, sequence.output_tokens = output.finish_reason, output.num_output_tokens
             self._finished.count(now=now)
-            self._metrics.goodput.ended(sequence.deadline, sequence.ttft, sequence.mean_itl(output.num_output_tokens))
+            self._metrics.goodput.ended(sequence.deadline, sequence.ttft, sequence.mean_itl)
             if self._predictor is not None:
                 self._predictor.left(output.request_id)
             if output.times is not None:

@@ -73,12 +73,13 @@ class RunningSequence:
         """Seconds from its arrival to its first token; infinity: it has none."""
         return math.inf if self.first_token is None else self.first_token - self.generation.arrival
 
-    def mean_itl(self, tokens: int) -> float:
-        """Seconds between its tokens after the first, of which there are ``tokens`` in all (``bench serve`` calls it
-        TPOT); 0 for fewer than two."""
-        if self.first_token is None or self.last_token is None or tokens < 2:
+    @property
+    def mean_itl(self) -> float:
+        """Seconds between its tokens after the first, once it is finished (``bench serve`` calls it TPOT); 0 for fewer
+        than two."""
+        if self.first_token is None or self.last_token is None or self.output_tokens < 2:
             return 0.0
-        return (self.last_token - self.first_token) / (tokens - 1)
+        return (self.last_token - self.first_token) / (self.output_tokens - 1)
 
 
 class Generation:

@@ -89,6 +89,12 @@ async def connect(port: int) -> Client:
     return Client(*await asyncio.open_connection("127.0.0.1", port))
 
 
+@pytest.fixture(autouse=True)
+def _lingers_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused connection, each of which is waited for here, is closed sooner."""
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 0.4)
+
+
 HEADER = b"X-H: " + b"a" * 1015 + b"\r\n"  # 1022 bytes
 
 
