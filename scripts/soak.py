@@ -354,8 +354,9 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.hostile and not args.model:
         parser.error("--hostile: needs --model, for it kills and ends the server")
-    if args.attack and not args.hostile:
-        parser.error("--attack: only with --hostile")
+    for name in ("round_seconds", "stall_seconds") if args.hostile else ("attack", "health_ms", "log"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: {'not' if args.hostile else 'only'} with --hostile")
     return args
 
 

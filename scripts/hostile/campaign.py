@@ -149,6 +149,10 @@ def _cycle(attacks: Sequence[Attack], rng: random.Random) -> Iterator[Attack]:
 
 def run(args: argparse.Namespace) -> int:
     """``scripts/soak.py --hostile``; the exit code."""
+    names = [attack.name for attack in ATTACKS]
+    if unknown := [name for name in args.attack or () if name not in names]:
+        print(f"error: --attack {unknown[0]}: expected one of {', '.join(names)}", file=sys.stderr)
+        return 2
     warmup = args.minutes / 3 if args.warmup is None else args.warmup
     attacks = [attack for attack in ATTACKS if not args.attack or attack.name in args.attack]
     _raise_files()

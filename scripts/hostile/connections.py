@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from hostile.arena import COMPLETIONS, Arena
-from hostile.wire import CLOSED, Piece, request, send
+from hostile.wire import Piece, request, send
 
 Play = Callable[[Arena], Awaitable[None]]
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -173,6 +173,3 @@ async def metrics_flood(arena: Arena) -> None:
     """Everything that is rendered when asked for, hundreds at a time."""
     paths = ["/metrics", "/openapi.json", "/docs", "/v1/models", "/ready", "/version"] * 50
     await arena.crowd([partial(arena.exchange, request("GET", path, arena.headers)) for path in paths], 100)
-
-
-CLOSED_ONLY = frozenset({CLOSED})

@@ -8,8 +8,7 @@ import json
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +20,7 @@ from fixtures import ServerProcess, fetch
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra otel")
 
 from otlp_collector import Collector, attributes
+from serving.request_records import wait_until
 
 from llmctl.serving.keys import key_digest
 
@@ -53,14 +53,14 @@ class Observed:
 
     def line(self, request_id: str) -> dict[str, Any]:
         """A request's line of the log, once it is there."""
-        return wait_for(lambda: next((one for one in self.lines() if one["request_id"] == request_id), None))
+        return wait_until(lambda: next((one for one in self.lines() if one["request_id"] == request_id), None))
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def span(self, request_id: str) -> Any:
         """A request's span, once the collector has it."""
-        return wait_for(
+        return wait_until(
             lambda: next(
                 (s for s in list(self.collector.spans) if attributes(s).get("gen_ai.request.id") == request_id), None
             )
@@ -70,15 +70,7 @@ class Observed:
         """SIGHUP, and until the server says so."""
         before = self.server.output.count(said)
         self.server.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: self.server.output.count(said) > before)
-
-
-def wait_for(look: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 20
-    while not (found := look()):
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-    return found
+        wait_until(lambda: self.server.output.count(said) > before)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +102,7 @@ def test_an_answer_is_one_line_and_one_trace(observed: Observed) -> None:
         found = attributes(span)
         assert found["gen_ai.usage.completion_tokens"] == 16
         assert found["gen_ai.latency.e2e"] == pytest.approx(line["e2e_s"], abs=1e-5)
-        inside = wait_for(lambda s=span: {o.name for o in observed.collector.spans if o.parent_span_id == s.span_id})
+        inside = wait_until(lambda s=span: {o.name for o in observed.collector.spans if o.parent_span_id == s.span_id})
         assert inside == {"queue", "prefill", "decode"}
 
 
@@ -148,7 +140,7 @@ def test_a_client_that_goes_away_is_a_line(observed: Observed, stream: bool) -> 
         connection.getresponse().read(1)
     else:
         key = {"Authorization": f"Bearer {FILE_KEY}"}
-        wait_for(lambda: "requests_running{" in fetch(observed.server.url + "/metrics", headers=key)[1])
+        wait_until(lambda: "requests_running{" in fetch(observed.server.url + "/metrics", headers=key)[1])
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     line = observed.line(name)
@@ -252,7 +244,7 @@ def test_the_end_of_the_server_is_the_end_of_the_log(observed: Observed) -> None
     observed.log.symlink_to("/dev/full")
     observed.reload("SIGHUP: 2 API keys")
     assert observed.post()[0] == 200
-    wait_for(lambda: "No space left on device; the server goes on" in observed.server.output)
+    wait_until(lambda: "No space left on device; the server goes on" in observed.server.output)
     assert observed.post()[0] == 200
     observed.server.process.send_signal(signal.SIGTERM)
     assert observed.server.process.wait(20) == 0

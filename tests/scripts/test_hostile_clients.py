@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hostile
 import pytest
+import soak
 from hostile import bodies, malformed
 from hostile.arena import Arena
 from hostile.bodies import completion, posted
@@ -169,6 +170,27 @@ def test_bodies_are_requests_of_known_endpoints(name: str) -> None:
     against(says(), play, set())
     assert seen
     assert set(seen) <= {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--hostile --base-url http://localhost:1", "--hostile: needs --model"),
+        ("--model m --attack NaN", "--attack: only with --hostile"),
+        ("--model m --health-ms 5", "--health-ms: only with --hostile"),
+        ("--model m --log f", "--log: only with --hostile"),
+        ("--hostile --model m --stall-seconds 3", "--stall-seconds: not with --hostile"),
+        ("--hostile --model m --attack nothing", "--attack nothing: expected one of many prompts, "),
+    ],
+)
+def test_bad_usage_starts_no_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["soak.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(soak.main())
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

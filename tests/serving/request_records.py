@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from llmctl.serving.request_record import Moments, RequestRecord
@@ -43,9 +44,10 @@ def refused(**changes: Any) -> RequestRecord:
     return RequestRecord("r", "/v1/completions", "m", "address 10.0.0.7", moments, 400, "bad", {}, **changes)
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
-    """Until something is so."""
+def wait_until(look: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """What there is to see, once there is something."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (found := look()):
         assert time.monotonic() < end, "it never was"
         time.sleep(0.01)
+    return found
