@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.sampling_params import RANGES, SamplingParams
 from llmctl.errors import LlmctlError
 from llmctl.serving.context import ServerContext
 from llmctl.serving.generation import Generation, RunningSequence
@@ -24,6 +24,8 @@ from llmctl.serving.tenants import tenant_of
 log = logging.getLogger("llmctl.serving")
 
 _TRACE_HEADERS = ("traceparent", "tracestate")
+_MOST_TRACE_CHARS = 512
+"""Of such a header, which is passed over beyond: what W3C's Trace Context asks to pass on at least."""
 
 
 class Observation:
@@ -75,7 +77,8 @@ class Observation:
         body = self.body
         if body is None:
             return {}
-        asked: dict[str, Any] = {"stream": bool(body.stream), "n": body.n or 1, "priority": body.priority or 0}
+        asked: dict[str, Any] = {"stream": bool(body.stream), "priority": body.priority or 0}
+        asked["n"] = n if (n := 1 if body.n is None else body.n) in RANGES["n"] else None  # else of thousands of digits
         if (params := self.params) is not None:
             asked |= {"max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p}
         if self.context.observers.want_texts and self.prompts:
@@ -130,7 +133,12 @@ class Observation:
 
     def _trace_context(self) -> dict[str, str]:
         shown, headers = self.context.redactor.line, self.request.headers
-        return {name: ",".join(map(shown, headers[name].split(","))) for name in _TRACE_HEADERS if name in headers}
+        given = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
+        return {
+            name: shown(text.replace(",", ", ")).replace(", ", ",")  # a member is a word
+            for name, text in given.items()
+            if len(text) <= _MOST_TRACE_CHARS
+        }
 
 
 def _name(error: BaseException) -> str:

@@ -17,6 +17,10 @@ REDACTED = "[redacted]"
 LONGEST_WORD = 256
 _MOST_PARTS, _MOST_PARTS_OF_LONG_WORDS = 64, 16
 """Of a word, that a key may have: bounds what a word costs."""
+MOST_WORK = 2**14
+"""Digests that a line is worth, some 10 ms. Lines are made in the event loop, and of what clients send."""
+_WORK_OF_CODES = 6
+"""What looking below ``%``-codes costs, in digests."""
 
 _USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
 _QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")
@@ -36,9 +40,23 @@ class Redactor:
         self._keys = keys
 
     def line(self, text: str) -> str:
-        """A text without keys, queries and users of URLs; words longer than ``LONGEST_WORD`` are left out."""
-        short = _WORD.sub(lambda m: m[0] if len(m[0]) <= LONGEST_WORD else f"[{len(m[0])} characters]", text)
-        return self.prose(_QUERY.sub(rf"\1?{REDACTED}", _USER.sub(f"//{REDACTED}@", short)))
+        """A text without keys, queries and users of URLs. Words longer than ``LONGEST_WORD`` are left out, as are those
+        that cost more than what the words before them leave of ``MOST_WORK``.
+        """
+        short = _WORD.sub(lambda m: m[0] if len(m[0]) <= LONGEST_WORD else _left_out(m[0]), text)
+        shown = _QUERY.sub(rf"\1?{REDACTED}", _USER.sub(f"//{REDACTED}@", short))
+        if not self._keys.ever_accepted:
+            return shown
+        left = MOST_WORK
+
+        def word(match: re.Match[str]) -> str:
+            nonlocal left
+            if (work := _work(match[0])) > left:
+                return _left_out(match[0])
+            left -= work
+            return self._word(match[0])
+
+        return _WORD.sub(word, shown)
 
     def prose(self, text: str) -> str:
         """A text without keys.
@@ -70,6 +88,16 @@ class Redactor:
         return any(key_digest(form.encode(errors="replace")) in accepted for form in _forms(text))
 
 
+def _left_out(word: str) -> str:
+    return f"[{len(word)} characters]"
+
+
+def _work(word: str) -> int:
+    """Digests that a search of a word for keys takes at most."""
+    parts = len(_PART.findall(word))
+    return parts * min(parts, _MOST_PARTS) * (_WORK_OF_CODES if "%" in word else 1)
+
+
 def _forms(text: str) -> Iterator[str]:
     """A text, and what it says under up to two layers of ``%``-codes."""
     yield text
@@ -90,4 +118,4 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Part of ``logging.Formatter``."""
-        return self._redactor.line(super().format(record))
+        return "\n".join(map(self._redactor.line, super().format(record).split("\n")))

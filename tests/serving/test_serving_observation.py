@@ -158,6 +158,21 @@ def test_no_key_is_in_a_record() -> None:
     assert made.trace_context == {"traceparent": REDACTED, "tracestate": f"a=b,c={REDACTED},d=e"}
 
 
+def test_a_trace_state_that_is_longer_than_asked_for_is_dropped() -> None:
+    case = Case(tracestate=",".join(["%25" * 80] * 60), traceparent="00-x")
+    assert case.end().trace_context == {"traceparent": "00-x"}
+    longest = "a=" + "x" * 250 + ",b=" + "y" * 250
+    assert Case(tracestate=longest).end().trace_context == {"tracestate": longest}
+
+
+@pytest.mark.parametrize("n", [0, -1, 129, 10**4000], ids=["0", "-1", "129", "huge"])
+def test_a_number_of_samples_that_is_refused_is_not_told(n: int) -> None:
+    case = Case()
+    case.seen.body = CompletionRequest(prompt="x", n=n, priority=2)
+    made = case.end(RequestError("n"))
+    assert (made.n, made.priority, made.stream) == (None, 2, False)
+
+
 def test_an_observer_that_fails_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
     case = Case()
     case.observers.tell = lambda _: 1 / 0  # type: ignore[assignment,method-assign]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.serving.keys import ServerKeys, key_digest
-from llmctl.serving.redaction import LONGEST_WORD, REDACTED, RedactingFormatter, Redactor
+from llmctl.serving.redaction import LONGEST_WORD, MOST_WORK, REDACTED, RedactingFormatter, Redactor
 
 KEYS = ["sk-Tr0ub4dor_x.y~z", "abc", base64.b64encode(bytes(range(200, 232))).decode(), "s+p/a=="]
 REDACTOR = Redactor(ServerKeys(",".join(KEYS)))
@@ -93,6 +93,29 @@ def test_the_work_on_a_word_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = 0
     REDACTOR.prose("word " * 1000)
     assert hashed == 1000
+
+
+@pytest.mark.parametrize("word", ["/" * 200, "%25" * 80, "%25" * 4, "a", "a.b"])
+def test_the_work_on_a_line_is_bounded(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may send a line for the log does not stop the event loop with it."""
+    hashed = 0
+
+    def count(key: bytes) -> bytes:
+        nonlocal hashed
+        hashed += 1
+        return key
+
+    monkeypatch.setattr("llmctl.serving.redaction.key_digest", count)
+    shown = REDACTOR.line(f"{word} " * 50_000)
+    assert hashed <= MOST_WORK
+    assert shown.endswith(f"[{len(word)} characters] ")
+
+
+def test_a_long_traceback_is_whole() -> None:
+    formatter = RedactingFormatter(REDACTOR, "%(message)s")
+    line = 'File "/usr/lib/python3.13/site-packages/llmctl/serving/redaction.py", line 1, in f'
+    record = logging.LogRecord("n", logging.ERROR, __file__, 1, "\n".join([line] * 2000), (), None)
+    assert formatter.format(record) == record.getMessage()
 
 
 def test_a_removed_key_is_still_not_shown(tmp_path: Path) -> None:
