@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import Any, TypeAlias
 
@@ -48,6 +48,9 @@ from llmctl.engine.tenants import Account, Accounts
 POLICIES = ("fcfs", "priority", "fair")
 LATE = 10.0
 """A request that missed its TTFT deadline is due so many times the deadline after its arrival."""
+
+_LEAST_ENTRIES = 16
+"""Of a heap, before those that are not valid any more are looked for."""
 
 
 class WaitingQueue:
@@ -134,8 +137,7 @@ class WaitingQueue:
 
     def peek(self) -> Request:
         """The next one; there must be one."""
-        while not (waiting := self._classes[self._priorities[0]]):
-            del self._classes[self._priorities.pop(0)]
+        waiting = self._classes[self._priorities[0]]
         line = waiting.first_line()
         if line is None:
             return waiting.resumed[0]
@@ -160,8 +162,15 @@ class WaitingQueue:
         self._length -= 1
         if request.status is RequestStatus.PREEMPTED:
             del waiting.resumed[bisect_left(waiting.resumed, request.sort_key, key=_key)]
-            return
-        waiting.remove(request)
+        else:
+            waiting.remove(request)
+            self._uncount(request)
+        if not waiting:  # at once: clients may name as many priorities as there are integers
+            del self._classes[request.sort_key[0]]
+            del self._priorities[bisect_left(self._priorities, request.sort_key[0])]
+
+    def _uncount(self, request: Request) -> None:
+        """One less that never ran."""
         self.num_short -= request.num_prompt_tokens <= self._short
         if request.hopeful:
             self._give_up(request)
@@ -242,12 +251,19 @@ class _Class:
         line.add(request)
         if line.first() is request:
             heappush(self._heap, self._entry(line))
+            if len(self._heap) > 2 * len(self.lines) + _LEAST_ENTRIES:
+                self._forget_stale()
 
     def remove(self, request: Request) -> None:
         line = self.lines[request.account.tenant]
         line.remove(request)
         if not line:
             del self.lines[request.account.tenant]
+
+    def _forget_stale(self) -> None:
+        """Of entries, keep those that are valid: nobody looks at a class while more important requests wait."""
+        self._heap = [line.entry for line in self.lines.values() if line.entry is not None]
+        heapify(self._heap)
 
     def first_line(self) -> _Line | None:
         """The line of the tenant that has been served least; of equals, the one with the request that is due first."""

@@ -43,7 +43,7 @@ Body = TypeVar("Body", bound=ApiModel)
 Written = TypeVar("Written")
 router = APIRouter()
 
-MOST_FIELDS_SHOWN = 20  # in the log, of those that a request has and no one knows
+MOST_FIELDS_SHOWN, MOST_NAME_SHOWN = 20, 80  # in the log, of those that a request has and no one knows
 # What writing a log-probability takes, by the measure of ``TextWorkers``.
 _BYTES_PER_LOGPROB = 4
 
@@ -79,9 +79,14 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
     if outline.problem is not None:  # NaN and Infinity, which pydantic reads: nothing of this body has been counted
         raise RequestError(f"the request body is not valid JSON: {outline.problem}")
     if body.model_extra:
-        shown = ", ".join(islice(body.model_extra, MOST_FIELDS_SHOWN))
+        shown = ", ".join(map(_shown, islice(body.model_extra, MOST_FIELDS_SHOWN)))
         log.debug("ignored %d unknown request fields: %s", len(body.model_extra), shown)
     return body
+
+
+def _shown(name: str) -> str:
+    """A client's word on one line of a log; whole or not at all, for a part of a key would not be found."""
+    return name if len(name) <= MOST_NAME_SHOWN and name.isprintable() else f"[{len(name)} characters]"
 
 
 class EventStream(Response):

@@ -51,7 +51,8 @@ class _WithId(logging.LoggerAdapter[logging.Logger]):
 
     def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
         """Part of ``logging.LoggerAdapter``."""
-        return f"{msg} {(self.extra or {})['id']}", kwargs
+        name = str((self.extra or {})["id"]).replace("%", "%%")  # the client's: msg is a format
+        return f"{msg} {name}", kwargs
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):

@@ -52,7 +52,8 @@ class ApiKeyGate:
     def _allowed(self, scope: Scope) -> bool:
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, token = header.partition(b" ")
-        key = self._keys.find(token.strip())
+        words = token.split()  # of a key with white space no log would be cleared
+        key = self._keys.find(words[0]) if len(words) == 1 else None
         scope[KEY_SCOPE] = key
         return scheme.lower() == b"bearer" and key is not None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.sampling_params import RANGES, SamplingParams
 from llmctl.errors import LlmctlError
 from llmctl.serving.context import ServerContext
 from llmctl.serving.generation import Generation, RunningSequence
@@ -77,7 +77,8 @@ class Observation:
         body = self.body
         if body is None:
             return {}
-        asked: dict[str, Any] = {"stream": bool(body.stream), "n": body.n or 1, "priority": body.priority or 0}
+        asked: dict[str, Any] = {"stream": bool(body.stream), "priority": body.priority or 0}
+        asked["n"] = n if (n := 1 if body.n is None else body.n) in RANGES["n"] else None  # else of thousands of digits
         if (params := self.params) is not None:
             asked |= {"max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p}
         if self.context.observers.want_texts and self.prompts:

@@ -19,6 +19,8 @@ LONGEST_WORD = 256
 _MANY_PARTS = 96
 _MOST_PARTS, _MOST_PARTS_OF_MANY = 64, 16
 """Of a word, that a key may have; the latter in a word that has more than ``_MANY_PARTS``, which bounds the work."""
+MOST_WORK = 2**14
+"""Digests that a line is worth, some 10 ms. Lines are made in the event loop, and of what clients send."""
 
 _USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
 _QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")
@@ -38,9 +40,23 @@ class Redactor:
         self._keys = keys
 
     def line(self, text: str) -> str:
-        """A text without keys, queries and users of URLs; words longer than ``LONGEST_WORD`` are left out."""
-        short = _WORD.sub(lambda m: m[0] if len(m[0]) <= LONGEST_WORD else f"[{len(m[0])} characters]", text)
-        return self.prose(_QUERY.sub(rf"\1?{REDACTED}", _USER.sub(f"//{REDACTED}@", short)))
+        """A text without keys, queries and users of URLs. Words longer than ``LONGEST_WORD`` are left out, as are those
+        that cost more than what the words before them leave of ``MOST_WORK``.
+        """
+        short = _WORD.sub(lambda m: m[0] if len(m[0]) <= LONGEST_WORD else _left_out(m[0]), text)
+        shown = _QUERY.sub(rf"\1?{REDACTED}", _USER.sub(f"//{REDACTED}@", short))
+        if not self._keys.ever_accepted:
+            return shown
+        left = MOST_WORK
+
+        def word(match: re.Match[str]) -> str:
+            nonlocal left
+            if (work := _work(match[0])) > left:
+                return _left_out(match[0])
+            left -= work
+            return self._word(match[0])
+
+        return _WORD.sub(word, shown)
 
     def prose(self, text: str) -> str:
         """A text without keys.
@@ -70,7 +86,7 @@ class Redactor:
         """Where the longest key ends that begins at ``start``; 0: there is none."""
         accepted, hashed = self._keys.ever_accepted, key_hash()
         end, found = start, 0
-        for _ in range(_MOST_PARTS if len(reading) <= _MANY_PARTS else _MOST_PARTS_OF_MANY):
+        for _ in range(_most_parts(len(reading))):
             if end not in reading:
                 break
             part, end = reading[end]
@@ -102,6 +118,24 @@ def _parts(word: str, starts: Iterable[int], layers: int) -> dict[int, tuple[byt
     return parts
 
 
+def _left_out(word: str) -> str:
+    return f"[{len(word)} characters]"
+
+
+def _work(word: str) -> int:
+    """Digests that a search of a word for keys takes at most."""
+    parts = len(_PART.findall(word))
+    if "%" not in word:
+        return parts * _most_parts(parts)
+    parts += len(_CODE.findall(word))
+    return 3 * parts * _most_parts(parts)
+
+
+def _most_parts(parts: int) -> int:
+    """Of how many parts a key may be in a word that has so many."""
+    return _MOST_PARTS if parts <= _MANY_PARTS else _MOST_PARTS_OF_MANY
+
+
 class RedactingFormatter(logging.Formatter):
     """Formats records, their tracebacks included, as ``Redactor.line`` shows them."""
 
@@ -111,4 +145,4 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Part of ``logging.Formatter``."""
-        return self._redactor.line(super().format(record))
+        return "\n".join(map(self._redactor.line, super().format(record).split("\n")))

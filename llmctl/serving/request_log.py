@@ -206,7 +206,10 @@ class RequestLog:
     def _open(self) -> int:
         if self._path == "-":
             return _STDOUT
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # A FIFO that nobody has open would keep the server from its start.
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        os.set_blocking(descriptor, True)
+        return descriptor
 
     def _close_file(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

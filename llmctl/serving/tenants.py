@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from starlette.requests import Request
 
 from llmctl.config import ServeConfig
@@ -9,6 +11,9 @@ from llmctl.engine.deadline import Deadline
 from llmctl.errors import PermissionDeniedError, RequestError, UsageError
 from llmctl.serving.keys import KEY_SCOPE, ServerKeys
 from llmctl.serving.protocol import SamplingFields
+
+MOST_USER_CHARS = 128
+"""Of a tenant's name: the engine keeps those of thousands. A longer ``user`` is known by its hash."""
 
 
 def tenant_of(request: Request, body: SamplingFields | None, keys: ServerKeys) -> str:
@@ -21,8 +26,12 @@ def tenant_of(request: Request, body: SamplingFields | None, keys: ServerKeys) -
     if keys.several:
         return f"key {request.scope[KEY_SCOPE].name}"
     if body is not None and body.user:
-        return f"user {body.user}"
+        return f"user {body.user if len(body.user) <= MOST_USER_CHARS else _hashed(body.user)}"
     return f"address {request.client.host}" if request.client else ""
+
+
+def _hashed(user: str) -> str:
+    return f"blake2b:{hashlib.blake2b(user.encode(), digest_size=16).hexdigest()}"
 
 
 def check_precedence(request: Request, body: SamplingFields, config: ServeConfig, keys: ServerKeys) -> None:

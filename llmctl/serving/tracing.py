@@ -68,21 +68,22 @@ class RequestTracer:
         endpoint: as ``traces_url`` takes it.
 
     Raises:
-        UsageError: as ``traces_url``.
+        UsageError: as ``traces_url``; one of the SDK's variables is out of its range.
     """
 
     def __init__(self, endpoint: str) -> None:
         url = traces_url(endpoint)
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         _pass_on_few_lines()
-        named = {"service.name": "llmctl", "service.version": __version__, **OTELResourceDetector().detect().attributes}
-        self._provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+        try:
+            self._provider = _provider(url)
+        except ValueError as error:
+            raise UsageError(
+                f"--otlp-traces-endpoint: OpenTelemetry refuses its variables: {error}",
+                fix="correct or unset the one that begins with OTEL_",
+                param="otlp_traces_endpoint",
+            ) from None
         self._tracer = self._provider.get_tracer("llmctl.serving", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -110,6 +111,23 @@ class RequestTracer:
         closing = threading.Thread(target=self._provider.shutdown, name="traces-close", daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)
+
+
+def _provider(url: str) -> Any:
+    """The SDK's ``TracerProvider``, which sends to a URL in batches.
+
+    Raises:
+        ValueError: a variable of the SDK's is out of its range.
+    """
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    named = {"service.name": "llmctl", "service.version": __version__, **OTELResourceDetector().detect().attributes}
+    provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
+    return provider
 
 
 def _nanoseconds(moments: Moments, at: float) -> int:

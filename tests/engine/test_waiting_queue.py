@@ -301,3 +301,31 @@ def test_what_is_served_is_what_had_to_be_computed_and_what_came_out(depth: int)
     assert again.num_cached_tokens == 4
     assert made[1].account.served == 7 + 9 * OUTPUT_WEIGHT
     assert again.account.served == (7 + 9 * OUTPUT_WEIGHT) + (3 + 2 * OUTPUT_WEIGHT)
+
+
+def test_priorities_of_the_past_are_forgotten() -> None:
+    queue = WaitingQueue("fair")
+    for number in range(300):
+        for name, priority in (("a", number), ("b", 0)):  # the least value that waits hides the others
+            request = Request(f"{name}{number}", [1], priority=priority)
+            queue.add(request, float(number))
+            assert queue.pop() is request
+            queue.ended(request)
+    assert not queue._classes
+    assert not queue._priorities
+
+
+def test_a_line_that_comes_and_goes_behind_others_leaves_nothing() -> None:
+    queue = WaitingQueue("fair")
+    first = Request("first", [1], priority=-1)
+    queue.add(first, 0.0)
+    stays = [Request(f"s{i}", [1], tenant=f"t{i}") for i in range(3)]
+    for request in stays:
+        queue.add(request, 0.0)
+    for number in range(300):
+        request = Request(str(number), [1])
+        queue.add(request, 1.0)
+        queue.remove(request)
+        queue.ended(request)
+    assert len(queue._classes[0]._heap) < 50
+    assert [queue.pop() for _ in range(4)] == [first, *stays]

@@ -164,6 +164,14 @@ def test_a_trace_header_that_is_long_to_search_is_dropped() -> None:
     assert case.end().trace_context == {"tracestate": "a=b," * 128}
 
 
+@pytest.mark.parametrize("n", [0, -1, 129, 10**4000], ids=["0", "-1", "129", "huge"])
+def test_a_number_of_samples_that_is_refused_is_not_told(n: int) -> None:
+    case = Case()
+    case.seen.body = CompletionRequest(prompt="x", n=n, priority=2)
+    made = case.end(RequestError("n"))
+    assert (made.n, made.priority, made.stream) == (None, 2, False)
+
+
 def test_an_observer_that_fails_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
     case = Case()
     case.observers.tell = lambda _: 1 / 0  # type: ignore[assignment,method-assign]

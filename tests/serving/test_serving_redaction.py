@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.serving.keys import ServerKeys, key_digest
-from llmctl.serving.redaction import LONGEST_WORD, REDACTED, RedactingFormatter, Redactor
+from llmctl.serving.redaction import LONGEST_WORD, MOST_WORK, REDACTED, RedactingFormatter, Redactor
 
 KEYS = ["sk-Tr0ub4dor_x.y~z", "abc", base64.b64encode(bytes(range(200, 232))).decode(), "s+p/a=="]
 REDACTOR = Redactor(ServerKeys(",".join(KEYS)))
@@ -76,31 +76,52 @@ def test_long_words_are_left_out_of_lines_and_searched_in_prose() -> None:
     assert REDACTOR.prose(long) == long.removesuffix("abc") + REDACTED
 
 
-def test_the_work_on_a_word_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = 0
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is hashed from now on."""
+    hashed: list[bytes] = []
 
     class Counted:
-        def update(self, data: bytes) -> None:  # noqa: ARG002
-            nonlocal hashed
-            hashed += 1
+        def update(self, data: bytes) -> None:
+            hashed.append(data)
 
         def digest(self) -> bytes:
             return b""
 
     monkeypatch.setattr("llmctl.serving.redaction.key_hash", Counted)
+    return hashed
+
+
+def test_the_work_on_a_word_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = count_hashes(monkeypatch)
     for word in ("/" * LONGEST_WORD, "-a" * (LONGEST_WORD // 2), "/" * 96):
-        hashed = 0
+        hashed.clear()
         REDACTOR.line(word)
-        assert hashed <= 16 * LONGEST_WORD + 32
-    hashed = 0
+        assert len(hashed) <= 16 * LONGEST_WORD + 32
+    hashed.clear()
     REDACTOR.line("%41q" * (LONGEST_WORD // 4))
-    assert hashed <= 3 * 16 * LONGEST_WORD
-    hashed = 0
+    assert len(hashed) <= 3 * 16 * LONGEST_WORD
+    hashed.clear()
     REDACTOR.prose("/" * 10_000)
-    assert hashed <= 16 * 10_000
-    hashed = 0
+    assert len(hashed) <= 16 * 10_000
+    hashed.clear()
     REDACTOR.prose("word " * 1000)
-    assert hashed == 1000
+    assert len(hashed) == 1000
+
+
+@pytest.mark.parametrize("word", ["/" * 200, "%25" * 80, "%25" * 4, "a", "a.b"])
+def test_the_work_on_a_line_is_bounded(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may send a line for the log does not stop the event loop with it."""
+    hashed = count_hashes(monkeypatch)
+    shown = REDACTOR.line(f"{word} " * 50_000)
+    assert len(hashed) <= MOST_WORK
+    assert shown.endswith(f"[{len(word)} characters] ")
+
+
+def test_a_long_traceback_is_whole() -> None:
+    formatter = RedactingFormatter(REDACTOR, "%(message)s")
+    line = 'File "/usr/lib/python3.13/site-packages/llmctl/serving/redaction.py", line 1, in f'
+    record = logging.LogRecord("n", logging.ERROR, __file__, 1, "\n".join([line] * 2000), (), None)
+    assert formatter.format(record) == record.getMessage()
 
 
 def test_a_removed_key_is_still_not_shown(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +267,20 @@ def test_stdout() -> None:
     first, second = result.stdout.splitlines()
     assert json.loads(first)["request_id"] == "r0"
     assert second == "still open"
+
+
+def test_a_fifo_that_nobody_reads_is_refused_and_one_with_a_reader_is_written(tmp_path: Path) -> None:
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    with pytest.raises(UsageError, match=r"--request-log .*log: "):
+        RequestLog(str(fifo), REDACTOR)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with writing(fifo) as made:
+        for number in range(1000):  # more than a pipe holds
+            made.write(record(number))
+        data = b""
+        while data.count(b"\n") < 1000:
+            with suppress(BlockingIOError):
+                data += os.read(reader, 65536)
+    os.close(reader)
+    assert [json.loads(line)["request_id"] for line in data.splitlines()] == [f"r{n}" for n in range(1000)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from llmctl.serving.engine_loop import _request
 from llmctl.serving.keys import KEY_SCOPE, ApiKey, ServerKeys, key_digest
 from llmctl.serving.middleware import ApiKeyGate
 from llmctl.serving.protocol import CompletionRequest
-from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
+from llmctl.serving.tenants import MOST_USER_CHARS, check_precedence, deadline_of, tenant_of
 from llmctl.serving.wire import AddRequests, WireRequest, decode_command, encode
 
 NONE, ONE, TWO = ServerKeys(None, None), ServerKeys("k", None), ServerKeys("k, l", "m,k")
@@ -41,6 +42,14 @@ def test_a_tenant_is_a_key_else_a_user_else_an_address() -> None:
     assert tenant_of(request(), body(user="u"), NONE) == "user u"
     assert tenant_of(request(), body(), NONE) == "address 10.0.0.7"
     assert tenant_of(request(client=None), body(user=""), NONE) == ""
+
+
+def test_the_name_of_a_tenant_is_bounded() -> None:
+    """The engine keeps the names of thousands."""
+    names = {tenant_of(request(), body(user=user), NONE) for user in ("u" * 10**6, "u" * 10**6 + "v", "é" * 129)}
+    assert len(names) == 3
+    assert max(map(len, names)) <= len("user ") + MOST_USER_CHARS
+    assert tenant_of(request(), body(user="u" * MOST_USER_CHARS), NONE) == "user " + "u" * MOST_USER_CHARS
 
 
 def test_no_two_kinds_of_tenants_share_a_name() -> None:
@@ -120,6 +129,20 @@ def test_the_gate_says_which_key_came(header: bytes, seen: str | None) -> None:
     asyncio.run(ApiKeyGate(app, TWO)(scope, receive, send))
     assert reached == ([] if seen is None else [seen])
     assert (status[:1] == [401]) is (seen is None)
+
+
+def test_a_key_with_white_space_is_none(tmp_path: Path) -> None:
+    """No log would be cleared of it: what is searched for a key is words."""
+    file = tmp_path / "keys"
+    file.write_text(f"spaced sha256:{key_digest(b'two words').hex()}\n")
+    status: list[int] = []
+
+    async def send(message: Message) -> None:
+        status.append(message.get("status", 0))
+
+    scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", b"Bearer two words")]}
+    asyncio.run(ApiKeyGate(None, ServerKeys(file=file))(scope, None, send))  # type: ignore[arg-type]
+    assert status[0] == 401
 
 
 def test_the_tenant_and_the_deadline_reach_the_engine() -> None:

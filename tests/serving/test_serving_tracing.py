@@ -190,3 +190,14 @@ def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="OpenTelemetry is not installed") as caught:
         traces_url("http://c")
     assert caught.value.fix == "pip install 'llmctl[otel]'"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OTEL_BSP_MAX_QUEUE_SIZE", "0"), ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")]
+)
+def test_a_variable_that_the_sdk_refuses_is_an_error_in_words(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"--otlp-traces-endpoint: OpenTelemetry refuses its variables: .* integer"):
+        RequestTracer("http://127.0.0.1:1")
