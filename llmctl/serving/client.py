@@ -179,6 +179,8 @@ class AsyncEngineClient:
         first = specs[0]
         if self._predictor is None or first.deadline.ttft is None:
             return
+        if not self._running:  # to refuse it would help nobody, and what a slow step measured would stand for ever
+            return
         assert self.worker.info is not None, "requests are taken only once the engine is there"
         predicted = self._predictor.predict(
             _waiting(first, arrival, tenant), self.worker.info.max_num_seqs, self._finished.per_second(arrival)

@@ -198,6 +198,18 @@ def test_the_door_knows_what_prompts_cost_and_which_are_to_be_computed(server: S
         server.client.generate([spec(0.015)])
 
 
+def test_where_nobody_is_ahead_the_door_refuses_nobody(server: Server) -> None:
+    """A prediction from a step in which the machine slept would else refuse everybody, and never be measured again."""
+    first = server.client.generate([spec(None)])
+    server.client.on_scheduled([s.request_id for s in first.sequences])
+    server.step(first, 0.1)
+    server.step(first, 60.0, prompt_tokens=10, last=True)
+    (second,) = server.client.generate([spec(1.0)]).sequences
+    with pytest.raises(DeadlineUnreachableError):
+        server.client.generate([spec(1.0)])
+    assert server.client._running == {second.request_id: second}
+
+
 def test_what_outlives_its_worker_is_ahead_again(server: Server) -> None:
     generation = server.client.generate([spec(9.0)])
     server.client.on_scheduled([s.request_id for s in generation.sequences])
