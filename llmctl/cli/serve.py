@@ -300,7 +300,13 @@ MaxQueued = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="CPU threads of the model; not for a GPU.", rich_help_panel=_ENGINE),
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads of the model; by default one for each physical core that the process may run on. Fewer where "
+        "others use the cores: each step waits for the slowest. Not for a GPU.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
 
