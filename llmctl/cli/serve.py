@@ -287,8 +287,8 @@ Shed = Annotated[
     bool,
     typer.Option(
         "--shed",
-        help="Answer 429 to a request whose first token is expected after its deadline, or that missed it in the "
-        "queue.",
+        help="Answer 429 to a request with a deadline (its own, or --deadline) whose first token is expected after it, "
+        "or that missed it in the queue.",
         rich_help_panel=_ENGINE,
     ),
 ]
