@@ -13,7 +13,8 @@ those idle moments; the first ``--warmup`` minutes do not count, during which th
 (the server that this script starts has a small one, so that they are).
 
 With ``--hostile`` attacks of every kind take turns beside well-behaved streams whose answers are known
-(``hostile/attacks.py`` has the table, ``hostile/verdict.py`` what must hold); ``--minutes 0.2`` plays a few.
+(``hostile/attacks.py`` has the table, ``hostile/verdict.py`` what must hold); ``--minutes 0.2`` plays a few,
+with ``--growth-mib 200``: a warm-up that short does not touch all of the KV cache, whose pages then count as growth.
 
 Exit code 0 when every bound holds, 1 otherwise. Stdout holds the verdict (one JSON document with ``--json``).
 """

@@ -10,7 +10,7 @@ import typer
 
 from llmctl.bench.config import BenchLatencyConfig, BenchServeConfig, BenchThroughputConfig, ReportConfig
 from llmctl.cli.bench_options import LATENCY, SERVE, THROUGHPUT, command_of
-from llmctl.cli.common import guarded, print_json
+from llmctl.cli.common import WholeNames, guarded, print_json
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 
 
-@app.command("serve", epilog=_EXIT_CODES, context_settings={"allow_extra_args": True})
+@app.command("serve", cls=WholeNames, epilog=_EXIT_CODES, context_settings={"allow_extra_args": True})
 @guarded
 @command_of(BenchServeConfig, SERVE)
 def serve(ctx: typer.Context, settings: BenchServeConfig, json_output: bool) -> None:
@@ -51,7 +51,7 @@ def serve(ctx: typer.Context, settings: BenchServeConfig, json_output: bool) -> 
     _finish(outcome, settings, "llmctl bench serve", plan.backend, json_output)
 
 
-@app.command("throughput", epilog=_EXIT_CODES)
+@app.command("throughput", cls=WholeNames, epilog=_EXIT_CODES)
 @guarded
 @command_of(BenchThroughputConfig, THROUGHPUT)
 def throughput(settings: BenchThroughputConfig, json_output: bool) -> None:
@@ -67,7 +67,7 @@ def throughput(settings: BenchThroughputConfig, json_output: bool) -> None:
     _finish(outcome, settings, "llmctl bench throughput", "throughput", json_output)
 
 
-@app.command("latency", epilog=_EXIT_CODES)
+@app.command("latency", cls=WholeNames, epilog=_EXIT_CODES)
 @guarded
 @command_of(BenchLatencyConfig, LATENCY)
 def latency(settings: BenchLatencyConfig, json_output: bool) -> None:

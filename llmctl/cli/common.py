@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from llmctl.config import SECRET_OPTIONS, load_yaml_options
 from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
@@ -40,6 +40,37 @@ class OneLineErrors(TyperGroup):
                 report(UsageError(message.rstrip("."), fix=f"see {command} --help"))
             code = ExitCode.USAGE
         sys.exit(int(code) if isinstance(code, int) else 0)
+
+
+class WholeNames(TyperCommand):
+    """A command whose help shows every option's whole name, in a terminal of 80 columns as well."""
+
+    def format_help(self, *args: Any) -> None:
+        """As Typer's, with an option's names in one column: in its four they are cut to make room for each other."""
+        from rich.table import Table
+        from rich.text import Text
+        from typer import rich_utils
+
+        class Options(Table):
+            def add_row(self, *cells: Any, **more: Any) -> None:
+                if len(cells) < 6:  # not an option's: [required], --long, -s, --no-long, -S, type, help
+                    return super().add_row(*cells, **more)
+                *required, long, short, off, short_off, kind, text = cells
+                names = [Text(", ").join(name for name in pair if name) for pair in ((long, short), (off, short_off))]
+                if not self.columns:
+                    for _ in required:
+                        self.add_column(no_wrap=True)
+                    self.add_column(no_wrap=True)
+                for part in getattr(text, "renderables", []):  # a default that has no space to be divided at
+                    part.overflow = "fold"
+                return super().add_row(*required, Text("\n").join(name for name in names if name), kind, text, **more)
+
+        whole: Any = rich_utils
+        was, whole.Table = whole.Table, Options
+        try:
+            super().format_help(*args)
+        finally:
+            whole.Table = was
 
 
 def _without_extra_words(message: str, args: Sequence[str]) -> str:

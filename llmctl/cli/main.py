@@ -11,7 +11,7 @@ import typer
 from llmctl import __version__
 from llmctl.cli import bench
 from llmctl.cli.build import build
-from llmctl.cli.common import OneLineErrors
+from llmctl.cli.common import OneLineErrors, WholeNames
 from llmctl.cli.inspect import inspect
 from llmctl.cli.quantize import quantize
 from llmctl.cli.serve import serve
@@ -44,11 +44,11 @@ def root(
     """Quantize, build, serve and bench language models over one engine core."""
 
 
-app.command("build")(build)
-app.command("inspect")(inspect)
+app.command("build", cls=WholeNames)(build)
+app.command("inspect", cls=WholeNames)(inspect)
 app.add_typer(bench.app, name="bench")
-app.command("serve")(serve)
-app.command("quantize")(quantize)
+app.command("serve", cls=WholeNames)(serve)
+app.command("quantize", cls=WholeNames)(quantize)
 
 
 def _terminate(number: int, _: object) -> None:

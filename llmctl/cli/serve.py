@@ -287,8 +287,8 @@ Shed = Annotated[
     bool,
     typer.Option(
         "--shed",
-        help="Answer 429 to a request whose first token is expected after its deadline, or that missed it in the "
-        "queue.",
+        help="Answer 429 to a request with a deadline (its own, or --deadline) whose first token is expected after it, "
+        "or that missed it in the queue.",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -300,7 +300,13 @@ MaxQueued = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="CPU threads of the model; not for a GPU.", rich_help_panel=_ENGINE),
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads of the model; by default one for each physical core that the process may run on. Fewer where "
+        "others use the cores: each step waits for the slowest. Not for a GPU.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
 

@@ -32,7 +32,7 @@ def curl_line(config: ServeConfig, model: Model, *, keyed: bool) -> str:
         path, body["prompt"] = "completions", "Once upon a time"
     words = ["curl", f"{base_url(config)}/v1/{path}", "-H", "Content-Type: application/json"]
     line = shlex.join([*words, "-d", msgspec.json.encode(body).decode()])
-    return line + ' -H "Authorization: Bearer $LLMCTL_API_KEY"' if keyed else line
+    return line + ' -H "Authorization: Bearer $KEY"' if keyed else line
 
 
 def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float, *, keyed: bool) -> None:

@@ -16,13 +16,13 @@ SUBCOMMANDS = ["quantize", "build", "inspect", "serve"]
 BENCH = [["bench", "serve"], ["bench", "throughput"], ["bench", "latency"]]
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str, columns: str = "120") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "llmctl.cli.main", *args],
         capture_output=True,
         text=True,
         timeout=60,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "120", "HOME": str(Path.home())},
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": columns, "HOME": str(Path.home())},
     )
 
 
@@ -37,6 +37,12 @@ def test_help_has_panels_and_an_example(command: list[str]) -> None:
     assert result.returncode == 0, result.stderr
     assert f"llmctl {' '.join(command)} " in result.stdout.split("Usage:")[1].split("\n", 1)[1], "no example"
     assert result.stdout.count("╭─") >= 2, "options are not grouped into panels"
+
+
+@pytest.mark.parametrize("command", [["quantize"], ["build"], ["inspect"], ["serve"], *BENCH], ids=" ".join)
+def test_help_cuts_nothing_at_80_columns(command: list[str]) -> None:
+    result = run(*command, "--help", columns="80")
+    assert [line for line in result.stdout.splitlines() if "…" in line] == []
 
 
 @pytest.mark.parametrize("command", [[], ["quantize"], ["build"], ["inspect"], ["serve"], *BENCH], ids=" ".join)
