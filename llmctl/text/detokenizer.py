@@ -20,12 +20,20 @@ class IncrementalDetokenizer:
     Args:
         tokenizer: the model's. prompt_ids: what precedes the output; decides the fate of a leading space, and a
             character begun there is completed here.
-        skip_special_tokens: leave special tokens out.
+        skip_special_tokens: leave special tokens out, but for those ``shown``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        shown: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        if shown:
+            self._skipped -= frozenset(shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         tail = self._prompt_tail(prompt_ids)
         self._begun = bool(tail)

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from llmctl.text.output_parser.cursor import Cursor, Reading
 from llmctl.text.output_parser.formats import ToolFormat
-from llmctl.text.output_parser.json_text import read_string, read_value
+from llmctl.text.output_parser.json_text import dump, read_string, read_value
 
-_NAME = re.compile(r"[\w.-]{1,256}")
-_PYTHON_NAME = re.compile(r"[\w.]+")
+_NAME = re.compile(r"[\w.:/-]{1,256}")
+_PYTHON_NAME = re.compile(r"[\w.:/-]+")
 _PYTHON_PLAIN = re.compile(r"[^\"'()\[\]{},\\]+")
 _PYTHON_STRING = re.compile(r"[^\"'\\]+")
 _CLOSER = {"(": ")", "[": "]", "{": "}"}
@@ -178,7 +178,7 @@ def read_tagged_call(cursor: Cursor, row: ToolFormat, sink: CallSink) -> Reading
         if not begun:
             sink.begin(text)
         parameter = "".join(key).strip()
-        sink.arguments(("{" if not begun else ", ") + _dump(parameter) + ": ")
+        sink.arguments(("{" if not begun else ", ") + dump(parameter) + ": ")
         begun = True
         if not (yield from _tagged_value(cursor, types.get(parameter), sink)):
             return True
@@ -191,14 +191,14 @@ def _tagged_value(cursor: Cursor, schema: Any, sink: CallSink) -> Reading[bool]:
     types = _types(schema)
     if types == ["string"]:
         sink.arguments('"')
-        complete = yield from cursor.until(ends, lambda text: sink.arguments(_dump(text)[1:-1]))
+        complete = yield from cursor.until(ends, lambda text: sink.arguments(dump(text)[1:-1]))
         if complete is not None:
             sink.arguments('"')
         return complete is not None
     parts: list[str] = []
     if (yield from cursor.until(ends, parts.append)) is None:
         return False
-    sink.arguments(_dump(_typed("".join(parts), types)))
+    sink.arguments(dump(_typed("".join(parts), types)))
     return True
 
 
@@ -214,7 +214,7 @@ def _typed(text: str, types: list[Any]) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         stripped = text.strip()
         value = _PYTHON_SCALARS[stripped] if stripped in _PYTHON_SCALARS else json.loads(stripped)
-        _dump(value)
+        dump(value)
     kind = _TYPES.get(type(value), "null")
     fits = kind in types or (kind == "integer" and "number" in types)
     return text if "string" in types and not fits else value
@@ -297,16 +297,6 @@ def _python_argument(text: str) -> str | None:
     try:
         with warnings.catch_warnings():  # of escapes that Python does not know
             warnings.simplefilter("ignore")
-            return f"{_dump(key.strip())}: {_dump(ast.literal_eval(value))}"
+            return f"{dump(key.strip())}: {dump(ast.literal_eval(value))}"
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
-
-
-def _dump(value: Any) -> str:
-    """JSON that UTF-8 can hold: half a surrogate pair stays an escape."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False)
-    return text

@@ -5,6 +5,7 @@ Names and aliases are those of vLLM's ``--tool-call-parser`` and ``--reasoning-p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeVar
@@ -196,7 +197,7 @@ REASONING_FORMATS = (
     ReasoningFormat("granite", "Here is my thought process:", "Here is my response:"),
 )
 
-_Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
+_Row = TypeVar("_Row", bound=ToolFormat | ReasoningFormat)
 
 
 def tool_format(name: str) -> ToolFormat:
@@ -222,9 +223,9 @@ def tool_format_of(template: str) -> ToolFormat | None:
     return next((row for row in TOOL_FORMATS if any(sign in template for sign in row.signs)), None)
 
 
-def _row(rows: tuple[_Row, ...], name: str, param: str) -> _Row:
+def _row(rows: Sequence[_Row], name: str, param: str) -> _Row:
     for row in rows:
         if name == row.name or name in row.aliases:
             return row
-    known = ", ".join(sorted(n for row in rows for n in (row.name, *row.aliases)))
+    known = ", ".join(sorted(spelt for each in rows for spelt in (each.name, *each.aliases)))
     raise UsageError(f"--{param.replace('_', '-')}: expected one of {known}, found '{name}'", param=param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from llmctl.text.output_parser.cursor import Cursor, Reading, Sink
 
@@ -11,6 +12,16 @@ _PLAIN = re.compile(r'[^"{}\[\]]+')
 _IN_STRING = re.compile(r'[^"\\]+')
 _SCALAR = re.compile(r'[^\s,:"{}\[\]]+')
 _CLOSER = {"{": "}", "[": "]"}
+
+
+def dump(value: Any) -> str:
+    """JSON that UTF-8 can hold: half a surrogate pair stays an escape."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
 
 
 def is_object(text: str) -> bool:

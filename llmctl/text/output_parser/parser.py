@@ -42,8 +42,8 @@ class OutputParser:
 
     What the pieces add up to does not depend on how the text was cut. A call is told of when its name is known and its
     arguments begin, and its arguments as they come; what turns out to be none before that is content, as it stands.
-    What breaks off or goes wrong later stays as far as it came, and the call is ``broken``; the text goes on as content.
-    White space around calls and around reasoning is dropped.
+    What breaks off or goes wrong later stays as far as it came, and the call is not ``complete``; the text goes on as
+    content. White space around calls and around reasoning is dropped.
 
     Args:
         tools: None: no calls are looked for. row: how they are written.
@@ -51,7 +51,7 @@ class OutputParser:
         closed: the prompt has closed it.
 
     Attributes:
-        num_parsed: calls with complete arguments that are a JSON object. broken: calls without.
+        complete: of each call that was told of, whether its arguments are a whole JSON object.
     """
 
     def __init__(
@@ -72,9 +72,7 @@ class OutputParser:
         self._pieces: list[Piece] = []
         self._space = ""
         self._open: list[str] | None = None
-        self._num_calls = 0
-        self.num_parsed = 0
-        self.broken = 0
+        self.complete: list[bool] = []
         self._steps = self._answer()
 
     def push(self, text: str) -> list[Piece]:
@@ -110,7 +108,7 @@ class OutputParser:
         lone = (row.call_begin,) if Layout.TAGGED in row.layouts else ()
         while (yield from self._read_content((*row.begins, *lone))) is not None:
             pass
-        if not self._num_calls:
+        if not self.complete:
             self._text("", last=True)
 
     def _read_bare(self, row: ToolFormat) -> Reading[None]:
@@ -185,8 +183,8 @@ class OutputParser:
                 return
             if not (yield from _READERS[layout](cursor, row, self)):
                 return
-            if self._open is not None:
-                self._break()
+            if self._open is not None:  # it broke off
+                self._open = None
                 return
             cursor.mark()
             char = yield from cursor.space()
@@ -219,10 +217,6 @@ class OutputParser:
             return None
         return next((layout for layout in row.layouts if layout in _MARKED), None)
 
-    def _break(self) -> None:
-        self._open = None
-        self.broken += 1
-
     # CallSink
 
     def known(self, name: str) -> bool:
@@ -239,21 +233,18 @@ class OutputParser:
         self._cursor.unmark()
         self._space = ""
         self._open = []
-        self._num_calls += 1
-        self._tell("name", name, self._num_calls - 1)
+        self.complete.append(False)
+        self._tell("name", name, len(self.complete) - 1)
 
     def arguments(self, text: str) -> None:
         """Part of ``CallSink``."""
         assert self._open is not None
         self._open.append(text)
         if text:
-            self._tell("arguments", text, self._num_calls - 1)
+            self._tell("arguments", text, len(self.complete) - 1)
 
     def close(self) -> None:
         """Part of ``CallSink``."""
         assert self._open is not None
-        if is_object("".join(self._open)):
-            self.num_parsed += 1
-        else:
-            self.broken += 1
+        self.complete[-1] = is_object("".join(self._open))
         self._open = None
