@@ -98,7 +98,7 @@ def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
             "schemas": _schemas(OPERATIONS),
             "responses": {name: _error(status) for status, (name, _) in _ERRORS.items() if with_keys or status != 401},
             "headers": {
-                name: {"description": text, "required": True, "schema": schema}
+                name: {"description": text, "required": name != "X-Llmctl-Warning", "schema": schema}
                 for name, (text, schema) in _HEADERS.items()
             },
             "parameters": {"RequestId": _REQUEST_ID},
