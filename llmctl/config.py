@@ -118,6 +118,10 @@ class ServeConfig(EngineOptions):
     port: int = 8000
     served_model_name: str | None = None
     chat_template: str | None = None
+    tool_call_parser: str | None = None
+    enable_auto_tool_choice: bool = False
+    tool_template: str = "model"
+    reasoning_parser: str | None = None
     api_key: str | None = field(default=None, repr=False)
     priority_keys: str | None = field(default=None, repr=False)
     api_key_file: str | None = None

@@ -12,4 +12,6 @@ DOCUMENTED = re.compile(
     r"|prompt_logprobs: expected at most \d+ log-probabilities in all"
     r"|expected one description of the output|expected one of json, regex|expected a JSON schema|response_format"
     r"|cannot be enforced: |to compile|grammars are being compiled|the output cannot go on"
+    r"|: only with (tools|functions)$|expected one of the request's tools|tools or functions, found both"
+    r"|arguments: expected a JSON object"
 )

@@ -37,6 +37,45 @@ ChatTemplate = Annotated[
         "--chat-template", metavar="FILE", help="Jinja template instead of the model's own.", rich_help_panel=_MODEL
     ),
 ]
+ToolCallParser = Annotated[
+    str | None,
+    typer.Option(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="How the model writes tool calls, by vLLM's names: hermes, llama3_json, pythonic, mistral, deepseek_v3, "
+        "deepseek_v31, qwen3_coder, json, …; by default what the chat template's text shows, else json.",
+        rich_help_panel=_MODEL,
+    ),
+]
+AutoToolChoice = Annotated[
+    bool,
+    typer.Option(
+        "--enable-auto-tool-choice",
+        help="As vLLM's, and without effect: calls are found in every answer to a request with tools, unless its "
+        "tool_choice is none.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ToolTemplate = Annotated[
+    str,
+    typer.Option(
+        "--tool-template",
+        metavar="WHOSE",
+        help="What shows a request's tools to the model. model: its chat template; generic: a built-in system message, "
+        "for templates that know no tools.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ReasoningParser = Annotated[
+    str | None,
+    typer.Option(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="How the model writes its reasoning, which then comes as reasoning_content: deepseek_r1, qwen3, mistral, "
+        "granite, …; by default it is content.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Target = Annotated[
     str,
     typer.Option(
@@ -316,6 +355,10 @@ def serve(
     model: Model = _D.model,
     served_model_name: ServedName = _D.served_model_name,
     chat_template: ChatTemplate = _D.chat_template,
+    tool_call_parser: ToolCallParser = _D.tool_call_parser,
+    enable_auto_tool_choice: AutoToolChoice = _D.enable_auto_tool_choice,
+    tool_template: ToolTemplate = _D.tool_template,
+    reasoning_parser: ReasoningParser = _D.reasoning_parser,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
     verify: Verify = _D.verify,
@@ -386,6 +429,10 @@ def serve(
         port=port,
         served_model_name=served_model_name,
         chat_template=chat_template,
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
+        tool_template=tool_template,
+        reasoning_parser=reasoning_parser,
         api_key=api_key,
         priority_keys=priority_keys,
         api_key_file=api_key_file,

@@ -113,7 +113,9 @@ class _Text:
         self.params = params
         self.num_tokens = 0
         self.num_chars = 0
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids, params.skip_special_tokens, params.shown_special_token_ids
+        )
         self._stops = StopChecker(params.stop, params.include_stop_str_in_output)
 
     def push(self, token_id: int, *, ends: bool) -> tuple[str, str | None]:

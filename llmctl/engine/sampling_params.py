@@ -79,7 +79,7 @@ class SamplingParams:
         grammar: what the output must match; the output ends when it can only be complete.
         logprobs: None = none; n = the sampled token's and the n most likely ones, at most 20.
         prompt_logprobs: None = none; n = every prompt token's after the first and the n most likely ones, at most 20.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: leave special tokens out of the text, but for ``shown_special_token_ids``.
         include_stop_str_in_output: keep the stop string (or stop token) in the text.
 
     Raises:
@@ -106,6 +106,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     grammar: GrammarSpec | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from llmctl.serving.responses import (
     usage_member,
 )
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
+from llmctl.serving.tools.message import MessageReader
 
 log = logging.getLogger("llmctl.serving")
 
@@ -98,8 +99,10 @@ class EventStream(Response):
         generation: Generation,
         watcher: asyncio.Task[None],
         on_end: Callable[[], None],
+        headers: Mapping[str, str],
     ) -> None:
         super().__init__()
+        self._head = [*_SSE_HEADERS, *((k.lower().encode(), v.encode()) for k, v in headers.items())]
         self._events = events
         self._generation = generation
         self._watcher = watcher
@@ -107,7 +110,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": self._head})
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -146,6 +149,7 @@ class Answer:
         self.envelope = envelope
         self.usage = usage
         self.samples = samples
+        self.headers: dict[str, str] = {}
         options = body.stream_options
         self.include_usage = options is not None and options.include_usage
         self.continuous_usage = options is not None and options.continuous_usage_stats
@@ -191,7 +195,7 @@ class Answer:
 
     async def response(self, outputs: list[TextOutput]) -> Response:
         """The response that is not streamed."""
-        return await self._written(outputs, lambda: json_response(self.whole(outputs)))
+        return await self._written(outputs, lambda: json_response(self.whole(outputs), headers=self.headers))
 
     def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
         """The document of a response that is not streamed."""
@@ -264,18 +268,29 @@ class ChatAnswer(Answer):
     """``chat.completion`` and ``chat.completion.chunk``."""
 
     def __init__(self, model: Model, prompt: Prompt, samples: int, body: ChatCompletionRequest) -> None:
+        """Each choice has a reader where there is something to take apart."""
         object_ = "chat.completion.chunk" if body.stream else "chat.completion"
         usage = UsageCount(len(prompt.token_ids))
         super().__init__(model, Envelope.new("chatcmpl", object_, model.name), usage, samples, body)
         self._prompt = prompt
         self._begun: set[int] = set()
+        use = model.intake.tools.use(body)
+        if (warning := model.intake.tools.warning(body, use)) is not None:
+            self.headers["X-Llmctl-Warning"] = warning
+        parsers = [use.parser(prompt.text) for _ in range(samples)]
+        self._readers = [MessageReader(parser, use) for parser in parsers if parser is not None]
 
     def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+        reason: str | None = output.finish_reason
+        if self._readers:
+            message = self._readers[index].message(output)
+            reason = self._readers[index].finish_reason(reason)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(output.logprobs, self.as_ids),
-            "finish_reason": output.finish_reason,
+            "finish_reason": reason,
             "stop_reason": output.stop_reason,
         }
 
@@ -283,12 +298,21 @@ class ChatAnswer(Answer):
         data = b""
         if index not in self._begun:
             self._begun.add(index)
-            data += self._delta(index, {"role": "assistant", "content": ""})
+            data += self._delta(index, {"role": "assistant", "content": None if self._readers else ""})
         logprobs = chat_logprobs(output.logprobs, self.as_ids)
-        if output.text or (logprobs is not None and output.token_ids):
-            data += self._delta(index, {"content": output.text}, logprobs)
+        reason: str | None = output.finish_reason
+        if self._readers:
+            deltas = list(self._readers[index].deltas(output))
+            reason = self._readers[index].finish_reason(reason)
+        else:
+            deltas = [{"content": output.text}] if output.text else []
+        if not deltas and logprobs is not None and output.token_ids:
+            deltas = [{} if self._readers else {"content": ""}]
+        for delta in deltas:
+            data += self._delta(index, delta, logprobs)
+            logprobs = None
         if output.finish_reason is not None:
-            data += self._delta(index, {}, None, output.finish_reason, output.stop_reason)
+            data += self._delta(index, {}, None, reason, output.stop_reason)
         return data
 
     def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
@@ -337,7 +361,7 @@ async def _respond(seen: Observation, body: SamplingFields, specs: list[Sequence
         if body.stream:
             # The status line waits for the first output, so that a refusal by the scheduler has its own status.
             await generation.started()
-            return EventStream(answer.stream(generation), generation, watcher, seen.end)
+            return EventStream(answer.stream(generation), generation, watcher, seen.end, answer.headers)
         outputs = await generation.result()
     except BaseException:
         watcher.cancel()

@@ -17,6 +17,7 @@ from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.observers import RequestObservers
 from llmctl.serving.redaction import Redactor
+from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -36,23 +37,28 @@ class Model:
     info: EngineInfo
 
     @classmethod
-    def from_folder(
-        cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, chat_template: str | None
-    ) -> Model:
-        """The Model of an engine folder. ``chat_template`` is a file that overrides the model's own template.
+    def from_folder(cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, config: ServeConfig) -> Model:
+        """The Model of an engine folder. ``config.chat_template`` is a file that overrides the model's own template.
 
         Raises:
             CheckpointError: the template file cannot be read or is not a template.
         """
         template = tokenizer.chat_template
-        if chat_template is not None:
-            template = _read_template(Path(chat_template), tokenizer)
+        if config.chat_template is not None:
+            template = _read_template(Path(config.chat_template), tokenizer)
         intake = Intake(
             tokenizer,
             template,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
             defaults=sampling_defaults(folder),
+            tools=ToolSupport.of(
+                tokenizer,
+                template,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
+                tool_template=config.tool_template,
+            ),
         )
         return cls(name, intake, info)
 

@@ -21,7 +21,6 @@ from llmctl.serving.protocol import (
     OWN_VARIABLES,
     TOKEN_ID_KEY,
     ChatCompletionRequest,
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -31,6 +30,9 @@ from llmctl.serving.protocol import (
 )
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
+from llmctl.serving.tools.generic_prompt import with_tools
+from llmctl.serving.tools.history import template_message
+from llmctl.serving.tools.support import ToolSupport
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.template_budget import TemplateLimitError, at_most
 from llmctl.text.tokenizer import Tokenizer
@@ -80,6 +82,7 @@ class Intake:
         chat_template: None when the model has none; chat requests are then refused rather than guessed.
         max_model_len: tokens, prompt and output. vocab_size: ids a prompt may hold.
         defaults: sampling parameters used where a request leaves them out.
+        tools: how tools are shown and their calls found; by default the template's way.
 
     Attributes:
         workers: do what takes long of this model's requests.
@@ -93,12 +96,14 @@ class Intake:
         max_model_len: int,
         vocab_size: int,
         defaults: Mapping[str, Any],
+        tools: ToolSupport | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self.defaults = dict(defaults)
+        self.tools = tools or ToolSupport.of(tokenizer, chat_template)
         self.workers = TextWorkers()
 
     @property
@@ -258,11 +263,13 @@ class Intake:
             )
         if body.documents is not None:
             extra["documents"] = body.documents
+        as_strings = self.tools.traits.string_arguments and not self.tools.generic
+        messages = [template_message(m, i, string_arguments=as_strings) for i, m in enumerate(body.messages)]
+        tools = self.tools.tools_shown(body)
+        if self.tools.generic:
+            messages, tools = with_tools(messages, tools), None
         return self._chat_template.render(
-            [_message(m, i) for i, m in enumerate(body.messages)],
-            add_generation_prompt=body.add_generation_prompt,
-            tools=body.tools or None,
-            **extra,
+            messages, add_generation_prompt=body.add_generation_prompt, tools=tools, **extra
         )
 
     async def chat_prompt(self, body: ChatRequest, body_bytes: int) -> Prompt:
@@ -330,10 +337,18 @@ class Intake:
         Raises:
             RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
-        _refuse_tool_calls(body)
+        use = self.tools.use(body)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
-        return await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)
+        params = await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)
+        if use.grammar is None:
+            return replace(params, shown_special_token_ids=use.markers) if use.markers else params
+        if params.grammar is not None:
+            raise RequestError(
+                f"expected one description of the output, found {params.grammar.param} and {use.grammar.param}",
+                param=use.grammar.param,
+            )
+        return replace(params, grammar=use.grammar)
 
     def fit_chat(self, params: SamplingParams, body: ChatCompletionRequest, prompt: Prompt) -> SamplingParams:
         """The parameters with ``max_tokens``, which fit the prompt.
@@ -418,22 +433,6 @@ def _given_prompts(body: CompletionRequest) -> list[Any]:
     return [given] if one else list(given)
 
 
-def _message(message: ChatMessage, index: int) -> dict[str, Any]:
-    """A message as the template sees it: content parts joined into one text, extra fields as they came."""
-    content = message.content
-    if isinstance(content, list):
-        for part in content:
-            if part.type != "text" or part.text is None:
-                raise RequestError(
-                    f"messages[{index}].content: only parts of type 'text' are supported, found '{part.type}'",
-                    param="messages",
-                )
-        content = "\n".join(part.text or "" for part in content)
-    if content is None and message.role != "assistant":  # an assistant's may consist of tool calls
-        raise RequestError(f"messages[{index}].content: expected text, found none", param="messages")
-    return {**(message.model_extra or {}), "role": message.role, "content": content or ""}
-
-
 def _check_scores(params: SamplingParams, prompt_tokens: int) -> None:
     """Bound what an answer holds of its prompts: it is whole in memory, and a prompt may be as long as the context."""
     if params.prompt_logprobs is None:
@@ -455,18 +454,6 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if not all(_TOKEN_ID.fullmatch(token) for token in given):
         raise RequestError("logit_bias: expected token ids as keys", param="logit_bias")
     return {int(token): bias for token, bias in given.items()}
-
-
-def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
-    choice = body.tool_choice
-    if choice not in (None, "none"):
-        raise RequestError(
-            "tool_choice: only 'none' is supported; tools are shown to the model, its calls come as text",
-            param="tool_choice",
-        )
-    for name, nothing in {"functions": [], "function_call": "none"}.items():
-        if getattr(body, name) not in (None, nothing):
-            raise RequestError(f"{name}: not supported; use tools", param=name)
 
 
 def _refuse_unsupported(body: SamplingFields) -> None:

@@ -106,6 +106,7 @@ def check_config(config: ServeConfig) -> None:
     EngineRequest.of(config)
     itl_target_seconds(config.itl_target)
     _check_deadline(config)
+    _check_parsers(config)
     if not _METRICS_PREFIX.fullmatch(config.metrics_prefix):
         raise UsageError(
             f"--metrics-prefix: expected letters, digits and underscores, no digit first, found "
@@ -146,6 +147,29 @@ def _check_deadline(config: ServeConfig) -> None:
                 fix="--scheduling-policy fair or priority",
                 param=name,
             )
+
+
+def _check_parsers(config: ServeConfig) -> None:
+    from llmctl.serving.tools.generic_prompt import ROW
+    from llmctl.serving.tools.support import TOOL_TEMPLATES
+    from llmctl.text.output_parser.formats import reasoning_format, tool_format
+
+    if config.tool_template not in TOOL_TEMPLATES:
+        raise UsageError(
+            f"--tool-template: expected {', '.join(TOOL_TEMPLATES)}, found '{config.tool_template}'",
+            param="tool_template",
+        )
+    if config.reasoning_parser is not None:
+        reasoning_format(config.reasoning_parser)
+    if config.tool_call_parser is None:
+        return
+    if tool_format(config.tool_call_parser).name != ROW and config.tool_template == "generic":
+        raise UsageError(
+            f"--tool-template generic asks for calls of the format {ROW}, found --tool-call-parser "
+            f"{config.tool_call_parser}",
+            fix="leave --tool-call-parser out",
+            param="tool_call_parser",
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -345,9 +369,7 @@ class _Server:
         info = await worker.until_ready()
         assert worker.tokenizer is not None
         assert worker.engine_path is not None
-        context.loaded = Model.from_folder(
-            context.model_name, worker.engine_path, worker.tokenizer, info, config.chat_template
-        )
+        context.loaded = Model.from_folder(context.model_name, worker.engine_path, worker.tokenizer, info, config)
         context.metrics.set_cache_config(
             block_size=info.block_size,
             num_gpu_blocks=info.num_blocks,

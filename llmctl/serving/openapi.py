@@ -33,9 +33,11 @@ Beyond what the schemas say, 400 is the answer to
 * a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
 * a description of the output that cannot be compiled, is given twice (`response_format` and the fields that other
   servers have for it are one thing), or says nothing;
-* messages that the chat template refuses, or a message without `content` that is not the assistant's;
+* messages that the chat template refuses, a message without `content` that is not the assistant's, or `arguments` of
+  its calls that are not a JSON object;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
-  `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`;
+  `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`, `tool_choice` without `tools` or for one that is
+  not there, `functions` beside `tools`;
 * more than {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).
@@ -65,6 +67,10 @@ _ERRORS = {
 _ERROR_HEADERS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
 _HEADERS = {
     "X-Request-Id": ("The request's own `X-Request-Id`, or a new one.", {"type": "string", "minLength": 1}),
+    "X-Llmctl-Warning": (
+        "What was asked for and is without effect, as `tools` that the chat template does not show to the model.",
+        {"type": "string"},
+    ),
     "Retry-After": ("Seconds until it is worth another try.", {"type": "integer", "minimum": 1}),
     "WWW-Authenticate": ("How to authenticate.", {"type": "string", "const": "Bearer"}),
     "Allow": ("The path's methods.", {"type": "string"}),
@@ -92,7 +98,7 @@ def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
             "schemas": _schemas(OPERATIONS),
             "responses": {name: _error(status) for status, (name, _) in _ERRORS.items() if with_keys or status != 401},
             "headers": {
-                name: {"description": text, "required": True, "schema": schema}
+                name: {"description": text, "required": name != "X-Llmctl-Warning", "schema": schema}
                 for name, (text, schema) in _HEADERS.items()
             },
             "parameters": {"RequestId": _REQUEST_ID},
@@ -141,7 +147,7 @@ def _request_body(operation: Operation, model_name: str) -> dict[str, Any]:
 
 def _responses(operation: Operation, guarded: bool) -> dict[str, Any]:
     statuses = {*ALWAYS, *operation.refusals, *((401,) if guarded else ())}
-    responses = {"200": _response("What was asked for.", _content(operation))}
+    responses = {"200": _response("What was asked for.", _content(operation), more=operation.headers)}
     for status in sorted(statuses):
         name, text = _ERRORS[status]
         responses[str(status)] = {"$ref": f"#/components/responses/{name}"}
@@ -177,8 +183,8 @@ def _error(status: int) -> dict[str, Any]:
     return _response(_ERRORS[status][1], {"application/json": {"schema": _ref(ErrorResponse)}}, status)
 
 
-def _response(text: str, content: dict[str, Any], status: int = 200) -> dict[str, Any]:
-    headers = ("X-Request-Id", *_ERROR_HEADERS.get(status, ()))
+def _response(text: str, content: dict[str, Any], status: int = 200, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    headers = ("X-Request-Id", *_ERROR_HEADERS.get(status, ()), *more)
     return {
         "description": text,
         "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in headers},

@@ -54,7 +54,7 @@ class Operation:
         bodies: what a request may be, one of these.
         examples: bodies by name, without ``model``.
         refusals: statuses it answers beside ``ALWAYS`` and, on a server with keys, 401.
-        unavailable: the JSON of a 503.
+        unavailable: the JSON of a 503. headers: that a 200 may have.
     """
 
     method: str
@@ -68,9 +68,18 @@ class Operation:
     examples: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
     unavailable: type[ResponseModel] = ErrorResponse
+    headers: tuple[str, ...] = ()
 
 
 _HELLO = [{"role": "user", "content": "Say hello."}]
+_GREET = {
+    "type": "function",
+    "function": {
+        "name": "greet",
+        "description": "Greet somebody.",
+        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+}
 
 OPERATIONS = (
     Operation(
@@ -93,8 +102,10 @@ OPERATIONS = (
         ChatCompletion,
         event=ChatCompletionChunk,
         bodies=(ChatCompletionRequest,),
+        headers=("X-Llmctl-Warning",),
         examples={
             "chat": {"messages": _HELLO, "max_tokens": 8},
+            "tools": {"messages": _HELLO, "tools": [_GREET], "max_tokens": 8},
             "logprobs": {"messages": _HELLO, "max_tokens": 4, "logprobs": True, "top_logprobs": 2},
             "stream": {
                 **{"messages": _HELLO, "max_tokens": 8, "stream": True},

@@ -220,18 +220,66 @@ class ContentPart(ApiModel):
     text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 
 
+class FunctionCallMade(ApiModel):
+    """A call of a message: ``arguments`` as OpenAI writes them, or the object that they stand for."""
+
+    name: str
+    arguments: Annotated[
+        str | dict[str, Any] | None, Field(description="A JSON object, as a string or as it is; empty: `{}`.")
+    ] = None
+
+
+class ToolCallMade(ApiModel):
+    """A call of an assistant's message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCallMade
+
+
 class ChatMessage(ApiModel):
-    """One message; fields beyond these reach the chat template as they are."""
+    """One message; fields beyond these, as ``tool_call_id``, reach the chat template as they are."""
 
     role: str
     content: str | Annotated[list[ContentPart], _FAILS_FAST] | None = None
+    tool_calls: Annotated[list[ToolCallMade], _FAILS_FAST] | None = None
+    function_call: FunctionCallMade | None = None
+
+
+class FunctionDefinition(ApiModel):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Field(description="A JSON schema.")] = None
+    strict: bool | None = None
+
+
+class Tool(ApiModel):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(ApiModel):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(ApiModel):
+    """A tool by its name."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(ApiModel):
     """What renders to a chat prompt; shared by chat completions and ``/tokenize``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    tools: Objects | None = None
+    tools: Annotated[list[Tool], _FAILS_FAST] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     continue_final_message: Annotated[bool, _only(False)] = False
@@ -247,10 +295,10 @@ class ChatCompletionRequest(SamplingFields, ChatRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
-    tool_choice: Annotated[Literal["none", "auto", "required"] | dict[str, Any] | None, _only(None, "none")] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[Any, _only(None, [])] = None
-    function_call: Annotated[Any, _only(None, "none")] = None
+    functions: Annotated[list[FunctionDefinition], _FAILS_FAST] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
 
 
 class TokenizeRequest(ApiModel):

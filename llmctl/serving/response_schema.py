@@ -15,6 +15,10 @@ Absent = SkipJsonSchema[None]
 Count = Annotated[int, Field(ge=0)]
 LogProb = Annotated[float, Field(le=0, ge=-9999, description="-9999 stands for -inf.")]
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Annotated[
+    Literal["stop", "length", "tool_calls", "function_call"],
+    Field(description="`tool_calls` (of `functions`: `function_call`): there are calls, and all are whole."),
+]
 StopReason = Annotated[int | str | None, Field(description="The stop string or the stop token's id that ended it.")]
 
 
@@ -146,12 +150,30 @@ class ChatLogprobs(ResponseModel):
     content: list[SampledTokenLogprob]
 
 
+class FunctionCall(ResponseModel):
+    """A call of a function: a whole JSON object as ``arguments``, if the ``finish_reason`` says so."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(ResponseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(ResponseModel):
     """The model's message."""
 
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Field(description="Null beside calls or reasoning when there is no text.")]
     refusal: None
+    reasoning_content: Annotated[str | None, Field(description="With `--reasoning-parser`.")] = None
+    tool_calls: Annotated[list[ToolCall] | Absent, Field(min_length=1)] = None
+    function_call: Annotated[FunctionCall | Absent, Field(description="Of requests with `functions`.")] = None
 
 
 class ChatChoice(ResponseModel):
@@ -160,7 +182,7 @@ class ChatChoice(ResponseModel):
     index: Count
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: StopReason
 
 
@@ -176,11 +198,30 @@ class ChatCompletion(ResponseModel):
     prompt_logprobs: PromptLogprobs = None
 
 
+class FunctionCallDelta(ResponseModel):
+    """What one event adds to a call: its name, then pieces of its arguments."""
+
+    name: str | Absent = None
+    arguments: str
+
+
+class ToolCallDelta(ResponseModel):
+    """What one event adds to the call with this ``index``; ``id`` and ``type`` come with its name."""
+
+    index: Count
+    id: str | Absent = None
+    type: Literal["function"] | Absent = None
+    function: FunctionCallDelta
+
+
 class MessageDelta(ResponseModel):
-    """What one event adds to a message: its role first, then text; nothing with the reason of its end."""
+    """What one event adds to a message: its role first, then one of the others; nothing with the reason of its end."""
 
     role: Literal["assistant"] | Absent = None
-    content: str | Absent = None
+    content: str | None = None
+    reasoning_content: str | Absent = None
+    tool_calls: Annotated[list[ToolCallDelta] | Absent, Field(min_length=1, max_length=1)] = None
+    function_call: FunctionCallDelta | Absent = None
 
 
 class ChatChunkChoice(ResponseModel):
@@ -189,7 +230,7 @@ class ChatChunkChoice(ResponseModel):
     index: Count
     delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: Annotated[int | str | None, Field(description="Only with a `finish_reason`.")] = None
 
 

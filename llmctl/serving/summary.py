@@ -49,6 +49,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
         "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
         "sampling": ", ".join(f"{k} {v}" for k, v in model.intake.defaults.items()) or "OpenAI's defaults",
+        "tools": _tools(model, config),
         "access": "API key" if keyed else f"open to whoever reaches {config.host}",
         "URL": base_url(config),
     }
@@ -63,6 +64,18 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         console.print(render(info.memory, note=info.memory_note), highlight=False)
     # Printed as it is: a wrapped command line could not be copied.
     console.print(f"try: {curl_line(config, model, keyed=keyed)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _tools(model: Model, config: ServeConfig) -> str:
+    """How calls are found, and who decided it."""
+    tools = model.intake.tools
+    if config.tool_call_parser or tools.generic:
+        why = "--tool-call-parser" if config.tool_call_parser else "--tool-template generic"
+    elif not tools.traits.shows_tools:
+        return "the chat template does not show them" if model.intake.has_chat_template else "no chat template"
+    else:
+        why = "by the chat template" if tools.row.signs else "a guess; --tool-call-parser tells"
+    return f"calls as {tools.row.name} ({why})"
 
 
 def _mib(size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from llmctl.text.output_parser.cursor import partial_match
 from llmctl.text.tokenizer import Tokenizer
 
 _UTF8_LONGEST = 4
@@ -19,12 +20,20 @@ class IncrementalDetokenizer:
     Args:
         tokenizer: the model's. prompt_ids: what precedes the output; decides the fate of a leading space, and a
             character begun there is completed here.
-        skip_special_tokens: leave special tokens out.
+        skip_special_tokens: leave special tokens out, but for those ``shown``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        shown: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        if shown:
+            self._skipped -= frozenset(shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         tail = self._prompt_tail(prompt_ids)
         self._begun = bool(tail)
@@ -90,7 +99,7 @@ class StopChecker:
             ((at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None
         )
         if found is None:
-            return self._release(len(self._held) - self._longest_prefix()), None
+            return self._release(len(self._held) - partial_match(self._held, self._stops)), None
         end, start, stop = found
         released = self._release(end if self._include_stop else start)
         self._held = ""
@@ -103,11 +112,3 @@ class StopChecker:
     def _release(self, count: int) -> str:
         released, self._held = self._held[:count], self._held[count:]
         return released
-
-    def _longest_prefix(self) -> int:
-        """Length of the longest end of the held text that begins some stop string."""
-        for start in range(max(0, len(self._held) - max(map(len, self._stops)) + 1), len(self._held)):
-            end = self._held[start:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return len(end)
-        return 0

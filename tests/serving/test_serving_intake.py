@@ -11,6 +11,7 @@ import pytest
 from fixtures import make_tokenizer
 from pydantic import ValidationError
 
+from llmctl.config import ServeConfig
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving import intake as intake_module
 from llmctl.serving.context import Model
@@ -19,6 +20,8 @@ from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
+
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,10 @@ def test_sampling_defaults(config: dict[str, Any] | None, expected: dict[str, An
     [
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"functions": [{}]}, "functions"),
+        ({"functions": [{"name": "f"}], "tools": [TOOL]}, "functions"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"function_call": "auto"}, "function_call"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"guided_json": "{"}, "guided_json"),
         ({"use_beam_search": True}, "use_beam_search"),
@@ -245,13 +251,18 @@ def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ eos_token }}")
     body = ChatCompletionRequest.model_validate_json('{"messages": [{"role": "user", "content": "hi"}]}')
-    assert Model.from_folder("m", tmp_path, tokenizer, info, str(path)).intake.render_chat(body) == "[hi]<|im_end|>"
-    assert "<|im_start|>user" in Model.from_folder("m", tmp_path, tokenizer, info, None).intake.render_chat(body)
+    assert (
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(path))).intake.render_chat(body)
+        == "[hi]<|im_end|>"
+    )
+    assert "<|im_start|>user" in Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig()).intake.render_chat(
+        body
+    )
     path.write_text("{% for %}")
     with pytest.raises(CheckpointError, match="chat template: line 1"):
-        Model.from_folder("m", tmp_path, tokenizer, info, str(path))
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(path)))
     with pytest.raises(CheckpointError, match="--chat-template"):
-        Model.from_folder("m", tmp_path, tokenizer, info, str(tmp_path / "gone"))
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template="/gone"))
 
 
 def test_of_many_wrong_items_the_first_is_named() -> None:

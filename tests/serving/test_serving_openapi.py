@@ -106,6 +106,9 @@ def test_a_key_is_asked_for_where_the_gate_asks(with_keys: bool) -> None:
 # What a field may hold, against what is done with it
 
 LONG = "x" * 257
+FUNCTION: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
+TOOL: dict[str, Any] = {"type": "function", "function": FUNCTION}
+CALL: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 20, 21, 128, 129, 0.5, 1.5, -2, 2.5, -2.5, 1e300, sys.float_info.max, 1e-320),
     *(2**31 - 1, 2**31, -(2**31), -(2**31) - 1, -(2**63), -(2**63) - 1, 2**64 - 1, 2**64, 10**40),
@@ -122,7 +125,13 @@ VALUES: list[Any] = [
     [{"role": "user", "content": [{"type": "text"}]}],
     [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}],
     [{"role": "assistant", "content": None}],
+    *([TOOL], [{**TOOL, "type": "other"}], [FUNCTION], [{**FUNCTION, "name": "a b"}], ["required"], "required"),
+    *({"type": "function", "function": {"name": "f"}}, {"name": "f"}, {"name": "g"}, {"name": 1}),
+    *([{"role": "assistant", "tool_calls": made}] for made in (None, [], [{}], [CALL], [{**CALL, "type": "other"}])),
+    *([{"role": "assistant", "function_call": made}] for made in (None, {}, CALL["function"])),
 ]
+WITH = {"tool_choice": {"tools": [TOOL]}, "function_call": {"functions": [FUNCTION]}}
+"""What a field needs beside it."""
 REQUESTS = {
     CompletionRequest: {"prompt": "a", "max_tokens": 5},
     ChatCompletionRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "logprobs": True},
@@ -161,7 +170,7 @@ async def refusals(intake: Intake, model: type[Any], name: str) -> list[RequestE
     found: list[RequestError | None] = []
     for value in VALUES:
         try:
-            await take_in(intake, model, json.dumps({**REQUESTS[model], name: value}).encode())
+            await take_in(intake, model, json.dumps({**REQUESTS[model], **WITH.get(name, {}), name: value}).encode())
             found.append(None)
         except RequestError as error:
             found.append(error)

@@ -19,6 +19,7 @@ from llmctl.config import BuildConfig, EngineOptions, ServeConfig
 from llmctl.serving.context import Model
 from llmctl.serving.engine_loop import _info
 from llmctl.serving.summary import print_summary
+from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.wire import EngineInfo, decode_event, encode
 from llmctl.targets.cuda import target as cuda
 from llmctl.targets.cuda.device import CudaDevice
@@ -50,7 +51,7 @@ def info_of(model: Path, target: str, options: EngineOptions) -> EngineInfo:
 
 def shown(info: EngineInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "80")
-    intake = SimpleNamespace(defaults={}, has_chat_template=False)
+    intake = SimpleNamespace(defaults={}, has_chat_template=False, tools=ToolSupport())
     print_summary(ServeConfig(), Model("tiny", intake, info), Path("e"), 1.0, keyed=False)  # type: ignore[arg-type]
     return capsys.readouterr().err
 

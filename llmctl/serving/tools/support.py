@@ -1,0 +1,193 @@
+"""What a server can do with tools and reasoning, and what one request asks of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmctl.errors import RequestError
+from llmctl.serving.protocol import ChatCompletionRequest, ChatRequest, FunctionName, Tool
+from llmctl.serving.tools import generic_prompt
+from llmctl.serving.tools.enforced import calls_grammar
+from llmctl.serving.tools.traits import TemplateTraits
+from llmctl.structured.spec import GrammarSpec
+from llmctl.text.chat_template import ChatTemplate
+from llmctl.text.output_parser.formats import (
+    ReasoningFormat,
+    ToolFormat,
+    reasoning_format,
+    tool_format,
+    tool_format_of,
+)
+from llmctl.text.output_parser.parser import OutputParser, Tools
+from llmctl.text.tokenizer import Tokenizer
+
+log = logging.getLogger("llmctl.serving")
+
+TOOL_TEMPLATES = ("model", "generic")
+_UNSEEN = "tools: this model's chat template does not show them to the model; --tool-template generic does"
+_NOT_STRICT = "tools: strict is enforced only where tool_choice demands a call"
+
+
+@dataclass
+class ToolSupport:
+    """Of one server.
+
+    Attributes:
+        row: how the model writes tool calls. reasoning: how it writes reasoning; None: that is content.
+        traits: of the chat template. generic: tools are shown by a built-in prompt instead.
+        tool_markers, reasoning_markers: ids of special tokens that the parser must see.
+    """
+
+    row: ToolFormat = field(default_factory=lambda: tool_format("json"))
+    reasoning: ReasoningFormat | None = None
+    traits: TemplateTraits = field(default_factory=TemplateTraits)
+    generic: bool = False
+    tool_markers: tuple[int, ...] = ()
+    reasoning_markers: tuple[int, ...] = ()
+    _warned: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+        tool_template: str = "model",
+    ) -> ToolSupport:
+        """The support of a model, by names of parsers or, without, by its template's text.
+
+        Raises:
+            UsageError: a name that is none.
+        """
+        generic = tool_template == "generic"
+        if tool_call_parser is None and generic:
+            tool_call_parser = generic_prompt.ROW
+        found = None if template is None else tool_format_of(template.source)
+        row = tool_format(tool_call_parser) if tool_call_parser else found or tool_format("json")
+        reasoning = None if reasoning_parser is None else reasoning_format(reasoning_parser)
+        return cls(
+            row,
+            reasoning,
+            TemplateTraits() if template is None else TemplateTraits.of(template),
+            generic,
+            _special_ids(tokenizer, row.markers),
+            _special_ids(tokenizer, reasoning.markers if reasoning else ()),
+        )
+
+    def tools_shown(self, body: ChatRequest) -> list[dict[str, Any]] | None:
+        """The request's tools as templates take them."""
+        return [tool.model_dump(exclude_unset=True) for tool in given_tools(body)] or None
+
+    def use(self, body: ChatCompletionRequest) -> ToolUse:
+        """What a request asks for.
+
+        Raises:
+            RequestError: it contradicts itself, or cannot be honoured.
+        """
+        tools = given_tools(body)
+        param, wanted = _choice(body, [tool.function.name for tool in tools])
+        if wanted == "none":
+            return ToolUse(self, None)
+        named = [tool for tool in tools if not isinstance(wanted, str) and tool.function.name == wanted[0]]
+        legacy = bool(body.functions)
+        single = legacy or bool(named) or body.parallel_tool_calls is False
+        grammar = None if wanted == "auto" else calls_grammar(named or tools, param, single=single)
+        schemas = {tool.function.name: _properties(tool) for tool in tools}
+        return ToolUse(self, schemas, legacy=legacy, single=single, grammar=grammar)
+
+    def warning(self, body: ChatRequest, use: ToolUse) -> str | None:
+        """What the client should know of its tools, on one line."""
+        tools = given_tools(body)
+        if not tools:
+            return None
+        said = []
+        if not self.generic and not self.traits.shows_tools:
+            said.append(_UNSEEN)
+            if not self._warned:
+                self._warned = True
+                log.warning("%s", _UNSEEN)
+        if use.grammar is None and any(tool.function.strict for tool in tools):
+            said.append(_NOT_STRICT)
+        return "; ".join(said) or None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """Of one request.
+
+    Attributes:
+        tools: functions that may be called; None: none, and calls are not looked for.
+        legacy: asked with ``functions``, and answered with ``function_call``. single: only the first call counts.
+        grammar: of the calls that must be made, which are then the whole answer.
+    """
+
+    support: ToolSupport
+    tools: Tools | None
+    legacy: bool = False
+    single: bool = False
+    grammar: GrammarSpec | None = None
+
+    @property
+    def markers(self) -> tuple[int, ...]:
+        """Special tokens that must not be left out of the text."""
+        if self.grammar is not None:
+            return ()
+        calls = self.support.tool_markers if self.tools is not None else ()
+        return calls + self.support.reasoning_markers
+
+    def parser(self, prompt: str | None) -> OutputParser | None:
+        """A parser of one answer to a prompt; None where there is nothing to take apart."""
+        if self.grammar is not None:
+            return OutputParser(tool_format("json"), self.tools)
+        reasoning = self.support.reasoning
+        if self.tools is None and reasoning is None:
+            return None
+        text = (prompt or "").rstrip()
+        return OutputParser(
+            self.support.row,
+            self.tools,
+            reasoning,
+            begun=reasoning is not None and text.endswith(reasoning.begin),
+            closed=reasoning is not None and text.endswith(reasoning.end),
+        )
+
+
+def given_tools(body: ChatRequest) -> list[Tool]:
+    """The request's tools, the deprecated ``functions`` among them."""
+    functions = body.functions if isinstance(body, ChatCompletionRequest) else None
+    return body.tools or [Tool(type="function", function=function) for function in functions or ()]
+
+
+def _choice(body: ChatCompletionRequest, names: list[str]) -> tuple[str, str | tuple[str]]:
+    """The field that says what may be called, and ``none``, ``auto``, ``required``, or a name (alone in a tuple)."""
+    if body.tools and body.functions:
+        raise RequestError("functions: expected tools or functions, found both", param="functions")
+    param = "function_call" if body.tool_choice is None and body.function_call is not None else "tool_choice"
+    wanted = getattr(body, param)
+    if wanted is None:
+        return param, "auto" if names else "none"
+    if wanted != "none" and not names:
+        needed = "functions" if param == "function_call" else "tools"
+        raise RequestError(f"{param}: only with {needed}", param=param)
+    if isinstance(wanted, str):
+        return param, wanted
+    name = wanted.name if isinstance(wanted, FunctionName) else wanted.function.name
+    if name not in names:
+        raise RequestError(f"{param}: expected one of the request's tools, found '{name[:80]}'", param=param)
+    return param, (name,)
+
+
+def _properties(tool: Tool) -> Mapping[str, Any]:
+    found = (tool.function.parameters or {}).get("properties")
+    return found if isinstance(found, dict) else {}
+
+
+def _special_ids(tokenizer: Tokenizer, markers: tuple[str, ...]) -> tuple[int, ...]:
+    """Special tokens that markers are made of."""
+    spelt = {i: tokenizer.id_to_token(i) for i in tokenizer.special_token_ids}
+    return tuple(sorted(i for i, text in spelt.items() if text and any(text in marker for marker in markers)))
