@@ -118,6 +118,7 @@ class ServeConfig(EngineOptions):
     port: int = 8000
     served_model_name: str | None = None
     chat_template: str | None = None
+    generation_config: str = "auto"
     api_key: str | None = field(default=None, repr=False)
     priority_keys: str | None = field(default=None, repr=False)
     api_key_file: str | None = None

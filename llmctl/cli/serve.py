@@ -37,6 +37,16 @@ ChatTemplate = Annotated[
         "--chat-template", metavar="FILE", help="Jinja template instead of the model's own.", rich_help_panel=_MODEL
     ),
 ]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        metavar="SOURCE",
+        help="Where sampling parameters of requests that bring none come from. auto: what the model recommends; vllm: "
+        "none, OpenAI's defaults; else a generation_config.json, or a folder with one.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Target = Annotated[
     str,
     typer.Option(
@@ -310,6 +320,7 @@ def serve(
     model: Model = _D.model,
     served_model_name: ServedName = _D.served_model_name,
     chat_template: ChatTemplate = _D.chat_template,
+    generation_config: GenerationConfig = _D.generation_config,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
     verify: Verify = _D.verify,
@@ -380,6 +391,7 @@ def serve(
         port=port,
         served_model_name=served_model_name,
         chat_template=chat_template,
+        generation_config=generation_config,
         api_key=api_key,
         priority_keys=priority_keys,
         api_key_file=api_key_file,

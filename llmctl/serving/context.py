@@ -12,11 +12,12 @@ from llmctl.config import ServeConfig, parse_bytes
 from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.client import AsyncEngineClient
-from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.observers import RequestObservers
 from llmctl.serving.redaction import Redactor
+from llmctl.serving.sampling_defaults import SamplingDefaults, sampling_defaults
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -34,27 +35,28 @@ class Model:
     name: str
     intake: Intake
     info: EngineInfo
+    defaults: SamplingDefaults
 
     @classmethod
-    def from_folder(
-        cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, chat_template: str | None
-    ) -> Model:
-        """The Model of an engine folder. ``chat_template`` is a file that overrides the model's own template.
+    def from_folder(cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, config: ServeConfig) -> Model:
+        """The Model of an engine folder, with the template and the sampling defaults of ``config``.
 
         Raises:
-            CheckpointError: the template file cannot be read or is not a template.
+            CheckpointError: the template file cannot be read or is not a template. UsageError: as
+                ``sampling_defaults``.
         """
         template = tokenizer.chat_template
-        if chat_template is not None:
-            template = _read_template(Path(chat_template), tokenizer)
+        if config.chat_template is not None:
+            template = _read_template(Path(config.chat_template), tokenizer)
+        defaults = sampling_defaults(config.generation_config, folder)
         intake = Intake(
             tokenizer,
             template,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
-            defaults=sampling_defaults(folder),
+            defaults=defaults.values,
         )
-        return cls(name, intake, info)
+        return cls(name, intake, info, defaults)
 
 
 @dataclass

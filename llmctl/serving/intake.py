@@ -5,12 +5,9 @@ Everything that can be refused without the engine is refused here, before a resp
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_bad_words
@@ -29,12 +26,11 @@ from llmctl.serving.protocol import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from llmctl.serving.sampling_defaults import DEFAULTABLE
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.template_budget import TemplateLimitError, at_most
 from llmctl.text.tokenizer import Tokenizer
-
-log = logging.getLogger("llmctl.serving")
 
 T = TypeVar("T")
 
@@ -43,7 +39,6 @@ _BYTES_PER_WORD = 64
 _BYTES_PER_TOKEN = 4
 # Of a template, at a few µs each: a few KB of messages take some hundred.
 _INLINE_STEPS = 2000
-_DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKEN_ID = re.compile(TOKEN_ID_KEY)
 _STRUCTURED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
@@ -56,30 +51,14 @@ class Prompt:
     text: str | None = None
 
 
-def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling parameters that the model's ``generation_config.json`` recommends; requests override them."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    found = {name: loaded[name] for name in _DEFAULTABLE if loaded.get(name) is not None}
-    if loaded.get("do_sample") is False:
-        found.pop("temperature", None)
-    try:
-        SamplingParams(**found)
-    except (RequestError, TypeError):
-        log.warning("generation_config.json: ignored, its sampling parameters are out of range: %s", found)
-        return {}
-    return found
-
-
 class Intake:
     """Checks and translates requests for one model.
 
     Args:
         chat_template: None when the model has none; chat requests are then refused rather than guessed.
         max_model_len: tokens, prompt and output. vocab_size: ids a prompt may hold.
-        defaults: sampling parameters used where a request leaves them out.
+        defaults: sampling parameters used where a request leaves them out; ``max_tokens`` in chats, for completions
+            have OpenAI's 16.
 
     Attributes:
         workers: do what takes long of this model's requests.
@@ -98,7 +77,8 @@ class Intake:
         self.max_model_len = max_model_len
         self._chat_template = chat_template
         self._vocab_size = vocab_size
-        self.defaults = dict(defaults)
+        self._defaults = {name: value for name, value in defaults.items() if name != "max_tokens"}
+        self._default_max_tokens: int | None = defaults.get("max_tokens")
         self.workers = TextWorkers()
 
     @property
@@ -344,7 +324,10 @@ class Intake:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = getattr(body, param)
         _check_scores(params, len(prompt.token_ids))
-        return replace(params, max_tokens=self._max_tokens(wanted, len(prompt.token_ids), param))
+        made = self._max_tokens(wanted, len(prompt.token_ids), param)
+        if wanted is None and self._default_max_tokens is not None:
+            made = min(made, self._default_max_tokens)
+        return replace(params, max_tokens=made)
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
         room = self.max_model_len - prompt_tokens
@@ -369,8 +352,8 @@ class Intake:
                 param="prompt_logprobs",
             )
         self._check_counts(body)
-        values: dict[str, Any] = dict(self.defaults)
-        plain = (*_DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
+        values: dict[str, Any] = dict(self._defaults)
+        plain = (*DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
         for name in (*plain, "skip_special_tokens", "include_stop_str_in_output"):
             value = getattr(body, name)
             if value is not None:

@@ -97,6 +97,7 @@ def check_config(config: ServeConfig) -> None:
     if not config.model:
         raise UsageError("--model is required", fix="llmctl serve --model demo:smollm2-135m", param="model")
     from llmctl.engine.waiting_queue import POLICIES
+    from llmctl.serving.sampling_defaults import given_defaults
 
     for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES}.items():
         value = getattr(config, name)
@@ -105,6 +106,7 @@ def check_config(config: ServeConfig) -> None:
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
     EngineRequest.of(config)
     itl_target_seconds(config.itl_target)
+    given_defaults(config.generation_config)
     _check_deadline(config)
     if not _METRICS_PREFIX.fullmatch(config.metrics_prefix):
         raise UsageError(
@@ -345,9 +347,7 @@ class _Server:
         info = await worker.until_ready()
         assert worker.tokenizer is not None
         assert worker.engine_path is not None
-        context.loaded = Model.from_folder(
-            context.model_name, worker.engine_path, worker.tokenizer, info, config.chat_template
-        )
+        context.loaded = Model.from_folder(context.model_name, worker.engine_path, worker.tokenizer, info, config)
         context.metrics.set_cache_config(
             block_size=info.block_size,
             num_gpu_blocks=info.num_blocks,

@@ -11,10 +11,11 @@ import pytest
 from fixtures import make_tokenizer
 from pydantic import ValidationError
 
+from llmctl.config import ServeConfig
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving import intake as intake_module
 from llmctl.serving.context import Model
-from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.intake import Intake
 from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 from llmctl.serving.wire import EngineInfo
@@ -41,8 +42,8 @@ def completion(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **f
     return made.fit_completion(params, body, asyncio.run(made.completion_prompts(body)))
 
 
-def chat(tokenizer: Tokenizer, **fields: Any) -> Any:
-    made = intake(tokenizer)
+def chat(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **fields: Any) -> Any:
+    made = intake(tokenizer, **(defaults or {}))
     messages = [{"role": "user", "content": "hi"}]
     body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **fields}))
     return made.fit_chat(asyncio.run(made.chat_params(body)), body, asyncio.run(made.chat_prompt(body, 0)))
@@ -144,6 +145,13 @@ def test_lengths(tokenizer: Tokenizer) -> None:
     assert completion(tokenizer, prompt=[5] * 64, max_tokens=0).max_tokens == 0
 
 
+def test_the_default_length_is_the_chats(tokenizer: Tokenizer) -> None:
+    assert chat(tokenizer, {"max_tokens": 5}).max_tokens == 5
+    assert chat(tokenizer, {"max_tokens": 5}, max_tokens=7, min_tokens=6).max_tokens == 7
+    assert chat(tokenizer, {"max_tokens": 10**6}).max_tokens == chat(tokenizer).max_tokens
+    assert completion(tokenizer, {"max_tokens": 5}).max_tokens == 16
+
+
 def test_model_defaults_apply_unless_overridden(tokenizer: Tokenizer) -> None:
     defaults = {"temperature": 0.25, "top_k": 7}
     assert completion(tokenizer, defaults).temperature == 0.25
@@ -190,22 +198,6 @@ def test_a_huge_top_k_means_all(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}, {"temperature": 0.6, "top_p": 0.9}),
-        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
-        ({"temperature": -1}, {}),
-        ({"temperature": "hot"}, {}),
-        (None, {}),
-    ],
-)
-def test_sampling_defaults(config: dict[str, Any] | None, expected: dict[str, Any], tmp_path: Path) -> None:
-    if config is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert sampling_defaults(tmp_path) == expected
-
-
-@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tool_choice": "required"}, "tool_choice"),
@@ -245,13 +237,18 @@ def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ eos_token }}")
     body = ChatCompletionRequest.model_validate_json('{"messages": [{"role": "user", "content": "hi"}]}')
-    assert Model.from_folder("m", tmp_path, tokenizer, info, str(path)).intake.render_chat(body) == "[hi]<|im_end|>"
-    assert "<|im_start|>user" in Model.from_folder("m", tmp_path, tokenizer, info, None).intake.render_chat(body)
+    assert (
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(path))).intake.render_chat(body)
+        == "[hi]<|im_end|>"
+    )
+    assert "<|im_start|>user" in Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig()).intake.render_chat(
+        body
+    )
     path.write_text("{% for %}")
     with pytest.raises(CheckpointError, match="chat template: line 1"):
-        Model.from_folder("m", tmp_path, tokenizer, info, str(path))
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(path)))
     with pytest.raises(CheckpointError, match="--chat-template"):
-        Model.from_folder("m", tmp_path, tokenizer, info, str(tmp_path / "gone"))
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(tmp_path / "gone")))
 
 
 def test_of_many_wrong_items_the_first_is_named() -> None:
