@@ -285,10 +285,11 @@ class ChatAnswer(Answer):
             self._begun.add(index)
             data += self._delta(index, {"role": "assistant", "content": ""})
         logprobs = chat_logprobs(output.logprobs, self.as_ids)
+        # The end comes with the last text: a chunk of its own would count as a token for who times tokens by chunks.
         if output.text or (logprobs is not None and output.token_ids):
-            data += self._delta(index, {"content": output.text}, logprobs)
-        if output.finish_reason is not None:
-            data += self._delta(index, {}, None, output.finish_reason, output.stop_reason)
+            data += self._delta(index, {"content": output.text}, logprobs, output)
+        elif output.finish_reason is not None:
+            data += self._delta(index, {}, None, output)
         return data
 
     def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
@@ -299,16 +300,12 @@ class ChatAnswer(Answer):
         return body
 
     def _delta(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        logprobs: dict[str, Any] | None = None,
-        finish_reason: str | None = None,
-        stop_reason: int | str | None = None,
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, end: TextOutput | None = None
     ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        if finish_reason is not None:
-            choice["stop_reason"] = stop_reason
+        reason = None if end is None else end.finish_reason
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        if end is not None and reason is not None:
+            choice["stop_reason"] = end.stop_reason
         return self.chunk(choice)
 
 

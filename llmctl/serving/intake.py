@@ -16,6 +16,7 @@ from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
     MAX_PROMPT_LOGPROBS,
     OWN_VARIABLES,
+    PART_TEXTS,
     TOKEN_ID_KEY,
     ChatCompletionRequest,
     ChatMessage,
@@ -331,6 +332,8 @@ class Intake:
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
         room = self.max_model_len - prompt_tokens
+        if wanted == -1:  # llama.cpp's word for no limit
+            wanted = None
         if wanted is None and room > 0:
             return room
         needed = 1 if wanted is None else wanted
@@ -404,12 +407,12 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
     content = message.content
     if isinstance(content, list):
         for part in content:
-            if part.type != "text" or part.text is None:
+            if getattr(part, PART_TEXTS.get(part.type, ""), None) is None:
                 raise RequestError(
                     f"messages[{index}].content: only parts of type 'text' are supported, found '{part.type}'",
                     param="messages",
                 )
-        content = "\n".join(part.text or "" for part in content)
+        content = "\n".join(getattr(part, PART_TEXTS[part.type]) for part in content)
     if content is None and message.role != "assistant":  # an assistant's may consist of tool calls
         raise RequestError(f"messages[{index}].content: expected text, found none", param="messages")
     return {**(message.model_extra or {}), "role": message.role, "content": content or ""}

@@ -38,10 +38,12 @@ Beyond what the schemas say, 400 is the answer to
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).
 """
+_MAX_TOKENS = Range(-1)
 _RANGES = RANGES | {
+    "max_tokens": _MAX_TOKENS,
     "best_of": RANGES["n"],
     "top_logprobs": RANGES["logprobs"],
-    "max_completion_tokens": RANGES["max_tokens"],
+    "max_completion_tokens": _MAX_TOKENS,
 }
 _ERRORS = {
     400: (

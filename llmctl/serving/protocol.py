@@ -173,19 +173,31 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool = True
 
 
+# The field that holds the text of a part, by its type: chat's own, and those of OpenAI's Responses.
+PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
 class ContentPart(ApiModel):
-    """A part of a message's content; only ``text`` parts can be honoured."""
+    """A part of a message's content; only parts that are text can be honoured."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["type", "text"]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"const": kind}}, "required": ["type", name]}
+                for kind, name in PART_TEXTS.items()
+            ]
+        }
+    )
 
-    type: Annotated[str, _only("text")]
+    type: Annotated[str, _only(*PART_TEXTS)]
     text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
+    refusal: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 
 
 class ChatMessage(ApiModel):
     """One message; fields beyond these reach the chat template as they are."""
 
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[ContentPart], _FAILS_FAST] | None = None
 
 

@@ -145,6 +145,31 @@ def test_lengths(tokenizer: Tokenizer) -> None:
     assert completion(tokenizer, prompt=[5] * 64, max_tokens=0).max_tokens == 0
 
 
+def test_a_length_of_minus_one_is_no_limit(tokenizer: Tokenizer) -> None:
+    assert completion(tokenizer, prompt=[5] * 60, max_tokens=-1).max_tokens == 4
+    assert chat(tokenizer, max_completion_tokens=-1) == chat(tokenizer)
+    assert chat(tokenizer, {"max_tokens": 5}, max_tokens=-1) == chat(tokenizer)
+    with pytest.raises(RequestError, match="max_tokens: expected an integer at least 0, found -2"):
+        completion(tokenizer, max_tokens=-2)
+
+
+def test_parts_of_text(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "refusal", "refusal": "b"}, {"type": "text", "text": ""}]
+    body = {"messages": [{"role": "assistant", "content": [*parts, {"type": "output_text", "text": "c"}]}]}
+    text = intake(tokenizer).render_chat(ChatCompletionRequest.model_validate_json(json.dumps(body)))
+    assert "<|im_start|>assistant\na\nb\n\nc<|im_end|>" in text
+    for wrong in ({"type": "refusal", "text": "a"}, {"type": "text", "refusal": "a"}, {"type": "image_url"}):
+        with pytest.raises(RequestError, match="only parts of type 'text' are supported"):
+            chat(tokenizer, messages=[{"role": "user", "content": [wrong]}])
+
+
+def test_roles_are_openais(tokenizer: Tokenizer) -> None:
+    for role in ("system", "developer", "user", "assistant", "tool", "function"):
+        chat(tokenizer, messages=[{"role": role, "content": "a"}])
+    with pytest.raises(ValidationError, match=r"messages\.0\.role"):
+        chat(tokenizer, messages=[{"role": "emperor", "content": "a"}])
+
+
 def test_the_default_length_is_the_chats(tokenizer: Tokenizer) -> None:
     assert chat(tokenizer, {"max_tokens": 5}).max_tokens == 5
     assert chat(tokenizer, {"max_tokens": 5}, max_tokens=7, min_tokens=6).max_tokens == 7
