@@ -128,6 +128,7 @@ class ServeConfig(EngineOptions):
     max_body: str | None = None
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
+    sse_keepalive: float = 15.0
     max_restarts: int = 3
     metrics_prefix: str = "llmctl"
     log_level: str = "info"

@@ -82,6 +82,17 @@ StallTimeout = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+SseKeepalive = Annotated[
+    float,
+    typer.Option(
+        "--sse-keepalive",
+        metavar="SECONDS",
+        min=0,
+        help="How long a stream may wait for its first token in silence: then its status line is sent, and a comment, "
+        "and another one every so often until the token comes; 0: in silence for ever.",
+        rich_help_panel=_SERVER,
+    ),
+]
 MaxRestarts = Annotated[
     int,
     typer.Option(
@@ -329,6 +340,7 @@ def serve(
     max_body: MaxBody = _D.max_body,
     drain_timeout: DrainTimeout = _D.drain_timeout,
     stall_timeout: StallTimeout = _D.stall_timeout,
+    sse_keepalive: SseKeepalive = _D.sse_keepalive,
     max_restarts: MaxRestarts = _D.max_restarts,
     metrics_prefix: MetricsPrefix = _D.metrics_prefix,
     log_level: LogLevel = _D.log_level,
@@ -400,6 +412,7 @@ def serve(
         max_body=max_body,
         drain_timeout=drain_timeout,
         stall_timeout=stall_timeout,
+        sse_keepalive=sse_keepalive,
         max_restarts=max_restarts,
         metrics_prefix=metrics_prefix,
         log_level=log_level,

@@ -166,7 +166,8 @@ def _event(model: type[ResponseModel]) -> dict[str, Any]:
         "contentSchema": {"anyOf": [_ref(model), _ref(ErrorResponse)]},
     }
     return {
-        "description": "With `stream`. An error after the first event is an event too; `[DONE]` is always the last.",
+        "description": "With `stream`. Comments while the first token takes its time. An error after the status "
+        "line is an event; `[DONE]` is always the last.",
         "type": "object",
         "properties": {"data": {"anyOf": [{"const": "[DONE]"}, chunk]}},
         "required": ["data"],
