@@ -116,7 +116,7 @@ class ServeConfig(EngineOptions):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    served_model_name: str | None = None
+    served_model_name: tuple[str, ...] = ()
     chat_template: str | None = None
     generation_config: str = "auto"
     api_key: str | None = field(default=None, repr=False)
@@ -128,6 +128,8 @@ class ServeConfig(EngineOptions):
     max_body: str | None = None
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
+    root_path: str = ""
+    allowed_origins: str | None = None
     sse_keepalive: float = 15.0
     max_restarts: int = 3
     metrics_prefix: str = "llmctl"

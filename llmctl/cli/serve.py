@@ -23,11 +23,11 @@ Model = Annotated[
     ),
 ]
 ServedName = Annotated[
-    str | None,
+    list[str],
     typer.Option(
         "--served-model-name",
         metavar="NAME",
-        help="Name in the API; the model's own by default.",
+        help="Name in the API; the model's own by default. Several: requests may use any, answers have the first.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -79,6 +79,15 @@ StallTimeout = Annotated[
         metavar="SECONDS",
         min=0.1,
         help="Without a step for this long while requests run, or a sign of life while none do, /ready says stalled.",
+        rich_help_panel=_SERVER,
+    ),
+]
+RootPath = Annotated[
+    str,
+    typer.Option(
+        "--root-path",
+        metavar="PATH",
+        help="What a proxy serves this server under, such as /llm; whether it strips it from requests or not.",
         rich_help_panel=_SERVER,
     ),
 ]
@@ -179,6 +188,16 @@ ApiKeyFile = Annotated[
         metavar="FILE",
         help="More keys, hashed: lines of NAME sha256:HEX, then the word priority if the key may set priority or "
         "deadline. Read again on SIGHUP.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+AllowedOrigins = Annotated[
+    str | None,
+    typer.Option(
+        "--allowed-origins",
+        metavar="ORIGINS",
+        help="Origins whose pages may use this server from a browser (CORS): comma-separated, a JSON list, or *. None "
+        "by default.",
         rich_help_panel=_SECURITY,
     ),
 ]
@@ -329,7 +348,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring n
 @guarded
 def serve(
     model: Model = _D.model,
-    served_model_name: ServedName = _D.served_model_name,
+    served_model_name: ServedName = list(_D.served_model_name),  # noqa: B006
     chat_template: ChatTemplate = _D.chat_template,
     generation_config: GenerationConfig = _D.generation_config,
     target: Target = _D.target,
@@ -340,6 +359,7 @@ def serve(
     max_body: MaxBody = _D.max_body,
     drain_timeout: DrainTimeout = _D.drain_timeout,
     stall_timeout: StallTimeout = _D.stall_timeout,
+    root_path: RootPath = _D.root_path,
     sse_keepalive: SseKeepalive = _D.sse_keepalive,
     max_restarts: MaxRestarts = _D.max_restarts,
     metrics_prefix: MetricsPrefix = _D.metrics_prefix,
@@ -350,6 +370,7 @@ def serve(
     api_key: ApiKey = _D.api_key,
     priority_keys: PriorityKeys = _D.priority_keys,
     api_key_file: ApiKeyFile = _D.api_key_file,
+    allowed_origins: AllowedOrigins = _D.allowed_origins,
     ssl_keyfile: SslKey = _D.ssl_keyfile,
     ssl_certfile: SslCert = _D.ssl_certfile,
     max_model_len: MaxModelLen = _D.max_model_len,
@@ -401,7 +422,7 @@ def serve(
         verify=verify,
         host=host,
         port=port,
-        served_model_name=served_model_name,
+        served_model_name=tuple(served_model_name),
         chat_template=chat_template,
         generation_config=generation_config,
         api_key=api_key,
@@ -412,7 +433,9 @@ def serve(
         max_body=max_body,
         drain_timeout=drain_timeout,
         stall_timeout=stall_timeout,
+        root_path=root_path,
         sse_keepalive=sse_keepalive,
+        allowed_origins=allowed_origins,
         max_restarts=max_restarts,
         metrics_prefix=metrics_prefix,
         log_level=log_level,

@@ -64,11 +64,12 @@ class ServerContext:
     """State of one server. ``model()`` is for requests, and refuses while the engine cannot take them.
 
     Attributes:
+        names: of the model; the first is the one that answers bear.
         deadline: of requests that bring none.
     """
 
     config: ServeConfig
-    model_name: str
+    names: tuple[str, ...]
     client: AsyncEngineClient
     metrics: ServerMetrics
     keys: ServerKeys
@@ -104,9 +105,9 @@ class ServerContext:
         Raises:
             ModelNotFoundError.
         """
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.names:
             raise ModelNotFoundError(
-                f"the model '{name}' does not exist; this server has: {self.model_name}", param="model"
+                f"the model '{name}' does not exist; this server has: {', '.join(self.names)}", param="model"
             )
 
 

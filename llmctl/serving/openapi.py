@@ -15,17 +15,22 @@ from pydantic_core import core_schema
 
 from llmctl import __version__
 from llmctl.engine.sampling_params import RANGES, Range
+from llmctl.serving.addresses import ALIASES
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
 from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, ApiModel, SamplingFields
 from llmctl.serving.response_schema import ErrorResponse, ResponseModel
 
+_ALIASES = "; ".join(f"`{path}` is `{meant}`" for path, meant in ALIASES.items())
 _DESCRIPTION = f"""\
 An OpenAI-compatible server for one model.
 
 A path answers other methods than those described here with 405 and `Allow`, but HEAD wherever GET is described; other
 paths answer 404. Integers are written without a fraction: `5.0` is refused. Of a name that an object repeats, the last
 value counts. Fields that are not described are ignored.
+
+A slash at the end of a path is passed over, and some endpoints have further paths, as on other servers:
+{_ALIASES}.
 
 Beyond what the schemas say, 400 is the answer to
 
@@ -77,8 +82,8 @@ _REQUEST_ID = {
 }
 
 
-def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
-    """The document of a server that serves ``model_name``, with API keys or without."""
+def describe(model_name: str, *, with_keys: bool, root_path: str = "") -> dict[str, Any]:
+    """The document of a server that serves ``model_name``, with API keys or without, under a proxy's ``root_path``."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         guarded = with_keys and operation.path not in LIVENESS_PATHS
@@ -98,15 +103,18 @@ def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
             "parameters": {"RequestId": _REQUEST_ID},
         },
     }
+    if root_path:
+        document["servers"] = [{"url": root_path}]
     if with_keys:
         document["components"]["securitySchemes"] = {
             "apiKey": {
                 "type": "http",
                 "scheme": "bearer",
                 "description": "One of the keys of `--api-key`, `--priority-keys` or `--api-key-file`.",
-            }
+            },
+            "apiKeyHeader": {"type": "apiKey", "in": "header", "name": "X-Api-Key", "description": "The same."},
         }
-        document["security"] = [{"apiKey": []}]
+        document["security"] = [{"apiKey": []}, {"apiKeyHeader": []}]
     return document
 
 

@@ -31,7 +31,7 @@ class Call:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         config, metrics, keys = ServeConfig(**options), ServerMetrics("m"), ServerKeys(None, None)
         self.client = admitting_client(folder, metrics, config, monkeypatch)
-        context = ServerContext(config, "m", self.client, metrics, keys, Redactor(keys))
+        context = ServerContext(config, ("m",), self.client, metrics, keys, Redactor(keys))
         assert self.client.worker.tokenizer is not None
         context.loaded = Model.from_folder("m", folder, self.client.worker.tokenizer, INFO, config)
         self.generations: list[Generation] = []
