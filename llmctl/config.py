@@ -119,6 +119,7 @@ class ServeConfig(EngineOptions):
     served_model_name: tuple[str, ...] = ()
     chat_template: str | None = None
     generation_config: str = "auto"
+    quantization: str | None = None
     api_key: str | None = field(default=None, repr=False)
     priority_keys: str | None = field(default=None, repr=False)
     api_key_file: str | None = None

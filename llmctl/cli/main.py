@@ -47,7 +47,7 @@ def root(
 app.command("build")(build)
 app.command("inspect")(inspect)
 app.add_typer(bench.app, name="bench")
-app.command("serve")(serve)
+app.command("serve", context_settings={"allow_extra_args": True}, options_metavar="[MODEL] [OPTIONS]")(serve)
 app.command("quantize")(quantize)
 
 

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from llmctl.cli.common import ConfigOption, guarded
+from llmctl.cli.vllm_flags import PANEL, with_vllm_flags
 from llmctl.config import GPU_MEMORY_UTILIZATION, ServeConfig
+from llmctl.errors import UsageError
 
 _D = ServeConfig()
 _MODEL, _SERVER, _ENGINE, _MEMORY, _SECURITY = "Model", "Server", "Engine", "Memory", "Security"
@@ -18,7 +20,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="An engine folder, a checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id.",
+        help="An engine folder, a checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id; also without the "
+        "--model.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -343,10 +346,22 @@ Threads = Annotated[
     typer.Option("--threads", min=1, help="CPU threads of the model; not for a GPU.", rich_help_panel=_ENGINE),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        "-q",
+        metavar="METHOD",
+        help="What the model is quantized by, such as awq or gptq: checked against it, nothing is quantized here.",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 @guarded
+@with_vllm_flags
 def serve(
+    ctx: typer.Context,
     model: Model = _D.model,
     served_model_name: ServedName = list(_D.served_model_name),  # noqa: B006
     chat_template: ChatTemplate = _D.chat_template,
@@ -390,6 +405,7 @@ def serve(
     shed: Shed = _D.shed,
     threads: Threads = _D.threads,
     seed: Seed = _D.seed,
+    quantization: Quantization = _D.quantization,
     config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Serve a model behind an OpenAI-compatible API.
@@ -398,8 +414,14 @@ def serve(
 
     Example: [bold]llmctl serve --model ./engine --port 8000[/bold]
     """
+    if ctx.args:  # not shown: after a comma too many it is a key
+        raise UsageError(
+            "unexpected extra argument",
+            fix="one MODEL; several names are --served-model-name A --served-model-name B",
+        )
     settings = ServeConfig(
         model=model,
+        quantization=quantization,
         target=target,
         dtype=dtype,
         max_model_len=max_model_len,

@@ -359,6 +359,7 @@ class _Server:
         info = await worker.until_ready()
         assert worker.tokenizer is not None
         assert worker.engine_path is not None
+        check_quantization(config.quantization, info.quantization)
         context.loaded = Model.from_folder(context.names[0], worker.engine_path, worker.tokenizer, info, config)
         context.metrics.set_cache_config(
             block_size=info.block_size,
@@ -385,6 +386,24 @@ class _Server:
         await asyncio.wait([serving])
         if not serving.cancelled() and (error := serving.exception()) is not None:
             raise LlmctlError(f"the HTTP server failed: {error}") from error
+
+
+def check_quantization(asked: str | None, found: str) -> None:
+    """Refuse ``--quantization`` of another method than the model has.
+
+    Args:
+        found: as ``EngineInfo`` has it, such as ``gptq 4-bit``.
+
+    Raises:
+        UsageError.
+    """
+    method = found.split()[0]
+    if asked is not None and asked.lower().removesuffix("_marlin") != method:
+        raise UsageError(
+            f"--quantization {asked}: the model's weights are quantized by: {method}",
+            fix="llmctl quantize makes a quantized checkpoint; else leave it out",
+            param="quantization",
+        )
 
 
 async def _first(*tasks: asyncio.Task[Any]) -> None:
