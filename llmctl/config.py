@@ -118,6 +118,7 @@ class ServeConfig(EngineOptions):
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
     chat_template: str | None = None
+    trust_request_chat_template: bool = False
     generation_config: str = "auto"
     quantization: str | None = None
     api_key: str | None = field(default=None, repr=False)

@@ -40,6 +40,14 @@ ChatTemplate = Annotated[
         "--chat-template", metavar="FILE", help="Jinja template instead of the model's own.", rich_help_panel=_MODEL
     ),
 ]
+TrustRequestTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--trust-request-chat-template",
+        help="Requests may bring a chat template of their own.",
+        rich_help_panel=_MODEL,
+    ),
+]
 GenerationConfig = Annotated[
     str,
     typer.Option(
@@ -365,6 +373,7 @@ def serve(
     model: Model = _D.model,
     served_model_name: ServedName = list(_D.served_model_name),  # noqa: B006
     chat_template: ChatTemplate = _D.chat_template,
+    trust_request_chat_template: TrustRequestTemplate = _D.trust_request_chat_template,
     generation_config: GenerationConfig = _D.generation_config,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
@@ -446,6 +455,7 @@ def serve(
         port=port,
         served_model_name=tuple(served_model_name),
         chat_template=chat_template,
+        trust_request_chat_template=trust_request_chat_template,
         generation_config=generation_config,
         api_key=api_key,
         priority_keys=priority_keys,

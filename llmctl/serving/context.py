@@ -55,6 +55,7 @@ class Model:
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
             defaults=defaults.values,
+            trust_request_template=config.trust_request_chat_template,
         )
         return cls(name, intake, info, defaults)
 

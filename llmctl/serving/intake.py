@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_bad_words
-from llmctl.errors import CapacityError, RequestError
+from llmctl.errors import CapacityError, CheckpointError, RequestError
+from llmctl.serving.final_message import mark_end, up_to_mark
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
     MAX_PROMPT_LOGPROBS,
@@ -60,6 +61,7 @@ class Intake:
         max_model_len: tokens, prompt and output. vocab_size: ids a prompt may hold.
         defaults: sampling parameters used where a request leaves them out; ``max_tokens`` in chats, for completions
             have OpenAI's 16.
+        trust_request_template: whether requests may bring a template of their own.
 
     Attributes:
         workers: do what takes long of this model's requests.
@@ -73,11 +75,13 @@ class Intake:
         max_model_len: int,
         vocab_size: int,
         defaults: Mapping[str, Any],
+        trust_request_template: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._chat_template = chat_template
         self._vocab_size = vocab_size
+        self._trust_request_template = trust_request_template
         self._defaults = {name: value for name, value in defaults.items() if name != "max_tokens"}
         self._default_max_tokens: int | None = defaults.get("max_tokens")
         self.workers = TextWorkers()
@@ -220,16 +224,7 @@ class Intake:
         Raises:
             RequestError: no template, a part that is not text, or a template that refuses the messages.
         """
-        if self._chat_template is None:
-            raise RequestError(
-                "this model has no chat template",
-                fix="start the server with --chat-template FILE, or use /v1/completions",
-                param="messages",
-            )
-        if body.chat_template is not None:
-            raise RequestError("chat_template: templates of requests are not accepted", param="chat_template")
-        if body.continue_final_message:
-            raise RequestError("continue_final_message: not supported", param="continue_final_message")
+        template = self._template_of(body)
         extra = dict(body.chat_template_kwargs or {})
         for name in OWN_VARIABLES & extra.keys():
             raise RequestError(
@@ -239,12 +234,37 @@ class Intake:
             )
         if body.documents is not None:
             extra["documents"] = body.documents
-        return self._chat_template.render(
-            [_message(m, i) for i, m in enumerate(body.messages)],
-            add_generation_prompt=body.add_generation_prompt,
+        messages = [_message(m, i) for i, m in enumerate(body.messages)]
+        going_on = body.continue_final_message
+        if going_on:
+            mark_end(messages[-1], body)
+        text = template.render(
+            messages,
+            add_generation_prompt=body.add_generation_prompt and not going_on,
             tools=body.tools or None,
             **extra,
         )
+        return up_to_mark(text) if going_on else text
+
+    def _template_of(self, body: ChatRequest) -> ChatTemplate:
+        """The request's own template, where such are trusted, or the model's."""
+        if body.chat_template is not None:
+            if not self._trust_request_template:
+                raise RequestError(
+                    "chat_template: the server was not started with --trust-request-chat-template",
+                    param="chat_template",
+                )
+            try:
+                return ChatTemplate(body.chat_template, self.tokenizer.special_tokens)
+            except CheckpointError as error:
+                raise RequestError(f"chat_template: {error.message}", param="chat_template") from error
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template",
+                fix="start the server with --chat-template FILE, or use /v1/completions",
+                param="messages",
+            )
+        return self._chat_template
 
     async def chat_prompt(self, body: ChatRequest, body_bytes: int) -> Prompt:
         """The prompt of a chat, as text and ids.

@@ -36,9 +36,11 @@ Beyond what the schemas say, 400 is the answer to
 
 * what does not fit the model: its context length, and the ids of its vocabulary;
 * a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
-* messages that the chat template refuses, or a message without `content` that is not the assistant's;
+* messages that the chat template refuses, a `chat_template` on a server without `--trust-request-chat-template`, an
+  empty last message with `continue_final_message`, or a message without `content` that is not the assistant's;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
-  `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`;
+  `top_logprobs` without `logprobs`, `continue_final_message` with `add_generation_prompt`,
+  `prompt_logprobs` with `stream`;
 * more than {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).

@@ -208,8 +208,8 @@ class ChatRequest(ApiModel):
     tools: Objects | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
-    continue_final_message: Annotated[bool, _only(False)] = False
-    chat_template: Annotated[str | None, _only(None)] = None
+    continue_final_message: bool = False
+    chat_template: Annotated[str | None, Field(description="Refused without `--trust-request-chat-template`.")] = None
     chat_template_kwargs: TemplateVariables | None = None
     documents: Objects | None = None
 

@@ -232,7 +232,7 @@ def test_a_huge_top_k_means_all(tokenizer: Tokenizer) -> None:
         ({"guided_json": {}}, "guided_json"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
-        ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 100}, "logprobs"),
         ({"bad_words": [""]}, "bad_words"),
@@ -247,6 +247,38 @@ def test_what_cannot_be_honoured_is_refused(tokenizer: Tokenizer, fields: dict[s
 def test_neutral_values_of_what_cannot_be_honoured_are_fine(tokenizer: Tokenizer) -> None:
     chat(tokenizer, tool_choice="none", response_format={"type": "text"}, use_beam_search=False, functions=None)
     completion(tokenizer, best_of=1, suffix="", n=1)
+
+
+TRIMS = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+KEEPS = TRIMS.replace(" | trim", "")
+
+
+def rendered(tokenizer: Tokenizer, template: str, *contents: str | None, **fields: Any) -> str:
+    made = Intake(tokenizer, None, max_model_len=64, vocab_size=9, defaults={}, trust_request_template=True)
+    messages = [{"role": "assistant", "content": content} for content in contents]
+    body = {"messages": messages, "chat_template": template, **fields}
+    return made.render_chat(ChatCompletionRequest.model_validate_json(json.dumps(body)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"add_generation_prompt": False}])
+def test_the_final_message_is_continued_where_its_text_ends(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+    fields = {"continue_final_message": True, **fields}
+    for last in ("b", "b ] ", "CONTINUE_FINAL_MESSAGE_TAG x", "b\n"):
+        assert rendered(tokenizer, KEEPS, "a", last, **fields) == f"[a][{last}"
+        assert rendered(tokenizer, TRIMS, "a", last, **fields) == f"[a][{last.rstrip()}"
+    for template, last, said in ((KEEPS, "", "is empty"), (KEEPS, None, "is empty"), ("x", "b", "leaves the last")):
+        with pytest.raises(RequestError, match=said):
+            rendered(tokenizer, template, last, **fields)
+
+
+def test_without_the_field_a_last_message_of_the_assistant_is_answered(tokenizer: Tokenizer) -> None:
+    assert rendered(tokenizer, KEEPS, "a", "b") == "[a][b]!"
+
+
+def test_a_template_of_a_request_that_is_none(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=r"chat_template: .*line 1") as caught:
+        rendered(tokenizer, "{% for %}", "a")
+    assert (caught.value.param, caught.value.http_status) == ("chat_template", 400)
 
 
 def test_no_chat_template_is_refused_not_guessed(tokenizer: Tokenizer) -> None:
