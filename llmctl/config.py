@@ -116,12 +116,15 @@ class ServeConfig(EngineOptions):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    served_model_name: str | None = None
+    served_model_name: tuple[str, ...] = ()
     chat_template: str | None = None
     tool_call_parser: str | None = None
     enable_auto_tool_choice: bool = False
     tool_template: str = "model"
     reasoning_parser: str | None = None
+    trust_request_chat_template: bool = False
+    generation_config: str = "auto"
+    quantization: str | None = None
     api_key: str | None = field(default=None, repr=False)
     priority_keys: str | None = field(default=None, repr=False)
     api_key_file: str | None = None
@@ -131,6 +134,9 @@ class ServeConfig(EngineOptions):
     max_body: str | None = None
     drain_timeout: float = 30.0
     stall_timeout: float = 60.0
+    root_path: str = ""
+    allowed_origins: str | None = None
+    sse_keepalive: float = 15.0
     max_restarts: int = 3
     metrics_prefix: str = "llmctl"
     log_level: str = "info"

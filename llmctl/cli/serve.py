@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from llmctl.cli.common import ConfigOption, guarded
+from llmctl.cli.vllm_flags import PANEL, with_vllm_flags
 from llmctl.config import GPU_MEMORY_UTILIZATION, ServeConfig
+from llmctl.errors import UsageError
 
 _D = ServeConfig()
 _MODEL, _SERVER, _ENGINE, _MEMORY, _SECURITY = "Model", "Server", "Engine", "Memory", "Security"
@@ -18,16 +20,17 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="An engine folder, a checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id.",
+        help="An engine folder, a checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id; also without the "
+        "--model.",
         rich_help_panel=_MODEL,
     ),
 ]
 ServedName = Annotated[
-    str | None,
+    list[str],
     typer.Option(
         "--served-model-name",
         metavar="NAME",
-        help="Name in the API; the model's own by default.",
+        help="Name in the API; the model's own by default. Several: requests may use any, answers have the first.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -43,7 +46,7 @@ ToolCallParser = Annotated[
         "--tool-call-parser",
         metavar="NAME",
         help="How the model writes tool calls, by vLLM's names: hermes, llama3_json, pythonic, mistral, deepseek_v3, "
-        "deepseek_v31, qwen3_coder, json, …; by default what the chat template's text shows, else json.",
+        "deepseek_v31, qwen3_coder, json and others; by default what the chat template's text shows, else json.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -72,7 +75,25 @@ ReasoningParser = Annotated[
         "--reasoning-parser",
         metavar="NAME",
         help="How the model writes its reasoning, which then comes as reasoning_content: deepseek_r1, qwen3, mistral, "
-        "granite, …; by default it is content.",
+        "granite and others; by default it is content.",
+        rich_help_panel=_MODEL,
+    ),
+]
+TrustRequestTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--trust-request-chat-template",
+        help="Requests may bring a chat template of their own.",
+        rich_help_panel=_MODEL,
+    ),
+]
+GenerationConfig = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        metavar="SOURCE",
+        help="Where sampling parameters of requests that bring none come from. auto: what the model recommends; vllm: "
+        "none, OpenAI's defaults; else a generation_config.json, or a folder with one.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -108,6 +129,26 @@ StallTimeout = Annotated[
         metavar="SECONDS",
         min=0.1,
         help="Without a step for this long while requests run, or a sign of life while none do, /ready says stalled.",
+        rich_help_panel=_SERVER,
+    ),
+]
+RootPath = Annotated[
+    str,
+    typer.Option(
+        "--root-path",
+        metavar="PATH",
+        help="What a proxy serves this server under, such as /llm; whether it strips it from requests or not.",
+        rich_help_panel=_SERVER,
+    ),
+]
+SseKeepalive = Annotated[
+    float,
+    typer.Option(
+        "--sse-keepalive",
+        metavar="SECONDS",
+        min=0,
+        help="How long a stream may wait for its first token in silence: then its status line is sent, and a comment, "
+        "and another one every so often until the token comes; 0: in silence for ever.",
         rich_help_panel=_SERVER,
     ),
 ]
@@ -197,6 +238,16 @@ ApiKeyFile = Annotated[
         metavar="FILE",
         help="More keys, hashed: lines of NAME sha256:HEX, then the word priority if the key may set priority or "
         "deadline. Read again on SIGHUP.",
+        rich_help_panel=_SECURITY,
+    ),
+]
+AllowedOrigins = Annotated[
+    str | None,
+    typer.Option(
+        "--allowed-origins",
+        metavar="ORIGINS",
+        help="Origins whose pages may use this server from a browser (CORS): comma-separated, a JSON list, or *. None "
+        "by default.",
         rich_help_panel=_SECURITY,
     ),
 ]
@@ -348,17 +399,31 @@ Threads = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        "-q",
+        metavar="METHOD",
+        help="What the model is quantized by, such as awq or gptq: checked against it, nothing is quantized here.",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 @guarded
+@with_vllm_flags
 def serve(
+    ctx: typer.Context,
     model: Model = _D.model,
-    served_model_name: ServedName = _D.served_model_name,
+    served_model_name: ServedName = list(_D.served_model_name),  # noqa: B006
     chat_template: ChatTemplate = _D.chat_template,
     tool_call_parser: ToolCallParser = _D.tool_call_parser,
     enable_auto_tool_choice: AutoToolChoice = _D.enable_auto_tool_choice,
     tool_template: ToolTemplate = _D.tool_template,
     reasoning_parser: ReasoningParser = _D.reasoning_parser,
+    trust_request_chat_template: TrustRequestTemplate = _D.trust_request_chat_template,
+    generation_config: GenerationConfig = _D.generation_config,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
     verify: Verify = _D.verify,
@@ -367,6 +432,8 @@ def serve(
     max_body: MaxBody = _D.max_body,
     drain_timeout: DrainTimeout = _D.drain_timeout,
     stall_timeout: StallTimeout = _D.stall_timeout,
+    root_path: RootPath = _D.root_path,
+    sse_keepalive: SseKeepalive = _D.sse_keepalive,
     max_restarts: MaxRestarts = _D.max_restarts,
     metrics_prefix: MetricsPrefix = _D.metrics_prefix,
     log_level: LogLevel = _D.log_level,
@@ -376,6 +443,7 @@ def serve(
     api_key: ApiKey = _D.api_key,
     priority_keys: PriorityKeys = _D.priority_keys,
     api_key_file: ApiKeyFile = _D.api_key_file,
+    allowed_origins: AllowedOrigins = _D.allowed_origins,
     ssl_keyfile: SslKey = _D.ssl_keyfile,
     ssl_certfile: SslCert = _D.ssl_certfile,
     max_model_len: MaxModelLen = _D.max_model_len,
@@ -395,6 +463,7 @@ def serve(
     shed: Shed = _D.shed,
     threads: Threads = _D.threads,
     seed: Seed = _D.seed,
+    quantization: Quantization = _D.quantization,
     config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Serve a model behind an OpenAI-compatible API.
@@ -403,8 +472,14 @@ def serve(
 
     Example: [bold]llmctl serve --model ./engine --port 8000[/bold]
     """
+    if ctx.args:  # not shown: after a comma too many it is a key
+        raise UsageError(
+            "unexpected extra argument",
+            fix="one MODEL; several names are --served-model-name A --served-model-name B",
+        )
     settings = ServeConfig(
         model=model,
+        quantization=quantization,
         target=target,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -427,12 +502,14 @@ def serve(
         verify=verify,
         host=host,
         port=port,
-        served_model_name=served_model_name,
+        served_model_name=tuple(served_model_name),
         chat_template=chat_template,
         tool_call_parser=tool_call_parser,
         enable_auto_tool_choice=enable_auto_tool_choice,
         tool_template=tool_template,
         reasoning_parser=reasoning_parser,
+        trust_request_chat_template=trust_request_chat_template,
+        generation_config=generation_config,
         api_key=api_key,
         priority_keys=priority_keys,
         api_key_file=api_key_file,
@@ -441,6 +518,9 @@ def serve(
         max_body=max_body,
         drain_timeout=drain_timeout,
         stall_timeout=stall_timeout,
+        root_path=root_path,
+        sse_keepalive=sse_keepalive,
+        allowed_origins=allowed_origins,
         max_restarts=max_restarts,
         metrics_prefix=metrics_prefix,
         log_level=log_level,

@@ -117,6 +117,8 @@ class _Text:
             tokenizer, prompt_ids, params.skip_special_tokens, params.shown_special_token_ids
         )
         self._stops = StopChecker(params.stop, params.include_stop_str_in_output)
+        # A special token that is left out of the text is in no text that a stop string could be found in.
+        self._unseen_stops = _special_tokens(tokenizer, params.stop) if params.skip_special_tokens else {}
 
     def push(self, token_id: int, *, ends: bool) -> tuple[str, str | None]:
         """Text released by one token, and the stop string it completes. A token that ``ends`` shows only on request."""
@@ -127,12 +129,23 @@ class _Text:
         self.num_chars += len(text)
         if self.num_tokens <= self.params.min_tokens:
             return text, None
+        if self._unseen_stops and (stop := self._unseen_stops.get(token_id)) is not None:
+            text, earlier = self.flush()
+            if earlier is not None:
+                return text, earlier
+            return (text + stop if self.params.include_stop_str_in_output else text), stop
         return self._stops.push(text)
 
     def flush(self) -> tuple[str, str | None]:
         """All text still held back."""
         text, stop = self._stops.push(self._detokenizer.flush())
         return (text, stop) if stop is not None else (text + self._stops.flush(), None)
+
+
+def _special_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[int, str]:
+    """Of some texts those that are special tokens, by id."""
+    ids = {tokenizer.token_to_id(text): text for text in texts}
+    return {token_id: text for token_id, text in ids.items() if token_id in tokenizer.special_token_ids}
 
 
 class OutputProcessor:

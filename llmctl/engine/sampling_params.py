@@ -46,7 +46,7 @@ RANGES = {
     "n": Range(1, MAX_SAMPLES),
     "temperature": Range(0),
     "top_k": Range(-1),
-    "top_p": Range(0, 1, open_low=True),
+    "top_p": Range(0, 1),
     "min_p": Range(0, 1),
     "repetition_penalty": Range(0, open_low=True),
     "presence_penalty": Range(-2, 2),
@@ -66,11 +66,12 @@ class SamplingParams:
 
     Attributes:
         n: samples wanted of one prompt; the engine runs each as a request of its own (see ``samples``).
-        temperature: 0 = greedy. top_k: 0 or -1 = off. top_p: (0, 1], 1 = off. min_p: [0, 1], 0 = off.
+        temperature: 0 = greedy. top_k: 0 or -1 = off. top_p: [0, 1], 0 = greedy, 1 = off. min_p: [0, 1], 0 = off.
         repetition_penalty: > 0, 1 = off. presence_penalty, frequency_penalty: [-2, 2], 0 = off.
         logit_bias: token id -> additive bias in [-100, 100].
         seed: None derives one from the engine's seed.
-        stop: strings that end the output, at most 64 of at most 1024 characters. stop_token_ids: ids that end it.
+        stop: strings that end the output, at most 64 of at most 1024 characters, be they special tokens that the text
+            leaves out. stop_token_ids: ids that end it.
         bad_words: token sequences that must not be produced (see ``bad_word_ids``).
         min_tokens: end-of-sequence and stop ids (and stop strings) are suppressed before that many tokens.
         max_tokens: None = up to the engine's max_model_len; 0 computes (and scores) the prompt only.
@@ -121,7 +122,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether every token is the argmax."""
-        return self.temperature == 0.0
+        return self.temperature == 0.0 or self.top_p == 0.0
 
     @property
     def penalised(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.output import TextOutput
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import LlmctlError, RequestError
 from llmctl.serving.context import Model, ServerContext, context_of
+from llmctl.serving.event_stream import EventStream, started
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.intake import Prompt
 from llmctl.serving.logprobs import chat_logprobs, completion_logprobs, echoed_positions, prompt_logprobs
@@ -47,12 +48,6 @@ router = APIRouter()
 MOST_FIELDS_SHOWN, MOST_NAME_SHOWN = 20, 80  # in the log, of those that a request has and no one knows
 # What writing a log-probability takes, by the measure of ``TextWorkers``.
 _BYTES_PER_LOGPROB = 4
-
-_SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 async def parse(request: Request, model: type[Body], check: Callable[[Outline], None]) -> Body:
@@ -88,36 +83,6 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
 def _shown(name: str) -> str:
     """A client's word on one line of a log; whole or not at all, for a part of a key would not be found."""
     return name if len(name) <= MOST_NAME_SHOWN and name.isprintable() else f"[{len(name)} characters]"
-
-
-class EventStream(Response):
-    """Server-sent events of one generation, which is aborted when the client goes away or the response fails."""
-
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        generation: Generation,
-        watcher: asyncio.Task[None],
-        on_end: Callable[[], None],
-        headers: Mapping[str, str],
-    ) -> None:
-        super().__init__()
-        self._head = [*_SSE_HEADERS, *((k.lower().encode(), v.encode()) for k, v in headers.items())]
-        self._events = events
-        self._generation = generation
-        self._watcher = watcher
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self._head})
-            async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._watcher.cancel()
-            self._generation.abort()
-            self._on_end()
 
 
 async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None:
@@ -308,11 +273,14 @@ class ChatAnswer(Answer):
             deltas = [{"content": output.text}] if output.text else []
         if not deltas and logprobs is not None and output.token_ids:
             deltas = [{} if self._readers else {"content": ""}]
+        if not deltas and output.finish_reason is not None:
+            deltas = [{}]
         for delta in deltas:
-            data += self._delta(index, delta, logprobs)
+            # The end comes with the last of them: a chunk of its own would count as a token for who times tokens by
+            # chunks.
+            last = delta is deltas[-1]
+            data += self._delta(index, delta, logprobs, reason if last else None, output.stop_reason)
             logprobs = None
-        if output.finish_reason is not None:
-            data += self._delta(index, {}, None, reason, output.stop_reason)
         return data
 
     def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
@@ -359,9 +327,11 @@ async def _respond(seen: Observation, body: SamplingFields, specs: list[Sequence
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
         if body.stream:
-            # The status line waits for the first output, so that a refusal by the scheduler has its own status.
-            await generation.started()
-            return EventStream(answer.stream(generation), generation, watcher, seen.end, answer.headers)
+            # The status line waits for the first output, so that a refusal by the scheduler has its own status; but
+            # not for long, or a proxy takes the silence for a dead server.
+            seconds = context.config.sse_keepalive
+            keep_alive = None if await started(generation, seconds) else seconds
+            return EventStream(answer.stream(generation), generation, watcher, seen.end, keep_alive, answer.headers)
         outputs = await generation.result()
     except BaseException:
         watcher.cancel()

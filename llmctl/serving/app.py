@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llmctl import __version__
 from llmctl.errors import RequestError
 from llmctl.serving import api
+from llmctl.serving.addresses import Addresses, parse_origins
 from llmctl.serving.api import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.http_metrics import HttpMetrics
@@ -32,13 +35,14 @@ def create_app(context: ServerContext) -> FastAPI:
         title="llmctl",
         version=__version__,
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         telemetry=_NO_TELEMETRY,
     )
     app.state.context = context
     # Made now, while the worker loads the engine: later it would keep streams waiting.
-    description = describe(context.model_name, with_keys=bool(context.keys))
+    config = context.config
+    description = describe(context.names[0], with_keys=bool(context.keys), root_path=config.root_path)
     app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
     app.include_router(api.router)
@@ -49,6 +53,7 @@ def create_app(context: ServerContext) -> FastAPI:
         "/metrics": metrics,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
+        "/docs": docs,
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
@@ -58,7 +63,16 @@ def create_app(context: ServerContext) -> FastAPI:
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys)
+    if config.allowed_origins is not None:  # before the keys: a browser asks what it may without one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=parse_origins(config.allowed_origins),
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
     app.add_middleware(HttpMetrics, series=context.metrics.http, routes=routes)
+    app.add_middleware(Addresses, root_path=config.root_path)
     return app
 
 
@@ -90,9 +104,15 @@ async def metrics(request: Request) -> Response:
     return Response(text, headers={"Content-Type": content_type})
 
 
-def _model_body(context: ServerContext) -> dict[str, object]:
+async def docs(request: Request) -> Response:
+    """The description in a browser."""
+    root = context_of(request).config.root_path
+    return get_swagger_ui_html(openapi_url=f"{root}/openapi.json", title="llmctl")
+
+
+def _model_body(context: ServerContext, name: str) -> dict[str, object]:
     body: dict[str, object] = {
-        "id": context.model_name,
+        "id": name,
         "object": "model",
         "created": context.created,
         "owned_by": "llmctl",
@@ -104,15 +124,16 @@ def _model_body(context: ServerContext) -> dict[str, object]:
 
 
 async def models(request: Request) -> Response:
-    """The served model."""
-    return json_response({"object": "list", "data": [_model_body(context_of(request))]})
+    """The served model, under each of its names."""
+    context = context_of(request)
+    return json_response({"object": "list", "data": [_model_body(context, name) for name in context.names]})
 
 
 async def model(request: Request, name: str) -> Response:
-    """The served model, by its name."""
+    """The served model, by one of its names."""
     context = context_of(request)
     context.check_name(name)
-    return json_response(_model_body(context))
+    return json_response(_model_body(context, name))
 
 
 async def tokenize(request: Request) -> Response:

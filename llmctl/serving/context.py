@@ -12,11 +12,12 @@ from llmctl.config import ServeConfig, parse_bytes
 from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.client import AsyncEngineClient
-from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.observers import RequestObservers
 from llmctl.serving.redaction import Redactor
+from llmctl.serving.sampling_defaults import SamplingDefaults, sampling_defaults
 from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.chat_template import ChatTemplate
@@ -35,23 +36,27 @@ class Model:
     name: str
     intake: Intake
     info: EngineInfo
+    defaults: SamplingDefaults
 
     @classmethod
     def from_folder(cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, config: ServeConfig) -> Model:
-        """The Model of an engine folder. ``config.chat_template`` is a file that overrides the model's own template.
+        """The Model of an engine folder, with the template and the sampling defaults of ``config``.
 
         Raises:
-            CheckpointError: the template file cannot be read or is not a template.
+            CheckpointError: the template file cannot be read or is not a template. UsageError: as
+                ``sampling_defaults``.
         """
         template = tokenizer.chat_template
         if config.chat_template is not None:
             template = _read_template(Path(config.chat_template), tokenizer)
+        defaults = sampling_defaults(config.generation_config, folder)
         intake = Intake(
             tokenizer,
             template,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
-            defaults=sampling_defaults(folder),
+            defaults=defaults.values,
+            trust_request_template=config.trust_request_chat_template,
             tools=ToolSupport.of(
                 tokenizer,
                 template,
@@ -60,7 +65,7 @@ class Model:
                 tool_template=config.tool_template,
             ),
         )
-        return cls(name, intake, info)
+        return cls(name, intake, info, defaults)
 
 
 @dataclass
@@ -68,11 +73,12 @@ class ServerContext:
     """State of one server. ``model()`` is for requests, and refuses while the engine cannot take them.
 
     Attributes:
+        names: of the model; the first is the one that answers bear.
         deadline: of requests that bring none.
     """
 
     config: ServeConfig
-    model_name: str
+    names: tuple[str, ...]
     client: AsyncEngineClient
     metrics: ServerMetrics
     keys: ServerKeys
@@ -108,9 +114,9 @@ class ServerContext:
         Raises:
             ModelNotFoundError.
         """
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.names:
             raise ModelNotFoundError(
-                f"the model '{name}' does not exist; this server has: {self.model_name}", param="model"
+                f"the model '{name}' does not exist; this server has: {', '.join(self.names)}", param="model"
             )
 
 

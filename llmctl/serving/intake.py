@@ -5,16 +5,14 @@ Everything that can be refused without the engine is refused here, before a resp
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_bad_words
-from llmctl.errors import CapacityError, RequestError
+from llmctl.errors import CapacityError, CheckpointError, RequestError
+from llmctl.serving.final_message import mark_end, up_to_mark
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
     MAX_PROMPT_LOGPROBS,
@@ -28,6 +26,7 @@ from llmctl.serving.protocol import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from llmctl.serving.sampling_defaults import DEFAULTABLE
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.serving.tools.generic_prompt import with_tools
@@ -37,8 +36,6 @@ from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.template_budget import TemplateLimitError, at_most
 from llmctl.text.tokenizer import Tokenizer
 
-log = logging.getLogger("llmctl.serving")
-
 T = TypeVar("T")
 
 # What a word that is to be forbidden costs beside its characters, in characters, and a token that is to be text.
@@ -46,7 +43,6 @@ _BYTES_PER_WORD = 64
 _BYTES_PER_TOKEN = 4
 # Of a template, at a few µs each: a few KB of messages take some hundred.
 _INLINE_STEPS = 2000
-_DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKEN_ID = re.compile(TOKEN_ID_KEY)
 
 
@@ -58,30 +54,15 @@ class Prompt:
     text: str | None = None
 
 
-def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """Sampling parameters that the model's ``generation_config.json`` recommends; requests override them."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    found = {name: loaded[name] for name in _DEFAULTABLE if loaded.get(name) is not None}
-    if loaded.get("do_sample") is False:
-        found.pop("temperature", None)
-    try:
-        SamplingParams(**found)
-    except (RequestError, TypeError):
-        log.warning("generation_config.json: ignored, its sampling parameters are out of range: %s", found)
-        return {}
-    return found
-
-
 class Intake:
     """Checks and translates requests for one model.
 
     Args:
         chat_template: None when the model has none; chat requests are then refused rather than guessed.
         max_model_len: tokens, prompt and output. vocab_size: ids a prompt may hold.
-        defaults: sampling parameters used where a request leaves them out.
+        defaults: sampling parameters used where a request leaves them out; ``max_tokens`` in chats, for completions
+            have OpenAI's 16.
+        trust_request_template: whether requests may bring a template of their own.
         tools: how tools are shown and their calls found; by default the template's way.
 
     Attributes:
@@ -96,13 +77,16 @@ class Intake:
         max_model_len: int,
         vocab_size: int,
         defaults: Mapping[str, Any],
+        trust_request_template: bool = False,
         tools: ToolSupport | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._chat_template = chat_template
         self._vocab_size = vocab_size
-        self.defaults = dict(defaults)
+        self._trust_request_template = trust_request_template
+        self._defaults = {name: value for name, value in defaults.items() if name != "max_tokens"}
+        self._default_max_tokens: int | None = defaults.get("max_tokens")
         self.tools = tools or ToolSupport.of(tokenizer, chat_template)
         self.workers = TextWorkers()
 
@@ -244,16 +228,7 @@ class Intake:
         Raises:
             RequestError: no template, a part that is not text, or a template that refuses the messages.
         """
-        if self._chat_template is None:
-            raise RequestError(
-                "this model has no chat template",
-                fix="start the server with --chat-template FILE, or use /v1/completions",
-                param="messages",
-            )
-        if body.chat_template is not None:
-            raise RequestError("chat_template: templates of requests are not accepted", param="chat_template")
-        if body.continue_final_message:
-            raise RequestError("continue_final_message: not supported", param="continue_final_message")
+        template = self._template_of(body)
         extra = dict(body.chat_template_kwargs or {})
         for name in OWN_VARIABLES & extra.keys():
             raise RequestError(
@@ -268,9 +243,36 @@ class Intake:
         tools = self.tools.tools_shown(body)
         if self.tools.generic:
             messages, tools = with_tools(messages, tools), None
-        return self._chat_template.render(
-            messages, add_generation_prompt=body.add_generation_prompt, tools=tools, **extra
+        going_on = body.continue_final_message
+        if going_on:
+            mark_end(messages[-1], body)
+        text = template.render(
+            messages,
+            add_generation_prompt=body.add_generation_prompt and not going_on,
+            tools=tools,
+            **extra,
         )
+        return up_to_mark(text) if going_on else text
+
+    def _template_of(self, body: ChatRequest) -> ChatTemplate:
+        """The request's own template, where such are trusted, or the model's."""
+        if body.chat_template is not None:
+            if not self._trust_request_template:
+                raise RequestError(
+                    "chat_template: the server was not started with --trust-request-chat-template",
+                    param="chat_template",
+                )
+            try:
+                return ChatTemplate(body.chat_template, self.tokenizer.special_tokens)
+            except CheckpointError as error:
+                raise RequestError(f"chat_template: {error.message}", param="chat_template") from error
+        if self._chat_template is None:
+            raise RequestError(
+                "this model has no chat template",
+                fix="start the server with --chat-template FILE, or use /v1/completions",
+                param="messages",
+            )
+        return self._chat_template
 
     async def chat_prompt(self, body: ChatRequest, body_bytes: int) -> Prompt:
         """The prompt of a chat, as text and ids.
@@ -359,10 +361,15 @@ class Intake:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = getattr(body, param)
         _check_scores(params, len(prompt.token_ids))
-        return replace(params, max_tokens=self._max_tokens(wanted, len(prompt.token_ids), param))
+        made = self._max_tokens(wanted, len(prompt.token_ids), param)
+        if wanted is None and self._default_max_tokens is not None:
+            made = min(made, self._default_max_tokens)
+        return replace(params, max_tokens=made)
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
         room = self.max_model_len - prompt_tokens
+        if wanted == -1:  # llama.cpp's word for no limit
+            wanted = None
         if wanted is None and room > 0:
             return room
         needed = 1 if wanted is None else wanted
@@ -385,8 +392,8 @@ class Intake:
                 param="prompt_logprobs",
             )
         self._check_counts(body)
-        values: dict[str, Any] = dict(self.defaults)
-        plain = (*_DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
+        values: dict[str, Any] = dict(self._defaults)
+        plain = (*DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
         for name in (*plain, "skip_special_tokens", "include_stop_str_in_output"):
             value = getattr(body, name)
             if value is not None:

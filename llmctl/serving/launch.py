@@ -38,6 +38,7 @@ log = logging.getLogger("llmctl.serving")
 # How long /health says why the engine died before the process ends, so that a probe can see it.
 DEATH_NOTICE_SECONDS = 2.0
 _METRICS_PREFIX = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
+_ROOT_PATH = re.compile(r"(/[\w.~-]+)+")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 # Connections that wait to be accepted; the system cuts it to what it allows (Linux: net.core.somaxconn, mostly 4096).
 # One beyond them is tried again by its client's system after 1 s, 3 s, 7 s, be it a probe of /health.
@@ -97,6 +98,8 @@ def check_config(config: ServeConfig) -> None:
     if not config.model:
         raise UsageError("--model is required", fix="llmctl serve --model demo:smollm2-135m", param="model")
     from llmctl.engine.waiting_queue import POLICIES
+    from llmctl.serving.addresses import parse_origins
+    from llmctl.serving.sampling_defaults import given_defaults
 
     for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES}.items():
         value = getattr(config, name)
@@ -105,6 +108,7 @@ def check_config(config: ServeConfig) -> None:
             raise UsageError(f"--{option}: expected {', '.join(allowed)}, found '{value}'", param=name)
     EngineRequest.of(config)
     itl_target_seconds(config.itl_target)
+    given_defaults(config.generation_config)
     _check_deadline(config)
     _check_parsers(config)
     if not _METRICS_PREFIX.fullmatch(config.metrics_prefix):
@@ -130,6 +134,16 @@ def check_config(config: ServeConfig) -> None:
         raise UsageError("--ssl-certfile needs --ssl-keyfile", param="ssl_keyfile")
     if config.ssl_keyfile and not config.ssl_certfile:
         raise UsageError("--ssl-keyfile needs --ssl-certfile", param="ssl_certfile")
+    if config.allowed_origins is not None:
+        parse_origins(config.allowed_origins)
+    if config.root_path and not _ROOT_PATH.fullmatch(config.root_path):
+        raise UsageError(
+            f"--root-path: expected a path such as /llm, found '{config.root_path}'",
+            fix="a slash at the beginning, none at the end",
+            param="root_path",
+        )
+    if not all(config.served_model_name):
+        raise UsageError("--served-model-name is empty", fix="leave it out", param="served_model_name")
     for name in ("ssl_keyfile", "ssl_certfile", "chat_template"):
         file = getattr(config, name)
         if file is not None and not Path(file).is_file():
@@ -234,8 +248,8 @@ class _Server:
         from llmctl.serving.observers import RequestObservers
 
         config = self._config
-        name = config.served_model_name or default_model_name(config.model)
-        metrics = ServerMetrics(name, prefix=config.metrics_prefix)
+        names = config.served_model_name or (default_model_name(config.model),)
+        metrics = ServerMetrics(names[0], prefix=config.metrics_prefix)
         client = AsyncEngineClient(
             config,
             metrics,
@@ -251,7 +265,7 @@ class _Server:
             from llmctl.serving.app import create_app
             from llmctl.serving.context import ServerContext
 
-            context = ServerContext(config, name, client, metrics, self._keys, self._redactor, observers)
+            context = ServerContext(config, names, client, metrics, self._keys, self._redactor, observers)
             server = self._http_server(create_app(context))
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             try:
@@ -369,7 +383,8 @@ class _Server:
         info = await worker.until_ready()
         assert worker.tokenizer is not None
         assert worker.engine_path is not None
-        context.loaded = Model.from_folder(context.model_name, worker.engine_path, worker.tokenizer, info, config)
+        check_quantization(config.quantization, info.quantization)
+        context.loaded = Model.from_folder(context.names[0], worker.engine_path, worker.tokenizer, info, config)
         context.metrics.set_cache_config(
             block_size=info.block_size,
             num_gpu_blocks=info.num_blocks,
@@ -395,6 +410,24 @@ class _Server:
         await asyncio.wait([serving])
         if not serving.cancelled() and (error := serving.exception()) is not None:
             raise LlmctlError(f"the HTTP server failed: {error}") from error
+
+
+def check_quantization(asked: str | None, found: str) -> None:
+    """Refuse ``--quantization`` of another method than the model has.
+
+    Args:
+        found: as ``EngineInfo`` has it, such as ``gptq 4-bit``.
+
+    Raises:
+        UsageError.
+    """
+    method = found.split()[0]
+    if asked is not None and asked.lower().removesuffix("_marlin") != method:
+        raise UsageError(
+            f"--quantization {asked}: the model's weights are quantized by: {method}",
+            fix="llmctl quantize makes a quantized checkpoint; else leave it out",
+            param="quantization",
+        )
 
 
 async def _first(*tasks: asyncio.Task[Any]) -> None:

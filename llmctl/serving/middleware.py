@@ -5,7 +5,7 @@ Starlette's ``BaseHTTPMiddleware`` is avoided: it wraps the response stream in a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -42,7 +42,7 @@ class ApiKeyGate:
             await self._app(scope, receive, send)
             return
         body = error_body(
-            "missing or wrong API key: send 'Authorization: Bearer <key>'",
+            "missing or wrong API key: send 'Authorization: Bearer <key>' or 'X-Api-Key: <key>'",
             type_="authentication_error",
             code="invalid_api_key",
         )
@@ -50,12 +50,19 @@ class ApiKeyGate:
         await response(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, token = header.partition(b" ")
-        words = token.split()  # of a key with white space no log would be cleared
-        key = self._keys.find(words[0]) if len(words) == 1 else None
-        scope[KEY_SCOPE] = key
-        return scheme.lower() == b"bearer" and key is not None
+        found = [self._keys.find(token) for token in _tokens(scope)]
+        scope[KEY_SCOPE] = next((key for key in found if key is not None), None)
+        return scope[KEY_SCOPE] is not None
+
+
+def _tokens(scope: Scope) -> Iterator[bytes]:
+    """What a request says its key is: clients that always send a Bearer token may have the key in the other header."""
+    for name, value in scope["headers"]:
+        words = value.split()  # of a key with white space no log would be cleared
+        if name == b"authorization" and len(words) == 2 and words[0].lower() == b"bearer":
+            yield words[1]
+        elif name == b"x-api-key" and len(words) == 1:
+            yield words[0]
 
 
 class BodyGate:

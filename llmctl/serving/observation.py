@@ -63,7 +63,7 @@ class Observation:
         return RequestRecord(
             request_id=shown(getattr(self.request.state, "request_id", "")),
             endpoint=self.request.scope["path"],  # a route that matched, and no part of it is a parameter
-            model=self.context.model_name,
+            model=self.context.names[0],
             tenant=shown(tenant_of(self.request, self.body, self.context.keys)),
             moments=self._moments(),
             status=status,

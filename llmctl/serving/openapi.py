@@ -15,11 +15,13 @@ from pydantic_core import core_schema
 
 from llmctl import __version__
 from llmctl.engine.sampling_params import RANGES, Range
+from llmctl.serving.addresses import ALIASES
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
 from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, ApiModel, SamplingFields
 from llmctl.serving.response_schema import ErrorResponse, ResponseModel
 
+_ALIASES = "; ".join(f"`{path}` is `{meant}`" for path, meant in ALIASES.items())
 _DESCRIPTION = f"""\
 An OpenAI-compatible server for one model.
 
@@ -27,25 +29,31 @@ A path answers other methods than those described here with 405 and `Allow`, but
 paths answer 404. Integers are written without a fraction: `5.0` is refused. Of a name that an object repeats, the last
 value counts. Fields that are not described are ignored.
 
+A slash at the end of a path is passed over, and some endpoints have further paths, as on other servers:
+{_ALIASES}.
+
 Beyond what the schemas say, 400 is the answer to
 
 * what does not fit the model: its context length, and the ids of its vocabulary;
 * a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
 * a description of the output that cannot be compiled, is given twice (`response_format` and the fields that other
   servers have for it are one thing), or says nothing;
-* messages that the chat template refuses, a message without `content` that is not the assistant's, or `arguments` of
-  its calls that are not a JSON object;
+* messages that the chat template refuses, a `chat_template` on a server without `--trust-request-chat-template`, an
+  empty last message with `continue_final_message`, a message without `content` that is not the assistant's, or
+  `arguments` of its calls that are not a JSON object;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
-  `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`, `tool_choice` without `tools` or for one that is
-  not there, `functions` beside `tools`;
+  `top_logprobs` without `logprobs`, `continue_final_message` with `add_generation_prompt`, `prompt_logprobs` with
+  `stream`, `tool_choice` without `tools` or for one that is not there, `functions` beside `tools`;
 * more than {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).
 """
+_MAX_TOKENS = Range(-1)
 _RANGES = RANGES | {
+    "max_tokens": _MAX_TOKENS,
     "best_of": RANGES["n"],
     "top_logprobs": RANGES["logprobs"],
-    "max_completion_tokens": RANGES["max_tokens"],
+    "max_completion_tokens": _MAX_TOKENS,
 }
 _ERRORS = {
     400: (
@@ -83,8 +91,8 @@ _REQUEST_ID = {
 }
 
 
-def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
-    """The document of a server that serves ``model_name``, with API keys or without."""
+def describe(model_name: str, *, with_keys: bool, root_path: str = "") -> dict[str, Any]:
+    """The document of a server that serves ``model_name``, with API keys or without, under a proxy's ``root_path``."""
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         guarded = with_keys and operation.path not in LIVENESS_PATHS
@@ -104,15 +112,18 @@ def describe(model_name: str, *, with_keys: bool) -> dict[str, Any]:
             "parameters": {"RequestId": _REQUEST_ID},
         },
     }
+    if root_path:
+        document["servers"] = [{"url": root_path}]
     if with_keys:
         document["components"]["securitySchemes"] = {
             "apiKey": {
                 "type": "http",
                 "scheme": "bearer",
                 "description": "One of the keys of `--api-key`, `--priority-keys` or `--api-key-file`.",
-            }
+            },
+            "apiKeyHeader": {"type": "apiKey", "in": "header", "name": "X-Api-Key", "description": "The same."},
         }
-        document["security"] = [{"apiKey": []}]
+        document["security"] = [{"apiKey": []}, {"apiKeyHeader": []}]
     return document
 
 
@@ -172,7 +183,8 @@ def _event(model: type[ResponseModel]) -> dict[str, Any]:
         "contentSchema": {"anyOf": [_ref(model), _ref(ErrorResponse)]},
     }
     return {
-        "description": "With `stream`. An error after the first event is an event too; `[DONE]` is always the last.",
+        "description": "With `stream`. Comments while the first token takes its time. An error after the status "
+        "line is an event; `[DONE]` is always the last.",
         "type": "object",
         "properties": {"data": {"anyOf": [{"const": "[DONE]"}, chunk]}},
         "required": ["data"],

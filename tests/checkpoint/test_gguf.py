@@ -300,6 +300,15 @@ def test_tokenizer_files(tmp_path: Path) -> None:
     assert files["generation_config.json"] == {"bos_token_id": 1, "eos_token_id": [2, 0, 5], "pad_token_id": 0}
 
 
+def test_what_the_file_recommends_for_sampling(tmp_path: Path) -> None:
+    recommended = {"temp": 0.7, "top_k": 20, "penalty_repeat": 1.1}
+    model = tiny_llama(tmp_path / "hf")
+    path = write_gguf(tmp_path / "m.gguf", model, **{f"sampling_{name}": v for name, v in recommended.items()})
+    document = json.loads(open_checkpoint(path).aux_files()["generation_config.json"])
+    assert document.pop("eos_token_id")
+    assert {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}.items() <= document.items()
+
+
 def test_tokenizer_that_adds_bos(tmp_path: Path) -> None:
     files = aux(tmp_path, pre="llama-bpe")
     tokenizer = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))

@@ -293,3 +293,26 @@ def test_errors_of_the_client(
     assert caught.value.param == param
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["message"]
+
+
+def test_the_end_comes_with_the_last_text(client: openai.OpenAI) -> None:
+    options = {"model": MODEL, "messages": [{"role": "user", "content": "x é"}], "max_tokens": 6, "temperature": 0}
+    extra = {"ignore_eos": True, "logit_bias": {"40": 100}}
+    chunks = list(client.chat.completions.create(**options, extra_body=extra, stream=True))
+    assert chunks[-1].choices[0].delta.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert sum(bool(c.choices[0].delta.content) for c in chunks) + 1 == len(chunks)  # one more begins with the role
+
+
+def test_a_stop_string_that_is_a_special_token(client: openai.OpenAI, server: ServerProcess) -> None:
+    _, tokens = server.post("/tokenize", {"prompt": "<|im_start|>"})
+    (special,) = tokens["tokens"]
+    for skip in (True, False):
+        extra = {"logit_bias": {str(special): 100}, "skip_special_tokens": skip}
+        answer = client.completions.create(
+            model=MODEL, prompt="a", max_tokens=9, temperature=0, stop="<|im_start|>", extra_body=extra
+        )
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason, choice.model_extra["stop_reason"]) == ("", "stop", "<|im_start|>")  # type: ignore[index]
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 1

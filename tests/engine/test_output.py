@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +80,29 @@ def test_a_stop_string_ends_the_text_and_asks_for_an_abort(include: bool, text: 
     assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == (STOP, "sleeps")
     assert aborts == ["r"]
     assert sum(len(o.token_ids) for o in outputs) == len(ids_of("The dog sleeps"))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(("include", "text"), [(False, "The dog "), (True, "The dog <s>")])
+@pytest.mark.parametrize("at_once", [1, 3, 50])
+def test_a_stop_string_that_is_a_special_token_is_found_in_the_text_or_not(
+    skip: bool, include: bool, text: str, at_once: int
+) -> None:
+    special = TOKENIZER.token_to_id("<s>")
+    assert special in TOKENIZER.special_token_ids
+    ids = [*ids_of("The dog "), special, *ids_of("sleeps")]
+    params = SamplingParams(stop=("dog s", "<s>"), skip_special_tokens=skip, include_stop_str_in_output=include)
+    outputs, aborts = run(ids, params, None, at_once)
+    assert joined(outputs) == text
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason, aborts) == (STOP, "<s>", ["r"])
+    assert sum(len(o.token_ids) for o in outputs) == ids.index(special) + 1
+    later, _ = run(ids, replace(params, min_tokens=len(ids) - 1), None, at_once)
+    assert later[-1].finish_reason is None
+
+
+def test_an_ordinary_token_is_found_by_its_text_only() -> None:
+    outputs, _ = run(ids_of("a foxes"), SamplingParams(stop=("fox",)), None)
+    assert joined(outputs) == "a "
 
 
 def test_a_stop_string_in_the_last_token_needs_no_abort() -> None:

@@ -68,6 +68,7 @@ def test_a_factor_that_float32_cannot_hold_is_neither_off_nor_infinite(value: fl
 
 
 def test_greedy_rows_do_not_ask_for_truncation() -> None:
+    assert batch(SamplingParams(top_p=0)).temperature.tolist() == [0]
     made = batch(SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.1))
     assert made.top_k is None
     assert made.top_p is None

@@ -16,7 +16,7 @@ from llmctl.errors import RequestError
     ("param", "value"),
     [
         ("n", 0), ("n", 1.5), ("n", True), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
-        ("temperature", "1"), ("top_k", -2), ("top_k", 1.0), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1),
+        ("temperature", "1"), ("top_k", -2), ("top_k", 1.0), ("top_p", -0.1), ("top_p", 1.01), ("min_p", -0.1),
         ("min_p", 1.1), ("repetition_penalty", 0), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
         ("logit_bias", {1: 101}), ("logit_bias", {1: math.nan}), ("logit_bias", {"1": 1}), ("seed", 2**64),
         ("seed", 0.5), ("stop", "text"), ("stop", ("",)), ("stop", ("x",) * 65), ("stop_token_ids", ("a",)),

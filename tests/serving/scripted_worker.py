@@ -22,21 +22,30 @@ from llmctl.serving.metrics import NO_STATS, ServerMetrics
 from llmctl.serving.wire import EngineInfo, ErrorInfo, Refused, StepMessage
 from llmctl.text.tokenizer import Tokenizer
 
+INFO = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 0, 0, "float32", 2, 64)
+
+
+def admitting_client(
+    folder: Path, metrics: ServerMetrics, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> AsyncEngineClient:
+    """A client whose worker is ready, and takes what it is sent without a word."""
+    make_tokenizer(folder)
+    client = AsyncEngineClient(config, metrics, stall_timeout=60.0)
+    monkeypatch.setattr(client.worker, "tokenizer", Tokenizer.from_folder(folder))
+    monkeypatch.setattr(client.worker, "info", INFO)
+    monkeypatch.setattr(client.worker, "send", lambda _: None)
+    client.admit()
+    return client
+
 
 class Server:
     """Two seats. ``now``: seconds on the clock that the client reads."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
-        make_tokenizer(folder)
         self.now, self.stats = 1000.0, NO_STATS
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         self.metrics = ServerMetrics("m")
-        self.client = AsyncEngineClient(ServeConfig(**config), self.metrics, stall_timeout=60.0)
-        monkeypatch.setattr(self.client.worker, "tokenizer", Tokenizer.from_folder(folder))
-        info = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 0, 0, "float32", 2, 64)
-        monkeypatch.setattr(self.client.worker, "info", info)
-        monkeypatch.setattr(self.client.worker, "send", lambda _: None)
-        self.client.admit()
+        self.client = admitting_client(folder, self.metrics, ServeConfig(**config), monkeypatch)
 
     def generate(self, deadline: Deadline, samples: int = 1) -> Generation:
         return self.client.generate([SequenceSpec([5], SamplingParams(), deadline=deadline)] * samples)

@@ -175,7 +175,7 @@ def test_what_a_gate_refuses_is_counted_under_the_route_it_was_for(
 ) -> None:
     config, metrics, keys = ServeConfig(), ServerMetrics("m"), ServerKeys("k")
     client = AsyncEngineClient(config, metrics, stall_timeout=60)
-    context = ServerContext(config, "m", client, metrics, keys, Redactor(keys))
+    context = ServerContext(config, ("m",), client, metrics, keys, Redactor(keys))
     answer = ask(create_app(context), "POST", path, b"{}", headers)
     assert answer[0]["status"] == status
     handler = path.replace("/x", "/{name:path}")

@@ -15,7 +15,7 @@ from llmctl.config import ServeConfig
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving import intake as intake_module
 from llmctl.serving.context import Model
-from llmctl.serving.intake import Intake, sampling_defaults
+from llmctl.serving.intake import Intake
 from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 from llmctl.serving.wire import EngineInfo
@@ -44,8 +44,8 @@ def completion(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **f
     return made.fit_completion(params, body, asyncio.run(made.completion_prompts(body)))
 
 
-def chat(tokenizer: Tokenizer, **fields: Any) -> Any:
-    made = intake(tokenizer)
+def chat(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **fields: Any) -> Any:
+    made = intake(tokenizer, **(defaults or {}))
     messages = [{"role": "user", "content": "hi"}]
     body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **fields}))
     return made.fit_chat(asyncio.run(made.chat_params(body)), body, asyncio.run(made.chat_prompt(body, 0)))
@@ -147,6 +147,38 @@ def test_lengths(tokenizer: Tokenizer) -> None:
     assert completion(tokenizer, prompt=[5] * 64, max_tokens=0).max_tokens == 0
 
 
+def test_a_length_of_minus_one_is_no_limit(tokenizer: Tokenizer) -> None:
+    assert completion(tokenizer, prompt=[5] * 60, max_tokens=-1).max_tokens == 4
+    assert chat(tokenizer, max_completion_tokens=-1) == chat(tokenizer)
+    assert chat(tokenizer, {"max_tokens": 5}, max_tokens=-1) == chat(tokenizer)
+    with pytest.raises(RequestError, match="max_tokens: expected an integer at least 0, found -2"):
+        completion(tokenizer, max_tokens=-2)
+
+
+def test_parts_of_text(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "refusal", "refusal": "b"}, {"type": "text", "text": ""}]
+    body = {"messages": [{"role": "assistant", "content": [*parts, {"type": "output_text", "text": "c"}]}]}
+    text = intake(tokenizer).render_chat(ChatCompletionRequest.model_validate_json(json.dumps(body)))
+    assert "<|im_start|>assistant\na\nb\n\nc<|im_end|>" in text
+    for wrong in ({"type": "refusal", "text": "a"}, {"type": "text", "refusal": "a"}, {"type": "image_url"}):
+        with pytest.raises(RequestError, match="only parts of type 'text' are supported"):
+            chat(tokenizer, messages=[{"role": "user", "content": [wrong]}])
+
+
+def test_roles_are_openais(tokenizer: Tokenizer) -> None:
+    for role in ("system", "developer", "user", "assistant", "tool", "function"):
+        chat(tokenizer, messages=[{"role": role, "content": "a"}])
+    with pytest.raises(ValidationError, match=r"messages\.0\.role"):
+        chat(tokenizer, messages=[{"role": "emperor", "content": "a"}])
+
+
+def test_the_default_length_is_the_chats(tokenizer: Tokenizer) -> None:
+    assert chat(tokenizer, {"max_tokens": 5}).max_tokens == 5
+    assert chat(tokenizer, {"max_tokens": 5}, max_tokens=7, min_tokens=6).max_tokens == 7
+    assert chat(tokenizer, {"max_tokens": 10**6}).max_tokens == chat(tokenizer).max_tokens
+    assert completion(tokenizer, {"max_tokens": 5}).max_tokens == 16
+
+
 def test_model_defaults_apply_unless_overridden(tokenizer: Tokenizer) -> None:
     defaults = {"temperature": 0.25, "top_k": 7}
     assert completion(tokenizer, defaults).temperature == 0.25
@@ -193,22 +225,6 @@ def test_a_huge_top_k_means_all(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}, {"temperature": 0.6, "top_p": 0.9}),
-        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
-        ({"temperature": -1}, {}),
-        ({"temperature": "hot"}, {}),
-        (None, {}),
-    ],
-)
-def test_sampling_defaults(config: dict[str, Any] | None, expected: dict[str, Any], tmp_path: Path) -> None:
-    if config is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert sampling_defaults(tmp_path) == expected
-
-
-@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"tool_choice": "required"}, "tool_choice"),
@@ -221,7 +237,7 @@ def test_sampling_defaults(config: dict[str, Any] | None, expected: dict[str, An
         ({"guided_json": "{"}, "guided_json"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
-        ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 100}, "logprobs"),
         ({"bad_words": [""]}, "bad_words"),
@@ -236,6 +252,38 @@ def test_what_cannot_be_honoured_is_refused(tokenizer: Tokenizer, fields: dict[s
 def test_neutral_values_of_what_cannot_be_honoured_are_fine(tokenizer: Tokenizer) -> None:
     chat(tokenizer, tool_choice="none", response_format={"type": "text"}, use_beam_search=False, functions=None)
     completion(tokenizer, best_of=1, suffix="", n=1)
+
+
+TRIMS = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+KEEPS = TRIMS.replace(" | trim", "")
+
+
+def rendered(tokenizer: Tokenizer, template: str, *contents: str | None, **fields: Any) -> str:
+    made = Intake(tokenizer, None, max_model_len=64, vocab_size=9, defaults={}, trust_request_template=True)
+    messages = [{"role": "assistant", "content": content} for content in contents]
+    body = {"messages": messages, "chat_template": template, **fields}
+    return made.render_chat(ChatCompletionRequest.model_validate_json(json.dumps(body)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"add_generation_prompt": False}])
+def test_the_final_message_is_continued_where_its_text_ends(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+    fields = {"continue_final_message": True, **fields}
+    for last in ("b", "b ] ", "CONTINUE_FINAL_MESSAGE_TAG x", "b\n"):
+        assert rendered(tokenizer, KEEPS, "a", last, **fields) == f"[a][{last}"
+        assert rendered(tokenizer, TRIMS, "a", last, **fields) == f"[a][{last.rstrip()}"
+    for template, last, said in ((KEEPS, "", "is empty"), (KEEPS, None, "is empty"), ("x", "b", "leaves the last")):
+        with pytest.raises(RequestError, match=said):
+            rendered(tokenizer, template, last, **fields)
+
+
+def test_without_the_field_a_last_message_of_the_assistant_is_answered(tokenizer: Tokenizer) -> None:
+    assert rendered(tokenizer, KEEPS, "a", "b") == "[a][b]!"
+
+
+def test_a_template_of_a_request_that_is_none(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=r"chat_template: .*line 1") as caught:
+        rendered(tokenizer, "{% for %}", "a")
+    assert (caught.value.param, caught.value.http_status) == ("chat_template", 400)
 
 
 def test_no_chat_template_is_refused_not_guessed(tokenizer: Tokenizer) -> None:
@@ -262,7 +310,7 @@ def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path
     with pytest.raises(CheckpointError, match="chat template: line 1"):
         Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(path)))
     with pytest.raises(CheckpointError, match="--chat-template"):
-        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template="/gone"))
+        Model.from_folder("m", tmp_path, tokenizer, info, ServeConfig(chat_template=str(tmp_path / "gone")))
 
 
 def test_of_many_wrong_items_the_first_is_named() -> None:

@@ -52,7 +52,7 @@ class Case:
             "client": ("10.0.0.7", 1),
             KEY_SCOPE: KEYS.find(b"sk-second"),
         }
-        context: Any = SimpleNamespace(observers=self.observers, redactor=Redactor(KEYS), keys=KEYS, model_name="m")
+        context: Any = SimpleNamespace(observers=self.observers, redactor=Redactor(KEYS), keys=KEYS, names=("m",))
         self.seen = Observation(Request(scope), context)
 
     def run(self, *ends: FinishReason | None, stream: bool = False, n: int = 1) -> Generation:

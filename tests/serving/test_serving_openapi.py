@@ -52,7 +52,7 @@ def app(**options: Any) -> FastAPI:
     metrics = ServerMetrics(MODEL)
     keys = ServerKeys(config.api_key, config.priority_keys)
     client = AsyncEngineClient(config, metrics, stall_timeout=60)
-    return create_app(ServerContext(config, MODEL, client, metrics, keys, Redactor(keys)))
+    return create_app(ServerContext(config, (MODEL,), client, metrics, keys, Redactor(keys)))
 
 
 @pytest.mark.parametrize("with_keys", [False, True])

@@ -18,6 +18,7 @@ from llmctl.artifact.start import start_engine
 from llmctl.config import BuildConfig, EngineOptions, ServeConfig
 from llmctl.serving.context import Model
 from llmctl.serving.engine_loop import _info
+from llmctl.serving.sampling_defaults import SamplingDefaults
 from llmctl.serving.summary import print_summary
 from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.wire import EngineInfo, decode_event, encode
@@ -51,8 +52,9 @@ def info_of(model: Path, target: str, options: EngineOptions) -> EngineInfo:
 
 def shown(info: EngineInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "80")
-    intake = SimpleNamespace(defaults={}, has_chat_template=False, tools=ToolSupport())
-    print_summary(ServeConfig(), Model("tiny", intake, info), Path("e"), 1.0, keyed=False)  # type: ignore[arg-type]
+    intake = SimpleNamespace(has_chat_template=False, tools=ToolSupport())
+    defaults = SamplingDefaults({"top_p": 0.9}, "its model card")
+    print_summary(ServeConfig(), Model("tiny", intake, info, defaults), Path("e"), 1.0, keyed=False)  # type: ignore[arg-type]
     return capsys.readouterr().err
 
 
@@ -66,6 +68,7 @@ def test_a_gpus_memory_is_itemised_as_the_runtime_has_it(
     rows = {" ".join(line.split()[:-1]): line.split()[-1] for line in text.splitlines() if line.split()}
     assert rows["tokens of it"] == str(70 * info.block_size)
     assert "up to 256 requests, 2048 tokens a step" in text
+    assert "top_p 0.9 (its model card)" in text
     assert "budget: 0.9 of the GPU's 16.0 GiB" in text
     assert info.kv_cache_bytes % info.num_blocks == 0
     table = [line for line in text.splitlines() if "try: " not in line and not line.startswith(("│", "╭", "╰"))]

@@ -29,7 +29,7 @@ provider.add_span_processor(SimpleSpanProcessor(kept))
 trace.set_tracer_provider(provider)
 config, metrics, keys = ServeConfig(), ServerMetrics("m"), ServerKeys()
 client = AsyncEngineClient(config, metrics, stall_timeout=60)
-app = create_app(ServerContext(config, "m", client, metrics, keys, Redactor(keys)))
+app = create_app(ServerContext(config, ("m",), client, metrics, keys, Redactor(keys)))
 said = []
 
 async def send(message):

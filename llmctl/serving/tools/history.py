@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from llmctl.errors import RequestError
-from llmctl.serving.protocol import ChatMessage, FunctionCallMade
+from llmctl.serving.protocol import PART_TEXTS, ChatMessage, FunctionCallMade
 from llmctl.text.output_parser.json_text import dump
 
 
@@ -47,12 +47,12 @@ def _text(message: ChatMessage, index: int) -> str:
     content = message.content
     if isinstance(content, list):
         for part in content:
-            if part.type != "text" or part.text is None:
+            if getattr(part, PART_TEXTS.get(part.type, ""), None) is None:
                 raise RequestError(
                     f"messages[{index}].content: only parts of type 'text' are supported, found '{part.type}'",
                     param="messages",
                 )
-        content = "\n".join(part.text or "" for part in content)
+        content = "\n".join(getattr(part, PART_TEXTS[part.type]) for part in content)
     if content is None and message.role != "assistant":  # an assistant's may consist of tool calls
         raise RequestError(f"messages[{index}].content: expected text, found none", param="messages")
     return content or ""

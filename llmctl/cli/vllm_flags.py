@@ -1,0 +1,134 @@
+"""vLLM's flags that have no like here, as data: what becomes of each, and the options of ``serve`` made of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from llmctl.errors import UsageError
+
+PANEL = "vLLM's flags"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        names: as on the command line. metavar: of its value; None: a switch.
+        words: why it has no effect; or why it is refused, and what to do instead.
+        same: values that ask for what is done anyway, and are accepted without a word; None: it is never refused.
+    """
+
+    names: tuple[str, ...]
+    metavar: str | None
+    words: str
+    same: tuple[str, ...] | None = None
+
+    @property
+    def parameter(self) -> str:
+        """Its Python name."""
+        return "vllm_" + self.names[0].lstrip("-").replace("-", "_")
+
+    @property
+    def help(self) -> str:
+        """Its line of the help."""
+        if self.same is None:
+            return f"No effect: {self.words}."
+        only = f"Only {' or '.join(self.same)}" if self.same else "Refused"
+        return f"{only}: {self.words}."
+
+
+_ONE = "an engine runs on one device"
+_LOCAL = "hf download MODEL --revision R --local-dir DIR, then serve DIR"
+
+FLAGS = (
+    Flag(("--tensor-parallel-size", "-tp"), "N", _ONE, ("1",)),
+    Flag(("--pipeline-parallel-size", "-pp"), "N", _ONE, ("1",)),
+    Flag(("--data-parallel-size", "-dp"), "N", "start a server for each device, and a proxy before them", ("1",)),
+    Flag(("--trust-remote-code",), None, "no code of a checkpoint is ever run; families are built in", ()),
+    Flag(("--tokenizer",), "MODEL", "the model's own; put other tokenizer files into a copy of the model", ("MODEL",)),
+    Flag(("--tokenizer-mode",), "MODE", "tokenizer.json is read by the tokenizers library", ("auto", "hf")),
+    Flag(("--load-format",), "FORMAT", "weights are read as they are found", ("auto", "safetensors")),
+    Flag(("--revision",), "R", _LOCAL, ("main",)),
+    Flag(("--tokenizer-revision",), "R", _LOCAL, ("main",)),
+    Flag(("--download-dir",), "DIR", "set HF_HUB_CACHE=DIR in the environment", ()),
+    Flag(("--hf-overrides",), "JSON", "--max-model-len, or an edited config.json in a copy of the model", ("{}",)),
+    Flag(("--cpu-offload-gb",), "N", "weights are on one device; quantize them, or --target cpu", ("0",)),
+    Flag(("--enable-log-requests",), None, "--request-log FILE, and --request-log-text for what they say", ()),
+    Flag(("--no-enable-log-requests",), None, "requests are logged by --request-log alone"),
+    Flag(("--disable-log-requests",), None, "requests are logged by --request-log alone"),
+    Flag(("--max-log-len",), "N", "texts are logged by --request-log-text alone, and whole"),
+    Flag(("--disable-log-stats",), None, "--log-level warning leaves the status line out"),
+    Flag(("--uvicorn-log-level",), "LEVEL", "--log-level is the whole server's"),
+    Flag(("--swap-space",), "GIB", "what is preempted is computed again, not swapped"),
+    Flag(("--max-seq-len-to-capture",), "N", "recorded steps serve every length of context"),
+    Flag(("--disable-custom-all-reduce",), None, _ONE),
+    Flag(("--distributed-executor-backend",), "NAME", _ONE),
+    Flag(("--enable-request-id-headers",), None, "every answer has its X-Request-Id"),
+)
+
+
+def settled(flags: Mapping[Flag, str | bool | None], model: str) -> Iterator[str]:
+    """A line for each of the given flags that has no effect.
+
+    Raises:
+        UsageError: one that cannot be honoured.
+    """
+    for flag, value in flags.items():
+        if value is None or value is False:
+            continue
+        name = flag.names[0]
+        if flag.same is None:
+            yield f"{name} has no effect: {flag.words}"
+        elif value not in flag.same and not ("MODEL" in flag.same and value == model):
+            shown = name if value is True else f"{name} {value}"
+            fix = f"leave it out{_instead(flag)}"
+            raise UsageError(f"{shown}: not supported: {flag.words}", fix=fix, param=name[2:].replace("-", "_"))
+
+
+def _instead(flag: Flag) -> str:
+    return f", or {flag.names[0]} {flag.same[0]}" if flag.same else ""
+
+
+def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """A command with these flags beside its own options, settled before it runs.
+
+    It has ``model`` and ``ctx`` among its parameters, and words that are left over in ``ctx.args``: the first is the
+    model where ``--model`` was not given.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        flags = {flag: values.pop(flag.parameter) for flag in FLAGS}
+        words = values["ctx"].args
+        if not values["model"] and words:
+            values["model"] = words.pop(0)
+        for line in settled(flags, values["model"]):
+            print(line, file=sys.stderr)
+        function(**values)
+
+    del command.__wrapped__
+    own = inspect.signature(function).parameters
+    parameters = [own[name].replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+    made = [_parameter(flag) for flag in FLAGS]
+    command.__signature__ = inspect.Signature([*parameters, *made])  # type: ignore[attr-defined]
+    command.__annotations__ = {**hints, **{parameter.name: parameter.annotation for parameter in made}}
+    return command
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    kind: Any = bool if flag.metavar is None else str | None
+    option = typer.Option(*flag.names, metavar=flag.metavar, help=flag.help, rich_help_panel=PANEL)
+    default = False if flag.metavar is None else None
+    return inspect.Parameter(
+        flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )

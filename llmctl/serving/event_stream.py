@@ -1,0 +1,82 @@
+"""A streamed response: server-sent events of one generation, and comments while its first token is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llmctl.errors import LlmctlError
+from llmctl.serving.generation import Generation
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients of server-sent events pass over."""
+
+
+async def started(generation: Generation, seconds: float) -> bool:
+    """Whether there is output, waited for up to ``seconds``; 0: without end.
+
+    Raises:
+        LlmctlError: the engine refused the request or died.
+    """
+    try:
+        async with asyncio.timeout(seconds or None):
+            await generation.started()
+    except TimeoutError:
+        return False
+    return True
+
+
+class EventStream(Response):
+    """Server-sent events of one generation, which is aborted when the client goes away or the response fails.
+
+    Args:
+        keep_alive: send a comment now, and every so many seconds until there is output; None: there is some already.
+        headers: beside those of every stream.
+    """
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        generation: Generation,
+        watcher: asyncio.Task[None],
+        on_end: Callable[[], None],
+        keep_alive: float | None,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self._head = [*_HEADERS, *((name.lower().encode(), value.encode()) for name, value in headers.items())]
+        self._events = events
+        self._generation = generation
+        self._watcher = watcher
+        self._on_end = on_end
+        self._keep_alive = keep_alive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self._head})
+            if self._keep_alive is not None:
+                await self._wait(send, self._keep_alive)
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._watcher.cancel()
+            self._generation.abort()
+            self._on_end()
+
+    async def _wait(self, send: Send, seconds: float) -> None:
+        while True:
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            try:
+                if await started(self._generation, seconds):
+                    return
+            except LlmctlError:  # the events tell it
+                return

@@ -1,0 +1,55 @@
+"""What a script of vLLM's quickstart does, against a dense and a GPTQ checkpoint: its command line, curl, requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from fixtures import ServerProcess
+from tiny_checkpoint import write_dense, write_gptq
+
+LINE = ("--dtype", "auto", "--tensor-parallel-size", "1", "--disable-log-requests", "--swap-space", "4")
+
+
+@pytest.fixture(scope="module", params=["dense", "gptq"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    model = {"dense": write_dense, "gptq": write_gptq}[request.param](tmp_path_factory.mktemp("m") / request.param)
+    method = ("--quantization", "gptq") if request.param == "gptq" else ()
+    with ServerProcess(
+        *(str(model), *LINE, *method, "--target", "reference", "--served-model-name", "facebook/opt-125m"),
+        *("--served-model-name", "opt"),
+        env={"LLMCTL_CACHE": str(tmp_path_factory.mktemp("cache"))},
+    ) as process:
+        process.wait_ready(120)
+        yield process
+
+
+def test_the_quickstart(server: ServerProcess) -> None:
+    assert "--disable-log-requests has no effect" in server.output
+    body = {"model": "facebook/opt-125m", "prompt": "ab", "max_tokens": 7, "temperature": 0}
+    by_requests = requests.post(f"{server.url}/v1/completions", json={**body, "model": "opt"}, timeout=60).json()
+    assert by_requests["model"] == "facebook/opt-125m"
+    assert by_requests["usage"]["completion_tokens"] >= 1
+    assert [card["id"] for card in requests.get(f"{server.url}/v1/models/", timeout=60).json()["data"]] == [
+        *("facebook/opt-125m", "opt")
+    ]
+    if shutil.which("curl"):
+        command = ["curl", "-s", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
+        done = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stdout)["choices"] == by_requests["choices"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag", [("--gpu-memory-utilization", "0.90"), ("--enforce-eager",), ("--quantization", "awq")]
+)
+def test_what_means_nothing_to_the_engine_is_refused(flag: tuple[str, ...], tmp_path: Path) -> None:
+    model = write_dense(tmp_path / "m")
+    with ServerProcess(str(model), *flag, "--target", "reference", env={"LLMCTL_CACHE": str(tmp_path)}) as process:
+        assert process.process.wait(120) == 2
+        assert f"error: {' '.join(flag).replace('0.90', '0.9')}: " in process.output
