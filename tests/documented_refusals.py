@@ -10,4 +10,6 @@ DOCUMENTED = re.compile(
     r"|prompt_logprobs: not available with stream|top_logprobs: needs logprobs|content: expected text, found none"
     r"|sequences in a request|chat template: |bad_words: expected non-empty strings|recursion limit exceeded"
     r"|prompt_logprobs: expected at most \d+ log-probabilities in all"
+    r"|expected one description of the output|expected one of json, regex|expected a JSON schema|response_format"
+    r"|cannot be enforced: |to compile|grammars are being compiled|the output cannot go on"
 )

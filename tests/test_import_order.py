@@ -13,7 +13,9 @@ import llmctl
 from llmctl.targets.table import ROOMS
 
 PACKAGE = Path(llmctl.__file__).parent
-ORDER = ("errors config text graph checkpoint engine targets artifact quantize serving bench distributed cli").split()
+ORDER = (
+    "errors config text structured graph checkpoint engine targets artifact quantize serving bench distributed cli"
+).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -25,7 +25,8 @@ from llmctl.engine.step import (
     TokenLogprobs,
     TokenScores,
 )
-from llmctl.errors import DeviceMemoryError
+from llmctl.errors import DeviceMemoryError, LlmctlError, RequestError
+from llmctl.structured.matcher import TokenMatcher
 
 log = logging.getLogger("llmctl.engine")
 
@@ -41,6 +42,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
         prompt_scores: log-probabilities of the prompt's tokens after the first; given once, when the whole prompt is
             computed, if the request asked for them.
         times: the request's, with its end.
+        ends_in_text: the last token is text of the output, although it ended it: with it the grammar was complete.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     num_cached_tokens: int = 0
     prompt_scores: TokenScores | None = None
     times: RequestTimes | None = None
+    ends_in_text: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -89,6 +92,7 @@ class LLMEngine:
         occupancy: where its time goes; whoever drives the engine adds what it waits and sends.
         on_first_scheduled: told the ids of requests that are in a step for the first time, before it is executed.
         on_shed: told the requests that ended because they missed their TTFT deadline in the queue.
+        on_failed: told the id of a request that cannot go on, and why; it has ended, without an output.
 
     Args:
         runtime: computes and samples. config: the scheduler's limits.
@@ -127,6 +131,7 @@ class LLMEngine:
         self.occupancy = Occupancy()
         self.on_first_scheduled: Callable[[list[str]], None] = lambda _: None
         self.on_shed: Callable[[list[Request]], None] = lambda _: None
+        self.on_failed: Callable[[str, LlmctlError], None] = _raise
 
     @property
     def limits(self) -> RuntimeLimits:
@@ -289,24 +294,46 @@ class LLMEngine:
             request.scores_done, scores = True, request.prompt_scores or TokenScores.zeros(0)
         if token is None:
             return self._finish(request, FinishReason.LENGTH, prompt_scores=scores)
+        matcher = request.matcher
+        if matcher is not None and matcher.dead_end:
+            return self._end_of_grammar(request, matcher, scores)
         request.append(token)
         self._num_generated += 1
         if request.times.first_token is None:
             request.times.first_token = self._clock()
         logprobs = (logprob,) if logprob is not None else None
-        reason, stop_id = self._finish_reason(request, token)
+        reason, stop_id = self._stop_reason(request, token)
+        ends_in_text = reason is None and matcher is not None and matcher.accept(token)
+        if ends_in_text:
+            reason = FinishReason.STOP
+        elif reason is None and len(request.token_ids) >= request.max_length:
+            reason = FinishReason.LENGTH
         if reason is not None:
-            return self._finish(request, reason, stop_id, (token,), logprobs, scores)
+            output = self._finish(request, reason, stop_id, (token,), logprobs, scores)
+            return msgspec.structs.replace(output, ends_in_text=True) if ends_in_text else output
         return _output(request, (token,), logprobs, prompt_scores=scores)
 
-    def _finish_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+    def _stop_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        """``STOP``, and the stop id, when a token ends its output by being what it is."""
         params = request.params
         if len(request.token_ids) - request.num_prompt_tokens > params.min_tokens:
             if token in params.stop_token_ids:
                 return FinishReason.STOP, token
             if token in self.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP, None
-        return (FinishReason.LENGTH if len(request.token_ids) >= request.max_length else None), None
+        return None, None
+
+    def _end_of_grammar(
+        self, request: Request, matcher: TokenMatcher, scores: TokenScores | None
+    ) -> TokenOutput | None:
+        """No token may come next: a complete output ends without one, any other fails."""
+        if matcher.complete:
+            return self._finish(request, FinishReason.STOP, prompt_scores=scores)
+        param = request.params.grammar.param if request.params.grammar is not None else None
+        reason = matcher.problem or "no token is left that neither it nor the request's other fields forbid"
+        self._finish(request, FinishReason.ABORT)
+        self.on_failed(request.request_id, RequestError(f"{param}: the output cannot go on: {reason}", param=param))
+        return None
 
     def _finish(
         self,
@@ -341,3 +368,7 @@ def _output(
         prompt_scores=prompt_scores,
         times=request.times if reason is not None else None,
     )
+
+
+def _raise(request_id: str, error: LlmctlError) -> None:  # noqa: ARG001
+    raise error

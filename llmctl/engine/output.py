@@ -172,7 +172,8 @@ class OutputProcessor:
         for token_id in output.new_token_ids:
             used += 1
             offsets.append(text.num_chars)
-            ends = output.finish_reason is FinishReason.STOP and used == len(output.new_token_ids)
+            last = used == len(output.new_token_ids)
+            ends = last and output.finish_reason is FinishReason.STOP and not output.ends_in_text
             piece, stop = text.push(token_id, ends=ends)
             pieces.append(piece)
             if stop is not None:

@@ -10,6 +10,7 @@ from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenScores
 from llmctl.engine.tenants import Account
+from llmctl.structured.matcher import TokenMatcher
 
 
 class RequestStatus(IntEnum):
@@ -81,6 +82,7 @@ class Request:
         cache_salt: requests share cached prefixes only with the same salt.
         adapter_id: the LoRA adapter it runs with; part of the prefix key.
         deadline: what it is promised; under the ``fcfs`` policy nothing can be.
+        matcher: where its output is in ``params.grammar``; None when it has none.
         token_ids: prompt and output so far.
         num_in_flight: tokens being sampled by steps in flight; they come after ``token_ids``.
         num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
@@ -104,6 +106,7 @@ class Request:
     adapter_id: str | None = None
     tenant: str = ""
     deadline: Deadline = NO_DEADLINE
+    matcher: TokenMatcher | None = None
 
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False)

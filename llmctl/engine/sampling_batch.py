@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import SamplingBatch
+from llmctl.structured.matcher import TokenMatcher
 
 
 class SamplingBatcher:
@@ -36,7 +37,7 @@ class SamplingBatcher:
         self._eos_token_ids = eos_token_ids
         self._requests: tuple[Request, ...] | None = None
         self._columns: dict[str, Any] = {}
-        self._penalised = self._biased = self.follows_output = False
+        self._penalised = self._biased = self._constrained = self.follows_output = False
 
     def batch(self, requests: tuple[Request, ...], positions: Sequence[int]) -> SamplingBatch:
         """The batch of the requests whose next token is to be sampled, in row order.
@@ -49,7 +50,7 @@ class SamplingBatcher:
             self._requests = requests
             self._set_columns([r.params for r in requests], [r.seed for r in requests])
         columns = self._columns
-        if self._penalised or self._biased:
+        if self._penalised or self._biased or self._constrained:
             columns = {**columns, **self._step_columns(requests, positions)}
         return SamplingBatch(positions=np.array(positions, np.int64), **columns)
 
@@ -57,6 +58,7 @@ class SamplingBatcher:
         self._penalised = any(p.penalised for p in params)
         self.follows_output = any(p.follows_output for p in params)
         self._biased = any(p.logit_bias or p.min_tokens or p.bad_words for p in params)
+        self._constrained = any(p.grammar is not None for p in params)
         self._columns = {
             "temperature": np.array([0 if p.greedy else _factor(p.temperature) for p in params], np.float32),
             "seeds": np.array(seeds, np.uint64),
@@ -81,7 +83,23 @@ class SamplingBatcher:
             found["bias_rows"] = np.array(rows, np.int32)
             found["bias_ids"] = np.array(ids, np.int32)
             found["bias_values"] = np.array(values, np.float32)
+        if self._constrained:
+            found["allowed_mask"] = self._grammar_masks(requests, positions)
         return found
+
+    def _grammar_masks(self, requests: Sequence[Request], positions: Sequence[int]) -> NDArray[np.uint32]:
+        """The masks of this step: what each row's grammar allows of what its parameters do."""
+        fixed = self._columns["allowed_mask"]
+        masks = np.empty((len(requests), -(-self._vocab_size // 32)), np.uint32)
+        for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
+            if request.matcher is None:
+                masks[row] = _allowed_row(request.params.allowed_token_ids, self._vocab_size)
+                continue
+            request.matcher.fill(masks[row])
+            if fixed is not None:
+                masks[row] &= fixed[row]
+            _end_with_grammar(masks[row], request, request.matcher, position, self._eos_token_ids)
+        return masks
 
 
 def _factor(value: float) -> float:
@@ -139,6 +157,31 @@ def _forbidden_ids(request: Request, position: int, eos_token_ids: Collection[in
         if not prefix or tuple(request.last_output_tokens(len(prefix))) == prefix:
             forbidden.add(word[-1])
     return forbidden
+
+
+def _end_with_grammar(
+    mask: NDArray[np.uint32], request: Request, matcher: TokenMatcher, position: int, eos_token_ids: Collection[int]
+) -> None:
+    """Fit a grammar's mask to the request's ends and forbidden tokens. One that is left with nothing is a dead end."""
+    params = request.params
+    narrowed = params.allowed_token_ids is not None or not eos_token_ids
+    if params.stop_token_ids or params.ignore_eos or params.min_tokens or params.bad_words:
+        narrowed = True
+        for token in params.stop_token_ids:
+            _set_bit(mask, token, matcher.complete)
+        forbidden = _forbidden_ids(request, position, eos_token_ids)
+        if params.ignore_eos:
+            forbidden.update(eos_token_ids)
+        for token in forbidden:
+            _set_bit(mask, token, False)
+    if matcher.problem or (narrowed and not mask.any()):
+        matcher.dead_end = True
+        mask[:] = 0xFFFFFFFF  # what is sampled is not taken in
+
+
+def _set_bit(mask: NDArray[np.uint32], token: int, value: bool) -> None:
+    bit = np.uint32(1 << token % 32)
+    mask[token // 32] = mask[token // 32] | bit if value else mask[token // 32] & ~bit
 
 
 def _allowed_masks(params: Sequence[SamplingParams], vocab_size: int) -> NDArray[np.uint32] | None:

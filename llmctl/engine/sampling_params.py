@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import RequestError
+from llmctl.structured.spec import GrammarSpec
 
 if TYPE_CHECKING:
     from llmctl.text.tokenizer import Tokenizer
@@ -75,6 +76,7 @@ class SamplingParams:
         max_tokens: None = up to the engine's max_model_len; 0 computes (and scores) the prompt only.
         ignore_eos: do not stop at end-of-sequence tokens.
         allowed_token_ids: only these may be sampled.
+        grammar: what the output must match; the output ends when it can only be complete.
         logprobs: None = none; n = the sampled token's and the n most likely ones, at most 20.
         prompt_logprobs: None = none; n = every prompt token's after the first and the n most likely ones, at most 20.
         skip_special_tokens: leave special tokens out of the text.
@@ -105,6 +107,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "allowed_token_ids"):
@@ -127,7 +130,7 @@ class SamplingParams:
     @property
     def follows_output(self) -> bool:
         """Whether sampling needs the ids of the output so far, not only their count."""
-        return self.penalised or any(len(word) > 1 for word in self.bad_words)
+        return self.penalised or self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
 
     def samples(self) -> tuple[SamplingParams, ...]:
         """Parameters of each of the ``n`` samples: n = 1, and a seed of its own.

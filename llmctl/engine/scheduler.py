@@ -170,6 +170,8 @@ class Scheduler:
             raise RequestError(f"request {request.request_id}: was added before", param="request_id")
         if request.params.n != 1:
             raise RequestError("n: the engine runs one sample a request; fan it out first", param="n")
+        if (request.params.grammar is None) != (request.matcher is None):
+            raise RequestError("grammar: expected a request with its matcher, compiled before it is added")
         if not request.num_prompt_tokens:
             raise RequestError("prompt: expected at least one token, found none", param="prompt")
         vocab = self.limits.vocab_size

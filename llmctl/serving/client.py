@@ -299,8 +299,8 @@ class AsyncEngineClient:
                 self._on_late_times(aborted)
         if aborts:
             self.worker.send(AbortRequests(aborts))
-        for refused in message.refused:
-            self._on_refused(refused.request_ids, refused.error.error())
+        if message.refused:
+            self._end_rest([g for r in message.refused for g in self._on_refused(r.request_ids, r.error.error())])
         if self._survivors.holding:
             self._survivors.release()
         if not self._running:
@@ -343,16 +343,35 @@ class AsyncEngineClient:
         if not samples.unfinished:
             self._metrics.samples_finished(samples.n, samples.longest_output)
 
-    def _on_refused(self, ids: list[str], error: LlmctlError) -> None:
+    def _on_refused(self, ids: list[str], error: LlmctlError) -> set[Generation]:
+        """Fail the generations of these sequences."""
         found = [self._running[i] for i in ids if i in self._running]
         if error.http_status == OverloadError.http_status:
             error.retry_after = self._finished.seconds_until(len(ids))
         if error.code == DeadlineMissedError.code:
             for sequence in found:
                 self._metrics.goodput.shed(sequence.deadline)
+        self._count_begun(found)
         self._forget(ids)
-        for generation in {s.generation for s in found}:
+        generations = {s.generation for s in found}
+        for generation in generations:
             generation.fail(error)
+        return generations
+
+    def _end_rest(self, failed: Iterable[Generation]) -> None:
+        """Stop what still runs of generations of which a sequence failed."""
+        rest = [s for g in dict.fromkeys(failed) for s in g.sequences if s.request_id in self._running]
+        self._count_begun(rest)
+        if rest:
+            ids = [s.request_id for s in rest]
+            self._forget(ids)
+            self.worker.send(AbortRequests(ids))
+
+    def _count_begun(self, failed: Iterable[RunningSequence]) -> None:
+        """Count sequences that fail under way; those that never began are counted as refusals of their request."""
+        for sequence in failed:
+            if sequence.last_token is not None:
+                self._metrics.ended("error")
 
 
 def _waiting(spec: SequenceSpec, arrival: float, tenant: str) -> Waiting:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
-from llmctl.errors import DeadlineMissedError, LlmctlError
+from llmctl.errors import DeadlineMissedError, LlmctlError, resource_error
+from llmctl.serving.grammar_queue import GrammarQueue
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
     AbortRequests,
@@ -28,9 +29,12 @@ from llmctl.serving.wire import (
     decode_command,
     encode,
 )
+from llmctl.structured.compiler import GrammarCompiler
+from llmctl.structured.matcher import TokenMatcher
 
 if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
+    from llmctl.artifact.start import StartedEngine
 
 IDLE_SECONDS = 10.0
 """An idle worker reports at least this often."""
@@ -44,13 +48,21 @@ class EngineLoop:
     without it an idle worker could not be told from one that is stopped.
     """
 
-    def __init__(self, engine: LLMEngine, channel: WorkerChannel, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(
+        self,
+        engine: LLMEngine,
+        channel: WorkerChannel,
+        compiler: GrammarCompiler,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
         self._engine = engine
         self._channel = channel
         self._idle_wait_ms = max(1, round(1000 * idle_seconds))
         engine.on_first_scheduled = self._tell_scheduled
         engine.on_shed = self._refuse_missed
+        engine.on_failed = lambda request_id, error: self._refuse([request_id], error)
         self._refused: list[Refused] = []
+        self._grammars = GrammarQueue(compiler, channel.wake)
         self._began = time.perf_counter()
         self._idle_seconds = 0.0
         self._stopping = False
@@ -59,11 +71,14 @@ class EngineLoop:
         """Until a Shutdown command."""
         while not self._stopping:
             self._turn()
+        self._grammars.close()
         self._engine.close()
 
     def _turn(self) -> None:
         """Commands, a step, a report."""
         outputs = self._take_commands(0) if self._engine.has_unfinished() else self._wait()
+        if self._grammars:
+            self._take_compiled()
         if self._engine.has_unfinished():
             outputs += self._engine.step()
         if not self._stopping or outputs or self._refused:
@@ -73,7 +88,7 @@ class EngineLoop:
         """Take commands when some have come, or nothing after a while. Returns outputs of aborts."""
         before = time.perf_counter()
         self._engine.settle()
-        outputs = self._take_commands(self._idle_wait_ms)
+        outputs = self._take_commands(self._grammars.wait_ms(self._idle_wait_ms))
         seconds = time.perf_counter() - before
         self._idle_seconds += seconds
         self._engine.occupancy.waited(seconds)
@@ -106,22 +121,45 @@ class EngineLoop:
         for message in self._channel.receive(timeout_ms):
             command = decode_command(message)
             if isinstance(command, AddRequests):
-                self._add(command)
+                self._take_in(command)
             elif isinstance(command, AbortRequests):
                 outputs += self._engine.abort(command.request_ids)
+                self._grammars.drop(command.request_ids)
             else:
                 self._stopping = True
                 break
         return outputs
 
-    def _add(self, command: AddRequests) -> None:
+    def _take_in(self, command: AddRequests) -> None:
+        spec = command.requests[0].params.grammar  # the sequences of one HTTP request differ in their seeds only
+        if spec is None:
+            self._add([_request(wire) for wire in command.requests])
+        else:
+            try:
+                self._grammars.put(spec, command.requests)
+            except RuntimeError as error:  # no more threads
+                if (spent := resource_error(error)) is None:
+                    raise
+                self._refuse([wire.request_id for wire in command.requests], spent)
+
+    def _take_compiled(self) -> None:
+        for requests, grammar in self._grammars.take():
+            if isinstance(grammar, LlmctlError):
+                self._refuse([wire.request_id for wire in requests], grammar)
+            else:
+                self._add([_request(wire, grammar.matcher()) for wire in requests])
+
+    def _add(self, requests: list[Request]) -> None:
         try:
-            self._engine.add_requests([_request(r) for r in command.requests])
+            self._engine.add_requests(requests)
         except LlmctlError as error:
-            self._refused.append(Refused([r.request_id for r in command.requests], ErrorInfo.of(error)))
+            self._refuse([request.request_id for request in requests], error)
+
+    def _refuse(self, request_ids: list[str], error: LlmctlError) -> None:
+        self._refused.append(Refused(request_ids, ErrorInfo.of(error)))
 
 
-def _request(wire: WireRequest) -> Request:
+def _request(wire: WireRequest, matcher: TokenMatcher | None = None) -> Request:
     return Request(
         request_id=wire.request_id,
         prompt_token_ids=wire.prompt_token_ids,
@@ -131,10 +169,11 @@ def _request(wire: WireRequest) -> Request:
         cache_salt=wire.cache_salt,
         tenant=wire.tenant,
         deadline=wire.deadline,
+        matcher=matcher,
     )
 
 
-def start(config: EngineOptions, send: Callable[[Event], None]) -> LLMEngine:
+def start(config: EngineOptions, send: Callable[[Event], None]) -> StartedEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
 
     Raises:
@@ -147,7 +186,7 @@ def start(config: EngineOptions, send: Callable[[Event], None]) -> LLMEngine:
 
     started = start_engine(path, config)
     send(_info(started.loaded, started.engine))
-    return started.engine
+    return started
 
 
 def _locate(config: EngineOptions, send: Callable[[Event], None]) -> Path:

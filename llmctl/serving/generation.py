@@ -69,6 +69,11 @@ class RunningSequence:
     output_tokens: int = 0
 
     @property
+    def in_hand(self) -> bool:
+        """Whether the present worker has done something with it that could be its end: a step, or its grammar."""
+        return self.scheduled or (self.sent and self.wire is not None and self.wire.params.grammar is not None)
+
+    @property
     def ttft(self) -> float:
         """Seconds from its arrival to its first token; infinity: it has none."""
         return math.inf if self.first_token is None else self.first_token - self.generation.arrival

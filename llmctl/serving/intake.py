@@ -29,6 +29,7 @@ from llmctl.serving.protocol import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.template_budget import TemplateLimitError, at_most
@@ -45,7 +46,6 @@ _BYTES_PER_TOKEN = 4
 _INLINE_STEPS = 2000
 _DEFAULTABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKEN_ID = re.compile(TOKEN_ID_KEY)
-_STRUCTURED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,8 @@ class Intake:
         return needed
 
     async def _params(self, body: SamplingFields, logprobs: int | None) -> SamplingParams:
-        _refuse_structured(body)
+        _refuse_unsupported(body)
+        grammar = grammar_of(body)
         if body.prompt_logprobs is not None and body.stream:
             raise RequestError(
                 "prompt_logprobs: not available with stream",
@@ -386,6 +387,7 @@ class Intake:
             stop_token_ids=tuple(body.stop_token_ids or ()),
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
             logit_bias=_logit_bias(body.logit_bias),
+            grammar=grammar,
         )
         params.check_vocab(self._vocab_size)
         return await self._without_bad_words(params, body.bad_words) if body.bad_words else params
@@ -467,14 +469,9 @@ def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
             raise RequestError(f"{name}: not supported; use tools", param=name)
 
 
-def _refuse_structured(body: SamplingFields) -> None:
+def _refuse_unsupported(body: SamplingFields) -> None:
     if body.use_beam_search:
         raise RequestError("use_beam_search: not supported", param="use_beam_search")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise RequestError(
-            f"response_format: only type 'text' is supported, found '{body.response_format.type}'",
-            param="response_format",
-        )
-    for name in _STRUCTURED:
+    for name in ("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag"):
         if getattr(body, name) is not None:
-            raise RequestError(f"{name}: structured output is not supported", param=name)
+            raise RequestError(f"{name}: not supported", param=name)

@@ -31,6 +31,8 @@ Beyond what the schemas say, 400 is the answer to
 
 * what does not fit the model: its context length, and the ids of its vocabulary;
 * a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
+* a description of the output that cannot be compiled, is given twice (`response_format` and the fields that other
+  servers have for it are one thing), or says nothing;
 * messages that the chat template refuses, or a message without `content` that is not the assistant's;
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
   `top_logprobs` without `logprobs`, `prompt_logprobs` with `stream`;

@@ -94,6 +94,10 @@ TemplateVariables = Annotated[
 ]
 
 
+JsonSchema = dict[str, Any] | bool
+Choices = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+
+
 def _only(*values: Any) -> WithJsonSchema:
     """The schema of a field that is known, and is refused when it is set to anything but ``values``."""
     return WithJsonSchema({"enum": list(values), "description": "Anything else is not supported."})
@@ -112,10 +116,35 @@ class StreamOptions(ApiModel):
     continuous_usage_stats: bool = False
 
 
-class ResponseFormat(ApiModel):
-    """OpenAI's ``response_format``; only ``text`` can be honoured."""
+class JsonSchemaFormat(ApiModel):
+    """The ``json_schema`` of a ``response_format``. Enforced with and without ``strict``."""
 
-    type: Annotated[str, _only("text")]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(ApiModel):
+    """OpenAI's ``response_format``; ``schema`` beside ``json_object`` is llama.cpp's."""
+
+    type: Annotated[str, WithJsonSchema({"enum": ["text", "json_object", "json_schema"]})]
+    json_schema: JsonSchemaFormat | None = None
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's ``structured_outputs``: one of these."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", protected_namespaces=(), json_schema_extra={"minProperties": 1, "maxProperties": 1}
+    )
+
+    json_: Annotated[str | JsonSchema | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: Annotated[bool | None, WithJsonSchema({"const": True})] = None
 
 
 class SamplingFields(ApiModel):
@@ -152,13 +181,22 @@ class SamplingFields(ApiModel):
     prompt_logprobs: int | None = None
     return_tokens_as_token_ids: bool | None = False
 
+    # What the output must match, as vLLM, SGLang and llama.cpp spell it. Of these and response_format, one.
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | JsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    json_schema: str | JsonSchema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
+
     # Known, and refused when set.
     use_beam_search: Annotated[bool | None, _only(None, False)] = None
-    guided_json: Annotated[Any, _only(None)] = None
-    guided_regex: Annotated[Any, _only(None)] = None
-    guided_choice: Annotated[Any, _only(None)] = None
-    guided_grammar: Annotated[Any, _only(None)] = None
-    structured_outputs: Annotated[Any, _only(None)] = None
+    guided_decoding_backend: Annotated[Any, _only(None)] = None
+    guided_whitespace_pattern: Annotated[Any, _only(None)] = None
+    structural_tag: Annotated[Any, _only(None)] = None
 
 
 class CompletionRequest(SamplingFields):

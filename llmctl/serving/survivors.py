@@ -1,9 +1,9 @@
 """Which requests outlive a worker, and how the next worker gets them.
 
 A request that has a token ends with its worker: what its client has was computed from a state that is gone. The others
-are kept. Of those, the ones that were in a step when the worker died may be why it died: the next worker gets them one
-at a time, each alone with those that have their first token, before anything else. So a request that kills two workers
-in a row is known by it, it is not given to a third, and it takes few others with it.
+are kept. Of those, the ones that were in a step when the worker died, or whose grammar it had, may be why it died: the
+next worker gets them one at a time, each alone with those that have their first token, before anything else. So a
+request that kills two workers in a row is known by it, it is not given to a third, and it takes few others with it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Survivors:
             if generation.begun:
                 lost.append(generation)
                 continue
-            suspect = any(sequence.scheduled for sequence in generation.sequences)
+            suspect = any(sequence.in_hand for sequence in generation.sequences)
             generation.deaths = generation.deaths + 1 if suspect else 0
             for sequence in generation.sequences:
                 sequence.sent = sequence.scheduled = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -62,8 +63,11 @@ class WorkerChannel:
         end.setblocking(True)
         self._socket = end
         self._frames = _Frames()
+        self._wakened, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
         self._poll = select.poll()
         self._poll.register(end, select.POLLIN)
+        self._poll.register(self._wakened, select.POLLIN)
 
     def send(self, message: bytes) -> None:
         """Send one message.
@@ -74,17 +78,25 @@ class WorkerChannel:
         self._socket.sendall(_framed(message))
 
     def receive(self, timeout_ms: int) -> list[bytes]:
-        """Messages that have come; without any, wait up to ``timeout_ms`` for the first.
+        """Messages that have come; without any, wait up to ``timeout_ms`` for the first, or for ``wake``.
 
         Raises:
             EOFError: the API process is gone.
         """
-        if not self._poll.poll(timeout_ms):
+        ready = [number for number, _ in self._poll.poll(timeout_ms)]
+        if self._wakened in ready:
+            os.read(self._wakened, _RECEIVE_BYTES)
+        if self._socket.fileno() not in ready:
             return []
         data = self._socket.recv(_RECEIVE_BYTES)
         if not data:
             raise EOFError("the API process is gone")
         return list(self._frames.feed(data))
+
+    def wake(self) -> None:
+        """End a wait in ``receive``, or the next one; from any thread, at any time."""
+        with contextlib.suppress(BlockingIOError, OSError):  # a full pipe wakes too; after the end nobody waits
+            os.write(self._waker, b"\0")
 
     def close(self) -> None:
         """Close this end; what was sent still arrives."""

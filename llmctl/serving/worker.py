@@ -82,11 +82,14 @@ def main() -> int:
     try:
         # Imported inside the try: the first failure of a heavy import is reported, too.
         from llmctl.serving.engine_loop import EngineLoop, start
+        from llmctl.structured.compiler import GrammarCompiler
 
-        engine = start(settings.config, send)
+        started = start(settings.config, send)
+        engine = started.engine
+        compiler = GrammarCompiler(started.tokenizer, engine.limits.vocab_size, engine.eos_token_ids)
         gc.collect()
         gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
-        EngineLoop(engine, channel, settings.idle_seconds).run()
+        EngineLoop(engine, channel, compiler, settings.idle_seconds).run()
     except (EOFError, ConnectionError):  # the API process is gone; its death ends this one, too
         return 1
     except Exception as error:

@@ -61,7 +61,7 @@ def _chat(**fields: object) -> bytes:
         (b'{"prompt": ""}', "at least one token", "prompt"),
         (b'{"prompt": "a", "suffix": "b"}', "not supported", "suffix"),
         (b'{"prompt": "a", "best_of": 3}', "not supported", "best_of"),
-        (b'{"prompt": "a", "guided_regex": "x+"}', "not supported", "guided_regex"),
+        (b'{"prompt": "a", "guided_regex": "(x"}', "unclosed group", "guided_regex"),
         (b'{"prompt": "a", "top_p": 0}', "top_p", "top_p"),
         (b'{"prompt": "a", "logprobs": 1000}', "logprobs", "logprobs"),
         (b'{"prompt": "a", "prompt_logprobs": 0, "stream": true}', "not available with stream", "prompt_logprobs"),

@@ -278,7 +278,7 @@ def test_content_parts(client: openai.OpenAI) -> None:
         (openai.NotFoundError, {"model": "another"}, "model"),
         (openai.BadRequestError, {"temperature": -1}, "temperature"),
         (openai.BadRequestError, {"max_tokens": 10_000}, "max_tokens"),
-        (openai.BadRequestError, {"response_format": {"type": "json_object"}}, "response_format"),
+        (openai.BadRequestError, {"response_format": {"type": "json_schema"}}, "response_format"),
         (openai.BadRequestError, {"top_logprobs": 2}, "top_logprobs"),
         (openai.BadRequestError, {"n": 0}, "n"),
         (openai.BadRequestError, {"stream_options": {"include_usage": True}}, "stream_options"),

@@ -39,17 +39,14 @@ def next_token(history: Sequence[tuple[int, int]], sampling: SamplingBatch, row:
     draw = 0 if sampling.temperature[row] == 0 else (int(sampling.seeds[row]), int(sampling.positions[row]))
     penalised = () if sampling.output_ids is None else tuple(sampling.output_ids[row].tolist())
     first = _hash(list(history), draw, penalised)
-    forbidden = set()
+    forbidden, favoured = set(), []
     if sampling.bias_rows is not None:
         at = sampling.bias_rows == row
         values = dict(zip(sampling.bias_ids[at].tolist(), sampling.bias_values[at].tolist(), strict=True))
         forbidden = {i for i, v in values.items() if v == -np.inf}
         favoured = [i for i, v in values.items() if v == 100.0]
-        if favoured:
-            return favoured[0]
-    for offset in range(vocab_size):
-        token = (first + offset) % vocab_size
-        mask = sampling.allowed_mask
+    mask = sampling.allowed_mask
+    for token in (*favoured, *((first + offset) % vocab_size for offset in range(vocab_size))):
         if token not in forbidden and (mask is None or mask[row, token // 32] >> (token % 32) & 1):
             return token
     raise AssertionError("every token is forbidden")

@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 from engine.fake_runtime import FakeRuntime
+from small_tokenizers import byte_level
 
 from llmctl.config import ServeConfig
 from llmctl.engine.deadline import Deadline
@@ -30,7 +31,9 @@ from llmctl.serving.wire import (
     decode_event,
     encode,
 )
+from llmctl.structured.compiler import GrammarCompiler
 
+NO_GRAMMARS = GrammarCompiler(byte_level(), 40, ())
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 
 
@@ -48,6 +51,8 @@ class Channel:
             time.sleep(0.1)
         return [encode(command) for command in (self.turns.pop(0) if self.turns else [Shutdown()])]
 
+    def wake(self) -> None: ...
+
     def send(self, message: bytes) -> None:
         time.sleep(self.send_seconds)
         event = decode_event(message)
@@ -63,7 +68,7 @@ def add(name: str, params: SamplingParams = GREEDY) -> AddRequests:
 
 
 def run(engine: LLMEngine, channel: Channel) -> None:
-    EngineLoop(engine, cast(WorkerChannel, channel)).run()
+    EngineLoop(engine, cast(WorkerChannel, channel), NO_GRAMMARS).run()
 
 
 def test_a_wait_is_reported_and_counted_and_the_end_is_not_reported() -> None:
@@ -107,7 +112,8 @@ def test_an_idle_worker_reports_as_often_as_it_is_told(seconds: float, milliseco
             waits.append(timeout_ms)
             return super().receive(timeout_ms)
 
-    EngineLoop(LLMEngine(FakeRuntime(), SchedulerConfig()), cast(WorkerChannel, Watched([])), seconds).run()
+    engine = LLMEngine(FakeRuntime(), SchedulerConfig())
+    EngineLoop(engine, cast(WorkerChannel, Watched([])), NO_GRAMMARS, seconds).run()
     assert waits == [milliseconds] * 2
 
 

@@ -212,7 +212,7 @@ def test_sampling_defaults(config: dict[str, Any] | None, expected: dict[str, An
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"continue_final_message": True}, "continue_final_message"),

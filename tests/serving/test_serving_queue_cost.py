@@ -21,6 +21,7 @@ from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.transport import ApiChannel, WorkerChannel
 from llmctl.serving.wire import Shutdown, StepMessage, encode
+from llmctl.structured.compiler import GrammarCompiler
 
 TURNS = 12
 MANY = 200
@@ -37,6 +38,8 @@ class Channel:
     def receive(self, _: int) -> list[bytes]:
         self.at.append(self.work.count)
         return [encode(Shutdown())] if len(self.at) > TURNS else []
+
+    def wake(self) -> None: ...
 
     def send(self, message: bytes) -> None:
         self.sent.append(message)
@@ -56,7 +59,7 @@ def turns(running: int, waiting: int, *, seats: int, blocks: int) -> tuple[list[
     engine.step()
     with Bytecodes() as work:
         channel = Channel(work)
-        EngineLoop(engine, cast(WorkerChannel, channel)).run()
+        EngineLoop(engine, cast(WorkerChannel, channel), GrammarCompiler(byte_level(), 40, ())).run()
     assert (engine.stats().num_generated_tokens, len(channel.sent)) == (running * (TURNS + 5), TURNS + 1)
     return [b - a for a, b in pairwise(channel.at)], [len(message) for message in channel.sent]
 

@@ -14,6 +14,7 @@ from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.metrics import NO_STATS, ServerMetrics
 from llmctl.serving.wire import AbortRequests, AddRequests, Command, ErrorInfo, Refused, StepMessage
+from llmctl.structured.spec import GrammarSpec
 
 DEATH = LlmctlError("the engine worker died: killed by SIGKILL")
 
@@ -37,8 +38,8 @@ class Bench:
         elif isinstance(command, AbortRequests):
             self.aborted += command.request_ids
 
-    def ask(self, sequences: int = 1) -> Generation:
-        return self.client.generate([SequenceSpec([5, 6], SamplingParams(max_tokens=9))] * sequences)
+    def ask(self, sequences: int = 1, grammar: GrammarSpec | None = None) -> Generation:
+        return self.client.generate([SequenceSpec([5, 6], SamplingParams(max_tokens=9, grammar=grammar))] * sequences)
 
     def step(self, *ids: str, end: bool = False, refused: tuple[Refused, ...] = ()) -> None:
         reason = FinishReason.LENGTH if end else None
@@ -114,6 +115,27 @@ def test_the_second_death_in_a_row_is_the_requests_last(bench: Bench) -> None:
     bench.die("1")
     assert code_of(innocent) is None
     assert bench.restart() == ["1"]
+
+
+def test_a_grammar_that_was_sent_is_a_suspect_too(bench: Bench) -> None:
+    """Compiling it may have been the worker's end, without a step."""
+    plain, grammar = bench.ask(), bench.ask(grammar=GrammarSpec("regex", "a"))
+    bench.die()
+    assert bench.restart() == ["1"]
+    bench.die()
+    assert code_of(grammar) == "request_quarantined"
+    assert code_of(plain) is None
+    assert bench.restart() == ["0"]
+
+
+def test_a_sequence_that_cannot_go_on_ends_its_request(bench: Bench) -> None:
+    generation, other = bench.ask(3), bench.ask()
+    bench.step("0", "1", "2", "3")
+    bench.step(refused=(Refused(["1"], ErrorInfo.of(LlmctlError("the output cannot go on"))),))
+    assert generation.done
+    assert not other.done
+    assert bench.aborted == ["0", "2"]
+    assert bench.client._running.keys() == {"3"}
 
 
 @pytest.mark.parametrize("how", ["abort", "refusal"])

@@ -34,7 +34,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception, Except
         def start(*_: object) -> object:
             if at_start is not None:
                 raise at_start
-            return SimpleNamespace()
+            limits = SimpleNamespace(vocab_size=1)
+            return SimpleNamespace(engine=SimpleNamespace(limits=limits, eos_token_ids=()), tokenizer=None)
 
         class Loop:
             def __init__(self, *_: object) -> None:

@@ -208,17 +208,23 @@ static inline void report_logprobs(const LogprobsOut& out, int64_t row, const fl
   }
 }
 
+// Most words of a mask allow nothing, or all.
+static inline void apply_mask(const uint32_t* mask, float* x, int64_t vocab) {
+  for (int64_t id = 0; id < vocab; id += 32) {
+    const uint32_t bits = mask[id / 32];
+    if (bits == ~uint32_t(0)) continue;
+    const int64_t n = std::min<int64_t>(32, vocab - id);
+    for (int64_t i = 0; i < n; i++) x[id + i] = bits >> i & 1 ? x[id + i] : -INFINITY;
+  }
+}
+
 // Samples row `row` from logits x [vocab], which it may overwrite.
 static inline void sample_row(const SamplingDesc& s, int64_t row, float* x, int64_t vocab, SamplingScratch& scratch) {
   const bool wants_logprobs = s.num_logprobs && s.num_logprobs[row] >= 0;
   if (wants_logprobs) std::copy(x, x + vocab, scratch.raw.begin());
   if (s.bias_offsets)
     for (int64_t i = s.bias_offsets[row]; i < s.bias_offsets[row + 1]; i++) x[s.bias_ids[i]] += s.bias_values[i];
-  if (s.allowed_mask) {
-    const uint32_t* mask = s.allowed_mask + row * ((vocab + 31) / 32);
-    for (int64_t id = 0; id < vocab; id++)
-      if (!(mask[id / 32] >> (id % 32) & 1)) x[id] = -INFINITY;
-  }
+  if (s.allowed_mask) apply_mask(s.allowed_mask + row * ((vocab + 31) / 32), x, vocab);
   if (s.output_offsets) apply_penalties(s, row, x, scratch);
   const bool greedy = s.temperature[row] == 0;
   const int32_t token = greedy ? int32_t(argmax(x, vocab)) : draw(s, row, x, vocab, scratch);

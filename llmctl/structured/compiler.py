@@ -1,0 +1,235 @@
+"""Grammars compiled for one tokenizer, by llguidance, in threads beside the engine.
+
+llguidance compiles in about a millisecond and makes masks lazily, in tens of microseconds; what it makes of a grammar
+is shared by all requests with that grammar. Its limits bound what a hostile grammar takes (``_LIMITS``); what it does
+not implement it refuses by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmctl.errors import RequestError
+from llmctl.structured.gbnf import gbnf_to_lark
+from llmctl.structured.matcher import STEP_SECONDS, TOO_SLOW, TokenMatcher
+from llmctl.structured.repeated_keys import counts_repeated_keys
+from llmctl.structured.spec import GrammarSpec
+from llmctl.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+THREADS = 2
+STACK_BYTES = 256 << 20
+"""Of a compiling thread, of which only what is used is there. llguidance recurses along chains of rules and ``$ref``: a
+source of ``MAX_SOURCE_CHARS`` that is nothing but a chain overflowed 32 MiB."""
+MAX_CACHED = 64
+MAX_CACHED_CHARS = 1 << 20
+"""Of the sources of all that is cached: a grammar takes some 10 bytes a character, and what masks have been made of."""
+
+# White space between the tokens of a JSON text: a space, or one or two line breaks and an indentation of up to 20, as
+# llama.cpp has it. So there is no endless white space.
+_JSON_SPACE = r"( |\n{1,2}[ \t]{0,20})?"
+# All of them, and set here: a schema may bring its own under "x-guidance", which could weaken it.
+_JSON_OPTIONS: JsonCompileOptions = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": _JSON_SPACE,
+    "coerce_one_of": False,
+    "lenient": False,
+    # One spelling of a character: a name that a schema spells out must not come again as "\\u0061".
+    "json_allowed_escapes": '"\\bfnrt',
+    "json_allow_general_unicode_escapes": False,
+}
+_MAX_MESSAGE = 400
+_MIN_PROPERTIES = "minProperties above 1 and the number of required properties, where others may be added"
+
+
+class CompiledGrammar:
+    """What the requests with one grammar share."""
+
+    def __init__(self, prototype: LLMatcher, num_words: int) -> None:
+        self._prototype = prototype
+        self._num_words = num_words
+
+    def matcher(self) -> TokenMatcher:
+        """The state of a new output."""
+        return TokenMatcher(self._prototype.deep_copy(), self._num_words)
+
+
+class GrammarCompiler:
+    """Compiles grammars off the thread that asks, and remembers the latest ones, those that were refused too.
+
+    Args:
+        tokenizer: of the model. vocab_size: width of its logits. eos_token_ids: allowed when a grammar is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._model_tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llmctl-grammar", initializer=_be_nice)
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[GrammarSpec, Future[CompiledGrammar]] = OrderedDict()
+
+    def submit(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
+        """The compiled grammar, in the future; shared with others who ask for the same.
+
+        The future raises RequestError for a grammar that is malformed, unsupported, too large, or matches nothing.
+        """
+        found = self._cache.get(spec)
+        if found is None:
+            found = self._cache[spec] = self._start(lambda: self.compile(spec))
+            self._evict()
+        self._cache.move_to_end(spec)
+        return found
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, work: Callable[[], CompiledGrammar]) -> Future[CompiledGrammar]:
+        before = threading.stack_size(STACK_BYTES)  # of threads that are started now: the pool starts them here
+        try:
+            return self._pool.submit(work)
+        finally:
+            threading.stack_size(before)
+
+    def _evict(self) -> None:
+        while len(self._cache) > MAX_CACHED or sum(len(spec.source) for spec in self._cache) > MAX_CACHED_CHARS:
+            self._cache.popitem(last=False)
+
+    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+        """Compile now, in a thread with a stack of ``STACK_BYTES``.
+
+        Raises:
+            RequestError: see ``submit``.
+        """
+        from llguidance import LLMatcher
+
+        prototype = LLMatcher(self._tokenizer, _llguidance_grammar(spec), log_level=0, limits=_limits())
+        before = time.thread_time()
+        first = np.frombuffer(prototype.compute_bitmask(), np.uint8)
+        if prototype.is_error():
+            raise _refusal(spec, prototype.get_error())
+        if time.thread_time() - before > STEP_SECONDS:
+            raise _refusal(spec, TOO_SLOW)
+        allowed = np.flatnonzero(np.unpackbits(first, bitorder="little"))
+        if not len(np.setdiff1d(allowed, self._eos_token_ids)):
+            raise _refusal(spec, "it matches no text, or the empty text only")
+        return CompiledGrammar(prototype, len(first) // 4)
+
+    @property
+    def _tokenizer(self) -> LLTokenizer:
+        with self._lock:
+            return self._vocabulary
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        made: Any = _Vocabulary(self._model_tokenizer, self._vocab_size, self._eos_token_ids)
+        return LLTokenizer(made, eos_token=self._eos_token_ids or None)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance asks for it: the bytes of every id; none for one that no text can hold."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.special_token_ids = sorted(i for i in tokenizer.special_token_ids if i < vocab_size)
+        self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
+        special = set(self.special_token_ids)
+        self._ids = {data: i for i, data in enumerate(self.tokens) if data and i not in special}
+        self._most_bytes = max(map(len, self._ids), default=1)
+        self.eos_token_id = eos_token_ids[0] if eos_token_ids else vocab_size
+        if not eos_token_ids:  # llguidance wants one: an id that there is not
+            self.tokens.append(b"<end>")
+            self.special_token_ids.append(vocab_size)
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of just this text: where what follows can only be one text, they are what may follow."""
+        data = text.encode()
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if all(self._ids.get(self.tokens[i]) == i for i in ids) and b"".join(self.tokens[i] for i in ids) == data:
+            return ids
+        return self._longest(data)  # a tokenizer that puts a space before its texts; a special token's spelling
+
+    def _longest(self, data: bytes) -> list[int]:
+        found, at = list[int](), 0
+        while at < len(data):
+            sizes = range(min(self._most_bytes, len(data) - at), 0, -1)
+            size = next((n for n in sizes if data[at : at + n] in self._ids), 0)
+            if not size:  # no token has this byte: nothing can follow
+                break
+            found.append(self._ids[data[at : at + size]])
+            at += size
+        return found
+
+
+def _limits() -> LLParserLimits:
+    """What compiling and a step may take. Ordinary schemas take less than a quarter of each."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=50_000,
+        step_lexer_fuel=50_000,
+        step_max_items=50_000,
+        max_lexer_states=10_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+def _llguidance_grammar(spec: GrammarSpec) -> str:
+    from llguidance import LLMatcher
+
+    try:
+        if spec.kind == "json_schema":
+            if counts_repeated_keys(json.loads(spec.source)):
+                raise _refusal(spec, _MIN_PROPERTIES)
+            return LLMatcher.grammar_from_json_schema(spec.source, overrides=_JSON_OPTIONS)
+        if spec.kind == "regex":
+            return LLMatcher.grammar_from_regex(spec.source)
+        if spec.kind == "choice":
+            return LLMatcher.grammar_from_regex("|".join(_quoted(text) for text in json.loads(spec.source)))
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(spec.source) if spec.kind == "gbnf" else spec.source)
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _refusal(spec, str(error)) from error
+
+
+def _quoted(text: str) -> str:
+    """A regular expression for a text."""
+    return re.sub(r"[^A-Za-z0-9_ ]", lambda match: f"\\x{{{ord(match[0]):X}}}", text)
+
+
+def _refusal(spec: GrammarSpec, text: str) -> RequestError:
+    line = " ".join(text.replace("<non-verbose/>", "").split())
+    if len(line) > _MAX_MESSAGE:
+        line = line[:_MAX_MESSAGE] + "…"
+    return RequestError(f"{spec.param}: cannot be enforced: {line}", param=spec.param)
+
+
+def _be_nice() -> None:
+    """Compiling threads get what processor time the engine leaves."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
