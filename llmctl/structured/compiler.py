@@ -30,7 +30,6 @@ from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
 
 THREADS = 2
 STACK_BYTES = 256 << 20
@@ -43,18 +42,22 @@ MAX_CACHED_CHARS = 1 << 20
 # White space between the tokens of a JSON text: a space, or one or two line breaks and an indentation of up to 20, as
 # llama.cpp has it. So there is no endless white space.
 _JSON_SPACE = r"( |\n{1,2}[ \t]{0,20})?"
-# All of them, and set here: a schema may bring its own under "x-guidance", which could weaken it.
-_JSON_OPTIONS: JsonCompileOptions = {
+# In the place of what a schema may bring under "x-guidance": it could weaken itself.
+_JSON_OPTIONS = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": True,
     "whitespace_pattern": _JSON_SPACE,
     "coerce_one_of": False,
     "lenient": False,
-    # One spelling of a character: a name that a schema spells out must not come again as "\\u0061".
+    # One spelling of a character: a name that a schema spells out must not come again as "\u0061".
     "json_allowed_escapes": '"\\bfnrt',
     "json_allow_general_unicode_escapes": False,
 }
+# Where only one text can follow, every token that begins it is allowed, not one that llguidance chose.
+_HEADER = '%llguidance {"no_forcing": true} '  # in the first line: errors count lines
+_EXCERPT = re.compile(r"\n\s*\d+ \| ")
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _MAX_MESSAGE = 400
 _MIN_PROPERTIES = "minProperties above 1 and the number of required properties, where others may be added"
 
@@ -165,12 +168,8 @@ class _Vocabulary:
             self.special_token_ids.append(vocab_size)
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of just this text: where what follows can only be one text, they are what may follow."""
-        data = text.encode()
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        if all(self._ids.get(self.tokens[i]) == i for i in ids) and b"".join(self.tokens[i] for i in ids) == data:
-            return ids
-        return self._longest(data)  # a tokenizer that puts a space before its texts; a special token's spelling
+        """Tokens with just this text's bytes, as llguidance wants them of a grammar that asks for forced tokens."""
+        return self._longest(text.encode())
 
     def _longest(self, data: bytes) -> list[int]:
         found, at = list[int](), 0
@@ -199,22 +198,32 @@ def _limits() -> LLParserLimits:
 
 
 def _llguidance_grammar(spec: GrammarSpec) -> str:
+    try:
+        return _HEADER + _lark(spec)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise _refusal(spec, str(error)) from error
+
+
+def _lark(spec: GrammarSpec) -> str:
+    if spec.kind == "json_schema":
+        schema = json.loads(spec.source)
+        if counts_repeated_keys(schema):
+            raise _refusal(spec, _MIN_PROPERTIES)
+        return f"start: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS}, ensure_ascii=False)}"
+    if spec.kind == "regex":
+        return _regex(spec.source)
+    if spec.kind == "choice":
+        return _regex("|".join(_quoted(text) for text in json.loads(spec.source)))
+    return gbnf_to_lark(spec.source) if spec.kind == "gbnf" else spec.source
+
+
+def _regex(source: str) -> str:
     from llguidance import LLMatcher
 
-    try:
-        if spec.kind == "json_schema":
-            if counts_repeated_keys(json.loads(spec.source)):
-                raise _refusal(spec, _MIN_PROPERTIES)
-            return LLMatcher.grammar_from_json_schema(spec.source, overrides=_JSON_OPTIONS)
-        if spec.kind == "regex":
-            return LLMatcher.grammar_from_regex(spec.source)
-        if spec.kind == "choice":
-            return LLMatcher.grammar_from_regex("|".join(_quoted(text) for text in json.loads(spec.source)))
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(spec.source) if spec.kind == "gbnf" else spec.source)
-    except RequestError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _refusal(spec, str(error)) from error
+    grammar: str = json.loads(LLMatcher.grammar_from_regex(source))["grammars"][0]["lark_grammar"]
+    return grammar
 
 
 def _quoted(text: str) -> str:
@@ -223,7 +232,10 @@ def _quoted(text: str) -> str:
 
 
 def _refusal(spec: GrammarSpec, text: str) -> RequestError:
-    line = " ".join(text.replace("<non-verbose/>", "").split())
+    text = _EXCERPT.split(text.replace("<non-verbose/>", ""))[0]
+    line = " ".join(text.split())
+    if spec.kind != "lark":  # a place in Lark that nobody wrote
+        line = _PLACE.sub("", line)
     if len(line) > _MAX_MESSAGE:
         line = line[:_MAX_MESSAGE] + "…"
     return RequestError(f"{spec.param}: cannot be enforced: {line}", param=spec.param)
