@@ -98,7 +98,8 @@ class Worker:
         assert not self.thread.is_alive()
 
 
-def test_others_go_on_while_a_grammar_is_compiled_and_an_idle_worker_is_woken() -> None:
+def test_others_go_on_while_a_grammar_is_compiled_and_an_idle_worker_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_queue, "_CHECK_MS", 20_000)
     compiler = Held()
     worker = Worker(compiler)
     worker.send(AddRequests([wire("a", SPEC), wire("b", SPEC)]))

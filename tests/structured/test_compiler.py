@@ -60,6 +60,13 @@ def test_a_mask_is_what_each_token_tried_alone_says(tokenizer: Tokenizer) -> Non
                 break
 
 
+def test_of_text_that_can_only_be_one_every_beginning_is_allowed() -> None:
+    spelt = {i: TOKENIZER.token_bytes(i) for i in range(TOKENIZER.vocab_size)}
+    beginnings = {i for i, data in spelt.items() if data and b"the fox".startswith(data)}
+    assert len(beginnings) > 1
+    assert allowed(matcher(GrammarSpec("regex", "the fox"))) == beginnings
+
+
 def _may_come(found: TokenMatcher, token: int) -> bool:
     return bool(found._matcher.validate_tokens([token]))
 
