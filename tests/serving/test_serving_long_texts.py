@@ -27,6 +27,7 @@ from llmctl.serving.protocol import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from llmctl.serving.sampling_defaults import SamplingDefaults
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -82,7 +83,9 @@ def tokenizer() -> Watched:
 
 def intake(tokenizer: Watched, context: int = CONTEXT) -> Intake:
     template = WatchedTemplate(tokenizer)
-    return Intake(tokenizer, template, max_model_len=context, vocab_size=tokenizer.vocab_size, defaults={})
+    made = Intake(tokenizer, template, max_model_len=context, vocab_size=tokenizer.vocab_size, defaults={})
+    tokenizer.work.clear()  # what is asked of a template at the start: how it shows tools
+    return made
 
 
 def chat(content: str, count: int = 1) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def test_log_probabilities_of_a_long_prompt_are_written_in_a_thread(
     async def write() -> None:
         made.workers._places.acquire()
         prompts = [Prompt(body.prompt, "")]  # type: ignore[arg-type]
-        model = Model("name", made, None)  # type: ignore[arg-type]  # nobody asks for the engine's facts
+        model = Model("name", made, None, SamplingDefaults({}))  # type: ignore[arg-type]  # nobody asks for the engine's
         answer = CompletionAnswer(model, prompts, 1, body)
         if not stream:
             await answer.response([output])
