@@ -38,6 +38,7 @@ from llmctl.serving.responses import (
 )
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 from llmctl.serving.tools.message import MessageReader
+from llmctl.serving.tools.support import ToolUse
 
 log = logging.getLogger("llmctl.serving")
 
@@ -232,14 +233,13 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     """``chat.completion`` and ``chat.completion.chunk``."""
 
-    def __init__(self, model: Model, prompt: Prompt, samples: int, body: ChatCompletionRequest) -> None:
+    def __init__(self, model: Model, prompt: Prompt, samples: int, body: ChatCompletionRequest, use: ToolUse) -> None:
         """Each choice has a reader where there is something to take apart."""
         object_ = "chat.completion.chunk" if body.stream else "chat.completion"
         usage = UsageCount(len(prompt.token_ids))
         super().__init__(model, Envelope.new("chatcmpl", object_, model.name), usage, samples, body)
         self._prompt = prompt
         self._begun: set[int] = set()
-        use = model.intake.tools.use(body)
         if (warning := model.intake.tools.warning(body, use)) is not None:
             self.headers["X-Llmctl-Warning"] = warning
         parsers = [use.parser(prompt.text) for _ in range(samples)]
@@ -381,9 +381,10 @@ async def chat_completions(request: Request) -> Response:
         seen.body = body = await parse(request, ChatCompletionRequest, lambda outline: _check_outline(context, outline))
         deadline = _check_options(request, context, body)
         context.client.check_room(model.intake.num_sequences(body))
-        params = await model.intake.chat_params(body)
+        use = model.intake.tools.use(body)
+        params = await model.intake.chat_params(body, use)
         prompt = await model.intake.chat_prompt(body, len(await request.body()))
         seen.prompts = [prompt]
         params = model.intake.fit_chat(params, body, prompt)
-        answer = ChatAnswer(model, prompt, params.n, body)
+        answer = ChatAnswer(model, prompt, params.n, body, use)
         return await _respond(seen, body, _sequences([prompt], params, body, deadline), answer)

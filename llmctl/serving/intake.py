@@ -31,7 +31,7 @@ from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.serving.tools.generic_prompt import with_tools
 from llmctl.serving.tools.history import template_message
-from llmctl.serving.tools.support import ToolSupport
+from llmctl.serving.tools.support import ToolSupport, ToolUse
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.template_budget import TemplateLimitError, at_most
 from llmctl.text.tokenizer import Tokenizer
@@ -333,13 +333,15 @@ class Intake:
         _check_scores(params, sum(len(p.token_ids) for p in prompts))
         return params
 
-    async def chat_params(self, body: ChatCompletionRequest) -> SamplingParams:
+    async def chat_params(self, body: ChatCompletionRequest, use: ToolUse) -> SamplingParams:
         """Sampling parameters of a chat request, but for ``max_tokens``, which ``fit_chat`` adds.
+
+        Args:
+            use: what it asks for of tools, see ``ToolSupport.use``.
 
         Raises:
             RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
-        use = self.tools.use(body)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
         params = await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)

@@ -20,7 +20,7 @@ _MANY_PARTS = 96
 _MOST_PARTS, _MOST_PARTS_OF_MANY = 64, 16
 """Of a word, that a key may have; the latter in a word that has more than ``_MANY_PARTS``, which bounds the work."""
 MOST_WORK = 2**14
-"""Digests that a line is worth, some 10 ms. Lines are made in the event loop, and of what clients send."""
+"""Digests that a line is worth. Lines are made in the event loop, and of what clients send."""
 
 _USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
 _QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")

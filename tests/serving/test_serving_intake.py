@@ -48,7 +48,9 @@ def chat(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **fields:
     made = intake(tokenizer, **(defaults or {}))
     messages = [{"role": "user", "content": "hi"}]
     body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **fields}))
-    return made.fit_chat(asyncio.run(made.chat_params(body)), body, asyncio.run(made.chat_prompt(body, 0)))
+    return made.fit_chat(
+        asyncio.run(made.chat_params(body, made.tools.use(body))), body, asyncio.run(made.chat_prompt(body, 0))
+    )
 
 
 def test_only_an_assistants_message_may_lack_content(tokenizer: Tokenizer) -> None:

@@ -161,7 +161,7 @@ async def take_in(intake: Intake, model: type[Any], data: bytes) -> None:
         params = await intake.completion_params(body)
         intake.fit_completion(params, body, await intake.completion_prompts(body))
     else:
-        params = await intake.chat_params(body)
+        params = await intake.chat_params(body, intake.tools.use(body))
         intake.fit_chat(params, body, await intake.chat_prompt(body, len(data)))
 
 
