@@ -101,7 +101,8 @@ def test_a_client_that_leaves_amid_its_body_is_no_fault_of_ours(server: ServerPr
         time.sleep(0.2)
     time.sleep(0.5)
     assert server.get("/health")[0] == 200
-    assert server.output[before:] == ""
+    said = server.output[before:].splitlines()
+    assert [line for line in said if not line.startswith("INFO ")] == []  # the status line may fall due meanwhile
 
 
 def test_oversized_prompt(server: ServerProcess) -> None:
