@@ -94,9 +94,7 @@ def _of_document(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise TypeError(f"expected a JSON object, found {type(document).__name__}")
     found = {ours: document[theirs] for theirs, ours in _FIELDS.items() if document.get(theirs) is not None}
-    if (
-        document.get("do_sample") is False
-    ):  # transformers leaves it out of a greedy call; so the file says nothing by it
+    if document.get("do_sample") is False:  # transformers samples greedily then, whatever temperature stands there
         found.pop("temperature", None)
     SamplingParams(**found)
     return found
