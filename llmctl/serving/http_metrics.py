@@ -1,7 +1,7 @@
 """HTTP requests as Prometheus series, under the names of prometheus-fastapi-instrumentator, which vLLM shows.
 
-That library's middleware is not used: it puts a coroutine around each chunk of a stream, where a function is enough, and
-it matches every request's path against the routes a second time.
+That library's middleware is not used: it puts a coroutine around each chunk of a stream, where a function is enough,
+and it matches every request's path against the routes a second time.
 """
 
 from __future__ import annotations
