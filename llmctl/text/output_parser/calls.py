@@ -127,7 +127,7 @@ def read_named_call(cursor: Cursor, row: ToolFormat, sink: CallSink) -> Reading[
     """The name, a marker, the arguments as a JSON object; Mistral's may lack the marker, or have an id before it."""
     name: list[str] = []
     found = ""
-    while sum(map(len, name)) <= _MOST_NAME:
+    while len(name) <= _MOST_NAME:
         char = yield from cursor.peek()
         found = yield from _one_of(cursor, row.name_ends)
         if found or char in ("", "{"):

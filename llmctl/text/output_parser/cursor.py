@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Sequence
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,6 +23,12 @@ def partial_match(text: str, markers: Sequence[str]) -> int:
         if any(marker.startswith(end) for marker in markers):
             return len(end)
     return 0
+
+
+@cache
+def _first_of(markers: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the marker that begins first: each would be looked for through the whole rest, whose length is anything."""
+    return re.compile("|".join(map(re.escape, markers)) or "(?!)")
 
 
 class Cursor:
@@ -93,23 +100,23 @@ class Cursor:
         self.take(len(literal))
         return True
 
-    def until(self, markers: Sequence[str], sink: Sink) -> Reading[str | None]:
+    def until(self, markers: tuple[str, ...], sink: Sink) -> Reading[str | None]:
         """Read up to and with the marker that begins first (of several there, the one named first).
 
         ``sink`` is given the text before it as it comes. Returns the marker; None when the text ends without one. No
         marker may begin with another.
         """
+        longest = max(map(len, markers), default=0)
         while True:
-            ahead = self._text[self._at :]
-            found = min(((at, i) for i, m in enumerate(markers) if (at := ahead.find(m)) >= 0), default=None)
+            found = _first_of(markers).search(self._text, self._at)
             # A marker that begins earlier may be incomplete as yet.
-            free = len(ahead) - (0 if self._ended else partial_match(ahead, markers))
-            if found is not None and found[0] <= free:
-                if found[0]:
-                    sink(self.take(found[0]))
-                return self.take(len(markers[found[1]]))
-            if free:
-                sink(self.take(free))
+            end = self._text[max(self._at, len(self._text) - longest) :]
+            free = len(self._text) - (0 if self._ended else partial_match(end, markers))
+            stop = free if found is None else min(free, found.start())
+            if stop > self._at:
+                sink(self.take(stop - self._at))
+            if found is not None and stop == found.start():
+                return self.take(len(found[0]))
             if self._ended:
                 return None
             yield

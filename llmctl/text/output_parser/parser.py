@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,6 @@ from llmctl.text.output_parser.json_text import is_object
 Tools = Mapping[str, Mapping[str, Any]]
 """Functions by name: the JSON schemas of their parameters, by name."""
 
-_TRAILING_SPACE = re.compile(r"\s+\Z")
 _READERS = {
     Layout.JSON: read_json_call,
     Layout.NAMED: read_named_call,
@@ -35,6 +33,27 @@ class Piece(NamedTuple):
     kind: Kind
     text: str
     call: int = -1
+
+
+class _Trimmed:
+    """Text as it comes, but for white space at its end, which waits for what follows."""
+
+    def __init__(self) -> None:
+        self._space: list[str] = []
+
+    def push(self, text: str) -> str:
+        """More text; what is known not to end in white space."""
+        kept = text.rstrip()
+        if not kept:
+            self._space.append(text)
+            return ""
+        before, self._space = self.flush(), [text[len(kept) :]]
+        return before + kept
+
+    def flush(self) -> str:
+        """The white space that waits; it waits no more."""
+        space, self._space = self._space, []
+        return "".join(space)
 
 
 class OutputParser:
@@ -70,7 +89,7 @@ class OutputParser:
         self._closed = closed
         self._cursor = Cursor()
         self._pieces: list[Piece] = []
-        self._space = ""
+        self._content = _Trimmed()
         self._open: list[str] | None = None
         self.complete: list[bool] = []
         self._steps = self._answer()
@@ -92,7 +111,8 @@ class OutputParser:
         return [Piece(kind, "".join(piece.text for piece in group), call) for (kind, call), group in groups]
 
     def _tell(self, kind: Kind, text: str, call: int = -1) -> None:
-        self._pieces.append(Piece(kind, text, call))
+        if text:
+            self._pieces.append(Piece(kind, text, call))
 
     # The answer
 
@@ -131,11 +151,7 @@ class OutputParser:
 
     def _text(self, text: str, *, last: bool = False) -> None:
         """Content, but for white space at its end, which may be that before a call."""
-        text = self._space + text
-        space = None if last else _TRAILING_SPACE.search(text)
-        self._space = space[0] if space else ""
-        if len(text) > len(self._space):
-            self._tell("content", text[: len(text) - len(self._space)])
+        self._tell("content", self._content.push(text) + (self._content.flush() if last else ""))
 
     # Reasoning
 
@@ -150,17 +166,8 @@ class OutputParser:
             return
         cursor.unmark()
         yield from cursor.space()
-        space = ""
-
-        def sink(text: str) -> None:
-            nonlocal space
-            text = space + text
-            kept = text.rstrip()
-            space = text[len(kept) :]
-            if kept:
-                self._tell("reasoning", kept)
-
-        if (yield from cursor.until((row.end,), sink)) is not None:
+        trimmed = _Trimmed()
+        if (yield from cursor.until((row.end,), lambda text: self._tell("reasoning", trimmed.push(text)))) is not None:
             yield from cursor.space()
 
     # Calls
@@ -231,7 +238,7 @@ class OutputParser:
     def begin(self, name: str) -> None:
         """Part of ``CallSink``."""
         self._cursor.unmark()
-        self._space = ""
+        self._content.flush()
         self._open = []
         self.complete.append(False)
         self._tell("name", name, len(self.complete) - 1)
@@ -240,8 +247,7 @@ class OutputParser:
         """Part of ``CallSink``."""
         assert self._open is not None
         self._open.append(text)
-        if text:
-            self._tell("arguments", text, len(self.complete) - 1)
+        self._tell("arguments", text, len(self.complete) - 1)
 
     def close(self) -> None:
         """Part of ``CallSink``."""

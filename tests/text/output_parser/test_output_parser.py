@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmctl.text.output_parser.cursor import Cursor
 from llmctl.text.output_parser.formats import TOOL_FORMATS, reasoning_format, tool_format
 from llmctl.text.output_parser.parser import OutputParser
 
@@ -273,3 +275,28 @@ def test_reasoning(text: str, row: str, options: dict[str, bool], reasoning: str
     if content:
         message = read("hermes", list(text + call), row, **options)
         assert (message.reasoning, message.content, message.parsed) == (reasoning, content, [("f", {"a": 1})])
+
+
+def _read_space(size: int) -> None:
+    assert read("hermes", [" " * size + "x"]).content.endswith(" x")
+
+
+def _read_markers(size: int) -> None:
+    cursor = Cursor()
+    cursor.feed("bb" * size)
+    for _ in range(size):
+        assert next(cursor.until(("bb", "bz"), pytest.fail), None) is None
+    assert not cursor.take(1)
+
+
+@pytest.mark.parametrize("work", [_read_space, _read_markers])
+def test_a_whole_answer_takes_time_by_its_length(work: Callable[[int], None]) -> None:
+    """It is read in the event loop, and may be as long as the context."""
+
+    def seconds(size: int) -> float:
+        before = time.process_time()
+        work(size)
+        return time.process_time() - before
+
+    short = min(seconds(1000) for _ in range(3))
+    assert min(seconds(16_000) for _ in range(3)) < 60 * short
