@@ -90,10 +90,11 @@ class SamplingBatcher:
     def _grammar_masks(self, requests: Sequence[Request], positions: Sequence[int]) -> NDArray[np.uint32]:
         """The masks of this step: what each row's grammar allows of what its parameters do."""
         fixed = self._columns["allowed_mask"]
-        masks = np.empty((len(requests), -(-self._vocab_size // 32)), np.uint32)
+        free = _allowed_row(None, self._vocab_size)
+        masks = np.empty((len(requests), len(free)), np.uint32)
         for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
             if request.matcher is None:
-                masks[row] = _allowed_row(request.params.allowed_token_ids, self._vocab_size)
+                masks[row] = free if fixed is None else fixed[row]
                 continue
             request.matcher.fill(masks[row])
             if fixed is not None:
