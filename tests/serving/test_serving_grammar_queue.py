@@ -63,7 +63,7 @@ class Worker:
         self.ours.settimeout(30)
         engine = LLMEngine(FakeRuntime(60, 4, 60, TOKENIZER.vocab_size), SchedulerConfig(), TOKENIZER.eos_token_ids)
         channel = WorkerChannel(theirs)
-        self.thread = threading.Thread(target=EngineLoop(engine, channel, compiler, 20.0).run)
+        self.thread = threading.Thread(target=EngineLoop(engine, channel, compiler, 60.0).run, daemon=True)
         self.thread.start()
         self._data = b""
         self.text: dict[str, bytes] = {}
@@ -99,17 +99,15 @@ class Worker:
 
 
 def test_others_go_on_while_a_grammar_is_compiled_and_an_idle_worker_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_queue, "_CHECK_MS", 20_000)
+    monkeypatch.setattr(grammar_queue, "_CHECK_MS", 60_000)
     compiler = Held()
     worker = Worker(compiler)
     worker.send(AddRequests([wire("a", SPEC), wire("b", SPEC)]))
     worker.send(AddRequests([wire("free")]))
     worker.until(lambda: "free" in worker.reasons)
     assert worker.reasons == {"free": FinishReason.LENGTH}
-    compiler.go.set()  # the worker waits up to 20 s for commands now
-    before = time.monotonic()
+    compiler.go.set()  # the worker waits for commands now, longer than ``until`` does for it
     worker.until(lambda: worker.reasons.keys() >= {"a", "b"})
-    assert time.monotonic() - before < 10
     assert all(len(worker.text[name]) == 3 and set(worker.text[name]) <= set(b"abc") for name in "ab")
     assert worker.reasons["a"] == worker.reasons["b"] == FinishReason.STOP
     worker.end()
