@@ -104,7 +104,6 @@ def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:
     model where ``--model`` was not given.
     """
     hints = get_type_hints(function, include_extras=True)
-    names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
@@ -117,8 +116,8 @@ def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:
         function(**values)
 
     del command.__wrapped__
-    own = inspect.signature(function).parameters
-    parameters = [own[name].replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+    own = inspect.signature(function).parameters.values()
+    parameters = [each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
     made = [_parameter(flag) for flag in FLAGS]
     command.__signature__ = inspect.Signature([*parameters, *made])  # type: ignore[attr-defined]
     command.__annotations__ = {**hints, **{parameter.name: parameter.annotation for parameter in made}}

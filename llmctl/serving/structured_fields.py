@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from llmctl.errors import RequestError
@@ -32,8 +33,7 @@ def grammar_of(body: SamplingFields) -> GrammarSpec | None:
 def _given(body: SamplingFields) -> Iterator[tuple[str, Callable[[], GrammarSpec]]]:
     """Each description that is given, unmade: a name to tell it by, and how to make it."""
     if body.response_format is not None and body.response_format.type != "text":
-        made = body.response_format
-        yield "response_format", lambda: _from_response_format(made)
+        yield "response_format", partial(_from_response_format, body.response_format)
     elif body.response_format is not None:
         _refuse_unused(body.response_format, "json_schema", "schema_")
     if body.structured_outputs is not None:
@@ -41,11 +41,7 @@ def _given(body: SamplingFields) -> Iterator[tuple[str, Callable[[], GrammarSpec
     for name, make in _FIELDS.items():
         value = getattr(body, name)
         if value is not None:
-            yield name, _bound(make, value, name)
-
-
-def _bound(make: Callable[[Any, str], GrammarSpec], value: Any, name: str) -> Callable[[], GrammarSpec]:
-    return lambda: make(value, name)
+            yield name, partial(make, value, name)
 
 
 def _from_response_format(given: ResponseFormat) -> GrammarSpec:
@@ -77,7 +73,7 @@ def _from_structured_outputs(given: StructuredOutputs) -> Iterator[tuple[str, Ca
     if not made:
         raise RequestError(f"{param}: expected one of json, regex, choice, grammar or json_object", param=param)
     for name, (make, value) in made.items():
-        yield (param if len(made) == 1 else f"{param}.{name}"), _bound(make, value, param)
+        yield (param if len(made) == 1 else f"{param}.{name}"), partial(make, value, param)
 
 
 def _json(value: Any, param: str) -> GrammarSpec:
