@@ -15,7 +15,7 @@ from llmctl import __version__
 from llmctl.errors import RequestError
 from llmctl.serving import api
 from llmctl.serving.addresses import Addresses, parse_origins
-from llmctl.serving.api import parse, parsed
+from llmctl.serving.body import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.http_metrics import HttpMetrics
 from llmctl.serving.lifecycle import EngineState

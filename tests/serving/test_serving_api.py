@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from llmctl.serving.api import parsed
+from llmctl.serving.body import parsed
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import CompletionRequest
 

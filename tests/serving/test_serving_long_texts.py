@@ -15,7 +15,7 @@ from llmctl.engine.output import TextOutput
 from llmctl.engine.request import FinishReason
 from llmctl.engine.step import TokenScores
 from llmctl.errors import CapacityError, QueueFullError, RequestError
-from llmctl.serving.api import CompletionAnswer
+from llmctl.serving.completion_answer import CompletionAnswer
 from llmctl.serving.context import Model
 from llmctl.serving.generation import Generation
 from llmctl.serving.intake import Intake, Prompt

@@ -24,8 +24,8 @@ from schemathesis.config import SchemathesisConfig
 from llmctl.config import ServeConfig
 from llmctl.engine.deadline import NO_DEADLINE
 from llmctl.errors import RequestError
-from llmctl.serving.api import parsed
 from llmctl.serving.app import create_app
+from llmctl.serving.body import parsed
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.context import ServerContext
 from llmctl.serving.http_protocol import BoundedHttpProtocol

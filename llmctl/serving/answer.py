@@ -1,0 +1,96 @@
+"""What a response is written by: one class a kind of response, whole or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+from llmctl.engine.output import TextOutput
+from llmctl.errors import LlmctlError
+from llmctl.serving.context import Model
+from llmctl.serving.generation import Generation
+from llmctl.serving.openai_errors import body_of, json_response
+from llmctl.serving.protocol import SamplingFields
+from llmctl.serving.responses import DONE_EVENT, Envelope, UsageCount, event, usage_member
+
+Written = TypeVar("Written")
+
+# What writing a log-probability takes, by the measure of ``TextWorkers``.
+_BYTES_PER_LOGPROB = 4
+
+
+class Answer:
+    """One kind of response: how a finished delta becomes a choice, and how a running one becomes events."""
+
+    def __init__(self, model: Model, envelope: Envelope, usage: UsageCount, samples: int, body: SamplingFields) -> None:
+        self.tokenizer = model.intake.tokenizer
+        self.prompt_logprobs = body.prompt_logprobs
+        self.scores_prompts = body.prompt_logprobs is not None
+        self.as_ids = bool(body.return_tokens_as_token_ids)
+        self._workers = model.intake.workers
+        self.envelope = envelope
+        self.usage = usage
+        self.samples = samples
+        self.headers: dict[str, str] = {}
+        options = body.stream_options
+        self.include_usage = options is not None and options.include_usage
+        self.continuous_usage = options is not None and options.continuous_usage_stats
+
+    def choice(self, index: int, output: TextOutput) -> dict[str, Any]:
+        """A choice of the whole response."""
+        raise NotImplementedError
+
+    def events(self, index: int, output: TextOutput) -> bytes:
+        """The events of one delta of a stream."""
+        raise NotImplementedError
+
+    def usage_body(self) -> dict[str, Any]:
+        """OpenAI's ``usage`` so far."""
+        return self.usage.body(self.samples)
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """One event with one choice."""
+        if not self.include_usage:
+            return self.envelope.chunk(choice)
+        return self.envelope.chunk(choice, usage_member(self.usage_body() if self.continuous_usage else None))
+
+    async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
+        """All events, to ``[DONE]``; an error after the beginning is an event of its own."""
+        try:
+            async for batch in generation:
+                for index, output in batch:
+                    self.usage.count(index, output)
+                if self.scores_prompts:
+                    data = await self._written([output for _, output in batch], partial(self._events, batch))
+                else:
+                    data = self._events(batch)
+                if data:
+                    yield data
+            if self.include_usage:
+                yield event(self.envelope.body([], usage=self.usage_body()))
+        except LlmctlError as error:
+            yield event(body_of(error))
+        yield DONE_EVENT
+
+    def _events(self, batch: list[tuple[int, TextOutput]]) -> bytes:
+        return b"".join([self.events(index, output) for index, output in batch])
+
+    async def response(self, outputs: list[TextOutput]) -> Response:
+        """The response that is not streamed."""
+        return await self._written(outputs, lambda: json_response(self.whole(outputs), headers=self.headers))
+
+    def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
+        """The document of a response that is not streamed."""
+        for index, output in enumerate(outputs):
+            self.usage.count(index, output)
+        choices = [self.choice(index, output) for index, output in enumerate(outputs)]
+        return self.envelope.body(choices, usage=self.usage_body())
+
+    async def _written(self, outputs: list[TextOutput], write: Callable[[], Written]) -> Written:
+        """What ``write`` makes of outputs; in a thread if that is much."""
+        scores = [output.prompt_scores for output in outputs if output.prompt_scores is not None]
+        size = sum(len(s) * (1 + s.top_ids.shape[1]) for s in scores) * _BYTES_PER_LOGPROB
+        return await self._workers.finish(size, write)

@@ -1,0 +1,146 @@
+"""From a parsed request to its response, whatever API it speaks: checks, prompt, sequences, and the answer's writer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from llmctl.engine.deadline import Deadline
+from llmctl.engine.sampling_params import SamplingParams
+from llmctl.errors import LlmctlError, RequestError
+from llmctl.serving.answer import Answer
+from llmctl.serving.context import Model, ServerContext
+from llmctl.serving.event_stream import EventStream, started
+from llmctl.serving.generation import Generation, SequenceSpec
+from llmctl.serving.intake import Prompt
+from llmctl.serving.observation import Observation
+from llmctl.serving.outline import Outline
+from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from llmctl.serving.responses import TextCount
+from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
+from llmctl.serving.tools.support import ToolUse
+
+WriteChat = Callable[[Model, Prompt, int, ChatCompletionRequest, ToolUse], Answer]
+WriteCompletion = Callable[[Model, list[Prompt], int, CompletionRequest], Answer]
+
+
+@contextlib.contextmanager
+def counted(request: Request, context: ServerContext) -> Iterator[Observation]:
+    """Observe a request, and count a refusal under its reason."""
+    seen = Observation(request, context)
+    try:
+        yield seen
+    except BaseException as error:
+        if isinstance(error, LlmctlError):
+            context.metrics.rejected(error.code or "invalid_request")
+        seen.end(error)
+        raise
+
+
+def check_outline(context: ServerContext, outline: Outline) -> None:
+    """Refuse by its outline a request that cannot be served now, or ever.
+
+    Raises:
+        NotReadyError, QueueFullError, RequestError.
+    """
+    model = context.model()
+    context.client.check_room(outline.sequences())
+    model.intake.check_outline(outline)
+
+
+def _check_options(request: Request, context: ServerContext, body: SamplingFields) -> Deadline:
+    """Refuse what can be refused before the prompt is looked at; the request's deadline."""
+    context.check_name(body.model)
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: only with stream", param="stream_options")
+    check_precedence(request, body, context.config, context.keys)
+    return deadline_of(body, context.deadline)
+
+
+async def answer_completion(seen: Observation, body: CompletionRequest, write: WriteCompletion) -> Response:
+    """The response to a completion request.
+
+    Args:
+        write: makes its writer of the model, the prompts, the samples of each, and the body.
+
+    Raises:
+        LlmctlError: refused.
+    """
+    context = seen.context
+    seen.body, model = body, context.model()
+    deadline = _check_options(seen.request, context, body)
+    context.client.check_room(model.intake.num_sequences(body))
+    params = await model.intake.completion_params(body)
+    seen.prompts = prompts = await model.intake.completion_prompts(body)
+    params = model.intake.fit_completion(params, body, prompts)
+    answer = write(model, prompts, params.n, body)
+    return await _respond(seen, body, _sequences(prompts, params, body, deadline), answer)
+
+
+async def answer_chat(seen: Observation, body: ChatCompletionRequest, write: WriteChat) -> Response:
+    """The response to a chat request.
+
+    Args:
+        write: makes its writer of the model, the prompt, its samples, the body, and what it asks for of tools.
+
+    Raises:
+        LlmctlError: refused.
+    """
+    context = seen.context
+    seen.body, model = body, context.model()
+    deadline = _check_options(seen.request, context, body)
+    context.client.check_room(model.intake.num_sequences(body))
+    use = model.intake.tools.use(body)
+    params = await model.intake.chat_params(body, use)
+    prompt = await model.intake.chat_prompt(body, len(await seen.request.body()))
+    seen.prompts = [prompt]
+    params = model.intake.fit_chat(params, body, prompt)
+    answer = write(model, prompt, params.n, body, use)
+    return await _respond(seen, body, _sequences([prompt], params, body, deadline), answer)
+
+
+def _sequences(
+    prompts: list[Prompt], params: SamplingParams, body: SamplingFields, deadline: Deadline
+) -> list[SequenceSpec]:
+    samples = params.samples()
+    return [
+        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt, params.n, deadline)
+        for prompt in prompts
+        for sample in samples
+    ]
+
+
+async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.abort()
+
+
+async def _respond(seen: Observation, body: SamplingFields, specs: list[SequenceSpec], answer: Answer) -> Response:
+    request, context = seen.request, seen.context
+    if context.observers.want_texts:
+        answer.usage = TextCount(answer.usage.prompt_tokens)
+    seen.usage, seen.params = answer.usage, specs[0].params
+    generation = seen.generation = context.client.generate(specs, tenant_of(request, body, context.keys))
+    watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
+    try:
+        if body.stream:
+            # The status line waits for the first output, so that a refusal by the scheduler has its own status; but
+            # not for long, or a proxy takes the silence for a dead server.
+            seconds = context.config.sse_keepalive
+            keep_alive = None if await started(generation, seconds) else seconds
+            return EventStream(answer.stream(generation), generation, watcher, seen.end, keep_alive, answer.headers)
+        outputs = await generation.result()
+    except BaseException:
+        watcher.cancel()
+        generation.abort()
+        raise
+    watcher.cancel()
+    response = await answer.response(outputs)
+    seen.end()
+    return response
