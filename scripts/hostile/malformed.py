@@ -132,6 +132,6 @@ def keys(arena: Arena) -> Iterable[bytes]:
         yield request("POST", COMPLETIONS, {**JSON, "Authorization": value}, SMALL)
     for path in (f"/v1/models?api_key={right}", f"/v1/models?key={right}", f"/v1/models/{right}", "/metrics", "/docs"):
         yield request("GET", path, {})
-    yield request("GET", "/v1/models", {"X-Api-Key": right, "Cookie": f"key={right}"})
+    yield request("GET", "/v1/models", {"Api-Key": right, "X-Key": right, "Cookie": f"key={right}"})
     yield request("GET", f"http://{right}@x/v1/models", {})
     yield request("GET", "/v1/models", {"Authorization": f"Bearer wrong\r\nAuthorization: Bearer {right}"})
