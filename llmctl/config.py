@@ -69,7 +69,7 @@ class EngineOptions:
 
     ``target`` "auto": an engine's own; for anything that is built first, this machine's best (``targets.table``).
     ``max_num_seqs``, ``max_num_batched_tokens`` None: the target's default. ``gpu_memory_utilization`` None:
-    ``GPU_MEMORY_UTILIZATION``; a number is refused where it means nothing. ``kv_cache_dtype`` "auto": as built.
+    ``GPU_MEMORY_UTILIZATION``; told to have no effect where it has none. ``kv_cache_dtype`` "auto": as built.
     ``itl_target``: "auto" or milliseconds, see ``itl_target_seconds``. ``shed``: refuse what cannot keep its TTFT
     deadline, or missed it in the queue.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -76,27 +77,31 @@ class EngineRequest:
         return replace(target.step_limits, **{name: value for name, value in asked.items() if value is not None})
 
     def check_honoured(self, target: Target) -> None:
-        """Refuse what means nothing to a target, which would otherwise be ignored.
+        """Refuse what means nothing to a target, and cannot be had from it otherwise.
 
         Raises:
             UsageError: naming the option.
         """
-        given = {
-            "threads": self.threads,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "enforce_eager": self.enforce_eager,
-        }
-        for name, value in given.items():
+        if self.threads is not None and "threads" not in target.run_options:
+            raise UsageError(
+                f"--threads {self.threads}: expected an engine of a target that has this option, found {target.name}",
+                fix="leave it out",
+                param="threads",
+            )
+
+    def without_effect(self, target: Target) -> Iterator[str]:
+        """A line for each option that a target passes over: what was asked for is so, or not to be had, without it."""
+        for name, why in _NO_EFFECT.items():
+            value = getattr(self, name)
             if value is not None and name not in target.run_options:
                 option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value:g}")
-                raise UsageError(
-                    f"{option}: expected an engine of a target that has this option, found {target.name}",
-                    fix="leave it out" + _INSTEAD.get(name, ""),
-                    param=name,
-                )
+                yield f"{option} has no effect on an engine for {target.name}: {why}"
 
 
-_INSTEAD = {"gpu_memory_utilization": "; --kv-cache-memory sizes the KV cache of any engine"}
+_NO_EFFECT = {
+    "gpu_memory_utilization": "it takes no GPU's memory; --kv-cache-memory sizes its KV cache",
+    "enforce_eager": "it records no steps",
+}
 
 
 def _kv_cache_dtype(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ class StartedEngine:
 
 
 def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float] = time.monotonic) -> StartedEngine:
-    """Start the engine in a folder.
+    """Start the engine in a folder; options of the run that its target passes over are told on stderr.
 
     Args:
         clock: seconds, for the engine's time stamps.
@@ -36,6 +37,8 @@ def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float
         LlmctlError: whatever loading refuses.
     """
     loaded = load_engine(path, EngineRequest.of(config), verify=config.verify)
+    for line in loaded.request.without_effect(loaded.target):
+        print(line, file=sys.stderr, flush=True)
     with ThreadPoolExecutor(1) as reader:  # a tokenizer of 128k entries takes half a second
         reading = reader.submit(Tokenizer.from_folder, path)
         runtime = open_runtime(loaded, threads=config.threads)

@@ -1,7 +1,7 @@
 """The outline of a request's body: how much it asks for, counted before objects are made of any of it.
 
 Only for refusals that can be had cheaply: whatever is not as it should be counts as nothing here, and is refused in
-words by the parser of the fields; what that one would let pass, by ``api.parsed``.
+words by the parser of the fields; what that one would let pass, by ``body.parsed``.
 """
 
 from __future__ import annotations

@@ -144,8 +144,6 @@ def test_a_cuda_engine_without_a_gpu(cuda_engine: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"gpu_memory_utilization": 0.8}, "--gpu-memory-utilization 0.8: expected an engine of a target that has"),
-        ({"enforce_eager": True}, "--enforce-eager: expected an engine of a target that has this option, found refe"),
         ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization: expected a share above 0 and up to 1, found 1.5"),
         ({"gpu_memory_utilization": 0.0}, "expected a share above 0"),
         ({"kv_cache_dtype": "int3"}, "--kv-cache-dtype: expected one of auto, float32, .* fp8, found 'int3'"),
@@ -203,3 +201,18 @@ def top_logprobs(engine: LLMEngine) -> list[object]:
         found += [output.logprobs for output in engine.step()]
     engine.close()
     return found
+
+
+def test_what_a_target_passes_over_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_dense(tmp_path / "checkpoint")
+    config = BuildConfig(str(tmp_path / "checkpoint"), str(tmp_path / "engine"), target="reference")
+    engine = build_engine(config)
+    start_engine(engine, EngineOptions())
+    assert "no effect" not in capfd.readouterr().err
+    start_engine(engine, EngineOptions(gpu_memory_utilization=0.8, enforce_eager=True))
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "--gpu-memory-utilization 0.8 has no effect on an engine for reference: it takes no GPU's memory; "
+        "--kv-cache-memory sizes its KV cache",
+        "--enforce-eager has no effect on an engine for reference: it records no steps",
+    ]
