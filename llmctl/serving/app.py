@@ -17,6 +17,7 @@ from llmctl.serving import api
 from llmctl.serving.addresses import Addresses, parse_origins
 from llmctl.serving.body import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
+from llmctl.serving.exchange import RoomGate
 from llmctl.serving.http_metrics import HttpMetrics
 from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
@@ -61,6 +62,8 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
     routes = [*api.router.routes, *app.routes]
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
+    generating = frozenset(r.path for r in api.router.routes if isinstance(r, Route))
+    app.add_middleware(RoomGate, context=context, paths=generating)
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys)
     if config.allowed_origins is not None:  # before the keys: a browser asks what it may without one

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from fastapi import Request
 from starlette.responses import Response
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.sampling_params import SamplingParams
@@ -19,6 +19,7 @@ from llmctl.serving.event_stream import EventStream, started
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.intake import Prompt
 from llmctl.serving.observation import Observation
+from llmctl.serving.openai_errors import error_response
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from llmctl.serving.responses import TextCount
@@ -36,10 +37,38 @@ def counted(request: Request, context: ServerContext) -> Iterator[Observation]:
     try:
         yield seen
     except BaseException as error:
-        if isinstance(error, LlmctlError):
-            context.metrics.rejected(error.code or "invalid_request")
-        seen.end(error)
+        _end(seen, error)
         raise
+
+
+def _end(seen: Observation, error: BaseException) -> None:
+    if isinstance(error, LlmctlError):
+        seen.context.metrics.rejected(error.code or "invalid_request")
+    seen.end(error)
+
+
+class RoomGate:
+    """Refuses POSTs to ``paths`` while the engine takes none, or its queue has no room for one, before a body is read.
+
+    The endpoints check again, by what the body asks for. This is for bursts: with thousands of connections at once,
+    each answer is waited for by all that came after it, ``/health`` among them.
+    """
+
+    def __init__(self, app: ASGIApp, context: ServerContext, paths: frozenset[str]) -> None:
+        self._app = app
+        self._context = context
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._paths:
+            try:
+                self._context.model()
+                self._context.client.check_room(1)
+            except LlmctlError as error:
+                _end(Observation(Request(scope, receive), self._context), error)
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def check_outline(context: ServerContext, outline: Outline) -> None:

@@ -5,6 +5,7 @@ Starlette's ``BaseHTTPMiddleware`` is avoided: it wraps the response stream in a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,8 +57,14 @@ class ApiKeyGate:
 
 
 def _tokens(scope: Scope) -> Iterator[bytes]:
-    """What a request says its key is: clients that always send a Bearer token may have the key in the other header."""
+    """What a request says its key is: clients that always send a Bearer token may have the key in the other header.
+
+    A header that comes twice says nothing: a proxy in front may have looked at the other one.
+    """
+    names = Counter(name for name, _ in scope["headers"])
     for name, value in scope["headers"]:
+        if names[name] > 1:
+            continue
         words = value.split()  # of a key with white space no log would be cleared
         if name == b"authorization" and len(words) == 2 and words[0].lower() == b"bearer":
             yield words[1]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 
 import pytest
 from fixtures import make_tokenizer
+from serving.scripted_worker import INFO
+from starlette.types import Message
 
 from llmctl.config import ServeConfig
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import QueueFullError, RequestError
+from llmctl.serving.app import create_app
 from llmctl.serving.client import AsyncEngineClient
+from llmctl.serving.context import Model, ServerContext
 from llmctl.serving.generation import SequenceSpec
+from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.openai_errors import error_response
+from llmctl.serving.redaction import Redactor
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
 
@@ -78,3 +86,31 @@ def test_a_refusal_by_the_engine_says_when_too(client: AsyncEngineClient) -> Non
     error = QueueFullError("full")
     client._on_refused([s.request_id for s in generation.sequences], error)
     assert error.retry_after == 3
+
+
+async def _never() -> Message:
+    raise AssertionError("the body of a request that has no room was asked for")
+
+
+def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, tmp_path: Path) -> None:
+    keys, metrics = ServerKeys(None), ServerMetrics("m")
+    context = ServerContext(ServeConfig(), ("m",), client, metrics, keys, Redactor(keys))
+    assert client.worker.tokenizer is not None
+    context.loaded = Model.from_folder("m", tmp_path, client.worker.tokenizer, INFO, context.config)
+    for _ in range(5):
+        client.generate([SequenceSpec([5], SamplingParams())])
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"},
+        **{"query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1", "state": {}},
+        "headers": [(b"content-type", b"application/json"), (b"content-length", b"1000")],
+    }
+    asyncio.run(create_app(context)(scope, _never, send))
+    assert sent[0]["status"] == 429
+    assert b"retry-after" in dict(sent[0]["headers"])
+    assert json.loads(sent[1]["body"])["error"]["code"] == "queue_full"
+    assert metrics.registry.get_sample_value("llmctl_requests_rejected_total", {"reason": "queue_full"}) == 1
