@@ -78,6 +78,8 @@ def test_an_unknown_path_is_404_whatever_comes_with_it(method: str, type_: str) 
         ([("authorization", "Bearer none"), ("x-api-key", "k")], True),
         ([("x-api-key", "none"), ("authorization", "bearer k")], True),
         ([("x-api-key", "K")], False),
+        ([("x-api-key", "k"), ("x-api-key", "K")], False),
+        ([("authorization", "Bearer none"), ("authorization", "Bearer k")], False),
         ([("x-api-key", "Bearer k")], False),
         ([("authorization", "Basic k")], False),
         ([("authorization", "k")], False),

@@ -113,4 +113,5 @@ def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, t
     assert sent[0]["status"] == 429
     assert b"retry-after" in dict(sent[0]["headers"])
     assert json.loads(sent[1]["body"])["error"]["code"] == "queue_full"
-    assert metrics.registry.get_sample_value("llmctl_requests_rejected_total", {"reason": "queue_full"}) == 1
+    labels = {"model_name": "m", "reason": "queue_full"}
+    assert metrics.registry.get_sample_value("llmctl:admission_rejections_total", labels) == 1
