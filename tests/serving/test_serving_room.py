@@ -113,5 +113,5 @@ def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, t
     assert sent[0]["status"] == 429
     assert b"retry-after" in dict(sent[0]["headers"])
     assert json.loads(sent[1]["body"])["error"]["code"] == "queue_full"
-    labels = {"model_name": "m", "reason": "queue_full"}
+    labels = {"model_name": "m", "reason": "max_num_queued_reqs"}
     assert metrics.registry.get_sample_value("llmctl:admission_rejections_total", labels) == 1
