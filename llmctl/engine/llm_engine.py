@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
+from llmctl.engine.jump_ahead import jump
 from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
 from llmctl.engine.sampling_batch import SamplingBatcher
@@ -35,7 +36,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     """What one step did for one request.
 
     Attributes:
-        new_token_ids: tokens sampled (an end-of-sequence or stop token included).
+        new_token_ids: tokens sampled (an end-of-sequence or stop token included), and forced by its grammar after that.
         logprobs: one entry per new token; None when not asked for.
         finish_reason: None while it goes on. stop_reason: the stop token id that ended it; None for end-of-sequence.
         num_cached_tokens: prompt tokens that came from the prefix cache.
@@ -67,6 +68,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         compute_seconds: total wall time that the runtime computed, as far as it says (see ``StepResult``).
         state_seconds: all wall time by what it went into. num_graph_steps, num_eager_steps: steps by how they were run,
             where the runtime says it.
+        num_forced_tokens: of the generated ones, those that were not sampled.
     """
 
     num_running: int
@@ -83,6 +85,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     state_seconds: StateSeconds = StateSeconds()
     num_graph_steps: int = 0
     num_eager_steps: int = 0
+    num_forced_tokens: int = 0
 
 
 class LLMEngine:
@@ -90,6 +93,8 @@ class LLMEngine:
 
     Attributes:
         occupancy: where its time goes; whoever drives the engine adds what it waits and sends.
+        jumps: whether it jumps ahead (``jump_ahead``). Not on a device that runs ahead: a chunk among its decodes costs
+            it more than the steps saved, for all that is known.
         on_first_scheduled: told the ids of requests that are in a step for the first time, before it is executed.
         on_shed: told the requests that ended because they missed their TTFT deadline in the queue.
         on_failed: told the id of a request that cannot go on, and why; it has ended, without an output.
@@ -123,12 +128,13 @@ class LLMEngine:
         self._clock = clock
         self._in_flight: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self._sampling = SamplingBatcher(runtime.limits.vocab_size, self.eos_token_ids)
-        self._num_generated = 0
+        self._num_generated = self._num_forced = 0
         self._num_steps = 0
         self._last_step_tokens = 0
         self._compute_seconds = 0.0
         self._executions = {"": 0, "graph": 0, "eager": 0}
         self.occupancy = Occupancy()
+        self.jumps = runtime.steps_in_flight == 1
         self.on_first_scheduled: Callable[[list[str]], None] = lambda _: None
         self.on_shed: Callable[[list[Request]], None] = lambda _: None
         self.on_failed: Callable[[str, LlmctlError], None] = _raise
@@ -224,6 +230,7 @@ class LLMEngine:
             state_seconds=self.occupancy.seconds(),
             num_graph_steps=self._executions["graph"],
             num_eager_steps=self._executions["eager"],
+            num_forced_tokens=self._num_forced,
         )
 
     def settle(self) -> None:
@@ -298,20 +305,25 @@ class LLMEngine:
         if matcher is not None and matcher.dead_end:
             return self._end_of_grammar(request, matcher, scores)
         request.append(token)
-        self._num_generated += 1
+        tokens: tuple[int, ...] = (token,)
         if request.times.first_token is None:
             request.times.first_token = self._clock()
         logprobs = (logprob,) if logprob is not None else None
         reason, stop_id = self._stop_reason(request, token)
         ends_in_text = reason is None and matcher is not None and matcher.accept(token)
+        if reason is None and matcher is not None and not ends_in_text and self.jumps:
+            forced, ends_in_text = jump(request, matcher)
+            tokens += forced
+            self._num_forced += len(forced)
+        self._num_generated += len(tokens)
         if ends_in_text:
             reason = FinishReason.STOP
         elif reason is None and len(request.token_ids) >= request.max_length:
             reason = FinishReason.LENGTH
         if reason is not None:
-            output = self._finish(request, reason, stop_id, (token,), logprobs, scores)
+            output = self._finish(request, reason, stop_id, tokens, logprobs, scores)
             return msgspec.structs.replace(output, ends_in_text=True) if ends_in_text else output
-        return _output(request, (token,), logprobs, prompt_scores=scores)
+        return _output(request, tokens, logprobs, prompt_scores=scores)
 
     def _stop_reason(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         """``STOP``, and the stop id, when a token ends its output by being what it is."""

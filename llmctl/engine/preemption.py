@@ -49,10 +49,11 @@ def num_staying(
     everyone = len(running)
     fewest = bisect_right(running, entry.request.sort_key[0], key=lambda r: r.sort_key[0])
     wants = [_next_tokens(r) for r in running]
-    in_prompt = next((i for i, count in enumerate(wants) if count > 1), everyone)
+    in_prompt = next((i for i, r in enumerate(running) if wants[i] > 1 + r.num_forced), everyone)
     if in_prompt < fewest:
         return everyone
     growth = [0, *accumulate(_missing_blocks(r, count, pool) for r, count in zip(running, wants, strict=True))]
+    tokens = [0, *accumulate(wants)]
     room = pool.num_free - pool.num_unheld(entry.cached)
     let_go: Counter[int] = Counter()
     cached = set(entry.cached)
@@ -65,7 +66,7 @@ def num_staying(
             continue
         if staying == everyone:
             return everyone
-        if staying <= in_prompt and staying + entry.least_tokens <= budget:
+        if staying <= in_prompt and tokens[staying] + entry.least_tokens <= budget:
             return staying
     return everyone
 

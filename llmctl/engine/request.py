@@ -84,6 +84,7 @@ class Request:
         deadline: what it is promised; under the ``fcfs`` policy nothing can be.
         matcher: where its output is in ``params.grammar``; None when it has none.
         token_ids: prompt and output so far.
+        num_forced: of the last known tokens, how many its grammar forced after a sampled one (``jump_ahead``).
         num_in_flight: tokens being sampled by steps in flight; they come after ``token_ids``.
         num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
         block_ids: KV blocks, in order; block_hashes: hashes of the full blocks of ``token_ids`` known so far.
@@ -111,6 +112,7 @@ class Request:
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    num_forced: int = field(default=0, init=False)
     num_in_flight: int = field(default=0, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     block_ids: tuple[int, ...] = field(default=(), init=False)

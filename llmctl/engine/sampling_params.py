@@ -134,6 +134,12 @@ class SamplingParams:
         """Whether sampling needs the ids of the output so far, not only their count."""
         return self.penalised or self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
 
+    @property
+    def singles_out_tokens(self) -> bool:
+        """Whether it treats some tokens unlike others, so that no grammar may choose among spellings of a text."""
+        listed = self.logit_bias or self.stop_token_ids or self.bad_words
+        return bool(listed) or self.allowed_token_ids is not None
+
     def samples(self) -> tuple[SamplingParams, ...]:
         """Parameters of each of the ``n`` samples: n = 1, and a seed of its own.
 

@@ -58,6 +58,15 @@ class StepUnderWay:
         count = min(wanted, self.budget)
         return count if self.allowance is None else self.allowance.take(count, start)
 
+    def chunk(self, request: Request, wanted: int, behind: int) -> int:
+        """How many of a running request's ``wanted`` next tokens, more than one, it takes; ``behind``: requests after.
+
+        What a grammar forced are no prompt's tokens: they come beside the sampled one that each of the others gets.
+        """
+        if wanted > 1 + request.num_forced:
+            return self.prefill(wanted, request.num_computed_tokens)
+        return min(wanted, max(1, self.budget - behind))
+
     def add(self, request: Request, piece: SequenceSlice) -> None:
         """A request's next slice."""
         self.slices.append(piece)

@@ -256,7 +256,7 @@ class Scheduler:
         for request in self.running:
             known = len(request.token_ids)
             behind = known - request.num_computed_tokens
-            if behind == 1 or (not behind and known + 1 < request.max_length):
+            if 0 < behind <= 1 + request.num_forced or (not behind and known + 1 < request.max_length):
                 rows += 1
                 context += request.num_computed_tokens + 1
         seats = max(self.max_num_seqs - len(self.running), 0)
@@ -285,7 +285,7 @@ class Scheduler:
             index += 1
             count = len(request.token_ids) - request.num_computed_tokens
             if count > 1:
-                count = step.prefill(count, request.num_computed_tokens)
+                count = step.chunk(request, count, len(self.running) - index)
                 if not count:
                     continue  # decodes may follow
             elif not count:

@@ -27,9 +27,9 @@ class Account:
         """Prompt tokens that had to be computed; at least one counts."""
         self.served += INPUT_WEIGHT * max(1, tokens)
 
-    def charge_output(self) -> None:
-        """A generated token."""
-        self.served += OUTPUT_WEIGHT
+    def charge_output(self, tokens: int = 1) -> None:
+        """Generated tokens."""
+        self.served += OUTPUT_WEIGHT * tokens
 
 
 class Accounts:

@@ -43,6 +43,7 @@ class EngineSeries(Collector):
         stats = self.stats
         for name, text, value in (
             ("generation_tokens", "Tokens generated.", stats.num_generated_tokens),
+            ("generation_tokens_forced", "Tokens of them that a grammar forced.", stats.num_forced_tokens),
             ("num_preemptions", "Preemptions of a running request.", stats.num_preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),

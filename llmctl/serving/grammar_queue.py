@@ -44,7 +44,7 @@ class GrammarQueue:
 
     def put(self, spec: GrammarSpec, requests: list[WireRequest]) -> None:
         """Have a grammar compiled for the sequences of one HTTP request."""
-        future = self._compiler.submit(spec)
+        future = self._compiler.submit(spec, forcing=not requests[0].params.singles_out_tokens)
         self._waiting.append(_Waiting(spec, requests, future, time.monotonic() + COMPILE_SECONDS))
         future.add_done_callback(lambda _: self._wake())
 

@@ -167,7 +167,7 @@ class TtftPredictor:
         last, self._last = self._last, (stats, busy_seconds)
         if last is None or stats.num_steps <= last[0].num_steps:
             return
-        prompt = stats.last_step_tokens - (stats.num_generated_tokens - last[0].num_generated_tokens)
+        prompt = stats.last_step_tokens - (_sampled(stats) - _sampled(last[0]))
         if prompt > 0:
             self._token_seconds.add(prompt * (busy_seconds - last[1]), prompt * prompt)
 
@@ -183,3 +183,8 @@ class TtftPredictor:
         seat = missing / finish_rate if missing > 0 and finish_rate > 0 else 0.0
         token = self._token_seconds.value * self._uncached.value
         return max(seat, (ahead.tokens + self._computing) * token) + arriving.tokens * token
+
+
+def _sampled(stats: EngineStats) -> int:
+    """Tokens that a step computed one row for; those that a grammar forced it computes as it does a prompt's."""
+    return stats.num_generated_tokens - stats.num_forced_tokens

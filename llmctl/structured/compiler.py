@@ -54,11 +54,15 @@ _JSON_OPTIONS = {
     "json_allowed_escapes": '"\\bfnrt',
     "json_allow_general_unicode_escapes": False,
 }
-# Where only one text can follow, every token that begins it is allowed, not one that llguidance chose.
-_HEADER = '%llguidance {"no_forcing": true} '  # in the first line: errors count lines
+# In the first line: errors count lines. Where only one text can follow, llguidance allows one token, of the text as the
+# tokenizer spells it and short of where what comes after it may join in; or every token that begins the text.
+_HEADERS = {True: "%llguidance {} ", False: '%llguidance {"no_forcing": true} '}
+# Elsewhere a forced text can go through thousands of the parser's items at once, of which it takes so many a step.
+_FORCING_KINDS = ("json_schema", "regex", "choice")
 _EXCERPT = re.compile(r"\n\s*\d+ \| ")
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _MAX_MESSAGE = 400
+_PROBES = ("name", " name", 'a": "b', "x1 \u00e9\n")
 _MIN_PROPERTIES = "minProperties above 1 and the number of required properties, where others may be added"
 
 
@@ -87,18 +91,23 @@ class GrammarCompiler:
         self._eos_token_ids = sorted(eos_token_ids)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llmctl-grammar", initializer=_be_nice)
         self._lock = threading.Lock()
-        self._cache: OrderedDict[GrammarSpec, Future[CompiledGrammar]] = OrderedDict()
+        self._cache: OrderedDict[tuple[GrammarSpec, bool], Future[CompiledGrammar]] = OrderedDict()
 
-    def submit(self, spec: GrammarSpec) -> Future[CompiledGrammar]:
+    def submit(self, spec: GrammarSpec, *, forcing: bool = False) -> Future[CompiledGrammar]:
         """The compiled grammar, in the future; shared with others who ask for the same.
+
+        Args:
+            forcing: where only one text can follow, allow only the tokens that spell it as the tokenizer does. Without
+                effect on Lark and GBNF, and where the tokenizer puts something before its texts.
 
         The future raises RequestError for a grammar that is malformed, unsupported, too large, or matches nothing.
         """
-        found = self._cache.get(spec)
+        key = spec, forcing and spec.kind in _FORCING_KINDS
+        found = self._cache.get(key)
         if found is None:
-            found = self._cache[spec] = self._start(lambda: self.compile(spec))
+            found = self._cache[key] = self._start(lambda: self.compile(*key))
             self._evict()
-        self._cache.move_to_end(spec)
+        self._cache.move_to_end(key)
         return found
 
     def close(self) -> None:
@@ -113,10 +122,10 @@ class GrammarCompiler:
             threading.stack_size(before)
 
     def _evict(self) -> None:
-        while len(self._cache) > MAX_CACHED or sum(len(spec.source) for spec in self._cache) > MAX_CACHED_CHARS:
+        while len(self._cache) > MAX_CACHED or sum(len(spec.source) for spec, _ in self._cache) > MAX_CACHED_CHARS:
             self._cache.popitem(last=False)
 
-    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+    def compile(self, spec: GrammarSpec, forcing: bool = False) -> CompiledGrammar:
         """Compile now, in a thread with a stack of ``STACK_BYTES``.
 
         Raises:
@@ -124,7 +133,9 @@ class GrammarCompiler:
         """
         from llguidance import LLMatcher
 
-        prototype = LLMatcher(self._tokenizer, _llguidance_grammar(spec), log_level=0, limits=_limits())
+        tokenizer, exact = self._tokenizer
+        grammar = _HEADERS[forcing and exact] + _llguidance_grammar(spec)
+        prototype = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
         before = time.thread_time()
         first = np.frombuffer(prototype.compute_bitmask(), np.uint8)
         if prototype.is_error():
@@ -137,16 +148,17 @@ class GrammarCompiler:
         return CompiledGrammar(prototype, len(first) // 4)
 
     @property
-    def _tokenizer(self) -> LLTokenizer:
+    def _tokenizer(self) -> tuple[LLTokenizer, bool]:
         with self._lock:
             return self._vocabulary
 
     @cached_property
-    def _vocabulary(self) -> LLTokenizer:
+    def _vocabulary(self) -> tuple[LLTokenizer, bool]:
+        """llguidance's, and whether it may force the spelling of a text."""
         from llguidance import LLTokenizer
 
         made: Any = _Vocabulary(self._model_tokenizer, self._vocab_size, self._eos_token_ids)
-        return LLTokenizer(made, eos_token=self._eos_token_ids or None)
+        return LLTokenizer(made, eos_token=self._eos_token_ids or None), made.exact
 
 
 class _Vocabulary:
@@ -159,17 +171,31 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.special_token_ids = sorted(i for i in tokenizer.special_token_ids if i < vocab_size)
         self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
-        special = set(self.special_token_ids)
-        self._ids = {data: i for i, data in enumerate(self.tokens) if data and i not in special}
-        self._most_bytes = max(map(len, self._ids), default=1)
         self.eos_token_id = eos_token_ids[0] if eos_token_ids else vocab_size
         if not eos_token_ids:  # llguidance wants one: an id that there is not
             self.tokens.append(b"<end>")
             self.special_token_ids.append(vocab_size)
+        no_text = {*self.special_token_ids, *eos_token_ids}
+        self._text_ids = {i for i, data in enumerate(self.tokens) if data and i not in no_text}
+        self._ids = {self.tokens[i]: i for i in sorted(self._text_ids)}
+        self._most_bytes = max(map(len, self._ids), default=1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether texts are spelt as the tokenizer does. Some put a space before each."""
+        return all(self._spelt(text) is not None for text in _PROBES)
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens with just this text's bytes, as llguidance wants them of a grammar that asks for forced tokens."""
-        return self._longest(text.encode())
+        """Tokens with just this text's bytes, none of them special."""
+        spelt = self._spelt(text)  # None: a special token's text
+        return self._longest(text.encode()) if spelt is None else spelt
+
+    def _spelt(self, text: str) -> list[int] | None:
+        """As the tokenizer spells it, if that has the text's bytes."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if not self._text_ids.issuperset(ids) or b"".join(self.tokens[i] for i in ids) != text.encode():
+            return None
+        return ids
 
     def _longest(self, data: bytes) -> list[int]:
         found, at = list[int](), 0
@@ -199,7 +225,7 @@ def _limits() -> LLParserLimits:
 
 def _llguidance_grammar(spec: GrammarSpec) -> str:
     try:
-        return _HEADER + _lark(spec)
+        return _lark(spec)
     except (ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise

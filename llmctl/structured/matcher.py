@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +32,7 @@ class TokenMatcher:
         self._num_words = num_words
         self.dead_end = False
         self._slow = False
+        self._forced: deque[int] | None = None  # tokens that come next; None: not asked for
 
     @property
     def complete(self) -> bool:
@@ -45,13 +48,30 @@ class TokenMatcher:
 
     def accept(self, token_id: int) -> bool:
         """Take in a token that was allowed. Returns whether the output is complete and can have no other."""
+        if self._forced and len(self._forced) > 1 and self._forced[0] == token_id:
+            self._forced.popleft()
+        else:
+            self._forced = None
         return bool(self._matcher.consume_token(token_id) and self._matcher.is_stopped())
 
     def fill(self, row: NDArray[np.uint32]) -> None:
         """Write the mask of the tokens that may come next, u32 [ceil(V/32)], contiguous (``SamplingBatch``)."""
+        if forced := self.forced(1):
+            row[:] = 0
+            row[forced[0] // 32] = 1 << forced[0] % 32
+            return
         before = time.thread_time()
         if len(row) == self._num_words:
             self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         else:  # the compiler's own end-of-sequence id, for a model without one, begins a word
             row[:] = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(row)]
-        self._slow = time.thread_time() - before > STEP_SECONDS
+        self._slow |= time.thread_time() - before > STEP_SECONDS
+
+    def forced(self, most: int) -> list[int]:
+        """The next tokens, at most ``most``, whose masks have that one token: the grammar forces the text, and was
+        compiled to force its spelling in tokens."""
+        if self._forced is None:
+            before = time.thread_time()
+            self._forced = deque(self._matcher.compute_ff_tokens())
+            self._slow |= time.thread_time() - before > STEP_SECONDS
+        return list(islice(self._forced, most))

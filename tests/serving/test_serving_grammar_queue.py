@@ -50,9 +50,9 @@ class Held(GrammarCompiler):
         super().__init__(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_token_ids)
         self.go = threading.Event()
 
-    def compile(self, spec: GrammarSpec) -> CompiledGrammar:
+    def compile(self, spec: GrammarSpec, forcing: bool = False) -> CompiledGrammar:
         assert self.go.wait(30)
-        return super().compile(spec)
+        return super().compile(spec, forcing)
 
 
 class Worker:

@@ -42,7 +42,9 @@ class Run:
 
     def add(self, name: str, params: SamplingParams, compiler: GrammarCompiler = COMPILER) -> None:
         grammar = params.grammar
-        matcher = compiler.submit(grammar).result().matcher() if grammar is not None else None
+        matcher = None
+        if grammar is not None:
+            matcher = compiler.submit(grammar, forcing=not params.singles_out_tokens).result().matcher()
         self.engine.add_request(Request(name, [7, 8, 9], params, matcher=matcher))
         self._texts.add(name, [7, 8, 9], params)
 
