@@ -82,6 +82,7 @@ class TtftPredictor:
         self._computing = 0  # prompt tokens of those that run and have no token yet
         self._token_seconds, self._uncached = _Ratio(0.0), _Ratio(1.0)
         self._last: tuple[EngineStats, float] | None = None
+        self._forced = 0  # tokens that the last step's result brought and the next step computes
 
     # -- what is ahead ----------------------------------------------------------------------------------------
 
@@ -167,7 +168,9 @@ class TtftPredictor:
         last, self._last = self._last, (stats, busy_seconds)
         if last is None or stats.num_steps <= last[0].num_steps:
             return
-        prompt = stats.last_step_tokens - (_sampled(stats) - _sampled(last[0]))
+        generated = stats.num_generated_tokens - last[0].num_generated_tokens
+        forced, self._forced = self._forced, stats.num_forced_tokens - last[0].num_forced_tokens
+        prompt = stats.last_step_tokens - (generated - self._forced) - forced
         if prompt > 0:
             self._token_seconds.add(prompt * (busy_seconds - last[1]), prompt * prompt)
 
@@ -183,8 +186,3 @@ class TtftPredictor:
         seat = missing / finish_rate if missing > 0 and finish_rate > 0 else 0.0
         token = self._token_seconds.value * self._uncached.value
         return max(seat, (ahead.tokens + self._computing) * token) + arriving.tokens * token
-
-
-def _sampled(stats: EngineStats) -> int:
-    """Tokens that a step computed one row for; those that a grammar forced it computes as it does a prompt's."""
-    return stats.num_generated_tokens - stats.num_forced_tokens

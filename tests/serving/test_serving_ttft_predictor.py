@@ -79,6 +79,20 @@ def test_large_steps_count_most_and_steps_without_prompts_not_at_all() -> None:
     assert predictor.predict(Waiting(0, "", 1.0, 1000), 4, 0.0) == pytest.approx(0.1, rel=0.05)
 
 
+def test_tokens_that_grammars_force_are_no_prompts() -> None:
+    predictor, stats = measured((100, 0.1)), structs.replace(NO_STATS, num_steps=1, num_generated_tokens=3)
+    for computed in (3, 18, 18):  # three sampled, and five forced after each
+        stats = structs.replace(
+            stats,
+            num_steps=stats.num_steps + 1,
+            last_step_tokens=computed,
+            num_generated_tokens=stats.num_generated_tokens + 18,
+            num_forced_tokens=stats.num_forced_tokens + 15,
+        )
+        predictor.step(stats, 9.0 + stats.num_steps)
+    assert predictor.predict(Waiting(0, "", 1.0, 50), 4, 0.0) == pytest.approx(0.05)
+
+
 def test_until_anything_is_measured_nothing_takes_time() -> None:
     predictor = TtftPredictor(fair=True)
     for i in range(100):
