@@ -312,7 +312,7 @@ class LLMEngine:
         reason, stop_id = self._stop_reason(request, token)
         ends_in_text = reason is None and matcher is not None and matcher.accept(token)
         if reason is None and matcher is not None and not ends_in_text and self.jumps:
-            forced, ends_in_text = jump(request, matcher)
+            forced, ends_in_text = jump(request, matcher, self.eos_token_ids)
             tokens += forced
             self._num_forced += len(forced)
         self._num_generated += len(tokens)

@@ -57,8 +57,6 @@ _JSON_OPTIONS = {
 # In the first line: errors count lines. Where only one text can follow, llguidance allows one token, of the text as the
 # tokenizer spells it and short of where what comes after it may join in; or every token that begins the text.
 _HEADERS = {True: "%llguidance {} ", False: '%llguidance {"no_forcing": true} '}
-# Elsewhere a forced text can go through thousands of the parser's items at once, of which it takes so many a step.
-_FORCING_KINDS = ("json_schema", "regex", "choice")
 _EXCERPT = re.compile(r"\n\s*\d+ \| ")
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _MAX_MESSAGE = 400
@@ -97,12 +95,12 @@ class GrammarCompiler:
         """The compiled grammar, in the future; shared with others who ask for the same.
 
         Args:
-            forcing: where only one text can follow, allow only the tokens that spell it as the tokenizer does. Without
-                effect on Lark and GBNF, and where the tokenizer puts something before its texts.
+            forcing: where only one text can follow, allow only the tokens that spell it as the tokenizer does; without
+                effect where that puts something before its texts.
 
         The future raises RequestError for a grammar that is malformed, unsupported, too large, or matches nothing.
         """
-        key = spec, forcing and spec.kind in _FORCING_KINDS
+        key = spec, forcing
         found = self._cache.get(key)
         if found is None:
             found = self._cache[key] = self._start(lambda: self.compile(*key))

@@ -154,3 +154,17 @@ def test_compiling_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(error) for error in errors[:2]] == ["regex: took longer than 0 s to compile"] * 2
     assert isinstance(errors[2], QueueFullError)
     compiler.go.set()
+
+
+def test_a_request_that_singles_out_tokens_is_forced_to_none() -> None:
+    """Its grammar's text in the only tokens that it allows, which are not those that the tokenizer would take."""
+    worker = Worker(GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_token_ids))
+    spec = GrammarSpec("regex", "the fox")
+    letters = tuple(i for c in "the fox" for i in TOKENIZER.encode(c, add_special_tokens=False))
+    params = SamplingParams(max_tokens=20, grammar=spec, allowed_token_ids=letters)
+    worker.send(AddRequests([wire("forced", spec)]))
+    worker.send(AddRequests([WireRequest("letters", [7, 8], params, 0, None, 0.0)]))
+    worker.until(lambda: worker.reasons.keys() | worker.refused.keys() >= {"forced", "letters"})
+    assert worker.text["forced"] == worker.text["letters"] == b"the fox"
+    assert not worker.refused
+    worker.end()

@@ -42,7 +42,7 @@ def test_a_histogram_shows_what_prometheus_would(values: list[float]) -> None:
 def test_the_engines_totals_are_shown_as_they_came_last() -> None:
     metrics = ServerMetrics("m")
     metrics.engine(EngineStats(1, 2, 0.5, 3, 40, 30, 7, 70, 60, 8, 1.25), 2.5)
-    metrics.engine(EngineStats(2, 0, 0.75, 4, 50, 35, 8, 90, 70, 16, 1.5), 3.0)
+    metrics.engine(EngineStats(2, 0, 0.75, 4, 50, 35, 8, 90, 70, 16, 1.5, num_forced_tokens=30), 3.0)
     text = metrics.render()[0].decode()
     shown = {name.removeprefix("llmctl:"): value for (name, _), value in samples(text).items()}
     expected = {
@@ -53,6 +53,7 @@ def test_the_engines_totals_are_shown_as_they_came_last() -> None:
         "prefix_cache_queries_total": 50,
         "prefix_cache_hits_total": 35,
         "generation_tokens_total": 70,
+        "generation_tokens_forced_total": 30,
         "engine_steps_total": 8,
         "engine_busy_seconds_total": 3.0,
         "engine_compute_seconds_total": 1.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,10 @@ class Run:
         self.parts: dict[str, list[TextOutput]] = {}
         self._texts = OutputProcessor(TOKENIZER)
 
-    def add(self, name: str, params: SamplingParams, **fields: Any) -> Request:
+    def add(self, name: str, params: SamplingParams, prompt: Sequence[int] = (7, 8, 9), **fields: Any) -> Request:
         grammar = params.grammar
         found = None if grammar is None else matcher(grammar, forcing=not params.singles_out_tokens)
-        request = Request(name, [7, 8, 9], params, matcher=found, **fields)
+        request = Request(name, prompt, params, matcher=found, **fields)
         self.engine.add_request(request)
         self._texts.add(name, request.prompt_token_ids, params)
         return request
@@ -98,7 +99,12 @@ def _specs() -> list[GrammarSpec]:
     """Some that force much of their outputs, and any others."""
     names = ("the_quick_brown_fox", "jumps_over", "the_lazy_dog")
     values: tuple[Any, ...] = ({"type": "boolean"}, {"enum": ["dog sleeps", "fox does not"]}, {"const": "quotes 你好"})
-    found = [FIXED, GrammarSpec("choice", '["the quick brown fox", "the lazy dog", "the dog sleeps"]')]
+    found = [
+        FIXED,
+        GrammarSpec("choice", '["the quick brown fox", "the lazy dog", "the dog sleeps"]'),
+        GrammarSpec("gbnf", 'root ::= [0-9] " lazy " ("dog" | "fox") " jumps over " [a-c]+'),
+        GrammarSpec("lark", 'start: A "the lazy " ("dog jumps" | "fox jumps") A\nA: /[a-c]/'),
+    ]
     for value in values * 3:
         schema = {"type": "object", "properties": dict.fromkeys(names, value), "required": names}
         found.append(json_schema({**schema, "additionalProperties": False}, "x"))
@@ -237,10 +243,24 @@ def test_nothing_is_forced_where_texts_cannot_be_spelt_as_the_tokenizer_does(tok
     assert masks[0] == masks[1]
 
 
-@pytest.mark.parametrize("kind", ["lark", "gbnf"])
-def test_lark_and_gbnf_force_nothing(kind: Any) -> None:
-    source = 'start: "the fox"' if kind == "lark" else 'root ::= "the fox"'
-    assert matcher(GrammarSpec(kind, source)).forced(9) == []
+def test_an_end_of_sequence_token_that_lark_names_is_sampled() -> None:
+    (eos,) = EOS
+    spec = GrammarSpec("lark", f'start: LETTER " dog" <[{eos}]>\nLETTER: /[a-c]/')
+    for jumps in (False, True):
+        run = Run(jumps=jumps)
+        run.add("a", held(spec))
+        output = run.outputs()["a"]
+        assert output["token_ids"][-1] == eos
+        assert (output["text"][1:], output["finish_reason"]) == (" dog", FinishReason.STOP)
+
+
+def test_a_step_that_forces_for_too_long_ends_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = matcher(FIXED)
+    found.accept(found.forced(1)[0] if found.forced(1) else TOKENIZER.encode("a", add_special_tokens=False)[0])
+    monkeypatch.setattr("llmctl.structured.matcher.STEP_SECONDS", -1.0)
+    assert not found.problem
+    assert found.forced(9)
+    assert "more than" in found.problem
 
 
 def test_a_request_that_singles_out_tokens_spells_as_it_likes() -> None:
@@ -268,16 +288,30 @@ def test_a_forced_chunk_leaves_a_token_to_each_request_behind() -> None:
     assert [plan.slices[0].sample for plan in plans] == [False, True]
 
 
-def test_a_forced_chunk_is_not_a_prompt_that_keeps_more_important_ones_out() -> None:
-    run = Run(jumps=True, policy="priority", blocks=30)
+@pytest.mark.parametrize(("budget", "making_way"), [(18, 1), (17, 2)])
+def test_a_more_important_request_enters_beside_forced_chunks(budget: int, making_way: int) -> None:
+    """They are no prompts, which would keep it out. Who has one makes room too, where the step does not hold both."""
+    run = Run(jumps=True, policy="priority", budget=budget)
     run.add("a", held(FIXED), priority=1)
     run.add("b", SamplingParams(max_tokens=80, ignore_eos=True), priority=2)
     run.step()
-    assert run.engine.scheduler.requests["a"].num_forced
+    assert run.engine.scheduler.requests["a"].num_forced == MOST_TOKENS
     run.engine.scheduler.max_num_seqs = 2
     run.add("c", SamplingParams(max_tokens=3, ignore_eos=True), priority=0)
     run.step()
-    assert [piece.request_id for piece in run.runtime.plans[-1].slices] == ["a", "c"]
+    assert "c" in [piece.request_id for piece in run.runtime.plans[-1].slices]
+    assert run.engine.stats().num_preemptions == making_way
+
+
+def test_a_prompt_is_cut_beside_a_forced_chunk_as_beside_a_decode() -> None:
+    run = Run(jumps=True, itl_target=0.001)
+    run.add("a", held(FIXED))
+    run.step()
+    run.add("b", SamplingParams(max_tokens=1), prompt=range(60))
+    run.step()
+    chunk, prompt = run.runtime.plans[-1].slices
+    assert len(chunk.token_ids) == 1 + MOST_TOKENS
+    assert len(prompt.token_ids) < 40
 
 
 def test_a_device_that_runs_ahead_does_not_jump() -> None:
