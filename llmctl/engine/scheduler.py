@@ -1,10 +1,10 @@
 """What to compute next: continuous batching under a token budget, over paged KV blocks.
 
-One rule covers prefill, chunked prefill, prefix hits, decode and recompute after preemption: a request whose computed
-tokens lag behind its known tokens wants the difference computed. Running requests are served first, in the order in
-which they were admitted; then waiting ones are admitted while budget, seats and blocks last, in the order of the policy
-(``waiting_queue``). When a running request needs a block and none is free, the last running request in order loses its
-blocks and waits to be recomputed.
+One rule covers prefill, chunked prefill, prefix hits, decode, jump-ahead, recompute after preemption: a request whose
+computed tokens lag behind its known tokens wants the difference computed. Running requests are served first, in the
+order in which they were admitted; then waiting ones are admitted while budget, seats and blocks last, in the order of
+the policy (``waiting_queue``). When a running request needs a block and none is free, the last running request in order
+loses its blocks and waits to be recomputed.
 
 When the queue's next request is more important (its priority value is lower) than the last running ones, and lacks a
 seat, blocks, or leave by an ITL deadline, as few of those as suffice make room (``preemption``): before anything is
