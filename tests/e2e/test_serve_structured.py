@@ -14,6 +14,7 @@ from fixtures import ServerProcess
 from pydantic import BaseModel
 
 MODEL = "tiny-llama"
+NAMED = ("response_format", "n", "stream", "stream_options", "seed", "logprobs")
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
@@ -41,7 +42,7 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def chat(client: openai.OpenAI, **fields: Any) -> Any:
     options = {"model": MODEL, "messages": MESSAGES, "max_tokens": 60, "seed": 1}
-    extra = {name: fields.pop(name) for name in list(fields) if name not in ("response_format", "n", "stream", "seed")}
+    extra = {name: fields.pop(name) for name in list(fields) if name not in NAMED}
     return client.chat.completions.create(**options | fields, extra_body=extra)
 
 
@@ -104,6 +105,18 @@ def test_a_stream_is_the_whole_and_completions_take_the_same_fields(
     assert "".join(parts) == whole
     answer = client.completions.create(model=MODEL, prompt="a", extra_body=fields)
     assert re.fullmatch("[é-ü]{5}", answer.choices[0].text)
+
+
+def test_what_is_forced_comes_at_once_and_is_counted(client: openai.OpenAI, server: ServerProcess) -> None:
+    before = server.metric("llmctl:generation_tokens_forced_total")
+    fields = {"guided_regex": "[a-c]: and what follows is the same in every output"}
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **fields))
+    usage, deltas = chunks[-1].usage, [chunk.choices[0].delta.content for chunk in chunks[:-1]]
+    assert server.metric("llmctl:generation_tokens_forced_total") > before
+    assert len([text for text in deltas if text]) < usage.completion_tokens - 5
+    scored = chat(client, logprobs=True, **fields)  # token by token
+    assert scored.choices[0].message.content == "".join(text or "" for text in deltas)
+    assert len(scored.choices[0].logprobs.content) == scored.usage.completion_tokens == usage.completion_tokens
 
 
 def test_length_is_told_when_max_tokens_cuts(client: openai.OpenAI) -> None:
