@@ -124,6 +124,7 @@ class ServeConfig(EngineOptions):
     reasoning_parser: str | None = None
     trust_request_chat_template: bool = False
     generation_config: str = "auto"
+    pooling: str = "last"
     quantization: str | None = None
     api_key: str | None = field(default=None, repr=False)
     priority_keys: str | None = field(default=None, repr=False)

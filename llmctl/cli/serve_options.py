@@ -94,6 +94,16 @@ GenerationConfig = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Pooling = Annotated[
+    str,
+    typer.Option(
+        "--pooling",
+        metavar="WHOSE",
+        help="Whose hidden states make an embedding, of requests that do not say. last: the last token's; mean: the "
+        "mean of all.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Target = Annotated[
     str,
     typer.Option(

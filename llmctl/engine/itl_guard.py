@@ -10,7 +10,7 @@ from llmctl.engine.step_cost import StepCost
 
 
 class DecodeOutlook:
-    """A step in which every request that was added decodes one token.
+    """A step in which every request that was added decodes one token, but those that generate nothing.
 
     A request whose ITL deadline such a step would exceed even alone holds nobody up, nor itself: it cannot be helped.
     So where nobody decodes, anybody is admitted. Until the model knows anything, a step takes no time.
@@ -36,6 +36,8 @@ class DecodeOutlook:
         return self._seconds + self._own(request) <= min(self.tightest, self._keepable(request))
 
     def _own(self, request: Request) -> float:
+        if request.pooling is not None:
+            return 0.0
         return self._row + self._context * (len(request.token_ids) + 1)
 
     def _keepable(self, request: Request) -> float:

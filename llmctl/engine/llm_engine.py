@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from llmctl.engine.jump_ahead import jump
 from llmctl.engine.occupancy import Occupancy, StateSeconds
@@ -44,6 +46,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
             computed, if the request asked for them.
         times: the request's, with its end.
         ends_in_text: the last token is text of the output, although it ended it: with it the grammar was complete.
+        embedding: f32 [hidden size], of a request with ``pooling``: its only output.
     """
 
     request_id: str
@@ -55,6 +58,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tr
     prompt_scores: TokenScores | None = None
     times: RequestTimes | None = None
     ends_in_text: bool = False
+    embedding: NDArray[np.float32] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -196,7 +200,7 @@ class LLMEngine:
         for request in requests:
             if request.params.seed is not None:
                 request.seed = request.params.seed % 2**64
-            else:
+            elif request.pooling is None:  # what is not sampled must not change what others sample
                 request.seed = derive_seed(self._seed, self._num_seeded)
                 self._num_seeded += 1
 
@@ -275,6 +279,8 @@ class LLMEngine:
                 continue
             if piece.score_targets is not None:
                 request.keep_scores(piece.start, result.scores[request.request_id])
+            if piece.pool_rows:
+                request.keep_pooled(piece.start, result.pooled[request.request_id])
             self.scheduler.computed(request, piece, epoch)
             output = self._advance(request, piece, token, logprob)
             if output is not None:
@@ -299,6 +305,9 @@ class LLMEngine:
         scores = None
         if not request.scores_done:
             request.scores_done, scores = True, request.prompt_scores or TokenScores.zeros(0)
+        if token is None and request.pooling is not None:
+            output = self._finish(request, FinishReason.STOP, prompt_scores=scores)
+            return msgspec.structs.replace(output, embedding=request.embedding())
         if token is None:
             return self._finish(request, FinishReason.LENGTH, prompt_scores=scores)
         matcher = request.matcher

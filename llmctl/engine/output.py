@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from llmctl.engine.llm_engine import TokenOutput
 from llmctl.engine.request import FinishReason, RequestTimes
@@ -53,8 +55,8 @@ class TextOutput(msgspec.Struct, frozen=True):
         token_ids: new tokens, the one that ended the output included.
         logprobs: one entry per new token; None when not asked for.
         finish_reason: None while it goes on. stop_reason: the stop string or stop token id that ended it.
-        num_output_tokens: tokens generated so far. num_cached_tokens, prompt_scores, times: as in ``TokenOutput``
-            (a stop string ends the text before the engine knows, and gives no times).
+        num_output_tokens: tokens generated so far. num_cached_tokens, prompt_scores, times, embedding: as in
+            ``TokenOutput`` (a stop string ends the text before the engine knows, and gives no times).
     """
 
     request_id: str
@@ -67,6 +69,7 @@ class TextOutput(msgspec.Struct, frozen=True):
     num_cached_tokens: int
     prompt_scores: TokenScores | None
     times: RequestTimes | None
+    embedding: NDArray[np.float32] | None = None
 
 
 class Processed(NamedTuple):
@@ -207,6 +210,7 @@ class OutputProcessor:
             num_cached_tokens=output.num_cached_tokens,
             prompt_scores=output.prompt_scores,
             times=output.times,
+            embedding=output.embedding,
         )
 
     def _logprobs(self, output: TokenOutput, offsets: Sequence[int]) -> tuple[PositionLogprobs, ...] | None:

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmctl.engine.deadline import NO_DEADLINE, Deadline
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenScores
 from llmctl.engine.tenants import Account
@@ -67,7 +71,7 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence to generate.
+    """One sequence to generate, or with ``pooling`` to compute alone.
 
     The caller fills the first group of fields. ``num_computed_tokens`` is the single counter of progress: prefill,
     chunked prefill, prefix hits and recompute after preemption are all "computed lags behind known tokens".
@@ -83,6 +87,7 @@ class Request:
         adapter_id: the LoRA adapter it runs with; part of the prefix key.
         deadline: what it is promised; under the ``fcfs`` policy nothing can be.
         matcher: where its output is in ``params.grammar``; None when it has none.
+        pooling: what its prompt's hidden states become; nothing is generated then (``max_tokens`` is 0).
         token_ids: prompt and output so far.
         num_forced: of the last known tokens, how many its grammar forced after a sampled one (``jump_ahead``).
         num_in_flight: tokens being sampled by steps in flight; they come after ``token_ids``.
@@ -96,6 +101,7 @@ class Request:
             and has not missed it before it ran. batch: with whom it was added.
         prompt_scores: of the prompt's tokens after the first, filled as it is computed; None before.
         scores_done: nothing (more) of them is wanted.
+        hidden_sum: f32 [hidden size], of the hidden states that count for ``pooling``, as far as they are computed.
     """
 
     request_id: str
@@ -108,6 +114,7 @@ class Request:
     tenant: str = ""
     deadline: Deadline = NO_DEADLINE
     matcher: TokenMatcher | None = None
+    pooling: Pooling | None = None
 
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     token_ids: list[int] = field(init=False)
@@ -123,6 +130,7 @@ class Request:
     num_preemptions: int = field(default=0, init=False)
     prompt_scores: TokenScores | None = field(default=None, init=False)
     scores_done: bool = field(default=True, init=False)
+    hidden_sum: NDArray[np.float32] | None = field(default=None, init=False)
     times: RequestTimes = field(init=False)
     account: Account = field(default_factory=Account, init=False)
     sort_key: tuple[int, int, float, int] = field(default=(0, 0, 0.0, 0), init=False)
@@ -151,6 +159,12 @@ class Request:
         """Tokens generated so far (a copy)."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def computes_all(self) -> bool:
+        """Whether something is wanted of every token of its prompt. Cached tokens have keys and values, but neither
+        hidden states nor logits: such a request takes none from the prefix cache."""
+        return not self.scores_done or self.pooling is Pooling.MEAN
+
     def append(self, token: int) -> None:
         """Take in a token that was in flight."""
         self.token_ids.append(token)
@@ -161,6 +175,20 @@ class Request:
         if self.prompt_scores is None:
             self.prompt_scores = TokenScores.zeros(self.num_prompt_tokens - 1, scores.top_ids.shape[1])
         self.prompt_scores.put(start, scores)
+
+    def keep_pooled(self, start: int, pooled: NDArray[np.float32]) -> None:
+        """Take in the sum over a slice that begins at ``start``.
+
+        Results come in the order of their steps, and where every token counts (``Pooling.MEAN``) each beginning is at
+        0: what a preempted request had is left behind there.
+        """
+        self.hidden_sum = pooled if self.hidden_sum is None or not start else self.hidden_sum + pooled
+
+    def embedding(self) -> NDArray[np.float32]:
+        """f32 [hidden size], once the prompt is computed."""
+        assert self.pooling is not None
+        assert self.hidden_sum is not None
+        return self.hidden_sum / np.float32(self.pooling.rows(self.num_prompt_tokens, ends=True))
 
     def last_output_tokens(self, count: int) -> list[int]:
         """The last ``count`` generated tokens; fewer when there are fewer."""
@@ -185,6 +213,7 @@ def fan_out(request: Request) -> list[Request]:
             adapter_id=request.adapter_id,
             tenant=request.tenant,
             deadline=request.deadline,
+            pooling=request.pooling,
         )
         for index, params in enumerate(request.params.samples())
     ]

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.config import EngineConfig, itl_target_seconds
+from llmctl.engine.admission import check_request
 from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
 from llmctl.engine.occupancy import Fill
@@ -48,7 +49,7 @@ from llmctl.engine.scheduled_step import ScheduledStep, StepUnderWay
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.engine.step_cost import PrefillAllowance, PrefillPacer, StepLoad
 from llmctl.engine.waiting_queue import POLICIES, WaitingQueue
-from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
+from llmctl.errors import QueueFullError, RequestError, UsageError
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,17 @@ class Scheduler:
         """Queue requests, all or none. ``now``: arrival time of those that bring none, seconds.
 
         Raises:
-            RequestError: an id in use, an empty prompt, n other than 1, or a token id the model does not have.
-            CapacityError: a request that can never fit. QueueFullError: too many are waiting.
+            RequestError: an id in use, or as ``check_request``. CapacityError: a request that can never fit.
+            QueueFullError: too many are waiting.
         """
         ids = {r.request_id for r in requests}
         if len(ids) < len(requests) or not self.requests.keys().isdisjoint(ids):  # in this order it walks the few
             raise RequestError("request_id: already in use", param="request_id")
+        config = self.config
+        uncut = None if config.enable_chunked_prefill else config.max_num_batched_tokens
         for request in requests:
-            self._validate(request)
-        limit = self.config.max_num_queued_reqs
+            check_request(request, self.limits, max_length=self.max_length, max_uncut=uncut, policy=config.policy)
+        limit = config.max_num_queued_reqs
         if len(self.waiting) + len(requests) > limit:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting and at most {limit} may", fix="try again later"
@@ -164,44 +167,6 @@ class Scheduler:
         for request in requests:
             request.batch = batch
             self._enqueue(request, now)
-
-    def _validate(self, request: Request) -> None:
-        if request.status is not RequestStatus.WAITING or request.max_length:
-            raise RequestError(f"request {request.request_id}: was added before", param="request_id")
-        if request.params.n != 1:
-            raise RequestError("n: the engine runs one sample a request; fan it out first", param="n")
-        if (request.params.grammar is None) != (request.matcher is None):
-            raise RequestError("grammar: expected a request with its matcher, compiled before it is added")
-        if not request.num_prompt_tokens:
-            raise RequestError("prompt: expected at least one token, found none", param="prompt")
-        vocab = self.limits.vocab_size
-        bad = next((t for t in request.token_ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise RequestError(f"prompt: token id {bad} is outside the vocabulary (0 to {vocab - 1})", param="prompt")
-        request.params.check_vocab(vocab)
-        if request.deadline and self.config.policy == "fcfs":
-            raise RequestError("deadline: the policy fcfs knows none", param="deadline")
-        self._check_capacity(request)
-
-    def _check_capacity(self, request: Request) -> None:
-        prompt, wanted = request.num_prompt_tokens, request.params.max_tokens
-        output = max(1, request.params.min_tokens) if wanted is None else wanted
-        if prompt + output > self.max_length:
-            message = f"prompt of {prompt} tokens and {output} to generate need a context of {prompt + output} tokens"
-            if self.max_length < self.limits.max_model_len:
-                holds = (
-                    f"the KV cache holds {self.max_length} tokens in all (max_model_len is {self.limits.max_model_len})"
-                )
-            else:
-                holds = f"max_model_len is {self.max_length}"
-            raise CapacityError(f"{message}; {holds}", fix="shorten the prompt or lower max_tokens", param="prompt")
-        budget = self.config.max_num_batched_tokens
-        if not self.config.enable_chunked_prefill and prompt > budget:
-            raise CapacityError(
-                f"prompt of {prompt} tokens; without chunked prefill at most max_num_batched_tokens = {budget} fit",
-                fix="shorten the prompt, enable chunked prefill or raise max_num_batched_tokens",
-                param="prompt",
-            )
 
     def _enqueue(self, request: Request, now: float) -> None:
         arrival = now if request.arrival_time is None else request.arrival_time
@@ -370,7 +335,7 @@ class Scheduler:
 
     def _cached_prefix(self, request: Request) -> list[int]:
         """Cached blocks that begin this request, short of its last token: one at least must be computed."""
-        if not self.pool.enable_caching or not request.scores_done:
+        if not self.pool.enable_caching or request.computes_all:
             return []
         self._extend_hashes(request)
         return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.pool.block_size])
@@ -380,7 +345,7 @@ class Scheduler:
         self.pool.share(cached)
         request.block_ids = tuple(cached)
         request.num_computed_tokens = len(cached) * self.pool.block_size
-        if request.status is RequestStatus.WAITING and request.scores_done and self.pool.enable_caching:
+        if request.status is RequestStatus.WAITING and not request.computes_all and self.pool.enable_caching:
             self.counters.prefix_cache_queries += request.num_tokens
             self.counters.prefix_cache_hits += request.num_computed_tokens
             request.num_cached_tokens = request.num_computed_tokens
@@ -400,7 +365,9 @@ class Scheduler:
         known = len(request.token_ids)
         tokens = request.token_ids[start:end] if start < known else (IN_FLIGHT,)
         sample = end == known + request.num_in_flight and end < request.max_length
-        step.add(request, SequenceSlice(request.request_id, tokens, start, request.block_ids, sample, targets, top))
+        pooled = 0 if request.pooling is None else request.pooling.rows(count, ends=end == request.num_prompt_tokens)
+        blocks = request.block_ids
+        step.add(request, SequenceSlice(request.request_id, tokens, start, blocks, sample, targets, top, pooled))
         request.num_computed_tokens = end
 
     def _preempt(self, request: Request) -> None:

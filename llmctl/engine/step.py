@@ -32,6 +32,8 @@ class SequenceSlice(msgspec.Struct, frozen=True):
         score_targets: when set, the log-probability of ``score_targets[i]`` after ``token_ids[:i+1]`` is wanted
             (prompt log-probabilities, perplexity); at most ``len(token_ids)`` ids.
         score_top: how many of the most likely tokens are wanted beside each of them.
+        pool_rows: the hidden states (after the final norm, before the output head) of so many tokens from the end on
+            are wanted, added up (embeddings); 0: none.
     """
 
     request_id: str
@@ -41,6 +43,7 @@ class SequenceSlice(msgspec.Struct, frozen=True):
     sample: bool
     score_targets: Sequence[int] | None = None
     score_top: int = 0
+    pool_rows: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -159,6 +162,7 @@ class StepResult(msgspec.Struct, frozen=True):
         compute_seconds: wall time in which the device computed this step and no other; what passes beyond it is the
             engine's own.
         execution: how a step that can be replayed was run; empty where there is no such choice.
+        pooled: request id -> f32 [hidden size], the sum over the slice's ``pool_rows``, added up in float32.
     """
 
     token_ids: NDArray[np.int32]
@@ -166,6 +170,7 @@ class StepResult(msgspec.Struct, frozen=True):
     scores: Mapping[str, TokenScores] = {}
     compute_seconds: float = 0.0
     execution: Literal["", "graph", "eager"] = ""
+    pooled: Mapping[str, NDArray[np.float32]] = {}
 
 
 class PendingStep(Protocol):

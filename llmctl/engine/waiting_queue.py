@@ -57,7 +57,7 @@ class WaitingQueue:
     """The requests that wait under one of ``POLICIES``.
 
     Attributes:
-        num_short: those that never ran and have at most ``short`` tokens.
+        num_short: those that never ran, have at most ``short`` tokens, and are to generate.
     """
 
     def __init__(self, policy: str, *, short: int = 0) -> None:
@@ -94,11 +94,14 @@ class WaitingQueue:
             account.served = max(account.served, least.served)
         account.waiting += 1
         self._length += 1
-        self.num_short += request.num_prompt_tokens <= self._short
+        self.num_short += self._is_short(request)
         request.hopeful = request.deadline.ttft is not None
         if request.hopeful:
             insort(self._hopeful, request, key=_due)
         waiting.add(request)
+
+    def _is_short(self, request: Request) -> bool:
+        return request.num_prompt_tokens <= self._short and request.pooling is None
 
     @property
     def next_miss(self) -> float:
@@ -171,7 +174,7 @@ class WaitingQueue:
 
     def _uncount(self, request: Request) -> None:
         """One less that never ran."""
-        self.num_short -= request.num_prompt_tokens <= self._short
+        self.num_short -= self._is_short(request)
         if request.hopeful:
             self._give_up(request)
         request.account.waiting -= 1

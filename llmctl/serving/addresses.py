@@ -13,6 +13,7 @@ from llmctl.errors import UsageError
 ALIASES = {
     "/chat/completions": "/v1/chat/completions",
     "/completions": "/v1/completions",
+    "/embeddings": "/v1/embeddings",
     "/models": "/v1/models",
     "/ping": "/health",
     "/v1/health": "/health",

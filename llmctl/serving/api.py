@@ -1,4 +1,4 @@
-"""The OpenAI endpoints that generate: ``/v1/completions`` and ``/v1/chat/completions``."""
+"""The OpenAI endpoints that need the engine: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/embeddings``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from llmctl.serving.body import parse
 from llmctl.serving.chat_answer import ChatAnswer
 from llmctl.serving.completion_answer import CompletionAnswer
 from llmctl.serving.context import context_of
+from llmctl.serving.embedding_schema import EmbeddingRequest
+from llmctl.serving.embeddings import answer_embeddings, check_inputs
 from llmctl.serving.exchange import answer_chat, answer_completion, check_outline, counted
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 
@@ -33,3 +35,12 @@ async def chat_completions(request: Request) -> Response:
     with counted(request, context) as seen:
         body = await parse(request, ChatCompletionRequest, partial(check_outline, context))
         return await answer_chat(seen, body, ChatAnswer)
+
+
+@router.post("/v1/embeddings", response_model=None)
+async def embeddings(request: Request) -> Response:
+    """Texts as vectors."""
+    context = context_of(request)
+    with counted(request, context) as seen:
+        body = await parse(request, EmbeddingRequest, partial(check_inputs, context))
+        return await answer_embeddings(seen, body)

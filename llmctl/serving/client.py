@@ -109,18 +109,22 @@ class AsyncEngineClient:
 
     # Requests
 
-    def check_room(self, sequences: int) -> None:
+    def check_room(self, sequences: int, param: str = "n") -> None:
         """Refuse a request that the engine's queue has no room for, before anything is made of it.
+
+        Args:
+            param: the field to blame.
 
         Raises:
             RequestError: more sequences than ever fit. QueueFullError: more than fit now.
         """
         limit = self._config.max_num_queued_reqs
         if sequences > limit:
+            counted = " (prompts times n)" if param == "n" else ""
             raise RequestError(
-                f"expected at most {limit} sequences in a request (prompts times n), found {sequences}",
-                fix="send fewer prompts at once, or start the server with a larger --max-num-queued-reqs",
-                param="n",
+                f"{param}: expected at most {limit} sequences in a request{counted}, found {sequences}",
+                fix="send fewer at once, or start the server with a larger --max-num-queued-reqs",
+                param=param,
             )
         # At most max_num_seqs of those that have been sent run: the others wait. The engine, which knows which, refuses
         # by the same limit; here nothing has to reach it.
@@ -159,6 +163,7 @@ class AsyncEngineClient:
                 generation.arrival,
                 tenant,
                 spec.deadline,
+                spec.pooling,
             )
             sequence = RunningSequence(
                 request_id, generation, index, len(prompt), samples, spec.params.max_tokens, wire, spec.deadline

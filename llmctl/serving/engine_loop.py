@@ -170,6 +170,7 @@ def _request(wire: WireRequest, matcher: TokenMatcher | None = None) -> Request:
         tenant=wire.tenant,
         deadline=wire.deadline,
         matcher=matcher,
+        pooling=wire.pooling,
     )
 
 
@@ -218,6 +219,7 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
         block_size=limits.block_size,
         num_blocks=limits.num_blocks,
         vocab_size=limits.vocab_size,
+        hidden_size=manifest.graph.hidden_size,
         weight_bytes=plan.weights,
         kv_cache_bytes=plan.kv_bytes,
         kv_cache_dtype=sizing.options.kv_cache_dtype,

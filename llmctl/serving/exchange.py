@@ -21,7 +21,7 @@ from llmctl.serving.intake import Prompt
 from llmctl.serving.observation import Observation
 from llmctl.serving.openai_errors import error_response
 from llmctl.serving.outline import Outline
-from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
+from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, RequestFields, SamplingFields
 from llmctl.serving.responses import TextCount
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 from llmctl.serving.tools.support import ToolUse
@@ -82,10 +82,14 @@ def check_outline(context: ServerContext, outline: Outline) -> None:
     model.intake.check_outline(outline)
 
 
-def _check_options(request: Request, context: ServerContext, body: SamplingFields) -> Deadline:
-    """Refuse what can be refused before the prompt is looked at; the request's deadline."""
+def check_options(request: Request, context: ServerContext, body: RequestFields) -> Deadline:
+    """The request's deadline, with the server's in what it leaves out.
+
+    Raises:
+        LlmctlError: what can be refused before the prompt is looked at.
+    """
     context.check_name(body.model)
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, SamplingFields) and body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: only with stream", param="stream_options")
     check_precedence(request, body, context.config, context.keys)
     return deadline_of(body, context.deadline)
@@ -102,7 +106,7 @@ async def answer_completion(seen: Observation, body: CompletionRequest, write: W
     """
     context = seen.context
     seen.body, model = body, context.model()
-    deadline = _check_options(seen.request, context, body)
+    deadline = check_options(seen.request, context, body)
     context.client.check_room(model.intake.num_sequences(body))
     params = await model.intake.completion_params(body)
     seen.prompts = prompts = await model.intake.completion_prompts(body)
@@ -122,7 +126,7 @@ async def answer_chat(seen: Observation, body: ChatCompletionRequest, write: Wri
     """
     context = seen.context
     seen.body, model = body, context.model()
-    deadline = _check_options(seen.request, context, body)
+    deadline = check_options(seen.request, context, body)
     context.client.check_room(model.intake.num_sequences(body))
     use = model.intake.tools.use(body)
     params = await model.intake.chat_params(body, use)
@@ -150,14 +154,33 @@ async def _abort_on_disconnect(receive: Receive, generation: Generation) -> None
     generation.abort()
 
 
-async def _respond(seen: Observation, body: SamplingFields, specs: list[SequenceSpec], answer: Answer) -> Response:
+@contextlib.contextmanager
+def submitted(
+    seen: Observation, body: RequestFields, specs: list[SequenceSpec]
+) -> Iterator[tuple[Generation, asyncio.Task[None]]]:
+    """The sequences of a request in the engine, and what drops them when the client goes, to be cancelled by who is
+    done with them; an error drops them, too.
+
+    Raises:
+        LlmctlError: refused.
+    """
     request, context = seen.request, seen.context
-    if context.observers.want_texts:
-        answer.usage = TextCount(answer.usage.prompt_tokens)
-    seen.usage, seen.params = answer.usage, specs[0].params
     generation = seen.generation = context.client.generate(specs, tenant_of(request, body, context.keys))
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
+        yield generation, watcher
+    except BaseException:
+        watcher.cancel()
+        generation.abort()
+        raise
+
+
+async def _respond(seen: Observation, body: SamplingFields, specs: list[SequenceSpec], answer: Answer) -> Response:
+    context = seen.context
+    if context.observers.want_texts:
+        answer.usage = TextCount(answer.usage.prompt_tokens)
+    seen.usage, seen.params = answer.usage, specs[0].params
+    with submitted(seen, body, specs) as (generation, watcher):
         if body.stream:
             # The status line waits for the first output, so that a refusal by the scheduler has its own status; but
             # not for long, or a proxy takes the silence for a dead server.
@@ -165,10 +188,6 @@ async def _respond(seen: Observation, body: SamplingFields, specs: list[Sequence
             keep_alive = None if await started(generation, seconds) else seconds
             return EventStream(answer.stream(generation), generation, watcher, seen.end, keep_alive, answer.headers)
         outputs = await generation.result()
-    except BaseException:
-        watcher.cancel()
-        generation.abort()
-        raise
     watcher.cancel()
     response = await answer.response(outputs)
     seen.end()

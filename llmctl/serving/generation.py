@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.output import TextOutput, merge_outputs
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.serving.wire import WireRequest
@@ -17,7 +18,7 @@ from llmctl.serving.wire import WireRequest
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
-    """One sequence to generate: prompt, parameters with ``n`` = 1, scheduling facts.
+    """One sequence to generate, or with ``pooling`` to embed: prompt, parameters with ``n`` = 1, scheduling facts.
 
     ``samples``: it is one of so many of its prompt, which follow each other.
     """
@@ -28,6 +29,7 @@ class SequenceSpec:
     cache_salt: str | None = None
     samples: int = 1
     deadline: Deadline = NO_DEADLINE
+    pooling: Pooling | None = None
 
 
 @dataclass(slots=True, eq=False)

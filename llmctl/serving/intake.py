@@ -22,6 +22,7 @@ from llmctl.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Prompts,
     SamplingFields,
     TokenizeChatRequest,
     TokenizeRequest,
@@ -104,6 +105,7 @@ class Intake:
         """
         counts = {
             "prompt": outline.ids("prompt"),
+            "input": outline.ids("input"),
             "tokens": outline.ids("tokens"),
             "messages": outline.count("messages"),
         }
@@ -177,30 +179,50 @@ class Intake:
             RequestError: ``n`` out of range.
         """
         samples = SamplingParams(n=1 if body.n is None else body.n).n
-        return samples * (len(_given_prompts(body)) if isinstance(body, CompletionRequest) else 1)
+        return samples * (len(given_prompts(body.prompt)) if isinstance(body, CompletionRequest) else 1)
 
     async def completion_prompts(self, body: CompletionRequest) -> list[Prompt]:
-        """The prompts of a completion request, in order."""
-        items = _given_prompts(body)
-        if not items:
-            raise RequestError("prompt: expected at least one prompt, found an empty list", param="prompt")
-        size = sum(self._check_given(item, body) for item in items)
-        return await self.workers.run(size, lambda: [self._completion_prompt(item, body) for item in items])
+        """The prompts of a completion request, in order.
 
-    def _check_given(self, item: str | list[int], body: CompletionRequest) -> int:
+        Raises:
+            RequestError, CapacityError, QueueFullError: as ``prompts``.
+        """
+        special = body.add_special_tokens
+        return await self.prompts(body.prompt, "prompt", add_special_tokens=special, with_texts=bool(body.echo))
+
+    async def prompts(
+        self, given: Prompts, param: str, *, add_special_tokens: bool, with_texts: bool = False
+    ) -> list[Prompt]:
+        """The prompts that a field ``param`` gives, in order.
+
+        Args:
+            with_texts: of prompts that are token ids, too.
+
+        Raises:
+            RequestError: none, an empty one, or ids that the model does not have. CapacityError: one is too long.
+            QueueFullError.
+        """
+        items = given_prompts(given)
+        if not items:
+            raise RequestError(f"{param}: expected at least one prompt, found an empty list", param=param)
+
+        def made(item: str | list[int]) -> Prompt:
+            if isinstance(item, list):
+                return Prompt(item, self.tokenizer.decode(item) if with_texts else None)
+            ids = self._encode(item, param, add_special_tokens=add_special_tokens)
+            self.check_prompt(ids, param)
+            return Prompt(ids, item)
+
+        size = sum(self._check_given(item, param, with_texts=with_texts) for item in items)
+        return await self.workers.run(size, lambda: [made(item) for item in items])
+
+    def _check_given(self, item: str | list[int], param: str, *, with_texts: bool) -> int:
         """Refuse what needs no tokenizer to be refused; how many bytes of text it is for the tokenizer."""
         if isinstance(item, str):
-            self._check_fits(item, "prompt")
+            self._check_fits(item, param)
             return len(item)
-        self.check_prompt(item, "prompt")
-        return len(item) * _BYTES_PER_TOKEN if body.echo else 0
-
-    def _completion_prompt(self, item: str | list[int], body: CompletionRequest) -> Prompt:
-        if isinstance(item, list):
-            return Prompt(item, self.tokenizer.decode(item) if body.echo else None)
-        ids = self._encode(item, "prompt", add_special_tokens=body.add_special_tokens)
-        self.check_prompt(ids, "prompt")
-        return Prompt(ids, item)
+        self.check_prompt(item, param)
+        return len(item) * _BYTES_PER_TOKEN if with_texts else 0
 
     def known(self, ids: Sequence[int]) -> bool:
         """Whether the model has all these ids."""
@@ -435,9 +457,8 @@ class Intake:
         return params
 
 
-def _given_prompts(body: CompletionRequest) -> list[Any]:
-    """The prompts of a completion request as given: texts, or lists of token ids."""
-    given = body.prompt
+def given_prompts(given: Prompts) -> list[Any]:
+    """Prompts as given: texts, or lists of token ids."""
     one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
     return [given] if one else list(given)
 

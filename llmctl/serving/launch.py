@@ -97,11 +97,13 @@ def check_config(config: ServeConfig) -> None:
 
     if not config.model:
         raise UsageError("--model is required", fix="llmctl serve --model demo:smollm2-135m", param="model")
+    from llmctl.engine.pooling import Pooling
     from llmctl.engine.waiting_queue import POLICIES
     from llmctl.serving.addresses import parse_origins
     from llmctl.serving.sampling_defaults import given_defaults
 
-    for name, allowed in {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES}.items():
+    choices = {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES, "pooling": tuple(Pooling)}
+    for name, allowed in choices.items():
         value = getattr(config, name)
         if value not in allowed:
             option = name.replace("_", "-")

@@ -16,7 +16,7 @@ from llmctl.serving.context import ServerContext
 from llmctl.serving.generation import Generation, RunningSequence
 from llmctl.serving.intake import Prompt
 from llmctl.serving.openai_errors import status_of
-from llmctl.serving.protocol import SamplingFields
+from llmctl.serving.protocol import RequestFields, SamplingFields
 from llmctl.serving.request_record import Moments, RequestRecord
 from llmctl.serving.responses import TextCount, UsageCount
 from llmctl.serving.tenants import tenant_of
@@ -38,7 +38,7 @@ class Observation:
     def __init__(self, request: Request, context: ServerContext) -> None:
         self.request = request
         self.context = context
-        self.body: SamplingFields | None = None
+        self.body: RequestFields | None = None
         self.prompts: Sequence[Prompt] = ()
         self.usage: UsageCount | None = None
         self.params: SamplingParams | None = None
@@ -77,8 +77,11 @@ class Observation:
         body = self.body
         if body is None:
             return {}
-        asked: dict[str, Any] = {"stream": bool(body.stream), "priority": body.priority or 0}
-        asked["n"] = n if (n := 1 if body.n is None else body.n) in RANGES["n"] else None  # else of thousands of digits
+        asked: dict[str, Any] = {"priority": body.priority or 0}
+        if isinstance(body, SamplingFields):
+            asked["stream"] = bool(body.stream)
+            n = 1 if body.n is None else body.n
+            asked["n"] = n if n in RANGES["n"] else None  # it may have thousands of digits
         if (params := self.params) is not None:
             asked |= {"max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p}
         if self.context.observers.want_texts and self.prompts:
@@ -109,7 +112,7 @@ class Observation:
             return status_of(error), _name(error)
         if self.generation is None:
             return 200, None
-        streams = self.body is not None and self.body.stream
+        streams = isinstance(self.body, SamplingFields) and self.body.stream
         if self.generation.aborted:
             return 200 if streams else None, "client_disconnected"
         return 200, None if self.generation.error is None else _name(self.generation.error)

@@ -20,9 +20,11 @@ log = logging.getLogger("llmctl.serving")
 RETRY_SOON = {"Retry-After": "1"}
 """Headers of an answer that the server is not ready."""
 
+_PROMPTS = "a string, a list of token ids (integers >= 0), or a list of either"
 # A union fails with one problem per alternative; these say what the field accepts in one phrase.
 _UNIONS = {
-    "prompt": "a string, a list of token ids (integers >= 0), or a list of either",
+    "prompt": _PROMPTS,
+    "EmbeddingRequest.input": _PROMPTS,
     "stop": "a string or a list of strings",
     "tool_choice": "'none', 'auto', 'required' or an object naming a function",
 }
@@ -71,8 +73,9 @@ def from_validation_error(error: ValidationError) -> RequestError:
     param = str(first["loc"][0]) if first["loc"] else None
     if param is None:
         return RequestError(f"the request body: {first['msg']}")
-    if param in _UNIONS and first["type"] != "missing":
-        return RequestError(f"{param}: expected {_UNIONS[param]}", param=param)
+    union = _UNIONS.get(param) or _UNIONS.get(f"{error.title}.{param}")
+    if union is not None and first["type"] != "missing":
+        return RequestError(f"{param}: expected {union}", param=param)
     path = ".".join(str(part) for part in first["loc"])
     found = "" if first["type"] in ("missing", "not_number") else f", found {type(first['input']).__name__}"
     return RequestError(f"{path}: {first['msg']}{found}", param=param)

@@ -34,8 +34,8 @@ A slash at the end of a path is passed over, and some endpoints have further pat
 
 Beyond what the schemas say, 400 is the answer to
 
-* what does not fit the model: its context length, and the ids of its vocabulary;
-* a prompt without a token, or more sequences (prompts times `n`) than the queue holds;
+* what does not fit the model: its context length, the ids of its vocabulary, and the `dimensions` of its embeddings;
+* a prompt or an input without a token, or more sequences (inputs, or prompts times `n`) than the queue holds;
 * a description of the output that cannot be compiled, is given twice (`response_format` and the fields that other
   servers have for it are one thing), or says nothing;
 * messages that the chat template refuses, a `chat_template` on a server without `--trust-request-chat-template`, an

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmctl.serving.embedding_schema import EmbeddingList, EmbeddingRequest
 from llmctl.serving.protocol import (
     ApiModel,
     ChatCompletionRequest,
@@ -34,6 +35,7 @@ from llmctl.serving.response_schema import (
 
 TAGS = {
     "generation": "What the model writes, as OpenAI's API and vLLM's additions to it.",
+    "embeddings": "What the model makes of texts, as vectors.",
     "models": "The served model.",
     "tokens": "Texts to token ids, and back.",
     "operation": "For who operates the server.",
@@ -111,6 +113,16 @@ OPERATIONS = (
                 **{"messages": _HELLO, "max_tokens": 8, "stream": True},
                 "stream_options": {"include_usage": True},
             },
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/v1/embeddings", "createEmbedding", "embeddings", "A vector for each of some texts", EmbeddingList),
+        bodies=(EmbeddingRequest,),
+        examples={
+            "text": {"input": "Once upon a time"},
+            "batch": {"input": ["One, two,", "Red, green,"], "encoding_format": "base64", "pooling": "mean"},
+            "short": {"input": [5, 6, 7], "dimensions": 8},
         },
         refusals=(403, *_BODY),
     ),

@@ -50,13 +50,13 @@ class Outline:
         data = self._data(name)
         return data.count(b":") if data.startswith(b"{") else 0
 
-    def prompts(self) -> int:
-        """How many prompts ``prompt`` holds: 1 for a text or token ids, else the items of its array."""
-        data = self._data("prompt")
+    def prompts(self, name: str = "prompt") -> int:
+        """How many prompts a field holds: 1 for a text or token ids, else the items of its array."""
+        data = self._data(name)
         first = _first_item(data)
         if first == "[":  # lists of numbers: no string can hold another bracket
-            return data.count(b"[") - 1 if b'"' not in data else self.count("prompt")
-        return self.count("prompt") if first == '"' else 1
+            return data.count(b"[") - 1 if b'"' not in data else self.count(name)
+        return self.count(name) if first == '"' else 1
 
     def sequences(self) -> int:
         """Prompts times ``n``, which counts as 1 when it is out of its range."""

@@ -98,7 +98,7 @@ JsonSchema = dict[str, Any] | bool
 Choices = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 
 
-def _only(*values: Any) -> WithJsonSchema:
+def only(*values: Any) -> WithJsonSchema:
     """The schema of a field that is known, and is refused when it is set to anything but ``values``."""
     return WithJsonSchema({"enum": list(values), "description": "Anything else is not supported."})
 
@@ -147,10 +147,21 @@ class StructuredOutputs(BaseModel):
     json_object: Annotated[bool | None, WithJsonSchema({"const": True})] = None
 
 
-class SamplingFields(ApiModel):
-    """What completions and chat completions share. ``None`` means the model's default."""
+class RequestFields(ApiModel):
+    """What all requests to the engine share. ``None`` means the default."""
 
     model: str | None = None
+    user: str | None = None
+
+    # Beyond OpenAI's.
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
+    deadline: DeadlineText | None = None
+    cache_salt: str | None = None
+
+
+class SamplingFields(RequestFields):
+    """What completions and chat completions share. ``None`` means the model's default."""
+
     n: int | None = 1
     seed: int | None = None
     stop: Stop | None = None
@@ -162,7 +173,6 @@ class SamplingFields(ApiModel):
     frequency_penalty: float | None = None
     logit_bias: LogitBias | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = None
 
     # Beyond OpenAI's.
     top_k: int | None = None
@@ -173,9 +183,6 @@ class SamplingFields(ApiModel):
     ignore_eos: bool | None = None
     allowed_token_ids: Annotated[TokenIds, WithJsonSchema(_SOME_IDS)] | None = None
     bad_words: BadWords | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = 0
-    deadline: DeadlineText | None = None
-    cache_salt: str | None = None
     skip_special_tokens: bool | None = True
     include_stop_str_in_output: bool | None = False
     prompt_logprobs: int | None = None
@@ -193,10 +200,10 @@ class SamplingFields(ApiModel):
     grammar: str | None = None
 
     # Known, and refused when set.
-    use_beam_search: Annotated[bool | None, _only(None, False)] = None
-    guided_decoding_backend: Annotated[Any, _only(None)] = None
-    guided_whitespace_pattern: Annotated[Any, _only(None)] = None
-    structural_tag: Annotated[Any, _only(None)] = None
+    use_beam_search: Annotated[bool | None, only(None, False)] = None
+    guided_decoding_backend: Annotated[Any, only(None)] = None
+    guided_whitespace_pattern: Annotated[Any, only(None)] = None
+    structural_tag: Annotated[Any, only(None)] = None
 
 
 class CompletionRequest(SamplingFields):
@@ -207,7 +214,7 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     echo: bool | None = False
     best_of: Annotated[int | None, Field(description="Refused unless it equals `n`.")] = None
-    suffix: Annotated[str | None, _only(None, "")] = None
+    suffix: Annotated[str | None, only(None, "")] = None
     add_special_tokens: bool = True
 
 
@@ -227,7 +234,7 @@ class ContentPart(ApiModel):
         }
     )
 
-    type: Annotated[str, _only(*PART_TEXTS)]
+    type: Annotated[str, only(*PART_TEXTS)]
     text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
     refusal: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 

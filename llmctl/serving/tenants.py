@@ -10,13 +10,13 @@ from llmctl.config import ServeConfig
 from llmctl.engine.deadline import Deadline
 from llmctl.errors import PermissionDeniedError, RequestError, UsageError
 from llmctl.serving.keys import KEY_SCOPE, ServerKeys
-from llmctl.serving.protocol import SamplingFields
+from llmctl.serving.protocol import RequestFields
 
 MOST_USER_CHARS = 128
 """Of a tenant's name: the engine keeps those of thousands. A longer ``user`` is known by its hash."""
 
 
-def tenant_of(request: Request, body: SamplingFields | None, keys: ServerKeys) -> str:
+def tenant_of(request: Request, body: RequestFields | None, keys: ServerKeys) -> str:
     """The API key (its name, never itself) where there are several; else the body's ``user``; else the client's
     address. ``body`` is None for a request whose body is not known.
 
@@ -34,7 +34,7 @@ def _hashed(user: str) -> str:
     return f"blake2b:{hashlib.blake2b(user.encode(), digest_size=16).hexdigest()}"
 
 
-def check_precedence(request: Request, body: SamplingFields, config: ServeConfig, keys: ServerKeys) -> None:
+def check_precedence(request: Request, body: RequestFields, config: ServeConfig, keys: ServerKeys) -> None:
     """Refuse a priority or a deadline that would not be honoured.
 
     Raises:
@@ -53,7 +53,7 @@ def check_precedence(request: Request, body: SamplingFields, config: ServeConfig
             )
 
 
-def deadline_of(body: SamplingFields, default: Deadline) -> Deadline:
+def deadline_of(body: RequestFields, default: Deadline) -> Deadline:
     """The request's deadline; the server's in what it leaves out.
 
     Raises:

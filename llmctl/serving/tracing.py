@@ -23,7 +23,11 @@ SECONDS_BETWEEN_LINES = 60.0
 """How often a line of the SDK's is passed on at most: an unreachable collector makes some with every batch."""
 CLOSE_SECONDS = 3.0
 _DEFAULT_PATH = "/v1/traces"
-_OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
 
 
 def traces_url(given: str) -> str:

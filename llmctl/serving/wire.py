@@ -13,6 +13,7 @@ import numpy as np
 
 from llmctl.engine.deadline import NO_DEADLINE, Deadline
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import ExitCode, LlmctlError
 
@@ -28,6 +29,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
     arrival: float
     tenant: str = ""
     deadline: Deadline = NO_DEADLINE
+    pooling: Pooling | None = None
 
 
 class AddRequests(msgspec.Struct, tag="add", array_like=True, frozen=True):
@@ -103,6 +105,7 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     block_size: int
     num_blocks: int
     vocab_size: int
+    hidden_size: int
     weight_bytes: int
     kv_cache_bytes: int
     kv_cache_dtype: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,6 +18,14 @@ from numpy.typing import NDArray
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 
 Ints = NDArray[np.int64]
+
+
+class PooledRows(NamedTuple):
+    """Rows ``start .. end-1`` of a step, whose hidden states a request wants added up."""
+
+    request_id: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Batch:
         block_tables: i64 [S, max blocks], rows padded with -1.
         logits_indices: i64 [R], rows whose logits are sampled, in SamplingBatch order.
         block_size: tokens a block.
+        pooled: of each slice with ``pool_rows``.
     """
 
     token_ids: Ints
@@ -42,6 +52,7 @@ class Batch:
     block_tables: Ints
     logits_indices: Ints
     block_size: int
+    pooled: tuple[PooledRows, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +78,7 @@ class FlatPlan(msgspec.Struct, frozen=True):
         query_start: [S + 1].
         rows: [R], rows whose logits are sampled.
         scored: whether any slice has score targets.
+        pooled: of each slice with ``pool_rows``.
     """
 
     token_ids: list[int]
@@ -75,6 +87,7 @@ class FlatPlan(msgspec.Struct, frozen=True):
     query_start: list[int]
     rows: list[int]
     scored: bool
+    pooled: list[PooledRows]
 
 
 def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) -> FlatPlan:
@@ -86,13 +99,14 @@ def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) ->
 
     Raises:
         ValueError: an empty slice, token ids out of range, a block table too short, a sequence too long, or more
-            score targets than tokens; the message names the request.
+            score targets or pooled rows than tokens; the message names the request.
     """
     size = limits.block_size
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     query_start, rows, scored = [0], [], False
+    pooled: list[PooledRows] = []
     for piece in plan.slices:
         start, count, blocks = piece.start, len(piece.token_ids), piece.block_ids
         end = start + count
@@ -113,11 +127,14 @@ def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) ->
         query_start.append(len(token_ids))
         if piece.sample:
             rows.append(len(token_ids) - 1)
+        if piece.pool_rows:
+            _check_slice(piece, limits, may_feed)
+            pooled.append(PooledRows(piece.request_id, len(token_ids) - piece.pool_rows, len(token_ids)))
     lowest = IN_FLIGHT if may_feed else 0
     if token_ids and not lowest <= min(token_ids) <= max(token_ids) < limits.vocab_size:
         for piece in plan.slices:
             _check_slice(piece, limits, may_feed)
-    return FlatPlan(token_ids, positions, slots, query_start, rows, scored)
+    return FlatPlan(token_ids, positions, slots, query_start, rows, scored, pooled)
 
 
 def _slots(blocks: Sequence[int], start: int, end: int, size: int) -> list[int]:
@@ -187,6 +204,7 @@ def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False
         block_tables=_block_tables(plan.slices),
         logits_indices=np.array(flat.rows, np.int64),
         block_size=limits.block_size,
+        pooled=tuple(flat.pooled),
     )
 
 
@@ -220,6 +238,8 @@ def _check_slice(piece: SequenceSlice, limits: RuntimeLimits, may_feed: bool) ->
     targets = piece.score_targets or ()
     if len(targets) > count:
         raise ValueError(f"{who}: {len(targets)} score targets for {count} tokens")
+    if not 0 <= piece.pool_rows <= count:
+        raise ValueError(f"{who}: {piece.pool_rows} rows to pool of {count} tokens")
     if targets and (min(targets) < 0 or max(targets) >= limits.vocab_size):
         raise ValueError(f"{who}: score targets must be in 0..{limits.vocab_size - 1}")
 

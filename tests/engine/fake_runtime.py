@@ -28,6 +28,7 @@ from llmctl.engine.step import (
 )
 
 EMPTY = (-1, -1)
+HIDDEN = 3
 
 
 def _hash(*parts: object) -> int:
@@ -54,6 +55,11 @@ def next_token(history: Sequence[tuple[int, int]], sampling: SamplingBatch, row:
 
 def score_of(history: Sequence[tuple[int, int]], target: int) -> float:
     return -(_hash(list(history), "score", target) % 1000) / 100
+
+
+def hidden_of(history: Sequence[tuple[int, int]]) -> np.ndarray:
+    """A token's hidden state, f32 [HIDDEN]: integers, whose sums are exact in any order."""
+    return np.array([_hash(list(history), "hidden", i) % 1000 for i in range(HIDDEN)], np.float32)
 
 
 def scores_of(histories: Sequence[Sequence[tuple[int, int]]], targets: Sequence[int], top: int) -> TokenScores:
@@ -165,11 +171,15 @@ class FakeRuntime:
         self.computed_tokens += num_tokens
         sampled = [piece for piece in plan.slices if piece.sample]
         assert sampling.positions.tolist() == [piece.start + len(piece.token_ids) for piece in sampled]
-        tokens, logprobs, scores = [], [], {}
+        tokens, logprobs, scores, pooled = [], [], {}, {}
         for piece in plan.slices:
             if piece.score_targets is not None:
                 histories = [self._history(piece, piece.start + i + 1) for i in range(len(piece.score_targets))]
                 scores[piece.request_id] = scores_of(histories, piece.score_targets, piece.score_top)
+            if piece.pool_rows:
+                end = piece.start + len(piece.token_ids)
+                rows = [hidden_of(self._history(piece, i + 1)) for i in range(end - piece.pool_rows, end)]
+                pooled[piece.request_id] = np.sum(rows, 0)
             if piece.sample:
                 row = len(tokens)
                 history = self._history(piece, piece.start + len(piece.token_ids))
@@ -178,7 +188,8 @@ class FakeRuntime:
                 logprobs.append(None if wanted < 0 else TokenLogprobs(-1.5, 2, tuple(range(wanted)), (-0.5,) * wanted))
         self.sampled = {piece.request_id: token for piece, token in zip(sampled, tokens, strict=True)}
         given = logprobs if any(p is not None for p in logprobs) else None
-        return StepResult(np.array(tokens, np.int32), given, scores, self.seconds_a_token * num_tokens)
+        seconds = self.seconds_a_token * num_tokens
+        return StepResult(np.array(tokens, np.int32), given, scores, seconds, pooled=pooled)
 
 
 def expected_tokens(request: Request, seed: int, limits: RuntimeLimits, eos: frozenset[int]) -> list[int]:

@@ -12,6 +12,7 @@ from timed_runtime import TimedRuntime, cpu
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.itl_guard import DecodeOutlook
 from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
@@ -167,6 +168,8 @@ def test_the_outlook_is_the_cost_of_the_step() -> None:
         made[5] = last
         assert DecodeOutlook(cost, made[:5]).admits(last) is (margin > 0)
     assert DecodeOutlook(cost, made).tightest == last.deadline.itl
+    embedding = Request("e", [1] * 4000, SamplingParams(max_tokens=0), pooling=Pooling.MEAN)  # it never decodes
+    assert DecodeOutlook(cost, [*made[:5], embedding]).admits(last)
 
 
 # -- TTFT ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timed_runtime import load_of
 
 from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import Request, RequestStatus, fan_out
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import SchedulerConfig
@@ -147,6 +148,8 @@ def test_short_prompts_that_never_ran_are_counted() -> None:
     queue.put_back(first)
     assert queue.num_short == 1
     drained(queue)
+    assert queue.num_short == 0
+    queue.add(request("embedding", tokens=0, pooling=Pooling.LAST), 0.0)  # it will not be a row of decodes
     assert queue.num_short == 0
 
 

@@ -22,7 +22,7 @@ from llmctl.serving.metrics import NO_STATS, ServerMetrics
 from llmctl.serving.wire import EngineInfo, ErrorInfo, Refused, StepMessage
 from llmctl.text.tokenizer import Tokenizer
 
-INFO = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 0, 0, "float32", 2, 64)
+INFO = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 32, 0, 0, "float32", 2, 64)
 
 
 def admitting_client(

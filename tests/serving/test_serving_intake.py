@@ -296,7 +296,7 @@ def test_no_chat_template_is_refused_not_guessed(tokenizer: Tokenizer) -> None:
 
 
 def test_a_template_file_overrides_the_models_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    sizes = (64, 16, 8, tokenizer.vocab_size, 0, 0)
+    sizes = (64, 16, 8, tokenizer.vocab_size, 32, 0, 0)
     info = EngineInfo("m", "llama", "reference", "none", "float32", *sizes, "float32", 2, 64)
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}{{ eos_token }}")

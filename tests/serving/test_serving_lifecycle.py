@@ -117,7 +117,7 @@ class Worker:
         return await self.wait()
 
 
-INFO = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 0, 0, "float32", 2, 64)
+INFO = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 32, 0, 0, "float32", 2, 64)
 
 
 class Life:

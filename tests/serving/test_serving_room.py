@@ -33,7 +33,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncEngineClient
     config = ServeConfig(max_num_queued_reqs=3)
     client = AsyncEngineClient(config, ServerMetrics("mine"), stall_timeout=60.0)
     monkeypatch.setattr(client.worker, "tokenizer", Tokenizer.from_folder(tmp_path))
-    info = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 0, 0, "float32", 2, 64)
+    info = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 32, 0, 0, "float32", 2, 64)
     monkeypatch.setattr(client.worker, "info", info)
     monkeypatch.setattr(client.worker, "send", lambda _: None)
     client.admit()

@@ -339,3 +339,10 @@ def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:
 def logits_view(lowering: Lowering) -> View:
     """Where the last op leaves its logits."""
     return lowering.views[LOGITS]
+
+
+def hidden_view(lowering: Lowering) -> View:
+    """Where the hidden states of all tokens lie from the final norm to the end of the step: the ops on gathered rows,
+    which read them, may run several times."""
+    graph = lowering.graph
+    return lowering.views[graph.ops[graph.gather_index()].inputs[0]]

@@ -32,7 +32,7 @@ from llmctl.targets.cpu.abi import (
     StepDesc,
     open_library,
 )
-from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, logits_view, plan_arena
+from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, hidden_view, logits_view, plan_arena
 from llmctl.targets.cpu.layout import kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
@@ -94,6 +94,7 @@ class CpuRuntime:
         self._max_tokens = sizes.max_num_batched_tokens
         ops = (OpDesc * len(bound))(*[self._describe(b, graph) for b in bound])
         assert logits_view(lowering) == bound[-1].views["y"]
+        self._hidden = self._rows_of(hidden_view(lowering), graph.hidden_size)
         kv, self.kv_bytes = self._allocate_cache(graph, kv_dtype)
         self._program = self._library.llmctl_create(
             ops,
@@ -154,7 +155,8 @@ class CpuRuntime:
         self._library.llmctl_step(self._program, c.byref(step), c.byref(desc))
         seconds = time.perf_counter() - began
         sampled, logprobs = self._sampling.results()
-        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, scores), seconds))
+        pooled = {request: self._hidden[start:end].sum(0) for request, start, end in flat.pooled}
+        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, scores), seconds, pooled=pooled))
 
     def profile(self) -> dict[str, float]:
         """Microseconds per op kind since the last call (as seen by the first thread, waiting included)."""
@@ -255,6 +257,12 @@ class CpuRuntime:
 
     def _matrix(self, view: View) -> Matrix:
         return Matrix(self._address(view.storage.offset) + 4 * view.column, view.ld)
+
+    def _rows_of(self, view: View, width: int) -> NDArray[np.float32]:
+        """The matrix [tokens, width] as numpy reads it."""
+        start = view.storage.offset
+        whole = self._arena[start : start + 4 * view.ld * self._max_tokens].view(np.float32)
+        return whole.reshape(self._max_tokens, view.ld)[:, view.column : view.column + width]
 
     def _acts(self, operand: IntOperand) -> IntActs:
         addresses = [self._address(s.offset) for s in operand.storages]

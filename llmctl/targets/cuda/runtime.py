@@ -29,7 +29,7 @@ from llmctl.engine.step import (
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
-from llmctl.targets.batch import FlatPlan, build_batch, flatten
+from llmctl.targets.batch import FlatPlan, PooledRows, build_batch, flatten
 from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
 from llmctl.targets.cuda.buffers import SCRATCH_DTYPES, plan_buffers, scratch_sizes
 from llmctl.targets.cuda.errors import device_errors
@@ -73,9 +73,15 @@ class CudaStep:
     """A step that the device may still be running; an ``engine.step.PendingStep``."""
 
     def __init__(
-        self, sampled: Sampled | None, scores: list[_Scores], began: Mark, ended: Mark, execution: Execution
+        self,
+        sampled: Sampled | None,
+        scores: list[_Scores],
+        pooled: Mapping[str, Tensor],
+        began: Mark,
+        ended: Mark,
+        execution: Execution,
     ) -> None:
-        self._sampled, self._scores, self._execution = sampled, scores, execution
+        self._sampled, self._scores, self._pooled, self._execution = sampled, scores, pooled, execution
         self._began, self._ended = began, ended
         self._value: StepResult | None = None
 
@@ -91,7 +97,8 @@ class CudaStep:
             tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
             scores = {s.request_id: s.result() for s in self._scores}
             seconds = self._ended.seconds_since(self._began)
-            self._value = StepResult(tokens, logprobs, scores, seconds, execution=self._execution)
+            pooled = {request: tensor.numpy() for request, tensor in self._pooled.items()}
+            self._value = StepResult(tokens, logprobs, scores, seconds, self._execution, pooled)
         return self._value
 
 
@@ -183,6 +190,7 @@ class CudaRuntime:
             staging.send(shape)
             execution, logits = self._compute(shape, decode, rows)
             scores = self._score(plan, flat) if flat.scored else []
+            pooled = self._pool(flat.pooled) if flat.pooled else {}
             sampled = None
             if rows:
                 if logits is None:
@@ -190,7 +198,7 @@ class CudaRuntime:
                         self._arena.row_view("rows", rows).copy_(staging.sent_rows(rows), non_blocking=True)
                     logits = self._head(rows, every=False)
                 sampled = self._sampler.start(sampling, logits, self._results[turn])
-            step = CudaStep(sampled, scores, began, self._queue.mark(), execution)
+            step = CudaStep(sampled, scores, pooled, began, self._queue.mark(), execution)
         self._row_of = {p.request_id: i for i, p in enumerate(p for p in plan.slices if p.sample)}
         self._steps[turn] = step
         return step
@@ -359,6 +367,14 @@ class CudaRuntime:
             top = min(piece.score_top, self.limits.vocab_size)
             found.append(_Scores(piece.request_id, len(targets), top, tuple(parts)))
         return found
+
+    def _pool(self, pooled: Sequence[PooledRows]) -> dict[str, Tensor]:
+        """f32 [hidden size] of each: its rows' hidden states, added up, on their way to the host."""
+        gather = self._graph.ops[self._graph.gather_index()]
+        hidden = self._model.buffers.view(gather.inputs[0], self._sizes.max_num_batched_tokens)
+        sums = [hidden[start:end].sum(0, dtype=torch.float32) for _, start, end in pooled]
+        rows = self._queue.download(torch.stack(sums))
+        return {request: rows[i] for i, (request, _, _) in enumerate(pooled)}
 
     # -- programs ---------------------------------------------------------------------------------------------
 

@@ -93,11 +93,14 @@ class ReferenceRuntime:
         env = self._body(ctx.inputs(), ctx)
         hidden = env[self._hidden]
         scores = self._scores(plan, batch, hidden, ctx)
-        if rows == 0:
-            return DoneStep(StepResult(np.zeros(0, np.int32), None, scores, time.perf_counter() - began))
-        logits = self._logits(hidden, ctx.tensor(batch.logits_indices), ctx)
-        token_ids, logprobs = sample(logits, sampling)
-        return DoneStep(StepResult(token_ids, logprobs, scores, time.perf_counter() - began))
+        pooled = {
+            request: hidden[start:end].sum(0, dtype=torch.float32).cpu().numpy() for request, start, end in batch.pooled
+        }
+        token_ids, logprobs = np.zeros(0, np.int32), None
+        if rows:
+            logits = self._logits(hidden, ctx.tensor(batch.logits_indices), ctx)
+            token_ids, logprobs = sample(logits, sampling)
+        return DoneStep(StepResult(token_ids, logprobs, scores, time.perf_counter() - began, pooled=pooled))
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, *, all_rows: bool = False) -> Tensor:

@@ -1,0 +1,118 @@
+"""``/v1/embeddings``: hidden states that the engine has pooled, as vectors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.responses import Response
+
+from llmctl.engine.deadline import Deadline
+from llmctl.engine.output import TextOutput
+from llmctl.engine.pooling import Pooling
+from llmctl.engine.sampling_params import SamplingParams
+from llmctl.errors import RequestError
+from llmctl.serving.context import Model, ServerContext
+from llmctl.serving.embedding_schema import EmbeddingRequest
+from llmctl.serving.exchange import check_options, submitted
+from llmctl.serving.generation import SequenceSpec
+from llmctl.serving.intake import given_prompts
+from llmctl.serving.observation import Observation
+from llmctl.serving.openai_errors import json_response
+from llmctl.serving.outline import Outline
+from llmctl.serving.responses import UsageCount
+
+_NOTHING = SamplingParams(max_tokens=0)
+# What writing a number takes, by the measure of ``TextWorkers``.
+_NUMBERS_PER_BYTE = 4
+
+
+def check_inputs(context: ServerContext, outline: Outline) -> None:
+    """Refuse by its outline a request that cannot be served now, or ever.
+
+    Raises:
+        NotReadyError, QueueFullError, RequestError.
+    """
+    model = context.model()
+    context.client.check_room(outline.prompts("input"), "input")
+    model.intake.check_outline(outline)
+
+
+async def answer_embeddings(seen: Observation, body: EmbeddingRequest) -> Response:
+    """The response to an embedding request.
+
+    Raises:
+        LlmctlError: refused.
+    """
+    context = seen.context
+    seen.body, model = body, context.model()
+    # No token follows the first: its ITL is kept, and must not hold others back.
+    deadline = Deadline(ttft=check_options(seen.request, context, body).ttft)
+    _check_shape(body, model)
+    context.client.check_room(len(given_prompts(body.input)), "input")
+    seen.prompts = await model.intake.prompts(body.input, "input", add_special_tokens=body.add_special_tokens)
+    pooling = Pooling(body.pooling or context.config.pooling)
+    specs = [
+        SequenceSpec(
+            prompt.token_ids, _NOTHING, body.priority or 0, body.cache_salt, deadline=deadline, pooling=pooling
+        )
+        for prompt in seen.prompts
+    ]
+    seen.usage = UsageCount(sum(len(prompt.token_ids) for prompt in seen.prompts))
+    with submitted(seen, body, specs) as (generation, watcher):
+        outputs = await generation.result()
+    watcher.cancel()
+    for index, output in enumerate(outputs):
+        seen.usage.count(index, output)
+    dimensions = body.dimensions or model.info.hidden_size
+    size = len(outputs) * dimensions // _NUMBERS_PER_BYTE
+    prompt_tokens = seen.usage.prompt_tokens
+    response = await model.intake.workers.finish(
+        size, lambda: json_response(_document(body, outputs, model.name, prompt_tokens))
+    )
+    seen.end()
+    return response
+
+
+def _check_shape(body: EmbeddingRequest, model: Model) -> None:
+    if body.truncate_prompt_tokens is not None:
+        raise RequestError(
+            "truncate_prompt_tokens: not supported", fix="shorten the input", param="truncate_prompt_tokens"
+        )
+    most = model.info.hidden_size
+    if body.dimensions is not None and body.dimensions > most:
+        raise RequestError(
+            f"dimensions: expected at most the model's {most}, found {body.dimensions}",
+            fix=f"leave it out for all {most}",
+            param="dimensions",
+        )
+
+
+def _document(body: EmbeddingRequest, outputs: list[TextOutput], model_name: str, prompt_tokens: int) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _written(body, output)}
+            for index, output in enumerate(outputs)
+        ],
+        "model": model_name,
+        "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
+    }
+
+
+def _written(body: EmbeddingRequest, output: TextOutput) -> list[float] | str:
+    assert output.embedding is not None
+    vector = shaped(output.embedding, body.dimensions, normalize=body.normalize is not False)
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers
+
+
+def shaped(vector: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:
+    """The first ``dimensions`` (None: all) of a vector f32; to ``normalize`` scales them to the length 1, but zeros."""
+    vector = vector[:dimensions]
+    length = np.sqrt(np.square(vector, dtype=np.float64).sum())
+    return (vector / length).astype(np.float32) if normalize and length > 0 else vector
