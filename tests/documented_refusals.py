@@ -14,5 +14,5 @@ DOCUMENTED = re.compile(
     r"|expected one description of the output|expected one of json, regex|expected a JSON schema|response_format"
     r"|cannot be enforced: |to compile|grammars are being compiled|the output cannot go on"
     r"|: only with (tools|functions)$|expected one of the request's tools|tools or functions, found both"
-    r"|arguments: expected a JSON object"
+    r"|arguments: expected a JSON object|dimensions: expected at most the model's"
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.responses import Response
@@ -14,19 +16,19 @@ from llmctl.engine.output import TextOutput
 from llmctl.engine.pooling import Pooling
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import RequestError
-from llmctl.serving.context import Model, ServerContext
+from llmctl.serving.context import ServerContext
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.exchange import check_options, submitted
 from llmctl.serving.generation import SequenceSpec
-from llmctl.serving.intake import given_prompts
+from llmctl.serving.intake import Prompt, given_prompts
 from llmctl.serving.observation import Observation
 from llmctl.serving.openai_errors import json_response
 from llmctl.serving.outline import Outline
 from llmctl.serving.responses import UsageCount
 
 _NOTHING = SamplingParams(max_tokens=0)
-# What writing a number takes, by the measure of ``TextWorkers``.
-_NUMBERS_PER_BYTE = 4
+# What writing numbers takes, by the measure of ``TextWorkers``: 0.19 and 0.012 µs a number, measured.
+_NUMBERS_PER_BYTE = {"float": 4, "base64": 64}
 
 
 def check_inputs(context: ServerContext, outline: Outline) -> None:
@@ -48,18 +50,11 @@ async def answer_embeddings(seen: Observation, body: EmbeddingRequest) -> Respon
     """
     context = seen.context
     seen.body, model = body, context.model()
-    # No token follows the first: its ITL is kept, and must not hold others back.
-    deadline = Deadline(ttft=check_options(seen.request, context, body).ttft)
-    _check_shape(body, model)
+    deadline = check_options(seen.request, context, body)
+    check_shape(body, model.info.hidden_size)
     context.client.check_room(len(given_prompts(body.input)), "input")
     seen.prompts = await model.intake.prompts(body.input, "input", add_special_tokens=body.add_special_tokens)
-    pooling = Pooling(body.pooling or context.config.pooling)
-    specs = [
-        SequenceSpec(
-            prompt.token_ids, _NOTHING, body.priority or 0, body.cache_salt, deadline=deadline, pooling=pooling
-        )
-        for prompt in seen.prompts
-    ]
+    specs = sequences(body, seen.prompts, deadline, Pooling(body.pooling or context.config.pooling))
     seen.usage = UsageCount(sum(len(prompt.token_ids) for prompt in seen.prompts))
     with submitted(seen, body, specs) as (generation, watcher):
         outputs = await generation.result()
@@ -67,30 +62,46 @@ async def answer_embeddings(seen: Observation, body: EmbeddingRequest) -> Respon
     for index, output in enumerate(outputs):
         seen.usage.count(index, output)
     dimensions = body.dimensions or model.info.hidden_size
-    size = len(outputs) * dimensions // _NUMBERS_PER_BYTE
+    size = len(outputs) * dimensions // _NUMBERS_PER_BYTE[body.encoding_format or "float"]
     prompt_tokens = seen.usage.prompt_tokens
     response = await model.intake.workers.finish(
-        size, lambda: json_response(_document(body, outputs, model.name, prompt_tokens))
+        size, lambda: json_response(document(body, outputs, model.name, prompt_tokens))
     )
     seen.end()
     return response
 
 
-def _check_shape(body: EmbeddingRequest, model: Model) -> None:
+def check_shape(body: EmbeddingRequest, hidden_size: int) -> None:
+    """Refuse what a vector of ``hidden_size`` numbers cannot become.
+
+    Raises:
+        RequestError.
+    """
     if body.truncate_prompt_tokens is not None:
         raise RequestError(
             "truncate_prompt_tokens: not supported", fix="shorten the input", param="truncate_prompt_tokens"
         )
-    most = model.info.hidden_size
-    if body.dimensions is not None and body.dimensions > most:
+    if body.dimensions is not None and body.dimensions > hidden_size:
         raise RequestError(
-            f"dimensions: expected at most the model's {most}, found {body.dimensions}",
-            fix=f"leave it out for all {most}",
+            f"dimensions: expected at most the model's {hidden_size}, found {body.dimensions}",
+            fix=f"leave it out for all {hidden_size}",
             param="dimensions",
         )
 
 
-def _document(body: EmbeddingRequest, outputs: list[TextOutput], model_name: str, prompt_tokens: int) -> dict[str, Any]:
+def sequences(
+    body: EmbeddingRequest, prompts: Iterable[Prompt], deadline: Deadline, pooling: Pooling
+) -> list[SequenceSpec]:
+    """What the engine is asked for. No token follows the vector: an ITL deadline is kept, and must hold nobody back."""
+    due = Deadline(ttft=deadline.ttft)
+    return [
+        SequenceSpec(prompt.token_ids, _NOTHING, body.priority or 0, body.cache_salt, deadline=due, pooling=pooling)
+        for prompt in prompts
+    ]
+
+
+def document(body: EmbeddingRequest, outputs: list[TextOutput], model_name: str, prompt_tokens: int) -> dict[str, Any]:
+    """OpenAI's list of embeddings, for msgspec to encode."""
     return {
         "object": "list",
         "data": [
@@ -102,13 +113,13 @@ def _document(body: EmbeddingRequest, outputs: list[TextOutput], model_name: str
     }
 
 
-def _written(body: EmbeddingRequest, output: TextOutput) -> list[float] | str:
+def _written(body: EmbeddingRequest, output: TextOutput) -> msgspec.Raw | str:
+    """One vector. Numbers are encoded by themselves: in one call those of all would keep every thread waiting."""
     assert output.embedding is not None
     vector = shaped(output.embedding, body.dimensions, normalize=body.normalize is not False)
     if body.encoding_format == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    numbers: list[float] = vector.tolist()
-    return numbers
+    return msgspec.Raw(msgspec.json.encode(vector.tolist()))
 
 
 def shaped(vector: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:

@@ -212,7 +212,7 @@ def test_other_methods_are_405_and_named(server: ServerProcess, document: Any, p
 
 def test_a_path_that_is_not_there_is_404_whatever_comes_with_it(server: ServerProcess) -> None:
     for method in ("GET", "POST", "PUT"):
-        answer = requests.request(method, server.url + "/v1/embeddings", data=b"x", timeout=30)
+        answer = requests.request(method, server.url + "/v1/images/generations", data=b"x", timeout=30)
         assert answer.status_code == 404
         assert ErrorResponse.model_validate_json(answer.content).error.code == "not_found"
 

@@ -26,7 +26,7 @@ KEY = "a-key"
 VOCABULARY = 384
 MAX_MODEL_LEN = 512
 MOST_TOKENS = 4
-ID_LISTS = ("prompt", "tokens", "stop_token_ids", "allowed_token_ids")
+ID_LISTS = ("prompt", "input", "tokens", "stop_token_ids", "allowed_token_ids")
 
 
 def loaded(*, with_keys: bool, examples: int, coverage: bool) -> Any:

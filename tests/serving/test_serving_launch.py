@@ -31,6 +31,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"
         ({"model": ""}, "--model is required"),
         ({"log_level": "loud"}, "--log-level: expected debug, info"),
         ({"scheduling_policy": "lifo"}, "--scheduling-policy: expected fcfs, priority, fair"),
+        ({"pooling": "cls"}, "--pooling: expected last, mean, found 'cls'"),
         ({"ssl_certfile": "cert.pem"}, "--ssl-certfile needs --ssl-keyfile"),
         ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),

@@ -28,6 +28,8 @@ from llmctl.serving.app import create_app
 from llmctl.serving.body import parsed
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.context import ServerContext
+from llmctl.serving.embedding_schema import EmbeddingRequest
+from llmctl.serving.embeddings import check_shape
 from llmctl.serving.http_protocol import BoundedHttpProtocol
 from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
@@ -135,12 +137,14 @@ WITH = {"tool_choice": {"tools": [TOOL]}, "function_call": {"functions": [FUNCTI
 REQUESTS = {
     CompletionRequest: {"prompt": "a", "max_tokens": 5},
     ChatCompletionRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "logprobs": True},
+    EmbeddingRequest: {"input": "a"},
 }
 SHARED = SamplingFields.model_fields
 COMPONENTS = describe(MODEL, with_keys=False)["components"]
 FIELDS = [
     *((CompletionRequest, name) for name in CompletionRequest.model_fields),
     *((ChatCompletionRequest, name) for name in ChatCompletionRequest.model_fields if name not in SHARED),
+    *((EmbeddingRequest, name) for name in EmbeddingRequest.model_fields if name not in SHARED),
 ]
 
 
@@ -156,6 +160,10 @@ async def take_in(intake: Intake, model: type[Any], data: bytes) -> None:
     """What the endpoints do with a body before the engine sees any of it."""
     body = parsed(data, Outline(data), model)
     deadline_of(body, NO_DEADLINE)
+    if model is EmbeddingRequest:
+        check_shape(body, 64)
+        await intake.prompts(body.input, "input", add_special_tokens=body.add_special_tokens)
+        return
     intake.num_sequences(body)
     if model is CompletionRequest:
         params = await intake.completion_params(body)

@@ -19,6 +19,7 @@ def test_prompts(prompt: Any, count: int, separators: tuple[str, str]) -> None:
     body = json.dumps({"prompt": prompt, "n": 3}, separators=separators).encode()
     assert Outline(body).prompts() == count
     assert Outline(body).sequences() == 3 * count
+    assert Outline(body.replace(b"prompt", b"input")).prompts("input") == count
 
 
 def test_n_out_of_its_range_is_for_others_to_refuse() -> None:

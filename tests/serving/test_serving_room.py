@@ -42,9 +42,13 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncEngineClient
 
 def test_what_never_fits_is_the_requests_fault(client: AsyncEngineClient) -> None:
     client.check_room(3)
-    with pytest.raises(RequestError, match=r"at most 3 sequences in a request \(prompts times n\), found 4") as caught:
+    with pytest.raises(
+        RequestError, match=r"n: expected at most 3 sequences in a request \(prompts times n\), found 4"
+    ) as caught:
         client.check_room(4)
     assert (caught.value.http_status, caught.value.param) == (400, "n")
+    with pytest.raises(RequestError, match="input: expected at most 3 sequences in a request, found 4"):
+        client.check_room(4, "input")
 
 
 def test_what_does_not_fit_now_may_come_again(client: AsyncEngineClient) -> None:

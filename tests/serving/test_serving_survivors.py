@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import numpy as np
 import pytest
 from small_tokenizers import byte_level
 
 from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import TokenOutput
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import LlmctlError
@@ -46,6 +50,11 @@ class Bench:
         outputs = [TokenOutput(i, (40,), finish_reason=reason) for i in ids]
         self.client.on_step(StepMessage(outputs, NO_STATS, 0.0, list(refused)))
 
+    def vector(self, request_id: str) -> None:
+        embedding = np.zeros(2, np.float32)
+        output = TokenOutput(request_id, finish_reason=FinishReason.STOP, embedding=embedding)
+        self.client.on_step(StepMessage([output], NO_STATS, 0.0))
+
     def die(self, *scheduled: str) -> None:
         self.client.on_scheduled(list(scheduled))
         self.client.on_worker_lost(DEATH, "SIGKILL")
@@ -77,6 +86,18 @@ def test_what_has_a_token_ends_and_what_has_none_is_sent_again(bench: Bench) -> 
     assert bench.sent == ["3", "4", "5"]
     bench.step("3", "4", "5", end=True)
     assert (waiting.done, bench.client.busy) == (True, False)
+
+
+def test_an_embedding_without_its_vector_is_sent_again(bench: Bench) -> None:
+    nothing = SamplingParams(max_tokens=0)
+    generation = bench.client.generate([SequenceSpec([5, 6], nothing, pooling=Pooling.MEAN)])
+    bench.die("0")
+    assert bench.restart() == ["0"]
+    assert [s.wire.pooling for s in generation.sequences if s.wire is not None] == [Pooling.MEAN]
+    bench.vector("0")
+    (output,) = asyncio.run(generation.result())
+    assert output.embedding is not None
+    assert (generation.deaths, bench.client.busy) == (1, False)
 
 
 def test_suspects_come_one_at_a_time_and_before_all_others(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.engine.llm_engine import EngineStats, TokenOutput
+from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import FinishReason, RequestTimes
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs, TokenScores
@@ -140,7 +141,7 @@ def test_a_request_survives_the_wire() -> None:
         max_tokens=9,
         logprobs=2,
     )
-    command = AddRequests([WireRequest("id", [1, 2, 3], params, -4, "salt", 12.5)])
+    command = AddRequests([WireRequest("id", [1, 2, 3], params, -4, "salt", 12.5, pooling=Pooling.MEAN)])
     assert decode_command(encode(command)) == command
 
 
@@ -160,11 +161,13 @@ def test_a_step_survives_the_wire() -> None:
         4,
         scores,
         RequestTimes(1.0, 2.0, 3.0, 4.0),
+        embedding=np.array([0.5, -np.inf], np.float32),
     )
     refused = [Refused(["x"], ErrorInfo.of(QueueFullError("full")))]
     event = decode_event(encode(StepMessage([output, TokenOutput("other")], STATS, 1.5, refused)))
     assert isinstance(event, StepMessage)
     got = event.outputs[0]
+    np.testing.assert_array_equal(got.embedding, output.embedding, strict=True)
     assert got.prompt_scores is not None
     for name in TokenScores.__struct_fields__:
         np.testing.assert_array_equal(getattr(got.prompt_scores, name), getattr(scores, name), strict=True)

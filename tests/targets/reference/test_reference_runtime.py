@@ -131,6 +131,8 @@ def test_a_seed_gives_the_same_tokens_in_any_company(runtime: ReferenceRuntime) 
         (SequenceSlice("r", [1], 0, [-1], True), "block ids must be in 0..39"),
         (SequenceSlice("r", [1], 0, [0], True, score_targets=[1, 2]), "2 score targets for 1 tokens"),
         (SequenceSlice("r", [1], 0, [0], True, score_targets=[VOCAB]), "score targets must be in 0..130"),
+        (SequenceSlice("r", [1], 0, [0], True, pool_rows=2), "2 rows to pool of 1 tokens"),
+        (SequenceSlice("r", [1], 0, [0], True, pool_rows=-1), "-1 rows to pool of 1 tokens"),
     ],
 )
 def test_plans_that_are_refused(runtime: ReferenceRuntime, slice_: SequenceSlice, words: str) -> None:
