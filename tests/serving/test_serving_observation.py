@@ -13,6 +13,7 @@ from llmctl.engine.output import TextOutput
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import CapacityError, LlmctlError, QueueFullError, RequestError
+from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.generation import Generation, RunningSequence, Samples
 from llmctl.serving.intake import Prompt
 from llmctl.serving.keys import KEY_SCOPE, ServerKeys
@@ -138,6 +139,16 @@ def test_a_client_that_went_away(stream: bool, status: int | None) -> None:
     assert (made.status, made.error, made.finish_reasons) == (status, "client_disconnected", ("stop", "abort"))
     assert made.moments.last_token is None
     assert made.itl_seconds == pytest.approx(2)
+
+
+def test_a_client_that_did_not_wait_for_its_embeddings() -> None:
+    case = Case()
+    generation = case.run(FinishReason.STOP, None)
+    case.seen.body = EmbeddingRequest(input=["a", "b"], priority=7)
+    generation.abort()
+    made = case.end()
+    assert (made.status, made.error, made.finish_reasons) == (None, "client_disconnected", ("stop", "abort"))
+    assert (made.stream, made.n, made.priority) == (None, None, 7)
 
 
 def test_a_stream_that_failed() -> None:
