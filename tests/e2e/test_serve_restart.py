@@ -38,11 +38,11 @@ if "llmctl.serving.worker" in sys.orig_argv:
 class Call:
     """A request in a thread."""
 
-    def __init__(self, server: ServerProcess, body: dict[str, Any]) -> None:
+    def __init__(self, server: ServerProcess, body: dict[str, Any], path: str = "/v1/completions") -> None:
         self.status, self.text = 0, ""
 
         def run() -> None:
-            self.status, self.text = fetch(server.url + "/v1/completions", json.dumps(body).encode(), timeout=60)
+            self.status, self.text = fetch(server.url + path, json.dumps(body).encode(), timeout=60)
 
         self.thread = threading.Thread(target=run)
         self.thread.start()
@@ -120,9 +120,10 @@ def test_what_runs_ends_and_what_waits_is_served_by_the_next_worker(server: Serv
     stream = Call(server, {**LONG, "stream": True})
     wait_load(server, 1)
     waiting = [Call(server, SHORT), Call(server, {**SHORT, "stream": True})]
+    waiting.append(Call(server, {"input": "x é", "pooling": "mean"}, "/v1/embeddings"))
     leaver = threading.Thread(target=leave, args=(server,))
     leaver.start()
-    wait_load(server, 1, 3)
+    wait_load(server, 1, 4)
     dead = worker_of(server)
     os.kill(dead, signal.SIGKILL)
     reason = json.loads(server.wait_status("/ready", 503))
@@ -137,6 +138,8 @@ def test_what_runs_ends_and_what_waits_is_served_by_the_next_worker(server: Serv
     assert (status, body["choices"][0]["text"]) == (200, LOOP_TEXT[1])
     status, body = waiting[1].end()
     assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
+    status, body = waiting[2].end()
+    assert (status, len(body["data"][0]["embedding"])) == (200, 64)
     leaver.join()
     wait_load(server, 0)
     server.wait_status("/ready", 200)
