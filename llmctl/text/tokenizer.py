@@ -41,6 +41,7 @@ class Tokenizer:
         bos_token, eos_token: shorthands for two of them; None when the model has none.
         eos_token_ids: ids that end a generation: generation_config's eos_token_id and the tokenizer's eos_token.
         chat_template: the default chat template; None when the model has none.
+        config: ``tokenizer_config.json`` as it is; empty when there is none.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         chat_template: ChatTemplate | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -60,6 +62,7 @@ class Tokenizer:
         own_eos = backend.token_to_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids = eos_token_ids if own_eos is None else eos_token_ids | {own_eos}
         self.chat_template = chat_template
+        self.config = dict(config or {})
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes = TokenBytes(backend)
@@ -99,6 +102,7 @@ class Tokenizer:
             special_tokens=special,
             eos_token_ids=_generation_eos(_json(files, "generation_config.json", where), where),
             chat_template=_chat_template(files, config, special, where),
+            config=config,
         )
 
     @property

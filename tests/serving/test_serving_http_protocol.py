@@ -138,7 +138,7 @@ def test_headers_below_the_limit_and_bodies_of_any_size_pass() -> None:
                 await client.send(*pieces)
                 assert await client.answer() == (200, b"0")
             body = b"b" * 300_000
-            post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
+            post = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
             # The second request's headers come in one read with the end of the first one's body.
             await client.send(post + body[:200_000], body[200_000:] + GET, b"\r\n")
             assert [await client.answer(), await client.answer()] == [(200, b"300000"), (200, b"0")]
@@ -155,7 +155,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize(
-    "begun", [GET, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"], ids=["headers", "body"]
+    "begun", [GET, b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"], ids=["headers", "body"]
 )
 def test_what_comes_in_drops_is_ended(begun: bytes) -> None:
     async def run() -> None:
@@ -189,7 +189,7 @@ def test_a_body_that_keeps_coming_has_the_time_it_needs(monkeypatch: pytest.Monk
     async def run() -> None:
         async with serving() as port:
             client = await connect(port)
-            await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\n")
+            await client.send(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\n")
             for _ in range(8):
                 await client.send(b"b" * 1024)
                 await asyncio.sleep(0.1)
@@ -355,7 +355,7 @@ def test_a_body_that_never_ends_does_not_keep_the_server(caplog: pytest.LogCaptu
     async def run() -> None:
         async with serving() as port:
             clients = [await connect(port) for _ in range(3)]
-            await clients[0].send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            await clients[0].send(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
             await clients[1].send(GET)
             await clients[2].send(GET + b"\r\n")
             assert await clients[2].answer() == (200, b"0")
