@@ -15,6 +15,7 @@ import uvicorn
 
 from llmctl.serving import http_protocol
 from llmctl.serving.http_protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
+from llmctl.serving.messages_api.schema import MessagesErrorResponse
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
 
@@ -168,6 +169,21 @@ def test_what_comes_in_drops_is_ended(begun: bytes) -> None:
                 for client in clients:
                     client.writer.write(b"x")
             assert {await client.refusal() for client in clients} == {(408, "request_timeout")}
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("hurry")
+def test_a_refusal_has_the_shape_of_its_path() -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(b"POST /v1/messages HTTP/1.1\r\nX-Request-Id: mine\r\nContent-Length: 50\r\n\r\n{")
+            head, _, body = (await asyncio.wait_for(client.reader.read(), 20)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            assert b"\r\nrequest-id: mine\r\n" in head.lower()
+            refusal = MessagesErrorResponse.model_validate_json(body)
+            assert (refusal.error.type, refusal.request_id) == ("timeout_error", "mine")
 
     asyncio.run(run())
 

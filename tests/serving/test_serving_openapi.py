@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 import threading
 import time
@@ -36,7 +35,6 @@ from llmctl.serving.http_protocol import BoundedHttpProtocol
 from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.messages_api.protocol import MessagesRequest
-from llmctl.serving.messages_api.schema import MessagesErrorResponse
 from llmctl.serving.messages_api.translate import chat_request
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.middleware import LIVENESS_PATHS
@@ -315,21 +313,6 @@ def test_what_gates_and_the_router_refuse_has_the_shape_of_the_path(starting: st
     assert status("PUT", path) == 405
     if path != "/":
         assert status("POST", path + "/batches", json={}) == 404
-
-
-def test_a_body_that_never_comes_is_refused_in_the_shape_of_its_path(
-    starting: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llmctl.serving.http_protocol.BODY_SECONDS", 0.05)
-    host, _, port = starting.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), 10) as sock:
-        head = f"Host: x\r\nContent-Type: application/json\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n"
-        sock.sendall(f"POST /v1/messages HTTP/1.1\r\n{head}".encode())
-        answer = sock.makefile("rb").read().decode()
-    assert answer.startswith("HTTP/1.1 408 ")
-    head, _, body = answer.partition("\r\n\r\n")
-    name = MessagesErrorResponse.model_validate_json(body).request_id
-    assert f"request-id: {name}" in head.lower()
 
 
 def test_the_description_is_behind_the_key(starting: str) -> None:
