@@ -108,6 +108,9 @@ def only(*values: Any) -> WithJsonSchema:
     return WithJsonSchema({"enum": list(values), "description": "Anything else is not supported."})
 
 
+MOST = 1e6
+"""Of temperatures and penalties in APIs that bound them by types; beyond it a distribution changes no more."""
+
 # A union fails with one problem per alternative; these say what the field accepts in one phrase.
 PROMPTS_EXPECTED = "a string, a list of token ids (integers >= 0), or a list of either"
 EXPECTED = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llmctl.serving.protocol import ApiModel, StopStrings, ToolName, only
+from llmctl.serving.protocol import MOST, ApiModel, StopStrings, ToolName, only
 
 _FAILS_FAST = Field(fail_fast=True)
 CacheControl = Annotated[
@@ -93,7 +92,7 @@ class ToolParam(MessagesModel):
     eager_input_streaming: Annotated[bool | None, Field(description="Without effect: all input is streamed.")] = None
 
     # Known, and refused when set.
-    defer_loading: Literal[False] | None = None
+    defer_loading: Annotated[bool | None, only(None, False)] = None
     allowed_callers: list[Literal["direct"]] | None = None
     input_examples: Annotated[list[Any] | None, Field(max_length=0)] = None
 
@@ -205,7 +204,7 @@ class MessagesRequest(Conversation):
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: StopStrings | None = None
     stream: bool | None = False
-    temperature: Annotated[float, Field(ge=0, le=sys.float_info.max)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MOST)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     metadata: Metadata | None = None

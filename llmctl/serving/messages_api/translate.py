@@ -118,7 +118,7 @@ def _conversation(body: Conversation) -> dict[str, Any]:
         _check_prefill(turns[-1][1])
         made["continue_final_message"] = True
     if body.tools:
-        made["tools"] = [_tool(tool) for tool in body.tools]
+        made["tools"] = [_tool(tool, i) for i, tool in enumerate(body.tools)]
     if variables := _variables(body):
         made["chat_template_kwargs"] = variables
     return made
@@ -221,7 +221,9 @@ def _check_prefill(blocks: list[Placed]) -> None:
         )
 
 
-def _tool(tool: ToolParam) -> Tool:
+def _tool(tool: ToolParam, index: int) -> Tool:
+    if tool.defer_loading:
+        raise RequestError(f"tools.{index}.defer_loading: not supported: the model sees every tool", param="tools")
     given: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     given |= {name: value for name in ("description", "strict") if (value := getattr(tool, name)) is not None}
     return Tool(type="function", function=FunctionDefinition(**given))

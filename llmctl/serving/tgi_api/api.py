@@ -21,7 +21,12 @@ from llmctl.serving.tgi_api.protocol import (
     GenerateRequest,
     GenerateStreamRequest,
 )
-from llmctl.serving.tgi_api.translate import check_parameters, completion_request, parameters_of
+from llmctl.serving.tgi_api.translate import (
+    check_parameters,
+    completion_request,
+    parameters_of,
+    wants_stream,
+)
 from llmctl.serving.tgi_api.writer import TgiWriter
 
 router = APIRouter()
@@ -46,14 +51,12 @@ async def compat_generate(request: Request) -> Response:
     return await _generate(request, CompatGenerateRequest)
 
 
-async def _generate(
-    request: Request, kind: type[GenerateRequest] | type[GenerateStreamRequest] | type[CompatGenerateRequest]
-) -> Response:
+async def _generate(request: Request, kind: type[GenerateBody]) -> Response:
     context = context_of(request)
     with counted(request, context) as seen:
         body = await parse(request, kind, partial(check_single, context))
         given = parameters_of(body)
-        stream = isinstance(body, GenerateStreamRequest) or bool(body.stream)
+        stream = wants_stream(body)
         check_parameters(given, stream=stream)
 
         def write(model: Model, prompts: list[Prompt], _: int, __: CompletionRequest) -> TgiWriter:

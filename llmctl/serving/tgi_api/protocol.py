@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmctl.engine.sampling_params import MAX_LOGPROBS, MAX_SAMPLES
-from llmctl.serving.protocol import ApiModel, JsonSchema, StopStrings, only
+from llmctl.serving.protocol import MOST, ApiModel, JsonSchema, StopStrings, only
 
 
 class TgiModel(ApiModel):
@@ -53,10 +52,10 @@ class GenerateParameters(TgiModel):
     """How to generate. Greedy, unless ``do_sample``, ``temperature``, ``top_k`` or ``top_p`` asks for sampling."""
 
     do_sample: bool | None = False
-    temperature: Annotated[float, Field(ge=0, le=sys.float_info.max)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MOST)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=sys.float_info.max)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
     max_new_tokens: Annotated[
@@ -85,27 +84,30 @@ class GenerateParameters(TgiModel):
 
 
 class GenerateBody(TgiModel):
-    """What the endpoints share."""
+    """What the endpoints share. ``streams``: whether they do; None: as the request says."""
+
+    streams: ClassVar[bool | None] = None
 
     inputs: str
     parameters: Annotated[GenerateParameters | None, Field(description="Without: as with nothing but `do_sample`.")] = (
         None
     )
+    stream: bool | None = None
 
 
 class GenerateRequest(GenerateBody):
     """``POST /generate``."""
 
-    stream: Literal[False] | None = False
+    streams: ClassVar[bool | None] = False
+    stream: Annotated[bool | None, only(None, False)] = None
 
 
 class GenerateStreamRequest(GenerateBody):
     """``POST /generate_stream``."""
 
-    stream: Literal[True] | None = True
+    streams: ClassVar[bool | None] = True
+    stream: Annotated[bool | None, only(None, True)] = None
 
 
 class CompatGenerateRequest(GenerateBody):
     """``POST /``."""
-
-    stream: bool | None = False

@@ -17,6 +17,20 @@ _ASKS_NOTHING = {"watermark": False}
 """Values of them that are accepted, beside null."""
 
 
+def wants_stream(body: GenerateBody) -> bool:
+    """Whether the answer is a stream.
+
+    Raises:
+        RequestError: the request says other than its endpoint does.
+    """
+    if body.streams is None:
+        return bool(body.stream)
+    if body.stream not in (None, body.streams):
+        never = "always" if body.streams else "never"
+        raise RequestError(f"stream: this endpoint {never} streams", fix="use POST /", param="stream")
+    return body.streams
+
+
 def parameters_of(body: GenerateBody) -> GenerateParameters:
     """The parameters of a request; TGI samples where there are none at all."""
     return GenerateParameters(do_sample=True) if body.parameters is None else body.parameters
