@@ -7,6 +7,7 @@ are both understood. A key that would change the forward pass and is not honoure
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         CheckpointError: a required key is missing or makes no sense.
     """
     family = _family(config)
+    _check_architecture(config, family)
     reader = _ConfigReader(config, family)
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     kv_heads = reader.size("num_key_value_heads", heads)
@@ -110,6 +112,36 @@ def _family(config: Mapping[str, Any]) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(f"config.json: model_type '{model_type}' is not supported; known families: {known}")
     return family
+
+
+def architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that ``config.json`` names; none when it leaves them out.
+
+    Raises:
+        CheckpointError: not a list of names.
+    """
+    found = config.get("architectures")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"config.json: architectures must be a list of class names, found {reprlib.repr(found)}")
+    return tuple(found)
+
+
+def _check_architecture(config: Mapping[str, Any], family: Family) -> None:
+    """Refuse another head on the same layers, and code that comes with the weights and is not run."""
+    remote = config.get("auto_map")
+    odd = [name for name in architectures(config) if name not in family.architectures]
+    if odd:
+        code = ": its code (auto_map) is not run" if remote else ""
+        raise UnsupportedModelError(
+            f"config.json: architecture '{odd[0]}' is not read{code}; of model_type '{family.name}' "
+            f"known: {', '.join(family.architectures)}"
+        )
+    if remote:
+        logger.warning(
+            "config.json: auto_map: code that comes with a checkpoint is not run; read as %s", family.architectures[0]
+        )
 
 
 def _activation(reader: _ConfigReader) -> str:
