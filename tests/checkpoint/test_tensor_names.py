@@ -1,4 +1,4 @@
-"""Stored names in the full causal model's spelling, and the text model inside a multimodal one, against transformers."""
+"""Names in the full causal model's spelling, and the text model inside a multimodal one, against transformers."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ TOKENS = [5, 60, 90, 33, 7, 12]
 )
 def test_names(stored: list[str], base: str, multimodal: bool, expected: list[str]) -> None:
     names = full_names(stored, base, multimodal=multimodal)
-    assert {full: name for full, name in names.stored.items()} == dict(zip(expected, stored, strict=True))
+    assert names.stored == dict(zip(expected, stored, strict=True))
     assert names.outside == {n for n in expected if n.startswith(("vision_tower.", "model.visual.", "x."))}
 
 
