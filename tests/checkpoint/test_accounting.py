@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import HIDDEN, dense_tensors, linear_shapes, write_arrays, write_gptq
 
-from llmctl.checkpoint.accounting import account, name_some
+from llmctl.checkpoint.accounting import RULES, account, name_some
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
@@ -184,3 +184,8 @@ def test_no_tensor_is_passed_over(tmp_path_factory: pytest.TempPathFactory, name
     except CheckpointError as error:
         said = str(error)
     assert f"'{name}'" in said
+
+
+def test_every_rule_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    assert [rule.reason for rule in RULES if f"| {rule.reason} |" not in page] == []
