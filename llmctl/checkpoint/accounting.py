@@ -109,7 +109,8 @@ def _is_beyond(tensor: _Tensor) -> bool:
 
 
 def _is_mask(tensor: _Tensor) -> bool:
-    return len(tensor.info.shape) == (4 if tensor.name.endswith(".bias") else 0)
+    axes = len(tensor.info.shape)
+    return axes <= 1 if tensor.name.endswith("masked_bias") else axes == 4
 
 
 def _is_tied(tensor: _Tensor) -> bool:

@@ -46,6 +46,7 @@ def test_all_are_used(tmp_path: Path) -> None:
         ({"model.rotary_emb.original_inv_freq": some(8, dtype="float32")}, "rotary frequencies"),
         ({"model.layers.1.self_attn.attention.bias": some(1, 1, 8, 8, dtype="bool")}, "causal mask"),
         ({"model.layers.1.self_attn.attention.masked_bias": np.array(-1e4, np.float32)}, "causal mask"),
+        ({"model.layers.1.self_attn.attention.masked_bias": some(1)}, "causal mask"),
         ({"model.embeddings.position_ids": some(1, 8, dtype="int64")}, "positions counted"),
         ({"model.layers.0.self_attn.k_scale": some(1), "model.layers.0.self_attn.v_scale": some(1)}, "KV cache"),
         ({f"{Q}.bias": np.zeros(HIDDEN, np.float16), f"{UP}.bias": -np.zeros(128, np.float16)}, "all zeros"),
