@@ -99,7 +99,7 @@ def check_finite(name: str, weight: Tensor | QuantizedWeight, dtype: str | None 
         odd = int(weight.numel() - weight.isfinite().sum())
         raise CheckpointError(
             f"checkpoint: tensor '{name}': {odd} of {weight.numel()} values are not finite (infinity or NaN)",
-            fix="fetch or write the checkpoint again; a model with such weights computes nothing",
+            fix="fetch the checkpoint again, or have it written anew",
         )
     if dtype == "float16" and largest > _LARGEST_HALF:
         raise CheckpointError(

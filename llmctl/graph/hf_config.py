@@ -19,6 +19,8 @@ from llmctl.graph.rope_config import rope_attrs
 
 logger = logging.getLogger(__name__)
 
+_MOST_LAYERS = 10_000
+
 # Keys that say nothing about the forward pass of a causal language model at inference.
 _METADATA = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
@@ -77,6 +79,8 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
     head_dim = reader.size("head_dim", hidden // heads)
     layers, max_position = reader.size("num_hidden_layers"), reader.size("max_position_embeddings")
+    if layers > _MOST_LAYERS:
+        raise CheckpointError(f"config.json: expected at most {_MOST_LAYERS} layers, found {layers}")
     partial = reader.value("partial_rotary_factor") if family.partial_rotary else None
     reader.seen |= {"partial_rotary_factor"} if family.partial_rotary else set()
     arch = Arch(
@@ -147,7 +151,7 @@ def _check_architecture(config: Mapping[str, Any], family: Family) -> None:
 def _activation(reader: _ConfigReader) -> str:
     key = reader.family.act_key
     name = reader.value(key)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise UnsupportedModelError(f"config.json: {key} '{name}' is not supported; known activations: {known}")
     return ACTIVATIONS[name]
@@ -166,6 +170,8 @@ def _check_rotary(arch: Arch) -> None:
 def _windows(reader: _ConfigReader, layers: int) -> tuple[int, ...]:
     """Sliding window of every layer; rules of transformers' configuration classes of each family."""
     types = reader.value("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise CheckpointError(f"config.json: layer_types must be a list, found {types!r}")
     mode = reader.family.window
     if mode == "none":
         return _same_everywhere(types, 0, layers)
@@ -173,6 +179,8 @@ def _windows(reader: _ConfigReader, layers: int) -> tuple[int, ...]:
     if mode == "all":
         return _same_everywhere(types, 0 if window is None else reader.size("sliding_window"), layers)
     use, first = reader.value("use_sliding_window"), reader.value("max_window_layers")
+    if type(first) is not int:
+        raise CheckpointError(f"config.json: max_window_layers must be a whole number, found {first!r}")
     size = reader.size("sliding_window") if use and window is not None else 0
     if types is None:
         return tuple(size if i >= first else 0 for i in range(layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from family_models import family_model
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.check import check_graph
 from llmctl.graph.families import build_graph
-from llmctl.graph.family_table import FAMILIES
+from llmctl.graph.family_table import FAMILIES, NEUTRAL
 from llmctl.graph.graph import Graph, QuantScheme
 
 LLAMA: dict[str, Any] = {
@@ -175,6 +176,31 @@ def test_code_that_comes_with_a_checkpoint_is_named(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING):
         build_graph({**LLAMA, "architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x.X"}})
     assert "auto_map" in caplog.text
+
+
+ODD: list[Any] = [
+    *(None, True, False, 0, -1, 3, 2**70, 1.5, math.inf, math.nan, "", "x", [], [1], ["a"], [[]], {}, {"a": 1}),
+    *({"rope_type": []}, {"rope_type": "linear", "factor": []}, {"partial_rotary_factor": "x"}, {"rope_theta": "x"}),
+]
+
+
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=lambda row: row.name)
+def test_any_value_of_any_key_is_read_or_refused_in_one_line(row: Any) -> None:
+    base = {**LLAMA, "model_type": row.name, **row.defaults}
+    base |= {new: base[old] for old, new in row.keys.items() if old in base}
+    base |= {row.eps_key: 1e-5, row.act_key: "gelu_new", "n_inner": 84}
+    more = {"rope_scaling", "rope_parameters", "rope_theta", "head_dim", "layer_types", "tie_word_embeddings"}
+    more |= {"architectures", "auto_map", "partial_rotary_factor", "sliding_window", "dtype"}
+    described = Info((1,))
+    said = ""
+    for key in sorted({*base, *NEUTRAL, *more}):
+        for value in ODD:
+            try:
+                build_graph({**base, key: value}, lambda _: described)
+            except CheckpointError as error:
+                said += f"{error}|"
+    assert "config.json" in said
+    assert "\n" not in said
 
 
 def test_neutral_values_and_metadata_pass_silently(caplog: pytest.LogCaptureFixture) -> None:
