@@ -14,7 +14,7 @@ from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
 from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
 from llmctl.checkpoint.reader import Checkpoint, TensorInfo
 from llmctl.checkpoint.safetensors_io import as_tensor
-from llmctl.errors import UnsupportedModelError
+from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def open_gguf(path: Path) -> Checkpoint:
     source = GgufSource(file)
     shapes = {name: entry.shape for name, entry in source.entries().items()}
     config = synthesise_config(file.metadata, shapes, _dtype(file), _rope_factors(file), str(path))
+    if ARCHITECTURES[arch].permuted and config["head_dim"] % 2:
+        raise CheckpointError(f"{path}: expected an even width of heads, found {config['head_dim']}")
     if ARCHITECTURES[arch].permuted:
         source.unpermute(config["num_attention_heads"], config["num_key_value_heads"])
     return Checkpoint(path, config, source, aux=partial(synthesise_aux_files, file.metadata, str(path)), files=[path])
@@ -117,4 +119,6 @@ def _dtype(file: GgufFile) -> str:
 def _rope_factors(file: GgufFile) -> Any:
     if "rope_freqs.weight" not in file.tensors:
         return None
+    if file.tensors["rope_freqs.weight"].qtype.name != "F32":
+        raise CheckpointError(f"{file.path}: rope_freqs.weight: expected float32 numbers")
     return file.raw("rope_freqs.weight").view(np.float32)

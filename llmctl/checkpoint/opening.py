@@ -7,6 +7,7 @@ from pathlib import Path
 from llmctl.checkpoint import hf_folder
 from llmctl.checkpoint.quant_config import parse_quantization_config
 from llmctl.checkpoint.reader import Checkpoint, SafetensorsSource
+from llmctl.checkpoint.text_config import is_multimodal, text_model_config
 from llmctl.errors import ModelNotFoundError
 
 
@@ -28,7 +29,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = hf_folder.read_config(folder)
+    stored = hf_folder.read_config(folder)
+    where = str(folder / "config.json")
+    config = text_model_config(stored, where)
     raw = hf_folder.quantization_config(folder, config)
     quantization = parse_quantization_config(*raw) if raw else None
     shards = hf_folder.shard_paths(folder)
@@ -37,5 +40,14 @@ def _open_folder(folder: Path) -> Checkpoint:
     files = [*shards, *aux.values(), folder / "config.json"]
     if (folder / "quantize_config.json").is_file():
         files.append(folder / "quantize_config.json")
-    source = SafetensorsSource(shards, prefix)
-    return Checkpoint(folder, config, source, aux=lambda: aux, files=files, quantization=quantization)
+    source = SafetensorsSource(shards, prefix, multimodal=is_multimodal(stored))
+    carried = hf_folder.with_eos(aux, config, where)
+    return Checkpoint(
+        folder,
+        config,
+        source,
+        aux=lambda: carried,
+        files=files,
+        quantization=quantization,
+        outside=source.outside,
+    )

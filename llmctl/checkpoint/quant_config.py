@@ -45,7 +45,7 @@ def parse_quantization_config(config: Mapping[str, Any], where: str) -> Quantiza
     try:
         bits = int(config.get("bits", config.get("w_bit", 0)))
         group_size = int(config.get("group_size", config.get("q_group_size", 0)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         bits = group_size = 0
     if bits <= 0 or not (group_size == -1 or group_size > 0):
         raise CheckpointError(
@@ -53,6 +53,8 @@ def parse_quantization_config(config: Mapping[str, Any], where: str) -> Quantiza
             f"found {config.get('bits')!r} and {config.get('group_size')!r}"
         )
     ignored = config.get("modules_to_not_convert") or ()
+    if not isinstance(ignored, str | list | tuple):
+        raise CheckpointError(f"{where}: modules_to_not_convert: expected names, found {ignored!r}")
     ignored = (ignored,) if isinstance(ignored, str) else tuple(str(name) for name in ignored)
     read = _awq if method == "awq" else _gptq
     return read(config, bits, group_size, ignored, where)

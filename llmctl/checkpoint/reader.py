@@ -1,8 +1,8 @@
 """A checkpoint's weights (dense, AWQ, GPTQ) over whatever stores them; safetensors shards are one such source.
 
 Names are Hugging Face's. A module ``X`` that has ``X.qweight`` appears as one weight ``X.weight`` of shape [N, K]; its
-planes are not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Checkpoints saved
-from the headless model (``h.0…``, ``layers.0…``) appear under the full model's names (``transformer.h.0…``).
+planes are not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Names are the
+full causal model's, whatever the checkpoint was saved from (``tensor_names.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
+from llmctl.checkpoint.tensor_names import full_names
 from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import BY_SAFETENSORS, FLOAT_DTYPES
 from llmctl.graph.graph import QuantScheme
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PLANES = ("qweight", "qzeros", "scales", "g_idx")
-_HEADS = ("lm_head.", "score.", "classifier.")
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,27 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The shards of a Hugging Face folder."""
+    """The shards of a Hugging Face folder; ``outside``: tensors that are not of the text model."""
 
-    def __init__(self, paths: Iterable[Path], prefix: str) -> None:
+    def __init__(self, paths: Iterable[Path], base: str, *, multimodal: bool = False) -> None:
         """Map every shard.
 
         Args:
-            prefix: the base model's prefix, added when no tensor of the checkpoint has it.
+            base, multimodal: as ``tensor_names.full_names`` takes them.
 
         Raises:
-            CheckpointError: a damaged shard, or a tensor in two shards.
+            CheckpointError: a damaged shard, a tensor in two shards, or two tensors of one name.
         """
-        self._where: dict[str, tuple[SafetensorsFile, str]] = {}
+        files: dict[str, SafetensorsFile] = {}
         for path in paths:
             file = SafetensorsFile(path)
             for name in file.tensors:
-                if name in self._where:
-                    raise CheckpointError(f"{path}: tensor '{name}' is also in {self._where[name][0].path.name}")
-                self._where[name] = (file, name)
-        if prefix and not any(name.startswith(f"{prefix}.") for name in self._where):
-            self._where = {
-                name if name.startswith(_HEADS) else f"{prefix}.{name}": where for name, where in self._where.items()
-            }
+                if name in files:
+                    raise CheckpointError(f"{path}: tensor '{name}' is also in {files[name].path.name}")
+                files[name] = file
+        names = full_names(files, base, multimodal=multimodal)
+        self.outside = names.outside
+        self._where = {name: (files[stored], stored) for name, stored in names.stored.items()}
 
     def entries(self) -> Mapping[str, TensorInfo]:
         """Every stored tensor."""
@@ -99,6 +98,7 @@ class Checkpoint:
         path: the folder or file.
         config: ``config.json`` as a dict, or what stands for it.
         quantization: the checkpoint's quantization settings, None for a dense one.
+        outside: names of tensors that belong to the other parts of a multimodal model.
     """
 
     def __init__(
@@ -110,10 +110,12 @@ class Checkpoint:
         aux: Callable[[], Mapping[str, Path | bytes]],
         files: Iterable[Path],
         quantization: QuantizationInfo | None = None,
+        outside: frozenset[str] = frozenset(),
     ) -> None:
         self.path = path
         self.config = config
         self.quantization = quantization
+        self.outside = outside
         self._source = source
         self._aux = aux
         self._files = sorted(set(files))
@@ -122,6 +124,9 @@ class Checkpoint:
         self._described: dict[str, TensorInfo] = {}
         if self._modules and quantization is None:
             raise CheckpointError(f"{path}: '{min(self._modules)}' is quantized, but no quantization_config says how")
+        twice = sorted(module for module in self._modules if f"{module}.weight" in self._stored)
+        if twice:
+            raise CheckpointError(f"{path}: '{twice[0]}' has both a weight and a qweight")
 
     def names(self) -> list[str]:
         """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""

@@ -7,6 +7,7 @@ Built on ``tokenizers`` alone. Reads ``tokenizer.json``, ``tokenizer_config.json
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -198,8 +199,9 @@ def _json(files: Mapping[str, Path | bytes], name: str, where: str) -> dict[str,
         return {}
     try:
         loaded = json.loads(_text(files, name, where))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: {name} is not valid JSON: {_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else _line(error)
+        raise CheckpointError(f"{where}: {name} is not valid JSON: {reason}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{where}: {name}: expected a JSON object, found {type(loaded).__name__}")
     return loaded
@@ -221,7 +223,8 @@ def _generation_eos(config: Mapping[str, Any], where: str) -> frozenset[int]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{where}: generation_config.json: eos_token_id: expected integers, found {value!r}")
+        found = reprlib.repr(value)
+        raise CheckpointError(f"{where}: generation_config.json: eos_token_id: expected integers, found {found}")
     return frozenset(ids)
 
 
