@@ -22,19 +22,38 @@ Written = TypeVar("Written")
 _BYTES_PER_LOGPROB = 4
 
 
-class Answer:
-    """One kind of response: how a finished delta becomes a choice, and how a running one becomes events."""
+class Writer:
+    """What every kind of response is written by.
+
+    Attributes:
+        usage: its tokens so far. headers: beside those that every response has.
+    """
+
+    def __init__(self, usage: UsageCount) -> None:
+        self.usage = usage
+        self.headers: dict[str, str] = {}
+
+    def stream(self, generation: Generation) -> AsyncIterator[bytes]:
+        """All events; an error after the beginning is an event of its own."""
+        raise NotImplementedError
+
+    async def response(self, outputs: list[TextOutput]) -> Response:
+        """The response that is not streamed."""
+        raise NotImplementedError
+
+
+class Answer(Writer):
+    """OpenAI's choices: how a finished delta becomes one, and how a running one becomes events."""
 
     def __init__(self, model: Model, envelope: Envelope, usage: UsageCount, samples: int, body: SamplingFields) -> None:
+        super().__init__(usage)
         self.tokenizer = model.intake.tokenizer
         self.prompt_logprobs = body.prompt_logprobs
         self.scores_prompts = body.prompt_logprobs is not None
         self.as_ids = bool(body.return_tokens_as_token_ids)
         self._workers = model.intake.workers
         self.envelope = envelope
-        self.usage = usage
         self.samples = samples
-        self.headers: dict[str, str] = {}
         options = body.stream_options
         self.include_usage = options is not None and options.include_usage
         self.continuous_usage = options is not None and options.continuous_usage_stats
@@ -58,7 +77,7 @@ class Answer:
         return self.envelope.chunk(choice, usage_member(self.usage_body() if self.continuous_usage else None))
 
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
-        """All events, to ``[DONE]``; an error after the beginning is an event of its own."""
+        """All events, to ``[DONE]``."""
         try:
             async for batch in generation:
                 for index, output in batch:
@@ -79,7 +98,7 @@ class Answer:
         return b"".join([self.events(index, output) for index, output in batch])
 
     async def response(self, outputs: list[TextOutput]) -> Response:
-        """The response that is not streamed."""
+        """Part of ``Writer``."""
         return await self._written(outputs, lambda: json_response(self.whole(outputs), headers=self.headers))
 
     def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_resp
 from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from llmctl.serving.responses_api import endpoint as responses_api
 
 # FastAPI's own spans would hold the query of a URL, with whatever key stands in it. Older versions have none.
 _NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
@@ -46,7 +47,9 @@ def create_app(context: ServerContext) -> FastAPI:
     description = describe(context.names[0], with_keys=bool(context.keys), root_path=config.root_path)
     app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
-    app.include_router(api.router)
+    routers = (api.router, responses_api.router)
+    for router in routers:
+        app.include_router(router)
     gets: dict[str, Callable[..., Any]] = {
         "/health": health,
         "/ready": ready,
@@ -60,7 +63,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
     for path, endpoint in {"/tokenize": tokenize, "/detokenize": detokenize}.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    routes = [*api.router.routes, *app.routes]
+    routes = [*(route for router in routers for route in router.routes), *app.routes]
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
     generating = frozenset(r.path for r in api.router.routes if isinstance(r, Route))
     app.add_middleware(RoomGate, context=context, paths=generating)

@@ -29,6 +29,14 @@ _UNIONS = {
     "tool_choice": "'none', 'auto', 'required' or an object naming a function",
 }
 
+# Problems whose messages say what was found.
+_SAID_WHOLE = ("missing", "not_number", "not_supported")
+
+_MOST_NAME_SHOWN = 80  # characters; names of members are the client's
+
+UNION_TAG = "="
+"""Begins the tag of a model in a union. Tags stand in pydantic's paths to a problem, and are no part of the body's."""
+
 _HTTP_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -76,8 +84,8 @@ def from_validation_error(error: ValidationError) -> RequestError:
     union = _UNIONS.get(param) or _UNIONS.get(f"{error.title}.{param}")
     if union is not None and first["type"] != "missing":
         return RequestError(f"{param}: expected {union}", param=param)
-    path = ".".join(str(part) for part in first["loc"])
-    found = "" if first["type"] in ("missing", "not_number") else f", found {type(first['input']).__name__}"
+    path = ".".join(part[:_MOST_NAME_SHOWN] for part in map(str, first["loc"]) if not part.startswith(UNION_TAG))
+    found = "" if first["type"] in _SAID_WHOLE else f", found {type(first['input']).__name__}"
     return RequestError(f"{path}: {first['msg']}{found}", param=param)
 
 

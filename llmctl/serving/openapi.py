@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import core_schema
 
@@ -18,8 +19,8 @@ from llmctl.engine.sampling_params import RANGES, Range
 from llmctl.serving.addresses import ALIASES
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
-from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, ApiModel, SamplingFields
-from llmctl.serving.response_schema import ErrorResponse, ResponseModel
+from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, SamplingFields
+from llmctl.serving.response_schema import ErrorResponse
 
 _ALIASES = "; ".join(f"`{path}` is `{meant}`" for path, meant in ALIASES.items())
 _DESCRIPTION = f"""\
@@ -54,6 +55,7 @@ _RANGES = RANGES | {
     "best_of": RANGES["n"],
     "top_logprobs": RANGES["logprobs"],
     "max_completion_tokens": _MAX_TOKENS,
+    "max_output_tokens": _MAX_TOKENS,
 }
 _ERRORS = {
     400: (
@@ -172,11 +174,25 @@ def _content(operation: Operation) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     content = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.event is not None:
-        content["text/event-stream"] = {"itemSchema": _event(operation.event)}
+        described = _named_event if operation.named_events else _event
+        content["text/event-stream"] = {"itemSchema": described(operation.event)}
     return content
 
 
-def _event(model: type[ResponseModel]) -> dict[str, Any]:
+def _named_event(model: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "description": "With `stream`. Comments while the first token takes its time. An error after the status "
+        "line is an event.",
+        "type": "object",
+        "properties": {
+            "event": {"type": "string", "description": "The `type` of the data."},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(model)},
+        },
+        "required": ["event", "data"],
+    }
+
+
+def _event(model: type[BaseModel]) -> dict[str, Any]:
     chunk = {
         "type": "string",
         "contentMediaType": "application/json",
@@ -204,7 +220,7 @@ def _response(text: str, content: dict[str, Any], status: int = 200, more: tuple
     }
 
 
-def _ref(model: type[ApiModel] | type[ResponseModel]) -> dict[str, str]:
+def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
@@ -245,8 +261,8 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
 
 
 def _bound(schema: dict[str, Any], allowed: Range) -> None:
-    """Add a range to the schema of a field that is a number, or null."""
-    for number in schema["anyOf"]:
+    """Add a range to the schema of a field that is a number, or null; one that is always refused has none."""
+    for number in schema.get("anyOf", ()):
         if number["type"] in ("integer", "number"):
             number["exclusiveMinimum" if allowed.open_low else "minimum"] = allowed.low
             if math.isfinite(allowed.high):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from llmctl.serving.embedding_schema import EmbeddingList, EmbeddingRequest
 from llmctl.serving.protocol import (
     ApiModel,
@@ -32,6 +34,8 @@ from llmctl.serving.response_schema import (
     TokenizeResponse,
     Version,
 )
+from llmctl.serving.responses_api.protocol import ResponsesRequest
+from llmctl.serving.responses_api.schema import ResponseObject, ResponseStreamEvent
 
 TAGS = {
     "generation": "What the model writes, as OpenAI's API and vLLM's additions to it.",
@@ -52,7 +56,8 @@ class Operation:
 
     Attributes:
         answer: the JSON of a 200; None when it is text.
-        event: the JSON of an event, where the answer can be a stream.
+        event: the JSON of an event, where the answer can be a stream. named_events: events have names, and no
+            ``[DONE]`` ends them.
         bodies: what a request may be, one of these.
         examples: bodies by name, without ``model``.
         refusals: statuses it answers beside ``ALWAYS`` and, on a server with keys, 401.
@@ -65,7 +70,8 @@ class Operation:
     tag: str
     summary: str
     answer: type[ResponseModel] | None
-    event: type[ResponseModel] | None = None
+    event: type[BaseModel] | None = None
+    named_events: bool = False
     bodies: tuple[type[ApiModel], ...] = ()
     examples: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
@@ -74,7 +80,7 @@ class Operation:
 
 
 _HELLO = [{"role": "user", "content": "Say hello."}]
-_GREET = {
+_GREET: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "greet",
@@ -123,6 +129,24 @@ OPERATIONS = (
             "text": {"input": "Once upon a time"},
             "batch": {"input": ["One, two,", "Red, green,"], "encoding_format": "base64", "pooling": "mean"},
             "short": {"input": [5, 6, 7], "dimensions": 8},
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/v1/responses", "createResponse", "generation", "Answer input items, as OpenAI's Responses API"),
+        ResponseObject,
+        event=ResponseStreamEvent,
+        named_events=True,
+        bodies=(ResponsesRequest,),
+        headers=("X-Llmctl-Warning",),
+        examples={
+            "text": {"input": "Say hello.", "max_output_tokens": 8},
+            "tools": {"input": _HELLO, "tools": [_GREET["function"] | {"type": "function"}], "max_output_tokens": 8},
+            "logprobs": {
+                **{"input": "Say hello.", "max_output_tokens": 4, "top_logprobs": 2},
+                "include": ["message.output_text.logprobs"],
+            },
+            "stream": {"input": _HELLO, "instructions": "Be brief.", "max_output_tokens": 8, "stream": True},
         },
         refusals=(403, *_BODY),
     ),

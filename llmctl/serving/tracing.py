@@ -25,6 +25,7 @@ CLOSE_SECONDS = 3.0
 _DEFAULT_PATH = "/v1/traces"
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
