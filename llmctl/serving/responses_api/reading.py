@@ -13,14 +13,14 @@ from llmctl.text.output_parser.parser import Piece
 class ScoredReader:
     """Pieces of one answer as it is written, those of content with the log-probabilities of their tokens.
 
-    Where these are asked for, text is read token by token, so that they do not depend on how it came: tokens are those
-    of the next piece that is known, and count as content if that is.
+    Where these are asked for, text is read token by token, so that they do not depend on how it came. A piece of
+    content has the tokens since the piece before, but for those whose text ends before its own begins: markers.
 
     Args:
         reader: None: all text is content.
 
     Attributes:
-        rest: positions of tokens that no piece came after.
+        rest: positions of tokens that no piece has come after.
     """
 
     def __init__(self, reader: MessageReader | None) -> None:
@@ -28,6 +28,7 @@ class ScoredReader:
         self._reader = reader
         self._ahead: deque[PositionLogprobs] = deque()  # tokens whose text has not come
         self._chars = 0
+        self._unclaimed = ""  # the text since the last piece
 
     @property
     def complete(self) -> Sequence[bool]:
@@ -56,6 +57,7 @@ class ScoredReader:
             stop = min(self._ahead[0].offset, end) if self._ahead else end
             part = text[self._chars - start : stop - start]
             self._chars = stop
+            self._unclaimed += part
             yield part
 
     def _pieces(self, text: str, *, last: bool) -> list[Piece]:
@@ -67,9 +69,18 @@ class ScoredReader:
         if not pieces:
             return
         positions, self.rest = self.rest, []
+        text, self._unclaimed = self._unclaimed, ""
         for piece in pieces:
             if piece.kind == "content":
-                yield piece, positions
+                begin = self._chars - len(text) + max(0, text.rfind(piece.text))
+                yield piece, _from(begin, positions)
                 positions = []
             else:
                 yield piece, ()
+
+
+def _from(begin: int, positions: Sequence[PositionLogprobs]) -> Sequence[PositionLogprobs]:
+    """Positions but for those whose texts end at ``begin`` or before."""
+    ends = [position.offset for position in positions[1:]]
+    first = next((i for i, end in enumerate(ends) if end > begin or positions[i].offset >= begin), len(ends))
+    return positions[first:]
