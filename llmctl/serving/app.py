@@ -30,6 +30,9 @@ from llmctl.serving.responses_api import endpoint as responses_api
 # FastAPI's own spans would hold the query of a URL, with whatever key stands in it. Older versions have none.
 _NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
 
+ROUTERS = (api.router, responses_api.router)
+"""Of the endpoints that generate."""
+
 
 def create_app(context: ServerContext) -> FastAPI:
     """The app of one server."""
@@ -47,8 +50,7 @@ def create_app(context: ServerContext) -> FastAPI:
     description = describe(context.names[0], with_keys=bool(context.keys), root_path=config.root_path)
     app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
-    routers = (api.router, responses_api.router)
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router)
     gets: dict[str, Callable[..., Any]] = {
         "/health": health,
@@ -63,7 +65,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
     for path, endpoint in {"/tokenize": tokenize, "/detokenize": detokenize}.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    routes = [*(route for router in routers for route in router.routes), *app.routes]
+    routes = [*(route for router in ROUTERS for route in router.routes), *app.routes]
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
     generating = frozenset(r.path for r in api.router.routes if isinstance(r, Route))
     app.add_middleware(RoomGate, context=context, paths=generating)

@@ -174,36 +174,28 @@ def _content(operation: Operation) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     content = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.event is not None:
-        described = _named_event if operation.named_events else _event
-        content["text/event-stream"] = {"itemSchema": described(operation.event)}
+        content["text/event-stream"] = {"itemSchema": _event(operation, operation.event)}
     return content
 
 
-def _named_event(model: type[BaseModel]) -> dict[str, Any]:
-    return {
-        "description": "With `stream`. Comments while the first token takes its time. An error after the status "
-        "line is an event.",
-        "type": "object",
-        "properties": {
-            "event": {"type": "string", "description": "The `type` of the data."},
-            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(model)},
-        },
-        "required": ["event", "data"],
-    }
-
-
-def _event(model: type[BaseModel]) -> dict[str, Any]:
-    chunk = {
+def _event(operation: Operation, model: type[BaseModel]) -> dict[str, Any]:
+    said = "Comments while the first token takes its time. An error after the status line is an event"
+    data: dict[str, Any] = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [_ref(model), _ref(ErrorResponse)]},
     }
+    if operation.done:
+        said += "; `[DONE]` is always the last"
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    properties = {"data": data}
+    if operation.named_events:
+        properties["event"] = {"type": "string", "description": "The `type` of the data."}
     return {
-        "description": "With `stream`. Comments while the first token takes its time. An error after the status "
-        "line is an event; `[DONE]` is always the last.",
+        "description": f"With `stream`. {said}.",
         "type": "object",
-        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, chunk]}},
-        "required": ["data"],
+        "properties": properties,
+        "required": list(properties),
     }
 
 

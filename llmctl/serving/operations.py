@@ -56,8 +56,8 @@ class Operation:
 
     Attributes:
         answer: the JSON of a 200; None when it is text.
-        event: the JSON of an event, where the answer can be a stream. named_events: events have names, and no
-            ``[DONE]`` ends them.
+        event: the JSON of an event, where the answer can be a stream. named_events: events have names, their ``type``.
+        done: ``[DONE]`` is the last event.
         bodies: what a request may be, one of these.
         examples: bodies by name, without ``model``.
         refusals: statuses it answers beside ``ALWAYS`` and, on a server with keys, 401.
@@ -72,6 +72,7 @@ class Operation:
     answer: type[ResponseModel] | None
     event: type[BaseModel] | None = None
     named_events: bool = False
+    done: bool = True
     bodies: tuple[type[ApiModel], ...] = ()
     examples: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
@@ -137,6 +138,7 @@ OPERATIONS = (
         ResponseObject,
         event=ResponseStreamEvent,
         named_events=True,
+        done=False,
         bodies=(ResponsesRequest,),
         headers=("X-Llmctl-Warning",),
         examples={

@@ -422,6 +422,13 @@ def test_a_stream_that_fails(tokenizer: Tokenizer, error: Any, code: str, kind: 
         assert (events[-2]["param"], events[-2]["message"]) == ("text.format", "text.format: no")
 
 
+def test_a_stream_that_fails_before_there_is_anything(tokenizer: Tokenizer) -> None:
+    events = streamed(writer(tokenizer), [], 1, QueueFullError("full"))
+    kinds = ["response.created", "response.in_progress", "error", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert events[-1]["response"]["output"] == []
+
+
 def test_what_is_repeated_of_a_request(tokenizer: Tokenizer) -> None:
     schema = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     fields = {"metadata": {"a": "b"}, "instructions": "Be kind.", "max_output_tokens": 9, "user": "me", "top_p": 0.5}

@@ -194,7 +194,7 @@ class OutputItems:
     def close_call(self, complete: Sequence[bool]) -> list[Event]:
         """The events of the end of a call whose arguments are whole."""
         if isinstance(self._open, _Call) and complete[self._open.call]:
-            return self._end("completed", complete)
+            return self.close("completed", complete)
         return []
 
     def end(self, status: str, complete: Sequence[bool], logprobs: Sequence[Any]) -> list[Event]:
@@ -209,18 +209,10 @@ class OutputItems:
             events = self._begin(_Message(0), complete)
         if isinstance(self._open, _Message) and logprobs:
             events.append(self._open.add("", logprobs))
-        return [*events, *self._end(status, complete)]
+        return [*events, *self.close(status, complete)]
 
-    @property
-    def _busy(self) -> int:
-        return self._open is not None
-
-    def _begin(self, item: _Item, complete: Sequence[bool]) -> list[Event]:
-        events = self._end("completed", complete)
-        self._open = item
-        return [*events, *item.begin()]
-
-    def _end(self, status: str, complete: Sequence[bool]) -> list[Event]:
+    def close(self, status: str, complete: Sequence[bool]) -> list[Event]:
+        """The events of the end of the item that is being written, if there is one."""
         item, self._open = self._open, None
         if item is None:
             return []
@@ -230,3 +222,12 @@ class OutputItems:
             self.reasoning += item.text
         self.made.append(item.item(status))
         return item.end(status)
+
+    @property
+    def _busy(self) -> int:
+        return self._open is not None
+
+    def _begin(self, item: _Item, complete: Sequence[bool]) -> list[Event]:
+        events = self.close("completed", complete)
+        self._open = item
+        return [*events, *item.begin()]

@@ -55,7 +55,7 @@ class ResponseWriter(Writer):
         parser = use.parser(prompt.text)
         self._reader = ScoredReader(None if parser is None else MessageReader(parser, use))
         self._items = OutputItems(use.support.row.id_length)
-        self._tokenizer, self._workers = intake.tokenizer, intake.workers
+        self._tokenizer, self._text_workers = intake.tokenizer, intake.workers
         self._as_ids = bool(body.return_tokens_as_token_ids)
         self._head = head(asked, model)
         self._reason: FinishReason | None = None
@@ -64,26 +64,26 @@ class ResponseWriter(Writer):
     async def stream(self, generation: Generation) -> AsyncIterator[bytes]:
         """Part of ``Writer``."""
         begun = self._document("in_progress")
-        yield self._written([{"type": f"response.{what}", "response": begun} for what in ("created", "in_progress")])
+        yield self._encoded([{"type": f"response.{what}", "response": begun} for what in ("created", "in_progress")])
         try:
             async for batch in generation:
                 for _, output in batch:
-                    data = self._written(self._events(output))
+                    data = self._encoded(self._told(output))
                     if data:
                         yield data
             status = self._status()
-            yield self._written([{"type": f"response.{status}", "response": await self._finished(status)}])
+            yield self._encoded([{"type": f"response.{status}", "response": await self._finished(status)}])
         except LlmctlError as error:
-            yield self._written(self._failure(renamed(error)))
+            yield self._encoded(self._failure(renamed(error)))
 
     async def response(self, outputs: list[TextOutput]) -> Response:
         """Part of ``Writer``."""
         for output in outputs:
-            for _ in self._events(output):
+            for _ in self._told(output):
                 pass
         return json_response(await self._finished(self._status()), headers=self.headers)
 
-    def _written(self, events: Iterator[Event] | Sequence[Event]) -> bytes:
+    def _encoded(self, events: Iterator[Event] | Sequence[Event]) -> bytes:
         data = b""
         for event in events:
             numbered = {"type": event["type"], "sequence_number": self._number, **event}
@@ -91,7 +91,7 @@ class ResponseWriter(Writer):
             self._number += 1
         return data
 
-    def _events(self, output: TextOutput) -> Iterator[Event]:
+    def _told(self, output: TextOutput) -> Iterator[Event]:
         """The events of a delta of the output."""
         self.usage.count(0, output)
         reader, items = self._reader, self._items
@@ -115,7 +115,9 @@ class ResponseWriter(Writer):
         incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
         reasoning = self._items.reasoning
         encode = self._tokenizer.encode
-        tokens = await self._workers.finish(len(reasoning), lambda: len(encode(reasoning, add_special_tokens=False)))
+        tokens = await self._text_workers.finish(
+            len(reasoning), lambda: len(encode(reasoning, add_special_tokens=False))
+        )
         return self._document(status) | {
             "completed_at": int(time.time()) if status == "completed" else None,
             "incomplete_details": incomplete,
@@ -125,7 +127,7 @@ class ResponseWriter(Writer):
 
     def _failure(self, error: LlmctlError) -> Iterator[Event]:
         """The events of the end by an error."""
-        yield from self._items.end("incomplete", self._reader.complete, ())
+        yield from self._items.close("incomplete", self._reader.complete)
         yield {"type": "error", "code": error.code or error.type, "message": str(error), "param": error.param}
         failed = {"code": _failure_code(error), "message": str(error), "param": error.param, "type": error.type}
         yield {
