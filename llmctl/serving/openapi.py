@@ -45,6 +45,7 @@ Beyond what the schemas say, 400 is the answer to
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
   `top_logprobs` without `logprobs`, `continue_final_message` with `add_generation_prompt`, `prompt_logprobs` with
   `stream`, `tool_choice` without `tools` or for one that is not there, `functions` beside `tools`;
+* the same of `/v1/responses`, whose `input` items are messages and calls;
 * more than {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).

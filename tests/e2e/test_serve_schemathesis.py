@@ -61,6 +61,8 @@ def make_affordable(case: Any) -> None:
     if "completions" in case.operation.path:
         for name in [name for name in ("max_tokens", "max_completion_tokens") if name in body] or ["max_tokens"]:
             body[name] = fewer(body.get(name))
+    if case.operation.path == "/v1/responses":
+        body["max_output_tokens"] = fewer(body.get("max_output_tokens"))
     if case.meta.generation.mode.is_positive:
         agree(body)
 
@@ -90,7 +92,7 @@ def agree(body: dict[str, Any]) -> None:
     """Mend what only two fields together make wrong, or few requests would reach the engine."""
     if body.get("stream_options") is not None:
         body["stream"] = True
-    if body.get("top_logprobs") is not None:
+    if body.get("top_logprobs") is not None and "input" not in body:
         body["logprobs"] = True
     if body.get("best_of") is not None:
         body["best_of"] = body.get("n") or 1
