@@ -67,7 +67,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
     routes = [*(route for router in ROUTERS for route in router.routes), *app.routes]
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
-    generating = frozenset(r.path for r in api.router.routes if isinstance(r, Route))
+    generating = frozenset(r.path for router in ROUTERS for r in router.routes if isinstance(r, Route))
     app.add_middleware(RoomGate, context=context, paths=generating)
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys)

@@ -98,7 +98,7 @@ def agree(body: dict[str, Any]) -> None:
         body["best_of"] = body.get("n") or 1
     if body.get("min_tokens") is not None:
         body["min_tokens"] = min(body["min_tokens"], MOST_TOKENS)
-    for message in body.get("messages", ()):
+    for message in body.get("messages") or ():
         if message.get("content") is None:
             message["content"] = "a"
 

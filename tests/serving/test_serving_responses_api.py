@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from fixtures import make_tokenizer
 from pydantic import ValidationError
 
 from llmctl.engine.llm_engine import TokenOutput
-from llmctl.engine.output import OutputProcessor, TextOutput
+from llmctl.engine.output import OutputProcessor, PositionLogprobs, TextOutput, TokenText
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs
@@ -233,7 +234,7 @@ def outputs_of(tokenizer: Tokenizer, text: str, reason: FinishReason, **params: 
 
 ANSWERS = [
     "Hello é🎉 there",
-    "",
+    "<think></think>é",
     "<think>I wonder\n</think>\n\nSo it is.",
     '<think>hm</think>On it.\n<tool_call>{"name": "f", "arguments": {"a": [1, "}"]}}</tool_call> and so',
     '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n'
@@ -340,7 +341,7 @@ def without_ids(items: Any) -> Any:
 @pytest.mark.parametrize("number", range(len(ANSWERS)))
 def test_events_add_up_to_the_whole_response(tokenizer: Tokenizer, number: int, scored: bool) -> None:
     reason = FinishReason.STOP if number % 2 else FinishReason.LENGTH
-    outputs = outputs_of(tokenizer, ANSWERS[number] + "é" * (not ANSWERS[number]), reason)
+    outputs = outputs_of(tokenizer, ANSWERS[number], reason)
     if not scored:
         outputs = [msgspec.structs.replace(output, logprobs=None) for output in outputs]
     made = writer(tokenizer)
@@ -371,7 +372,9 @@ def test_items_of_an_answer_and_their_log_probabilities(tokenizer: Tokenizer) ->
     for item, text in ((message, "On it."), (rest, " and so")):
         (part,) = item["content"]
         assert part["text"] == text
-        assert text in "".join(entry["token"] for entry in part["logprobs"])
+        tokens = "".join(entry["token"] for entry in part["logprobs"])
+        assert text in tokens
+        assert not {"think>", "tool_call>"} & set(re.findall(r"\w+>", tokens))
     assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] == len(
         tokenizer.encode("hm", add_special_tokens=False)
     )
@@ -392,6 +395,44 @@ def test_the_status_of_items(tokenizer: Tokenizer, number: int, statuses: list[s
         found = [item["status"] for item in whole["output"]]
         assert found[:-1] == statuses[:-1]
         assert found[-1] == ("completed" if whole["output"][-1]["type"] == "function_call" else last)
+
+
+def whole_of(made: ResponseWriter, outputs: list[TextOutput]) -> Any:
+    return json.loads(asyncio.run(made.response(outputs)).body)
+
+
+def test_a_call_is_over_with_its_arguments(tokenizer: Tokenizer) -> None:
+    """Not with what follows: a client may begin to call."""
+    outputs = outputs_of(tokenizer, '<tool_call>{"name": "f", "arguments": {}} </tool_call>', FinishReason.STOP)
+    begun = next(n for n in range(len(outputs)) if "".join(o.text for o in outputs[:n]).endswith(" </tool"))
+    made = writer(tokenizer)
+    told = [event["type"] for output in outputs[:begun] for event in made._told(output)]
+    assert told[-1] == "response.output_item.done"
+
+
+def test_an_answer_of_nothing_is_an_empty_message(tokenizer: Tokenizer) -> None:
+    (output,) = outputs_of(tokenizer, "e", FinishReason.STOP)
+    whole = whole_of(writer(tokenizer), [msgspec.structs.replace(output, text="")])
+    ((part,),) = (item["content"] for item in whole["output"])
+    assert (part["text"], len(part["logprobs"])) == ("", 1)
+    assert whole["status"] == "completed"
+
+
+def test_a_token_that_the_tokenizer_does_not_know_has_no_bytes(tokenizer: Tokenizer) -> None:
+    (output,) = outputs_of(tokenizer, "e", FinishReason.STOP)
+    unknown = TokenText(999, "", None, -1.0, 1)
+    scored = msgspec.structs.replace(output, logprobs=(PositionLogprobs(unknown, (unknown,)),))
+    ((part,),) = (item["content"] for item in whole_of(writer(tokenizer), [scored])["output"])
+    (entry,) = part["logprobs"]
+    assert (entry["token"], entry["bytes"], entry["top_logprobs"][0]["bytes"]) == ("token_id:999", [], [])
+
+
+def test_reasoning_is_no_more_tokens_than_the_answer(tokenizer: Tokenizer) -> None:
+    outputs = outputs_of(tokenizer, ANSWERS[2], FinishReason.STOP)
+    details = whole_of(writer(tokenizer), outputs)["usage"]["output_tokens_details"]
+    assert details["reasoning_tokens"] == len(tokenizer.encode("I wonder", add_special_tokens=False))
+    few = [msgspec.structs.replace(output, token_ids=()) for output in outputs]
+    assert whole_of(writer(tokenizer), few)["usage"]["output_tokens_details"]["reasoning_tokens"] == 0
 
 
 def test_one_call_where_one_is_asked_for(tokenizer: Tokenizer) -> None:

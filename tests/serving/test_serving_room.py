@@ -96,7 +96,8 @@ async def _never() -> Message:
     raise AssertionError("the body of a request that has no room was asked for")
 
 
-def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, tmp_path: Path, path: str) -> None:
     keys, metrics = ServerKeys(None), ServerMetrics("m")
     context = ServerContext(ServeConfig(), ("m",), client, metrics, keys, Redactor(keys))
     assert client.worker.tokenizer is not None
@@ -109,7 +110,7 @@ def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, t
         sent.append(message)
 
     scope = {
-        **{"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"},
+        **{"type": "http", "method": "POST", "path": path, "raw_path": path.encode()},
         **{"query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1", "state": {}},
         "headers": [(b"content-type", b"application/json"), (b"content-length", b"1000")],
     }
