@@ -167,7 +167,7 @@ FIELDS = [
     *((CompletionRequest, name) for name in CompletionRequest.model_fields),
     *((ChatCompletionRequest, name) for name in ChatCompletionRequest.model_fields if name not in SHARED),
     *((EmbeddingRequest, name) for name in EmbeddingRequest.model_fields if name not in SHARED),
-    *((ResponsesRequest, name) for name in ResponsesRequest.__annotations__),
+    *((ResponsesRequest, name) for name in ResponsesRequest.model_fields if name in ResponsesRequest.__annotations__),
 ]
 
 
