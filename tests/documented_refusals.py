@@ -6,7 +6,7 @@ import re
 
 DOCUMENTED = re.compile(
     r"maximum context length|at least one token, found none|outside the vocabulary|token ids \(the vocabulary\)"
-    r"|min_tokens: expected at most max_tokens|stream_options: only with stream|best_of: not supported; use n"
+    r"|min_tokens: expected at most max_(output_)?tokens|stream_options: only with stream|best_of: not supported; use n"
     r"|prompt_logprobs: not available with stream|top_logprobs: needs logprobs|content: expected text, found none"
     r"|--trust-request-chat-template|continue_final_message: "
     r"|sequences in a request|chat template: |bad_words: expected non-empty strings|recursion limit exceeded"

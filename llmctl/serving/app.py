@@ -26,12 +26,13 @@ from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_resp
 from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from llmctl.serving.responses_api import endpoint as responses_api
 from llmctl.serving.tgi_api import api as tgi_api
 
 # FastAPI's own spans would hold the query of a URL, with whatever key stands in it. Older versions have none.
 _NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
 
-ROUTERS = (api.router, messages_api.router, tgi_api.router)
+ROUTERS = (api.router, responses_api.router, messages_api.router, tgi_api.router)
 """Of the endpoints that the engine serves."""
 
 

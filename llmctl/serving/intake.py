@@ -113,18 +113,24 @@ class Intake:
         Raises:
             CapacityError, RequestError.
         """
-        counts = {
-            "prompt": outline.ids("prompt"),
-            "input": outline.ids("input"),
-            "tokens": outline.ids("tokens"),
-            "messages": outline.count("messages"),
-        }
-        for name, count in counts.items():
-            if count > self.max_model_len:
-                raise self._too_long(f"{count} {'messages' if name == 'messages' else 'tokens'}", name)
+        for name in ("prompt", "input", "tokens"):
+            self.check_items(name, outline.ids(name), "tokens")
+        self.check_items("messages", outline.count("messages"), "messages")
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._check_count(name, outline.ids(name))
         self._check_count("logit_bias", outline.members("logit_bias"))
+
+    def check_items(self, param: str, count: int, items: str) -> None:
+        """Refuse more of something than the context has tokens, where each is a token at least.
+
+        Args:
+            items: what they are, for the refusal.
+
+        Raises:
+            CapacityError.
+        """
+        if count > self.max_model_len:
+            raise self._too_long(f"{count} {items}", param)
 
     def _check_fits(self, text: str, param: str) -> None:
         """Refuse by its bytes alone a text that has too many tokens."""

@@ -24,6 +24,11 @@ log = logging.getLogger("llmctl.serving")
 RETRY_SOON = {"Retry-After": "1"}
 """Headers of an answer that the server is not ready."""
 
+_MOST_NAME_SHOWN = 80  # characters; names of members are the client's
+
+UNION_TAG = "="
+"""Begins the tag of a model in a union. Tags stand in pydantic's paths to a problem, and are no part of the body's."""
+
 _HTTP_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -74,7 +79,7 @@ def from_validation_error(error: ValidationError, expected: Mapping[str, str] = 
         return RequestError(f"the request body: {first['msg']}")
     if param in expected and first["type"] != "missing":
         return RequestError(f"{param}: expected {expected[param]}", param=param)
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(part[:_MOST_NAME_SHOWN] for part in map(str, first["loc"]) if not part.startswith(UNION_TAG))
     return RequestError(f"{path}: {_said(first)}", param=param)
 
 
@@ -83,7 +88,7 @@ def _said(problem: ErrorDetails) -> str:
     kind, found = problem["type"], problem["input"]
     if kind == "union_tag_invalid":
         return f"expected type {problem['ctx']['expected_tags']}, found '{problem['ctx']['tag'][:40]}'"
-    if kind in ("missing", "not_number"):
+    if kind in ("missing", "not_number", "not_supported"):
         return problem["msg"]
     named = kind == "literal_error" and isinstance(found, str)
     return f"{problem['msg']}, found {repr(found[:40]) if named else type(found).__name__}"

@@ -46,6 +46,7 @@ Beyond what the schemas say, 400 is the answer to
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
   `top_logprobs` without `logprobs`, `continue_final_message` with `add_generation_prompt`, `prompt_logprobs` with
   `stream`, `tool_choice` without `tools` or for one that is not there, `functions` beside `tools`;
+* the same of `/v1/responses`, whose `input` items are messages and calls;
 * of messages as Anthropic's API has them: a last turn of the assistant that does not end in text, a block that is none
   of its message's role, a `tool_result` for no `tool_use` before it;
 * of TGI's parameters: `best_of` without sampling or in a stream, `decoder_input_details` in a stream, `top_n_tokens`
@@ -60,6 +61,7 @@ _RANGES = RANGES | {
     "best_of": RANGES["n"],
     "top_logprobs": RANGES["logprobs"],
     "max_completion_tokens": _MAX_TOKENS,
+    "max_output_tokens": _MAX_TOKENS,
 }
 _ERRORS = {
     400: (
@@ -277,8 +279,8 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
 
 
 def _bound(schema: dict[str, Any], allowed: Range) -> None:
-    """Add a range to the schema of a field that is a number, or null."""
-    for number in schema["anyOf"]:
+    """Add a range to the schema of a field that is a number, or null; one that is always refused has none."""
+    for number in schema.get("anyOf", ()):
         if number["type"] in ("integer", "number"):
             number["exclusiveMinimum" if allowed.open_low else "minimum"] = allowed.low
             if math.isfinite(allowed.high):

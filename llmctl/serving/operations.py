@@ -37,6 +37,8 @@ from llmctl.serving.response_schema import (
     TokenizerInfo,
     Version,
 )
+from llmctl.serving.responses_api.protocol import ResponsesRequest
+from llmctl.serving.responses_api.schema import ResponseObject, ResponseStreamEvent
 from llmctl.serving.tgi_api.protocol import CompatGenerateRequest, GenerateRequest, GenerateStreamRequest
 from llmctl.serving.tgi_api.schema import CompatGenerateResponse, GenerateResponse, ServedInfo, StreamResponse
 
@@ -136,6 +138,25 @@ OPERATIONS = (
             "text": {"input": "Once upon a time"},
             "batch": {"input": ["One, two,", "Red, green,"], "encoding_format": "base64", "pooling": "mean"},
             "short": {"input": [5, 6, 7], "dimensions": 8},
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/v1/responses", "createResponse", "generation", "Answer input items, as OpenAI's Responses API"),
+        ResponseObject,
+        event=ResponseStreamEvent,
+        named_events=True,
+        done=False,
+        bodies=(ResponsesRequest,),
+        headers=("X-Llmctl-Warning",),
+        examples={
+            "text": {"input": "Say hello.", "max_output_tokens": 8},
+            "tools": {"input": _HELLO, "tools": [_GREET["function"] | {"type": "function"}], "max_output_tokens": 8},
+            "logprobs": {
+                **{"input": "Say hello.", "max_output_tokens": 4, "top_logprobs": 2},
+                "include": ["message.output_text.logprobs"],
+            },
+            "stream": {"input": _HELLO, "instructions": "Be brief.", "max_output_tokens": 8, "stream": True},
         },
         refusals=(403, *_BODY),
     ),

@@ -26,6 +26,7 @@ _DEFAULT_PATH = "/v1/traces"
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "chat",
+    "/v1/responses": "chat",
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
     "/generate": "text_completion",

@@ -65,6 +65,8 @@ def make_affordable(case: Any) -> None:
             body[name] = fewer(body.get(name))
     if path in GENERATES and isinstance(parameters := body.setdefault("parameters", {}), dict):
         parameters["max_new_tokens"] = fewer(parameters.get("max_new_tokens"))
+    if path == "/v1/responses":
+        body["max_output_tokens"] = fewer(body.get("max_output_tokens"))
     if case.meta.generation.mode.is_positive:
         agree(body)
 
@@ -94,13 +96,13 @@ def agree(body: dict[str, Any]) -> None:
     """Mend what only two fields together make wrong, or few requests would reach the engine."""
     if body.get("stream_options") is not None:
         body["stream"] = True
-    if body.get("top_logprobs") is not None:
+    if body.get("top_logprobs") is not None and "input" not in body:
         body["logprobs"] = True
     if body.get("best_of") is not None:
         body["best_of"] = body.get("n") or 1
     if body.get("min_tokens") is not None:
         body["min_tokens"] = min(body["min_tokens"], MOST_TOKENS)
-    for message in body.get("messages", ()):
+    for message in body.get("messages") or ():
         if message.get("content") is None:
             message["content"] = "a"
 

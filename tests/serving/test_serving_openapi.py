@@ -42,6 +42,8 @@ from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from llmctl.serving.redaction import Redactor
+from llmctl.serving.responses_api.protocol import ResponsesRequest
+from llmctl.serving.responses_api.translate import chat_of
 from llmctl.serving.tenants import deadline_of
 from llmctl.serving.tgi_api.protocol import GenerateParameters, GenerateRequest
 from llmctl.serving.tgi_api.translate import check_parameters, completion_request, parameters_of
@@ -114,6 +116,7 @@ def test_a_key_is_asked_for_where_the_gate_asks(with_keys: bool) -> None:
 LONG = "x" * 257
 FUNCTION: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
 TOOL: dict[str, Any] = {"type": "function", "function": FUNCTION}
+FLAT_TOOL: dict[str, Any] = {"type": "function", **FUNCTION}
 CALL: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 20, 21, 128, 129, 0.5, 1.5, -2, 2.5, -2.5, 1e300, sys.float_info.max, 1e-320),
@@ -134,6 +137,22 @@ VALUES: list[Any] = [
     *([TOOL], [{**TOOL, "type": "other"}], [FUNCTION], [{**FUNCTION, "name": "a b"}], ["required"], "required"),
     *({"type": "function", "function": {"name": "f"}}, {"name": "f"}, {"name": "g"}, {"name": 1}),
     *([{"role": "assistant", "tool_calls": made}] for made in (None, [], [{}], [CALL], [{**CALL, "type": "other"}])),
+    *([FLAT_TOOL], [{"type": "web_search"}], {"type": "function", "name": "f"}, {"type": "web_search"}),
+    {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+    {"type": "allowed_tools", "mode": "auto", "tools": []},
+    *({"format": {"type": "json_object"}}, {"format": {"type": "json_schema", "name": "x", "schema": {}}}),
+    *({"format": {"type": "json_schema"}}, {"verbosity": "low"}, {"effort": "low"}, {"effort": "most"}),
+    *({"summary": "auto"}, {"summary": "detailed"}, ["message.output_text.logprobs"], ["everything"]),
+    *({"a": "b"}, {"a": LONG}, {"a": 4 * LONG}, {LONG: "a"}, {str(i): "a" for i in range(17)}, "disabled", "in_memory"),
+    *(
+        [{"type": kind, "call_id": "1", "name": "f", "arguments": "{}"}]
+        for kind in ("function_call", "web_search_call")
+    ),
+    [{"type": "function_call", "call_id": "1", "name": "f"}],
+    [{"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "a"}]}],
+    [{"type": "function_call_output", "call_id": "1", "output": None}],
+    *([{"type": "reasoning", "content": made}] for made in (None, [], [{"text": "a"}], [{"type": "reasoning_text"}])),
+    *([{"type": "reasoning", "encrypted_content": "a"}], {"include_obfuscation": True}, {"include_obfuscation": False}),
     *([{"role": "assistant", "function_call": made}] for made in (None, {}, CALL["function"])),
     *({"type": "auto"}, {"type": "tool"}, {"type": "enabled"}, {"type": "adaptive", "display": "omitted"}),
     *({"format": {"type": "json_schema", "schema": {}}}, {"format": {}}, {"effort": "low"}, {"user_id": "a"}),
@@ -142,13 +161,16 @@ VALUES: list[Any] = [
     *({"type": "regex", "value": "a"}, {"type": "regex", "value": {}}, {"type": "json", "value": True}),
 ]
 WITH = {"tool_choice": {"tools": [TOOL]}, "function_call": {"functions": [FUNCTION]}}
-"""What a field needs beside it, in OpenAI's API."""
+"""What a field needs beside it, in OpenAI's chats."""
+BESIDE = {"tool_choice": {"tools": [FLAT_TOOL]}}
+"""The same of responses."""
 REQUESTS: dict[type[Any], dict[str, Any]] = {
     CompletionRequest: {"prompt": "a", "max_tokens": 5},
     ChatCompletionRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "logprobs": True},
     EmbeddingRequest: {"input": "a"},
     MessagesRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5},
     GenerateParameters: {"details": True, "do_sample": True, "max_new_tokens": 5},
+    ResponsesRequest: {"input": "a", "max_output_tokens": 5},
 }
 SHARED = SamplingFields.model_fields
 COMPONENTS = describe(MODEL, with_keys=False)["components"]
@@ -158,6 +180,7 @@ FIELDS = [
     *((EmbeddingRequest, name) for name in EmbeddingRequest.model_fields if name not in SHARED),
     *((MessagesRequest, name) for name in MessagesRequest.model_fields),
     *((GenerateParameters, name) for name in GenerateParameters.model_fields),
+    *((ResponsesRequest, name) for name in ResponsesRequest.model_fields if name in ResponsesRequest.__annotations__),
 ]
 
 
@@ -178,6 +201,8 @@ async def take_in(intake: Intake, model: type[Any], data: bytes) -> None:
         body: Any = completion_request("a", given, stream=False)
     elif model is MessagesRequest:
         body = chat_request(parsed(data, Outline(data), model))
+    elif model is ResponsesRequest:
+        body = chat_of(parsed(data, Outline(data), model), intake.tools.traits)
     else:
         body = parsed(data, Outline(data), model)
     deadline_of(body, NO_DEADLINE)
@@ -199,7 +224,7 @@ async def refusals(intake: Intake, model: type[Any], name: str) -> list[RequestE
     found: list[RequestError | None] = []
     for value in VALUES:
         try:
-            beside = WITH.get(name, {}) if model is ChatCompletionRequest else {}
+            beside = {ChatCompletionRequest: WITH, ResponsesRequest: BESIDE}.get(model, {}).get(name, {})
             await take_in(intake, model, json.dumps({**REQUESTS[model], **beside, name: value}).encode())
             found.append(None)
         except RequestError as error:

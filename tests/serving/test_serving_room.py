@@ -119,7 +119,9 @@ async def _never() -> Message:
     raise AssertionError("the body of a request that has no room was asked for")
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/generate", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/generate", "/"]
+)
 def test_a_full_queue_refuses_before_a_body_is_read(
     client: AsyncEngineClient, context: ServerContext, path: str
 ) -> None:

@@ -6,12 +6,13 @@ deprecated ``function_call`` and the role ``function`` become calls and results 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic_core import from_json
 
 from llmctl.errors import RequestError
-from llmctl.serving.protocol import PART_TEXTS, ChatMessage, FunctionCallMade
+from llmctl.serving.protocol import PART_TEXTS, ChatMessage, ContentPart, FunctionCallMade
 from llmctl.text.output_parser.json_text import dump
 
 
@@ -43,36 +44,66 @@ def template_message(message: ChatMessage, index: int, *, string_arguments: bool
     return made
 
 
+def joined(content: str | Sequence[ContentPart], where: str) -> str:
+    """The text of content, its parts on lines of their own.
+
+    Args:
+        where: it stands, for the refusal: a field of the request, and what follows that.
+
+    Raises:
+        RequestError: a part that is not text.
+    """
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if getattr(part, PART_TEXTS.get(part.type, ""), None) is None:
+            raise RequestError(
+                f"{where}: only parts of type 'text' are supported, found '{part.type}'", param=_field(where)
+            )
+    return "\n".join(getattr(part, PART_TEXTS[part.type]) for part in content)
+
+
+def arguments_object(text: str, where: str) -> dict[str, Any]:
+    """The object that a call's arguments stand for; an empty text is an empty one.
+
+    Args:
+        where: the call stands, as of ``joined``.
+
+    Raises:
+        RequestError: not a JSON object.
+    """
+    if not text.strip():
+        return {}
+    try:
+        found = from_json(text, allow_inf_nan=False)  # bounds the depth, as of bodies
+    except ValueError as error:
+        raise RequestError(
+            f"{where}.arguments: expected a JSON object as a string, found what is not JSON: {error}",
+            param=_field(where),
+        ) from error
+    if not isinstance(found, dict):
+        raise RequestError(
+            f"{where}.arguments: expected a JSON object, found {type(found).__name__}", param=_field(where)
+        )
+    return found
+
+
+def _field(where: str) -> str:
+    return where.partition("[")[0]
+
+
 def _text(message: ChatMessage, index: int) -> str:
     content = message.content
-    if isinstance(content, list):
-        for part in content:
-            if getattr(part, PART_TEXTS.get(part.type, ""), None) is None:
-                raise RequestError(
-                    f"messages[{index}].content: only parts of type 'text' are supported, found '{part.type}'",
-                    param="messages",
-                )
-        content = "\n".join(getattr(part, PART_TEXTS[part.type]) for part in content)
-    if content is None and message.role != "assistant":  # an assistant's may consist of tool calls
+    if content is not None:
+        return joined(content, f"messages[{index}].content")
+    if message.role != "assistant":  # an assistant's may consist of tool calls
         raise RequestError(f"messages[{index}].content: expected text, found none", param="messages")
-    return content or ""
+    return ""
 
 
 def _function(call: FunctionCallMade, where: str, string_arguments: bool) -> dict[str, Any]:
     given = call.arguments
     if isinstance(given, str):
-        given = _object(given, where) if given.strip() else {}
+        given = arguments_object(given, where)
     made = call.model_dump(exclude_unset=True)
     return {**made, "arguments": dump(given or {}) if string_arguments else given or {}}
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = from_json(text, allow_inf_nan=False)  # bounds the depth, as of bodies
-    except ValueError as error:
-        raise RequestError(
-            f"{where}.arguments: expected a JSON object as a string, found what is not JSON: {error}", param="messages"
-        ) from error
-    if not isinstance(found, dict):
-        raise RequestError(f"{where}.arguments: expected a JSON object, found {type(found).__name__}", param="messages")
-    return found

@@ -30,10 +30,19 @@ class MessageReader:
         self._use = use
         self._most = 1 if use.single else None
 
+    @property
+    def complete(self) -> list[bool]:
+        """Of each call so far, whether its arguments are a whole JSON object."""
+        return self._parser.complete[: self._most]
+
     def pieces(self, output: TextOutput) -> list[Piece]:
         """What a delta of the output adds."""
-        found = self._parser.push(output.text)
-        if output.finish_reason is not None:
+        return self.read(output.text, last=output.finish_reason is not None)
+
+    def read(self, text: str, *, last: bool) -> list[Piece]:
+        """What more of the output's text adds; ``last``: it is the end."""
+        found = self._parser.push(text)
+        if last:
             found += self._parser.finish()
         return [piece for piece in found if self._most is None or piece.call < self._most]
 
@@ -77,8 +86,7 @@ class MessageReader:
 
     def finish_reason(self, reason: str | None) -> str | None:
         """Why the output ended: ``tool_calls`` if calls were made and none is broken, else as the engine says."""
-        complete = self._parser.complete[: self._most]
-        if reason is None or not complete or not all(complete):
+        if reason is None or not self.complete or not all(self.complete):
             return reason
         return "function_call" if self._use.legacy else "tool_calls"
 

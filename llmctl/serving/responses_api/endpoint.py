@@ -1,0 +1,34 @@
+"""``POST /v1/responses``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from llmctl.serving.body import parse
+from llmctl.serving.context import ServerContext, context_of
+from llmctl.serving.exchange import answer_chat, check_single, counted
+from llmctl.serving.outline import Outline
+from llmctl.serving.responses_api.protocol import ResponsesRequest
+from llmctl.serving.responses_api.translate import chat_of, own_names
+from llmctl.serving.responses_api.writer import ResponseWriter
+
+router = APIRouter()
+
+
+@router.post("/v1/responses", response_model=None)
+async def create_response(request: Request) -> Response:
+    """Answer the input."""
+    context = context_of(request)
+    with counted(request, context) as seen:
+        asked = await parse(request, ResponsesRequest, partial(_check_outline, context))
+        with own_names():
+            body = chat_of(asked, context.model().intake.tools.traits)
+            return await answer_chat(seen, body, partial(ResponseWriter, asked))
+
+
+def _check_outline(context: ServerContext, outline: Outline) -> None:
+    check_single(context, outline)
+    context.model().intake.check_items("input", outline.count("input"), "items")
