@@ -21,6 +21,7 @@ import datetime
 import json
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,8 @@ OPTIONS = (
 
 def main() -> int:
     """Run; the process's exit code."""
+    # Ended from outside, it must still stop the server and take its folder away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = _parser()
     args, extra = parser.parse_known_args()
     try:
@@ -167,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="demo:smollm2-135m", help="what is served, and whose tokenizer is given (%(default)s)")
     add("--url", help="a server that runs already; further options are for the one that is started otherwise")
     add("--api-key", metavar="KEY", help="the server's; of one that is started here: random")
-    add("--keep", type=Path, metavar="DIR", help="environments and homes; reused when there")
+    add("--keep", type=Path, metavar="DIR", help="environments; reused when there")
     add("--install-only", action="store_true", help="make the environments, try nothing")
     add("--timeout", type=float, default=300, help="seconds for all scenarios of a client (%(default)s)")
     add("--record", type=Path, metavar="DIR", help="what each client sends, a JSON file each, without keys")

@@ -16,7 +16,7 @@ from peers.venvs import install as install_venv
 
 from client_trials.catalog import Client
 
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SSL_CERT_FILE", "SYSTEMROOT")
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SYSTEMROOT")
 NPM_SECONDS = 600
 
 
@@ -64,6 +64,7 @@ def _npm(client: Client, setup: Setup, say: Callable[[str], None]) -> Environmen
         say(f"installing {client.name} into {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         command = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts"]
+        command += ["--cache", str(setup.work / "npm-cache")]
         done = subprocess.run(
             [*command, *client.packages], capture_output=True, text=True, check=False, timeout=NPM_SECONDS
         )
@@ -77,11 +78,13 @@ def _npm(client: Client, setup: Setup, say: Callable[[str], None]) -> Environmen
 
 def clean_variables(home: Path) -> dict[str, str]:
     """A process's environment in which no client finds this user's keys, settings or caches, nor reports its use."""
-    home.mkdir(parents=True, exist_ok=True)
+    temporary = home / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
     kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
         **kept,
         "HOME": str(home),
+        "TMPDIR": str(temporary),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUTF8": "1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -54,7 +55,10 @@ def play(client: Client, environment: Environment, endpoint: Endpoint, seconds: 
     if client.is_npm:
         # Node finds modules beside the file that asks for them.
         variables["TRIAL_MODULES"] = str(work / folder_name(client) / "node_modules")
-    lines, end = _heard([*environment.command, str(client.path)], variables, home, seconds)
+    try:
+        lines, end = _heard([*environment.command, str(client.path)], variables, home, seconds)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
     return Trial(client.name, environment.version, _outcomes(lines, end, endpoint))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from served import client_session
 from yarl import URL
 
 MAX_BODY = 2**24
-_SECRETS = {"authorization", "x-api-key", "cookie"}
 _OF_ONE_CONNECTION = {"host", "content-length", "connection", "transfer-encoding", "keep-alive", "accept-encoding"}
-_OF_ONE_REQUEST = {"traceparent", "x-request-id", "idempotency-key"}
+# Keys, and what differs from one request or machine to the next.
+_LEFT_OUT = re.compile(r"authorization|(x-api-key|cookie|traceparent|x-request-id|idempotency-key)$|x-stainless-", re.I)
 
 
 class Recorder:
@@ -52,9 +53,7 @@ class Recorder:
     def _note(
         self, client: str, scenario: str, method: str, path: str, headers: dict[str, str], body: bytes, status: int
     ) -> None:
-        shown = {
-            name.lower(): value for name, value in headers.items() if name.lower() not in _SECRETS | _OF_ONE_REQUEST
-        }
+        shown = {name.lower(): value for name, value in headers.items() if not _LEFT_OUT.match(name)}
         note = {"scenario": scenario, "method": method, "path": path, "headers": shown, "status": status}
         note["body"] = json.loads(body) if body else None
         notes = self._seen.setdefault(client, [])

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its models for OpenAI-compatible servers, given single requests of the kinds that tasks make."""
+"""lm-evaluation-harness: its models for OpenAI-compatible servers, given single requests as tasks make them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ time.sleep(600)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
-def test_clients_see_nothing_of_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_see_nothing_of_this_user_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "the user's own")
     source = """
 import os
@@ -84,11 +84,12 @@ from pathlib import Path
 from scenarios import expect, play
 def chat(at):
     expect("OPENAI_API_KEY" not in os.environ, "no key of the user")
-    Path.home().joinpath("settings").write_text("x")
+    Path.home().joinpath("settings").write_text(os.environ["TMPDIR"])
+    expect(Path(os.environ["TMPDIR"]).parent == Path.home(), "temporary files of its own")
 play(chat)
 """
     assert tried(tmp_path, source).outcomes["chat"] == Outcome("ok")
-    assert (tmp_path / "it-home" / "settings").exists()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "what it wrote is gone with it"
 
 
 def test_without_a_key_none_can_be_wrong(tmp_path: Path) -> None:

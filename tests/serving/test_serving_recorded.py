@@ -84,9 +84,7 @@ def test_a_recorded_request_is_answered_as_described(app: Any, note: dict[str, A
     answer = asyncio.run(asyncio.wait_for(sent(), 20))
     assert answer.status_code == note["status"], answer.text
     path = note["path"].partition("?")[0].rstrip("/")
-    (operation,) = [
-        o for o in OPERATIONS if (o.method.upper(), o.path) == (note["method"], ALIASES.get(path, path))
-    ]
+    (operation,) = [o for o in OPERATIONS if (o.method.upper(), o.path) == (note["method"], ALIASES.get(path, path))]
     if answer.status_code >= 400:
         ErrorResponse.model_validate_json(answer.content)
     elif answer.headers["content-type"].startswith("text/event-stream"):
