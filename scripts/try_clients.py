@@ -33,7 +33,7 @@ from client_trials.environments import folder_name, install, setup_of
 from client_trials.outcomes import Trial
 from client_trials.playing import Endpoint, play, untried
 from client_trials.recording import Recorder
-from client_trials.report import failures, to_json, to_markdown, to_text
+from client_trials.report import failures, to_json, to_line, to_markdown, to_text
 from md_table import with_section
 from peers.contest import PeerError
 from served import Server, ServerError, serving
@@ -114,8 +114,8 @@ def _tried(args: argparse.Namespace, extra: Sequence[str], clients: Sequence[Cli
             if client.name in environments:
                 name = folder_name(client)
                 used = endpoint if address is None else endpoint.at(f"{address}/{name}/{{scenario}}")
-                _say(f"trying {client.name}")
                 trials[client.name] = play(client, environments[client.name], used, args.timeout, work)
+                _say(to_line(trials[client.name]))
         if recorder is not None:
             recorder.write(args.record)
     return [trials[client.name] for client in clients]

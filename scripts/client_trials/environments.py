@@ -90,7 +90,6 @@ def clean_variables(home: Path) -> dict[str, str]:
         "PYTHONUTF8": "1",
         "DO_NOT_TRACK": "1",
         "HF_HOME": str(home / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LLM_USER_PATH": str(home / "llm"),
         "OPENAI_AGENTS_DISABLE_TRACING": "1",

@@ -6,6 +6,7 @@ The path that a client is given begins with both names: ``/client/scenario`` is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import threading
@@ -16,7 +17,6 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from served import client_session
 from yarl import URL
 
 MAX_BODY = 2**24
@@ -44,10 +44,11 @@ class Recorder:
             self._note(client, scenario, request.method, "/" + rest, headers, body, found.status)
             kept = {k: v for k, v in found.headers.items() if k.lower() not in _OF_ONE_CONNECTION}
             answer = web.StreamResponse(status=found.status, headers=kept)
-            await answer.prepare(request)
-            async for data in found.content.iter_any():
-                await answer.write(data)
-        await answer.write_eof()
+            with contextlib.suppress(ConnectionError):  # the client has enough
+                await answer.prepare(request)
+                async for data in found.content.iter_any():
+                    await answer.write(data)
+                await answer.write_eof()
         return answer
 
     def _note(
@@ -74,7 +75,9 @@ class Recorder:
         stop = asyncio.Event()
 
         async def run() -> None:
-            async with client_session() as self._session:
+            # A connection for each request: one that is kept could be closed by the server as it is used again.
+            connector, limit = aiohttp.TCPConnector(limit=0, force_close=True), aiohttp.ClientTimeout(total=None)
+            async with aiohttp.ClientSession(connector=connector, timeout=limit) as self._session:
                 app = web.Application(client_max_size=MAX_BODY)
                 app.router.add_route("*", "/{rest:.*}", self.handle)
                 runner = web.AppRunner(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,12 @@ _WORDS: dict[Verdict, str] = {"ok": "ok", "failed": "**fails**", "none": "–", 
 def failures(trials: Sequence[Trial]) -> int:
     """Scenarios that failed."""
     return sum(outcome.verdict == "failed" for trial in trials for outcome in trial.outcomes.values())
+
+
+def to_line(trial: Trial) -> str:
+    """How a client did, in short."""
+    counts = Counter(outcome.verdict for outcome in trial.outcomes.values())
+    return f"{_title(trial)}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
 
 def to_text(trials: Sequence[Trial]) -> str:

@@ -28,7 +28,7 @@ def client(at: Endpoint) -> anthropic.Anthropic:
 
 
 def fields(at: Endpoint, **options: Any) -> Any:
-    return {"model": at.model, "messages": MESSAGES, "max_tokens": MANY, "temperature": 0, **options}
+    return {"model": at.model, "messages": MESSAGES, "max_tokens": MANY, "extra_body": {"temperature": 0}, **options}
 
 
 def text_of(message: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 from scenarios import FEW, NO_MODEL, Endpoint, expect, play, refused, tokenizer
 
 REQUESTS, PROMPT = 2, 24
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def benchmark(at: Endpoint, kind: str, **options: Any) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def benchmark(at: Endpoint, kind: str, **options: Any) -> dict[str, Any]:
         }
         command = [sys.executable, "-m", "guidellm", "benchmark", "run", "--disable-console"]
         command += [f"--{name}={value}" for name, value in arguments.items()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=OFFLINE)
         if done.returncode:
             raise RuntimeError(" ".join((done.stderr or done.stdout).split())[-300:])
         (found,) = json.loads((Path(folder) / "report.json").read_text())["benchmarks"]
