@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -110,12 +111,16 @@ def _tried(args: argparse.Namespace, extra: Sequence[str], clients: Sequence[Cli
         endpoint = stack.enter_context(_endpoint(args, extra, work))
         recorder = Recorder(endpoint.url) if args.record else None
         address = stack.enter_context(recorder.listening()) if recorder else None
-        for client in clients:
-            if client.name in environments:
-                name = folder_name(client)
-                used = endpoint if address is None else endpoint.at(f"{address}/{name}/{{scenario}}")
-                trials[client.name] = play(client, environments[client.name], used, args.timeout, work)
-                _say(to_line(trials[client.name]))
+
+        def tried(client: Client) -> Trial:
+            used = endpoint.at(f"{address}/{folder_name(client)}/{{scenario}}") if address else endpoint
+            trial = play(client, environments[client.name], used, args.timeout, work)
+            _say(to_line(trial))
+            return trial
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            ready = [client for client in clients if client.name in environments]
+            trials |= {trial.client: trial for trial in pool.map(tried, ready)}
         if recorder is not None:
             recorder.write(args.record)
     return [trials[client.name] for client in clients]
@@ -172,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--api-key", metavar="KEY", help="the server's; of one that is started here: random")
     add("--keep", type=Path, metavar="DIR", help="environments; reused when there")
     add("--install-only", action="store_true", help="make the environments, try nothing")
-    add("--timeout", type=float, default=300, help="seconds for all scenarios of a client (%(default)s)")
+    add("--jobs", type=int, default=4, help="clients at once (%(default)s)")
+    add("--timeout", type=float, default=600, help="seconds for all scenarios of a client (%(default)s)")
     add("--record", type=Path, metavar="DIR", help="what each client sends, a JSON file each, without keys")
     add("--pip-flags", default="", help="further options of pip install")
     add("--json", action="store_true", help="JSON instead of the table")

@@ -36,7 +36,8 @@ class Recorder:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Forward a request, and its answer as it comes."""
         assert self._session is not None
-        _, client, scenario, rest = request.path_qs.split("/", 3)
+        client, scenario, rest = (request.path_qs.removeprefix("/") + "/").split("/", 2)
+        rest = rest.removesuffix("/")  # added for the path of the root, which has no third part
         body = await request.read()
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _OF_ONE_CONNECTION}
         address = URL(f"{self._target}/{rest}", encoded=True)

@@ -26,7 +26,7 @@ export const THINKING = { chat_template_kwargs: { enable_thinking: true } };
 export const NO_MODEL = "no-such-model";
 export const NO_KEY = "no-such-key";
 // Tokens: where an answer must be whole, and where it need not.
-export const MANY = 40;
+export const MANY = 64;
 export const FEW = 8;
 
 // A package of the client's environment: Node.js would look beside this file alone.

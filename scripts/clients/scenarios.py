@@ -34,7 +34,7 @@ TOOL: Any = {"type": "function", "function": FUNCTION}
 THINKING: Any = {"chat_template_kwargs": {"enable_thinking": True}}
 """The template that the server is started with opens the model's reasoning then."""
 NO_MODEL, NO_KEY = "no-such-model", "no-such-key"
-MANY, FEW = 40, 8
+MANY, FEW = 64, 8
 """Tokens: where an answer must be whole, and where it need not."""
 
 

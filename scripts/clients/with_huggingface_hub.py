@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from huggingface_hub import InferenceClient
@@ -31,10 +32,14 @@ NAMED: Any = {"type": "function", "function": {"name": FUNCTION["name"]}}
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
 
 
+@functools.cache  # a stream ends with its client
+def client(url: str, key: str) -> InferenceClient:
+    return InferenceClient(url, token=key)
+
+
 def ask(at: Endpoint, **options: Any) -> Any:
-    client = InferenceClient(base_url=at.url, api_key=at.key)
     fields = {"model": at.model, "messages": MESSAGES, "max_tokens": MANY, "temperature": 0, **options}
-    return client.chat_completion(**fields)
+    return client(at.url, at.key).chat_completion(**fields)
 
 
 def chat(at: Endpoint) -> None:
@@ -49,10 +54,10 @@ def stream(at: Endpoint) -> None:
 
 def completions(at: Endpoint) -> None:
     """Through ``POST /``, as of a server of text-generation-inference."""
-    client = InferenceClient(model=at.root, token=at.key)
-    whole = said(client.text_generation(TEXT, max_new_tokens=FEW))
-    streamed(client.text_generation(TEXT, max_new_tokens=FEW, stream=True), whole)
-    details = client.text_generation(TEXT, max_new_tokens=FEW, details=True).details
+    server = client(at.root, at.key)
+    whole = said(server.text_generation(TEXT, max_new_tokens=FEW))
+    streamed(server.text_generation(TEXT, max_new_tokens=FEW, stream=True), whole)
+    details = server.text_generation(TEXT, max_new_tokens=FEW, details=True).details
     expect(details.generated_tokens == FEW, f"{FEW} tokens, found {details.generated_tokens}")
 
 
