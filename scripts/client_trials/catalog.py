@@ -62,6 +62,6 @@ CLIENTS = (
     Client("openai-agents", "with_openai_agents.py", ("openai-agents==0.24.0",)),
     Client("llm", "with_llm.py", ("llm==0.36",)),
     Client("lm_eval", "with_lm_eval.py", ("lm_eval[api]==0.4.13", "transformers==5.23.0")),
-    Client("guidellm", "with_guidellm.py", ("guidellm==0.8.1",)),
+    Client("guidellm", "with_guidellm.py", ("guidellm==0.8.1", "torch==2.13.0")),
     Client("huggingface_hub", "with_huggingface_hub.py", ("huggingface_hub==2.4.0",)),
 )

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import instructor
 import openai
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from scenarios import FEW, MANY, MESSAGES, NO_MODEL, Endpoint, expect, fits, play, refused, repeats, said
 
 
 class Answer(BaseModel):
     """The answer."""
 
+    model_config = ConfigDict(extra="forbid")
     city: Literal["Paris", "Bonn", "Rome"]
     rivers: int = Field(ge=0, le=9)
 
