@@ -13,33 +13,34 @@ from typing import Any
 from scenarios import FEW, NO_MODEL, Endpoint, expect, play, refused, tokenizer
 
 REQUESTS, PROMPT = 2, 24
+CHAT = "/v1/chat/completions"
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
-def benchmark(at: Endpoint, kind: str, **options: Any) -> dict[str, Any]:
+def benchmark(at: Endpoint, path: str, stream: bool = True) -> dict[str, Any]:
     """What a benchmark of synthetic prompts reports.
 
     Raises:
         RuntimeError: it failed, with its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {
-            "target": at.root,
-            "model": at.model,
-            "backend-kwargs": json.dumps({"api_key": at.key, **options}),
-            "request-type": kind,
-            "profile": "synchronous",
-            "max-requests": REQUESTS,
-            "data": f"prompt_tokens={PROMPT},output_tokens={FEW}",
-            "processor": tokenizer(),
-            "output-path": str(Path(folder) / "report.json"),
+        report = Path(folder) / "report.json"
+        backend = {"target": at.root, "model": at.model, "api_key": at.key, "request_format": path, "stream": stream}
+        arguments: dict[str, dict[str, Any]] = {
+            "backend": {"kind": "openai_http", **backend},
+            "profile": {"kind": "synchronous"},
+            "constraint": {"kind": "max_requests", "count": REQUESTS},
+            "tokenizer": {"kind": "hf_auto", "model": tokenizer()},
+            "data": {"kind": "synthetic_text", "prompt_tokens": PROMPT, "output_tokens": FEW},
+            "output": {"kind": "json", "path": str(report)},
         }
-        command = [sys.executable, "-m", "guidellm", "benchmark", "run", "--disable-console"]
-        command += [f"--{name}={value}" for name, value in arguments.items()]
+        command = [sys.executable, "-m", "guidellm", "run", "--disable-console"]
+        for name, fields in arguments.items():
+            command += [f"--{name}", ",".join(f"{key}={value}" for key, value in fields.items())]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=OFFLINE)
         if done.returncode:
             raise RuntimeError(" ".join((done.stderr or done.stdout).split())[-300:])
-        (found,) = json.loads((Path(folder) / "report.json").read_text())["benchmarks"]
+        (found,) = json.loads(report.read_text())["benchmarks"]
         return found
 
 
@@ -52,25 +53,29 @@ def answered(report: dict[str, Any]) -> None:
 
 
 def chat(at: Endpoint) -> None:
-    answered(benchmark(at, "chat_completions", stream=False))
+    answered(benchmark(at, CHAT, stream=False))
 
 
 def stream(at: Endpoint) -> None:
-    answered(benchmark(at, "chat_completions"))
+    answered(benchmark(at, CHAT))
 
 
 def completions(at: Endpoint) -> None:
-    answered(benchmark(at, "text_completions"))
+    answered(benchmark(at, "/v1/completions"))
+
+
+def responses(at: Endpoint) -> None:
+    answered(benchmark(at, "/v1/responses"))
 
 
 def bad_model(at: Endpoint) -> None:
     wrong = Endpoint(at.root, at.key, NO_MODEL)
-    refused(lambda: answered(benchmark(wrong, "chat_completions")), "404")
+    refused(lambda: answered(benchmark(wrong, CHAT)), "404")
 
 
 def wrong_key(at: Endpoint) -> None:
-    refused(lambda: benchmark(at.with_wrong_key(), "chat_completions"), "401")
+    refused(lambda: benchmark(at.with_wrong_key(), CHAT), "401")
 
 
 if __name__ == "__main__":
-    play(chat, stream, completions, bad_model, wrong_key)
+    play(chat, stream, completions, responses, bad_model, wrong_key)
