@@ -46,7 +46,8 @@ def benchmark(at: Endpoint, path: str, stream: bool = True) -> dict[str, Any]:
 
 def answered(report: dict[str, Any]) -> None:
     requests = report["requests"]
-    expect(not requests["errored"], f"no errors, found {str(requests['errored'])[:200]}")
+    errors = [request["info"]["error"] for request in requests["errored"]]
+    expect(not errors, f"no errors, found {errors[:1]}")
     expect(len(requests["successful"]) == REQUESTS, f"{REQUESTS} answers, found {len(requests['successful'])}")
     counts = [request["output_metrics"]["text_tokens"] for request in requests["successful"]]
     expect(all(count == FEW for count in counts), f"{FEW} tokens of each answer, found {counts}")
@@ -74,7 +75,7 @@ def bad_model(at: Endpoint) -> None:
 
 
 def wrong_key(at: Endpoint) -> None:
-    refused(lambda: benchmark(at.with_wrong_key(), CHAT), "401")
+    refused(lambda: answered(benchmark(at.with_wrong_key(), CHAT)), "401")
 
 
 if __name__ == "__main__":
