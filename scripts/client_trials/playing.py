@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from client_trials.environments import Environment, clean_variables, folder_name
 from client_trials.outcomes import Outcome, Trial
 
 REASON_CHARS = 300
+_PORT = re.compile(r"(//127\.0\.0\.1):\d+")  # another one in every run
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _outcomes(lines: list[str], end: str, endpoint: Endpoint) -> dict[str, Outco
                 announced = said["scenarios"]
             elif isinstance(said, dict) and "scenario" in said:
                 failed = said["reason"]
-                reason = " ".join(str(failed).split())[:REASON_CHARS] if failed else ""
+                reason = _PORT.sub(r"\1", " ".join(str(failed).split()))[:REASON_CHARS] if failed else ""
                 found[said["scenario"]] = Outcome("failed" if failed else "ok", reason)
     if announced is None:
         return dict.fromkeys(SCENARIOS, Outcome("failed", (end or "it printed nothing")[:REASON_CHARS]))
