@@ -18,6 +18,7 @@ from typing import Any
 
 from engine_check.goals import judge
 from engine_check.report import VERSION, decode_rows, failed, prefill_rows, served_rows, start_rows, table
+from md_table import with_section
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu figures: make gpu-table -->", "<!-- end of gpu figures -->"
@@ -95,9 +96,7 @@ def written(readme: str, text: str) -> str:
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md: expected '{BEGIN}' and '{END}' once each, in this order")
-    return f"{readme.partition(BEGIN)[0]}{BEGIN}\n\n{text}\n\n{END}{readme.partition(END)[2]}"
+    return with_section("README.md", readme, (BEGIN, END), text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -144,11 +144,12 @@ class JsonSchemaFormat(ApiModel):
 
 
 class ResponseFormat(ApiModel):
-    """OpenAI's ``response_format``; ``schema`` beside ``json_object`` is llama.cpp's."""
+    """OpenAI's ``response_format``; beside ``json_object``, ``schema`` is llama.cpp's, and ``value`` TGI's."""
 
     type: Annotated[str, WithJsonSchema({"enum": ["text", "json_object", "json_schema"]})]
     json_schema: JsonSchemaFormat | None = None
     schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    value: JsonSchema | None = None
 
 
 class StructuredOutputs(BaseModel):

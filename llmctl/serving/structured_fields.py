@@ -35,7 +35,7 @@ def _given(body: SamplingFields) -> Iterator[tuple[str, Callable[[], GrammarSpec
     if body.response_format is not None and body.response_format.type != "text":
         yield "response_format", partial(_from_response_format, body.response_format)
     elif body.response_format is not None:
-        _refuse_unused(body.response_format, "json_schema", "schema_")
+        _refuse_unused(body.response_format, "json_schema", "schema_", "value")
     if body.structured_outputs is not None:
         yield from _from_structured_outputs(body.structured_outputs)
     for name, make in _FIELDS.items():
@@ -48,9 +48,12 @@ def _from_response_format(given: ResponseFormat) -> GrammarSpec:
     param = "response_format"
     if given.type == "json_object":
         _refuse_unused(given, "json_schema")
-        return json_object(param) if given.schema_ is None else json_schema(given.schema_, param)
+        if given.schema_ is not None and given.value is not None:
+            raise RequestError(f"{param}: expected 'schema' or 'value', found both", param=param)
+        schema = given.value if given.schema_ is None else given.schema_
+        return json_object(param) if schema is None else json_schema(schema, param)
     if given.type == "json_schema":
-        _refuse_unused(given, "schema_")
+        _refuse_unused(given, "schema_", "value")
         if given.json_schema is None or given.json_schema.schema_ is None:
             raise RequestError("response_format.json_schema: expected an object with 'schema'", param=param)
         return json_schema(given.json_schema.schema_, param)

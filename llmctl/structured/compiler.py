@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+Made = TypeVar("Made")
 
 THREADS = 2
 STACK_BYTES = 256 << 20
@@ -90,6 +92,8 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llmctl-grammar", initializer=_be_nice)
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[GrammarSpec, bool], Future[CompiledGrammar]] = OrderedDict()
+        # Not with the first grammar: half a second of work, for which these threads may wait long on a busy machine.
+        self._start(lambda: self._tokenizer)
 
     def submit(self, spec: GrammarSpec, *, forcing: bool = False) -> Future[CompiledGrammar]:
         """The compiled grammar, in the future; shared with others who ask for the same.
@@ -112,7 +116,7 @@ class GrammarCompiler:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, work: Callable[[], CompiledGrammar]) -> Future[CompiledGrammar]:
+    def _start(self, work: Callable[[], Made]) -> Future[Made]:
         before = threading.stack_size(STACK_BYTES)  # of threads that are started now: the pool starts them here
         try:
             return self._pool.submit(work)

@@ -32,7 +32,10 @@ def grammar(fields: dict[str, Any], model: type[SamplingFields] = CompletionRequ
         ({}, None),
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, json_object("x")),
-        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, json_schema(SCHEMA, "x")),
+        *(
+            ({"response_format": {"type": "json_object", name: SCHEMA}}, json_schema(SCHEMA, "x"))
+            for name in ("schema", "value")
+        ),
         ({"structured_outputs": {"json_object": True}}, json_object("x")),
         *(
             ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, **more}}},
@@ -98,7 +101,11 @@ def test_properties_keep_their_order() -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "response_format", "'schema'"),
         ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format", "'schema' does not belong"),
         ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format", "does not belong"),
-        ({"response_format": {"type": "text", "schema": {}}}, "response_format", "does not belong"),
+        *(
+            ({"response_format": {"type": type_, name: {}}}, "response_format", f"'{name}' does not belong")
+            for type_, name in (("text", "schema"), ("text", "value"), ("json_schema", "value"))
+        ),
+        ({"response_format": {"type": "json_object", "schema": {}, "value": {}}}, "response_format", "found both"),
         ({"response_format": {"type": "json_object", "json_schema": {}}}, "response_format", "does not belong"),
         ({"response_format": {"type": "structural_tag"}}, "response_format", "found 'structural_tag'"),
         ({"guided_json": False}, "guided_json", "which nothing matches"),

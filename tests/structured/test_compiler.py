@@ -248,3 +248,10 @@ def test_matchers_of_one_grammar_are_independent() -> None:
     one.accept(TOKENIZER.encode("a", add_special_tokens=False)[0])
     assert allowed(other) == before
     assert allowed(one) != before
+
+
+def test_the_vocabulary_is_made_before_there_is_a_grammar() -> None:
+    """It takes long in threads that wait for the engine, and a grammar has a deadline."""
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, EOS)
+    compiler._pool.shutdown(wait=True)
+    assert "_vocabulary" in vars(compiler)
