@@ -385,7 +385,8 @@ class Intake:
         params = await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)
         if use.grammar is None:
             return replace(params, shown_special_token_ids=use.markers) if use.markers else params
-        if params.grammar is not None:
+        # A response format is of the message's text, and a message of calls that must be made has none.
+        if params.grammar is not None and params.grammar.param != "response_format":
             raise RequestError(
                 f"expected one description of the output, found {params.grammar.param} and {use.grammar.param}",
                 param=use.grammar.param,
@@ -401,6 +402,8 @@ class Intake:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = getattr(body, param)
         _check_scores(params, len(prompt.token_ids))
+        if body.clips_max_tokens and wanted is not None:
+            wanted = min(wanted, max(1, self.max_model_len - len(prompt.token_ids)))
         made = self._max_tokens(wanted, len(prompt.token_ids), param)
         if wanted is None and self._default_max_tokens is not None:
             made = min(made, self._default_max_tokens)

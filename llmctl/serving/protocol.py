@@ -330,7 +330,9 @@ class ChatRequest(ApiModel):
 
 
 class ChatCompletionRequest(SamplingFields, ChatRequest):
-    """``POST /v1/chat/completions``."""
+    """``POST /v1/chat/completions``. ``clips_max_tokens``: ``max_tokens`` beyond the context's end is up to it."""
+
+    clips_max_tokens: ClassVar[bool] = False
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = None

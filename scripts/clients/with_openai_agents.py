@@ -28,6 +28,9 @@ class Answer(BaseModel):
     rivers: int = Field(ge=0, le=9)
 
 
+LONG = 512  # tokens; the demo model does not come to an end in fewer
+
+
 @function_tool
 def get_weather(city: Literal["Paris", "Bonn", "Rome"]) -> str:
     """The weather in a city."""
@@ -91,8 +94,9 @@ def reasoning(at: Endpoint) -> None:
 
 
 def responses(at: Endpoint) -> None:
-    said(ask(at, OpenAIResponsesModel))
-    said(ask(at, OpenAIResponsesModel, tools=[get_weather], tool_choice="required"))
+    """An answer that is cut short is an error to this client: one call, and room for the rest."""
+    said(ask(at, OpenAIResponsesModel, max_tokens=LONG))
+    said(ask(at, OpenAIResponsesModel, tools=[get_weather], tool_choice="required", parallel_tool_calls=False))
     fits(ask(at, OpenAIResponsesModel, output=Answer).model_dump())
 
 

@@ -16,6 +16,8 @@ from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving import intake as intake_module
 from llmctl.serving.context import Model
 from llmctl.serving.intake import Intake
+from llmctl.serving.messages_api.protocol import MessagesRequest
+from llmctl.serving.messages_api.translate import chat_request
 from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 from llmctl.serving.wire import EngineInfo
@@ -334,3 +336,28 @@ def test_of_many_wrong_items_the_first_is_named() -> None:
         assert str(from_validation_error(caught.value)) == (
             "prompt: expected a string, a list of token ids (integers >= 0), or a list of either"
         )
+
+
+def test_a_response_format_beside_calls_that_must_be_made_is_of_no_text(tokenizer: Tokenizer) -> None:
+    made = intake(tokenizer)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+    def grammar(**fields: Any) -> Any:
+        asked = {"messages": [{"role": "user", "content": "a"}], "tools": tools, "tool_choice": "required", **fields}
+        body = ChatCompletionRequest.model_validate(asked)
+        return asyncio.run(made.chat_params(body, made.tools.use(body))).grammar
+
+    assert grammar() is not None
+    assert grammar(response_format={"type": "json_object"}) == grammar()
+    with pytest.raises(RequestError, match="expected one description of the output, found regex and tool_choice"):
+        grammar(regex="a")
+
+
+def test_an_api_may_ask_for_more_tokens_than_there_is_room_for(tokenizer: Tokenizer) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1000}
+    with pytest.raises(CapacityError):
+        chat(tokenizer, **asked)
+    body, made = chat_request(MessagesRequest.model_validate(asked)), intake(tokenizer)
+    prompt = asyncio.run(made.chat_prompt(body, 0))
+    params = made.fit_chat(asyncio.run(made.chat_params(body, made.tools.use(body))), body, prompt)
+    assert params.max_tokens == made.max_model_len - len(prompt.token_ids)

@@ -41,7 +41,7 @@ def output(text: str, finish: FinishReason | None = None, **fields: Any) -> Text
     return TextOutput("0", text, tokens, None, finish, num_output_tokens=1, prompt_scores=None, times=None, **values)
 
 
-def writer(*, parsed: bool = True, single: bool = False, id_length: int = 0) -> MessagesWriter:
+def writer(*, parsed: bool = True, single: bool = False, id_length: int = 0, max_tokens: int = 1) -> MessagesWriter:
     reader = None
     if parsed:
         support = ToolSupport(tool_format("hermes"), reasoning_format("qwen3"))
@@ -50,7 +50,7 @@ def writer(*, parsed: bool = True, single: bool = False, id_length: int = 0) -> 
         parser = use.parser("")
         assert parser is not None
         reader = MessageReader(parser, use)
-    return MessagesWriter("m", UsageCount(10), reader, id_length, "mine")
+    return MessagesWriter("m", max_tokens, UsageCount(10), reader, id_length, "mine")
 
 
 def events(made: MessagesWriter, outputs: Iterable[TextOutput]) -> list[dict[str, Any]]:
@@ -199,3 +199,11 @@ def test_an_error_is_an_event() -> None:
     assert name == b"event: error"
     document = MessagesErrorResponse.model_validate_json(data)
     assert (document.error.type, document.request_id) == ("rate_limit_error", "mine")
+
+
+@pytest.mark.parametrize(("asked", "reason"), [(5, "max_tokens"), (6, "model_context_window_exceeded")])
+def test_an_answer_shorter_than_asked_for_filled_the_context(asked: int, reason: str) -> None:
+    last = output("Hello", FinishReason.LENGTH)
+    assert writer(max_tokens=asked).whole([last])["stop_reason"] == reason
+    (ending,) = [event for event in events(writer(max_tokens=asked), [last]) if event["type"] == "message_delta"]
+    assert ending["delta"]["stop_reason"] == reason

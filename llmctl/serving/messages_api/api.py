@@ -36,6 +36,7 @@ async def messages(request: Request) -> Response:
             parser = use.parser(prompt.text)
             writer = MessagesWriter(
                 model.name,
+                body.max_tokens,
                 UsageCount(len(prompt.token_ids)),
                 None if parser is None else MessageReader(parser, use),
                 use.support.row.id_length,

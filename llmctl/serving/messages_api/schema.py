@@ -9,7 +9,7 @@ from pydantic import Field, RootModel
 from llmctl.serving.response_schema import Count, ResponseModel
 
 StopReason = Annotated[
-    Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"],
+    Literal["end_turn", "max_tokens", "model_context_window_exceeded", "stop_sequence", "tool_use"],
     Field(description="`tool_use`: there are calls, and all are whole."),
 ]
 

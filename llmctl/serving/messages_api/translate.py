@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 from llmctl.errors import RequestError
 from llmctl.serving.messages_api.protocol import (
@@ -55,13 +55,19 @@ _ERROR = "Error: "
 """In front of the result of a call that failed: templates know no other way to say so."""
 
 
+class _Chat(ChatCompletionRequest):
+    """Clients must send a ``max_tokens``, and send one that few contexts hold."""
+
+    clips_max_tokens: ClassVar[bool] = True
+
+
 def chat_request(body: MessagesRequest) -> ChatCompletionRequest:
     """The chat that a request asks for.
 
     Raises:
         RequestError: what cannot be honoured, or is no conversation.
     """
-    return ChatCompletionRequest(
+    return _Chat(
         **_conversation(body),
         max_tokens=body.max_tokens,
         stop=body.stop_sequences or None,

@@ -38,17 +38,24 @@ class MessagesWriter(Writer):
     """``message``, and its events.
 
     Args:
-        model: its name. reader: takes the output apart; None: all of it is text. id_length: of ids of calls, where a
-            format wants one.
-        request_id: of the answer's headers, and of the document of an error.
+        model: its name. max_tokens: as asked for. reader: takes the output apart; None: all of it is text.
+        id_length: of ids of calls, where a format wants one. request_id: of the answer's headers, and of the document
+            of an error.
     """
 
     def __init__(
-        self, model: str, usage: UsageCount, reader: MessageReader | None, id_length: int, request_id: str
+        self,
+        model: str,
+        max_tokens: int,
+        usage: UsageCount,
+        reader: MessageReader | None,
+        id_length: int,
+        request_id: str,
     ) -> None:
         super().__init__(usage)
         self.headers |= MESSAGES.headers(request_id)
         self._fields = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": model}
+        self._max_tokens = max_tokens
         self._reader = reader
         self._id_length = id_length
         self._request_id = request_id
@@ -131,7 +138,10 @@ class MessagesWriter(Writer):
             return {"stop_reason": "tool_use", "stop_sequence": None}
         if isinstance(output.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": output.stop_reason}
-        return {"stop_reason": "max_tokens" if reason == "length" else "end_turn", "stop_sequence": None}
+        if reason != "length":
+            return {"stop_reason": "end_turn", "stop_sequence": None}
+        short = self.usage.completion_tokens < self._max_tokens
+        return {"stop_reason": "model_context_window_exceeded" if short else "max_tokens", "stop_sequence": None}
 
     def _empty(self) -> dict[str, Any]:
         return {**self._fields, "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage()}
