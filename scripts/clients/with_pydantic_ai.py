@@ -103,16 +103,28 @@ def embeddings(at: Endpoint) -> None:
     embedded(asyncio.run(Embedder(model).embed_documents([QUESTION, TEXT])).embeddings)
 
 
+ONE_CALL = {"max_tokens": MANY, "parallel_tool_calls": False}
+"""A model that must call, and may call again, can go on to the end of its context."""
+
+
 def responses(at: Endpoint) -> None:
     model = OpenAIResponsesModel(at.model, provider=provider(at))
     said(Agent(model, retries=0, model_settings={"max_tokens": MANY}).run_sync(QUESTION).output)
-    fits(Agent(model, output_type=ToolOutput(Answer), retries=0).run_sync(QUESTION).output.model_dump())
+    fits(
+        Agent(model, output_type=ToolOutput(Answer), retries=0, model_settings=ONE_CALL)
+        .run_sync(QUESTION)
+        .output.model_dump()
+    )
 
 
 def messages(at: Endpoint) -> None:
     model = AnthropicModel(at.model, provider=AnthropicProvider(base_url=at.root, api_key=at.key))
     said(Agent(model, retries=0, model_settings={"max_tokens": MANY}).run_sync(QUESTION).output)
-    fits(Agent(model, output_type=ToolOutput(Answer), retries=0).run_sync(QUESTION).output.model_dump())
+    fits(
+        Agent(model, output_type=ToolOutput(Answer), retries=0, model_settings=ONE_CALL)
+        .run_sync(QUESTION)
+        .output.model_dump()
+    )
 
 
 def bad_model(at: Endpoint) -> None:
