@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.errors import CheckpointError
 from llmctl.graph.families import TensorInfo, build_graph
 from llmctl.graph.graph import Graph, Weight, WeightPart
@@ -54,24 +54,21 @@ def assemble(weight: Weight, source: WeightSource) -> Tensor | QuantizedWeight:
 
 def _part(part: WeightPart, weight: Weight, source: WeightSource) -> Tensor | QuantizedWeight:
     found = source.weight(part.tensor)
+    if isinstance(found, QuantizedWeight) and weight.quant is not None and weight.quant.block_rows == 1:
+        found = found.by_row()
     scheme = found.scheme if isinstance(found, QuantizedWeight) else None
     if scheme != weight.quant:
         raise CheckpointError(
             f"checkpoint: tensor '{part.tensor}': expected {_describe(weight.quant)}, found {_describe(scheme)}"
         )
     if isinstance(found, QuantizedWeight):
-        return found if part.rows is None else _quantized_rows(found, part.rows)
+        return found if part.rows is None else found.take_rows(slice(*part.rows))
     found = found.T if part.transpose else found
     return found if part.rows is None else found[part.rows[0] : part.rows[1]]
 
 
 def _describe(scheme: Any) -> str:
     return "a dense weight" if scheme is None else str(scheme)
-
-
-def _quantized_rows(weight: QuantizedWeight, rows: tuple[int, int]) -> QuantizedWeight:
-    take = slice(*rows)
-    return QuantizedWeight(weight.codes[take], weight.scales[take], weight.zeros[take], weight.scheme, weight.g_idx)
 
 
 def _concat_dense(parts: Sequence[Tensor]) -> Tensor:
@@ -81,17 +78,12 @@ def _concat_dense(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _concat_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    import torch
-
-    first = parts[0]
     if len(parts) == 1:
-        return first
-    if any(p.scheme != first.scheme or p.g_idx is not None for p in parts):
-        raise CheckpointError("checkpoint: quantized weights of different schemes, or with act-order, cannot be merged")
-    planes: Mapping[str, Tensor] = {
-        name: torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "scales", "zeros")
-    }
-    return QuantizedWeight(planes["codes"], planes["scales"], planes["zeros"], first.scheme)
+        return parts[0]
+    try:
+        return stack_rows(parts)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
 
 
 def _all_quantized(parts: Sequence[Any]) -> TypeGuard[Sequence[QuantizedWeight]]:

@@ -1,4 +1,4 @@
-"""``quantization_config`` of AWQ and GPTQ checkpoints, as one plain record."""
+"""``quantization_config`` as one plain record; how AWQ and GPTQ fill it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmctl.graph.graph import QuantScheme
 
 @dataclass(frozen=True)
 class QuantizationInfo:
-    """What a checkpoint says about its quantization. Modules without ``qweight`` are dense whatever this says.
+    """What a checkpoint says about its quantization. Modules without a method's planes are dense whatever this says.
 
     Attributes:
-        method: "awq" or "gptq".
+        method: its name in ``methods.METHODS``, or "gguf".
         scheme: the settings most modules have; ``Checkpoint.describe`` gives each module's own.
         ignored: modules the config lists as not converted (information only).
-        checkpoint_format: "gemm" for AWQ, "gptq" or "gptq_v2" for GPTQ.
+        checkpoint_format: the layout's name in that method, e.g. "gemm" for AWQ, "gptq" or "gptq_v2" for GPTQ.
     """
 
     method: str
@@ -27,21 +27,16 @@ class QuantizationInfo:
     checkpoint_format: str = ""
 
 
-def parse_quantization_config(config: Mapping[str, Any], where: str) -> QuantizationInfo:
-    """Read a ``quantization_config`` (or ``quantize_config.json``).
+def parse_words(config: Mapping[str, Any], where: str) -> QuantizationInfo:
+    """Read the ``quantization_config`` (or ``quantize_config.json``) of AWQ or GPTQ.
 
     Args:
         where: the file, for error messages.
 
     Raises:
-        UnsupportedModelError: another quantization method or layout.
+        UnsupportedModelError: another layout.
         CheckpointError: a key that is missing or of the wrong type.
     """
-    method = str(config.get("quant_method") or ("gptq" if "desc_act" in config else "")).lower()
-    if method not in ("awq", "gptq"):
-        raise UnsupportedModelError(
-            f"{where}: quantization method '{method or 'unnamed'}' is not read; known: awq, gptq"
-        )
     try:
         bits = int(config.get("bits", config.get("w_bit", 0)))
         group_size = int(config.get("group_size", config.get("q_group_size", 0)))
@@ -54,7 +49,7 @@ def parse_quantization_config(config: Mapping[str, Any], where: str) -> Quantiza
         )
     ignored = config.get("modules_to_not_convert") or ()
     ignored = (ignored,) if isinstance(ignored, str) else tuple(str(name) for name in ignored)
-    read = _awq if method == "awq" else _gptq
+    read = _awq if str(config.get("quant_method")).lower() == "awq" else _gptq
     return read(config, bits, group_size, ignored, where)
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint's weights (dense, AWQ, GPTQ) over whatever stores them; safetensors shards are one such source.
+"""A checkpoint's weights, dense and quantized, over whatever stores them; safetensors shards are one such source.
 
-Names are Hugging Face's. A module ``X`` that has ``X.qweight`` appears as one weight ``X.weight`` of shape [N, K]; its
-planes are not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Checkpoints saved
+Names are Hugging Face's. A quantized module ``X`` appears as one weight ``X.weight`` of shape [N, K]; its planes are
+not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Checkpoints saved
 from the headless model (``h.0…``, ``layers.0…``) appear under the full model's names (``transformer.h.0…``).
 """
 
@@ -9,40 +9,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme
+from llmctl.checkpoint.layout import Layout, find_modules
+from llmctl.checkpoint.quant_config import QuantizationInfo
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
+from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import BY_SAFETENSORS, FLOAT_DTYPES
-from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PLANES = ("qweight", "qzeros", "scales", "g_idx")
 _HEADS = ("lm_head.", "score.", "classifier.")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A weight as headers describe it.
-
-    Attributes:
-        shape: as ``Checkpoint.weight`` returns it; (N, K) for a quantized weight.
-        dtype: safetensors dtype string of the dense tensor that ``weight`` returns, or of the scales.
-        quant: how the weight is quantized, None for a dense one.
-        nbytes: size in the checkpoint, bytes; of all planes for a quantized weight.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    quant: QuantScheme | None
-    nbytes: int
 
 
 class TensorSource(Protocol):
@@ -52,8 +34,8 @@ class TensorSource(Protocol):
         """Every stored tensor, from headers only."""
         ...
 
-    def load(self, name: str) -> Tensor:
-        """One tensor, mapped where that is possible."""
+    def load(self, name: str) -> Tensor | QuantizedWeight:
+        """One tensor, mapped where that is possible; a ``QuantizedWeight`` where ``entries`` gives a scheme."""
         ...
 
 
@@ -110,6 +92,7 @@ class Checkpoint:
         aux: Callable[[], Mapping[str, Path | bytes]],
         files: Iterable[Path],
         quantization: QuantizationInfo | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.path = path
         self.config = config
@@ -118,14 +101,18 @@ class Checkpoint:
         self._aux = aux
         self._files = sorted(set(files))
         self._stored = dict(source.entries())
-        self._modules = {name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")}
+        self._layout = layout
         self._described: dict[str, TensorInfo] = {}
-        if self._modules and quantization is None:
+        try:
+            self._modules = layout.modules(self._stored) if layout else find_modules(self._stored, "qweight", ())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if self._modules and layout is None:
             raise CheckpointError(f"{path}: '{min(self._modules)}' is quantized, but no quantization_config says how")
 
     def names(self) -> list[str]:
         """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""
-        planes = {f"{module}.{suffix}" for module in self._modules for suffix in _PLANES}
+        planes = {f"{module}.{suffix}" for module, suffixes in self._modules.items() for suffix in suffixes}
         dense = (name for name in self._stored if name not in planes)
         return sorted([*dense, *(f"{module}.weight" for module in self._modules)])
 
@@ -154,12 +141,12 @@ class Checkpoint:
         if module is None:
             self._entry(name)
             return self._source.load(name)
-        assert self.quantization is not None
         scheme = self.describe(name).quant
+        assert self._layout is not None
         assert scheme is not None
-        planes = {suffix: self._source.load(f"{module}.{suffix}") for suffix in self._planes(module)}
+        planes = {suffix: self._plane(module, suffix) for suffix in self._modules[module]}
         try:
-            return self._unpack(planes, scheme)
+            return self._layout.unpack(module, planes, scheme)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: '{module}': {error}") from error
 
@@ -202,8 +189,10 @@ class Checkpoint:
         module = name.removesuffix(".weight")
         return module if module != name and module in self._modules else None
 
-    def _planes(self, module: str) -> list[str]:
-        return [suffix for suffix in _PLANES if f"{module}.{suffix}" in self._stored]
+    def _plane(self, module: str, suffix: str) -> Tensor:
+        found = self._source.load(f"{module}.{suffix}")
+        assert not isinstance(found, QuantizedWeight)
+        return found
 
     def _entry(self, name: str) -> TensorInfo:
         try:
@@ -212,26 +201,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no tensor '{name}'") from None
 
     def _describe_quantized(self, module: str) -> TensorInfo:
-        assert self.quantization is not None
-        planes = {suffix: self._stored[f"{module}.{suffix}"] for suffix in self._planes(module)}
+        assert self._layout is not None
+        planes = {suffix: self._stored[f"{module}.{suffix}"] for suffix in self._modules[module]}
         try:
-            scheme, shape = infer_scheme(self.quantization, {suffix: plane.shape for suffix, plane in planes.items()})
-            scheme = replace(scheme, act_order=self._has_act_order(module, scheme, shape[1]))
+            return self._layout.describe(module, planes, lambda suffix: self._plane(module, suffix))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: '{module}': {error}") from error
-        return TensorInfo(shape, planes["scales"].dtype, scheme, sum(plane.nbytes for plane in planes.values()))
-
-    def _has_act_order(self, module: str, scheme: QuantScheme, columns: int) -> bool:
-        if f"{module}.g_idx" not in self._stored:
-            return False
-        from llmctl.checkpoint.gptq import effective_g_idx
-
-        return effective_g_idx(self._source.load(f"{module}.g_idx"), columns, scheme) is not None
-
-    def _unpack(self, planes: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
-        from llmctl.checkpoint import awq, gptq
-
-        assert self.quantization is not None
-        if self.quantization.method == "awq":
-            return awq.unpack(planes, scheme.group_size, symmetric=scheme.symmetric)
-        return gptq.unpack(planes, scheme, self.quantization.checkpoint_format)

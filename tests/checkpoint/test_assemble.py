@@ -54,7 +54,7 @@ def test_assemble_quantized_parts() -> None:
         assemble(Weight("w", (7, 6), parts, scheme), Tensors(a=a.dequantize(), b=b))
     ordered = QuantScheme(4, 3, False, act_order=True)
     c, d = random_weight(4, 6, ordered, 1), random_weight(4, 6, ordered, 2)
-    with pytest.raises(CheckpointError, match="cannot be merged"):
+    with pytest.raises(CheckpointError, match="cannot be stacked"):
         assemble(Weight("w", (8, 6), (WeightPart("a"), WeightPart("b")), ordered), Tensors(a=c, b=d))
 
 
