@@ -1,7 +1,7 @@
 """Tiny checkpoints in other tools' quantized formats, with the weights that each format's owner defines them to be.
 
-Every maker quantizes a dense weight [N, K] and returns the module's stored tensors by suffix and its dequantised weight in
-float32, computed from the stored tensors by the owner's definition and by nothing of ours.
+Every maker quantizes a dense weight [N, K] and returns the module's stored tensors by suffix and its dequantised weight
+in float32, computed from the stored tensors by the owner's definition and by nothing of ours.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def write_pair(root: Path, fmt: Format) -> tuple[Path, Path, int]:
 
 
 def write_gguf_pair(root: Path, name: str) -> tuple[Path, Path, int]:
-    """As ``write_pair``: every matrix, the (tied) embedding too, in a ggml type; what they are, the ``gguf`` package says."""
+    """As ``write_pair``, with every matrix, the (tied) embedding too, in a ggml type.
+
+    What they are, the ``gguf`` package says.
+    """
     import gguf
 
     qtype, rng = gguf.GGMLQuantizationType[name], np.random.default_rng(4)
@@ -115,7 +118,7 @@ def write_gguf_pair(root: Path, name: str) -> tuple[Path, Path, int]:
 
 
 def _blocks(weight: np.ndarray, qtype: Any, rng: np.random.Generator) -> np.ndarray:
-    """Stored blocks u8 [N, bytes]; of K types, which gguf only reads, random ones with scales of about a weight's size."""
+    """Stored blocks u8 [N, bytes]; of K types, which gguf only reads, random ones of about a weight's size."""
     import gguf
 
     columns, size = gguf.GGML_QUANT_SIZES[qtype]

@@ -1,9 +1,10 @@
 """The compressed-tensors format: pack-quantized, int-quantized and float-quantized weights.
 
-With N = out, K = in. Packed: ``weight_packed`` int32 [N, ceil(K*bits/32)] along K as ``bits.py``, ``weight_shape`` int64
-[2], and asymmetric ``weight_zero_point`` int32 [ceil(N*bits/32), G] along N. Unpacked: ``weight`` int8 or float8_e4m3
-[N, K], and asymmetric ``weight_zero_point`` int8 [N, G]. Both with ``weight_scale`` and, with act-order, ``weight_g_idx``
-int32 [K]. Codes and zero points are signed; packed ones are stored + 2**(bits-1). ``w = (code - zero) * scale``.
+With N = out, K = in. Packed: ``weight_packed`` int32 [N, ceil(K*bits/32)] along K as ``bits.py``, ``weight_shape``
+int64 [2], and asymmetric ``weight_zero_point`` int32 [ceil(N*bits/32), G] along N. Unpacked: ``weight`` int8 or
+float8_e4m3 [N, K], and asymmetric ``weight_zero_point`` int8 [N, G]. Both with ``weight_scale`` and, with act-order,
+``weight_g_idx`` int32 [K]. Codes and zero points are signed; packed ones are stored + 2**(bits-1).
+``w = (code - zero) * scale``.
 
 Source: compressed_tensors.compressors (pack_quantized, naive_quantized) and utils.match, version 0.20.
 """

@@ -1,8 +1,8 @@
 """float8_e4m3 weights with scales a tensor, channel or block, and how scales of any of these lie.
 
 ``weight`` float8_e4m3 [N, K] with ``weight_scale`` of one number, [N] or [N, 1] (ModelOpt, AutoFP8), or with
-``weight_scale_inv`` [ceil(N/128), ceil(K/128)] (DeepSeek's, transformers' FineGrainedFP8: a factor in spite of its name):
-``w = float(code) * scale``.
+``weight_scale_inv`` [ceil(N/128), ceil(K/128)] (DeepSeek's, transformers' FineGrainedFP8; a factor in spite of its
+name): ``w = float(code) * scale``.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def scale_scheme(
     if scheme.symmetric and scales == blocks:
         return replace(scheme, group_size=wide, block_rows=tall)
     raise ValueError(
-        f"scales: expected shape [1], [{rows}, 1], [{rows}, {scheme.groups(columns)}] or, for blocks of {tall} x {wide}, "
-        f"{list(blocks)}, found {list(scales)}"
+        f"scales: expected shape [1], [{rows}, 1], [{rows}, {scheme.groups(columns)}] or, for blocks of "
+        f"{tall} x {wide}, {list(blocks)}, found {list(scales)}"
     )
 
 

@@ -1,7 +1,7 @@
-"""ggml's quantized blocks as codes with a float scale, and perhaps a float minimum, for every group of 16 or 32 columns.
+"""ggml's quantized blocks as codes with a float scale, and perhaps a float minimum, a group of 16 or 32 columns.
 
-Nothing is rounded: a K type's scales are those of its super-block multiplied out, in float32 (11 bits by 6 or 8). Codes of
-5 and 6 bits take 8. ``w = (code - 2**(bits-1)) * scale`` or ``w = code * scale + minimum``.
+Nothing is rounded: a K type's scales are those of its super-block multiplied out, in float32 (11 bits by 6 or 8). Codes
+of 5 and 6 bits take 8. ``w = (code - 2**(bits-1)) * scale`` or ``w = code * scale + minimum``.
 
 Source: ggml-common.h (block_q4_0 … block_q6_K), ggml-quants.c (dequantize_row_*), gguf-py's quants.py.
 """

@@ -27,8 +27,8 @@ class PackedLinear:
 
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``.
-        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, f32 of e4m3. zeros: u8 [tiles, groups, 32], of
-            w4 and w8. minimums: f16, likewise, of w4_min and w8_min.
+        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, f32 of e4m3. zeros: u8 [tiles, groups, 32],
+            of w4 and w8. minimums: f16, likewise, of w4_min and w8_min.
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
@@ -129,7 +129,7 @@ def pack_int(
     order = row_order(rows, gated)
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
-    lines = wide.reshape(tiles, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
+    lines = wide.reshape(-1, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
     data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else lines
     return PackedLinear(
         dtype=int_dtype(bits, minimum=minimums is not None),

@@ -33,7 +33,7 @@ from llmctl.targets.cpu.abi import (
     open_library,
 )
 from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, hidden_view, logits_view, plan_arena
-from llmctl.targets.cpu.layout import kv_layer_bytes, pack_bias, padded_head
+from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
 from llmctl.targets.rope import cos_sin_table
