@@ -82,7 +82,8 @@ def scale_scheme(
         ValueError: scales that fit nothing.
     """
     rows, columns = shape
-    if math.prod(scales) == 1 or scales == (rows,) or scales == (rows, 1):
+    whole_rows = math.prod(scales) == 1 or scales in ((rows,), (rows, 1))
+    if whole_rows and scheme.groups(columns) == 1:
         return replace(scheme, group_size=-1)
     if scales == (rows, scheme.groups(columns)):
         return scheme

@@ -103,7 +103,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "higgs": ("HIGGS' vector code books", _FROM_16),
     "hqq": ("HQQ's float zero points", _FROM_16),
     "mlx": ("MLX's layout", f"{_FROM_16}, or a GGUF of the model"),
-    "mxfp4": ("MXFP4 blocks", "the model's bfloat16 checkpoint, or a GGUF of it in Q4_K"),
+    "mxfp4": ("MXFP4 blocks", "the model's bfloat16 checkpoint"),
     "nvfp4": ("NVFP4 blocks", "the model's FP8 or bfloat16 checkpoint"),
     "quanto": ("quanto's layout", _FROM_16),
     "spqr": ("SpQR's outliers", _FROM_16),
