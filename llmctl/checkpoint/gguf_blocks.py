@@ -42,12 +42,12 @@ def _half(column: Bytes) -> NDArray[np.float16]:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """Low nibbles of each run of bytes [n, runs, bytes], then its high ones, [n, all]."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(len(packed), -1)
 
 
 def _fifth_bits(packed: Bytes) -> Bytes:
     """Bits of 32 codes, u8 [n, 4] -> 0 or 16 [n, 32]."""
-    return np.unpackbits(np.ascontiguousarray(packed), axis=-1, bitorder="little") << 4
+    return np.unpackbits(np.ascontiguousarray(packed), axis=-1, bitorder="little") << np.uint8(4)
 
 
 def _q4_0(blocks: Bytes) -> Decoded:
@@ -75,7 +75,7 @@ def _q8_0(blocks: Bytes) -> Decoded:
 def _pairs(packed: Bytes, run: int) -> Bytes:
     """Codes of two bits: of each run of bytes first the lowest two of all, …, [n, all]."""
     runs = packed.reshape(len(packed), -1, 1, run) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return (runs & 3).reshape(len(packed), -1)
+    return (runs & np.uint8(3)).reshape(len(packed), -1)
 
 
 def _products(super_scale: Bytes, scales: NDArray[Any]) -> NDArray[np.float32]:
@@ -93,7 +93,7 @@ def _q3_k(blocks: Bytes) -> Decoded:
     packed = blocks[:, 96:108]
     scales = _nibbles(packed[:, None, :8]) | _pairs(packed[:, 8:], 4) << 4
     masks = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
-    codes = _pairs(blocks[:, 32:96], 32) | (masks & 1).reshape(len(blocks), -1) << 2
+    codes = _pairs(blocks[:, 32:96], 32) | (masks & np.uint8(1)).reshape(len(blocks), -1) << np.uint8(2)
     return codes, _products(blocks[:, 108:110], scales.astype(np.int8) - 32), None
 
 
@@ -111,12 +111,12 @@ def _q4_k(blocks: Bytes) -> Decoded:
 
 def _q5_k(blocks: Bytes) -> Decoded:
     masks = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]
-    high = (masks & 1).reshape(len(blocks), -1) << 4
+    high = (masks & np.uint8(1)).reshape(len(blocks), -1) << np.uint8(4)
     return _nibbles(blocks[:, 48:].reshape(-1, 4, 32)) | high, *_k_scales(blocks)
 
 
 def _q6_k(blocks: Bytes) -> Decoded:
-    codes = _nibbles(blocks[:, :128].reshape(-1, 2, 64)) | _pairs(blocks[:, 128:192], 32) << 4
+    codes = _nibbles(blocks[:, :128].reshape(-1, 2, 64)) | _pairs(blocks[:, 128:192], 32) << np.uint8(4)
     return codes + np.uint8(128 - 32), _products(blocks[:, 208:210], blocks[:, 192:208].view(np.int8)), None
 
 
