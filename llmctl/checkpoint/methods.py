@@ -1,6 +1,6 @@
 """Quantization methods of Hugging Face checkpoints: which are read, and what to use in place of the others.
 
-``docs/checkpoints.md`` shows these tables; a test holds it to them.
+``docs/formats.md`` shows these tables; a test holds it to them.
 """
 
 from __future__ import annotations

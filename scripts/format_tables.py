@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/checkpoints.md``, out of the code's own: ``python scripts/checkpoint_tables.py``.
+"""Write the tables of ``docs/formats.md``, out of the code's own: ``python scripts/format_tables.py``.
 
 Each stands between two comments, ``<!-- NAME -->`` and ``<!-- end -->``.
 """
@@ -14,7 +14,7 @@ from llmctl.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
 from llmctl.checkpoint.methods import METHODS, REFUSED
 from llmctl.graph.graph import QuantScheme
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "checkpoints.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
 
 
 def methods() -> str:
