@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.checkpoint.safetensors_io import write_safetensors
+from llmctl.graph.dtypes import BY_SAFETENSORS
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCAB, LAYERS, MAX_POSITION = 64, 128, 4, 2, 96, 2, 512
 
@@ -72,8 +74,13 @@ def dense_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 def write_dense(folder: Path, seed: int = 0) -> Path:
     """The checkpoint with dense float16 weights."""
-    tensors = {name: ("F16", array.shape, array) for name, array in dense_tensors(seed).items()}
-    return _write(folder, config(), tensors)
+    return write_arrays(folder, dense_tensors(seed))
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], **changes: Any) -> Path:
+    """A checkpoint of any tensors, with its config.json changed."""
+    codes = {row.numpy: code for code, row in BY_SAFETENSORS.items() if row.name == row.numpy}
+    return _write(folder, config(**changes), {n: (codes[str(a.dtype)], a.shape, a) for n, a in arrays.items()})
 
 
 def write_gptq(

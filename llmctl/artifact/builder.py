@@ -107,7 +107,7 @@ def check_replaceable(output: Path) -> None:
             checkpoint = (output / "config.json").exists()
             if {"format_version", "llmctl_version", "graph"} <= set(manifest) and not checkpoint:
                 return
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             pass
     raise UsageError(
         f"--output {output}: exists and is not an llmctl engine; it is left alone",

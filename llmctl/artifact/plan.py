@@ -11,7 +11,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.resolve import resolve_model
+from llmctl.checkpoint.resolve import local_name, resolve_model
 from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
@@ -117,7 +117,7 @@ def check_options(config: BuildConfig) -> None:
 
 def _source_name(model: str, path: Path) -> str:
     """What a manifest calls the model: a hub or demo id as given; of a local path the last part only."""
-    return path.resolve().name if Path(model).expanduser().exists() else model
+    return local_name(path) if Path(model).expanduser().exists() else model
 
 
 def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRecord:

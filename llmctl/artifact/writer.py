@@ -150,7 +150,7 @@ class _WeightWriter:
 
     def _specs(self, name: str) -> dict[str, TensorSpec]:
         plan, planes = self.plan, self.plan.planes[name]
-        read = partial(assemble, plan.graph.weights[name], plan.checkpoint)
+        read = partial(assemble, plan.graph.weights[name], plan.checkpoint, plan.options.dtype)
         contents = plan.target.pack(name, read, planes, plan.graph, plan.options)
         specs = {}
         for plane in planes:

@@ -34,8 +34,6 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantize
 _BITS = {"int": (4, 8), "float": (8,)}
 _PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 _PLAIN = ("weight", "weight_scale", "weight_zero_point", "weight_g_idx")
-# Of activations and the KV cache, which the engine scales by what it sees.
-_STATIC = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def _check_patterns(names: tuple[str, ...], where: str) -> None:
 def _weight_scheme(weights: Mapping[str, Any], where: str) -> QuantScheme:
     kind, bits = weights.get("type", "int"), weights.get("num_bits")
     strategy = str(weights.get("strategy") or ("group" if weights.get("group_size") else "tensor"))
-    if bits not in _BITS.get(str(kind), ()) or strategy not in ("tensor", "channel", "group", "block"):
+    known = strategy in ("tensor", "channel", "group", "block")
+    if not known or type(bits) is not int or bits not in _BITS.get(str(kind), ()):
         raise UnsupportedModelError(
             f"{where}: weights of type {kind} with {bits} bits by {strategy} are not read; known: int with 4 or 8 bits "
             "and float with 8 bits, by tensor, channel, group or block"
@@ -136,8 +135,8 @@ class CompressedLayout:
 
     def modules(self, stored: Mapping[str, TensorInfo]) -> Modules:
         """Those with a ``weight_scale``."""
-        found = find_modules(stored, "weight_scale", (*_PACKED, *_STATIC))
-        plain = find_modules(stored, "weight_scale", (*_PLAIN, *_STATIC))
+        found = find_modules(stored, "weight_scale", _PACKED)
+        plain = find_modules(stored, "weight_scale", _PLAIN)
         return {m: suffixes if "weight_packed" in suffixes else plain[m] for m, suffixes in found.items()}
 
     def describe(self, module: str, planes: Mapping[str, TensorInfo], load: Load) -> TensorInfo:

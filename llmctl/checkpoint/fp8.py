@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 SCHEME = QuantScheme(8, -1, True, book="fp8_e4m3")
 _SCALES = ("weight_scale_inv", "weight_scale")
-# Of activations and the KV cache, which the engine scales by what it sees.
-_STATIC = ("input_scale", "k_scale", "v_scale")
 
 
 class Fp8Layout:
@@ -41,7 +39,7 @@ class Fp8Layout:
         """Those with a scale of either name."""
         found: Modules = {}
         for scale in _SCALES:
-            found |= find_modules(stored, scale, ("weight", scale, *_STATIC))
+            found |= find_modules(stored, scale, ("weight", scale))
         return found
 
     def describe(self, module: str, planes: Mapping[str, TensorInfo], load: Load) -> TensorInfo:  # noqa: ARG002

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.checkpoint.gguf_header import shown
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
 
@@ -134,8 +135,8 @@ def synthesise_config(
         config["rope_scaling"] = scaling
     for key, field in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            config[field] = int(token)
+        if type(token) is int:
+            config[field] = token
     return config
 
 
@@ -152,8 +153,8 @@ class _Keys:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or value <= 0:
-            found = "none" if value is None else repr(value)
+        if type(value) is not int or value <= 0:
+            found = "none" if value is None else shown(value)
             raise CheckpointError(
                 f"{self.where}: metadata {self.arch}.{key}: expected a positive integer, found {found}"
             )
@@ -163,19 +164,27 @@ class _Keys:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int | float):
-            raise CheckpointError(f"{self.where}: metadata {self.arch}.{key}: expected a number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise CheckpointError(
+                f"{self.where}: metadata {self.arch}.{key}: expected a positive number, found {shown(value)}"
+            )
         return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
 
 
+def _is_set(value: Any) -> bool:
+    """Whether a metadata value asks for something: an array does, a number does unless it is 0."""
+    return value is not None and (isinstance(value, np.ndarray) or bool(value))
+
+
 def _refuse_unsupported(keys: _Keys) -> None:
-    if int(keys.metadata.get("split.count", 1)) > 1:
+    parts = keys.metadata.get("split.count", 1)
+    if type(parts) is not int or parts > 1:
         raise UnsupportedModelError(
             f"{keys.where}: one part of a split GGUF", fix="join the parts with llama-gguf-split --merge"
         )
-    if keys.get("expert_count"):
+    if _is_set(keys.get("expert_count")):
         raise UnsupportedModelError(f"{keys.where}: mixture-of-experts models are not read from GGUF")
-    if keys.get("attention.sliding_window"):
+    if _is_set(keys.get("attention.sliding_window")):
         raise UnsupportedModelError(f"{keys.where}: sliding-window attention is not read from GGUF")
 
 
@@ -188,10 +197,10 @@ def _check_rows(shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int], 
 
 
 def _vocab_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
-    try:
-        return shapes["model.embed_tokens.weight"][0]
-    except KeyError:
-        raise CheckpointError(f"{where}: no tensor 'token_embd.weight'") from None
+    shape = shapes.get("model.embed_tokens.weight")
+    if not shape:
+        raise CheckpointError(f"{where}: no matrix 'token_embd.weight'")
+    return shape[0]
 
 
 def _rope_scaling(
@@ -199,9 +208,11 @@ def _rope_scaling(
 ) -> dict[str, Any] | None:
     if rope_factors is not None:
         return _llama3_scaling(rope_factors, config, keys.where)
-    kind = keys.get("rope.scaling.type") or "none"
-    if kind == "none":
+    kind = keys.get("rope.scaling.type")
+    if kind is None or (isinstance(kind, str) and kind in ("", "none")):
         return None
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{keys.where}: metadata {keys.arch}.rope.scaling.type: expected text")
     if kind == "linear":
         return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
     if kind == "yarn":
@@ -213,6 +224,8 @@ def _rope_scaling(
 
 def _llama3_scaling(factors: NDArray[np.float32], config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """GGUF keeps Llama 3's scaled frequencies only; recover the rule by computing it and comparing."""
+    if not factors.size or not np.isfinite(factors).all() or factors.min() <= 0:
+        raise CheckpointError(f"{where}: rope_freqs.weight: expected positive numbers")
     rule = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3_ROPE}
     expected = llama3_factors(rule, config["rope_theta"], config["head_dim"])
     if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):

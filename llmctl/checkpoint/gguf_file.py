@@ -19,7 +19,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import as_tensor
 from llmctl.checkpoint.tensor_info import TensorInfo
-from llmctl.errors import UnsupportedModelError
+from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ def open_gguf(path: Path, *, widen: bool = False) -> Checkpoint:
     source = GgufSource(file, widen=widen)
     shapes = {name: entry.shape for name, entry in source.entries().items()}
     config = synthesise_config(file.metadata, shapes, _dtype(file), _rope_factors(file), str(path))
+    if ARCHITECTURES[arch].permuted and config["head_dim"] % 2:
+        raise CheckpointError(f"{path}: expected an even width of heads, found {config['head_dim']}")
     if ARCHITECTURES[arch].permuted:
         source.unpermute(config["num_attention_heads"], config["num_key_value_heads"])
     aux = partial(synthesise_aux_files, file.metadata, str(path))
@@ -174,4 +176,6 @@ def _dtype(file: GgufFile) -> str:
 def _rope_factors(file: GgufFile) -> Any:
     if "rope_freqs.weight" not in file.tensors:
         return None
+    if file.tensors["rope_freqs.weight"].qtype.name != "F32":
+        raise CheckpointError(f"{file.path}: rope_freqs.weight: expected float32 numbers")
     return file.raw("rope_freqs.weight").view(np.float32)

@@ -7,6 +7,7 @@ takes 2.7 s on a 49,000-token vocabulary (0.1 s here) and reports a truncated fi
 from __future__ import annotations
 
 import mmap
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def shown(value: Any) -> str:
+    """A metadata value for a message: short, and on one line whatever it is."""
+    return "an array" if isinstance(value, np.ndarray) else reprlib.repr(value)
 
 
 class GgufFile:
@@ -137,7 +143,11 @@ class GgufFile:
                     f"{self.path}: tensor '{name}': width {shape[-1]} is not whole {qtype.name} blocks"
                 )
             rows.append((name, qtype, shape, offset, elements // block * size))
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0:
+            raise CheckpointError(
+                f"{self.path}: metadata general.alignment: expected a positive integer, found {shown(alignment)}"
+            )
         start = -(-self._at // alignment) * alignment
         tensors = {name: GgufTensor(qtype, shape, start + offset, size) for name, qtype, shape, offset, size in rows}
         self._check_extent(tensors, count)
@@ -146,7 +156,11 @@ class GgufFile:
     def _check_extent(self, tensors: Mapping[str, GgufTensor], count: int) -> None:
         if len(tensors) != count:
             raise CheckpointError(f"{self.path}: damaged GGUF header: a tensor name occurs twice")
-        end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
+        end = 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if tensor.offset < end:
+                raise CheckpointError(f"{self.path}: damaged GGUF header: '{name}' overlaps the tensor before it")
+            end = tensor.offset + tensor.nbytes
         if end > len(self._map):
             raise CheckpointError(
                 f"{self.path}: truncated: expected at least {end} bytes, found {len(self._map)}", fix="fetch it again"

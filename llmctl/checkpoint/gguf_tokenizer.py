@@ -7,10 +7,14 @@ checked against the regular expressions in llama.cpp's llama-vocab.cpp. The byte
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from llmctl.checkpoint.gguf_header import shown
 from llmctl.errors import CheckpointError
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -95,19 +99,18 @@ def synthesise_aux_files(metadata: Mapping[str, Any], where: str) -> dict[str, b
 
 class _Vocabulary:
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
-        model = metadata.get("tokenizer.ggml.model")
+        model, pre = (_text(metadata, key, where) for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"))
         if model != "gpt2":
             raise CheckpointError(
                 f"{where}: tokenizer model '{model}' is not read from GGUF; known: gpt2 (byte-level BPE)"
             )
-        pre = metadata.get("tokenizer.ggml.pre")
         if pre not in PRE_TOKENIZERS:
             known = ", ".join(sorted(PRE_TOKENIZERS))
             raise CheckpointError(f"{where}: pre-tokenizer '{pre}' is not known; known: {known}")
         self.metadata, self.where, self.pre = metadata, where, PRE_TOKENIZERS[pre]
         self.tokens = self._strings("tokens")
         self.merges = [tuple(merge.split(" ")) for merge in self._strings("merges")]
-        self.types = [int(t) for t in metadata.get("tokenizer.ggml.token_type", [1] * len(self.tokens))]
+        self.types = self._types()
         self._check()
 
     def _strings(self, key: str) -> list[str]:
@@ -115,6 +118,14 @@ class _Vocabulary:
         if not isinstance(value, list) or not value:
             raise CheckpointError(f"{self.where}: metadata tokenizer.ggml.{key}: expected a list of strings")
         return value
+
+    def _types(self) -> list[int]:
+        found = self.metadata.get("tokenizer.ggml.token_type")
+        if found is None:
+            return [1] * len(self.tokens)
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+            raise CheckpointError(f"{self.where}: metadata tokenizer.ggml.token_type: expected a list of integers")
+        return [int(kind) for kind in found]
 
     def _check(self) -> None:
         if len(set(self.tokens)) != len(self.tokens):
@@ -127,16 +138,24 @@ class _Vocabulary:
 
     def _id(self, key: str) -> int | None:
         token = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is None or not 0 <= int(token) < len(self.tokens):
+        if token is None:
             return None
-        return int(token)
+        if type(token) is not int:
+            raise CheckpointError(
+                f"{self.where}: metadata tokenizer.ggml.{key}_token_id: expected an integer, found {shown(token)}"
+            )
+        return token if 0 <= token < len(self.tokens) else None
 
     def _text(self, key: str) -> str | None:
         token = self._id(key)
         return None if token is None else self.tokens[token]
 
     def _adds(self, key: str, default: bool) -> bool:
-        wanted = bool(self.metadata.get(f"tokenizer.ggml.add_{key}_token", default))
+        wanted = self.metadata.get(f"tokenizer.ggml.add_{key}_token", default)
+        if not isinstance(wanted, bool):
+            raise CheckpointError(
+                f"{self.where}: metadata tokenizer.ggml.add_{key}_token: expected true or false, found {shown(wanted)}"
+            )
         return wanted and self._id(key) is not None
 
     def tokenizer(self) -> dict[str, Any]:
@@ -219,7 +238,7 @@ class _Vocabulary:
 
     def _context_length(self) -> int | None:
         length = self.metadata.get(f"{self.metadata.get('general.architecture')}.context_length")
-        return None if length is None else int(length)
+        return length if type(length) is int else None
 
     def generation_config(self) -> dict[str, Any]:
         """``eos_token_id``: the file's EOS first, then its end-of-turn tokens and those known by their text.
@@ -237,9 +256,16 @@ class _Vocabulary:
         }
         for theirs, ours in _SAMPLING.items():
             value = self.metadata.get(f"general.sampling.{theirs}")
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 fields[ours] = float(f"{value:.6g}") if isinstance(value, float) else value  # 0.7 is kept as float32
         return {key: value for key, value in fields.items() if value is not None}
+
+
+def _text(metadata: Mapping[str, Any], key: str, where: str) -> str | None:
+    found = metadata.get(key)
+    if found is not None and not isinstance(found, str):
+        raise CheckpointError(f"{where}: metadata {key}: expected text, found {shown(found)}")
+    return found
 
 
 def _byte_level(*, use_regex: bool = True, add_prefix_space: bool = False) -> dict[str, Any]:

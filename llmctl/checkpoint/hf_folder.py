@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ AUX_NAMES = (
 )
 QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 """What holds the quantization settings where config.json does not: GPTQ's, ModelOpt's."""
+_GENERATION = "generation_config.json"
+_MAX_DEPTH = 64  # of nested JSON; no config needs ten, and what walks one must not run out of stack
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
+        CheckpointError: unreadable, not JSON, not an object, or nested too deeply.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -38,14 +42,49 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        document = None
+    if document is None or _deeper_than(document, _MAX_DEPTH):
+        raise CheckpointError(f"{path}: expected a JSON object nested at most {_MAX_DEPTH} deep")
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document
 
 
+def _deeper_than(document: Any, depth: int) -> bool:
+    level = [document]
+    for _ in range(depth):
+        values = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [inner for group in values for inner in group if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def aux_files(folder: Path) -> dict[str, Path]:
     """The tokenizer's files, chat template and generation config that are present, by name."""
     return {name: folder / name for name in AUX_NAMES if (folder / name).is_file()}
+
+
+def with_eos(aux: Mapping[str, Path], config: Mapping[str, Any], where: str) -> dict[str, Path | bytes]:
+    """``aux`` with config.json's ``eos_token_id`` in its generation config, where that names none.
+
+    Only the generation config goes where the tokenizer goes: into engines and quantized checkpoints.
+
+    Args:
+        where: config.json, for messages.
+
+    Raises:
+        CheckpointError: ids that are not whole numbers; an unreadable generation config.
+    """
+    stored = read_json(aux[_GENERATION]) if _GENERATION in aux else {}
+    ends = config.get("eos_token_id")
+    if ends is None or stored.get("eos_token_id") is not None:
+        return dict(aux)
+    if not all(type(i) is int and i >= 0 for i in (ends if isinstance(ends, list) else [ends])):
+        raise CheckpointError(f"{where}: eos_token_id: expected whole numbers, found {reprlib.repr(ends)}")
+    made = json.dumps({**stored, "eos_token_id": ends}, indent=2) + "\n"
+    return {**aux, _GENERATION: made.encode()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

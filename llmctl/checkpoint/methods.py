@@ -12,7 +12,7 @@ from typing import Any
 from llmctl.checkpoint import compressed_tensors as ct
 from llmctl.checkpoint.fp8 import SCHEME, Fp8Layout
 from llmctl.checkpoint.layout import Layout, WordLayout
-from llmctl.checkpoint.quant_config import QuantizationInfo, parse_words
+from llmctl.checkpoint.quant_config import QuantizationInfo, parse_words, read_names
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
 Read = tuple[QuantizationInfo, Layout]
@@ -42,7 +42,7 @@ def _compressed(config: Mapping[str, Any], where: str) -> Read:
     groups = ct.parse_groups(config, where)
     if not groups:
         raise CheckpointError(f"{where}: no config group quantizes weights")
-    ignored = tuple(str(name) for name in config.get("ignore") or ())
+    ignored = read_names(config, ("ignore",), where)
     info = QuantizationInfo(ct.METHOD, groups[0].scheme, ignored, str(config.get("format", "")))
     return info, ct.CompressedLayout(groups, ignored)
 
@@ -56,8 +56,8 @@ def _fp8(config: Mapping[str, Any], where: str) -> Read:
         isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
     ):
         raise CheckpointError(f"{where}: weight_block_size: expected two positive integers, found {block!r}")
-    ignored = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
-    info = QuantizationInfo("fp8", SCHEME, tuple(str(name) for name in ignored), fmt)
+    ignored = read_names(config, ("modules_to_not_convert", "ignored_layers"), where)
+    info = QuantizationInfo("fp8", SCHEME, ignored, fmt)
     return info, Fp8Layout((block[0], block[1]) if block else None)
 
 
@@ -67,8 +67,8 @@ def _modelopt(config: Mapping[str, Any], where: str) -> Read:
         raise refusal("nvfp4", where)
     if algorithm != "FP8":
         raise UnsupportedModelError(f"{where}: ModelOpt's quant_algo '{algorithm}' is not read; known: FP8")
-    ignored = config.get("exclude_modules") or config.get("ignore") or ()
-    return QuantizationInfo("modelopt", SCHEME, tuple(str(name) for name in ignored), "FP8"), Fp8Layout(None)
+    ignored = read_names(config, ("exclude_modules", "ignore"), where)
+    return QuantizationInfo("modelopt", SCHEME, ignored, "FP8"), Fp8Layout(None)
 
 
 METHODS: Mapping[str, Method] = {
@@ -91,24 +91,24 @@ METHODS: Mapping[str, Method] = {
 }
 """By ``quant_method``."""
 
-_FROM_16 = "quantize the 16-bit checkpoint it was made from: llmctl quantize"
+FROM_16 = "quantize the 16-bit checkpoint it was made from: llmctl quantize"
 REFUSED: Mapping[str, tuple[str, str]] = {
-    "aqlm": ("AQLM's additive code books", _FROM_16),
-    "bitsandbytes": ("bitsandbytes' NF4, FP4 and int8", _FROM_16),
+    "aqlm": ("AQLM's additive code books", FROM_16),
+    "bitsandbytes": ("bitsandbytes' NF4, FP4 and int8", FROM_16),
     "bitnet": ("BitNet's ternary weights", "the model's bfloat16 checkpoint"),
-    "eetq": ("EETQ's int8 layout", f"{_FROM_16} --bits 8 --symmetric"),
-    "exl2": ("ExLlamaV2's mixed bits", _FROM_16),
-    "exl3": ("ExLlamaV3's trellis codes", _FROM_16),
+    "eetq": ("EETQ's int8 layout", f"{FROM_16} --bits 8 --symmetric"),
+    "exl2": ("ExLlamaV2's mixed bits", FROM_16),
+    "exl3": ("ExLlamaV3's trellis codes", FROM_16),
     "fbgemm_fp8": ("FBGEMM's fp8 layout", "the model's compressed-tensors FP8 checkpoint, or its 16-bit one"),
-    "higgs": ("HIGGS' vector code books", _FROM_16),
-    "hqq": ("HQQ's float zero points", _FROM_16),
-    "mlx": ("MLX's layout", f"{_FROM_16}, or a GGUF of the model"),
+    "higgs": ("HIGGS' vector code books", FROM_16),
+    "hqq": ("HQQ's float zero points", FROM_16),
+    "mlx": ("MLX's layout", f"{FROM_16}, or a GGUF of the model"),
     "mxfp4": ("MXFP4 blocks", "the model's bfloat16 checkpoint"),
     "nvfp4": ("NVFP4 blocks", "the model's FP8 or bfloat16 checkpoint"),
-    "quanto": ("quanto's layout", _FROM_16),
-    "spqr": ("SpQR's outliers", _FROM_16),
-    "torchao": ("torchao's tensor subclasses", f"{_FROM_16}, or its compressed-tensors export"),
-    "vptq": ("VPTQ's vector code books", _FROM_16),
+    "quanto": ("quanto's layout", FROM_16),
+    "spqr": ("SpQR's outliers", FROM_16),
+    "torchao": ("torchao's tensor subclasses", f"{FROM_16}, or its compressed-tensors export"),
+    "vptq": ("VPTQ's vector code books", FROM_16),
 }
 """``quant_method`` -> what it is, and what to use instead."""
 

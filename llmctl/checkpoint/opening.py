@@ -1,4 +1,4 @@
-"""Open a checkpoint, whatever it is: a Hugging Face folder (dense, AWQ, GPTQ; one file or shards) or a GGUF file."""
+"""Open a checkpoint, whatever it is: a Hugging Face folder (one file or shards) or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from llmctl.checkpoint import hf_folder
 from llmctl.checkpoint.methods import read_method
 from llmctl.checkpoint.reader import Checkpoint, SafetensorsSource
+from llmctl.checkpoint.text_config import is_multimodal, text_model_config
 from llmctl.errors import ModelNotFoundError
 
 
@@ -31,7 +32,9 @@ def open_checkpoint(path: Path, *, widen: bool = False) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    config = hf_folder.read_config(folder)
+    stored = hf_folder.read_config(folder)
+    where = str(folder / "config.json")
+    config = text_model_config(stored, where)
     raw = hf_folder.quantization_config(folder, config)
     quantization, layout = read_method(*raw) if raw else (None, None)
     shards = hf_folder.shard_paths(folder)
@@ -39,5 +42,15 @@ def _open_folder(folder: Path) -> Checkpoint:
     prefix = "transformer" if config["model_type"] == "gpt2" else "model"
     files = [*shards, *aux.values(), folder / "config.json"]
     files += [folder / name for name in hf_folder.QUANTIZATION_FILES if (folder / name).is_file()]
-    source = SafetensorsSource(shards, prefix)
-    return Checkpoint(folder, config, source, aux=lambda: aux, files=files, quantization=quantization, layout=layout)
+    source = SafetensorsSource(shards, prefix, multimodal=is_multimodal(stored))
+    carried = hf_folder.with_eos(aux, config, where)
+    return Checkpoint(
+        folder,
+        config,
+        source,
+        aux=lambda: carried,
+        files=files,
+        quantization=quantization,
+        layout=layout,
+        outside=source.outside,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,17 +40,31 @@ def parse_words(config: Mapping[str, Any], where: str) -> QuantizationInfo:
     try:
         bits = int(config.get("bits", config.get("w_bit", 0)))
         group_size = int(config.get("group_size", config.get("q_group_size", 0)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         bits = group_size = 0
     if bits <= 0 or not (group_size == -1 or group_size > 0):
         raise CheckpointError(
             f"{where}: expected integers bits and group_size, "
             f"found {config.get('bits')!r} and {config.get('group_size')!r}"
         )
-    ignored = config.get("modules_to_not_convert") or ()
-    ignored = (ignored,) if isinstance(ignored, str) else tuple(str(name) for name in ignored)
+    ignored = read_names(config, ("modules_to_not_convert",), where)
     read = _awq if str(config.get("quant_method")).lower() == "awq" else _gptq
     return read(config, bits, group_size, ignored, where)
+
+
+def read_names(config: Mapping[str, Any], keys: Iterable[str], where: str) -> tuple[str, ...]:
+    """The names under the first of ``keys`` that has some: a list, or one alone.
+
+    Raises:
+        CheckpointError: something else stands there.
+    """
+    key = next((key for key in keys if config.get(key)), None)
+    if key is None:
+        return ()
+    found = config[key]
+    if not isinstance(found, str | list | tuple):
+        raise CheckpointError(f"{where}: {key}: expected names, found {found!r}")
+    return (found,) if isinstance(found, str) else tuple(str(name) for name in found)
 
 
 def _awq(

@@ -1,8 +1,8 @@
 """A checkpoint's weights, dense and quantized, over whatever stores them; safetensors shards are one such source.
 
 Names are Hugging Face's. A quantized module ``X`` appears as one weight ``X.weight`` of shape [N, K]; its planes are
-not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Checkpoints saved
-from the headless model (``h.0…``, ``layers.0…``) appear under the full model's names (``transformer.h.0…``).
+not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Names are the full causal
+model's, whatever the checkpoint was saved from (``tensor_names.py``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from llmctl.checkpoint.quant_config import QuantizationInfo
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
 from llmctl.checkpoint.tensor_info import TensorInfo
+from llmctl.checkpoint.tensor_names import full_names
 from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import BY_SAFETENSORS, FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_HEADS = ("lm_head.", "score.", "classifier.")
 
 
 class TensorSource(Protocol):
@@ -40,28 +39,27 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The shards of a Hugging Face folder."""
+    """The shards of a Hugging Face folder; ``outside``: tensors that are not of the text model."""
 
-    def __init__(self, paths: Iterable[Path], prefix: str) -> None:
+    def __init__(self, paths: Iterable[Path], base: str, *, multimodal: bool = False) -> None:
         """Map every shard.
 
         Args:
-            prefix: the base model's prefix, added when no tensor of the checkpoint has it.
+            base, multimodal: as ``tensor_names.full_names`` takes them.
 
         Raises:
-            CheckpointError: a damaged shard, or a tensor in two shards.
+            CheckpointError: a damaged shard, a tensor in two shards, or two tensors of one name.
         """
-        self._where: dict[str, tuple[SafetensorsFile, str]] = {}
+        files: dict[str, SafetensorsFile] = {}
         for path in paths:
             file = SafetensorsFile(path)
             for name in file.tensors:
-                if name in self._where:
-                    raise CheckpointError(f"{path}: tensor '{name}' is also in {self._where[name][0].path.name}")
-                self._where[name] = (file, name)
-        if prefix and not any(name.startswith(f"{prefix}.") for name in self._where):
-            self._where = {
-                name if name.startswith(_HEADS) else f"{prefix}.{name}": where for name, where in self._where.items()
-            }
+                if name in files:
+                    raise CheckpointError(f"{path}: tensor '{name}' is also in {files[name].path.name}")
+                files[name] = file
+        names = full_names(files, base, multimodal=multimodal)
+        self.outside = names.outside
+        self._where = {name: (files[stored], stored) for name, stored in names.stored.items()}
 
     def entries(self) -> Mapping[str, TensorInfo]:
         """Every stored tensor."""
@@ -81,6 +79,7 @@ class Checkpoint:
         path: the folder or file.
         config: ``config.json`` as a dict, or what stands for it.
         quantization: the checkpoint's quantization settings, None for a dense one.
+        outside: names of tensors that belong to the other parts of a multimodal model.
     """
 
     def __init__(
@@ -93,22 +92,28 @@ class Checkpoint:
         files: Iterable[Path],
         quantization: QuantizationInfo | None = None,
         layout: Layout | None = None,
+        outside: frozenset[str] = frozenset(),
     ) -> None:
         self.path = path
         self.config = config
         self.quantization = quantization
+        self.outside = outside
         self._source = source
         self._aux = aux
         self._files = sorted(set(files))
         self._stored = dict(source.entries())
         self._layout = layout
         self._described: dict[str, TensorInfo] = {}
+        inside = {name: entry for name, entry in self._stored.items() if name not in outside}
         try:
-            self._modules = layout.modules(self._stored) if layout else find_modules(self._stored, "qweight", ())
+            self._modules = layout.modules(inside) if layout else find_modules(inside, "qweight", ())
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
         if self._modules and layout is None:
             raise CheckpointError(f"{path}: '{min(self._modules)}' is quantized, but no quantization_config says how")
+        twice = sorted(m for m, planes in self._modules.items() if "weight" not in planes and f"{m}.weight" in inside)
+        if twice:
+            raise CheckpointError(f"{path}: '{twice[0]}' has both a weight and a {self._modules[twice[0]][0]}")
 
     def names(self) -> list[str]:
         """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""

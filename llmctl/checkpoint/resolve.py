@@ -12,6 +12,7 @@ from llmctl.errors import CheckpointError, ModelNotFoundError
 __all__ = ["cache_dir", "resolve_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CACHE_ROOT = "models--"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _KINDS = "a checkpoint folder, a .gguf file, demo:smollm2-135m, or a hub id such as org/name"
 
@@ -30,8 +31,9 @@ def resolve_model(name: str, *, allow_download: bool = True) -> Path:
     """The local path of a model.
 
     Args:
-        name: a Hugging Face folder, a .gguf file, ``demo:smollm2-135m``, or a hub id. Anything that exists locally, or
-            that starts with ``.``, ``/`` or ``~``, or ends in ``.gguf``, is never looked up on the hub.
+        name: a Hugging Face folder (or a hub cache's ``models--org--name``), a .gguf file, ``demo:smollm2-135m``, or a
+            hub id. Anything that exists locally, or that starts with ``.``, ``/`` or ``~``, or ends in ``.gguf``, is
+            never looked up on the hub.
         allow_download: False looks into the local caches only.
 
     Raises:
@@ -50,8 +52,38 @@ def resolve_model(name: str, *, allow_download: bool = True) -> Path:
     return _from_hub(name, allow_download)
 
 
+def local_name(path: Path) -> str:
+    """What a local path is called: its last part, or of a hub cache's snapshot the repository it was fetched from."""
+    root = next((part for part in path.resolve().parts if part.startswith(_CACHE_ROOT)), None)
+    return path.resolve().name if root is None else root.removeprefix(_CACHE_ROOT).replace("--", "/")
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot that a hub cache's root stands for: that of ``refs/main``, or the only one; else the folder itself.
+
+    Raises:
+        ModelNotFoundError: no such snapshot, or several and nothing says which.
+    """
+    if not (folder / "snapshots").is_dir() or (folder / "config.json").exists():
+        return folder
+    found = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    wanted = main.read_text(encoding="ascii", errors="replace").strip() if main.is_file() else None
+    if wanted is None and len(found) == 1:
+        return folder / "snapshots" / found[0]
+    if wanted in found:
+        return folder / "snapshots" / str(wanted)
+    missing = "no refs/main" if wanted is None else f"no snapshot {wanted[:40]!r}, which refs/main names"
+    raise ModelNotFoundError(
+        f"{folder}: a hub cache with {missing}; snapshots: {', '.join(found) or 'none'}",
+        fix=f"name {folder}/snapshots/REVISION, or fetch it again",
+        param="model",
+    )
+
+
 def _local(name: str, path: Path) -> Path:
     if path.is_dir():
+        path = _snapshot(path)
         if (path / "engine.json").is_file():
             raise ModelNotFoundError(
                 f"{name} is an engine folder; a checkpoint is needed here", fix="name the model it was built from"

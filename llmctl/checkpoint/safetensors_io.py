@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Narrowest first; the writer sorts by it, descending.
 _RANK = {code: rank for rank, code in enumerate(BY_SAFETENSORS)}
 _MAX_HEADER = 100_000_000
+_MAX_AXES = 64  # torch's and numpy's own limit
+_MAX_COUNT = 2**63 - 1
 
 Plane = Any
 """What can be written: bytes-like, a numpy array, a torch tensor, or a function without arguments that returns one of
@@ -70,6 +73,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check a header: offsets contiguous, sizes as dtype and shape say, file length exact.
 
+    Numbers must be JSON integers: neither 1.5 nor 1e999 is read as one.
+
     Raises:
         CheckpointError: not a safetensors file, damaged, or truncated (expected and found sizes are named).
     """
@@ -82,8 +87,10 @@ def read_header(path: Path) -> Header:
     start = 8 + len(raw)
     try:
         document = json.loads(raw)
-        metadata = document.pop("__metadata__", None) or {}
-        entries = {name: _entry(fields, start) for name, fields in document.items()}
+        metadata = _metadata(document.pop("__metadata__", None))
+        entries = {_printable(name): _entry(fields, start) for name, fields in document.items()}
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: damaged safetensors header: nested too deeply") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged safetensors header: {' '.join(str(error).split())}") from error
     end = start
@@ -96,7 +103,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(
             f"{path}: {kind}: expected {end} bytes, found {size}", fix="fetch or write the file again"
         )
-    return Header(entries, dict(metadata))
+    return Header(entries, metadata)
 
 
 def _raw_header(path: Path, file: BinaryIO, size: int) -> bytes:
@@ -113,13 +120,40 @@ def _raw_header(path: Path, file: BinaryIO, size: int) -> bytes:
     return file.read(length)
 
 
+def _metadata(found: Any) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("__metadata__: expected an object of strings")
+    return found
+
+
+def _printable(name: str) -> str:
+    """A tensor's name, which messages show on one line and other files must be able to hold."""
+    if not name.isprintable():
+        raise ValueError(f"tensor name {name[:80]!a} has characters that cannot be printed")
+    return name
+
+
 def _entry(fields: Mapping[str, Any], start: int) -> TensorEntry:
-    dtype, shape = str(fields["dtype"]), tuple(int(n) for n in fields["shape"])
-    begin, end = (int(n) for n in fields["data_offsets"])
+    dtype, shape, offsets = fields["dtype"], _counts(fields["shape"], "shape"), _counts(fields["data_offsets"], "data")
+    if not isinstance(dtype, str) or len(offsets) != 2:
+        raise ValueError("expected a dtype, and data_offsets of two numbers")
+    if len(shape) > _MAX_AXES or math.prod(max(1, n) for n in shape) > _MAX_COUNT:
+        raise ValueError(f"{dtype}: a shape of {len(shape)} axes that no tensor can have")
+    begin, end = offsets
     nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
+    if end - begin != nbytes:
         raise ValueError(f"{dtype} {list(shape)} needs {nbytes} bytes, data_offsets give {end - begin}")
     return TensorEntry(dtype, shape, start + begin, nbytes)
+
+
+def _counts(found: Any, what: str) -> tuple[int, ...]:
+    """A JSON array of whole numbers from 0."""
+    whole = isinstance(found, list) and all(type(n) is int and 0 <= n <= _MAX_COUNT for n in found)
+    if not whole:
+        raise ValueError(f"{what}: expected whole numbers, found {reprlib.repr(found)}")
+    return tuple(found)
 
 
 class SafetensorsFile:

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,7 @@ def write_quantized_checkpoint(
     replaced_dense: Mapping[str, Tensor],
     settings: OutputFormat,
     *,
+    left_out: Collection[str] = (),
     extra_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
@@ -107,6 +108,7 @@ def write_quantized_checkpoint(
         quantized: module name (``model.layers.0.mlp.up_proj``) -> its weight [N, K]. Its bias stays as it is.
         replaced_dense: tensor name -> new value in the source's stored orientation (norms that AWQ scaled, biases).
         settings: format and the values of ``quantization_config``.
+        left_out: the source's tensors that are known to be superfluous.
         extra_files: further files to put into the folder, by name.
 
     Raises:
@@ -120,7 +122,7 @@ def write_quantized_checkpoint(
         raise UsageError(f"--output {output}: exists already", fix="choose another folder or remove it", param="output")
     if source.quantization is not None:
         raise CheckpointError(f"{source.path}: is quantized already ({source.quantization.method})")
-    plan = _Plan(source, quantized, replaced_dense, settings)
+    plan = _Plan(source, quantized, replaced_dense, settings, left_out)
     tensors = plan.tensors()
     with published_folder(output) as folder:
         write_sharded(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -139,8 +141,10 @@ class _Plan:
         quantized: Mapping[str, QuantizedWeight],
         replaced: Mapping[str, Tensor],
         settings: OutputFormat,
+        left_out: Collection[str],
     ) -> None:
         self._source, self._quantized, self._replaced, self._settings = source, quantized, replaced, settings
+        self._names = frozenset(source.names()).difference(left_out)
         self.dtype = settings.dtype or (source.dtype if source.dtype in HALF_DTYPES else "float16")
         # A Mapping's default `in` loads the value, so names are looked up here.
         self._modules = frozenset(quantized)
@@ -151,25 +155,22 @@ class _Plan:
         return "lm_head" in self._modules
 
     @property
-    def unties_head(self) -> bool:
-        return self.head_quantized or "lm_head.weight" in self._replaced
+    def has_head(self) -> bool:
+        """Whether the new checkpoint has a head of its own, whatever the source's config says."""
+        return self.head_quantized or "lm_head.weight" in {*self._names, *self._replaced}
 
     def tensors(self) -> dict[str, TensorSpec]:
-        known = set(self._source.names())
-        missing = [m for m in self._modules if f"{m}.weight" not in known and m != "lm_head"]
+        missing = [m for m in self._modules if f"{m}.weight" not in self._names and m != "lm_head"]
         if missing:
             raise ValueError(f"quantized module '{min(missing)}' has no weight in {self._source.path}")
         specs: dict[str, TensorSpec] = {}
-        for name in sorted(known | set(self._replaced) | {f"{m}.weight" for m in self._modules}):
+        for name in sorted({*self._names, *self._replaced, *(f"{m}.weight" for m in self._modules)}):
             module = name.removesuffix(".weight")
             if name != module and module in self._modules:
                 specs |= self._quantized_specs(module)
-            elif name in self._replaced or not self._tied_duplicate(name):
+            else:
                 specs[name] = self._dense_spec(name)
         return specs
-
-    def _tied_duplicate(self, name: str) -> bool:
-        return name == "lm_head.weight" and bool(self._source.config.get("tie_word_embeddings"))
 
     def _dense_spec(self, name: str) -> TensorSpec:
         replacement = self._replaced.get(name)
@@ -238,7 +239,7 @@ def _write_config(folder: Path, source: Checkpoint, settings: OutputFormat, plan
         quantization["lm_head"] = plan.head_quantized
     key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
     config = {**source.config, key: plan.dtype, "quantization_config": quantization}
-    if plan.unties_head:
+    if plan.has_head:
         config["tie_word_embeddings"] = False
     _put(folder / "config.json", _json(config))
     if settings.format == "gptq":

@@ -46,6 +46,8 @@ def inspect(
     _print_graph(console, document)
     _print_kernels(console, document)
     _print_memory(console, document["memory"])
+    if document.get("unused"):
+        _print_unused(console, document["unused"])
     if weights:
         _print_weights(console, document["weights"])
     if ops:
@@ -123,6 +125,20 @@ def _print_memory(console: Console, memory: Mapping[str, Any]) -> None:
     from llmctl.artifact.memory_table import render
 
     console.print(render(memory["rows"], note=f"budget: {memory['budget_source']}"), highlight=False)
+
+
+def _print_unused(console: Console, kinds: list[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    from llmctl.checkpoint.accounting import name_some
+
+    table = Table(title="tensors of the checkpoint that nothing reads", title_justify="left")
+    table.add_column("tensors", overflow="fold")
+    table.add_column("count", justify="right")
+    table.add_column("because", overflow="fold")
+    for kind in kinds:
+        table.add_row(name_some(kind["names"]), str(len(kind["names"])), kind["reason"])
+    console.print(table, highlight=False)
 
 
 def _print_weights(console: Console, weights: list[Mapping[str, Any]]) -> None:

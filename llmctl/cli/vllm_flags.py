@@ -76,6 +76,7 @@ FLAGS = (
     Flag(("--disable-custom-all-reduce",), None, _ONE),
     Flag(("--distributed-executor-backend",), "NAME", _ONE),
     Flag(("--enable-request-id-headers",), None, "every answer has its X-Request-Id"),
+    Flag(("--enable-tokenizer-info-endpoint",), None, "GET /tokenizer_info is there without"),
 )
 
 

@@ -35,30 +35,33 @@ class TensorInfo(Protocol):
 
 
 Lookup = Callable[[str], TensorInfo | None]
+Same = Callable[[str, str], bool]
 
 
-def build_graph(config: Mapping[str, Any], lookup: Lookup | None = None) -> Graph:
+def build_graph(config: Mapping[str, Any], lookup: Lookup | None = None, same: Same | None = None) -> Graph:
     """The plain Graph of a model.
 
     Args:
         config: HF ``config.json``.
         lookup: tensor name -> its description, None when the checkpoint does not hold it. Without a lookup every
             tensor is taken to be there, dense and of the right shape.
+        same: whether two tensors hold the same numbers. A head that is stored although the config ties it to the
+            embeddings is tied to them only if it equals them (transformers' rule, and vLLM's); None: it does.
 
     Raises:
         UnsupportedModelError: family or setting that is not supported.
         CheckpointError: bad config; a tensor that is missing or has another shape than the config implies.
     """
-    return _Builder(read_arch(config), lookup).build()
+    return _Builder(read_arch(config), lookup, same).build()
 
 
 class _Builder:
     """Accumulates ops, buffers and weights in execution order."""
 
-    def __init__(self, arch: Arch, lookup: Lookup | None) -> None:
+    def __init__(self, arch: Arch, lookup: Lookup | None, same: Same | None) -> None:
         self.arch = arch
         self.names: TensorNames = arch.family.names
-        self.lookup = lookup
+        self.lookup, self.same = lookup, same
         self.layer = -1
         self.ops: list[Op] = []
         self.buffers: dict[str, Buffer] = {INPUT_IDS: Buffer(INPUT_IDS, 1), POSITIONS: Buffer(POSITIONS, 1)}
@@ -148,13 +151,19 @@ class _Builder:
 
     def _head(self, x: str) -> None:
         arch, head = self.arch, self.names.head
-        if arch.tied:
+        if self._is_tied():
             weights = ["embed.weight"]
         else:
             weights = [self._weight("lm_head.weight", (arch.vocab_size, arch.hidden_size), f"{head}.weight")]
         bias = self._weight("lm_head.bias", (arch.vocab_size,), f"{head}.bias") if arch.family.bias_head else ""
         self.buffers[LOGITS] = Buffer(LOGITS, arch.vocab_size)
         self._append("linear", "lm_head", (x,), (LOGITS,), (*weights, bias), {})
+
+    def _is_tied(self) -> bool:
+        head, embed = f"{self.names.head}.weight", f"{self.names.embed}.weight"
+        if not self.arch.tied or self.lookup is None or self.lookup(head) is None:
+            return self.arch.tied
+        return self.same is None or self.same(head, embed)
 
     # pieces
 

@@ -44,6 +44,7 @@ class Family:
 
     Attributes:
         name: HF ``model_type``.
+        architectures: HF classes whose checkpoints are read, the causal model's first.
         keys: canonical config key -> this family's spelling, where it differs from Llama's.
         defaults: values that HF's config class supplies when config.json leaves a key out.
         norm: ``rms`` or ``layer`` (with bias); ``eps_key`` holds its epsilon.
@@ -60,6 +61,7 @@ class Family:
     """
 
     name: str
+    architectures: tuple[str, ...]
     names: TensorNames = field(default_factory=TensorNames)
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +171,7 @@ _GPT2_NAMES = TensorNames(
 _ROWS = (
     Family(
         "llama",
+        ("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"),
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
         bias_qkv="attention_bias",
         bias_o="attention_bias",
@@ -176,6 +179,7 @@ _ROWS = (
     ),
     Family(
         "mistral",
+        ("MistralForCausalLM", "MistralModel"),
         defaults={
             "hidden_act": "silu",
             "num_key_value_heads": 8,
@@ -188,6 +192,7 @@ _ROWS = (
     # Qwen2 always has q/k/v biases and none elsewhere; transformers does not read attention_bias for it.
     Family(
         "qwen2",
+        ("Qwen2ForCausalLM", "Qwen2Model"),
         defaults=_QWEN_DEFAULTS,
         bias_qkv=True,
         window="by_layer",
@@ -195,6 +200,7 @@ _ROWS = (
     ),
     Family(
         "qwen3",
+        ("Qwen3ForCausalLM", "Qwen3Model"),
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         qk_norm=True,
         bias_qkv="attention_bias",
@@ -203,6 +209,7 @@ _ROWS = (
     ),
     Family(
         "phi",
+        ("PhiForCausalLM", "PhiModel"),
         names=_PHI_NAMES,
         defaults={
             "hidden_act": "gelu_new",
@@ -222,6 +229,7 @@ _ROWS = (
     ),
     Family(
         "gpt2",
+        ("GPT2LMHeadModel", "GPT2Model"),
         names=_GPT2_NAMES,
         keys={
             "hidden_size": "n_embd",

@@ -7,6 +7,7 @@ are both understood. A key that would change the forward pass and is not honoure
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from llmctl.graph.graph import Attr
 from llmctl.graph.rope_config import rope_attrs
 
 logger = logging.getLogger(__name__)
+
+_MOST_LAYERS = 10_000
 
 # Keys that say nothing about the forward pass of a causal language model at inference.
 _METADATA = frozenset(
@@ -66,6 +69,7 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         CheckpointError: a required key is missing or makes no sense.
     """
     family = _family(config)
+    _check_architecture(config, family)
     reader = _ConfigReader(config, family)
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     kv_heads = reader.size("num_key_value_heads", heads)
@@ -75,6 +79,8 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {heads} attention heads")
     head_dim = reader.size("head_dim", hidden // heads)
     layers, max_position = reader.size("num_hidden_layers"), reader.size("max_position_embeddings")
+    if layers > _MOST_LAYERS:
+        raise CheckpointError(f"config.json: expected at most {_MOST_LAYERS} layers, found {layers}")
     partial = reader.value("partial_rotary_factor") if family.partial_rotary else None
     reader.seen |= {"partial_rotary_factor"} if family.partial_rotary else set()
     arch = Arch(
@@ -112,10 +118,40 @@ def _family(config: Mapping[str, Any]) -> Family:
     return family
 
 
+def architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes that ``config.json`` names; none when it leaves them out.
+
+    Raises:
+        CheckpointError: not a list of names.
+    """
+    found = config.get("architectures")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"config.json: architectures must be a list of class names, found {reprlib.repr(found)}")
+    return tuple(found)
+
+
+def _check_architecture(config: Mapping[str, Any], family: Family) -> None:
+    """Refuse another head on the same layers, and code that comes with the weights and is not run."""
+    remote = config.get("auto_map")
+    odd = [name for name in architectures(config) if name not in family.architectures]
+    if odd:
+        code = ": its code (auto_map) is not run" if remote else ""
+        raise UnsupportedModelError(
+            f"config.json: architecture '{odd[0]}' is not read{code}; of model_type '{family.name}' "
+            f"known: {', '.join(family.architectures)}"
+        )
+    if remote:
+        logger.warning(
+            "config.json: auto_map: code that comes with a checkpoint is not run; read as %s", family.architectures[0]
+        )
+
+
 def _activation(reader: _ConfigReader) -> str:
     key = reader.family.act_key
     name = reader.value(key)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise UnsupportedModelError(f"config.json: {key} '{name}' is not supported; known activations: {known}")
     return ACTIVATIONS[name]
@@ -134,6 +170,8 @@ def _check_rotary(arch: Arch) -> None:
 def _windows(reader: _ConfigReader, layers: int) -> tuple[int, ...]:
     """Sliding window of every layer; rules of transformers' configuration classes of each family."""
     types = reader.value("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise CheckpointError(f"config.json: layer_types must be a list, found {types!r}")
     mode = reader.family.window
     if mode == "none":
         return _same_everywhere(types, 0, layers)
@@ -141,6 +179,8 @@ def _windows(reader: _ConfigReader, layers: int) -> tuple[int, ...]:
     if mode == "all":
         return _same_everywhere(types, 0 if window is None else reader.size("sliding_window"), layers)
     use, first = reader.value("use_sliding_window"), reader.value("max_window_layers")
+    if type(first) is not int:
+        raise CheckpointError(f"config.json: max_window_layers must be a whole number, found {first!r}")
     size = reader.size("sliding_window") if use and window is not None else 0
     if types is None:
         return tuple(size if i >= first else 0 for i in range(layers))

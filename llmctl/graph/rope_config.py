@@ -58,6 +58,8 @@ def rope_attrs(
         raise UnsupportedModelError(f"config.json: '{unknown[0]}' is not supported for rope_type '{rope_type}'")
     share = params.get("partial_rotary_factor")
     share = (1.0 if partial_default is None else partial_default) if share is None else share
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be a positive number, found {share!r}")
     if partial_default is None and share != 1:
         raise UnsupportedModelError(f"config.json: partial_rotary_factor={share} is not supported for this family")
     attrs: dict[str, Attr] = {

@@ -132,7 +132,7 @@ def _file_texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise UsageError(f"--calib {path}:{number}: expected a JSON object a line", param="calib")

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmctl.checkpoint.accounting import account
 from llmctl.checkpoint.assemble import WeightSource, assemble, checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
@@ -26,7 +27,7 @@ from llmctl.errors import LlmctlError
 from llmctl.graph.graph import Graph
 from llmctl.quantize.calibration import SELF, Calibration, read_calibration, self_calibration
 from llmctl.quantize.forward import CalibrationPass
-from llmctl.quantize.layers import quantize_layer, quantize_layer_without_data
+from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_without_data
 from llmctl.quantize.modules import Module
 from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan
 from llmctl.quantize.report import LayerReport, QuantizeReport, make_report
@@ -101,6 +102,7 @@ class _Job:
         self.config, self.checkpoint, self.progress = config, checkpoint, progress
         self.graph: Graph = checkpoint_graph(checkpoint)
         self.plan: Plan = make_plan(config, checkpoint, self.graph)
+        self.unused = account(checkpoint, self.graph)
         self.layers = sorted({module.layer for module in self.plan.selection.modules})
         self.note = "none (round to nearest looks at weights only)"
 
@@ -145,6 +147,7 @@ class _Job:
                 if hidden is None:
                     hidden = calibration.enter() if self.plan.calibrated else {}
                 result, hidden = self._step(calibration, layer, hidden, last=layer == steps - 1)
+                check_errors(layer, result)
                 work.save_layer(layer, result, hidden)
                 calibration.forget(layer)
             else:
@@ -165,7 +168,12 @@ class _Job:
         results = _Results(work, self.layers[-1] + 1)
         quantized = _Modules(results, self.plan.selection.modules)
         write_quantized_checkpoint(
-            output, self.checkpoint, quantized, results.dense(self.graph, self.checkpoint), self.plan.output
+            output,
+            self.checkpoint,
+            quantized,
+            results.dense(self.graph, self.checkpoint),
+            self.plan.output,
+            left_out=[name for unused in self.unused for name in unused.names],
         )
 
 

@@ -5,6 +5,7 @@ Stages run in execution order and each sees the inputs that the already quantize
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.errors import LlmctlError
 from llmctl.graph.graph import Graph, Op
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.folding import find_fold, fold_scales
@@ -63,8 +65,31 @@ def quantize_layer_without_data(graph: Graph, plan: Plan, weights: CalibrationPa
     return LayerResult(quantized, {}, report)
 
 
+def check_errors(layer: int, result: LayerResult) -> None:
+    """Refuse a layer whose errors are no numbers: what was found there is of no use to the layers after it.
+
+    Raises:
+        LlmctlError: naming the linears.
+    """
+    odd = [name for name, error in result.report.get("modules", {}).items() if not math.isfinite(error)]
+    if odd:
+        raise _overflow(layer, f"the error of {', '.join(odd)} is")
+
+
+def _overflow(layer: int, what: str) -> LlmctlError:
+    return LlmctlError(
+        f"layer {layer}: {what} not finite: what is computed from its (finite) weights overflows float32",
+        fix="check the model: it computes nothing without quantization either",
+    )
+
+
 def _chosen(plan: Plan, layer: int) -> set[str]:
     return {name for module in plan.selection.of_layer(layer) for name in module.weights}
+
+
+def _check_inputs(layer: int, stage: Stage, stats: InputStats) -> None:
+    if not bool(stats.gram.diagonal().isfinite().all()):
+        raise _overflow(layer, f"the inputs of {', '.join(op.name for op in stage.linears)} are")
 
 
 class _LayerRun:
@@ -103,8 +128,10 @@ class _LayerRun:
         def search(stage: Stage, x: Tensor) -> None:
             point = find_fold(self.graph, stage.buffer)
             if point is not None:
+                stats = InputStats.of(x)
+                _check_inputs(self.layer, stage, stats)
                 weight = self._stacked(stage.linears)
-                found[stage.buffer] = search_scales(weight, InputStats.of(x), self.plan.scheme, point.column_index())
+                found[stage.buffer] = search_scales(weight, stats, self.plan.scheme, point.column_index())
 
         self.calibration.run(self.layer, hidden, self.stages, search, outputs=False)
         weights = self.calibration.weights
@@ -121,6 +148,7 @@ class _LayerRun:
         return dense.to(getattr(torch, self.plan.dense_dtype)).float()
 
     def _quantize_stage(self, stage: Stage, stats: InputStats, algorithm: Algorithm) -> None:
+        _check_inputs(self.layer, stage, stats)
         weight = self._stacked(stage.linears)
         whole = algorithm(weight, stats.gram)
         dense = whole.dequantize()

@@ -1,4 +1,4 @@
-"""The HTTP app: all endpoints, the gates in front of them, errors in OpenAI's shape. Imports no torch."""
+"""The HTTP app: all endpoints, the gates in front of them, errors in their paths' shapes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.exchange import RoomGate
 from llmctl.serving.http_metrics import HttpMetrics
 from llmctl.serving.lifecycle import EngineState
+from llmctl.serving.messages_api import api as messages_api
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_response
 from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from llmctl.serving.tgi_api import api as tgi_api
 
 # FastAPI's own spans would hold the query of a URL, with whatever key stands in it. Older versions have none.
 _NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
+
+ROUTERS = (api.router, messages_api.router, tgi_api.router)
+"""Of the endpoints that the engine serves."""
 
 
 def create_app(context: ServerContext) -> FastAPI:
@@ -46,11 +51,14 @@ def create_app(context: ServerContext) -> FastAPI:
     description = describe(context.names[0], with_keys=bool(context.keys), root_path=config.root_path)
     app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
-    app.include_router(api.router)
+    for router in ROUTERS:
+        app.include_router(router)
     gets: dict[str, Callable[..., Any]] = {
         "/health": health,
         "/ready": ready,
         "/version": version,
+        "/info": tgi_api.info,
+        "/tokenizer_info": tokenizer_info,
         "/metrics": metrics,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
@@ -58,11 +66,16 @@ def create_app(context: ServerContext) -> FastAPI:
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
-    for path, endpoint in {"/tokenize": tokenize, "/detokenize": detokenize}.items():
+    counting = {
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+        "/v1/messages/count_tokens": messages_api.count_tokens,
+    }
+    for path, endpoint in counting.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-    routes = [*api.router.routes, *app.routes]
+    routes = [*(route for router in ROUTERS for route in router.routes), *app.routes]
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
-    generating = frozenset(r.path for r in api.router.routes if isinstance(r, Route))
+    generating = frozenset(r.path for router in ROUTERS for r in router.routes if isinstance(r, Route))
     app.add_middleware(RoomGate, context=context, paths=generating)
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys)
@@ -157,6 +170,11 @@ async def tokenize(request: Request) -> Response:
     if body.return_token_strs:
         answer["token_strs"] = await intake.token_texts(ids)
     return json_response(answer)
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer's configuration, with the chat template that is served."""
+    return json_response(context_of(request).model().intake.tokenizer_info())
 
 
 async def detokenize(request: Request) -> Response:

@@ -43,7 +43,7 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
     try:
         body = model.model_validate_json(data)
     except ValidationError as error:
-        raise from_validation_error(error) from None
+        raise from_validation_error(error, model.expected) from None
     if outline.problem is not None:  # NaN and Infinity, which pydantic reads: nothing of this body has been counted
         raise RequestError(f"the request body is not valid JSON: {outline.problem}")
     if body.model_extra:

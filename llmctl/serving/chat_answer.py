@@ -68,8 +68,8 @@ class ChatAnswer(Answer):
             logprobs = None
         return data
 
-    def whole(self, outputs: list[TextOutput]) -> dict[str, Any]:
-        body = super().whole(outputs)
+    def document(self, outputs: list[TextOutput]) -> dict[str, Any]:
+        body = super().document(outputs)
         scores = outputs[0].prompt_scores if outputs else None
         if self.prompt_logprobs is not None and scores is not None:
             body["prompt_logprobs"] = prompt_logprobs(self.tokenizer, self._prompt, scores, self.prompt_logprobs)

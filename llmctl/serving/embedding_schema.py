@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.serving.protocol import Prompts, RequestFields, only
+from llmctl.serving.protocol import EXPECTED, PROMPTS_EXPECTED, Prompts, RequestFields, only
 from llmctl.serving.response_schema import Count, ResponseModel
 
 
 class EmbeddingRequest(RequestFields):
     """``POST /v1/embeddings``."""
+
+    expected: ClassVar[Mapping[str, str]] = {**EXPECTED, "input": PROMPTS_EXPECTED}
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = "float"

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import LlmctlError, RequestError
-from llmctl.serving.answer import Answer
+from llmctl.serving.answer import Writer
 from llmctl.serving.context import Model, ServerContext
 from llmctl.serving.event_stream import EventStream, started
 from llmctl.serving.generation import Generation, SequenceSpec
@@ -26,8 +26,8 @@ from llmctl.serving.responses import TextCount
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 from llmctl.serving.tools.support import ToolUse
 
-WriteChat = Callable[[Model, Prompt, int, ChatCompletionRequest, ToolUse], Answer]
-WriteCompletion = Callable[[Model, list[Prompt], int, CompletionRequest], Answer]
+WriteChat = Callable[[Model, Prompt, int, ChatCompletionRequest, ToolUse], Writer]
+WriteCompletion = Callable[[Model, list[Prompt], int, CompletionRequest], Writer]
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ class RoomGate:
                 self._context.client.check_room(1)
             except LlmctlError as error:
                 _end(Observation(Request(scope, receive), self._context), error)
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -79,6 +79,13 @@ def check_outline(context: ServerContext, outline: Outline) -> None:
     """
     model = context.model()
     context.client.check_room(outline.sequences())
+    model.intake.check_outline(outline)
+
+
+def check_single(context: ServerContext, outline: Outline) -> None:
+    """The same of a request whose API knows neither lists of prompts nor ``n``."""
+    model = context.model()
+    context.client.check_room(1)
     model.intake.check_outline(outline)
 
 
@@ -175,7 +182,7 @@ def submitted(
         raise
 
 
-async def _respond(seen: Observation, body: SamplingFields, specs: list[SequenceSpec], answer: Answer) -> Response:
+async def _respond(seen: Observation, body: SamplingFields, specs: list[SequenceSpec], answer: Writer) -> Response:
     context = seen.context
     if context.observers.want_texts:
         answer.usage = TextCount(answer.usage.prompt_tokens)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from llmctl.serving.openai_errors import error_body
+from llmctl.serving.error_shapes import Problem, shape_of
 
 MAX_HEADER_BYTES = 64 * 1024
 HEADER_SECONDS = 10.0
@@ -234,10 +234,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refused, self._waits_for = True, ""
         self._time()
         if not others and not begun:
-            body = msgspec.json.encode(error_body(message, type_=type_, code=code))
+            name = self._request_id()
+            shape = shape_of(
+                (self.scope or {}).get("path", "")
+            )  # of what is not HTTP, or has no headers, none is known
+            body = msgspec.json.encode(shape.body(Problem(status, message, type_, code=code), name))
+            more = "".join(f"{key}: {value}\r\n" for key, value in shape.headers(name).items())
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nx-request-id: {self._request_id()}\r\nconnection: close\r\n\r\n"
+                f"content-length: {len(body)}\r\nx-request-id: {name}\r\n{more}connection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
         self.loop.call_later(LINGER_SECONDS, self.transport.close)

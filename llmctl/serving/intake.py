@@ -96,6 +96,16 @@ class Intake:
         """Whether chats can be rendered."""
         return self._chat_template is not None
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The model's ``tokenizer_config.json``, with the special tokens and the chat template that are used."""
+        template = {} if self._chat_template is None else {"chat_template": self._chat_template.source}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.tokenizer.config,
+            **self.tokenizer.special_tokens,
+            **template,
+        }
+
     def check_outline(self, outline: Outline) -> None:
         """Refuse what cannot fit the context by the number of its tokens, or of its messages: each is a token at least;
         and more token ids in a parameter than there are.

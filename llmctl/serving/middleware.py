@@ -11,10 +11,19 @@ from collections.abc import Callable, Iterator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmctl.errors import RequestError
+from llmctl.serving.error_shapes import Problem
 from llmctl.serving.keys import KEY_SCOPE, ServerKeys
-from llmctl.serving.openai_errors import error_body, error_response, json_response
+from llmctl.serving.openai_errors import error_response, refusal
 
 LIVENESS_PATHS = frozenset({"/health", "/ready"})
+
+
+_NO_KEY = Problem(
+    401,
+    "missing or wrong API key: send 'Authorization: Bearer <key>' or 'X-Api-Key: <key>'",
+    "authentication_error",
+    code="invalid_api_key",
+)
 
 
 class BodyTooLargeError(RequestError):
@@ -42,12 +51,7 @@ class ApiKeyGate:
         if scope["type"] != "http" or not self._keys or scope["path"] in LIVENESS_PATHS or self._allowed(scope):
             await self._app(scope, receive, send)
             return
-        body = error_body(
-            "missing or wrong API key: send 'Authorization: Bearer <key>' or 'X-Api-Key: <key>'",
-            type_="authentication_error",
-            code="invalid_api_key",
-        )
-        response = json_response(body, 401, {"WWW-Authenticate": "Bearer"})
+        response = refusal(_NO_KEY, scope, {"WWW-Authenticate": "Bearer"})
         await response(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
@@ -90,14 +94,13 @@ class BodyGate:
         headers = dict(scope["headers"])
         if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             # Browsers can send other types across origins without asking; a local server must not act on those.
-            await error_response(UnsupportedMediaTypeError("expected Content-Type: application/json"))(
-                scope, receive, send
-            )
+            error = UnsupportedMediaTypeError("expected Content-Type: application/json")
+            await error_response(error, scope)(scope, receive, send)
             return
         length = headers.get(b"content-length", b"")
         limit = self._max_bytes()
         if length.isdigit() and int(length) > limit:
-            await error_response(_too_large(limit))(scope, receive, send)
+            await error_response(_too_large(limit), scope)(scope, receive, send)
             return
         await self._app(scope, _limited(receive, limit), send)
 

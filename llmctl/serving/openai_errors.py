@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}`` with the right HTTP status."""
+"""Errors as HTTP answers, with the right status: in OpenAI's shape, or in that of the path's own API."""
 
 from __future__ import annotations
 
@@ -9,39 +9,27 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Scope
 
 from llmctl.errors import LlmctlError, RequestError
+from llmctl.serving.error_shapes import OPENAI, Problem, problem_of, shape_of
+from llmctl.serving.protocol import EXPECTED
 
 log = logging.getLogger("llmctl.serving")
 
 RETRY_SOON = {"Retry-After": "1"}
 """Headers of an answer that the server is not ready."""
 
-_PROMPTS = "a string, a list of token ids (integers >= 0), or a list of either"
-# A union fails with one problem per alternative; these say what the field accepts in one phrase.
-_UNIONS = {
-    "prompt": _PROMPTS,
-    "EmbeddingRequest.input": _PROMPTS,
-    "stop": "a string or a list of strings",
-    "tool_choice": "'none', 'auto', 'required' or an object naming a function",
-}
-
 _HTTP_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
-def error_body(message: str, *, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The JSON document of one error."""
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
-
-
 def body_of(error: BaseException) -> dict[str, Any]:
-    """The document for any exception; what is not an ``LlmctlError`` shows no detail to the client."""
-    if isinstance(error, LlmctlError):
-        return error_body(str(error), type_=error.type, param=error.param, code=error.code)
-    return error_body("internal server error", type_="server_error", code="internal_error")
+    """OpenAI's document for any exception."""
+    return OPENAI.body(problem_of(error))
 
 
 def status_of(error: BaseException) -> int:
@@ -54,18 +42,29 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
-def error_response(error: BaseException) -> Response:
+def refusal(problem: Problem, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
+    """The HTTP response that tells a problem of a request."""
+    shape = shape_of(scope["path"])
+    name = scope.get("state", {}).get("request_id", "")
+    return json_response(shape.body(problem, name), problem.status, {**(headers or {}), **shape.headers(name)})
+
+
+def error_response(error: BaseException, scope: Scope) -> Response:
     """The HTTP response for any exception; one that is for now says when to retry, as does a server not ready."""
     headers = None
     if isinstance(error, LlmctlError) and error.retry_after is not None:
         headers = {"Retry-After": str(error.retry_after)}
     elif status_of(error) == 503:
         headers = RETRY_SOON
-    return json_response(body_of(error), status_of(error), headers)
+    return refusal(problem_of(error), scope, headers)
 
 
-def from_validation_error(error: ValidationError) -> RequestError:
-    """One clear RequestError out of pydantic's list: the field, what was expected, what was found."""
+def from_validation_error(error: ValidationError, expected: Mapping[str, str] = EXPECTED) -> RequestError:
+    """One clear RequestError out of pydantic's list: the field, what was expected, what was found.
+
+    Args:
+        expected: of fields that are unions, what they accept.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
     if first["type"] == "json_invalid":
@@ -73,19 +72,28 @@ def from_validation_error(error: ValidationError) -> RequestError:
     param = str(first["loc"][0]) if first["loc"] else None
     if param is None:
         return RequestError(f"the request body: {first['msg']}")
-    union = _UNIONS.get(param) or _UNIONS.get(f"{error.title}.{param}")
-    if union is not None and first["type"] != "missing":
-        return RequestError(f"{param}: expected {union}", param=param)
+    if param in expected and first["type"] != "missing":
+        return RequestError(f"{param}: expected {expected[param]}", param=param)
     path = ".".join(str(part) for part in first["loc"])
-    found = "" if first["type"] in ("missing", "not_number") else f", found {type(first['input']).__name__}"
-    return RequestError(f"{path}: {first['msg']}{found}", param=param)
+    return RequestError(f"{path}: {_said(first)}", param=param)
+
+
+def _said(problem: ErrorDetails) -> str:
+    """What was expected and what was found; of a word that is none of some, the word."""
+    kind, found = problem["type"], problem["input"]
+    if kind == "union_tag_invalid":
+        return f"expected type {problem['ctx']['expected_tags']}, found '{problem['ctx']['tag'][:40]}'"
+    if kind in ("missing", "not_number"):
+        return problem["msg"]
+    named = kind == "literal_error" and isinstance(found, str)
+    return f"{problem['msg']}, found {repr(found[:40]) if named else type(found).__name__}"
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make every error of ``app`` answer in OpenAI's shape."""
+    """Make every error of ``app`` answer in the shape of its path."""
 
-    async def on_llmctl_error(_: Request, error: Exception) -> Response:
-        return error_response(error)
+    async def on_llmctl_error(request: Request, error: Exception) -> Response:
+        return error_response(error, request.scope)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -93,17 +101,18 @@ def install_handlers(app: FastAPI) -> None:
             404: f"no such endpoint: {request.method} {request.url.path}",
             405: f"{request.url.path} does not answer {request.method}",
         }.get(error.status_code, str(error.detail))
-        body = error_body(message, type_="invalid_request_error", code=_HTTP_CODES.get(error.status_code))
-        return json_response(body, error.status_code, error.headers)
+        code = _HTTP_CODES.get(error.status_code)
+        problem = Problem(error.status_code, message, "invalid_request_error", code=code)
+        return refusal(problem, request.scope, error.headers)
 
-    async def on_client_gone(_: Request, __: Exception) -> Response:
+    async def on_client_gone(request: Request, __: Exception) -> Response:
         # In the middle of its body: nobody reads the answer, and it is no fault of ours that the log should tell.
-        return error_response(RequestError("the client closed the connection"))
+        return error_response(RequestError("the client closed the connection"), request.scope)
 
     async def on_bug(request: Request, error: Exception) -> Response:
         name = getattr(request.state, "request_id", "without an id")
         log.error("%s %s failed, request %s", request.method, request.url.path, name, exc_info=error)
-        return error_response(error)
+        return error_response(error, request.scope)
 
     app.add_exception_handler(LlmctlError, on_llmctl_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -10,16 +10,18 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import core_schema
 
 from llmctl import __version__
 from llmctl.engine.sampling_params import RANGES, Range
 from llmctl.serving.addresses import ALIASES
+from llmctl.serving.error_shapes import OPENAI, SHAPES, ErrorShape, shape_of
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
-from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, ApiModel, SamplingFields
-from llmctl.serving.response_schema import ErrorResponse, ResponseModel
+from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, SamplingFields
+from llmctl.serving.response_schema import ErrorResponse
 
 _ALIASES = "; ".join(f"`{path}` is `{meant}`" for path, meant in ALIASES.items())
 _DESCRIPTION = f"""\
@@ -44,6 +46,10 @@ Beyond what the schemas say, 400 is the answer to
 * fields that disagree: `min_tokens` above `max_tokens`, `best_of` other than `n`, `stream_options` without `stream`,
   `top_logprobs` without `logprobs`, `continue_final_message` with `add_generation_prompt`, `prompt_logprobs` with
   `stream`, `tool_choice` without `tools` or for one that is not there, `functions` beside `tools`;
+* of messages as Anthropic's API has them: a last turn of the assistant that does not end in text, a block that is none
+  of its message's role, a `tool_result` for no `tool_use` before it;
+* of TGI's parameters: `best_of` without sampling or in a stream, `decoder_input_details` in a stream, `top_n_tokens`
+  without `details` where there is no stream;
 * more than {MAX_PROMPT_LOGPROBS} log-probabilities of prompts in one answer;
 * a `priority` or a `deadline` on a server with `--scheduling-policy fcfs`, `bad_words` that are nothing but white
   space, and JSON that is too deep (about 200 levels).
@@ -75,6 +81,7 @@ _ERRORS = {
 _ERROR_HEADERS = {401: ("WWW-Authenticate",), 405: ("Allow",), 429: ("Retry-After",), 503: ("Retry-After",)}
 _HEADERS = {
     "X-Request-Id": ("The request's own `X-Request-Id`, or a new one.", {"type": "string", "minLength": 1}),
+    "Request-Id": ("The same, where Anthropic's clients look for it.", {"type": "string", "minLength": 1}),
     "X-Llmctl-Warning": (
         "What was asked for and is without effect, as `tools` that the chat template does not show to the model.",
         {"type": "string"},
@@ -104,7 +111,12 @@ def describe(model_name: str, *, with_keys: bool, root_path: str = "") -> dict[s
         "paths": paths,
         "components": {
             "schemas": _schemas(OPERATIONS),
-            "responses": {name: _error(status) for status, (name, _) in _ERRORS.items() if with_keys or status != 401},
+            "responses": {
+                _error_name(shape, status): _error(shape, status)
+                for shape in (OPENAI, *dict.fromkeys(SHAPES.values()))
+                for status in _ERRORS
+                if (with_keys or status != 401) and (shape is OPENAI or status != 431)
+            },
             "headers": {
                 name: {"description": text, "required": name != "X-Llmctl-Warning", "schema": schema}
                 for name, (text, schema) in _HEADERS.items()
@@ -158,41 +170,61 @@ def _request_body(operation: Operation, model_name: str) -> dict[str, Any]:
 
 def _responses(operation: Operation, guarded: bool) -> dict[str, Any]:
     statuses = {*ALWAYS, *operation.refusals, *((401,) if guarded else ())}
-    responses = {"200": _response("What was asked for.", _content(operation), more=operation.headers)}
+    shape = shape_of(operation.path)
+    more = (*operation.headers, *_id_headers(shape))
+    responses = {"200": _response("What was asked for.", _content(operation), more=more)}
     for status in sorted(statuses):
-        name, text = _ERRORS[status]
+        name = _error_name(OPENAI if status == 431 else shape, status)  # with such headers, no path is known yet
         responses[str(status)] = {"$ref": f"#/components/responses/{name}"}
         if status == 503 and operation.unavailable is not ErrorResponse:
-            responses["503"] = _response(text, {"application/json": {"schema": _ref(operation.unavailable)}}, 503)
+            content = {"application/json": {"schema": _ref(operation.unavailable)}}
+            responses["503"] = _response(_ERRORS[status][1], content, 503)
     return responses
 
 
 def _content(operation: Operation) -> dict[str, Any]:
-    if operation.answer is None:
+    if operation.answer is None and operation.event is None:
         return {"text/plain": {"schema": {"type": "string"}}}
-    content = {"application/json": {"schema": _ref(operation.answer)}}
+    content = {}
+    if operation.answer is not None:
+        content["application/json"] = {"schema": _ref(operation.answer)}
     if operation.event is not None:
-        content["text/event-stream"] = {"itemSchema": _event(operation.event)}
+        content["text/event-stream"] = {"itemSchema": _event(operation, operation.event)}
     return content
 
 
-def _event(model: type[ResponseModel]) -> dict[str, Any]:
-    chunk = {
+def _event(operation: Operation, model: type[BaseModel]) -> dict[str, Any]:
+    said = "Comments while the first token takes its time. An error after the status line is an event"
+    data: dict[str, Any] = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_ref(model), _ref(ErrorResponse)]},
+        "contentSchema": {"anyOf": [_ref(model), _ref(shape_of(operation.path).model)]},
     }
+    if operation.done:
+        said += "; `[DONE]` is always the last"
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    properties = {"data": data}
+    if operation.named_events:
+        properties["event"] = {"type": "string", "description": "The `type` of the data."}
     return {
-        "description": "With `stream`. Comments while the first token takes its time. An error after the status "
-        "line is an event; `[DONE]` is always the last.",
+        "description": f"{'With `stream`. ' if operation.answer else ''}{said}.",
         "type": "object",
-        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, chunk]}},
-        "required": ["data"],
+        "properties": properties,
+        "required": list(properties),
     }
 
 
-def _error(status: int) -> dict[str, Any]:
-    return _response(_ERRORS[status][1], {"application/json": {"schema": _ref(ErrorResponse)}}, status)
+def _error_name(shape: ErrorShape, status: int) -> str:
+    return shape.model.__name__.removesuffix("ErrorResponse") + _ERRORS[status][0]
+
+
+def _error(shape: ErrorShape, status: int) -> dict[str, Any]:
+    content = {"application/json": {"schema": _ref(shape.model)}}
+    return _response(_ERRORS[status][1], content, status, more=_id_headers(shape))
+
+
+def _id_headers(shape: ErrorShape) -> tuple[str, ...]:
+    return () if shape.id_header is None else (shape.id_header,)
 
 
 def _response(text: str, content: dict[str, Any], status: int = 200, more: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -204,7 +236,7 @@ def _response(text: str, content: dict[str, Any], status: int = 200, more: tuple
     }
 
 
-def _ref(model: type[ApiModel] | type[ResponseModel]) -> dict[str, str]:
+def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
@@ -227,7 +259,7 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
     answered = {
         model: None
         for operation in operations
-        for model in (operation.answer, operation.event, operation.unavailable, ErrorResponse)
+        for model in (operation.answer, operation.event, operation.unavailable, shape_of(operation.path).model)
         if model is not None
     }
     _, made = models_json_schema(

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from llmctl.serving.embedding_schema import EmbeddingList, EmbeddingRequest
+from llmctl.serving.messages_api.protocol import CountTokensRequest, MessagesRequest
+from llmctl.serving.messages_api.schema import MessagesEvent, MessagesResponse, TokenCount
 from llmctl.serving.protocol import (
     ApiModel,
     ChatCompletionRequest,
@@ -30,12 +34,17 @@ from llmctl.serving.response_schema import (
     Ready,
     ResponseModel,
     TokenizeResponse,
+    TokenizerInfo,
     Version,
 )
+from llmctl.serving.tgi_api.protocol import CompatGenerateRequest, GenerateRequest, GenerateStreamRequest
+from llmctl.serving.tgi_api.schema import CompatGenerateResponse, GenerateResponse, ServedInfo, StreamResponse
 
 TAGS = {
     "generation": "What the model writes, as OpenAI's API and vLLM's additions to it.",
     "embeddings": "What the model makes of texts, as vectors.",
+    "messages": "What the model writes, as Anthropic's API.",
+    "text generation": "What the model writes, as Hugging Face's text-generation-inference.",
     "models": "The served model.",
     "tokens": "Texts to token ids, and back.",
     "operation": "For who operates the server.",
@@ -51,8 +60,9 @@ class Operation:
     """One method of one path.
 
     Attributes:
-        answer: the JSON of a 200; None when it is text.
-        event: the JSON of an event, where the answer can be a stream.
+        answer: the JSON of a 200; None when it is text, or a stream alone.
+        event: the JSON of an event, where the answer can be a stream. named_events: events have names, their ``type``.
+        done: ``[DONE]`` is the last event.
         bodies: what a request may be, one of these.
         examples: bodies by name, without ``model``.
         refusals: statuses it answers beside ``ALWAYS`` and, on a server with keys, 401.
@@ -64,8 +74,10 @@ class Operation:
     id: str
     tag: str
     summary: str
-    answer: type[ResponseModel] | None
-    event: type[ResponseModel] | None = None
+    answer: type[BaseModel] | None
+    event: type[BaseModel] | None = None
+    named_events: bool = False
+    done: bool = True
     bodies: tuple[type[ApiModel], ...] = ()
     examples: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     refusals: tuple[int, ...] = ()
@@ -74,7 +86,7 @@ class Operation:
 
 
 _HELLO = [{"role": "user", "content": "Say hello."}]
-_GREET = {
+_GREET: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "greet",
@@ -82,6 +94,7 @@ _GREET = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
     },
 }
+_GREET_TOOL = {"name": "greet", "input_schema": _GREET["function"]["parameters"]}
 
 OPERATIONS = (
     Operation(
@@ -126,6 +139,63 @@ OPERATIONS = (
         },
         refusals=(403, *_BODY),
     ),
+    Operation(
+        *("post", "/v1/messages", "createMessage", "messages", "Answer a conversation", MessagesResponse),
+        event=MessagesEvent,
+        named_events=True,
+        done=False,
+        bodies=(MessagesRequest,),
+        headers=("X-Llmctl-Warning",),
+        examples={
+            "message": {"messages": _HELLO, "max_tokens": 8},
+            "system": {"system": "Be brief.", "messages": _HELLO, "max_tokens": 8, "stop_sequences": ["."]},
+            "tools": {"messages": _HELLO, "tools": [_GREET_TOOL], "tool_choice": {"type": "auto"}, "max_tokens": 8},
+            "stream": {"messages": _HELLO, "max_tokens": 8, "stream": True},
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/v1/messages/count_tokens", "countMessageTokens", "messages", "Tokens of a conversation's prompt"),
+        TokenCount,
+        bodies=(CountTokensRequest,),
+        examples={"messages": {"messages": _HELLO}},
+        refusals=_BODY,
+    ),
+    Operation(
+        *("post", "/generate", "generate", "text generation", "Continue a text", GenerateResponse),
+        bodies=(GenerateRequest,),
+        examples={
+            "text": {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 8}},
+            "details": {
+                "inputs": "Once upon a time",
+                "parameters": {"max_new_tokens": 4, "details": True, "decoder_input_details": True, "top_n_tokens": 2},
+            },
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/generate_stream", "generateStream", "text generation", "Continue a text, as a stream", None),
+        event=StreamResponse,
+        done=False,
+        bodies=(GenerateStreamRequest,),
+        examples={"text": {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 8}, "stream": True}},
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/", "generateCompat", "text generation", "Continue a text", CompatGenerateResponse),
+        event=StreamResponse,
+        done=False,
+        bodies=(CompatGenerateRequest,),
+        examples={
+            "text": {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 8}},
+            "stream": {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 8}, "stream": True},
+        },
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("get", "/info", "modelInfo", "text generation", "The served model and its limits", ServedInfo),
+        refusals=(503,),
+    ),
     Operation("get", "/v1/models", "listModels", "models", "List the served model", ModelList),
     Operation(
         *("get", "/v1/models/{name}", "retrieveModel", "models", "The served model by its name", ModelCard),
@@ -146,6 +216,10 @@ OPERATIONS = (
         bodies=(DetokenizeRequest,),
         examples={"tokens": {"tokens": [5, 6, 7]}},
         refusals=_BODY,
+    ),
+    Operation(
+        *("get", "/tokenizer_info", "tokenizerInfo", "tokens", "The tokenizer's configuration", TokenizerInfo),
+        refusals=(503,),
     ),
     Operation(
         *("get", "/health", "health", "operation", "Whether the server lives; also while its engine starts", Alive),

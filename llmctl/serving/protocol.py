@@ -6,7 +6,8 @@ field that cannot be honoured is refused by ``llmctl.serving.intake``. Ranges ar
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -58,6 +59,10 @@ Stop = Annotated[
     str | Texts,
     WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
 ]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
+]
 BadWords = Annotated[
     Texts,
     WithJsonSchema(
@@ -103,9 +108,22 @@ def only(*values: Any) -> WithJsonSchema:
     return WithJsonSchema({"enum": list(values), "description": "Anything else is not supported."})
 
 
-class ApiModel(BaseModel):
-    """Base of request bodies: strict types, unknown fields kept aside."""
+MOST = 1e6
+"""Of temperatures and penalties in APIs that bound them by types; beyond it a distribution changes no more."""
 
+# A union fails with one problem per alternative; these say what the field accepts in one phrase.
+PROMPTS_EXPECTED = "a string, a list of token ids (integers >= 0), or a list of either"
+EXPECTED = {
+    "prompt": PROMPTS_EXPECTED,
+    "stop": "a string or a list of strings",
+    "tool_choice": "'none', 'auto', 'required' or an object naming a function",
+}
+
+
+class ApiModel(BaseModel):
+    """Base of request bodies: strict types, unknown fields kept aside. ``expected``: what fields accept, in words."""
+
+    expected: ClassVar[Mapping[str, str]] = EXPECTED
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
@@ -265,10 +283,13 @@ class ChatMessage(ApiModel):
     function_call: FunctionCallMade | None = None
 
 
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+
+
 class FunctionDefinition(ApiModel):
     """A function that the model may call."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+    name: ToolName
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, Field(description="A JSON schema.")] = None
     strict: bool | None = None

@@ -283,6 +283,15 @@ class DetokenizeResponse(ResponseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """The model's ``tokenizer_config.json``, with the special tokens and the chat template that are used."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | Absent = None
+
+
 class Alive(ResponseModel):
     """The server lives; its engine may be starting."""
 

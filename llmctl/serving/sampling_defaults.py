@@ -50,7 +50,7 @@ def sampling_defaults(choice: str, engine: Path) -> SamplingDefaults:
     own = engine / FILE_NAME
     if own.is_file():
         try:
-            found = _of_document(json.loads(own.read_text(encoding="utf-8")))
+            found = _of_document(_read(own))
         except (ValueError, TypeError) as error:
             log.warning("the model's %s: its sampling parameters are ignored: %s", FILE_NAME, error)
             return SamplingDefaults({})
@@ -73,7 +73,7 @@ def given_defaults(choice: str) -> SamplingDefaults | None:
     path = Path(choice).expanduser()
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        found = _of_document(json.loads(path.read_text(encoding="utf-8")))
+        found = _of_document(_read(path))
     except OSError as error:
         raise UsageError(
             f"--generation-config {choice}: {error.strerror or error}",
@@ -83,6 +83,13 @@ def given_defaults(choice: str) -> SamplingDefaults | None:
     except (ValueError, TypeError) as error:
         raise UsageError(f"--generation-config {path}: {error}", param="generation_config") from error
     return SamplingDefaults(found, str(path))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _of_document(document: Any) -> dict[str, Any]:

@@ -25,8 +25,12 @@ CLOSE_SECONDS = 3.0
 _DEFAULT_PATH = "/v1/traces"
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
+    "/generate": "text_completion",
+    "/generate_stream": "text_completion",
+    "/": "text_completion",
 }
 
 

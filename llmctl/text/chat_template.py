@@ -43,10 +43,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise CheckpointError(
-                f"chat template: line {error.lineno}: {' '.join(str(error.message).split())}",
-                fix="mend the template or give another with --chat-template FILE",
-            ) from error
+            raise _not_compiled(f"line {error.lineno}: {' '.join(str(error.message).split())}") from error
+        except (RecursionError, MemoryError, SyntaxError) as error:  # jinja2's parser, or Python's of what jinja2 wrote
+            raise _not_compiled("nested too deeply") from error
 
     def render(
         self,
@@ -83,6 +82,12 @@ class ChatTemplate:
         except Exception as error:  # an untrusted program on a user's data: whatever it raises is about this request
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"chat template: {reason}", param="messages") from error
+
+
+def _not_compiled(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"chat template: {reason}", fix="mend the template or give another with --chat-template FILE"
+    )
 
 
 def _plain(value: Any, budget: Budget) -> Any:

@@ -7,6 +7,7 @@ Built on ``tokenizers`` alone. Reads ``tokenizer.json``, ``tokenizer_config.json
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ class Tokenizer:
         bos_token, eos_token: shorthands for two of them; None when the model has none.
         eos_token_ids: ids that end a generation: generation_config's eos_token_id and the tokenizer's eos_token.
         chat_template: the default chat template; None when the model has none.
+        config: ``tokenizer_config.json`` as it is; empty when there is none.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         chat_template: ChatTemplate | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -60,6 +63,7 @@ class Tokenizer:
         own_eos = backend.token_to_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids = eos_token_ids if own_eos is None else eos_token_ids | {own_eos}
         self.chat_template = chat_template
+        self.config = dict(config or {})
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes = TokenBytes(backend)
@@ -99,6 +103,7 @@ class Tokenizer:
             special_tokens=special,
             eos_token_ids=_generation_eos(_json(files, "generation_config.json", where), where),
             chat_template=_chat_template(files, config, special, where),
+            config=config,
         )
 
     @property
@@ -194,8 +199,9 @@ def _json(files: Mapping[str, Path | bytes], name: str, where: str) -> dict[str,
         return {}
     try:
         loaded = json.loads(_text(files, name, where))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: {name} is not valid JSON: {_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else _line(error)
+        raise CheckpointError(f"{where}: {name} is not valid JSON: {reason}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{where}: {name}: expected a JSON object, found {type(loaded).__name__}")
     return loaded
@@ -217,7 +223,8 @@ def _generation_eos(config: Mapping[str, Any], where: str) -> frozenset[int]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{where}: generation_config.json: eos_token_id: expected integers, found {value!r}")
+        found = reprlib.repr(value)
+        raise CheckpointError(f"{where}: generation_config.json: eos_token_id: expected integers, found {found}")
     return frozenset(ids)
 
 

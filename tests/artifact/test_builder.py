@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tiny_checkpoint import write_dense, write_gptq
+from tiny_checkpoint import dense_tensors, write_arrays, write_dense, write_gptq
 
 from llmctl.artifact import builder, writer
 from llmctl.artifact.builder import build_engine, engine_target, ensure_engine
@@ -23,6 +23,7 @@ from llmctl.artifact.plan import plan_build
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.safetensors_io import plane_bytes
 from llmctl.config import BuildConfig, EngineOptions
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
@@ -171,6 +172,46 @@ def test_a_failing_build_leaves_nothing(checkpoints: dict[str, Path], tmp_path: 
         build_engine(config, fail)
     assert hashes(old) == before
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
+
+
+def pack_all(model: Path, target: str, **options: object) -> None:
+    """All that a build does with weights, without what it compiles."""
+    plan = plan_build(BuildConfig(model=str(model), target=target, **options))  # type: ignore[arg-type]
+    specs = writer._WeightWriter(plan, lambda *_: None).tensors(list(plan.planes))
+    for *_, content in specs.values():
+        plane_bytes(content)
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu:portable", "cuda:sm_80"])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, target: str, value: float) -> None:
+    tensors = dense_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    model = write_arrays(tmp_path / "model", tensors)
+    said = r"'model\.layers\.1\.mlp\.up_proj\.weight': 1 of 8192 values are not finite"
+    with pytest.raises(CheckpointError, match=said):
+        pack_all(model, target)
+    with pytest.raises(CheckpointError, match=said):
+        build(model, tmp_path / "engine", target="reference")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("target", ["reference", "cuda:sm_80"])
+def test_weights_beyond_the_compute_dtype_are_named(tmp_path: Path, target: str) -> None:
+    tensors = {name: array.astype(np.float32) for name, array in dense_tensors().items()}
+    tensors["model.layers.1.input_layernorm.weight"][3] = 1e6
+    model = write_arrays(tmp_path / "model", tensors)
+    with pytest.raises(CheckpointError, match=r"input_layernorm\.weight': a value of 1e\+06 is too large for float16"):
+        pack_all(model, target, dtype="float16")
+    pack_all(model, target, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu:portable", "cuda:sm_80"])
+def test_an_own_head_beside_tied_embeddings_is_built_in(tmp_path: Path, target: str) -> None:
+    model = write_arrays(tmp_path / "model", dense_tensors(), tie_word_embeddings=True)
+    plan = plan_build(BuildConfig(model=str(model), target=target))
+    assert plan.graph.ops[-1].weights[0] == "lm_head.weight"
+    assert {"lm_head.weight", "embed.weight"} <= plan.planes.keys()
 
 
 def test_what_a_killed_build_left_is_removed(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -382,12 +423,12 @@ class TestEnsureEngine:
         monkeypatch.setattr(ReferenceTarget, "kv_cache_dtypes", lambda *_: ("float32", "bfloat16"))
         assert ensure_engine(model, EngineOptions(target="reference", kv_cache_dtype="bfloat16")) == first
 
-    @pytest.mark.parametrize("options", [{"enforce_eager": True}, {"gpu_memory_utilization": 0.5}])
     def test_what_would_be_refused_is_not_built(
-        self, checkpoints: dict[str, Path], cache: Path, options: dict[str, object]
+        self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with pytest.raises(UsageError, match="expected an engine of a target that has this option, found reference"):
-            ensure_engine(str(checkpoints["dense"]), EngineOptions(target="reference", **options))  # type: ignore[arg-type]
+        monkeypatch.setattr(ReferenceTarget, "run_options", frozenset())
+        with pytest.raises(UsageError, match="--threads 2: expected an engine of a target that has this option, found"):
+            ensure_engine(str(checkpoints["dense"]), EngineOptions(target="reference", threads=2))
         assert not cache.exists()
 
     def test_another_content_is_another_engine(self, tmp_path: Path) -> None:

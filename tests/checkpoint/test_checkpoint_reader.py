@@ -129,6 +129,8 @@ def test_modules_with_their_own_bits_and_group_size(tmp_path: Path) -> None:
         ({"quant_method": "new"}, UnsupportedModelError, "'new' is not read; known: awq, gptq"),
         ({**GPTQ, "format": "marlin"}, UnsupportedModelError, "marlin"),
         ({**GPTQ, "bits": "many"}, CheckpointError, "'many'"),
+        ({**GPTQ, "group_size": float("inf")}, CheckpointError, "found 4 and inf"),
+        ({**GPTQ, "modules_to_not_convert": 3}, CheckpointError, "modules_to_not_convert: expected names, found 3"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path: Path, config: dict, error: type, reason: str) -> None:

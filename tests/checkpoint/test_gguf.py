@@ -1,6 +1,7 @@
 """GGUF: files written with gguf.GGUFWriter as llama.cpp's converter does, read back and compared with transformers."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,79 @@ def test_a_damaged_header_never_escapes_as_another_error(tmp_path_factory, small
             checkpoint.weight(name)
     except CheckpointError:
         pass
+
+
+def with_field(path: Path, source: Path, key: str, value: Any) -> Path:
+    """A GGUF file again, with one metadata field replaced or added."""
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(str(path), arch)
+    for name, field in reader.fields.items():
+        if name not in (key, "general.architecture") and not name.startswith("GGUF."):
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    kinds = {bool: "BOOL", int: "INT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+    inner = gguf.GGUFValueType[kinds[type(value[0])]] if isinstance(value, list) else None
+    writer.kv_data[0].pop(key, None)
+    writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
+ODD_VALUES = [True, 0, -1, 7, 0.0, float("nan"), float("inf"), "", "many", [1, 2, 3], [0.5, 0.5], ["a", "b"], [True]]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_metadata_of_another_type_is_refused_in_one_line_or_harmless(
+    tmp_path: Path, small_gguf: Path, value: Any
+) -> None:
+    keys = [*GgufFile(small_gguf).metadata, "general.alignment", "split.count", "llama.expert_count"]
+    keys += ["llama.attention.sliding_window", "llama.rope.scaling.type", "llama.rope.scaling.factor"]
+    keys += ["tokenizer.ggml.add_bos_token", "tokenizer.chat_template", "general.sampling.temp"]
+    said = ""
+    for key in keys:
+        try:
+            checkpoint = open_checkpoint(with_field(tmp_path / "x.gguf", small_gguf, key, value))
+            checkpoint.aux_files()
+            for name in checkpoint.names():
+                checkpoint.weight(name)
+        except CheckpointError as error:
+            said += f"{error}|"
+    assert "x.gguf" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("value", ["32", [32], 32.0, 0, -32, True])
+def test_an_alignment_that_is_none(tmp_path: Path, small_gguf: Path, value: Any) -> None:
+    path = with_field(tmp_path / "x.gguf", small_gguf, "general.alignment", 32)
+    raw = path.read_bytes()
+    at = raw.index(b"general.alignment") + len("general.alignment")
+    kinds = {str: 8, list: 9, float: 6, int: 5, bool: 7}
+    content = {
+        str: lambda v: struct.pack("<Q2s", 2, v.encode()),
+        list: lambda v: struct.pack("<IQi", 5, 1, v[0]),
+        float: lambda v: struct.pack("<f", v),
+        int: lambda v: struct.pack("<i", v),
+        bool: lambda v: struct.pack("<?", v),
+    }[type(value)](value)
+    path.write_bytes(raw[:at] + struct.pack("<I", kinds[type(value)]) + content + raw[at + 8 :])
+    with pytest.raises(CheckpointError, match=r"general\.alignment: expected a positive integer, found"):
+        open_checkpoint(path)
+
+
+def test_tensors_that_overlap(tmp_path: Path, small_gguf: Path) -> None:
+    raw = bytearray(small_gguf.read_bytes())
+    first, second = sorted(GgufFile(small_gguf).tensors.items(), key=lambda item: item[1].offset)[:2]
+    name = second[0].encode()
+    at = raw.index(name) + len(name) + 4 + 8 * len(second[1].shape) + 4  # past axes, shape and type
+    raw[at : at + 8] = struct.pack("<Q", 32)
+    (tmp_path / "x.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=f"'{second[0]}' overlaps the tensor before it"):
+        open_checkpoint(tmp_path / "x.gguf")
+    assert first[1].nbytes > 32
 
 
 def aux(tmp_path: Path, **changes: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_samples import write_folder
 
-from llmctl.checkpoint.resolve import cache_dir, resolve_model
+from llmctl.checkpoint.resolve import cache_dir, local_name, resolve_model
 from llmctl.errors import CheckpointError, ExitCode, LlmctlError, ModelNotFoundError
 
 
@@ -58,6 +58,41 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "engine.json").write_text("{}")
     assert "is an engine folder" in refusal(str(tmp_path)).message
     assert "not .gguf" in refusal(str(tmp_path / "engine.json")).message
+
+
+def cache_root(folder: Path, *revisions: str, main: str | None = None) -> Path:
+    root = folder / "models--org--some-name"
+    for revision in revisions:
+        write_folder(root / "snapshots" / revision, {}, {"x": torch.ones(1)})
+    if main is not None:
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(main + "\n")
+    return root
+
+
+@pytest.mark.parametrize(("revisions", "main"), [(("aa", "bb"), "bb"), (("bb",), None), (("bb",), "bb")])
+def test_a_hub_caches_root_is_its_snapshot(tmp_path: Path, revisions: tuple[str, ...], main: str | None) -> None:
+    root = cache_root(tmp_path, *revisions, main=main)
+    found = resolve_model(str(root))
+    assert found == root / "snapshots" / "bb"
+    assert local_name(found) == "org/some-name"
+    assert local_name(tmp_path) == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("revisions", "main", "said"),
+    [
+        (("aa", "bb"), None, "no refs/main; snapshots: aa, bb"),
+        (("aa",), "cc", "no snapshot 'cc', which refs/main names; snapshots: aa"),
+        (("aa",), "../..", r"no snapshot '../..'"),
+    ],
+)
+def test_a_hub_cache_without_the_snapshot(
+    tmp_path: Path, revisions: tuple[str, ...], main: str | None, said: str
+) -> None:
+    error = refusal(str(cache_root(tmp_path, *revisions, main=main)))
+    assert isinstance(error, ModelNotFoundError)
+    assert said in error.message
 
 
 def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

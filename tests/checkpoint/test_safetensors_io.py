@@ -143,6 +143,94 @@ def test_a_damaged_header_is_refused_or_describes_tensors_inside_the_file(tmp_pa
         file.plane(name)
 
 
+def with_header(path: Path, header: str | dict, data: bytes = bytes(16)) -> Path:
+    raw = (header if isinstance(header, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return path
+
+
+def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+GOOD = entry([4], [0, 16])
+HOSTILE: dict[str, str | dict] = {
+    "nested": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "nested arrays": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
+    "nested shape": '{"x":{"dtype":"F32","shape":' + "[" * 900 + "]" * 900 + ',"data_offsets":[0,16]}}',
+    "infinite offset": '{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,1e999]}}',
+    "offset that is no number": '{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,NaN]}}',
+    "fractions": {"x": entry([4], [0, 16.0])},
+    "fractions of an element": {"x": entry([4.5], [0, 18])},
+    "truth": {"x": entry([True], [False, 4]), "y": entry([3], [4, 16])},
+    "text": {"x": entry("4", [0, 16])},
+    "negative": {"x": entry([4], [-16, 0])},
+    "negative shape": {"x": entry([-2, -2], [0, 16])},
+    "backwards": {"x": entry([4], [16, 0])},
+    "overlap": {"x": entry([4], [0, 16]), "y": entry([2], [8, 16])},
+    "twice": {"x": entry([4], [0, 16]), "y": entry([4], [0, 16])},
+    "hole": {"x": entry([2], [0, 8]), "y": entry([1], [12, 16])},
+    "one offset": {"x": entry([4], [16])},
+    "huge and empty": {"x": entry([0, 2**62, 2**62], [0, 0]), "y": GOOD},
+    "beyond 64 bits": {"x": entry([0, 2**70], [0, 0]), "y": GOOD},
+    "a hundred axes": {"x": entry([1] * 100, [0, 4]), "y": entry([3], [4, 16])},
+    "dtype": {"x": entry([4], [0, 16], ["F32"])},
+    "unknown dtype": {"x": entry([4], [0, 16], "F4")},
+    "no fields": {"x": 3},
+    "metadata": {"__metadata__": ["a"], "x": GOOD},
+    "metadata of numbers": {"__metadata__": {"a": 1}, "x": GOOD},
+    "half a character": '{"\\ud800":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    "lines in a name": {"x\ny": GOOD},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_header_is_one_line(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        SafetensorsFile(with_header(tmp_path / "x.safetensors", HOSTILE[kind]))
+    assert "x.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    if kind in ("dtype", "one offset"):
+        assert "expected a dtype, and data_offsets of two numbers" in str(caught.value)
+    assert SafetensorsFile(with_header(tmp_path / "y.safetensors", {"x": GOOD})).plane("x").shape == (4,)
+
+
+NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.integers(-1, 20), st.floats(), st.booleans())
+JSON = st.recursive(
+    st.one_of(st.none(), NUMBERS, st.text(max_size=4)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_header_is_refused_or_describes_the_file(tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    """Fields of a good header replaced by any JSON: refused in one line, or every tensor lies where it says."""
+    header: dict = {"x": entry([4, 2], [0, 32]), "y": entry([3], [32, 44]), "z": entry([], [44, 46], "F16")}
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from(["x", "y", "z", "w", "__metadata__"]))
+        field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
+        value = data.draw(st.one_of(JSON, st.lists(NUMBERS, max_size=3)))
+        if field is None or not isinstance(header.get(name), dict):
+            header[name] = value
+        else:
+            header[name] = {**header[name], field: value}
+    path = with_header(tmp_path_factory.mktemp("t") / "x.safetensors", header, bytes(46))
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError as error:
+        said = str(error)
+        file = None
+    if file is None:
+        assert "\n" not in said
+        return
+    assert sum(file.plane(name).nbytes for name in file.tensors) == 46
+    for name in file.tensors:
+        assert list(map_tensor(file, name).shape) == header[name]["shape"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_checkpoint import write_dense, write_gptq
+from tiny_checkpoint import dense_tensors, write_arrays, write_dense, write_gptq
 from typer.testing import CliRunner, Result
 
 from llmctl.artifact.loader import read_manifest
@@ -145,6 +146,30 @@ def test_inspect_a_checkpoint(run: Run, model: Path) -> None:
         "layers.1.down_proj.weight.tile_zeros",
         "final_norm.weight",
     }
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+def test_inspect_names_what_nothing_reads(run: Run, tmp_path: Path) -> None:
+    tensors = dense_tensors() | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8) for i in range(2)}
+    model = write_arrays(tmp_path / "model", tensors)
+    (unused,) = json.loads(run("inspect", model, "--json").stdout)["unused"]
+    assert unused["names"] == [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    assert unused["reason"].startswith("rotary frequencies")
+    shown = run("inspect", model).stdout
+    assert "tensors of the checkpoint that nothing reads" in shown
+    assert "'model.layers.0.self_attn.rotary_emb.inv_freq', 'model.layers.1.self_attn.rotary_emb.inv_freq'" in shown
+
+
+def test_a_tensor_that_would_be_left_out(run: Run, tmp_path: Path) -> None:
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float16)}
+    model = write_arrays(tmp_path / "model", dense_tensors() | bias)
+    commands = [("build", "--target", "reference"), ("quantize", "--method", "rtn")]
+    for command, *options in commands:
+        result = run(command, "--model", model, "--output", tmp_path / "out", *options, code=1)
+        line = one_error_line(result)
+        assert "biases that are not zero and that config.json does not declare" in line
+        assert "'model.layers.0.self_attn.q_proj.bias'" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_dry_run(run: Run, model: Path, tmp_path: Path) -> None:

@@ -74,20 +74,25 @@ def test_every_example_is_served(server: ServerProcess, document: Any, operation
     assert body["model"] == MODEL
     if body.get("stream"):
         assert operation.event is not None
-        assert events(answer, operation.event)
+        assert events(answer, operation.event, named=operation.named_events, done=operation.done)
     else:
         assert operation.answer is not None
         operation.answer.model_validate_json(answer.content)
 
 
-def events(answer: requests.Response, model: type[ResponseModel]) -> list[bytes]:
+def events(answer: requests.Response, model: type[BaseModel], *, named: bool = False, done: bool = True) -> list[bytes]:
     """The JSON of a stream's events, each as described."""
     assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
-    *chunks, done, rest = answer.content.split(b"\n\n")
-    assert (done, rest) == (b"data: [DONE]", b"")
-    found = [chunk.removeprefix(b"data: ") for chunk in chunks]
-    for data in found:
+    *chunks, rest = answer.content.split(b"\n\n")
+    assert rest == b""
+    if done:
+        assert chunks.pop() == b"data: [DONE]"
+    found = []
+    for chunk in chunks:
+        name, _, data = chunk.rpartition(b"data: ")
         model.model_validate_json(data)
+        assert name == (b"event: %b\n" % json.loads(data)["type"].encode() if named else b"")
+        found.append(data)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from family_models import family_model
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.check import check_graph
 from llmctl.graph.families import build_graph
+from llmctl.graph.family_table import FAMILIES, NEUTRAL
 from llmctl.graph.graph import Graph, QuantScheme
 
 LLAMA: dict[str, Any] = {
@@ -145,6 +147,62 @@ def test_nonsense_is_refused(change: dict[str, Any], words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification' is not read; of"),
+        ({"architectures": ["XForCausalLM"], "auto_map": {"AutoModel": "x.X"}}, "its code (auto_map) is not run; of"),
+        ({"architectures": ["LlamaForCausalLM", "LlamaForTokenClassification"]}, "'LlamaForTokenClassification'"),
+        ({"architectures": ["MistralForCausalLM"]}, "known: LlamaForCausalLM, LlamaModel"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of class names"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "architectures must be a list of class names"),
+    ],
+)
+def test_other_architectures_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build_graph({**LLAMA, **change})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=lambda row: row.name)
+def test_architectures_are_transformers_own(row: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    expected = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.name], MODEL_MAPPING_NAMES[row.name])
+    assert row.architectures[:2] == expected
+
+
+def test_code_that_comes_with_a_checkpoint_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_graph({**LLAMA, "architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "x.X"}})
+    assert "auto_map" in caplog.text
+
+
+ODD: list[Any] = [
+    *(None, True, False, 0, -1, 3, 2**70, 1.5, math.inf, math.nan, "", "x", [], [1], ["a"], [[]], {}, {"a": 1}),
+    *({"rope_type": []}, {"rope_type": "linear", "factor": []}, {"partial_rotary_factor": "x"}, {"rope_theta": "x"}),
+]
+
+
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=lambda row: row.name)
+def test_any_value_of_any_key_is_read_or_refused_in_one_line(row: Any) -> None:
+    base = {**LLAMA, "model_type": row.name, **row.defaults}
+    base |= {new: base[old] for old, new in row.keys.items() if old in base}
+    base |= {row.eps_key: 1e-5, row.act_key: "gelu_new", "n_inner": 84}
+    more = {"rope_scaling", "rope_parameters", "rope_theta", "head_dim", "layer_types", "tie_word_embeddings"}
+    more |= {"architectures", "auto_map", "partial_rotary_factor", "sliding_window", "dtype"}
+    described = Info((1,))
+    said = ""
+    for key in sorted({*base, *NEUTRAL, *more}):
+        for value in ODD:
+            try:
+                build_graph({**base, key: value}, lambda _: described)
+            except CheckpointError as error:
+                said += f"{error}|"
+    assert "config.json" in said
+    assert "\n" not in said
+
+
 def test_neutral_values_and_metadata_pass_silently(caplog: pytest.LogCaptureFixture) -> None:
     config = {**LLAMA, "pretraining_tp": 1, "attention_bias": False, "torch_dtype": "float16", "use_cache": True}
     config |= {"sliding_window": None, "rope_interleaved": False, "bos_token_id": 1, "transformers_version": "5.0"}
@@ -219,3 +277,20 @@ def test_a_tied_head_reads_the_embedding() -> None:
     tied, untied = build_graph({**LLAMA, "tie_word_embeddings": True}), build_graph(LLAMA)
     assert tied.ops[-1].weights == ("embed.weight", "")
     assert untied.ops[-1].weights == ("lm_head.weight", "")
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_tied_head_that_is_stored_is_used_unless_it_is_the_same(same: bool, stored: bool) -> None:
+    tensors = described("llama")
+    if not stored:
+        del tensors["lm_head.weight"]
+    asked = []
+
+    def compare(one: str, other: str) -> bool:
+        asked.append((one, other))
+        return same
+
+    graph = build_graph({**LLAMA, "num_hidden_layers": 3, "tie_word_embeddings": True}, tensors.get, compare)
+    assert graph.ops[-1].weights == ("lm_head.weight" if stored and not same else "embed.weight", "")
+    assert asked == ([("lm_head.weight", "model.embed_tokens.weight")] if stored else [])

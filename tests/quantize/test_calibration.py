@@ -51,6 +51,7 @@ def test_json_lines_hold_text_or_messages(tokenizer: Tokenizer, tmp_path: Path) 
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x"}\nnot json\n', "a.jsonl:2: expected a JSON object"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: expected a JSON object"),
         ("b.jsonl", '{"prompt": "x"}\n', "expected a key 'text' or 'messages', found prompt"),
         ("c.txt", "too short", r"less than one sample.*or --calib-length \d"),
         ("c.txt", "a", r"less than one sample \(use more text\)$"),

@@ -1,17 +1,20 @@
 import json
+import math
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from random_models import FAMILIES, logits_of, write_model
+from safetensors.torch import load_file, save_file
 
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.config import QuantizeConfig
-from llmctl.errors import LlmctlError, UsageError
+from llmctl.errors import CheckpointError, LlmctlError, UsageError
 from llmctl.quantize import driver
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.report import QuantizeReport
@@ -254,6 +257,72 @@ def test_refusals_leave_nothing_behind(
         quantize_checkpoint(replace(config, **changes))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def with_value(model: Path, folder: Path, name: str, value: float) -> Path:
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_named(
+    method: str, value: float, name: str, config: QuantizeConfig, model: Path, tmp_path: Path
+) -> None:
+    folder = with_value(model, tmp_path / "bad", name, value)
+    with pytest.raises(CheckpointError, match=f"'{name}'.* not finite") as caught:
+        quantize_checkpoint(replace(config, model=str(folder), method=method))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize(
+    ("method", "ignore", "said"),
+    [
+        ("awq", "lm_head", "the inputs of layers.1.down_proj are"),
+        ("gptq", "lm_head", "the error of layers.1.up_proj is"),
+        ("gptq", "up_proj", "the inputs of layers.1.down_proj are"),
+    ],
+)
+def test_a_layer_that_overflows_does_not_count_as_done(
+    method: str, ignore: str, said: str, config: QuantizeConfig, model: Path, tmp_path: Path
+) -> None:
+    folder = with_value(model, tmp_path / "bad", "model.layers.1.mlp.up_proj.weight", 1e37)
+    with pytest.raises(LlmctlError, match=f"layer 1: {said} not finite"):
+        quantize_checkpoint(replace(config, model=str(folder), method=method, ignore=(ignore,)))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize("error", [math.inf, math.nan])
+def test_an_error_that_is_no_number_stops(
+    error: float, config: QuantizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmctl.quantize.layers.relative_error", lambda *_: error)
+    with pytest.raises(LlmctlError, match=r"layer 0: the error of layers\.0\.q_proj, .* is not finite"):
+        quantize_checkpoint(replace(config, method="rtn"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_superfluous_is_left_out_and_an_own_head_stays(
+    config: QuantizeConfig, model: Path, tmp_path: Path
+) -> None:
+    """A stored head beside tied embeddings is the output's, whose config says so; buffers do not go along."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"model.rotary_emb.inv_freq": torch.ones(8), "model.layers.0.mlp.up_proj.bias": torch.zeros(96)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    quantize_checkpoint(replace(config, model=str(folder), method="rtn"))
+    made = open_checkpoint(Path(config.output))
+    assert made.config["tie_word_embeddings"] is False
+    assert set(made.names()) == set(open_checkpoint(model).names())
+    assert torch.equal(made.weight("lm_head.weight"), tensors["lm_head.weight"].half())
 
 
 def test_an_output_that_exists_is_kept(config: QuantizeConfig) -> None:

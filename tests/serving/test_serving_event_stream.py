@@ -127,9 +127,10 @@ def test_a_refusal_after_the_status_line_is_an_event(tmp_path: Path, monkeypatch
         await call.messages(2)
         call.refuse(await call.generation())
         await task
-        *_, error, done, end = call.bodies
+        *_, last, end = call.bodies
+        error, *rest = last.split(b"\n\n")
         assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "queue_full"
-        assert (done, end) == (b"data: [DONE]\n\n", b"")
+        assert (rest, end) == ([b"data: [DONE]", b""], b"")
 
     asyncio.run(run())
 

@@ -15,6 +15,7 @@ import uvicorn
 
 from llmctl.serving import http_protocol
 from llmctl.serving.http_protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
+from llmctl.serving.messages_api.schema import MessagesErrorResponse
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
 
@@ -138,7 +139,7 @@ def test_headers_below_the_limit_and_bodies_of_any_size_pass() -> None:
                 await client.send(*pieces)
                 assert await client.answer() == (200, b"0")
             body = b"b" * 300_000
-            post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
+            post = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 300000\r\n\r\n"
             # The second request's headers come in one read with the end of the first one's body.
             await client.send(post + body[:200_000], body[200_000:] + GET, b"\r\n")
             assert [await client.answer(), await client.answer()] == [(200, b"300000"), (200, b"0")]
@@ -155,7 +156,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize(
-    "begun", [GET, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"], ids=["headers", "body"]
+    "begun", [GET, b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"], ids=["headers", "body"]
 )
 def test_what_comes_in_drops_is_ended(begun: bytes) -> None:
     async def run() -> None:
@@ -168,6 +169,21 @@ def test_what_comes_in_drops_is_ended(begun: bytes) -> None:
                 for client in clients:
                     client.writer.write(b"x")
             assert {await client.refusal() for client in clients} == {(408, "request_timeout")}
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("hurry")
+def test_a_refusal_has_the_shape_of_its_path() -> None:
+    async def run() -> None:
+        async with serving() as port:
+            client = await connect(port)
+            await client.send(b"POST /v1/messages HTTP/1.1\r\nX-Request-Id: mine\r\nContent-Length: 50\r\n\r\n{")
+            head, _, body = (await asyncio.wait_for(client.reader.read(), 20)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            assert b"\r\nrequest-id: mine\r\n" in head.lower()
+            refusal = MessagesErrorResponse.model_validate_json(body)
+            assert (refusal.error.type, refusal.request_id) == ("timeout_error", "mine")
 
     asyncio.run(run())
 
@@ -189,7 +205,7 @@ def test_a_body_that_keeps_coming_has_the_time_it_needs(monkeypatch: pytest.Monk
     async def run() -> None:
         async with serving() as port:
             client = await connect(port)
-            await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\n")
+            await client.send(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 8192\r\n\r\n")
             for _ in range(8):
                 await client.send(b"b" * 1024)
                 await asyncio.sleep(0.1)
@@ -355,7 +371,7 @@ def test_a_body_that_never_ends_does_not_keep_the_server(caplog: pytest.LogCaptu
     async def run() -> None:
         async with serving() as port:
             clients = [await connect(port) for _ in range(3)]
-            await clients[0].send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            await clients[0].send(b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
             await clients[1].send(GET)
             await clients[2].send(GET + b"\r\n")
             assert await clients[2].answer() == (200, b"0")

@@ -30,17 +30,21 @@ from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.context import ServerContext
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.embeddings import check_shape
+from llmctl.serving.error_shapes import SHAPES, shape_of
 from llmctl.serving.http_protocol import BoundedHttpProtocol
 from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
+from llmctl.serving.messages_api.protocol import MessagesRequest
+from llmctl.serving.messages_api.translate import chat_request
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.middleware import LIVENESS_PATHS
 from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from llmctl.serving.redaction import Redactor
-from llmctl.serving.response_schema import ErrorResponse
 from llmctl.serving.tenants import deadline_of
+from llmctl.serving.tgi_api.protocol import GenerateParameters, GenerateRequest
+from llmctl.serving.tgi_api.translate import check_parameters, completion_request, parameters_of
 from llmctl.text.tokenizer import Tokenizer
 
 MODEL = "m"
@@ -131,13 +135,20 @@ VALUES: list[Any] = [
     *({"type": "function", "function": {"name": "f"}}, {"name": "f"}, {"name": "g"}, {"name": 1}),
     *([{"role": "assistant", "tool_calls": made}] for made in (None, [], [{}], [CALL], [{**CALL, "type": "other"}])),
     *([{"role": "assistant", "function_call": made}] for made in (None, {}, CALL["function"])),
+    *({"type": "auto"}, {"type": "tool"}, {"type": "enabled"}, {"type": "adaptive", "display": "omitted"}),
+    *({"format": {"type": "json_schema", "schema": {}}}, {"format": {}}, {"effort": "low"}, {"user_id": "a"}),
+    *([{"name": "f", "input_schema": {}}], [{"name": "f"}], [{"type": "text", "text": "a"}], "standard"),
+    [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}],
+    *({"type": "regex", "value": "a"}, {"type": "regex", "value": {}}, {"type": "json", "value": True}),
 ]
 WITH = {"tool_choice": {"tools": [TOOL]}, "function_call": {"functions": [FUNCTION]}}
-"""What a field needs beside it."""
-REQUESTS = {
+"""What a field needs beside it, in OpenAI's API."""
+REQUESTS: dict[type[Any], dict[str, Any]] = {
     CompletionRequest: {"prompt": "a", "max_tokens": 5},
     ChatCompletionRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "logprobs": True},
     EmbeddingRequest: {"input": "a"},
+    MessagesRequest: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5},
+    GenerateParameters: {"details": True, "do_sample": True, "max_new_tokens": 5},
 }
 SHARED = SamplingFields.model_fields
 COMPONENTS = describe(MODEL, with_keys=False)["components"]
@@ -145,6 +156,8 @@ FIELDS = [
     *((CompletionRequest, name) for name in CompletionRequest.model_fields),
     *((ChatCompletionRequest, name) for name in ChatCompletionRequest.model_fields if name not in SHARED),
     *((EmbeddingRequest, name) for name in EmbeddingRequest.model_fields if name not in SHARED),
+    *((MessagesRequest, name) for name in MessagesRequest.model_fields),
+    *((GenerateParameters, name) for name in GenerateParameters.model_fields),
 ]
 
 
@@ -158,14 +171,22 @@ def intake(tmp_path_factory: pytest.TempPathFactory) -> Intake:
 
 async def take_in(intake: Intake, model: type[Any], data: bytes) -> None:
     """What the endpoints do with a body before the engine sees any of it."""
-    body = parsed(data, Outline(data), model)
+    if model is GenerateParameters:
+        data = b'{"inputs": "a", "parameters": %b}' % data
+        given = parameters_of(parsed(data, Outline(data), GenerateRequest))
+        check_parameters(given, stream=False)
+        body: Any = completion_request("a", given, stream=False)
+    elif model is MessagesRequest:
+        body = chat_request(parsed(data, Outline(data), model))
+    else:
+        body = parsed(data, Outline(data), model)
     deadline_of(body, NO_DEADLINE)
     if model is EmbeddingRequest:
         check_shape(body, 64)
         await intake.prompts(body.input, "input", add_special_tokens=body.add_special_tokens)
         return
     intake.num_sequences(body)
-    if model is CompletionRequest:
+    if isinstance(body, CompletionRequest):
         params = await intake.completion_params(body)
         intake.fit_completion(params, body, await intake.completion_prompts(body))
     else:
@@ -178,7 +199,8 @@ async def refusals(intake: Intake, model: type[Any], name: str) -> list[RequestE
     found: list[RequestError | None] = []
     for value in VALUES:
         try:
-            await take_in(intake, model, json.dumps({**REQUESTS[model], **WITH.get(name, {}), name: value}).encode())
+            beside = WITH.get(name, {}) if model is ChatCompletionRequest else {}
+            await take_in(intake, model, json.dumps({**REQUESTS[model], **beside, name: value}).encode())
             found.append(None)
         except RequestError as error:
             found.append(error)
@@ -269,7 +291,28 @@ def test_no_key_and_a_wrong_one(starting: str) -> None:
                     assert answer.status_code != 401
                 else:
                     assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
-                    ErrorResponse.model_validate_json(answer.content)
+                    shape_of(path).model.model_validate_json(answer.content)
+
+
+@pytest.mark.parametrize("path", [path for path in SHAPES if path != "/info"])
+def test_what_gates_and_the_router_refuse_has_the_shape_of_the_path(starting: str, path: str) -> None:
+    def status(method: str, path: str, **options: Any) -> int:
+        headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine", **options.pop("headers", {})}
+        answer = requests.request(method, starting + path, headers=headers, timeout=10, **options)
+        shape = shape_of(path)
+        document = shape.model.model_validate_json(answer.content)
+        assert getattr(document, "request_id", "mine") == "mine"
+        assert answer.headers.get(shape.id_header or "X-Request-Id") == "mine"
+        return answer.status_code
+
+    json_type = {"Content-Type": "application/json"}
+    assert status("POST", path, data=b"{}", headers={"Authorization": "Bearer wrong"}) == 401
+    assert status("POST", path, data=b"{}") == 415
+    assert status("POST", path, data=b"x" * (2**20 + 1), headers=json_type) == 413
+    assert status("POST", path, json={}) == 503
+    assert status("PUT", path) == 405
+    if path != "/":
+        assert status("POST", path + "/batches", json={}) == 404
 
 
 def test_the_description_is_behind_the_key(starting: str) -> None:

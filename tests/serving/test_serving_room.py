@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,13 @@ from llmctl.errors import QueueFullError, RequestError
 from llmctl.serving.app import create_app
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.context import Model, ServerContext
+from llmctl.serving.error_shapes import shape_of
+from llmctl.serving.exchange import check_outline, check_single
 from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.openai_errors import error_response
+from llmctl.serving.outline import Outline
 from llmctl.serving.redaction import Redactor
 from llmctl.serving.wire import EngineInfo
 from llmctl.text.tokenizer import Tokenizer
@@ -69,7 +71,7 @@ def test_it_says_when_by_how_fast_requests_finish(client: AsyncEngineClient, mon
     def retry_after(sequences: int) -> str:
         with pytest.raises(QueueFullError) as caught:
             client.check_room(sequences)
-        return error_response(caught.value).headers["Retry-After"]
+        return error_response(caught.value, {"path": "/v1/completions"}).headers["Retry-After"]
 
     running = [client.generate([SequenceSpec([5], SamplingParams())]) for _ in range(5)]
     now += 5
@@ -92,15 +94,35 @@ def test_a_refusal_by_the_engine_says_when_too(client: AsyncEngineClient) -> Non
     assert error.retry_after == 3
 
 
-async def _never() -> Message:
-    raise AssertionError("the body of a request that has no room was asked for")
-
-
-def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, tmp_path: Path) -> None:
+@pytest.fixture
+def context(client: AsyncEngineClient, tmp_path: Path) -> ServerContext:
+    """A server whose engine is that of ``client``."""
     keys, metrics = ServerKeys(None), ServerMetrics("m")
     context = ServerContext(ServeConfig(), ("m",), client, metrics, keys, Redactor(keys))
     assert client.worker.tokenizer is not None
     context.loaded = Model.from_folder("m", tmp_path, client.worker.tokenizer, INFO, context.config)
+    return context
+
+
+def test_what_an_api_does_not_know_is_not_counted(client: AsyncEngineClient, context: ServerContext) -> None:
+    outline = Outline(b'{"n": 128, "prompt": ["a", "b"]}')
+    check_single(context, outline)
+    with pytest.raises(RequestError, match="found 256"):
+        check_outline(context, outline)
+    for _ in range(5):
+        client.generate([SequenceSpec([5], SamplingParams())])
+    with pytest.raises(QueueFullError):
+        check_single(context, outline)
+
+
+async def _never() -> Message:
+    raise AssertionError("the body of a request that has no room was asked for")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/generate", "/"])
+def test_a_full_queue_refuses_before_a_body_is_read(
+    client: AsyncEngineClient, context: ServerContext, path: str
+) -> None:
     for _ in range(5):
         client.generate([SequenceSpec([5], SamplingParams())])
     sent: list[Message] = []
@@ -109,13 +131,14 @@ def test_a_full_queue_refuses_before_a_body_is_read(client: AsyncEngineClient, t
         sent.append(message)
 
     scope = {
-        **{"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"},
+        **{"type": "http", "method": "POST", "path": path, "raw_path": path.encode()},
         **{"query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1", "state": {}},
         "headers": [(b"content-type", b"application/json"), (b"content-length", b"1000")],
     }
     asyncio.run(create_app(context)(scope, _never, send))
     assert sent[0]["status"] == 429
     assert b"retry-after" in dict(sent[0]["headers"])
-    assert json.loads(sent[1]["body"])["error"]["code"] == "queue_full"
+    shape_of(path).model.model_validate_json(sent[1]["body"])
+    assert "are waiting" in sent[1]["body"].decode()
     labels = {"model_name": "m", "reason": "max_num_queued_reqs"}
-    assert metrics.registry.get_sample_value("llmctl:admission_rejections_total", labels) == 1
+    assert context.metrics.registry.get_sample_value("llmctl:admission_rejections_total", labels) == 1

@@ -51,6 +51,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UsageError, match=r"x\.json: Expecting property name"):
         given_defaults(str(tmp_path / "x.json"))
+    (tmp_path / "generation_config.json").write_text("[" * 100_000)
+    assert sampling_defaults("auto", tmp_path).values == {}
+    with pytest.raises(UsageError, match="nested too deeply"):
+        given_defaults(str(tmp_path))
 
 
 def test_an_engine_of_the_demo_model_samples_as_its_card_does(tiny_engine: Path, tmp_path: Path) -> None:

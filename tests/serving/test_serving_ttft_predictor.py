@@ -192,7 +192,7 @@ def test_the_door_refuses_what_cannot_be_in_time(server: Server) -> None:
     server.step(running[0], 2.0, last=True)  # one in 4 s, with one running and two ahead
     with pytest.raises(DeadlineUnreachableError, match="after 8000 ms, the TTFT deadline is 2500 ms") as caught:
         server.client.generate([spec(2.5), spec(2.5)])
-    assert error_response(caught.value).headers["Retry-After"] == "6"
+    assert error_response(caught.value, {"path": "/v1/completions"}).headers["Retry-After"] == "6"
     assert (caught.value.http_status, caught.value.code) == (429, "deadline_unreachable")
     assert server.counts() == {"met": 1.0, "shed": 2.0}
     assert len(server.client._running) == 3

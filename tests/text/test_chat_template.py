@@ -201,3 +201,27 @@ def test_what_a_template_changes_stays_in_it() -> None:
     messages: list[Any] = [{"role": "user", "content": "x"}]
     assert [template.render(messages), template.render(messages)] == ["2", "2"]
     assert len(messages) == 1
+
+
+@pytest.mark.parametrize("depth", [30, 150, 400, 3_000, 100_000])
+@pytest.mark.parametrize(
+    ("opening", "inner", "closing"),
+    [
+        ("{% if true %}", "x", "{% endif %}"),
+        ("{% for i in [1] %}", "x", "{% endfor %}"),
+        ("{% filter trim %}", "x", "{% endfilter %}"),
+        ("(", "1", ")"),
+        ("[", "1", "][0]"),
+    ],
+)
+def test_a_deeply_nested_template_works_or_is_refused_in_one_line(
+    opening: str, inner: str, closing: str, depth: int
+) -> None:
+    nested = opening * depth + inner + closing * depth
+    source = nested if opening.startswith("{%") else "{{ " + nested + " }}"
+    try:
+        said = ChatTemplate(source).render([])
+    except (CheckpointError, RequestError) as error:
+        said = str(error)
+    assert said == inner or (said.startswith("chat template: ") and "\n" not in said)
+    assert said == inner or depth > 30 or opening.startswith("{% for")

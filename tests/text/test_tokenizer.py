@@ -95,6 +95,11 @@ def test_files_may_come_as_bytes(tmp_path: Path) -> None:
     [
         ({"tokenizer": "{"}, "tokenizer.json is not understood"),
         ({"tokenizer_config": "{"}, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json is not valid JSON: nested too deeply"),
+        (
+            {"generation_config": {"eos_token_id": [[]] * 10_000}},
+            r"eos_token_id: expected integers, found \[\[\], \[\]",
+        ),
         ({"tokenizer_config": "[]"}, "tokenizer_config.json: expected a JSON object, found list"),
         ({"generation_config": {"eos_token_id": "2"}}, "eos_token_id: expected integers, found '2'"),
         ({"tokenizer_config": {"chat_template": [{"name": "x", "template": "y"}]}}, r"'default' \(found: x\)"),

@@ -15,11 +15,11 @@ from llmctl.text.output_parser.parser import OutputParser, Piece
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
-def call_id(length: int = 0) -> str:
+def call_id(length: int = 0, prefix: str = "call_") -> str:
     """A new id of a call: OpenAI's form, or letters and digits where a length is given."""
     if length:
         return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(length))
-    return f"call_{uuid.uuid4().hex[:24]}"
+    return f"{prefix}{uuid.uuid4().hex[:24]}"
 
 
 class MessageReader:

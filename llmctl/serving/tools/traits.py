@@ -1,4 +1,4 @@
-"""What a chat template does with tools, found out by rendering a conversation that has some."""
+"""What a chat template does with tools, found out by rendering a conversation that has some; and with reasoning."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ _TOOL = {
 _ASKED = [{"role": "user", "content": "Hello."}]
 _TEXT = '{"probe_key": "probe_value"}'
 
+EFFORT, THINKING = "reasoning_effort", "enable_thinking"
+REASONING_VARIABLES = (EFFORT, THINKING)
+"""What templates call how much the model reasons (gpt-oss), and whether it does (Qwen, GLM)."""
+
 
 @dataclass(frozen=True)
 class TemplateTraits:
@@ -27,10 +31,12 @@ class TemplateTraits:
     Attributes:
         shows_tools: the model gets to see a request's tools.
         string_arguments: calls in the history must have their arguments as JSON text; else as objects.
+        reasoning_variables: those of ``REASONING_VARIABLES`` that it reads.
     """
 
     shows_tools: bool = False
     string_arguments: bool = False
+    reasoning_variables: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, template: ChatTemplate) -> TemplateTraits:
@@ -41,7 +47,11 @@ class TemplateTraits:
         as_object = _rendered(template, _history({"probe_key": "probe_value"}), tools=[_TOOL]) or ""
         as_text = _rendered(template, _history(_TEXT), tools=[_TOOL]) or ""
         understood = "probe_value" in as_object and "'probe_key'" not in as_object
-        return cls("probe_function" in shown, not understood and _TEXT in as_text)
+        return cls(
+            "probe_function" in shown,
+            not understood and _TEXT in as_text,
+            frozenset(name for name in REASONING_VARIABLES if name in template.source),
+        )
 
 
 def _history(arguments: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,113 @@
+"""Request bodies of ``/generate``, ``/generate_stream`` and ``POST /``, named as TGI names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmctl.engine.sampling_params import MAX_LOGPROBS, MAX_SAMPLES
+from llmctl.serving.protocol import MOST, ApiModel, JsonSchema, StopStrings, only
+
+
+class TgiModel(ApiModel):
+    """Base of this API's bodies."""
+
+    expected: ClassVar[Mapping[str, str]] = {}
+
+
+class JsonGrammar(TgiModel):
+    """JSON by a schema, as an object or spelt as a string."""
+
+    type: Literal["json"]
+    value: str | JsonSchema
+
+
+class NamedSchema(TgiModel):
+    """A schema, and a name that says nothing to this server."""
+
+    name: str | None = None
+    schema_: Annotated[JsonSchema, Field(alias="schema")]
+
+
+class JsonSchemaGrammar(TgiModel):
+    """JSON by a schema that has a name."""
+
+    type: Literal["json_schema"]
+    value: NamedSchema
+
+
+class RegexGrammar(TgiModel):
+    """A regular expression that the whole output matches."""
+
+    type: Literal["regex"]
+    value: str
+
+
+Grammar = Annotated[JsonGrammar | JsonSchemaGrammar | RegexGrammar, Field(discriminator="type")]
+
+
+class GenerateParameters(TgiModel):
+    """How to generate. Greedy, unless ``do_sample``, ``temperature``, ``top_k`` or ``top_p`` asks for sampling."""
+
+    do_sample: bool | None = False
+    temperature: Annotated[float, Field(ge=0, le=MOST)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] | None = None
+    max_new_tokens: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Null: no limit but the context.")
+    ] = 100
+    stop: StopStrings | None = None
+    truncate: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Only so many tokens of `inputs`, from the end.")
+    ] = None
+    return_full_text: Annotated[bool | None, Field(description="`generated_text` begins with `inputs`.")] = None
+    best_of: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None,
+        Field(description="The likeliest by token of so many samples; not in a stream."),
+    ] = None
+    details: bool | None = False
+    decoder_input_details: Annotated[bool | None, Field(description="With `details`; not in a stream.")] = False
+    top_n_tokens: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, Field(description="With `details`, or in a stream.")
+    ] = None
+    grammar: Grammar | None = None
+
+    # Known, and refused when set.
+    typical_p: Annotated[Any, only(None)] = None
+    watermark: Annotated[bool | None, only(None, False)] = None
+    adapter_id: Annotated[Any, only(None)] = None
+
+
+class GenerateBody(TgiModel):
+    """What the endpoints share. ``streams``: whether they do; None: as the request says."""
+
+    streams: ClassVar[bool | None] = None
+
+    inputs: str
+    parameters: Annotated[GenerateParameters | None, Field(description="Without: as with nothing but `do_sample`.")] = (
+        None
+    )
+    stream: bool | None = None
+
+
+class GenerateRequest(GenerateBody):
+    """``POST /generate``."""
+
+    streams: ClassVar[bool | None] = False
+    stream: Annotated[bool | None, only(None, False)] = None
+
+
+class GenerateStreamRequest(GenerateBody):
+    """``POST /generate_stream``."""
+
+    streams: ClassVar[bool | None] = True
+    stream: Annotated[bool | None, only(None, True)] = None
+
+
+class CompatGenerateRequest(GenerateBody):
+    """``POST /``."""
