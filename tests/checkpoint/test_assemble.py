@@ -111,6 +111,16 @@ def test_scales_that_are_not_finite(value: float) -> None:
         assemble(Weight("w", (4, 6), (WeightPart("a.weight"),), scheme), Tensors(**{"a.weight": weight}))
 
 
+def test_minimums_that_are_not_finite() -> None:
+    scheme = QuantScheme(4, 3, False, minimum=True)
+    codes, scales = torch.zeros(4, 6, dtype=torch.uint8), torch.ones(4, 2)
+    minimums = torch.tensor([[0.0, -1.0], [math.nan, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    zeros = torch.zeros(4, 2, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, scales, zeros, scheme, minimums=minimums)
+    with pytest.raises(CheckpointError, match=r"'a\.minimums': 1 of 8 values are not finite"):
+        assemble(Weight("w", (4, 6), (WeightPart("a.weight"),), scheme), Tensors(**{"a.weight": weight}))
+
+
 def test_values_beyond_float16() -> None:
     weight, source = Weight("w", (2,), (WeightPart("a"),)), Tensors(a=torch.tensor([1.0, -7e4]))
     assemble(weight, source, "bfloat16")

@@ -84,7 +84,11 @@ def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, An
         ({"config_groups": {}}, CheckpointError, "expected an object config_groups"),
         ({"format": "nvfp4-pack-quantized"}, UnsupportedModelError, "'nvfp4-pack-quantized' is not read; known: pack"),
         ({"config_groups": weights(strategy="block")}, CheckpointError, "block_structure: expected two positive"),
+        ({"config_groups": weights(num_bits=4.0)}, UnsupportedModelError, r"with 4\.0 bits"),
         ({"ignore": ["re:("]}, CheckpointError, r"'re:\(' is no regular expression"),
+        ({"ignore": 5}, CheckpointError, "ignore: expected names, found 5"),
+        ({"quant_method": "fp8", "ignored_layers": {"a": 1}}, CheckpointError, "ignored_layers: expected names"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": 1}, CheckpointError, "exclude_modules:"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path: Path, config: dict[str, Any], error: type, reason: str) -> None:
@@ -132,7 +136,9 @@ def test_methods_that_are_not_read(tmp_path: Path, config: dict[str, Any], reaso
         open_checkpoint(made)
 
 
-@pytest.mark.parametrize("also", [{}, {"quantization_config": {"bits": 4, "group_size": 64}}])
+@pytest.mark.parametrize(
+    "also", [{}, {"quantization_config": {"bits": 4, "group_size": 64}}, {"text_config": {"model_type": "llama"}}]
+)
 def test_mlx_names_its_method_nowhere(tmp_path: Path, also: dict[str, Any]) -> None:
     config = {"quantization": {"bits": 4, "group_size": 64}, **also}
     made = write_folder(tmp_path, config, {"model.norm.weight": torch.ones(4)})
