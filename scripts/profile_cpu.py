@@ -121,7 +121,7 @@ def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_dtype: str, spa
             packed, weight = linears[op.weights[0]], graph.weights[op.weights[0]]
             weight_bytes += sum(a.nbytes for a in (packed.data, packed.scales, packed.zeros) if a is not None)
             macs = weight.shape[0] * weight.shape[1] * (len(spans) if on_rows else tokens)
-            if packed.dtype in ("w4", "w8"):
+            if packed.integer:
                 int_macs += macs
             else:
                 float_macs += macs

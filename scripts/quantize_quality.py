@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     text = Path(args.text).read_text(encoding="utf-8")
     protocol = Protocol(args.context, args.stride or args.context, args.max_tokens)
     model = resolve_model(args.model)
-    original = open_checkpoint(model)
+    original = open_checkpoint(model, widen=True)
     rows = [{"method": "fp", **_scored(measure_perplexity(original, text, protocol).to_json())}]
     _say(rows[-1])
     for method in args.methods.split(","):

@@ -87,13 +87,18 @@ def _random(weight: Weight, rng: np.random.Generator) -> Tensor | QuantizedWeigh
 
 
 def _quantized(weight: Weight, quant: QuantScheme, rng: np.random.Generator) -> QuantizedWeight:
-    groups = (weight.shape[0], quant.groups(weight.shape[1]))
+    groups = (quant.row_blocks(weight.shape[0]), quant.groups(weight.shape[1]))
     codes = torch.from_numpy(rng.integers(0, 2**quant.bits, weight.shape, np.uint8))
-    zeros = torch.full(groups, 2 ** (quant.bits - 1), dtype=torch.uint8)
-    if not quant.symmetric:
+    zeros = torch.full(groups, 0 if quant.book or quant.minimum else 2 ** (quant.bits - 1), dtype=torch.uint8)
+    if quant.has_zeros:
         zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
-    scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / (2**quant.bits * 4)
+    spread = 2**quant.bits * 4
+    if quant.book == "fp8_e4m3":
+        codes &= 0xBF  # of magnitudes up to 1.875
+        spread = 8
+    scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / spread
+    minimums = -scales * 2 ** (quant.bits - 1) if quant.minimum else None
     order = None
     if quant.act_order:
         order = torch.from_numpy(rng.permutation(np.arange(weight.shape[1]) // quant.group_size)).int()
-    return QuantizedWeight(codes, scales, zeros, quant, order)
+    return QuantizedWeight(codes, scales, zeros, quant, order, minimums)

@@ -17,7 +17,7 @@ from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, KernelChoice, KernelFile, TargetName
 from llmctl.targets.table import target_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "engine.json"
 
 
@@ -31,13 +31,16 @@ class SourceModel:
 
 @dataclass(frozen=True)
 class QuantizationRecord:
-    """How the weights were quantized; ``method`` is ``none`` for a dense model."""
+    """How the weights were quantized; ``method`` is ``none`` for a dense model, the rest as in a ``QuantScheme``."""
 
     method: str = "none"
     bits: int = 0
     group_size: int = 0
     symmetric: bool = False
     act_order: bool = False
+    book: str = ""
+    minimum: bool = False
+    block_rows: int = 1
     ignored_layers: tuple[str, ...] = ()
 
 

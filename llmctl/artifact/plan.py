@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmctl.artifact.manifest import QuantizationRecord
@@ -128,9 +128,7 @@ def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRec
     scheme = max(dict.fromkeys(schemes), key=schemes.count)
     linears = {op.weights[0] for op in graph.linears()}
     ignored = tuple(sorted(name for name in linears if graph.weights[name].quant is None))
-    return QuantizationRecord(
-        checkpoint.quantization.method, scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_order, ignored
-    )
+    return QuantizationRecord(checkpoint.quantization.method, **asdict(scheme), ignored_layers=ignored)
 
 
 def _check_length(length: int | None, graph: Graph) -> None:

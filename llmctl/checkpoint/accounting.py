@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llmctl.checkpoint.hf_folder import quantization_config
+from llmctl.checkpoint.methods import FROM_16, REFUSED
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import TensorInfo
+from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.dtypes import BY_SAFETENSORS, FLOAT_DTYPES
 from llmctl.graph.graph import Graph
@@ -123,15 +125,28 @@ def _is_zero(tensor: _Tensor) -> bool:
 
 
 def _has_weight(tensor: _Tensor) -> bool:
-    return tensor.checkpoint.has(f"{tensor.name.rpartition('.')[0]}.weight")
+    return tensor.checkpoint.has(_weight_beside(tensor))
 
 
-_DENSE = "use the dense checkpoint that it was made from, or one in AWQ's or GPTQ's format"
+def _is_of_quantized(tensor: _Tensor) -> bool:
+    return _has_weight(tensor) and tensor.checkpoint.describe(_weight_beside(tensor)).quant is not None
+
+
+def _weight_beside(tensor: _Tensor) -> str:
+    return f"{tensor.name.rpartition('.')[0]}.weight"
+
+
 _MERGE = "merge the adapter into its base model first (peft: merge_and_unload)"
 
 
-def _foreign(reason: str, pattern: str, also: Callable[[_Tensor], bool] = lambda _: True, fix: str = _DENSE) -> _Rule:
+def _foreign(reason: str, pattern: str, also: Callable[[_Tensor], bool] = lambda _: True, fix: str = FROM_16) -> _Rule:
     return _Rule(reason, pattern, also, foreign=True, fix=fix)
+
+
+def _method(name: str, pattern: str, also: Callable[[_Tensor], bool] = lambda _: True) -> _Rule:
+    """A method that ``methods.py`` refuses by its name, in a checkpoint that does not name it."""
+    what, instead = REFUSED[name]
+    return _foreign(what, pattern, also, instead)
 
 
 def _superfluous(
@@ -155,17 +170,19 @@ RULES: tuple[_Rule, ...] = (
     _superfluous("causal mask", r"\.(attn|attention)\.(bias|masked_bias)$", _is_mask),
     _superfluous("positions counted from 0", r"(^|\.)position_ids$"),
     _superfluous("scales of a quantized KV cache, which has its own here", r"\.(k|v|q|prob|kv)_scale$"),
+    _superfluous("scales of activations, which an engine scales by what it sees",
+                 r"\.(input|output)_(scale|zero_point)$", _is_of_quantized),
     _foreign("an adapter's weights, not a model's",
              r"\.(lora_([ABE]|embedding_[AB]|magnitude_vector)|ia3_l|base_layer|modules_to_save)\b|^base_model\.",
              fix=_MERGE),
-    _foreign("weights quantized by bitsandbytes", r"\.(absmax|(nested_)?quant_map|nested_absmax|SCB|weight_format)$"
-             r"|\.quant_state\."),
-    _foreign("weights quantized by MLX", r"\.(scales|biases)$", _has_weight),
-    _foreign("weights quantized by ExLlama",
-             r"\.(q_(weight|scale|scale_max|groups|invperm|perm)|trellis|su[hv]?|svh)$"),
-    _foreign("weights quantized by AQLM", r"\.(codes|codebooks)$"),
-    _foreign("weights quantized by HQQ", r"\.(W_q|meta)$"),
-    _foreign("weights quantized to MXFP4", r"_(blocks|scales)$"),
+    _method("bitsandbytes",
+            r"\.(absmax|(nested_)?quant_map|nested_absmax|SCB|weight_format)$|\.quant_state\."),
+    _method("mlx", r"\.(scales|biases)$", _has_weight),
+    _method("exl2", r"\.q_(weight|scale|scale_max|groups|invperm|perm)$"),
+    _method("exl3", r"\.(trellis|su[hv]?|svh)$"),
+    _method("aqlm", r"\.(codes|codebooks)$"),
+    _method("hqq", r"\.(W_q|meta)$"),
+    _method("mxfp4", r"_(blocks|scales)$"),
     _foreign("scales or codes of weights quantized in a way that is not read",
              r"\.(weight|input|output|act|activation|pre_quant)_(scales?|scale_inv|scale_2|zero_point|global_scale)$"
              r"|\._?weight_(packed|shape|g_idx|qdata|scale|zero_point)$"
@@ -233,7 +250,7 @@ def _refuse(checkpoint: Contents, found: Mapping[_Rule, list[str]]) -> None:
     first = next(iter(refused))
     said = "; ".join(f"{rule.reason}: {name_some(names)}" for rule, names in refused.items())
     kind = UnsupportedModelError if first.foreign else CheckpointError
-    where = f" ({_where_settings_stand(checkpoint)})" if first.foreign and first.fix == _DENSE else ""
+    where = f" ({_where_settings_stand(checkpoint)})" if first.foreign and first.fix != _MERGE else ""
     raise kind(f"{checkpoint.path}: tensors that would be left out: {said}{where}", fix=first.fix)
 
 
@@ -249,14 +266,11 @@ def _check_dense(checkpoint: Contents, graph: Graph) -> None:
         raise UnsupportedModelError(
             f"{checkpoint.path}: weights of dtype {dtypes} without a scheme ({_where_settings_stand(checkpoint)}): "
             f"{name_some(odd)}",
-            fix=_DENSE,
+            fix=FROM_16,
         )
 
 
 def _where_settings_stand(checkpoint: Contents) -> str:
-    """Where a checkpoint says how it is quantized, if not where AWQ and GPTQ say so."""
-    keys = [key for key in ("quantization_config", "compression_config", "quantization") if key in checkpoint.config]
-    places = [f"{key} in config.json" for key in keys]
-    if (checkpoint.path / "hf_quant_config.json").is_file():
-        places.append("hf_quant_config.json")
-    return f"its settings: {', '.join(places)}" if places else "no quantization_config says how"
+    """Where a checkpoint says how it is quantized."""
+    found = quantization_config(checkpoint.path, checkpoint.config)
+    return f"its settings: {found[1]}" if found else "no quantization_config says how"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from llmctl.checkpoint.accounting import Contents, account, name_some, refuse_foreign
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.errors import CheckpointError
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, Weight, WeightPart
@@ -84,13 +84,17 @@ def assemble(weight: Weight, source: WeightSource, dtype: str | None = None) -> 
 
 
 def check_finite(name: str, weight: Tensor | QuantizedWeight, dtype: str | None = None) -> None:
-    """Refuse a weight (of a quantized one, its scales) with values that are not finite, or not so in ``dtype``.
+    """Refuse a weight (of a quantized one, its scales and minimums) whose values are not finite, or not in ``dtype``.
 
     Raises:
         CheckpointError: naming the tensor.
     """
     if isinstance(weight, QuantizedWeight):
-        name, weight = f"{name.removesuffix('.weight')}.scales", weight.scales
+        module = name.removesuffix(".weight")
+        check_finite(f"{module}.scales", weight.scales, dtype)
+        if weight.minimums is not None:
+            check_finite(f"{module}.minimums", weight.minimums, dtype)
+        return
     if not weight.numel() or not weight.is_floating_point():
         return
     low, high = weight.aminmax()  # either is NaN if any value is; one pass, and no copy as of isfinite()
@@ -110,24 +114,21 @@ def check_finite(name: str, weight: Tensor | QuantizedWeight, dtype: str | None 
 
 def _part(part: WeightPart, weight: Weight, source: WeightSource) -> Tensor | QuantizedWeight:
     found = source.weight(part.tensor)
+    if isinstance(found, QuantizedWeight) and weight.quant is not None and weight.quant.block_rows == 1:
+        found = found.by_row()
     scheme = found.scheme if isinstance(found, QuantizedWeight) else None
     if scheme != weight.quant:
         raise CheckpointError(
             f"checkpoint: tensor '{part.tensor}': expected {_describe(weight.quant)}, found {_describe(scheme)}"
         )
     if isinstance(found, QuantizedWeight):
-        return found if part.rows is None else _quantized_rows(found, part.rows)
+        return found if part.rows is None else found.take_rows(slice(*part.rows))
     found = found.T if part.transpose else found
     return found if part.rows is None else found[part.rows[0] : part.rows[1]]
 
 
 def _describe(scheme: Any) -> str:
     return "a dense weight" if scheme is None else str(scheme)
-
-
-def _quantized_rows(weight: QuantizedWeight, rows: tuple[int, int]) -> QuantizedWeight:
-    take = slice(*rows)
-    return QuantizedWeight(weight.codes[take], weight.scales[take], weight.zeros[take], weight.scheme, weight.g_idx)
 
 
 def _concat_dense(parts: Sequence[Tensor]) -> Tensor:
@@ -137,17 +138,12 @@ def _concat_dense(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _concat_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    import torch
-
-    first = parts[0]
     if len(parts) == 1:
-        return first
-    if any(p.scheme != first.scheme or p.g_idx is not None for p in parts):
-        raise CheckpointError("checkpoint: quantized weights of different schemes, or with act-order, cannot be merged")
-    planes: Mapping[str, Tensor] = {
-        name: torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "scales", "zeros")
-    }
-    return QuantizedWeight(planes["codes"], planes["scales"], planes["zeros"], first.scheme)
+        return parts[0]
+    try:
+        return stack_rows(parts)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
 
 
 def _all_quantized(parts: Sequence[Any]) -> TypeGuard[Sequence[QuantizedWeight]]:

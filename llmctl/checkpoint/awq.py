@@ -96,10 +96,14 @@ def half_scales(scales: Tensor) -> Tensor:
 
 
 def read_scales(stored: Tensor) -> Tensor:
-    """Stored scales [G, N] as [N, G]; float16 stays, anything else becomes float32."""
+    """Stored scales [G, N] as [N, G], widened."""
+    return widened(stored.T.contiguous())
+
+
+def widened(scales: Tensor) -> Tensor:
+    """float16 stays, anything else becomes float32."""
     import torch
 
-    scales = stored.T.contiguous()
     return scales if scales.dtype == torch.float16 else scales.float()
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: HF names, HF row order, block-quantized tensors as float32."""
+"""A GGUF file as a checkpoint: HF names, HF row order, block-quantized matrices as they are."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from llmctl.checkpoint.gguf_config import ARCHITECTURES, hf_name, synthesise_config
 from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
 from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
-from llmctl.checkpoint.reader import Checkpoint, TensorInfo
+from llmctl.checkpoint.quant_config import QuantizationInfo
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import as_tensor
+from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 
@@ -26,8 +31,11 @@ _DENSE = tuple(DTYPES[name].safetensors for name in COMPUTE_DTYPES)  # ggml call
 class GgufSource:
     """The tensors of a GGUF file under HF names."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, *, widen: bool) -> None:
         """Map names.
+
+        Args:
+            widen: dequantize every block to float32.
 
         Raises:
             UnsupportedModelError: a tensor no supported architecture has.
@@ -36,6 +44,7 @@ class GgufSource:
         named = ((hf_name(name, str(file.path)), name) for name in file.tensors)
         self._stored = {name: stored for name, stored in named if name}
         self._heads: dict[str, int] = {}
+        self._widen = widen
 
     def unpermute(self, heads: int, kv_heads: int) -> None:
         """Read Q and K rows back into HF's order from now on."""
@@ -43,22 +52,37 @@ class GgufSource:
 
     def entries(self) -> Mapping[str, TensorInfo]:
         """Every tensor, from the header."""
-        return {name: _info(self._file.tensors[stored]) for name, stored in self._stored.items()}
+        return {name: self._info(self._file.tensors[stored]) for name, stored in self._stored.items()}
 
-    def load(self, name: str) -> Tensor:
-        """One tensor: F32, F16 and BF16 as stored (mapped), anything else dequantized to float32.
+    def load(self, name: str) -> Tensor | QuantizedWeight:
+        """One tensor: F32, F16 and BF16 as stored (mapped), matrices of ``BLOCK_FORMATS`` as codes, anything else
+        dequantized to float32.
 
         Raises:
             UnsupportedModelError: a block format the ``gguf`` package cannot dequantize.
         """
         stored = self._stored[name]
         entry, raw = self._file.tensors[stored], self._file.raw(stored)
+        heads = self._heads.get(name.split(".")[-2]) if self._heads else None
+        if self._blocks(entry) is not None:
+            weight = decode(raw, entry.shape, entry.qtype.name)
+            return weight if not heads else weight.take_rows(unpermute_rows(_indices(entry.shape[0]), heads))
         if entry.qtype.name in _DENSE:
             tensor = as_tensor(raw, entry.qtype.name, entry.shape)
         else:
             tensor = as_tensor(self._dequantize(stored, entry, raw), "F32", entry.shape)
-        heads = self._heads.get(name.split(".")[-2]) if self._heads else None
         return unpermute_rows(tensor, heads) if heads else tensor
+
+    def _blocks(self, entry: GgufTensor) -> BlockFormat | None:
+        """The format in which a matrix is kept as codes."""
+        return None if self._widen or len(entry.shape) != 2 else BLOCK_FORMATS.get(entry.qtype.name)
+
+    def _info(self, entry: GgufTensor) -> TensorInfo:
+        blocks = self._blocks(entry)
+        if blocks is not None:
+            return TensorInfo(entry.shape, blocks.scales, blocks.scheme, entry.nbytes)
+        dtype = entry.qtype.name if entry.qtype.name in _DENSE else "F32"
+        return TensorInfo(entry.shape, dtype, None, entry.nbytes)
 
     def _dequantize(self, stored: str, entry: GgufTensor, raw: Any) -> Any:
         from gguf.quants import dequantize
@@ -72,9 +96,32 @@ class GgufSource:
             ) from error
 
 
-def _info(entry: GgufTensor) -> TensorInfo:
-    dtype = entry.qtype.name if entry.qtype.name in _DENSE else "F32"
-    return TensorInfo(entry.shape, dtype, None, entry.nbytes)
+def decode(raw: NDArray[np.uint8], shape: tuple[int, ...], name: str) -> QuantizedWeight:
+    """A matrix [N, K] of stored blocks of a type of ``BLOCK_FORMATS``, as codes."""
+    import torch
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]
+    made = BLOCK_FORMATS[name].decode(raw.reshape(-1, size))
+    codes, scales, minimums = (None if part is None else torch.from_numpy(part) for part in made)
+    assert codes is not None
+    assert scales is not None
+    scheme, rows = BLOCK_FORMATS[name].scheme, shape[0]
+    scales = scales.reshape(rows, -1)
+    middle = 0 if scheme.minimum else 1 << (scheme.bits - 1)
+    return QuantizedWeight(
+        codes.reshape(shape),
+        scales,
+        torch.full(scales.shape, middle, dtype=torch.uint8),
+        scheme,
+        minimums=None if minimums is None else minimums.reshape(rows, -1),
+    )
+
+
+def _indices(count: int) -> Tensor:
+    import torch
+
+    return torch.arange(count)
 
 
 def unpermute_rows(tensor: Tensor, heads: int) -> Tensor:
@@ -86,8 +133,11 @@ def unpermute_rows(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def open_gguf(path: Path) -> Checkpoint:
+def open_gguf(path: Path, *, widen: bool = False) -> Checkpoint:
     """Open a GGUF file; only its header is read.
+
+    Args:
+        widen: give every tensor as floats, as a checkpoint that is not quantized.
 
     Raises:
         CheckpointError: damaged or truncated, or metadata missing.
@@ -98,14 +148,21 @@ def open_gguf(path: Path) -> Checkpoint:
     if arch not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(f"{path}: GGUF architecture '{arch}' is not read; known: {known}")
-    source = GgufSource(file)
+    source = GgufSource(file, widen=widen)
     shapes = {name: entry.shape for name, entry in source.entries().items()}
     config = synthesise_config(file.metadata, shapes, _dtype(file), _rope_factors(file), str(path))
     if ARCHITECTURES[arch].permuted and config["head_dim"] % 2:
         raise CheckpointError(f"{path}: expected an even width of heads, found {config['head_dim']}")
     if ARCHITECTURES[arch].permuted:
         source.unpermute(config["num_attention_heads"], config["num_key_value_heads"])
-    return Checkpoint(path, config, source, aux=partial(synthesise_aux_files, file.metadata, str(path)), files=[path])
+    aux = partial(synthesise_aux_files, file.metadata, str(path))
+    return Checkpoint(path, config, source, aux=aux, files=[path], quantization=_quantization(source))
+
+
+def _quantization(source: GgufSource) -> QuantizationInfo | None:
+    """Settings that say what most matrices have; None for a file without blocks."""
+    schemes = [entry.quant for entry in source.entries().values() if entry.quant is not None]
+    return QuantizationInfo("gguf", max(dict.fromkeys(schemes), key=schemes.count)) if schemes else None
 
 
 def _dtype(file: GgufFile) -> str:

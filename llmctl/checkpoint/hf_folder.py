@@ -24,6 +24,8 @@ AUX_NAMES = (
     "vocab.json",
     "vocab.txt",
 )
+QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+"""What holds the quantization settings where config.json does not: GPTQ's, ModelOpt's."""
 _GENERATION = "generation_config.json"
 _MAX_DEPTH = 64  # of nested JSON; no config needs ten, and what walks one must not run out of stack
 
@@ -107,13 +109,27 @@ def quantization_config(folder: Path, config: dict[str, Any]) -> tuple[dict[str,
     """The raw quantization settings and the file they stand in, or None for a dense checkpoint.
 
     Raises:
-        CheckpointError: unreadable ``quantize_config.json``.
+        CheckpointError: an unreadable file of ``QUANTIZATION_FILES``.
     """
-    inner = config.get("quantization_config")
-    if isinstance(inner, dict):
-        return inner, str(folder / "config.json")
-    path = folder / "quantize_config.json"
-    return (read_json(path), str(path)) if path.is_file() else None
+    for key in ("quantization_config", "compression_config"):
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            return _named(inner, config), str(folder / "config.json")
+    for name in QUANTIZATION_FILES:
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            modelopt = isinstance(found.get("quantization"), dict)
+            return ({"quant_method": "modelopt", **found["quantization"]} if modelopt else found), str(folder / name)
+    return (_named({}, config), str(folder / "config.json")) if _is_mlx(config) else None
+
+
+def _named(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the method that MLX, alone, names nowhere."""
+    return {"quant_method": "mlx", **settings} if _is_mlx(config) else settings
+
+
+def _is_mlx(config: dict[str, Any]) -> bool:
+    return isinstance(config.get("quantization"), dict)
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -1,18 +1,21 @@
-"""Open a checkpoint, whatever it is: a Hugging Face folder (dense, AWQ, GPTQ; one file or shards) or a GGUF file."""
+"""Open a checkpoint, whatever it is: a Hugging Face folder (one file or shards) or a GGUF file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from llmctl.checkpoint import hf_folder
-from llmctl.checkpoint.quant_config import parse_quantization_config
+from llmctl.checkpoint.methods import read_method
 from llmctl.checkpoint.reader import Checkpoint, SafetensorsSource
 from llmctl.checkpoint.text_config import is_multimodal, text_model_config
 from llmctl.errors import ModelNotFoundError
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, widen: bool = False) -> Checkpoint:
     """Open a Hugging Face folder or a .gguf file; only headers and small files are read.
+
+    Args:
+        widen: give the blocks of a GGUF file as floats, for what starts from an unquantized checkpoint.
 
     Raises:
         ModelNotFoundError: nothing there, or not a checkpoint.
@@ -22,7 +25,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         from llmctl.checkpoint.gguf_file import open_gguf
 
-        return open_gguf(path)
+        return open_gguf(path, widen=widen)
     if not path.is_dir():
         raise ModelNotFoundError(f"{path}: no such checkpoint folder or .gguf file")
     return _open_folder(path)
@@ -33,13 +36,12 @@ def _open_folder(folder: Path) -> Checkpoint:
     where = str(folder / "config.json")
     config = text_model_config(stored, where)
     raw = hf_folder.quantization_config(folder, config)
-    quantization = parse_quantization_config(*raw) if raw else None
+    quantization, layout = read_method(*raw) if raw else (None, None)
     shards = hf_folder.shard_paths(folder)
     aux = hf_folder.aux_files(folder)
     prefix = "transformer" if config["model_type"] == "gpt2" else "model"
     files = [*shards, *aux.values(), folder / "config.json"]
-    if (folder / "quantize_config.json").is_file():
-        files.append(folder / "quantize_config.json")
+    files += [folder / name for name in hf_folder.QUANTIZATION_FILES if (folder / name).is_file()]
     source = SafetensorsSource(shards, prefix, multimodal=is_multimodal(stored))
     carried = hf_folder.with_eos(aux, config, where)
     return Checkpoint(
@@ -49,5 +51,6 @@ def _open_folder(folder: Path) -> Checkpoint:
         aux=lambda: carried,
         files=files,
         quantization=quantization,
+        layout=layout,
         outside=source.outside,
     )

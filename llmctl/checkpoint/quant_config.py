@@ -1,8 +1,8 @@
-"""``quantization_config`` of AWQ and GPTQ checkpoints, as one plain record."""
+"""``quantization_config`` as one plain record; how AWQ and GPTQ fill it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from llmctl.graph.graph import QuantScheme
 
 @dataclass(frozen=True)
 class QuantizationInfo:
-    """What a checkpoint says about its quantization. Modules without ``qweight`` are dense whatever this says.
+    """What a checkpoint says about its quantization. Modules without a method's planes are dense whatever this says.
 
     Attributes:
-        method: "awq" or "gptq".
+        method: its name in ``methods.METHODS``, or "gguf".
         scheme: the settings most modules have; ``Checkpoint.describe`` gives each module's own.
         ignored: modules the config lists as not converted (information only).
-        checkpoint_format: "gemm" for AWQ, "gptq" or "gptq_v2" for GPTQ.
+        checkpoint_format: the layout's name in that method, e.g. "gemm" for AWQ, "gptq" or "gptq_v2" for GPTQ.
     """
 
     method: str
@@ -27,21 +27,16 @@ class QuantizationInfo:
     checkpoint_format: str = ""
 
 
-def parse_quantization_config(config: Mapping[str, Any], where: str) -> QuantizationInfo:
-    """Read a ``quantization_config`` (or ``quantize_config.json``).
+def parse_words(config: Mapping[str, Any], where: str) -> QuantizationInfo:
+    """Read the ``quantization_config`` (or ``quantize_config.json``) of AWQ or GPTQ.
 
     Args:
         where: the file, for error messages.
 
     Raises:
-        UnsupportedModelError: another quantization method or layout.
+        UnsupportedModelError: another layout.
         CheckpointError: a key that is missing or of the wrong type.
     """
-    method = str(config.get("quant_method") or ("gptq" if "desc_act" in config else "")).lower()
-    if method not in ("awq", "gptq"):
-        raise UnsupportedModelError(
-            f"{where}: quantization method '{method or 'unnamed'}' is not read; known: awq, gptq"
-        )
     try:
         bits = int(config.get("bits", config.get("w_bit", 0)))
         group_size = int(config.get("group_size", config.get("q_group_size", 0)))
@@ -52,12 +47,24 @@ def parse_quantization_config(config: Mapping[str, Any], where: str) -> Quantiza
             f"{where}: expected integers bits and group_size, "
             f"found {config.get('bits')!r} and {config.get('group_size')!r}"
         )
-    ignored = config.get("modules_to_not_convert") or ()
-    if not isinstance(ignored, str | list | tuple):
-        raise CheckpointError(f"{where}: modules_to_not_convert: expected names, found {ignored!r}")
-    ignored = (ignored,) if isinstance(ignored, str) else tuple(str(name) for name in ignored)
-    read = _awq if method == "awq" else _gptq
+    ignored = read_names(config, ("modules_to_not_convert",), where)
+    read = _awq if str(config.get("quant_method")).lower() == "awq" else _gptq
     return read(config, bits, group_size, ignored, where)
+
+
+def read_names(config: Mapping[str, Any], keys: Iterable[str], where: str) -> tuple[str, ...]:
+    """The names under the first of ``keys`` that has some: a list, or one alone.
+
+    Raises:
+        CheckpointError: something else stands there.
+    """
+    key = next((key for key in keys if config.get(key)), None)
+    if key is None:
+        return ()
+    found = config[key]
+    if not isinstance(found, str | list | tuple):
+        raise CheckpointError(f"{where}: {key}: expected names, found {found!r}")
+    return (found,) if isinstance(found, str) else tuple(str(name) for name in found)
 
 
 def _awq(

@@ -1,10 +1,12 @@
-"""The canonical form of an integer-quantized linear weight, whatever layout it has on disk."""
+"""The canonical form of a quantized linear weight, whatever layout it has on disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
@@ -14,16 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear weight ``[N, K]`` (out, in) as integer codes: ``w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]``.
+    """A linear weight ``[N, K]`` (out, in) as codes: ``w[n, k] = value(codes[n, k]) * scales[b, g] + minimums[b, g]``.
 
-    ``g`` is ``g_idx[k]`` with act-order, ``k // group_size`` without, 0 for group size -1; G groups in all.
+    ``value`` is ``code - zeros[b, g]``, or the entry of the scheme's code book. ``b`` is ``n // block_rows``; ``g`` is
+    ``g_idx[k]`` with act-order, ``k // group_size`` without, 0 for group size -1; B blocks and G groups in all.
 
     Attributes:
         codes: uint8 [N, K], values 0 .. 2**bits-1.
-        scales: float16 or float32 [N, G].
-        zeros: uint8 [N, G], true zero points (no format's offset); constant ``2**(bits-1)`` when symmetric.
+        scales: float16 or float32 [B, G].
+        zeros: uint8 [B, G], true zero points (no format's offset); constant ``2**(bits-1)`` when integers are
+            symmetric, 0 where there is a code book or a minimum.
         scheme: how the codes are to be read.
         g_idx: int32 [K], given exactly when ``scheme.act_order``.
+        minimums: as ``scales``, given exactly when ``scheme.minimum``.
 
     Raises:
         ValueError: shapes or dtypes that contradict one another.
@@ -34,20 +39,23 @@ class QuantizedWeight:
     zeros: Tensor
     scheme: QuantScheme
     g_idx: Tensor | None = None
+    minimums: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2:
             raise ValueError(f"codes: expected a matrix [N, K], found shape {tuple(self.codes.shape)}")
         rows, columns = self.codes.shape
-        expected = (rows, self.scheme.groups(columns))
-        for name, plane in (("scales", self.scales), ("zeros", self.zeros)):
+        expected = (self.scheme.row_blocks(rows), self.scheme.groups(columns))
+        floats = ("torch.float16", "torch.float32")
+        planes = [("scales", self.scales, floats), ("zeros", self.zeros, ("torch.uint8",))]
+        if self.scheme.minimum != (self.minimums is not None):
+            raise ValueError(f"minimums must be given exactly when the scheme has them; it says {self.scheme.minimum}")
+        if self.minimums is not None:
+            planes.append(("minimums", self.minimums, floats))
+        for name, plane, _ in planes:
             if tuple(plane.shape) != expected:
                 raise ValueError(f"{name}: expected shape {expected}, found {tuple(plane.shape)}")
-        for name, plane, dtypes in (
-            ("codes", self.codes, ("torch.uint8",)),
-            ("zeros", self.zeros, ("torch.uint8",)),
-            ("scales", self.scales, ("torch.float16", "torch.float32")),
-        ):
+        for name, plane, dtypes in (("codes", self.codes, ("torch.uint8",)), *planes):
             if str(plane.dtype) not in dtypes:
                 raise ValueError(f"{name}: expected dtype {' or '.join(dtypes)}, found {plane.dtype}")
         self._check_g_idx(columns)
@@ -75,12 +83,61 @@ class QuantizedWeight:
         size = columns if self.scheme.group_size == -1 else self.scheme.group_size
         return torch.arange(columns, device=self.codes.device) // size
 
+    def by_row(self) -> QuantizedWeight:
+        """The same weight with a scale (and zero) for every row."""
+        if self.scheme.block_rows == 1:
+            return self
+        rows = self.codes.shape[0]
+        scales, zeros = (
+            plane.repeat_interleave(self.scheme.block_rows, 0)[:rows] for plane in (self.scales, self.zeros)
+        )
+        return replace(self, scales=scales, zeros=zeros, scheme=replace(self.scheme, block_rows=1))
+
+    def take_rows(self, rows: slice | Tensor) -> QuantizedWeight:
+        """Some rows, in any order; each then has its own scale."""
+        all_rows = self.by_row()
+        minimums = None if all_rows.minimums is None else all_rows.minimums[rows]
+        return replace(
+            all_rows,
+            codes=all_rows.codes[rows],
+            scales=all_rows.scales[rows],
+            zeros=all_rows.zeros[rows],
+            minimums=minimums,
+        )
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K]: ``(code - zero) * scale`` in float32, then cast to ``dtype`` (None: float32)."""
+        """The weight [N, K], in float32, then cast to ``dtype`` (None: float32)."""
         import torch
 
-        group = self.group_index()
-        weight = self.codes.to(torch.float32)
-        weight -= self.zeros.to(torch.float32)[:, group]
-        weight *= self.scales.to(torch.float32)[:, group]
-        return weight if dtype is None else weight.to(dtype)
+        weight, group = self.by_row(), self.group_index()
+        if self.scheme.book:
+            values = torch.tensor(CODE_BOOKS[self.scheme.book].values, device=self.codes.device)
+            result = values[weight.codes.int()]
+        else:
+            result = weight.codes.to(torch.float32)
+            result -= weight.zeros.to(torch.float32)[:, group]
+        result *= weight.scales.to(torch.float32)[:, group]
+        if weight.minimums is not None:
+            result += weight.minimums.to(torch.float32)[:, group]
+        return result if dtype is None else result.to(dtype)
+
+
+def stack_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights one below the other; blocks of rows are kept where no seam cuts one.
+
+    Raises:
+        ValueError: they differ in scheme or in the groups of their columns.
+    """
+    import torch
+
+    first = parts[0]
+    for part in parts[1:]:
+        same = part.g_idx is first.g_idx is None or (
+            part.g_idx is not None and first.g_idx is not None and torch.equal(part.g_idx, first.g_idx)
+        )
+        if part.scheme != first.scheme or not same:
+            raise ValueError("weights with different schemes or column groups cannot be stacked")
+    if any(part.shape[0] % part.scheme.block_rows for part in parts[:-1]):
+        parts = [part.by_row() for part in parts]
+    names = ("codes", "scales", "zeros", *(("minimums",) if first.scheme.minimum else ()))
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -1,48 +1,29 @@
-"""A checkpoint's weights (dense, AWQ, GPTQ) over whatever stores them; safetensors shards are one such source.
+"""A checkpoint's weights, dense and quantized, over whatever stores them; safetensors shards are one such source.
 
-Names are Hugging Face's. A module ``X`` that has ``X.qweight`` appears as one weight ``X.weight`` of shape [N, K]; its
-planes are not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Names are the
-full causal model's, whatever the checkpoint was saved from (``tensor_names.py``).
+Names are Hugging Face's. A quantized module ``X`` appears as one weight ``X.weight`` of shape [N, K]; its planes are
+not listed. Dense tensors appear as they are stored (GPT-2's Conv1D weights are [in, out]). Names are the full causal
+model's, whatever the checkpoint was saved from (``tensor_names.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmctl.checkpoint.quant_config import QuantizationInfo, infer_scheme
+from llmctl.checkpoint.layout import Layout, find_modules
+from llmctl.checkpoint.quant_config import QuantizationInfo
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
+from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.checkpoint.tensor_names import full_names
 from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import BY_SAFETENSORS, FLOAT_DTYPES
-from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_PLANES = ("qweight", "qzeros", "scales", "g_idx")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A weight as headers describe it.
-
-    Attributes:
-        shape: as ``Checkpoint.weight`` returns it; (N, K) for a quantized weight.
-        dtype: safetensors dtype string of the dense tensor that ``weight`` returns, or of the scales.
-        quant: how the weight is quantized, None for a dense one.
-        nbytes: size in the checkpoint, bytes; of all planes for a quantized weight.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    quant: QuantScheme | None
-    nbytes: int
 
 
 class TensorSource(Protocol):
@@ -52,8 +33,8 @@ class TensorSource(Protocol):
         """Every stored tensor, from headers only."""
         ...
 
-    def load(self, name: str) -> Tensor:
-        """One tensor, mapped where that is possible."""
+    def load(self, name: str) -> Tensor | QuantizedWeight:
+        """One tensor, mapped where that is possible; a ``QuantizedWeight`` where ``entries`` gives a scheme."""
         ...
 
 
@@ -110,6 +91,7 @@ class Checkpoint:
         aux: Callable[[], Mapping[str, Path | bytes]],
         files: Iterable[Path],
         quantization: QuantizationInfo | None = None,
+        layout: Layout | None = None,
         outside: frozenset[str] = frozenset(),
     ) -> None:
         self.path = path
@@ -120,17 +102,22 @@ class Checkpoint:
         self._aux = aux
         self._files = sorted(set(files))
         self._stored = dict(source.entries())
-        self._modules = {name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")}
+        self._layout = layout
         self._described: dict[str, TensorInfo] = {}
-        if self._modules and quantization is None:
+        inside = {name: entry for name, entry in self._stored.items() if name not in outside}
+        try:
+            self._modules = layout.modules(inside) if layout else find_modules(inside, "qweight", ())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if self._modules and layout is None:
             raise CheckpointError(f"{path}: '{min(self._modules)}' is quantized, but no quantization_config says how")
-        twice = sorted(module for module in self._modules if f"{module}.weight" in self._stored)
+        twice = sorted(m for m, planes in self._modules.items() if "weight" not in planes and f"{m}.weight" in inside)
         if twice:
-            raise CheckpointError(f"{path}: '{twice[0]}' has both a weight and a qweight")
+            raise CheckpointError(f"{path}: '{twice[0]}' has both a weight and a {self._modules[twice[0]][0]}")
 
     def names(self) -> list[str]:
         """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""
-        planes = {f"{module}.{suffix}" for module in self._modules for suffix in _PLANES}
+        planes = {f"{module}.{suffix}" for module, suffixes in self._modules.items() for suffix in suffixes}
         dense = (name for name in self._stored if name not in planes)
         return sorted([*dense, *(f"{module}.weight" for module in self._modules)])
 
@@ -159,12 +146,12 @@ class Checkpoint:
         if module is None:
             self._entry(name)
             return self._source.load(name)
-        assert self.quantization is not None
         scheme = self.describe(name).quant
+        assert self._layout is not None
         assert scheme is not None
-        planes = {suffix: self._source.load(f"{module}.{suffix}") for suffix in self._planes(module)}
+        planes = {suffix: self._plane(module, suffix) for suffix in self._modules[module]}
         try:
-            return self._unpack(planes, scheme)
+            return self._layout.unpack(module, planes, scheme)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: '{module}': {error}") from error
 
@@ -207,8 +194,10 @@ class Checkpoint:
         module = name.removesuffix(".weight")
         return module if module != name and module in self._modules else None
 
-    def _planes(self, module: str) -> list[str]:
-        return [suffix for suffix in _PLANES if f"{module}.{suffix}" in self._stored]
+    def _plane(self, module: str, suffix: str) -> Tensor:
+        found = self._source.load(f"{module}.{suffix}")
+        assert not isinstance(found, QuantizedWeight)
+        return found
 
     def _entry(self, name: str) -> TensorInfo:
         try:
@@ -217,26 +206,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no tensor '{name}'") from None
 
     def _describe_quantized(self, module: str) -> TensorInfo:
-        assert self.quantization is not None
-        planes = {suffix: self._stored[f"{module}.{suffix}"] for suffix in self._planes(module)}
+        assert self._layout is not None
+        planes = {suffix: self._stored[f"{module}.{suffix}"] for suffix in self._modules[module]}
         try:
-            scheme, shape = infer_scheme(self.quantization, {suffix: plane.shape for suffix, plane in planes.items()})
-            scheme = replace(scheme, act_order=self._has_act_order(module, scheme, shape[1]))
+            return self._layout.describe(module, planes, lambda suffix: self._plane(module, suffix))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: '{module}': {error}") from error
-        return TensorInfo(shape, planes["scales"].dtype, scheme, sum(plane.nbytes for plane in planes.values()))
-
-    def _has_act_order(self, module: str, scheme: QuantScheme, columns: int) -> bool:
-        if f"{module}.g_idx" not in self._stored:
-            return False
-        from llmctl.checkpoint.gptq import effective_g_idx
-
-        return effective_g_idx(self._source.load(f"{module}.g_idx"), columns, scheme) is not None
-
-    def _unpack(self, planes: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:
-        from llmctl.checkpoint import awq, gptq
-
-        assert self.quantization is not None
-        if self.quantization.method == "awq":
-            return awq.unpack(planes, scheme.group_size, symmetric=scheme.symmetric)
-        return gptq.unpack(planes, scheme, self.quantization.checkpoint_format)

@@ -11,7 +11,7 @@ from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.hf_config import architectures
 
 # Said once for the whole model, outside text_config.
-_OF_THE_WHOLE = ("quantization_config", "compression_config", "auto_map")
+_OF_THE_WHOLE = ("quantization_config", "compression_config", "quantization", "auto_map")
 # Said on either level; the text model's own wins.
 _ON_EITHER = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id")
 _GENERATES = re.compile(r"For(ConditionalGeneration|CausalLM)$|Model$")

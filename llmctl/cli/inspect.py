@@ -74,7 +74,10 @@ def _quantization_line(record: Mapping[str, Any]) -> str:
     if record["method"] == "none":
         return "none"
     group = "one group a row" if record["group_size"] == -1 else f"groups of {record['group_size']}"
-    kind = "symmetric" if record["symmetric"] else "asymmetric"
+    if record["block_rows"] > 1:
+        group = f"blocks of {record['block_rows']} x {record['group_size']}"
+    kind = record["book"] or ("symmetric" if record["symmetric"] else "asymmetric")
+    kind = "with minimums" if record["minimum"] else kind
     order = ", act-order" if record["act_order"] else ""
     ignored = f"; dense: {', '.join(record['ignored_layers'])}" if record["ignored_layers"] else ""
     return f"{record['method']}, {record['bits']} bits, {group}, {kind}{order}{ignored}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from llmctl.errors import CheckpointError
@@ -245,6 +246,8 @@ class _Builder:
         """Register a weight supplied by ``tensor``, or by its ``rows`` out of ``total`` (after the transpose)."""
         info = self._describe(tensor)
         quant = info.quant if info is not None else None
+        if quant is not None and rows is not None:  # the slice may cut a block
+            quant = replace(quant, block_rows=1)
         transpose = conv1d and quant is None
         part = WeightPart(tensor, transpose, rows)
         if info is not None:

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmctl.graph.code_books import CODE_BOOKS
+
 INPUT_IDS = "input_ids"
 POSITIONS = "positions"
 LOGITS = "logits"
@@ -30,23 +32,54 @@ Attr = Scalar | tuple[Scalar, ...]
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How a linear weight is stored as integer codes: ``w = (code - zero) * scale`` per group along the input axis.
+    """How a linear weight is stored as codes with a scale a block: ``w = value(code) * scale``.
+
+    ``value(code)`` is ``code - zero`` for integers and the code book's entry otherwise; with a minimum it is the code,
+    and ``w = code * scale + minimum``.
 
     Attributes:
-        bits: 3, 4 or 8.
-        group_size: columns sharing one scale; -1 means one scale per output row.
-        symmetric: zero is the constant ``2**(bits-1)``.
+        bits: width of a code: 2, 3, 4 or 8.
+        group_size: columns sharing one scale (and zero or minimum); -1 means the whole row.
+        symmetric: nothing is stored for the zero, which is the constant ``2**(bits-1)``, or in the code book.
         act_order: columns belong to groups through a ``g_idx`` table rather than ``k // group_size``.
+        book: name in ``code_books.CODE_BOOKS``; "" for integers.
+        minimum: a float minimum a group in place of an integer zero.
+        block_rows: rows sharing one scale; the last block may have fewer.
+
+    Raises:
+        ValueError: attributes that contradict one another.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     act_order: bool = False
+    book: str = ""
+    minimum: bool = False
+    block_rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.book and (self.book not in CODE_BOOKS or CODE_BOOKS[self.book].bits != self.bits):
+            raise ValueError(f"no code book '{self.book}' of {self.bits} bits; known: {', '.join(CODE_BOOKS)}")
+        if self.symmetric and self.minimum:
+            raise ValueError("a symmetric weight has no minimum")
+        if self.book and not self.symmetric:
+            raise ValueError(f"code book '{self.book}' has its own zero: symmetric must be true")
+        if self.block_rows < 1 or (self.block_rows > 1 and not self.symmetric):
+            raise ValueError(f"block_rows: expected 1, or more of a symmetric weight, found {self.block_rows}")
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether an integer zero is stored for every group."""
+        return not self.symmetric and not self.minimum
 
     def groups(self, in_features: int) -> int:
         """Number of groups along an input axis of ``in_features``."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def row_blocks(self, out_features: int) -> int:
+        """Number of blocks along an output axis of ``out_features``."""
+        return -(-out_features // self.block_rows)
 
 
 @dataclass(frozen=True)
@@ -147,6 +180,10 @@ class Graph:
     def linears(self) -> Iterator[Op]:
         """All linear ops, in execution order."""
         return (op for op in self.ops if op.kind == "linear")
+
+    def tables(self) -> set[str]:
+        """Weights that are looked up by row."""
+        return {op.weights[0] for op in self.ops if op.kind in ("embed", "pos_embed")}
 
     def gather_index(self) -> int:
         """Index of the ``gather_rows`` op, from which on only rows whose logits are wanted are computed."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from llmctl.errors import UsageError
-from llmctl.graph.graph import Buffer, Graph, Op, Weight, WeightPart
+from llmctl.graph.graph import Buffer, Graph, Op, QuantScheme, Weight, WeightPart
 from llmctl.graph.ops import OP_KINDS
 from llmctl.graph.rewrite import Changes, Flow, rewritten
 
@@ -125,8 +125,7 @@ def int8_activations(graph: Graph) -> Graph:
     readers: dict[str, list[Op]] = {}
     for op in graph.linears():
         scheme = graph.weights[op.weights[0]].quant
-        exact = scheme is not None and scheme.bits == 8 and scheme.symmetric and not scheme.act_order
-        if exact and "activations" not in op.attrs:
+        if scheme is not None and _takes_int8(scheme) and "activations" not in op.attrs:
             readers.setdefault(op.inputs[0], []).append(op)
     changed: Changes = {}
     buffers: list[Buffer] = []
@@ -158,6 +157,10 @@ PASSES: Mapping[str, Pass] = {
 DEFAULT_PASSES: tuple[str, ...] = (
     "merge_qkv", "merge_gate_up", "fuse_gated_activation", "fuse_rope_kv", "fuse_add_norm",
 )  # fmt: skip
+
+
+def _takes_int8(scheme: QuantScheme) -> bool:
+    return scheme.bits == 8 and scheme.symmetric and not scheme.act_order and not scheme.book
 
 
 def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:
@@ -252,7 +255,14 @@ def _stacked(name: str, weights: Sequence[Weight]) -> Weight:
         else:
             parts.append(part)
     shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
-    return Weight(name, shape, tuple(parts), weights[0].quant)
+    return Weight(name, shape, tuple(parts), _stacked_scheme(weights))
+
+
+def _stacked_scheme(weights: Sequence[Weight]) -> QuantScheme | None:
+    """The scheme of equal ones stacked: blocks of rows that a seam would cut become a scale a row."""
+    scheme = weights[0].quant
+    cut = scheme is not None and any(w.shape[0] % scheme.block_rows for w in weights[:-1])
+    return replace(scheme, block_rows=1) if cut and scheme is not None else scheme
 
 
 def _added_linear(flow: Flow, add: Op) -> tuple[Op, str] | None:

@@ -58,15 +58,23 @@ def scheme_to_dict(scheme: QuantScheme) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "symmetric": scheme.symmetric,
         "act_order": scheme.act_order,
+        "book": scheme.book,
+        "minimum": scheme.minimum,
+        "block_rows": scheme.block_rows,
     }
 
 
 def scheme_from_dict(data: Mapping[str, Any], where: str = "scheme") -> QuantScheme:
     """The QuantScheme that ``scheme_to_dict`` wrote; ValueError as ``graph_from_dict``."""
     r = _Reader(data, where)
-    scheme = QuantScheme(r.integer("bits"), r.integer("group_size"), r.flag("symmetric"), r.flag("act_order"))
+    bits, group_size, block_rows = (r.integer(name) for name in ("bits", "group_size", "block_rows"))
+    symmetric, act_order, minimum = (r.flag(name) for name in ("symmetric", "act_order", "minimum"))
+    book = r.text("book")
     r.done()
-    return scheme
+    try:
+        return QuantScheme(bits, group_size, symmetric, act_order, book, minimum, block_rows)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _weight_to_dict(weight: Weight) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmctl.checkpoint.accounting import account
 from llmctl.checkpoint.assemble import WeightSource, assemble, checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.checkpoint.writer import write_quantized_checkpoint
@@ -31,7 +31,6 @@ from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_
 from llmctl.quantize.modules import Module
 from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan
 from llmctl.quantize.report import LayerReport, QuantizeReport, make_report
-from llmctl.quantize.rtn import join_rows
 from llmctl.quantize.workfolder import LayerResult, WorkFolder, check_output, open_work_folder
 from llmctl.text.tokenizer import Tokenizer
 
@@ -77,7 +76,7 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
     check_options(config)
     output = Path(config.output)
     check_output(output, config.resume)
-    checkpoint = open_checkpoint(resolve_model(config.model))
+    checkpoint = open_checkpoint(resolve_model(config.model), widen=True)
     check_not_quantized(checkpoint)
     with _threads(config.threads):
         job = _Job(config, checkpoint, progress)
@@ -220,7 +219,7 @@ class _Modules(Mapping[str, QuantizedWeight]):
     def __getitem__(self, name: str) -> QuantizedWeight:
         module = self._modules[name]
         parts = self._results.layer(module.layer).quantized
-        return join_rows([parts[weight] for weight in module.weights])
+        return stack_rows([parts[weight] for weight in module.weights])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)

@@ -17,7 +17,7 @@ from llmctl.errors import LlmctlError
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.clip import search_clip
 from llmctl.quantize.grid import Grid, fit_grid, split_groups
-from llmctl.quantize.rtn import assemble, take_rows
+from llmctl.quantize.rtn import assemble
 from llmctl.quantize.stats import output_errors
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _better_rows(both: QuantizedWeight, twice: Tensor, gram: Tensor) -> Quantize
     """Of two quantizations stacked on each other, each row's with the smaller output error."""
     clipped, plain = output_errors(both.dequantize() - twice, gram.float()).chunk(2)
     rows = torch.arange(len(plain))
-    return take_rows(both, torch.where(clipped < plain, rows, rows + len(rows)))
+    return both.take_rows(torch.where(clipped < plain, rows, rows + len(rows)))
 
 
 def _quantize_columns(

@@ -21,7 +21,7 @@ from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.forward import CalibrationPass, Stage
 from llmctl.quantize.gptq import quantize_gptq
 from llmctl.quantize.plan import Plan
-from llmctl.quantize.rtn import quantize_rtn, take_rows
+from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
@@ -156,7 +156,7 @@ class _LayerRun:
         for op in stage.linears:
             name = op.weights[0]
             stop = start + self.graph.weights[name].shape[0]
-            self.quantized[name] = take_rows(whole, slice(start, stop))
+            self.quantized[name] = whole.take_rows(slice(start, stop))
             self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
             self.calibration.weights[name] = dense[start:stop]
             start = stop

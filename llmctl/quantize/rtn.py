@@ -37,29 +37,3 @@ def assemble(grid: Grid, codes: Tensor, scheme: QuantScheme, g_idx: Tensor | Non
         scheme=replace(scheme, act_order=g_idx is not None),
         g_idx=g_idx,
     )
-
-
-def take_rows(weight: QuantizedWeight, rows: slice | Tensor) -> QuantizedWeight:
-    """Some output rows: a slice or i64 indices."""
-    return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=weight.zeros[rows])
-
-
-def join_rows(parts: list[QuantizedWeight]) -> QuantizedWeight:
-    """Weights stacked along their output rows.
-
-    Raises:
-        ValueError: they differ in scheme or in the groups of their columns.
-    """
-    first = parts[0]
-    for part in parts[1:]:
-        same = part.g_idx is first.g_idx is None or (
-            part.g_idx is not None and first.g_idx is not None and torch.equal(part.g_idx, first.g_idx)
-        )
-        if part.scheme != first.scheme or not same:
-            raise ValueError("weights with different schemes or column groups cannot be stacked")
-    return replace(
-        first,
-        codes=torch.cat([p.codes for p in parts]),
-        scales=torch.cat([p.scales for p in parts]),
-        zeros=torch.cat([p.zeros for p in parts]),
-    )

@@ -1,8 +1,9 @@
 """How a Graph's weights lie in an engine as plain planes: dense tensors, and quantized ones code by code.
 
 A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8; up to 4 bits: two codes a byte, the low
-nibble is the even column, [N, ceil(K/2)]; 8 bits: [N, K]), ``W.scales`` (F16 or F32 [N, G]), ``W.zeros`` (u8 [N, G];
-absent when symmetric) and ``W.g_idx`` (I32 [K]; only with act-order).
+nibble is the even column, [N, ceil(K/2)]; 8 bits: [N, K]), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block
+of rows), ``W.zeros`` (u8 [N, G]; only where the scheme has them), ``W.minimums`` (as the scales; likewise) and
+``W.g_idx`` (I32 [K]; only with act-order).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from llmctl.checkpoint.quantized import QuantizedWeight
 
-_SCALES = ("F32", "F16")
+_SCALES = ("F32", "F16", "BF16")
 
 
 def plain_planes(graph: Graph, dense: tuple[str, ...], describe: Describe | None) -> dict[str, tuple[Plane, ...]]:
@@ -39,8 +40,7 @@ def plain_planes(graph: Graph, dense: tuple[str, ...], describe: Describe | None
     planes = {}
     for name, weight in graph.weights.items():
         stored = {describe(part.tensor).dtype for part in weight.parts}
-        scales = ("F16",) if stored == {"F16"} else ("F32",)
-        planes[name] = weight_planes(weight, _settled(dense, stored), scales)
+        planes[name] = weight_planes(weight, _settled(dense, stored), _settled(_SCALES, stored))
     return planes
 
 
@@ -52,10 +52,12 @@ def weight_planes(weight: Weight, dense: tuple[str, ...], scales: tuple[str, ...
     scheme, groups = weight.quant, weight.quant.groups(columns)
     planes = [
         Plane(f"{weight.name}.codes", (rows, code_bytes(scheme, columns)), ("U8",)),
-        Plane(f"{weight.name}.scales", (rows, groups), scales),
+        Plane(f"{weight.name}.scales", (scheme.row_blocks(rows), groups), scales),
     ]
-    if not scheme.symmetric:
+    if scheme.has_zeros:
         planes.append(Plane(f"{weight.name}.zeros", (rows, groups), ("U8",)))
+    if scheme.minimum:
+        planes.append(Plane(f"{weight.name}.minimums", (rows, groups), scales))
     if scheme.act_order:
         planes.append(Plane(f"{weight.name}.g_idx", (columns,), ("I32",)))
     return tuple(planes)
@@ -76,20 +78,16 @@ def pack_plain(weight: Weight, read: Read, planes: Sequence[Plane]) -> dict[str,
     return {f"{weight.name}.{suffix}": array for suffix, array in pack_codes(quantized, dtypes).items()}
 
 
-def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, PlaneContent]:
     """A quantized weight's planes by suffix.
 
     Args:
         dtypes: suffix -> safetensors dtype of the planes wanted.
     """
     codes = weight.codes.contiguous().numpy()
-    planes: dict[str, NDArray[Any]] = {
-        "codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes),
-        "scales": weight.scales.contiguous().numpy().astype(BY_SAFETENSORS[dtypes["scales"]].numpy),
-        "zeros": weight.zeros.contiguous().numpy(),
-    }
-    if weight.g_idx is not None:
-        planes["g_idx"] = weight.g_idx.contiguous().numpy()
+    planes: dict[str, PlaneContent] = {"codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes)}
+    for suffix in dtypes.keys() - planes.keys():
+        planes[suffix] = _cast(getattr(weight, suffix).contiguous(), dtypes[suffix])
     return {suffix: planes[suffix] for suffix in dtypes}
 
 
@@ -97,6 +95,7 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     """The inverse of ``pack_codes``: a quantized weight from its planes by suffix, on their device."""
     import torch
 
+    from llmctl.checkpoint.awq import widened
     from llmctl.checkpoint.quantized import QuantizedWeight
 
     scheme = weight.quant
@@ -104,10 +103,14 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     codes = planes["codes"]
     if scheme.bits != 8:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
-    scales, zeros = planes["scales"], planes.get("zeros")
+    scales, minimums = widened(planes["scales"]), planes.get("minimums")
+    zeros = planes.get("zeros")
     if zeros is None:
-        zeros = torch.full(scales.shape, 2 ** (scheme.bits - 1), dtype=torch.uint8, device=scales.device)
-    return QuantizedWeight(codes, scales, zeros, scheme, planes.get("g_idx"))
+        middle = 0 if scheme.book or scheme.minimum else 2 ** (scheme.bits - 1)
+        zeros = torch.full(scales.shape, middle, dtype=torch.uint8, device=scales.device)
+    return QuantizedWeight(
+        codes, scales, zeros, scheme, planes.get("g_idx"), None if minimums is None else widened(minimums)
+    )
 
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -122,6 +125,12 @@ def _dense(read: Read, dtype: str) -> Tensor:
 
     tensor = read()
     assert isinstance(tensor, torch.Tensor)
+    return _cast(tensor, dtype)
+
+
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    import torch
+
     return tensor.to(getattr(torch, BY_SAFETENSORS[dtype].torch))
 
 

@@ -62,7 +62,7 @@ Specs = Callable[[Checkpoint], dict[str, TensorSpec]]
 def _export(model: str, output: Path, specs: Specs, quantization: dict[str, Any] | None) -> Path:
     if output.exists():
         return output
-    source = open_checkpoint(resolve_model(model))
+    source = open_checkpoint(resolve_model(model), widen=True)
     if source.quantization is not None:
         raise PeerError(f"--model {model}: expected a dense checkpoint or a .gguf file, found {source.quantization}")
     config = {**source.config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}

@@ -1,17 +1,20 @@
 """Every tensor is used, known to be superfluous, or refused by name: one kind of each, and any odd name at all."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_files import FORMATS, model_config, write_pair
 from tiny_checkpoint import HIDDEN, dense_tensors, linear_shapes, write_arrays, write_gptq
 
 from llmctl.checkpoint.accounting import RULES, account, name_some
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
-from llmctl.checkpoint.safetensors_io import SafetensorsFile
+from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorSpec, write_safetensors
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
 UP = "model.layers.1.mlp.up_proj"
@@ -20,6 +23,12 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def some(*shape: int, dtype: str = "float16") -> np.ndarray:
     return np.ones(shape, dtype)
+
+
+def stored(folder: Path) -> dict[str, TensorSpec]:
+    """A checkpoint's tensors, to be written again."""
+    file = SafetensorsFile(folder / "model.safetensors")
+    return {name: (entry.dtype, entry.shape, file.plane(name)) for name, entry in file.tensors.items()}
 
 
 def unused(folder: Path, more: dict[str, np.ndarray], **changes: object) -> dict[str, tuple[str, ...]]:
@@ -93,10 +102,11 @@ FOREIGN = {
     "an adapter": {f"{Q}.lora_A.weight": some(4, HIDDEN), f"{Q}.lora_B.weight": some(HIDDEN, 4)},
     "bitsandbytes": {f"{Q}.weight.absmax": some(4), f"{Q}.weight.quant_map": some(16)},
     "MLX": {f"{Q}.scales": some(HIDDEN, 1), f"{Q}.biases": some(HIDDEN, 1)},
-    "ExLlama": {f"{Q}.q_weight": some(8, HIDDEN, dtype="int32"), f"{Q}.q_groups": some(4, dtype="int16")},
+    "ExLlamaV2": {f"{Q}.q_weight": some(8, HIDDEN, dtype="int32"), f"{Q}.q_groups": some(4, dtype="int16")},
     "AQLM": {f"{Q}.codes": some(8, 8, 1, dtype="int8"), f"{Q}.codebooks": some(1, 8, 1, 8)},
     "HQQ": {f"{Q}.W_q": some(8, 8, dtype="uint8")},
     "MXFP4": {"model.layers.0.mlp.down_proj_blocks": some(4, 4, dtype="uint8")},
+    "ExLlamaV3": {f"{Q}.trellis": some(4, 4, 64, dtype="int16"), f"{Q}.suh": some(HIDDEN)},
     "a way that is not read": {f"{Q}.weight_scale": some(HIDDEN, 1), f"{Q}.input_scale": some(1)},
 }
 
@@ -114,16 +124,14 @@ def test_other_formats_are_named_before_their_weights_are_missed(tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "F8_E4M3"])
-@pytest.mark.parametrize("scales", [True, False])
-@pytest.mark.parametrize("place", ["compression_config", "hf_quant_config.json", None])
+@pytest.mark.parametrize(
+    ("scales", "place"), [(True, None), (False, None), (False, "config.json"), (False, "hf_quant_config.json")]
+)
 def test_integers_and_eighths_without_a_scheme(tmp_path: Path, dtype: str, scales: bool, place: str | None) -> None:
-    """Whether scales lie beside them or not, and wherever it says how they are to be read."""
-    from llmctl.checkpoint.safetensors_io import write_safetensors
-
-    changes = {place: {"quant_method": "compressed-tensors"}} if place == "compression_config" else {}
+    """With scales that nothing explains, or with settings that miss their scales."""
+    changes = {"quantization_config": {"quant_method": "fp8"}} if place == "config.json" else {}
     folder = write_arrays(tmp_path, dense_tensors(), **changes)
-    file = SafetensorsFile(folder / "model.safetensors")
-    specs = {name: (entry.dtype, entry.shape, file.plane(name)) for name, entry in file.tensors.items()}
+    specs = stored(folder)
     for name, shape in linear_shapes().items():
         code = {"int8": "I8", "uint8": "U8"}.get(dtype, dtype)
         specs[f"{name}.weight"] = (code, shape, some(*shape, dtype="uint8"))
@@ -132,7 +140,8 @@ def test_integers_and_eighths_without_a_scheme(tmp_path: Path, dtype: str, scale
     write_safetensors(folder / "model.safetensors", specs)
     if place == "hf_quant_config.json":
         (folder / place).write_text('{"quantization": {"quant_algo": "FP8"}}')
-    with pytest.raises(UnsupportedModelError, match=place or "no quantization_config says how") as caught:
+    said = rf"its settings: .*/{place}\)" if place else "no quantization_config says how"
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
         checkpoint_graph(open_checkpoint(folder))
     assert "'model.layers.0.mlp.down_proj.weight" in caught.value.message
     assert "and 11 more" in caught.value.message
@@ -149,6 +158,43 @@ def test_planes_of_a_format_that_is_read_are_used(tmp_path: Path) -> None:
     assert account(checkpoint, checkpoint_graph(checkpoint)) == ()
 
 
+@pytest.mark.parametrize("name", ["ct-w4-g32-asym", "ct-w8a8-static", "ct-fp8-channel", "fp8-blocks", "modelopt-fp8"])
+def test_planes_of_every_layout_are_used(tmp_path: Path, name: str) -> None:
+    """All but the scales of activations, which some have."""
+    folder, _, _ = write_pair(tmp_path, FORMATS[name])
+    scales = tuple(sorted(tensor for tensor in stored(folder) if tensor.endswith(".input_scale")))
+    checkpoint = open_checkpoint(folder)
+    found = {kind.reason: kind.names for kind in account(checkpoint, checkpoint_graph(checkpoint))}
+    assert found == ({"scales of activations, which an engine scales by what it sees": scales} if scales else {})
+
+
+@pytest.mark.parametrize("name", ["weight_zero_point", "weight_packed", "weight_g_idx", "weight_scale_inv"])
+def test_a_plane_without_the_others(tmp_path: Path, name: str) -> None:
+    folder, _, _ = write_pair(tmp_path, FORMATS["ct-w8a8"])
+    specs = stored(folder)
+    del specs[f"{UP}.weight_scale"]
+    del specs[f"{UP}.weight"]
+    write_safetensors(folder / "model.safetensors", {**specs, f"{UP}.{name}": ("I32", (1,), some(1, dtype="int32"))})
+    with pytest.raises(UnsupportedModelError, match=rf"'{UP}\.{name}' .*its settings: .*/config\.json\)"):
+        checkpoint_graph(open_checkpoint(folder))
+
+
+def test_quantized_parts_that_are_not_of_the_text_model(tmp_path: Path) -> None:
+    """Their planes are named, and not taken together, though the config's ignore list has them."""
+    folder, _, _ = write_pair(tmp_path, FORMATS["ct-w4-g128"])
+    tower = {"weight_packed": "I32", "weight_scale": "F32"}
+    specs = {f"language_model.{name}": spec for name, spec in stored(folder).items()}
+    specs |= {f"vision_tower.{n}": (code, (1, 1), some(1, 1, dtype="int32")) for n, code in tower.items()}
+    write_safetensors(folder / "model.safetensors", specs)
+    settings = {**FORMATS["ct-w4-g128"].config, "ignore": ["vision_tower"]}
+    config = {"model_type": "llava", "text_config": model_config(), "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    (kind,) = account(checkpoint, checkpoint_graph(checkpoint))
+    assert kind.names == ("vision_tower.weight_packed", "vision_tower.weight_scale")
+    assert kind.notable
+
+
 def test_quantized_layers_beyond_the_last(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gptq(tmp_path))
     checkpoint.config["num_hidden_layers"] = 1
@@ -156,15 +202,15 @@ def test_quantized_layers_beyond_the_last(tmp_path: Path) -> None:
         checkpoint_graph(checkpoint)
 
 
-def test_a_weight_stored_twice(tmp_path: Path) -> None:
-    folder = write_gptq(tmp_path)
-    from llmctl.checkpoint.safetensors_io import write_safetensors
-
-    file = SafetensorsFile(folder / "model.safetensors")
-    specs = {name: (entry.dtype, entry.shape, file.plane(name)) for name, entry in file.tensors.items()}
-    specs[f"{UP}.weight"] = ("F16", (128, HIDDEN), some(128, HIDDEN))
+@pytest.mark.parametrize(
+    ("write", "plane"),
+    [(write_gptq, "qweight"), (lambda folder: write_pair(folder, FORMATS["ct-w4-g128"])[0], "weight_packed")],
+)
+def test_a_weight_stored_twice(tmp_path: Path, write: Callable[[Path], Path], plane: str) -> None:
+    folder = write(tmp_path)
+    specs = {**stored(folder), f"{UP}.weight": ("F16", (128, HIDDEN), some(128, HIDDEN))}
     write_safetensors(folder / "model.safetensors", specs)
-    with pytest.raises(CheckpointError, match=f"'{UP}' has both a weight and a qweight"):
+    with pytest.raises(CheckpointError, match=f"'{UP}' has both a weight and a {plane}"):
         open_checkpoint(folder)
 
 
@@ -188,5 +234,7 @@ def test_no_tensor_is_passed_over(tmp_path_factory: pytest.TempPathFactory, name
 
 
 def test_every_rule_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
-    assert [rule.reason for rule in RULES if f"| {rule.reason} |" not in page] == []
+    """On its own page, or, what ``methods.py`` knows, on that of the formats."""
+    docs = Path(__file__).parents[2] / "docs"
+    text = "".join((docs / page).read_text() for page in ("checkpoints.md", "formats.md"))
+    assert [rule.reason for rule in RULES if f"| {rule.reason} |" not in text] == []

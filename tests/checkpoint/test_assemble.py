@@ -61,7 +61,7 @@ def test_assemble_quantized_parts() -> None:
         assemble(Weight("w", (7, 6), parts, scheme), Tensors(a=a.dequantize(), b=b))
     ordered = QuantScheme(4, 3, False, act_order=True)
     c, d = random_weight(4, 6, ordered, 1), random_weight(4, 6, ordered, 2)
-    with pytest.raises(CheckpointError, match="cannot be merged"):
+    with pytest.raises(CheckpointError, match="cannot be stacked"):
         assemble(Weight("w", (8, 6), (WeightPart("a"), WeightPart("b")), ordered), Tensors(a=c, b=d))
 
 
@@ -108,6 +108,16 @@ def test_scales_that_are_not_finite(value: float) -> None:
     weight = random_weight(4, 6, scheme, 1)
     weight.scales[2, 1] = value
     with pytest.raises(CheckpointError, match=r"'a\.scales': 1 of 8 values are not finite"):
+        assemble(Weight("w", (4, 6), (WeightPart("a.weight"),), scheme), Tensors(**{"a.weight": weight}))
+
+
+def test_minimums_that_are_not_finite() -> None:
+    scheme = QuantScheme(4, 3, False, minimum=True)
+    codes, scales = torch.zeros(4, 6, dtype=torch.uint8), torch.ones(4, 2)
+    minimums = torch.tensor([[0.0, -1.0], [math.nan, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    zeros = torch.zeros(4, 2, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, scales, zeros, scheme, minimums=minimums)
+    with pytest.raises(CheckpointError, match=r"'a\.minimums': 1 of 8 values are not finite"):
         assemble(Weight("w", (4, 6), (WeightPart("a.weight"),), scheme), Tensors(**{"a.weight": weight}))
 
 

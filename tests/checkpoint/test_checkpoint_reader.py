@@ -126,7 +126,7 @@ def test_modules_with_their_own_bits_and_group_size(tmp_path: Path) -> None:
     [
         ({}, CheckpointError, "no quantization_config says how"),
         ({**AWQ, "version": "gemv"}, UnsupportedModelError, "gemv"),
-        ({"quant_method": "fp8"}, UnsupportedModelError, "'fp8' is not read; known: awq, gptq"),
+        ({"quant_method": "new"}, UnsupportedModelError, "'new' is not read; known: awq, gptq"),
         ({**GPTQ, "format": "marlin"}, UnsupportedModelError, "marlin"),
         ({**GPTQ, "bits": "many"}, CheckpointError, "'many'"),
         ({**GPTQ, "group_size": float("inf")}, CheckpointError, "found 4 and inf"),

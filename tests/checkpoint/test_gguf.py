@@ -18,6 +18,7 @@ from llmctl.checkpoint.gguf_config import llama3_factors
 from llmctl.checkpoint.gguf_file import open_gguf
 from llmctl.checkpoint.gguf_header import GgufFile
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
@@ -129,6 +130,16 @@ def logits_of(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
 IDS = torch.arange(24)[None] % 70
 
 
+def test_rows_of_blocks_are_unpermuted(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "hf", dtype=torch.float32)
+    stored = write_gguf(tmp_path / "m.gguf", model, qtype=gguf.GGMLQuantizationType.Q4_1)
+    kept, widened = open_checkpoint(stored), open_checkpoint(stored, widen=True)
+    for name in ("q_proj", "k_proj"):
+        found = kept.weight(f"model.layers.1.self_attn.{name}.weight")
+        assert isinstance(found, QuantizedWeight)
+        assert torch.equal(found.dequantize(), widened.weight(f"model.layers.1.self_attn.{name}.weight"))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_llama_rows_are_unpermuted(tmp_path: Path, tied: bool, bias: bool) -> None:
@@ -163,11 +174,12 @@ def test_qwen(tmp_path: Path, family: str) -> None:
         assert torch.allclose(logits_of(checkpoint, IDS), model(IDS).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("widen", [False, True])
 @pytest.mark.parametrize("name", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
-def test_stored_types(tmp_path: Path, name: str) -> None:
+def test_stored_types(tmp_path: Path, name: str, widen: bool) -> None:
     model = tiny_llama(tmp_path / "hf", dtype=torch.float32)
     qtype = gguf.GGMLQuantizationType[name]
-    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, qtype=qtype))
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", model, qtype=qtype), widen=widen)
     up = "model.layers.1.mlp.up_proj.weight"
     exact = model.state_dict()[up]
     info, found = checkpoint.describe(up), checkpoint.weight(up)
@@ -177,9 +189,11 @@ def test_stored_types(tmp_path: Path, name: str) -> None:
         assert (info.dtype, info.nbytes) == (name, exact.numel() * 2)
     else:
         stored = gguf.quants.quantize(exact.numpy(), qtype)
-        assert np.array_equal(found.numpy(), gguf.quants.dequantize(stored, qtype))
-        assert (info.dtype, info.nbytes) == ("F32", stored.nbytes)
-        assert found.dtype == torch.float32
+        assert isinstance(found, QuantizedWeight) != widen
+        dense = found.dequantize() if isinstance(found, QuantizedWeight) else found
+        assert np.array_equal(dense.numpy(), gguf.quants.dequantize(stored, qtype))
+        assert (info.dtype, info.nbytes) == ("F32" if widen else "F16", stored.nbytes)
+        assert (checkpoint.quantization is None) == widen
     assert checkpoint.dtype == ("bfloat16" if name == "BF16" else "float16")
 
 
@@ -425,7 +439,7 @@ def test_tokenizers_that_cannot_be_expressed(tmp_path: Path, changes: dict, reas
 @pytest.fixture(scope="module")
 def demo() -> Checkpoint:
     try:
-        return open_checkpoint(resolve_model("demo:smollm2-135m"))
+        return open_checkpoint(resolve_model("demo:smollm2-135m"), widen=True)
     except ModelNotFoundError as error:
         pytest.skip(str(error))
 

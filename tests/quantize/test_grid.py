@@ -3,10 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmctl.checkpoint.quantized import stack_rows
 from llmctl.errors import UsageError
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.grid import check_scheme, fit_grid, group_sizes_for, split_groups
-from llmctl.quantize.rtn import join_rows, quantize_rtn, take_rows
+from llmctl.quantize.rtn import quantize_rtn
 
 
 @st.composite
@@ -78,12 +79,12 @@ def test_rtn_equals_a_scalar_loop() -> None:
 
 def test_rows_split_and_join() -> None:
     whole = quantize_rtn(torch.randn(6, 16), QuantScheme(4, 8, False))
-    again = join_rows([take_rows(whole, slice(0, 2)), take_rows(whole, torch.tensor([2, 3, 4, 5]))])
+    again = stack_rows([whole.take_rows(slice(0, 2)), whole.take_rows(torch.tensor([2, 3, 4, 5]))])
     assert torch.equal(again.codes, whole.codes)
     assert torch.equal(again.dequantize(), whole.dequantize())
     other = quantize_rtn(torch.randn(6, 16), QuantScheme(4, 16, False))
     with pytest.raises(ValueError):
-        join_rows([whole, other])
+        stack_rows([whole, other])
 
 
 def test_split_groups_refuses_what_does_not_divide() -> None:

@@ -185,7 +185,7 @@ class Lowering:
         """The weight whose int8 operand the op before it may write itself: when all readers want that same operand."""
         consumers = self.graph.consumers(buffer)
         weights = [self.linears[op.weights[0]] for op in consumers if op.kind == "linear"]
-        direct = [w for w in weights if w.dtype in ("w4", "w8") and w.permutation is None]
+        direct = [w for w in weights if w.integer and w.permutation is None]
         if not direct or len(direct) != len(consumers):
             return None
         return direct[0] if len({(w.columns, w.act_group) for w in direct}) == 1 else None
@@ -212,7 +212,7 @@ class Lowering:
             raise _refused(f"linear with {variant}", REFUSED_VARIANTS[variant])
         packed, source = self.linears[op.weights[0]], op.inputs[0]
         bound = Bound(Kind.LINEAR, op, self.on_rows, packed=packed)
-        if packed.dtype in ("w4", "w8"):
+        if packed.integer:
             bound.operands["x8"] = self._quantized(op, source, packed)
         elif packed.dtype == "bf16":
             bound.x16 = self._half(op, source, packed)

@@ -17,6 +17,8 @@ from llmctl.graph.graph import KVLayer
 from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS, kv_token_bytes
 
 Bytes = NDArray[np.uint8]
+INTEGER = ("w4", "w8", "w4_min", "w8_min")
+"""The dtypes that meet int8 activations."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,27 @@ class PackedLinear:
     """One linear weight in tiles.
 
     Attributes:
-        dtype: ``w4``, ``w8``, ``bf16`` or ``f32``.
-        data: u8, the tiles. scales: f16 [tiles, groups, 32] and zeros: u8 [tiles, groups, 32], for w4 and w8.
+        dtype: one of ``abi.WEIGHT_BITS``.
+        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, f32 of e4m3. zeros: u8 [tiles, groups, 32],
+            of w4 and w8. minimums: f16, likewise, of w4_min and w8_min.
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
 
     dtype: str
     data: Bytes
-    scales: NDArray[np.uint16] | None
+    scales: NDArray[Any] | None
     zeros: Bytes | None
     rows: int
     columns: int
     group: int
     permutation: NDArray[np.int32] | None = None
+    minimums: NDArray[np.uint16] | None = None
+
+    @property
+    def integer(self) -> bool:
+        """Whether activations are quantised to int8 for it."""
+        return self.dtype in INTEGER
 
     @property
     def act_group(self) -> int:
@@ -96,17 +105,19 @@ def pack_int(
     group: int,
     gated: bool,
     g_idx: NDArray[np.int32] | None = None,
+    minimums: NDArray[Any] | None = None,
 ) -> PackedLinear:
-    """Pack integer codes.
+    """Pack integer codes. Scales and minimums are rounded to float16.
 
     Args:
-        codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G].
+        codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]. minimums: as the scales; in place of
+            the zeros.
         bits: 8, or anything up to 4. group: columns a group, -1 = all.
         gated: rows are gate then up, to be interleaved.
         g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
 
     Raises:
-        ValueError: a group size that the kernels cannot take, or scales beyond float16.
+        ValueError: a group size that the kernels cannot take, or scales or minimums beyond float16.
     """
     rows, columns = codes.shape
     padded, size = padded_columns(columns, group)
@@ -114,31 +125,62 @@ def pack_int(
     if g_idx is not None:
         permutation = np.argsort(g_idx, kind="stable").astype(np.int32)
         codes = codes[:, permutation]
-    half = scales.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ValueError("weight scales do not fit float16")
+    half = _half(scales)
     order = row_order(rows, gated)
-    tiles, groups = len(order) // TILE, padded // size
-
-    def arrange(plane: NDArray[Any]) -> NDArray[Any]:
-        picked = plane[np.maximum(order, 0)]
-        picked[order < 0] = 0
-        return np.ascontiguousarray(picked.reshape(tiles, TILE, groups).transpose(0, 2, 1))
-
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
-    lines = wide.reshape(tiles, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
+    lines = wide.reshape(-1, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
     data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else lines
     return PackedLinear(
-        dtype="w4" if bits <= 4 else "w8",
+        dtype=int_dtype(bits, minimum=minimums is not None),
         data=np.ascontiguousarray(data).reshape(-1),
-        scales=arrange(half.view(np.uint16)),
-        zeros=arrange(zeros),
+        scales=_arrange(half, order),
+        zeros=None if minimums is not None else _arrange(zeros, order),
         rows=len(order),
         columns=padded,
         group=size,
         permutation=permutation,
+        minimums=None if minimums is None else _arrange(_half(minimums), order),
     )
+
+
+def int_dtype(bits: int, *, minimum: bool) -> str:
+    """The format of integer codes."""
+    return ("w4" if bits <= 4 else "w8") + ("_min" if minimum else "")
+
+
+def pack_e4m3(codes: Bytes, scales: NDArray[np.float32], *, group: int, gated: bool) -> PackedLinear:
+    """Pack float8_e4m3 codes.
+
+    Args:
+        codes: u8 [N, K]. scales: f32 [N, G]. group: columns a group, -1 = all; the last may have fewer.
+    """
+    columns, order = codes.shape[1], row_order(len(codes), gated)
+    wide = np.zeros((len(order), columns), np.uint8)
+    wide[order >= 0] = codes[order[order >= 0]]
+    data = np.ascontiguousarray(wide.reshape(-1, TILE, columns).transpose(0, 2, 1)).reshape(-1)
+    size = columns if group == -1 else group
+    return PackedLinear("e4m3", data, _arrange(scales, order), None, len(order), columns, size)
+
+
+def _arrange(plane: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
+    """A plane [N, G] as [tiles, groups, 32], rows in ``order``."""
+    picked = plane[np.maximum(order, 0)]
+    picked[order < 0] = 0
+    return np.ascontiguousarray(picked.reshape(-1, TILE, plane.shape[1]).transpose(0, 2, 1))
+
+
+def _half(plane: NDArray[Any]) -> NDArray[np.uint16]:
+    """The bits of a plane in float16.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    with np.errstate(over="ignore"):
+        half = plane.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("weight scales do not fit float16")
+    return half.view(np.uint16)
 
 
 def pack_dense(weight: NDArray[Any], dtype: str, *, gated: bool) -> PackedLinear:
@@ -188,7 +230,7 @@ class LinearFormat:
     """How one linear weight [N, K] is stored for the CPU kernels.
 
     Attributes:
-        dtype: ``w4``, ``w8``, ``bf16`` or ``f32``. shape: (N, K), logical. gated: interleaved gate and up rows.
+        dtype: one of ``abi.WEIGHT_BITS``. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
     """
 
@@ -201,7 +243,7 @@ class LinearFormat:
     @property
     def integer(self) -> bool:
         """Whether activations are quantised to int8 for it."""
-        return self.dtype in ("w4", "w8")
+        return self.dtype in INTEGER
 
     @property
     def rows(self) -> int:
@@ -221,14 +263,19 @@ class LinearFormat:
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
         if self.integer:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
-            planes |= {"tile_scales": ("F16", shape), "tile_zeros": ("U8", shape)}
+            minimum = self.dtype.endswith("_min")
+            planes["tile_scales"] = ("F16", shape)
+            planes["tile_minimums" if minimum else "tile_zeros"] = ("F16" if minimum else "U8", shape)
+        if self.dtype == "e4m3":
+            size = self.columns if self.group == -1 else self.group
+            planes["tile_scales"] = ("F32", (self.rows // TILE, -(-self.columns // size), TILE))
         if self.permuted:
             planes["permutation"] = ("I32", (self.shape[1],))
         return planes
 
     def from_planes(self, planes: Mapping[str, NDArray[Any]]) -> PackedLinear:
         """The packed weight over stored planes (suffix -> array)."""
-        group = padded_columns(self.shape[1], self.group)[1] if self.integer else self.columns
+        group = self.columns if self.group == -1 or self.dtype in ("bf16", "f32") else self.group
         return PackedLinear(
             self.dtype,
             planes["tiles"],
@@ -238,14 +285,17 @@ class LinearFormat:
             self.columns,
             group,
             planes.get("permutation"),
+            planes.get("tile_minimums"),
         )
 
 
 def to_planes(packed: PackedLinear) -> dict[str, NDArray[Any]]:
     """The planes to store, by suffix."""
     planes: dict[str, NDArray[Any]] = {"tiles": packed.data}
-    if packed.scales is not None and packed.zeros is not None:
-        planes |= {"tile_scales": packed.scales, "tile_zeros": packed.zeros}
-    if packed.permutation is not None:
-        planes["permutation"] = packed.permutation
-    return planes
+    found = {
+        "tile_scales": packed.scales,
+        "tile_zeros": packed.zeros,
+        "tile_minimums": packed.minimums,
+        "permutation": packed.permutation,
+    }
+    return planes | {suffix: plane for suffix, plane in found.items() if plane is not None}

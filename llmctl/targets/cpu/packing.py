@@ -1,11 +1,13 @@
 """How a Graph's weights lie in an engine for the native CPU kernels: formats, planes, packing, kernel choices.
 
-A linear weight ``W`` is stored as ``W.tiles`` and, for integer formats, ``W.tile_scales``, ``W.tile_zeros`` and (only
-with act-order) ``W.permutation``; see ``layout.py``. Norm weights and biases are F32. Embedding tables are F32, or BF16
-in a bfloat16 engine; a table that is also the output head is stored both ways.
+A linear weight ``W`` is stored as ``W.tiles`` and, for integer formats, ``W.tile_scales``, ``W.tile_zeros`` or
+``W.tile_minimums``, and (only with act-order) ``W.permutation``; see ``layout.py``. Norm weights and biases are F32.
+Embedding tables are F32, or BF16 in a bfloat16 engine; one that is also the output head is stored both ways, unless the
+checkpoint has it quantized: then its rows are looked up in the tiles.
 
-In a ``float32`` engine every linear is dense float32 (for exactness). In a ``bfloat16`` engine quantized linears
-multiply their integer codes with int8 activations, dense ones are bfloat16.
+In a ``float32`` engine every linear is dense float32 (for exactness), but for float8 weights, which meet float32
+activations anyway. In a ``bfloat16`` engine quantized linears multiply their integer codes with int8 activations, dense
+ones are bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
     LinearFormat,
     PackedLinear,
+    int_dtype,
     pack_dense,
+    pack_e4m3,
     pack_int,
     padded_columns,
     quantize_symmetric,
@@ -35,9 +39,11 @@ from llmctl.targets.planes import Plane, WeightPlane
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TABLES = frozenset({"embed", "pos_embed"})
 _HEAD_GROUP = 64
-_KERNEL = {"w4": "w4a8", "w8": "w8a8", "bf16": "bf16", "f32": "f32"}
+_KERNEL = {
+    **{"w4": "w4a8", "w8": "w8a8", "w4_min": "w4a8", "w8_min": "w8a8"},
+    **{"bf16": "bf16", "f32": "f32", "e4m3": "e4m3"},
+}
 LM_HEAD_BITS = {"int8": 8, "int4": 4}
 
 
@@ -46,7 +52,7 @@ class CpuWeights:
     """Weights as the native kernels read them.
 
     Attributes:
-        linears: packed weight by weight name, for every linear op.
+        linears: packed weight by weight name, for every linear op and every packed embedding.
         tables: embeddings by weight name, [V, H]: f32, or u16 with ``table_dtypes`` "bf16" or "f16".
         vectors: norm weights and biases by weight name, f32.
     """
@@ -58,25 +64,37 @@ class CpuWeights:
 
 
 def linear_formats(graph: Graph, options: BuildOptions) -> dict[str, LinearFormat]:
-    """Stored format by weight name, for every weight that a linear op reads."""
-    return {op.weights[0]: _format(graph.weights[op.weights[0]], op, options) for op in graph.linears()}
+    """Stored format by weight name, for every weight that a linear op reads or that is looked up packed."""
+    formats = {op.weights[0]: _format(graph.weights[op.weights[0]], op, options) for op in graph.linears()}
+    lookups = sorted(graph.tables() - formats.keys())
+    return formats | {n: _format(graph.weights[n], None, options) for n in lookups if _packs_table(n, graph, options)}
 
 
 def linear_format(name: str, graph: Graph, options: BuildOptions) -> LinearFormat | None:
-    """The format of one weight; None when no linear reads it."""
+    """The format of one weight; None when it is not packed."""
     op = next((op for op in graph.linears() if op.weights[0] == name), None)
-    return None if op is None else _format(graph.weights[name], op, options)
+    if op is None and not (name in graph.tables() and _packs_table(name, graph, options)):
+        return None
+    return _format(graph.weights[name], op, options)
 
 
-def table_names(graph: Graph) -> set[str]:
-    """Weights that are looked up by row."""
-    return {op.weights[0] for op in graph.ops if op.kind in _TABLES}
+def dense_tables(graph: Graph, options: BuildOptions) -> set[str]:
+    """Weights that are looked up by row and stored so."""
+    return {name for name in graph.tables() if not _packs_table(name, graph, options)}
+
+
+def _packs_table(name: str, graph: Graph, options: BuildOptions) -> bool:
+    """Whether rows are looked up in a weight's tiles: integers of the checkpoint's own, columns in order."""
+    if graph.weights[name].quant is None:
+        return False
+    fmt = _format(graph.weights[name], None, options)
+    return fmt.integer and not fmt.permuted
 
 
 def cpu_planes(graph: Graph, options: BuildOptions) -> dict[str, tuple[Plane, ...]]:
     """Planes by weight name."""
     formats = linear_formats(graph, options)
-    tables = table_names(graph)
+    tables = dense_tables(graph, options)
     planes: dict[str, tuple[Plane, ...]] = {}
     for name, weight in graph.weights.items():
         found: list[Plane] = []
@@ -103,7 +121,7 @@ def pack_planes(weight: Tensor | QuantizedWeight, name: str, graph: Graph, optio
     """The planes of one weight, by plane name: arrays, or a tensor where the stored dtype is BF16."""
     fmt = linear_format(name, graph, options)
     planes: dict[str, Any] = {}
-    if name in table_names(graph):
+    if name in dense_tables(graph, options):
         planes[name] = _dense(weight) if options.dtype == "float32" else _dense(weight).bfloat16()
     if fmt is not None:
         packed = pack_linear(weight, fmt)
@@ -113,7 +131,7 @@ def pack_planes(weight: Tensor | QuantizedWeight, name: str, graph: Graph, optio
 
 def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLinear:
     """One linear weight in its stored format."""
-    if not fmt.integer:
+    if fmt.dtype in ("f32", "bf16"):
         dense = _dense(weight).contiguous()
         if fmt.dtype == "f32":
             return pack_dense(dense.numpy(), "f32", gated=fmt.gated)
@@ -125,17 +143,21 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
         bits_wanted = 8 if fmt.dtype == "w8" else 4
         codes, scales, zeros = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
         return pack_int(codes, scales, zeros, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
-    g_idx = weight.g_idx.numpy() if weight.g_idx is not None else None
+    weight = weight.by_row()
+    codes, scales = weight.codes.numpy(), weight.scales.numpy()
+    if fmt.dtype == "e4m3":
+        return pack_e4m3(codes, scales.astype(np.float32), group=fmt.group, gated=fmt.gated)
     return pack_int(
-        weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(),
-        bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated, g_idx=g_idx,
+        codes, scales, weight.zeros.numpy(), bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated,
+        g_idx=None if weight.g_idx is None else weight.g_idx.numpy(),
+        minimums=None if weight.minimums is None else weight.minimums.numpy(),
     )  # fmt: skip
 
 
 def engine_weights(graph: Graph, options: BuildOptions, planes: Mapping[str, WeightPlane]) -> CpuWeights:
     """An engine's planes by the role they play, as they lie in the mapped files: no linear weight is copied."""
     arrays = {name: np.asarray(plane.data).reshape(plane.shape) for name, plane in planes.items()}
-    tables = table_names(graph)
+    tables = dense_tables(graph, options)
     return CpuWeights(
         linears=packed_linears(graph, options, arrays),
         tables={name: arrays[name] for name in tables},
@@ -158,19 +180,22 @@ def has_dense_head(graph: Graph) -> bool:
     return graph.weights[head].quant is None
 
 
-def _format(weight: Weight, op: Op, options: BuildOptions) -> LinearFormat:
+def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearFormat:
+    """``op``: the linear that reads the weight, None where there is none."""
     rows, columns = weight.shape
-    gated = "epilogue" in op.attrs
+    gated = op is not None and "epilogue" in op.attrs
     dense = LinearFormat(DTYPES[options.dtype].tag, (rows, columns), gated)
+    scheme = weight.quant
+    if scheme is not None and scheme.book and not scheme.act_order:
+        return LinearFormat("e4m3", (rows, columns), gated, scheme.group_size)
     if options.dtype == "float32":
         return dense
-    scheme = weight.quant
     if scheme is not None:
-        if _group_refusal(columns, scheme.group_size):
+        if scheme.book or _group_refusal(columns, scheme.group_size):
             return dense
-        kind = "w8" if scheme.bits == 8 else "w4"
+        kind = int_dtype(scheme.bits, minimum=scheme.minimum)
         return LinearFormat(kind, (rows, columns), gated, scheme.group_size, scheme.act_order)
-    if LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
+    if op is not None and LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
         kind = "w8" if options.lm_head == "int8" else "w4"
         return LinearFormat(kind, (rows, columns), gated, _HEAD_GROUP if columns % _HEAD_GROUP == 0 else -1)
     return dense
@@ -188,6 +213,8 @@ def _refusals(graph: Graph, op: Op, options: BuildOptions) -> tuple[Refusal, ...
     scheme = graph.weights[op.weights[0]].quant
     if scheme is None:
         return ()
+    if scheme.book:
+        return (Refusal("e4m3", "its columns are out of order: weights are dequantized"),) if scheme.act_order else ()
     kernel = "w8a8" if scheme.bits == 8 else "w4a8"
     if options.dtype == "float32":
         return (Refusal(kernel, "the engine computes in float32: weights are dequantized"),)

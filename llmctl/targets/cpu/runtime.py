@@ -33,7 +33,7 @@ from llmctl.targets.cpu.abi import (
     open_library,
 )
 from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, hidden_view, logits_view, plan_arena
-from llmctl.targets.cpu.layout import kv_layer_bytes, pack_bias, padded_head
+from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
 from llmctl.targets.rope import cos_sin_table
@@ -195,7 +195,11 @@ class CpuRuntime:
 
     def _fill_embed(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
         name = bound.op.weights[0]
-        desc.w, desc.weight_dtype = self._pointer(self._weights.tables[name]), DTYPE[self._weights.table_dtypes[name]]
+        if name in self._weights.tables:
+            desc.w = self._pointer(self._weights.tables[name])
+            desc.weight_dtype = DTYPE[self._weights.table_dtypes[name]]
+        else:
+            self._fill_packed(desc, self._weights.linears[name])
         desc.width = graph.buffers[bound.op.outputs[0]].width
         desc.scale = float(bound.op.attrs.get("scale", 1.0))
 
@@ -226,15 +230,20 @@ class CpuRuntime:
         assert packed is not None
         epilogue = str(op.attrs.get("epilogue", ""))
         desc.act = ACT[epilogue.removesuffix("_mul")]
-        desc.weight_dtype = DTYPE[packed.dtype]
         desc.n = sum(graph.buffers[o].width for o in op.outputs)
-        desc.n_padded, desc.k, desc.group = packed.rows, packed.columns, packed.group
-        desc.w = self._pointer(packed.data)
-        if packed.scales is not None and packed.zeros is not None:
-            desc.w_scales, desc.w_zeros = self._pointer(packed.scales), self._pointer(packed.zeros)
+        self._fill_packed(desc, packed)
         if len(op.weights) > 1 and op.weights[1]:
             bias = self._weights.vectors[op.weights[1]].astype(np.float32)
             desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue)))
+
+    def _fill_packed(self, desc: OpDesc, packed: PackedLinear) -> None:
+        desc.weight_dtype = DTYPE[packed.dtype]
+        desc.n_padded, desc.k, desc.group = packed.rows, packed.columns, packed.group
+        desc.w = self._pointer(packed.data)
+        scales = "w_scales" if packed.integer else "w_scales32"
+        for field, plane in ((scales, packed.scales), ("w_zeros", packed.zeros), ("w_minimums", packed.minimums)):
+            if plane is not None:
+                setattr(desc, field, self._pointer(plane))
 
     def _rope_table(self, op: Op) -> tuple[int, int]:
         attrs = {k: v for k, v in op.attrs.items() if k not in ("layer", "heads", "kv_heads", "head_dim", "style")}

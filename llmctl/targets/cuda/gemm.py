@@ -49,8 +49,11 @@ class GemmPlan:
     counters: int
 
 
-def weight_format(weight: Weight, *, gated: bool) -> CudaFormat:
-    """How a quantized weight is stored for the kernels; 3-bit codes take 4 bits, with their zeros.
+def weight_format(weight: Weight, *, gated: bool, table: bool = False) -> CudaFormat:
+    """How a quantized weight is stored for the kernels; codes of fewer bits than 4 take 4, with their zeros.
+
+    Args:
+        table: it is looked up by row as well, which needs it dense.
 
     Raises:
         ValueError: why the kernels cannot take it.
@@ -58,12 +61,17 @@ def weight_format(weight: Weight, *, gated: bool) -> CudaFormat:
     scheme = weight.quant
     if scheme is None:
         raise ValueError("the weight is dense; the kernel reads integer codes")
+    if table:
+        raise ValueError("the weight is an embedding table as well, which is kept dense")
+    if scheme.book or scheme.minimum:
+        what = f"codes of {scheme.book}" if scheme.book else "a float minimum a group"
+        raise ValueError(f"the weight has {what}; the kernels read integers with integer zeros")
     return CudaFormat(
-        bits=4 if scheme.bits == 3 else scheme.bits,
+        bits=max(scheme.bits, 4),
         shape=(weight.shape[0], weight.shape[1]),
         gated=gated,
         group=scheme.group_size,
-        symmetric=scheme.symmetric and scheme.bits != 3,
+        symmetric=scheme.symmetric and scheme.bits >= 4,
         permuted=scheme.act_order,
     )
 

@@ -29,7 +29,7 @@ def cuda_format(name: str, graph: Graph) -> CudaFormat | None:
     if op is None or weight.quant is None:
         return None
     try:
-        return weight_format(weight, gated="epilogue" in op.attrs)
+        return weight_format(weight, gated="epilogue" in op.attrs, table=name in graph.tables())
     except ValueError:
         return None
 
@@ -63,6 +63,7 @@ def pack_cuda(name: str, read: Read, planes: Sequence[Plane], graph: Graph) -> d
 
 def pack_weight(weight: QuantizedWeight, fmt: CudaFormat) -> dict[str, NDArray[Any]]:
     """The packed planes of one weight, by suffix."""
+    weight = weight.by_row()
     g_idx = None if weight.g_idx is None else weight.g_idx.numpy()
     return pack(weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(), fmt, g_idx).planes()
 

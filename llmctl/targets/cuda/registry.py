@@ -123,7 +123,9 @@ def _refuse_gated(facts: OpFacts) -> str | None:
 
 
 def _gemm_format(facts: OpFacts) -> CudaFormat:
-    return weight_format(facts.graph.weights[facts.op.weights[0]], gated="epilogue" in facts.op.attrs)
+    name = facts.op.weights[0]
+    gated, table = "epilogue" in facts.op.attrs, name in facts.graph.tables()
+    return weight_format(facts.graph.weights[name], gated=gated, table=table)
 
 
 def _refuse_gemm(bits: int) -> Callable[[OpFacts], str | None]:

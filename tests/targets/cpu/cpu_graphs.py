@@ -71,6 +71,12 @@ class Sketch:
         name = self._table(table, dtype)
         return self.op("embed", (INPUT_IDS,), (table.shape[1],), (name,), {"scale": scale})[0]
 
+    def packed_embed(self, packed: PackedLinear, rows: int, scale: float = 1.0) -> str:
+        """Rows of a packed square table by token id."""
+        name = f"linear{len(self.linears)}"
+        self.linears[name], self.shapes[name] = packed, (rows, rows)
+        return self.op("embed", (INPUT_IDS,), (rows,), (name,), {"scale": scale})[0]
+
     def vector(self, values: NDArray[Any]) -> str:
         """A norm weight or bias."""
         name = f"vector{len(self.vectors)}"
@@ -124,7 +130,7 @@ class Sketch:
             self.ops.append(Op("gather_rows", "gather", (output,), (LOGITS,), layer=len(self.kv)))
         self.buffers[LOGITS] = Buffer(LOGITS, width)
         for op in self.ops:  # token ids are checked against the output's width
-            if op.kind in ("embed", "pos_embed"):
+            if op.weights and op.weights[0] in self.tables:
                 self._grow(op.weights[0], width if op.kind == "embed" else self.max_position)
         weights = {n: Weight(n, s, (WeightPart(n),)) for n, s in self.shapes.items()}
         graph = Graph(

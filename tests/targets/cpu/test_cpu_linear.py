@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_graphs import VARIANTS, Floats, Sketch, identity, quantization_is_right, run
+from cpu_graphs import VARIANTS, Floats, Native, Sketch, identity, quantization_is_right, run
 from numpy.typing import NDArray
 
-from llmctl.targets.cpu.layout import PackedLinear, pack_dense, pack_int, padded_columns
+from llmctl.engine.step import SequenceSlice
+from llmctl.graph.code_books import CODE_BOOKS
+from llmctl.targets.cpu.layout import INTEGER, PackedLinear, pack_dense, pack_e4m3, pack_int, padded_columns
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 
 pytestmark = [
@@ -24,6 +26,7 @@ pytestmark = [
 ]
 ROWS = (1, 2, 3, 7, 8, 9, 17, 33, 65)
 EXACT = 2**24
+DTYPES = (*INTEGER, "bf16", "f32", "e4m3")
 
 Ints = NDArray[np.int64]
 
@@ -40,20 +43,25 @@ class Case:
     top: int = 8
     act_order: bool = False
     gated: bool = False
+    minimum: bool = False
 
     def __str__(self) -> str:
         marks = [f"w{self.bits}", f"g{self.group}", f"{self.n}x{self.k}"]
-        marks += [name for name in ("symmetric", "act_order", "gated") if getattr(self, name)]
+        marks += [name for name in ("symmetric", "act_order", "gated", "minimum") if getattr(self, name)]
         return "-".join(marks)
 
 
 @dataclass(frozen=True)
 class IntLinear:
-    """A case's numbers: activations [65, K] f32, the packed weight, and what must come out [65, N], exactly."""
+    """A case's numbers: activations [65, K] f32, the packed weight, and what must come out [65, N], exactly.
+
+    ``weight`` [N, K] is what is packed.
+    """
 
     x: Floats
     packed: PackedLinear
     expected: Ints
+    weight: Ints
 
 
 def integer_linear(case: Case) -> IntLinear:
@@ -72,6 +80,7 @@ def integer_linear(case: Case) -> IntLinear:
         codes.astype(np.uint8), (2.0**shifts).astype(np.float16), zeros.astype(np.uint8),
         bits=case.bits, group=case.group, gated=case.gated,
         g_idx=group_of.astype(np.int32) if case.act_order else None,
+        minimums=-zeros * 2.0**shifts if case.minimum else None,
     )  # fmt: skip
     stored = packed.permutation if packed.permutation is not None else np.arange(k)
     act_codes = rng.integers(-case.top, case.top + 1, (max(ROWS), k))
@@ -85,7 +94,7 @@ def integer_linear(case: Case) -> IntLinear:
     # What any order of the sums may hold on the way: products of codes and of zeros apart.
     parts = np.abs(x) @ (codes << shifts[:, group_of]).T + np.abs(x) @ (zeros << shifts)[:, group_of].T
     assert parts.max() < EXACT
-    return IntLinear(x.astype(np.float32), packed, x @ weight.T)
+    return IntLinear(x.astype(np.float32), packed, x @ weight.T, weight)
 
 
 CASES = [
@@ -102,6 +111,8 @@ CASES = [
     Case(8, 64, 33, 64, top=127),
     Case(4, 32, 50, 128, act_order=True),
     Case(8, 64, 20, 192, True, act_order=True),
+    *(Case(bits, group, 45, 192, minimum=True) for bits in (4, 8) for group in (16, 64)),
+    Case(2, 16, 33, 64, minimum=True),
 ]
 
 
@@ -199,8 +210,10 @@ def test_real_activations_lose_only_their_rounding(variant: Variant, bits: int, 
 
 
 def dense_linear(dtype: str, n: int, k: int, gated: bool = False) -> tuple[Floats, PackedLinear, Ints]:
-    """Integers of up to 8 bits: exact in bf16, and their sums in float32."""
+    """Integers of up to 8 bits, exact in bf16, or of up to 4 with scales, exact in e4m3; and their sums in float32."""
     rng = np.random.default_rng(n * k)
+    if dtype == "e4m3":
+        return e4m3_linear(rng, n, k, gated)
     x, weight = rng.integers(-255, 256, (max(ROWS), k)), rng.integers(-127, 128, (n, k))
     assert (np.abs(x) @ np.abs(weight).T).max() < EXACT
     values = weight.astype(np.float32)
@@ -211,8 +224,45 @@ def dense_linear(dtype: str, n: int, k: int, gated: bool = False) -> tuple[Float
     return x.astype(np.float32), pack_dense(values, dtype, gated=gated), x @ weight.T
 
 
+def e4m3_linear(rng: np.random.Generator, n: int, k: int, gated: bool) -> tuple[Floats, PackedLinear, Ints]:
+    """Groups of 48 columns, so that the last may be shorter; every code but NaN's occurs where there is room."""
+    values = np.array(CODE_BOOKS["fp8_e4m3"].values)
+    whole = np.flatnonzero((values == np.rint(values)) & (np.abs(values) < 16))
+    x, codes = rng.integers(-255, 256, (max(ROWS), k)), rng.choice(whole, (n, k)).astype(np.uint8)
+    shifts = rng.integers(0, 3, (n, -(-k // 48)))
+    weight = values[codes].astype(np.int64) << np.repeat(shifts, 48, 1)[:, :k]
+    assert (np.abs(x) @ np.abs(weight).T).max() < EXACT
+    packed = pack_e4m3(codes, (2.0**shifts).astype(np.float32), group=48, gated=gated)
+    return x.astype(np.float32), packed, x @ weight.T
+
+
 @each_variant
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_every_float8_code_is_decoded(variant: Variant) -> None:
+    """One column: each output is a code's value, denormals included, times a scale that is no power of two."""
+    values = np.array(CODE_BOOKS["fp8_e4m3"].values, np.float32)
+    codes = np.flatnonzero(~np.isnan(values)).astype(np.uint8)
+    packed = pack_e4m3(codes[:, None], np.full((len(codes), 1), 0.7, np.float32), group=-1, gated=False)
+    sketch = Sketch()
+    out = sketch.linear(sketch.rows(np.ones((1, 1), np.float32)), packed, len(codes))[0]
+    assert np.array_equal(run(sketch, out, variant, (1,))[0][0], values[codes] * np.float32(0.7))
+
+
+@each_variant
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize(("bits", "group", "width"), [(4, 32, 96), (8, 16, 80), (4, -1, 60)])
+def test_embeddings_are_looked_up_in_tiles(variant: Variant, bits: int, group: int, width: int, minimum: bool) -> None:
+    """Of a table that is packed as an output head is; columns of padding are not written."""
+    made = integer_linear(Case(bits, group, width, width, minimum=minimum))
+    sketch = Sketch()
+    sketch.max_position = width
+    native = Native(sketch, sketch.packed_embed(made.packed, width, scale=0.5), variant)
+    found = native.step(SequenceSlice("a", list(range(width)), 0, list(range(8)), False))
+    native.runtime.close()
+    assert np.array_equal(found, made.weight / 2)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", ["bf16", "f32", "e4m3"])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (33, 60), (1, 1), (100, 129), (47, 300), (256, 17)])
 def test_dense_linear_is_exact(variant: Variant, dtype: str, n: int, k: int) -> None:
     x, packed, expected = dense_linear(dtype, n, k)
@@ -237,12 +287,12 @@ def test_dense_linear_on_real_numbers(variant: Variant, dtype: str, bound: float
 
 
 @each_variant
-@pytest.mark.parametrize("dtype", ["w4", "w8", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_and_splits_are_exact(variant: Variant, dtype: str) -> None:
     """A merged linear: outputs that begin off the tile, each with its part of the bias."""
     splits, k = (40, 17, 23), 64
-    if dtype in ("w4", "w8"):
-        made = integer_linear(Case(int(dtype[1]), 32, sum(splits), k))
+    if dtype in INTEGER:
+        made = integer_linear(Case(int(dtype[1]), 32, sum(splits), k, minimum=dtype.endswith("_min")))
         x, packed, expected = made.x, made.packed, made.expected
     else:
         x, packed, expected = dense_linear(dtype, sum(splits), k)
@@ -257,13 +307,13 @@ def test_bias_and_splits_are_exact(variant: Variant, dtype: str) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("dtype", ["w4", "w8", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 33, 84])
 def test_gated_relu_is_exact(variant: Variant, dtype: str, width: int) -> None:
     """relu(gate) * up: a product of exact integers, rounded once."""
     k, rows = 64, (1, 3, 8, 17)
-    if dtype in ("w4", "w8"):
-        made = integer_linear(Case(int(dtype[1]), 32, 2 * width, k, top=3, gated=True))
+    if dtype in INTEGER:
+        made = integer_linear(Case(int(dtype[1]), 32, 2 * width, k, top=3, gated=True, minimum=dtype.endswith("_min")))
         x, packed, expected = made.x, made.packed, made.expected
     else:
         x, packed, expected = dense_linear(dtype, 2 * width, k, gated=True)
@@ -277,15 +327,15 @@ def test_gated_relu_is_exact(variant: Variant, dtype: str, width: int) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("dtype", ["w4", "w8", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("group", [32, 128])
 def test_linear_that_quantizes(variant: Variant, dtype: str, gated: bool, group: int) -> None:
     """A linear may write the next one's int8 operand itself: the codes of its float output, at any number of rows."""
     width, k = 256, 64
     n = width * (1 + gated)
-    if dtype in ("w4", "w8"):
-        made = integer_linear(Case(int(dtype[1]), 32, n, k, top=3, gated=gated))
+    if dtype in INTEGER:
+        made = integer_linear(Case(int(dtype[1]), 32, n, k, top=3, gated=gated, minimum=dtype.endswith("_min")))
         x, packed = made.x, made.packed
     else:
         x, packed, _ = dense_linear(dtype, n, k, gated)

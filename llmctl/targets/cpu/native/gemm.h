@@ -1,11 +1,14 @@
-// Micro-kernels of the GEMMs y[m][n] = sum_k x[m][k] * w[n][k]: int8 activations with 4- or 8-bit weights, bf16, fp32.
+// Micro-kernels of the GEMMs y[m][n] = sum_k x[m][k] * w[n][k]: int8 activations with 4- or 8-bit weights, bf16, fp32,
+// fp32 activations with float8 weights.
 //
 // Weights are packed for the target when the engine is built (targets/cpu/layout.py), in tiles of 32 outputs:
 //   w4     per 4 columns one 64-byte line; byte 4*lane+j holds column k+j of outputs `lane` (low nibble), 16+lane (high)
 //   w8     per 4 columns two lines of whole bytes: outputs 0..15, then 16..31
 //   bf16   per 2 columns two lines of 16 outputs x 2 columns
 //   fp32   per column two lines of 16 outputs
-// w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale.
+//   e4m3   per column 32 bytes of 32 outputs, with scales fp32 [tiles][groups][32]: w = float(code) * scale
+// w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
+// in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum.
 //
 // Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
@@ -20,6 +23,8 @@ struct Weights {
   const uint8_t* data;
   const uint16_t* scales;
   const uint8_t* zeros;
+  const uint16_t* minimums;
+  const float* scales32;
   int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
 };
 
@@ -31,16 +36,19 @@ struct ReadyTile {
   static int64_t bytes(int64_t k, int64_t act_group) { return k * kTile + k / act_group * kTile * 4; }
 };
 
-template <int kBits>
+template <int kBits, bool kMin>
 static inline void make_ready(const Weights& w, int64_t tile, int64_t act_group, const ReadyTile& out) {
   const u8x64 one = u8x64{} + 1;
-  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = w.zeros + tile * (w.k / w.group) * kTile;
+  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = kMin ? nullptr : w.zeros + tile * (w.k / w.group) * kTile;
   int8_t* to = out.codes;
   int32_t* offsets = out.offsets;
   for (int64_t k = 0; k < w.k; offsets += kTile) {
     // A zero point in each byte of its output's lane.
-    const u8x64 zero0 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile) * 0x01010101);
-    const u8x64 zero1 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile + kLanes) * 0x01010101);
+    u8x64 zero0{}, zero1{};
+    if constexpr (!kMin) {
+      zero0 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile) * 0x01010101);
+      zero1 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile + kLanes) * 0x01010101);
+    }
     i32x16 sum0{}, sum1{};
     for (const int64_t end = k + act_group; k < end; k += 4, codes += kBits * 16, to += 128) {
       const u8x64 line = load<u8x64>(codes);
@@ -115,29 +123,30 @@ static inline __attribute__((always_inline)) void add_products(const uint8_t* co
   }
 }
 
-// What the sums of an activation group start from: what makes them sums of (code - zero) * x.
+// What the sums of an activation group start from: what makes them sums of (code - zero) * x, or of code * x.
 // offsets: of a ReadyTile's group, for many rows.
-template <int kBits, bool kMany, int R>
+template <int kBits, bool kMany, bool kMin, int R>
 static inline __attribute__((always_inline)) void start_sums(const int32_t* offsets, const uint8_t* zeros,
                                                              const int32_t* negated_sums, i32x16 (&acc)[R][2]) {
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
     i32x16 zero{}, offset{};
-    if (!kMany || kBits == 8) zero = u8_to_i32(zeros + half * kLanes) - (kMany ? 128 : 0);
+    if (!kMin && (!kMany || kBits == 8)) zero = u8_to_i32(zeros + half * kLanes) - (kMany ? 128 : 0);
+    if (kMin && kMany && kBits == 8) zero -= 128;
     if (kMany) offset = load<i32x16>(offsets + half * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       acc[r][half] = offset;
-      if (!kMany || kBits == 8) acc[r][half] += mul_small(zero, negated_sums[r]);
+      if (kMin ? kMany && kBits == 8 : !kMany || kBits == 8) acc[r][half] += mul_small(zero, negated_sums[r]);
     }
   }
 }
 
 // total[r][half]: outputs 16*half .. 16*half+15 of the tile for the R rows of the block starting at `row`.
 // With integer sums s = sum of (code - zero) * x over an activation group, exact in 32 bits,
-// total = sum over groups of s * (weight scale * activation scale).
+// total = sum over groups of s * (weight scale * activation scale), and with minimums of minimum * sum of x.
 // Meanwhile `ahead` is fetched: the tile to be read next; many rows: bytes of it, `ready` being the tile at hand.
-template <int kBits, bool kMany, int R>
+template <int kBits, bool kMany, bool kMin, int R>
 static inline __attribute__((always_inline)) void int_tile(const Weights& w, const ReadyTile& ready, const IntActs& x,
                                                            int64_t tile, int64_t row, Ahead ahead,
                                                            f32x16 (&total)[R][2]) {
@@ -145,7 +154,8 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
   constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
   const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
   const uint16_t* scales = w.scales + tile * groups * kTile;
-  const uint8_t* zeros = w.zeros + tile * groups * kTile;
+  const uint8_t* zeros = kMin ? nullptr : w.zeros + tile * groups * kTile;
+  const uint16_t* minimums = kMin ? w.minimums + tile * groups * kTile : nullptr;
   const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.data + tile * w.k * kTile * kBits / 8;
   const NextTile next{ahead.next, (w.k / 4 * kLine / 4 + kLine - 1) / kLine * kLine};
   int64_t line = 0;
@@ -155,11 +165,11 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
   const int32_t* sums = x.negated_sums + row * x.groups();
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
-  for (int64_t g = 0; g < groups; g++, scales += kTile, zeros += kTile) {
+  for (int64_t g = 0; g < groups; g++, scales += kTile) {
     if (kMany) ahead.fetch(groups);
     for (int64_t part = 0; part < ratio; part++, xs += R, sums += R) {
       i32x16 acc[kChains][R][2] = {};
-      start_sums<kBits, kMany, R>(offsets, zeros, sums, acc[0]);
+      start_sums<kBits, kMany, kMin, R>(offsets, zeros, sums, acc[0]);
       if (kMany) offsets += kTile;
       const int8_t* end = xp + x.group * R;
       for (; xp + 4 * R * kChains <= end; xp += 4 * R * kChains) {
@@ -179,10 +189,17 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
         const f32x16 scale = f16_to_f32x16(scales + half * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) total[r][half] = fused(to_f32(acc[0][r][half]), scale * xs[r], total[r][half]);
+        if constexpr (kMin) {
+          const f32x16 minimum = f16_to_f32x16(minimums + half * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) total[r][half] = fused(minimum, float(-sums[r]) * xs[r], total[r][half]);
+        }
       }
       // Eight rows' totals and sums would fill all 32 registers: totals stay in memory, or the compiler spills both.
       if (R == 8) asm volatile("" : : "r"(&total) : "memory");
     }
+    if constexpr (kMin) minimums += kTile;
+    else zeros += kTile;
   }
 }
 
@@ -219,6 +236,49 @@ static inline __attribute__((always_inline)) void f32_tile(const Weights& w, con
       total[r][0] = fused(first, value, total[r][0]);
       total[r][1] = fused(second, value, total[r][1]);
     }
+  }
+}
+
+// Weights decoded in registers; products are summed within a group, then scaled. Any group size: the last may be shorter.
+template <int R>
+static inline __attribute__((always_inline)) void e4m3_tile(const Weights& w, const float* x, int64_t ldx, int64_t tile,
+                                                            int64_t row, f32x16 (&total)[R][2]) {
+  const uint8_t* line = w.data + tile * w.k * kTile;
+  const float* scales = w.scales32 + tile * ((w.k + w.group - 1) / w.group) * kTile;
+  const float* xp = x + row * ldx;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
+  for (int64_t k = 0; k < w.k; scales += kTile) {
+    f32x16 sum[R][2] = {};
+    for (const int64_t end = k + w.group < w.k ? k + w.group : w.k; k < end; k++, line += kTile) {
+      __builtin_prefetch(line + 1024);
+      const f32x16 first = e4m3_to_f32x16(line), second = e4m3_to_f32x16(line + kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const float value = xp[r * ldx + k];
+        sum[r][0] = fused(first, value, sum[r][0]);
+        sum[r][1] = fused(second, value, sum[r][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      total[r][0] = fused(sum[r][0], load<f32x16>(scales), total[r][0]);
+      total[r][1] = fused(sum[r][1], load<f32x16>(scales + kLanes), total[r][1]);
+    }
+  }
+}
+
+// The first n weights of one output of a packed integer weight.
+template <int kBits, bool kMin>
+static inline void unpack_row(const Weights& w, int64_t row, int64_t n, float* y) {
+  const int64_t tile = row / kTile, lane = row % kTile % kLanes, half = row % kTile / kLanes;
+  const uint8_t* codes = w.data + tile * w.k * kTile * kBits / 8 + (kBits == 8 ? half * 64 : 0) + 4 * lane;
+  for (int64_t k = 0; k < n; k++) {
+    const int64_t at = (tile * (w.k / w.group) + k / w.group) * kTile + row % kTile;
+    const uint8_t byte = codes[k / 4 * kBits * 16 + k % 4];
+    const int code = kBits == 8 ? byte : half ? byte >> 4 : byte & 15;
+    const float scale = f16_to_f32(w.scales[at]);
+    y[k] = kMin ? fused(float(code), scale, f16_to_f32(w.minimums[at])) : float(code - w.zeros[at]) * scale;
   }
 }
 

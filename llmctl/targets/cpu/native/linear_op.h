@@ -48,7 +48,20 @@ static inline __attribute__((always_inline)) void finish_tile(const OpDesc& op, 
 }
 
 static constexpr int weight_bits(const OpDesc& op) {
-  return op.weight_dtype == kW4 ? 4 : op.weight_dtype == kW8 ? 8 : op.weight_dtype == kBf16 ? 16 : 32;
+  switch (op.weight_dtype) {
+    case kW4: case kW4Min: return 4;
+    case kW8: case kW8Min: case kE4m3: return 8;
+    case kBf16: case kF16: return 16;
+    default: return 32;
+  }
+}
+
+static constexpr int int_bits(int type) { return type == kW4 || type == kW4Min ? 4 : 8; }
+static constexpr bool has_minimums(int type) { return type == kW4Min || type == kW8Min; }
+static constexpr bool is_int(int type) { return type == kW4 || type == kW8 || has_minimums(type); }
+
+static inline Weights weights_of(const OpDesc& op) {
+  return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.n_padded, op.k, op.group};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
@@ -85,8 +98,9 @@ static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTil
   // A store to a line that is no longer in cache would wait for memory (512 rows: 120 ms without, 107 with).
   for (int r = 0; r < R; r++) prefetch_to_write(y.data + r * y.ld + at * (op.act ? kLanes : kTile), op.act ? 64 : 128);
   f32x16 total[R][2];
-  if constexpr (kType == kW4) int_tile<4, kMany, R>(w, ready, op.x8, tile, row, ahead, total);
-  else if constexpr (kType == kW8) int_tile<8, kMany, R>(w, ready, op.x8, tile, row, ahead, total);
+  if constexpr (is_int(kType))
+    int_tile<int_bits(kType), kMany, has_minimums(kType), R>(w, ready, op.x8, tile, row, ahead, total);
+  else if constexpr (kType == kE4m3) e4m3_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
   else if constexpr (kType == kBf16) bf16_tile<R>(w, op.x16, w.k, tile, row, total);
   else f32_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
   finish_tile<R>(op, tile, y, at, total);
@@ -107,10 +121,9 @@ static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, in
   const int64_t tile_bytes = w.k * kTile * weight_bits(op) / 8;
   Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, 0};
   if constexpr (kMany) {
-    constexpr int kBits = kType == kW4 ? 4 : 8;
     ahead.bytes = tile_bytes / ((patch.row_end - patch.row + 7) / 8);
     ready = scratch.ready(w.k, op.x8.group);
-    make_ready<kBits>(w, tile, op.x8.group, ready);
+    make_ready<int_bits(kType), has_minimums(kType)>(w, tile, op.x8.group, ready);
   }
   for (int64_t row = patch.row; row < patch.row_end; ahead.next += ahead.bytes) {
     const Outputs here{y.data + (row - patch.row) * y.ld, y.ld, y.n};
@@ -127,7 +140,7 @@ static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, in
 
 template <int kType, bool kMany>
 static void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
-  const Weights w{op.w, op.w_scales, op.w_zeros, op.n_padded, op.k, op.group};
+  const Weights w = weights_of(op);
   const int64_t group = op.y8.group;
   const Outputs y = op.y8.codes ? Outputs{scratch.columns(), group, group}
                                 : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n};
@@ -146,6 +159,9 @@ static inline void linear_patch(const OpDesc& op, const Units& units, const Patc
   switch (op.weight_dtype) {
     case kW4: return many ? linear_patch<kW4, true>(op, units, patch, scratch) : linear_patch<kW4, false>(op, units, patch, scratch);
     case kW8: return many ? linear_patch<kW8, true>(op, units, patch, scratch) : linear_patch<kW8, false>(op, units, patch, scratch);
+    case kW4Min: return many ? linear_patch<kW4Min, true>(op, units, patch, scratch) : linear_patch<kW4Min, false>(op, units, patch, scratch);
+    case kW8Min: return many ? linear_patch<kW8Min, true>(op, units, patch, scratch) : linear_patch<kW8Min, false>(op, units, patch, scratch);
+    case kE4m3: return linear_patch<kE4m3, false>(op, units, patch, scratch);
     case kBf16: return linear_patch<kBf16, false>(op, units, patch, scratch);
     default: return linear_patch<kF32, false>(op, units, patch, scratch);
   }

@@ -65,7 +65,20 @@ struct llmctl_program {
 
 namespace {
 
+// A row of a packed table. It lies in pieces of 4 columns, a line apart: K / 4 cache lines, for one row a token.
+void packed_row(const OpDesc& op, int64_t id, float* y) {
+  const Weights w = weights_of(op);
+  switch (op.weight_dtype) {
+    case kW4: unpack_row<4, false>(w, id, op.width, y); break;
+    case kW8: unpack_row<8, false>(w, id, op.width, y); break;
+    case kW4Min: unpack_row<4, true>(w, id, op.width, y); break;
+    default: unpack_row<8, true>(w, id, op.width, y);
+  }
+  for (int64_t i = 0; i < op.width; i++) y[i] *= op.scale;
+}
+
 void embed_row(const OpDesc& op, int64_t id, float* y) {
+  if (is_int(op.weight_dtype)) return packed_row(op, id, y);
   const uint8_t* row = op.w + id * op.width * (op.weight_dtype == kF32 ? 4 : 2);
   for (int64_t i = 0; i < op.width; i++) {
     const float value = op.weight_dtype == kF32    ? ((const float*)row)[i]

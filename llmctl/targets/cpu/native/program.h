@@ -27,7 +27,8 @@ enum Kind : int32_t {
 };
 constexpr int kMaxKinds = 16;
 
-enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4 };
+// kW4Min, kW8Min: integers with a minimum a group. kE4m3: float8_e4m3 codes.
+enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4, kW4Min = 5, kW8Min = 6, kE4m3 = 7 };
 
 // fp32 matrix [rows][ld]; a buffer may be a column range of a wider one.
 struct Matrix {
@@ -49,9 +50,11 @@ struct OpDesc {
   int64_t width;         // columns of x
   int64_t n;             // valid outputs of a linear (of the epilogue)
   int64_t n_padded, k, group;
-  const uint8_t* w;      // linear: packed; embeddings: [V][width]; norms: fp32
+  const uint8_t* w;      // linear: packed; embeddings: packed, or [V][width]; norms: fp32
   const uint16_t* w_scales;
   const uint8_t* w_zeros;
+  const uint16_t* w_minimums;
+  const float* w_scales32;  // kE4m3
   const float* bias;     // linear: fp32 in tile order, padded; layer norm: b
   const int32_t* permutation;  // kQuantize: column order of an act-order weight, or null
   uint16_t* x16;         // bf16 operand, row stride k

@@ -212,6 +212,21 @@ static inline f32x16 f16_to_f32x16(const uint16_t* p) {
 #endif
 }
 
+// Sixteen float8_e4m3 values, none of them NaN. As fp16 bits a value is 2^8 times too small, denormals included; as fp32
+// bits its denormals would be fp32's, which cost some machines a microcode assist each.
+static inline f32x16 e4m3_to_f32x16(const uint8_t* p) {
+#if defined(LLMCTL_AVX512)
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+  return (f32x16)_mm512_maskz_cvtph_ps(0xffff, _mm256_or_si256(sign, rest)) * 256.0f;
+#else
+  uint16_t half[16];
+  for (int i = 0; i < 16; i++) half[i] = uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
+  return f16_to_f32x16(half) * 256.0f;
+#endif
+}
+
 static inline u8x64 high_nibbles(u8x64 v) {
 #if defined(LLMCTL_AVX512)
   return (u8x64)_mm512_and_si512(_mm512_srli_epi16((__m512i)v, 4), _mm512_set1_epi8(15));

@@ -17,15 +17,18 @@ from llmctl.targets.reference.runtime import ReferenceRuntime
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 W4 = QuantScheme(4, 64, symmetric=False)
+READS_NONE = "no CUDA kernel reads 8 weights as they are quantized"
 
 
 @pytest.mark.parametrize(
     ("config", "quant", "said", "captured"),
     [
         ({**LLAMA, "head_dim": 48}, W4, "no CUDA kernel for 'attention' ops: head size 48; the kernels have", False),
-        (LLAMA, QuantScheme(3, 16, symmetric=True), "no CUDA kernel reads 8 weights as they are quantized", True),
+        (LLAMA, QuantScheme(3, 16, symmetric=True), READS_NONE, True),
+        (LLAMA, QuantScheme(4, 32, symmetric=False, minimum=True), READS_NONE, True),
+        (LLAMA, QuantScheme(8, 16, symmetric=True, book="fp8_e4m3", block_rows=32), READS_NONE, True),
     ],
-    ids=["attention", "groups of 16"],
+    ids=["attention", "groups of 16", "minimums", "fp8 blocks"],
 )
 def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, caplog):
     graph, weights = tiny_model(config, quant, CUDA_PASSES)

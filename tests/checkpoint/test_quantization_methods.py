@@ -1,0 +1,160 @@
+"""compressed-tensors, fp8 and ModelOpt checkpoints: what is refused, and in which words; methods that are not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_samples import write_folder
+from quantized_files import FORMATS
+
+from llmctl.checkpoint.compressed_tensors import matches
+from llmctl.checkpoint.methods import REFUSED
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
+from llmctl.errors import CheckpointError, UnsupportedModelError
+from llmctl.graph.graph import QuantScheme
+
+MODULE = "model.layers.0.mlp.up_proj"
+WEIGHT = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)) / 16
+
+
+def folder(path: Path, name: str, *, planes: dict[str, Any] | None = None, **config: Any) -> Path:
+    """One module of a format; ``planes`` and ``config`` replace what the format has (None: leave out)."""
+    fmt = FORMATS[name]
+    made = {**fmt.make(WEIGHT)[0], **(planes or {})}
+    tensors = {f"{MODULE}.{suffix}": plane.contiguous() for suffix, plane in made.items() if plane is not None}
+    return write_folder(path, {fmt.key: {**fmt.config, **config}}, tensors)
+
+
+def weights(**changes: Any) -> dict[str, Any]:
+    """The config groups of one group, its weights changed."""
+    args = {"type": "int", "num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 128, **changes}
+    return {"group_0": {"targets": ["Linear"], "weights": args}}
+
+
+@pytest.mark.parametrize("target", ["Linear", MODULE, r"re:.*up_proj$", "re:model"])
+def test_targets_that_name_the_module(tmp_path: Path, target: str) -> None:
+    groups = {
+        "other": {"targets": ["re:.*down_proj"], "weights": {"type": "int", "num_bits": 8, "strategy": "channel"}},
+        "group_0": {**weights()["group_0"], "targets": [target]},
+    }
+    checkpoint = open_checkpoint(folder(tmp_path, "ct-w4-g128", config_groups=groups))
+    assert checkpoint.names() == [f"{MODULE}.weight"]
+    assert checkpoint.describe(f"{MODULE}.weight").quant == QuantScheme(4, -1, True)
+
+
+def test_patterns_match_from_the_start() -> None:
+    assert matches("lm_head", "lm_head")
+    assert not matches("lm_head", "lm")
+    assert matches("lm_head", "re:lm")
+    assert not matches("model.lm_head", "re:lm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"config": {"ignore": [MODULE]}}, "though the config's ignore list names it"),
+        ({"config": {"ignore": ["re:.*up_proj"]}}, "though the config's ignore list names it"),
+        ({"config": {"config_groups": {"g": {**weights()["group_0"], "targets": ["re:.*down"]}}}}, "no config group"),
+        ({"config": {"config_groups": weights(symmetric=False)}}, "asymmetric, but there is no weight_zero_point"),
+        ({"config": {"config_groups": weights(group_size=32)}}, r"scales: expected shape .* \[256, 4\].*found"),
+        ({"planes": {"weight_shape": None}}, "weight_packed needs a weight_shape"),
+        ({"planes": {"weight_shape": torch.tensor([256, 64])}}, r"weight_packed: expected shape \[256, 8\]"),
+        ({"planes": {"weight_packed": None}}, "weight: expected a matrix of I8 or a weight_packed, found none"),
+        ({"planes": {"weight_zero_point": torch.ones(256, 1, dtype=torch.int8)}}, "zero points are not all 0"),
+    ],
+)
+def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    made = folder(tmp_path, "ct-w4-g128", planes=changes.get("planes"), **changes.get("config", {}))
+    with pytest.raises(CheckpointError, match=reason) as error:
+        open_checkpoint(made).weight(f"{MODULE}.weight")
+    assert MODULE in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "reason"),
+    [
+        ({"config_groups": weights(num_bits=3)}, UnsupportedModelError, "type int with 3 bits by group are not read"),
+        ({"config_groups": weights(type="float", num_bits=4)}, UnsupportedModelError, "type float with 4 bits"),
+        ({"config_groups": weights(group_size="x")}, CheckpointError, "group_size: expected a positive integer"),
+        ({"config_groups": {}}, CheckpointError, "expected an object config_groups"),
+        ({"format": "nvfp4-pack-quantized"}, UnsupportedModelError, "'nvfp4-pack-quantized' is not read; known: pack"),
+        ({"config_groups": weights(strategy="block")}, CheckpointError, "block_structure: expected two positive"),
+        ({"config_groups": weights(num_bits=4.0)}, UnsupportedModelError, r"with 4\.0 bits"),
+        ({"ignore": ["re:("]}, CheckpointError, r"'re:\(' is no regular expression"),
+        ({"ignore": 5}, CheckpointError, "ignore: expected names, found 5"),
+        ({"quant_method": "fp8", "ignored_layers": {"a": 1}}, CheckpointError, "ignored_layers: expected names"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": 1}, CheckpointError, "exclude_modules:"),
+    ],
+)
+def test_configs_that_cannot_be_read(tmp_path: Path, config: dict[str, Any], error: type, reason: str) -> None:
+    with pytest.raises(error, match=reason):
+        open_checkpoint(folder(tmp_path, "ct-w4-g128", **config))
+
+
+def test_unpacked_zero_points_of_old_writers(tmp_path: Path) -> None:
+    """Writers before compressed-tensors 0.9 did not pack them."""
+    planes, meant = FORMATS["ct-w4-g32-asym"].make(WEIGHT)
+    packed = planes["weight_zero_point"]
+    signed = torch.stack([packed >> 4 * i & 15 for i in range(8)], 1).flatten(0, 1) - 8
+    checkpoint = open_checkpoint(
+        folder(tmp_path, "ct-w4-g32-asym", planes={"weight_zero_point": signed.to(torch.int8)})
+    )
+    found = checkpoint.weight(f"{MODULE}.weight")
+    assert isinstance(found, QuantizedWeight)
+    torch.testing.assert_close(found.dequantize(), meant)
+
+
+@pytest.mark.parametrize("name", ["ct-fp8-channel", "fp8-blocks", "modelopt-fp8"])
+def test_nan_codes_are_refused(tmp_path: Path, name: str) -> None:
+    codes = FORMATS[name].make(WEIGHT)[0]["weight"].clone()
+    codes.view(torch.uint8)[3, 4] = 0xFF
+    made = folder(tmp_path, name, planes={"weight": codes})
+    if FORMATS[name].file != "config.json":
+        (made / FORMATS[name].file).write_text(json.dumps(FORMATS[name].config))
+        (made / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=f"'{MODULE}': weight: NaN among the float8 codes"):
+        open_checkpoint(made).weight(f"{MODULE}.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights in e5m2 are not read"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4 blocks"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ' is not read; known: FP8"),
+        *(({"quant_method": name}, name) for name in REFUSED),
+    ],
+)
+def test_methods_that_are_not_read(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    made = write_folder(tmp_path, {"quantization_config": config}, {"model.norm.weight": torch.ones(4)})
+    with pytest.raises(UnsupportedModelError, match=reason):
+        open_checkpoint(made)
+
+
+@pytest.mark.parametrize(
+    "also", [{}, {"quantization_config": {"bits": 4, "group_size": 64}}, {"text_config": {"model_type": "llama"}}]
+)
+def test_mlx_names_its_method_nowhere(tmp_path: Path, also: dict[str, Any]) -> None:
+    config = {"quantization": {"bits": 4, "group_size": 64}, **also}
+    made = write_folder(tmp_path, config, {"model.norm.weight": torch.ones(4)})
+    with pytest.raises(UnsupportedModelError, match="MLX's layout") as error:
+        open_checkpoint(made)
+    assert "llmctl quantize" in str(error.value.fix)
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [((256, 128), 128), ((96, 128), 1), ((128, 96), 128)])
+def test_blocks_of_rows_are_kept_where_no_seam_cuts_one(rows: tuple[int, int], blocks: int) -> None:
+    scheme = QuantScheme(8, 64, True, book="fp8_e4m3", block_rows=128)
+    parts = []
+    for count in rows:
+        scales = torch.rand(scheme.row_blocks(count), 2)
+        codes = torch.randint(0, 127, (count, 128), dtype=torch.uint8)
+        parts.append(QuantizedWeight(codes, scales, torch.zeros(scales.shape, dtype=torch.uint8), scheme))
+    found = stack_rows(parts)
+    assert found.scheme.block_rows == blocks
+    assert torch.equal(found.dequantize(), torch.cat([part.dequantize() for part in parts]))

@@ -1,0 +1,125 @@
+"""Every quantized format on every target: logits of what its owner says that the weights are, and kept at its size."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from quantized_files import FORMATS, VOCAB, linear_shapes, write_gguf_pair, write_pair
+
+from llmctl.artifact.builder import build_engine
+from llmctl.artifact.loader import load_engine
+from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
+from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.config import BuildConfig
+from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
+from llmctl.targets.cpu.toolchain import find_compiler
+
+GROWTH = {
+    "fp8-blocks": (1.01, 1.04),
+    "Q4_0": (1.01, 1.06),
+    "Q5_0": (1.56, 1.60),
+    "Q5_1": (1.51, 1.51),
+    "Q2_K": (3.06, 2.30),
+    "Q3_K": (1.76, 1.61),
+    "Q4_K": (1.34, 1.12),
+    "Q5_K": (1.83, 1.65),
+    "Q6_K": (1.53, 1.46),
+}
+"""Engine over checkpoint, by target (reference, cpu), where it is more than 1.03: scales of blocks or super-blocks are
+written out (on a cpu target in float16, with a zero for each), and codes of 2 and 3 bits take 4, of 5 and 6 bits 8."""
+COVERING = ("ct-w4-g32-asym", "ct-w8a8-static", "ct-fp8-tensor", "fp8-blocks", "Q4_1", "Q4_K", "Q6_K")
+"""In the default suite: integers with either zero, minimums, a code book; every shape of scales."""
+NAMES = [pytest.param(n, marks=() if n in COVERING else pytest.mark.slow) for n in (*FORMATS, *BLOCK_FORMATS)]
+TOKENS = [1, 17, 5, 80, 33, 9, 64, 2, 41, 11, 95, 3, 28, 70, 50, 6, 7, 8]
+_FOLDER: list[TemporaryDirectory[str]] = []
+_SIZES = EngineRequest(kv_cache_bytes=4 << 20, max_num_seqs=8)
+
+
+@cache
+def pair(name: str) -> tuple[Path, Path, int]:
+    """A format's checkpoint, its dense twin, and the bytes of its quantized modules."""
+    if not _FOLDER:
+        _FOLDER.append(TemporaryDirectory())
+    folder = Path(_FOLDER[0].name) / name
+    return write_pair(folder, FORMATS[name]) if name in FORMATS else write_gguf_pair(folder, name)
+
+
+@cache
+def engine(model: Path, target: str, dtype: str) -> Path:
+    """An engine of a checkpoint."""
+    output = model.parent / f"{model.name}-{target}-{dtype}"
+    build_engine(BuildConfig(model=str(model), output=str(output), target=target, dtype=dtype))
+    return output
+
+
+@cache
+def logprobs(model: Path, target: str, dtype: str, rows: int = len(TOKENS)) -> NDArray[np.float32]:
+    """Log-probabilities [rows, VOCAB] after each of the first tokens, in one step."""
+    runtime = open_runtime(load_engine(engine(model, target, dtype), _SIZES), threads=2)
+    plan = StepPlan((SequenceSlice("r", TOKENS[:rows], 0, [0, 1], False, TOKENS[:rows], VOCAB),))
+    none = SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    scores = runtime.execute(plan, none).result().scores["r"]
+    found = np.zeros((rows, VOCAB), np.float32)
+    np.put_along_axis(found, scores.top_ids, scores.top_logprobs, 1)
+    return found
+
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
+on_targets = pytest.mark.parametrize("target", ["reference", pytest.param("cpu", marks=needs_compiler)])
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *BLOCK_FORMATS])
+def test_weights_are_what_the_format_means(name: str) -> None:
+    quantized, dense, _ = pair(name)
+    found, meant = open_checkpoint(quantized), open_checkpoint(dense)
+    for module, shape in linear_shapes().items():
+        weight = found.weight(f"{module}.weight")
+        assert isinstance(weight, QuantizedWeight)
+        assert weight.scheme == found.describe(f"{module}.weight").quant
+        assert weight.shape == shape
+        np.testing.assert_allclose(weight.dequantize(), meant.weight(f"{module}.weight"), rtol=2e-7, atol=0)
+
+
+@on_targets
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_the_dequantized_weights(name: str, target: str) -> None:
+    quantized, dense, _ = pair(name)
+    expected = logprobs(dense, "reference", "float32")
+    for rows in (len(TOKENS), 1):
+        found = logprobs(quantized, target, "float32", rows)
+        assert np.abs(found - expected[:rows]).max() < 1e-4
+
+
+def linear_bytes(folder: Path) -> int:
+    """Bytes that an engine's quantized weights take."""
+    loaded = load_engine(folder)
+    names = tuple(f"{name}." for name, weight in loaded.graph.weights.items() if weight.quant is not None)
+    return sum(plane.data.nbytes for name, plane in loaded.weights.items() if name.startswith(names))
+
+
+@on_targets
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_is_as_large_as_the_checkpoint(name: str, target: str) -> None:
+    quantized, _, size = pair(name)
+    dtype = "bfloat16" if target == "cpu" else "float32"
+    most = GROWTH.get(name, (1.03, 1.03))[target == "cpu"]
+    assert linear_bytes(engine(quantized, target, dtype)) <= most * size
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", NAMES)
+def test_cpu_kernels_read_what_was_packed(name: str) -> None:
+    """bfloat16 engines round activations: nearer to the dequantized weights than a step of a code is to nothing."""
+    quantized, dense, _ = pair(name)
+    expected = logprobs(dense, "reference", "float32")
+    plain = np.abs(logprobs(dense, "cpu", "bfloat16") - expected).max()
+    error = np.abs(logprobs(quantized, "cpu", "bfloat16") - expected).max()
+    assert error < max(0.1, 4 * plain)
