@@ -62,6 +62,7 @@ _HEADERS = {True: "%llguidance {} ", False: '%llguidance {"no_forcing": true} '}
 _EXCERPT = re.compile(r"\n\s*\d+ \| ")
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _MAX_MESSAGE = 400
+_NICENESS = 5
 _PROBES = ("name", " name", 'a": "b', "x1 \u00e9\n")
 _MIN_PROPERTIES = "minProperties above 1 and the number of required properties, where others may be added"
 
@@ -270,6 +271,7 @@ def _refusal(spec: GrammarSpec, text: str) -> RequestError:
 
 
 def _be_nice() -> None:
-    """Compiling threads get what processor time the engine leaves."""
+    """Compiling threads get the smaller share of a busy processor; not the smallest, at which grammars of some ms took
+    more than ``grammar_queue.COMPILE_SECONDS`` beside other processes."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
