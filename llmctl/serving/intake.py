@@ -5,7 +5,6 @@ Everything that can be refused without the engine is refused here, before a resp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -15,9 +14,7 @@ from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving.final_message import mark_end, up_to_mark
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
-    MAX_PROMPT_LOGPROBS,
     OWN_VARIABLES,
-    TOKEN_ID_KEY,
     ChatCompletionRequest,
     ChatRequest,
     CompletionRequest,
@@ -28,6 +25,7 @@ from llmctl.serving.protocol import (
     TokenizeRequest,
 )
 from llmctl.serving.sampling_defaults import DEFAULTABLE
+from llmctl.serving.sampling_fields import check_scores, logit_bias_of, refuse_unsupported
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.serving.tools.generic_prompt import with_tools
@@ -44,7 +42,6 @@ _BYTES_PER_WORD = 64
 _BYTES_PER_TOKEN = 4
 # Of a template, at a few µs each: a few KB of messages take some hundred.
 _INLINE_STEPS = 2000
-_TOKEN_ID = re.compile(TOKEN_ID_KEY)
 
 
 @dataclass(frozen=True)
@@ -368,7 +365,7 @@ class Intake:
             max_tokens=self._max_tokens(wanted, longest, "max_tokens"),
             prompt_logprobs=max(tops, default=None),
         )
-        _check_scores(params, sum(len(p.token_ids) for p in prompts))
+        check_scores(params, sum(len(p.token_ids) for p in prompts))
         return params
 
     async def chat_params(self, body: ChatCompletionRequest, use: ToolUse) -> SamplingParams:
@@ -401,7 +398,7 @@ class Intake:
         """
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         wanted = getattr(body, param)
-        _check_scores(params, len(prompt.token_ids))
+        check_scores(params, len(prompt.token_ids))
         if body.clips_max_tokens and wanted is not None:
             wanted = min(wanted, max(1, self.max_model_len - len(prompt.token_ids)))
         made = self._max_tokens(wanted, len(prompt.token_ids), param)
@@ -426,7 +423,7 @@ class Intake:
         return needed
 
     async def _params(self, body: SamplingFields, logprobs: int | None) -> SamplingParams:
-        _refuse_unsupported(body)
+        refuse_unsupported(body)
         grammar = grammar_of(body)
         if body.prompt_logprobs is not None and body.stream:
             raise RequestError(
@@ -451,7 +448,7 @@ class Intake:
             stop=stop,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
-            logit_bias=_logit_bias(body.logit_bias),
+            logit_bias=logit_bias_of(body.logit_bias),
             grammar=grammar,
         )
         params.check_vocab(self._vocab_size)
@@ -480,34 +477,3 @@ def given_prompts(given: Prompts) -> list[Any]:
     """Prompts as given: texts, or lists of token ids."""
     one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
     return [given] if one else list(given)
-
-
-def _check_scores(params: SamplingParams, prompt_tokens: int) -> None:
-    """Bound what an answer holds of its prompts: it is whole in memory, and a prompt may be as long as the context."""
-    if params.prompt_logprobs is None:
-        return
-    count = prompt_tokens * params.n * (1 + params.prompt_logprobs)
-    if count > MAX_PROMPT_LOGPROBS:
-        raise RequestError(
-            f"prompt_logprobs: expected at most {MAX_PROMPT_LOGPROBS} log-probabilities in all, found {count} "
-            f"({prompt_tokens} prompt tokens x {params.n} samples x {1 + params.prompt_logprobs})",
-            fix="send fewer prompts in a request, or ask for fewer of the most likely tokens",
-            param="prompt_logprobs",
-        )
-
-
-def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float] | None:
-    if not given:
-        return None
-    # int() alone takes spaces, signs, underscores and leading zeros too: two keys could be one token.
-    if not all(_TOKEN_ID.fullmatch(token) for token in given):
-        raise RequestError("logit_bias: expected token ids as keys", param="logit_bias")
-    return {int(token): bias for token, bias in given.items()}
-
-
-def _refuse_unsupported(body: SamplingFields) -> None:
-    if body.use_beam_search:
-        raise RequestError("use_beam_search: not supported", param="use_beam_search")
-    for name in ("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag"):
-        if getattr(body, name) is not None:
-            raise RequestError(f"{name}: not supported", param=name)

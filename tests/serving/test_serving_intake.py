@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from llmctl.config import ServeConfig
 from llmctl.errors import CapacityError, CheckpointError, RequestError
-from llmctl.serving import intake as intake_module
+from llmctl.serving import sampling_fields
 from llmctl.serving.context import Model
 from llmctl.serving.intake import Intake
 from llmctl.serving.messages_api.protocol import MessagesRequest
@@ -114,7 +114,7 @@ def test_what_is_asked_of_prompts(tokenizer: Tokenizer) -> None:
 
 
 def test_what_an_answer_holds_of_prompts_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake_module, "MAX_PROMPT_LOGPROBS", 2 * 30 * 3 * 6)
+    monkeypatch.setattr(sampling_fields, "MAX_PROMPT_LOGPROBS", 2 * 30 * 3 * 6)
     fields = {"prompt": [[5] * 30] * 2, "n": 3, "echo": True}
     assert completion(tokenizer, **fields, logprobs=5).prompt_logprobs == 5
     assert completion(tokenizer, **fields).prompt_logprobs is None
@@ -123,7 +123,7 @@ def test_what_an_answer_holds_of_prompts_is_bounded(tokenizer: Tokenizer, monkey
     ) as caught:
         completion(tokenizer, **fields, logprobs=6)
     assert caught.value.param == "prompt_logprobs"
-    monkeypatch.setattr(intake_module, "MAX_PROMPT_LOGPROBS", 10)
+    monkeypatch.setattr(sampling_fields, "MAX_PROMPT_LOGPROBS", 10)
     with pytest.raises(RequestError, match="at most 10 log-probabilities"):
         chat(tokenizer, prompt_logprobs=0)
 
