@@ -61,7 +61,8 @@ class ErrorShape:
         if not self.names:
             return problem
         # A message begins with its field; further inside only what can be no word of a sentence is a field's name.
-        found = [rf"\b{name}\b" if "_" in name else rf"^{name}(?=[:.])" for name in self.names]
+        # In quotes it is a client's word.
+        found = [rf"(?<![\w'.]){name}(?![\w'])" if "_" in name else rf"^{name}(?=[:.])" for name in self.names]
         message = re.sub("|".join(found), lambda match: self.names[match[0]], problem.message)
         param = problem.param
         return replace(problem, message=message, param=None if param is None else self.names.get(param, param))

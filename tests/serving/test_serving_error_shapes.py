@@ -78,6 +78,7 @@ def test_errors_have_the_words_of_their_api(error: Exception, messages: str, tgi
             "found output_config.format and tool_choice",
         ),
         (MESSAGES, RequestError("a word: stop: or stop"), "a word: stop: or stop"),
+        (MESSAGES, RequestError("no tool 'response_format'"), "no tool 'response_format'"),
         (
             TGI,
             CapacityError("5 were requested", fix="shorten the prompt or lower max_tokens", param="max_tokens"),
