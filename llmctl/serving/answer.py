@@ -41,6 +41,11 @@ class Writer:
         self.headers: dict[str, str] = {}
         self._workers = workers
 
+    def warn(self, *said: str | None) -> None:
+        """Tell the client, in a header, of what was asked for and not done; None: nothing."""
+        if told := "; ".join(filter(None, said)):
+            self.headers["X-Llmctl-Warning"] = told
+
     def document(self, outputs: list[TextOutput]) -> Any:
         """The document of all outputs, which are counted; of fewer than were asked for once the client has gone."""
         raise NotImplementedError

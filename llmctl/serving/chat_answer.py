@@ -25,8 +25,7 @@ class ChatAnswer(Answer):
         super().__init__(model, Envelope.new("chatcmpl", object_, model.name), usage, samples, body)
         self._prompt = prompt
         self._begun: set[int] = set()
-        if (warning := model.intake.tools.warning(body, use)) is not None:
-            self.headers["X-Llmctl-Warning"] = warning
+        self.warn(model.intake.tools.warning(body, use))
         parsers = [use.parser(prompt.text) for _ in range(samples)]
         self._readers = [MessageReader(parser, use) for parser in parsers if parser is not None]
 

@@ -21,6 +21,11 @@ def event(body: Any) -> bytes:
     return b"data: " + _encode(body) + b"\n\n"
 
 
+def named_event(body: dict[str, Any]) -> bytes:
+    """One server-sent event, named by its ``type``."""
+    return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), _encode(body))
+
+
 @dataclass(slots=True)
 class UsageCount:
     """Tokens of one HTTP request. Prompt tokens count once per prompt, however many samples are drawn of it."""

@@ -42,9 +42,7 @@ async def messages(request: Request) -> Response:
                 use.support.row.id_length,
                 _request_id(request),
             )
-            warning = model.intake.tools.warning(chat, use)
-            if said := [*([warning] if warning else []), *notes(body, model.intake.tools)]:
-                writer.headers["X-Llmctl-Warning"] = "; ".join(said)
+            writer.warn(model.intake.tools.warning(chat, use), *notes(body, model.intake.tools))
             return writer
 
         return await answer_chat(seen, chat_request(body), write)

@@ -7,26 +7,17 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-import msgspec
 from pydantic_core import from_json
 
 from llmctl.engine.output import TextOutput
 from llmctl.errors import LlmctlError
 from llmctl.serving.answer import Writer
 from llmctl.serving.error_shapes import MESSAGES, problem_of
-from llmctl.serving.responses import UsageCount
+from llmctl.serving.responses import UsageCount, named_event
 from llmctl.serving.tools.message import MessageReader, call_id
 from llmctl.text.output_parser.parser import Piece
 
-_encode = msgspec.json.Encoder().encode
-
-
-def event(body: dict[str, Any]) -> bytes:
-    """One server-sent event, named by its type."""
-    return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), _encode(body))
-
-
-_PING = event({"type": "ping"})
+_PING = named_event({"type": "ping"})
 _DELTAS = {
     "content": ("text_delta", "text"),
     "reasoning": ("thinking_delta", "thinking"),
@@ -76,18 +67,18 @@ class MessagesWriter(Writer):
         found = []
         if not self._begun:
             self._begun = True
-            found += [event({"type": "message_start", "message": self._empty()}), _PING]
+            found += [named_event({"type": "message_start", "message": self._empty()}), _PING]
         for piece in self._pieces(output):
             found += self._piece_events(piece)
         if output.finish_reason is not None:
             found += self._close()
             ending = {"type": "message_delta", "delta": self._ending(output), "usage": self._usage()}
-            found += [event(ending), event({"type": "message_stop"})]
+            found += [named_event(ending), named_event({"type": "message_stop"})]
         return b"".join(found)
 
     def failure(self, error: LlmctlError) -> bytes:
         """The event ``error``."""
-        return event(MESSAGES.body(problem_of(error), self._request_id))
+        return named_event(MESSAGES.body(problem_of(error), self._request_id))
 
     def _pieces(self, output: TextOutput) -> list[Piece]:
         if self._reader is not None:
@@ -101,16 +92,16 @@ class MessagesWriter(Writer):
             self._block = block
             self._index += 1
             begun = self._begin(piece)
-            yield event({"type": "content_block_start", "index": self._index, "content_block": begun})
+            yield named_event({"type": "content_block_start", "index": self._index, "content_block": begun})
         if piece.kind != "name":
             kind, field = _DELTAS[piece.kind]
             delta = {"type": kind, field: piece.text}
-            yield event({"type": "content_block_delta", "index": self._index, "delta": delta})
+            yield named_event({"type": "content_block_delta", "index": self._index, "delta": delta})
 
     def _close(self) -> Iterator[bytes]:
         if self._block is not None:
             self._block = None
-            yield event({"type": "content_block_stop", "index": self._index})
+            yield named_event({"type": "content_block_stop", "index": self._index})
 
     def _begin(self, piece: Piece) -> dict[str, Any]:
         """The block that a piece begins, without content."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-import msgspec
 from starlette.responses import Response
 
 from llmctl.engine.output import PositionLogprobs, TextOutput
@@ -19,7 +18,7 @@ from llmctl.serving.intake import Prompt
 from llmctl.serving.logprobs import chat_logprobs
 from llmctl.serving.openai_errors import json_response
 from llmctl.serving.protocol import ChatCompletionRequest
-from llmctl.serving.responses import UsageCount
+from llmctl.serving.responses import UsageCount, named_event
 from llmctl.serving.responses_api.document import head
 from llmctl.serving.responses_api.items import Event, OutputItems
 from llmctl.serving.responses_api.protocol import ResponsesRequest
@@ -28,7 +27,6 @@ from llmctl.serving.responses_api.translate import reasoning_variables, renamed
 from llmctl.serving.tools.message import MessageReader
 from llmctl.serving.tools.support import ToolUse
 
-_encode = msgspec.json.Encoder().encode
 _EFFORT_UNKNOWN = "reasoning.effort: this model's chat template knows no word for it"
 
 
@@ -47,11 +45,9 @@ class ResponseWriter(Writer):
         assert samples == 1
         super().__init__(UsageCount(len(prompt.token_ids)))
         intake = model.intake
-        said = [intake.tools.warning(body, use)]
-        if asked.reasoning is not None and asked.reasoning.effort is not None:
-            said.append(None if reasoning_variables(asked, intake.tools.traits) else _EFFORT_UNKNOWN)
-        if any(said):
-            self.headers["X-Llmctl-Warning"] = "; ".join(filter(None, said))
+        asks_effort = asked.reasoning is not None and asked.reasoning.effort is not None
+        unknown = asks_effort and not reasoning_variables(asked, intake.tools.traits)
+        self.warn(intake.tools.warning(body, use), _EFFORT_UNKNOWN if unknown else None)
         parser = use.parser(prompt.text)
         self._reader = ScoredReader(None if parser is None else MessageReader(parser, use))
         self._items = OutputItems(use.support.row.id_length)
@@ -84,12 +80,11 @@ class ResponseWriter(Writer):
         return json_response(await self._finished(self._status()), headers=self.headers)
 
     def _encoded(self, events: Iterator[Event] | Sequence[Event]) -> bytes:
-        data = b""
+        data = []
         for event in events:
-            numbered = {"type": event["type"], "sequence_number": self._number, **event}
-            data += b"event: %b\ndata: %b\n\n" % (event["type"].encode(), _encode(numbered))
+            data.append(named_event({"type": event["type"], "sequence_number": self._number, **event}))
             self._number += 1
-        return data
+        return b"".join(data)
 
     def _told(self, output: TextOutput) -> Iterator[Event]:
         """The events of a delta of the output."""
