@@ -235,9 +235,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._time()
         if not others and not begun:
             name = self._request_id()
-            shape = shape_of(
-                (self.scope or {}).get("path", "")
-            )  # of what is not HTTP, or has no headers, none is known
+            shape = shape_of((self.scope or {}).get("path", ""))  # of what has no whole headers, none is known
             body = msgspec.json.encode(shape.body(Problem(status, message, type_, code=code), name))
             more = "".join(f"{key}: {value}\r\n" for key, value in shape.headers(name).items())
             head = (

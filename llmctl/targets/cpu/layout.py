@@ -125,7 +125,7 @@ def pack_int(
     if g_idx is not None:
         permutation = np.argsort(g_idx, kind="stable").astype(np.int32)
         codes = codes[:, permutation]
-    half = _half(scales)
+    half = _half(scales, "scales")
     order = row_order(rows, gated)
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
@@ -140,7 +140,7 @@ def pack_int(
         columns=padded,
         group=size,
         permutation=permutation,
-        minimums=None if minimums is None else _arrange(_half(minimums), order),
+        minimums=None if minimums is None else _arrange(_half(minimums, "minimums"), order),
     )
 
 
@@ -170,8 +170,8 @@ def _arrange(plane: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
     return np.ascontiguousarray(picked.reshape(-1, TILE, plane.shape[1]).transpose(0, 2, 1))
 
 
-def _half(plane: NDArray[Any]) -> NDArray[np.uint16]:
-    """The bits of a plane in float16.
+def _half(plane: NDArray[Any], what: str) -> NDArray[np.uint16]:
+    """The bits of a plane in float16. ``what``: it holds, of a weight.
 
     Raises:
         ValueError: it does not fit.
@@ -179,7 +179,7 @@ def _half(plane: NDArray[Any]) -> NDArray[np.uint16]:
     with np.errstate(over="ignore"):
         half = plane.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError("weight scales do not fit float16")
+        raise ValueError(f"weight {what} do not fit float16")
     return half.view(np.uint16)
 
 
