@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from md_table import markdown_table
+
 from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS
 from llmctl.checkpoint.gguf_config import ARCHITECTURES
 from llmctl.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
@@ -19,29 +21,29 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
 
 def methods() -> str:
     """Hugging Face folders: what is read."""
-    rows = [f"| `{name}` | {method.files} | {method.becomes} |" for name, method in METHODS.items()]
-    return _table("| `quant_method` | files | in an engine |", rows)
+    rows = [(f"`{name}`", method.files, method.becomes) for name, method in METHODS.items()]
+    return markdown_table(("`quant_method`", "files", "in an engine"), rows)
 
 
 def refused() -> str:
     """Hugging Face folders: what is not read, and what to use."""
-    rows = [f"| `{name}` | {what} | {instead} |" for name, (what, instead) in REFUSED.items()]
-    return _table("| `quant_method` | what it is | instead |", rows)
+    rows = [(f"`{name}`", what, instead) for name, (what, instead) in REFUSED.items()]
+    return markdown_table(("`quant_method`", "what it is", "instead"), rows)
 
 
 def blocks() -> str:
     """GGUF's matrices."""
-    rows = [f"| {name} | {_codes(f.scheme)} | {f.scheme.group_size} |" for name, f in BLOCK_FORMATS.items()]
-    return _table("| ggml type | in an engine | columns a scale |", rows)
+    rows = [(name, _codes(f.scheme), str(f.scheme.group_size)) for name, f in BLOCK_FORMATS.items()]
+    return markdown_table(("ggml type", "in an engine", "columns a scale"), rows)
 
 
 def gguf() -> str:
     """What else a GGUF file may be of."""
     rows = [
-        f"| architectures | {', '.join(ARCHITECTURES)} |",
-        f"| pre-tokenizers of byte-level BPE (`gpt2`) | {', '.join(PRE_TOKENIZERS)} |",
+        ("architectures", ", ".join(ARCHITECTURES)),
+        ("pre-tokenizers of byte-level BPE (`gpt2`)", ", ".join(PRE_TOKENIZERS)),
     ]
-    return _table("| | known |", rows)
+    return markdown_table(("", "known"), rows)
 
 
 TABLES = {"methods": methods, "refused": refused, "blocks": blocks, "gguf": gguf}
@@ -51,7 +53,7 @@ def with_tables(page: str) -> str:
     """The page with every table as the code has it."""
     for name, table in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, count = pattern.subn(lambda found, made=table(): f"{found[1]}{made}{found[2]}", page)
+        page, count = pattern.subn(lambda found, made=table(): f"{found[1]}{made}\n{found[2]}", page)
         assert count == 1, f"one place for '{name}'"
     return page
 
@@ -59,10 +61,6 @@ def with_tables(page: str) -> str:
 def _codes(scheme: QuantScheme) -> str:
     offset = "a minimum" if scheme.minimum else f"the zero {1 << (scheme.bits - 1)}"
     return f"{4 if scheme.bits < 8 else 8}-bit codes, {offset}"
-
-
-def _table(head: str, rows: list[str]) -> str:
-    return "\n".join([head, re.sub(r"[^|]+", "---", head), *rows]) + "\n"
 
 
 if __name__ == "__main__":
