@@ -103,7 +103,7 @@ def test_truncation_is_refused() -> None:
 def test_what_is_no_request(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError) as caught:
         body(**fields)
-    error = from_validation_error(caught.value)
+    error = from_validation_error(caught.value, EmbeddingRequest.expected)
     assert error.param == next(iter(fields))
     with pytest.raises(RequestError, match=said):
         raise error
