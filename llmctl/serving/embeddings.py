@@ -18,7 +18,7 @@ from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import RequestError
 from llmctl.serving.context import ServerContext
 from llmctl.serving.embedding_schema import EmbeddingRequest
-from llmctl.serving.exchange import check_options, submitted
+from llmctl.serving.exchange import check_options, check_outline, submitted
 from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.intake import Prompt, given_prompts
 from llmctl.serving.observation import Observation
@@ -32,14 +32,8 @@ _NUMBERS_PER_BYTE = {"float": 4, "base64": 64}
 
 
 def check_inputs(context: ServerContext, outline: Outline) -> None:
-    """Refuse by its outline a request that cannot be served now, or ever.
-
-    Raises:
-        NotReadyError, QueueFullError, RequestError.
-    """
-    model = context.model()
-    context.client.check_room(outline.prompts("input"), "input")
-    model.intake.check_outline(outline)
+    """As ``check_outline``, of inputs."""
+    check_outline(context, outline, lambda given: given.prompts("input"), "input")
 
 
 async def answer_embeddings(seen: Observation, body: EmbeddingRequest) -> Response:

@@ -71,22 +71,28 @@ class RoomGate:
         await self._app(scope, receive, send)
 
 
-def check_outline(context: ServerContext, outline: Outline) -> None:
+def check_outline(
+    context: ServerContext,
+    outline: Outline,
+    sequences: Callable[[Outline], int] = Outline.sequences,
+    param: str = "n",
+) -> None:
     """Refuse by its outline a request that cannot be served now, or ever.
+
+    Args:
+        sequences: how many it asks for. param: the field to blame for too many.
 
     Raises:
         NotReadyError, QueueFullError, RequestError.
     """
     model = context.model()
-    context.client.check_room(outline.sequences())
+    context.client.check_room(sequences(outline), param)
     model.intake.check_outline(outline)
 
 
 def check_single(context: ServerContext, outline: Outline) -> None:
     """The same of a request whose API knows neither lists of prompts nor ``n``."""
-    model = context.model()
-    context.client.check_room(1)
-    model.intake.check_outline(outline)
+    check_outline(context, outline, lambda _: 1)
 
 
 def check_options(request: Request, context: ServerContext, body: RequestFields) -> Deadline:
