@@ -366,3 +366,12 @@ def test_rows_of_long_steps_are_those_of_short_ones(variant: Variant, threads: i
     whole, start = outputs((rows, 24), threads)
     assert np.array_equal(whole[:24], start)
     assert np.array_equal(whole, outputs((rows,), 2)[0])
+
+
+@pytest.mark.parametrize("what", ["scales", "minimums"])
+def test_what_float16_cannot_hold_is_named(what: str) -> None:
+    planes = {"scales": np.ones((32, 1), np.float32), "minimums": np.ones((32, 1), np.float32)}
+    planes[what][0] = 1e6
+    codes, zeros = np.zeros((32, 32), np.uint8), np.zeros((32, 1), np.uint8)
+    with pytest.raises(ValueError, match=f"weight {what} do not fit float16"):
+        pack_int(codes, planes["scales"], zeros, bits=4, group=-1, gated=False, minimums=planes["minimums"])
