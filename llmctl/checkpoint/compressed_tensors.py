@@ -11,6 +11,7 @@ Source: compressed_tensors.compressors (pack_quantized, naive_quantized) and uti
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -80,18 +81,23 @@ def parse_groups(config: Mapping[str, Any], where: str) -> tuple[Group, ...]:
             )
         if isinstance(group.get("weights"), dict):
             targets = tuple(str(target) for target in group["targets"])
-            _check_patterns(targets, here)
+            check_patterns(targets, here)
             found.append(Group(targets, _weight_scheme(group["weights"], here), _block(group["weights"], here)))
     return tuple(found)
 
 
-def _check_patterns(names: tuple[str, ...], where: str) -> None:
+def check_patterns(names: tuple[str, ...], where: str) -> None:
+    """Refuse ``re:`` entries that cannot be compiled.
+
+    Raises:
+        CheckpointError: naming the entry.
+    """
     for name in names:
         try:
-            re.compile(name.removeprefix("re:"))
-        except re.error as error:
             if name.startswith("re:"):
-                raise CheckpointError(f"{where}: '{name}' is no regular expression: {error}") from error
+                re.compile(name[3:])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{where}: '{name[:80]}' is no regular expression: {error}") from error
 
 
 def _weight_scheme(weights: Mapping[str, Any], where: str) -> QuantScheme:
@@ -128,8 +134,6 @@ class CompressedLayout:
     """The format's planes; which group a module belongs to is found by the config's targets."""
 
     def __init__(self, groups: tuple[Group, ...], ignored: tuple[str, ...]) -> None:
-        """Check the ignore list's patterns; CheckpointError for one that is no regular expression."""
-        _check_patterns(ignored, "ignore")
         self._groups = groups
         self._ignored = ignored
 
@@ -148,6 +152,8 @@ class CompressedLayout:
         scheme = scale_scheme(scheme, shape, scales.shape, group.block)
         if ("weight_zero_point" not in planes) and not scheme.symmetric:
             raise ValueError("the config says asymmetric, but there is no weight_zero_point")
+        if "weight_zero_point" in planes and not scheme.book:
+            _check_zeros(planes["weight_zero_point"], scales, shape, scheme)
         index = load("weight_g_idx") if "weight_g_idx" in planes else None
         ordered = effective_g_idx(None if index is None else index.int(), shape[1], scheme) is not None
         return TensorInfo(shape, scales.dtype, replace(scheme, act_order=ordered), total_bytes(planes))
@@ -200,6 +206,16 @@ def _plain_shape(planes: Mapping[str, TensorInfo], scheme: QuantScheme) -> tuple
         found = "none" if weight is None else f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(f"weight: expected a matrix of {dtype} or a weight_packed, found {found}")
     return weight.shape[0], weight.shape[1]
+
+
+def _check_zeros(zeros: TensorInfo, scales: TensorInfo, shape: tuple[int, int], scheme: QuantScheme) -> None:
+    packed = (-(-shape[0] * scheme.bits // 32), scheme.groups(shape[1]))
+    fits = zeros.shape == packed if zeros.dtype == "I32" else math.prod(zeros.shape) == math.prod(scales.shape)
+    if zeros.dtype not in ("I8", "I32") or not fits:
+        raise ValueError(
+            f"weight_zero_point: expected I32 {list(packed)} or I8 {list(scales.shape)}, "
+            f"found {zeros.dtype} {list(zeros.shape)}"
+        )
 
 
 def _unsigned(signed: Tensor, bits: int) -> Tensor:

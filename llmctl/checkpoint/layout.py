@@ -46,6 +46,27 @@ def find_modules(names: Iterable[str], marker: str, suffixes: tuple[str, ...]) -
     return {module: tuple(s for s in suffixes if f"{module}.{s}" in names) for module in sorted(modules)}
 
 
+_WORDS, _INDICES, _SCALES = ("I32",), ("I32", "I64"), ("F16", "BF16", "F32")
+_DTYPES: Mapping[str, tuple[str, ...]] = {
+    "qweight": _WORDS, "qzeros": _WORDS, "weight_packed": _WORDS,
+    "g_idx": _INDICES, "weight_g_idx": _INDICES, "weight_shape": _INDICES,
+    "scales": _SCALES, "weight_scale": _SCALES, "weight_scale_inv": _SCALES,
+}  # fmt: skip
+"""What planes may be stored in, by suffix; bytes of anything else would be read as numbers that they are not."""
+
+
+def check_dtypes(planes: Mapping[str, TensorInfo]) -> None:
+    """Refuse a plane of a dtype that its method does not write.
+
+    Raises:
+        ValueError: naming the plane, what it may be, and what it is.
+    """
+    for suffix, plane in planes.items():
+        known = _DTYPES.get(suffix, (plane.dtype,))
+        if plane.dtype not in known:
+            raise ValueError(f"{suffix}: expected dtype {' or '.join(known)}, found {plane.dtype}")
+
+
 def total_bytes(planes: Mapping[str, TensorInfo]) -> int:
     """Size of all planes together."""
     return sum(plane.nbytes for plane in planes.values())

@@ -43,6 +43,7 @@ def _compressed(config: Mapping[str, Any], where: str) -> Read:
     if not groups:
         raise CheckpointError(f"{where}: no config group quantizes weights")
     ignored = read_names(config, ("ignore",), where)
+    ct.check_patterns(ignored, f"{where}: ignore")
     info = QuantizationInfo(ct.METHOD, groups[0].scheme, ignored, str(config.get("format", "")))
     return info, ct.CompressedLayout(groups, ignored)
 

@@ -108,6 +108,8 @@ def infer_scheme(info: QuantizationInfo, shapes: Mapping[str, tuple[int, ...]]) 
         expected = {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8)}
     else:
         words = shapes["qweight"][0]
+        if len(shapes.get("g_idx", (0,))) != 1:
+            raise ValueError(f"g_idx: expected one axis, found shape {list(shapes['g_idx'])}")
         (columns,) = shapes.get("g_idx") or (0,)
         columns = columns or words * 32 // info.scheme.bits
         bits = words * 32 // columns

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmctl.checkpoint.layout import Layout, find_modules
+from llmctl.checkpoint.layout import Layout, check_dtypes, find_modules
 from llmctl.checkpoint.quant_config import QuantizationInfo
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor
@@ -209,6 +209,7 @@ class Checkpoint:
         assert self._layout is not None
         planes = {suffix: self._stored[f"{module}.{suffix}"] for suffix in self._modules[module]}
         try:
+            check_dtypes(planes)
             return self._layout.describe(module, planes, lambda suffix: self._plane(module, suffix))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: '{module}': {error}") from error

@@ -24,16 +24,16 @@ _MOST_LAYERS = 10_000
 # Keys that say nothing about the forward pass of a causal language model at inference.
 _METADATA = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
-    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config label2id length_penalty
-    max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
-    pruned_heads quantization_config remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop
-    return_dict return_dict_in_generate sep_token_id suppress_tokens summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward compression_config
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config
+    label2id length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    problem_type pruned_heads quantization_config remove_invalid_values reorder_and_upcast_attn repetition_penalty
+    resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
     transformers_version typical_p use_bfloat16 use_cache use_return_dict""".split()
 )
 

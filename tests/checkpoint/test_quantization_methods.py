@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_samples import write_folder
-from quantized_files import FORMATS
+from quantized_files import FORMATS, model_config
+from tiny_checkpoint import write_gptq
 
 from llmctl.checkpoint.compressed_tensors import matches
 from llmctl.checkpoint.methods import REFUSED
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
+from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor, tensor_spec, write_safetensors
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
+from llmctl.graph.hf_config import read_arch
 
 MODULE = "model.layers.0.mlp.up_proj"
 WEIGHT = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)) / 16
@@ -66,6 +70,16 @@ def test_patterns_match_from_the_start() -> None:
         ({"planes": {"weight_shape": torch.tensor([256, 64])}}, r"weight_packed: expected shape \[256, 8\]"),
         ({"planes": {"weight_packed": None}}, "weight: expected a matrix of I8 or a weight_packed, found none"),
         ({"planes": {"weight_zero_point": torch.ones(256, 1, dtype=torch.int8)}}, "zero points are not all 0"),
+        (
+            {"planes": {"weight_zero_point": torch.ones(3, dtype=torch.int8)}},
+            r"_zero_point: .* I8 \[256, 1\], found I8 \[3\]",
+        ),
+        ({"planes": {"weight_zero_point": torch.ones(32, dtype=torch.int32)}}, r"_zero_point: expected I32 \[32, 1\]"),
+        ({"planes": {"weight_zero_point": torch.ones(256, 1)}}, "_zero_point: .* found F32"),
+        ({"planes": {"weight_packed": torch.ones(256, 16)}}, "weight_packed: expected dtype I32, found F32"),
+        ({"planes": {"weight_scale": torch.ones(256, 1, dtype=torch.uint8)}}, "weight_scale: .* F32, found U8"),
+        ({"planes": {"weight_shape": torch.tensor([256.0, 128.0])}}, "weight_shape: .* I64, found F32"),
+        ({"planes": {"weight_g_idx": torch.zeros(128)}}, "weight_g_idx: .* I64, found F32"),
     ],
 )
 def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
@@ -85,7 +99,9 @@ def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, An
         ({"format": "nvfp4-pack-quantized"}, UnsupportedModelError, "'nvfp4-pack-quantized' is not read; known: pack"),
         ({"config_groups": weights(strategy="block")}, CheckpointError, "block_structure: expected two positive"),
         ({"config_groups": weights(num_bits=4.0)}, UnsupportedModelError, r"with 4\.0 bits"),
-        ({"ignore": ["re:("]}, CheckpointError, r"'re:\(' is no regular expression"),
+        ({"ignore": ["re:("]}, CheckpointError, r"config\.json: ignore: 're:\(' is no regular expression"),
+        ({"ignore": ["re:a{9999999999999}"]}, CheckpointError, "is no regular expression"),
+        ({"ignore": ["re:" + "(" * 6000 + ")" * 6000]}, CheckpointError, "is no regular expression"),
         ({"ignore": 5}, CheckpointError, "ignore: expected names, found 5"),
         ({"quant_method": "fp8", "ignored_layers": {"a": 1}}, CheckpointError, "ignored_layers: expected names"),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": 1}, CheckpointError, "exclude_modules:"),
@@ -94,6 +110,33 @@ def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, An
 def test_configs_that_cannot_be_read(tmp_path: Path, config: dict[str, Any], error: type, reason: str) -> None:
     with pytest.raises(error, match=reason):
         open_checkpoint(folder(tmp_path, "ct-w4-g128", **config))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "reason"),
+    [
+        ("qweight", lambda plane: plane.view(torch.float32), "qweight: expected dtype I32, found F32"),
+        ("scales", torch.Tensor.int, "scales: expected dtype F16 or BF16 or F32, found I32"),
+        ("g_idx", torch.Tensor.float, "g_idx: expected dtype I32 or I64, found F32"),
+        ("g_idx", lambda plane: plane[:, None], r"g_idx: expected one axis, found shape \[64, 1\]"),
+    ],
+)
+def test_gptq_planes_of_another_kind(
+    tmp_path: Path, suffix: str, change: Callable[[torch.Tensor], torch.Tensor], reason: str
+) -> None:
+    made = write_gptq(tmp_path, act_order=True)
+    file, name = SafetensorsFile(made / "model.safetensors"), f"{MODULE}.{suffix}"
+    tensors = {stored: map_tensor(file, stored) for stored in file.tensors}
+    tensors[name] = change(tensors[name]).contiguous()
+    write_safetensors(file.path, {stored: tensor_spec(tensor) for stored, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match=f"'{MODULE}': {reason}"):
+        open_checkpoint(made).describe(f"{MODULE}.weight")
+
+
+def test_either_key_of_settings_is_understood(caplog: pytest.LogCaptureFixture) -> None:
+    for key in ("quantization_config", "compression_config"):
+        read_arch({**model_config(), key: {}})
+    assert not caplog.records
 
 
 def test_unpacked_zero_points_of_old_writers(tmp_path: Path) -> None:
