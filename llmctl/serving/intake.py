@@ -169,6 +169,18 @@ class Intake:
         self._check_fits(text, "messages")
         return self.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
 
+    async def last_tokens(self, text: str, count: int) -> list[int]:
+        """Token ids of a text's last ``count`` tokens; what is before them may be longer than the context.
+
+        Raises:
+            RequestError: none. CapacityError: more than the context. QueueFullError.
+        """
+        if count > self.max_model_len:
+            self._check_fits(text, "prompt")
+        ids = (await self.workers.run(len(text), lambda: self.tokenizer.encode(text)))[-count:]
+        self.check_prompt(ids, "prompt")
+        return ids
+
     async def token_texts(self, ids: Sequence[int]) -> list[str | None]:
         """The vocabulary's spelling of each token."""
         size = len(ids) * _BYTES_PER_TOKEN

@@ -93,6 +93,7 @@ def test_the_inputs_are_truncated_from_the_left(client: InferenceClient, server:
     with pytest.raises(ValidationError, match="maximum context length"):
         client.text_generation(long, max_new_tokens=4)
     assert client.text_generation(long, max_new_tokens=9, truncate=18) == LOOP_TEXT
+    assert client.text_generation(LOOP_TEXT * 10_000, max_new_tokens=9, truncate=18) == LOOP_TEXT
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def asked(made: Intake) -> Iterator[Callable[[], Any]]:
         yield lambda f=fields: made.chat_prompt(ChatCompletionRequest(**f), len(json.dumps(f)))
         yield lambda f=fields: made.tokenize(TokenizeChatRequest(**f), len(json.dumps(f)))
     yield lambda: made.tokenize(TokenizeRequest(prompt=LONG), len(LONG))
+    yield lambda: made.last_tokens(LONG, 3)
     yield lambda: made.token_texts([5] * 9000)
     yield lambda: made.detokenize(DetokenizeRequest(tokens=[5] * 9000))
 
@@ -160,6 +161,7 @@ def test_a_template_that_makes_much_of_little_is_left_to_a_thread(tokenizer: Wat
         (lambda i, long: i.tokenize(TokenizeRequest(prompt=long), len(long)), "prompt"),
         (lambda i, long: i.chat_prompt(ChatCompletionRequest(**chat(long)), len(long)), "messages"),
         (lambda i, long: i.tokenize(TokenizeChatRequest(**chat(long)), len(long)), "messages"),
+        (lambda i, long: i.last_tokens(long, CONTEXT + 1), "prompt"),
     ],
 )
 def test_what_cannot_fit_is_refused_without_tokenizing(tokenizer: Watched, ask: Any, param: str) -> None:
@@ -175,6 +177,18 @@ def test_what_cannot_fit_is_refused_without_tokenizing(tokenizer: Watched, ask: 
 def test_what_may_fit_is_counted(tokenizer: Watched) -> None:
     with pytest.raises(CapacityError, match=r"the prompt has 2000 tokens \(shorten"):
         asyncio.run(intake(tokenizer).completion_prompts(CompletionRequest(prompt="12" * CONTEXT)))
+
+
+def test_the_end_of_a_text_is_had_however_long_the_text(tokenizer: Watched) -> None:
+    made = intake(tokenizer)
+    long = "x" * 10**5 + "a fox"
+    for count in (1, 3, CONTEXT):
+        assert asyncio.run(made.last_tokens(long, count)) == tokenizer.encode(long)[-count:]
+    assert asyncio.run(made.last_tokens("a fox", CONTEXT + 1)) == tokenizer.encode("a fox")
+    with pytest.raises(RequestError, match="prompt: expected at least one token, found none"):
+        asyncio.run(made.last_tokens("", 3))
+    with pytest.raises(CapacityError, match=f"the prompt has {CONTEXT + 1} tokens"):
+        asyncio.run(made.last_tokens("12" * CONTEXT, CONTEXT + 1))
 
 
 def test_parameters_are_refused_before_a_prompt_is_tokenized(tokenizer: Watched) -> None:

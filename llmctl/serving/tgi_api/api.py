@@ -14,7 +14,7 @@ from llmctl.serving.context import Model, context_of
 from llmctl.serving.exchange import answer_completion, check_single, counted
 from llmctl.serving.intake import Prompt
 from llmctl.serving.openai_errors import json_response
-from llmctl.serving.protocol import CompletionRequest, TokenizeRequest
+from llmctl.serving.protocol import CompletionRequest
 from llmctl.serving.tgi_api.protocol import (
     CompatGenerateRequest,
     GenerateBody,
@@ -71,9 +71,7 @@ async def _prompt(request: Request, body: GenerateBody, truncate: int | None) ->
     """The inputs, or the tokens that are left of them."""
     if truncate is None:
         return body.inputs
-    asked = TokenizeRequest(prompt=body.inputs)
-    ids = await context_of(request).model().intake.tokenize(asked, len(await request.body()))
-    return ids[-truncate:]
+    return await context_of(request).model().intake.last_tokens(body.inputs, truncate)
 
 
 async def info(request: Request) -> Response:
