@@ -277,9 +277,9 @@ def test_nothing_is_kept(client: openai.OpenAI) -> None:
             "found text.format and regex",
         ),
         (
-            {"text": {"format": {"type": "json_object"}}, "tools": TOOLS, "tool_choice": "required"},
+            {"regex": "a", "tools": TOOLS, "tool_choice": "required"},
             "tool_choice",
-            "found text.format and tool_choice",
+            "found regex and tool_choice",
         ),
         ({"tool_choice": "required"}, "tool_choice", "only with tools"),
         (
