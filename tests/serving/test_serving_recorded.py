@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
+from pydantic import TypeAdapter
 from serving.scripted_worker import INFO, admitting_client
 
 from llmctl.config import ServeConfig
@@ -21,11 +22,11 @@ from llmctl.engine.step import TokenLogprobs, TokenScores
 from llmctl.serving.addresses import ALIASES
 from llmctl.serving.app import create_app
 from llmctl.serving.context import Model, ServerContext
+from llmctl.serving.error_shapes import shape_of
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import NO_STATS, ServerMetrics
 from llmctl.serving.operations import OPERATIONS
 from llmctl.serving.redaction import Redactor
-from llmctl.serving.response_schema import ErrorResponse
 from llmctl.serving.wire import AddRequests, Command, StepMessage, WireRequest
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -114,16 +115,19 @@ async def answered(app: Any, note: dict[str, Any]) -> Answered:
 def test_a_recorded_request_is_answered_as_described(app: Any, note: dict[str, Any]) -> None:
     answer = asyncio.run(answered(app, note))
     assert answer.status == note["status"], answer.body
-    path = note["path"].partition("?")[0].rstrip("/")
+    path = note["path"].partition("?")[0].rstrip("/") or "/"
     (operation,) = [o for o in OPERATIONS if (o.method.upper(), o.path) == (note["method"], ALIASES.get(path, path))]
     if answer.status >= 400:
-        ErrorResponse.model_validate_json(answer.body)
+        shape_of(path).model.model_validate_json(answer.body)
     elif answer.content_type.startswith("text/event-stream"):
         assert operation.event is not None
-        *events, done = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
-        assert (len(events) > 0, done) == (True, "[DONE]")
+        events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
+        if operation.done:
+            assert events.pop() == "[DONE]"
+        assert events
+        described = TypeAdapter(operation.event)
         for event in events:
-            operation.event.model_validate_json(event)
+            described.validate_json(event)
     else:
         assert operation.answer is not None
         operation.answer.model_validate_json(answer.body)
