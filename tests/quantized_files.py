@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_checkpoint
 import torch
+from tiny_checkpoint import HEADS, KV_HEADS, LAYERS, VOCAB
 from torch import Tensor
 
 from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
 
-HIDDEN, MLP, HEADS, KV_HEADS, VOCAB, LAYERS = 256, 512, 4, 2, 96, 2
+HIDDEN, MLP = 256, 512
 Made = tuple[dict[str, Tensor], Tensor]
 
 
@@ -34,27 +36,14 @@ class Format:
 
 def linear_shapes() -> dict[str, tuple[int, int]]:
     """(N, K) of every linear in the layers, by module name."""
-    kv = HIDDEN // HEADS * KV_HEADS
-    per_layer = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (kv, HIDDEN),
-        "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (MLP, HIDDEN),
-        "mlp.up_proj": (MLP, HIDDEN),
-        "mlp.down_proj": (HIDDEN, MLP),
-    }
-    return {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in per_layer.items()}
+    return tiny_checkpoint.linear_shapes(HIDDEN, MLP)
 
 
 def model_config() -> dict[str, Any]:
     """Its config.json, without quantization."""
-    return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCAB, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16", "eos_token_id": 2,
-    }  # fmt: skip
+    return tiny_checkpoint.config(
+        hidden_size=HIDDEN, intermediate_size=MLP, max_position_embeddings=256, dtype="bfloat16", eos_token_id=2
+    )
 
 
 def write_pair(root: Path, fmt: Format) -> tuple[Path, Path, int]:

@@ -16,17 +16,17 @@ from llmctl.graph.dtypes import BY_SAFETENSORS
 HIDDEN, MLP, HEADS, KV_HEADS, VOCAB, LAYERS, MAX_POSITION = 64, 128, 4, 2, 96, 2, 512
 
 
-def linear_shapes() -> dict[str, tuple[int, int]]:
+def linear_shapes(hidden: int = HIDDEN, mlp: int = MLP) -> dict[str, tuple[int, int]]:
     """(N, K) of every linear in the layers, by module name."""
-    kv = HIDDEN // HEADS * KV_HEADS
+    kv = hidden // HEADS * KV_HEADS
     per_layer = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (kv, HIDDEN),
-        "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (MLP, HIDDEN),
-        "mlp.up_proj": (MLP, HIDDEN),
-        "mlp.down_proj": (HIDDEN, MLP),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
     }
     return {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in per_layer.items()}
 

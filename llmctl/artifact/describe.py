@@ -14,7 +14,6 @@ from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.plan import plan_build, quantization_record
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.strict import to_data
-from llmctl.checkpoint.accounting import account
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UsageError
@@ -71,7 +70,7 @@ def _describe_plan(model: str) -> dict[str, Any]:
         **_common(plan.options, quantization_record(plan.graph, plan.checkpoint), plan.graph, plan.choices),
         "memory": _memory(plan.sizing),
         "modules": {},
-        "unused": [to_data(unused) for unused in account(plan.checkpoint, plan.graph)],
+        "unused": [to_data(unused) for unused in plan.unused],
         "weights": [
             {"name": p.name, "dtype": p.dtype, "shape": list(p.shape), "bytes": p.nbytes}
             for p in sorted(flat(plan.planes).values(), key=lambda p: p.name)

@@ -8,7 +8,8 @@ from pathlib import Path
 from llmctl.artifact.manifest import QuantizationRecord
 from llmctl.artifact.memory import MemoryPlan, Sizing
 from llmctl.artifact.request import EngineRequest
-from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.accounting import Unused
+from llmctl.checkpoint.assemble import accounted_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import local_name, resolve_model
@@ -29,6 +30,7 @@ class BuildPlan:
 
     Attributes:
         name: the source model's name as the manifest records it.
+        unused: tensors of the checkpoint that nothing reads.
         planes: stored tensors by the graph weight they belong to.
         choices: what executes each op.
         sizing: what ``memory`` is a plan of.
@@ -36,6 +38,7 @@ class BuildPlan:
 
     name: str
     checkpoint: Checkpoint
+    unused: tuple[Unused, ...]
     graph: Graph
     target: Target
     options: BuildOptions
@@ -62,7 +65,8 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
     passes = target.graph_passes(config.passes, config.activations)
-    graph = apply_passes(checkpoint_graph(checkpoint), passes)
+    plain, unused = accounted_graph(checkpoint)
+    graph = apply_passes(plain, passes)
     check_graph(graph)
     if config.activations == "int8" and not any("activations" in op.attrs for op in graph.linears()):
         raise UsageError(
@@ -78,6 +82,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     return BuildPlan(
         name=_source_name(config.model, path),
         checkpoint=checkpoint,
+        unused=unused,
         graph=graph,
         target=target,
         options=options,

@@ -70,10 +70,10 @@ class _Tensor:
         found = re.match(r"(?:model\.layers|transformer\.h)\.(\d+)\.", self.name)
         return None if found is None else int(found[1])
 
-    def count(self, *keys: str) -> int | None:
-        """A number of config.json under the first of ``keys`` that is one."""
-        found = (self.checkpoint.config.get(key) for key in keys)
-        return next((n for n in found if isinstance(n, int)), None)
+    def count(self, key: str) -> int | None:
+        """A number of config.json; None: there is none."""
+        found = self.checkpoint.config.get(key)
+        return found if isinstance(found, int) else None
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class _Rule:
 
 def _is_predictor(tensor: _Tensor) -> bool:
     """DeepSeek's layers after the last, by vLLM's rule."""
-    layers, more = tensor.count("num_hidden_layers"), tensor.count("num_nextn_predict_layers")
-    return None not in (layers, more, tensor.layer) and layers <= tensor.layer < layers + more  # type: ignore[operator]
+    layers, more, layer = tensor.count("num_hidden_layers"), tensor.count("num_nextn_predict_layers"), tensor.layer
+    return layers is not None and more is not None and layer is not None and layers <= layer < layers + more
 
 
 def _is_beyond(tensor: _Tensor) -> bool:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from llmctl.checkpoint.accounting import Contents, account, name_some, refuse_foreign
+from llmctl.checkpoint.accounting import Contents, Unused, account, name_some, refuse_foreign
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.errors import CheckpointError
 from llmctl.graph.families import build_graph
@@ -31,7 +31,12 @@ class GraphSource(WeightSource, Contents, Protocol):
 
 
 def checkpoint_graph(checkpoint: GraphSource) -> Graph:
-    """The plain Graph of a checkpoint, its quantization included, with every tensor accounted for.
+    """The plain Graph of a checkpoint, its quantization included; as ``accounted_graph``."""
+    return accounted_graph(checkpoint)[0]
+
+
+def accounted_graph(checkpoint: GraphSource) -> tuple[Graph, tuple[Unused, ...]]:
+    """The same, and the tensors of the checkpoint that it does not use: every one is accounted for.
 
     Raises:
         As ``build_graph`` and ``accounting.account``.
@@ -42,10 +47,11 @@ def checkpoint_graph(checkpoint: GraphSource) -> Graph:
         lambda name: checkpoint.describe(name) if checkpoint.has(name) else None,
         lambda one, other: _same(checkpoint.weight(one), checkpoint.weight(other)),
     )
-    for unused in account(checkpoint, graph):
-        if unused.notable:
-            log.warning("not used: %s: %s", unused.reason, name_some(unused.names))
-    return graph
+    unused = account(checkpoint, graph)
+    for kind in unused:
+        if kind.notable:
+            log.warning("not used: %s: %s", kind.reason, name_some(kind.names))
+    return graph, unused
 
 
 def _same(one: Tensor | QuantizedWeight, other: Tensor | QuantizedWeight) -> bool:

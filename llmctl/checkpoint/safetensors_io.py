@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     start = 8 + len(raw)
     try:
-        document = json.loads(raw)
+        document = json.loads(raw, object_pairs_hook=_unique)
         metadata = _metadata(document.pop("__metadata__", None))
         entries = {_printable(name): _entry(fields, start) for name, fields in document.items()}
     except RecursionError as error:
@@ -126,6 +127,15 @@ def _metadata(found: Any) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("__metadata__: expected an object of strings")
     return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are told apart: of two tensors of one name the last would win."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:80]!a} is there twice")
+    return made
 
 
 def _printable(name: str) -> str:

@@ -15,8 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmctl.checkpoint.accounting import account
-from llmctl.checkpoint.assemble import WeightSource, assemble, checkpoint_graph
+from llmctl.checkpoint.assemble import WeightSource, accounted_graph, assemble
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.checkpoint.reader import Checkpoint
@@ -100,9 +99,8 @@ class _Job:
 
     def __init__(self, config: QuantizeConfig, checkpoint: Checkpoint, progress: Progress) -> None:
         self.config, self.checkpoint, self.progress = config, checkpoint, progress
-        self.graph: Graph = checkpoint_graph(checkpoint)
+        self.graph, self.unused = accounted_graph(checkpoint)
         self.plan: Plan = make_plan(config, checkpoint, self.graph)
-        self.unused = account(checkpoint, self.graph)
         self.layers = sorted({module.layer for module in self.plan.selection.modules})
         self.note = "none (round to nearest looks at weights only)"
 

@@ -14,8 +14,10 @@ ALIASES = {
     "/chat/completions": "/v1/chat/completions",
     "/completions": "/v1/completions",
     "/embeddings": "/v1/embeddings",
+    "/messages": "/v1/messages",
     "/models": "/v1/models",
     "/ping": "/health",
+    "/responses": "/v1/responses",
     "/v1/health": "/health",
 }
 """Paths of vLLM, llama.cpp and SageMaker, and which endpoint each is."""

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.serving.protocol import EXPECTED, PROMPTS_EXPECTED, Prompts, RequestFields, only
+from llmctl.serving.protocol import EXPECTED, PROMPTS_EXPECTED, Prompts, RequestFields
+from llmctl.serving.refused_fields import Only
 from llmctl.serving.response_schema import Count, ResponseModel
 
 
@@ -26,7 +27,7 @@ class EmbeddingRequest(RequestFields):
     add_special_tokens: bool = True
 
     # Known, and refused when set.
-    truncate_prompt_tokens: Annotated[int | None, only(None)] = None
+    truncate_prompt_tokens: Annotated[int | None, Only("not supported; shorten the input")] = None
 
 
 class Embedding(ResponseModel):

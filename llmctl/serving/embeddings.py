@@ -71,10 +71,6 @@ def check_shape(body: EmbeddingRequest, hidden_size: int) -> None:
     Raises:
         RequestError.
     """
-    if body.truncate_prompt_tokens is not None:
-        raise RequestError(
-            "truncate_prompt_tokens: not supported", fix="shorten the input", param="truncate_prompt_tokens"
-        )
     if body.dimensions is not None and body.dimensions > hidden_size:
         raise RequestError(
             f"dimensions: expected at most the model's {hidden_size}, found {body.dimensions}",

@@ -25,7 +25,7 @@ from llmctl.serving.protocol import (
     TokenizeRequest,
 )
 from llmctl.serving.sampling_defaults import DEFAULTABLE
-from llmctl.serving.sampling_fields import check_scores, logit_bias_of, refuse_unsupported
+from llmctl.serving.sampling_fields import check_scores, logit_bias_of
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.serving.tools.generic_prompt import with_tools
@@ -355,8 +355,6 @@ class Intake:
         Raises:
             RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
-        if body.suffix:
-            raise RequestError("suffix: not supported", param="suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError("best_of: not supported; use n", param="best_of")
         return await self._params(body, body.logprobs)
@@ -435,7 +433,6 @@ class Intake:
         return needed
 
     async def _params(self, body: SamplingFields, logprobs: int | None) -> SamplingParams:
-        refuse_unsupported(body)
         grammar = grammar_of(body)
         if body.prompt_logprobs is not None and body.stream:
             raise RequestError(

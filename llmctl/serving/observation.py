@@ -15,7 +15,7 @@ from llmctl.errors import LlmctlError
 from llmctl.serving.context import ServerContext
 from llmctl.serving.generation import Generation, RunningSequence
 from llmctl.serving.intake import Prompt
-from llmctl.serving.openai_errors import status_of
+from llmctl.serving.openai_errors import request_id_of, status_of
 from llmctl.serving.protocol import RequestFields, SamplingFields
 from llmctl.serving.request_record import Moments, RequestRecord
 from llmctl.serving.responses import TextCount, UsageCount
@@ -61,7 +61,7 @@ class Observation:
         shown = self.context.redactor.line
         status, said = self._outcome(error)
         return RequestRecord(
-            request_id=shown(getattr(self.request.state, "request_id", "")),
+            request_id=shown(request_id_of(self.request.scope)),
             endpoint=self.request.scope["path"],  # a route that matched, and no part of it is a parameter
             model=self.context.names[0],
             tenant=shown(tenant_of(self.request, self.body, self.context.keys)),

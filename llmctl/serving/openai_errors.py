@@ -18,6 +18,7 @@ from starlette.types import Scope
 from llmctl.errors import LlmctlError, RequestError
 from llmctl.serving.error_shapes import OPENAI, Problem, problem_of, shape_of
 from llmctl.serving.protocol import EXPECTED
+from llmctl.serving.refused_fields import NOT_SUPPORTED
 
 log = logging.getLogger("llmctl.serving")
 
@@ -47,10 +48,14 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
+def request_id_of(scope: Scope) -> str:
+    """The request's id, as ``BoundedHttpProtocol`` has it; empty where another protocol brought it."""
+    return str(scope.get("state", {}).get("request_id", ""))
+
+
 def refusal(problem: Problem, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP response that tells a problem of a request."""
-    shape = shape_of(scope["path"])
-    name = scope.get("state", {}).get("request_id", "")
+    shape, name = shape_of(scope["path"]), request_id_of(scope)
     return json_response(shape.body(problem, name), problem.status, {**(headers or {}), **shape.headers(name)})
 
 
@@ -88,7 +93,7 @@ def _said(problem: ErrorDetails) -> str:
     kind, found = problem["type"], problem["input"]
     if kind == "union_tag_invalid":
         return f"expected type {problem['ctx']['expected_tags']}, found '{problem['ctx']['tag'][:40]}'"
-    if kind in ("missing", "not_number", "not_supported"):
+    if kind in ("missing", "not_number", NOT_SUPPORTED):
         return problem["msg"]
     named = kind == "literal_error" and isinstance(found, str)
     return f"{problem['msg']}, found {repr(found[:40]) if named else type(found).__name__}"
@@ -115,7 +120,7 @@ def install_handlers(app: FastAPI) -> None:
         return error_response(RequestError("the client closed the connection"), request.scope)
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        name = getattr(request.state, "request_id", "without an id")
+        name = request_id_of(request.scope) or "without an id"
         log.error("%s %s failed, request %s", request.method, request.url.path, name, exc_info=error)
         return error_response(error, request.scope)
 

@@ -1,7 +1,8 @@
 """Request bodies of the OpenAI-compatible endpoints.
 
-Types are checked strictly (``"5"`` is not 5). Unknown fields are accepted and ignored, as other servers do; a known
-field that cannot be honoured is refused by ``llmctl.serving.intake``. Ranges are checked by ``SamplingParams``.
+Types are checked strictly (``"5"`` is not 5). Unknown fields are accepted and ignored, as other servers do; known ones
+that are never honoured are refused here (``refused_fields``), others by ``intake``. Ranges are checked by
+``SamplingParams``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llmctl.engine.sampling_params import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
 )
+from llmctl.serving.refused_fields import Only
 
 MAX_PROMPT_LOGPROBS = 2**21
 """Log-probabilities of all prompts of a request: some hundred bytes each while its answer is written."""
@@ -101,11 +103,6 @@ TemplateVariables = Annotated[
 
 JsonSchema = dict[str, Any] | bool
 Choices = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-
-
-def only(*values: Any) -> WithJsonSchema:
-    """The schema of a field that is known, and is refused when it is set to anything but ``values``."""
-    return WithJsonSchema({"enum": list(values), "description": "Anything else is not supported."})
 
 
 MOST = 1e6
@@ -219,10 +216,10 @@ class SamplingFields(RequestFields):
     grammar: str | None = None
 
     # Known, and refused when set.
-    use_beam_search: Annotated[bool | None, only(None, False)] = None
-    guided_decoding_backend: Annotated[Any, only(None)] = None
-    guided_whitespace_pattern: Annotated[Any, only(None)] = None
-    structural_tag: Annotated[Any, only(None)] = None
+    use_beam_search: Annotated[bool | None, Only(values=(None, False))] = None
+    guided_decoding_backend: Annotated[Any, Only()] = None
+    guided_whitespace_pattern: Annotated[Any, Only()] = None
+    structural_tag: Annotated[Any, Only()] = None
 
 
 class CompletionRequest(SamplingFields):
@@ -233,7 +230,7 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     echo: bool | None = False
     best_of: Annotated[int | None, Field(description="Refused unless it equals `n`.")] = None
-    suffix: Annotated[str | None, only(None, "")] = None
+    suffix: Annotated[str | None, Only(values=(None, ""))] = None
     add_special_tokens: bool = True
 
 
@@ -253,7 +250,7 @@ class ContentPart(ApiModel):
         }
     )
 
-    type: Annotated[str, only(*PART_TEXTS)]
+    type: Annotated[str, WithJsonSchema({"enum": list(PART_TEXTS), "description": "Anything else is not supported."})]
     text: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
     refusal: Annotated[str | None, WithJsonSchema({"type": "string"})] = None
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import RequestError
-from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, TOKEN_ID_KEY, SamplingFields
+from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, TOKEN_ID_KEY
 
 _TOKEN_ID = re.compile(TOKEN_ID_KEY)
 
@@ -42,16 +42,3 @@ def logit_bias_of(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if not all(_TOKEN_ID.fullmatch(token) for token in given):
         raise RequestError("logit_bias: expected token ids as keys", param="logit_bias")
     return {int(token): bias for token, bias in given.items()}
-
-
-def refuse_unsupported(body: SamplingFields) -> None:
-    """Refuse what no model is served with.
-
-    Raises:
-        RequestError.
-    """
-    if body.use_beam_search:
-        raise RequestError("use_beam_search: not supported", param="use_beam_search")
-    for name in ("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag"):
-        if getattr(body, name) is not None:
-            raise RequestError(f"{name}: not supported", param=name)

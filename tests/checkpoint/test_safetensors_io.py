@@ -181,6 +181,8 @@ HOSTILE: dict[str, str | dict] = {
     "metadata of numbers": {"__metadata__": {"a": 1}, "x": GOOD},
     "half a character": '{"\\ud800":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
     "lines in a name": {"x\ny": GOOD},
+    "one name twice": '{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+    '"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
 }
 
 

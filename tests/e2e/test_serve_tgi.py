@@ -99,9 +99,9 @@ def test_the_inputs_are_truncated_from_the_left(client: InferenceClient, server:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"watermark": True}, "watermark: not supported"),
-        ({"adapter_id": "x"}, "adapter_id: not supported"),
-        ({"typical_p": 0.5}, "typical_p: not supported"),
+        ({"watermark": True}, "parameters.watermark: not supported"),
+        ({"adapter_id": "x"}, "parameters.adapter_id: not supported"),
+        ({"typical_p": 0.5}, "parameters.typical_p: not supported"),
         ({"top_p": 7.0}, "parameters.top_p: "),
         ({"max_new_tokens": 9999}, "lower max_new_tokens"),
         ({"best_of": 129, "do_sample": True}, "parameters.best_of: "),

@@ -43,7 +43,7 @@ class Site:
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_an_endpoint_by_any_of_its_paths(path: str, root: str, left: bool, slash: str) -> None:
     meant = ALIASES.get(path, path)
-    method = "POST" if meant.endswith(("completions", "embeddings")) else "GET"
+    method = "POST" if meant.endswith(("completions", "embeddings", "messages", "responses")) else "GET"
     site = Site(root_path=root)
     found = site.ask(method, (root if left else "") + path + slash, JSON)
     assert found[0] == site.ask(method, meant, JSON)[0] == (503 if method == "POST" else 200)

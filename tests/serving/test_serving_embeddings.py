@@ -85,14 +85,10 @@ def test_more_dimensions_than_the_model_has() -> None:
     assert caught.value.param == "dimensions"
 
 
-def test_truncation_is_refused() -> None:
-    with pytest.raises(RequestError, match="truncate_prompt_tokens: not supported"):
-        check_shape(body(truncate_prompt_tokens=5), 64)
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: not supported; shorten the input"),
         ({"input": 5}, r"input: expected a string, a list of token ids \(integers >= 0\), or a list of either"),
         ({"input": [{"text": "a"}]}, "input: expected a string"),
         ({"dimensions": 0}, "dimensions: .* greater than or equal to 1"),

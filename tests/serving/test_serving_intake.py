@@ -239,7 +239,6 @@ def test_a_huge_top_k_means_all(tokenizer: Tokenizer) -> None:
         ({"function_call": "auto"}, "function_call"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"guided_json": "{"}, "guided_json"),
-        ({"use_beam_search": True}, "use_beam_search"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"top_logprobs": 2}, "top_logprobs"),

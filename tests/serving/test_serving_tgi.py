@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from fixtures import make_tokenizer
+from msgspec import structs
 
 from llmctl.engine.output import PositionLogprobs, TextOutput, describe_token
 from llmctl.engine.request import FinishReason
@@ -97,10 +98,10 @@ def test_a_stream_always_has_log_probabilities_and_no_parameters_sample() -> Non
 @pytest.mark.parametrize(
     ("fields", "stream", "said"),
     [
-        ({"watermark": True}, False, "watermark: not supported"),
-        ({"typical_p": 0.5}, False, "typical_p: not supported"),
-        ({"typical_p": False}, False, "typical_p: not supported"),
-        ({"adapter_id": "x"}, False, "adapter_id: not supported"),
+        ({"watermark": True}, False, "parameters.watermark: not supported"),
+        ({"typical_p": 0.5}, False, "parameters.typical_p: not supported"),
+        ({"typical_p": False}, False, "parameters.typical_p: not supported"),
+        ({"adapter_id": "x"}, False, "parameters.adapter_id: not supported"),
         ({"decoder_input_details": True}, True, "decoder_input_details: not available in a stream"),
         ({"best_of": 2, "do_sample": True}, True, "best_of: not available in a stream"),
         ({"best_of": 2}, False, "best_of: every sample would be the same"),
@@ -170,6 +171,17 @@ def events(made: TgiWriter, parts: list[TextOutput]) -> list[dict[str, Any]]:
     for event in found:
         StreamResponse.model_validate_json(event)
     return [json.loads(event) for event in found]
+
+
+def test_a_stream_that_ends_without_a_token_has_its_text(tokenizer: Tokenizer) -> None:
+    """So ends a grammar that is complete, and what a stop string held back may come with it."""
+    *before, last = outputs(tokenizer, "the quick fox", end=False, held=3)
+    before.append(structs.replace(last, text="", finish_reason=None))
+    ends = structs.replace(last, text=last.text, token_ids=(), logprobs=None, finish_reason=FinishReason.STOP)
+    found = events(writer(tokenizer, details=True), [*before, ends])
+    assert "".join(event["token"]["text"] for event in found) == found[-1]["generated_text"] == "the quick fox"
+    assert found[-1]["details"]["finish_reason"] == "eos_token"
+    assert [event["index"] for event in found] == list(range(1, len(found) + 1))
 
 
 @pytest.mark.parametrize("per_output", [1, 2, 3, 100])

@@ -15,7 +15,7 @@ from llmctl.serving.intake import Prompt
 from llmctl.serving.messages_api.protocol import CountTokensRequest, MessagesRequest
 from llmctl.serving.messages_api.translate import chat_request, notes, tokenize_request
 from llmctl.serving.messages_api.writer import MessagesWriter
-from llmctl.serving.openai_errors import json_response
+from llmctl.serving.openai_errors import json_response, request_id_of
 from llmctl.serving.protocol import ChatCompletionRequest
 from llmctl.serving.responses import UsageCount
 from llmctl.serving.tools.message import MessageReader
@@ -40,7 +40,7 @@ async def messages(request: Request) -> Response:
                 UsageCount(len(prompt.token_ids)),
                 None if parser is None else MessageReader(parser, use),
                 use.support.row.id_length,
-                _request_id(request),
+                request_id_of(request.scope),
             )
             writer.warn(model.intake.tools.warning(chat, use), *notes(body, model.intake.tools))
             return writer
@@ -55,8 +55,4 @@ async def count_tokens(request: Request) -> Response:
     body = await parse(request, CountTokensRequest, intake.check_outline)
     context.check_name(body.model)
     ids = await intake.tokenize(tokenize_request(body), len(await request.body()))
-    return json_response({"input_tokens": len(ids)}, headers=MESSAGES.headers(_request_id(request)))
-
-
-def _request_id(request: Request) -> str:
-    return str(getattr(request.state, "request_id", ""))
+    return json_response({"input_tokens": len(ids)}, headers=MESSAGES.headers(request_id_of(request.scope)))

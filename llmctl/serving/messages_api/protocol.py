@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llmctl.serving.protocol import MOST, ApiModel, StopStrings, ToolName, only
+from llmctl.serving.protocol import MOST, ApiModel, StopStrings, ToolName
+from llmctl.serving.refused_fields import Only
 
 _FAILS_FAST = Field(fail_fast=True)
 CacheControl = Annotated[
@@ -92,7 +93,7 @@ class ToolParam(MessagesModel):
     eager_input_streaming: Annotated[bool | None, Field(description="Without effect: all input is streamed.")] = None
 
     # Known, and refused when set.
-    defer_loading: Annotated[bool | None, only(None, False)] = None
+    defer_loading: Annotated[bool | None, Only("not supported: the model sees every tool", (None, False))] = None
     allowed_callers: list[Literal["direct"]] | None = None
     input_examples: Annotated[list[Any] | None, Field(max_length=0)] = None
 
@@ -189,9 +190,9 @@ class Conversation(MessagesModel):
     cache_control: CacheControl = None
 
     # Known, and refused when set.
-    mcp_servers: Annotated[Any, only(None, [])] = None
-    context_management: Annotated[Any, only(None)] = None
-    speed: Annotated[Any, only(None, "standard")] = None
+    mcp_servers: Annotated[Any, Only("not supported: tools are called by the client", (None, []))] = None
+    context_management: Annotated[Any, Only("not supported: send what the model is to see")] = None
+    speed: Annotated[Any, Only("not supported: there is one speed here", (None, "standard"))] = None
 
 
 class CountTokensRequest(Conversation):
@@ -213,7 +214,7 @@ class MessagesRequest(Conversation):
     ] = None
 
     # Known, and refused when set.
-    container: Annotated[Any, only(None)] = None
-    diagnostics: Annotated[Any, only(None)] = None
-    inference_geo: Annotated[Any, only(None)] = None
-    output_format: Annotated[Any, only(None)] = None
+    container: Annotated[Any, Only("not supported: no code is run here")] = None
+    diagnostics: Annotated[Any, Only("not supported: usage.cache_read_input_tokens tells of the prefix cache")] = None
+    inference_geo: Annotated[Any, Only("not supported: there is one place here")] = None
+    output_format: Annotated[Any, Only("not supported: use output_config.format")] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -39,17 +39,6 @@ from llmctl.serving.protocol import (
 from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.tools.traits import EFFORT, THINKING
 
-_REFUSED = {
-    "container": "no code is run here",
-    "context_management": "send what the model is to see",
-    "diagnostics": "usage.cache_read_input_tokens tells of the prefix cache",
-    "inference_geo": "there is one place here",
-    "mcp_servers": "tools are called by the client",
-    "output_format": "use output_config.format",
-    "speed": "there is one speed here",
-}
-_ASKS_NOTHING: Mapping[str, Any] = {"mcp_servers": [], "speed": "standard"}
-"""Values of them that are accepted, beside null."""
 _CHOICES = {"auto": "auto", "any": "required"}
 _ERROR = "Error: "
 """In front of the result of a call that failed: templates know no other way to say so."""
@@ -111,9 +100,6 @@ def _readable(support: ToolSupport) -> frozenset[str]:
 
 def _conversation(body: Conversation) -> dict[str, Any]:
     """Fields of ``ChatRequest``, and the model's name."""
-    for name, reason in _REFUSED.items():
-        if getattr(body, name, None) not in (None, _ASKS_NOTHING.get(name)):
-            raise RequestError(f"{name}: not supported: {reason}", param=name)
     messages = [ChatMessage(role="system", content=_text(body.system))] if body.system else []
     names: dict[str, str] = {}
     turns = list(_turns(body))
@@ -124,7 +110,7 @@ def _conversation(body: Conversation) -> dict[str, Any]:
         _check_prefill(turns[-1][1])
         made["continue_final_message"] = True
     if body.tools:
-        made["tools"] = [_tool(tool, i) for i, tool in enumerate(body.tools)]
+        made["tools"] = [_tool(tool) for tool in body.tools]
     if variables := _variables(body):
         made["chat_template_kwargs"] = variables
     return made
@@ -227,9 +213,7 @@ def _check_prefill(blocks: list[Placed]) -> None:
         )
 
 
-def _tool(tool: ToolParam, index: int) -> Tool:
-    if tool.defer_loading:
-        raise RequestError(f"tools.{index}.defer_loading: not supported: the model sees every tool", param="tools")
+def _tool(tool: ToolParam) -> Tool:
     given: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     given |= {name: value for name in ("description", "strict") if (value := getattr(tool, name)) is not None}
     return Tool(type="function", function=FunctionDefinition(**given))

@@ -6,11 +6,9 @@ Known fields that cannot be honoured are refused here, each with its reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmctl.serving.openai_errors import UNION_TAG
 from llmctl.serving.protocol import (
@@ -22,35 +20,11 @@ from llmctl.serving.protocol import (
     StreamOptions,
     TemplateVariables,
 )
+from llmctl.serving.refused_fields import Only, refusal
 
 LOGPROBS = "message.output_text.logprobs"
 """Of ``include``: what asks for log-probabilities."""
 _MOST_SHOWN = 40  # characters of a client's word in a refusal
-
-
-def _refusal(message: str) -> PydanticCustomError:
-    return PydanticCustomError("not_supported", "{message}", {"message": message})
-
-
-@dataclass(frozen=True)
-class Only:
-    """Of a field that is known, and is refused when it is set to anything but ``values``: ``why``, or what to set."""
-
-    why: str
-    values: tuple[Any, ...] = (None,)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Part of pydantic's protocol for annotations."""
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Part of pydantic's protocol for annotations."""
-        return {"enum": list(self.values), "description": f"Anything else is refused: {self.why}."}
-
-    def _check(self, value: Any) -> Any:
-        if value not in self.values:
-            raise _refusal(self.why)
-        return value
 
 
 def _kind(value: Any, default: str = "") -> str:
@@ -66,7 +40,7 @@ def _known(kinds: tuple[str, ...], why: str = "", default: str = "") -> BeforeVa
         found = value.get("type", default) if isinstance(value, dict) else default
         if isinstance(value, dict) and found not in kinds:
             shown = repr(found[:_MOST_SHOWN]) if isinstance(found, str) and found else "none"
-            raise _refusal(f"expected type {' or '.join(map(repr, kinds))}, found {shown}{why}")
+            raise refusal(f"expected type {' or '.join(map(repr, kinds))}, found {shown}{why}")
         return value
 
     return BeforeValidator(check)
@@ -206,7 +180,7 @@ class TextOptions(ApiModel):
     """What the text is like."""
 
     format: Format | None = None
-    verbosity: Annotated[str | None, Only("not supported", (None, "medium"))] = None
+    verbosity: Annotated[str | None, Only(values=(None, "medium"))] = None
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -220,14 +194,14 @@ class ReasoningOptions(ApiModel):
     summary: Annotated[str | None, _SUMMARY] = None
     generate_summary: Annotated[str | None, _SUMMARY] = None
     context: Annotated[str | None, Only("not supported; the chat template decides", (None, "auto"))] = None
-    mode: Annotated[str | None, Only("not supported", (None, "standard"))] = None
+    mode: Annotated[str | None, Only(values=(None, "standard"))] = None
 
 
 class ResponsesStreamOptions(StreamOptions):
     """``stream_options``. The usage is always in the last event."""
 
-    continuous_usage_stats: Annotated[bool, Only("not supported", (False,))] = False
-    include_obfuscation: Annotated[bool | None, Only("not supported", (None, False))] = None
+    continuous_usage_stats: Annotated[bool, Only(values=(False,))] = False
+    include_obfuscation: Annotated[bool | None, Only(values=(None, False))] = None
 
 
 Included = Literal[
@@ -245,7 +219,7 @@ Metadata = Annotated[
 ]
 _NO_STATE = Only("this server keeps no responses; send the whole conversation as input")
 _NO_PROMPTS = Only("this server keeps no prompts; send it as instructions")
-_Nothing = Annotated[Any, Only("not supported")]
+_Nothing = Annotated[Any, Only()]
 
 
 def _instead(name: str) -> Only:
@@ -289,7 +263,7 @@ class ResponsesRequest(SamplingFields):
     background: Annotated[bool | None, Only("not supported; use stream", (None, False))] = None
     truncation: Annotated[str | None, Only("not supported; shorten the input", (None, "disabled"))] = None
     service_tier: Annotated[str | None, Only("there is one tier", (None, "auto", "default"))] = None
-    prompt_cache_retention: Annotated[str | None, Only("not supported", (None, "in_memory"))] = None
+    prompt_cache_retention: Annotated[str | None, Only(values=(None, "in_memory"))] = None
     prompt_cache_options: _Nothing = None
     context_management: _Nothing = None
     background_options: _Nothing = None

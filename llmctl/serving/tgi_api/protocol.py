@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmctl.engine.sampling_params import MAX_LOGPROBS, MAX_SAMPLES
-from llmctl.serving.protocol import MOST, ApiModel, JsonSchema, StopStrings, only
+from llmctl.serving.protocol import MOST, ApiModel, JsonSchema, StopStrings
+from llmctl.serving.refused_fields import Only
 
 
 class TgiModel(ApiModel):
@@ -78,9 +79,9 @@ class GenerateParameters(TgiModel):
     grammar: Grammar | None = None
 
     # Known, and refused when set.
-    typical_p: Annotated[Any, only(None)] = None
-    watermark: Annotated[bool | None, only(None, False)] = None
-    adapter_id: Annotated[Any, only(None)] = None
+    typical_p: Annotated[Any, Only("not supported: use top_p")] = None
+    watermark: Annotated[bool | None, Only("not supported: there is none here", (None, False))] = None
+    adapter_id: Annotated[Any, Only("not supported: an engine has no adapters but those that were merged")] = None
 
 
 class GenerateBody(TgiModel):
@@ -99,14 +100,14 @@ class GenerateRequest(GenerateBody):
     """``POST /generate``."""
 
     streams: ClassVar[bool | None] = False
-    stream: Annotated[bool | None, only(None, False)] = None
+    stream: Annotated[bool | None, Only("this endpoint never streams; use POST /", (None, False))] = None
 
 
 class GenerateStreamRequest(GenerateBody):
     """``POST /generate_stream``."""
 
     streams: ClassVar[bool | None] = True
-    stream: Annotated[bool | None, only(None, True)] = None
+    stream: Annotated[bool | None, Only("this endpoint always streams; use POST /", (None, True))] = None
 
 
 class CompatGenerateRequest(GenerateBody):

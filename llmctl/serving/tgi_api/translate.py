@@ -8,27 +8,10 @@ from llmctl.errors import RequestError
 from llmctl.serving.protocol import CompletionRequest
 from llmctl.serving.tgi_api.protocol import GenerateBody, GenerateParameters, JsonGrammar, JsonSchemaGrammar
 
-_REFUSED = {
-    "adapter_id": "an engine has no adapters but those that were merged",
-    "typical_p": "use top_p",
-    "watermark": "there is none here",
-}
-_ASKS_NOTHING = {"watermark": False}
-"""Values of them that are accepted, beside null."""
-
 
 def wants_stream(body: GenerateBody) -> bool:
-    """Whether the answer is a stream.
-
-    Raises:
-        RequestError: the request says other than its endpoint does.
-    """
-    if body.streams is None:
-        return bool(body.stream)
-    if body.stream not in (None, body.streams):
-        never = "always" if body.streams else "never"
-        raise RequestError(f"stream: this endpoint {never} streams", fix="use POST /", param="stream")
-    return body.streams
+    """Whether the answer is a stream."""
+    return bool(body.stream) if body.streams is None else body.streams
 
 
 def parameters_of(body: GenerateBody) -> GenerateParameters:
@@ -37,14 +20,11 @@ def parameters_of(body: GenerateBody) -> GenerateParameters:
 
 
 def check_parameters(given: GenerateParameters, *, stream: bool) -> None:
-    """Refuse what cannot be honoured, or would change nothing.
+    """Refuse what cannot be honoured together, or would change nothing.
 
     Raises:
         RequestError: ``param`` names the parameter.
     """
-    for name, reason in _REFUSED.items():
-        if getattr(given, name) not in (None, _ASKS_NOTHING.get(name)):
-            raise RequestError(f"{name}: not supported: {reason}", param=name)
     best_of = given.best_of or 1
     for name, asked in {"decoder_input_details": given.decoder_input_details, "best_of": best_of > 1}.items():
         if stream and asked:

@@ -67,7 +67,9 @@ class TgiWriter(Writer):
             if self._given.top_n_tokens:
                 made["top_tokens"] = self._top(position)
             found.append({**made, "generated_text": None, "details": None})
-        if output.finish_reason is not None and found:
+        if output.finish_reason is not None:
+            if not found:  # a grammar that was complete ended it, and what a stop string held back may be left
+                found.append(self._end_of_sequence(output.text))
             found[-1]["generated_text"] = self._before + "".join(self._texts)
             found[-1]["details"] = self._ending(output) if self._details else None
         return b"".join(map(event, found))
@@ -75,6 +77,11 @@ class TgiWriter(Writer):
     def failure(self, error: LlmctlError) -> bytes:
         """The error's document as an event."""
         return event(TGI.body(problem_of(error)))
+
+    def _end_of_sequence(self, text: str) -> dict[str, Any]:
+        """The last event of a text that ended without a token: clients look for the whole text at one's side."""
+        token = {"id": min(self._tokenizer.eos_token_ids, default=0), "text": text, "logprob": None, "special": True}
+        return {"index": self._num_tokens + 1, "token": token, "generated_text": None, "details": None}
 
     def _ending(self, output: TextOutput) -> dict[str, Any]:
         return {**self._facts(output), "input_length": len(self._prompt.token_ids)}
