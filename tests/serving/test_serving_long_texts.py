@@ -193,7 +193,7 @@ def test_the_end_of_a_text_is_had_however_long_the_text(tokenizer: Watched) -> N
 
 def test_parameters_are_refused_before_a_prompt_is_tokenized(tokenizer: Watched) -> None:
     """They are asked for first, and need no prompt."""
-    for fields in ({"temperature": -1}, {"suffix": "x"}, {"stop_token_ids": [10**6]}, {"bad_words": [""]}):
+    for fields in ({"temperature": -1}, {"best_of": 3}, {"stop_token_ids": [10**6]}, {"bad_words": [""]}):
         with pytest.raises(RequestError):
             asyncio.run(intake(tokenizer).completion_params(CompletionRequest(prompt=LONG, **fields)))
     assert tokenizer.work == []
