@@ -135,9 +135,10 @@ SHAPES = {
     "/info": TGI,
     "/": TGI,
 }
-"""By path, with all that lies below it; any other is OpenAI's."""
+"""By path, with all that lies below it (nothing does below ``/``); any other is OpenAI's."""
 
 
 def shape_of(path: str) -> ErrorShape:
     """The shape of errors on a path, be it an endpoint's or not, or empty where none is known."""
-    return next((shape for at, shape in SHAPES.items() if path == at or path.startswith(at + "/")), OPENAI)
+    below = (shape for at, shape in SHAPES.items() if path == at or (at != "/" and path.startswith(at + "/")))
+    return next(below, OPENAI)

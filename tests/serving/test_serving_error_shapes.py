@@ -39,7 +39,7 @@ ERRORS: list[tuple[Exception, str, str]] = [
         *(("/v1/messages/", MESSAGES), ("/v1/messagesx", OPENAI), ("/v1/chat/completions", OPENAI), ("", OPENAI)),
         *(
             ("/", TGI),
-            ("//", TGI),
+            ("//v1/completions", OPENAI),
             ("/generate", TGI),
             ("/generate_stream", TGI),
             ("/generated", OPENAI),
