@@ -12,7 +12,8 @@ from md_table import markdown_table
 
 from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS
 from llmctl.checkpoint.gguf_config import ARCHITECTURES
-from llmctl.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
+from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
+from llmctl.checkpoint.gguf_tokenizer import TOKENIZER_MODELS
 from llmctl.checkpoint.methods import METHODS, REFUSED
 from llmctl.graph.graph import QuantScheme
 
@@ -41,6 +42,7 @@ def gguf() -> str:
     """What else a GGUF file may be of."""
     rows = [
         ("architectures", ", ".join(ARCHITECTURES)),
+        ("tokenizer models", ", ".join(f"{name} ({what})" for name, what in TOKENIZER_MODELS.items())),
         ("pre-tokenizers of byte-level BPE (`gpt2`)", ", ".join(PRE_TOKENIZERS)),
     ]
     return markdown_table(("", "known"), rows)
