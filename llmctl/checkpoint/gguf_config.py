@@ -9,36 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.gguf_header import shown
+from llmctl.checkpoint.gguf_gemma import gemma3_fields
+from llmctl.checkpoint.gguf_keys import Keys, is_set
 from llmctl.errors import CheckpointError, UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class ArchFacts:
-    """One GGUF architecture.
-
-    Attributes:
-        architecture: HF class name; the model type is the GGUF architecture's name.
-        permuted: llama.cpp stores Q and K rows permuted for its interleaved rotary embedding.
-        extra: config fields that are constants of the family.
-    """
-
-    architecture: str
-    permuted: bool = False
-    extra: Mapping[str, Any] = ()  # type: ignore[assignment]
-
-
-ARCHITECTURES: dict[str, ArchFacts] = {
-    "llama": ArchFacts("LlamaForCausalLM", permuted=True),
-    "qwen2": ArchFacts("Qwen2ForCausalLM", extra={"use_sliding_window": False}),
-    "qwen3": ArchFacts("Qwen3ForCausalLM", extra={"use_sliding_window": False, "attention_bias": False}),
-}
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -54,25 +33,67 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+@dataclass(frozen=True)
+class ArchFacts:
+    """One GGUF architecture.
+
+    Attributes:
+        architecture: HF class name.
+        model_type: HF's; None: the GGUF architecture's name.
+        permuted: llama.cpp stores Q and K rows permuted for its interleaved rotary embedding.
+        norm_plus_one: llama.cpp stores 1 + w for the weight w of a norm.
+        blocks: names of a layer's tensors, GGUF's to HF's.
+        extra: config fields that are constants of the family.
+    """
+
+    architecture: str
+    model_type: str | None = None
+    permuted: bool = False
+    norm_plus_one: bool = False
+    blocks: Mapping[str, str] = field(default_factory=lambda: _BLOCK)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARCHITECTURES: dict[str, ArchFacts] = {
+    "llama": ArchFacts("LlamaForCausalLM", permuted=True),
+    "qwen2": ArchFacts("Qwen2ForCausalLM", extra={"use_sliding_window": False}),
+    "qwen3": ArchFacts("Qwen3ForCausalLM", extra={"use_sliding_window": False, "attention_bias": False}),
+    "gemma3": ArchFacts(
+        "Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        norm_plus_one=True,
+        blocks=_BLOCK | _GEMMA_NORMS,
+        extra={"attention_bias": False},
+    ),
+}
+
 _DERIVED = frozenset({"rope_freqs.weight"})
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def hf_name(name: str, where: str) -> str | None:
+def hf_name(name: str, arch: str, where: str) -> str | None:
     """The HF name of a GGUF tensor; None for tensors that only repeat the config.
 
     Raises:
-        UnsupportedModelError: a tensor no supported architecture has.
+        UnsupportedModelError: a tensor the architecture does not have.
     """
+    blocks = ARCHITECTURES[arch].blocks
     if name in _DERIVED:
         return None
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if block and block[2] in _BLOCK:
-        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
+    if block and block[2] in blocks:
+        return f"model.layers.{block[1]}.{blocks[block[2]]}.{block[3]}"
     top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
     if top and top[1] in _TOP:
         return f"{_TOP[top[1]]}.{top[2]}"
-    raise UnsupportedModelError(f"{where}: tensor '{name}' belongs to no supported architecture")
+    raise UnsupportedModelError(f"{where}: tensor '{name}' is none of architecture {arch}")
 
 
 def synthesise_config(
@@ -99,7 +120,7 @@ def synthesise_config(
         raise UnsupportedModelError(
             f"{where}: GGUF architecture '{arch}' is not read; known: {', '.join(sorted(ARCHITECTURES))}"
         )
-    facts, keys = ARCHITECTURES[arch], _Keys(metadata, arch, where)
+    facts, keys = ARCHITECTURES[arch], Keys(metadata, arch, where)
     _refuse_unsupported(keys)
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // heads)
@@ -111,8 +132,7 @@ def synthesise_config(
         raise UnsupportedModelError(f"{where}: partial rotary embedding is not read for {arch}")
     config: dict[str, Any] = {
         "architectures": [facts.architecture],
-        "model_type": arch,
-        "hidden_act": "silu",
+        "model_type": facts.model_type or arch,
         "hidden_size": hidden,
         "intermediate_size": keys.integer("feed_forward_length"),
         "num_hidden_layers": keys.integer("block_count"),
@@ -125,66 +145,34 @@ def synthesise_config(
         "vocab_size": _vocab_size(shapes, where),
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "dtype": dtype,
-        **dict(facts.extra),
+        **facts.extra,
     }
+    if arch == "gemma3":
+        config |= gemma3_fields(keys, config)
+    else:
+        config["hidden_act"] = "silu"
     if arch == "llama":
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
         config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in shapes
     scaling = _rope_scaling(keys, rope_factors, config)
     if scaling:
         config["rope_scaling"] = scaling
-    for key, field in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
+    for key, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if type(token) is int:
-            config[field] = token
+            config[name] = token
     return config
 
 
-class _Keys:
-    """Typed look-ups of ``<arch>.<key>``."""
-
-    def __init__(self, metadata: Mapping[str, Any], arch: str, where: str) -> None:
-        self.metadata, self.arch, self.where = metadata, arch, where
-
-    def get(self, key: str) -> Any:
-        return self.metadata.get(f"{self.arch}.{key}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or value <= 0:
-            found = "none" if value is None else shown(value)
-            raise CheckpointError(
-                f"{self.where}: metadata {self.arch}.{key}: expected a positive integer, found {found}"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise CheckpointError(
-                f"{self.where}: metadata {self.arch}.{key}: expected a positive number, found {shown(value)}"
-            )
-        return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
-
-
-def _is_set(value: Any) -> bool:
-    """Whether a metadata value asks for something: an array does, a number does unless it is 0."""
-    return value is not None and (isinstance(value, np.ndarray) or bool(value))
-
-
-def _refuse_unsupported(keys: _Keys) -> None:
+def _refuse_unsupported(keys: Keys) -> None:
     parts = keys.metadata.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         raise UnsupportedModelError(
             f"{keys.where}: one part of a split GGUF", fix="join the parts with llama-gguf-split --merge"
         )
-    if _is_set(keys.get("expert_count")):
+    if is_set(keys.get("expert_count")):
         raise UnsupportedModelError(f"{keys.where}: mixture-of-experts models are not read from GGUF")
-    if _is_set(keys.get("attention.sliding_window")):
+    if keys.arch != "gemma3" and is_set(keys.get("attention.sliding_window")):
         raise UnsupportedModelError(f"{keys.where}: sliding-window attention is not read from GGUF")
 
 
@@ -204,7 +192,7 @@ def _vocab_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
 
 
 def _rope_scaling(
-    keys: _Keys, rope_factors: NDArray[np.float32] | None, config: Mapping[str, Any]
+    keys: Keys, rope_factors: NDArray[np.float32] | None, config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     if rope_factors is not None:
         return _llama3_scaling(rope_factors, config, keys.where)

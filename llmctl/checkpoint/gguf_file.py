@@ -31,17 +31,19 @@ _DENSE = tuple(DTYPES[name].safetensors for name in COMPUTE_DTYPES)  # ggml call
 class GgufSource:
     """The tensors of a GGUF file under HF names."""
 
-    def __init__(self, file: GgufFile, *, widen: bool) -> None:
+    def __init__(self, file: GgufFile, arch: str, *, widen: bool) -> None:
         """Map names.
 
         Args:
+            arch: the file's, of ``ARCHITECTURES``.
             widen: dequantize every block to float32.
 
         Raises:
-            UnsupportedModelError: a tensor no supported architecture has.
+            UnsupportedModelError: a tensor the architecture does not have.
         """
         self._file = file
-        named = ((hf_name(name, str(file.path)), name) for name in file.tensors)
+        self._norm_plus_one = ARCHITECTURES[arch].norm_plus_one
+        named = ((hf_name(name, arch, str(file.path)), name) for name in file.tensors)
         self._stored = {name: stored for name, stored in named if name}
         self._heads: dict[str, int] = {}
         self._widen = widen
@@ -71,6 +73,8 @@ class GgufSource:
             tensor = as_tensor(raw, entry.qtype.name, entry.shape)
         else:
             tensor = as_tensor(self._dequantize(stored, entry, raw), "F32", entry.shape)
+        if self._norm_plus_one and name.endswith("norm.weight"):
+            tensor = tensor - 1
         return unpermute_rows(tensor, heads) if heads else tensor
 
     def _blocks(self, entry: GgufTensor) -> BlockFormat | None:
@@ -148,7 +152,7 @@ def open_gguf(path: Path, *, widen: bool = False) -> Checkpoint:
     if arch not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(f"{path}: GGUF architecture '{arch}' is not read; known: {known}")
-    source = GgufSource(file, widen=widen)
+    source = GgufSource(file, arch, widen=widen)
     shapes = {name: entry.shape for name, entry in source.entries().items()}
     config = synthesise_config(file.metadata, shapes, _dtype(file), _rope_factors(file), str(path))
     if ARCHITECTURES[arch].permuted and config["head_dim"] % 2:

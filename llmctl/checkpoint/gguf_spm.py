@@ -7,9 +7,9 @@ score puts it: as transformers' ``generate_merges`` does it, but for equal score
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,9 @@ def _merges(vocabulary: Vocabulary) -> list[Pair]:
     pairs.sort(key=lambda item: (-item[0], -len(item[1][0]), -len(item[1][1])))
     merges: list[Pair] = []
     for _, tied in groupby(pairs, key=lambda item: item[0]):
-        merges += _settle_ties(vocabulary.where, [pair for _, pair in tied])
+        group = [pair for _, pair in tied]
+        merges += group if len(group) == 1 else _settle_ties(vocabulary.where, group)
+    _check_runs(vocabulary.where, {token: scores[i] for token, i in known.items() if len(set(token)) == 1}, merges)
     return merges
 
 
@@ -115,32 +117,70 @@ def _check_letters(vocabulary: Vocabulary, known: Iterable[str]) -> None:
 def _settle_ties(where: str, pairs: list[Pair]) -> list[Pair]:
     """Pairs of one score, in an order that takes the leftmost where two of them overlap in a text.
 
-    (a, b) and (b, c) overlap in "abc": the first must stand first. Where that goes round in a circle no order is right.
-    Repetitions of one text are let through: the shorter ones, which score better, leave one way to put them together.
+    (a, b) and (b, c) overlap in "abc": the first must stand first. No order is right where that goes round in a circle,
+    nor where one joins what another has made. The ways to make one repetition ("../../../") are let through: shorter
+    ones, which score better, leave one way in a text; and runs of one character, for ``_check_runs``.
 
     Raises:
         UnsupportedModelError: no such order.
     """
+    made = {left + right for left, right in pairs}
     by_right: dict[str, list[Pair]] = {}
     for pair in pairs:
         by_right.setdefault(pair[1], []).append(pair)
-    if not any(left in by_right for left, _ in pairs):
+    if not any(left in by_right or left in made or right in made for left, right in pairs):
         return pairs
+    odd = next((pair for pair in pairs if not made.isdisjoint(pair) and not _is_run(pair)), None)
+    if odd is not None:
+        raise _inexpressible(where, "".join(odd))
     earlier = {
-        pair: [other for other in by_right.get(pair[0], ()) if other != pair and not (_repeats(pair) and _repeats(other))]
+        pair: [other for other in by_right.get(pair[0], ()) if other != pair and not _harmless(pair, other)]
         for pair in pairs
     }
     try:
         return list(TopologicalSorter(earlier).static_order())
     except CycleError as error:
-        circle = ", ".join(repr(left + right) for left, right in error.args[1][:2])
-        raise UnsupportedModelError(
-            f"{where}: tokens of equal score that overlap both ways ({circle}): no list of merges stands for them",
-            fix="use the model's Hugging Face folder, with its own tokenizer.json",
-        ) from error
+        raise _inexpressible(where, "".join(error.args[1][0])) from error
 
 
-def _repeats(pair: Pair) -> bool:
-    """Whether both parts are repetitions of one text."""
-    left, right = pair
-    return left + right == right + left
+def _inexpressible(where: str, token: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where}: no list of merges stands for tokens of equal score that overlap, such as {token!r}",
+        fix="use the model's Hugging Face folder, with its own tokenizer.json",
+    )
+
+
+def _harmless(one: Pair, other: Pair) -> bool:
+    return (_is_run(one) and _is_run(other)) or "".join(one) == "".join(other)
+
+
+def _is_run(pair: Pair) -> bool:
+    return len({*pair[0], *pair[1]}) == 1
+
+
+def _check_runs(where: str, runs: dict[str, float], merges: list[Pair]) -> None:
+    """Runs of one character with equal scores (Llama 2's of ▁) must come out of BPE as sentencepiece has them.
+
+    Raises:
+        UnsupportedModelError: some run does not.
+    """
+    by_score: dict[tuple[str, float], list[str]] = {}
+    for token, score in runs.items():
+        by_score.setdefault((token[0], score), []).append(token)
+    letters = {letter for (letter, _), tied in by_score.items() if len(tied) > 1}
+    for letter in sorted(letters):
+        ranked = {pair: -float(i) for i, pair in enumerate(merges) if _is_run(pair) and pair[0][0] == letter}
+        scored = {pair: runs["".join(pair)] for pair in ranked}
+        longest = max(len(token) for token in runs if token[0] == letter)
+        for length in range(2, 3 * longest + 1):
+            if _joined(letter * length, ranked) != _joined(letter * length, scored):
+                raise _inexpressible(where, letter * length)
+
+
+def _joined(text: str, values: Mapping[Pair, float]) -> list[str]:
+    """A text joined pair by pair, always the leftmost of those with the greatest value."""
+    parts = list(text)
+    while found := [(values[pair], -at) for at, pair in enumerate(pairwise(parts)) if pair in values]:
+        at = -max(found)[1]
+        parts[at : at + 2] = ["".join(parts[at : at + 2])]
+    return parts
