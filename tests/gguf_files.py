@@ -1,0 +1,99 @@
+"""GGUF files of small models, written with gguf.GGUFWriter as llama.cpp's converter does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+HF_TO_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+}
+
+
+def gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in HF_TO_GGUF:
+        return f"{HF_TO_GGUF[module]}.{kind}"
+    layer, short = module.removeprefix("model.layers.").split(".", 1)
+    plain = short.replace("self_attn.", "attn_").replace("mlp.", "ffn_").replace("_proj", "")
+    return f"blk.{layer}.{HF_TO_GGUF.get(short, plain)}.{kind}"
+
+
+def converter_permute(weights: torch.Tensor, heads: int) -> torch.Tensor:
+    """convert_hf_to_gguf.py's row order for llama's Q and K."""
+    split = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+    return split.swapaxes(1, 2).reshape(weights.shape)
+
+
+def write_gguf(path: Path, model: Any, *, qtype: Any = None, tokenizer: dict | None = None, **fields: Any) -> Path:
+    """A model as GGUF; matrices in ``qtype`` (None: float32)."""
+    config = model.config
+    arch = config.model_type
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch == "qwen3":
+        writer.add_key_length(config.head_dim)
+    for key, value in fields.items():
+        if key == "head_count":  # was written above
+            writer.kv_data[0][f"{arch}.attention.head_count"].value = value
+            continue
+        getattr(writer, f"add_{key}")(value)
+    _add_tokenizer(writer, tokenizer or small_tokenizer(config.vocab_size))
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch == "llama" and "q_proj" in name:
+            tensor = converter_permute(tensor, config.num_attention_heads)
+        if arch == "llama" and "k_proj" in name:
+            tensor = converter_permute(tensor, config.num_key_value_heads)
+        array = tensor.float().numpy()
+        if qtype is None or array.ndim == 1:
+            writer.add_tensor(gguf_name(name), array)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, qtype), raw_dtype=qtype)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
+def small_tokenizer(size: int, **changes: Any) -> dict[str, Any]:
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>", "1", "2", "3", "Ġ", "a", "b", "ab", "Ġab", "12"]
+    tokens += [f"unused{i}" for i in range(size - len(tokens))]
+    return {
+        "model": "gpt2",
+        "pre": "smollm",
+        "list": tokens,
+        "types": [3, 3, 3, 4] + [1] * (size - 4),
+        "merges": ["a b", "Ġ ab", "1 2"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **changes,
+    }
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
+    writer.add_tokenizer_model(facts["model"])
+    if facts["pre"]:
+        writer.add_tokenizer_pre(facts["pre"])
+    writer.add_token_list(facts["list"])
+    writer.add_token_types(facts["types"])
+    if facts["merges"]:
+        writer.add_token_merges(facts["merges"])
+    for key in facts.keys() - {"model", "pre", "list", "types", "merges"}:
+        getattr(writer, f"add_{key}")(facts[key])
