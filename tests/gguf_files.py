@@ -8,6 +8,8 @@ from typing import Any
 import gguf
 import torch
 
+from llmctl.checkpoint.reader import Checkpoint
+
 HF_TO_GGUF = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -17,14 +19,21 @@ HF_TO_GGUF = {
     "self_attn.o_proj": "attn_output",
 }
 
+GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
-def gguf_name(name: str) -> str:
+
+def gguf_name(name: str, arch: str = "llama") -> str:
+    names = HF_TO_GGUF | (GEMMA_NORMS if arch == "gemma3" else {})
     module, _, kind = name.rpartition(".")
     if module in HF_TO_GGUF:
         return f"{HF_TO_GGUF[module]}.{kind}"
     layer, short = module.removeprefix("model.layers.").split(".", 1)
     plain = short.replace("self_attn.", "attn_").replace("mlp.", "ffn_").replace("_proj", "")
-    return f"blk.{layer}.{HF_TO_GGUF.get(short, plain)}.{kind}"
+    return f"blk.{layer}.{names.get(short, plain)}.{kind}"
 
 
 def converter_permute(weights: torch.Tensor, heads: int) -> torch.Tensor:
@@ -36,7 +45,7 @@ def converter_permute(weights: torch.Tensor, heads: int) -> torch.Tensor:
 def write_gguf(path: Path, model: Any, *, qtype: Any = None, tokenizer: dict | None = None, **fields: Any) -> Path:
     """A model as GGUF; matrices in ``qtype`` (None: float32)."""
     config = model.config
-    arch = config.model_type
+    arch = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -45,8 +54,8 @@ def write_gguf(path: Path, model: Any, *, qtype: Any = None, tokenizer: dict | N
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if arch == "qwen3":
+    writer.add_rope_freq_base(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
+    if arch in ("qwen3", "gemma3"):
         writer.add_key_length(config.head_dim)
     for key, value in fields.items():
         if key == "head_count":  # was written above
@@ -61,11 +70,13 @@ def write_gguf(path: Path, model: Any, *, qtype: Any = None, tokenizer: dict | N
             tensor = converter_permute(tensor, config.num_attention_heads)
         if arch == "llama" and "k_proj" in name:
             tensor = converter_permute(tensor, config.num_key_value_heads)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
         array = tensor.float().numpy()
         if qtype is None or array.ndim == 1:
-            writer.add_tensor(gguf_name(name), array)
+            writer.add_tensor(gguf_name(name, arch), array)
         else:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, qtype), raw_dtype=qtype)
+            writer.add_tensor(gguf_name(name, arch), gguf.quants.quantize(array, qtype), raw_dtype=qtype)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return path
@@ -97,3 +108,23 @@ def _add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
         writer.add_token_merges(facts["merges"])
     for key in facts.keys() - {"model", "pre", "list", "types", "merges"}:
         getattr(writer, f"add_{key}")(facts[key])
+
+
+def logits_of(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers computes from the checkpoint's config and weights alone."""
+    with torch.no_grad():
+        return model_of(checkpoint)(ids).logits
+
+
+def model_of(checkpoint: Checkpoint) -> Any:
+    """transformers' model of the checkpoint's config and weights alone, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(checkpoint.config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).float().eval()
+    state = {name: checkpoint.weight(name).float() for name in checkpoint.names()}
+    result = model.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) <= {"lm_head.weight"}
+    assert not result.unexpected_keys
+    model.tie_weights()
+    return model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_samples import tiny_llama
-from gguf_files import small_tokenizer, write_gguf
+from gguf_files import logits_of, small_tokenizer, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -23,21 +23,6 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-
-
-def logits_of(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
-    """What transformers computes from the checkpoint's config and weights alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = dict(checkpoint.config)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).float().eval()
-    state = {name: checkpoint.weight(name).float() for name in checkpoint.names()}
-    result = model.load_state_dict(state, strict=False)
-    assert set(result.missing_keys) <= {"lm_head.weight"}
-    assert not result.unexpected_keys
-    with torch.no_grad():
-        return model(ids).logits
-
 
 IDS = torch.arange(24)[None] % 70
 
