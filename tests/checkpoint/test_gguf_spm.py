@@ -102,6 +102,15 @@ def test_scores_that_no_list_of_merges_stands_for(scores: dict[str, float]) -> N
         merges_of(**scores)
 
 
+def test_user_defined_tokens_of_one_score_are_not_merged() -> None:
+    facts = spm_vocabulary()
+    for token in ("ab", "ba"):
+        at = facts["list"].index(token)
+        facts["types"][at], facts["token_scores"][at] = 4, -1000.0
+    tokenizer = backend(types=facts["types"], token_scores=facts["token_scores"], add_space_prefix=False)
+    assert tokenizer.encode("xbaab", add_special_tokens=False).tokens == ["x", "ba", "ab"]
+
+
 def test_runs_of_one_score() -> None:
     """Llama 2's own: powers of two have scores, the runs between are worse than any."""
     runs = {"a" * size: -1e9 for size in range(2, 17)} | {"a" * size: -float(size) for size in (2, 4, 8, 16)}
