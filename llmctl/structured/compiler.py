@@ -24,6 +24,7 @@ import numpy as np
 from llmctl.errors import RequestError
 from llmctl.structured.gbnf import gbnf_to_lark
 from llmctl.structured.matcher import STEP_SECONDS, TOO_SLOW, TokenMatcher
+from llmctl.structured.regex import quoted
 from llmctl.structured.repeated_keys import counts_repeated_keys
 from llmctl.structured.spec import GrammarSpec
 from llmctl.text.tokenizer import Tokenizer
@@ -237,15 +238,22 @@ def _llguidance_grammar(spec: GrammarSpec) -> str:
 
 def _lark(spec: GrammarSpec) -> str:
     if spec.kind == "json_schema":
-        schema = json.loads(spec.source)
-        if counts_repeated_keys(schema):
-            raise _refusal(spec, _MIN_PROPERTIES)
-        return f"start: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS}, ensure_ascii=False)}"
+        return _json_rule("start", json.loads(spec.source), spec)
+    if spec.kind == "lark_json":
+        parts = json.loads(spec.source)
+        return parts["lark"] + "".join(_json_rule(name, schema, spec) for name, schema in parts["schemas"].items())
     if spec.kind == "regex":
         return _regex(spec.source)
     if spec.kind == "choice":
-        return _regex("|".join(_quoted(text) for text in json.loads(spec.source)))
+        return _regex("|".join(quoted(text) for text in json.loads(spec.source)))
     return gbnf_to_lark(spec.source) if spec.kind == "gbnf" else spec.source
+
+
+def _json_rule(name: str, schema: dict[str, Any], spec: GrammarSpec) -> str:
+    """The rule of this name that matches a schema."""
+    if counts_repeated_keys(schema):
+        raise _refusal(spec, _MIN_PROPERTIES)
+    return f"{name}: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS}, ensure_ascii=False)}\n"
 
 
 def _regex(source: str) -> str:
@@ -253,11 +261,6 @@ def _regex(source: str) -> str:
 
     grammar: str = json.loads(LLMatcher.grammar_from_regex(source))["grammars"][0]["lark_grammar"]
     return grammar
-
-
-def _quoted(text: str) -> str:
-    """A regular expression for a text."""
-    return re.sub(r"[^A-Za-z0-9_ ]", lambda match: f"\\x{{{ord(match[0]):X}}}", text)
 
 
 def _refusal(spec: GrammarSpec, text: str) -> RequestError:

@@ -105,7 +105,10 @@ def test_windows_by_family() -> None:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; known activations"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; supported: def"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
-        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "'longrope' is not supported; supported: default"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope"}},
+            "'longrope' is not supported; supported: default",
+        ),
         ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "spin": 1}}, "'spin' is not supported for rope_type"),
