@@ -8,6 +8,7 @@ not implement it refuses by name.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -94,6 +95,7 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llmctl-grammar", initializer=_be_nice)
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[GrammarSpec, bool], Future[CompiledGrammar]] = OrderedDict()
+        self._clocks: dict[tuple[GrammarSpec, bool], Callable[[], float]] = {}
         # Not with the first grammar: half a second of work, for which these threads may wait long on a busy machine.
         self._start(lambda: self._tokenizer)
 
@@ -109,10 +111,22 @@ class GrammarCompiler:
         key = spec, forcing
         found = self._cache.get(key)
         if found is None:
-            found = self._cache[key] = self._start(lambda: self.compile(*key))
+            found = self._cache[key] = self._start(lambda: self._compile_timed(key))
             self._evict()
         self._cache.move_to_end(key)
         return found
+
+    def processor_seconds(self, spec: GrammarSpec, *, forcing: bool) -> float:
+        """What the compiling of a grammar has had of a processor so far; 0 before and after."""
+        clock = self._clocks.get((spec, forcing))
+        return 0.0 if clock is None else clock()
+
+    def _compile_timed(self, key: tuple[GrammarSpec, bool]) -> CompiledGrammar:
+        self._clocks[key] = _thread_clock()
+        try:
+            return self.compile(*key)
+        finally:
+            del self._clocks[key]
 
     def close(self) -> None:
         """Begin nothing more."""
@@ -271,6 +285,16 @@ def _refusal(spec: GrammarSpec, text: str) -> RequestError:
     if len(line) > _MAX_MESSAGE:
         line = line[:_MAX_MESSAGE] + "…"
     return RequestError(f"{spec.param}: cannot be enforced: {line}", param=spec.param)
+
+
+def _thread_clock() -> Callable[[], float]:
+    """The processor time that the calling thread takes from now on, for other threads to read while it lives; infinite
+    where the system does not tell."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return lambda: math.inf
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    begun = time.clock_gettime(clock)
+    return lambda: time.clock_gettime(clock) - begun
 
 
 def _be_nice() -> None:
