@@ -13,7 +13,7 @@ from llmctl.structured.compiler import CompiledGrammar, GrammarCompiler
 from llmctl.structured.spec import GrammarSpec
 
 COMPILE_SECONDS = 10.0
-"""A request whose grammar takes longer is refused: as the client's fault if it had a processor for half of that time."""
+"""A request whose grammar takes longer is refused: as the client's fault if it had a processor half of that time."""
 _CHECK_MS = 200
 
 
