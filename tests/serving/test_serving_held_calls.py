@@ -79,7 +79,11 @@ class _Vocabulary:
         self.support = ToolSupport.of(self.tokenizer, None, tool_call_parser=row.name, reasoning_parser=THINKS.name)
         self.texts = [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
         self.eos = set(self.tokenizer.eos_token_ids)
-        self.hidden = set(self.tokenizer.special_token_ids) - {*self.marker_ids.values()}
+        hidden = set(self.tokenizer.special_token_ids) - {*self.marker_ids.values()}
+        self._by_byte: dict[int, list[int]] = {}
+        for i, text in enumerate(self.texts):
+            if text and i not in hidden:
+                self._by_byte.setdefault(text[0], []).append(i)
         self._compiler = GrammarCompiler(self.tokenizer, self.tokenizer.vocab_size, self.tokenizer.eos_token_ids)
 
     @property
@@ -94,7 +98,7 @@ class _Vocabulary:
         """Tokens of a text, any that fit."""
         data, at = text.encode(), 0
         while at < len(data):
-            fits = [i for i, t in enumerate(self.texts) if t and i not in self.hidden and data.startswith(t, at)]
+            fits = [i for i in self._by_byte[data[at]] if data.startswith(self.texts[i], at)]
             yield (chosen := rng.choice(fits))
             at += len(self.texts[chosen])
 
@@ -144,6 +148,16 @@ def _walk(
         if matcher.accept(token):
             return tokens, True, followed
     return tokens, False, followed
+
+
+def _can_be_written(words: _Vocabulary, grammar: CompiledGrammar, text: str, rng: random.Random) -> bool:
+    matcher, row = grammar.matcher(), np.zeros(-(-len(words.texts) // 32), np.uint32)
+    for token in words.spelt(text, rng):
+        matcher.fill(row)
+        if not row[token // 32] >> token % 32 & 1:
+            return False
+        matcher.accept(token)
+    return True
 
 
 def _parsed(pieces: Sequence[str], parser: OutputParser) -> tuple[list[str], list[str], str]:
@@ -196,6 +210,23 @@ def _fuzz(row: ToolFormat, *, special: bool, count: int, seed: int) -> Counter[s
             seen["several"] += len(names) > 1
             seen["over"] += over
     return seen
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_would_be_read_as_a_wrong_call_cannot_be_written(row: ToolFormat) -> None:
+    rng, words, seen = random.Random(4), _vocabulary(row, special=False), Counter[str]()
+    for reasoning, before in ((None, ""), (THINKS, "<think>x</think>")):
+        grammar = words.grammar(row, reasoning, single=False)
+        for text in _outputs(row):
+            names, arguments, _ = _parsed([before + text], OutputParser(row, SCHEMAS, reasoning))
+            right = all(
+                name in VALIDATORS and VALIDATORS[name].is_valid(json.loads(made))
+                for name, made in zip(names, arguments, strict=True)
+            )
+            seen["right" if right else "wrong"] += 1
+            assert right or not _can_be_written(words, grammar, before + text, rng), text
+    assert seen["right"] > 5
+    assert seen["wrong"] > 5
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["spelt", "special"])
