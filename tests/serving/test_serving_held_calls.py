@@ -19,7 +19,14 @@ from llmctl.serving.protocol import ChatCompletionRequest, Tool
 from llmctl.serving.tools.held import held_calls, why_not_held
 from llmctl.serving.tools.support import ToolSupport
 from llmctl.structured.compiler import CompiledGrammar, GrammarCompiler
-from llmctl.text.output_parser.formats import REASONING_FORMATS, TOOL_FORMATS, ReasoningFormat, ToolFormat, tool_format
+from llmctl.text.output_parser.formats import (
+    REASONING_FORMATS,
+    TOOL_FORMATS,
+    Layout,
+    ReasoningFormat,
+    ToolFormat,
+    tool_format,
+)
 from llmctl.text.output_parser.parser import OutputParser
 from llmctl.text.tokenizer import Tokenizer
 
@@ -227,6 +234,12 @@ def test_what_would_be_read_as_a_wrong_call_cannot_be_written(row: ToolFormat) -
             assert right or not _can_be_written(words, grammar, before + text, rng), text
     assert seen["right"] > 5
     assert seen["wrong"] > 5
+    if row.begins and Layout.JSON in row.layouts:
+        call = f"[{RIGHT[0]}]" if row.listed else RIGHT[0]
+        once = row.begins[0] + call.replace("KEY", row.arguments) + row.end
+        alone = words.grammar(row, None, single=True)
+        assert _can_be_written(words, alone, once, rng)
+        assert not _can_be_written(words, alone, f"{once} {row.begins[0]}", rng)
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["spelt", "special"])

@@ -61,7 +61,8 @@ def held_calls(
 
 
 class _Answer:
-    """Lark of one answer. Names of terminals are in capitals; a lazy rule ends where it first matches."""
+    """Lark of one answer. Names of terminals are in capitals. A lazy rule ends where it first matches, and nothing else
+    that might match on does: so no text goes on over a marker that may come there."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class _Answer:
         begin, end = self._reasoning.markers
         markers = ",".join(str(i) for text, i in self._special_ids.items() if text != end)
         self._add(
-            f"THOUGHT: /(?s:.+)/ & ~/{_holding(end)}/",
+            "THOUGHT: /(?s:.+)/",
             f"thought: (THOUGHT | <[{markers}]>)*" if markers else "thought: THOUGHT?",
         )
         self._opening("thought_end", f"/{_ANY}{quoted(end)}/", end, "THOUGHT")
@@ -130,11 +131,7 @@ class _Answer:
     def _body(self) -> None:
         """Text, and sections of calls."""
         row = self._row
-        barred = []
-        if self._reasoning is not None and not self._begun:
-            barred.append(f"{_S}{quoted(self._reasoning.begin)}{_ANY}")
-        if row.bare:
-            barred.append(self._bare_beginnings())
+        barred = [self._bare_beginnings()] if row.bare else []
         begin = row.begins[0] if row.begins else ""
         self._text("FIRST", "first_opening", begin, barred)
         self._text("TEXT", "opening", begin, ())
