@@ -15,6 +15,6 @@ DOCUMENTED = re.compile(
     r"|cannot be enforced: |to compile|grammars are being compiled|the output cannot go on"
     r"|: only with (tools|functions)$|expected one of the request's tools|tools or functions, found both"
     r"|arguments: expected a JSON object|dimensions: expected at most the model's"
-    r"|expected it to end in text|tool_use_id: expected the id|' is none of role '"
+    r"|expected it to end in text|tool_use_id: expected the id|' is none of role '|no tool call found for function call"
     r"|every sample would be the same|: not available in a stream$|top_n_tokens: only with details"
 )

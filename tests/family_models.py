@@ -83,6 +83,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_bias": ("Qwen3", {**_QWEN, "head_dim": 18, "attention_bias": True}),
     "phi": ("Phi", dict(_SMALL)),
     "phi_partial": ("Phi", {**_SMALL, "num_key_value_heads": 1, **_rope(partial_rotary_factor=0.4)}),
+    "phi3": ("Phi3", {**_SMALL, "num_key_value_heads": 1, "pad_token_id": 0}),
+    "phi3_partial_window": (
+        "Phi3",
+        {
+            **{**_QWEN, "num_attention_heads": 5, "num_key_value_heads": 5, "sliding_window": 7, "pad_token_id": 0},
+            **{"tie_word_embeddings": True, **_rope(rope_type="default", partial_rotary_factor=0.7)},
+        },
+    ),
     "gpt2": (
         "GPT2",
         {"vocab_size": VOCAB, "n_embd": 60, "n_layer": 3, "n_head": 5, "n_positions": 128},

@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **_LLAMA, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 32},
     "phi": {"model_type": "phi", **_LLAMA, "num_key_value_heads": 4, "hidden_act": "gelu_new"},
+    "phi3": {"model_type": "phi3", **_LLAMA, "partial_rotary_factor": 0.75},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
 FAMILIES = sorted(CONFIGS)

@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {**_SMALL, "model_type": "qwen3"},
     "phi": {**PHI, "intermediate_size": 128},
+    "phi3": {**_SMALL, "model_type": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 23},
     "gpt2": {**GPT2, "n_inner": 128},
 }  # fmt: skip
 """One of every family: biases, tied heads, windows on some layers or all, and as little work as the kernels allow."""

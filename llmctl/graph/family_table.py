@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmctl.graph.rope_config import ROPE_TYPES
+
 # True, False, or the name of the config key that decides (absent key = False).
 Switch = bool | str
 
@@ -50,6 +52,7 @@ class Family:
         norm: ``rms`` or ``layer`` (with bias); ``eps_key`` holds its epsilon.
         positions: ``rope`` or ``learned``.
         partial_rotary: the family honours ``partial_rotary_factor``.
+        rope_types: the scalings of RoPE that it has here.
         gated: the MLP is ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
         parallel: attention and MLP both read one shared norm and are added to the residual together.
         qk_norm: q and k are RMS-normalised per head before RoPE.
@@ -70,6 +73,7 @@ class Family:
     act_key: str = "hidden_act"
     positions: Literal["rope", "learned"] = "rope"
     partial_rotary: bool = False
+    rope_types: tuple[str, ...] = ROPE_TYPES
     gated: bool = True
     parallel: bool = False
     qk_norm: bool = False
@@ -154,6 +158,14 @@ _PHI_NAMES = TensorNames(
     final_norm="model.final_layernorm",
 )
 
+_PHI3_NAMES = TensorNames(
+    q="model.layers.{i}.self_attn.qkv_proj",
+    k="model.layers.{i}.self_attn.qkv_proj",
+    v="model.layers.{i}.self_attn.qkv_proj",
+    gate="model.layers.{i}.mlp.gate_up_proj",
+    up="model.layers.{i}.mlp.gate_up_proj",
+)
+
 _GPT2_NAMES = TensorNames(
     embed="transformer.wte",
     pos_embed="transformer.wpe",
@@ -226,6 +238,21 @@ _ROWS = (
         bias_o=True,
         bias_mlp=True,
         bias_head=True,
+    ),
+    # transformers reads a rope_type "yarn" of this family as its own "longrope".
+    Family(
+        "phi3",
+        ("Phi3ForCausalLM", "Phi3Model"),
+        names=_PHI3_NAMES,
+        defaults={
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 1.0,
+            "max_position_embeddings": 4096,
+        },
+        partial_rotary=True,
+        rope_types=("default",),
+        window="all",
     ),
     Family(
         "gpt2",

@@ -100,7 +100,11 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         bias_o=reader.switch(family.bias_o),
         bias_mlp=reader.switch(family.bias_mlp),
         windows=_windows(reader, layers),
-        rope=rope_attrs(config, head_dim, max_position, partial) if family.positions == "rope" else None,
+        rope=(
+            rope_attrs(config, head_dim, max_position, partial, family.rope_types)
+            if family.positions == "rope"
+            else None
+        ),
     )
     if family.positions == "rope":
         reader.seen |= {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}

@@ -6,7 +6,7 @@ Source of the rules: transformers ``modeling_rope_utils`` (defaults, precedence,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmctl.errors import CheckpointError, UnsupportedModelError
@@ -29,18 +29,24 @@ _FIELDS = {
         "truncate",
     },
 }
+ROPE_TYPES = tuple(_FIELDS)
 # Written by transformers into every kind of rope_parameters of long-context models; only yarn and llama3 read it.
 _HARMLESS = {"original_max_position_embeddings"}
 
 
 def rope_attrs(
-    config: Mapping[str, Any], head_dim: int, max_position: int, partial_default: float | None = None
+    config: Mapping[str, Any],
+    head_dim: int,
+    max_position: int,
+    partial_default: float | None = None,
+    types: Sequence[str] = ROPE_TYPES,
 ) -> dict[str, Attr]:
     """Attributes ``rotary_dim, theta, style, rope_type`` and the fields of that type.
 
     Args:
         partial_default: share of head_dim that is rotated unless ``rope_parameters`` says so; None = the family rotates
             all of it and a ``partial_rotary_factor`` other than 1 is refused.
+        types: those of ``ROPE_TYPES`` that the family has.
 
     Raises:
         UnsupportedModelError: a rope type or field that this version does not honour.
@@ -48,8 +54,8 @@ def rope_attrs(
     """
     params = _parameters(config)
     rope_type = params.get("rope_type") or params.get("type") or "default"
-    if rope_type not in _FIELDS:
-        known = ", ".join(_FIELDS)
+    if rope_type not in types:
+        known = ", ".join(types)
         raise UnsupportedModelError(f"config.json: rope_type '{rope_type}' is not supported; supported: {known}")
     unknown = sorted(
         k for k, v in params.items() if v is not None and k not in _FIELDS[rope_type] | _COMMON | _HARMLESS

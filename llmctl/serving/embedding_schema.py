@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.serving.protocol import EXPECTED, PROMPTS_EXPECTED, Prompts, RequestFields
-from llmctl.serving.refused_fields import Only
+from llmctl.serving.protocol import PROMPTS_EXPECTED, Prompts, RequestFields
+from llmctl.serving.refused_fields import Only, not_here
 from llmctl.serving.response_schema import Count, ResponseModel
 
 
 class EmbeddingRequest(RequestFields):
     """``POST /v1/embeddings``."""
 
-    expected: ClassVar[Mapping[str, str]] = {**EXPECTED, "input": PROMPTS_EXPECTED}
+    expected: ClassVar[Mapping[str, str]] = {"input": PROMPTS_EXPECTED}
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = "float"
@@ -28,6 +28,18 @@ class EmbeddingRequest(RequestFields):
 
     # Known, and refused when set.
     truncate_prompt_tokens: Annotated[int | None, Only("not supported; shorten the input")] = None
+
+    # Of what generates.
+    n: Annotated[Any, not_here(values=(None, 1))] = None
+    best_of: Annotated[Any, not_here(values=(None, 1))] = None
+    seed: Annotated[Any, not_here()] = None
+    stop: Annotated[Any, not_here()] = None
+    echo: Annotated[Any, not_here(values=(None, False))] = None
+    stream: Annotated[Any, not_here(values=(None, False))] = None
+    logprobs: Annotated[Any, not_here(values=(None, False))] = None
+    max_tokens: Annotated[Any, not_here()] = None
+    response_format: Annotated[Any, not_here()] = None
+    tools: Annotated[Any, not_here(values=(None, []))] = None
 
 
 class Embedding(ResponseModel):

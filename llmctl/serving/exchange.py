@@ -145,7 +145,7 @@ async def answer_chat(seen: Observation, body: ChatCompletionRequest, write: Wri
     params = await model.intake.chat_params(body, use)
     prompt = await model.intake.chat_prompt(body, len(await seen.request.body()))
     seen.prompts = [prompt]
-    params = model.intake.fit_chat(params, body, prompt)
+    params = model.intake.fit_chat(params, body, prompt, use)
     answer = write(model, prompt, params.n, body, use)
     return await _respond(seen, body, _sequences([prompt], params, body, deadline), answer)
 

@@ -13,15 +13,16 @@ from llmctl.structured.compiler import CompiledGrammar, GrammarCompiler
 from llmctl.structured.spec import GrammarSpec
 
 COMPILE_SECONDS = 10.0
-"""A request whose grammar takes longer is refused."""
+"""A request whose grammar takes longer is refused: as the client's fault if it had a processor half of that time."""
 _CHECK_MS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """The sequences of one HTTP request; ``deadline`` on ``time.monotonic``."""
+    """The sequences of one HTTP request; ``deadline`` on ``time.monotonic``. ``forcing``: see ``GrammarCompiler``."""
 
     spec: GrammarSpec
+    forcing: bool
     requests: list[WireRequest]
     future: Future[CompiledGrammar]
     deadline: float
@@ -44,8 +45,9 @@ class GrammarQueue:
 
     def put(self, spec: GrammarSpec, requests: list[WireRequest]) -> None:
         """Have a grammar compiled for the sequences of one HTTP request."""
-        future = self._compiler.submit(spec, forcing=not requests[0].params.singles_out_tokens)
-        self._waiting.append(_Waiting(spec, requests, future, time.monotonic() + COMPILE_SECONDS))
+        forcing = not requests[0].params.singles_out_tokens
+        future = self._compiler.submit(spec, forcing=forcing)
+        self._waiting.append(_Waiting(spec, forcing, requests, future, time.monotonic() + COMPILE_SECONDS))
         future.add_done_callback(lambda _: self._wake())
 
     def drop(self, request_ids: Iterable[str]) -> None:
@@ -62,9 +64,28 @@ class GrammarQueue:
         for entry in waiting:
             if entry.future.done() or now >= entry.deadline:
                 if entry.requests:
-                    yield entry.requests, _outcome(entry)
+                    yield entry.requests, self._outcome(entry)
             else:
                 self._waiting.append(entry)
+
+    def _outcome(self, entry: _Waiting) -> CompiledGrammar | LlmctlError:
+        param, future = entry.spec.param, entry.future
+        if not future.done():
+            if not future.running():
+                return QueueFullError("too many grammars are being compiled", fix="try again later")
+            busy = self._compiler.processor_seconds(entry.spec, forcing=entry.forcing)
+            if busy < COMPILE_SECONDS / 2:
+                return QueueFullError(
+                    f"the machine is busy: in {COMPILE_SECONDS:g} s the grammar had a processor for {busy:.1f} s",
+                    fix="try again later",
+                )
+            return RequestError(f"{param}: took longer than {COMPILE_SECONDS:g} s to compile", param=param)
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, LlmctlError):
+            return _named(error, param)
+        return RequestError(f"{param}: could not be compiled: {' '.join(str(error).split())[:200]}", param=param)
 
     def wait_ms(self, most: int) -> int:
         """How long the worker may wait for commands: as long as it would, or until a deadline is to be looked at."""
@@ -73,20 +94,6 @@ class GrammarQueue:
     def close(self) -> None:
         """Compile nothing more."""
         self._compiler.close()
-
-
-def _outcome(entry: _Waiting) -> CompiledGrammar | LlmctlError:
-    param = entry.spec.param
-    if not entry.future.done():
-        if entry.future.running():
-            return RequestError(f"{param}: took longer than {COMPILE_SECONDS:g} s to compile", param=param)
-        return QueueFullError("too many grammars are being compiled", fix="try again later")
-    error = entry.future.exception()
-    if error is None:
-        return entry.future.result()
-    if isinstance(error, LlmctlError):
-        return _named(error, param)
-    return RequestError(f"{param}: could not be compiled: {' '.join(str(error).split())[:200]}", param=param)
 
 
 def _named(error: LlmctlError, param: str) -> LlmctlError:

@@ -400,8 +400,10 @@ class Intake:
             )
         return replace(params, grammar=use.grammar)
 
-    def fit_chat(self, params: SamplingParams, body: ChatCompletionRequest, prompt: Prompt) -> SamplingParams:
-        """The parameters with ``max_tokens``, which fit the prompt.
+    def fit_chat(
+        self, params: SamplingParams, body: ChatCompletionRequest, prompt: Prompt, use: ToolUse
+    ) -> SamplingParams:
+        """The parameters with ``max_tokens``, which fit the prompt, and what calls are held to.
 
         Raises:
             CapacityError: too long. RequestError: as ``fit_completion``.
@@ -414,7 +416,7 @@ class Intake:
         made = self._max_tokens(wanted, len(prompt.token_ids), param)
         if wanted is None and self._default_max_tokens is not None:
             made = min(made, self._default_max_tokens)
-        return replace(params, max_tokens=made)
+        return replace(params, max_tokens=made, grammar=use.held_grammar(prompt.text) or params.grammar)
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
         room = self.max_model_len - prompt_tokens

@@ -33,6 +33,11 @@ class Only:
         return {"enum": list(self.values), "description": f"Anything else is refused: {self.why}."}
 
     def _check(self, value: Any) -> Any:
-        if value not in self.values:
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values):
             raise refusal(self.why)
         return value
+
+
+def not_here(use: str = "", values: tuple[Any, ...] = (None,)) -> Only:
+    """Of a field of another API: what to ``use`` instead, if there is something. ``values`` say nothing."""
+    return Only("not a field of this endpoint" + (f"; use {use}" if use else ""), values)

@@ -8,6 +8,7 @@ not implement it refuses by name.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 from llmctl.errors import RequestError
 from llmctl.structured.gbnf import gbnf_to_lark
 from llmctl.structured.matcher import STEP_SECONDS, TOO_SLOW, TokenMatcher
+from llmctl.structured.regex import quoted
 from llmctl.structured.repeated_keys import counts_repeated_keys
 from llmctl.structured.spec import GrammarSpec
 from llmctl.text.tokenizer import Tokenizer
@@ -93,6 +95,7 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llmctl-grammar", initializer=_be_nice)
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[GrammarSpec, bool], Future[CompiledGrammar]] = OrderedDict()
+        self._clocks: dict[tuple[GrammarSpec, bool], Callable[[], float]] = {}
         # Not with the first grammar: half a second of work, for which these threads may wait long on a busy machine.
         self._start(lambda: self._tokenizer)
 
@@ -108,10 +111,22 @@ class GrammarCompiler:
         key = spec, forcing
         found = self._cache.get(key)
         if found is None:
-            found = self._cache[key] = self._start(lambda: self.compile(*key))
+            found = self._cache[key] = self._start(lambda: self._compile_timed(key))
             self._evict()
         self._cache.move_to_end(key)
         return found
+
+    def processor_seconds(self, spec: GrammarSpec, *, forcing: bool) -> float:
+        """What the compiling of a grammar has had of a processor so far; 0 before and after."""
+        clock = self._clocks.get((spec, forcing))
+        return 0.0 if clock is None else clock()
+
+    def _compile_timed(self, key: tuple[GrammarSpec, bool]) -> CompiledGrammar:
+        self._clocks[key] = _thread_clock()
+        try:
+            return self.compile(*key)
+        finally:
+            del self._clocks[key]
 
     def close(self) -> None:
         """Begin nothing more."""
@@ -237,15 +252,22 @@ def _llguidance_grammar(spec: GrammarSpec) -> str:
 
 def _lark(spec: GrammarSpec) -> str:
     if spec.kind == "json_schema":
-        schema = json.loads(spec.source)
-        if counts_repeated_keys(schema):
-            raise _refusal(spec, _MIN_PROPERTIES)
-        return f"start: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS}, ensure_ascii=False)}"
+        return _json_rule("start", json.loads(spec.source), spec)
+    if spec.kind == "lark_json":
+        parts = json.loads(spec.source)
+        return parts["lark"] + "".join(_json_rule(name, schema, spec) for name, schema in parts["schemas"].items())
     if spec.kind == "regex":
         return _regex(spec.source)
     if spec.kind == "choice":
-        return _regex("|".join(_quoted(text) for text in json.loads(spec.source)))
+        return _regex("|".join(quoted(text) for text in json.loads(spec.source)))
     return gbnf_to_lark(spec.source) if spec.kind == "gbnf" else spec.source
+
+
+def _json_rule(name: str, schema: dict[str, Any], spec: GrammarSpec) -> str:
+    """The rule of this name that matches a schema."""
+    if counts_repeated_keys(schema):
+        raise _refusal(spec, _MIN_PROPERTIES)
+    return f"{name}: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS}, ensure_ascii=False)}\n"
 
 
 def _regex(source: str) -> str:
@@ -253,11 +275,6 @@ def _regex(source: str) -> str:
 
     grammar: str = json.loads(LLMatcher.grammar_from_regex(source))["grammars"][0]["lark_grammar"]
     return grammar
-
-
-def _quoted(text: str) -> str:
-    """A regular expression for a text."""
-    return re.sub(r"[^A-Za-z0-9_ ]", lambda match: f"\\x{{{ord(match[0]):X}}}", text)
 
 
 def _refusal(spec: GrammarSpec, text: str) -> RequestError:
@@ -268,6 +285,16 @@ def _refusal(spec: GrammarSpec, text: str) -> RequestError:
     if len(line) > _MAX_MESSAGE:
         line = line[:_MAX_MESSAGE] + "…"
     return RequestError(f"{spec.param}: cannot be enforced: {line}", param=spec.param)
+
+
+def _thread_clock() -> Callable[[], float]:
+    """The processor time that the calling thread takes from now on, for other threads to read while it lives; infinite
+    where the system does not tell."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return lambda: math.inf
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    begun = time.clock_gettime(clock)
+    return lambda: time.clock_gettime(clock) - begun
 
 
 def _be_nice() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmctl.errors import RequestError
 
-Kind = Literal["json_schema", "regex", "choice", "gbnf", "lark"]
+Kind = Literal["json_schema", "regex", "choice", "gbnf", "lark", "lark_json"]
 
 MAX_SOURCE_CHARS = 65536
 """The compiler's recursion is bounded by it (``compiler.STACK_BYTES``)."""
@@ -21,6 +22,7 @@ class GrammarSpec:
     Attributes:
         kind: of ``source``. ``json_schema``: a JSON object. ``regex``: an expression that the whole output matches.
             ``choice``: a JSON array of strings. ``gbnf``: llama.cpp's notation. ``lark``: llguidance's Lark.
+            ``lark_json``: as ``lark_with_schemas`` makes it.
         source: at most 65536 characters.
         param: the request's field that it comes from, for refusals.
 
@@ -63,3 +65,13 @@ def json_schema(schema: Any, param: str) -> GrammarSpec:
 def json_object(param: str) -> GrammarSpec:
     """The grammar of any JSON object."""
     return json_schema({"type": "object"}, param)
+
+
+def lark_with_schemas(lark: str, schemas: Mapping[str, Any], param: str) -> GrammarSpec:
+    """The grammar of rules in Lark, each on a line, of which some are JSON schemas, given by their names.
+
+    Raises:
+        RequestError: as ``GrammarSpec``.
+    """
+    source = {"lark": lark, "schemas": schemas}
+    return GrammarSpec("lark_json", json.dumps(source, ensure_ascii=False, separators=(",", ":")), param)

@@ -258,7 +258,7 @@ def test_nothing_is_kept(client: openai.OpenAI) -> None:
     [
         ({"tools": [{"type": "web_search"}]}, "tools", "no hosted tools"),
         ({"background": True}, "background", "use stream"),
-        ({"truncation": "auto"}, "truncation", "shorten the input"),
+        ({"truncation": "x"}, "truncation", "truncation: "),
         ({"max_output_tokens": 100_000}, "max_output_tokens", "lower max_output_tokens"),
         ({"max_output_tokens": -5}, "max_output_tokens", "max_output_tokens: "),
         ({"max_output_tokens": 2, "min_tokens": 3}, "min_tokens", "at most max_output_tokens"),

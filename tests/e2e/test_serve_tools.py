@@ -188,10 +188,37 @@ def test_answers_are_as_described(server: ServerProcess, text: str) -> None:
             ChatCompletionChunk.model_validate_json(line.removeprefix("data: "))
 
 
-def test_a_strict_that_is_not_enforced_is_said(server: ServerProcess, client: openai.OpenAI) -> None:
+STRICT: Any = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("text", [CALLS, THINK, CUT])
+def test_strict_tools_hold_the_calls_that_a_model_chooses_to_make(
+    client: openai.OpenAI, text: str, parallel: bool
+) -> None:
+    """Of what the scripts say, "Paris }" is no city, "z" no argument, and "Bonn" breaks off."""
+    options = asked(text, tools=STRICT, max_tokens=100, parallel_tool_calls=parallel)
+    answer = client.chat.completions.with_raw_response.create(**options)
+    assert "X-Llmctl-Warning" not in answer.headers
+    (choice,) = answer.parse().choices
+    with client.chat.completions.stream(**options) as events:
+        (streamed,) = events.get_final_completion().choices
+    assert streamed.message.content == choice.message.content
+    assert calls_of_raw(streamed.message) == calls_of_raw(choice.message)
+    if choice.finish_reason == "length":
+        choice.message.tool_calls = (choice.message.tool_calls or [])[:-1]
+    for name, arguments in calls_of(choice.message):
+        assert arguments == {} if name == "clock" else arguments in ({"city": "Paris"}, {"city": "Bonn"})
+    first, _ = calls_of(choice.message)[0]
+    assert first == ("clock" if text == THINK else "weather")
+    assert parallel or len(choice.message.tool_calls or ()) == 1
+    assert (getattr(choice.message, "reasoning_content", None) or "").startswith("I wonder." if text == THINK else "")
+
+
+def test_a_strict_that_is_not_enforced_is_said(client: openai.OpenAI, server: ServerProcess) -> None:
     answer = client.chat.completions.with_raw_response.create(**asked(CALLS, tools=TOOLS))
     assert "X-Llmctl-Warning" not in answer.headers
     assert "calls as hermes (by the chat template)" in server.output
-    strict = [{**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}]
-    answer = client.chat.completions.with_raw_response.create(**asked(CALLS, tools=strict))
+    other = asked(TEXT, tools=STRICT, response_format={"type": "json_object"}, max_tokens=4)
+    answer = client.chat.completions.with_raw_response.create(**other)
     assert "strict" in answer.headers["X-Llmctl-Warning"]

@@ -1,4 +1,4 @@
-"""What a script of vLLM's quickstart does, against a dense and a GPTQ checkpoint: its command line, curl, requests."""
+"""What a script of vLLM's quickstart does, against a tiny Phi-3, dense and GPTQ: its command line, curl, requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import requests
 from fixtures import ServerProcess
-from tiny_checkpoint import write_dense, write_gptq
+from random_models import write_model
+from tiny_checkpoint import write_dense
+
+from llmctl.config import QuantizeConfig
+from llmctl.quantize.driver import quantize_checkpoint
 
 LINE = (
     *("--dtype", "auto", "--gpu-memory-utilization", "0.90", "--enforce-eager"),
@@ -21,8 +25,10 @@ LINE = (
 
 @pytest.fixture(scope="module", params=["dense", "gptq"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    model = {"dense": write_dense, "gptq": write_gptq}[request.param](tmp_path_factory.mktemp("m") / request.param)
-    method = ("--quantization", "gptq") if request.param == "gptq" else ()
+    folder = tmp_path_factory.mktemp("m")
+    model, method = write_model(folder / "dense", "phi3"), ()
+    if request.param == "gptq":
+        model, method = _quantized(model, folder), ("--quantization", "gptq")
     with ServerProcess(
         *(str(model), *LINE, *method, "--target", "reference", "--served-model-name", "facebook/opt-125m"),
         *("--served-model-name", "opt"),
@@ -30,6 +36,14 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ) as process:
         process.wait_ready(120)
         yield process
+
+
+def _quantized(model: Path, folder: Path) -> Path:
+    text, output = folder / "text.txt", folder / "gptq"
+    text.write_text("the quick brown fox reads a book about engines " * 200)
+    settings = {"group_size": 16, "calib": str(text), "calib_samples": 8, "calib_length": 32}
+    quantize_checkpoint(QuantizeConfig(model=str(model), output=str(output), method="gptq", **settings))
+    return output
 
 
 def test_the_quickstart(server: ServerProcess) -> None:

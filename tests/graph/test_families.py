@@ -68,6 +68,19 @@ def test_phi_rotates_half_unless_told_otherwise() -> None:
     assert rope(build_graph({**phi, "rope_parameters": {"partial_rotary_factor": 0.4}}))["rotary_dim"] == 4
 
 
+def test_phi3_takes_slices_of_fused_tensors() -> None:
+    graph = build_graph({**LLAMA, "model_type": "phi3", "partial_rotary_factor": 0.5})
+    assert rope(graph)["rotary_dim"] == 6
+    rows = {name: weight.parts[0].rows for name, weight in graph.weights.items() if weight.parts[0].rows is not None}
+    assert {name.removeprefix("layers.1."): found for name, found in rows.items() if "layers.1." in name} == {
+        "q_proj.weight": (0, 60),
+        "k_proj.weight": (60, 72),
+        "v_proj.weight": (72, 84),
+        "gate_proj.weight": (0, 84),
+        "up_proj.weight": (84, 168),
+    }
+
+
 def windows(config: dict[str, Any]) -> list[int]:
     graph = build_graph(config)
     assert [op.attrs["window"] for op in graph.ops if op.kind == "attention"] == [k.window for k in graph.kv]
@@ -92,6 +105,11 @@ def test_windows_by_family() -> None:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; known activations"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; supported: def"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope"}},
+            "'longrope' is not supported; supported: default",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "spin": 1}}, "'spin' is not supported for rope_type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -234,6 +252,7 @@ def described(case: str) -> dict[str, Info]:
         ("llama", "model.layers.1.self_attn.k_proj.weight"),
         ("gpt2", "transformer.h.2.attn.c_attn.bias"),
         ("phi", "lm_head.bias"),
+        ("phi3", "model.layers.1.mlp.gate_up_proj.weight"),
     ],
 )
 def test_missing_tensor_is_named(case: str, tensor: str) -> None:
@@ -251,6 +270,7 @@ def test_missing_tensor_is_named(case: str, tensor: str) -> None:
         ("gpt2", "transformer.h.2.attn.c_attn.weight", (180, 60), [60, 180]),
         ("gpt2", "transformer.h.0.attn.c_attn.bias", (240,), [180]),
         ("gpt2", "transformer.h.0.mlp.c_fc.weight", (240, 60), [60, 240]),
+        ("phi3", "model.layers.2.self_attn.qkv_proj.weight", (180, 60), [84, 60]),
     ],
 )
 def test_wrong_shape_is_named(case: str, tensor: str, found: tuple[int, ...], expected: list[int]) -> None:

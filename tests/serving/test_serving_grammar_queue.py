@@ -156,6 +156,26 @@ def test_compiling_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler.go.set()
 
 
+def test_a_grammar_that_gets_no_processor_is_not_its_clients_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_queue, "COMPILE_SECONDS", 0.0)
+    compiler = Held()
+    queue = GrammarQueue(compiler, lambda: None)
+    queue.put(SPEC, [wire("a", SPEC)])
+    (future,) = compiler._cache.values()
+    while not future.running() or not compiler._clocks:
+        time.sleep(0.001)
+    monkeypatch.setattr(grammar_queue, "COMPILE_SECONDS", 1000.0)
+    ((_, error),) = queue.take()
+    assert isinstance(error, QueueFullError)
+    assert str(error).startswith("the machine is busy: in 1000 s the grammar had a processor for 0.0 s")
+    compiler.go.set()
+    future.result(30)
+    assert not compiler._clocks
+    queue.put(SPEC, [wire("a", SPEC)])
+    ((_, compiled),) = queue.take()
+    assert isinstance(compiled, CompiledGrammar)
+
+
 def test_a_request_that_singles_out_tokens_is_forced_to_none() -> None:
     """Its grammar's text in the only tokens that it allows, which are not those that the tokenizer would take."""
     worker = Worker(GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_token_ids))

@@ -50,9 +50,8 @@ def chat(tokenizer: Tokenizer, defaults: dict[str, Any] | None = None, **fields:
     made = intake(tokenizer, **(defaults or {}))
     messages = [{"role": "user", "content": "hi"}]
     body = ChatCompletionRequest.model_validate_json(json.dumps({"messages": messages, **fields}))
-    return made.fit_chat(
-        asyncio.run(made.chat_params(body, made.tools.use(body))), body, asyncio.run(made.chat_prompt(body, 0))
-    )
+    use = made.tools.use(body)
+    return made.fit_chat(asyncio.run(made.chat_params(body, use)), body, asyncio.run(made.chat_prompt(body, 0)), use)
 
 
 def test_only_an_assistants_message_may_lack_content(tokenizer: Tokenizer) -> None:
@@ -358,5 +357,6 @@ def test_an_api_may_ask_for_more_tokens_than_there_is_room_for(tokenizer: Tokeni
         chat(tokenizer, **asked)
     body, made = chat_request(MessagesRequest.model_validate(asked)), intake(tokenizer)
     prompt = asyncio.run(made.chat_prompt(body, 0))
-    params = made.fit_chat(asyncio.run(made.chat_params(body, made.tools.use(body))), body, prompt)
+    use = made.tools.use(body)
+    params = made.fit_chat(asyncio.run(made.chat_params(body, use)), body, prompt, use)
     assert params.max_tokens == made.max_model_len - len(prompt.token_ids)

@@ -215,8 +215,9 @@ async def take_in(intake: Intake, model: type[Any], data: bytes) -> None:
         params = await intake.completion_params(body)
         intake.fit_completion(params, body, await intake.completion_prompts(body))
     else:
-        params = await intake.chat_params(body, intake.tools.use(body))
-        intake.fit_chat(params, body, await intake.chat_prompt(body, len(data)))
+        use = intake.tools.use(body)
+        params = await intake.chat_params(body, use)
+        intake.fit_chat(params, body, await intake.chat_prompt(body, len(data)), use)
 
 
 async def refusals(intake: Intake, model: type[Any], name: str) -> list[RequestError | None]:

@@ -15,7 +15,7 @@ from llmctl.errors import RequestError, UsageError
 from llmctl.serving.intake import Intake
 from llmctl.serving.launch import check_config
 from llmctl.serving.protocol import ChatCompletionRequest
-from llmctl.serving.tools.message import call_id
+from llmctl.serving.tools.message import MessageReader, call_id
 from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.tools.traits import TemplateTraits
 from llmctl.text.chat_template import ChatTemplate
@@ -227,3 +227,14 @@ def test_what_must_be_called_is_a_schema(
     parser.finish()
     if fits:
         assert parser.complete == [True] * len(calls)
+
+
+def test_a_call_that_must_be_made_and_is_cut_short_is_no_text(tokenizer: Tokenizer) -> None:
+    support = ToolSupport.of(tokenizer, None)
+    use = support.use(request(tools=[TOOL], tool_choice="required"))
+    whole = '[{"name": "f", "arguments": {"a": 1}}]'
+    for cut in range(len(whole)):
+        parser = use.parser(None)
+        assert parser is not None
+        pieces = MessageReader(parser, use).read(whole[:cut], last=True)
+        assert {piece.kind for piece in pieces} <= {"name", "arguments"}

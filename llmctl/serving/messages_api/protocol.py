@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from llmctl.serving.protocol import MOST, ApiModel, StopStrings, ToolName
-from llmctl.serving.refused_fields import Only
+from llmctl.serving.refused_fields import Only, not_here
 
 _FAILS_FAST = Field(fail_fast=True)
 CacheControl = Annotated[
@@ -218,3 +218,26 @@ class MessagesRequest(Conversation):
     diagnostics: Annotated[Any, Only("not supported: usage.cache_read_input_tokens tells of the prefix cache")] = None
     inference_geo: Annotated[Any, Only("not supported: there is one place here")] = None
     output_format: Annotated[Any, Only("not supported: use output_config.format")] = None
+
+    # Of chats and completions.
+    n: Annotated[Any, not_here(values=(None, 1))] = None
+    best_of: Annotated[Any, not_here(values=(None, 1))] = None
+    seed: Annotated[Any, not_here()] = None
+    stop: Annotated[Any, not_here("stop_sequences")] = None
+    echo: Annotated[Any, not_here(values=(None, False))] = None
+    logprobs: Annotated[Any, not_here(values=(None, False))] = None
+    top_logprobs: Annotated[Any, not_here(values=(None, 0))] = None
+    logit_bias: Annotated[Any, not_here(values=(None, {}))] = None
+    presence_penalty: Annotated[Any, not_here(values=(None, 0))] = None
+    frequency_penalty: Annotated[Any, not_here(values=(None, 0))] = None
+    repetition_penalty: Annotated[Any, not_here(values=(None, 1))] = None
+    min_p: Annotated[Any, not_here(values=(None, 0))] = None
+    min_tokens: Annotated[Any, not_here(values=(None, 0))] = None
+    max_completion_tokens: Annotated[Any, not_here("max_tokens")] = None
+    response_format: Annotated[Any, not_here("output_config.format")] = None
+    structured_outputs: Annotated[Any, not_here("output_config.format")] = None
+    guided_json: Annotated[Any, not_here("output_config.format")] = None
+    functions: Annotated[Any, not_here("tools")] = None
+    function_call: Annotated[Any, not_here("tool_choice")] = None
+    parallel_tool_calls: Annotated[Any, not_here("tool_choice.disable_parallel_tool_use", (None, True))] = None
+    reasoning_effort: Annotated[Any, not_here("output_config.effort")] = None

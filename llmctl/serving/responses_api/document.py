@@ -52,7 +52,7 @@ def head(asked: ResponsesRequest, model: Model) -> dict[str, Any]:
         "tools": [_tool(tool) for tool in asked.tools or ()],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": sampled["top_p"] if asked.top_p is None else asked.top_p,
-        "truncation": "disabled",
+        "truncation": asked.truncation or "disabled",
         "usage": None,
         "user": asked.user,
     }

@@ -13,6 +13,7 @@ from llmctl.serving.exchange import answer_chat, check_single, counted
 from llmctl.serving.outline import Outline
 from llmctl.serving.responses_api.protocol import ResponsesRequest
 from llmctl.serving.responses_api.translate import chat_of, own_names
+from llmctl.serving.responses_api.truncation import truncated
 from llmctl.serving.responses_api.writer import ResponseWriter
 
 router = APIRouter()
@@ -25,7 +26,11 @@ async def create_response(request: Request) -> Response:
     with counted(request, context) as seen:
         asked = await parse(request, ResponsesRequest, partial(_check_outline, context))
         with own_names():
-            body = chat_of(asked, context.model().intake.tools.traits)
+            intake = context.model().intake
+            if asked.truncation == "auto":
+                body = await truncated(asked, intake, len(await request.body()))
+            else:
+                body = chat_of(asked, intake.tools.traits)
             return await answer_chat(seen, body, partial(ResponseWriter, asked))
 
 

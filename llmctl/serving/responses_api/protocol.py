@@ -20,7 +20,7 @@ from llmctl.serving.protocol import (
     StreamOptions,
     TemplateVariables,
 )
-from llmctl.serving.refused_fields import Only, refusal
+from llmctl.serving.refused_fields import Only, not_here, refusal
 
 LOGPROBS = "message.output_text.logprobs"
 """Of ``include``: what asks for log-probabilities."""
@@ -222,10 +222,6 @@ _NO_PROMPTS = Only("this server keeps no prompts; send it as instructions")
 _Nothing = Annotated[Any, Only()]
 
 
-def _instead(name: str) -> Only:
-    return Only(f"not a field of this endpoint; use {name}")
-
-
 class ResponsesRequest(SamplingFields):
     """``POST /v1/responses``."""
 
@@ -246,6 +242,10 @@ class ResponsesRequest(SamplingFields):
     ] | None = None  # fmt: skip
     stream_options: ResponsesStreamOptions | None = None
     metadata: Metadata | None = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None,
+        Field(description="`auto`: items are left out from the front of `input` until it fits."),
+    ] = None
     store: Annotated[bool | None, Field(description="Accepted; nothing is stored, and the answer says so.")] = None
     max_tool_calls: Annotated[
         int | None, Field(ge=0, description="Of hosted tools, of which there are none: it always holds.")
@@ -261,7 +261,6 @@ class ResponsesRequest(SamplingFields):
     conversation: Annotated[Any, _NO_STATE] = None
     prompt: Annotated[Any, _NO_PROMPTS] = None
     background: Annotated[bool | None, Only("not supported; use stream", (None, False))] = None
-    truncation: Annotated[str | None, Only("not supported; shorten the input", (None, "disabled"))] = None
     service_tier: Annotated[str | None, Only("there is one tier", (None, "auto", "default"))] = None
     prompt_cache_retention: Annotated[str | None, Only(values=(None, "in_memory"))] = None
     prompt_cache_options: _Nothing = None
@@ -272,13 +271,13 @@ class ResponsesRequest(SamplingFields):
     image: _Nothing = None
 
     # Of chats.
-    messages: Annotated[Any, _instead("input")] = None
-    response_format: Annotated[Any, _instead("text.format")] = None
-    max_tokens: Annotated[Any, _instead("max_output_tokens")] = None
-    max_completion_tokens: Annotated[Any, _instead("max_output_tokens")] = None
-    logprobs: Annotated[Any, _instead(f"include: ['{LOGPROBS}']")] = None
-    functions: Annotated[Any, _instead("tools")] = None
-    function_call: Annotated[Any, _instead("tool_choice")] = None
-    reasoning_effort: Annotated[Any, _instead("reasoning.effort")] = None
+    messages: Annotated[Any, not_here("input")] = None
+    response_format: Annotated[Any, not_here("text.format")] = None
+    max_tokens: Annotated[Any, not_here("max_output_tokens")] = None
+    max_completion_tokens: Annotated[Any, not_here("max_output_tokens")] = None
+    logprobs: Annotated[Any, not_here(f"include: ['{LOGPROBS}']")] = None
+    functions: Annotated[Any, not_here("tools")] = None
+    function_call: Annotated[Any, not_here("tool_choice")] = None
+    reasoning_effort: Annotated[Any, not_here("reasoning.effort")] = None
     n: Annotated[int | None, Only("a response has one output", (None, 1))] = 1
-    prompt_logprobs: Annotated[Any, _instead("/v1/chat/completions")] = None
+    prompt_logprobs: Annotated[Any, not_here("/v1/chat/completions")] = None

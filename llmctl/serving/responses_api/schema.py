@@ -201,7 +201,7 @@ class ResponseObject(ResponseModel):
     tools: list[AskedTool]
     top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     user: str | None
 

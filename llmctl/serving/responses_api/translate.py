@@ -197,9 +197,13 @@ class _History:
             self._turn_for(anew=False).calls.append(call)
         elif isinstance(item, FunctionCallOutput):
             content = joined(item.output, f"{where}.output")
-            result = {"role": "tool", "content": content, "tool_call_id": item.call_id}
-            if (name := self._called.get(item.call_id)) is not None:
-                result["name"] = name
+            name = self._called.get(item.call_id)
+            if name is None:
+                found = item.call_id[:80]
+                raise RequestError(
+                    f"{where}: no tool call found for function call output with call_id '{found}'", param="input"
+                )
+            result = {"role": "tool", "content": content, "tool_call_id": item.call_id, "name": name}
             self._add(ChatMessage.model_validate(result))
         elif item.role == "assistant":
             self._turn_for(anew=self._said).text = joined(item.content, f"{where}.content")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from llmctl.engine.sampling_params import MAX_LOGPROBS, MAX_SAMPLES
 from llmctl.serving.protocol import MOST, ApiModel, JsonSchema, StopStrings
-from llmctl.serving.refused_fields import Only
+from llmctl.serving.refused_fields import Only, not_here
 
 
 class TgiModel(ApiModel):
@@ -94,6 +94,22 @@ class GenerateBody(TgiModel):
         None
     )
     stream: bool | None = None
+
+    # Of ``parameters``, and of OpenAI's requests.
+    n: Annotated[Any, not_here("parameters.best_of", (None, 1))] = None
+    best_of: Annotated[Any, not_here("parameters.best_of", (None, 1))] = None
+    seed: Annotated[Any, not_here("parameters.seed")] = None
+    stop: Annotated[Any, not_here("parameters.stop")] = None
+    echo: Annotated[Any, not_here("parameters.return_full_text", (None, False))] = None
+    temperature: Annotated[Any, not_here("parameters.temperature")] = None
+    top_k: Annotated[Any, not_here("parameters.top_k")] = None
+    top_p: Annotated[Any, not_here("parameters.top_p")] = None
+    max_tokens: Annotated[Any, not_here("parameters.max_new_tokens")] = None
+    max_new_tokens: Annotated[Any, not_here("parameters.max_new_tokens")] = None
+    logprobs: Annotated[Any, not_here("parameters.details", (None, False))] = None
+    grammar: Annotated[Any, not_here("parameters.grammar")] = None
+    response_format: Annotated[Any, not_here("parameters.grammar")] = None
+    tools: Annotated[Any, not_here("/v1/chat/completions", (None, []))] = None
 
 
 class GenerateRequest(GenerateBody):

@@ -18,7 +18,7 @@ def calls_grammar(tools: Sequence[Tool], param: str, *, single: bool) -> Grammar
     Raises:
         RequestError: the schemas are too long.
     """
-    definitions = {str(i): _relative(_arguments(tool), f"#/$defs/{i}") for i, tool in enumerate(tools)}
+    definitions = {str(i): _relative(arguments_schema(tool), f"#/$defs/{i}") for i, tool in enumerate(tools)}
     calls = [
         {
             "type": "object",
@@ -33,7 +33,8 @@ def calls_grammar(tools: Sequence[Tool], param: str, *, single: bool) -> Grammar
     return json_schema({"$defs": definitions, "type": "array", "items": items, **bounds}, param)
 
 
-def _arguments(tool: Tool) -> dict[str, Any]:
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """What the arguments of a call are held to."""
     return {"type": "object", **(tool.function.parameters or {})}
 
 

@@ -44,6 +44,8 @@ class MessageReader:
         found = self._parser.push(text)
         if last:
             found += self._parser.finish()
+        if self._use.grammar is not None:  # a call that was cut before its arguments is no text
+            found = [piece for piece in found if piece.kind != "content"]
         return [piece for piece in found if self._most is None or piece.call < self._most]
 
     def deltas(self, output: TextOutput) -> Iterator[dict[str, Any]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmctl.errors import RequestError
 from llmctl.serving.protocol import ChatCompletionRequest, ChatRequest, FunctionName, Tool
+from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.tools import generic_prompt
 from llmctl.serving.tools.enforced import calls_grammar
+from llmctl.serving.tools.held import held_calls, why_not_held
 from llmctl.serving.tools.traits import TemplateTraits
 from llmctl.structured.spec import GrammarSpec
 from llmctl.text.chat_template import ChatTemplate
@@ -28,7 +30,8 @@ log = logging.getLogger("llmctl.serving")
 
 TOOL_TEMPLATES = ("model", "generic")
 _UNSEEN = "tools: this model's chat template does not show them to the model; --tool-template generic does"
-_NOT_STRICT = "tools: strict is enforced only where tool_choice demands a call"
+_NOT_STRICT = "tools: strict is enforced only where tool_choice demands a call: "
+_OTHER_GRAMMAR = "the answer is to match something else"
 
 
 @dataclass
@@ -38,15 +41,15 @@ class ToolSupport:
     Attributes:
         row: how the model writes tool calls. reasoning: how it writes reasoning; None: that is content.
         traits: of the chat template. generic: tools are shown by a built-in prompt instead.
-        tool_markers, reasoning_markers: ids of special tokens that the parser must see.
+        tool_markers, reasoning_markers: special tokens that the parser must see, ids by their texts.
     """
 
     row: ToolFormat = field(default_factory=lambda: tool_format("json"))
     reasoning: ReasoningFormat | None = None
     traits: TemplateTraits = field(default_factory=TemplateTraits)
     generic: bool = False
-    tool_markers: tuple[int, ...] = ()
-    reasoning_markers: tuple[int, ...] = ()
+    tool_markers: Mapping[str, int] = field(default_factory=dict)
+    reasoning_markers: Mapping[str, int] = field(default_factory=dict)
     _warned: bool = False
 
     @classmethod
@@ -98,7 +101,11 @@ class ToolSupport:
         single = legacy or bool(named) or body.parallel_tool_calls is False
         grammar = None if wanted == "auto" else calls_grammar(named or tools, param, single=single)
         schemas = {tool.function.name: _properties(tool) for tool in tools}
-        return ToolUse(self, schemas, legacy=legacy, single=single, grammar=grammar)
+        use = ToolUse(self, schemas, legacy=legacy, single=single, grammar=grammar)
+        if grammar is not None or not any(tool.function.strict for tool in tools):
+            return use
+        loose = why_not_held(self.row) or (_OTHER_GRAMMAR if grammar_of(body) is not None else None)
+        return replace(use, loose=loose) if loose else replace(use, held=tuple(tools))
 
     def warning(self, body: ChatRequest, use: ToolUse) -> str | None:
         """What the client should know of its tools, on one line."""
@@ -111,8 +118,8 @@ class ToolSupport:
             if not self._warned:
                 self._warned = True
                 log.warning("%s", _UNSEEN)
-        if use.grammar is None and any(tool.function.strict for tool in tools):
-            said.append(_NOT_STRICT)
+        if use.loose is not None:
+            said.append(_NOT_STRICT + use.loose)
         return "; ".join(said) or None
 
 
@@ -124,6 +131,8 @@ class ToolUse:
         tools: functions that may be called; None: none, and calls are not looked for.
         legacy: asked with ``functions``, and answered with ``function_call``. single: only the first call counts.
         grammar: of the calls that must be made, which are then the whole answer.
+        held: all tools, if those calls are held to them that may be made. loose: why they are not, though tools are
+            strict.
     """
 
     support: ToolSupport
@@ -131,14 +140,36 @@ class ToolUse:
     legacy: bool = False
     single: bool = False
     grammar: GrammarSpec | None = None
+    held: tuple[Tool, ...] = ()
+    loose: str | None = None
 
     @property
     def markers(self) -> tuple[int, ...]:
         """Special tokens that must not be left out of the text."""
         if self.grammar is not None:
             return ()
-        calls = self.support.tool_markers if self.tools is not None else ()
-        return calls + self.support.reasoning_markers
+        calls = self.support.tool_markers.values() if self.tools is not None else ()
+        return (*calls, *self.support.reasoning_markers.values())
+
+    def held_grammar(self, prompt: str | None) -> GrammarSpec | None:
+        """The grammar of an answer to a prompt, in which calls are held to the tools; None: they are not.
+
+        Raises:
+            RequestError: the tools' schemas are too long.
+        """
+        if not self.held:
+            return None
+        support = self.support
+        begun, closed = self._reasoning_in(prompt)
+        return held_calls(
+            support.row,
+            self.held,
+            "functions" if self.legacy else "tools",
+            single=self.single,
+            special_ids={**support.tool_markers, **support.reasoning_markers},
+            reasoning=None if closed else support.reasoning,
+            begun=begun,
+        )
 
     def parser(self, prompt: str | None) -> OutputParser | None:
         """A parser of one answer to a prompt; None where there is nothing to take apart."""
@@ -147,13 +178,15 @@ class ToolUse:
         reasoning = self.support.reasoning
         if self.tools is None and reasoning is None:
             return None
-        text = (prompt or "").rstrip()
-        return OutputParser(
-            self.support.row,
-            self.tools,
-            reasoning,
-            begun=reasoning is not None and text.endswith(reasoning.begin),
-            closed=reasoning is not None and text.endswith(reasoning.end),
+        begun, closed = self._reasoning_in(prompt)
+        return OutputParser(self.support.row, self.tools, reasoning, begun=begun, closed=closed)
+
+    def _reasoning_in(self, prompt: str | None) -> tuple[bool, bool]:
+        """Whether a prompt has begun the answer's reasoning, and whether it has closed it."""
+        reasoning, text = self.support.reasoning, (prompt or "").rstrip()
+        return (
+            reasoning is not None and text.endswith(reasoning.begin),
+            reasoning is not None and text.endswith(reasoning.end),
         )
 
 
@@ -187,7 +220,7 @@ def _properties(tool: Tool) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _special_ids(tokenizer: Tokenizer, markers: tuple[str, ...]) -> tuple[int, ...]:
-    """Special tokens that markers are made of."""
-    spelt = {i: tokenizer.id_to_token(i) for i in tokenizer.special_token_ids}
-    return tuple(sorted(i for i, text in spelt.items() if text and any(text in marker for marker in markers)))
+def _special_ids(tokenizer: Tokenizer, markers: tuple[str, ...]) -> dict[str, int]:
+    """Special tokens that markers are made of: ids by their texts."""
+    spelt = {i: tokenizer.id_to_token(i) for i in sorted(tokenizer.special_token_ids)}
+    return {text: i for i, text in spelt.items() if text and any(text in marker for marker in markers)}

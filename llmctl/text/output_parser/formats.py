@@ -38,6 +38,7 @@ class ToolFormat:
             an answer that happens to be JSON would be a call.
         layouts: of a call. JSON and PYTHON are told by their brackets, others by being the only one left.
         call_begin, call_end: around each call, where there is something. name_ends: what follows a NAMED call's name.
+        arguments: what a JSON call's arguments are called. listed: JSON calls come as a list.
         separator: what may stand between calls, beside white space.
         signs: texts of a chat template, one of which tells the format. The first row that has one is taken.
         id_length: of ids, where templates want them of a fixed length; 0: OpenAI's form.
@@ -53,6 +54,8 @@ class ToolFormat:
     call_begin: str = ""
     call_end: str = ""
     name_ends: tuple[str, ...] = ()
+    arguments: str = "arguments"
+    listed: bool = False
     separator: str = ""
     id_length: int = 0
 
@@ -130,6 +133,7 @@ TOOL_FORMATS = (
         end="",
         layouts=(Layout.JSON, Layout.NAMED),
         signs=("[TOOL_CALLS]",),
+        listed=True,
         name_ends=("[ARGS]", "[CALL_ID]"),
         separator=",",
         id_length=9,
@@ -140,6 +144,7 @@ TOOL_FORMATS = (
         end="",
         layouts=(Layout.JSON,),
         signs=("<|tool_call|>",),
+        listed=True,
         separator=",",
     ),
     ToolFormat(
@@ -148,6 +153,7 @@ TOOL_FORMATS = (
         end="</tool_calls>",
         layouts=(Layout.JSON,),
         signs=("<tool_calls>",),
+        listed=True,
         aliases=("minimax",),
         separator=",",
     ),
@@ -157,6 +163,7 @@ TOOL_FORMATS = (
         end="",
         layouts=(Layout.JSON,),
         signs=("functools[",),
+        listed=True,
         separator=",",
     ),
     ToolFormat(
@@ -175,6 +182,7 @@ TOOL_FORMATS = (
         end="",
         layouts=(Layout.JSON,),
         signs=("<|python_tag|>", '"parameters"'),
+        arguments="parameters",
         aliases=("llama4_json",),
         bare=True,
         separator=";",
