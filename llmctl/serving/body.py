@@ -45,7 +45,7 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
     """
     check_first_fault(outline, model)
     try:
-        with no_collection():
+        with _no_collection():
             body = model.model_validate_json(data)
     except ValidationError as error:
         raise from_validation_error(error, model.expected) from None
@@ -58,14 +58,16 @@ def parsed(data: bytes, outline: Outline, model: type[Body]) -> Body:
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
+def _no_collection() -> Iterator[None]:
     """The garbage collector is not run for what is made meanwhile, which is nowhere in a cycle: with many small
     objects that would take as long as to make them."""
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 def _shown(name: str) -> str:

@@ -234,17 +234,18 @@ def test_nobody_passes_who_was_preempted() -> None:
     assert engine.scheduler.waiting.first_short() is None
 
 
-def test_a_seat_is_kept_and_so_is_an_itl_deadline() -> None:
-    full = fake(max_num_seqs=2)
-    full.add_requests([request("decodes", 4, 200), request("long", 200, 1)])
-    who(full, 4)
-    full.add_request(request("short", 5, 1))
-    assert "short" not in who(full, 5)
-    bound = fake()
-    bound.add_requests([request("decodes", 4, 200, deadline=Deadline(None, 1.5)), request("long", 200, 1)])
-    who(bound, 4)
-    bound.add_request(request("short", 5, 1))  # two rows take 2 s
-    assert "short" not in who(bound, 5)
+@pytest.mark.parametrize(
+    ("seats", "itl", "enters"),
+    [(3, None, True), (2, None, False), (3, 1.6, False)],  # two rows take 1.9 s
+)
+def test_a_seat_is_needed_and_an_itl_deadline_kept(seats: int, itl: float | None, enters: bool) -> None:
+    engine = fake(max_num_seqs=seats)
+    engine.add_requests([request("decodes", 4, 200, deadline=Deadline(None, itl)), request("long", 200, 1)])
+    who(engine, 4)
+    short = request("short", 5, 1)
+    engine.add_request(short)
+    who(engine, 5)
+    assert (short.times.first_scheduled is not None) is enters
 
 
 def test_of_prompts_in_progress_the_shortest_goes_on_first() -> None:
@@ -257,6 +258,24 @@ def test_of_prompts_in_progress_the_shortest_goes_on_first() -> None:
     turns = [names for names in (who(engine) for _ in range(60)) if names[0] != "long"]
     assert turns[0] == ["short"]
     assert turns[1][:2] == ["short", "middle"]
+
+
+def test_what_waits_does_not_enlarge_the_chunks_of_a_long_prompt_but_in_turns() -> None:
+    """As rows that are to join it would, in a burst of short prompts alone."""
+    sizes = []
+    for turns in (True, False):
+        run = Run(cpu, turns=turns)
+        warm(run, 4)
+        run.add(request("long", LONG, 1))
+        for _ in range(20):
+            run.step()
+        run.add(*(request(f"longer{i}", 400, 1) for i in range(60)))
+        if turns:
+            run.engine.scheduler._turns.due = lambda _: False  # type: ignore[method-assign, union-attr]
+        for _ in range(10):
+            run.step()
+        sizes.append(run.runtime.loads[-1].prefill_rows)
+    assert sizes[0] < 0.5 * sizes[1]
 
 
 WORK = st.lists(
