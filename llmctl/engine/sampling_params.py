@@ -212,8 +212,7 @@ def _check_ranges(params: SamplingParams) -> None:
 def _check_collections(params: SamplingParams) -> None:
     if isinstance(params.stop, str) or not all(isinstance(s, str) and s for s in params.stop):
         raise RequestError("stop: expected non-empty strings", param="stop")
-    if len(params.stop) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {len(params.stop)}", param="stop")
+    check_num_stops(len(params.stop))
     _check_lengths("stop", params.stop, MAX_STOP_CHARS)
     for token, bias in (params.logit_bias or {}).items():
         if not _is_int(token) or isinstance(bias, bool) or not isinstance(bias, int | float) or bias not in LOGIT_BIAS:
@@ -248,11 +247,30 @@ def check_bad_words(words: Sequence[str]) -> None:
     Raises:
         RequestError: an empty word, one of more than 256 characters, or more than 1024 words.
     """
-    if len(words) > MAX_BAD_WORDS:
-        raise RequestError(f"bad_words: expected at most {MAX_BAD_WORDS} words, found {len(words)}", param="bad_words")
+    check_num_bad_words(len(words))
     _check_lengths("bad_words", words, MAX_BAD_WORD_CHARS)
     if not all(word.strip() for word in words):
         raise RequestError("bad_words: expected non-empty strings", param="bad_words")
+
+
+def check_num_stops(count: int) -> None:
+    """Refuse too many stop strings.
+
+    Raises:
+        RequestError.
+    """
+    if count > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, found {count}", param="stop")
+
+
+def check_num_bad_words(count: int) -> None:
+    """Refuse too many forbidden words.
+
+    Raises:
+        RequestError.
+    """
+    if count > MAX_BAD_WORDS:
+        raise RequestError(f"bad_words: expected at most {MAX_BAD_WORDS} words, found {count}", param="bad_words")
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -37,6 +37,8 @@ class StepUnderWay:
     Attributes:
         budget: tokens left. allowance: what prompts may take of it; None: all. kept_out_by: what the first waiting
             request lacks. outlook: that of all running requests, once a waiting one was held against it.
+        first: the first prompt in order, where prompts take turns. behind_decodes: others come before it in order.
+        put_off: in a turn of shorter prompts, those that run, in order.
     """
 
     def __init__(self, budget: int, allowance: PrefillAllowance | None) -> None:
@@ -47,6 +49,9 @@ class StepUnderWay:
         self.sampled: list[Request] = []
         self.kept_out_by: Fill = "kv_full"
         self.outlook: DecodeOutlook | None = None
+        self.first: Request | None = None
+        self.behind_decodes = False
+        self.put_off: list[Request] = []
 
     @property
     def open(self) -> bool:
@@ -75,6 +80,10 @@ class StepUnderWay:
             self.sampled.append(request)
             request.num_in_flight += 1
         self.budget -= len(piece.token_ids)
+
+    def computed_of(self, request: Request) -> int:
+        """How many of a request's tokens it computes."""
+        return sum(len(p.token_ids) for p, r in zip(self.slices, self.requests, strict=True) if r is request)
 
     def load(self) -> StepLoad:
         """What it costs depends on."""

@@ -15,11 +15,17 @@ within their ITL deadlines (``step_cost``). Once a prompt is cut by it, the step
 nobody. Nor is anybody admitted, while others run, who would make the decodes alone exceed an ITL deadline
 (``itl_guard``).
 
+So that not everybody waits for a long prompt, some of the steps are turns of shorter ones (``prompt_turns``): those
+that run or enter go first in it, the shortest first, and the long one has what they leave. Who enters in a turn takes
+no block that a running request needs for its known tokens. It may pass waiting prompts that do not fit a step, if it
+leaves the next of them the blocks it would find once the long one is done.
+
 Why nothing starves within a priority: the first request in order is never preempted by an equal and fits the pool alone
-(checked when it is added), so it advances in every step (an allowance gives the first prompt in order some tokens,
-whatever they cost); whoever is admitted comes after those that run, or lets them pass for good (by priority or an
-earlier arrival); the queue's next request stays next until it enters, or is passed as its policy allows; nobody enters
-before it, so one that an ITL deadline keeps out enters when those that run have ended, at the latest.
+(checked when it is added), so it advances in every step but turns (an allowance gives the first prompt in order some
+tokens, whatever they cost), and what turns may cost is bounded; whoever is admitted comes after those that run, or lets
+them pass for good (by priority or an earlier arrival); the queue's next request stays next until it enters, or is
+passed as its policy allows; nobody enters before it but in turns, which end with the long prompt, so one that an ITL
+deadline keeps out enters when those that run have ended, at the latest.
 
 Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
 the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
@@ -44,6 +50,7 @@ from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
 from llmctl.engine.occupancy import Fill
 from llmctl.engine.preemption import Entry, num_staying
+from llmctl.engine.prompt_turns import PromptTurns, any_shorter, is_shorter, may_enter, tokens_left
 from llmctl.engine.request import Batch, Request, RequestStatus
 from llmctl.engine.scheduled_step import ScheduledStep, StepUnderWay
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
@@ -134,6 +141,7 @@ class Scheduler:
         self.max_num_seqs = config.max_num_seqs
         paced = config.enable_chunked_prefill and config.itl_target != 0
         self.pacer = PrefillPacer(config.itl_target) if paced else None
+        self._turns = PromptTurns(self.pacer.cost, config.max_num_batched_tokens) if self.pacer else None
         self._num_itl = 0  # requests with an ITL deadline
         self._ranked = False  # whether there ever was a priority
         self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
@@ -190,10 +198,16 @@ class Scheduler:
         step = StepUnderWay(budget, self._allowance(budget))
         preemptions = self.counters.preemptions
         self._schedule_running(step)
-        if self.waiting and len(self.running) < self.max_num_seqs and step.open:
+        if step.put_off:
+            self._schedule_turn(step)
+        elif self.waiting and len(self.running) < self.max_num_seqs and step.open:
             self._schedule_waiting(step)
         num_tokens = budget - step.budget
         self.counters.scheduled_tokens += num_tokens
+        load = step.load()
+        if self._turns is not None and step.first is not None:
+            pays = bool(step.put_off) or not step.behind_decodes
+            self._turns.charge(step.first, step.computed_of(step.first), load, pays=pays)
         return ScheduledStep(
             StepPlan(tuple(step.slices)),
             tuple(step.requests),
@@ -201,7 +215,7 @@ class Scheduler:
             tuple(step.sampled),
             num_tokens,
             "kv_full" if self.counters.preemptions > preemptions else self._fill(step),
-            step.load(),
+            load,
         )
 
     def _allowance(self, budget: int) -> PrefillAllowance | None:
@@ -250,6 +264,8 @@ class Scheduler:
             index += 1
             count = len(request.token_ids) - request.num_computed_tokens
             if count > 1:
+                if self._turns is not None and count > 1 + request.num_forced and self._puts_off(step, request, index):
+                    continue
                 count = step.chunk(request, count, len(self.running) - index)
                 if not count:
                     continue  # decodes may follow
@@ -274,35 +290,91 @@ class Scheduler:
         request.block_ids += tuple(self.pool.allocate(missing))
         return True
 
+    def _puts_off(self, step: StepUnderWay, request: Request, behind: int) -> bool:
+        """Whether a prompt comes after the decodes, because the step is a turn; ``behind``: the place in order of the
+        request after it."""
+        assert self._turns is not None
+        if step.first is None:
+            step.first, step.behind_decodes = request, behind > 1
+            if not self._turns.due(request):
+                if step.allowance is not None and tokens_left(request) > self.config.max_num_batched_tokens:
+                    step.allowance.joining = 0  # they do not enter beside it
+                return False
+            if not any_shorter(request, self.running[behind:]) and self._shorter_entry(step, request) is None:
+                return False
+        elif not step.put_off:
+            return False
+        step.put_off.append(request)
+        return True
+
+    def _schedule_turn(self, step: StepUnderWay) -> None:
+        first, *prompts = step.put_off
+        prompts = [r for r in prompts if r.status is RequestStatus.RUNNING and r.sort_key[0] == first.sort_key[0]]
+        prompts.sort(key=tokens_left, reverse=True)
+        while step.open:
+            entry = self._shorter_entry(step, first)
+            if prompts and (entry is None or tokens_left(prompts[-1]) <= entry.remaining):
+                self._proceed(step, prompts.pop())
+            elif entry is None:
+                self._proceed(step, first)
+                return
+            elif count := step.prefill(entry.remaining, entry.start):
+                self._enter(step, entry, count)
+
+    def _proceed(self, step: StepUnderWay, request: Request) -> None:
+        """Compute more of a running prompt, if free blocks hold it: whom it would preempt may be in the step."""
+        count = step.prefill(tokens_left(request), request.num_computed_tokens)
+        missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_ids)
+        if count and missing <= self.pool.num_free:
+            self._grow(request, request.num_computed_tokens + count)
+            self._take(step, request, count)
+
+    def _shorter_entry(self, step: StepUnderWay, first: Request) -> Entry | None:
+        """The waiting request that enters in a turn, if any can."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return None
+        passed = None
+        entry = self._entry(self.waiting.peek())
+        if entry.remaining > self.config.max_num_batched_tokens and not is_shorter(entry.remaining, first):
+            request = self.waiting.first_short()
+            if request is None:
+                return None
+            passed, entry = entry, self._entry(request)
+        if not may_enter(entry, first, self.running, self.pool, passed=passed):
+            return None
+        return entry if not self._num_itl or self._within_itl(step, entry.request) else None
+
     def _schedule_waiting(self, step: StepUnderWay) -> None:
         # Budget is left and no prompt was cut, so every running request holds the blocks of all tokens that it can
         # compute, and free blocks are nobody's. A request enters when all of it fits, not only its first chunk: the
         # rest would only preempt. So whoever was preempted in this step does not come straight back either: its blocks
         # are gone to another.
         while self.waiting and step.open and len(self.running) < self.max_num_seqs:
-            entry = self._entry()
-            request = entry.request
+            entry = self._entry(self.waiting.peek())
             if step.budget < entry.least_tokens:
                 step.kept_out_by = "token_budget"
                 return
             if not entry.has_blocks(self.pool):
                 step.kept_out_by = "kv_full"
                 return
-            if self._num_itl and not self._within_itl(step, request):
+            if self._num_itl and not self._within_itl(step, entry.request):
                 step.kept_out_by = "deadline"
                 return
             count = step.prefill(entry.remaining, entry.start)
             if not count:
                 return
-            self._admit(request, entry.cached)
-            if step.outlook is not None:
-                step.outlook.add(request)
-            self._grow(request, entry.start + count)
-            self._take(step, request, count)
+            self._enter(step, entry, count)
 
-    def _entry(self) -> Entry:
-        """What the queue's next request takes."""
-        request = self.waiting.peek()
+    def _enter(self, step: StepUnderWay, entry: Entry, count: int) -> None:
+        """Admit a waiting request and compute its first tokens."""
+        self._admit(entry.request, entry.cached)
+        if step.outlook is not None:
+            step.outlook.add(entry.request)
+        self._grow(entry.request, entry.start + count)
+        self._take(step, entry.request, count)
+
+    def _entry(self, request: Request) -> Entry:
+        """What a waiting request takes."""
         cached = self._cached_prefix(request)
         start = len(cached) * self.pool.block_size
         remaining = request.num_tokens - start
@@ -320,7 +392,7 @@ class Scheduler:
         """Send back as many running requests as a more important one that waits needs to enter this step."""
         if not self.waiting or not self.running or self.waiting.least_priority >= self.running[-1].sort_key[0]:
             return
-        entry = self._entry()
+        entry = self._entry(self.waiting.peek())
         admits = None
         if self._num_itl:
             assert self.pacer is not None
@@ -341,7 +413,7 @@ class Scheduler:
         return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.pool.block_size])
 
     def _admit(self, request: Request, cached: Sequence[int]) -> None:
-        self.waiting.pop()
+        self.waiting.pop(request)
         self.pool.share(cached)
         request.block_ids = tuple(cached)
         request.num_computed_tokens = len(cached) * self.pool.block_size

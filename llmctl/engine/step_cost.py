@@ -130,6 +130,7 @@ class PrefillAllowance:
     Attributes:
         taken: tokens of prompts that the step computes.
         cut: a prompt got less than it wanted. From then on the step takes no more of any.
+        joining: as given; to be changed only until a prompt asks.
 
     Args:
         cost: what steps take. decodes: the step's decode rows, at least one.
@@ -150,7 +151,7 @@ class PrefillAllowance:
         joining: int = 0,
         limit: float = math.inf,
     ) -> None:
-        self._cost, self._decodes, self._target, self._joining = cost, decodes, target, joining
+        self._cost, self._decodes, self._target, self.joining = cost, decodes, target, joining
         self._limit = limit
         self._tokens, self._cautious = budget, budget if cautious is None else cautious
         self._seconds = self._row = self._context = 0.0
@@ -179,7 +180,7 @@ class PrefillAllowance:
             return
         _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients().tolist()
         alone = self._cost.seconds(self._decodes)
-        target = AUTO_SLOWDOWN * (alone + decode_row * self._joining) if self._target is None else self._target
+        target = AUTO_SLOWDOWN * (alone + decode_row * self.joining) if self._target is None else self._target
         self._seconds = min(target, self._limit) - alone - prefill_base
 
     def _fitting(self, start: int) -> int:

@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, merge
 from itertools import count
 from typing import Any, TypeAlias
 
@@ -58,6 +58,9 @@ class WaitingQueue:
 
     Attributes:
         num_short: those that never ran, have at most ``short`` tokens, and are to generate.
+
+    Args:
+        short: tokens of a prompt that fits a step.
     """
 
     def __init__(self, policy: str, *, short: int = 0) -> None:
@@ -149,9 +152,16 @@ class WaitingQueue:
             return waiting.resumed[0]
         return first
 
-    def pop(self) -> Request:
-        """Take out the next one, to be run: its ``sort_key`` is now its place among those that run."""
-        request = self.peek()
+    def first_short(self) -> Request | None:
+        """Of those with the least priority value, the first in order with at most ``short`` tokens; O(n). None: there
+        is none, or it would pass one that was preempted."""
+        waiting = self._classes[self._priorities[0]]
+        return None if waiting.resumed else waiting.first_within(self._short)
+
+    def pop(self, request: Request | None = None) -> Request:
+        """Take out a request, the next one by default, to be run: its ``sort_key`` is now its place among those that
+        run."""
+        request = request or self.peek()
         key = self._key_if_admitted(request)
         self.remove(request)
         if request.status is RequestStatus.WAITING:
@@ -225,6 +235,11 @@ class _Line:
             return self.settled[0]
         return self.hopeful[0]
 
+    def first_within(self, tokens: int) -> Request | None:
+        """The one that is due first of those with at most so many prompt tokens."""
+        due = merge(self.hopeful, self.settled, key=_due)
+        return next((r for r in due if r.num_prompt_tokens <= tokens), None)
+
     def add(self, request: Request) -> None:
         insort(self.hopeful if request.hopeful else self.settled, request, key=_due)
 
@@ -281,6 +296,11 @@ class _Class:
             else:
                 return line
         return None
+
+    def first_within(self, tokens: int) -> Request | None:
+        """The first in order of the requests that never ran with at most so many prompt tokens."""
+        lines = sorted(self.lines.values(), key=lambda line: (line.account.served, line.first().due))
+        return next((found for line in lines if (found := line.first_within(tokens)) is not None), None)
 
     def _entry(self, line: _Line) -> _Entry:
         """A line's valid entry from now on."""

@@ -13,7 +13,7 @@ from llmctl.serving.completion_answer import CompletionAnswer
 from llmctl.serving.context import context_of
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.embeddings import answer_embeddings, check_inputs
-from llmctl.serving.exchange import answer_chat, answer_completion, check_outline, counted
+from llmctl.serving.exchange import answer_chat, answer_completion, check_generating, counted
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 
 router = APIRouter()
@@ -24,7 +24,7 @@ async def completions(request: Request) -> Response:
     """Continue a text."""
     context = context_of(request)
     with counted(request, context) as seen:
-        body = await parse(request, CompletionRequest, partial(check_outline, context))
+        body = await parse(request, CompletionRequest, partial(check_generating, context))
         return await answer_completion(seen, body, CompletionAnswer)
 
 
@@ -33,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
     with counted(request, context) as seen:
-        body = await parse(request, ChatCompletionRequest, partial(check_outline, context))
+        body = await parse(request, ChatCompletionRequest, partial(check_generating, context))
         return await answer_chat(seen, body, ChatAnswer)
 
 

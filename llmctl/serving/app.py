@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -159,7 +160,7 @@ async def tokenize(request: Request) -> Response:
     intake = context.model().intake
     data = await request.body()
     outline = Outline(data)
-    intake.check_outline(outline)
+    _check_outline(context, outline)
     chat = outline.has("messages")
     if chat and outline.has("prompt"):
         raise RequestError("expected either a prompt or messages, found both", param="messages")
@@ -173,6 +174,11 @@ async def tokenize(request: Request) -> Response:
     return json_response(answer)
 
 
+def _check_outline(context: ServerContext, outline: Outline) -> None:
+    context.check_name(outline.text("model"))
+    context.model().intake.check_outline(outline)
+
+
 async def tokenizer_info(request: Request) -> Response:
     """The tokenizer's configuration, with the chat template that is served."""
     return json_response(context_of(request).model().intake.tokenizer_info())
@@ -182,6 +188,6 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     context = context_of(request)
     intake = context.model().intake
-    body = await parse(request, DetokenizeRequest, intake.check_outline)
+    body = await parse(request, DetokenizeRequest, partial(_check_outline, context))
     context.check_name(body.model)
     return json_response({"prompt": await intake.detokenize(body)})

@@ -83,16 +83,29 @@ def check_outline(
         sequences: how many it asks for. param: the field to blame for too many.
 
     Raises:
-        NotReadyError, QueueFullError, RequestError.
+        NotReadyError, QueueFullError, ModelNotFoundError, RequestError.
     """
     model = context.model()
     context.client.check_room(sequences(outline), param)
+    context.check_name(outline.text("model"))
     model.intake.check_outline(outline)
 
 
+def check_generating(context: ServerContext, outline: Outline) -> None:
+    """The same of completions and chats.
+
+    Raises:
+        NotReadyError, QueueFullError, ModelNotFoundError, RequestError.
+    """
+    check_outline(context, outline)
+    context.model().intake.check_sampling(outline)
+
+
 def check_single(context: ServerContext, outline: Outline) -> None:
-    """The same of a request whose API knows neither lists of prompts nor ``n``."""
-    check_outline(context, outline, lambda _: 1)
+    """The same of a request whose API knows neither lists of prompts nor ``n``, and maybe no names of models."""
+    model = context.model()
+    context.client.check_room(1)
+    model.intake.check_outline(outline)
 
 
 def check_options(request: Request, context: ServerContext, body: RequestFields) -> Deadline:

@@ -9,7 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from llmctl.engine.sampling_params import SamplingParams, bad_word_ids, check_bad_words
+from llmctl.engine.sampling_params import (
+    SamplingParams,
+    bad_word_ids,
+    check_bad_words,
+    check_num_bad_words,
+    check_num_stops,
+)
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving.final_message import mark_end, up_to_mark
 from llmctl.serving.outline import Outline
@@ -116,6 +122,16 @@ class Intake:
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._check_count(name, outline.ids(name))
         self._check_count("logit_bias", outline.members("logit_bias"))
+
+    def check_sampling(self, outline: Outline) -> None:
+        """Refuse numbers out of their ranges, and too many stop strings or bad words.
+
+        Raises:
+            RequestError.
+        """
+        SamplingParams(**outline.numbers())
+        check_num_stops(outline.count("stop"))
+        check_num_bad_words(outline.count("bad_words"))
 
     def check_items(self, param: str, count: int, items: str) -> None:
         """Refuse more of something than the context has tokens, where each is a token at least.

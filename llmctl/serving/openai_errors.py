@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -69,11 +69,13 @@ def error_response(error: BaseException, scope: Scope) -> Response:
     return refusal(problem_of(error), scope, headers)
 
 
-def from_validation_error(error: ValidationError, expected: Mapping[str, str] = EXPECTED) -> RequestError:
+def from_validation_error(
+    error: ValidationError, expected: Mapping[str, str] = EXPECTED, indices: Sequence[int] = ()
+) -> RequestError:
     """One clear RequestError out of pydantic's list: the field, what was expected, what was found.
 
     Args:
-        expected: of fields that are unions, what they accept.
+        expected: of fields that are unions, what they accept. indices: in place of the first ones in the path.
     """
     problems = error.errors(include_url=False)
     first = problems[0]
@@ -84,7 +86,9 @@ def from_validation_error(error: ValidationError, expected: Mapping[str, str] = 
         return RequestError(f"the request body: {first['msg']}")
     if param in expected and first["type"] != "missing":
         return RequestError(f"{param}: expected {expected[param]}", param=param)
-    path = ".".join(part[:_MOST_NAME_SHOWN] for part in map(str, first["loc"]) if not part.startswith(UNION_TAG))
+    given = iter(indices)
+    places = (next(given, place) if isinstance(place, int) else place for place in first["loc"])
+    path = ".".join(part[:_MOST_NAME_SHOWN] for part in map(str, places) if not part.startswith(UNION_TAG))
     return RequestError(f"{path}: {_said(first)}", param=param)
 
 

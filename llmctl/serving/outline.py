@@ -6,53 +6,83 @@ words by the parser of the fields; what that one would let pass, by ``body.parse
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any
+
 import msgspec
 
 from llmctl.engine.sampling_params import MAX_SAMPLES
 
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+RANGED = (
+    "frequency_penalty", "min_p", "presence_penalty", "repetition_penalty", "temperature", "top_p",
+)  # fmt: skip
+"""Fields that are numbers within a range."""
+NAMES = (
+    "allowed_token_ids", "bad_words", "input", "logit_bias", "messages", "model", "n", "prompt", "stop",
+    "stop_token_ids", "tokens", *RANGED,
+)  # fmt: skip
+"""Fields that are looked at. Of others, as many as a body may have, nothing is made."""
+
+_MISSING = msgspec.field(default_factory=msgspec.Raw)
+_Given = msgspec.defstruct("_Given", [(name, msgspec.Raw, _MISSING) for name in NAMES])
+_FIELDS = msgspec.json.Decoder(_Given)
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class Outline:
-    """The top-level fields of a JSON object, undecoded, the last of each name. Nothing for any other body.
+    """The top-level fields ``NAMES`` of a JSON object, undecoded, the last of each name. Nothing for any other body.
 
     Attributes:
         problem: why it is nothing; None when it is an object.
     """
 
     def __init__(self, body: bytes) -> None:
-        self._fields: dict[str, msgspec.Raw] = {}
+        self._given: msgspec.Struct = _Given()
         self.problem: str | None = None
         try:
-            self._fields = _FIELDS.decode(body)
+            self._given = _FIELDS.decode(body)
         except (ValueError, RecursionError) as error:
             self.problem = str(error)
 
     def has(self, name: str) -> bool:
         """Whether the field is given."""
-        return name in self._fields
+        return bool(self.data(name))
 
     def count(self, name: str) -> int:
         """Items of a field that is an array; 0 for anything else."""
         try:
-            return len(_ITEMS.decode(self._fields[name]))
-        except (KeyError, ValueError, RecursionError):
+            return len(_ITEMS.decode(self.data(name)))
+        except (ValueError, RecursionError):
             return 0
+
+    def text(self, name: str) -> str | None:
+        """A field that is a string; None for anything else."""
+        try:
+            return msgspec.json.decode(self.data(name), type=str)
+        except ValueError:
+            return None
+
+    def numbers(self) -> dict[str, Any]:
+        """Those of ``RANGED`` that are numbers."""
+        found: dict[str, float] = {}
+        for name in RANGED:
+            with suppress(ValueError):
+                found[name] = msgspec.json.decode(self.data(name), type=float)
+        return found
 
     def ids(self, name: str) -> int:
         """Numbers of a field that is an array of numbers; 0 for anything else."""
-        data = self._data(name)
+        data = self.data(name)
         return data.count(b",") + 1 if _first_item(data) in "-0123456789" else 0
 
     def members(self, name: str) -> int:
         """Members of a field that is an object of numbers; no less for any other object, and 0 for anything else."""
-        data = self._data(name)
+        data = self.data(name)
         return data.count(b":") if data.startswith(b"{") else 0
 
     def prompts(self, name: str = "prompt") -> int:
         """How many prompts a field holds: 1 for a text or token ids, else the items of its array."""
-        data = self._data(name)
+        data = self.data(name)
         first = _first_item(data)
         if first == "[":  # lists of numbers: no string can hold another bracket
             return data.count(b"[") - 1 if b'"' not in data else self.count(name)
@@ -61,13 +91,14 @@ class Outline:
     def sequences(self) -> int:
         """Prompts times ``n``, which counts as 1 when it is out of its range."""
         try:
-            n = msgspec.json.decode(self._fields["n"], type=int)
-        except (KeyError, ValueError):
+            n = msgspec.json.decode(self.data("n"), type=int)
+        except ValueError:
             n = 1
         return (n if 1 <= n <= MAX_SAMPLES else 1) * self.prompts()
 
-    def _data(self, name: str) -> bytes:
-        return bytes(self._fields.get(name, b""))
+    def data(self, name: str) -> bytes:
+        """The JSON of one of ``NAMES``; empty: it is not given."""
+        return bytes(getattr(self._given, name))
 
 
 def _first_item(array: bytes) -> str:

@@ -29,20 +29,20 @@ def test_n_out_of_its_range_is_for_others_to_refuse() -> None:
 
 def test_ids_and_items() -> None:
     outline = Outline(
-        b'{"tokens": [ 1, 2,3 ], "messages": [{}, {"a": [1, 2]}], "prompt": [ -1 ], "text": "[1,2]", "no": []}'
+        b'{"tokens": [ 1, 2,3 ], "messages": [{}, {"a": [1, 2]}], "prompt": [ -1 ], "input": "[1,2]", "stop": []}'
     )
-    assert [outline.ids(name) for name in ("tokens", "prompt", "messages", "text", "no", "gone")] == [3, 1, 0, 0, 0, 0]
-    assert [outline.count(name) for name in ("tokens", "messages", "text", "no", "gone")] == [3, 2, 0, 0, 0]
+    assert [outline.ids(name) for name in ("tokens", "prompt", "messages", "input", "stop", "n")] == [3, 1, 0, 0, 0, 0]
+    assert [outline.count(name) for name in ("tokens", "messages", "input", "stop", "n")] == [3, 2, 0, 0, 0]
     assert outline.has("messages")
-    assert not outline.has("gone")
+    assert not outline.has("n")
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (" , ", " :  ")])
 def test_members(separators: tuple[str, str]) -> None:
-    body = {"bias": {str(i): -1.5 for i in range(700)}, "none": {}, "text": "{a:b}", "nested": {"a": {"b": 1}}}
+    body = {"logit_bias": {str(i): -1.5 for i in range(700)}, "stop": {}, "model": "{a:b}", "input": {"a": {"b": 1}}}
     outline = Outline(json.dumps(body, separators=separators).encode())
-    assert [outline.members(name) for name in ("bias", "none", "text", "gone")] == [700, 0, 0, 0]
-    assert outline.members("nested") >= 1
+    assert [outline.members(name) for name in ("logit_bias", "stop", "model", "n")] == [700, 0, 0, 0]
+    assert outline.members("input") >= 1
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_members(separators: tuple[str, str]) -> None:
 )
 def test_what_is_no_object_asks_for_nothing(body: bytes) -> None:
     outline = Outline(body)
-    assert (outline.count("prompt"), outline.ids("prompt"), outline.sequences(), outline.has("a")) == (0, 0, 1, False)
+    assert (outline.count("prompt"), outline.ids("prompt"), outline.sequences(), outline.has("n")) == (0, 0, 1, False)
 
 
 def test_what_is_nested_too_deep_counts_as_nothing() -> None:

@@ -1,0 +1,102 @@
+"""When a long prompt that is being computed lets shorter ones go first in a step.
+
+Prompts are computed in the order of the running requests, and a step that cuts the first one computes no other: so all
+would wait for a long one. Shortest first would have the least mean wait (Smith 1956, "Various Optimizers for
+Single-Stage Production"), but a stream of short ones would keep a long one waiting for ever. So the first prompt in
+order has an account, in seconds of the cost model (``step_cost``): it earns ``SHARE`` of what its own tokens cost, and
+pays for what steps cost beside. While there is anything in it, the step is a turn of those that are shorter.
+
+What a step costs beside is not all their doing. A request that decodes since before the prompt began would slow it down
+without them: then only turns are paid for. Otherwise nothing would decode, but for those that turns let in: then the
+whole of every step is, except the prompt's own tokens. In debt it lets nobody in, and those that are in end some time;
+so it takes ``1 + SHARE`` times as long as without turns, and what those let in by the last turn take.
+
+Shorter is a prompt of which ``LEAST_RATIO`` times as much is left as fits into what is left of the first: turns, which
+are at most so rare, compute it before the first is done. Any other would gain nothing, and keep the turns from others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.preemption import Entry
+from llmctl.engine.request import Request
+from llmctl.engine.step_cost import StepCost, StepLoad, chunk_context
+
+SHARE = 0.2
+"""Of the seconds that a prompt's own tokens take, what turns of shorter ones may take beside."""
+LEAST_RATIO = 5
+"""A prompt is shorter than the first when it has at most this part of the tokens that the first has left."""
+
+
+class PromptTurns:
+    """The account of the prompt that is first in order.
+
+    Args:
+        cost: what steps take. budget: tokens of a step.
+    """
+
+    def __init__(self, cost: StepCost, budget: int) -> None:
+        self._cost, self._budget = cost, budget
+        self._first, self._seconds = "", 0.0
+
+    def due(self, first: Request) -> bool:
+        """Whether shorter prompts than this one, the first in order, may go first."""
+        return self._first == first.request_id and self._seconds > 0
+
+    def charge(self, first: Request, computed: int, load: StepLoad, *, pays: bool) -> None:
+        """A step was scheduled.
+
+        Args:
+            first: its first prompt in order. computed: how many tokens of it, the last that are scheduled.
+            pays: whether what the step costs beside them is paid for.
+        """
+        if self._first != first.request_id:
+            self._first, self._seconds = first.request_id, 0.0
+        base, prefill_base, _, row, _, context = self._cost.coefficients().tolist()
+        begun = first.num_computed_tokens - computed
+        own = (base + prefill_base) * computed / self._budget + row * computed
+        own += context * chunk_context(begun, computed)
+        self._seconds += SHARE * own
+        if pays:
+            self._seconds -= max(0.0, self._cost.seconds(load) - own)
+
+
+def tokens_left(request: Request) -> int:
+    """Known tokens that are not computed yet."""
+    return len(request.token_ids) - request.num_computed_tokens
+
+
+def is_shorter(tokens: int, first: Request) -> bool:
+    """Whether a prompt with so many tokens to compute goes first in turns."""
+    return LEAST_RATIO * tokens <= tokens_left(first)
+
+
+def any_shorter(first: Request, running: Sequence[Request]) -> bool:
+    """Whether one of them is a prompt that goes on in turns: shorter by any measure, for it was when it entered."""
+    rank, left = first.sort_key[0], tokens_left(first)
+    return any(r.sort_key[0] == rank and 1 + r.num_forced < tokens_left(r) < left for r in running)
+
+
+def may_enter(
+    entry: Entry, first: Request, running: Sequence[Request], pool: BlockPool, *, passed: Entry | None
+) -> bool:
+    """Whether a waiting request may enter in a turn: it is shorter than the first, of no larger priority value, and
+    takes no block that a running one needs for its known tokens.
+
+    Args:
+        passed: the queue's next, where ``entry`` is another. It is left the blocks that it would find once the first
+            is done.
+    """
+    if not is_shorter(entry.remaining, first) or entry.request.sort_key[0] > first.sort_key[0]:
+        return False
+    free = pool.num_free - pool.num_unheld(entry.cached)
+    if passed is not None and entry.needed + passed.needed > free + len(first.block_ids):
+        return False
+    return entry.needed <= free - sum(_missing_blocks(r, pool) for r in running)
+
+
+def _missing_blocks(request: Request, pool: BlockPool) -> int:
+    """What it lacks for its tokens, those in flight included."""
+    return max(0, pool.blocks_for(len(request.token_ids) + request.num_in_flight) - len(request.block_ids))

@@ -1,0 +1,197 @@
+"""A long body's first fault is told in the words of the parser of the whole, and without what that makes."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import tracemalloc
+from collections.abc import Iterator
+from posixpath import normpath
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from msgspec import structs
+from serving.scripted_worker import INFO, admitting_client
+
+from llmctl.config import ServeConfig
+from llmctl.errors import RequestError
+from llmctl.serving import body, first_fault
+from llmctl.serving.app import create_app
+from llmctl.serving.context import Model, ServerContext
+from llmctl.serving.first_fault import check_first_fault
+from llmctl.serving.keys import ServerKeys
+from llmctl.serving.metrics import ServerMetrics
+from llmctl.serving.outline import Outline
+from llmctl.serving.protocol import (
+    ApiModel,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+)
+from llmctl.serving.redaction import Redactor
+from llmctl.serving.tools.history import template_message
+
+MESSAGE: dict[str, Any] = {"role": "user", "content": "a"}
+PART = {"type": "text", "text": "a"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def assistant(*calls: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [*[CALL] * 700, *calls, *[CALL] * 5]}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [*[PART] * 700, *parts, *[PART] * 5]}
+
+
+MESSAGES = [
+    {"role": "x"}, {"content": "a"}, {"role": 5}, {"role": "user", "content": 5}, 5, None, "a", [], {},
+    {"role": "user", "content": {"a": 1}}, {"role": "assistant", "tool_calls": 5},
+    user({"type": "image"}), user({"type": "text"}), user({"text": "a"}), user(5), user({"type": "text", "text": None}),
+    user({"type": "refusal", "refusal": "a"}), user({"type": "input_text", "text": "a"}),
+    assistant({"function": {}}), assistant({"type": "x", "function": {"name": "f"}}), assistant("a"),
+    assistant({"id": 5, "function": {"name": "f"}}), assistant({"function": {"name": "f", "arguments": "["}}),
+    {"role": "assistant", "content": None, "extra": [1]},
+]  # fmt: skip
+IDS = [-1, "x", 5.0, 5.5, None, True, [5], {}, 10**30, -(10**30), "a,b", [1, 2], {"a": [1, 2], "b": "]"}]
+
+
+def refusal(model: type[ApiModel], data: bytes) -> tuple[str, str | None] | None:
+    """By the parser, and by what a chat's template is given."""
+    try:
+        made = body.parsed(data, Outline(data), model)
+        if isinstance(made, ChatCompletionRequest | TokenizeChatRequest):
+            for index, message in enumerate(made.messages):
+                template_message(message, index)
+    except RequestError as error:
+        return str(error), error.param
+    return None
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "good", "item"),
+    [
+        *((ChatCompletionRequest, "messages", MESSAGE, item) for item in MESSAGES),
+        (TokenizeChatRequest, "messages", MESSAGE, {"role": "x"}),
+        *((CompletionRequest, "prompt", 5, item) for item in IDS),
+        *((DetokenizeRequest, "tokens", 5, item) for item in IDS),
+    ],
+)
+@pytest.mark.parametrize("index", [0, -1])
+def test_the_words_are_the_parsers(
+    model: type[ApiModel], name: str, good: Any, item: Any, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [good] * (600 if good is MESSAGE else 7000)
+    items[index] = item
+    data = json.dumps({name: items}).encode()
+    assert len(data) > first_fault.LEAST_BYTES
+    found = refusal(model, data)
+    monkeypatch.setattr(body, "check_first_fault", lambda *_: None)
+    assert found == refusal(model, data)
+
+
+def test_a_short_body_and_one_of_another_model_are_left_to_the_parser() -> None:
+    data = json.dumps({"messages": [{"role": "x"}]}).encode()
+    check_first_fault(Outline(data), ChatCompletionRequest)
+    check_first_fault(Outline(data * 9000), ApiModel)
+
+
+def test_the_garbage_collector_runs_again_after_a_refusal() -> None:
+    for data in (b"{", b'{"prompt": "a"}'):
+        refusal(CompletionRequest, data)
+        assert gc.isenabled()
+
+
+# -- what a refusal costs -----------------------------------------------------------------------------------------
+
+SIZE, MOST_RATIO = 100_000, 8
+
+
+def many(unit: Any) -> list[Any]:
+    return [unit] * (SIZE // (len(json.dumps(unit)) + 2))
+
+
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ids": ("completions", {"prompt": [*many(5), -1]}),
+    "last message": ("chat/completions", {"messages": [*many(MESSAGE), {"role": "x"}]}),
+    "last part": ("chat/completions", {"messages": [{"role": "user", "content": [*many(PART), {"type": "image"}]}]}),
+    "last call": ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [*many(CALL), {}]}]}),
+}
+OUTLINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "stop": ("completions", {"prompt": "a", "stop": many("a")}),
+    "bad words": ("completions", {"prompt": "a", "bad_words": many("a")}),
+    "temperature": ("chat/completions", {"temperature": -1, "messages": many(MESSAGE)}),
+    "name": ("chat/completions", {"model": "x", "messages": many(MESSAGE)}),
+    "name, embeddings": ("embeddings", {"model": "x", "input": many(5)}),
+    "fields": ("chat/completions", {"model": "x", "messages": [MESSAGE], **{f"f{i}": i for i in range(SIZE // 15)}}),
+    "schema": ("chat/completions", {"model": "x", "messages": [MESSAGE], "json_schema": {"a": many({"a": 1})}}),
+    "tokens": ("../detokenize", {"model": "x", "tokens": many(5)}),
+    "chat's tokens": ("../tokenize", {"model": "x", "messages": many(MESSAGE)}),
+}
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    """A server with a long context whose worker is not there."""
+    folder = tmp_path_factory.mktemp("model")
+    config, keys, metrics = ServeConfig(), ServerKeys(None), ServerMetrics("m")
+    info = structs.replace(INFO, max_model_len=131072, num_blocks=9000)
+    with pytest.MonkeyPatch.context() as patch:
+        client = admitting_client(folder, metrics, config, patch)
+        patch.setattr(client.worker, "info", info)
+        context = ServerContext(config, ("m",), client, metrics, keys, Redactor(keys))
+        context.loaded = Model.from_folder("m", folder, client.worker.tokenizer, info, config)
+        yield create_app(context)
+
+
+async def refused(app: FastAPI, path: str, fields: dict[str, Any]) -> float:
+    """Posts a body that is to be refused; how many times its bytes were in use at once."""
+    data = json.dumps(fields).encode()
+    where = normpath(f"/v1/{path}")
+    scope = {
+        **{"type": "http", "method": "POST", "path": where, "raw_path": where.encode(), "query_string": b""},
+        **{"root_path": "", "scheme": "http", "http_version": "1.1", "state": {}},
+        **{"client": ("10.0.0.1", 1), "server": ("10.0.0.2", 1)},
+        "headers": [(b"content-type", b"application/json")],
+    }
+    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    incoming.put_nowait({"type": "http.request", "body": data, "more_body": False})
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    await app(scope, incoming.get, send)
+    assert sent[0]["status"] in (400, 404)
+    return (tracemalloc.get_traced_memory()[1] - before) / len(data)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_first_fault_is_told_in_a_few_times_the_bytes_of_the_body(app: FastAPI, name: str) -> None:
+    """pydantic's objects of such messages are 17 times as large, and take eight times as long to make."""
+    asyncio.run(refused(app, *FAULTS[name]))
+    tracemalloc.start()
+    try:
+        ratio = asyncio.run(refused(app, *FAULTS[name]))
+        left, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert ratio < MOST_RATIO
+    assert left < SIZE
+
+
+@pytest.mark.parametrize("name", OUTLINES)
+def test_what_the_outline_tells_is_refused_before_anything_is_parsed(
+    app: FastAPI, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unparsed(*_: Any) -> None:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(body, "parsed", unparsed)
+    monkeypatch.setattr("llmctl.serving.app.parsed", unparsed)
+    asyncio.run(refused(app, *OUTLINES[name]))
