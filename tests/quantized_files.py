@@ -19,6 +19,7 @@ from tiny_checkpoint import HEADS, KV_HEADS, LAYERS, VOCAB
 from torch import Tensor
 
 from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
+from llmctl.graph.code_books import CODE_BOOKS
 
 HIDDEN, MLP = 256, 512
 Made = tuple[dict[str, Tensor], Tensor]
@@ -247,6 +248,59 @@ def _fp8(block: tuple[int, int] | None, scale_name: str, kind: torch.dtype = tor
     return make
 
 
+# bitsandbytes
+
+
+def _bnb4(book: str, nested: bool) -> Callable[[Tensor], Made]:
+    """``quantize_4bit`` in blocks of 64, and ``dequantize_4bit`` in float32.
+
+    Tensors of bitsandbytes 0.50.2 (both books, doubly quantized or not) were read here once, bit for bit as it
+    dequantizes them; names, dtypes, shapes and JSON are those that it wrote.
+    """
+    book_values = torch.tensor(CODE_BOOKS[book].values)
+
+    def make(weight: Tensor) -> Made:
+        blocks = weight.reshape(-1, 64)
+        absmax = blocks.abs().amax(1)
+        codes = (blocks[..., None] / absmax[:, None, None] - book_values).abs().argmin(2).to(torch.uint8).flatten()
+        state: dict[str, Any] = {"quant_type": book, "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+        planes = {"weight": (codes[::2] << 4 | codes[1::2])[:, None], "weight.quant_map": book_values}
+        planes["weight.absmax"] = absmax
+        if nested:
+            offset, steps = float(absmax.mean()), torch.linspace(-1, 1, 256) ** 3
+            parts = (absmax - offset).split(256)
+            largest = torch.stack([part.abs().max() for part in parts])
+            small = torch.cat([(p[:, None] / m - steps).abs().argmin(1) for p, m in zip(parts, largest, strict=True)])
+            planes |= {"weight.absmax": small.to(torch.uint8), "weight.nested_absmax": largest}
+            planes["weight.nested_quant_map"] = steps
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+            absmax = steps[small] * largest[torch.arange(len(small)) // 256] + offset
+        packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        planes[f"weight.quant_state.bitsandbytes__{book}"] = packed
+        return planes, (book_values[codes.int()].reshape(-1, 64) * absmax[:, None]).reshape(weight.shape)
+
+    return make
+
+
+def _bnb8(weight: Tensor) -> Made:
+    """``int8_vectorwise_quant`` and ``int8_vectorwise_dequant``; as that of version 0.50.2."""
+    scb = weight.abs().amax(1)
+    codes = (weight * (127 / scb)[:, None]).round().to(torch.int8)
+    planes = {"weight": codes, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return planes, codes.float() * scb[:, None] * 7.874015718698502e-3
+
+
+def _bnb_config(**changes: Any) -> dict[str, Any]:
+    """As transformers writes it."""
+    return {
+        "quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True,
+        "load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False, "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_threshold": 6.0,
+        **changes,
+    }  # fmt: skip
+
+
 _FLOAT = {"type": "float", "num_bits": 8, "symmetric": True}
 FORMATS: dict[str, Format] = {
     "ct-w4-g128": Format(_pack_quantized(4, 128, True), _groups("pack-quantized", _int(4, 128, True))),
@@ -272,4 +326,8 @@ FORMATS: dict[str, Format] = {
         {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
         file="hf_quant_config.json",
     ),
+    "bnb-nf4": Format(_bnb4("nf4", False), _bnb_config()),
+    "bnb-nf4-double": Format(_bnb4("nf4", True), _bnb_config(bnb_4bit_use_double_quant=True)),
+    "bnb-fp4": Format(_bnb4("fp4", False), _bnb_config(bnb_4bit_quant_type="fp4")),
+    "bnb-int8": Format(_bnb8, _bnb_config(load_in_4bit=False, load_in_8bit=True)),
 }

@@ -14,6 +14,7 @@ from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.plan import plan_build, quantization_record
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.strict import to_data
+from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UsageError
@@ -85,7 +86,10 @@ def _common(
     kernel = {choice.op: choice.kernel for choice in choices}
     return {
         "options": to_data(options),
-        "quantization": to_data(quantization),
+        "quantization": {
+            **to_data(quantization),
+            "note": NOTES.get((quantization.method, quantization.bits), ""),
+        },
         "graph": {
             "family": graph.family,
             "num_layers": graph.num_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from llmctl.artifact.memory import MemoryPlan, Sizing
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.accounting import Unused
 from llmctl.checkpoint.assemble import accounted_graph
+from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import local_name, resolve_model
@@ -22,6 +24,8 @@ from llmctl.graph.passes import apply_passes
 from llmctl.targets.base import LM_HEADS, BuildOptions, KernelChoice, Target
 from llmctl.targets.planes import PlanesByWeight, flat, total_bytes
 from llmctl.targets.table import parse_target
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     check_options(config)
     path = resolve_model(config.model)
     checkpoint = open_checkpoint(path)
+    _say_what_differs(checkpoint)
     passes = target.graph_passes(config.passes, config.activations)
     plain, unused = accounted_graph(checkpoint)
     graph = apply_passes(plain, passes)
@@ -134,6 +139,13 @@ def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRec
     linears = {op.weights[0] for op in graph.linears()}
     ignored = tuple(sorted(name for name in linears if graph.weights[name].quant is None))
     return QuantizationRecord(checkpoint.quantization.method, **asdict(scheme), ignored_layers=ignored)
+
+
+def _say_what_differs(checkpoint: Checkpoint) -> None:
+    info = checkpoint.quantization
+    note = NOTES.get((info.method, info.scheme.bits)) if info is not None else None
+    if note:
+        log.warning("%s: %s", checkpoint.path, note)
 
 
 def _check_length(length: int | None, graph: Graph) -> None:

@@ -12,7 +12,7 @@ Source: compressed_tensors.compressors (pack_quantized, naive_quantized) and uti
 from __future__ import annotations
 
 import math
-import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from llmctl.checkpoint.bits import unpack_words
 from llmctl.checkpoint.fp8 import check_codes, scale_scheme, spread_scales
 from llmctl.checkpoint.gptq import effective_g_idx
 from llmctl.checkpoint.layout import Load, Modules, find_modules, total_bytes
+from llmctl.checkpoint.name_patterns import NameMatcher, check_patterns
+from llmctl.checkpoint.quant_config import read_flag
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import CheckpointError, UnsupportedModelError
@@ -47,15 +49,6 @@ class Group:
     targets: tuple[str, ...]
     scheme: QuantScheme
     block: tuple[int, int] | None
-
-    def takes(self, module: str) -> bool:
-        """Whether it is for a module; every quantized module is a ``Linear``."""
-        return any(target == "Linear" or matches(module, target) for target in self.targets)
-
-
-def matches(module: str, target: str) -> bool:
-    """Whether a target or an entry of an ignore list names a module: as it is, or ``re:`` and what it begins with."""
-    return re.match(target[3:], module) is not None if target.startswith("re:") else target == module
 
 
 def parse_groups(config: Mapping[str, Any], where: str) -> tuple[Group, ...]:
@@ -86,20 +79,6 @@ def parse_groups(config: Mapping[str, Any], where: str) -> tuple[Group, ...]:
     return tuple(found)
 
 
-def check_patterns(names: tuple[str, ...], where: str) -> None:
-    """Refuse ``re:`` entries that cannot be compiled.
-
-    Raises:
-        CheckpointError: naming the entry.
-    """
-    for name in names:
-        try:
-            if name.startswith("re:"):
-                re.compile(name[3:])
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{where}: '{name[:80]}' is no regular expression: {error}") from error
-
-
 def _weight_scheme(weights: Mapping[str, Any], where: str) -> QuantScheme:
     kind, bits = weights.get("type", "int"), weights.get("num_bits")
     strategy = str(weights.get("strategy") or ("group" if weights.get("group_size") else "tensor"))
@@ -109,16 +88,26 @@ def _weight_scheme(weights: Mapping[str, Any], where: str) -> QuantScheme:
             f"{where}: weights of type {kind} with {bits} bits by {strategy} are not read; known: int with 4 or 8 bits "
             "and float with 8 bits, by tensor, channel, group or block"
         )
-    size, ordered = weights.get("group_size"), str(weights.get("actorder") or "").lower() == "group"
+    size, ordered = weights.get("group_size"), _orders_columns(weights.get("actorder"), where)
     if strategy == "group" and not (type(size) is int and size > 0):
         raise CheckpointError(f"{where}: group_size: expected a positive integer, found {size!r}")
-    symmetric = bool(weights.get("symmetric", True))
+    symmetric = read_flag(weights, "symmetric", True, where)
     columns = size if strategy == "group" and type(size) is int else -1
     if kind == "float":
         if not symmetric:
             raise UnsupportedModelError(f"{where}: asymmetric float weights are not read")
         return QuantScheme(8, columns, True, ordered, book="fp8_e4m3")
     return QuantScheme(bits, columns, symmetric, ordered)
+
+
+def _orders_columns(order: Any, where: str) -> bool:
+    """Whether ``actorder`` lets any column belong to any group; quantizing in another order ("weight") does not."""
+    known = {"group": True, "dynamic": True, "weight": False, "static": False}
+    if order is None or isinstance(order, bool):
+        return bool(order)
+    if str(order).lower() not in known:
+        raise CheckpointError(f"{where}: actorder: expected {' or '.join(known)}, found {reprlib.repr(order)}")
+    return known[str(order).lower()]
 
 
 def _block(weights: Mapping[str, Any], where: str) -> tuple[int, int] | None:
@@ -136,6 +125,7 @@ class CompressedLayout:
     def __init__(self, groups: tuple[Group, ...], ignored: tuple[str, ...]) -> None:
         self._groups = groups
         self._ignored = ignored
+        self._matcher = NameMatcher()
 
     def modules(self, stored: Mapping[str, TensorInfo]) -> Modules:
         """Those with a ``weight_scale``."""
@@ -145,7 +135,7 @@ class CompressedLayout:
 
     def describe(self, module: str, planes: Mapping[str, TensorInfo], load: Load) -> TensorInfo:
         """From shapes, the config, ``weight_shape`` and ``weight_g_idx``."""
-        group = self._configured(module)
+        group = self._configured((module, planes["weight_scale"].stored.removesuffix(".weight_scale")))
         scheme = group.scheme
         shape = _packed_shape(planes, load, scheme.bits) if "weight_packed" in planes else _plain_shape(planes, scheme)
         scales = planes["weight_scale"]
@@ -154,6 +144,8 @@ class CompressedLayout:
             raise ValueError("the config says asymmetric, but there is no weight_zero_point")
         if "weight_zero_point" in planes and not scheme.book:
             _check_zeros(planes["weight_zero_point"], scales, shape, scheme)
+        if scheme.act_order and scheme.groups(shape[1]) > 1 and "weight_g_idx" not in planes:
+            raise ValueError("the config says actorder group, but there is no weight_g_idx")
         index = load("weight_g_idx") if "weight_g_idx" in planes else None
         ordered = effective_g_idx(None if index is None else index.int(), shape[1], scheme) is not None
         return TensorInfo(shape, scales.dtype, replace(scheme, act_order=ordered), total_bytes(planes))
@@ -181,11 +173,12 @@ class CompressedLayout:
             index.to(torch.int32) if scheme.act_order and index is not None else None,
         )
 
-    def _configured(self, module: str) -> Group:
-        if any(matches(module, name) for name in self._ignored):
+    def _configured(self, names: tuple[str, ...]) -> Group:
+        """``names``: the module's in the full causal model, and its own in the file; a config may have either."""
+        if any(self._matcher.matches(names, entry) for entry in self._ignored):
             raise ValueError("has a weight_scale, though the config's ignore list names it")
         for group in self._groups:
-            if group.takes(module):
+            if any(target == "Linear" or self._matcher.matches(names, target) for target in group.targets):
                 return group
         raise ValueError("has a weight_scale, but no config group's targets name it")
 

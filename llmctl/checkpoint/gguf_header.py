@@ -58,8 +58,10 @@ class GgufFile:
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: an empty file, not GGUF", fix="fetch it again") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
         self._at = 0
         tensor_count, field_count = self._open()
         try:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmctl.checkpoint import bitsandbytes as bnb
 from llmctl.checkpoint import compressed_tensors as ct
 from llmctl.checkpoint.fp8 import SCHEME, Fp8Layout
 from llmctl.checkpoint.layout import Layout, WordLayout
-from llmctl.checkpoint.quant_config import QuantizationInfo, parse_words, read_names
+from llmctl.checkpoint.name_patterns import check_patterns
+from llmctl.checkpoint.quant_config import QuantizationInfo, parse_words, read_flag, read_names
 from llmctl.errors import CheckpointError, UnsupportedModelError
+from llmctl.graph.graph import QuantScheme
 
 Read = tuple[QuantizationInfo, Layout]
 
@@ -43,7 +46,7 @@ def _compressed(config: Mapping[str, Any], where: str) -> Read:
     if not groups:
         raise CheckpointError(f"{where}: no config group quantizes weights")
     ignored = read_names(config, ("ignore",), where)
-    ct.check_patterns(ignored, f"{where}: ignore")
+    check_patterns(ignored, f"{where}: ignore")
     info = QuantizationInfo(ct.METHOD, groups[0].scheme, ignored, str(config.get("format", "")))
     return info, ct.CompressedLayout(groups, ignored)
 
@@ -72,6 +75,20 @@ def _modelopt(config: Mapping[str, Any], where: str) -> Read:
     return QuantizationInfo("modelopt", SCHEME, ignored, "FP8"), Fp8Layout(None)
 
 
+def _bitsandbytes(config: Mapping[str, Any], where: str) -> Read:
+    four, eight = (read_flag(config, f"load_in_{bits}bit", False, where) for bits in (4, 8))
+    if four == eight:
+        found = "both" if four else "neither"
+        raise CheckpointError(f"{where}: expected one of load_in_4bit and load_in_8bit to be true, found {found}")
+    ignored = read_names(config, ("llm_int8_skip_modules",), where)
+    if eight:
+        return QuantizationInfo(bnb.METHOD, bnb.INT8_SCHEME, ignored, "int8"), bnb.EightBitLayout()
+    book = str(config.get("bnb_4bit_quant_type") or "fp4").lower()  # transformers' default
+    if book not in bnb.BOOKS:
+        raise UnsupportedModelError(f"{where}: bitsandbytes' '{book}' is not read; known: {', '.join(bnb.BOOKS)}")
+    return QuantizationInfo(bnb.METHOD, QuantScheme(4, 64, True, book=book), ignored, book), bnb.FourBitLayout()
+
+
 METHODS: Mapping[str, Method] = {
     "awq": Method("AutoAWQ's GEMM layout, 4 bits", "the same codes, zeros and scales", _words),
     "gptq": Method("GPTQ versions 1 and 2, act-order, mixed bits", "the same codes, zeros and scales", _words),
@@ -89,13 +106,23 @@ METHODS: Mapping[str, Method] = {
     "modelopt": Method(
         "ModelOpt's FP8 (`hf_quant_config.json`), a scale a tensor", "the same 8-bit codes and scales", _modelopt
     ),
+    bnb.METHOD: Method(
+        "NF4 and FP4, doubly quantized or not, in blocks that divide rows; LLM.int8()",
+        "the same codes; scales of double quantization multiplied out, in float32",
+        _bitsandbytes,
+    ),
 }
 """By ``quant_method``."""
+
+NOTES: Mapping[tuple[str, int], str] = {
+    (bnb.METHOD, 8): "what LLM.int8() does with outlying activations, 16 bits for them alone, is not done: all are "
+    "computed alike",
+}
+"""``quant_method`` and bits -> what an engine does otherwise than its owner; ``build`` and ``inspect`` say it."""
 
 FROM_16 = "quantize the 16-bit checkpoint it was made from: llmctl quantize"
 REFUSED: Mapping[str, tuple[str, str]] = {
     "aqlm": ("AQLM's additive code books", FROM_16),
-    "bitsandbytes": ("bitsandbytes' NF4, FP4 and int8", FROM_16),
     "bitnet": ("BitNet's ternary weights", "the model's bfloat16 checkpoint"),
     "eetq": ("EETQ's int8 layout", f"{FROM_16} --bits 8 --symmetric"),
     "exl2": ("ExLlamaV2's mixed bits", FROM_16),
@@ -130,7 +157,7 @@ def read_method(config: Mapping[str, Any], where: str) -> Read:
         UnsupportedModelError: another quantization method or layout.
         CheckpointError: a key that is missing or of the wrong type.
     """
-    method = str(config.get("quant_method") or ("gptq" if "desc_act" in config else "")).lower()
+    method = str(config.get("quant_method") or _unnamed(config)).lower()
     if method in REFUSED:
         raise refusal(method, where)
     if method not in METHODS:
@@ -138,3 +165,10 @@ def read_method(config: Mapping[str, Any], where: str) -> Read:
             f"{where}: quantization method '{method or 'unnamed'}' is not read; known: {', '.join(METHODS)}"
         )
     return METHODS[method].read(config, where)
+
+
+def _unnamed(config: Mapping[str, Any]) -> str:
+    """The method of settings by writers that did not name it yet."""
+    if "desc_act" in config:
+        return "gptq"
+    return bnb.METHOD if "load_in_4bit" in config or "load_in_8bit" in config else ""

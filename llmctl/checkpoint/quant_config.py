@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +68,27 @@ def read_names(config: Mapping[str, Any], keys: Iterable[str], where: str) -> tu
     return (found,) if isinstance(found, str) else tuple(str(name) for name in found)
 
 
+def read_flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    """A key that is true or false; ``default`` where it is absent or null.
+
+    Raises:
+        CheckpointError: something else stands there.
+    """
+    found = config.get(key)
+    if found is None:
+        return default
+    if not isinstance(found, bool):
+        raise CheckpointError(f"{where}: {key}: expected true or false, found {reprlib.repr(found)}")
+    return found
+
+
 def _awq(
     config: Mapping[str, Any], bits: int, group_size: int, ignored: tuple[str, ...], where: str
 ) -> QuantizationInfo:
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm" or bits != 4:
         raise UnsupportedModelError(f"{where}: AWQ {version} at {bits} bits is not read; known: gemm at 4 bits")
-    symmetric = not config.get("zero_point", True)
+    symmetric = not read_flag(config, "zero_point", True, where)
     return QuantizationInfo("awq", QuantScheme(bits, group_size, symmetric), ignored, "gemm")
 
 
@@ -85,8 +100,9 @@ def _gptq(
         raise UnsupportedModelError(
             f"{where}: GPTQ layout '{layout}' at {bits} bits is not read; known: gptq, gptq_v2 at 2, 3, 4, 8 bits"
         )
-    act_order = bool(config.get("desc_act", False)) and not config.get("static_groups", False)
-    scheme = QuantScheme(bits, group_size, bool(config.get("sym", True)), act_order)
+    static = read_flag(config, "static_groups", False, where)
+    act_order = read_flag(config, "desc_act", False, where) and not static
+    scheme = QuantScheme(bits, group_size, read_flag(config, "sym", True, where), act_order)
     return QuantizationInfo("gptq", scheme, ignored, layout)
 
 

@@ -63,8 +63,8 @@ class SafetensorsSource:
 
     def entries(self) -> Mapping[str, TensorInfo]:
         """Every stored tensor."""
-        found = ((name, file.entry(stored)) for name, (file, stored) in self._where.items())
-        return {name: TensorInfo(entry.shape, entry.dtype, None, entry.nbytes) for name, entry in found}
+        found = ((name, stored, file.entry(stored)) for name, (file, stored) in self._where.items())
+        return {name: TensorInfo(e.shape, e.dtype, None, e.nbytes, stored) for name, stored, e in found}
 
     def load(self, name: str) -> Tensor:
         """One tensor over the mapping."""

@@ -16,9 +16,11 @@ class TensorInfo:
         dtype: safetensors dtype string of the dense tensor that ``weight`` returns, or of the scales.
         quant: how the weight is quantized, None for a dense one.
         nbytes: size in the checkpoint, bytes; of all planes for a quantized weight.
+        stored: its name in the file; "" of a weight that is made of planes, and where names are made up.
     """
 
     shape: tuple[int, ...]
     dtype: str
     quant: QuantScheme | None
     nbytes: int
+    stored: str = ""

@@ -80,7 +80,8 @@ def _quantization_line(record: Mapping[str, Any]) -> str:
     kind = "with minimums" if record["minimum"] else kind
     order = ", act-order" if record["act_order"] else ""
     ignored = f"; dense: {', '.join(record['ignored_layers'])}" if record["ignored_layers"] else ""
-    return f"{record['method']}, {record['bits']} bits, {group}, {kind}{order}{ignored}"
+    note = f"; {record['note']}" if record["note"] else ""
+    return f"{record['method']}, {record['bits']} bits, {group}, {kind}{order}{ignored}{note}"
 
 
 def _print_graph(console: Console, document: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -414,6 +415,14 @@ class _Server:
             raise LlmctlError(f"the HTTP server failed: {error}") from error
 
 
+VLLM_METHODS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("awq_marlin", "auto_awq", "cpu_awq"), ("awq",)),
+    **dict.fromkeys(("gptq_marlin", "auto_gptq", "gptq_bitblas"), ("gptq",)),
+    "moe_wna16": ("awq", "gptq"),
+}
+"""vLLM's names of kernels that read what a checkpoint's method is; every other name is a method's own."""
+
+
 def check_quantization(asked: str | None, found: str) -> None:
     """Refuse ``--quantization`` of another method than the model has.
 
@@ -424,12 +433,16 @@ def check_quantization(asked: str | None, found: str) -> None:
         UsageError.
     """
     method = found.split()[0]
-    if asked is not None and asked.lower().removesuffix("_marlin") != method:
-        raise UsageError(
-            f"--quantization {asked}: the model's weights are quantized by: {method}",
-            fix="llmctl quantize makes a quantized checkpoint; else leave it out",
-            param="quantization",
-        )
+    if asked is None or method in VLLM_METHODS.get(asked.lower(), (asked.lower(),)):
+        return
+    dense = method == "none"
+    raise UsageError(
+        f"--quantization {asked}: the model's weights are {'not quantized' if dense else f'quantized by {method}'}",
+        fix="llmctl quantize makes a quantized checkpoint; else leave it out"
+        if dense
+        else f"--quantization {method}, or leave it out",
+        param="quantization",
+    )
 
 
 async def _first(*tasks: asyncio.Task[Any]) -> None:

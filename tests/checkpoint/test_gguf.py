@@ -130,6 +130,13 @@ def test_head_counts_that_contradict_the_tensors(tmp_path: Path) -> None:
         open_gguf(write_gguf(tmp_path / "m.gguf", model, key_length=64, rope_dimension_count=64, head_count=1))
 
 
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(CheckpointError, match="an empty file, not GGUF") as error:
+        open_checkpoint(tmp_path / "a.gguf")
+    assert error.value.fix == "fetch it again"
+
+
 def test_unsupported_files(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "hf")
     writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "rwkv7")

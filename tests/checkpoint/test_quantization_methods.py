@@ -13,8 +13,8 @@ from checkpoint_samples import write_folder
 from quantized_files import FORMATS, model_config
 from tiny_checkpoint import write_gptq
 
-from llmctl.checkpoint.compressed_tensors import matches
 from llmctl.checkpoint.methods import REFUSED
+from llmctl.checkpoint.name_patterns import NameMatcher
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor, tensor_spec, write_safetensors
@@ -24,6 +24,10 @@ from llmctl.graph.hf_config import read_arch
 
 MODULE = "model.layers.0.mlp.up_proj"
 WEIGHT = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)) / 16
+
+
+_GPTQ = {"quant_method": "gptq", "format": "gptq", "bits": 4, "group_size": 64}
+_AWQ = {"quant_method": "awq", "format": "gemm", "bits": 4, "group_size": 64}
 
 
 def folder(path: Path, name: str, *, planes: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -51,11 +55,40 @@ def test_targets_that_name_the_module(tmp_path: Path, target: str) -> None:
     assert checkpoint.describe(f"{MODULE}.weight").quant == QuantScheme(4, -1, True)
 
 
-def test_patterns_match_from_the_start() -> None:
-    assert matches("lm_head", "lm_head")
-    assert not matches("lm_head", "lm")
-    assert matches("lm_head", "re:lm")
-    assert not matches("model.lm_head", "re:lm")
+@pytest.mark.parametrize(
+    ("entry", "meant"),
+    [
+        ("lm_head", True),
+        ("lm", False),
+        ("re:lm", True),
+        ("re:head", False),
+        (r"re:^(?!.*experts).*$", True),
+        (r"re:^(?!.*head).*$", False),
+    ],
+)
+def test_patterns_match_from_the_start(entry: str, meant: bool) -> None:
+    assert NameMatcher().matches(("lm_head",), entry) is meant
+
+
+@pytest.mark.parametrize("place", ["ignore", "targets"])
+def test_patterns_that_never_end_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr("llmctl.checkpoint.name_patterns.SECONDS", 0.01)
+    endless = "re:((a?.{1,999}){1,999}){1,999}[!?]"
+    groups = {"g": {**weights()["group_0"], "targets": [endless]}}
+    config = {"ignore": [endless]} if place == "ignore" else {"config_groups": groups}
+    with pytest.raises(CheckpointError, match=r"'re:\(.*' takes more than 0\.01 s to match; name the modules"):
+        open_checkpoint(folder(tmp_path, "ct-w4-g128", **config)).describe(f"{MODULE}.weight")
+
+
+@pytest.mark.parametrize("target", [r"re:.*language_model\.layers", r"re:model\.layers", "OWN", MODULE])
+def test_patterns_know_a_multimodal_checkpoint_s_own_names(tmp_path: Path, target: str) -> None:
+    own = MODULE.replace("model.", "model.language_model.", 1)
+    fmt = FORMATS["ct-w4-g128"]
+    groups = {"g": {**weights()["group_0"], "targets": [own if target == "OWN" else target]}}
+    config = {"text_config": model_config(), fmt.key: {**fmt.config, "config_groups": groups}}
+    tensors = {f"{own}.{suffix}": plane.contiguous() for suffix, plane in fmt.make(WEIGHT)[0].items()}
+    checkpoint = open_checkpoint(write_folder(tmp_path, {**model_config(), **config}, tensors))
+    assert checkpoint.describe(f"{MODULE}.weight").quant == QuantScheme(4, -1, True)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +131,11 @@ def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, An
         ({"config_groups": {}}, CheckpointError, "expected an object config_groups"),
         ({"format": "nvfp4-pack-quantized"}, UnsupportedModelError, "'nvfp4-pack-quantized' is not read; known: pack"),
         ({"config_groups": weights(strategy="block")}, CheckpointError, "block_structure: expected two positive"),
+        ({"config_groups": weights(symmetric="false")}, CheckpointError, "symmetric: expected true .*, found 'false'"),
+        ({"config_groups": weights(actorder="by size")}, CheckpointError, "actorder: expected group or .*'by size'"),
+        ({**_GPTQ, "sym": 1}, CheckpointError, "sym: expected true or false, found 1"),
+        ({**_GPTQ, "desc_act": "no"}, CheckpointError, "desc_act: expected true or false, found 'no'"),
+        ({**_AWQ, "zero_point": "no"}, CheckpointError, "zero_point: expected true or false, found 'no'"),
         ({"config_groups": weights(num_bits=4.0)}, UnsupportedModelError, r"with 4\.0 bits"),
         ({"ignore": ["re:("]}, CheckpointError, r"config\.json: ignore: 're:\(' is no regular expression"),
         ({"ignore": ["re:a{9999999999999}"]}, CheckpointError, "is no regular expression"),
@@ -110,6 +148,18 @@ def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, An
 def test_configs_that_cannot_be_read(tmp_path: Path, config: dict[str, Any], error: type, reason: str) -> None:
     with pytest.raises(error, match=reason):
         open_checkpoint(folder(tmp_path, "ct-w4-g128", **config))
+
+
+@pytest.mark.parametrize(
+    ("order", "refused"), [("group", True), (True, True), ("Dynamic", True), ("weight", False), (None, False)]
+)
+def test_columns_out_of_order_need_their_groups(tmp_path: Path, order: Any, refused: bool) -> None:
+    made = folder(tmp_path, "ct-w4-g32-asym", config_groups=weights(group_size=32, symmetric=False, actorder=order))
+    if refused:
+        with pytest.raises(CheckpointError, match="the config says actorder group, but there is no weight_g_idx"):
+            open_checkpoint(made).describe(f"{MODULE}.weight")
+    else:
+        assert open_checkpoint(made).describe(f"{MODULE}.weight").quant == QuantScheme(4, 32, False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from llmctl.checkpoint.methods import METHODS
 from llmctl.cli.main import app
 from llmctl.cli.vllm_flags import FLAGS, Flag
 from llmctl.config import ServeConfig
@@ -72,12 +73,33 @@ def test_they_are_keys_of_a_file_too(tmp_path: Path) -> None:
     assert "--tensor-parallel-size 2: not supported" in made.stderr
 
 
-@pytest.mark.parametrize("asked", ["gptq", "GPTQ", "gptq_marlin", None])
-def test_the_quantization_that_the_model_has(asked: str | None) -> None:
-    launch.check_quantization(asked, "gptq 4-bit")
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (None, "gptq 4-bit"),
+        ("GPTQ", "gptq 4-bit"),
+        ("gptq_marlin", "gptq 4-bit"),
+        ("awq_marlin", "awq 4-bit"),
+        ("moe_wna16", "awq 4-bit"),
+        ("moe_wna16", "gptq 8-bit"),
+        *((method, f"{method} 8-bit") for method in METHODS),
+        ("gguf", "gguf 4-bit"),
+    ],
+)
+def test_the_quantization_that_the_model_has(asked: str | None, found: str) -> None:
+    launch.check_quantization(asked, found)
 
 
-@pytest.mark.parametrize("asked", ["awq", "fp8", ""])
-def test_another_quantization(asked: str) -> None:
-    with pytest.raises(UsageError, match=r"the model's weights are quantized by: none .*llmctl quantize"):
-        launch.check_quantization(asked, "none")
+@pytest.mark.parametrize(
+    ("asked", "found", "said"),
+    [
+        ("awq", "none", "are not quantized .*llmctl quantize"),
+        ("", "none", "are not quantized"),
+        ("awq_marlin", "gptq 4-bit", r"are quantized by gptq \(--quantization gptq, or leave it out\)"),
+        ("gptq_marlin", "awq 4-bit", "are quantized by awq"),
+        ("bitsandbytes", "fp8 8-bit", "are quantized by fp8"),
+    ],
+)
+def test_another_quantization(asked: str, found: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"--quantization {asked}: the model's weights {said}"):
+        launch.check_quantization(asked, found)

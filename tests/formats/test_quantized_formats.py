@@ -24,6 +24,7 @@ from llmctl.targets.cpu.toolchain import find_compiler
 
 GROWTH = {
     "fp8-blocks": (1.01, 1.04),
+    "bnb-nf4-double": (1.09, 1.09),
     "Q4_0": (1.01, 1.06),
     "Q5_0": (1.56, 1.60),
     "Q5_1": (1.51, 1.51),
@@ -33,9 +34,10 @@ GROWTH = {
     "Q5_K": (1.83, 1.65),
     "Q6_K": (1.53, 1.46),
 }
-"""Engine over checkpoint, by target (reference, cpu), where it is more than 1.03: scales of blocks or super-blocks are
-written out (on a cpu target in float16, with a zero for each), and codes of 2 and 3 bits take 4, of 5 and 6 bits 8."""
-COVERING = ("ct-w4-g32-asym", "ct-w8a8-static", "ct-fp8-tensor", "fp8-blocks", "Q4_1", "Q4_K", "Q6_K")
+"""Engine over checkpoint, by target (reference, cpu), where it is more than 1.03: scales of blocks, of super-blocks or
+of double quantization are written out (of integers on a cpu target in float16, with a zero for each), and codes of 2
+and 3 bits take 4, of 5 and 6 bits 8."""
+COVERING = ("ct-w4-g32-asym", "ct-w8a8-static", "ct-fp8-tensor", "fp8-blocks", "bnb-nf4-double", "Q4_1", "Q4_K", "Q6_K")
 """In the default suite: integers with either zero, minimums, a code book; every shape of scales."""
 NAMES = [pytest.param(n, marks=() if n in COVERING else pytest.mark.slow) for n in (*FORMATS, *BLOCK_FORMATS)]
 TOKENS = [1, 17, 5, 80, 33, 9, 64, 2, 41, 11, 95, 3, 28, 70, 50, 6, 7, 8]
@@ -85,7 +87,7 @@ def test_weights_are_what_the_format_means(name: str) -> None:
         assert isinstance(weight, QuantizedWeight)
         assert weight.scheme == found.describe(f"{module}.weight").quant
         assert weight.shape == shape
-        np.testing.assert_allclose(weight.dequantize(), meant.weight(f"{module}.weight"), rtol=2e-7, atol=0)
+        np.testing.assert_allclose(weight.dequantize(), meant.weight(f"{module}.weight"), rtol=3e-7, atol=0)
 
 
 @on_targets

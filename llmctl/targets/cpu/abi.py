@@ -50,9 +50,9 @@ class Kind(IntEnum):
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-DTYPE = {"f32": 0, "bf16": 1, "f16": 2, "w4": 3, "w8": 4, "w4_min": 5, "w8_min": 6, "e4m3": 7}
+DTYPE = {"f32": 0, "bf16": 1, "f16": 2, "w4": 3, "w8": 4, "w4_min": 5, "w8_min": 6, "e4m3": 7, "book4": 8}
 KV_TYPE = {"f32": 0, "bf16": 1, "s8": 2}
-WEIGHT_BITS = {"f32": 32, "bf16": 16, "w4": 4, "w8": 8, "w4_min": 4, "w8_min": 8, "e4m3": 8}
+WEIGHT_BITS = {"f32": 32, "bf16": 16, "w4": 4, "w8": 8, "w4_min": 4, "w8_min": 8, "e4m3": 8, "book4": 4}
 """Bits of an element of a linear's weight, by ``DTYPE``."""
 
 
@@ -90,7 +90,7 @@ class OpDesc(c.Structure):
         *((name, Matrix) for name in ("x", "x2", "x3", "y", "y2")),
         *((name, IntActs) for name in ("x8", "y8")),
         *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group")),
-        *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "w_minimums", "w_scales32", "bias")),
+        *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "w_minimums", "w_scales32", "w_book", "bias")),
         *((name, c.c_void_p) for name in ("permutation", "x16")),
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),
         *((name, c.c_void_p) for name in ("cos", "sin")),

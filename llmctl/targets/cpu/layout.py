@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import KVLayer
 from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS, kv_token_bytes
 
 Bytes = NDArray[np.uint8]
 INTEGER = ("w4", "w8", "w4_min", "w8_min")
 """The dtypes that meet int8 activations."""
+BOOK_DTYPES = {8: "e4m3", 4: "book4"}
+"""By the bits of a code book: float8_e4m3 is decoded by what it is, one of 4 bits through its table."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class PackedLinear:
 
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``.
-        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, f32 of e4m3. zeros: u8 [tiles, groups, 32],
-            of w4 and w8. minimums: f16, likewise, of w4_min and w8_min.
+        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32. zeros: u8 [tiles, groups, 32], of
+            w4 and w8. minimums: f16, likewise, of w4_min and w8_min. book: f32 [16], of book4.
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
@@ -42,6 +45,7 @@ class PackedLinear:
     group: int
     permutation: NDArray[np.int32] | None = None
     minimums: NDArray[np.uint16] | None = None
+    book: NDArray[np.float32] | None = None
 
     @property
     def integer(self) -> bool:
@@ -149,8 +153,8 @@ def int_dtype(bits: int, *, minimum: bool) -> str:
     return ("w4" if bits <= 4 else "w8") + ("_min" if minimum else "")
 
 
-def pack_e4m3(codes: Bytes, scales: NDArray[np.float32], *, group: int, gated: bool) -> PackedLinear:
-    """Pack float8_e4m3 codes.
+def pack_book(codes: Bytes, scales: NDArray[np.float32], *, book: str, group: int, gated: bool) -> PackedLinear:
+    """Pack codes of a code book.
 
     Args:
         codes: u8 [N, K]. scales: f32 [N, G]. group: columns a group, -1 = all; the last may have fewer.
@@ -158,9 +162,18 @@ def pack_e4m3(codes: Bytes, scales: NDArray[np.float32], *, group: int, gated: b
     columns, order = codes.shape[1], row_order(len(codes), gated)
     wide = np.zeros((len(order), columns), np.uint8)
     wide[order >= 0] = codes[order[order >= 0]]
-    data = np.ascontiguousarray(wide.reshape(-1, TILE, columns).transpose(0, 2, 1)).reshape(-1)
+    lines: Bytes = wide.reshape(-1, TILE, columns).transpose(0, 2, 1)
+    values, dtype = _book_values(book), BOOK_DTYPES[CODE_BOOKS[book].bits]
+    if values is not None:
+        lines = np.bitwise_or(lines[:, :, :LANES], np.left_shift(lines[:, :, LANES:], 4), dtype=np.uint8)
+    data = np.ascontiguousarray(lines).reshape(-1)
     size = columns if group == -1 else group
-    return PackedLinear("e4m3", data, _arrange(scales, order), None, len(order), columns, size)
+    return PackedLinear(dtype, data, _arrange(scales, order), None, len(order), columns, size, book=values)
+
+
+def _book_values(book: str) -> NDArray[np.float32] | None:
+    """A code book of 4 bits, f32 [16]; None for any other."""
+    return np.array(CODE_BOOKS[book].values, np.float32) if book and CODE_BOOKS[book].bits == 4 else None
 
 
 def _arrange(plane: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
@@ -232,6 +245,7 @@ class LinearFormat:
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
+        book: its code book.
     """
 
     dtype: str
@@ -239,6 +253,7 @@ class LinearFormat:
     gated: bool
     group: int = -1
     permuted: bool = False
+    book: str = ""
 
     @property
     def integer(self) -> bool:
@@ -266,7 +281,7 @@ class LinearFormat:
             minimum = self.dtype.endswith("_min")
             planes["tile_scales"] = ("F16", shape)
             planes["tile_minimums" if minimum else "tile_zeros"] = ("F16" if minimum else "U8", shape)
-        if self.dtype == "e4m3":
+        if self.book:
             size = self.columns if self.group == -1 else self.group
             planes["tile_scales"] = ("F32", (self.rows // TILE, -(-self.columns // size), TILE))
         if self.permuted:
@@ -286,6 +301,7 @@ class LinearFormat:
             group,
             planes.get("permutation"),
             planes.get("tile_minimums"),
+            _book_values(self.book),
         )
 
 

@@ -5,9 +5,9 @@ A linear weight ``W`` is stored as ``W.tiles`` and, for integer formats, ``W.til
 Embedding tables are F32, or BF16 in a bfloat16 engine; one that is also the output head is stored both ways, unless the
 checkpoint has it quantized: then its rows are looked up in the tiles.
 
-In a ``float32`` engine every linear is dense float32 (for exactness), but for float8 weights, which meet float32
-activations anyway. In a ``bfloat16`` engine quantized linears multiply their integer codes with int8 activations, dense
-ones are bfloat16.
+In a ``float32`` engine every linear is dense float32 (for exactness), but for weights of a code book, which meet
+float32 activations anyway. In a ``bfloat16`` engine quantized linears multiply their integer codes with int8
+activations, dense ones are bfloat16.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op, Weight
 from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
+    BOOK_DTYPES,
     LinearFormat,
     PackedLinear,
     int_dtype,
+    pack_book,
     pack_dense,
-    pack_e4m3,
     pack_int,
     padded_columns,
     quantize_symmetric,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _HEAD_GROUP = 64
 _KERNEL = {
     **{"w4": "w4a8", "w8": "w8a8", "w4_min": "w4a8", "w8_min": "w8a8"},
-    **{"bf16": "bf16", "f32": "f32", "e4m3": "e4m3"},
+    **{"bf16": "bf16", "f32": "f32", "e4m3": "e4m3", "book4": "book4"},
 }
 LM_HEAD_BITS = {"int8": 8, "int4": 4}
 
@@ -145,8 +146,8 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
         return pack_int(codes, scales, zeros, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
     weight = weight.by_row()
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
-    if fmt.dtype == "e4m3":
-        return pack_e4m3(codes, scales.astype(np.float32), group=fmt.group, gated=fmt.gated)
+    if fmt.book:
+        return pack_book(codes, scales.astype(np.float32), book=fmt.book, group=fmt.group, gated=fmt.gated)
     return pack_int(
         codes, scales, weight.zeros.numpy(), bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated,
         g_idx=None if weight.g_idx is None else weight.g_idx.numpy(),
@@ -187,7 +188,7 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
     dense = LinearFormat(DTYPES[options.dtype].tag, (rows, columns), gated)
     scheme = weight.quant
     if scheme is not None and scheme.book and not scheme.act_order:
-        return LinearFormat("e4m3", (rows, columns), gated, scheme.group_size)
+        return LinearFormat(BOOK_DTYPES[scheme.bits], (rows, columns), gated, scheme.group_size, book=scheme.book)
     if options.dtype == "float32":
         return dense
     if scheme is not None:
@@ -214,7 +215,8 @@ def _refusals(graph: Graph, op: Op, options: BuildOptions) -> tuple[Refusal, ...
     if scheme is None:
         return ()
     if scheme.book:
-        return (Refusal("e4m3", "its columns are out of order: weights are dequantized"),) if scheme.act_order else ()
+        refused = Refusal(BOOK_DTYPES[scheme.bits], "its columns are out of order: weights are dequantized")
+        return (refused,) if scheme.act_order else ()
     kernel = "w8a8" if scheme.bits == 8 else "w4a8"
     if options.dtype == "float32":
         return (Refusal(kernel, "the engine computes in float32: weights are dequantized"),)

@@ -241,7 +241,8 @@ class CpuRuntime:
         desc.n_padded, desc.k, desc.group = packed.rows, packed.columns, packed.group
         desc.w = self._pointer(packed.data)
         scales = "w_scales" if packed.integer else "w_scales32"
-        for field, plane in ((scales, packed.scales), ("w_zeros", packed.zeros), ("w_minimums", packed.minimums)):
+        planes = {"w_zeros": packed.zeros, "w_minimums": packed.minimums, "w_book": packed.book, scales: packed.scales}
+        for field, plane in planes.items():
             if plane is not None:
                 setattr(desc, field, self._pointer(plane))
 

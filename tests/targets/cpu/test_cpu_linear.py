@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmctl.engine.step import SequenceSlice
 from llmctl.graph.code_books import CODE_BOOKS
-from llmctl.targets.cpu.layout import INTEGER, PackedLinear, pack_dense, pack_e4m3, pack_int, padded_columns
+from llmctl.targets.cpu.layout import INTEGER, PackedLinear, pack_book, pack_dense, pack_int, padded_columns
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 
 pytestmark = [
@@ -26,7 +26,8 @@ pytestmark = [
 ]
 ROWS = (1, 2, 3, 7, 8, 9, 17, 33, 65)
 EXACT = 2**24
-DTYPES = (*INTEGER, "bf16", "f32", "e4m3")
+BOOKS = {"e4m3": "fp8_e4m3", "book4": "fp4"}
+DTYPES = (*INTEGER, "bf16", "f32", *BOOKS)
 
 Ints = NDArray[np.int64]
 
@@ -210,10 +211,10 @@ def test_real_activations_lose_only_their_rounding(variant: Variant, bits: int, 
 
 
 def dense_linear(dtype: str, n: int, k: int, gated: bool = False) -> tuple[Floats, PackedLinear, Ints]:
-    """Integers of up to 8 bits, exact in bf16, or of up to 4 with scales, exact in e4m3; and their sums in float32."""
+    """Integers of up to 8 bits, exact in bf16, or codes that stand for some, with scales; and their sums in float32."""
     rng = np.random.default_rng(n * k)
-    if dtype == "e4m3":
-        return e4m3_linear(rng, n, k, gated)
+    if dtype in BOOKS:
+        return book_linear(dtype, rng, n, k, gated)
     x, weight = rng.integers(-255, 256, (max(ROWS), k)), rng.integers(-127, 128, (n, k))
     assert (np.abs(x) @ np.abs(weight).T).max() < EXACT
     values = weight.astype(np.float32)
@@ -224,24 +225,25 @@ def dense_linear(dtype: str, n: int, k: int, gated: bool = False) -> tuple[Float
     return x.astype(np.float32), pack_dense(values, dtype, gated=gated), x @ weight.T
 
 
-def e4m3_linear(rng: np.random.Generator, n: int, k: int, gated: bool) -> tuple[Floats, PackedLinear, Ints]:
-    """Groups of 48 columns, so that the last may be shorter; every code but NaN's occurs where there is room."""
-    values = np.array(CODE_BOOKS["fp8_e4m3"].values)
+def book_linear(dtype: str, rng: np.random.Generator, n: int, k: int, gated: bool) -> tuple[Floats, PackedLinear, Ints]:
+    """Groups of 48 columns, so that the last may be shorter; every code of a whole number occurs."""
+    values = np.array(CODE_BOOKS[BOOKS[dtype]].values)
     whole = np.flatnonzero((values == np.rint(values)) & (np.abs(values) < 16))
     x, codes = rng.integers(-255, 256, (max(ROWS), k)), rng.choice(whole, (n, k)).astype(np.uint8)
     shifts = rng.integers(0, 3, (n, -(-k // 48)))
     weight = values[codes].astype(np.int64) << np.repeat(shifts, 48, 1)[:, :k]
     assert (np.abs(x) @ np.abs(weight).T).max() < EXACT
-    packed = pack_e4m3(codes, (2.0**shifts).astype(np.float32), group=48, gated=gated)
+    packed = pack_book(codes, (2.0**shifts).astype(np.float32), book=BOOKS[dtype], group=48, gated=gated)
     return x.astype(np.float32), packed, x @ weight.T
 
 
 @each_variant
-def test_every_float8_code_is_decoded(variant: Variant) -> None:
+@pytest.mark.parametrize("book", CODE_BOOKS)
+def test_every_code_of_a_book_is_decoded(variant: Variant, book: str) -> None:
     """One column: each output is a code's value, denormals included, times a scale that is no power of two."""
-    values = np.array(CODE_BOOKS["fp8_e4m3"].values, np.float32)
-    codes = np.flatnonzero(~np.isnan(values)).astype(np.uint8)
-    packed = pack_e4m3(codes[:, None], np.full((len(codes), 1), 0.7, np.float32), group=-1, gated=False)
+    values = np.array(CODE_BOOKS[book].values, np.float32)
+    codes = np.tile(np.flatnonzero(~np.isnan(values)).astype(np.uint8), 2)  # each of 4 bits in either half of a tile
+    packed = pack_book(codes[:, None], np.full((len(codes), 1), 0.7, np.float32), book=book, group=-1, gated=False)
     sketch = Sketch()
     out = sketch.linear(sketch.rows(np.ones((1, 1), np.float32)), packed, len(codes))[0]
     assert np.array_equal(run(sketch, out, variant, (1,))[0][0], values[codes] * np.float32(0.7))
@@ -262,7 +264,7 @@ def test_embeddings_are_looked_up_in_tiles(variant: Variant, bits: int, group: i
 
 
 @each_variant
-@pytest.mark.parametrize("dtype", ["bf16", "f32", "e4m3"])
+@pytest.mark.parametrize("dtype", ["bf16", "f32", *BOOKS])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (33, 60), (1, 1), (100, 129), (47, 300), (256, 17)])
 def test_dense_linear_is_exact(variant: Variant, dtype: str, n: int, k: int) -> None:
     x, packed, expected = dense_linear(dtype, n, k)

@@ -88,6 +88,7 @@ constexpr AbiEntry kAbi[] = {
   {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
   {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},
   {"dtype.w4_min", kW4Min}, {"dtype.w8_min", kW8Min}, {"dtype.e4m3", kE4m3},
+  {"dtype.book4", kBook4},
   {"kv_type.f32", kKvF32}, {"kv_type.bf16", kKvBf16}, {"kv_type.s8", kKvS8},
   LLMCTL_FIELD(Matrix, data) LLMCTL_FIELD(Matrix, ld) LLMCTL_SIZE(Matrix)
   LLMCTL_FIELD(IntActs, codes) LLMCTL_FIELD(IntActs, scales) LLMCTL_FIELD(IntActs, negated_sums)
@@ -98,7 +99,7 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, x8) LLMCTL_FIELD(OpDesc, y8) LLMCTL_FIELD(OpDesc, width) LLMCTL_FIELD(OpDesc, n)
   LLMCTL_FIELD(OpDesc, n_padded) LLMCTL_FIELD(OpDesc, k) LLMCTL_FIELD(OpDesc, group) LLMCTL_FIELD(OpDesc, w)
   LLMCTL_FIELD(OpDesc, w_scales) LLMCTL_FIELD(OpDesc, w_zeros) LLMCTL_FIELD(OpDesc, w_minimums)
-  LLMCTL_FIELD(OpDesc, w_scales32) LLMCTL_FIELD(OpDesc, bias)
+  LLMCTL_FIELD(OpDesc, w_scales32) LLMCTL_FIELD(OpDesc, w_book) LLMCTL_FIELD(OpDesc, bias)
   LLMCTL_FIELD(OpDesc, permutation) LLMCTL_FIELD(OpDesc, x16) LLMCTL_FIELD(OpDesc, heads)
   LLMCTL_FIELD(OpDesc, kv_heads) LLMCTL_FIELD(OpDesc, head_dim) LLMCTL_FIELD(OpDesc, rotary_dim)
   LLMCTL_FIELD(OpDesc, window) LLMCTL_FIELD(OpDesc, cos) LLMCTL_FIELD(OpDesc, sin) LLMCTL_FIELD(OpDesc, eps)
@@ -127,7 +128,7 @@ constexpr AbiEntry kAbi[] = {
   {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},
   {"weight_bits.w4", weight_bits_of(kW4)}, {"weight_bits.w8", weight_bits_of(kW8)},
   {"weight_bits.w4_min", weight_bits_of(kW4Min)}, {"weight_bits.w8_min", weight_bits_of(kW8Min)},
-  {"weight_bits.e4m3", weight_bits_of(kE4m3)},
+  {"weight_bits.e4m3", weight_bits_of(kE4m3)}, {"weight_bits.book4", weight_bits_of(kBook4)},
   {"kv_tile_bytes.f32", kv_tile_bytes(kKvF32)}, {"kv_tile_bytes.bf16", kv_tile_bytes(kKvBf16)},
   {"kv_tile_bytes.s8", kv_tile_bytes(kKvS8)},
   LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_profile)

@@ -1,14 +1,16 @@
 // Micro-kernels of the GEMMs y[m][n] = sum_k x[m][k] * w[n][k]: int8 activations with 4- or 8-bit weights, bf16, fp32,
-// fp32 activations with float8 weights.
+// fp32 activations with weights of a code book.
 //
 // Weights are packed for the target when the engine is built (targets/cpu/layout.py), in tiles of 32 outputs:
 //   w4     per 4 columns one 64-byte line; byte 4*lane+j holds column k+j of outputs `lane` (low nibble), 16+lane (high)
 //   w8     per 4 columns two lines of whole bytes: outputs 0..15, then 16..31
 //   bf16   per 2 columns two lines of 16 outputs x 2 columns
 //   fp32   per column two lines of 16 outputs
-//   e4m3   per column 32 bytes of 32 outputs, with scales fp32 [tiles][groups][32]: w = float(code) * scale
+//   e4m3   per column 32 bytes of 32 outputs
+//   book4  per column 16 bytes: outputs 0..15 (low nibbles), then 16..31 (high)
 // w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
-// in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum.
+// in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. e4m3 and book4 come with
+// scales fp32 [tiles][groups][32]: w = float8(code) * scale, w = book[code] * scale.
 //
 // Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
@@ -24,7 +26,7 @@ struct Weights {
   const uint16_t* scales;
   const uint8_t* zeros;
   const uint16_t* minimums;
-  const float* scales32;
+  const float *scales32, *book;
   int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
 };
 
@@ -240,19 +242,27 @@ static inline __attribute__((always_inline)) void f32_tile(const Weights& w, con
 }
 
 // Weights decoded in registers; products are summed within a group, then scaled. Any group size: the last may be shorter.
-template <int R>
-static inline __attribute__((always_inline)) void e4m3_tile(const Weights& w, const float* x, int64_t ldx, int64_t tile,
+template <int kBits, int R>
+static inline __attribute__((always_inline)) void book_tile(const Weights& w, const float* x, int64_t ldx, int64_t tile,
                                                             int64_t row, f32x16 (&total)[R][2]) {
-  const uint8_t* line = w.data + tile * w.k * kTile;
+  constexpr int kLine = kTile * kBits / 8;
+  const uint8_t* line = w.data + tile * w.k * kLine;
+  const f32x16 book = kBits == 4 ? load<f32x16>(w.book) : f32x16{};
   const float* scales = w.scales32 + tile * ((w.k + w.group - 1) / w.group) * kTile;
   const float* xp = x + row * ldx;
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
   for (int64_t k = 0; k < w.k; scales += kTile) {
     f32x16 sum[R][2] = {};
-    for (const int64_t end = k + w.group < w.k ? k + w.group : w.k; k < end; k++, line += kTile) {
+    for (const int64_t end = k + w.group < w.k ? k + w.group : w.k; k < end; k++, line += kLine) {
       __builtin_prefetch(line + 1024);
-      const f32x16 first = e4m3_to_f32x16(line), second = e4m3_to_f32x16(line + kLanes);
+      f32x16 first, second;
+      if constexpr (kBits == 4) {
+        const i32x16 codes = u8_to_i32(line);
+        first = look_up(book, codes & 15), second = look_up(book, codes >> 4);
+      } else {
+        first = e4m3_to_f32x16(line), second = e4m3_to_f32x16(line + kLanes);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const float value = xp[r * ldx + k];

@@ -49,7 +49,7 @@ static inline __attribute__((always_inline)) void finish_tile(const OpDesc& op, 
 
 static constexpr int weight_bits(const OpDesc& op) {
   switch (op.weight_dtype) {
-    case kW4: case kW4Min: return 4;
+    case kW4: case kW4Min: case kBook4: return 4;
     case kW8: case kW8Min: case kE4m3: return 8;
     case kBf16: case kF16: return 16;
     default: return 32;
@@ -61,7 +61,7 @@ static constexpr bool has_minimums(int type) { return type == kW4Min || type == 
 static constexpr bool is_int(int type) { return type == kW4 || type == kW8 || has_minimums(type); }
 
 static inline Weights weights_of(const OpDesc& op) {
-  return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.n_padded, op.k, op.group};
+  return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book, op.n_padded, op.k, op.group};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
@@ -100,7 +100,8 @@ static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTil
   f32x16 total[R][2];
   if constexpr (is_int(kType))
     int_tile<int_bits(kType), kMany, has_minimums(kType), R>(w, ready, op.x8, tile, row, ahead, total);
-  else if constexpr (kType == kE4m3) e4m3_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
+  else if constexpr (kType == kE4m3) book_tile<8, R>(w, op.x.data, op.x.ld, tile, row, total);
+  else if constexpr (kType == kBook4) book_tile<4, R>(w, op.x.data, op.x.ld, tile, row, total);
   else if constexpr (kType == kBf16) bf16_tile<R>(w, op.x16, w.k, tile, row, total);
   else f32_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
   finish_tile<R>(op, tile, y, at, total);
@@ -162,6 +163,7 @@ static inline void linear_patch(const OpDesc& op, const Units& units, const Patc
     case kW4Min: return many ? linear_patch<kW4Min, true>(op, units, patch, scratch) : linear_patch<kW4Min, false>(op, units, patch, scratch);
     case kW8Min: return many ? linear_patch<kW8Min, true>(op, units, patch, scratch) : linear_patch<kW8Min, false>(op, units, patch, scratch);
     case kE4m3: return linear_patch<kE4m3, false>(op, units, patch, scratch);
+    case kBook4: return linear_patch<kBook4, false>(op, units, patch, scratch);
     case kBf16: return linear_patch<kBf16, false>(op, units, patch, scratch);
     default: return linear_patch<kF32, false>(op, units, patch, scratch);
   }

@@ -27,8 +27,8 @@ enum Kind : int32_t {
 };
 constexpr int kMaxKinds = 16;
 
-// kW4Min, kW8Min: integers with a minimum a group. kE4m3: float8_e4m3 codes.
-enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4, kW4Min = 5, kW8Min = 6, kE4m3 = 7 };
+// kW4Min, kW8Min: integers with a minimum a group. kE4m3: float8_e4m3 codes. kBook4: 4-bit codes of w_book.
+enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4, kW4Min = 5, kW8Min = 6, kE4m3 = 7, kBook4 = 8 };
 
 // fp32 matrix [rows][ld]; a buffer may be a column range of a wider one.
 struct Matrix {
@@ -54,7 +54,8 @@ struct OpDesc {
   const uint16_t* w_scales;
   const uint8_t* w_zeros;
   const uint16_t* w_minimums;
-  const float* w_scales32;  // kE4m3
+  const float* w_scales32;  // kE4m3, kBook4
+  const float* w_book;      // kBook4: [16]
   const float* bias;     // linear: fp32 in tile order, padded; layer norm: b
   const int32_t* permutation;  // kQuantize: column order of an act-order weight, or null
   uint16_t* x16;         // bf16 operand, row stride k
