@@ -93,10 +93,9 @@ def _quantized(weight: Weight, quant: QuantScheme, rng: np.random.Generator) -> 
     zeros = torch.full(groups, 0 if quant.book or quant.minimum else 2 ** (quant.bits - 1), dtype=torch.uint8)
     if quant.has_zeros:
         zeros = torch.from_numpy(rng.integers(2, 2**quant.bits - 2, groups, np.uint8))
-    spread = 2**quant.bits * 4
+    spread = 8 if quant.book else 2**quant.bits * 4
     if quant.book == "fp8_e4m3":
         codes &= 0xBF  # of magnitudes up to 1.875
-        spread = 8
     scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups)).half() / spread
     minimums = -scales * 2 ** (quant.bits - 1) if quant.minimum else None
     order = None
