@@ -24,7 +24,7 @@ from llmctl.targets.cpu.toolchain import find_compiler
 
 GROWTH = {
     "fp8-blocks": (1.01, 1.04),
-    "bnb-nf4-double": (1.09, 1.09),
+    "bnb-nf4-double": (1.07, 1.07),
     "Q4_0": (1.01, 1.06),
     "Q5_0": (1.56, 1.60),
     "Q5_1": (1.51, 1.51),
