@@ -11,15 +11,16 @@ import torch
 from checkpoint_samples import random_weight, same_weight, tiny_llama
 
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.output_format import OutputFormat
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.writer import OutputFormat, write_quantized_checkpoint
+from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.graph.graph import QuantScheme
 
 SCHEME = QuantScheme(4, 32, False)
 AWQ = OutputFormat("awq", SCHEME, ignored=("lm_head",))
-GPTQ = OutputFormat("gptq", SCHEME, ignored=("lm_head",))
+GPTQ = OutputFormat("gptq_v2", SCHEME, ignored=("lm_head",))
 NORM = "model.layers.0.input_layernorm.weight"
 
 
@@ -51,8 +52,8 @@ def linears(source: Checkpoint, scheme: QuantScheme = SCHEME) -> dict[str, Quant
     [
         AWQ,
         GPTQ,
-        replace(GPTQ, checkpoint_format="gptq_v2"),
-        replace(GPTQ, scheme=QuantScheme(3, 32, True)),
+        replace(GPTQ, format="gptq", scheme=QuantScheme(4, 32, True)),
+        replace(GPTQ, format="gptq", scheme=QuantScheme(3, 32, True)),
         replace(GPTQ, scheme=QuantScheme(8, 32, False, act_order=True)),
         replace(AWQ, scheme=QuantScheme(4, 32, True)),
     ],
@@ -67,7 +68,7 @@ def test_reads_back(tmp_path: Path, source: Checkpoint, settings: OutputFormat, 
     found = open_checkpoint(path)
     assert found.names() == source.names()
     assert found.quantization is not None
-    assert found.quantization.method == settings.format
+    assert found.quantization.method == settings.format.removesuffix("_v2")
     assert found.quantization.scheme == settings.scheme
     for module, weight in weights.items():
         assert same_weight(found.weight(f"{module}.weight"), weight)
@@ -106,7 +107,7 @@ def test_gptq_config(tmp_path: Path, source: Checkpoint) -> None:
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     assert config == json.loads((path / "quantize_config.json").read_text())
     expected = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
-    expected |= {"checkpoint_format": "gptq", "lm_head": False, "damp_percent": 0.01, "true_sequential": True}
+    expected |= {"checkpoint_format": "gptq_v2", "lm_head": False, "damp_percent": 0.01, "true_sequential": True}
     assert expected.items() <= config.items()
     assert config["dynamic"] == {r"-:^model\.layers\.1\.mlp\.up_proj$": {}}
     found = open_checkpoint(path)
@@ -203,8 +204,8 @@ def test_biases_stay(tmp_path: Path) -> None:
 def test_refusals_leave_nothing(tmp_path: Path, source: Checkpoint) -> None:
     weights = linears(source)
 
-    def write(quantized: dict[str, QuantizedWeight], settings: OutputFormat, start: Checkpoint = source) -> None:
-        write_quantized_checkpoint(tmp_path / "out", start, quantized, {}, settings)
+    def write(quantized: dict[str, QuantizedWeight], settings: OutputFormat) -> None:
+        write_quantized_checkpoint(tmp_path / "out", source, quantized, {}, settings)
 
     with pytest.raises(ValueError, match=r"_proj': expected .*bits=3"):
         write(
@@ -215,16 +216,12 @@ def test_refusals_leave_nothing(tmp_path: Path, source: Checkpoint) -> None:
         write({"model.none": random_weight(8, 32)}, AWQ)
     with pytest.raises(ValueError, match="multiple of 8"):
         write({"lm_head": random_weight(12, 32)}, AWQ)
-    zero = replace(weights["model.layers.0.mlp.up_proj"], zeros=torch.zeros(96, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"up_proj': GPTQ version 1 .* zero point of 0"):
-        write({"model.layers.0.mlp.up_proj": zero}, GPTQ)
+    with pytest.raises(ValueError, match=r"_proj': version 1 of GPTQ's layout is written symmetric only"):
+        write(weights, replace(GPTQ, format="gptq"))
     assert [item.name for item in tmp_path.iterdir()] == ["source"]
     write(weights, AWQ)
     with pytest.raises(UsageError, match="exists already"):
         write(weights, AWQ)
-    (tmp_path / "out").rename(tmp_path / "quantized")
-    with pytest.raises(CheckpointError, match="is quantized already"):
-        write(weights, AWQ, open_checkpoint(tmp_path / "quantized"))
 
 
 @pytest.mark.parametrize("bad", [{"format": "nf4"}, {"dtype": "float32"}])
