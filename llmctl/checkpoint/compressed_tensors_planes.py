@@ -3,7 +3,8 @@
 What the planes are is said in ``compressed_tensors.py``, which reads them. Scales keep their values: they are stored in
 the first of float16, bfloat16 and float32 that holds all of a weight's.
 
-Source: compressed_tensors.compressors (pack_quantized, naive_quantized) and quantization.quant_config, version 0.20.
+Source: compressed_tensors.compressors (pack_quantized, naive_quantized) and quantization.quant_config, version 0.20,
+which has no act-order groups.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
     """Refuse a weight [N, K] that the format cannot hold.
 
     Raises:
-        ValueError: minimums, a code book other than float8's, bits other than 4 and 8, blocks of integers, or a group
-            size that does not divide K.
+        ValueError: minimums, a code book other than float8's, bits other than 4 and 8, act-order, blocks of integers,
+            or a group size that does not divide K.
     """
     if scheme.minimum:
         raise ValueError("compressed-tensors has integer zeros, no minimums")
@@ -38,6 +39,8 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
         raise ValueError(f"compressed-tensors has no {scheme.book} weights")
     if scheme.bits not in _BITS:
         raise ValueError(f"compressed-tensors is read at 4 and 8 bits, found {scheme.bits}")
+    if scheme.act_order:  # read here, and by versions before 0.20, which refuses the config
+        raise ValueError("compressed-tensors has no act-order groups any more; write them in GPTQ's layout")
     if scheme.block_rows > 1 and not scheme.book:
         raise ValueError("compressed-tensors' blocks are of float8 weights")
     if scheme.block_rows == 1 and scheme.group_size != -1 and shape[1] % scheme.group_size:
@@ -51,7 +54,7 @@ def check_int8(shape: tuple[int, int], scheme: QuantScheme) -> None:
         ValueError: as said.
     """
     check_packable(shape, scheme)
-    whole_rows = scheme.groups(shape[1]) == 1 and not scheme.act_order
+    whole_rows = scheme.groups(shape[1]) == 1
     if scheme.bits != 8 or scheme.book or not scheme.symmetric or not whole_rows:
         raise ValueError("W8A8 has 8 bits, symmetric, one scale a row; write it as compressed-tensors")
 
@@ -69,8 +72,6 @@ def plane_specs(weight: QuantizedWeight, *, plain: bool = False) -> dict[str, tu
     }
     if not scheme.symmetric:
         specs["weight_zero_point"] = ("I32", (-(-rows * scheme.bits // 32), scheme.groups(columns)))
-    if scheme.act_order:
-        specs["weight_g_idx"] = ("I32", (columns,))
     return specs
 
 
@@ -95,8 +96,6 @@ def pack(weight: QuantizedWeight, *, plain: bool = False) -> dict[str, Tensor]:
     planes = {"weight_packed": _pack_padded(weight.codes, scheme.bits), **small}
     if not scheme.symmetric:
         planes["weight_zero_point"] = _pack_padded(weight.zeros.T, scheme.bits).T.contiguous()
-    if weight.g_idx is not None:
-        planes["weight_g_idx"] = weight.g_idx.to(torch.int32)
     return planes
 
 
@@ -157,7 +156,7 @@ def _group(scheme: QuantScheme, targets: list[str], layout: str | None) -> dict[
 def _weights(scheme: QuantScheme) -> dict[str, Any]:
     strategy = "block" if scheme.block_rows > 1 else "channel" if scheme.group_size == -1 else "group"
     return {
-        "actorder": "group" if scheme.act_order else None,
+        "actorder": None,
         "block_structure": [scheme.block_rows, scheme.group_size] if strategy == "block" else None,
         "dynamic": False,
         "group_size": scheme.group_size if strategy == "group" else None,

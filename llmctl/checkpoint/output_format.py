@@ -225,7 +225,7 @@ FORMATS: Mapping[str, WrittenFormat] = {
         "quantize_config.json",
     ),
     "compressed-tensors": WrittenFormat(
-        "4 and 8 bits (`pack-quantized`), float8 a row or block (`float-quantized`); act-order; a scheme by module",
+        "4 and 8 bits (`pack-quantized`), float8 a row or block (`float-quantized`); a scheme by module",
         "llmctl, vLLM, SGLang, transformers with compressed-tensors",
         compressed_tensors_planes.check_packable,
         compressed_tensors_planes.plane_specs,

@@ -16,7 +16,13 @@ _D = ConvertConfig()
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="MODEL", help="A quantized checkpoint folder, a .gguf file, or a hub id."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A quantized checkpoint folder, a .gguf file, or a hub id.",
+        rich_help_panel="Model",
+    ),
 ]
 To = Annotated[
     str,
@@ -25,6 +31,7 @@ To = Annotated[
         metavar="FORMAT",
         help="awq, gptq (version 2 where zero points are stored), gptq_v2, compressed-tensors, "
         "compressed-tensors-w8a8 or gguf.",
+        rich_help_panel="Output",
     ),
 ]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; NAME.gguf for --to gguf.")]

@@ -144,7 +144,7 @@ def choose_format(config: QuantizeConfig) -> str:
             fix="use --format gptq (the AWQ scales are folded, any reader of GPTQ's layout will do)",
             param="format",
         )
-    if wanted in ("awq", "gguf") and _needs_g_idx(config):
+    if not wanted.startswith("gptq") and _needs_g_idx(config):
         raise UsageError(
             f"--format {wanted}: the layout cannot hold act-order groups",
             fix="add --static-groups or --no-act-order, or use --format gptq",
