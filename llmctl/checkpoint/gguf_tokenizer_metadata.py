@@ -86,7 +86,7 @@ def _document(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
         raise _refused(f"its model is {kind}, not byte-level BPE")
     odd = next((key for key, known in _BPE.items() if model.get(key) not in known), None)
     if odd is not None:
-        raise _refused(f"its BPE has a {odd}: {model[odd]!r}")
+        raise _refused(f"its BPE has {odd} {model[odd]!r}")
     return document
 
 
