@@ -228,3 +228,69 @@ def test_refusals_leave_nothing(tmp_path: Path, source: Checkpoint) -> None:
 def test_settings_are_checked(bad: dict) -> None:
     with pytest.raises(ValueError):
         replace(AWQ, **bad)
+
+
+FP8 = QuantScheme(8, -1, True, book="fp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "said"),
+    [
+        ("awq", QuantScheme(8, 32, False), "4 bits only, found 8"),
+        ("awq", replace(SCHEME, minimum=True), "integer zeros only, found minimums"),
+        ("gptq", SCHEME, "version 1 of GPTQ's layout is written symmetric only"),
+        ("gptq", FP8, "integer zeros only, found fp8_e4m3"),
+        ("gptq_v2", QuantScheme(8, 32, True, block_rows=8), "integer zeros only, found blocks of 8 rows"),
+        ("compressed-tensors", replace(SCHEME, minimum=True), "no minimums"),
+        ("compressed-tensors", QuantScheme(3, 32, True), "read at 4 and 8 bits, found 3"),
+        ("compressed-tensors", replace(SCHEME, act_order=True), "no act-order groups"),
+        ("compressed-tensors", QuantScheme(8, 32, True, block_rows=8), "blocks are of float8 weights"),
+        ("compressed-tensors", QuantScheme(4, 40, True), "group size 40 does not divide"),
+        ("compressed-tensors-w8a8", QuantScheme(8, 32, True), "one scale a row"),
+        ("compressed-tensors-w8a8", QuantScheme(8, -1, False), "8 bits, symmetric"),
+        ("compressed-tensors-w8a8", FP8, "W8A8 has 8 bits"),
+        ("gguf", FP8, "for integers, not for fp8_e4m3"),
+        ("gguf", QuantScheme(4, 32, True, True), "no act-order groups"),
+        ("gguf", QuantScheme(4, 16, True), "blocks are of 32 columns, found groups of 16"),
+        ("gguf", QuantScheme(8, 32, False), "no type for asymmetric weights of 8 bits"),
+        ("gguf", QuantScheme(4, 64, True), "group size 64 does not divide the input width 96"),
+    ],
+)  # fmt: skip
+def test_what_a_format_cannot_hold_is_said(name: str, scheme: QuantScheme, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"'a\.module': .*{said}"):
+        OutputFormat(name, scheme).check("a.module", (64, 96))
+
+
+def test_widths_that_are_not_whole_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="an input width of 48"):
+        OutputFormat("gguf", QuantScheme(4, -1, True)).check("a.module", (64, 48))
+
+
+def test_modules_of_two_schemes_need_a_format_that_says_so() -> None:
+    with pytest.raises(ValueError, match=r"awq has one scheme .*groups of 32, but 4 bits, symmetric, a row in m"):
+        replace(AWQ, others={"m": QuantScheme(4, -1, True)})
+    with pytest.raises(ValueError, match="symmetric and asymmetric modules do not go together"):
+        replace(GPTQ, others={"m": QuantScheme(4, 32, True)}).quantization_config()
+
+
+def test_compressed_tensors_config() -> None:
+    settings = OutputFormat("compressed-tensors", SCHEME, {"m": FP8}, ("lm_head",))
+    config = settings.quantization_config()
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "mixed-precision")
+    first, last = config["config_groups"].values()
+    assert (first["targets"], first["format"], first["weights"]["strategy"]) == (["m"], "float-quantized", "channel")
+    assert (last["targets"], last["format"], last["weights"]["group_size"]) == (["Linear"], "pack-quantized", 32)
+    by_token = OutputFormat("compressed-tensors-w8a8", QuantScheme(8, -1, True)).quantization_config()
+    assert by_token["format"] == "int-quantized"
+    assert by_token["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+
+
+@pytest.mark.parametrize(
+    ("scales", "stored"), [(1 / 3, "F32"), (1.5, "F16"), (2.0**-24 * 1.5, "BF16"), (2.0**100, "BF16")]
+)
+def test_compressed_tensors_keeps_scales(scales: float, stored: str) -> None:
+    weight = random_weight(8, 32, symmetric=True)
+    weight = replace(weight, scales=torch.full((8, 1), scales))
+    row = OutputFormat("compressed-tensors", weight.scheme).row
+    assert row.specs(weight)["weight_scale"] == (stored, (8, 1))
+    assert torch.equal(row.pack(weight)["weight_scale"].float(), weight.scales)

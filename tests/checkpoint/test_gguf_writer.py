@@ -175,6 +175,11 @@ def template(*ids: int) -> Edit:
     )
 
 
+def without_the_text(document: dict[str, Any]) -> None:
+    template(0)(document)
+    document["post_processor"]["single"].pop()
+
+
 def model(**changes: Any) -> Edit:
     return lambda d: d["model"].update(changes)
 
@@ -189,6 +194,7 @@ def model(**changes: Any) -> Edit:
         (added(lstrip=True), "'x <.*' would be tokenized otherwise"),
         (template(5), r"adds \[5\] where its BOS token would be"),
         (template(0, 0), r"adds \[0, 0\]"),
+        (without_the_text, "its post-processor changes the text's tokens"),
         (model(merges=[]), "it has no merges"),
     ],
 )
@@ -218,3 +224,11 @@ def test_more_ends_or_tokens_than_there_is_room_for_are_refused(tmp_path: Path) 
     )
     with pytest.raises(UsageError, match=r"token '<far>' has id \d+, and the embedding has \d+ rows"):
         metadata(narrow)
+
+
+def test_a_token_that_is_called_as_padding_would_be_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "dense", "llama", vocab_size=400)
+    taken = {"content": "[PAD399]"}
+    edited(folder, "tokenizer.json", lambda d: d["added_tokens"].append({**d["added_tokens"][-1], **taken}))
+    with pytest.raises(UsageError, match=r"not written for this tokenizer: .* a token occurs twice"):
+        metadata(folder)
