@@ -260,6 +260,16 @@ def test_an_embedding_becomes_dense_in_what_holds_it(make: Make, tmp_path: Path)
     assert report.widened == {"model.embed_tokens.weight": "float32"}
 
 
+def test_the_config_is_the_new_formats_alone(make: Make, tmp_path: Path) -> None:
+    source, _ = make("ct-w4-g32-asym")
+    assert "compression_config" in json.loads((source / "config.json").read_text())
+    convert(source, "awq", tmp_path)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "compression_config" not in config
+    assert config["quantization_config"]["quant_method"] == "awq"
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
