@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.gguf_config import ARCHITECTURES, llama3_factors, synthesise_config
+from llmctl.checkpoint.gguf_config import llama3_factors, synthesise_config
 from llmctl.errors import UsageError
 from llmctl.graph.hf_config import Arch, read_arch
 
-_OF_FAMILY = {**{name: name for name in ARCHITECTURES}, "mistral": "llama"}
+_OF_FAMILY = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Facts that do not change what is computed, or that the tensors say.
 _NOT_COMPARED = ("family", "tied")
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from llmctl.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, synthesise_aux_files
+from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
+from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.text.tokenizer import Tokenizer
 
@@ -137,7 +138,7 @@ def _pre_tokenizer(document: Mapping[str, Any]) -> str:
         if _stages(json.loads(made)) == wanted:
             return name
     kinds = ", ".join(stage["type"] for stage in wanted[:-1]) or "nothing"
-    raise _refused(f"its stages before BPE ({kinds}) are no pre-tokenizer that is known: {', '.join(PRE_TOKENIZERS)}")
+    raise _refused(f"its stages before BPE ({kinds}) are no pre-tokenizer that is known (docs/formats.md)")
 
 
 def _special_ids(tokenizer: Tokenizer, backend: Backend) -> dict[str, Any]:

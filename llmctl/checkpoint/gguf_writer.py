@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llmctl.checkpoint.gguf_config import ARCHITECTURES, gguf_name
 from llmctl.checkpoint.gguf_encode import PLANE, block_type
 from llmctl.checkpoint.gguf_file import permute_rows
-from llmctl.checkpoint.gguf_metadata import check_same_model, model_metadata, rope_factors
+from llmctl.checkpoint.gguf_metadata import architecture, check_same_model, model_metadata, rope_factors
 from llmctl.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
 from llmctl.checkpoint.output_plan import OutputPlan
 from llmctl.checkpoint.reader import Checkpoint
@@ -92,15 +92,15 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 def _entries(source: Checkpoint, plan: OutputPlan) -> dict[str, _Entry]:
     arch = read_arch(source.config)
-    permuted = ARCHITECTURES[model_metadata(source.config)["general.architecture"]].permuted
-    heads = {"q_proj": arch.heads, "k_proj": arch.kv_heads} if permuted else {}
+    name_there = architecture(arch)
+    heads = {"q_proj": arch.heads, "k_proj": arch.kv_heads} if ARCHITECTURES[name_there].permuted else {}
     entries: dict[str, _Entry] = {}
     factors = rope_factors(source.config)
     if factors is not None:
         entries["rope_freqs.weight"] = _Entry("F32", factors.shape, factors.nbytes, lambda: _octets(factors))
     for name in plan.names():
         count = heads.get(name.split(".")[-2])
-        entries[gguf_name(name, str(source.path))] = _entry(plan, name, count)
+        entries[gguf_name(name, name_there, str(source.path))] = _entry(plan, name, count)
     return entries
 
 

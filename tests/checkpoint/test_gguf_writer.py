@@ -60,11 +60,11 @@ def test_scales_beyond_float16_are_refused() -> None:
 
 def test_names_and_rows_go_both_ways() -> None:
     for name in ("token_embd.weight", "blk.3.attn_q.bias", "output.weight", "blk.0.ffn_norm.weight"):
-        found = hf_name(name, "a file")
+        found = hf_name(name, "llama", "a file")
         assert found is not None
-        assert gguf_name(found, "a file") == name
+        assert gguf_name(found, "llama", "a file") == name
     with pytest.raises(UnsupportedModelError, match=r"no name for tensor 'model\.layers\.0\.mlp\.experts"):
-        gguf_name("model.layers.0.mlp.experts.0.up_proj.weight", "a file")
+        gguf_name("model.layers.0.mlp.experts.0.up_proj.weight", "llama", "a file")
     rows = torch.arange(48)
     assert not torch.equal(permute_rows(rows, 3), rows)
     assert torch.equal(unpermute_rows(permute_rows(rows, 3), 3), rows)
