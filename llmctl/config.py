@@ -22,14 +22,14 @@ GPU_MEMORY_UTILIZATION = 0.9
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """``llmctl quantize``: checkpoint -> quantized checkpoint."""
+    """``llmctl quantize``: checkpoint -> quantized checkpoint. ``symmetric`` None: by method, as ``is_symmetric``."""
 
     model: str = ""
     output: str = ""
     method: str = "awq"
     bits: int = 4
     group_size: int = 64
-    symmetric: bool = False
+    symmetric: bool | None = None
     format: str = "auto"
     calib: str = "self"
     calib_samples: int = 32
@@ -42,6 +42,23 @@ class QuantizeConfig:
     backend: str = "native"
     resume: bool = False
     threads: int | None = None
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether zero points are fixed: as the user says, else by method.
+
+        AWQ's are fitted, for its usual layout stores them; most readers of GPTQ's layout want them fixed.
+        """
+        return self.method != "awq" if self.symmetric is None else self.symmetric
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """``llmctl convert``: quantized checkpoint -> the same numbers in another format."""
+
+    model: str = ""
+    to: str = ""
+    output: str = ""
 
 
 @dataclass(frozen=True)

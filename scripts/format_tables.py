@@ -15,6 +15,7 @@ from llmctl.checkpoint.gguf_config import ARCHITECTURES
 from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
 from llmctl.checkpoint.gguf_tokenizer import TOKENIZER_MODELS
 from llmctl.checkpoint.methods import METHODS, REFUSED
+from llmctl.checkpoint.output_format import FORMATS
 from llmctl.graph.graph import QuantScheme
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "formats.md"
@@ -48,7 +49,13 @@ def gguf() -> str:
     return markdown_table(("", "known"), rows)
 
 
-TABLES = {"methods": methods, "refused": refused, "blocks": blocks, "gguf": gguf}
+def written() -> str:
+    """What is written."""
+    rows = [(f"`{name}`", row.holds, row.readers) for name, row in FORMATS.items()]
+    return markdown_table(("format", "holds", "read by"), rows)
+
+
+TABLES = {"methods": methods, "refused": refused, "blocks": blocks, "gguf": gguf, "written": written}
 
 
 def with_tables(page: str) -> str:

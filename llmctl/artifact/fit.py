@@ -57,7 +57,7 @@ def quantized(sizing: Sizing) -> Sizing | None:
     names = {op.weights[0] for op in graph.linears() if LOGITS not in op.outputs and _quantizable(graph, op.weights[0])}
     if not names:
         return None
-    scheme = QuantScheme(QuantizeConfig.bits, QuantizeConfig.group_size, QuantizeConfig.symmetric)
+    scheme = QuantScheme(QuantizeConfig.bits, QuantizeConfig.group_size, QuantizeConfig().is_symmetric)
     weights = {name: replace(w, quant=scheme) if name in names else w for name, w in graph.weights.items()}
     other = replace(graph, weights=weights)
     before, after = target.planes(graph, options), target.planes(other, options)

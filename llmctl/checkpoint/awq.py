@@ -27,9 +27,11 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
     """Refuse a weight [N, K] that the layout cannot hold.
 
     Raises:
-        ValueError: bits other than 4, act-order, N not a multiple of 8, or a group size that does not divide K.
+        ValueError: bits other than 4, act-order, N not a multiple of 8, a group size that does not divide K, or codes
+            that are not integers with integer zeros.
     """
     rows, columns = shape
+    check_integers(scheme)
     if scheme.bits != BITS:
         raise ValueError(f"AutoAWQ's layout has 4 bits only, found {scheme.bits}; write it in GPTQ's layout")
     if scheme.act_order:
@@ -38,6 +40,17 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
         raise ValueError(f"AutoAWQ's layout needs an output width that is a multiple of 8, found {rows}")
     if scheme.group_size != -1 and columns % scheme.group_size:
         raise ValueError(f"group size {scheme.group_size} does not divide the input width {columns}")
+
+
+def check_integers(scheme: QuantScheme) -> None:
+    """Refuse what AWQ's and GPTQ's planes cannot say.
+
+    Raises:
+        ValueError: a code book, minimums, or a scale for several rows.
+    """
+    if scheme.book or scheme.minimum or scheme.block_rows > 1:
+        found = scheme.book or ("minimums" if scheme.minimum else f"blocks of {scheme.block_rows} rows")
+        raise ValueError(f"AWQ's and GPTQ's layouts have integers with integer zeros only, found {found}")
 
 
 def plane_specs(shape: tuple[int, int], scheme: QuantScheme) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""Publish a folder atomically: built beside its final name, every file fsynced, then renamed into place."""
+"""Publish a folder or a file atomically: built beside its final name, every file fsynced, then renamed into place."""
 
 from __future__ import annotations
 
@@ -35,6 +35,26 @@ def published_folder(final: Path) -> Iterator[Path]:
 
     The caller has checked that whatever is at ``final`` may be replaced. Nobody ever sees a half-written ``final``.
     """
+    with _beside(final) as temporary:
+        yield temporary
+        _sync_tree(temporary)
+        _move_into_place(temporary, final)
+        _sync(final.parent)
+
+
+@contextmanager
+def published_file(final: Path) -> Iterator[Path]:
+    """As ``published_folder``, for one file: the path to write it to, which has ``final``'s name."""
+    with _beside(final) as temporary:
+        yield temporary / final.name
+        _sync_tree(temporary)
+        os.rename(temporary / final.name, final)
+        _sync(final.parent)
+
+
+@contextmanager
+def _beside(final: Path) -> Iterator[Path]:
+    """A temporary folder beside ``final``, removed in the end; leftovers of processes that are gone go first."""
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(final)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -42,9 +62,6 @@ def published_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
-        _move_into_place(temporary, final)
-        _sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -96,6 +96,23 @@ def hf_name(name: str, arch: str, where: str) -> str | None:
     raise UnsupportedModelError(f"{where}: tensor '{name}' is none of architecture {arch}")
 
 
+def gguf_name(name: str, arch: str, where: str) -> str:
+    """The GGUF name of an HF tensor.
+
+    Args:
+        arch: one of ``ARCHITECTURES``.
+
+    Raises:
+        UnsupportedModelError: a tensor that GGUF has no name for.
+    """
+    theirs = {ours: gguf for gguf, ours in {**_TOP, **ARCHITECTURES[arch].blocks}.items()}
+    found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    if not found or found[2] not in theirs:
+        raise UnsupportedModelError(f"{where}: GGUF has no name for tensor '{name}'")
+    stem = f"blk.{found[1]}." if found[1] else ""
+    return f"{stem}{theirs[found[2]]}.{found[3]}"
+
+
 def synthesise_config(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],

@@ -137,6 +137,12 @@ def unpermute_rows(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
+def permute_rows(tensor: Tensor, heads: int) -> Tensor:
+    """What ``unpermute_rows`` undoes."""
+    half = tensor.shape[0] // heads // 2
+    return tensor.reshape(heads, 2, half, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
 def open_gguf(path: Path, *, widen: bool = False) -> Checkpoint:
     """Open a GGUF file; only its header is read.
 

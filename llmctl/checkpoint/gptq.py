@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llmctl.checkpoint.awq import half_scales, read_scales
+from llmctl.checkpoint.awq import check_integers, half_scales, read_scales
 from llmctl.checkpoint.bits import pack_words, unpack_words, values_per_period
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import QuantScheme
@@ -27,8 +27,10 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
     """Refuse a weight [N, K] that the layout cannot hold.
 
     Raises:
-        ValueError: N or K is not a whole number of packing periods (8 at 4 bits, 32 at 3 bits, 4 at 8 bits).
+        ValueError: N or K is not a whole number of packing periods (8 at 4 bits, 32 at 3 bits, 4 at 8 bits), or codes
+            that are not integers with integer zeros.
     """
+    check_integers(scheme)
     period = values_per_period(scheme.bits)
     for what, width in zip(("output", "input"), shape, strict=True):
         if width % period:

@@ -12,6 +12,7 @@ from llmctl import __version__
 from llmctl.cli import bench
 from llmctl.cli.build import build
 from llmctl.cli.common import OneLineErrors, WholeNames
+from llmctl.cli.convert import convert
 from llmctl.cli.inspect import inspect
 from llmctl.cli.quantize import quantize
 from llmctl.cli.serve import serve
@@ -54,6 +55,7 @@ app.command(
     options_metavar="[MODEL] [OPTIONS]",
 )(serve)
 app.command("quantize", cls=WholeNames)(quantize)
+app.command("convert", cls=WholeNames)(convert)
 
 
 def _terminate(number: int, _: object) -> None:

@@ -36,12 +36,17 @@ Ignore = Annotated[
     ),
 ]
 Method = Annotated[str, typer.Option("--method", help="rtn, awq or gptq.", rich_help_panel=_METHOD)]
-Bits = Annotated[int, typer.Option("--bits", help="3, 4 or 8.", rich_help_panel=_METHOD)]
+Bits = Annotated[int, typer.Option("--bits", help="3 (fewer readers), 4 or 8.", rich_help_panel=_METHOD)]
 GroupSize = Annotated[
     int, typer.Option("--group-size", help="Weights that share a scale; -1 for a whole row.", rich_help_panel=_METHOD)
 ]
 Symmetric = Annotated[
-    bool, typer.Option("--symmetric/--asymmetric", help="Fixed or fitted zero points.", rich_help_panel=_METHOD)
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Fixed or fitted zero points. Without either: fixed for rtn and gptq, fitted for awq.",
+        rich_help_panel=_METHOD,
+    ),
 ]
 DampPercent = Annotated[
     float, typer.Option("--damp-percent", help="GPTQ: damping of the Hessian.", rich_help_panel=_METHOD)
@@ -75,10 +80,20 @@ CalibSamples = Annotated[
 ]
 CalibLength = Annotated[int, typer.Option("--calib-length", help="Tokens in each.", rich_help_panel=_CALIBRATION)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=_CALIBRATION)]
-Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=_OUTPUT)]
+Output = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="Folder to write; NAME.gguf for --format gguf.", rich_help_panel=_OUTPUT
+    ),
+]
 Format = Annotated[
     str,
-    typer.Option("--format", help="auto, awq (AutoAWQ GEMM, 4 bits) or gptq.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--format",
+        help="auto (awq for --method awq at 4 bits, else gptq), awq (AutoAWQ GEMM), gptq (version 2 if asymmetric), "
+        "gptq_v2, compressed-tensors, compressed-tensors-w8a8 or gguf.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run of the same options.", rich_help_panel=_OUTPUT)
@@ -109,7 +124,7 @@ def quantize(
     threads: Threads = _D.threads,
     json_output: JsonOption = False,
 ) -> None:
-    """Quantize a model to 3, 4 or 8 bits, layer by layer, into a standard AWQ or GPTQ checkpoint.
+    """Quantize a model to 3, 4 or 8 bits, layer by layer, into a checkpoint that others read.
 
     [bold]llmctl quantize --model demo:smollm2-135m --method awq --bits 4 --output ./smollm2-awq[/bold]
     """

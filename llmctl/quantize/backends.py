@@ -117,16 +117,17 @@ def _run_autoawq(module: Any, config: QuantizeConfig, progress: Progress) -> Qua
 
 def _check_autoawq(config: QuantizeConfig) -> None:
     wanted = {"method": "awq", "bits": 4, "symmetric": False, "resume": False}
+    found = {name: getattr(config, name) for name in wanted} | {"symmetric": config.is_symmetric}
     for name, value in wanted.items():
-        if getattr(config, name) != value:
-            said = str(getattr(config, name)).lower()
+        if found[name] != value:
+            said = str(found[name]).lower()
             raise UsageError(
                 f"--backend autoawq: has {name.replace('_', '-')} {str(value).lower()} only, found {said}",
                 fix=_NATIVE,
                 param=name,
             )
-    if config.format == "gptq":
-        raise UsageError("--backend autoawq: writes its own format only, found --format gptq", fix=_NATIVE)
+    if config.format not in ("auto", "awq"):
+        raise UsageError(f"--backend autoawq: writes its own format only, found --format {config.format}", fix=_NATIVE)
 
 
 def _call_autoawq(

@@ -28,7 +28,7 @@ from llmctl.quantize.calibration import SELF, Calibration, read_calibration, sel
 from llmctl.quantize.forward import CalibrationPass
 from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_without_data
 from llmctl.quantize.modules import Module
-from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan
+from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan, notes
 from llmctl.quantize.report import LayerReport, QuantizeReport, make_report
 from llmctl.quantize.workfolder import LayerResult, WorkFolder, check_output, open_work_folder
 from llmctl.text.tokenizer import Tokenizer
@@ -101,6 +101,8 @@ class _Job:
         self.config, self.checkpoint, self.progress = config, checkpoint, progress
         self.graph, self.unused = accounted_graph(checkpoint)
         self.plan: Plan = make_plan(config, checkpoint, self.graph)
+        for line in notes(self.plan):
+            progress.note(line)
         self.layers = sorted({module.layer for module in self.plan.selection.modules})
         self.note = "none (round to nearest looks at weights only)"
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llmctl
-from llmctl.checkpoint import awq, gptq
+from llmctl.checkpoint import awq
+from llmctl.checkpoint.output_format import FORMATS as WRITTEN
+from llmctl.checkpoint.output_format import OutputFormat, gptq_format
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.writer import OutputFormat
+from llmctl.checkpoint.writer import check_new, check_writable
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.graph.graph import Graph, QuantScheme
@@ -19,7 +22,8 @@ from llmctl.quantize.modules import Module, Selection, select_modules
 from llmctl.targets.machine import check_threads
 
 METHODS = ("rtn", "awq", "gptq")
-FORMATS = ("auto", "awq", "gptq")
+FORMATS = ("auto", *WRITTEN)
+_FEW_READERS = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Plan:
             "method": c.method,
             "bits": c.bits,
             "group_size": c.group_size,
-            "symmetric": c.symmetric,
+            "symmetric": self.scheme.symmetric,
             "format": self.output.format,
             "ignore": sorted(c.ignore),
         }
@@ -77,7 +81,7 @@ def check_options(config: QuantizeConfig) -> None:
         raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}", param="method")
     if config.format not in FORMATS:
         raise UsageError(f"--format {config.format}: expected one of {', '.join(FORMATS)}", param="format")
-    check_scheme(QuantScheme(config.bits, config.group_size, config.symmetric), {})
+    check_scheme(QuantScheme(config.bits, config.group_size, config.is_symmetric), {})
     if not 0 < config.damp_percent < 1:
         raise UsageError(
             f"--damp-percent {config.damp_percent}: expected a share between 0 and 1", param="damp_percent"
@@ -99,11 +103,9 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
     """
     check_not_quantized(checkpoint)
     selection = select_modules(graph, config.ignore)
-    scheme = QuantScheme(config.bits, config.group_size, config.symmetric, _needs_g_idx(config))
+    scheme = QuantScheme(config.bits, config.group_size, config.is_symmetric, _needs_g_idx(config))
     check_scheme(scheme, {m.name: m.in_features for m in selection.modules})
     chosen = choose_format(config)
-    for module in selection.modules:
-        _check_packable(module, chosen, scheme)
     if config.method != "rtn":
         check_lengths(config.calib_samples, config.calib_length, graph.max_position)
     dtype = checkpoint.dtype if checkpoint.dtype == "bfloat16" else "float16"
@@ -116,31 +118,55 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
         static_groups=config.method == "gptq" and config.static_groups,
         true_sequential=config.method == "gptq",
     )
+    for module in selection.modules:
+        _check_packable(module, output)
+    check_new(Path(config.output), output)
+    check_writable(checkpoint, output)
     options = GptqOptions(config.damp_percent, config.act_order, config.static_groups)
     return Plan(config, scheme, options, selection, output, dtype)
 
 
 def choose_format(config: QuantizeConfig) -> str:
-    """``awq`` or ``gptq``: AutoAWQ's layout for AWQ at 4 bits, GPTQ's for everything else, unless the user says.
+    """A name in ``output_format.FORMATS``: AutoAWQ's layout for AWQ at 4 bits, GPTQ's for everything else, unless the
+    user says. Asymmetric weights in GPTQ's layout are version 2.
 
     Raises:
-        UsageError: AutoAWQ's layout for other than 4 bits, or for columns out of order.
+        UsageError: a format that cannot hold what the options make.
     """
-    if config.format == "auto":
-        return "awq" if config.method == "awq" and config.bits == awq.BITS else "gptq"
-    if config.format == "awq" and config.bits != awq.BITS:
+    wanted = config.format
+    if wanted == "auto":
+        wanted = "awq" if config.method == "awq" and config.bits == awq.BITS else "gptq"
+    if wanted == "gptq":
+        return gptq_format(config.is_symmetric)
+    if wanted == "awq" and config.bits != awq.BITS:
         raise UsageError(
             f"--format awq: AutoAWQ's layout has 4 bits only, found --bits {config.bits}",
             fix="use --format gptq (the AWQ scales are folded, any reader of GPTQ's layout will do)",
             param="format",
         )
-    if config.format == "awq" and _needs_g_idx(config):
+    if not wanted.startswith("gptq") and _needs_g_idx(config):
         raise UsageError(
-            "--format awq: AutoAWQ's layout cannot hold act-order groups",
+            f"--format {wanted}: the layout cannot hold act-order groups",
             fix="add --static-groups or --no-act-order, or use --format gptq",
             param="format",
         )
-    return config.format
+    if wanted == "gguf" and not config.is_symmetric:
+        raise UsageError(
+            "--format gguf: fitted zero points become minimums, which float16 does not hold as they are",
+            fix="add --symmetric",
+            param="format",
+        )
+    return wanted
+
+
+def notes(plan: Plan) -> list[str]:
+    """What to know about a plan before any time is spent on it."""
+    if plan.scheme.bits != _FEW_READERS:
+        return []
+    return [
+        f"{_FEW_READERS} bits: read by llmctl, GPTQModel, and transformers with it; not by vLLM's kernels; an engine "
+        "stores them as 4 bits"
+    ]
 
 
 def check_not_quantized(checkpoint: Checkpoint) -> None:
@@ -167,9 +193,12 @@ def _needs_g_idx(config: QuantizeConfig) -> bool:
     return config.method == "gptq" and config.act_order and not config.static_groups and config.group_size != -1
 
 
-def _check_packable(module: Module, chosen: str, scheme: QuantScheme) -> None:
-    check = awq.check_packable if chosen == "awq" else gptq.check_packable
+def _check_packable(module: Module, output: OutputFormat) -> None:
     try:
-        check(module.shape, scheme)
+        output.check(module.name, module.shape)
     except ValueError as error:
-        raise UsageError(f"{module.name}: {error}", fix=f"leave it dense with --ignore {module.name}") from error
+        raise UsageError(
+            f"--format {output.format}: {error}",
+            fix=f"use another --format, or leave it dense with --ignore {module.name}",
+            param="format",
+        ) from error

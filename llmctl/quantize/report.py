@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.graph.graph import Graph
 from llmctl.quantize.plan import Plan
@@ -87,9 +88,10 @@ def make_report(
     layers: list[LayerReport],
     seconds: float,
 ) -> QuantizeReport:
-    """The report of a finished run; sizes are read off the output folder."""
+    """The report of a finished run; sizes are read off the output."""
     output = Path(plan.config.output)
-    size_after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    files = [output] if output.is_file() else output.glob("*.safetensors")
+    size_after = sum(path.stat().st_size for path in files)
     weights = sum(prod(weight.shape) for weight in graph.weights.values())
     return QuantizeReport(
         model=plan.config.model,
@@ -105,7 +107,7 @@ def make_report(
         size_before=checkpoint.nbytes,
         size_16bit=2 * weights,
         size_after=size_after,
-        bits_per_weight=_bits_per_weight(plan),
+        bits_per_weight=_bits_per_weight(plan, open_checkpoint(output)),
         bits_per_weight_model=8 * size_after / weights,
         error_of="output" if plan.calibrated else "weight",
         layers=tuple(layers),
@@ -113,11 +115,7 @@ def make_report(
     )
 
 
-def _bits_per_weight(plan: Plan) -> float:
-    bits = weights = 0
-    for module in plan.selection.modules:
-        rows, columns = module.shape
-        bits += rows * columns * plan.scheme.bits + rows * plan.scheme.groups(columns) * (16 + plan.scheme.bits)
-        bits += 32 * columns if plan.output.format == "gptq" else 0
-        weights += rows * columns
-    return bits / weights
+def _bits_per_weight(plan: Plan, written: Checkpoint) -> float:
+    modules = plan.selection.modules
+    stored = sum(written.describe(f"{module.name}.weight").nbytes for module in modules)
+    return 8 * stored / sum(prod(module.shape) for module in modules)

@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor, tensor_spec, write_safetensors
+from llmctl.checkpoint.writer import check_new
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.graph.graph import QuantScheme
 
@@ -139,9 +139,7 @@ def check_output(output: Path, resume: bool) -> None:
     Raises:
         UsageError: as said.
     """
-    check_parent(output)
-    if output.exists():
-        raise UsageError(f"--output {output}: exists already", fix="choose another folder or remove it", param="output")
+    check_new(output)
     if partial_path(output).exists() and not resume:
         raise UsageError(
             f"{partial_path(output)}: left by an interrupted run",

@@ -11,15 +11,16 @@ import torch
 from checkpoint_samples import random_weight, same_weight, tiny_llama
 
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.output_format import OutputFormat
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.writer import OutputFormat, write_quantized_checkpoint
+from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.graph.graph import QuantScheme
 
 SCHEME = QuantScheme(4, 32, False)
 AWQ = OutputFormat("awq", SCHEME, ignored=("lm_head",))
-GPTQ = OutputFormat("gptq", SCHEME, ignored=("lm_head",))
+GPTQ = OutputFormat("gptq_v2", SCHEME, ignored=("lm_head",))
 NORM = "model.layers.0.input_layernorm.weight"
 
 
@@ -51,8 +52,8 @@ def linears(source: Checkpoint, scheme: QuantScheme = SCHEME) -> dict[str, Quant
     [
         AWQ,
         GPTQ,
-        replace(GPTQ, checkpoint_format="gptq_v2"),
-        replace(GPTQ, scheme=QuantScheme(3, 32, True)),
+        replace(GPTQ, format="gptq", scheme=QuantScheme(4, 32, True)),
+        replace(GPTQ, format="gptq", scheme=QuantScheme(3, 32, True)),
         replace(GPTQ, scheme=QuantScheme(8, 32, False, act_order=True)),
         replace(AWQ, scheme=QuantScheme(4, 32, True)),
     ],
@@ -67,7 +68,7 @@ def test_reads_back(tmp_path: Path, source: Checkpoint, settings: OutputFormat, 
     found = open_checkpoint(path)
     assert found.names() == source.names()
     assert found.quantization is not None
-    assert found.quantization.method == settings.format
+    assert found.quantization.method == settings.format.removesuffix("_v2")
     assert found.quantization.scheme == settings.scheme
     for module, weight in weights.items():
         assert same_weight(found.weight(f"{module}.weight"), weight)
@@ -106,7 +107,7 @@ def test_gptq_config(tmp_path: Path, source: Checkpoint) -> None:
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     assert config == json.loads((path / "quantize_config.json").read_text())
     expected = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
-    expected |= {"checkpoint_format": "gptq", "lm_head": False, "damp_percent": 0.01, "true_sequential": True}
+    expected |= {"checkpoint_format": "gptq_v2", "lm_head": False, "damp_percent": 0.01, "true_sequential": True}
     assert expected.items() <= config.items()
     assert config["dynamic"] == {r"-:^model\.layers\.1\.mlp\.up_proj$": {}}
     found = open_checkpoint(path)
@@ -203,8 +204,8 @@ def test_biases_stay(tmp_path: Path) -> None:
 def test_refusals_leave_nothing(tmp_path: Path, source: Checkpoint) -> None:
     weights = linears(source)
 
-    def write(quantized: dict[str, QuantizedWeight], settings: OutputFormat, start: Checkpoint = source) -> None:
-        write_quantized_checkpoint(tmp_path / "out", start, quantized, {}, settings)
+    def write(quantized: dict[str, QuantizedWeight], settings: OutputFormat) -> None:
+        write_quantized_checkpoint(tmp_path / "out", source, quantized, {}, settings)
 
     with pytest.raises(ValueError, match=r"_proj': expected .*bits=3"):
         write(
@@ -215,19 +216,81 @@ def test_refusals_leave_nothing(tmp_path: Path, source: Checkpoint) -> None:
         write({"model.none": random_weight(8, 32)}, AWQ)
     with pytest.raises(ValueError, match="multiple of 8"):
         write({"lm_head": random_weight(12, 32)}, AWQ)
-    zero = replace(weights["model.layers.0.mlp.up_proj"], zeros=torch.zeros(96, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"up_proj': GPTQ version 1 .* zero point of 0"):
-        write({"model.layers.0.mlp.up_proj": zero}, GPTQ)
+    with pytest.raises(ValueError, match=r"_proj': version 1 of GPTQ's layout is written symmetric only"):
+        write(weights, replace(GPTQ, format="gptq"))
     assert [item.name for item in tmp_path.iterdir()] == ["source"]
     write(weights, AWQ)
     with pytest.raises(UsageError, match="exists already"):
         write(weights, AWQ)
-    (tmp_path / "out").rename(tmp_path / "quantized")
-    with pytest.raises(CheckpointError, match="is quantized already"):
-        write(weights, AWQ, open_checkpoint(tmp_path / "quantized"))
 
 
 @pytest.mark.parametrize("bad", [{"format": "nf4"}, {"dtype": "float32"}])
 def test_settings_are_checked(bad: dict) -> None:
     with pytest.raises(ValueError):
         replace(AWQ, **bad)
+
+
+FP8 = QuantScheme(8, -1, True, book="fp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "said"),
+    [
+        ("awq", QuantScheme(8, 32, False), "4 bits only, found 8"),
+        ("awq", replace(SCHEME, minimum=True), "integer zeros only, found minimums"),
+        ("gptq", SCHEME, "version 1 of GPTQ's layout is written symmetric only"),
+        ("gptq", FP8, "integer zeros only, found fp8_e4m3"),
+        ("gptq_v2", QuantScheme(8, 32, True, block_rows=8), "integer zeros only, found blocks of 8 rows"),
+        ("compressed-tensors", replace(SCHEME, minimum=True), "no minimums"),
+        ("compressed-tensors", QuantScheme(3, 32, True), "read at 4 and 8 bits, found 3"),
+        ("compressed-tensors", replace(SCHEME, act_order=True), "no act-order groups"),
+        ("compressed-tensors", QuantScheme(8, 32, True, block_rows=8), "blocks are of float8 weights"),
+        ("compressed-tensors", QuantScheme(4, 40, True), "group size 40 does not divide"),
+        ("compressed-tensors-w8a8", QuantScheme(8, 32, True), "one scale a row"),
+        ("compressed-tensors-w8a8", QuantScheme(8, -1, False), "8 bits, symmetric"),
+        ("compressed-tensors-w8a8", FP8, "W8A8 has 8 bits"),
+        ("gguf", FP8, "for integers, not for fp8_e4m3"),
+        ("gguf", QuantScheme(4, 32, True, True), "no act-order groups"),
+        ("gguf", QuantScheme(4, 16, True), "blocks are of 32 columns, found groups of 16"),
+        ("gguf", QuantScheme(8, 32, False), "no type for asymmetric weights of 8 bits"),
+        ("gguf", QuantScheme(4, 64, True), "group size 64 does not divide the input width 96"),
+    ],
+)  # fmt: skip
+def test_what_a_format_cannot_hold_is_said(name: str, scheme: QuantScheme, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"'a\.module': .*{said}"):
+        OutputFormat(name, scheme).check("a.module", (64, 96))
+
+
+def test_widths_that_are_not_whole_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="an input width of 48"):
+        OutputFormat("gguf", QuantScheme(4, -1, True)).check("a.module", (64, 48))
+
+
+def test_modules_of_two_schemes_need_a_format_that_says_so() -> None:
+    with pytest.raises(ValueError, match=r"awq has one scheme .*groups of 32, but 4 bits, symmetric, a row in m"):
+        replace(AWQ, others={"m": QuantScheme(4, -1, True)})
+    with pytest.raises(ValueError, match="symmetric and asymmetric modules do not go together"):
+        replace(GPTQ, others={"m": QuantScheme(4, 32, True)}).quantization_config()
+
+
+def test_compressed_tensors_config() -> None:
+    settings = OutputFormat("compressed-tensors", SCHEME, {"m": FP8}, ("lm_head",))
+    config = settings.quantization_config()
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "mixed-precision")
+    first, last = config["config_groups"].values()
+    assert (first["targets"], first["format"], first["weights"]["strategy"]) == (["m"], "float-quantized", "channel")
+    assert (last["targets"], last["format"], last["weights"]["group_size"]) == (["Linear"], "pack-quantized", 32)
+    by_token = OutputFormat("compressed-tensors-w8a8", QuantScheme(8, -1, True)).quantization_config()
+    assert by_token["format"] == "int-quantized"
+    assert by_token["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+
+
+@pytest.mark.parametrize(
+    ("scales", "stored"), [(1 / 3, "F32"), (1.5, "F16"), (2.0**-24 * 1.5, "BF16"), (2.0**100, "BF16")]
+)
+def test_compressed_tensors_keeps_scales(scales: float, stored: str) -> None:
+    weight = random_weight(8, 32, symmetric=True)
+    weight = replace(weight, scales=torch.full((8, 1), scales))
+    row = OutputFormat("compressed-tensors", weight.scheme).row
+    assert row.specs(weight)["weight_scale"] == (stored, (8, 1))
+    assert torch.equal(row.pack(weight)["weight_scale"].float(), weight.scales)

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from llmctl import __version__
 from llmctl.cli.main import app
 
-SUBCOMMANDS = ["quantize", "build", "inspect", "serve"]
+SUBCOMMANDS = ["quantize", "convert", "build", "inspect", "serve"]
 BENCH = [["bench", "serve"], ["bench", "throughput"], ["bench", "latency"]]
+COMMANDS = [*([name] for name in SUBCOMMANDS), *BENCH]
 
 
 def run(*args: str, columns: str = "120") -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ def test_version() -> None:
     assert (result.returncode, result.stdout) == (0, f"llmctl {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [["quantize"], ["build"], ["inspect"], ["serve"], *BENCH], ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_has_panels_and_an_example(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.returncode == 0, result.stderr
@@ -39,13 +40,13 @@ def test_help_has_panels_and_an_example(command: list[str]) -> None:
     assert result.stdout.count("╭─") >= 2, "options are not grouped into panels"
 
 
-@pytest.mark.parametrize("command", [["quantize"], ["build"], ["inspect"], ["serve"], *BENCH], ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_cuts_nothing_at_80_columns(command: list[str]) -> None:
     result = run(*command, "--help", columns="80")
     assert [line for line in result.stdout.splitlines() if "…" in line] == []
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["build"], ["inspect"], ["serve"], *BENCH], ids=" ".join)
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys\n"
@@ -59,7 +60,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [["quantize"], ["build"], ["serve"], *BENCH], ids=" ".join)
+@pytest.mark.parametrize("command", [["quantize"], ["convert"], ["build"], ["serve"], *BENCH], ids=" ".join)
 def test_config_with_an_unknown_key_names_the_nearest(command: list[str], tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("modle: demo:smollm2-135m\n")

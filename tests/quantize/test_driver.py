@@ -106,9 +106,11 @@ def test_every_family_survives(family: str, method: str, config: QuantizeConfig,
         {"method": "awq", "bits": 4, "format": "gptq", "symmetric": True},
         {"method": "awq", "bits": 3, "group_size": 32},
         {"method": "gptq", "bits": 4, "static_groups": False},
-        {"method": "gptq", "bits": 4, "act_order": False, "format": "awq"},
-        {"method": "gptq", "bits": 3, "group_size": -1, "symmetric": True},
-        {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False},
+        {"method": "gptq", "bits": 4, "act_order": False, "format": "awq", "symmetric": False},
+        {"method": "gptq", "bits": 3, "group_size": -1},
+        {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False, "symmetric": False},
+        {"method": "gptq", "bits": 4, "format": "compressed-tensors"},
+        {"method": "awq", "bits": 4, "format": "compressed-tensors"},
     ],
     ids=str,
 )
@@ -117,8 +119,10 @@ def test_the_output_is_what_was_measured(changes: dict[str, object], config: Qua
     report = quantize_checkpoint(config)
     made = open_checkpoint(Path(config.output))
     assert made.quantization is not None
-    assert made.quantization.method == report.format
-    assert report.format == ("awq" if changes in ({"method": "awq", "bits": 4},) or config.format == "awq" else "gptq")
+    assert made.quantization.method == report.format.removesuffix("_v2")
+    usual = "awq" if (config.method, config.bits) == ("awq", 4) else "gptq"
+    wanted = usual if config.format == "auto" else config.format
+    assert report.format == ("gptq_v2" if wanted == "gptq" and not config.is_symmetric else wanted)
     weight = made.weight("model.layers.1.mlp.down_proj.weight")
     assert isinstance(weight, QuantizedWeight)
     assert weight.scheme.bits == config.bits
@@ -126,7 +130,8 @@ def test_the_output_is_what_was_measured(changes: dict[str, object], config: Qua
     assert (weight.g_idx is not None) == out_of_order
     assert len(report.layers) == 2
     assert all(0 < error < 0.2 for layer in report.layers for error in layer.modules.values())
-    plain = quantize_checkpoint(replace(config, method="rtn", format="gptq", output=config.output + "-rtn"))
+    rounded = replace(config, method="rtn", format="gptq", symmetric=config.is_symmetric)
+    plain = quantize_checkpoint(replace(rounded, output=config.output + "-rtn"))
     assert distance(model, Path(config.output)) < 0.95 * distance(model, Path(plain.output))
 
 
@@ -238,6 +243,12 @@ def test_resume_without_anything_to_resume_starts(config: QuantizeConfig) -> Non
         ({"format": "ggml"}, "--format ggml"),
         ({"bits": 3, "format": "awq"}, "4 bits only"),
         ({"method": "gptq", "static_groups": False, "format": "awq"}, "act-order"),
+        ({"method": "gptq", "static_groups": False, "format": "compressed-tensors"}, "act-order"),
+        ({"bits": 3, "format": "compressed-tensors"}, "read at 4 and 8 bits"),
+        ({"bits": 8, "format": "compressed-tensors-w8a8"}, "one scale a row"),
+        ({"method": "gptq", "format": "gguf", "group_size": 16}, "groups of 16"),
+        ({"format": "gguf", "group_size": 32}, "fitted zero points"),
+        ({"method": "gptq", "format": "gguf", "group_size": 32}, "one file, NAME.gguf"),
         ({"calib": "missing.txt"}, "no such file"),
         ({"calib": "no-such-dataset"}, "datasets"),
         ({"calib_length": 1000}, "3 to 128"),
@@ -347,3 +358,29 @@ def test_report_adds_up(config: QuantizeConfig) -> None:
     assert data["size_before"] == pytest.approx(2 * data["size_16bit"], rel=0.01)
     assert [layer["layer"] for layer in data["layers"]] == [0, 1]
     assert data["quantized_modules"] == 14
+
+
+@pytest.mark.parametrize(("method", "symmetric"), [("rtn", True), ("gptq", True), ("awq", False)])
+def test_zero_points_are_fixed_unless_the_usual_layout_stores_them(
+    method: str, symmetric: bool, config: QuantizeConfig
+) -> None:
+    report = quantize_checkpoint(replace(config, method=method, bits=8))
+    assert report.symmetric is symmetric
+    settings = json.loads((Path(config.output) / "quantize_config.json").read_text())
+    assert settings["sym"] is symmetric
+    assert settings["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+
+
+class Notes(driver.Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_who_reads_three_bits_is_said_first(bits: int, config: QuantizeConfig) -> None:
+    said = Notes()
+    quantize_checkpoint(replace(config, method="rtn", bits=bits, group_size=32), said)
+    assert [line.startswith("3 bits: read by llmctl, GPTQModel") for line in said.lines] == [True] * (bits == 3)
