@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import RequestError
@@ -165,15 +166,14 @@ class SamplingParams:
             "logit_bias": self.logit_bias or (),
             "stop_token_ids": self.stop_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),
-            "bad_words": [t for word in self.bad_words for t in word],
+            "bad_words": tuple(chain.from_iterable(self.bad_words)),
         }
         for name, ids in groups.items():
-            for token in ids:
-                if not 0 <= token < vocab_size:
-                    raise RequestError(
-                        f"{name}: token id {_shown(token)} is outside the vocabulary (0 to {vocab_size - 1})",
-                        param=name,
-                    )
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+                token = next(token for token in ids if not 0 <= token < vocab_size)
+                raise RequestError(
+                    f"{name}: token id {_shown(token)} is outside the vocabulary (0 to {vocab_size - 1})", param=name
+                )
 
 
 def _shown(value: object) -> str:
@@ -184,6 +184,14 @@ def _shown(value: object) -> str:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_ints(values: Iterable[Any]) -> bool:
+    """Whether all are integers, as fast as C goes through them."""
+    return {int}.issuperset(map(type, values))
+
+
+_NUMBERS = frozenset((int, float))
 
 
 def _check_range(params: SamplingParams, name: str, allowed: Range) -> None:
@@ -214,19 +222,30 @@ def _check_collections(params: SamplingParams) -> None:
         raise RequestError("stop: expected non-empty strings", param="stop")
     check_num_stops(len(params.stop))
     _check_lengths("stop", params.stop, MAX_STOP_CHARS)
-    for token, bias in (params.logit_bias or {}).items():
-        if not _is_int(token) or isinstance(bias, bool) or not isinstance(bias, int | float) or bias not in LOGIT_BIAS:
+    if params.logit_bias:
+        _check_biases(params.logit_bias)
+    if params.allowed_token_ids is not None and not params.allowed_token_ids:
+        raise RequestError("allowed_token_ids: expected at least one token id, found none", param="allowed_token_ids")
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if not _are_ints(getattr(params, name) or ()):
+            raise RequestError(f"{name}: expected integers", param=name)
+    if not all(params.bad_words) or not _are_ints(chain.from_iterable(params.bad_words)):
+        raise RequestError("bad_words: expected non-empty sequences of token ids", param="bad_words")
+
+
+def _check_biases(biases: Mapping[int, float]) -> None:
+    values = biases.values()
+    # Tens of thousands of them are no rarity: passes that run in C. NaN, for which no comparison holds, comes last.
+    if _are_ints(biases) and _NUMBERS.issuperset(map(type, values)):
+        low, high = min(values), max(values)
+        if low in LOGIT_BIAS and high in LOGIT_BIAS and not any(map(math.isnan, values)):
+            return
+    for token, bias in biases.items():
+        if not _is_int(token) or type(bias) not in _NUMBERS or bias not in LOGIT_BIAS:
             raise RequestError(
                 f"logit_bias: expected token ids with values {LOGIT_BIAS}, found {_shown(token)}: {_shown(bias)}",
                 param="logit_bias",
             )
-    if params.allowed_token_ids is not None and not params.allowed_token_ids:
-        raise RequestError("allowed_token_ids: expected at least one token id, found none", param="allowed_token_ids")
-    for name in ("stop_token_ids", "allowed_token_ids"):
-        if not all(_is_int(token) for token in getattr(params, name) or ()):
-            raise RequestError(f"{name}: expected integers", param=name)
-    if not all(word and all(_is_int(token) for token in word) for word in params.bad_words):
-        raise RequestError("bad_words: expected non-empty sequences of token ids", param="bad_words")
 
 
 def _check_lengths(name: str, texts: Sequence[str], most: int) -> None:
@@ -280,10 +299,7 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int,
         RequestError: as ``check_bad_words``.
     """
     check_bad_words(words)
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        for spelling in (word.lstrip(), " " + word.lstrip()):
-            ids = tuple(tokenizer.encode(spelling, add_special_tokens=False))
-            if ids:
-                found[ids] = None
+    spellings = [spelling for word in words for spelling in (word.lstrip(), " " + word.lstrip())]
+    found = dict.fromkeys(map(tuple, tokenizer.encode_each(spellings, add_special_tokens=False)))
+    found.pop((), None)
     return tuple(found)

@@ -130,8 +130,8 @@ class Intake:
             RequestError.
         """
         SamplingParams(**outline.numbers())
-        check_num_stops(outline.count("stop"))
-        check_num_bad_words(outline.count("bad_words"))
+        check_num_stops(outline.strings("stop"))
+        check_num_bad_words(outline.strings("bad_words"))
 
     def check_items(self, param: str, count: int, items: str) -> None:
         """Refuse more of something than the context has tokens, where each is a token at least.

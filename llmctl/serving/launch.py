@@ -44,6 +44,9 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 # Connections that wait to be accepted; the system cuts it to what it allows (Linux: net.core.somaxconn, mostly 4096).
 # One beyond them is tried again by its client's system after 1 s, 3 s, 7 s, be it a probe of /health.
 BACKLOG = 1 << 16
+# How long another thread (it tokenizes, or renders a template) may keep Python's lock from the event loop, in seconds:
+# answering takes it several times. Python's own 5 ms made /health wait for up to 0.2 s beside four long lists of words.
+SWITCH_SECONDS = 0.0005
 # How long responses may take to leave after the last request is done.
 FLUSH_SECONDS = 5
 
@@ -64,6 +67,7 @@ def run_server(config: ServeConfig) -> None:
     if (warning := keys.warning()) is not None:
         log.warning("%s", warning)
     listener = bind(config.host, config.port)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_Server(config, listener, keys, redactor).run())
 

@@ -75,6 +75,15 @@ class Outline:
         data = self.data(name)
         return data.count(b",") + 1 if _first_item(data) in "-0123456789" else 0
 
+    def strings(self, name: str) -> int:
+        """Strings of a field that is an array of strings; 0 for anything that begins otherwise."""
+        data = self.data(name)
+        if _first_item(data) != '"':
+            return 0
+        if b"\\" in data:
+            data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+        return data.count(b'"') // 2
+
     def members(self, name: str) -> int:
         """Members of a field that is an object of numbers; no less for any other object, and 0 for anything else."""
         data = self.data(name)
@@ -86,7 +95,7 @@ class Outline:
         first = _first_item(data)
         if first == "[":  # lists of numbers: no string can hold another bracket
             return data.count(b"[") - 1 if b'"' not in data else self.count(name)
-        return self.count(name) if first == '"' else 1
+        return self.strings(name) if first == '"' else 1
 
     def sequences(self) -> int:
         """Prompts times ``n``, which counts as 1 when it is out of its range."""

@@ -126,6 +126,16 @@ class Tokenizer:
         """
         return self._encoding(text, add_special_tokens).ids
 
+    def encode_each(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As ``encode`` of every text, all of them without Python's lock.
+
+        Raises:
+            RequestError: as ``encode``.
+        """
+        for text in texts:
+            _check_unicode(text)
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
     def encode_up_to(self, most: int, text: str, add_special_tokens: bool = True) -> list[int] | int:
         """As ``encode``; of a text of more than ``most`` tokens their number only.
 
@@ -136,10 +146,7 @@ class Tokenizer:
         return encoding.ids if len(encoding) <= most else len(encoding)
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"text: not valid Unicode at character {error.start}") from error
+        _check_unicode(text)
         if len(text) <= _BATCH_CHARS:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
@@ -177,6 +184,13 @@ class Tokenizer:
     def first_token_bytes(self, token_id: int) -> bytes:
         """The bytes a token yields as the first of a text (some tokenizers drop its leading space)."""
         return self._bytes.first(token_id)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"text: not valid Unicode at character {error.start}") from error
 
 
 def _line(error: Exception) -> str:

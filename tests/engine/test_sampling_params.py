@@ -73,10 +73,27 @@ def test_derived_seeds_are_u64_and_take_negative_seeds() -> None:
 
 def test_bad_words_are_encoded_with_and_without_a_leading_space() -> None:
     class Letters:
-        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        def encode_each(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
             assert not add_special_tokens
-            return [ord(c) for c in text]
+            return [[ord(c) for c in text] for text in texts]
 
     assert bad_word_ids(Letters(), ["ab"]) == ((97, 98), (32, 97, 98))  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="bad_words"):
         bad_word_ids(Letters(), [" "])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "biases",
+    [
+        *({1: math.nan, 2: 0}, {1: 0, 2: math.nan}, {1: math.nan, 2: 10**400}, {1: 10**400, 2: math.nan}),
+        *({1: math.inf}, {1: -100.5}, {1: 101}, {True: 1}, {1: True}, {1: "x"}, {"1": 1}, {1.0: 1}),
+    ],
+    ids=str,
+)
+def test_biases_that_are_none(biases: dict[int, float]) -> None:
+    with pytest.raises(RequestError, match="logit_bias"):
+        SamplingParams(logit_bias=biases)
+
+
+def test_biases_at_their_ends() -> None:
+    assert SamplingParams(logit_bias={0: -100, 1: 100, 2: 0.5}).logit_bias == {0: -100, 1: 100, 2: 0.5}

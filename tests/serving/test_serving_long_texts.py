@@ -51,6 +51,10 @@ class Watched(Tokenizer):
         self.note(len(text.encode()))
         return super().encode(text, add_special_tokens)
 
+    def encode_each(self, texts: Any, add_special_tokens: bool = True) -> list[list[int]]:
+        self.note(sum(len(text.encode()) for text in texts))
+        return super().encode_each(texts, add_special_tokens)
+
     def encode_up_to(self, most: int, text: str, add_special_tokens: bool = True) -> list[int] | int:
         self.note(len(text.encode()))
         return super().encode_up_to(most, text, add_special_tokens)
@@ -123,7 +127,7 @@ def test_short_texts_need_no_thread(tokenizer: Watched) -> None:
     asyncio.run(made.completion_prompts(CompletionRequest(prompt="a fox")))
     asyncio.run(made.completion_params(CompletionRequest(prompt="x", bad_words=["fox", "dog"])))
     asyncio.run(made.chat_prompt(ChatCompletionRequest(**chat("hi")), 60))
-    assert len(tokenizer.work) == 1 + 4 + 2
+    assert len(tokenizer.work) == 1 + 1 + 2
     assert all(on_loop for on_loop, _ in tokenizer.work)
 
 

@@ -37,6 +37,13 @@ def test_ids_and_items() -> None:
     assert not outline.has("n")
 
 
+@pytest.mark.parametrize("texts", [["a", ""], ['"', "\\", '\\"', "\\\\"], ["\\u0022", "x\n", ","], []], ids=str)
+def test_strings(texts: list[str]) -> None:
+    outline = Outline(json.dumps({"stop": texts, "prompt": "a", "tokens": [1], "messages": [{"a": "b"}]}).encode())
+    assert outline.strings("stop") == len(texts)
+    assert [outline.strings(name) for name in ("prompt", "tokens", "messages", "n")] == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("separators", [(",", ":"), (" , ", " :  ")])
 def test_members(separators: tuple[str, str]) -> None:
     body = {"logit_bias": {str(i): -1.5 for i in range(700)}, "stop": {}, "model": "{a:b}", "input": {"a": {"b": 1}}}
