@@ -49,7 +49,7 @@ from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
 from llmctl.engine.occupancy import Fill
 from llmctl.engine.preemption import Entry, num_staying
-from llmctl.engine.prompt_turns import PromptTurns, any_shorter, is_shorter, may_enter, tokens_left
+from llmctl.engine.prompt_turns import PromptTurns, goes_on, is_shorter, may_enter, tokens_left
 from llmctl.engine.request import Batch, Request, RequestStatus
 from llmctl.engine.scheduled_step import ScheduledStep, StepUnderWay
 from llmctl.engine.scheduler_config import SchedulerConfig
@@ -209,7 +209,7 @@ class Scheduler:
             index += 1
             count = len(request.token_ids) - request.num_computed_tokens
             if count > 1:
-                if self._turns is not None and count > 1 + request.num_forced and self._puts_off(step, request, index):
+                if self._turns is not None and count > 1 + request.num_forced and self._put_off(step, request, index):
                     continue
                 count = step.chunk(request, count, len(self.running) - index)
                 if not count:
@@ -224,8 +224,8 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for ``num_tokens`` tokens, preempting from the end; False if it fell itself."""
-        missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)
-        if missing <= 0:
+        missing = self.pool.missing(request.block_ids, num_tokens)
+        if not missing:
             return True
         while missing > self.pool.num_free:
             victim = self.running[-1]
@@ -235,27 +235,32 @@ class Scheduler:
         request.block_ids += tuple(self.pool.allocate(missing))
         return True
 
-    def _puts_off(self, step: StepUnderWay, request: Request, behind: int) -> bool:
-        """Whether a prompt comes after the decodes, because the step is a turn; ``behind``: the place in order of the
-        request after it."""
-        assert self._turns is not None
+    def _put_off(self, step: StepUnderWay, request: Request, behind: int) -> bool:
+        """Leave a prompt for after the decodes, if the step is a turn; False: it is none. ``behind``: the place in
+        order of the request after it."""
         if step.first is None:
             step.first, step.behind_decodes = request, behind > 1
-            if not self._turns.due(request):
-                if step.allowance is not None and tokens_left(request) > self.config.max_num_batched_tokens:
-                    step.allowance.joining = 0  # they do not enter beside it
-                return False
-            if not any_shorter(request, self.running[behind:]) and self._shorter_entry(step, request) is None:
+            if not self._begin_turn(step, request, behind):
                 return False
         elif not step.put_off:
             return False
         step.put_off.append(request)
         return True
 
+    def _begin_turn(self, step: StepUnderWay, first: Request, behind: int) -> bool:
+        """Whether the step is a turn. If none is due, waiting prompts do not enter beside a long one, nor enlarge its
+        chunks."""
+        assert self._turns is not None
+        if self._turns.due(first):
+            others = self.running[behind:]
+            return any(goes_on(r, first) for r in others) or self._shorter_entry(step, first) is not None
+        if step.allowance is not None and tokens_left(first) > self.config.max_num_batched_tokens:
+            step.allowance.joining = 0
+        return False
+
     def _schedule_turn(self, step: StepUnderWay) -> None:
-        first, *prompts = step.put_off
-        prompts = [r for r in prompts if r.status is RequestStatus.RUNNING and r.sort_key[0] == first.sort_key[0]]
-        prompts.sort(key=tokens_left, reverse=True)
+        first, *others = step.put_off  # all still run: who needs a block preempts nobody before it in order
+        prompts = sorted((r for r in others if goes_on(r, first)), key=tokens_left, reverse=True)
         while step.open:
             entry = self._shorter_entry(step, first)
             if prompts and (entry is None or tokens_left(prompts[-1]) <= entry.remaining):
@@ -267,11 +272,12 @@ class Scheduler:
                 self._enter(step, entry, count)
 
     def _proceed(self, step: StepUnderWay, request: Request) -> None:
-        """Compute more of a running prompt, if free blocks hold it: whom it would preempt may be in the step."""
-        count = step.prefill(tokens_left(request), request.num_computed_tokens)
-        missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_ids)
-        if count and missing <= self.pool.num_free:
-            self._grow(request, request.num_computed_tokens + count)
+        """Compute more of a running prompt, as far as free blocks hold it: whom it would preempt may be in the step."""
+        start = request.num_computed_tokens
+        room = (len(request.block_ids) + self.pool.num_free) * self.pool.block_size - start
+        count = step.prefill(min(tokens_left(request), room), start)
+        if count:
+            self._grow(request, start + count)
             self._take(step, request, count)
 
     def _shorter_entry(self, step: StepUnderWay, first: Request) -> Entry | None:
@@ -323,7 +329,7 @@ class Scheduler:
         cached = self._cached_prefix(request)
         start = len(cached) * self.pool.block_size
         remaining = request.num_tokens - start
-        needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
+        needed = self.pool.missing(cached, request.num_tokens + request.num_in_flight)
         least_tokens = 1 if self._may_cut(remaining) else remaining
         return Entry(request, cached, start, remaining, needed, least_tokens)
 
