@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifact.describe_checkpoint import describe_checkpoint
+from llmctl.artifact.describe_checkpoint import describe_checkpoint, quantization_document
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
 from llmctl.artifact.manifest import Manifest, QuantizationRecord
 from llmctl.artifact.memory import Sizing, human_bytes
@@ -15,7 +15,6 @@ from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.plan import plan_build, quantization_record
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.strict import to_data
-from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UnsupportedModelError, UsageError
@@ -68,7 +67,7 @@ def _describe_plan(model: str) -> dict[str, Any]:
     try:
         plan = plan_build(BuildConfig(model=model))
     except UnsupportedModelError as error:
-        return describe_checkpoint(model, error.message)
+        return describe_checkpoint(model, str(error))
     return {
         "path": model,
         "kind": "model (this is what `llmctl build` would make of it)",
@@ -93,10 +92,7 @@ def _common(
     kernel = {choice.op: choice.kernel for choice in choices}
     return {
         "options": to_data(options),
-        "quantization": {
-            **to_data(quantization),
-            "note": NOTES.get((quantization.method, quantization.bits), ""),
-        },
+        "quantization": quantization_document(quantization),
         "graph": {
             "family": graph.family,
             "num_layers": graph.num_layers,

@@ -10,6 +10,7 @@ from typing import Any
 from llmctl.artifact.manifest import QuantizationRecord
 from llmctl.artifact.memory import human_bytes
 from llmctl.artifact.strict import to_data
+from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
@@ -40,7 +41,12 @@ def describe_checkpoint(model: str, not_built: str) -> dict[str, Any]:
         "size": human_bytes(checkpoint.nbytes),
         "tokenizer": _tokenizer(checkpoint),
         "stored": [
-            {"quantization": _record(checkpoint, scheme), "dtype": dtype, "count": len(sizes), "bytes": sum(sizes)}
+            {
+                "quantization": quantization_document(_record(checkpoint, scheme)),
+                "dtype": dtype,
+                "count": len(sizes),
+                "bytes": sum(sizes),
+            }
             for (dtype, scheme), sizes in stored.items()
         ],
         "weights": [
@@ -50,10 +56,15 @@ def describe_checkpoint(model: str, not_built: str) -> dict[str, Any]:
     }
 
 
-def _record(checkpoint: Checkpoint, scheme: QuantScheme | None) -> dict[str, Any]:
+def quantization_document(record: QuantizationRecord) -> dict[str, Any]:
+    """A record, and what an engine does otherwise than its method's owner."""
+    return {**to_data(record), "note": NOTES.get((record.method, record.bits), "")}
+
+
+def _record(checkpoint: Checkpoint, scheme: QuantScheme | None) -> QuantizationRecord:
     if scheme is None or checkpoint.quantization is None:
-        return {**to_data(QuantizationRecord()), "note": ""}
-    return {**to_data(QuantizationRecord(checkpoint.quantization.method, **asdict(scheme))), "note": ""}
+        return QuantizationRecord()
+    return QuantizationRecord(checkpoint.quantization.method, **asdict(scheme))
 
 
 def _tokenizer(checkpoint: Checkpoint) -> str:
