@@ -145,7 +145,7 @@ def measure_head(bench: Bench, head: str, windows: list[tuple[list[int], int]], 
 def perplexity(runtime: Runtime, windows: list[tuple[list[int], int]], context: int) -> float:
     """Perplexity of what a runtime runs, over the windows of a ``Protocol``."""
     from llmctl.engine.llm_engine import LLMEngine
-    from llmctl.engine.scheduler import SchedulerConfig
+    from llmctl.engine.scheduler_config import SchedulerConfig
     from llmctl.quantize.evaluate import perplexity_of
 
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=context, enable_prefix_caching=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llmctl.artifact.describe_checkpoint import describe_checkpoint, quantization_document
 from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
 from llmctl.artifact.manifest import Manifest, QuantizationRecord
 from llmctl.artifact.memory import Sizing, human_bytes
@@ -14,10 +15,9 @@ from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.plan import plan_build, quantization_record
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.strict import to_data
-from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
-from llmctl.errors import EngineLoadError, UsageError
+from llmctl.errors import EngineLoadError, UnsupportedModelError, UsageError
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, KernelChoice
 from llmctl.targets.planes import flat
@@ -26,9 +26,12 @@ from llmctl.targets.planes import flat
 def describe_model(model: str, *, verify: bool = False) -> dict[str, Any]:
     """The document of an engine folder, or of what ``build`` with its defaults would make of any other model.
 
+    Where ``build`` supports no such model, the document of the checkpoint alone, with the reason as ``not_built``.
+
     Raises:
         EngineLoadError: an engine with a missing, truncated or (with ``verify``) changed file.
-        ModelNotFoundError, CheckpointError, UnsupportedModelError: as ``plan_build``.
+        ModelNotFoundError, CheckpointError: as ``plan_build``.
+        UnsupportedModelError: a checkpoint that cannot be read.
     """
     if is_engine(Path(model)):
         return _describe_engine(Path(model), verify)
@@ -61,7 +64,10 @@ def _describe_engine(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _describe_plan(model: str) -> dict[str, Any]:
-    plan = plan_build(BuildConfig(model=model))
+    try:
+        plan = plan_build(BuildConfig(model=model))
+    except UnsupportedModelError as error:
+        return describe_checkpoint(model, str(error))
     return {
         "path": model,
         "kind": "model (this is what `llmctl build` would make of it)",
@@ -86,10 +92,7 @@ def _common(
     kernel = {choice.op: choice.kernel for choice in choices}
     return {
         "options": to_data(options),
-        "quantization": {
-            **to_data(quantization),
-            "note": NOTES.get((quantization.method, quantization.bits), ""),
-        },
+        "quantization": quantization_document(quantization),
         "graph": {
             "family": graph.family,
             "num_layers": graph.num_layers,

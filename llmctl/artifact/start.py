@@ -13,7 +13,7 @@ from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.config import EngineOptions
 from llmctl.engine.llm_engine import LLMEngine
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
 from llmctl.text.tokenizer import Tokenizer
 

@@ -30,18 +30,25 @@ def inspect(
 ) -> None:
     """Show an engine: target, sizes, graph, kernels, quantization. Files are checked; nothing is loaded.
 
+    Of a model that cannot be built: its tensors, its tokenizer, and the reason.
+
     Example: [bold]llmctl inspect ./engine --ops[/bold]
     """
     from llmctl.artifact.describe import describe_model
 
     document = describe_model(engine, verify=verify)
     if json_output:
-        document["memory"].pop("rows")
+        document.get("memory", {}).pop("rows", None)
         print_json(document)
         return
     from rich.console import Console
 
     console = Console()
+    if "not_built" in document:
+        _print_checkpoint(console, document)
+        if weights:
+            _print_weights(console, document["weights"])
+        return
     _print_summary(console, document)
     _print_graph(console, document)
     _print_kernels(console, document)
@@ -68,6 +75,28 @@ def _print_summary(console: Console, document: Mapping[str, Any]) -> None:
     quantization = document["quantization"]
     table.add_row("quantization", _quantization_line(quantization))
     console.print(table, highlight=False)
+
+
+def _print_checkpoint(console: Console, document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    from llmctl.artifact.memory import human_bytes
+
+    table = Table(title=document["path"], title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("kind", "not_built", "model_type", "dtype", "size", "tokenizer"):
+        table.add_row(name.replace("_", " "), str(document[name]))
+    console.print(table, highlight=False)
+    stored = Table(title="tensors as they are stored", title_justify="left")
+    stored.add_column("quantization", overflow="fold")
+    stored.add_column("dtype")
+    for column in ("count", "size"):
+        stored.add_column(column, justify="right")
+    for row in document["stored"]:
+        line = _quantization_line(row["quantization"])
+        stored.add_row(line, row["dtype"], str(row["count"]), human_bytes(row["bytes"]))
+    console.print(stored, highlight=False)
 
 
 def _quantization_line(record: Mapping[str, Any]) -> str:

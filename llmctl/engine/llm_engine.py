@@ -18,7 +18,8 @@ from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, Reques
 from llmctl.engine.sampling_batch import SamplingBatcher
 from llmctl.engine.sampling_params import derive_seed
 from llmctl.engine.scheduled_step import ScheduledStep
-from llmctl.engine.scheduler import Scheduler, SchedulerConfig
+from llmctl.engine.scheduler import Scheduler
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import (
     PendingStep,
     Runtime,

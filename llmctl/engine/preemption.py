@@ -52,7 +52,8 @@ def num_staying(
     in_prompt = next((i for i, r in enumerate(running) if wants[i] > 1 + r.num_forced), everyone)
     if in_prompt < fewest:
         return everyone
-    growth = [0, *accumulate(_missing_blocks(r, count, pool) for r, count in zip(running, wants, strict=True))]
+    ends = (r.num_computed_tokens + count for r, count in zip(running, wants, strict=True))
+    growth = [0, *accumulate(pool.missing(r.block_ids, end) for r, end in zip(running, ends, strict=True))]
     tokens = [0, *accumulate(wants)]
     room = pool.num_free - pool.num_unheld(entry.cached)
     let_go: Counter[int] = Counter()
@@ -75,7 +76,3 @@ def _next_tokens(request: Request) -> int:
     """What a running request can compute next; the token in flight if that is all, and does not end it."""
     behind = len(request.token_ids) - request.num_computed_tokens
     return behind or int(len(request.token_ids) + 1 < request.max_length)
-
-
-def _missing_blocks(request: Request, count: int, pool: BlockPool) -> int:
-    return max(0, pool.blocks_for(request.num_computed_tokens + count) - len(request.block_ids))

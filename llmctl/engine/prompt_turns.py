@@ -73,17 +73,17 @@ def is_shorter(tokens: int, first: Request) -> bool:
     return LEAST_RATIO * tokens <= tokens_left(first)
 
 
-def any_shorter(first: Request, running: Sequence[Request]) -> bool:
-    """Whether one of them is a prompt that goes on in turns: shorter by any measure, for it was when it entered."""
-    rank, left = first.sort_key[0], tokens_left(first)
-    return any(r.sort_key[0] == rank and 1 + r.num_forced < tokens_left(r) < left for r in running)
+def goes_on(request: Request, first: Request) -> bool:
+    """Whether a running request is a prompt that goes on in turns: shorter than the first by any measure, for it was
+    when it entered. (One of a larger priority value never is: the first has then entered in a turn of it.)"""
+    return 1 + request.num_forced < tokens_left(request) < tokens_left(first)
 
 
 def may_enter(
     entry: Entry, first: Request, running: Sequence[Request], pool: BlockPool, *, passed: Entry | None
 ) -> bool:
     """Whether a waiting request may enter in a turn: it is shorter than the first, of no larger priority value, and
-    takes no block that a running one needs for its known tokens.
+    takes no block that a running one needs for its tokens, those in flight included.
 
     Args:
         passed: the queue's next, where ``entry`` is another. It is left the blocks that it would find once the first
@@ -94,9 +94,4 @@ def may_enter(
     free = pool.num_free - pool.num_unheld(entry.cached)
     if passed is not None and entry.needed + passed.needed > free + len(first.block_ids):
         return False
-    return entry.needed <= free - sum(_missing_blocks(r, pool) for r in running)
-
-
-def _missing_blocks(request: Request, pool: BlockPool) -> int:
-    """What it lacks for its tokens, those in flight included."""
-    return max(0, pool.blocks_for(len(request.token_ids) + request.num_in_flight) - len(request.block_ids))
+    return entry.needed <= free - sum(pool.missing(r.block_ids, len(r.token_ids) + r.num_in_flight) for r in running)

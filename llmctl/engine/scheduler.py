@@ -44,74 +44,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.config import EngineConfig, itl_target_seconds
 from llmctl.engine.admission import check_request
 from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
 from llmctl.engine.occupancy import Fill
 from llmctl.engine.preemption import Entry, num_staying
-from llmctl.engine.prompt_turns import PromptTurns, any_shorter, is_shorter, may_enter, tokens_left
+from llmctl.engine.prompt_turns import PromptTurns, goes_on, is_shorter, may_enter, tokens_left
 from llmctl.engine.request import Batch, Request, RequestStatus
 from llmctl.engine.scheduled_step import ScheduledStep, StepUnderWay
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, SequenceSlice, StepPlan
 from llmctl.engine.step_cost import PrefillAllowance, PrefillPacer, StepLoad
-from llmctl.engine.waiting_queue import POLICIES, WaitingQueue
-from llmctl.errors import QueueFullError, RequestError, UsageError
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits and policy of the scheduler; vLLM's option names.
-
-    Attributes:
-        max_num_seqs: requests running at once. max_num_batched_tokens: tokens computed a step.
-        enable_prefix_caching: reuse computed blocks of equal prefixes.
-        enable_chunked_prefill: prompts may be computed over several steps. Without it a prompt longer than
-            ``max_num_batched_tokens`` is refused; only the recompute of a preempted request that has outgrown the
-            budget is ever cut.
-        policy: of the waiting queue: ``fcfs``, ``priority`` or ``fair`` (``waiting_queue``).
-        max_num_queued_reqs: requests waiting beyond which new ones are refused.
-        itl_target: seconds that a step may take in which prompts are computed beside decodes; 0: any; None: a multiple
-            of what the decodes take alone (``step_cost``). Without chunked prefill it has no effect.
-        shed: end requests that missed their TTFT deadline before they were ever scheduled.
-
-    Raises:
-        UsageError: a value out of range.
-    """
-
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    policy: str = "fcfs"
-    max_num_queued_reqs: int = 1024
-    itl_target: float | None = 0.0
-    shed: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected at least 1, found {getattr(self, name)}", param=name)
-        if self.itl_target is not None and not 0 <= self.itl_target < math.inf:
-            raise UsageError(f"itl_target: expected 0 or more seconds, found {self.itl_target}", param="itl_target")
-        if self.policy not in POLICIES:
-            raise UsageError(
-                f"scheduling_policy: expected {', '.join(POLICIES)}, found '{self.policy}'", param="scheduling_policy"
-            )
-
-    @classmethod
-    def from_engine_config(cls, config: EngineConfig) -> SchedulerConfig:
-        """The scheduler's share of a command's settings."""
-        return cls(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_prefix_caching=config.enable_prefix_caching,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-            policy=config.scheduling_policy,
-            max_num_queued_reqs=config.max_num_queued_reqs,
-            itl_target=itl_target_seconds(config.itl_target),
-            shed=config.shed,
-        )
+from llmctl.engine.waiting_queue import WaitingQueue
+from llmctl.errors import QueueFullError, RequestError
 
 
 @dataclass(slots=True)
@@ -264,7 +209,7 @@ class Scheduler:
             index += 1
             count = len(request.token_ids) - request.num_computed_tokens
             if count > 1:
-                if self._turns is not None and count > 1 + request.num_forced and self._puts_off(step, request, index):
+                if self._turns is not None and count > 1 + request.num_forced and self._put_off(step, request, index):
                     continue
                 count = step.chunk(request, count, len(self.running) - index)
                 if not count:
@@ -279,8 +224,8 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for ``num_tokens`` tokens, preempting from the end; False if it fell itself."""
-        missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)
-        if missing <= 0:
+        missing = self.pool.missing(request.block_ids, num_tokens)
+        if not missing:
             return True
         while missing > self.pool.num_free:
             victim = self.running[-1]
@@ -290,27 +235,32 @@ class Scheduler:
         request.block_ids += tuple(self.pool.allocate(missing))
         return True
 
-    def _puts_off(self, step: StepUnderWay, request: Request, behind: int) -> bool:
-        """Whether a prompt comes after the decodes, because the step is a turn; ``behind``: the place in order of the
-        request after it."""
-        assert self._turns is not None
+    def _put_off(self, step: StepUnderWay, request: Request, behind: int) -> bool:
+        """Leave a prompt for after the decodes, if the step is a turn; False: it is none. ``behind``: the place in
+        order of the request after it."""
         if step.first is None:
             step.first, step.behind_decodes = request, behind > 1
-            if not self._turns.due(request):
-                if step.allowance is not None and tokens_left(request) > self.config.max_num_batched_tokens:
-                    step.allowance.joining = 0  # they do not enter beside it
-                return False
-            if not any_shorter(request, self.running[behind:]) and self._shorter_entry(step, request) is None:
+            if not self._begin_turn(step, request, behind):
                 return False
         elif not step.put_off:
             return False
         step.put_off.append(request)
         return True
 
+    def _begin_turn(self, step: StepUnderWay, first: Request, behind: int) -> bool:
+        """Whether the step is a turn. If none is due, waiting prompts do not enter beside a long one, nor enlarge its
+        chunks."""
+        assert self._turns is not None
+        if self._turns.due(first):
+            others = self.running[behind:]
+            return any(goes_on(r, first) for r in others) or self._shorter_entry(step, first) is not None
+        if step.allowance is not None and tokens_left(first) > self.config.max_num_batched_tokens:
+            step.allowance.joining = 0
+        return False
+
     def _schedule_turn(self, step: StepUnderWay) -> None:
-        first, *prompts = step.put_off
-        prompts = [r for r in prompts if r.status is RequestStatus.RUNNING and r.sort_key[0] == first.sort_key[0]]
-        prompts.sort(key=tokens_left, reverse=True)
+        first, *others = step.put_off  # all still run: who needs a block preempts nobody before it in order
+        prompts = sorted((r for r in others if goes_on(r, first)), key=tokens_left, reverse=True)
         while step.open:
             entry = self._shorter_entry(step, first)
             if prompts and (entry is None or tokens_left(prompts[-1]) <= entry.remaining):
@@ -322,11 +272,12 @@ class Scheduler:
                 self._enter(step, entry, count)
 
     def _proceed(self, step: StepUnderWay, request: Request) -> None:
-        """Compute more of a running prompt, if free blocks hold it: whom it would preempt may be in the step."""
-        count = step.prefill(tokens_left(request), request.num_computed_tokens)
-        missing = self.pool.blocks_for(request.num_computed_tokens + count) - len(request.block_ids)
-        if count and missing <= self.pool.num_free:
-            self._grow(request, request.num_computed_tokens + count)
+        """Compute more of a running prompt, as far as free blocks hold it: whom it would preempt may be in the step."""
+        start = request.num_computed_tokens
+        room = (len(request.block_ids) + self.pool.num_free) * self.pool.block_size - start
+        count = step.prefill(min(tokens_left(request), room), start)
+        if count:
+            self._grow(request, start + count)
             self._take(step, request, count)
 
     def _shorter_entry(self, step: StepUnderWay, first: Request) -> Entry | None:
@@ -378,7 +329,7 @@ class Scheduler:
         cached = self._cached_prefix(request)
         start = len(cached) * self.pool.block_size
         remaining = request.num_tokens - start
-        needed = self.pool.blocks_for(request.num_tokens + request.num_in_flight) - len(cached)
+        needed = self.pool.missing(cached, request.num_tokens + request.num_in_flight)
         least_tokens = 1 if self._may_cut(remaining) else remaining
         return Entry(request, cached, start, remaining, needed, least_tokens)
 

@@ -197,7 +197,7 @@ def self_calibration(
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.request import Request
     from llmctl.engine.sampling_params import SamplingParams, derive_seed
-    from llmctl.engine.scheduler import SchedulerConfig
+    from llmctl.engine.scheduler_config import SchedulerConfig
     from llmctl.targets.reference.weights import checkpoint_runtime
 
     rows = [list(prompt) for prompt in random_prompts(tokenizer, vocab_size, samples, seed)]

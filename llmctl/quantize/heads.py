@@ -13,7 +13,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.artifact.variant import with_options
 from llmctl.engine.llm_engine import LLMEngine
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.graph.graph import LOGITS
 from llmctl.quantize.evaluate import Protocol, perplexity_of

@@ -20,10 +20,11 @@ from llmctl.serving.context import ServerContext
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.exchange import check_options, check_outline, submitted
 from llmctl.serving.generation import SequenceSpec
-from llmctl.serving.intake import Prompt, given_prompts
+from llmctl.serving.intake import Prompt
 from llmctl.serving.observation import Observation
 from llmctl.serving.openai_errors import json_response
 from llmctl.serving.outline import Outline
+from llmctl.serving.protocol import given_prompts
 from llmctl.serving.responses import UsageCount
 
 _NOTHING = SamplingParams(max_tokens=0)

@@ -29,6 +29,7 @@ from llmctl.serving.protocol import (
     SamplingFields,
     TokenizeChatRequest,
     TokenizeRequest,
+    given_prompts,
 )
 from llmctl.serving.sampling_defaults import DEFAULTABLE
 from llmctl.serving.sampling_fields import check_scores, logit_bias_of
@@ -498,9 +499,3 @@ class Intake:
         params = replace(params, bad_words=ids)
         params.check_vocab(self._vocab_size)
         return params
-
-
-def given_prompts(given: Prompts) -> list[Any]:
-    """Prompts as given: texts, or lists of token ids."""
-    one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-    return [given] if one else list(given)

@@ -366,3 +366,9 @@ class DetokenizeRequest(ApiModel):
 
     model: str | None = None
     tokens: TokenIds
+
+
+def given_prompts(given: Prompts) -> list[Any]:
+    """Prompts as given: texts, or lists of token ids."""
+    one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    return [given] if one else list(given)

@@ -126,7 +126,7 @@ class GrammarCompiler:
         try:
             return self.compile(*key)
         finally:
-            del self._clocks[key]
+            self._clocks.pop(key, None)  # it may be compiled twice at once, where the cache let go of it
 
     def close(self) -> None:
         """Begin nothing more."""

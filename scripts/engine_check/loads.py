@@ -13,7 +13,7 @@ from engine_check.steps import prompt
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 
 STEP_TOKENS = 2048
 """Tokens a step of the engine that serves: what prompts are cut into."""

@@ -22,7 +22,7 @@ from engine_check.tiny import Heads, Oracle, Size, TinyModel, Variant, oracle
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.reference.philox import uniform
 

@@ -149,15 +149,17 @@ def long_prompts(arena: Arena) -> Iterator[tuple[str, bytes]]:
 
 
 def many_messages(_: Arena) -> Iterator[tuple[str, bytes]]:
-    """Chats of 200,000 messages."""
+    """Chats of 200,000 messages, and long lists of which the last item alone is wrong."""
     for path in (TOKENIZE, CHAT):
         yield path, json.dumps({"messages": [{"role": "user", "content": "a"}] * 200_000}).encode()
         yield path, json.dumps({"messages": [{}] * 200_000}).encode()
+        yield path, json.dumps({"messages": [{"role": "user", "content": "a"}] * 1500 + [{"role": "x"}]}).encode()
         yield (
             path,
             json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 9999}]}).encode(),
         )
     yield DETOKENIZE, json.dumps({"tokens": [5] * 1_000_000}).encode()
+    yield DETOKENIZE, json.dumps({"tokens": [5] * 8000 + [-1]}).encode()
 
 
 def word_floods(_: Arena) -> Iterator[tuple[str, bytes]]:

@@ -160,6 +160,33 @@ def test_inspect_names_what_nothing_reads(run: Run, tmp_path: Path) -> None:
     assert "'model.layers.0.self_attn.rotary_emb.inv_freq', 'model.layers.1.self_attn.rotary_emb.inv_freq'" in shown
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_inspect_a_model_of_an_unknown_family(run: Run, tmp_path: Path, quantized: bool) -> None:
+    model = (write_gptq if quantized else write_dense)(tmp_path / "alien")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    document = json.loads(run("inspect", model, "--json").stdout)
+    assert "model_type 'mamba' is not supported" in document["not_built"]
+    assert sum(row["count"] for row in document["stored"]) == len(document["weights"]) > 10
+    assert {row["quantization"]["method"] for row in document["stored"]} == (
+        {"none", "gptq"} if quantized else {"none"}
+    )
+    assert "tokens and those added" in document["tokenizer"]
+    shown = run("inspect", model, "--weights").stdout
+    for text in ("not built", "mamba", "model.layers.1.mlp.down_proj.weight"):
+        assert text in shown
+    assert ("gptq, 4 bits, groups of 32" in shown) is quantized
+    (model / "tokenizer.json").write_text("[]")
+    assert "tokenizer.json is not understood" in json.loads(run("inspect", model, "--json").stdout)["tokenizer"]
+
+
+def test_inspect_of_what_cannot_be_read_ends_in_one_line(run: Run, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "aqlm"
+    (model / "config.json").write_text(json.dumps(config))
+    assert "AQLM" in one_error_line(run("inspect", model, code=1))
+
+
 def test_a_tensor_that_would_be_left_out(run: Run, tmp_path: Path) -> None:
     bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float16)}
     model = write_arrays(tmp_path / "model", dense_tensors() | bias)

@@ -15,7 +15,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step_cost import StepCost, StepLoad
 from llmctl.errors import RequestError
 

@@ -14,7 +14,7 @@ from llmctl.engine.deadline import Deadline
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request, fan_out
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import CapacityError, QueueFullError
 
 EOS = frozenset({0, 1})

@@ -13,7 +13,7 @@ from llmctl.engine.generate import Completion, generate, score, score_all
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import CapacityError
 
 TOKENIZER = byte_level()

@@ -12,7 +12,7 @@ from fake_runtime import FakeRuntime, expected_tokens, score_of
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 7]
 

@@ -15,7 +15,8 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import Scheduler, SchedulerConfig
+from llmctl.engine.scheduler import Scheduler
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan
 
 

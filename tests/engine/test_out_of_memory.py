@@ -10,7 +10,7 @@ from fake_runtime import FakeRuntime, expected_tokens
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import SamplingBatch, StepPlan
 from llmctl.errors import DeviceMemoryError
 

@@ -10,7 +10,7 @@ from fake_runtime import FakeRuntime, expected_tokens
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import IN_FLIGHT
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 7]

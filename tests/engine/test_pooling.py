@@ -12,7 +12,7 @@ from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import RequestError
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 7, 6, 5]

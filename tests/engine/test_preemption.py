@@ -11,7 +11,7 @@ from llmctl.engine.deadline import Deadline
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 
 
 def engine_of(blocks: int = 40, depth: int = 1, **config: Any) -> LLMEngine:

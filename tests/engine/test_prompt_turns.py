@@ -14,9 +14,10 @@ from timed_runtime import Machine, TimedRuntime, cpu, gpu
 
 from llmctl.engine.deadline import Deadline
 from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.prompt_turns import goes_on
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step_cost import StepLoad
 
 LONG = 8000
@@ -248,16 +249,73 @@ def test_a_seat_is_needed_and_an_itl_deadline_kept(seats: int, itl: float | None
     assert (short.times.first_scheduled is not None) is enters
 
 
-def test_of_prompts_in_progress_the_shortest_goes_on_first() -> None:
+@pytest.mark.parametrize("earlier", [False, True])
+def test_of_prompts_in_progress_the_shortest_goes_on_first(earlier: bool) -> None:
+    """Whichever comes first in order."""
     engine = fake(max_num_batched_tokens=8)
-    engine.add_request(request("long", 380, 1))
+    engine.add_request(request("long", 380, 1, arrival_time=1.0))
     who(engine, 2)
-    engine.add_request(request("middle", 40, 1))
+    engine.add_request(request("middle", 40, 1, arrival_time=3.0))
     assert who(engine) == ["middle"]
-    engine.add_request(request("short", 10, 1))
+    engine.add_request(request("short", 10, 1, arrival_time=2.0 if earlier else 4.0))
     turns = [names for names in (who(engine) for _ in range(60)) if names[0] != "long"]
     assert turns[0] == ["short"]
     assert turns[1][:2] == ["short", "middle"]
+
+
+def test_who_decodes_behind_the_first_makes_no_turn() -> None:
+    engine = fake()
+    engine.scheduler._turns.due = lambda _: True  # type: ignore[method-assign, union-attr]
+    engine.add_request(request("long", 300, 1))
+    who(engine, 3)
+    engine.add_request(request("short", 5, 20))
+    assert who(engine) == ["short", "long"]
+    assert who(engine) == ["long", "short"]
+
+
+@pytest.mark.parametrize(("forced", "prompt"), [(0, True), (3, True), (4, False)])
+def test_what_a_grammar_forced_is_no_prompt(forced: int, prompt: bool) -> None:
+    one = request("one", 5, 1)
+    one.num_forced = forced
+    assert goes_on(one, request("long", 300, 1)) is prompt
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+def test_a_longer_prompt_behind_the_first_does_not_go_on_in_turns(priority: int) -> None:
+    """It was the first until a shorter one came that is before it in order."""
+    engine = fake(max_num_batched_tokens=8)
+    engine.add_request(request("longest", 380, 1, priority=priority, arrival_time=2.0))
+    who(engine, 2)
+    engine.add_request(request("long", 70, 1, arrival_time=1.0))
+    assert who(engine) == ["long"]
+    assert [r.request_id for r in engine.scheduler.running] == ["long", "longest"]
+    engine.add_request(request("short", 5, 1, arrival_time=3.0))
+    while "short" not in (names := who(engine)):
+        assert names == ["long"]
+    assert names == ["short", "long"]
+
+
+def test_a_turn_takes_blocks_from_nobody() -> None:
+    """Rows that decode have taken what was free when they entered: prompts go on within the blocks they have."""
+    engine = fake(72, max_num_batched_tokens=8)
+    decodes = [request("d" * n, 4, 100) for n in (1, 2, 3)]
+    long, short = request("long", 200, 1), request("short", 20, 1)
+    engine.add_requests([*decodes, long])
+    due = True
+    engine.scheduler._turns.due = lambda _: due  # type: ignore[method-assign, union-attr]
+    who(engine, 15)
+    engine.add_request(short)
+    assert who(engine)[-1] == "short"
+    due = False
+    while engine.scheduler.pool.num_free:
+        who(engine)
+    due = True
+    assert [r.num_computed_tokens for r in (short, long)] == [5, 160]
+    assert who(engine) == ["d", "dd", "ddd", "short"]
+    assert [r.num_computed_tokens for r in (short, long)] == [8, 160]
+    assert engine.stats().num_preemptions == 0
+    due = False
+    finish(engine, *decodes, long, short)
 
 
 def test_what_waits_does_not_enlarge_the_chunks_of_a_long_prompt_but_in_turns() -> None:

@@ -11,7 +11,8 @@ from llmctl.config import EngineConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import Scheduler, SchedulerConfig
+from llmctl.engine.scheduler import Scheduler
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import IN_FLIGHT, RuntimeLimits, StepPlan
 from llmctl.errors import CapacityError, QueueFullError, RequestError, UsageError
 

@@ -18,7 +18,8 @@ from llmctl.engine import step_cost
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import Scheduler, SchedulerConfig
+from llmctl.engine.scheduler import Scheduler
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import RuntimeLimits
 from llmctl.engine.step_cost import MIN_CHUNK, PrefillAllowance, StepCost, StepLoad, chunk_context
 

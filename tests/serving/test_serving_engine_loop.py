@@ -15,7 +15,7 @@ from llmctl.engine.deadline import Deadline
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import SamplingBatch, StepPlan
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_loop import EngineLoop

@@ -15,7 +15,7 @@ from small_tokenizers import byte_level
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError, QueueFullError
 from llmctl.serving import grammar_queue
 from llmctl.serving.engine_loop import EngineLoop

@@ -13,6 +13,7 @@ from small_tokenizers import byte_level_backend
 
 from llmctl.engine.output import TextOutput
 from llmctl.engine.request import FinishReason
+from llmctl.engine.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS
 from llmctl.engine.step import TokenScores
 from llmctl.errors import CapacityError, QueueFullError, RequestError
 from llmctl.serving.completion_answer import CompletionAnswer
@@ -255,6 +256,15 @@ def test_more_ids_than_the_vocabulary_are_refused_by_the_outline(tokenizer: Watc
     made.check_outline(outline(most))
     with pytest.raises(RequestError, match=f"^{field}: expected at most {most} .*, found {most + 1}$") as caught:
         made.check_outline(outline(most + 1))
+    assert (caught.value.http_status, caught.value.param) == (400, field)
+
+
+@pytest.mark.parametrize(("field", "most"), [("stop", MAX_STOP_STRINGS), ("bad_words", MAX_BAD_WORDS)])
+def test_more_strings_than_are_taken_are_refused_by_the_outline(tokenizer: Watched, field: str, most: int) -> None:
+    made = intake(tokenizer)
+    made.check_sampling(Outline(json.dumps({field: ["a, b"] * most}).encode()))
+    with pytest.raises(RequestError, match=f"^{field}: expected at most {most} .*, found {most + 1}$") as caught:
+        made.check_sampling(Outline(json.dumps({field: ["a, b"] * (most + 1)}).encode()))
     assert (caught.value.http_status, caught.value.param) == (400, field)
 
 

@@ -14,7 +14,7 @@ from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import EngineStats, LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_loop import EngineLoop
 from llmctl.serving.generation import SequenceSpec

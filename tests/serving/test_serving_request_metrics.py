@@ -14,7 +14,7 @@ from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import FinishReason, Request, RequestTimes
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_series import NO_STATS

@@ -28,12 +28,10 @@ from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.responses_api.protocol import ResponsesRequest
 from llmctl.serving.responses_api.schema import ResponseObject, ResponseStreamEvent
 from llmctl.serving.responses_api.translate import chat_of, renamed
-from llmctl.serving.responses_api.truncation import truncated
 from llmctl.serving.responses_api.writer import ResponseWriter
 from llmctl.serving.sampling_defaults import SamplingDefaults
 from llmctl.serving.tools.support import ToolSupport
 from llmctl.serving.tools.traits import EFFORT, THINKING, TemplateTraits
-from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
 
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
@@ -208,36 +206,6 @@ def test_refusals_of_chats_are_put_in_this_apis_words() -> None:
     )
     assert (made.param, renamed(RequestError("x", param="messages")).param) == ("text.format", "input")
     assert str(error).startswith("min_tokens: expected at most max_tokens")
-
-
-def _said(text: str, role: str = "user") -> dict[str, Any]:
-    return {"role": role, "content": text * 10}
-
-
-@pytest.mark.parametrize(
-    ("input_", "room", "kept"),
-    [
-        ([_said("a"), _said("b", "assistant"), _said("c")], 1000, "a b c"),
-        ([_said("a"), _said("b", "assistant"), _said("c")], 25, "b c"),
-        ([_said("a"), _said("b", "assistant"), _said("c")], 15, "c"),
-        ([_said("a", "developer"), _said("b"), _said("c")], 25, "a c"),  # instructions stay
-        ([_said("a"), _said("b", "assistant")], 15, "a b"),  # the last of the user's and the last item: too long
-        ([_said("a"), CALL, _said("b", "assistant"), RESULT, _said("c")], 30, "1 b 1 c"),
-        ([_said("a"), CALL, _said("b", "assistant"), RESULT, _said("c")], 22, "b c"),  # a call and its result
-        ([_said("a"), _said("b"), CALL, RESULT], 20, "b 1 1"),  # the last item, and its call
-        ("a" * 10, 5, "a"),
-    ],
-)
-def test_truncation_leaves_out_the_first_items(tokenizer: Tokenizer, input_: Any, room: int, kept: str) -> None:
-    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
-    source = f"{{% for m in messages %}}{{{{ m.content or '' }}}}{calls}{{% endfor %}}"
-    intake = Intake(
-        tokenizer, ChatTemplate(source), max_model_len=room + 3, vocab_size=tokenizer.vocab_size, defaults={}
-    )
-    asked = parsed(input=input_, truncation="auto", max_output_tokens=3)
-    chat = asyncio.run(truncated(asked, intake, 100))
-    found = [str((m.content or "1")[:1]) if m.role != "tool" else "1" for m in chat.messages]
-    assert " ".join(found) == kept
 
 
 # Events

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,23 @@ COMPILER = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, EOS)
 
 def matcher(spec: GrammarSpec) -> TokenMatcher:
     return COMPILER.submit(spec).result().matcher()
+
+
+def test_a_grammar_compiled_twice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache lets go of one that is still being compiled, and it is asked for again."""
+    monkeypatch.setattr(compiling, "MAX_CACHED", 1)
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, EOS)
+    spec, both = GrammarSpec("regex", "a|b"), threading.Barrier(2)
+    original = compiler.compile
+
+    def compiled(*key: Any) -> Any:
+        if key[0] == spec:
+            both.wait(60)
+        return original(*key)
+
+    monkeypatch.setattr(compiler, "compile", compiled)
+    futures = [compiler.submit(spec), compiler.submit(GrammarSpec("regex", "c")), compiler.submit(spec)]
+    assert [bool(future.result()) for future in futures[::2]] == [True, True]
 
 
 def takes(spec: GrammarSpec, text: str) -> bool:

@@ -19,7 +19,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.output import OutputProcessor, TextOutput, merge_outputs
 from llmctl.engine.request import FinishReason, Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError, RequestError
 from llmctl.structured.compiler import GrammarCompiler
 from llmctl.structured.spec import GrammarSpec, json_schema

@@ -16,7 +16,7 @@ from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
 from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.targets.reference.runtime import ReferenceRuntime

@@ -16,7 +16,7 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
 from llmctl.structured.compiler import GrammarCompiler
 from llmctl.structured.spec import GrammarSpec, json_schema

@@ -21,7 +21,7 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request, fan_out
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime, TokenScores
 from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.targets.reference.weights import checkpoint_runtime

@@ -26,7 +26,7 @@ from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.runtime import CpuRuntime

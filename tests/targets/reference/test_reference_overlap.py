@@ -14,7 +14,7 @@ from runtime_stepping import poison
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.scheduler import SchedulerConfig
+from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import IN_FLIGHT, SamplingBatch, SequenceSlice, StepPlan, StepResult
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.reference.weights import checkpoint_runtime
