@@ -240,6 +240,28 @@ def test_truncation_leaves_out_the_first_items(tokenizer: Tokenizer, input_: Any
     assert " ".join(found) == kept
 
 
+SOURCES = {
+    "roles": "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
+    "steps": "{% for m in messages %}{% if m.role != 'user' %}{% for i in range(99999) %}{% for j in range(99) %}"
+    "{% endfor %}{% endfor %}{% endif %}{% endfor %}x",
+}
+
+
+@pytest.mark.parametrize(("name", "kept"), [("roles", 0), ("steps", 1)])
+def test_truncation_leaves_nothing_out_for_another_reason_than_length(
+    tokenizer: Tokenizer, name: str, kept: int
+) -> None:
+    intake = Intake(
+        tokenizer, ChatTemplate(SOURCES[name]), max_model_len=1000, vocab_size=tokenizer.vocab_size, defaults={}
+    )
+    asked = parsed(input=[_said("a", "assistant"), _said("b")], truncation="auto")
+    if kept:
+        assert len(asyncio.run(truncated(asked, intake, 100)).messages) == kept
+    else:
+        with pytest.raises(RequestError, match="no"):
+            asyncio.run(truncated(asked, intake, 100))
+
+
 # Events
 
 
