@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,23 @@ def test_the_latest_grammars_are_remembered_refusals_too(monkeypatch: pytest.Mon
     again = compiler.submit(first)
     compiler.submit(GrammarSpec("regex", "bc"))
     assert compiler.submit(first) is not again
+
+
+def test_a_grammar_may_be_compiled_twice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no longer remembered while it is compiled, where many come."""
+    compiler, spec = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, EOS), GrammarSpec("regex", "ab")
+    both, compile_ = threading.Barrier(compiling.THREADS), compiler.compile
+
+    def meet(spec: GrammarSpec, forcing: bool) -> compiling.CompiledGrammar:
+        both.wait(timeout=60)
+        return compile_(spec, forcing)
+
+    monkeypatch.setattr(compiler, "compile", meet)
+    futures = [compiler.submit(spec)]
+    compiler._cache.clear()
+    futures.append(compiler.submit(spec))
+    assert all(future.result().matcher() for future in futures)
+    assert not compiler._clocks
 
 
 def test_matchers_of_one_grammar_are_independent() -> None:
