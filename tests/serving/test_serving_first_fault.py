@@ -98,14 +98,12 @@ def test_the_words_are_the_parsers(
     [
         ('{"role": 5, "role": "user", "content": "a"}', True),
         ('{"role": "user", "content": [1], "content": "a"}', True),
-        ('{"role": "user", "content": [%s, 1], "content": [%s]}' % (json.dumps(PART), json.dumps(PART)), True),
+        (f'{{"role": "user", "content": [{json.dumps(PART)}, 1], "content": [{json.dumps(PART)}]}}', True),
         ('{"role": "assistant", "tool_calls": [{"function": 5}], "tool_calls": null}', True),
         ('{"role": "assistant", "tool_calls": [{"function": {"name": 5}, "function": []}]}', False),
     ],
 )
-def test_of_members_of_one_name_the_last_counts(
-    message: str, accepted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_members_of_one_name_the_last_counts(message: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b'{"messages": [%s, %s]}' % (message.encode(), json.dumps([MESSAGE] * 600).encode()[1:-1])
     found = refusal(ChatCompletionRequest, data)
     assert (found is None) is accepted
