@@ -140,8 +140,8 @@ def _read_state(suffix: str, stored: Tensor) -> _State:
         )
     nested = "nested_blocksize" in found
     offset = found.get("nested_offset") if nested else 0.0
-    if type(offset) is not float:
-        raise ValueError(f"{suffix}: nested_offset: expected a float, found {offset!r:.80}")
+    if type(offset) is not float or not math.isfinite(offset):
+        raise ValueError(f"{suffix}: nested_offset: expected a finite float, found {offset!r:.80}")
     nested_block = _positive(found, "nested_blocksize", suffix) if nested else 0
     return _State((shape[0], shape[1]), QuantScheme(4, block, True, book=book), nested_block, offset)
 

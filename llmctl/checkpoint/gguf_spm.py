@@ -20,6 +20,9 @@ from llmctl.errors import CheckpointError, UnsupportedModelError
 ROLES = {"bos": 1, "eos": 2, "unknown": 0}
 """llama.cpp's, of a file that does not say."""
 _SPACE = "▁"
+MOST_CHARS, MOST_RUN, MOST_TIES = 512, 64, 10**6
+"""Characters of a token, and of a run that shares its score; pairs that are compared because their scores are equal.
+The work grows with the second, fourth and first power. sentencepiece makes tokens of 16, Gemma's have runs of 31."""
 
 Pair = tuple[str, str]
 
@@ -90,6 +93,9 @@ def _merges(vocabulary: Vocabulary) -> list[Pair]:
     }
     known = {token: i for i, token in enumerate(vocabulary.tokens) if token not in apart}
     _check_letters(vocabulary, known)
+    long = next((token for token in known if len(token) > MOST_CHARS), None)
+    if long is not None:
+        raise _too_large(vocabulary.where, f"token {long[:40]!r} of {len(long)} characters", MOST_CHARS)
     pairs = [
         (scores[i], (token[:cut], token[cut:]))
         for token, i in known.items()
@@ -133,6 +139,9 @@ def _settle_ties(where: str, pairs: list[Pair]) -> list[Pair]:
     odd = next((pair for pair in pairs if not made.isdisjoint(pair) and not _is_run(pair)), None)
     if odd is not None:
         raise _inexpressible(where, "".join(odd))
+    compared = sum(len(by_right.get(left, ())) for left, _ in pairs)
+    if compared > MOST_TIES:
+        raise _too_large(where, f"{compared} pairs of tokens of one score that overlap", MOST_TIES)
     earlier = {
         pair: [other for other in by_right.get(pair[0], ()) if other != pair and not _harmless(pair, other)]
         for pair in pairs
@@ -148,6 +157,10 @@ def _inexpressible(where: str, token: str) -> UnsupportedModelError:
         f"{where}: no list of merges stands for tokens of equal score that overlap, such as {token!r}",
         fix="use the model's Hugging Face folder, with its own tokenizer.json",
     )
+
+
+def _too_large(where: str, found: str, most: int) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{where}: a sentencepiece vocabulary with {found} is not read: at most {most}")
 
 
 def _harmless(one: Pair, other: Pair) -> bool:
@@ -172,6 +185,8 @@ def _check_runs(where: str, runs: dict[str, float], merges: list[Pair]) -> None:
         ranked = {pair: -float(i) for i, pair in enumerate(merges) if _is_run(pair) and pair[0][0] == letter}
         scored = {pair: runs["".join(pair)] for pair in ranked}
         longest = max(len(token) for token in runs if token[0] == letter)
+        if longest > MOST_RUN:
+            raise _too_large(where, f"a run of {longest} {letter!r}, some of which share a score,", MOST_RUN)
         for length in range(2, 3 * longest + 1):
             if _joined(letter * length, ranked) != _joined(letter * length, scored):
                 raise _inexpressible(where, letter * length)

@@ -89,8 +89,7 @@ def check_first_fault(outline: Outline, model: type[ApiModel]) -> None:
         found = _PATH.search(str(error))
         if found is not None:
             steps: list[int | str] = [int(index) if index else key for index, key in _STEP.findall(found[1])]
-            alone = _number(data, steps[0]) if _is_flat(data) else _alone(data, steps)
-            _check(model, name, alone, [step for step in steps if isinstance(step, int)])
+            _check(model, name, data, steps)
     except (ValueError, RecursionError):
         return
 
@@ -120,9 +119,14 @@ def _number(data: bytes, index: Any) -> bytes:
     return b"[" + item.strip(b"[] \t\r\n") + b"]"
 
 
-def _check(model: type[ApiModel], name: str, value: bytes, indices: list[int]) -> None:
+def _check(model: type[ApiModel], name: str, data: bytes, steps: list[int | str]) -> None:
     try:
-        body = model.model_validate_json(b'{"%s": %s}' % (name.encode(), value))
+        alone = _number(data, steps[0]) if _is_flat(data) else _alone(data, steps)
+    except (ValueError, LookupError):  # the fault is in a member that another of its name replaces
+        return
+    indices = [step for step in steps if isinstance(step, int)]
+    try:
+        body = model.model_validate_json(b'{"%s": %s}' % (name.encode(), alone))
     except ValidationError as error:
         raise from_validation_error(error, model.expected, indices) from None
     if isinstance(body, ChatRequest):

@@ -122,11 +122,12 @@ class GrammarCompiler:
         return 0.0 if clock is None else clock()
 
     def _compile_timed(self, key: tuple[GrammarSpec, bool]) -> CompiledGrammar:
-        self._clocks[key] = _thread_clock()
+        clock = self._clocks[key] = _thread_clock()
         try:
             return self.compile(*key)
         finally:
-            self._clocks.pop(key, None)  # it may be compiled twice at once, where the cache let go of it
+            if self._clocks.get(key) is clock:  # else another thread compiles it too: it was evicted meanwhile
+                self._clocks.pop(key, None)
 
     def close(self) -> None:
         """Begin nothing more."""

@@ -118,6 +118,23 @@ def test_runs_of_one_score() -> None:
 
 
 @pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ({"ab" * 257: -1.0}, r"token '(ab)+' of 514 characters is not read: at most 512"),
+        ({"a" * size: -1.0 for size in range(2, 66)}, "a run of 65 'a', some of which share a score, is not read"),
+        (
+            {f"{chr(0x4E00 + i)}a": -1.0 for i in range(1001)} | {f"a{chr(0x5E00 + i)}": -1.0 for i in range(1000)},
+            "1001000 pairs of tokens of one score that overlap is not read: at most 1000000",
+        ),
+    ],
+    ids=["long", "run", "ties"],
+)
+def test_vocabularies_that_would_take_for_ever(scores: dict[str, float], reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        merges_of(**scores)
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"types": [*[1] * 8, *spm_vocabulary()["types"][8:]]}, "without a byte token '<0x00>' is not read"),

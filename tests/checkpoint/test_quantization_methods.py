@@ -80,6 +80,11 @@ def test_patterns_that_never_end_are_given_up(tmp_path: Path, monkeypatch: pytes
         open_checkpoint(folder(tmp_path, "ct-w4-g128", **config)).describe(f"{MODULE}.weight")
 
 
+def test_a_pattern_that_calls_itself_is_given_up() -> None:
+    with pytest.raises(ValueError, match=r"'re:\(\?R\)' takes more memory than there is to match"):
+        NameMatcher().matches(("lm_head",), "re:(?R)")
+
+
 @pytest.mark.parametrize("target", [r"re:.*language_model\.layers", r"re:model\.layers", "OWN", MODULE])
 def test_patterns_know_a_multimodal_checkpoint_s_own_names(tmp_path: Path, target: str) -> None:
     own = MODULE.replace("model.", "model.language_model.", 1)
@@ -138,7 +143,9 @@ def test_planes_that_contradict_the_config(tmp_path: Path, changes: dict[str, An
         ({**_AWQ, "zero_point": "no"}, CheckpointError, "zero_point: expected true or false, found 'no'"),
         ({"config_groups": weights(num_bits=4.0)}, UnsupportedModelError, r"with 4\.0 bits"),
         ({"ignore": ["re:("]}, CheckpointError, r"config\.json: ignore: 're:\(' is no regular expression"),
-        ({"ignore": ["re:a{9999999999999}"]}, CheckpointError, "is no regular expression"),
+        ({"ignore": ["re:a{9999999999999}"]}, CheckpointError, r"'re:a\{9+\}': expected patterns of at most 100000 "),
+        ({"ignore": ["re:((a{999}){ 999,}){1,999}"]}, CheckpointError, "repetitions written out"),
+        ({"ignore": ["re:" + "(" * 99 + "a{600}" + "){1}" * 98 + "){600}"]}, CheckpointError, "written out"),
         ({"ignore": ["re:" + "(" * 6000 + ")" * 6000]}, CheckpointError, "is no regular expression"),
         ({"ignore": 5}, CheckpointError, "ignore: expected names, found 5"),
         ({"quant_method": "fp8", "ignored_layers": {"a": 1}}, CheckpointError, "ignored_layers: expected names"),

@@ -242,6 +242,37 @@ def test_a_conversation_with_results(client: openai.OpenAI, server: ServerProces
     assert "input[3].arguments" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_fit_is_left_out_where_that_is_asked_for(
+    client: openai.OpenAI, server: ServerProcess, stream: bool
+) -> None:
+    said = [{"role": ("user", "assistant")[i % 2], "content": f"{i}: " + "word " * (i % 7)} for i in range(90)]
+    input_: Any = [{"role": "developer", "content": "Be brief."}, *said, {"role": "user", "content": TEXT}]
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.responses.create(**asked(input=input_))
+
+    def tokens(dropped: int) -> int:
+        left = [{"role": "system", "content": "S"}, input_[0], *input_[1 + dropped :]]
+        _, found = server.post("/tokenize", {"messages": left})
+        return int(found["count"])
+
+    options = asked(input=input_, instructions="S", truncation="auto", max_output_tokens=20)
+    if stream:
+        with client.responses.stream(**options) as events:
+            response: Any = events.get_final_response()
+    else:
+        response = client.responses.create(**options)
+    assert response.output_text == 'Just <tool_call> text. {"name"'
+    assert response.truncation == "auto"
+    _, found = server.post("/tokenize", {"prompt": "a"})
+    room = int(found["max_model_len"]) - 20
+    fewest = next(dropped for dropped in range(len(said)) if tokens(dropped) <= room)
+    assert fewest > 5
+    assert response.usage.input_tokens == tokens(fewest)
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.responses.create(**asked(input=[{"role": "user", "content": "word " * 600}], truncation="auto"))
+
+
 def test_nothing_is_kept(client: openai.OpenAI) -> None:
     response = client.responses.create(**asked(input=TEXT, store=True))
     assert response.to_dict()["store"] is False

@@ -93,6 +93,24 @@ def test_the_words_are_the_parsers(
     assert found == refusal(model, data)
 
 
+@pytest.mark.parametrize(
+    ("message", "accepted"),
+    [
+        ('{"role": 5, "role": "user", "content": "a"}', True),
+        ('{"role": "user", "content": [1], "content": "a"}', True),
+        (f'{{"role": "user", "content": [{json.dumps(PART)}, 1], "content": [{json.dumps(PART)}]}}', True),
+        ('{"role": "assistant", "tool_calls": [{"function": 5}], "tool_calls": null}', True),
+        ('{"role": "assistant", "tool_calls": [{"function": {"name": 5}, "function": []}]}', False),
+    ],
+)
+def test_of_members_of_one_name_the_last_counts(message: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b'{"messages": [%s, %s]}' % (message.encode(), json.dumps([MESSAGE] * 600).encode()[1:-1])
+    found = refusal(ChatCompletionRequest, data)
+    assert (found is None) is accepted
+    monkeypatch.setattr(body, "check_first_fault", lambda *_: None)
+    assert found == refusal(ChatCompletionRequest, data)
+
+
 def test_a_short_body_and_one_of_another_model_are_left_to_the_parser() -> None:
     data = json.dumps({"messages": [{"role": "x"}]}).encode()
     check_first_fault(Outline(data), ChatCompletionRequest)

@@ -163,8 +163,12 @@ def test_parts_of_text(tokenizer: Tokenizer) -> None:
     body = {"messages": [{"role": "assistant", "content": [*parts, {"type": "output_text", "text": "c"}]}]}
     text = intake(tokenizer).render_chat(ChatCompletionRequest.model_validate_json(json.dumps(body)))
     assert "<|im_start|>assistant\na\nb\n\nc<|im_end|>" in text
-    for wrong in ({"type": "refusal", "text": "a"}, {"type": "text", "refusal": "a"}, {"type": "image_url"}):
-        with pytest.raises(RequestError, match="only parts of type 'text' are supported"):
+    for wrong, said in (
+        ({"type": "refusal", "text": "a"}, "a part of type 'refusal' has no 'refusal'"),
+        ({"type": "text", "refusal": "a"}, "a part of type 'text' has no 'text'"),
+        ({"type": "image_url"}, "only parts of type 'text' are supported, found 'image_url'"),
+    ):
+        with pytest.raises(RequestError, match=said):
             chat(tokenizer, messages=[{"role": "user", "content": [wrong]}])
 
 

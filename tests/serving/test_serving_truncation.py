@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fixtures import make_tokenizer
 
+from llmctl.errors import RequestError
 from llmctl.serving.intake import Intake
 from llmctl.serving.responses_api.protocol import ResponsesRequest
 from llmctl.serving.responses_api.truncation import truncated
@@ -54,3 +55,25 @@ def test_truncation_leaves_out_the_first_items(tokenizer: Tokenizer, input_: Any
     chat = asyncio.run(truncated(asked, intake, 100))
     found = [str((m.content or "1")[:1]) if m.role != "tool" else "1" for m in chat.messages]
     assert " ".join(found) == kept
+
+
+SOURCES = {
+    "roles": "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
+    "steps": "{% for m in messages %}{% if m.role != 'user' %}{% for i in range(99999) %}{% for j in range(99) %}"
+    "{% endfor %}{% endfor %}{% endif %}{% endfor %}x",
+}
+
+
+@pytest.mark.parametrize(("name", "kept"), [("roles", 0), ("steps", 1)])
+def test_truncation_leaves_nothing_out_for_another_reason_than_length(
+    tokenizer: Tokenizer, name: str, kept: int
+) -> None:
+    intake = Intake(
+        tokenizer, ChatTemplate(SOURCES[name]), max_model_len=1000, vocab_size=tokenizer.vocab_size, defaults={}
+    )
+    asked = ResponsesRequest(input=[_said("a", "assistant"), _said("b")], truncation="auto")
+    if kept:
+        assert len(asyncio.run(truncated(asked, intake, 100)).messages) == kept
+    else:
+        with pytest.raises(RequestError, match="no"):
+            asyncio.run(truncated(asked, intake, 100))

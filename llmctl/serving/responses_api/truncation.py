@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmctl.errors import RequestError
+from llmctl.errors import CapacityError, RequestError
 from llmctl.serving.intake import Intake
 from llmctl.serving.protocol import ChatCompletionRequest
 from llmctl.serving.responses_api.protocol import FunctionCallItem, FunctionCallOutput, InputItem, ResponsesRequest
 from llmctl.serving.responses_api.translate import chat_of
+from llmctl.text.template_budget import TemplateLimitError
 
 
 async def truncated(asked: ResponsesRequest, intake: Intake, body_bytes: int) -> ChatCompletionRequest:
     """The request to chats with the first items left out, as few as need be; with all that may go if that is too long.
 
-    A prompt is made some ten times for hundreds of items. A chat that the template refuses, as one that does not begin
-    with the user's message, does not fit.
+    A prompt is made some ten times for hundreds of items. A shortened chat that the template refuses, as one that does
+    not begin with the user's message, does not fit.
 
     Raises:
-        RequestError: as ``chat_of``. QueueFullError.
+        RequestError: as ``chat_of``, or the template refuses the whole. QueueFullError.
     """
     whole = chat_of(asked, intake.tools.traits)
-    if isinstance(asked.input, str) or await _fits(whole, intake, body_bytes):
+    if isinstance(asked.input, str) or await _fits(whole, intake, body_bytes, whole=True):
         return whole
     groups = _droppable(asked.input)
     made = _without(asked, groups, intake)
@@ -40,10 +41,13 @@ async def truncated(asked: ResponsesRequest, intake: Intake, body_bytes: int) ->
     return made
 
 
-async def _fits(body: ChatCompletionRequest, intake: Intake, body_bytes: int) -> bool:
+async def _fits(body: ChatCompletionRequest, intake: Intake, body_bytes: int, *, whole: bool = False) -> bool:
     try:
         prompt = await intake.chat_prompt(body, body_bytes)
-    except RequestError:
+    except RequestError as error:
+        too_long = isinstance(error, CapacityError) or isinstance(error.__cause__, TemplateLimitError)
+        if whole and not too_long:
+            raise
         return False
     return len(prompt.token_ids) + max(1, body.max_completion_tokens or 1) <= intake.max_model_len
 

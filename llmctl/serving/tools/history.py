@@ -56,10 +56,13 @@ def joined(content: str | Sequence[ContentPart], where: str) -> str:
     if isinstance(content, str):
         return content
     for part in content:
-        if getattr(part, PART_TEXTS.get(part.type, ""), None) is None:
+        member = PART_TEXTS.get(part.type)
+        if member is None:
             raise RequestError(
                 f"{where}: only parts of type 'text' are supported, found '{part.type}'", param=_field(where)
             )
+        if getattr(part, member, None) is None:
+            raise RequestError(f"{where}: a part of type '{part.type}' has no '{member}'", param=_field(where))
     return "\n".join(getattr(part, PART_TEXTS[part.type]) for part in content)
 
 
