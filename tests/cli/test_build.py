@@ -240,7 +240,14 @@ def test_errors(
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        # Every CUDA kernel for two architectures is compiled: make test-kernels runs it.
+        pytest.param(path, marks=pytest.mark.slow if "cuda" in path.stem else (), id=path.stem)
+        for path in sorted(CONFIGS.glob("*.yaml"))
+    ],
+)
 def test_recipes(run: Run, tmp_path: Path, recipe: Path) -> None:
     model = write_gptq(tmp_path / "tiny")
     settings = json.loads((model / "config.json").read_text())

@@ -1,3 +1,4 @@
+import itertools
 import logging
 
 import pytest
@@ -44,9 +45,20 @@ def naive_gptq(weight: Tensor, gram: Tensor, scheme: QuantScheme, options: GptqO
     return result
 
 
-@pytest.mark.parametrize("group_size", [8, 96, 192, -1])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("act_order", "static_groups"), [(False, False), (True, False), (False, True), (True, True)])
+# Every two values of any two options; all products are slow.
+_COVERING = {
+    *((8, False, False, False), (8, True, True, True), (96, True, False, True), (96, False, True, False)),
+    *((192, False, False, True), (192, True, True, False), (-1, True, False, False), (-1, False, True, True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "act_order", "static_groups"),
+    [
+        pytest.param(*case, marks=() if case in _COVERING else pytest.mark.slow)
+        for case in itertools.product((8, 96, 192, -1), (False, True), (False, True), (False, True))
+    ],
+)
 def test_blocked_equals_the_loop(group_size: int, symmetric: bool, act_order: bool, static_groups: bool) -> None:
     width = 192
     weight = torch.randn(7, width, generator=torch.Generator().manual_seed(1))

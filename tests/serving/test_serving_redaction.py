@@ -112,7 +112,7 @@ def test_the_work_on_a_word_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_work_on_a_line_is_bounded(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever may send a line for the log does not stop the event loop with it."""
     hashed = count_hashes(monkeypatch)
-    shown = REDACTOR.line(f"{word} " * 50_000)
+    shown = REDACTOR.line(f"{word} " * 2_000)
     assert len(hashed) <= MOST_WORK
     assert shown.endswith(f"[{len(word)} characters] ")
 

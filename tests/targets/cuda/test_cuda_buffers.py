@@ -83,7 +83,7 @@ def _subsets(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def _with_adapters(graph: Graph) -> Graph:
-    modules = ("c_attn", "c_fc") if graph.family == "gpt2" else ("q_proj", "v_proj")
+    modules = {"gpt2": ("c_attn", "c_fc"), "phi3": ("qkv_proj", "o_proj")}.get(graph.family, ("q_proj", "v_proj"))
     return insert_lora(graph, modules, 8)
 
 
