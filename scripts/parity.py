@@ -19,9 +19,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from parity_trials.catalog import TOOLS, Tool
 from parity_trials.report import to_markdown, to_text
 from parity_trials.trials import Trial, Trials, write_dense
 from peers.contest import Setup
+from trial_options import chosen, work_folder
 
 from llmctl.errors import ExitCode, LlmctlError
 
@@ -42,13 +40,13 @@ def main() -> int:
     parser = _parser()
     args = parser.parse_args()
     try:
-        tools = _chosen(args.only)
+        tools = chosen(args.only, {tool.name: tool for tool in TOOLS})
         if args.docs and len(tools) < len(TOOLS):
             raise ValueError("--docs: the table is of all tools, so not with --only")
     except ValueError as error:
         parser.error(str(error))
     try:
-        with _work_folder(args.keep) as work:
+        with work_folder(args.keep, "llmctl-parity-") as work:
             found = _tried(args, tools, work)
     except (LlmctlError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,26 +61,6 @@ def main() -> int:
         section = to_markdown(versions, trials)
         DOCS.write_text(with_section(DOCS.name, DOCS.read_text(encoding="utf-8"), MARKERS, section), encoding="utf-8")
     return 0 if all(trial.equal for trial in trials) else 1
-
-
-def _chosen(names: str | None) -> list[Tool]:
-    if names is None:
-        return list(TOOLS)
-    known = {tool.name: tool for tool in TOOLS}
-    for name in (wanted := names.split(",")):
-        if name not in known:
-            raise ValueError(f"--only: unknown '{name}': expected some of {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(wanted)]
-
-
-@contextmanager
-def _work_folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="llmctl-parity-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def _tried(args: argparse.Namespace, tools: list[Tool], work: Path) -> dict[str, tuple[dict[str, str], list[Trial]]]:

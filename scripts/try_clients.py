@@ -23,7 +23,6 @@ import secrets
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -38,6 +37,7 @@ from client_trials.report import failures, to_json, to_line, to_markdown, to_tex
 from md_table import with_section
 from peers.contest import PeerError
 from served import Server, ServerError, serving
+from trial_options import chosen, work_folder
 
 from llmctl import __version__
 from llmctl.checkpoint.opening import open_checkpoint
@@ -59,7 +59,7 @@ def main() -> int:
     parser = _parser()
     args, extra = parser.parse_known_args()
     try:
-        clients = _chosen(args.only)
+        clients = chosen(args.only, {folder_name(client): client for client in CLIENTS})
         if args.docs and len(clients) < len(CLIENTS):
             raise ValueError("--docs: the table is of all clients, so not with --only")
         if args.url and extra:
@@ -67,33 +67,13 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        with _work_folder(args.keep) as work:
+        with work_folder(args.keep, "llmctl-clients-") as work:
             trials = _tried(args, extra, clients, work)
     except (ServerError, LlmctlError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return int(ExitCode.RUNTIME)
     _publish(args, trials)
     return 0 if all(o.verdict in ("ok", "none") for t in trials for o in t.outcomes.values()) else 1
-
-
-def _chosen(names: str | None) -> list[Client]:
-    if names is None:
-        return list(CLIENTS)
-    known = {folder_name(client): client for client in CLIENTS}
-    for name in (wanted := names.split(",")):
-        if name not in known:
-            raise ValueError(f"--only: unknown '{name}': expected some of {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(wanted)]
-
-
-@contextmanager
-def _work_folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="llmctl-clients-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def _tried(args: argparse.Namespace, extra: Sequence[str], clients: Sequence[Client], work: Path) -> list[Trial]:
