@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from llmctl.checkpoint.exact import exact_dtype, holds
 from llmctl.checkpoint.gguf_encode import minimums
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.output_format import AS_STORED, FORMATS, OutputFormat, describe_scheme, gptq_format
+from llmctl.checkpoint.quant_config import QuantizationInfo
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
@@ -61,8 +62,14 @@ class ConvertReport:
         return asdict(self)
 
 
-def convert_checkpoint(config: ConvertConfig) -> ConvertReport:
+Show = Callable[[str, str, int, int], None]
+
+
+def convert_checkpoint(config: ConvertConfig, show: Show = lambda *_: None) -> ConvertReport:
     """Convert ``config.model`` into the new ``config.output``.
+
+    Args:
+        show: is told of every weight compared: (what is counted, the weight, done, in all).
 
     Raises:
         UsageError: a dense model; numbers, a model or a tokenizer that the format does not hold; an output in the way.
@@ -70,25 +77,26 @@ def convert_checkpoint(config: ConvertConfig) -> ConvertReport:
     """
     started = time.monotonic()
     if config.to not in FORMATS:
-        raise UsageError(f"--to {config.to}: expected one of {', '.join(FORMATS)}", param="to")
+        found = f"--to {config.to}" if config.to else "--to is missing"
+        raise UsageError(f"{found}: expected one of {', '.join(FORMATS)}", param="to")
     if not config.output:
-        raise UsageError("--output: what to write is missing", param="output")
+        raise UsageError("--output is missing: the folder to write, or NAME.gguf for --to gguf", param="output")
     output = Path(config.output)
     check_new(output)
     checkpoint = open_checkpoint(resolve_model(config.model))
     if checkpoint.quantization is None:
         raise UsageError(
             f"{checkpoint.path} is not quantized",
-            fix=f"llmctl quantize --model {config.model} --output {config.output}",
+            fix=f"llmctl quantize --model {config.model} --format {config.to} --output {config.output}",
             param="model",
         )
     graph, unused = accounted_graph(checkpoint)
-    job = _Job(checkpoint, graph, unused, config.to)
+    job = _Job(checkpoint, graph, unused, config.to, show)
     compared = job.write(output)
     return ConvertReport(
         model=config.model,
         output=config.output,
-        source=checkpoint.quantization.method,
+        source=_spelt(checkpoint.quantization),
         format=job.settings.format,
         schemes=dict(Counter(describe_scheme(scheme) for scheme in job.schemes.values())),
         widened={name: str(value.dtype).removeprefix("torch.") for name, value in job.widened.items()},
@@ -103,8 +111,8 @@ def convert_checkpoint(config: ConvertConfig) -> ConvertReport:
 class _Job:
     """One conversion, settled: every structural refusal is spoken when it is made."""
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, unused: tuple[Unused, ...], to: str) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, graph: Graph, unused: tuple[Unused, ...], to: str, show: Show) -> None:
+        self.checkpoint, self._to, self._show = checkpoint, to, show
         self.left_out = [name for kind in unused for name in kind.names]
         linears = {
             part.tensor.removesuffix(".weight") for op in graph.linears() for part in graph.weights[op.weights[0]].parts
@@ -112,7 +120,13 @@ class _Job:
         tables = {part.tensor.removesuffix(".weight") for name in graph.tables() for part in graph.weights[name].parts}
         found = {module: scheme for module, scheme in _schemes(checkpoint) if f"{module}.weight" not in self.left_out}
         self.schemes = {m: s for m, s in found.items() if m in linears and m not in tables}
-        self.settings = _settings(to, self.schemes, sorted(linears - tables - self.schemes.keys()), checkpoint)
+        self._dense_modules = sorted(linears - tables - self.schemes.keys())
+        if not self.schemes:
+            raise UsageError(f"{checkpoint.path}: no linear is quantized", param="model")
+        try:
+            self.settings = self._settings(to)
+        except ValueError as error:
+            raise self._refused(str(error)) from error
         check_writable(checkpoint, self.settings)
         self.widened = {f"{m}.weight": _widened(checkpoint, m) for m in sorted(found.keys() - self.schemes.keys())}
 
@@ -130,8 +144,10 @@ class _Job:
                 left_out=self.left_out,
                 check=self._check_same,
             )
+        except UsageError:
+            raise
         except ValueError as error:
-            raise _refused(self.settings.format, str(error)) from error
+            raise self._refused(str(error)) from error
         return len(self._names())
 
     def _names(self) -> list[str]:
@@ -140,15 +156,53 @@ class _Job:
     def _check_same(self, written: Path) -> None:
         import torch
 
-        made = open_checkpoint(written)
-        for name in self._names():
+        made, names = open_checkpoint(written), self._names()
+        for number, name in enumerate(names, 1):
             before, after = self.checkpoint.weight(name), made.weight(name)
             old, new = _dense(before), _dense(after)
             if not torch.equal(old, new):
                 delta = float((old.double() - new.double()).abs().max())
                 module = name.removesuffix(".weight") if isinstance(before, QuantizedWeight) else name
                 why = _reason(before) if isinstance(before, QuantizedWeight) else "its dtype cannot hold the values"
-                raise _refused(self.settings.format, f"max |delta w| {delta:.2g} in {module}: {why}")
+                raise self._refused(f"max |delta w| {delta:.2g} in {module}: {why}")
+            self._show("compared", name, number, len(names))
+
+    def _settings(self, to: str) -> OutputFormat:
+        """Settings of an output in a format.
+
+        Raises:
+            ValueError: the format cannot hold one of the modules.
+        """
+        main = Counter(self.schemes.values()).most_common(1)[0][0]
+        settings = OutputFormat(
+            format=gptq_format(all(scheme.symmetric for scheme in self.schemes.values())) if to == "gptq" else to,
+            scheme=main,
+            others={module: scheme for module, scheme in self.schemes.items() if scheme != main},
+            ignored=tuple(sorted({*self._dense_modules, *({"lm_head"} - self.schemes.keys())})),
+            dtype=AS_STORED,
+        )
+        settings.quantization_config()
+        for module in self.schemes:
+            rows, columns = self.checkpoint.describe(f"{module}.weight").shape
+            settings.check(module, (rows, columns))
+        return settings
+
+    def _refused(self, why: str) -> UsageError:
+        """The refusal, with the other formats whose codes and groups are like these; their floats are seen later."""
+        here = self.checkpoint.quantization
+        known = (self._to, "gptq_v2", here and _spelt(here))  # gptq is version 2 where it has to be
+        others = [name for name in FORMATS if name not in known and self._has_room(name)]
+        instead = f"try {' or '.join(f'--to {name}' for name in others)}, or " if others else ""
+        return UsageError(
+            f"--to {self._to}: {why}", fix=f"{instead}quantize the 16-bit checkpoint anew: llmctl quantize", param="to"
+        )
+
+    def _has_room(self, to: str) -> bool:
+        try:
+            check_writable(self.checkpoint, self._settings(to))
+        except ValueError:
+            return False
+        return True
 
 
 class _Modules(Mapping[str, QuantizedWeight]):
@@ -176,33 +230,6 @@ def _schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, QuantScheme]]:
             yield name.removesuffix(".weight"), scheme
 
 
-def _settings(to: str, schemes: Mapping[str, QuantScheme], dense: list[str], checkpoint: Checkpoint) -> OutputFormat:
-    """Settings of an output with these modules.
-
-    Raises:
-        UsageError: the format cannot hold one of them.
-    """
-    if not schemes:
-        raise UsageError(f"{checkpoint.path}: no linear is quantized", param="model")
-    main = Counter(schemes.values()).most_common(1)[0][0]
-    to = gptq_format(all(scheme.symmetric for scheme in schemes.values())) if to == "gptq" else to
-    try:
-        settings = OutputFormat(
-            format=to,
-            scheme=main,
-            others={module: scheme for module, scheme in schemes.items() if scheme != main},
-            ignored=tuple(sorted({*dense, *({"lm_head"} - schemes.keys())})),
-            dtype=AS_STORED,
-        )
-        settings.quantization_config()
-        for module in schemes:
-            rows, columns = checkpoint.describe(f"{module}.weight").shape
-            settings.check(module, (rows, columns))
-    except ValueError as error:
-        raise _refused(to, str(error)) from error
-    return settings
-
-
 def _widened(checkpoint: Checkpoint, module: str) -> Tensor:
     """A quantized weight that the formats have dense (an embedding), in the least dtype that holds its numbers."""
     import torch
@@ -224,9 +251,6 @@ def _reason(weight: QuantizedWeight) -> str:
     return "the format rounds its numbers"
 
 
-def _refused(to: str, why: str) -> UsageError:
-    return UsageError(
-        f"--to {to}: {why}",
-        fix="choose a format that holds these numbers (docs/formats.md), or quantize the 16-bit checkpoint anew",
-        param="to",
-    )
+def _spelt(info: QuantizationInfo) -> str:
+    """A checkpoint's format, as ``FORMATS`` calls it where it is among them."""
+    return info.checkpoint_format if info.checkpoint_format in FORMATS else info.method

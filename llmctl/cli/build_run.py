@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmctl.artifact.builder import plan_output
 from llmctl.artifact.loader import read_manifest
@@ -17,13 +15,11 @@ from llmctl.artifact.memory import human_bytes
 from llmctl.artifact.plan import BuildPlan
 from llmctl.artifact.writer import write_engine
 from llmctl.cli.common import print_json
+from llmctl.cli.step_progress import step_progress
 from llmctl.config import BuildConfig
 from llmctl.errors import LlmctlError
 from llmctl.quantize.heads import HeadComparison, compare_heads, read_text
 from llmctl.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 
 def run_build(settings: BuildConfig, json_output: bool) -> None:
@@ -37,7 +33,7 @@ def run_build(settings: BuildConfig, json_output: bool) -> None:
     plan = plan_output(settings)
     tokenizer = Tokenizer.from_files(plan.checkpoint.aux_files(), where=str(plan.checkpoint.path))
     path = Path(settings.output)
-    with _progress() as progress:
+    with step_progress() as progress:
         write_engine(plan, path, partial(progress, "weights"), partial(progress, "kernels"))
     seconds = time.perf_counter() - start
     manifest = read_manifest(path)
@@ -81,48 +77,3 @@ def _print_heads(heads: HeadComparison) -> None:
         change = f"{100 * heads.change(head):+.2f}%" if head.lm_head != "dense" else ""
         table.add_row(f"{head.lm_head}{mark}", human_bytes(head.bytes), f"{head.perplexity:.3f}", change)
     Console().print(table)
-
-
-_Show = Callable[[str, str, int, int], None]
-"""Shows how far a build is: (weights or kernels, the one just done, done, in all)."""
-
-
-@contextmanager
-def _progress() -> Iterator[_Show]:
-    """A bar on a terminal, a line at each tenth otherwise; on stderr."""
-    if not sys.stderr.isatty():
-        yield _PlainProgress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[size]}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[name]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, name: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, name=name, size="")
-            counted = (human_bytes(done), human_bytes(total)) if what == "weights" else (done, total)
-            bar.update(tasks[what], completed=done, name=name, size="{} of {}".format(*counted))
-
-        yield show
-
-
-class _PlainProgress:
-    """One line each time another tenth of the kernels or of the weights is done."""
-
-    def __init__(self) -> None:
-        self._tenths: dict[str, int] = {}
-
-    def __call__(self, what: str, name: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(1, total)
-        if tenth > self._tenths.get(what, 0):
-            self._tenths[what] = tenth
-            print(f"{what} {10 * tenth}% ({name})", file=sys.stderr, flush=True)

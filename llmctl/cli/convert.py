@@ -53,8 +53,10 @@ def convert(
 
     check_address_space(LEAST_WITH_TORCH)
     from llmctl.checkpoint.convert import convert_checkpoint
+    from llmctl.cli.step_progress import step_progress
 
-    report: ConvertReport = convert_checkpoint(ConvertConfig(model=model, to=to, output=output))
+    with step_progress() as show:
+        report: ConvertReport = convert_checkpoint(ConvertConfig(model=model, to=to, output=output), show)
     if json_output:
         print_json(report.to_json())
     else:

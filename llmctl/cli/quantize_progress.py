@@ -100,7 +100,7 @@ def _summary(report: QuantizeReport) -> Table:
     if report.layers:
         error = f"{sum(layer.error for layer in report.layers) / len(report.layers):.2e} (mean over layers)"
     for key, value in (
-        ("output", f"{report.output} ({report.format.upper()} format)"),
+        ("output", f"{report.output} ({report.format} format)"),
         ("method", f"{report.method}, {report.bits} bits, group {group}, {kind}"),
         ("calibration", report.calibration),
         ("linears", f"{report.quantized_modules} quantized, at 16 bits: {', '.join(report.dense_modules) or 'none'}"),

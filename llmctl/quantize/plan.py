@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,7 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
         static_groups=config.method == "gptq" and config.static_groups,
         true_sequential=config.method == "gptq",
     )
-    for module in selection.modules:
-        _check_packable(module, output)
+    _check_packable(selection.modules, output)
     check_new(Path(config.output), output)
     check_writable(checkpoint, output)
     options = GptqOptions(config.damp_percent, config.act_order, config.static_groups)
@@ -141,7 +141,7 @@ def choose_format(config: QuantizeConfig) -> str:
     if wanted == "awq" and config.bits != awq.BITS:
         raise UsageError(
             f"--format awq: AutoAWQ's layout has 4 bits only, found --bits {config.bits}",
-            fix="use --format gptq (the AWQ scales are folded, any reader of GPTQ's layout will do)",
+            fix="--format gptq, which holds what any --method makes",
             param="format",
         )
     if not wanted.startswith("gptq") and _needs_g_idx(config):
@@ -163,9 +163,10 @@ def notes(plan: Plan) -> list[str]:
     """What to know about a plan before any time is spent on it."""
     if plan.scheme.bits != _FEW_READERS:
         return []
+    if plan.output.row.one_file:
+        return [f"{_FEW_READERS} bits: {plan.output.format} and an engine store them as 4"]
     return [
-        f"{_FEW_READERS} bits: read by llmctl, GPTQModel, and transformers with it; not by vLLM's kernels; an engine "
-        "stores them as 4 bits"
+        f"{_FEW_READERS} bits: read by llmctl, GPTQModel and transformers with it; not by vLLM's kernels; an engine stores them as 4"
     ]
 
 
@@ -193,12 +194,20 @@ def _needs_g_idx(config: QuantizeConfig) -> bool:
     return config.method == "gptq" and config.act_order and not config.static_groups and config.group_size != -1
 
 
-def _check_packable(module: Module, output: OutputFormat) -> None:
-    try:
-        output.check(module.name, module.shape)
-    except ValueError as error:
-        raise UsageError(
-            f"--format {output.format}: {error}",
-            fix=f"use another --format, or leave it dense with --ignore {module.name}",
-            param="format",
-        ) from error
+def _check_packable(modules: Sequence[Module], output: OutputFormat) -> None:
+    refused: dict[str, ValueError] = {}
+    for module in modules:
+        try:
+            output.check(module.name, module.shape)
+        except ValueError as error:
+            refused[module.name] = error
+    if not refused:
+        return
+    name, first = next(iter(refused.items()))
+    if len(refused) == len(modules):
+        fix = "choose other --bits or --group-size, or another --format: docs/formats.md says what each holds"
+    else:
+        fix = f"use another --format, or leave {len(refused)} linears dense: --ignore {name} and so on"
+        if len(refused) == 1:
+            fix = f"use another --format, or leave it dense with --ignore {name}"
+    raise UsageError(f"--format {output.format}: {first}", fix=fix, param="format") from first

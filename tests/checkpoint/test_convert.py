@@ -274,7 +274,8 @@ def test_the_config_is_the_new_formats_alone(make: Make, tmp_path: Path) -> None
     ("changes", "said"),
     [
         ({"to": "exl2"}, "--to exl2: expected one of awq, gptq"),
-        ({"output": ""}, "--output: what to write is missing"),
+        ({"to": ""}, "--to is missing: expected one of awq, gptq"),
+        ({"output": ""}, "--output is missing"),
         ({"output": "a/out.gguf", "to": "awq"}, "awq is a folder"),
         ({"to": "gguf"}, "gguf is one file, NAME.gguf"),
         ({"output": "."}, "exists already"),

@@ -1,0 +1,57 @@
+"""How far a command is: a bar for each thing that it counts, or plain lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llmctl.artifact.memory import human_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+Show = Callable[[str, str, int, int], None]
+"""Shows how far something is: (what is counted, the one just done, done, in all); ``weights`` are counted in bytes."""
+
+
+@contextmanager
+def step_progress() -> Iterator[Show]:
+    """A bar on a terminal, a line at each tenth otherwise; on stderr."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, name: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, name=name, size="")
+            counted = (human_bytes(done), human_bytes(total)) if what == "weights" else (done, total)
+            bar.update(tasks[what], completed=done, name=name, size="{} of {}".format(*counted))
+
+        yield show
+
+
+class _PlainProgress:
+    """One line each time another tenth is done."""
+
+    def __init__(self) -> None:
+        self._tenths: dict[str, int] = {}
+
+    def __call__(self, what: str, name: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(1, total)
+        if tenth > self._tenths.get(what, 0):
+            self._tenths[what] = tenth
+            print(f"{what} {10 * tenth}% ({name})", file=sys.stderr, flush=True)
