@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -70,24 +71,29 @@ class ProgressLines:
 
 def print_report(report: QuantizeReport) -> None:
     """The tables on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 80)
     if report.layers:
         console.print(_layers(report))
     console.print(_summary(report))
 
 
 def _layers(report: QuantizeReport) -> Table:
-    table = Table(title=f"relative squared error of each linear's {report.error_of}")
+    table = Table(title=f"relative squared error of each linear's {report.error_of}", box=SIMPLE_HEAD, pad_edge=False)
     names = [name.rpartition(".")[2] for name in report.layers[0].modules]
     uniform = all([n.rpartition(".")[2] for n in layer.modules] == names for layer in report.layers)
     table.add_column("layer", justify="right")
     for name in names if uniform else ["mean"]:
-        table.add_column(name, justify="right")
+        table.add_column(name.removesuffix("_proj"), justify="right", no_wrap=True)
     table.add_column("s", justify="right")
     for layer in report.layers:
         errors = list(layer.modules.values()) if uniform else [layer.error]
-        table.add_row(str(layer.layer), *(f"{error:.1e}" for error in errors), f"{layer.seconds:.1f}")
+        table.add_row(str(layer.layer), *(_short(error) for error in errors), f"{layer.seconds:.1f}")
     return table
+
+
+def _short(error: float) -> str:
+    """Two digits, in six characters, so that seven linears fit 80 columns: ``6.8e-4``."""
+    return f"{error:.1e}".replace("e-0", "e-")
 
 
 def _summary(report: QuantizeReport) -> Table:

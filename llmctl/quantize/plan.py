@@ -166,7 +166,8 @@ def notes(plan: Plan) -> list[str]:
     if plan.output.row.one_file:
         return [f"{_FEW_READERS} bits: {plan.output.format} and an engine store them as 4"]
     return [
-        f"{_FEW_READERS} bits: read by llmctl, GPTQModel and transformers with it; not by vLLM's kernels; an engine stores them as 4"
+        f"{_FEW_READERS} bits: read by llmctl, GPTQModel and transformers with it; not by vLLM's kernels; an engine "
+        "stores them as 4"
     ]
 
 

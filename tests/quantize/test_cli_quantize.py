@@ -47,8 +47,10 @@ def test_json_is_all_that_stdout_holds(common: list[str], tmp_path: Path) -> Non
 def test_tables_at_the_end(common: list[str]) -> None:
     result = CliRunner().invoke(app, [*common, "--method", "gptq", "--group-size", "32"])
     assert result.exit_code == 0, result.stderr
-    for words in ("down_proj", "size before", "size after", "bits per weight", "output error", "time"):
+    for words in (" gate ", " down ", "size before", "size after", "bits per weight", "output error", "time"):
         assert words in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
 
 
 def test_a_bad_group_size_is_one_line_and_exit_code_two(common: list[str], tmp_path: Path) -> None:
