@@ -98,8 +98,8 @@ def _short(error: float) -> str:
 
 def _summary(report: QuantizeReport) -> Table:
     table = Table(show_header=False)
-    table.add_column()
-    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     group = "row" if report.group_size == -1 else str(report.group_size)
     kind = "symmetric" if report.symmetric else "asymmetric"
     error = "not measured"
