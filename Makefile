@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev
 # With NVRTC=13.0.*: by another compiler than the one that is installed (that of CUDA PyTorch, for one).
 test-kernels: $(VENV)/.installed-dev
 	$(if $(NVRTC),$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade --target '$(VENV)/nvrtc' 'nvidia-cuda-nvrtc==$(NVRTC)')
-	$(if $(NVRTC),PYTHONPATH=$(VENV)/nvrtc )$(BIN)/python -m pytest -n $(WORKERS) -m $(if $(NVRTC),'',slow) tests/targets/cuda/test_compile.py tests/cli/test_build.py -k 'not test_build or cuda'
+	$(if $(NVRTC),PYTHONPATH=$(VENV)/nvrtc )$(BIN)/python -m pytest -n $(WORKERS) -m $(if $(NVRTC),'',slow) tests/targets/cuda/test_compile.py tests/targets/cuda/test_registry.py tests/cli/test_build.py -k 'not test_build or cuda'
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; planted faults must be reported.
 sanitize: $(VENV)/.installed-dev

@@ -38,6 +38,7 @@ def test_divergence_of_known_distributions() -> None:
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 @pytest.mark.xdist_group("cpu_kernels")
+@pytest.mark.slow
 def test_a_run_on_a_tiny_checkpoint(tmp_path: Path) -> None:
     """Quantized in 8 bits, the integer engine is near float32; a bound of nothing is not met, and exits with 1."""
     from llmctl.config import QuantizeConfig

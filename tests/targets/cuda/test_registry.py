@@ -218,6 +218,7 @@ def test_sampling_comes_after_the_graph_of_a_cuda_engine() -> None:
     assert "vocabulary" in chosen(huge)[1][0]
 
 
+@pytest.mark.slow  # compiles what it names: make test-kernels
 def test_chosen_entry_points_exist_in_the_compiled_module() -> None:
     choices = tuple(
         choice

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from emulator import Buffer, kernels, read, update, write
 from tolerance import DTYPES, assert_as_good_as_torch
 
-from llmctl.targets.cuda.attention import AttentionShape, Launch, max_splits
+from llmctl.targets.cuda.attention import HEAD_DIMS, AttentionShape, Launch, max_splits
 
 KV_DTYPES = {**DTYPES, "s8": torch.int8, "e4m3": torch.float8_e4m3fn}
+TAGS_AND_CACHES = [
+    ("f16", "f16"), ("f16", "s8"), ("f16", "e4m3"), ("bf16", "bf16"), ("bf16", "s8"), ("bf16", "e4m3"),
+]  # fmt: skip
+# Every head size with every kind of cache; with the other 16-bit dtype too it is slow.
+HEADS_AND_FORMATS = pytest.mark.parametrize(
+    ("head_dim", "tag", "kv"),
+    [
+        pytest.param(head_dim, tag, kv, marks=() if (tag == "f16") == (number % 2 == 0) else pytest.mark.slow)
+        for number, head_dim in enumerate(HEAD_DIMS)
+        for tag, kv in TAGS_AND_CACHES
+    ],
+)
 KEY_SCALE, VALUE_SCALE = 0.02, 0.01  # of fp8 caches
 
 

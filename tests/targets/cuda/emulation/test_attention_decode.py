@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_case import AttentionCase
+from attention_case import HEADS_AND_FORMATS, TAGS_AND_CACHES, AttentionCase
 from emulator import missing
 
 from llmctl.targets.cuda.attention import BLOCK_SIZES, HEAD_DIMS, AttentionShape, max_splits
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-FORMATS = pytest.mark.parametrize(
-    ("tag", "kv"),
-    [("f16", "f16"), ("f16", "s8"), ("f16", "e4m3"), ("bf16", "bf16"), ("bf16", "s8"), ("bf16", "e4m3")],
-)
+FORMATS = pytest.mark.parametrize(("tag", "kv"), TAGS_AND_CACHES)
 LENGTHS = [1, 15, 16, 17, 0, 31, 33, 300]
 
 
@@ -22,8 +19,7 @@ def _check(shape: AttentionShape, lens, split=256, **options) -> None:
     case.check(case.decode(split=split))
 
 
-@FORMATS
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@HEADS_AND_FORMATS
 def test_head_sizes_and_lengths_around_block_edges(tag, kv, head_dim):
     _check(AttentionShape(tag, kv, 4, 1, head_dim, 16), LENGTHS)
 
