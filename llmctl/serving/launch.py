@@ -45,7 +45,7 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 # One beyond them is tried again by its client's system after 1 s, 3 s, 7 s, be it a probe of /health.
 BACKLOG = 1 << 16
 # How long another thread (it tokenizes, or renders a template) may keep Python's lock from the event loop, in seconds:
-# answering takes it several times. Beside 64 long stop strings /health took 63 ms with Python's own 5 ms, 5 to 8 with this.
+# answering takes it several times. Beside 64 long stop strings /health took 63 ms with Python's own 5 ms, 8 with this.
 SWITCH_SECONDS = 0.0005
 # How long responses may take to leave after the last request is done.
 FLUSH_SECONDS = 5
