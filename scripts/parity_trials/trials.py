@@ -69,7 +69,7 @@ class Trials:
     say: Callable[[str], None]
     seconds: float = 900
     llmctl: tuple[str, ...] = (sys.executable, "-m", "llmctl.cli.main")
-    _made: dict[str, Path] = field(default_factory=dict)
+    _made: set[str] = field(default_factory=set)
 
     def of(self, tool: Tool) -> tuple[dict[str, str], list[Trial]]:
         """Versions of a tool's distributions, and all its trials."""
@@ -95,7 +95,7 @@ class Trials:
 
     def _ours(self, kind: str) -> Path:
         folder = self.setup.work / "ours" / kind
-        if folder not in self._made.values():
+        if kind not in self._made:
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(exist_ok=True)
             output = folder
@@ -104,7 +104,7 @@ class Trials:
                 output = folder / "model.gguf"
             command = [*self.llmctl, *OURS[kind], "--model", str(self.dense), "--output", str(output)]
             self._heard("llmctl", command)
-            self._made[kind] = folder
+            self._made.add(kind)
         return folder
 
     def _theirs(self, tool: Tool, kind: str) -> Path:
@@ -170,7 +170,7 @@ def _pairs(tool: Tool) -> list[tuple[Maker, str]]:
     return [*(("llmctl", kind) for kind in tool.loads), *(("tool", kind) for kind in tool.makes)]
 
 
-def write_dense(model: str, folder: Path, layers: int = 2) -> Path:
+def write_dense(model: str, folder: Path) -> Path:
     """A Llama of random float16 weights with ``model``'s tokenizer: widths that groups of 128 divide."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -179,7 +179,7 @@ def write_dense(model: str, folder: Path, layers: int = 2) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=int(source.config["vocab_size"]), hidden_size=256, intermediate_size=512, num_hidden_layers=layers,
+        vocab_size=int(source.config["vocab_size"]), hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
         **{key: source.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )  # fmt: skip
