@@ -49,8 +49,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
+    from llmctl.quantize.divergence import measure_divergence
     from llmctl.quantize.driver import quantize_checkpoint
-    from llmctl.quantize.evaluate import Protocol, measure_kl, measure_perplexity
+    from llmctl.quantize.evaluate import Protocol, measure_perplexity
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -83,7 +84,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         row["calibration"] = report.calibration
         if args.kl_tokens:
             kl_protocol = Protocol(args.context, args.context, args.kl_tokens)
-            row["kl_divergence"] = measure_kl(original, quantized, text, kl_protocol)
+            row["kl_divergence"] = measure_divergence(original, quantized, text, kl_protocol).kl
         rows.append(row)
         _say(row)
     return {

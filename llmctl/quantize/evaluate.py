@@ -1,4 +1,4 @@
-"""Perplexity through the engine, and the KL divergence of a quantized model from the original.
+"""Perplexity through the engine; ``divergence.py`` compares two models on the same text.
 
 Perplexities can only be compared under one protocol, so every result states it: the text's token count and hash, the
 tokenizer's hash, the context, the stride, and how many tokens were scored.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.generate import score_all
@@ -27,6 +28,8 @@ from llmctl.text.tokenizer import Tokenizer
 _BATCH = 8  # windows scored at once
 
 OnProgress = Callable[[int, int], None]
+Window = tuple[list[int], int]
+"""Token ids, and how many of the last are scored."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Protocol:
     stride: int = 512
     max_tokens: int | None = None
 
-    def windows(self, tokens: Sequence[int]) -> list[tuple[list[int], int]]:
+    def windows(self, tokens: Sequence[int]) -> list[Window]:
         """(window, how many of its last tokens are scored), in text order; a last window of one token is dropped.
 
         Raises:
@@ -55,7 +58,7 @@ class Protocol:
         text = list(tokens[: self.max_tokens])
         if len(text) < 2:
             raise UsageError(f"perplexity needs at least 2 tokens of text, found {len(text)}")
-        found: list[tuple[list[int], int]] = []
+        found: list[Window] = []
         scored = 1  # tokens up to here are scored, or have no context
         for start in range(0, len(text), self.stride):
             end = min(start + self.context, len(text))
@@ -137,27 +140,18 @@ def perplexity_of(
     return math.exp(-total / count)
 
 
-def measure_kl(original: Checkpoint, quantized: Checkpoint, text: str, protocol: Protocol) -> float:
-    """Mean KL divergence ``KL(original || quantized)`` of the next-token distributions, nats a token.
-
-    Args:
-        protocol: windows as for perplexity; the distributions after each scored position's context are compared.
+def checkpoint_logits(checkpoint: Checkpoint, windows: Sequence[Window]) -> Iterator[Tensor]:
+    """The logits that predict each window's scored tokens, f32 ``[scored, vocab]``, on the reference runtime.
 
     Raises:
-        UsageError: too little text, or models with different tokenizers.
+        UsageError: a window longer than the model's context.
     """
-    if tokenizer_digest(original) != tokenizer_digest(quantized):
-        raise UsageError(f"{quantized.path}: has another tokenizer than {original.path}; distributions do not compare")
-    tokenizer = Tokenizer.from_files(original.aux_files(), where=str(original.path))
-    windows = protocol.windows(tokenizer.encode(text, add_special_tokens=False))
-    first, second = (_runtime(c, protocol.context, sequences=1) for c in (original, quantized))
-    total, count = 0.0, 0
-    for window, fresh in windows:
-        plan = _window_plan(window, first.limits.block_size)
-        p, q = (r.logits(plan, all_rows=True)[-fresh - 1 : -1].log_softmax(dim=-1) for r in (first, second))
-        total += float(torch.sum(p.exp() * (p - q), dtype=torch.float64))
-        count += fresh
-    return total / count
+    runtime = _runtime(checkpoint, max((len(window) for window, _ in windows), default=1), sequences=1)
+    try:
+        for window, fresh in windows:
+            yield runtime.logits(_window_plan(window, runtime.limits.block_size), all_rows=True)[-fresh - 1 : -1]
+    finally:
+        runtime.close()
 
 
 def tokenizer_digest(checkpoint: Checkpoint) -> str:
