@@ -39,6 +39,7 @@ class QuantizeConfig:
     act_order: bool = True
     static_groups: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
+    override: tuple[str, ...] = ()
     backend: str = "native"
     resume: bool = False
     threads: int | None = None

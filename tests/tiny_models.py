@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,17 +57,35 @@ QUANTS: dict[str, QuantScheme | None] = {
 }
 
 
-def tiny_graph(config: dict[str, Any], quant: QuantScheme | None, passes: tuple[str, ...] | None = None) -> Graph:
-    """A graph after its passes; all linears of the layers are quantized alike."""
+Quant = QuantScheme | None | Mapping[str, QuantScheme | None]
+"""Of the layers' linears: one scheme, or each one's by its name, ``""`` for the others."""
+MIXED: Mapping[str, QuantScheme | None] = {
+    "": QuantScheme(4, 64, symmetric=True),
+    "layers.0.v_proj": QuantScheme(8, 64, symmetric=True),
+    "layers.0.o_proj": None,
+    "layers.0.down_proj": QuantScheme(8, 32, symmetric=True),
+    "layers.1.q_proj": QuantScheme(3, 64, symmetric=True),
+    "layers.1.k_proj": QuantScheme(3, 64, symmetric=True),
+    "layers.1.v_proj": QuantScheme(3, 64, symmetric=True),
+    "layers.1.up_proj": None,
+}
+
+
+def tiny_graph(config: dict[str, Any], quant: Quant, passes: tuple[str, ...] | None = None) -> Graph:
+    """A graph after its passes."""
     graph = build_graph(config)
-    linears = {op.weights[0] for op in graph.linears()} - {"lm_head.weight", "embed.weight"}
-    weights = {n: replace(w, quant=quant if n in linears else None) for n, w in graph.weights.items()}
+    names = {op.weights[0]: op.name for op in graph.linears() if op.name != "lm_head"}
+    weights = {n: replace(w, quant=_own(quant, names[n]) if n in names else None) for n, w in graph.weights.items()}
     return apply_passes(replace(graph, weights=weights), passes)
+
+
+def _own(quant: Quant, name: str) -> QuantScheme | None:
+    return quant.get(name, quant[""]) if isinstance(quant, Mapping) else quant
 
 
 def tiny_model(
     config: dict[str, Any],
-    quant: QuantScheme | None,
+    quant: Quant,
     passes: tuple[str, ...] | None = None,
     change: Callable[[Graph], Graph] = lambda graph: graph,
 ) -> tuple[Graph, Weights]:

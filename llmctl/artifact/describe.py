@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.plan import plan_build, quantization_record
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.strict import to_data
+from llmctl.checkpoint.output_format import describe_scheme
 from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UnsupportedModelError, UsageError
-from llmctl.graph.graph import Graph
+from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.targets.base import BuildOptions, KernelChoice
 from llmctl.targets.planes import flat
 
@@ -92,7 +94,7 @@ def _common(
     kernel = {choice.op: choice.kernel for choice in choices}
     return {
         "options": to_data(options),
-        "quantization": quantization_document(quantization),
+        "quantization": {**quantization_document(quantization), "schemes": _schemes(graph)},
         "graph": {
             "family": graph.family,
             "num_layers": graph.num_layers,
@@ -117,6 +119,16 @@ def _common(
             for op in graph.ops
         ],
     }
+
+
+def _schemes(graph: Graph) -> dict[str, int]:
+    """What quantized weights are stored as -> how many of the graph's, which passes may have merged, are."""
+    schemes = [weight.quant for weight in graph.weights.values() if weight.quant is not None]
+    return dict(Counter(describe_scheme(scheme) + _widened(scheme) for scheme in schemes))
+
+
+def _widened(scheme: QuantScheme) -> str:
+    return ", stored as 4 bits" if scheme.bits < 4 else ""  # as targets.plain lays codes out, and every target
 
 
 def _kernel_rows(graph: Graph, choices: tuple[KernelChoice, ...]) -> list[dict[str, Any]]:

@@ -15,10 +15,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from llmctl.config import SECRET_OPTIONS, load_yaml_options
 from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
+from llmctl.quantize.overrides import override_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NOT_OPTIONS = frozenset({"config", "help"})
+_FROM_MAPPING: Mapping[str, Callable[[Mapping[Any, Any]], str]] = {"override": override_text}
 # Typer carries its own copy of click, or depends on it: this is the base of every command-line error in either.
 _CommandLineError: Any = typer.BadParameter.__bases__[0]
 
@@ -113,6 +115,9 @@ def _default(path: Path, parameter: Any, key: str, found: Any) -> Any:
     repeatable, switch = getattr(parameter, "multiple", False), getattr(parameter, "is_flag", False)
     wanted = "true or false" if switch else "one value or a list" if repeatable else "one value"
     items = found if repeatable and isinstance(found, list) else [found]
+    as_text = _FROM_MAPPING.get(key)
+    if as_text is not None:
+        items = [as_text(item) if isinstance(item, Mapping) else item for item in items]
     for item in items:
         scalar = not isinstance(item, list | dict)
         if item is not None and (not scalar or isinstance(item, bool) != switch):

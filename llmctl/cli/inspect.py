@@ -74,6 +74,8 @@ def _print_summary(console: Console, document: Mapping[str, Any]) -> None:
         table.add_row(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     quantization = document["quantization"]
     table.add_row("quantization", _quantization_line(quantization))
+    if len(quantization["schemes"]) > 1:
+        table.add_row("schemes", "; ".join(f"{n} weights of {scheme}" for scheme, n in quantization["schemes"].items()))
     console.print(table, highlight=False)
 
 

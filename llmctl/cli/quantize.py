@@ -35,6 +35,16 @@ Ignore = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Override = Annotated[
+    list[str],
+    typer.Option(
+        "--override",
+        metavar="NAME:SETTINGS",
+        help="Other settings for some linears, named as for --ignore: '*.down_proj:bits=8', "
+        "'layers.0:bits=8,group-size=32', bits=16 to leave them. Repeatable; the last that matches wins.",
+        rich_help_panel=_METHOD,
+    ),
+]
 Method = Annotated[str, typer.Option("--method", help="rtn, awq or gptq.", rich_help_panel=_METHOD)]
 Bits = Annotated[int, typer.Option("--bits", help="3 (fewer readers), 4 or 8.", rich_help_panel=_METHOD)]
 GroupSize = Annotated[
@@ -119,6 +129,7 @@ def quantize(
     act_order: ActOrder = _D.act_order,
     static_groups: StaticGroups = _D.static_groups,
     ignore: Ignore = list(_D.ignore),  # noqa: B006
+    override: Override = list(_D.override),  # noqa: B006
     backend: Backend = _D.backend,
     resume: Resume = _D.resume,
     threads: Threads = _D.threads,
@@ -150,6 +161,7 @@ def quantize(
         act_order=act_order,
         static_groups=static_groups,
         ignore=tuple(name for name in ignore if name),
+        override=tuple(override),
         backend=backend,
         resume=resume,
         threads=threads,

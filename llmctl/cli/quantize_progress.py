@@ -96,6 +96,11 @@ def _short(error: float) -> str:
     return f"{error:.1e}".replace("e-0", "e-")
 
 
+def _schemes(report: QuantizeReport) -> str:
+    """How many linears have which scheme."""
+    return "; ".join(f"{count} linears of {scheme}" for scheme, count in sorted(report.schemes.items()))
+
+
 def _summary(report: QuantizeReport) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -108,6 +113,7 @@ def _summary(report: QuantizeReport) -> Table:
     for key, value in (
         ("output", f"{report.output} ({report.format} format)"),
         ("method", f"{report.method}, {report.bits} bits, group {group}, {kind}"),
+        *([("schemes", _schemes(report))] if len(report.schemes) > 1 else []),
         ("calibration", report.calibration),
         ("linears", f"{report.quantized_modules} quantized, at 16 bits: {', '.join(report.dense_modules) or 'none'}"),
         ("size before", f"{report.size_before / _MIB:.1f} MiB stored, {report.size_16bit / _MIB:.1f} MiB at 16 bits"),

@@ -108,7 +108,7 @@ class _Job:
 
     def run(self, output: Path) -> list[LayerReport]:
         options = {**self.plan.options(self.checkpoint), "threads": torch.get_num_threads()}
-        work = open_work_folder(output, self.plan.scheme, options)
+        work = open_work_folder(output, options)
         try:
             reports = self._quantize(work, self._calibration_pass(work))
             self._write(output, work)

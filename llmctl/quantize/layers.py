@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.errors import LlmctlError
-from llmctl.graph.graph import Graph, Op
+from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.forward import CalibrationPass, Stage
@@ -26,7 +27,7 @@ from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
 
-Algorithm = Callable[[Tensor, Tensor], QuantizedWeight]
+Algorithm = Callable[[Tensor, Tensor, QuantScheme], QuantizedWeight]
 
 
 def quantize_layer(
@@ -59,7 +60,7 @@ def quantize_layer_without_data(graph: Graph, plan: Plan, weights: CalibrationPa
     for op in graph.layer_ops(layer):
         if op.kind == "linear" and op.weights[0] in chosen:
             weight = weights.weights[op.weights[0]]
-            quantized[op.weights[0]] = quantize_rtn(weight, plan.scheme)
+            quantized[op.weights[0]] = quantize_rtn(weight, plan.schemes[op.weights[0]])
             errors[op.name] = relative_error(weight, quantized[op.weights[0]].dequantize(), None)
     report = {"layer": layer, "modules": errors, "seconds": round(time.monotonic() - started, 3)}
     return LayerResult(quantized, {}, report)
@@ -107,9 +108,9 @@ class _LayerRun:
     def quantize(self, hidden: Env) -> Env:
         if self.plan.config.method == "awq":
             self._scale(hidden)
-            algorithm: Algorithm = lambda w, gram: quantize_awq(w, gram, self.plan.scheme)  # noqa: E731
+            algorithm: Algorithm = quantize_awq
         else:
-            algorithm = lambda w, gram: quantize_gptq(w, gram, self.plan.scheme, self.plan.gptq)  # noqa: E731
+            algorithm = partial(quantize_gptq, options=self.plan.gptq)
         return self.calibration.run(
             self.layer,
             hidden,
@@ -130,8 +131,9 @@ class _LayerRun:
             if point is not None:
                 stats = InputStats.of(x)
                 _check_inputs(self.layer, stage, stats)
-                weight = self._stacked(stage.linears)
-                found[stage.buffer] = search_scales(weight, stats, self.plan.scheme, point.column_index())
+                # Linears of the fewest bits have the error: one set of scales serves all that read a buffer.
+                scheme, linears = min(self._by_scheme(stage), key=lambda group: group[0].bits)
+                found[stage.buffer] = search_scales(self._stacked(linears), stats, scheme, point.column_index())
 
         self.calibration.run(self.layer, hidden, self.stages, search, outputs=False)
         weights = self.calibration.weights
@@ -149,17 +151,26 @@ class _LayerRun:
 
     def _quantize_stage(self, stage: Stage, stats: InputStats, algorithm: Algorithm) -> None:
         _check_inputs(self.layer, stage, stats)
-        weight = self._stacked(stage.linears)
-        whole = algorithm(weight, stats.gram)
-        dense = whole.dequantize()
-        start = 0
+        self.errors |= {op.name: math.nan for op in stage.linears}  # in their order, whatever the schemes' is
+        for scheme, linears in self._by_scheme(stage):
+            weight = self._stacked(linears)
+            whole = algorithm(weight, stats.gram, scheme)
+            dense = whole.dequantize()
+            start = 0
+            for op in linears:
+                name = op.weights[0]
+                stop = start + self.graph.weights[name].shape[0]
+                self.quantized[name] = whole.take_rows(slice(start, stop))
+                self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
+                self.calibration.weights[name] = dense[start:stop]
+                start = stop
+
+    def _by_scheme(self, stage: Stage) -> list[tuple[QuantScheme, list[Op]]]:
+        """A stage's linears, those of one scheme together."""
+        found: dict[QuantScheme, list[Op]] = {}
         for op in stage.linears:
-            name = op.weights[0]
-            stop = start + self.graph.weights[name].shape[0]
-            self.quantized[name] = whole.take_rows(slice(start, stop))
-            self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
-            self.calibration.weights[name] = dense[start:stop]
-            start = stop
+            found.setdefault(self.plan.schemes[op.weights[0]], []).append(op)
+        return list(found.items())
 
     def _stacked(self, linears: Sequence[Op]) -> Tensor:
         return torch.cat([self.calibration.weights[op.weights[0]] for op in linears])

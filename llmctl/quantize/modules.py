@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -20,6 +20,7 @@ class Module:
         weights: the graph weights it supplies, in row order (several for a fused tensor such as GPT-2's ``c_attn``).
         rows: output rows of each.
         in_features: input width.
+        aliases: what patterns may call it: its name and its ops'.
     """
 
     name: str
@@ -27,6 +28,11 @@ class Module:
     weights: tuple[str, ...]
     rows: tuple[int, ...]
     in_features: int
+    aliases: tuple[str, ...]
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern of ``select_modules`` means it."""
+        return any(_matches(pattern, alias) for alias in self.aliases)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,7 +98,7 @@ def _is_embedding(graph: Graph, module: str) -> bool:
     return any(part.tensor == f"{module}.weight" for table in tables for part in graph.weights[table].parts)
 
 
-def _module(graph: Graph, name: str, ops: Iterable[Op]) -> Module:
+def _module(graph: Graph, name: str, ops: Sequence[Op]) -> Module:
     weights = sorted((graph.weights[op.weights[0]] for op in ops), key=lambda w: w.parts[0].rows or (0, 0))
     end = 0
     for weight in weights:
@@ -102,4 +108,5 @@ def _module(graph: Graph, name: str, ops: Iterable[Op]) -> Module:
         end = stop
     layer = next(op.layer for op in ops)
     rows = tuple(w.shape[0] for w in weights)
-    return Module(name, layer, tuple(w.name for w in weights), rows, weights[0].shape[1])
+    aliases = tuple(dict.fromkeys((name, *(op.name for op in ops))))
+    return Module(name, layer, tuple(w.name for w in weights), rows, weights[0].shape[1], aliases)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from llmctl.errors import UsageError
 from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.quantize.calibration import check_lengths, file_of, source_digest
 from llmctl.quantize.gptq import GptqOptions
-from llmctl.quantize.grid import check_scheme
-from llmctl.quantize.modules import Module, Selection, select_modules
+from llmctl.quantize.grid import BITS, check_scheme
+from llmctl.quantize.modules import Selection, select_modules
+from llmctl.quantize.overrides import DENSE_BITS, Override, apply_overrides, parse_override
 from llmctl.targets.machine import check_threads
 
 METHODS = ("rtn", "awq", "gptq")
@@ -33,7 +35,8 @@ class Plan:
 
     Attributes:
         config: the options as given.
-        scheme: bits, group size, symmetry; ``act_order`` when columns will need a ``g_idx``.
+        scheme: bits, group size, symmetry as given; ``act_order`` when columns will need a ``g_idx``.
+        schemes: graph weight -> its own scheme, for all that are quantized.
         gptq: GPTQ's knobs.
         selection: modules to quantize, modules left dense.
         output: how the checkpoint is written; dense_dtype: its dense tensors' dtype, float16 or bfloat16.
@@ -41,6 +44,7 @@ class Plan:
 
     config: QuantizeConfig
     scheme: QuantScheme
+    schemes: Mapping[str, QuantScheme]
     gptq: GptqOptions
     selection: Selection
     output: OutputFormat
@@ -63,6 +67,7 @@ class Plan:
             "symmetric": self.scheme.symmetric,
             "format": self.output.format,
             "ignore": sorted(c.ignore),
+            "override": list(c.override),
         }
         if self.calibrated:
             common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
@@ -83,6 +88,8 @@ def check_options(config: QuantizeConfig) -> None:
     if config.format not in FORMATS:
         raise UsageError(f"--format {config.format}: expected one of {', '.join(FORMATS)}", param="format")
     check_scheme(QuantScheme(config.bits, config.group_size, config.is_symmetric), {})
+    for text in config.override:
+        _check_override(parse_override(text))
     if not 0 < config.damp_percent < 1:
         raise UsageError(
             f"--damp-percent {config.damp_percent}: expected a share between 0 and 1", param="damp_percent"
@@ -103,48 +110,57 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
         UsageError: the checkpoint is quantized already.
     """
     check_not_quantized(checkpoint)
-    selection = select_modules(graph, config.ignore)
     scheme = QuantScheme(config.bits, config.group_size, config.is_symmetric, _needs_g_idx(config))
-    check_scheme(scheme, {m.name: m.in_features for m in selection.modules})
-    chosen = choose_format(config)
+    overrides = [parse_override(text) for text in config.override]
+    selection, schemes = apply_overrides(overrides, select_modules(graph, config.ignore), scheme)
+    _check_schemes(scheme, schemes, selection)
+    chosen = choose_format(config, set(schemes.values()))
     if config.method != "rtn":
         check_lengths(config.calib_samples, config.calib_length, graph.max_position)
     dtype = checkpoint.dtype if checkpoint.dtype == "bfloat16" else "float16"
+    by_module = {module.name: schemes[module.weights[0]] for module in selection.modules}
+    usual = scheme if scheme in by_module.values() else Counter(by_module.values()).most_common(1)[0][0]
     output = OutputFormat(
         format=chosen,
         dtype=dtype,
-        scheme=scheme,
+        scheme=usual,
+        others={name: own for name, own in by_module.items() if own != usual},
         ignored=tuple(sorted({*selection.ignored, *_tied_head(selection)})),
         damp_percent=config.damp_percent,
         static_groups=config.method == "gptq" and config.static_groups,
         true_sequential=config.method == "gptq",
     )
-    _check_packable(selection.modules, output)
+    _check_packable(selection, output)
     check_new(Path(config.output), output)
     check_writable(checkpoint, output)
     options = GptqOptions(config.damp_percent, config.act_order, config.static_groups)
-    return Plan(config, scheme, options, selection, output, dtype)
+    return Plan(config, scheme, schemes, options, selection, output, dtype)
 
 
-def choose_format(config: QuantizeConfig) -> str:
+def choose_format(config: QuantizeConfig, schemes: Collection[QuantScheme]) -> str:
     """A name in ``output_format.FORMATS``: AutoAWQ's layout for AWQ at 4 bits, GPTQ's for everything else, unless the
     user says. Asymmetric weights in GPTQ's layout are version 2.
+
+    Args:
+        schemes: all that linears are quantized to.
 
     Raises:
         UsageError: a format that cannot hold what the options make.
     """
     wanted = config.format
+    alike = {scheme.bits for scheme in schemes} == {awq.BITS} and len(schemes) == 1
     if wanted == "auto":
-        wanted = "awq" if config.method == "awq" and config.bits == awq.BITS else "gptq"
+        wanted = "awq" if config.method == "awq" and alike else "gptq"
     if wanted == "gptq":
         return gptq_format(config.is_symmetric)
-    if wanted == "awq" and config.bits != awq.BITS:
+    if wanted == "awq" and not alike:
+        found = "linears that differ" if len(schemes) > 1 else f"{next(iter(schemes)).bits} bits"
         raise UsageError(
-            f"--format awq: AutoAWQ's layout has 4 bits only, found --bits {config.bits}",
+            f"--format awq: AutoAWQ's layout has 4 bits and one group size for all linears, found {found}",
             fix="--format gptq, which holds what any --method makes",
             param="format",
         )
-    if not wanted.startswith("gptq") and _needs_g_idx(config):
+    if not wanted.startswith("gptq") and any(scheme.act_order for scheme in schemes):
         raise UsageError(
             f"--format {wanted}: the layout cannot hold act-order groups",
             fix="add --static-groups or --no-act-order, or use --format gptq",
@@ -161,7 +177,7 @@ def choose_format(config: QuantizeConfig) -> str:
 
 def notes(plan: Plan) -> list[str]:
     """What to know about a plan before any time is spent on it."""
-    if plan.scheme.bits != _FEW_READERS:
+    if all(scheme.bits != _FEW_READERS for scheme in plan.schemes.values()):
         return []
     if plan.output.row.one_file:
         return [f"{_FEW_READERS} bits: {plan.output.format} and an engine store them as 4"]
@@ -195,7 +211,33 @@ def _needs_g_idx(config: QuantizeConfig) -> bool:
     return config.method == "gptq" and config.act_order and not config.static_groups and config.group_size != -1
 
 
-def _check_packable(modules: Sequence[Module], output: OutputFormat) -> None:
+def _check_override(override: Override) -> None:
+    if override.bits not in (None, *BITS, DENSE_BITS):
+        raise UsageError(
+            f"--override {override.text}: bits: expected {', '.join(map(str, BITS))}, or {DENSE_BITS} to leave linears "
+            "as they are",
+            param="override",
+        )
+
+
+def _check_schemes(given: QuantScheme, schemes: Mapping[str, QuantScheme], selection: Selection) -> None:
+    """Refuse a scheme that its linears cannot have; the one given without overrides is refused by its own options."""
+    widths: dict[QuantScheme, dict[str, int]] = {}
+    for module in selection.modules:
+        widths.setdefault(schemes[module.weights[0]], {})[module.name] = module.in_features
+    for scheme, of_modules in widths.items():
+        try:
+            check_scheme(scheme, of_modules)
+        except UsageError as error:
+            if scheme == given:
+                raise
+            raise UsageError(
+                f"--override: {error.message.removeprefix('--')}", fix=error.fix, param="override"
+            ) from error
+
+
+def _check_packable(selection: Selection, output: OutputFormat) -> None:
+    modules = selection.modules
     refused: dict[str, ValueError] = {}
     for module in modules:
         try:

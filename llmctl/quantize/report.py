@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.output_format import describe_scheme
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.graph.graph import Graph
 from llmctl.quantize.plan import Plan
@@ -51,6 +53,8 @@ class QuantizeReport:
         size_after: weights as stored in the output, bytes.
         bits_per_weight: of the quantized linears, scales, zero points and group tables included.
         bits_per_weight_model: of the whole output.
+        module_bits: of each quantized linear, counted as bits_per_weight.
+        schemes: scheme in words -> number of linears.
         error_of: what the layers' errors are of: ``output`` or ``weight``.
         seconds: wall time of this run.
     """
@@ -70,6 +74,8 @@ class QuantizeReport:
     size_after: int
     bits_per_weight: float
     bits_per_weight_model: float
+    module_bits: Mapping[str, float]
+    schemes: Mapping[str, int]
     error_of: str
     layers: tuple[LayerReport, ...]
     seconds: float
@@ -93,6 +99,8 @@ def make_report(
     files = [output] if output.is_file() else output.glob("*.safetensors")
     size_after = sum(path.stat().st_size for path in files)
     weights = sum(prod(weight.shape) for weight in graph.weights.values())
+    written = open_checkpoint(output)
+    stored = {m.name: written.describe(f"{m.name}.weight").nbytes for m in plan.selection.modules}
     return QuantizeReport(
         model=plan.config.model,
         output=plan.config.output,
@@ -107,15 +115,11 @@ def make_report(
         size_before=checkpoint.nbytes,
         size_16bit=2 * weights,
         size_after=size_after,
-        bits_per_weight=_bits_per_weight(plan, open_checkpoint(output)),
+        bits_per_weight=8 * sum(stored.values()) / sum(prod(module.shape) for module in plan.selection.modules),
         bits_per_weight_model=8 * size_after / weights,
+        module_bits={m.name: 8 * stored[m.name] / prod(m.shape) for m in plan.selection.modules},
+        schemes=dict(Counter(describe_scheme(plan.output.scheme_of(m.name)) for m in plan.selection.modules)),
         error_of="output" if plan.calibrated else "weight",
         layers=tuple(layers),
         seconds=round(seconds, 3),
     )
-
-
-def _bits_per_weight(plan: Plan, written: Checkpoint) -> float:
-    modules = plan.selection.modules
-    stored = sum(written.describe(f"{module.name}.weight").nbytes for module in modules)
-    return 8 * stored / sum(prod(module.shape) for module in modules)

@@ -23,6 +23,7 @@ from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor, tensor
 from llmctl.checkpoint.writer import check_new
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.graph.graph import QuantScheme
+from llmctl.graph.serial import scheme_from_dict, scheme_to_dict
 
 _PLANES = ("codes", "scales", "zeros", "g_idx")
 
@@ -45,9 +46,8 @@ class LayerResult:
 class WorkFolder:
     """A run's work folder. Made by ``open_work_folder``; ``resumed`` says whether it held an earlier run's options."""
 
-    def __init__(self, path: Path, scheme: QuantScheme, resumed: bool) -> None:
+    def __init__(self, path: Path, resumed: bool) -> None:
         self.path = path
-        self.scheme = scheme
         self.resumed = resumed
 
     # calibration
@@ -84,7 +84,8 @@ class WorkFolder:
         }
         planes |= {f"{name}.dense": tensor_spec(value) for name, value in result.dense.items()}
         write_text(self._layer(index).with_suffix(".json"), json.dumps(result.report))
-        write_safetensors(self._layer(index), planes)
+        schemes = {name: scheme_to_dict(weight.scheme) for name, weight in result.quantized.items()}
+        write_safetensors(self._layer(index), planes, {"schemes": json.dumps(schemes)})
         self.save_hidden(index + 1, hidden)
         self._hidden(index).unlink(missing_ok=True)
 
@@ -106,16 +107,10 @@ class WorkFolder:
             CheckpointError: the file is damaged.
         """
         file = SafetensorsFile(self._layer(index))
-        names = {name.rpartition(".")[0] for name in file.tensors if name.endswith(".codes")}
+        schemes = json.loads(file.header.metadata["schemes"])
         dense = {name.rpartition(".")[0]: map_tensor(file, name) for name in file.tensors if name.endswith(".dense")}
-        quantized = {name: self._weight(file, name) for name in sorted(names)}
+        quantized = {name: _weight(file, name, scheme_from_dict(schemes[name])) for name in sorted(schemes)}
         return LayerResult(quantized, dense, json.loads(self._layer(index).with_suffix(".json").read_text()))
-
-    def _weight(self, file: SafetensorsFile, name: str) -> QuantizedWeight:
-        planes = {p: map_tensor(file, f"{name}.{p}") for p in _PLANES if f"{name}.{p}" in file.tensors}
-        s = self.scheme
-        scheme = QuantScheme(s.bits, s.group_size, s.symmetric, act_order="g_idx" in planes)
-        return QuantizedWeight(scheme=scheme, **planes)
 
     def remove(self) -> None:
         """Delete the folder: the output is in place."""
@@ -126,6 +121,11 @@ class WorkFolder:
 
     def _hidden(self, index: int) -> Path:
         return self.path / f"hidden-{index:05d}.safetensors"
+
+
+def _weight(file: SafetensorsFile, name: str, scheme: QuantScheme) -> QuantizedWeight:
+    planes = {p: map_tensor(file, f"{name}.{p}") for p in _PLANES if f"{name}.{p}" in file.tensors}
+    return QuantizedWeight(scheme=scheme, **planes)
 
 
 def partial_path(output: Path) -> Path:
@@ -148,7 +148,7 @@ def check_output(output: Path, resume: bool) -> None:
         )
 
 
-def open_work_folder(output: Path, scheme: QuantScheme, options: Mapping[str, Any]) -> WorkFolder:
+def open_work_folder(output: Path, options: Mapping[str, Any]) -> WorkFolder:
     """The work folder of ``output``: a new one, or an interrupted run's if its options are the same.
 
     Args:
@@ -163,7 +163,7 @@ def open_work_folder(output: Path, scheme: QuantScheme, options: Mapping[str, An
     if not (path / "options.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "options.json", json.dumps(wanted, indent=2))
-        return WorkFolder(path, scheme, resumed=False)
+        return WorkFolder(path, resumed=False)
     try:
         found = json.loads((path / "options.json").read_text())
     except ValueError as error:
@@ -176,7 +176,7 @@ def open_work_folder(output: Path, scheme: QuantScheme, options: Mapping[str, An
             fix=f"repeat its options, or remove {path} to start afresh",
             param="resume",
         )
-    return WorkFolder(path, scheme, resumed=True)
+    return WorkFolder(path, resumed=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -169,3 +169,31 @@ def test_autoawq_writes_what_the_reader_reads(tmp_path: Path) -> None:
     assert made.quantization is not None
     assert made.quantization.method == report.format == "awq"
     assert made.describe("model.layers.0.mlp.down_proj.weight").quant is not None
+
+
+def test_overrides_from_a_recipe_and_from_the_command_line(common: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('override:\n  - {match: "*.down_proj", bits: 8}\n  - "layers.0.mlp:group-size=16"\n')
+    rtn = [*common, "--method", "rtn", "--group-size", "32", "--config", str(recipe)]
+    result = CliRunner().invoke(app, [*rtn, "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["schemes"] == {
+        "4 bits, symmetric, groups of 32": 10,
+        "4 bits, symmetric, groups of 16": 2,
+        "8 bits, symmetric, groups of 16": 1,
+        "8 bits, symmetric, groups of 32": 1,
+    }
+    result = CliRunner().invoke(app, [*rtn[:4], str(tmp_path / "two"), *rtn[5:], "--override", "mlp:bits=3"])
+    assert result.exit_code == 0, result.stderr
+    assert "6 linears of 3 bits, symmetric, groups of 32" in " ".join(result.stdout.replace("│", " ").split())
+    assert "3 bits: read by llmctl" in result.stderr
+
+
+@pytest.mark.parametrize("said", ["{bits: 8}", "{match: mlp}", "{match: mlp, bitz: 8}", "[1]"])
+def test_an_override_that_says_nothing_is_one_line(said: str, common: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"override: [{said}]\n")
+    result = CliRunner().invoke(app, [*common, "--config", str(recipe)])
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "override" in line

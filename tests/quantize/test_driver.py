@@ -241,7 +241,7 @@ def test_resume_without_anything_to_resume_starts(config: QuantizeConfig) -> Non
         ({"bits": 5}, "--bits 5"),
         ({"method": "magic"}, "--method magic"),
         ({"format": "ggml"}, "--format ggml"),
-        ({"bits": 3, "format": "awq"}, "4 bits only"),
+        ({"bits": 3, "format": "awq"}, "found 3 bits"),
         ({"method": "gptq", "static_groups": False, "format": "awq"}, "act-order"),
         ({"method": "gptq", "static_groups": False, "format": "compressed-tensors"}, "act-order"),
         ({"bits": 3, "format": "compressed-tensors"}, "read at 4 and 8 bits"),

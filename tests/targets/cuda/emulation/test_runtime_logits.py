@@ -10,7 +10,7 @@ import torch
 from cuda_model import emulated_runtime
 from emulator import missing
 from runtime_script import SIZES, Oracle, check, play, poison_cache
-from tiny_models import FAMILIES, QUANTS, tiny_model
+from tiny_models import FAMILIES, MIXED, QUANTS, tiny_model
 
 from llmctl.graph.graph import Graph
 from llmctl.graph.lora import insert_lora
@@ -47,6 +47,16 @@ unit in the last place; that of the kernels is at most 2.4 times as large."""
 @pytest.mark.parametrize("case", COVERING, ids="-".join)
 def test_every_position(case: Case) -> None:
     run(*case)
+
+
+@pytest.mark.slow
+def test_every_position_of_linears_that_differ() -> None:
+    graph, weights = tiny_model(FAMILIES["llama"], MIXED, CUDA_PASSES)
+    assert {op.name for op in graph.linears()} >= {"layers.0.v_proj", "layers.1.qkv_proj", "layers.1.gate_proj"}
+    runtime = emulated_runtime(graph, weights, "float16", **SIZES)
+    assert {runtime.choices[op.name].kernel for op in graph.linears()} >= {"w4a16", "w8a16", "torch"}
+    poison_cache(runtime)
+    check(play(runtime), Oracle(graph, weights, "float16", "float16"), "float16")
 
 
 @pytest.mark.slow
