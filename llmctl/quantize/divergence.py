@@ -7,7 +7,7 @@ Standard errors are over windows, whose tokens depend on one another.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.errors import UsageError
-from llmctl.quantize.evaluate import Protocol, Window, checkpoint_logits, tokenizer_digest
-from llmctl.text.tokenizer import Tokenizer
+from llmctl.quantize.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
+from llmctl.quantize.evaluate import Protocol, check_finite, scored_windows, tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Divergence:
         kl: ``KL(original || other)`` of the next-token distributions; kl_error: its standard error.
         delta_nll: by how much the other model's negative log-likelihood is higher; delta_nll_error: its standard error.
         top1: share of positions where both find the same token most likely.
+        nll, original_nll: each model's own negative log-likelihood.
     """
 
     kl: float
@@ -36,6 +37,8 @@ class Divergence:
     delta_nll_error: float
     top1: float
     tokens: int
+    nll: float
+    original_nll: float
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON data."""
@@ -59,48 +62,58 @@ def spread_windows(tokens: Sequence[int], context: int, count: int) -> list[Wind
     return [(list(tokens[start : start + context]), context - 1) for start in starts]
 
 
-def window_log_probs(checkpoint: Checkpoint, windows: Sequence[Window]) -> Iterator[Tensor]:
-    """The distributions that predict each window's scored tokens: f32 ``[scored, vocab]``, natural logarithms.
+def divergence(
+    original: Iterable[Tensor],
+    other: Iterable[Tensor],
+    windows: Sequence[Window],
+    on_progress: OnProgress | None = None,
+) -> Divergence:
+    """Compare two models' distributions over the same windows (see ``distributions.py``).
+
+    Args:
+        on_progress: told how many tokens are compared.
 
     Raises:
-        UsageError: a window longer than the model's context.
+        ValueError: not a tensor for each piece of the windows.
+        UsageError: their vocabularies differ.
+        LlmctlError: a model computes something that is not finite.
     """
-    for logits in checkpoint_logits(checkpoint, windows):
-        yield logits.log_softmax(dim=-1)
-
-
-def divergence(original: Iterable[Tensor], other: Iterable[Tensor], windows: Sequence[Window]) -> Divergence:
-    """Compare the distributions of two models on the same windows, both as ``window_log_probs`` gives them.
-
-    Raises:
-        ValueError: not a tensor for each window.
-    """
-    found = [_compare(p, q, window[-fresh:]) for p, q, (window, fresh) in zip(original, other, windows, strict=True)]
-    sums = torch.tensor([values[:3] for values in found], dtype=torch.float64)
-    counts = torch.tensor([fresh for _, fresh in windows], dtype=torch.float64)
-    (kl, nll, top1), errors = sums.sum(dim=0) / counts.sum(), _standard_errors(sums, counts)
-    return Divergence(float(kl), errors[0], float(nll), errors[1], float(top1), int(counts.sum()))
+    counts = torch.tensor([scored for _, scored in windows], dtype=torch.float64)
+    total = int(counts.sum())
+    sums = torch.zeros(len(windows), 5, dtype=torch.float64)
+    done = 0
+    for (index, positions), p, q in zip(pieces(windows), original, other, strict=True):
+        if p.shape != q.shape:
+            raise UsageError(f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens: distributions do not compare")
+        sums[index] += _compare(p, q, targets_of(windows[index], positions))
+        done += len(positions)
+        if on_progress is not None:
+            on_progress(done, total)
+    kl, delta, top1, nll, original_nll = (sums.sum(dim=0) / total).tolist()
+    for who, value in (("the original", original_nll), ("the model", nll), ("the model", kl)):
+        check_finite(who, value)
+    errors = _standard_errors(sums[:, :2], counts)
+    return Divergence(kl, errors[0], delta, errors[1], top1, total, nll, original_nll)
 
 
 def measure_divergence(original: Checkpoint, other: Checkpoint, text: str, protocol: Protocol) -> Divergence:
-    """Compare two models on a text.
+    """Compare two models on a text, both in float32.
 
     Raises:
         UsageError: too little text, or models with different tokenizers.
     """
     if tokenizer_digest(original) != tokenizer_digest(other):
         raise UsageError(f"{other.path}: has another tokenizer than {original.path}; distributions do not compare")
-    tokenizer = Tokenizer.from_files(original.aux_files(), where=str(original.path))
-    windows = protocol.windows(tokenizer.encode(text, add_special_tokens=False))
-    return divergence(window_log_probs(original, windows), window_log_probs(other, windows), windows)
+    _, windows = scored_windows(original, text, protocol)
+    return divergence(CheckpointDistributions(original, windows), CheckpointDistributions(other, windows), windows)
 
 
-def _compare(p: Tensor, q: Tensor, targets: Sequence[int]) -> tuple[float, float, float]:
-    """Sums over a window: KL, difference of the targets' negative log-likelihoods, equal first choices."""
-    column = torch.tensor(targets).unsqueeze(1)
-    kl = float(torch.sum(p.exp() * (p - q), dtype=torch.float64))
-    nll = float(torch.sum(p.gather(1, column) - q.gather(1, column), dtype=torch.float64))
-    return kl, nll, float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+def _compare(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
+    """Sums over rows, f64 [5]: KL, difference of the negative log-likelihoods, equal first choices, both of these."""
+    own, before = (-x.gather(1, targets[:, None]).double() for x in (q, p))
+    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    same = (p.argmax(dim=-1) == q.argmax(dim=-1)).double()
+    return torch.stack([terms.sum(dtype=torch.float64), (own - before).sum(), same.sum(), own.sum(), before.sum()])
 
 
 def _standard_errors(sums: Tensor, counts: Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-"""Perplexity through the engine; ``divergence.py`` compares two models on the same text.
+"""Perplexity of a model on a text; ``divergence.py`` compares two models on the same text.
 
 Perplexities can only be compared under one protocol, so every result states it: the text's token count and hash, the
 tokenizer's hash, the context, the stride, and how many tokens were scored.
@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.generate import score_all
 from llmctl.engine.llm_engine import LLMEngine
-from llmctl.engine.scheduler_config import SchedulerConfig
-from llmctl.engine.step import SequenceSlice, StepPlan
-from llmctl.errors import UsageError
-from llmctl.targets.reference.runtime import ReferenceRuntime
-from llmctl.targets.reference.weights import checkpoint_runtime
+from llmctl.errors import LlmctlError, UsageError
+from llmctl.quantize.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
 from llmctl.text.tokenizer import Tokenizer
 
 _BATCH = 8  # windows scored at once
-
-OnProgress = Callable[[int, int], None]
-Window = tuple[list[int], int]
-"""Token ids, and how many of the last are scored."""
 
 
 @dataclass(frozen=True)
@@ -96,33 +91,93 @@ class Perplexity:
 def measure_perplexity(
     checkpoint: Checkpoint, text: str, protocol: Protocol, on_progress: OnProgress | None = None
 ) -> Perplexity:
-    """Perplexity of a model on a text, scored by the engine in f32 on the reference runtime.
+    """Perplexity of a checkpoint's model on a text, in f32.
+
+    Args:
+        on_progress: told how many layers are done.
 
     Raises:
         UsageError: too little text; a context longer than the model's.
     """
-    tokenizer = Tokenizer.from_files(checkpoint.aux_files(), where=str(checkpoint.path))
-    tokens = tokenizer.encode(text, add_special_tokens=False)[: protocol.max_tokens]
-    windows = protocol.windows(tokens)
-    engine = _engine(checkpoint, protocol.context)
-    try:
-        perplexity = perplexity_of(engine, windows, on_progress)
-    finally:
-        engine.close()
+    tokens, windows = scored_windows(checkpoint, text, protocol)
+    nll = score(CheckpointDistributions(checkpoint, windows, on_progress), windows)
     return Perplexity(
-        perplexity=perplexity,
-        scored_tokens=sum(fresh for _, fresh in windows),
+        perplexity=perplexity_from(nll),
+        scored_tokens=sum(scored for _, scored in windows),
         tokens=len(tokens),
         context=protocol.context,
         stride=protocol.stride,
-        text_sha256=hashlib.sha256(torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()).hexdigest(),
+        text_sha256=token_digest(tokens),
         tokenizer_sha256=tokenizer_digest(checkpoint),
     )
 
 
-def perplexity_of(
-    engine: LLMEngine, windows: Sequence[tuple[Sequence[int], int]], on_progress: OnProgress | None = None
-) -> float:
+def score(distributions: Iterable[Tensor], windows: Sequence[Window], on_progress: OnProgress | None = None) -> float:
+    """Mean negative log-likelihood of the windows' scored tokens, nats.
+
+    Args:
+        distributions: over the same windows (see ``distributions.py``).
+        on_progress: told how many tokens are scored.
+
+    Raises:
+        LlmctlError: the model computes something that is not finite.
+    """
+    total, count = sum(scored for _, scored in windows), 0
+    nll = 0.0
+    for (index, positions), log_probs in zip(pieces(windows), distributions, strict=True):
+        nll -= float(log_probs.gather(1, targets_of(windows[index], positions)[:, None]).sum(dtype=torch.float64))
+        count += len(positions)
+        if on_progress is not None:
+            on_progress(count, total)
+    check_finite("the model", nll)
+    return nll / total
+
+
+def check_finite(who: str, value: float) -> None:
+    """Refuse a mean of log-probabilities that is no number.
+
+    Raises:
+        LlmctlError: as said.
+    """
+    if not math.isfinite(value):
+        raise LlmctlError(f"{who} gives text log-probabilities that are not finite", fix="check its weights")
+
+
+def scored_windows(checkpoint: Checkpoint, text: str, protocol: Protocol) -> tuple[list[int], list[Window]]:
+    """The tokens of a text that a protocol uses, as a checkpoint's tokenizer makes them, and their windows.
+
+    Raises:
+        UsageError: as ``measure_perplexity``.
+    """
+    check_context(protocol, checkpoint)
+    tokenizer = Tokenizer.from_files(checkpoint.aux_files(), where=str(checkpoint.path))
+    tokens = tokenizer.encode(text, add_special_tokens=False)[: protocol.max_tokens]
+    return tokens, protocol.windows(tokens)
+
+
+def check_context(protocol: Protocol, checkpoint: Checkpoint) -> None:
+    """Refuse windows that the model was not made for.
+
+    Raises:
+        UsageError: as said.
+    """
+    config = checkpoint.config
+    longest = config.get("max_position_embeddings") or config.get("n_positions") or protocol.context
+    if protocol.context > int(longest):
+        raise UsageError(f"context {protocol.context}: the model's longest is {longest}", param="context")
+
+
+def token_digest(tokens: Sequence[int]) -> str:
+    """sha256 of token ids as i32."""
+    return hashlib.sha256(np.array(tokens, np.int32).tobytes()).hexdigest()
+
+
+def perplexity_from(nll: float) -> float:
+    """``exp(nll)``; infinite where that is beyond a float."""
+    return math.exp(nll) if nll < math.log(sys.float_info.max) else math.inf
+
+
+def perplexity_of(engine: LLMEngine, windows: Sequence[Window], on_progress: OnProgress | None = None) -> float:
     """Perplexity of whatever an engine runs, over the windows of a ``Protocol``.
 
     Raises:
@@ -140,38 +195,7 @@ def perplexity_of(
     return math.exp(-total / count)
 
 
-def checkpoint_logits(checkpoint: Checkpoint, windows: Sequence[Window]) -> Iterator[Tensor]:
-    """The logits that predict each window's scored tokens, f32 ``[scored, vocab]``, on the reference runtime.
-
-    Raises:
-        UsageError: a window longer than the model's context.
-    """
-    runtime = _runtime(checkpoint, max((len(window) for window, _ in windows), default=1), sequences=1)
-    try:
-        for window, fresh in windows:
-            yield runtime.logits(_window_plan(window, runtime.limits.block_size), all_rows=True)[-fresh - 1 : -1]
-    finally:
-        runtime.close()
-
-
 def tokenizer_digest(checkpoint: Checkpoint) -> str:
     """sha256 of a checkpoint's tokenizer.json."""
     content = checkpoint.aux_files()["tokenizer.json"]
     return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
-
-
-def _engine(checkpoint: Checkpoint, context: int) -> LLMEngine:
-    config = SchedulerConfig(max_num_seqs=_BATCH, max_num_batched_tokens=_BATCH * context, enable_prefix_caching=False)
-    return LLMEngine(_runtime(checkpoint, context, _BATCH), config)
-
-
-def _runtime(checkpoint: Checkpoint, context: int, sequences: int) -> ReferenceRuntime:
-    longest = int(checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or context)
-    if context > longest:
-        raise UsageError(f"context {context}: the model's longest is {longest}", param="context")
-    blocks = sequences * (-(-context // 16) + 1)
-    return checkpoint_runtime(checkpoint, num_blocks=blocks, max_model_len=context)
-
-
-def _window_plan(window: Sequence[int], block_size: int) -> StepPlan:
-    return StepPlan((SequenceSlice("window", window, 0, range(-(-len(window) // block_size)), sample=True),))

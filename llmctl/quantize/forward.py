@@ -5,7 +5,8 @@ Only one layer's weights, KV cache and activations are in memory, plus the activ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llmctl.checkpoint.assemble import WeightSource, assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.graph.graph import INPUT_IDS, POSITIONS, Graph, Op
+from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
 from llmctl.targets.batch import packed_batch
 from llmctl.targets.reference.context import Env, allocate_cache
 from llmctl.targets.reference.interpreter import Interpreter
@@ -74,17 +75,17 @@ class CalibrationPass:
         weights: the weights in use; assign to change what the next run computes.
     """
 
-    def __init__(self, graph: Graph, source: WeightSource, tokens: Tensor) -> None:
+    def __init__(self, graph: Graph, source: WeightSource, tokens: Tensor | Sequence[Sequence[int]]) -> None:
         """Prepare a pass.
 
         Args:
-            tokens: i32 ``[samples, length]``, independent sequences.
+            tokens: independent sequences; of one length as i32 ``[samples, length]``.
         """
         self.graph = graph
         self.weights = LayerWeights(graph, source)
         self._interpreter = Interpreter(graph, self.weights)
         self.weights.on_change = self._interpreter.release_weight
-        self._batch = packed_batch(tokens.tolist())
+        self._batch = packed_batch(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
         self._cache: dict[int, Tensor] = {}
         self._context = self._interpreter.context(self._batch, self._cache)
         self._context.rows = torch.arange(self._batch.num_tokens)  # the head is calibrated on the rows of all tokens
@@ -136,6 +137,14 @@ class CalibrationPass:
         program = self._interpreter.program(ops, leaving)
         env = program({**self._context.inputs(), **hidden}, self._context, before)
         return {name: env[name] for name in leaving if name in env and name not in _STEP_INPUTS} if outputs else {}
+
+    @torch.inference_mode()
+    def logits(self, hidden: Env) -> Tensor:
+        """f32 ``[R, vocab]`` of any R rows of the activations that leave the last layer."""
+        ops = self.graph.layer_ops(self.graph.num_layers)
+        context = copy.copy(self._context)
+        context.rows = torch.arange(len(next(iter(hidden.values()))))
+        return self._interpreter.program(ops, (LOGITS,))(dict(hidden), context)[LOGITS]
 
     def forget(self, layer: int) -> None:
         """Free a layer's weights and KV cache."""

@@ -16,6 +16,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.graph.graph import LOGITS
+from llmctl.quantize.distributions import Window
 from llmctl.quantize.evaluate import Protocol, perplexity_of
 from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
@@ -128,7 +129,7 @@ def _sizes(plan: BuildPlan, heads: Sequence[str]) -> dict[str, int]:
     return {head: total_bytes(found - common) for head, found in planes.items()}
 
 
-def _perplexity(engine: LoadedEngine, windows: list[tuple[list[int], int]]) -> float:
+def _perplexity(engine: LoadedEngine, windows: list[Window]) -> float:
     config = SchedulerConfig(
         engine.sizes.max_num_seqs, engine.sizes.max_num_batched_tokens, enable_prefix_caching=False
     )

@@ -8,7 +8,7 @@ from random_models import logits_of, write_model
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import QuantizeConfig
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.divergence import divergence, measure_divergence, spread_windows
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.evaluate import Protocol, measure_perplexity
@@ -87,3 +87,24 @@ def test_models_with_other_tokenizers_do_not_compare(model: Path, tmp_path: Path
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     with pytest.raises(UsageError, match="another tokenizer"):
         measure_divergence(open_checkpoint(model), open_checkpoint(other), TEXT, Protocol(24, 24))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_divergence(value: float) -> None:
+    windows = [([0, 1, 2], 2)]
+    sound, broken = torch.randn(2, 5).log_softmax(dim=-1), torch.full((2, 5), value)
+    with pytest.raises(LlmctlError, match="the original gives"):
+        divergence([broken], [sound], windows)
+    with pytest.raises(LlmctlError, match="the model gives"):
+        divergence([sound], [broken], windows)
+
+
+def test_a_token_that_neither_model_ever_gives_is_no_divergence() -> None:
+    p, q = (torch.tensor([[share, 1 - share, 0.0]]).log() for share in (0.5, 0.25))
+    found = divergence([p], [q], [([0, 1], 1)])
+    assert found.kl == pytest.approx(0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75))
+
+
+def test_vocabularies_that_differ_do_not_compare() -> None:
+    with pytest.raises(UsageError, match="vocabularies of 5 and 6"):
+        divergence([torch.zeros(1, 5)], [torch.zeros(1, 6)], [([0, 1], 1)])
