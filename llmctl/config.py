@@ -63,6 +63,27 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """``llmctl eval``: how well a model predicts a text, and how far it is from another one.
+
+    ``context`` None: 1024, or the model's longest. ``stride`` None: the context. ``windows``: so many spread over the
+    text in place of a stride. The limits are gates; None: none.
+    """
+
+    model: str = ""
+    against: str = ""
+    text: str = "builtin"
+    context: int | None = None
+    stride: int | None = None
+    windows: int | None = None
+    max_tokens: int | None = None
+    activations: str = "auto"
+    max_kl: float | None = None
+    max_delta_nll: float | None = None
+    min_agreement: str | None = None
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """``llmctl build``: checkpoint -> engine folder."""
 

@@ -13,6 +13,7 @@ from llmctl.cli import bench
 from llmctl.cli.build import build
 from llmctl.cli.common import OneLineErrors, WholeNames
 from llmctl.cli.convert import convert
+from llmctl.cli.eval import evaluate
 from llmctl.cli.inspect import inspect
 from llmctl.cli.quantize import quantize
 from llmctl.cli.serve import serve
@@ -56,6 +57,7 @@ app.command(
 )(serve)
 app.command("quantize", cls=WholeNames)(quantize)
 app.command("convert", cls=WholeNames)(convert)
+app.command("eval", cls=WholeNames)(evaluate)
 
 
 def _terminate(number: int, _: object) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from llmctl.checkpoint.assemble import GraphSource, checkpoint_graph
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
+from llmctl.errors import UsageError
+from llmctl.graph.passes import apply_passes
 from llmctl.quantize.forward import CalibrationPass
 
 Window = tuple[Sequence[int], int]
@@ -44,14 +46,25 @@ class CheckpointDistributions:
     """
 
     def __init__(
-        self, checkpoint: GraphSource, windows: Sequence[Window], on_progress: OnProgress | None = None
+        self,
+        checkpoint: GraphSource,
+        windows: Sequence[Window],
+        on_progress: OnProgress | None = None,
+        *,
+        passes: Sequence[str] = (),
     ) -> None:
-        """Run the layers; ``on_progress`` is told how many are done.
+        """Run the layers.
+
+        Args:
+            on_progress: told how many are done.
+            passes: of the graph, those that change what is computed (``int8_activations``).
 
         Raises:
             CheckpointError: as ``checkpoint_graph`` and ``assemble``.
+            UsageError: tokens that the model does not have.
         """
-        graph = checkpoint_graph(checkpoint)
+        graph = apply_passes(checkpoint_graph(checkpoint), passes)
+        _check_tokens(windows, graph.vocab_size)
         self._windows = windows
         self._pass = CalibrationPass(graph, checkpoint, [tokens for tokens, _ in windows])
         hidden = self._pass.enter()
@@ -75,7 +88,12 @@ class RuntimeDistributions:
     """Of whatever a runtime executes, in its own arithmetic: every token's log-probability is asked for."""
 
     def __init__(self, runtime: Runtime, windows: Sequence[Window]) -> None:
-        """Windows are at most the runtime's ``max_model_len`` long; its steps take ``ROWS`` tokens at least."""
+        """Windows are at most the runtime's ``max_model_len`` long; its steps take ``ROWS`` tokens at least.
+
+        Raises:
+            UsageError: tokens that the model does not have.
+        """
+        _check_tokens(windows, runtime.limits.vocab_size)
         self._runtime, self._windows = runtime, windows
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -111,6 +129,12 @@ class RuntimeDistributions:
 
 
 _NOTHING_SAMPLED = SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.uint64), np.zeros(0, np.int64))
+
+
+def _check_tokens(windows: Sequence[Window], vocab_size: int) -> None:
+    largest = max((max(tokens) for tokens, _ in windows), default=0)
+    if largest >= vocab_size:
+        raise UsageError(f"the tokenizer gives id {largest}, the model has {vocab_size}")
 
 
 def _scored_rows(windows: Sequence[Window]) -> Tensor:

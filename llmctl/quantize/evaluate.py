@@ -161,10 +161,15 @@ def check_context(protocol: Protocol, checkpoint: Checkpoint) -> None:
     Raises:
         UsageError: as said.
     """
-    config = checkpoint.config
-    longest = config.get("max_position_embeddings") or config.get("n_positions") or protocol.context
-    if protocol.context > int(longest):
+    longest = longest_context(checkpoint)
+    if longest is not None and protocol.context > longest:
         raise UsageError(f"context {protocol.context}: the model's longest is {longest}", param="context")
+
+
+def longest_context(checkpoint: Checkpoint) -> int | None:
+    """Tokens of the longest context that a checkpoint's config speaks of; None: of none."""
+    found = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+    return int(found) if found else None
 
 
 def token_digest(tokens: Sequence[int]) -> str:

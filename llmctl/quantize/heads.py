@@ -14,14 +14,13 @@ from llmctl.artifact.start import open_runtime
 from llmctl.artifact.variant import with_options
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
-from llmctl.errors import LlmctlError, UsageError
+from llmctl.errors import LlmctlError
 from llmctl.graph.graph import LOGITS
 from llmctl.quantize.distributions import Window
 from llmctl.quantize.evaluate import Protocol, perplexity_of
 from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
 
-_BUILTIN = Path(__file__).parent / "eval_text.txt"  # Herman Melville, Moby-Dick (1851), from chapter 1
 _CONTEXT = 512
 _MAX_TOKENS = 4096
 _MIN_TOKENS = 32
@@ -54,24 +53,6 @@ class HeadComparison:
         """A head's perplexity over the dense one's, less 1."""
         dense = next(h for h in self.heads if h.lm_head == "dense")
         return head.perplexity / dense.perplexity - 1
-
-
-def read_text(eval_text: str) -> str | None:
-    """The text that ``--eval-text`` names: a file, ``builtin``, or ``none`` (None).
-
-    Raises:
-        UsageError: a file that cannot be read as text.
-    """
-    if eval_text == "none":
-        return None
-    path = _BUILTIN if eval_text == "builtin" else Path(eval_text)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(
-            f"--eval-text {eval_text}: {reason}", fix="name a text file, builtin or none", param="eval_text"
-        ) from error
 
 
 def compare_heads(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, name: str) -> HeadComparison | None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from llmctl import __version__
 from llmctl.cli.main import app
 
-SUBCOMMANDS = ["quantize", "convert", "build", "inspect", "serve"]
+SUBCOMMANDS = ["quantize", "convert", "eval", "build", "inspect", "serve"]
 BENCH = [["bench", "serve"], ["bench", "throughput"], ["bench", "latency"]]
 COMMANDS = [*([name] for name in SUBCOMMANDS), *BENCH]
 
@@ -60,7 +60,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [["quantize"], ["convert"], ["build"], ["serve"], *BENCH], ids=" ".join)
+@pytest.mark.parametrize("command", [["quantize"], ["convert"], ["eval"], ["build"], ["serve"], *BENCH], ids=" ".join)
 def test_config_with_an_unknown_key_names_the_nearest(command: list[str], tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("modle: demo:smollm2-135m\n")

@@ -21,6 +21,7 @@ from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize import heads
+from llmctl.quantize.eval_text import read_text
 from llmctl.quantize.evaluate import Protocol, measure_perplexity, perplexity_of
 from llmctl.targets.base import LM_HEADS
 from llmctl.targets.cpu.toolchain import find_compiler
@@ -28,7 +29,7 @@ from llmctl.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine")
 
-TEXT = heads.read_text("builtin") or ""
+TEXT = read_text("builtin") or ""
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +114,16 @@ def test_nothing_to_compare(model: Path, tmp_path: Path) -> None:
 
 
 def test_texts(engine_with: Callable[[str], tuple[BuildPlan, Path]], tmp_path: Path) -> None:
-    assert heads.read_text("none") is None
+    assert read_text("none") is None
     assert 400 < len(TEXT.split()) < 800
     (tmp_path / "own.txt").write_text("a text of one's own", encoding="utf-8")
-    own = heads.read_text(str(tmp_path / "own.txt"))
+    own = read_text(str(tmp_path / "own.txt"))
     assert own is not None
     assert compare(*engine_with("int8"), own).tokens == len(own)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name, reason in (("absent.txt", "No such file"), ("latin.txt", "not UTF-8"), (".", "Is a directory")):
         with pytest.raises(UsageError, match=reason):
-            heads.read_text(str(tmp_path / name))
+            read_text(str(tmp_path / name))
     with pytest.raises(LlmctlError, match="no two tokens"):
         compare(*engine_with("int8"), "x")
 
