@@ -38,10 +38,9 @@ class QuantizeConfig:
     damp_percent: float = 0.01
     act_order: bool = True
     static_groups: bool = True
+    sweeps: int = 2
     ignore: tuple[str, ...] = ("lm_head",)
     override: tuple[str, ...] = ()
-    target_bpw: float | None = None
-    target_size: str | None = None
     backend: str = "native"
     resume: bool = False
     threads: int | None = None
@@ -53,11 +52,6 @@ class QuantizeConfig:
         AWQ's are fitted, for its usual layout stores them; most readers of GPTQ's layout want them fixed.
         """
         return self.method != "awq" if self.symmetric is None else self.symmetric
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether the bits of each linear are to be chosen."""
-        return self.target_bpw is not None or self.target_size is not None
 
 
 @dataclass(frozen=True)

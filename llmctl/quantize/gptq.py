@@ -1,13 +1,14 @@
 """GPTQ (Frantar et al., 2022): quantize columns one after another, spreading each column's error over those to come.
 
 The Hessian of a layer's squared output error is the Gram matrix of its inputs. Columns are taken in blocks, so that
-the update of the remaining matrix is one product per block; the result equals the unblocked algorithm.
+the update of the remaining matrix is one product per block; the result equals the unblocked algorithm. New here:
+grids searched for the error that GPTQ will pay (``grid_search.py``) and codes taken back (``refine.py``).
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from torch import Tensor
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.errors import LlmctlError
 from llmctl.graph.graph import QuantScheme
-from llmctl.quantize.clip import search_clip
 from llmctl.quantize.grid import Grid, fit_grid, split_groups
+from llmctl.quantize.grid_search import search_grid
+from llmctl.quantize.refine import refine
 from llmctl.quantize.rtn import assemble
-from llmctl.quantize.stats import output_errors
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,15 @@ class GptqOptions:
         act_order: take columns by falling activation energy.
         static_groups: fit every group's grid to the original weights before the first column, so that groups stay
             contiguous under ``act_order`` (no ``g_idx``).
-        clip: also try grids with AWQ's clip search and keep, row by row, the better. Not in the paper; at 3 bits,
-            group 64, it took SmolLM2-135M's perplexity from 79.8 to 61.0 (16 bits: 35.9).
+        search: search every group's grid instead of spanning its range.
+        sweeps: of coordinate descent over scales and codes after the last column.
     """
 
     damp_percent: float = 0.01
     act_order: bool = True
     static_groups: bool = True
-    clip: bool = True
+    search: bool = True
+    sweeps: int = 2
 
 
 def quantize_gptq(
@@ -67,36 +69,23 @@ def quantize_gptq(
         raise ValueError(f"gram {tuple(gram.shape)} does not fit a weight of width {width}")
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else torch.arange(width)
-    ordered = gram[order][:, order]
-    factor = inverse_factor(ordered, options.damp_percent).float()
-    ratio = torch.ones(len(weight), scheme.groups(width))
-    if not options.clip:
-        return _quantize_columns(weight, factor, order, scheme, ratio, options.static_groups)
-    if options.static_groups:
-        clip = search_clip(weight, gram, scheme)
-    else:
-        clip = search_clip(weight[:, order], ordered, scheme)
-    twice = torch.cat([weight, weight])
-    both = _quantize_columns(twice, factor, order, scheme, torch.cat([clip, ratio]), options.static_groups)
-    return _better_rows(both, twice, gram)
-
-
-def _better_rows(both: QuantizedWeight, twice: Tensor, gram: Tensor) -> QuantizedWeight:
-    """Of two quantizations stacked on each other, each row's with the smaller output error."""
-    clipped, plain = output_errors(both.dequantize() - twice, gram.float()).chunk(2)
-    rows = torch.arange(len(plain))
-    return both.take_rows(torch.where(clipped < plain, rows, rows + len(rows)))
+    factor = inverse_factor(gram[order][:, order], options.damp_percent).float()
+    found = _quantize_columns(weight, factor, order, scheme, options)
+    return refine(weight, found, damped(gram, options.damp_percent), options.sweeps) if options.sweeps else found
 
 
 def _quantize_columns(
-    weight: Tensor, factor: Tensor, order: Tensor, scheme: QuantScheme, ratio: Tensor, static_groups: bool
+    weight: Tensor, factor: Tensor, order: Tensor, scheme: QuantScheme, options: GptqOptions
 ) -> QuantizedWeight:
-    """GPTQ's loop over the columns in ``order``; ``factor`` belongs to them, ``ratio`` ``[N, G]`` to the groups."""
+    """GPTQ's loop over the columns in ``order``, to which ``factor`` belongs."""
     rows, width = weight.shape
     size = width if scheme.group_size == -1 else scheme.group_size
-    grids = _Grids(weight, scheme, size, ratio)
-    if static_groups:
-        grids.fit_all(weight)
+    inverse = torch.argsort(order)
+    # Rounding column i wrongly by e costs e² over its pivot's square, once the columns after it have made up for it.
+    costs = factor.diagonal().square().reciprocal() if options.search else None
+    grids = _Grids(rows, width, scheme, size, costs)
+    if options.static_groups:
+        grids.fit_all(weight, inverse)
         group_of = order // size
     else:
         group_of = torch.arange(width) // size
@@ -107,32 +96,39 @@ def _quantize_columns(
         stop = min(start + block, width)
         errors = _quantize_block(work, codes, factor, grids, group_of, start, stop)
         work[stop:] -= factor[start:stop, stop:].T @ errors
-    inverse = torch.argsort(order)
     groups = group_of[inverse]
     in_order = torch.equal(groups, torch.arange(width) // size)
     return assemble(grids.grid(), codes[inverse].T, scheme, None if in_order else groups.to(torch.int32))
 
 
 class _Grids:
-    """Grids of all groups ``[G, N]``, fitted at once or as their first column comes up."""
+    """Grids of all groups ``[G, N]``, fitted at once or as their first column comes up.
 
-    def __init__(self, weight: Tensor, scheme: QuantScheme, size: int, ratio: Tensor) -> None:
-        rows, width = weight.shape
-        self.scheme, self.size, self.ratio = scheme, size, ratio
+    ``costs``: f32 ``[K]`` of the columns in processing order; None: grids span their groups' ranges.
+    """
+
+    def __init__(self, rows: int, width: int, scheme: QuantScheme, size: int, costs: Tensor | None) -> None:
+        self.scheme, self.size, self.costs = scheme, size, costs
         self.scales = torch.empty(width // size, rows)
         self.zeros = torch.empty(width // size, rows)
         self.fitted = -1
 
-    def fit_all(self, weight: Tensor) -> None:
-        groups = split_groups(weight, self.size)
-        grid = fit_grid(groups, self.scheme.bits, self.scheme.symmetric, self.ratio)
+    def fit_all(self, weight: Tensor, inverse: Tensor) -> None:
+        grid = self._fit(weight, None if self.costs is None else self.costs[inverse])
         self.scales, self.zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()
         self.fitted = len(self.scales) - 1
 
     def fit_next(self, columns: Tensor) -> None:
         self.fitted += 1
-        grid = fit_grid(columns.T, self.scheme.bits, self.scheme.symmetric, self.ratio[:, self.fitted])
-        self.scales[self.fitted], self.zeros[self.fitted] = grid.scales, grid.zeros
+        first = self.fitted * self.size
+        costs = None if self.costs is None else self.costs[first : first + self.size]
+        grid = self._fit(columns.T.contiguous(), costs)
+        self.scales[self.fitted], self.zeros[self.fitted] = grid.scales[:, 0], grid.zeros[:, 0]
+
+    def _fit(self, weight: Tensor, costs: Tensor | None) -> Grid:
+        if costs is None:
+            return fit_grid(split_groups(weight, self.size), self.scheme.bits, self.scheme.symmetric)
+        return search_grid(weight, replace(self.scheme, group_size=self.size), costs)
 
     def grid(self) -> Grid:
         return Grid(self.scales.T.contiguous(), self.zeros.T.contiguous(), self.scheme.bits)
@@ -171,15 +167,9 @@ def inverse_factor(gram: Tensor, damp_percent: float) -> Tensor:
     Raises:
         LlmctlError: not even the strongest damping helps (inputs that are not finite).
     """
-    hessian = gram.double().clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    mean = diagonal.mean()
     damping = damp_percent
     for _ in range(_RETRIES + 1):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        factor = _try_factor(damped)
+        factor = _try_factor(damped(gram, damping))
         if factor is not None:
             return factor
         log.warning("GPTQ: the Hessian is not positive definite with damping %g; trying %g", damping, damping * 10)
@@ -188,6 +178,15 @@ def inverse_factor(gram: Tensor, damp_percent: float) -> Tensor:
         f"GPTQ: the Hessian of a layer cannot be factored, even with damping {damping / 10:g}",
         fix="use more calibration text (--calib-samples) or a larger --damp-percent",
     )
+
+
+def damped(gram: Tensor, damp_percent: float) -> Tensor:
+    """The Gram matrix with a share of its mean diagonal added to the diagonal, f64; 1 where no input reached."""
+    hessian = gram.double().clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damp_percent * diagonal.mean()
+    return hessian
 
 
 def _try_factor(hessian: Tensor) -> Tensor | None:

@@ -67,16 +67,16 @@ def fit_grid(groups: Tensor, bits: int, symmetric: bool, ratio: Tensor | float =
     low = groups.amin(dim=-1).clamp(max=0) * ratio
     high = groups.amax(dim=-1).clamp(min=0) * ratio
     if symmetric:
-        scales = _storable(2 * torch.maximum(-low, high) / top)
+        scales = storable(2 * torch.maximum(-low, high) / top)
         return Grid(scales, torch.full_like(scales, 2 ** (bits - 1)), bits)
-    scales = _storable((high - low) / top)
+    scales = storable((high - low) / top)
     # A zero point of 0 cannot be stored: such groups spend code 0 on one step below zero.
     unsigned = torch.round(-low / scales) < 1
-    scales = torch.where(unsigned, _storable(high / (top - 1)), scales)
+    scales = torch.where(unsigned, storable(high / (top - 1)), scales)
     return Grid(scales, torch.round(-low / scales).clamp_(1, top), bits)
 
 
-def _storable(scales: Tensor) -> Tensor:
+def storable(scales: Tensor) -> Tensor:
     return scales.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
 
 

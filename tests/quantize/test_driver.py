@@ -255,6 +255,7 @@ def test_resume_without_anything_to_resume_starts(config: QuantizeConfig) -> Non
         ({"calib_samples": 0}, "at least 1"),
         ({"ignore": ("lm_haed",)}, "lm_haed"),
         ({"damp_percent": 0.0}, "--damp-percent"),
+        ({"sweeps": -1}, "--sweeps"),
         ({"threads": 0}, "--threads"),
         ({"model": "/nowhere"}, "nowhere"),
         ({"output": ""}, "--output"),
