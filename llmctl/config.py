@@ -41,6 +41,8 @@ class QuantizeConfig:
     sweeps: int = 2
     ignore: tuple[str, ...] = ("lm_head",)
     override: tuple[str, ...] = ()
+    target_bpw: float | None = None
+    target_size: str | None = None
     backend: str = "native"
     resume: bool = False
     threads: int | None = None
@@ -52,6 +54,11 @@ class QuantizeConfig:
         AWQ's are fitted, for its usual layout stores them; most readers of GPTQ's layout want them fixed.
         """
         return self.method != "awq" if self.symmetric is None else self.symmetric
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the bits of each linear are to be chosen."""
+        return self.target_bpw is not None or self.target_size is not None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import typer
 
 from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import QuantizeConfig
+from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
     from llmctl.quantize.report import QuantizeReport
@@ -42,6 +43,24 @@ Override = Annotated[
         metavar="NAME:SETTINGS",
         help="Other settings for some linears, named as for --ignore: '*.down_proj:bits=8', "
         "'layers.0:bits=8,group-size=32', bits=16 to leave them. Repeatable; the last that matches wins.",
+        rich_help_panel=_METHOD,
+    ),
+]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bpw",
+        metavar="BITS",
+        help="Choose 3, 4 or 8 bits for each linear, so that they take this many bits a weight, scales included.",
+        rich_help_panel=_METHOD,
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        "--target-size",
+        metavar="SIZE",
+        help="Likewise, so that the output's weights take this much (90MiB, 4GiB).",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -119,6 +138,7 @@ Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", r
 
 @guarded
 def quantize(
+    ctx: typer.Context,
     config: ConfigOption = None,  # noqa: ARG001
     model: Model = _D.model,
     output: Output = _D.output,
@@ -137,6 +157,8 @@ def quantize(
     sweeps: Sweeps = _D.sweeps,
     ignore: Ignore = list(_D.ignore),  # noqa: B006
     override: Override = list(_D.override),  # noqa: B006
+    target_bpw: TargetBpw = _D.target_bpw,
+    target_size: TargetSize = _D.target_size,
     backend: Backend = _D.backend,
     resume: Resume = _D.resume,
     threads: Threads = _D.threads,
@@ -152,6 +174,12 @@ def quantize(
     from llmctl.cli.quantize_progress import ProgressLines, print_report
     from llmctl.quantize.backends import run_backend
 
+    if (target_bpw is not None or target_size is not None) and _is_given(ctx, "bits"):
+        raise UsageError(
+            "--bits: those of each linear are chosen under --target-bpw and --target-size",
+            fix="leave --bits out; --override 'NAME:bits=N' settles those of some linears",
+            param="bits",
+        )
     settings = QuantizeConfig(
         model=model,
         output=output,
@@ -170,6 +198,8 @@ def quantize(
         sweeps=sweeps,
         ignore=tuple(name for name in ignore if name),
         override=tuple(override),
+        target_bpw=target_bpw,
+        target_size=target_size,
         backend=backend,
         resume=resume,
         threads=threads,
@@ -180,3 +210,9 @@ def quantize(
         print_json(report.to_json())
     else:
         print_report(report)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line or in the YAML file."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

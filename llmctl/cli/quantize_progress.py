@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from llmctl.cli.step_progress import PlainProgress
 from llmctl.quantize.report import LayerReport, QuantizeReport
 
 _MIB = 2**20
@@ -21,6 +22,7 @@ class ProgressLines:
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
+        self._plain = PlainProgress()
         self._task: TaskID | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -54,6 +56,13 @@ class ProgressLines:
         """Self-generated tokens; without a terminal nothing is said until the note that follows."""
         self._update("calibration text", done, total, "")
 
+    def measuring(self, done: int, total: int) -> None:
+        """How far the choice of bits is: in tenths without a terminal."""
+        what = "measuring what each linear's bits change"
+        if self._bar is None:
+            self._plain(what, "of layers passed", done, total)
+        self._update(what, done, total, "")
+
     def layer(self, done: int, total: int, report: LayerReport) -> None:
         """A finished layer."""
         detail = f"error {report.error:.2e}"
@@ -74,6 +83,8 @@ def print_report(report: QuantizeReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else 80)
     if report.layers:
         console.print(_layers(report))
+    if len({linear.bits for linear in report.linears.values()}) > 1:
+        console.print(_bits(report))
     console.print(_summary(report))
 
 
@@ -88,6 +99,20 @@ def _layers(report: QuantizeReport) -> Table:
     for layer in report.layers:
         errors = list(layer.modules.values()) if uniform else [layer.error]
         table.add_row(str(layer.layer), *(_short(error) for error in errors), f"{layer.seconds:.1f}")
+    return table
+
+
+def _bits(report: QuantizeReport) -> Table:
+    """A digit for every layer that has such a linear, in their order."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("linear", no_wrap=True)
+    table.add_column("bits in each layer", overflow="fold")
+    kinds: dict[str, str] = {}
+    for name, linear in report.linears.items():
+        kind = name.rpartition(".")[2].removesuffix("_proj")
+        kinds[kind] = kinds.get(kind, "") + str(linear.bits)
+    for kind, digits in kinds.items():
+        table.add_row(kind, " ".join(digits[i : i + 10] for i in range(0, len(digits), 10)))
     return table
 
 
@@ -114,6 +139,7 @@ def _summary(report: QuantizeReport) -> Table:
         ("output", f"{report.output} ({report.format} format)"),
         ("method", f"{report.method}, {report.bits} bits, group {group}, {kind}"),
         *([("schemes", _schemes(report))] if len(report.schemes) > 1 else []),
+        *([("KL predicted", f"{report.predicted_kl:.3g} nats a token")] if report.predicted_kl is not None else []),
         ("calibration", report.calibration),
         ("linears", f"{report.quantized_modules} quantized, at 16 bits: {', '.join(report.dense_modules) or 'none'}"),
         ("size before", f"{report.size_before / _MIB:.1f} MiB stored, {report.size_16bit / _MIB:.1f} MiB at 16 bits"),

@@ -20,7 +20,7 @@ Show = Callable[[str, str, int, int], None]
 def step_progress() -> Iterator[Show]:
     """A bar on a terminal, a line at each tenth otherwise; on stderr."""
     if not sys.stderr.isatty():
-        yield _PlainProgress()
+        yield PlainProgress()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +44,7 @@ def step_progress() -> Iterator[Show]:
         yield show
 
 
-class _PlainProgress:
+class PlainProgress:
     """One line each time another tenth is done."""
 
     def __init__(self) -> None:

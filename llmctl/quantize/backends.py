@@ -126,8 +126,8 @@ def _check_autoawq(config: QuantizeConfig) -> None:
                 fix=_NATIVE,
                 param=name,
             )
-    if config.override:
-        raise UsageError("--backend autoawq: has no --override", fix=_NATIVE, param="override")
+    if config.override or config.has_budget:
+        raise UsageError("--backend autoawq: has no --override and no --target-bpw or -size", fix=_NATIVE)
     if config.format not in ("auto", "awq"):
         raise UsageError(f"--backend autoawq: writes its own format only, found --format {config.format}", fix=_NATIVE)
 

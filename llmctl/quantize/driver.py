@@ -24,6 +24,7 @@ from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError
 from llmctl.graph.graph import Graph
+from llmctl.quantize.budget import Budget, spend
 from llmctl.quantize.calibration import SELF, Calibration, read_calibration, self_calibration
 from llmctl.quantize.forward import CalibrationPass
 from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_without_data
@@ -45,6 +46,10 @@ class Progress(Protocol):
         """Tokens of self-generated text written."""
         ...
 
+    def measuring(self, done: int, total: int) -> None:
+        """Candidates for a budget have passed a layer so often."""
+        ...
+
     def layer(self, done: int, total: int, report: LayerReport) -> None:
         """A layer is finished (or was, in an earlier run)."""
         ...
@@ -57,6 +62,9 @@ class Silent:
         """Nothing."""
 
     def calibrating(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def measuring(self, done: int, total: int) -> None:
         """Nothing."""
 
     def layer(self, done: int, total: int, report: LayerReport) -> None:
@@ -80,7 +88,8 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
     with _threads(config.threads):
         job = _Job(config, checkpoint, progress)
         layers = job.run(output)
-    return make_report(job.plan, job.graph, checkpoint, job.note, layers, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return make_report(job.plan, job.graph, checkpoint, job.note, layers, seconds, job.predicted_kl)
 
 
 def calibrate(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph, progress: Progress) -> Calibration:
@@ -101,8 +110,9 @@ class _Job:
         self.config, self.checkpoint, self.progress = config, checkpoint, progress
         self.graph, self.unused = accounted_graph(checkpoint)
         self.plan: Plan = make_plan(config, checkpoint, self.graph)
-        for line in notes(self.plan):
-            progress.note(line)
+        if self.plan.budget is None:
+            self._say(notes(self.plan))
+        self.predicted_kl: float | None = None
         self.layers = sorted({module.layer for module in self.plan.selection.modules})
         self.note = "none (round to nearest looks at weights only)"
 
@@ -110,7 +120,10 @@ class _Job:
         options = {**self.plan.options(self.checkpoint), "threads": torch.get_num_threads()}
         work = open_work_folder(output, options)
         try:
-            reports = self._quantize(work, self._calibration_pass(work))
+            tokens = self._tokens(work)
+            if self.plan.budget is not None:
+                self._allocate(work, self.plan.budget, tokens)
+            reports = self._quantize(work, CalibrationPass(self.graph, self.checkpoint, tokens))
             self._write(output, work)
         except LlmctlError:
             if not work.resumed:
@@ -122,9 +135,14 @@ class _Job:
         work.remove()
         return reports
 
-    def _calibration_pass(self, work: WorkFolder) -> CalibrationPass:
-        if not self.plan.calibrated:
-            return CalibrationPass(self.graph, self.checkpoint, torch.zeros(1, 1, dtype=torch.int32))
+    def _say(self, lines: list[str]) -> None:
+        for line in lines:
+            self.progress.note(line)
+
+    def _tokens(self, work: WorkFolder) -> Tensor:
+        """i32 ``[samples, length]``; one token that nothing looks at where no text is read."""
+        if not self.plan.reads_text:
+            return torch.zeros(1, 1, dtype=torch.int32)
         kept = work.load_calibration()
         if kept is None:
             made = calibrate(self.config, self.checkpoint, self.graph, self.progress)
@@ -132,7 +150,19 @@ class _Job:
             kept = (made.tokens, made.note)
         tokens, self.note = kept
         self.progress.note(f"calibration: {self.note}")
-        return CalibrationPass(self.graph, self.checkpoint, tokens)
+        return tokens
+
+    def _allocate(self, work: WorkFolder, budget: Budget, tokens: Tensor) -> None:
+        """Choose the bits of every linear, and settle the plan anew."""
+        found = work.load_allocation()
+        if found is None:
+            found = spend(budget, self.plan.schemes, self.graph, self.checkpoint, tokens, self.progress.measuring)
+            work.save_allocation(found)
+        self.plan, self.predicted_kl = (
+            make_plan(self.config, self.checkpoint, self.graph, found.bits),
+            found.predicted_kl,
+        )
+        self._say(notes(self.plan))
 
     def _quantize(self, work: WorkFolder, calibration: CalibrationPass) -> list[LayerReport]:
         """Run every layer up to the last that has something to quantize. Step i of the work folder is layer i."""

@@ -72,12 +72,13 @@ def override_text(mapping: Mapping[Any, Any]) -> str:
 
 
 def apply_overrides(
-    overrides: Sequence[Override], selection: Selection, scheme: QuantScheme
+    overrides: Sequence[Override], selection: Selection, scheme: QuantScheme, bits: Mapping[str, int] = {}
 ) -> tuple[Selection, dict[str, QuantScheme]]:
     """The selection without the linears that are left as they are, and the scheme of every graph weight in it.
 
     Args:
         scheme: of linears that no override matches.
+        bits: module -> its bits, where not the scheme's; an override's come first.
 
     Raises:
         UsageError: an override that matches no linear to quantize, or nothing left to quantize.
@@ -93,13 +94,18 @@ def apply_overrides(
     kept, dense = [], []
     for module in selection.modules:
         found = [override for override in overrides if module.matches(override.pattern)]
-        bits = next((o.bits for o in reversed(found) if o.bits is not None), scheme.bits)
+        own_bits = next((o.bits for o in reversed(found) if o.bits is not None), None)
         size = next((o.group_size for o in reversed(found) if o.group_size is not None), scheme.group_size)
-        if bits == DENSE_BITS:
+        if own_bits == DENSE_BITS:
             dense.append(module.name)
             continue
         kept.append(module)
-        own = replace(scheme, bits=bits, group_size=size, act_order=scheme.act_order and size != -1)
+        own = replace(
+            scheme,
+            bits=own_bits or bits.get(module.name, scheme.bits),
+            group_size=size,
+            act_order=scheme.act_order and size != -1,
+        )
         schemes |= dict.fromkeys(module.weights, own)
     if not kept:
         raise UsageError("--override leaves no linear to quantize", param="override")

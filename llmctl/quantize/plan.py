@@ -14,9 +14,10 @@ from llmctl.checkpoint.output_format import FORMATS as WRITTEN
 from llmctl.checkpoint.output_format import OutputFormat, gptq_format
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.writer import check_new, check_writable
-from llmctl.config import QuantizeConfig
+from llmctl.config import QuantizeConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.quantize.budget import Budget, make_budget
 from llmctl.quantize.calibration import check_lengths, file_of, source_digest
 from llmctl.quantize.gptq import GptqOptions
 from llmctl.quantize.grid import BITS, check_scheme
@@ -39,6 +40,7 @@ class Plan:
         schemes: graph weight -> its own scheme, for all that are quantized.
         gptq: GPTQ's knobs.
         selection: modules to quantize, modules left dense.
+        budget: what bits are to be chosen for, until they are.
         output: how the checkpoint is written; dense_dtype: its dense tensors' dtype, float16 or bfloat16.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     schemes: Mapping[str, QuantScheme]
     gptq: GptqOptions
     selection: Selection
+    budget: Budget | None
     output: OutputFormat
     dense_dtype: str
 
@@ -54,6 +57,11 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether the method looks at activations."""
         return self.config.method != "rtn"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed: by the method, or to choose bits."""
+        return self.calibrated or self.config.has_budget
 
     def options(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Everything the result's bytes depend on, as JSON data."""
@@ -68,8 +76,10 @@ class Plan:
             "format": self.output.format,
             "ignore": sorted(c.ignore),
             "override": list(c.override),
+            "target_bpw": c.target_bpw,
+            "target_size": c.target_size,
         }
-        if self.calibrated:
+        if self.reads_text:
             common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
             common |= {"calib_sha256": source_digest(c.calib), "seed": c.seed}
         if c.method == "gptq":
@@ -100,12 +110,21 @@ def check_options(config: QuantizeConfig) -> None:
     check_threads(config.threads)
     if not config.output:
         raise UsageError("--output: the folder to write is missing", param="output")
-    if config.method != "rtn":
+    if config.target_bpw is not None and config.target_size is not None:
+        raise UsageError("--target-bpw and --target-size: expected one of them", param="target_size")
+    if config.target_size is not None:
+        parse_bytes(config.target_size, param="target_size")
+    if config.method != "rtn" or config.has_budget:
         file_of(config.calib)
 
 
-def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> Plan:
+def make_plan(
+    config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph, bits: Mapping[str, int] | None = None
+) -> Plan:
     """Settle a quantization of a checkpoint.
+
+    Args:
+        bits: module -> what was chosen for it; None: nothing has been.
 
     Raises:
         UsageError: a group size that does not divide a width (the ones that do are offered), a format that cannot
@@ -115,10 +134,10 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
     check_not_quantized(checkpoint)
     scheme = QuantScheme(config.bits, config.group_size, config.is_symmetric, _needs_g_idx(config))
     overrides = [parse_override(text) for text in config.override]
-    selection, schemes = apply_overrides(overrides, select_modules(graph, config.ignore), scheme)
+    selection, schemes = apply_overrides(overrides, select_modules(graph, config.ignore), scheme, bits or {})
     _check_schemes(scheme, schemes, selection)
     chosen = choose_format(config, set(schemes.values()))
-    if config.method != "rtn":
+    if config.method != "rtn" or config.has_budget:
         check_lengths(config.calib_samples, config.calib_length, graph.max_position)
     dtype = checkpoint.dtype if checkpoint.dtype == "bfloat16" else "float16"
     by_module = {module.name: schemes[module.weights[0]] for module in selection.modules}
@@ -133,11 +152,16 @@ def make_plan(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph) -> P
         static_groups=config.method == "gptq" and config.static_groups,
         true_sequential=config.method == "gptq",
     )
-    _check_packable(selection, output)
+    budget = None
+    if config.has_budget and bits is None:
+        pinned = {m.name for m in selection.modules for o in overrides if o.bits is not None and m.matches(o.pattern)}
+        budget = make_budget(config, checkpoint, graph, selection, schemes, pinned, output)
+    else:
+        _check_packable(selection, output)
     check_new(Path(config.output), output)
     check_writable(checkpoint, output)
     options = GptqOptions(config.damp_percent, config.act_order, config.static_groups, sweeps=config.sweeps)
-    return Plan(config, scheme, schemes, options, selection, output, dtype)
+    return Plan(config, scheme, schemes, options, selection, budget, output, dtype)
 
 
 def choose_format(config: QuantizeConfig, schemes: Collection[QuantScheme]) -> str:
@@ -151,13 +175,13 @@ def choose_format(config: QuantizeConfig, schemes: Collection[QuantScheme]) -> s
         UsageError: a format that cannot hold what the options make.
     """
     wanted = config.format
-    alike = {scheme.bits for scheme in schemes} == {awq.BITS} and len(schemes) == 1
+    alike = {scheme.bits for scheme in schemes} == {awq.BITS} and len(schemes) == 1 and not config.has_budget
     if wanted == "auto":
         wanted = "awq" if config.method == "awq" and alike else "gptq"
     if wanted == "gptq":
         return gptq_format(config.is_symmetric)
     if wanted == "awq" and not alike:
-        found = "linears that differ" if len(schemes) > 1 else f"{next(iter(schemes)).bits} bits"
+        found = "linears that differ" if len(schemes) > 1 or config.has_budget else f"{next(iter(schemes)).bits} bits"
         raise UsageError(
             f"--format awq: AutoAWQ's layout has 4 bits and one group size for all linears, found {found}",
             fix="--format gptq, which holds what any --method makes",

@@ -45,6 +45,14 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LinearReport:
+    """A quantized linear: bits of a code, and stored bits a weight, counted as ``bits_per_weight``."""
+
+    bits: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """A finished quantization.
 
@@ -53,7 +61,8 @@ class QuantizeReport:
         size_after: weights as stored in the output, bytes.
         bits_per_weight: of the quantized linears, scales, zero points and group tables included.
         bits_per_weight_model: of the whole output.
-        module_bits: of each quantized linear, counted as bits_per_weight.
+        linears: of each that is quantized, by its name.
+        predicted_kl: of the output, as the measurements that bits were chosen by add up; None where none were.
         schemes: scheme in words -> number of linears.
         error_of: what the layers' errors are of: ``output`` or ``weight``.
         seconds: wall time of this run.
@@ -74,7 +83,8 @@ class QuantizeReport:
     size_after: int
     bits_per_weight: float
     bits_per_weight_model: float
-    module_bits: Mapping[str, float]
+    linears: Mapping[str, LinearReport]
+    predicted_kl: float | None
     schemes: Mapping[str, int]
     error_of: str
     layers: tuple[LayerReport, ...]
@@ -93,6 +103,7 @@ def make_report(
     calibration: str,
     layers: list[LayerReport],
     seconds: float,
+    predicted_kl: float | None = None,
 ) -> QuantizeReport:
     """The report of a finished run; sizes are read off the output."""
     output = Path(plan.config.output)
@@ -117,7 +128,11 @@ def make_report(
         size_after=size_after,
         bits_per_weight=8 * sum(stored.values()) / sum(prod(module.shape) for module in plan.selection.modules),
         bits_per_weight_model=8 * size_after / weights,
-        module_bits={m.name: 8 * stored[m.name] / prod(m.shape) for m in plan.selection.modules},
+        linears={
+            m.name: LinearReport(plan.output.scheme_of(m.name).bits, 8 * stored[m.name] / prod(m.shape))
+            for m in plan.selection.modules
+        },
+        predicted_kl=predicted_kl,
         schemes=dict(Counter(describe_scheme(plan.output.scheme_of(m.name)) for m in plan.selection.modules)),
         error_of="output" if plan.calibrated else "weight",
         layers=tuple(layers),

@@ -1,6 +1,7 @@
 """The work folder beside the output: finished layers, so that an interrupted run can continue to the same bytes.
 
 ``<output>.partial/`` holds ``options.json`` (what the result depends on), ``calibration.safetensors`` (token ids),
+``allocation.json`` (bits chosen under a budget),
 ``hidden-NNNNN.safetensors`` (activations entering layer N) and ``layer-NNNNN.safetensors`` (that layer's result, with
 its report in ``layer-NNNNN.json``). Every file appears by a rename; a layer counts once the activations after it are
 there.
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llmctl.checkpoint.writer import check_new
 from llmctl.errors import CheckpointError, UsageError
 from llmctl.graph.graph import QuantScheme
 from llmctl.graph.serial import scheme_from_dict, scheme_to_dict
+from llmctl.quantize.budget import Allocation
 
 _PLANES = ("codes", "scales", "zeros", "g_idx")
 
@@ -63,6 +65,17 @@ class WorkFolder:
             return None
         file = SafetensorsFile(path)
         return map_tensor(file, "tokens").clone(), file.header.metadata.get("note", "")
+
+    # bits
+
+    def save_allocation(self, allocation: Allocation) -> None:
+        """Keep the bits that were chosen."""
+        write_text(self.path / "allocation.json", json.dumps(asdict(allocation)))
+
+    def load_allocation(self) -> Allocation | None:
+        """What ``save_allocation`` kept, None before that."""
+        path = self.path / "allocation.json"
+        return Allocation(**json.loads(path.read_text())) if path.exists() else None
 
     # layers
 

@@ -118,7 +118,9 @@ def test_every_method_honours_them(method: str, config: QuantizeConfig) -> None:
     report = quantize_checkpoint(replace(config, method=method))
     assert bits_and_group(Path(config.output)) == SCHEMES
     assert report.format == ("gptq_v2" if method == "awq" else "gptq")
-    bits = [report.module_bits[f"model.layers.0.{name}_proj"] for name in ("self_attn.q", "mlp.up", "mlp.down")]
+    bits = [
+        report.linears[f"model.layers.0.{name}_proj"].bits_per_weight for name in ("self_attn.q", "mlp.up", "mlp.down")
+    ]
     assert 3 < bits[0] < 4.8 < bits[1] < 5 < 8 < bits[2]
     assert sum(report.schemes.values()) == report.quantized_modules == 12
     assert list(report.layers[1].modules) == [f"layers.1.{n}_proj" for n in ("q", "k", "v", "gate", "up", "down")]
