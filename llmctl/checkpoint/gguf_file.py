@@ -77,6 +77,10 @@ class GgufSource:
             tensor = tensor - 1
         return unpermute_rows(tensor, heads) if heads else tensor
 
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        self._file.release()
+
     def _blocks(self, entry: GgufTensor) -> BlockFormat | None:
         """The format in which a matrix is kept as codes."""
         return None if self._widen or len(entry.shape) != 2 else BLOCK_FORMATS.get(entry.qtype.name)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.checkpoint.safetensors_io import release_map
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -74,6 +75,10 @@ class GgufFile:
         """A tensor's stored bytes, mapped copy-on-write."""
         entry = self.tensors[name]
         return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)
+
+    def release(self) -> None:
+        """As ``release_map`` of the whole file."""
+        release_map(self._map)
 
     def _open(self) -> tuple[int, int]:
         if self._map[:4] != b"GGUF":

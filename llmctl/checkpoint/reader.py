@@ -37,6 +37,10 @@ class TensorSource(Protocol):
         """One tensor, mapped where that is possible; a ``QuantizedWeight`` where ``entries`` gives a scheme."""
         ...
 
+    def release(self) -> None:
+        """Give back the memory of what is mapped."""
+        ...
+
 
 class SafetensorsSource:
     """The shards of a Hugging Face folder; ``outside``: tensors that are not of the text model."""
@@ -70,6 +74,11 @@ class SafetensorsSource:
         """One tensor over the mapping."""
         file, stored = self._where[name]
         return map_tensor(file, stored)
+
+    def release(self) -> None:
+        """Of every shard."""
+        for file in {id(file): file for file, _ in self._where.values()}.values():
+            file.release()
 
 
 class Checkpoint:
@@ -154,6 +163,13 @@ class Checkpoint:
             return self._layout.unpack(module, planes, scheme)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: '{module}': {error}") from error
+
+    def release(self) -> None:
+        """Give back the memory of mapped files, which counts as this process's from when they are read on.
+
+        Tensors over them stay valid, and are read from the files again.
+        """
+        self._source.release()
 
     @property
     def dtype(self) -> str:

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -181,6 +182,10 @@ class SafetensorsFile:
             # Copy-on-write: an accidental in-place operation on a tensor can neither fault nor reach the file.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
+    def release(self) -> None:
+        """As ``release_map`` of the whole file."""
+        release_map(self._map)
+
     @property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """Entries by name."""
@@ -208,6 +213,15 @@ class SafetensorsFile:
         array = np.frombuffer(self._map, dtype, math.prod(entry.shape), entry.offset).reshape(entry.shape)
         array.flags.writeable = False
         return array
+
+
+def release_map(mapping: mmap.mmap) -> None:
+    """Give back the memory of what was read of a mapped file; arrays over it stay valid and are read again.
+
+    What was written to a copy-on-write mapping is lost. On Linux; elsewhere pages stay until the system wants them.
+    """
+    if sys.platform == "linux":
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def map_tensor(file: SafetensorsFile, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ MIN_LENGTH = 3
 _CHARS_PER_TOKEN = 64  # of a file's text read for each token wanted: plenty of choice, bounded work
 _DATASET_ROWS = 20_000
 _MAX_RUNNING = 64  # self-generated samples at once
+_WIDE_BYTES = 2**30
+"""Weights that are computed with in float32; larger models write their text in bfloat16, which a checkpoint of
+bfloat16 is mapped as and not copied."""
 
 OnProgress = Callable[[int, int], None]
 
@@ -194,6 +198,7 @@ def self_calibration(
         vocab_size: the model's.
         on_progress: called with tokens written and wanted.
     """
+    from llmctl.checkpoint.assemble import checkpoint_graph
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.request import Request
     from llmctl.engine.sampling_params import SamplingParams, derive_seed
@@ -202,7 +207,15 @@ def self_calibration(
 
     rows = [list(prompt) for prompt in random_prompts(tokenizer, vocab_size, samples, seed)]
     running = min(samples, _MAX_RUNNING)
-    runtime = checkpoint_runtime(checkpoint, num_blocks=running * (length // 16 + 1), max_model_len=length)
+    weights = sum(math.prod(weight.shape) for weight in checkpoint_graph(checkpoint).weights.values())
+    wide = 4 * weights <= _WIDE_BYTES
+    runtime = checkpoint_runtime(
+        checkpoint,
+        passes=None if wide else (),  # merged weights would be copies
+        dtype="float32" if wide else "bfloat16",
+        num_blocks=running * (length // 16 + 1),
+        max_model_len=length,
+    )
     config = SchedulerConfig(max_num_seqs=running, max_num_queued_reqs=samples)
     engine = LLMEngine(runtime, config)
     for i, prompt in enumerate(rows):

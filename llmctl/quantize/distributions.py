@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.checkpoint.assemble import GraphSource, checkpoint_graph
+from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.passes import apply_passes
@@ -47,7 +48,7 @@ class CheckpointDistributions:
 
     def __init__(
         self,
-        checkpoint: GraphSource,
+        checkpoint: Checkpoint,
         windows: Sequence[Window],
         on_progress: OnProgress | None = None,
         *,
@@ -74,6 +75,7 @@ class CheckpointDistributions:
             self._pass.forget(layer)
             if on_progress is not None:
                 on_progress(layer + 1, graph.num_layers)
+            checkpoint.release()
         rows = _scored_rows(windows)
         self._hidden = {name: value[rows] for name, value in hidden.items()}
 

@@ -146,6 +146,7 @@ class _Job:
         kept = work.load_calibration()
         if kept is None:
             made = calibrate(self.config, self.checkpoint, self.graph, self.progress)
+            self.checkpoint.release()
             work.save_calibration(made.tokens, made.note)
             kept = (made.tokens, made.note)
         tokens, self.note = kept
@@ -180,6 +181,7 @@ class _Job:
                 check_errors(layer, result)
                 work.save_layer(layer, result, hidden)
                 calibration.forget(layer)
+                self.checkpoint.release()
             else:
                 result = work.load_layer(layer)
             report = LayerReport.from_json(result.report)

@@ -1,6 +1,7 @@
 """The calibration forward pass: one decoder layer at a time, stopping where its linears' inputs are known.
 
-Only one layer's weights, KV cache and activations are in memory, plus the activations between layers.
+Only one layer's weights are in memory, with the KV cache and activations of some of the sequences, plus the activations
+between layers.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
 from llmctl.targets.batch import packed_batch
 from llmctl.targets.reference.context import Env, allocate_cache
-from llmctl.targets.reference.interpreter import Interpreter
+from llmctl.targets.reference.interpreter import Interpreter, Program
 
 _STEP_INPUTS = (INPUT_IDS, POSITIONS)
+_CHUNK_TOKENS = 2048  # an MLP's activations of so many are 90 MB each in a model of 7 billion weights
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class LayerWeights(MutableMapping[str, Tensor]):
 
 
 class CalibrationPass:
-    """Runs calibration tokens through a plain Graph layer by layer.
+    """Runs calibration tokens through a plain Graph layer by layer, a chunk of sequences at a time.
+
+    Whole, for all tokens, are only the activations between layers and the input of the stage at hand.
 
     Attributes:
         weights: the weights in use; assign to change what the next run computes.
@@ -85,10 +89,11 @@ class CalibrationPass:
         self.weights = LayerWeights(graph, source)
         self._interpreter = Interpreter(graph, self.weights)
         self.weights.on_change = self._interpreter.release_weight
-        self._batch = packed_batch(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
-        self._cache: dict[int, Tensor] = {}
-        self._context = self._interpreter.context(self._batch, self._cache)
-        self._context.rows = torch.arange(self._batch.num_tokens)  # the head is calibrated on the rows of all tokens
+        sequences = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        self._chunks: list[_Chunk] = []
+        for part in _parts(sequences):
+            start = self._chunks[-1].rows.stop if self._chunks else 0
+            self._chunks.append(_Chunk(self._interpreter, part, start))
 
     def stages(self, layer: int, chosen: Iterable[str]) -> list[Stage]:
         """The stages of a layer.
@@ -124,42 +129,84 @@ class CalibrationPass:
                 changes take effect at once.
             outputs: false stops after the last stage and returns nothing.
         """
-        waiting = {stage.buffer: stage for stage in stages}
-
-        def before(op: Op, env: Env) -> bool:
-            stage = waiting.pop(op.inputs[0], None) if op.kind == "linear" else None
-            if stage is not None and on_stage is not None:
-                on_stage(stage, env[stage.buffer])
-            return not (outputs or waiting)
-
         ops, leaving = self.graph.layer_ops(layer), self._leaving(layer)
-        self._allocate(ops)
-        program = self._interpreter.program(ops, leaving)
-        env = program({**self._context.inputs(), **hidden}, self._context, before)
-        return {name: env[name] for name in leaving if name in env and name not in _STEP_INPUTS} if outputs else {}
+        first = {op.inputs[0]: i for i, op in reversed(list(enumerate(ops))) if op.kind == "linear"}
+        at = {first[stage.buffer]: stage for stage in stages}
+        ends = sorted(at) + ([len(ops)] if outputs else [])
+        envs = [{**chunk.context.inputs(), **chunk.take(hidden)} for chunk in self._chunks]
+        start = 0
+        for end in ends:
+            later = {name for op in ops[end:] for name in op.inputs}
+            program = self._interpreter.program(ops[start:end], later | leaving)
+            attends = any(op.kind == "attention" for op in ops[end:])
+            for chunk, env in zip(self._chunks, envs, strict=True):
+                chunk.run(program, env, ops[start:end], keep_cache=attends)
+            if end in at and on_stage is not None:
+                on_stage(at[end], self._whole(at[end].buffer, envs))
+            start = end
+        made = [name for name in sorted(leaving) if name in envs[0] and name not in _STEP_INPUTS] if outputs else []
+        return {name: self._whole(name, envs) for name in made}
 
     @torch.inference_mode()
     def logits(self, hidden: Env) -> Tensor:
         """f32 ``[R, vocab]`` of any R rows of the activations that leave the last layer."""
         ops = self.graph.layer_ops(self.graph.num_layers)
-        context = copy.copy(self._context)
+        context = copy.copy(self._chunks[0].context)
         context.rows = torch.arange(len(next(iter(hidden.values()))))
         return self._interpreter.program(ops, (LOGITS,))(dict(hidden), context)[LOGITS]
 
     def forget(self, layer: int) -> None:
-        """Free a layer's weights and KV cache."""
-        self._cache.clear()
+        """Free a layer's weights."""
         for op in self.graph.layer_ops(layer):
             for name in filter(None, op.weights):
                 del self.weights[name]
+
+    def _whole(self, name: str, envs: Sequence[Env]) -> Tensor:
+        """A buffer of all tokens; the chunks' become views of it, so that it is in memory once."""
+        if len(envs) == 1:
+            return envs[0][name]
+        rows = self._chunks[-1].rows.stop
+        whole = torch.empty(rows, *envs[0][name].shape[1:], dtype=envs[0][name].dtype)
+        for chunk, env in zip(self._chunks, envs, strict=True):
+            whole[chunk.rows] = env[name]
+            env[name] = whole[chunk.rows]
+        return whole
 
     def _leaving(self, layer: int) -> set[str]:
         """Buffers that ops after ``layer`` read."""
         return {name for op in self.graph.ops if op.layer > layer for name in op.inputs}
 
-    def _allocate(self, ops: Iterable[Op]) -> None:
-        wanted = {int(op.attrs["layer"]) for op in ops if op.kind == "kv_write"}
+
+class _Chunk:
+    """Some of the sequences: their rows among all tokens, and what their ops share."""
+
+    def __init__(self, interpreter: Interpreter, sequences: Sequence[Sequence[int]], start: int) -> None:
+        self._graph = interpreter.graph
+        self._batch = packed_batch(sequences)
+        self._cache: dict[int, Tensor] = {}
+        self.rows = slice(start, start + self._batch.num_tokens)
+        self.context = interpreter.context(self._batch, self._cache)
+        self.context.rows = torch.arange(self._batch.num_tokens)  # the head is calibrated on the rows of all tokens
+
+    def take(self, whole: Env) -> Env:
+        return {name: value[self.rows] for name, value in whole.items()}
+
+    def run(self, program: Program, env: Env, ops: Iterable[Op], *, keep_cache: bool) -> None:
+        """Run ``ops`` over ``env``; the KV cache lives until nothing after them attends."""
         blocks = int(self._batch.block_tables.max()) + 1
-        size = self._batch.block_size
-        for layer in wanted - self._cache.keys():
-            self._cache |= allocate_cache(self.graph, blocks, size, torch.float32, [layer])
+        for layer in {int(op.attrs["layer"]) for op in ops if op.kind == "kv_write"} - self._cache.keys():
+            self._cache |= allocate_cache(self._graph, blocks, self._batch.block_size, torch.float32, [layer])
+        program(env, self.context)
+        if not keep_cache:
+            self._cache.clear()
+
+
+def _parts(sequences: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Consecutive sequences, as many as ``_CHUNK_TOKENS`` hold and at least one."""
+    start = 0
+    while start < len(sequences):
+        stop, tokens = start + 1, len(sequences[start])
+        while stop < len(sequences) and (tokens := tokens + len(sequences[stop])) <= _CHUNK_TOKENS:
+            stop += 1
+        yield sequences[start:stop]
+        start = stop

@@ -257,3 +257,22 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_torch_is_not_imported() -> None:
     code = "import sys, llmctl.checkpoint.safetensors_io; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_what_was_read_can_be_given_back(tmp_path: Path) -> None:
+    size = 32 * 2**20
+    write_safetensors(tmp_path / "a.safetensors", {"a": ("U8", (size,), np.full(size, 7, np.uint8))})
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    tensor = map_tensor(file, "a")
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssFile:")[1].split()[0])
+
+    before = resident()
+    assert int(tensor.long().sum()) == 7 * size
+    read = resident()
+    file.release()
+    assert read - before > size // 2 > resident() - before
+    assert int(tensor.long().sum()) == 7 * size

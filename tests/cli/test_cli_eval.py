@@ -73,7 +73,15 @@ def test_a_table_whole_at_80_columns(root: Path) -> None:
     code, out, _ = run(root, "rtn", "--against", str(root / "dense"), "--config", str(RECIPE), "--windows", "2")
     assert code == 0
     words = " ".join(out.replace("│", " ").split())
-    for said in ("2 windows of 32 tokens", "spread evenly", "perplexity", "ΔNLL", "±", "KL(against || model)", "passed"):
+    for said in (
+        "2 windows of 32 tokens",
+        "spread evenly",
+        "perplexity",
+        "ΔNLL",
+        "±",
+        "KL(against || model)",
+        "passed",
+    ):
         assert said in words
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out

@@ -3,13 +3,26 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from fixtures import make_tokenizer
+from random_models import write_model
+from safetensors.torch import load_file, save_file
 
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.errors import LlmctlError, UsageError
-from llmctl.quantize.calibration import check_lengths, file_of, random_prompts, read_calibration, source_digest
+from llmctl.quantize.calibration import (
+    check_lengths,
+    file_of,
+    random_prompts,
+    read_calibration,
+    self_calibration,
+    source_digest,
+)
+from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import checkpoint_runtime
 from llmctl.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -130,3 +143,28 @@ def test_sizes_that_make_no_sense() -> None:
     for samples, length in ((0, 16), (4, 2), (4, 129)):
         with pytest.raises(UsageError):
             check_lengths(samples, length, 128)
+
+
+def test_a_large_model_writes_its_text_with_the_weights_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def keep(*args: Any, **options: Any) -> ReferenceRuntime:
+        made.append(checkpoint_runtime(*args, **options))
+        return made[0]
+
+    folder = write_model(tmp_path / "llama", "llama")
+    wide = load_file(folder / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in wide.items()}, folder / "model.safetensors")
+    checkpoint, tokenizer = open_checkpoint(folder), Tokenizer.from_folder(folder)
+    monkeypatch.setattr("llmctl.targets.reference.weights.checkpoint_runtime", keep)
+    monkeypatch.setattr("llmctl.quantize.calibration._WIDE_BYTES", 0)
+    monkeypatch.setattr(ReferenceRuntime, "close", lambda _: None)
+    found = self_calibration(checkpoint, tokenizer, tokenizer.vocab_size, 3, 8, seed=0)
+    assert found.tokens.shape == (3, 8)
+    for name in ("q_proj", "gate_proj"):
+        (stored,) = [n for n in checkpoint.names() if n.startswith("model.layers.0.") and f".{name}." in n]
+        used = made[0].interpreter.weight(f"layers.0.{name}.weight")
+        assert used.dtype == torch.bfloat16
+        assert used.untyped_storage().data_ptr() == checkpoint.weight(stored).untyped_storage().data_ptr()
