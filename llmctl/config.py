@@ -39,6 +39,7 @@ class QuantizeConfig:
     act_order: bool = True
     static_groups: bool = True
     sweeps: int = 2
+    original_targets: float = 0.5
     ignore: tuple[str, ...] = ("lm_head",)
     override: tuple[str, ...] = ()
     target_bpw: float | None = None
@@ -46,6 +47,16 @@ class QuantizeConfig:
     backend: str = "native"
     resume: bool = False
     threads: int | None = None
+
+    @property
+    def steps(self) -> list[str]:
+        """What ``method`` does, in order."""
+        return self.method.split("+")
+
+    @property
+    def aims_at_original(self) -> bool:
+        """Whether the unquantized model's activations are needed beside the quantized one's."""
+        return "gptq" in self.steps and self.original_targets > 0
 
     @property
     def is_symmetric(self) -> bool:

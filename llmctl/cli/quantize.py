@@ -64,7 +64,7 @@ TargetSize = Annotated[
         rich_help_panel=_METHOD,
     ),
 ]
-Method = Annotated[str, typer.Option("--method", help="rtn, awq or gptq.", rich_help_panel=_METHOD)]
+Method = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or awq+gptq.", rich_help_panel=_METHOD)]
 Bits = Annotated[int, typer.Option("--bits", help="3 (fewer readers), 4 or 8.", rich_help_panel=_METHOD)]
 GroupSize = Annotated[
     int, typer.Option("--group-size", help="Weights that share a scale; -1 for a whole row.", rich_help_panel=_METHOD)
@@ -96,6 +96,16 @@ Sweeps = Annotated[
     int,
     typer.Option(
         "--sweeps", help="GPTQ: times that all codes and scales are taken back and improved.", rich_help_panel=_METHOD
+    ),
+]
+OriginalTargets = Annotated[
+    float,
+    typer.Option(
+        "--original-targets",
+        metavar="SHARE",
+        help="GPTQ: how far layers aim at the unquantized model's outputs (GPTAQ) instead of those of their own "
+        "weights on their inputs; 0 to 1.",
+        rich_help_panel=_METHOD,
     ),
 ]
 Backend = Annotated[
@@ -155,6 +165,7 @@ def quantize(
     act_order: ActOrder = _D.act_order,
     static_groups: StaticGroups = _D.static_groups,
     sweeps: Sweeps = _D.sweeps,
+    original_targets: OriginalTargets = _D.original_targets,
     ignore: Ignore = list(_D.ignore),  # noqa: B006
     override: Override = list(_D.override),  # noqa: B006
     target_bpw: TargetBpw = _D.target_bpw,
@@ -196,6 +207,7 @@ def quantize(
         act_order=act_order,
         static_groups=static_groups,
         sweeps=sweeps,
+        original_targets=original_targets,
         ignore=tuple(name for name in ignore if name),
         override=tuple(override),
         target_bpw=target_bpw,

@@ -20,7 +20,8 @@ from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.forward import CalibrationPass, Stage
-from llmctl.quantize.gptq import quantize_gptq
+from llmctl.quantize.gptq import inverse_factor, quantize_gptq
+from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.stats import InputStats, relative_error
@@ -28,6 +29,7 @@ from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
 
 Algorithm = Callable[[Tensor, Tensor, QuantScheme], QuantizedWeight]
+_ORIGINAL = "original "  # begins the names of the unquantized model's activations, beside the quantized one's
 
 
 def quantize_layer(
@@ -104,20 +106,31 @@ class _LayerRun:
         self.errors: dict[str, float] = {}
         self.scales: dict[str, float | None] = {}
         self.changed: set[str] = set()
+        self.folded: dict[str, Tensor] = {}
+        self.original_inputs: dict[str, Tensor] = {}
 
     def quantize(self, hidden: Env) -> Env:
-        if self.plan.config.method == "awq":
-            self._scale(hidden)
-            algorithm: Algorithm = quantize_awq
-        else:
-            algorithm = partial(quantize_gptq, options=self.plan.gptq)
-        return self.calibration.run(
+        own = {name: value for name, value in hidden.items() if not name.startswith(_ORIGINAL)}
+        original = self._run_original(hidden, own) if self.plan.config.aims_at_original else {}
+        steps = self.plan.config.steps
+        if "awq" in steps:
+            self._scale(own)
+        algorithm: Algorithm = partial(quantize_gptq, options=self.plan.gptq) if "gptq" in steps else quantize_awq
+        leaving = self.calibration.run(
             self.layer,
-            hidden,
+            own,
             self.stages,
-            lambda stage, x: self._quantize_stage(stage, InputStats.of(x), algorithm),
+            lambda stage, x: self._quantize_stage(stage, x, algorithm),
             outputs=not self.last,
         )
+        return leaving | original
+
+    def _run_original(self, hidden: Env, own: Env) -> Env:
+        """Keep the inputs that the stages have in the unquantized model; its activations leaving the layer."""
+        entering = {n.removeprefix(_ORIGINAL): value for n, value in hidden.items() if n.startswith(_ORIGINAL)}
+        keep = lambda stage, x: self.original_inputs.update({stage.buffer: x})  # noqa: E731
+        leaving = self.calibration.run(self.layer, entering or own, self.stages, keep, outputs=not self.last)
+        return {_ORIGINAL + name: value for name, value in leaving.items()}
 
     def changed_dense(self) -> dict[str, Tensor]:
         return {name: self.calibration.weights[name] for name in sorted(self.changed - self.chosen)}
@@ -142,6 +155,7 @@ class _LayerRun:
             self.scales[stage.buffer] = None if choice is None else choice.alpha
             if choice is not None and choice.alpha is not None and point is not None:
                 self.changed |= fold_scales(point, choice.scales, weights)
+                self.folded[stage.buffer] = choice.scales
         for name in self.changed - self.chosen:
             weights[name] = self._stored(weights[name])
 
@@ -149,12 +163,14 @@ class _LayerRun:
         """What a dense tensor is after it has been written: later stages are to make up for its rounding."""
         return dense.to(getattr(torch, self.plan.dense_dtype)).float()
 
-    def _quantize_stage(self, stage: Stage, stats: InputStats, algorithm: Algorithm) -> None:
+    def _quantize_stage(self, stage: Stage, inputs: Tensor, algorithm: Algorithm) -> None:
+        stats = InputStats.of(inputs)
         _check_inputs(self.layer, stage, stats)
+        aim = self._aim(stage, inputs, stats)
         self.errors |= {op.name: math.nan for op in stage.linears}  # in their order, whatever the schemes' is
         for scheme, linears in self._by_scheme(stage):
             weight = self._stacked(linears)
-            whole = algorithm(weight, stats.gram, scheme)
+            whole = algorithm(aim(weight), stats.gram, scheme)
             dense = whole.dequantize()
             start = 0
             for op in linears:
@@ -164,6 +180,15 @@ class _LayerRun:
                 self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
                 self.calibration.weights[name] = dense[start:stop]
                 start = stop
+
+    def _aim(self, stage: Stage, inputs: Tensor, stats: InputStats) -> Callable[[Tensor], Tensor]:
+        """From a weight of the stage to what its quantization is to be near."""
+        original = self.original_inputs.pop(stage.buffer, None)
+        if original is None:
+            return lambda weight: weight
+        cross = cross_gram(original, inputs, self.folded.get(stage.buffer))
+        factor = inverse_factor(stats.gram, self.plan.gptq.damp_percent).float()
+        return lambda weight: original_target(weight, factor, cross, self.plan.config.original_targets)
 
     def _by_scheme(self, stage: Stage) -> list[tuple[QuantScheme, list[Op]]]:
         """A stage's linears, those of one scheme together."""

@@ -25,7 +25,7 @@ from llmctl.quantize.modules import Selection, select_modules
 from llmctl.quantize.overrides import DENSE_BITS, Override, apply_overrides, parse_override
 from llmctl.targets.machine import check_threads
 
-METHODS = ("rtn", "awq", "gptq")
+METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 FORMATS = ("auto", *WRITTEN)
 _FEW_READERS = 3
 
@@ -82,9 +82,9 @@ class Plan:
         if self.reads_text:
             common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
             common |= {"calib_sha256": source_digest(c.calib), "seed": c.seed}
-        if c.method == "gptq":
+        if "gptq" in c.steps:
             common |= {"damp_percent": c.damp_percent, "act_order": c.act_order, "static_groups": c.static_groups}
-            common |= {"sweeps": c.sweeps}
+            common |= {"sweeps": c.sweeps, "original_targets": c.original_targets}
         return common
 
 
@@ -107,6 +107,10 @@ def check_options(config: QuantizeConfig) -> None:
         )
     if config.sweeps < 0:
         raise UsageError(f"--sweeps {config.sweeps}: expected 0 or more", param="sweeps")
+    if not 0 <= config.original_targets <= 1:
+        raise UsageError(
+            f"--original-targets {config.original_targets}: expected a share from 0 to 1", param="original_targets"
+        )
     check_threads(config.threads)
     if not config.output:
         raise UsageError("--output: the folder to write is missing", param="output")
@@ -149,8 +153,8 @@ def make_plan(
         others={name: own for name, own in by_module.items() if own != usual},
         ignored=tuple(sorted({*selection.ignored, *_tied_head(selection)})),
         damp_percent=config.damp_percent,
-        static_groups=config.method == "gptq" and config.static_groups,
-        true_sequential=config.method == "gptq",
+        static_groups="gptq" in config.steps and config.static_groups,
+        true_sequential="gptq" in config.steps,
     )
     budget = None
     if config.has_budget and bits is None:
@@ -235,7 +239,7 @@ def _tied_head(selection: Selection) -> set[str]:
 
 
 def _needs_g_idx(config: QuantizeConfig) -> bool:
-    return config.method == "gptq" and config.act_order and not config.static_groups and config.group_size != -1
+    return "gptq" in config.steps and config.act_order and not config.static_groups and config.group_size != -1
 
 
 def _check_override(override: Override) -> None:

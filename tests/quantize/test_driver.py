@@ -110,6 +110,8 @@ def test_every_family_survives(family: str, method: str, config: QuantizeConfig,
         pytest.param({"method": "gptq", "bits": 3, "group_size": -1}, marks=pytest.mark.slow),
         {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False, "symmetric": False},
         {"method": "gptq", "bits": 4, "format": "compressed-tensors"},
+        {"method": "awq+gptq", "bits": 4},
+        pytest.param({"method": "awq+gptq", "bits": 3, "original_targets": 0.0}, marks=pytest.mark.slow),
         pytest.param({"method": "awq", "bits": 4, "format": "compressed-tensors"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -126,7 +128,7 @@ def test_the_output_is_what_was_measured(changes: dict[str, object], config: Qua
     weight = made.weight("model.layers.1.mlp.down_proj.weight")
     assert isinstance(weight, QuantizedWeight)
     assert weight.scheme.bits == config.bits
-    out_of_order = config.method == "gptq" and not config.static_groups and config.group_size != -1
+    out_of_order = "gptq" in config.steps and not config.static_groups and config.group_size != -1
     assert (weight.g_idx is not None) == out_of_order
     assert len(report.layers) == 2
     assert all(0 < error < 0.2 for layer in report.layers for error in layer.modules.values())
@@ -179,7 +181,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq+gptq"])
 @pytest.mark.parametrize("moment", ["before layer 0", "before layer 1", "inside layer 1's save", "before the end"])
 def test_resume_gives_the_same_bytes(
     method: str, moment: str, config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
@@ -256,6 +258,7 @@ def test_resume_without_anything_to_resume_starts(config: QuantizeConfig) -> Non
         ({"ignore": ("lm_haed",)}, "lm_haed"),
         ({"damp_percent": 0.0}, "--damp-percent"),
         ({"sweeps": -1}, "--sweeps"),
+        ({"original_targets": 1.5}, "--original-targets"),
         ({"threads": 0}, "--threads"),
         ({"model": "/nowhere"}, "nowhere"),
         ({"output": ""}, "--output"),
@@ -296,7 +299,7 @@ def test_weights_that_are_not_finite_are_named(
     ("method", "ignore", "said"),
     [
         ("awq", "lm_head", "the inputs of layers.1.down_proj are"),
-        ("gptq", "lm_head", "the error of layers.1.up_proj is"),
+        ("gptq", "lm_head", "the error of layers.1.up_proj, layers.1.down_proj is"),
         ("gptq", "up_proj", "the inputs of layers.1.down_proj are"),
     ],
 )
