@@ -110,8 +110,8 @@ def test_every_family_survives(family: str, method: str, config: QuantizeConfig,
         pytest.param({"method": "gptq", "bits": 3, "group_size": -1}, marks=pytest.mark.slow),
         {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False, "symmetric": False},
         {"method": "gptq", "bits": 4, "format": "compressed-tensors"},
-        {"method": "awq+gptq", "bits": 4},
-        pytest.param({"method": "awq+gptq", "bits": 3, "original_targets": 0.0}, marks=pytest.mark.slow),
+        {"method": "awq+gptq", "bits": 4, "original_targets": 0.5},
+        pytest.param({"method": "awq+gptq", "bits": 3}, marks=pytest.mark.slow),
         pytest.param({"method": "awq", "bits": 4, "format": "compressed-tensors"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -186,7 +186,7 @@ class Killed(BaseException):
 def test_resume_gives_the_same_bytes(
     method: str, moment: str, config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, method=method, bits=4)
+    config = replace(config, method=method, bits=4, original_targets=0.5)
     whole = replace(config, output=config.output + "-whole")
     quantize_checkpoint(whole)
     if moment == "inside layer 1's save":
@@ -299,7 +299,7 @@ def test_weights_that_are_not_finite_are_named(
     ("method", "ignore", "said"),
     [
         ("awq", "lm_head", "the inputs of layers.1.down_proj are"),
-        ("gptq", "lm_head", "the error of layers.1.up_proj, layers.1.down_proj is"),
+        ("gptq", "lm_head", "the error of layers.1.up_proj is"),
         ("gptq", "up_proj", "the inputs of layers.1.down_proj are"),
     ],
 )

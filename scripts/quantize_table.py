@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""How far quantized models are from the original: a Markdown table of methods, over calibration texts and seeds.
+
+    python scripts/quantize_table.py --text wiki.test.txt --calib wiki.train.txt --calib self --seeds 0,1,2
+
+Every case is quantized and compared with the original in float32 on ``--windows`` windows spread over the text. A row
+is one case with one calibration text: means over the seeds, with the standard error over windows of the first seed and,
+for several seeds, their range. ``--results FILE`` keeps what is measured, a JSON object a line, and skips what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from md_table import print_table
+from trial_options import chosen, work_folder
+
+from llmctl.config import QuantizeConfig
+from llmctl.errors import ExitCode, LlmctlError
+
+if TYPE_CHECKING:
+    from llmctl.checkpoint.reader import Checkpoint
+    from llmctl.quantize.distributions import CheckpointDistributions, Window
+
+HEAD = ("case", "calibration", "bits/weight", "KL", "KL, seeds", "ΔNLL", "top-1", "seconds")
+_BASE = QuantizeConfig(group_size=64, symmetric=False)
+CASES = {
+    f"{method}-{bits}bit-{grid}": replace(_BASE, method=method, bits=bits, symmetric=grid == "symmetric")
+    for bits, grid in ((4, "asymmetric"), (4, "symmetric"), (3, "asymmetric"), (8, "symmetric"))
+    for method in ("rtn", "awq", "gptq", "awq+gptq")
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One quantization to measure, and by what; ``calib`` is "" for methods that look at weights only."""
+
+    case: str
+    config: QuantizeConfig
+    protocol: tuple[str | int, ...]
+
+    @property
+    def key(self) -> list[str | int]:
+        """What tells it from the others of a file of results."""
+        c = self.config
+        return [self.case, c.model, c.group_size, c.calib, c.calib_samples, c.calib_length, c.seed, *self.protocol]
+
+
+def main() -> int:
+    """Run the measurement; the process's exit code."""
+    args = _parser().parse_args()
+    try:
+        with work_folder(args.keep, "llmctl-quantize-table-") as folder:
+            rows = list(measure(args, folder))
+    except LlmctlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(ExitCode.USAGE)
+    print(f"{args.model}; {Path(args.text).name}, {args.windows} windows of {args.context}; {_machine()}\n")
+    print_table(HEAD, table(rows))
+    return 0
+
+
+def trials(args: argparse.Namespace) -> list[Trial]:
+    """All that the options ask for; a method that reads no text once.
+
+    Raises:
+        ValueError: a case that is not known.
+    """
+    protocol = (Path(args.text).name, args.windows, args.context)
+    found = []
+    for case, config in chosen(args.only, {case: (case, config) for case, config in CASES.items()}):
+        settings = replace(config, group_size=args.group_size, calib_length=args.calib_length, threads=args.threads)
+        settings = replace(settings, model=args.model, calib_samples=args.calib_samples)
+        if config.method == "rtn":
+            found.append(Trial(case, replace(settings, calib="", calib_samples=0, calib_length=0), protocol))
+            continue
+        found += [
+            Trial(case, replace(settings, calib=calib, seed=seed), protocol)
+            for calib in args.calib
+            for seed in args.seeds
+        ]
+    return found
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Every trial's result as JSON data, from the file of results where it has it."""
+    import torch
+
+    from llmctl.checkpoint.opening import open_checkpoint
+    from llmctl.checkpoint.resolve import resolve_model
+    from llmctl.quantize.distributions import CheckpointDistributions
+    from llmctl.quantize.divergence import spread_windows
+    from llmctl.text.tokenizer import Tokenizer
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    original = open_checkpoint(resolve_model(args.model), widen=True)
+    tokenizer = Tokenizer.from_files(original.aux_files(), where=str(original.path))
+    text = Path(args.text).read_text(encoding="utf-8")
+    windows = spread_windows(tokenizer.encode(text, add_special_tokens=False), args.context, args.windows)
+    known = {json.dumps(row["key"]): row for row in _kept(args.results)}
+    wanted = trials(args)
+    missing = any(json.dumps(trial.key) not in known for trial in wanted)
+    reference = CheckpointDistributions(original, windows) if missing else None
+    for trial in wanted:
+        if (row := known.get(json.dumps(trial.key))) is None:
+            assert reference is not None
+            row = _measured(trial, original, reference, windows, folder / f"{trial.case}-{trial.config.seed}")
+            _keep(args.results, row)
+            print(f"{trial.case}, {trial.config.calib or 'no text'}: KL {row['kl']:.4f}", file=sys.stderr, flush=True)
+        yield row
+
+
+def _measured(
+    trial: Trial, original: Checkpoint, reference: CheckpointDistributions, windows: Sequence[Window], output: Path
+) -> dict[str, Any]:
+    import shutil
+
+    from llmctl.checkpoint.opening import open_checkpoint
+    from llmctl.quantize.distributions import CheckpointDistributions
+    from llmctl.quantize.divergence import divergence
+    from llmctl.quantize.driver import quantize_checkpoint
+
+    usual = QuantizeConfig()
+    config = trial.config
+    if not config.calib:
+        config = replace(config, calib=usual.calib, calib_samples=usual.calib_samples, calib_length=usual.calib_length)
+    started = time.monotonic()
+    report = quantize_checkpoint(replace(config, model=str(original.path), output=str(output)))
+    seconds = time.monotonic() - started
+    found = divergence(reference, CheckpointDistributions(open_checkpoint(output), windows), windows)
+    shutil.rmtree(output)
+    row = {"key": trial.key, "case": trial.case, "calibration": Path(trial.config.calib).name or "none"}
+    return {**row, "seconds": seconds, "bits_per_weight": report.bits_per_weight, **found.to_json()}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rows of the table: those of one case and calibration text together."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["calibration"]), []).append(row)
+    return [[case, calibration, *_cells(group)] for (case, calibration), group in groups.items()]
+
+
+def _cells(group: Sequence[dict[str, Any]]) -> list[str]:
+    mean = {name: statistics.fmean(row[name] for row in group) for name in ("kl", "delta_nll", "top1", "seconds")}
+    each = [row["kl"] for row in group]
+    spread = f"{min(each):.4f}–{max(each):.4f}" if len(each) > 1 else "-"
+    return [
+        f"{group[0]['bits_per_weight']:.2f}",
+        f"{mean['kl']:.4f} ± {group[0]['kl_error']:.4f}",
+        spread,
+        f"{mean['delta_nll']:+.4f} ± {group[0]['delta_nll_error']:.4f}",
+        f"{mean['top1']:.3f}",
+        f"{mean['seconds']:.0f}",
+    ]
+
+
+def _kept(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _keep(path: Path | None, row: dict[str, Any]) -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _machine() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = names[0].partition(":")[2].strip() if names else platform.processor()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to compare on")
+    parser.add_argument("--model", default="demo:smollm2-135m", help="checkpoint folder, .gguf, demo name or hub id")
+    parser.add_argument("--only", metavar="CASES", help=f"comma-separated, of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--calib", action="append", required=True, help="as llmctl quantize --calib; repeatable")
+    parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0], metavar="N,N")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--calib-samples", type=int, default=32)
+    parser.add_argument("--calib-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--context", type=int, default=1024, help="tokens in a window (default: %(default)s)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="quantize there")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="JSON lines to keep results in and skip known ones"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
