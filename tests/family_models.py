@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 
 from llmctl.checkpoint.assemble import checkpoint_graph
@@ -103,6 +105,113 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral3": (
+        "Ministral3",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "head_dim": 14},
+            **_rope(
+                rope_type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=96,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.1,
+                max_position_embeddings=128,
+            ),
+        },
+    ),
+    "internlm3": (
+        "InternLM3",
+        {**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "attention_bias": True, "mlp_bias": True},
+    ),
+    "seed_oss": ("SeedOss", {**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "attention_out_bias": True}),
+    "starcoder2": ("Starcoder2", {**_SMALL, "num_key_value_heads": 1, "sliding_window": 7}),
+    "arcee": ("Arcee", {**_SMALL, "num_key_value_heads": 1, "mlp_bias": True}),
+    "gemma": ("Gemma", {**_SMALL, "num_key_value_heads": 1, "head_dim": 14}),
+    "gemma2": (
+        "Gemma2",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "sliding_window": 7, "query_pre_attn_scalar": 11},
+            **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "sliding_window": 7, "query_pre_attn_scalar": 11},
+            **{"num_hidden_layers": 4, "sliding_window_pattern": 3},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+            **{"embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22},
+            **{"logits_scaling": 3.0, "rms_norm_eps": 1e-3},
+        },
+    ),
+    "olmo2": ("Olmo2", {**_SMALL, "num_key_value_heads": 1}),
+    "olmo3": (
+        "Olmo3",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "sliding_window": 7, "num_hidden_layers": 4},
+            "rope_parameters": {
+                "full_attention": {
+                    **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+                    "rope_theta": 1000.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3", {**_SMALL, "num_key_value_heads": 1, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "cohere": ("Cohere", {**_SMALL, "num_key_value_heads": 1, "logit_scale": 0.3}),
+    "cohere2": (
+        "Cohere2",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "sliding_window": 7, "logit_scale": 0.3},
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "exaone4": (
+        "Exaone4",
+        {**_SMALL, "num_key_value_heads": 1, "sliding_window": 7, "sliding_window_pattern": 3},
+    ),
+    "exaone4_full": (
+        "Exaone4",
+        {**_SMALL, "num_key_value_heads": 1, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "glm": ("Glm", {**_SMALL, "num_key_value_heads": 1, "head_dim": 12, "pad_token_id": 0}),
+    "glm4": ("Glm4", {**_SMALL, "num_key_value_heads": 1, "head_dim": 12, "pad_token_id": 0}),
+    "ernie4_5": ("Ernie4_5", {**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "use_bias": True}),
+    "gpt_neox": ("GPTNeoX", {**_SMALL, **_rope(partial_rotary_factor=0.4)}),
+    "gpt_neox_serial": ("GPTNeoX", {**_SMALL, "use_parallel_residual": False, **_rope(partial_rotary_factor=1.0)}),
+    "nemotron": ("Nemotron", {**_SMALL, "num_key_value_heads": 1, **_rope(partial_rotary_factor=0.4)}),
+    "llama_dynamic": ("Llama", {**_SMALL, **_rope(rope_type="dynamic", factor=4.0)}),
+}
+
+
+"""Families that differ from those of ``CASES`` by a fact or two; most of their tests are slow."""
+_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+_MODELS = {"GPT2": "GPT2LMHeadModel", "InternLM3": "LlamaForCausalLM"}
+
+
+def slow(cases: Iterable[str]) -> list[Any]:
+    """Parameters of a test that runs for some cases with the slow ones alone."""
+    return [pytest.param(case, marks=pytest.mark.slow, id=case) for case in cases]
+
+
+def config_of(case: str) -> Any:
+    """transformers' config of a case."""
+    import transformers
+
+    name, settings = {**CASES, **MORE_CASES}[case]
+    return getattr(transformers, _CONFIGS.get(name, f"{name}Config"))(**settings)
 
 
 @dataclass(frozen=True)
@@ -124,13 +233,12 @@ _FOLDERS: list[TemporaryDirectory[str]] = []
 
 @cache
 def family_model(case: str) -> FamilyModel:
-    """The model of one of ``CASES``; made once a process."""
+    """The model of a case; made once a process."""
     import transformers
 
-    name, settings = CASES[case]
+    name, config = {**CASES, **MORE_CASES}[case][0], config_of(case)
     torch.manual_seed(sum(case.encode()))
-    config = getattr(transformers, f"{name}Config")(**settings)
-    model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    model = getattr(transformers, _MODELS.get(name, f"{name}ForCausalLM"))
     made = model(config).eval()
     for parameter in made.parameters():
         _randomise(parameter.data)

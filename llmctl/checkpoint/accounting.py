@@ -67,7 +67,7 @@ class _Tensor:
 
     @property
     def layer(self) -> int | None:
-        found = re.match(r"(?:model\.layers|transformer\.h)\.(\d+)\.", self.name)
+        found = re.match(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)\.", self.name)
         return None if found is None else int(found[1])
 
     def count(self, key: str) -> int | None:
@@ -188,7 +188,7 @@ RULES: tuple[_Rule, ...] = (
              r"|\._?weight_(packed|shape|g_idx|qdata|scale|zero_point)$"
              r"|\.(scales?|scale_inv|zeros|zero_point|qweight|qzeros|g_idx)$"),
     _Rule("layers beyond num_hidden_layers", also=_is_beyond),
-    _superfluous("the head is tied to the embeddings, which it equals", r"^lm_head\.weight$", _is_tied),
+    _superfluous("the head is tied to the embeddings, which it equals", r"^(lm_head|embed_out)\.weight$", _is_tied),
     _superfluous("all zeros", r"\.bias$", _is_zero),
     _Rule("biases that are not zero and that config.json does not declare", r"\.bias$"),
     _Rule("a head that is not a language model's", r"^(score|classifier|v_head|value_head|reward_head|qa_outputs)\."),

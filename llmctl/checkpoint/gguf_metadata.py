@@ -67,7 +67,7 @@ def model_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(arch: Arch) -> dict[str, Any]:
-    rope: Mapping[str, Any] = arch.rope or {}
+    rope: Mapping[str, Any] = arch.ropes[0] or {}
     found: dict[str, Any] = {"dimension_count": arch.head_dim, "freq_base": rope["theta"]}
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
@@ -80,7 +80,7 @@ def _rope(arch: Arch) -> dict[str, Any]:
 def rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
     """Contents of ``rope_freqs.weight``, f32 [head_dim/2]: Llama 3's divisors; None where there are none."""
     arch = read_arch(config)
-    rope: Mapping[str, Any] = arch.rope or {}
+    rope: Mapping[str, Any] = arch.ropes[0] or {}
     if rope.get("rope_type") != "llama3":
         return None
     rule = {**rope, "original_max_position_embeddings": rope["original_max_position"]}

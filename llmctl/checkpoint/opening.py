@@ -9,6 +9,7 @@ from llmctl.checkpoint.methods import read_method
 from llmctl.checkpoint.reader import Checkpoint, SafetensorsSource
 from llmctl.checkpoint.text_config import is_multimodal, text_model_config
 from llmctl.errors import ModelNotFoundError
+from llmctl.graph.family_table import FAMILIES
 
 
 def open_checkpoint(path: Path, *, widen: bool = False) -> Checkpoint:
@@ -39,7 +40,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     quantization, layout = read_method(*raw) if raw else (None, None)
     shards = hf_folder.shard_paths(folder)
     aux = hf_folder.aux_files(folder)
-    prefix = "transformer" if config["model_type"] == "gpt2" else "model"
+    family = FAMILIES.get(config["model_type"])
+    prefix = "model" if family is None else family.base
     files = [*shards, *aux.values(), folder / "config.json"]
     files += [folder / name for name in hf_folder.QUANTIZATION_FILES if (folder / name).is_file()]
     source = SafetensorsSource(shards, prefix, multimodal=is_multimodal(stored))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from llmctl.errors import CheckpointError
 
-_HEADS = ("lm_head.", "score.", "classifier.")
+_HEADS = ("lm_head.", "embed_out.", "score.", "classifier.")
 _TEXT_TOWER = re.compile(r"(model\.)?(?:language_model|text_model)\.(?=.)")
 
 
@@ -34,8 +34,8 @@ def full_names(stored: Iterable[str], base: str, *, multimodal: bool) -> TensorN
     """The names in the full causal model.
 
     Args:
-        base: the base model's attribute in it (``model``, ``transformer``); put before the names of a checkpoint none
-            of whose tensors has it.
+        base: the base model's attribute in it (``model``, ``transformer``, ``gpt_neox``); put before the names of a
+            checkpoint none of whose tensors has it.
         multimodal: config.json has a ``text_config``, so that a text tower's prefix is to be looked for.
 
     Raises:

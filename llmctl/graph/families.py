@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from llmctl.errors import CheckpointError
-from llmctl.graph.family_table import TensorNames
+from llmctl.graph.family import TensorNames
 from llmctl.graph.graph import (
     INPUT_IDS,
     LOGITS,
@@ -94,7 +94,7 @@ class _Builder:
         arch = self.arch
         shape = (arch.vocab_size, arch.hidden_size)
         weight = self._weight("embed.weight", shape, f"{self.names.embed}.weight")
-        x = self._op("embed", "embed", (INPUT_IDS,), arch.hidden_size, (weight,), {"scale": 1.0})
+        x = self._op("embed", "embed", (INPUT_IDS,), arch.hidden_size, (weight,), {"scale": arch.embed_scale})
         if arch.family.positions == "rope":
             return x
         shape = (arch.max_position, arch.hidden_size)
@@ -102,52 +102,60 @@ class _Builder:
         return self._op("pos_embed", "pos_embed", (x, POSITIONS), arch.hidden_size, (weight,), {"offset": 0})
 
     def _decoder_layer(self, x: str) -> str:
-        hidden = self.arch.hidden_size
-        normed = self._norm(self._name("attn_norm"), self.names.attn_norm, x)
-        attended = self._attention(normed)
-        if self.arch.family.parallel:
-            branch = self._op("add", self._name("parallel_add"), (attended, self._mlp(normed)), hidden)
+        names, hidden = self.names, self.arch.hidden_size
+        normed = self._layer_norm("attn_norm", names.attn_norm, x)
+        attended = self._layer_norm("attn_out_norm", names.attn_out_norm, self._attention(normed))
+        if self.arch.parallel:
+            own = self._layer_norm("mlp_norm", names.mlp_norm, x) if names.mlp_norm else normed
+            branch = self._op("add", self._name("parallel_add"), (attended, self._mlp(own)), hidden)
             return self._op("add", self._name("residual"), (branch, x), hidden)
         x = self._op("add", self._name("attn_residual"), (attended, x), hidden)
-        normed = self._norm(self._name("mlp_norm"), self.names.mlp_norm, x)
-        return self._op("add", self._name("mlp_residual"), (self._mlp(normed), x), hidden)
+        made = self._mlp(self._layer_norm("mlp_norm", names.mlp_norm, x))
+        made = self._layer_norm("mlp_out_norm", names.mlp_out_norm, made)
+        return self._op("add", self._name("mlp_residual"), (made, x), hidden)
+
+    def _layer_norm(self, role: str, module: str, x: str) -> str:
+        """A norm of this layer; ``x`` itself where the family has none."""
+        return self._norm(self._name(role), module, x) if module else x
 
     def _attention(self, x: str) -> str:
         arch, names = self.arch, self.names
         q_width, kv_width = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
         modules = {"q_proj": (names.q, q_width), "k_proj": (names.k, kv_width), "v_proj": (names.v, kv_width)}
-        q, k, v = self._linears(modules, x, arch.hidden_size, arch.bias_qkv)
-        if arch.family.qk_norm:
-            q = self._head_norm("q_norm", names.q_norm, q, arch.heads)
-            k = self._head_norm("k_norm", names.k_norm, k, arch.kv_heads)
+        in_turn = arch.heads if arch.family.heads_in_qkv else 1
+        q, k, v = self._linears(modules, x, arch.hidden_size, arch.bias_qkv, in_turn)
+        q = self._qk_norm("q_norm", names.q_norm, q, arch.heads)
+        k = self._qk_norm("k_norm", names.k_norm, k, arch.kv_heads)
         heads: dict[str, Attr] = {"heads": arch.heads, "kv_heads": arch.kv_heads, "head_dim": arch.head_dim}
-        if arch.rope is not None:
-            q, k = self._ops(
-                "rope", self._name("rope"), (q, k, POSITIONS), (q_width, kv_width), (), {**heads, **arch.rope}
-            )
+        rope = arch.ropes[self.layer]
+        if rope is not None:
+            q, k = self._ops("rope", self._name("rope"), (q, k, POSITIONS), (q_width, kv_width), (), {**heads, **rope})
         self._ops("kv_write", self._name("kv_write"), (k, v), (), (), {"layer": self.layer})
         attrs = {
             **heads,
             "layer": self.layer,
-            "scale": arch.head_dim**-0.5,
+            "scale": arch.attention_scale,
             "window": arch.windows[self.layer],
-            "softcap": 0.0,
+            "softcap": arch.attention_cap,
         }
         o = self._op("attention", self._name("attention"), (q,), q_width, (), attrs)
         return self._linears({"o_proj": (names.o, arch.hidden_size)}, o, q_width, arch.bias_o)[0]
 
     def _mlp(self, x: str) -> str:
         arch, names, width = self.arch, self.names, self.arch.intermediate_size
-        act: dict[str, Attr] = {"fn": arch.activation}
         if arch.family.gated:
             modules = {"gate_proj": (names.gate, width), "up_proj": (names.up, width)}
             gate, up = self._linears(modules, x, arch.hidden_size, arch.bias_mlp)
-            h = self._op("act", self._name("act"), (gate,), width, (), act)
-            h = self._op("mul", self._name("gate_mul"), (h, up), width)
+            h = self._op("mul", self._name("gate_mul"), (self._act(gate), up), width)
         else:
             up = self._linears({"up_proj": (names.up, width)}, x, arch.hidden_size, arch.bias_mlp)[0]
-            h = self._op("act", self._name("act"), (up,), width, (), act)
+            h = self._act(up)
         return self._linears({"down_proj": (names.down, arch.hidden_size)}, h, width, arch.bias_mlp)[0]
+
+    def _act(self, x: str) -> str:
+        fn, width = self.arch.activation, self.arch.intermediate_size
+        h = self._op("act", self._name("act"), (x,), width, (), {"fn": fn.removesuffix("2")})
+        return self._op("mul", self._name("square"), (h, h), width) if fn == "relu2" else h
 
     def _head(self, x: str) -> None:
         arch, head = self.arch, self.names.head
@@ -157,7 +165,9 @@ class _Builder:
             weights = [self._weight("lm_head.weight", (arch.vocab_size, arch.hidden_size), f"{head}.weight")]
         bias = self._weight("lm_head.bias", (arch.vocab_size,), f"{head}.bias") if arch.family.bias_head else ""
         self.buffers[LOGITS] = Buffer(LOGITS, arch.vocab_size)
-        self._append("linear", "lm_head", (x,), (LOGITS,), (*weights, bias), {})
+        attrs: dict[str, Attr] = {} if arch.logit_scale == 1.0 else {"scale": arch.logit_scale}
+        attrs |= {"softcap": arch.logit_cap} if arch.logit_cap else {}
+        self._append("linear", "lm_head", (x,), (LOGITS,), (*weights, bias), attrs)
 
     def _is_tied(self) -> bool:
         head, embed = f"{self.names.head}.weight", f"{self.names.embed}.weight"
@@ -170,25 +180,36 @@ class _Builder:
     def _name(self, role: str) -> str:
         return f"layers.{self.layer}.{role}"
 
-    def _norm(self, name: str, module: str, x: str) -> str:
-        arch, module = self.arch, module.format(i=self.layer)
-        weights = [self._weight(f"{name}.weight", (arch.hidden_size,), f"{module}.weight")]
-        if arch.family.norm == "rms":
-            return self._op("rms_norm", name, (x,), arch.hidden_size, weights, {"eps": arch.eps, "plus_one": False})
-        weights.append(self._weight(f"{name}.bias", (arch.hidden_size,), f"{module}.bias"))
-        return self._op("layer_norm", name, (x,), arch.hidden_size, weights, {"eps": arch.eps})
+    def _norm(self, name: str, module: str, x: str, width: int = 0) -> str:
+        """A norm over the ``width`` columns of x, by default those of the residual stream."""
+        family, width, module = self.arch.family, width or self.arch.hidden_size, module.format(i=self.layer)
+        weights = [self._weight(f"{name}.weight", (width,), f"{module}.weight")]
+        attrs: dict[str, Attr] = {"eps": self.arch.eps}
+        if family.norm == "rms":
+            return self._op("rms_norm", name, (x,), width, weights, {**attrs, "plus_one": family.plus_one})
+        attrs |= {"plus_one": True} if family.plus_one else {}
+        weights.append(self._weight(f"{name}.bias", (width,), f"{module}.bias") if family.norm_bias else "")
+        return self._op("layer_norm", name, (x,), width, weights, attrs)
 
-    def _head_norm(self, role: str, module: str, x: str, heads: int) -> str:
-        dim, name = self.arch.head_dim, self._name(role)
+    def _qk_norm(self, role: str, module: str, x: str, heads: int) -> str:
+        family, dim, name = self.arch.family, self.arch.head_dim, self._name(role)
+        if family.qk_norm == "none":
+            return x
+        if family.qk_norm == "row":
+            return self._norm(name, module, x, heads * dim)
         weight = self._weight(f"{name}.weight", (dim,), f"{module.format(i=self.layer)}.weight")
         attrs: dict[str, Attr] = {"eps": self.arch.eps, "heads": heads, "head_dim": dim}
+        attrs |= {"plus_one": True} if family.plus_one else {}
         return self._op("head_rms_norm", name, (x,), heads * dim, (weight,), attrs)
 
-    def _linears(self, modules: Mapping[str, tuple[str, int]], x: str, width: int, bias: bool) -> list[str]:
-        """One linear per role over the input ``x``; roles that share a module get consecutive row slices of it."""
+    def _linears(
+        self, modules: Mapping[str, tuple[str, int]], x: str, width: int, bias: bool, in_turn: int = 1
+    ) -> list[str]:
+        """One linear per role over the input ``x``; roles that share a module get a row slice of it, one after the
+        other, or as many as ``in_turn`` each, taking turns."""
         outputs = []
         for role, (module, out) in modules.items():
-            rows, total = _row_slice(modules, role)
+            rows, total = _row_slices(modules, role, in_turn)
             name, module = self._name(role), module.format(i=self.layer)
             conv1d = self.arch.family.conv1d
             weights = [self._weight(f"{name}.weight", (out, width), f"{module}.weight", rows, total, conv1d)]
@@ -239,21 +260,21 @@ class _Builder:
         name: str,
         shape: tuple[int, ...],
         tensor: str,
-        rows: tuple[int, int] | None = None,
+        rows: Sequence[tuple[int, int]] = (),
         total: int | None = None,
         conv1d: bool = False,
     ) -> str:
         """Register a weight supplied by ``tensor``, or by its ``rows`` out of ``total`` (after the transpose)."""
         info = self._describe(tensor)
         quant = info.quant if info is not None else None
-        if quant is not None and rows is not None:  # the slice may cut a block
+        if quant is not None and rows:  # the slice may cut a block
             quant = replace(quant, block_rows=1)
         transpose = conv1d and quant is None
-        part = WeightPart(tensor, transpose, rows)
+        parts = tuple(WeightPart(tensor, transpose, taken) for taken in rows or (None,))
         if info is not None:
             stored = (shape[0] if total is None else total, *shape[1:])
             _check_shape(tensor, stored[::-1] if transpose else stored, tuple(info.shape))
-        self.weights[name] = Weight(name, shape, (part,), quant)
+        self.weights[name] = Weight(name, shape, parts, quant)
         return name
 
     def _describe(self, tensor: str) -> TensorInfo | None:
@@ -268,14 +289,18 @@ class _Builder:
         return info
 
 
-def _row_slice(modules: Mapping[str, tuple[str, int]], role: str) -> tuple[tuple[int, int] | None, int | None]:
-    """The rows of its module that a role takes, and the module's total; (None, None) when it takes all of them."""
+def _row_slices(
+    modules: Mapping[str, tuple[str, int]], role: str, in_turn: int
+) -> tuple[tuple[tuple[int, int], ...], int | None]:
+    """The rows of its module that a role takes, and the module's total; none and None when it takes all of them."""
     module, out = modules[role]
     shared = [(r, o) for r, (m, o) in modules.items() if m == module]
     if len(shared) == 1:
-        return None, None
-    start = sum(o for _, o in shared[: [r for r, _ in shared].index(role)])
-    return (start, start + out), sum(o for _, o in shared)
+        return (), None
+    total = sum(o for _, o in shared)
+    first = sum(o for _, o in shared[: [r for r, _ in shared].index(role)]) // in_turn
+    starts = [first + turn * total // in_turn for turn in range(in_turn)]
+    return tuple((start, start + out // in_turn) for start in starts), total
 
 
 def _check_shape(tensor: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:

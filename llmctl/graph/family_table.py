@@ -1,145 +1,16 @@
 """The families as facts: one row per Hugging Face ``model_type``. ``families.py`` builds any row into a Graph.
 
-A new model is a new row; a fact that no row can state yet is a new field here and a branch in the builder, never a
-subclass.
+A new model is a new row; a fact that no row can state yet is a new field of ``Family`` and a branch in the builder,
+never a subclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from llmctl.graph.rope_config import ROPE_TYPES
-
-# True, False, or the name of the config key that decides (absent key = False).
-Switch = bool | str
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """Checkpoint modules (tensor names without ``.weight``/``.bias``); ``{i}`` is the layer.
-
-    Linears that name the same module are row slices of one tensor, in the order q, k, v or gate, up.
-    """
-
-    embed: str = "model.embed_tokens"
-    pos_embed: str = ""
-    attn_norm: str = "model.layers.{i}.input_layernorm"
-    mlp_norm: str = "model.layers.{i}.post_attention_layernorm"
-    q: str = "model.layers.{i}.self_attn.q_proj"
-    k: str = "model.layers.{i}.self_attn.k_proj"
-    v: str = "model.layers.{i}.self_attn.v_proj"
-    o: str = "model.layers.{i}.self_attn.o_proj"
-    q_norm: str = "model.layers.{i}.self_attn.q_norm"
-    k_norm: str = "model.layers.{i}.self_attn.k_norm"
-    gate: str = "model.layers.{i}.mlp.gate_proj"
-    up: str = "model.layers.{i}.mlp.up_proj"
-    down: str = "model.layers.{i}.mlp.down_proj"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes one architecture.
-
-    Attributes:
-        name: HF ``model_type``.
-        architectures: HF classes whose checkpoints are read, the causal model's first.
-        keys: canonical config key -> this family's spelling, where it differs from Llama's.
-        defaults: values that HF's config class supplies when config.json leaves a key out.
-        norm: ``rms`` or ``layer`` (with bias); ``eps_key`` holds its epsilon.
-        positions: ``rope`` or ``learned``.
-        partial_rotary: the family honours ``partial_rotary_factor``.
-        rope_types: the scalings of RoPE that it has here.
-        gated: the MLP is ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
-        parallel: attention and MLP both read one shared norm and are added to the residual together.
-        qk_norm: q and k are RMS-normalised per head before RoPE.
-        bias_qkv, bias_o, bias_mlp, bias_head: which linears have a bias.
-        window: ``none``, ``all`` (``sliding_window`` on every layer) or ``by_layer`` (``use_sliding_window``,
-            ``max_window_layers``, ``layer_types``).
-        conv1d: layer linears are stored ``[in, out]``.
-        neutral: config keys that must have one of these values here, on top of (or instead of) ``NEUTRAL``.
-    """
-
-    name: str
-    architectures: tuple[str, ...]
-    names: TensorNames = field(default_factory=TensorNames)
-    keys: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    norm: Literal["rms", "layer"] = "rms"
-    eps_key: str = "rms_norm_eps"
-    act_key: str = "hidden_act"
-    positions: Literal["rope", "learned"] = "rope"
-    partial_rotary: bool = False
-    rope_types: tuple[str, ...] = ROPE_TYPES
-    gated: bool = True
-    parallel: bool = False
-    qk_norm: bool = False
-    bias_qkv: Switch = False
-    bias_o: Switch = False
-    bias_mlp: Switch = False
-    bias_head: bool = False
-    window: Literal["none", "all", "by_layer"] = "none"
-    conv1d: bool = False
-    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-_OFF: tuple[Any, ...] = (None, False)
-_ONE: tuple[Any, ...] = (None, 1, 1.0)
-
-# Keys that change the forward pass of some model in the wild. A config that sets one to anything else is refused
-# unless its family honours the key.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "add_cross_attention": _OFF,
-    "alibi": _OFF,
-    "attention_bias": _OFF,
-    "attention_chunk_size": _OFF,
-    "attention_multiplier": (None,),
-    "attn_logit_softcapping": _OFF,
-    "clip_qkv": _OFF,
-    "embedding_multiplier": _ONE,
-    "final_logit_softcapping": _OFF,
-    "is_encoder_decoder": _OFF,
-    "logit_scale": _ONE,
-    "logits_scaling": _ONE,
-    "mlp_bias": _OFF,
-    "moe_intermediate_size": _OFF,
-    "n_routed_experts": (None, 0),
-    "no_rope_layers": (None, []),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "parallel_attn": _OFF,
-    "position_embedding_type": (None, "absolute", "rope"),
-    "pretraining_tp": _ONE,
-    "qk_layernorm": _OFF,
-    "qk_norm": _OFF,
-    "query_pre_attn_scalar": (None,),
-    "residual_multiplier": _ONE,
-    "rope_interleaved": _OFF,
-    "scale_attn_by_inverse_layer_idx": _OFF,
-    "scale_attn_weights": (None, True),
-    "sliding_window": _OFF,
-    "use_mrope": _OFF,
-    "use_parallel_residual": _OFF,
-    "use_qk_norm": _OFF,
-    "use_sliding_window": _OFF,
-}
-
-# HF's activation names -> the act op's fn. gelu_new and its relatives differ only in how the tanh formula is evaluated.
-ACTIVATIONS: Mapping[str, str] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "relu": "relu",
-}
+from llmctl.graph.family import Family, TensorNames
 
 _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
@@ -152,6 +23,7 @@ _QWEN_DEFAULTS = {
 }
 
 _PHI_NAMES = TensorNames(
+    mlp_norm="",
     o="model.layers.{i}.self_attn.dense",
     up="model.layers.{i}.mlp.fc1",
     down="model.layers.{i}.mlp.fc2",
@@ -180,10 +52,68 @@ _GPT2_NAMES = TensorNames(
     final_norm="transformer.ln_f",
 )
 
+_L = "model.layers.{i}."
+_SANDWICH = TensorNames(
+    attn_out_norm=f"{_L}post_attention_layernorm",
+    mlp_norm=f"{_L}pre_feedforward_layernorm",
+    mlp_out_norm=f"{_L}post_feedforward_layernorm",
+)
+_POST_NORM = TensorNames(
+    attn_norm="",
+    attn_out_norm=f"{_L}post_attention_layernorm",
+    mlp_norm="",
+    mlp_out_norm=f"{_L}post_feedforward_layernorm",
+)
+_GLM_NAMES = TensorNames(gate=f"{_L}mlp.gate_up_proj", up=f"{_L}mlp.gate_up_proj")
+_GLM4_NAMES = replace(_GLM_NAMES, attn_out_norm=f"{_L}post_self_attn_layernorm", mlp_out_norm=f"{_L}post_mlp_layernorm")
+_NEOX_QKV = "gpt_neox.layers.{i}.attention.query_key_value"
+_NEOX_NAMES = TensorNames(
+    embed="gpt_neox.embed_in",
+    attn_norm="gpt_neox.layers.{i}.input_layernorm",
+    mlp_norm="gpt_neox.layers.{i}.post_attention_layernorm",
+    q=_NEOX_QKV,
+    k=_NEOX_QKV,
+    v=_NEOX_QKV,
+    o="gpt_neox.layers.{i}.attention.dense",
+    up="gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+    down="gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+    final_norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+)
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_GEMMA2 = {**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
+# Gemma's hidden_activation decides, and is the default where it is null.
+_LEGACY_ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": (None, "gelu", "gelu_pytorch_tanh")}
+_CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_OLMO = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+_COHERE = {
+    "hidden_act": "silu",
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+}
+_GLM = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1.5625e-07,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 131072,
+    "attention_bias": True,
+}
+
 _ROWS = (
     Family(
         "llama",
         ("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"),
+        models="Llama 1 to 3.3, CodeLlama, TinyLlama, SmolLM 1 and 2, Yi, DeepSeek LLM, distillations to Llama",
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
         bias_qkv="attention_bias",
         bias_o="attention_bias",
@@ -192,6 +122,7 @@ _ROWS = (
     Family(
         "mistral",
         ("MistralForCausalLM", "MistralModel"),
+        models="Mistral 7B, Nemo, Small, Codestral, Devstral",
         defaults={
             "hidden_act": "silu",
             "num_key_value_heads": 8,
@@ -205,6 +136,7 @@ _ROWS = (
     Family(
         "qwen2",
         ("Qwen2ForCausalLM", "Qwen2Model"),
+        models="Qwen1.5, Qwen2, Qwen2.5, QwQ, distillations to Qwen",
         defaults=_QWEN_DEFAULTS,
         bias_qkv=True,
         window="by_layer",
@@ -213,8 +145,9 @@ _ROWS = (
     Family(
         "qwen3",
         ("Qwen3ForCausalLM", "Qwen3Model"),
+        models="Qwen3, dense",
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
-        qk_norm=True,
+        qk_norm="head",
         bias_qkv="attention_bias",
         bias_o="attention_bias",
         window="by_layer",
@@ -222,6 +155,7 @@ _ROWS = (
     Family(
         "phi",
         ("PhiForCausalLM", "PhiModel"),
+        models="Phi-1, 1.5, 2",
         names=_PHI_NAMES,
         defaults={
             "hidden_act": "gelu_new",
@@ -243,6 +177,8 @@ _ROWS = (
     Family(
         "phi3",
         ("Phi3ForCausalLM", "Phi3Model"),
+        models="Phi-3 and 3.5 of 4k tokens, Phi-4",
+        limits="rope_scaling longrope: refused",
         names=_PHI3_NAMES,
         defaults={
             "hidden_act": "silu",
@@ -257,6 +193,7 @@ _ROWS = (
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),
+        models="GPT-2",
         names=_GPT2_NAMES,
         keys={
             "hidden_size": "n_embd",
@@ -280,6 +217,330 @@ _ROWS = (
         bias_o=True,
         bias_mlp=True,
         conv1d=True,
+    ),
+    Family(
+        "ministral3",
+        ("Ministral3ForCausalLM", "Ministral3Model"),
+        models="Ministral 3",
+        limits="contexts end where queries would be scaled by their position",
+        defaults={
+            "hidden_act": "silu",
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262144,
+        },
+        query_scale=True,
+        window="all",
+    ),
+    # Its own code has biases by other names; where they are not off, it is refused.
+    Family(
+        "internlm3",
+        ("LlamaForCausalLM", "LlamaModel", "InternLM3ForCausalLM", "InternLM3Model"),
+        models="InternLM3",
+        defaults={
+            "hidden_act": "silu",
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 32768,
+        },
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        bias_mlp="mlp_bias",
+        neutral={"qkv_bias": (None, False), "bias": (None, False)},
+    ),
+    Family(
+        "seed_oss",
+        ("SeedOssForCausalLM", "SeedOssModel"),
+        models="Seed-OSS",
+        defaults={
+            "hidden_act": "silu",
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+        },
+        bias_qkv="attention_bias",
+        bias_o="attention_out_bias",
+        bias_mlp="mlp_bias",
+    ),
+    Family(
+        "starcoder2",
+        ("Starcoder2ForCausalLM", "Starcoder2Model"),
+        models="StarCoder2",
+        names=TensorNames(up=f"{_L}mlp.c_fc", down=f"{_L}mlp.c_proj"),
+        defaults={
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 2,
+            "norm_epsilon": 1e-5,
+            "max_position_embeddings": 4096,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        norm="layer",
+        eps_key="norm_epsilon",
+        gated=False,
+        bias_qkv="use_bias",
+        bias_o="use_bias",
+        bias_mlp="use_bias",
+        window="all",
+    ),
+    Family(
+        "arcee",
+        ("ArceeForCausalLM", "ArceeModel"),
+        models="Arcee AFM",
+        defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        gated=False,
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        bias_mlp="mlp_bias",
+    ),
+    # Its hidden_act, whatever it says, means gelu_pytorch_tanh.
+    Family(
+        "gemma",
+        ("GemmaForCausalLM", "GemmaModel"),
+        models="Gemma, CodeGemma",
+        limits="not in float16",
+        defaults={**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 16},
+        plus_one=True,
+        act_key="hidden_activation",
+        sqrt_embed=True,
+        wide_range=True,
+        neutral=_LEGACY_ACT,
+    ),
+    Family(
+        "gemma2",
+        ("Gemma2ForCausalLM", "Gemma2Model"),
+        models="Gemma 2",
+        limits="not in float16",
+        names=_SANDWICH,
+        defaults={
+            **_GEMMA2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window_pattern": 2,
+        },
+        plus_one=True,
+        act_key="hidden_activation",
+        window="typed",
+        factors=_CAPS,
+        sqrt_embed=True,
+        wide_range=True,
+        neutral=_LEGACY_ACT,
+    ),
+    Family(
+        "gemma3_text",
+        ("Gemma3ForCausalLM", "Gemma3TextModel"),
+        models="Gemma 3, text",
+        limits="not in float16; pictures are not read",
+        names=_SANDWICH,
+        defaults={
+            **_GEMMA2,
+            "max_position_embeddings": 131072,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
+        plus_one=True,
+        act_key="hidden_activation",
+        local_theta="rope_local_base_freq",
+        qk_norm="head",
+        window="typed",
+        factors=_CAPS,
+        sqrt_embed=True,
+        wide_range=True,
+        neutral=_LEGACY_ACT,
+    ),
+    Family(
+        "granite",
+        ("GraniteForCausalLM", "GraniteModel"),
+        models="Granite 3, dense",
+        defaults={
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+            "attention_multiplier": 1.0,
+        },
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        bias_mlp="mlp_bias",
+        factors=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+    ),
+    Family(
+        "olmo2",
+        ("Olmo2ForCausalLM", "Olmo2Model"),
+        models="OLMo 2",
+        names=_POST_NORM,
+        defaults=_OLMO,
+        qk_norm="row",
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+    ),
+    Family(
+        "olmo3",
+        ("Olmo3ForCausalLM", "Olmo3Model"),
+        models="OLMo 3",
+        names=_POST_NORM,
+        defaults={**_OLMO, "sliding_window": 4096, "sliding_window_pattern": 4, "rope_theta": 500_000.0},
+        local_theta="rope_theta",
+        qk_norm="row",
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        window="typed",
+    ),
+    Family(
+        "smollm3",
+        ("SmolLM3ForCausalLM", "SmolLM3Model"),
+        models="SmolLM3",
+        limits="windows: refused",
+        defaults={
+            "hidden_act": "silu",
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2_000_000.0,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
+        rope_layers="listed",
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        bias_mlp="mlp_bias",
+    ),
+    Family(
+        "cohere",
+        ("CohereForCausalLM", "CohereModel"),
+        models="Command R",
+        limits="use_qk_norm (Command R+): refused",
+        names=TensorNames(mlp_norm=""),
+        defaults={**_COHERE, "rope_theta": 500_000.0},
+        norm="layer",
+        norm_bias=False,
+        eps_key="layer_norm_eps",
+        rope_style="gptj",
+        parallel=True,
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        factors=("logit_scale",),
+    ),
+    Family(
+        "cohere2",
+        ("Cohere2ForCausalLM", "Cohere2Model"),
+        models="Command R7B, Command A",
+        names=TensorNames(mlp_norm=""),
+        defaults={**_COHERE, "sliding_window": 4096, "sliding_window_pattern": 4},
+        norm="layer",
+        norm_bias=False,
+        eps_key="layer_norm_eps",
+        rope_style="gptj",
+        rope_layers="sliding",
+        parallel=True,
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        window="typed",
+        factors=("logit_scale",),
+    ),
+    Family(
+        "exaone4",
+        ("Exaone4ForCausalLM", "Exaone4Model"),
+        models="EXAONE 4",
+        names=_POST_NORM,
+        defaults={
+            "hidden_act": "silu",
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        rope_layers="sliding_if_any",
+        qk_norm="head",
+        window="typed",
+    ),
+    Family(
+        "glm",
+        ("GlmForCausalLM", "GlmModel"),
+        models="GLM-4 9B",
+        names=_GLM_NAMES,
+        defaults=_GLM,
+        partial_rotary=True,
+        rope_style="gptj",
+        bias_qkv="attention_bias",
+    ),
+    Family(
+        "glm4",
+        ("Glm4ForCausalLM", "Glm4Model"),
+        models="GLM-4 0414",
+        names=_GLM4_NAMES,
+        defaults=_GLM,
+        partial_rotary=True,
+        rope_style="gptj",
+        bias_qkv="attention_bias",
+    ),
+    Family(
+        "ernie4_5",
+        ("Ernie4_5ForCausalLM", "Ernie4_5Model"),
+        models="ERNIE 4.5, dense",
+        defaults={
+            "hidden_act": "silu",
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500_000.0,
+            "tie_word_embeddings": True,
+        },
+        rope_style="gptj",
+        bias_qkv="use_bias",
+        bias_o="use_bias",
+        bias_mlp="use_bias",
+    ),
+    Family(
+        "gpt_neox",
+        ("GPTNeoXForCausalLM", "GPTNeoXModel"),
+        models="Pythia, GPT-NeoX",
+        limits="not quantized by llmctl: q, k and v take turns in one tensor",
+        names=_NEOX_NAMES,
+        keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+        defaults={
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "rotary_pct": 0.25,
+            "max_position_embeddings": 2048,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+        },
+        norm="layer",
+        eps_key="layer_norm_eps",
+        partial_rotary=True,
+        gated=False,
+        parallel="use_parallel_residual",
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        bias_mlp=True,
+        heads_in_qkv=True,
+    ),
+    Family(
+        "nemotron",
+        ("NemotronForCausalLM", "NemotronModel"),
+        models="Nemotron-4, Minitron",
+        limits="cuda: norms by torch's operators",
+        defaults={
+            "hidden_act": "relu2",
+            "norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "max_position_embeddings": 4096,
+        },
+        norm="layer",
+        plus_one=True,
+        eps_key="norm_eps",
+        partial_rotary=True,
+        gated=False,
+        bias_qkv="attention_bias",
+        bias_o="attention_bias",
+        bias_mlp="mlp_bias",
     ),
 )
 

@@ -13,34 +13,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.errors import CheckpointError, UnsupportedModelError
-from llmctl.graph.family_table import ACTIVATIONS, FAMILIES, NEUTRAL, Family, Switch
+from llmctl.graph.config_keys import ACTIVATIONS
+from llmctl.graph.config_reader import ConfigReader
+from llmctl.graph.family import Family
+from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.graph import Attr
-from llmctl.graph.rope_config import rope_attrs
+from llmctl.graph.layer_types import context_limit, layer_ropes, layer_windows
 
 logger = logging.getLogger(__name__)
 
 _MOST_LAYERS = 10_000
 
-# Keys that say nothing about the forward pass of a causal language model at inference.
-_METADATA = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward compression_config
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config
-    label2id length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    problem_type pruned_heads quantization_config remove_invalid_values reorder_and_upcast_attn repetition_penalty
-    resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p use_bfloat16 use_cache use_return_dict""".split()
-)
-
 
 @dataclass(frozen=True)
 class Arch:
-    """One model's resolved facts; sizes in elements, ``windows`` per layer in tokens (0 = full attention)."""
+    """One model's resolved facts; sizes in elements.
+
+    Attributes:
+        eps: of the norms. The residual stream is 1 / ``residual_multiplier`` of what the family's papers call so: no
+            branch is scaled before it is added, and the norms' epsilon makes up for it.
+        windows: per layer in tokens, 0 is full attention. ropes: per layer, None: no rotary embedding.
+        embed_scale: what embeddings are multiplied by.
+        attention_scale, attention_cap: of the scores; a cap of 0 is none.
+        logit_scale, logit_cap: of the logits, likewise.
+    """
 
     family: Family
     vocab_size: int
@@ -57,8 +53,14 @@ class Arch:
     bias_qkv: bool
     bias_o: bool
     bias_mlp: bool
+    parallel: bool
     windows: tuple[int, ...]
-    rope: Mapping[str, Attr] | None
+    ropes: tuple[Mapping[str, Attr] | None, ...]
+    embed_scale: float
+    attention_scale: float
+    attention_cap: float
+    logit_scale: float
+    logit_cap: float
 
 
 def read_arch(config: Mapping[str, Any]) -> Arch:
@@ -70,7 +72,7 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
     """
     family = _family(config)
     _check_architecture(config, family)
-    reader = _ConfigReader(config, family)
+    reader = ConfigReader(config, family)
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     kv_heads = reader.size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -81,8 +83,8 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
     layers, max_position = reader.size("num_hidden_layers"), reader.size("max_position_embeddings")
     if layers > _MOST_LAYERS:
         raise CheckpointError(f"config.json: expected at most {_MOST_LAYERS} layers, found {layers}")
-    partial = reader.value("partial_rotary_factor") if family.partial_rotary else None
-    reader.seen |= {"partial_rotary_factor"} if family.partial_rotary else set()
+    windows = layer_windows(reader, layers)
+    residual = reader.factor("residual_multiplier")
     arch = Arch(
         family=family,
         vocab_size=reader.size("vocab_size"),
@@ -92,25 +94,32 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=reader.size("intermediate_size", 4 * hidden),
-        max_position=max_position,
-        eps=reader.number(family.eps_key),
+        max_position=context_limit(reader, max_position),
+        eps=reader.number(family.eps_key) / residual**2,
         activation=_activation(reader),
         tied=bool(reader.value("tie_word_embeddings", False)),
         bias_qkv=reader.switch(family.bias_qkv),
         bias_o=reader.switch(family.bias_o),
         bias_mlp=reader.switch(family.bias_mlp),
-        windows=_windows(reader, layers),
-        rope=(
-            rope_attrs(config, head_dim, max_position, partial, family.rope_types)
-            if family.positions == "rope"
-            else None
-        ),
+        parallel=reader.switch(family.parallel),
+        windows=windows,
+        ropes=layer_ropes(reader, windows, head_dim, max_position),
+        embed_scale=reader.factor("embedding_multiplier") * (hidden**0.5 if family.sqrt_embed else 1.0) / residual,
+        attention_scale=_attention_scale(reader, head_dim),
+        attention_cap=reader.cap("attn_logit_softcapping"),
+        logit_scale=reader.factor("logit_scale") / reader.factor("logits_scaling"),
+        logit_cap=reader.cap("final_logit_softcapping"),
     )
-    if family.positions == "rope":
-        reader.seen |= {"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"}
-        _check_rotary(arch)
     reader.check_rest()
     return arch
+
+
+def _attention_scale(reader: ConfigReader, head_dim: int) -> float:
+    if "attention_multiplier" in reader.family.factors:
+        return reader.factor("attention_multiplier")
+    if "query_pre_attn_scalar" in reader.family.factors:
+        return reader.factor("query_pre_attn_scalar") ** -0.5
+    return float(head_dim**-0.5)
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -152,105 +161,10 @@ def _check_architecture(config: Mapping[str, Any], family: Family) -> None:
         )
 
 
-def _activation(reader: _ConfigReader) -> str:
+def _activation(reader: ConfigReader) -> str:
     key = reader.family.act_key
-    name = reader.value(key)
+    name = reader.value(key) or reader.family.defaults.get(key)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise UnsupportedModelError(f"config.json: {key} '{name}' is not supported; known activations: {known}")
     return ACTIVATIONS[name]
-
-
-def _check_rotary(arch: Arch) -> None:
-    assert arch.rope is not None
-    rotary = arch.rope["rotary_dim"]
-    assert isinstance(rotary, int)
-    if rotary <= 0 or rotary > arch.head_dim or rotary % 2:
-        raise UnsupportedModelError(
-            f"config.json: rotary dimension {rotary} of head_dim {arch.head_dim}: expected an even one"
-        )
-
-
-def _windows(reader: _ConfigReader, layers: int) -> tuple[int, ...]:
-    """Sliding window of every layer; rules of transformers' configuration classes of each family."""
-    types = reader.value("layer_types")
-    if types is not None and not isinstance(types, list):
-        raise CheckpointError(f"config.json: layer_types must be a list, found {types!r}")
-    mode = reader.family.window
-    if mode == "none":
-        return _same_everywhere(types, 0, layers)
-    window = reader.value("sliding_window")
-    if mode == "all":
-        return _same_everywhere(types, 0 if window is None else reader.size("sliding_window"), layers)
-    use, first = reader.value("use_sliding_window"), reader.value("max_window_layers")
-    if type(first) is not int:
-        raise CheckpointError(f"config.json: max_window_layers must be a whole number, found {first!r}")
-    size = reader.size("sliding_window") if use and window is not None else 0
-    if types is None:
-        return tuple(size if i >= first else 0 for i in range(layers))
-    if len(types) != layers:
-        raise CheckpointError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
-    return tuple(_layer_window(kind, size) for kind in types)
-
-
-def _layer_window(kind: Any, size: int) -> int:
-    if kind == "full_attention":
-        return 0
-    if kind == "sliding_attention" and size:
-        return size
-    if kind == "sliding_attention":
-        raise CheckpointError("config.json: layer_types has sliding_attention but no sliding window is in use")
-    raise UnsupportedModelError(f"config.json: layer_types entry '{kind}' is not supported")
-
-
-def _same_everywhere(types: Any, window: int, layers: int) -> tuple[int, ...]:
-    expected = "sliding_attention" if window else "full_attention"
-    odd = [t for t in types or () if t != expected]
-    if odd:
-        raise UnsupportedModelError(f"config.json: layer_types entry '{odd[0]}' where every layer is {expected}")
-    return (window,) * layers
-
-
-class _ConfigReader:
-    """Typed access to a config under a family's spellings and defaults; remembers which keys were read."""
-
-    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
-        self.config = config
-        self.family = family
-        self.seen: set[str] = set()
-
-    def value(self, key: str, default: Any = None) -> Any:
-        key = self.family.keys.get(key, key)
-        self.seen.add(key)
-        return self.config.get(key, self.family.defaults.get(key, default))
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.value(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            name = self.family.keys.get(key, key)
-            raise CheckpointError(f"config.json: {name} must be a positive integer, found {value!r}")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: {key} must be a number, found {value!r}")
-        return float(value)
-
-    def switch(self, switch: Switch) -> bool:
-        return bool(self.value(switch, False)) if isinstance(switch, str) else switch
-
-    def check_rest(self) -> None:
-        """Refuse every forward-pass key that was not read and is not neutral; name the unknown rest in the log."""
-        rules = {**NEUTRAL, "partial_rotary_factor": (None, 1, 1.0), **self.family.neutral}
-        for key, allowed in rules.items():
-            if key in self.config and (key not in self.seen or key in self.family.neutral):
-                value = self.config[key]
-                if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-                    raise UnsupportedModelError(
-                        f"config.json: {key}={value!r} is not supported for family '{self.family.name}'"
-                    )
-        unknown = sorted(k for k in self.config if k not in self.seen and k not in rules and k not in _METADATA)
-        if unknown:
-            logger.warning("config.json: keys not understood and ignored: %s", ", ".join(unknown))

@@ -94,8 +94,12 @@ _LINEAR_VARIANTS = {
     "splits": "(O1, O2, …): as many outputs, from w [O1 + O2 + …, I]",
     "epilogue": "silu_mul|gelu_mul|gelu_tanh_mul|relu_mul: y = fn(gate) * up, from w [2 F, I] with gate's rows first",
     "residual": "True: one more input, the last, which is added to the one output",
+    "scale": "a float: y = that times the product",
+    "softcap": "a float: y = softcap * tanh(y / softcap), of what is scaled",
     "activations": '"int8": x is two inputs, int8 rows and their scales',
 }
+
+_PLUS_ONE = {"plus_one": "True: * (1 + w)"}
 
 _DECLARED = (
     # plain: what families write
@@ -108,9 +112,9 @@ _DECLARED = (
           weights="w", attrs="eps plus_one", after_add="add_rms_norm", as_int8="rms_norm_s8"),
     _kind("layer_norm", "x -> y", shapes.rowwise, "layer_norm",
           "y = (x - mean(x)) / sqrt(var(x) + eps) * w [H] + b [H]",
-          weights="w b?", attrs="eps", after_add="add_layer_norm", as_int8="layer_norm_s8"),
+          weights="w b?", attrs="eps", after_add="add_layer_norm", as_int8="layer_norm_s8", variants=_PLUS_ONE),
     _kind("head_rms_norm", "x -> y", shapes.head_norm, "head_rms_norm", "y = rms_norm of each head of x; w [head_dim]",
-          weights="w", attrs="eps heads head_dim"),
+          weights="w", attrs="eps heads head_dim", variants=_PLUS_ONE),
     _kind("linear", "x -> y", shapes.linear, "linear", "y = x @ w.T + b; w [O, I], b [O]",
           weights="w b?", variants=_LINEAR_VARIANTS),
     _kind("act", "x -> y", shapes.act, "act", "y = fn(x); fn: silu|gelu|gelu_tanh|relu", attrs="fn"),
@@ -128,7 +132,8 @@ _DECLARED = (
     _kind("add_rms_norm", "x residual -> y sum", shapes.rowwise, "add_rms_norm",
           "sum = x + residual; y = rms_norm(sum)", weights="w", attrs="eps plus_one", as_int8="add_rms_norm_s8"),
     _kind("add_layer_norm", "x residual -> y sum", shapes.rowwise, "add_layer_norm",
-          "sum = x + residual; y = layer_norm(sum)", weights="w b?", attrs="eps", as_int8="add_layer_norm_s8"),
+          "sum = x + residual; y = layer_norm(sum)", weights="w b?", attrs="eps", as_int8="add_layer_norm_s8",
+          variants=_PLUS_ONE),
     _kind("rope_kv_write", "q k v positions -> q2", shapes.rope_kv_write, "rope_kv_write",
           "rope of q and k; the turned k and v go where kv_write puts them", attrs=f"{_ROPE} layer"),
     # int8 activations: what int8_activations makes
@@ -137,11 +142,12 @@ _DECLARED = (
     _kind("rms_norm_s8", "x -> q scale", shapes.rowwise, "rms_norm_s8", "q, scale = quantize(rms_norm(x))",
           weights="w", attrs="eps plus_one", int8_rows=True),
     _kind("layer_norm_s8", "x -> q scale", shapes.rowwise, "layer_norm_s8", "q, scale = quantize(layer_norm(x))",
-          weights="w b?", attrs="eps", int8_rows=True),
+          weights="w b?", attrs="eps", int8_rows=True, variants=_PLUS_ONE),
     _kind("add_rms_norm_s8", "x residual -> q scale sum", shapes.rowwise, "add_rms_norm_s8",
           "sum = x + residual; q, scale = quantize(rms_norm(sum))", weights="w", attrs="eps plus_one", int8_rows=True),
     _kind("add_layer_norm_s8", "x residual -> q scale sum", shapes.rowwise, "add_layer_norm_s8",
-          "sum = x + residual; q, scale = quantize(layer_norm(sum))", weights="w b?", attrs="eps", int8_rows=True),
+          "sum = x + residual; q, scale = quantize(layer_norm(sum))", weights="w b?", attrs="eps", int8_rows=True,
+          variants=_PLUS_ONE),
     _kind("act_mul_s8", "x -> q scale", shapes.act_mul, "act_mul_s8", "q, scale = quantize(act_mul(x))",
           attrs="fn", int8_rows=True),
     # adapters: what graph.lora makes. Their weights are the runtime's, by the op's name; a token has its own, or none.

@@ -180,9 +180,9 @@ def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:
 
 
 def _source_linear(flow: Flow, buffer: str) -> Op | None:
-    """The linear a query, key or value comes from, through head norms and RoPE."""
+    """The linear a query, key or value comes from, through their norms and RoPE."""
     op = flow.producer.get(buffer)
-    while op is not None and op.kind in ("rope", "rope_kv_write", "head_rms_norm"):
+    while op is not None and op.kind in ("rope", "rope_kv_write", "head_rms_norm", "rms_norm"):
         buffer = op.inputs[op.outputs.index(buffer)]
         op = flow.producer.get(buffer)
     return op if op is not None and op.kind == "linear" else None
@@ -271,7 +271,7 @@ def _added_linear(flow: Flow, add: Op) -> tuple[Op, str] | None:
         linear = flow.producer.get(product)
         if linear is None or linear.kind != "linear" or flow.uses[product] != 1:
             continue
-        if {"splits", "epilogue", "residual"}.isdisjoint(linear.attrs):
+        if {"splits", "epilogue", "residual", "scale", "softcap"}.isdisjoint(linear.attrs):
             return linear, residual
     return None
 

@@ -16,6 +16,7 @@ _DEFAULT_THETA = 10_000.0
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _FIELDS = {
     "default": set(),
+    "dynamic": {"factor"},
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
@@ -30,6 +31,8 @@ _FIELDS = {
     },
 }
 ROPE_TYPES = tuple(_FIELDS)
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Entries of ``layer_types``."""
 # Written by transformers into every kind of rope_parameters of long-context models; only yarn and llama3 read it.
 _HARMLESS = {"original_max_position_embeddings"}
 
@@ -40,26 +43,34 @@ def rope_attrs(
     max_position: int,
     partial_default: float | None = None,
     types: Sequence[str] = ROPE_TYPES,
+    *,
+    style: str = "neox",
+    layer_type: str = "",
+    harmless: frozenset[str] = frozenset(),
 ) -> dict[str, Attr]:
     """Attributes ``rotary_dim, theta, style, rope_type`` and the fields of that type.
+
+    ``dynamic`` is the default up to ``max_position``, behind which nothing runs here.
 
     Args:
         partial_default: share of head_dim that is rotated unless ``rope_parameters`` says so; None = the family rotates
             all of it and a ``partial_rotary_factor`` other than 1 is refused.
         types: those of ``ROPE_TYPES`` that the family has.
+        style: see ``Family.rope_style``.
+        layer_type: the layer's of ``layer_types``, for a family whose ``rope_parameters`` may be by these.
+        harmless: fields that somebody else honours.
 
     Raises:
         UnsupportedModelError: a rope type or field that this version does not honour.
         CheckpointError: a needed field is missing or not a number.
     """
-    params = _parameters(config)
+    params = _parameters(config, layer_type)
     rope_type = params.get("rope_type") or params.get("type") or "default"
     if rope_type not in types:
         known = ", ".join(types)
         raise UnsupportedModelError(f"config.json: rope_type '{rope_type}' is not supported; supported: {known}")
-    unknown = sorted(
-        k for k, v in params.items() if v is not None and k not in _FIELDS[rope_type] | _COMMON | _HARMLESS
-    )
+    known_fields = _FIELDS[rope_type] | _COMMON | _HARMLESS | harmless
+    unknown = sorted(k for k, v in params.items() if v is not None and k not in known_fields)
     if unknown:
         raise UnsupportedModelError(f"config.json: '{unknown[0]}' is not supported for rope_type '{rope_type}'")
     share = params.get("partial_rotary_factor")
@@ -71,18 +82,24 @@ def rope_attrs(
     attrs: dict[str, Attr] = {
         "rotary_dim": int(head_dim * share),
         "theta": _number(params, "rope_theta", _DEFAULT_THETA),
-        "style": "neox",
-        "rope_type": rope_type,
+        "style": style,
+        "rope_type": "default" if rope_type == "dynamic" else rope_type,
     }
     return {**attrs, **_scaling(rope_type, params, config, max_position)}
 
 
-def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(config: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
     source = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(source, Mapping):
         raise CheckpointError(f"config.json: rope_parameters must be an object, found {source!r}")
     if any(isinstance(v, Mapping) for v in source.values()):
-        raise UnsupportedModelError("config.json: rope_parameters per layer type are not supported for this family")
+        if not layer_type:
+            raise UnsupportedModelError("config.json: rope_parameters per layer type are not supported for this family")
+        source = source.get(layer_type) or {}
+        if not isinstance(source, Mapping):
+            raise CheckpointError(f"config.json: rope_parameters.{layer_type} must be an object, found {source!r}")
+    elif layer_type == SLIDING:
+        source = {}
     params = dict(source)
     if params.get("rope_theta") is None:
         params["rope_theta"] = config.get("rope_theta")
@@ -92,7 +109,7 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def _scaling(
     rope_type: str, params: Mapping[str, Any], config: Mapping[str, Any], max_position: int
 ) -> dict[str, Attr]:
-    if rope_type == "default":
+    if rope_type in ("default", "dynamic"):
         return {}
     if rope_type == "linear":
         return {"factor": _number(params, "factor")}

@@ -93,6 +93,9 @@ def linear(s: Surroundings, op: Op) -> None:
     if "activations" in op.attrs:
         s.expect(op, "activations", op.attrs["activations"], "int8")
         s.expect(op, "width of the scales", s.width(op.inputs[1]), 1)
+    for name in {"scale", "softcap"} & op.attrs.keys():
+        s.expect(op, f"{name} of a plain linear is positive", op.attrs[name] > 0 and len(op.outputs) == 1, True)
+        s.expect(op, f"{name} beside an epilogue or residual", {"epilogue", "residual"} & op.attrs.keys(), set())
     if "residual" in op.attrs:
         s.expect(op, "residual of a plain linear", op.attrs["residual"] is True and len(op.outputs) == 1, True)
         s.expect(op, "width of the residual", s.width(op.inputs[-1]), s.width(op.outputs[0]))

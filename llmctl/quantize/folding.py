@@ -63,7 +63,7 @@ def _trace(graph: Graph, buffer: str) -> tuple[Op, list[int]] | None:
         return op, list(range(graph.buffers[buffer].width))
     if op.kind == "act" and op.attrs["fn"] == "relu":
         return _trace_private(graph, op.inputs[0], op)
-    if op.kind == "mul":
+    if op.kind == "mul" and op.inputs[0] != op.inputs[1]:  # a square would square the scale
         paths = (_trace_private(graph, factor, op) for factor in op.inputs)
         return next((path for path in paths if path is not None), None)
     if op.kind == "attention":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from llmctl.config import BuildConfig
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import KV_SPELLINGS
+from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions
+
+logger = logging.getLogger(__name__)
 
 INT8_PASS = "int8_activations"
 
@@ -32,6 +36,32 @@ def check_passes(
             f"--passes: expected none, or some of {', '.join(known)}, found '{unknown[0]}'", param="passes"
         )
     return wanted if activations != "int8" or INT8_PASS in wanted else (*wanted, INT8_PASS)
+
+
+def check_range(dtype: str, graph: Graph, checkpoint_dtype: str = "", *, auto: bool) -> str:
+    """The compute dtype, which is not float16 for a family whose activations leave its range.
+
+    Args:
+        auto: nobody asked for ``dtype``: float16, which the checkpoint's is, becomes bfloat16, and a warning says so.
+
+    Raises:
+        UsageError: somebody asked for float16.
+    """
+    family = FAMILIES.get(graph.family)
+    if dtype != "float16" or family is None or not family.wide_range:
+        return dtype
+    if not auto:
+        raise UsageError(
+            f"--dtype: expected bfloat16 or float32 for {family.name} models, whose activations leave the range of "
+            "float16, found 'float16'",
+            fix="--dtype auto",
+            param="dtype",
+        )
+    logger.warning(
+        "the checkpoint is %s, but activations of %s models leave its range: computing in bfloat16",
+        checkpoint_dtype, family.name,
+    )  # fmt: skip
+    return "bfloat16"
 
 
 def check_kv_cache_dtype(name: str, kind: str, dtype: str, known: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from family_models import CASES, family_model
+from family_models import CASES, MORE_CASES, family_model, slow
 
 from llmctl.graph.check import check_graph
 from llmctl.graph.graph import Buffer, Graph, Op, QuantScheme, Weight, WeightPart
@@ -120,7 +120,7 @@ def test_scales_of_int8_rows_are_one_wide() -> None:
         check_graph(replace(graph, buffers={**graph.buffers, scale.name: scale}))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *slow(MORE_CASES)])
 def test_json_round_trip(case: str) -> None:
     graph = apply_passes(family_model(case).graph)
     assert graph_from_dict(json.loads(json.dumps(graph_to_dict(graph), sort_keys=True))) == graph

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from family_models import family_model
+from family_models import CASES, MORE_CASES, config_of, family_model
 
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.check import check_graph
+from llmctl.graph.config_keys import NEUTRAL
 from llmctl.graph.families import build_graph
-from llmctl.graph.family_table import FAMILIES, NEUTRAL
+from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.graph import Graph, QuantScheme
 
 LLAMA: dict[str, Any] = {
@@ -100,10 +101,13 @@ def test_windows_by_family() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; known families: gpt2, llama, mistral, phi"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; known families: arcee, cohere, cohere2, e",
+        ),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; known activations"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; supported: def"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type 'su' is not supported; supported: default, dyn"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         (
             {"model_type": "phi3", "rope_scaling": {"type": "longrope"}},
@@ -180,6 +184,10 @@ def test_other_architectures_are_refused(change: dict[str, Any], words: str) -> 
     with pytest.raises(CheckpointError) as caught:
         build_graph({**LLAMA, **change})
     assert words in str(caught.value)
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {config_of(case).model_type for case in [*CASES, *MORE_CASES]} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=lambda row: row.name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_models import CASES, VOCAB, family_model
+from family_models import CASES, MORE_CASES, VOCAB, family_model, slow
 
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.errors import UsageError
@@ -48,7 +48,7 @@ def test_each_pass_alone_and_in_any_order_changes_nothing(case: str) -> None:
         torch.testing.assert_close(logits(case, graph), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *slow(MORE_CASES)])
 def test_plain_graphs_are_valid(case: str) -> None:
     check_graph(family_model(case).graph)
 

@@ -47,6 +47,7 @@ class Kind(IntEnum):
     GATHER_ROWS = 12
     QUANTIZE = 13
     TO_BF16 = 14
+    CAP = 15
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}

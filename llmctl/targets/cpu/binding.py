@@ -221,6 +221,9 @@ class Lowering:
         per_tile = LANES if op.attrs.get("epilogue") else TILE
         self._result(bound, op.outputs, per_tile, many=True)
         self._emit(bound)
+        if {"scale", "softcap"} & op.attrs.keys():
+            y = bound.views["y"]
+            self._emit(Bound(Kind.CAP, op, self.on_rows, {"x": y, "y": y}))
 
     def _result(self, bound: Bound, outputs: tuple[str, ...], per_tile: int, *, many: bool = False) -> None:
         """Outputs as int8 where their only readers want that and an activation group is made whole in one place:

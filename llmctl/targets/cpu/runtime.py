@@ -207,12 +207,18 @@ class CpuRuntime:
         self._fill_embed(desc, bound, graph)
         desc.offset = float(bound.op.attrs.get("offset", 0))
 
+    def _fill_cap(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        desc.width = graph.buffers[bound.op.outputs[0]].width
+        desc.scale = float(bound.op.attrs.get("scale", 1.0))
+
     def _fill_rms_norm(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         desc.w = self._vector(bound.op.weights[0])
         desc.offset = 1.0 if bound.op.attrs.get("plus_one") else 0.0
 
     def _fill_layer_norm(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
         self._fill_rms_norm(desc, bound, graph)
+        if desc.offset:  # the kernel has no such form of it
+            desc.w = self._pointer(self._weights.vectors[bound.op.weights[0]].astype(np.float32) + np.float32(1))
         if bound.op.weights[1]:
             desc.bias = self._vector(bound.op.weights[1])
 
@@ -328,6 +334,7 @@ _FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
     Kind.HEAD_RMS_NORM: CpuRuntime._fill_rms_norm,
     Kind.LINEAR: CpuRuntime._fill_linear,
     Kind.ACT: CpuRuntime._fill_act,
+    Kind.CAP: CpuRuntime._fill_cap,
     Kind.ROPE: CpuRuntime._fill_rope,
 }
 """What writes the fields of a descriptor that not every kind has."""

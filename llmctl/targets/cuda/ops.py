@@ -152,8 +152,10 @@ def _norm(machine: Machine, job: Job) -> None:
     special: dict[str, Any] = {"b": job.weights[1]} if "b" in kind.weights else {"plus_one": int(job.attrs["plus_one"])}
     added = {"residual": job.inputs[1], "sum": job.outputs[-1]} if "residual" in kind.inputs else {}
     made = _int8_rows(job) if kind.int8_rows else {"y": job.outputs[0]}
-    launch(machine, f"{job.op.kind}_{job.tag}", x=job.inputs[0], w=job.weights[0], eps=job.attrs["eps"], **made,
-           **special, **added)  # fmt: skip
+    x = job.inputs[0]
+    x = x if x.is_contiguous() else _gathered(machine, job, "normed", x)  # a slice of a merged linear
+    launch(machine, f"{job.op.kind}_{job.tag}", x=x, w=job.weights[0], eps=job.attrs["eps"], **made, **special,
+           **added)  # fmt: skip
 
 
 def _int8_rows(job: Job) -> dict[str, Tensor]:
@@ -250,10 +252,27 @@ def _launch_gemm(machine: Machine, job: Job, plan: GemmPlan, **x: Tensor) -> Non
     )  # fmt: skip
 
 
+def _capped(execute: Executor) -> Executor:
+    """A linear, then what its result is scaled and capped by: torch's operators, in place; of logits alone."""
+
+    def run(machine: Machine, job: Job) -> None:
+        execute(machine, job)
+        y, scale, softcap = job.outputs[0], job.attrs.get("scale", 1.0), job.attrs.get("softcap", 0.0)
+        factor = scale / softcap if softcap else scale
+        if factor != 1.0:
+            machine.call_torch(y.mul_, factor)
+        if softcap:
+            machine.call_torch(y.tanh_)
+            machine.call_torch(y.mul_, softcap)
+
+    return run
+
+
 def _residual(job: Job) -> Tensor | None:
     return job.inputs[-1] if "residual" in job.attrs else None
 
 
+@_capped
 def dense(machine: Machine, job: Job) -> None:
     """A linear of a dense weight: torch's product (cuBLAS), into the output."""
     weight = job.weights[0]
@@ -331,9 +350,9 @@ EXECUTORS: dict[str, Executor] = {
     "head_rms_norm": _head_norm,
     "elementwise": _elementwise,
     "rope_kv": _rope_kv,
-    "w4a16": _gemm,
-    "w8a16": _gemm,
-    "w8a8": _gemm_int8,
+    "w4a16": _capped(_gemm),
+    "w8a16": _capped(_gemm),
+    "w8a8": _capped(_gemm_int8),
     "quantize_rows": _quantize,
     "lora": _lora,
     "dense_gated": dense,

@@ -83,6 +83,10 @@ def _refuse_width(facts: OpFacts) -> str | None:
     return refuse_dtype(facts)
 
 
+def _refuse_layer_norm(facts: OpFacts) -> str | None:
+    return "the kernel does not add one to the weight" if facts.op.attrs.get("plus_one") else _refuse_width(facts)
+
+
 def _refuse_head_norm(facts: OpFacts) -> str | None:
     dim = facts.op.attrs["head_dim"]
     return f"head size {dim} is not a multiple of 8 (one 16-byte load)" if dim % 8 else refuse_dtype(facts)
@@ -218,8 +222,8 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("embed", "elementwise.cu", "embed gather_rows", _refuse_width, lambda f: (f"embed_{f.tag}",)),
     _cuda("pos_embed", "elementwise.cu", "pos_embed", _refuse_width, _kind_entries),
     _cuda("rms_norm", "norm.cu", "rms_norm add_rms_norm rms_norm_s8 add_rms_norm_s8", _refuse_width, _kind_entries),
-    _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm layer_norm_s8 add_layer_norm_s8", _refuse_width,
-          _kind_entries),
+    _cuda("layer_norm", "norm.cu", "layer_norm add_layer_norm layer_norm_s8 add_layer_norm_s8",
+          _refuse_layer_norm, _kind_entries),
     _cuda("head_rms_norm", "norm.cu", "head_rms_norm", _refuse_head_norm, _kind_entries),
     _cuda("rope_kv", "rope_kv.cu", "rope kv_write rope_kv_write", _refuse_rope_kv, _rope_kv_entries),
     Kernel("paged_attention", lambda f: _attention_shape(f).sources, frozenset({"attention"}),

@@ -41,6 +41,7 @@ from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
     check_passes,
+    check_range,
     max_model_len,
     plain_rebuild_options,
 )
@@ -76,6 +77,7 @@ class CudaTarget:
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float16" if checkpoint_dtype == "float16" else "bfloat16"
+        dtype = check_range(dtype, graph, checkpoint_dtype, auto=config.dtype == "auto")
         if dtype == "float32":
             raise UsageError("--dtype: expected float16 or bfloat16 for a cuda target, found 'float32'", param="dtype")
         return BuildOptions(

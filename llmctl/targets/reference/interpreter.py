@@ -292,8 +292,23 @@ def _bind_act_mul_s8(_: Interpreter, op: Op) -> Bound:
 
 
 def _bind_linear(interp: Interpreter, op: Op) -> Bound:
+    if not {"scale", "softcap"}.isdisjoint(op.attrs):
+        return _bind_capped_linear(interp, op)
     plain = {"activations", "residual"}.isdisjoint(op.attrs)
     return _bind_float_linear(interp, op) if plain else _bind_fed_linear(interp, op)
+
+
+def _bind_capped_linear(interp: Interpreter, op: Op) -> Bound:
+    """A linear whose result is scaled or capped: the linear, and that."""
+    attrs = {name: value for name, value in op.attrs.items() if name not in ("scale", "softcap")}
+    inner, (y,) = _bind_linear(interp, op.with_(attrs=attrs)), op.outputs
+    scale, softcap = op.attrs.get("scale", 1.0), op.attrs.get("softcap", 0.0)
+
+    def run(env: Env, ctx: StepContext) -> None:
+        inner(env, ctx)
+        env[y] = kernels.capped(env[y], scale, softcap)
+
+    return run
 
 
 def _bind_fed_linear(interp: Interpreter, op: Op) -> Bound:

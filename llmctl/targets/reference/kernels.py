@@ -100,6 +100,12 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return F.linear(x, w, b)
 
 
+def capped(x: Tensor, scale: float = 1.0, softcap: float = 0.0) -> Tensor:
+    """``scale * x``, then ``softcap * tanh(x / softcap)`` unless that is 0; in float32."""
+    y = x.float() * scale
+    return (softcap * torch.tanh(y / softcap) if softcap else y).to(x.dtype)
+
+
 def linear_splits(x: Tensor, w: Tensor, b: Tensor | None, splits: Sequence[int]) -> tuple[Tensor, ...]:
     """A merged linear; one output per split."""
     return F.linear(x, w, b).split_with_sizes(list(splits), dim=-1)

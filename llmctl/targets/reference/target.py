@@ -35,6 +35,7 @@ from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
     check_passes,
+    check_range,
     max_model_len,
     plain_rebuild_options,
 )
@@ -60,7 +61,7 @@ class ReferenceTarget:
 
     def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:
         """float32 unless asked otherwise; a KV cache of the same, or of another float type."""
-        dtype = "float32" if config.dtype == "auto" else config.dtype
+        dtype = check_range("float32" if config.dtype == "auto" else config.dtype, graph, auto=False)
         return BuildOptions(
             dtype,
             max_model_len(config, graph),

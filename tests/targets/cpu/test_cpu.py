@@ -13,7 +13,7 @@ import pytest
 import tiny_checkpoint
 import torch
 from cpu_engines import cpu_runtime
-from family_models import CASES, VOCAB, family_model
+from family_models import CASES, MORE_CASES, VOCAB, family_model, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_stepping import greedy
@@ -83,7 +83,7 @@ def scores_in_pieces(runtime: Runtime, sequences: list[list[int]], seed: int, la
     return [np.concatenate(parts) for parts in found]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "gemma2", *slow(case for case in MORE_CASES if case != "gemma2")])
 def test_scores_equal_transformers(case: str) -> None:
     sequences = [tokens(n, seed) for seed, n in enumerate((40, 7, 23, 61))]
     expected = [
@@ -105,7 +105,7 @@ def generate(runtime: Runtime, prompt: list[int], steps: int, first_block: int =
     return known[len(prompt) :]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *slow(MORE_CASES)])
 def test_greedy_tokens_equal_the_reference_runtime(case: str) -> None:
     reference = checkpoint_runtime(family_model(case).checkpoint, num_blocks=16)
     prompt = tokens(19, 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from family_models import CASES, VOCAB, family_model
+from family_models import CASES, MORE_CASES, VOCAB, family_model, slow
 from runtime_stepping import Pieces, paged_logits
 
 from llmctl.graph.passes import DEFAULT_PASSES
@@ -44,9 +44,17 @@ def staggered(step: int, sequence: int, _left: int) -> int:
     return 5 + sequence if step == 2 * sequence else 1
 
 
-@pytest.mark.parametrize("passes", [(), DEFAULT_PASSES], ids=["plain", "passes"])
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, passes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("case", [*CASES, *MORE_CASES])
+def test_logits_equal_transformers(case: str) -> None:
+    check_logits(case, DEFAULT_PASSES)
+
+
+@pytest.mark.parametrize("case", [*CASES, *slow(MORE_CASES)])
+def test_logits_of_plain_graphs_equal_transformers(case: str) -> None:
+    check_logits(case, ())
+
+
+def check_logits(case: str, passes: tuple[str, ...]) -> None:
     runtime = make_runtime(case, passes)
     sequences = [tokens(n, seed) for seed, n in enumerate((33, 1, 18, 24))]
     expected = [family_model(case).logits(s) for s in sequences]

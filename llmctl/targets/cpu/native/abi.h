@@ -83,7 +83,7 @@ constexpr AbiEntry kAbi[] = {
   {"kind.layer_norm", kLayerNorm}, {"kind.head_rms_norm", kHeadRmsNorm}, {"kind.linear", kLinear},
   {"kind.act", kAct}, {"kind.mul", kMul}, {"kind.add", kAdd}, {"kind.rope", kRope}, {"kind.kv_write", kKvWrite},
   {"kind.attention", kAttention}, {"kind.gather_rows", kGatherRows}, {"kind.quantize", kQuantize},
-  {"kind.to_bf16", kToBf16},
+  {"kind.to_bf16", kToBf16}, {"kind.cap", kCap},
   {"act.none", int64_t(Act::kNone)}, {"act.silu", int64_t(Act::kSilu)}, {"act.gelu", int64_t(Act::kGelu)},
   {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
   {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},

@@ -157,6 +157,7 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
     case kLayerNorm: return norm_row(op, row, y);
     case kHeadRmsNorm: return head_norm_row(op, row);
     case kAct: return act_row(x, y, op.width, Act(op.act));
+    case kCap: return cap_row(x, y, op.width, op.scale, op.softcap);
     case kMul: return mul_row(x, op.x2.data + row * op.x2.ld, y, op.width);
     case kAdd: return add_row(x, op.x2.data + row * op.x2.ld, y, op.width);
     case kRope:

@@ -24,6 +24,7 @@ enum Kind : int32_t {
   kGatherRows = 12,
   kQuantize = 13,   // x -> int8 codes
   kToBf16 = 14,     // x -> bf16
+  kCap = 15,        // y = scale * x, then softcap * tanh(y / softcap) unless that is 0
 };
 constexpr int kMaxKinds = 16;
 

@@ -103,6 +103,19 @@ static inline void act_row(const float* x, float* y, int64_t n, Act act) {
   }
 }
 
+// y = scale * x, then cap * tanh(y / cap) unless that is 0; y may be x.
+static inline void cap_row(const float* x, float* y, int64_t n, float scale, float cap) {
+  const auto capped = [&](f32x16 v) { return cap > 0 ? vtanh(v * (scale / cap)) * cap : v * scale; };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, capped(load<f32x16>(x + i)));
+  if (i < n) {
+    f32x16 tail{};
+    for (int64_t j = i; j < n; j++) tail[j - i] = x[j];
+    tail = capped(tail);
+    for (int64_t j = i; j < n; j++) y[j] = tail[j - i];
+  }
+}
+
 static inline void mul_row(const float* a, const float* b, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(y + i, load<f32x16>(a + i) * load<f32x16>(b + i));

@@ -1,0 +1,16 @@
+"""docs/families.md has the code's table."""
+
+from __future__ import annotations
+
+from family_table import PAGE, with_table
+
+from llmctl.graph.family_table import FAMILIES
+
+
+def test_the_page_has_the_table_of_the_code() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page), "write it again: python scripts/family_table.py"
+
+
+def test_every_family_says_which_models_are_of_it() -> None:
+    assert all(family.models for family in FAMILIES.values())
