@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import VOCAB, family_model
+from gguf_files import model_of
 from runtime_stepping import greedy, paged_logits, poison, shuffled_blocks
 
 from llmctl.engine.step import Runtime, RuntimeLimits, SamplingBatch, SequenceSlice, StepPlan
@@ -209,39 +210,33 @@ def test_a_weight_of_another_shape_is_refused() -> None:
         ReferenceRuntime(model.graph, weights, num_blocks=4, block_size=4)
 
 
-def demo_model() -> Path:
+def demo_model(name: str) -> Path:
     from llmctl.checkpoint.resolve import resolve_model
 
     try:
-        return resolve_model("demo:smollm2-135m")
+        return resolve_model(name)
     except LlmctlError as error:
         pytest.skip(f"demo model: {error}")
 
 
-@pytest.mark.parametrize("steps", [12, pytest.param(64, marks=pytest.mark.slow)])
-def test_greedy_tokens_equal_transformers_on_the_demo_model(steps: int) -> None:
-    """Greedy steps of SmolLM2-135M with passes over the paged cache, against transformers with the same weights."""
-    import transformers
+SMOLLM = ("demo:smollm2-135m", [1, 504, 3575, 282, 4649, 314, 260, 2240])
+GEMMA = ("demo:gemma3-270m", [2, 9259, 236764])
+    ("demo:smollm2-135m", [1, 504, 3575, 282, 4649, 314, 260, 2240]),
+    ("demo:gemma3-270m", [2, 9259, 236764]),
+)
 
-    from llmctl.checkpoint.assemble import checkpoint_graph
+
+@pytest.mark.parametrize(
+    ("demo", "steps"),
+    [(SMOLLM, 12), pytest.param(SMOLLM, 64, marks=pytest.mark.slow), pytest.param(GEMMA, 64, marks=pytest.mark.slow)],
+)
+def test_greedy_tokens_equal_transformers_on_the_demo_models(demo: tuple[str, list[int]], steps: int) -> None:
+    """Greedy steps with passes over the paged cache, against transformers with the same weights."""
     from llmctl.checkpoint.opening import open_checkpoint
 
-    checkpoint = open_checkpoint(demo_model())
-    graph = checkpoint_graph(checkpoint)
-    runtime = checkpoint_runtime(checkpoint, num_blocks=8, block_size=16)
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.config))
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    state = {}
-    for weight in graph.weights.values():
-        value = checkpoint.weight(weight.parts[0].tensor)
-        state[weight.parts[0].tensor] = (value if isinstance(value, torch.Tensor) else value.dequantize()).float()
-    missing = model.load_state_dict(state, strict=False)
-    assert set(missing.missing_keys) <= {"lm_head.weight"}
-    assert not missing.unexpected_keys
-    model.tie_weights()
-    prompt = [1, 504, 3575, 282, 4649, 314, 260, 2240]
+    path, prompt = demo_model(demo[0]), demo[1]
+    runtime = checkpoint_runtime(open_checkpoint(path), num_blocks=8, block_size=16)
+    model = model_of(open_checkpoint(path, widen=True))
     found, done = list(prompt), 0
     for _ in range(steps):
         plan = StepPlan((SequenceSlice("a", found[done:], done, [5, 0, 7, 2, 4], True),))
@@ -249,7 +244,7 @@ def test_greedy_tokens_equal_transformers_on_the_demo_model(steps: int) -> None:
         found.append(int(runtime.execute(plan, greedy(1)).result().token_ids[0]))
     # Every token is transformers' greedy choice after the ones before it: its own greedy continuation, in one pass.
     with torch.no_grad():
-        expected = model.eval()(torch.tensor([found[:-1]])).logits[0].argmax(-1)
+        expected = model(torch.tensor([found[:-1]])).logits[0].argmax(-1)
     assert found[len(prompt) :] == expected[len(prompt) - 1 :].tolist()
 
 
