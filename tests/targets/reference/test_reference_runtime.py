@@ -221,9 +221,6 @@ def demo_model(name: str) -> Path:
 
 SMOLLM = ("demo:smollm2-135m", [1, 504, 3575, 282, 4649, 314, 260, 2240])
 GEMMA = ("demo:gemma3-270m", [2, 9259, 236764])
-    ("demo:smollm2-135m", [1, 504, 3575, 282, 4649, 314, 260, 2240]),
-    ("demo:gemma3-270m", [2, 9259, 236764]),
-)
 
 
 @pytest.mark.parametrize(
