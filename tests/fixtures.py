@@ -20,11 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.checkpoint.demo import cache_dir
+
 CHAT_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_KERNELS = cache_dir() / "kernels"  # asked now: tests change where it is
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 LOOP_TEXT = "é日🎉"
@@ -39,6 +42,15 @@ _CORPUS = (
     "a model is a graph, a graph is data, and data is read by an interpreter that writes numbers into a cache. "
     "stop here or go on: the answer to the question is that every question has an answer of its own."
 )
+
+
+def share_compiled_kernels(cache: Path) -> Path:
+    """Make ``cache`` a folder for LLMCTL_CACHE that is empty but for the machine's compiled kernels: they take 25 s."""
+    _KERNELS.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "kernels").exists():
+        (cache / "kernels").symlink_to(_KERNELS)
+    return cache
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 384) -> int:

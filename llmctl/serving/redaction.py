@@ -23,7 +23,9 @@ MOST_WORK = 2**14
 """Digests that a line is worth. Lines are made in the event loop, and of what clients send."""
 
 _USER = re.compile(r"//[^/?#\s\"']*(?:@|%40)")
-_QUERY = re.compile(r"(/[^\s?\"'<>]*)\?[^\s\"'<>]+")
+# A path is looked for at the first of its characters only, and taken whole: otherwise a word of nothing but slashes
+# takes as many searches as it has characters.
+_QUERY = re.compile(r"(?<![^\s?\"'<>])([^\s?\"'<>/]*+/[^\s?\"'<>]*+)\?[^\s\"'<>]+")
 _WORD = re.compile(r"\S+")
 _PART = re.compile(r"[^\W_]+|[\W_]")  # a run of letters and digits, or another character
 _CODE = re.compile(r"%(?:25)*[0-9A-Fa-f]{2}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures import share_compiled_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -399,8 +400,13 @@ class TestEnsureEngine:
         assert not cache.exists()
 
     def test_a_target_that_nobody_named(
-        self, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        checkpoints: dict[str, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
+        monkeypatch.setenv("LLMCTL_CACHE", str(share_compiled_kernels(tmp_path / "cache")))
         chosen = DefaultTarget("reference", ("warning: the GPU (sm_75, 8.0 GiB) is not used",))
         monkeypatch.setattr(builder, "default_target", lambda: chosen)
         options = EngineOptions(model=str(checkpoints["dense"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures import share_compiled_kernels
 from tiny_checkpoint import dense_tensors, write_arrays, write_dense, write_gptq
 from typer.testing import CliRunner, Result
 
@@ -23,8 +24,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Run:
-    # One cache for the whole session: compiling the kernels takes seconds.
-    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LLMCTL_CACHE", str(share_compiled_kernels(tmp_path_factory.getbasetemp() / "cache")))
     monkeypatch.setenv("COLUMNS", "200")
 
     def invoke(*args: object, code: int = 0) -> Result:
