@@ -66,12 +66,12 @@ def health(found: Found) -> dict[str, float | None]:
     }
 
 
-def slowest_health(found: Found, tally: Tally) -> float | None:
-    """Milliseconds that /health took at most while an attack was played."""
-    during = (
+def slow_health(found: Found, tally: Tally, allowed_ms: float) -> dict[str, float | int | None]:
+    """Milliseconds that /health took at most while an attack was played, and how many probes took more than allowed."""
+    during = [
         1000 * p.seconds for p in found.probes if any(a <= p.at + p.seconds and p.at <= b for a, b in tally.spans)
-    )
-    return max(during, default=None)
+    ]
+    return {"health_worst_ms": max(during, default=None), "health_slow": sum(ms > allowed_ms for ms in during)}
 
 
 def reasons(found: Found, bounds: Bounds) -> list[str]:
@@ -144,8 +144,8 @@ def report(found: Found, bounds: Bounds, said: Sequence[str]) -> dict[str, Any]:
         "verdict": "FAIL" if said else "PASS",
         "reasons": list(said),
         "bounds": asdict(bounds),
-        "attacks": {name: _tally(found, tally) for name, tally in found.attacks.items()},
-        "honest": _tally(found, found.honest),
+        "attacks": {name: _tally(found, tally, bounds) for name, tally in found.attacks.items()},
+        "honest": _tally(found, found.honest, bounds),
         "health": health(found),
         "after_warmup": None if found.warm is None else asdict(found.warm),
         "at_the_end": None if found.last is None else asdict(found.last),
@@ -154,17 +154,17 @@ def report(found: Found, bounds: Bounds, said: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _tally(found: Found, tally: Tally) -> dict[str, Any]:
+def _tally(found: Found, tally: Tally, bounds: Bounds) -> dict[str, Any]:
     kept = {**asdict(tally), "answers": dict(sorted(tally.answers.items())), "plays": len(tally.spans)}
     del kept["spans"]
-    return {**kept, "health_worst_ms": slowest_health(found, tally)}
+    return {**kept, **slow_health(found, tally, bounds.health_ms)}
 
 
 def show(result: Mapping[str, Any], sends: Mapping[str, str]) -> None:
     """The result for a person; ``sends``: what each attack sends."""
     rows = [("honest chats", "streams with known answers", result["honest"])]
     rows += [(name, sends.get(name, ""), tally) for name, tally in result["attacks"].items()]
-    head = ("attack", "sends", "plays", "requests", "answers by status", "worst, s", "/health, ms", "faults")
+    head = ("attack", "sends", "plays", "requests", "answers by status", "worst, s", "/health, ms", "slow", "faults")
     print_table(head, [_row(*row) for row in rows])
     for name in ("health", "after_warmup", "at_the_end"):
         print(f"{name}: " + ", ".join(f"{key} {_number(value)}" for key, value in (result[name] or {}).items()))
@@ -175,7 +175,8 @@ def show(result: Mapping[str, Any], sends: Mapping[str, str]) -> None:
 def _row(name: str, sends: str, tally: Mapping[str, Any]) -> list[str]:
     answers = ", ".join(f"{status}: {count}" for status, count in tally["answers"].items())
     requests = sum(tally["answers"].values())
-    figures = [f"{tally['worst']:.2f}", _number(tally["health_worst_ms"]), str(tally["faults"])]
+    figures = [f"{tally['worst']:.2f}", _number(tally["health_worst_ms"])]
+    figures += [str(tally["health_slow"]), str(tally["faults"])]
     return [name, sends, str(tally["plays"]), str(requests), answers, *figures]
 
 
