@@ -35,15 +35,17 @@ class Addresses:
         self._root = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (path := self._path(scope["path"])) != scope["path"]:
+        if scope["type"] == "http" and (path := meant_path(scope["path"], self._root)) != scope["path"]:
             scope = {**scope, "path": path}
         await self._app(scope, receive, send)
 
-    def _path(self, path: str) -> str:
-        if self._root and path.startswith(self._root + "/"):
-            path = path[len(self._root) :]
-        path = path.rstrip("/") or "/"
-        return ALIASES.get(path, path)
+
+def meant_path(path: str, root_path: str) -> str:
+    """The path of the endpoint that a request's path means."""
+    if root_path and path.startswith(root_path + "/"):
+        path = path[len(root_path) :]
+    path = path.rstrip("/") or "/"
+    return ALIASES.get(path, path)
 
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s,]+")

@@ -27,6 +27,7 @@ from llmctl.errors import LlmctlError, NotReadyError, UsageError
 if TYPE_CHECKING:
     import uvicorn
 
+    from llmctl.serving.acceptor import Acceptor
     from llmctl.serving.client import AsyncEngineClient
     from llmctl.serving.context import ServerContext
     from llmctl.serving.keys import ServerKeys
@@ -274,10 +275,12 @@ class _Server:
 
             context = ServerContext(config, names, client, metrics, self._keys, self._redactor, observers)
             server = self._http_server(create_app(context))
-            serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+            serving = asyncio.create_task(server.serve(sockets=[]))
+            acceptor = self._acceptor(server)
             try:
                 await self._supervise(context)
             finally:
+                acceptor.close()
                 await self._stop_http(server, serving)
         finally:
             await client.close()
@@ -310,7 +313,6 @@ class _Server:
             ssl_keyfile=config.ssl_keyfile,
             ssl_certfile=config.ssl_certfile,
             timeout_graceful_shutdown=FLUSH_SECONDS,
-            backlog=BACKLOG,
         )
         try:
             settings.load()
@@ -319,6 +321,21 @@ class _Server:
                 f"--ssl-certfile/--ssl-keyfile: {getattr(error, 'strerror', None) or error}", param="ssl_certfile"
             ) from error
         return Server(settings)
+
+    def _acceptor(self, server: uvicorn.Server) -> Acceptor:
+        """In place of uvicorn's own way of taking connections."""
+        from llmctl.serving.acceptor import Acceptor
+        from llmctl.serving.http_protocol import HEADER_SECONDS, BoundedHttpProtocol
+        from llmctl.serving.middleware import asks_for_liveness
+
+        settings, root_path = server.config, self._config.root_path
+        return Acceptor(
+            self._listener,
+            lambda: BoundedHttpProtocol(settings, server.server_state, {}),
+            lambda said: asks_for_liveness(said, root_path),
+            HEADER_SECONDS,
+            settings.ssl,
+        )
 
     def _install_signals(self, worker: WorkerLifecycle, observers: RequestObservers) -> None:
         loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmctl.errors import RequestError
+from llmctl.serving.addresses import meant_path
 from llmctl.serving.error_shapes import Problem
 from llmctl.serving.keys import KEY_SCOPE, ServerKeys
 from llmctl.serving.openai_errors import error_response, refusal
@@ -24,6 +25,15 @@ _NO_KEY = Problem(
     "authentication_error",
     code="invalid_api_key",
 )
+
+
+def asks_for_liveness(said: bytes, root_path: str) -> bool:
+    """Whether the first bytes of a connection ask for one of ``LIVENESS_PATHS``."""
+    method, _, rest = said.partition(b" ")
+    if method not in (b"GET", b"HEAD"):
+        return False
+    path = rest.partition(b" ")[0].partition(b"?")[0]
+    return meant_path(path.decode("latin-1"), root_path) in LIVENESS_PATHS
 
 
 class BodyTooLargeError(RequestError):

@@ -13,7 +13,7 @@ from hostile.honest import CASES, Honest, Told
 from hostile.judgement import Spans, Tally, fault_of
 from hostile.levels import Levels
 from hostile.prober import Probe
-from hostile.verdict import LOG_BYTES, Bounds, Found, health, reasons, report, show, slowest_health
+from hostile.verdict import LOG_BYTES, Bounds, Found, health, reasons, report, show, slow_health
 from hostile.wire import CLOSED, SILENT, Answer
 from served import Server
 
@@ -178,8 +178,12 @@ def test_health_is_held_against_the_quiet_servers() -> None:
     seen = health(found())
     assert (seen["quiet_p99_ms"], seen["p99_ms"], seen["p99_to_quiet"]) == pytest.approx((4, 20, 5))
     made = found(probes=[Probe(9.0, 1.5, 200, 0), Probe(12.0, 0.3, 200, 0), Probe(21.0, 9.0, 200, 0)])
-    assert slowest_health(made, made.attacks["NaN"]) == pytest.approx(1500)  # it was under way as the attack began
-    assert slowest_health(made, Tally()) is None
+    seen = slow_health(made, made.attacks["NaN"], 50)
+    assert (seen["health_worst_ms"], seen["health_slow"]) == (
+        pytest.approx(1500),
+        2,
+    )  # under way as it began, or amid it
+    assert slow_health(made, Tally(), 50) == {"health_worst_ms": None, "health_slow": 0}
 
 
 RIGHT = Told("yes", "stop", 3)

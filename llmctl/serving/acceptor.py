@@ -1,0 +1,163 @@
+"""Takes connections from the listening socket, and gives HTTP those that speak, a few in a turn of the event loop, who
+asks for liveness first.
+
+uvicorn's server has the loop make a connection of all that wait, and answers in the order in which they came: of 5,000
+at once, a supervisor's probe is behind 5,000. Here a connection costs a few system calls until its turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import selectors
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+
+log = logging.getLogger("llmctl.serving")
+
+MOST_IN_TURN = 8
+"""Connections that are given to HTTP between two looks at the sockets: some 2 ms of refusals."""
+SWEEP_SECONDS = 1.0
+RETRY_SECONDS = 0.2
+"""After which the listening socket is looked at again when the process had no file left for a connection."""
+_MOST_TAKEN = 256  # in one look at the listening socket
+_PEEK_BYTES = 256
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Acceptor:
+    """Gives the connections of a listening socket to a protocol, from its making until ``close``.
+
+    Args:
+        listener: bound and listening; made non-blocking here, left open by ``close``.
+        protocol: makes the protocol of one connection.
+        first: whether a connection whose first bytes are these goes before others. Under TLS they say nothing, and
+            connections are taken in their order.
+        patience: seconds after which a connection that has not said anything is closed.
+        tls: for connections under TLS.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        first: Callable[[bytes], bool],
+        patience: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener, self._protocol, self._first = listener, protocol, first
+        self._patience, self._tls = patience, tls
+        self._silent: dict[socket.socket, float] = {}  # and until when, in their order
+        self._speaking = selectors.DefaultSelector()
+        self._urgent: deque[socket.socket] = deque()
+        self._ordinary: deque[socket.socket] = deque()
+        self._making: set[asyncio.Task[None]] = set()
+        self._turning = self._exhausted = self._closed = False
+        self._retry: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._take)
+        self._loop.add_reader(self._speaking, self._hear)
+        self._sweeping = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def close(self) -> None:
+        """Take no more connections, and end those that HTTP has not seen. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._listener)
+        self._loop.remove_reader(self._speaking)
+        self._sweeping.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
+        self._speaking.close()
+        for connection in (*self._silent, *self._urgent, *self._ordinary):
+            connection.close()
+        self._silent.clear()
+        self._urgent.clear()
+        self._ordinary.clear()
+
+    # what the loop calls
+
+    def _take(self) -> None:
+        """The listening socket has connections."""
+        for _ in range(_MOST_TAKEN):
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                break
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                self._pause(error)
+                break
+            self._exhausted = False
+            connection.setblocking(False)
+            if not self._sort(connection):
+                self._silent[connection] = self._loop.time() + self._patience
+                self._speaking.register(connection, selectors.EVENT_READ)
+
+    def _hear(self) -> None:
+        """Some that had not said anything have, or have ended."""
+        for key, _ in self._speaking.select(0):
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
+            if self._sort(connection):
+                self._forget(connection)
+
+    def _sweep(self) -> None:
+        now = self._loop.time()
+        for connection in [c for c, end in self._silent.items() if end <= now]:
+            self._forget(connection)
+            connection.close()
+        self._sweeping = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def _turn(self) -> None:
+        for _ in range(MOST_IN_TURN):
+            waiting = self._urgent or self._ordinary
+            if not waiting:
+                break
+            task = self._loop.create_task(self._make(waiting.popleft()))
+            self._making.add(task)
+            task.add_done_callback(self._making.discard)
+        self._turning = bool(self._urgent or self._ordinary)
+        if self._turning:
+            self._loop.call_soon(self._turn)
+
+    # parts of these
+
+    def _sort(self, connection: socket.socket) -> bool:
+        """Have a connection's turn come, if it has said something or has ended; whether it has."""
+        try:
+            said = connection.recv(_PEEK_BYTES, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            said = b""
+        urgent = self._tls is None and self._first(said)
+        (self._urgent if urgent else self._ordinary).append(connection)
+        if not self._turning:
+            self._turning = True
+            self._loop.call_soon(self._turn)
+        return True
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._speaking.unregister(connection)
+        del self._silent[connection]
+
+    def _pause(self, error: OSError) -> None:
+        """Leave the connections to the system for a while: the loop would ask for them without end."""
+        self._loop.remove_reader(self._listener)
+        self._retry = self._loop.call_later(RETRY_SECONDS, self._loop.add_reader, self._listener, self._take)
+        if not self._exhausted:
+            self._exhausted = True
+            log.error("no connection can be taken: %s; those to come wait (raise ulimit -n)", error.strerror)
+
+    async def _make(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._protocol, connection, ssl=self._tls)
+        except OSError:  # the client is gone, or does not speak TLS (ssl.SSLError is one)
+            connection.close()
