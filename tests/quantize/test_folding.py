@@ -1,11 +1,13 @@
 import pytest
 import torch
+from family_models import MORE_CASES, family_model, slow
 from random_models import CONFIGS, FAMILIES, logits_of, random_tensors, random_tokens
 
 from llmctl.checkpoint.assemble import assemble
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, Op
 from llmctl.quantize.folding import find_fold, fold_scales
+from llmctl.targets.reference.weights import CheckpointWeights
 
 
 class Source:
@@ -46,7 +48,17 @@ def test_fold_points_are_found_by_dataflow(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folding_leaves_the_logits_as_they_are(family: str) -> None:
     graph = graph_of(family)
-    weights = weights_of(graph)
+    check_folding(graph, weights_of(graph))
+
+
+@pytest.mark.parametrize("case", ["nemotron", *slow(case for case in MORE_CASES if case != "nemotron")])
+def test_folding_into_norms_of_other_kinds(case: str) -> None:
+    """1 + w, norms behind a branch or of q and k, a squared activation, one norm for attention and MLP, soft caps."""
+    model = family_model(case)
+    check_folding(model.graph, dict(CheckpointWeights(model.graph, model.checkpoint)))
+
+
+def check_folding(graph: Graph, weights: dict[str, torch.Tensor]) -> None:
     tokens = random_tokens(2, 24, 97)
     before = logits_of(graph, weights, tokens)
     generator = torch.Generator().manual_seed(1)

@@ -213,9 +213,17 @@ def _needs(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> Iterator[
             yield "part_stats", heads * 2
         elif op.kind == "lora":
             yield "lora", lora_splits(graph.buffers[op.inputs[0]].width) * tokens * op.attrs["rank"]
+        elif op.kind == "rms_norm" and _is_slice(graph, op.inputs[0]):
+            yield "normed", most * graph.buffers[op.inputs[0]].width
         elif op.kind in ("act", "act_mul", "mul", "add"):
             for i, name in enumerate(op.inputs):
                 yield f"elementwise{i}", most * graph.buffers[name].width
+
+
+def _is_slice(graph: Graph, buffer: str) -> bool:
+    """Whether it is some columns of a merged linear's result."""
+    producer = graph.producer(buffer)
+    return producer is not None and "splits" in producer.attrs
 
 
 def _gemm_needs(fmt: CudaFormat, dtype: str, int8: bool, most: int, sms: int) -> Iterator[tuple[str, int]]:

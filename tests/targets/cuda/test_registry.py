@@ -36,9 +36,10 @@ def linear(quant: QuantScheme | None = W4, columns: int = 128, **attrs: str) -> 
     return graph_of(Op("linear", "lin", ("x",), ("y",), ("w", ""), attrs), weight)
 
 
-def norm(width: int = 128, kind: str = "add_rms_norm") -> Graph:
+def norm(width: int = 128, kind: str = "add_rms_norm", plus_one: bool = False) -> Graph:
     weight = Weight("w", (width,), (WeightPart("w"),))
-    return graph_of(Op(kind, "norm", ("x", "r"), ("y", "s"), ("w",), {"eps": 1e-5, "plus_one": False}), weight, width)
+    attrs = {"eps": 1e-5, "plus_one": plus_one}
+    return graph_of(Op(kind, "norm", ("x", "r"), ("y", "s"), ("w",), attrs), weight, width)
 
 
 def chosen(graph: Graph, dtype: str = "bfloat16", kv_dtype: str = "auto") -> tuple[str, list[str]]:
@@ -129,6 +130,7 @@ def test_norms(kind: str) -> None:
         (op_graph("add", "x y", "z", width=12), "bfloat16", "width 12"),
         (op_graph("rope_kv_write", "q k v positions", "q2", head_dim=264, layer=0), "float16", "head size 264"),
         (op_graph("kv_write", "k v", "", head_dim=6, layer=0), "float16", "head size 6"),
+        (norm(kind="layer_norm", plus_one=True), "bfloat16", "the kernel does not add one to the weight"),
     ],
 )
 def test_refusals_say_why(graph: Graph, dtype: str, reason: str) -> None:

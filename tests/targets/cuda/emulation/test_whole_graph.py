@@ -3,13 +3,15 @@ quantized, and the families whose ops it lacks."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from cuda_model import emulated_runtime
 from emulator import missing
 from machine import launch
-from tiny_models import GPT2, LLAMA, PHI, QWEN3, tiny_model
+from tiny_models import FAMILIES, GPT2, LLAMA, PHI, QWEN3, tiny_model
 
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.graph.graph import QuantScheme
@@ -64,6 +66,33 @@ def test_greedy_tokens_are_those_of_the_reference(quant):
 )
 def test_other_families_and_plain_ops(config, passes):
     _check(*tiny_model(config, None, passes))
+
+
+_SMALL = {**FAMILIES["llama"], "head_dim": 64}
+MORE: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        **{**_SMALL, "model_type": "gemma3_text", "num_hidden_layers": 3, "query_pre_attn_scalar": 40},
+        **{"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"},
+        **{"sliding_window": 7, "sliding_window_pattern": 2},
+        **{"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+    },
+    "granite": {
+        **{**_SMALL, "model_type": "granite", "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+        **{"residual_multiplier": 0.5, "logits_scaling": 1.5},
+    },
+    "olmo2": {**_SMALL, "model_type": "olmo2"},
+    "cohere2": {
+        **{**_SMALL, "model_type": "cohere2", "layer_norm_eps": 1e-5, "sliding_window": 7},
+        **{"sliding_window_pattern": 2, "logit_scale": 0.5},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE)
+def test_more_families(family: str) -> None:
+    """Soft caps, norms of whole rows of a merged linear, layers without RoPE, interleaved pairs, scaled logits."""
+    _check(*tiny_model(MORE[family], None))
 
 
 def test_act_order_and_many_rows(monkeypatch):
