@@ -22,7 +22,10 @@ GPU_MEMORY_UTILIZATION = 0.9
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """``llmctl quantize``: checkpoint -> quantized checkpoint. ``symmetric`` None: by method, as ``is_symmetric``."""
+    """``llmctl quantize``: checkpoint -> quantized checkpoint.
+
+    ``symmetric`` None: by method, as ``is_symmetric``. ``max_kl``, ``max_size``: what several are chosen among by.
+    """
 
     model: str = ""
     output: str = ""
@@ -44,6 +47,8 @@ class QuantizeConfig:
     override: tuple[str, ...] = ()
     target_bpw: float | None = None
     target_size: str | None = None
+    max_kl: float | None = None
+    max_size: str | None = None
     backend: str = "native"
     resume: bool = False
     threads: int | None = None
@@ -70,6 +75,11 @@ class QuantizeConfig:
     def has_budget(self) -> bool:
         """Whether the bits of each linear are to be chosen."""
         return self.target_bpw is not None or self.target_size is not None
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether it is said which of several quantizations to keep."""
+        return self.max_kl is not None or self.max_size is not None or self.has_budget
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llmctl.config import EngineOptions
+from llmctl.config import EngineOptions, QuantizeConfig
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,20 @@ class BenchLatencyConfig(OfflineConfig):
     metric_percentiles: str = "10,25,50,75,90,99"
     enable_prefix_caching: bool = False
     regression_metrics: str = "avg_latency"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """``llmctl quantize compare``: every method at every number of bits, otherwise as ``base`` says.
+
+    ``text``, ``context`` and ``windows`` as in ``EvalConfig``; ``target`` is what speeds are measured on.
+    """
+
+    base: QuantizeConfig
+    methods: tuple[str, ...] = ("rtn", "awq", "gptq")
+    bits: tuple[int, ...] = (4,)
+    text: str = "builtin"
+    context: int | None = None
+    windows: int | None = None
+    target: str = "cpu"
+    result_dir: str = "."

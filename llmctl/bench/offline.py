@@ -87,6 +87,7 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     repeats = [_throughput_figures([run], options) for run in runs]
     result = {**head, **_throughput_figures(runs, options)}
     _complete(result, config, opened, environment, repeats, [r for run in runs for r in run.records])
+    opened.engine.close()
     return judge.judge(result, gate.request_gates(result, 0.0))
 
 

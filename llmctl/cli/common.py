@@ -28,6 +28,13 @@ _CommandLineError: Any = typer.BadParameter.__bases__[0]
 class OneLineErrors(TyperGroup):
     """A command group whose usage errors are one line on stderr, like every other error."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As Typer's, where a command's name may be two words (``quantize compare``)."""
+        two = " ".join(args[:2])
+        if two in self.commands and two not in args:
+            return two, self.commands[two], args[2:]
+        return super().resolve_command(ctx, args)
+
     def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **more: Any) -> Any:
         """As Typer's, which would draw a box around the message."""
         more["standalone_mode"] = False

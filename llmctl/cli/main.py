@@ -16,6 +16,7 @@ from llmctl.cli.convert import convert
 from llmctl.cli.eval import evaluate
 from llmctl.cli.inspect import inspect
 from llmctl.cli.quantize import quantize
+from llmctl.cli.quantize_compare import compare
 from llmctl.cli.serve import serve
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.command(
     options_metavar="[MODEL] [OPTIONS]",
 )(serve)
 app.command("quantize", cls=WholeNames)(quantize)
+app.command("quantize compare", cls=WholeNames)(compare)
 app.command("convert", cls=WholeNames)(convert)
 app.command("eval", cls=WholeNames)(evaluate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +12,12 @@ from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmctl.cli.quantize_progress import ProgressLines
     from llmctl.quantize.report import QuantizeReport
 
 _D = QuantizeConfig()
 _MODEL, _METHOD, _CALIBRATION, _OUTPUT, _GENERAL = "Model", "Method", "Calibration", "Output", "General"
+_LIMITS = "Choice among methods"
 
 Model = Annotated[
     str,
@@ -64,7 +67,30 @@ TargetSize = Annotated[
         rich_help_panel=_METHOD,
     ),
 ]
-Method = Annotated[str, typer.Option("--method", help="rtn, awq, gptq or awq+gptq.", rich_help_panel=_METHOD)]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method", help="rtn, awq, gptq, awq+gptq, or auto: the best of them by limits.", rich_help_panel=_METHOD
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        metavar="NATS",
+        help="Keep the smallest of at most this KL from the original.",
+        rich_help_panel=_LIMITS,
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="SIZE",
+        help="Keep the nearest to the original of at most this size.",
+        rich_help_panel=_LIMITS,
+    ),
+]
 Bits = Annotated[int, typer.Option("--bits", help="3 (fewer readers), 4 or 8.", rich_help_panel=_METHOD)]
 GroupSize = Annotated[
     int, typer.Option("--group-size", help="Weights that share a scale; -1 for a whole row.", rich_help_panel=_METHOD)
@@ -170,6 +196,8 @@ def quantize(
     override: Override = list(_D.override),  # noqa: B006
     target_bpw: TargetBpw = _D.target_bpw,
     target_size: TargetSize = _D.target_size,
+    max_kl: MaxKl = _D.max_kl,
+    max_size: MaxSize = _D.max_size,
     backend: Backend = _D.backend,
     resume: Resume = _D.resume,
     threads: Threads = _D.threads,
@@ -178,19 +206,16 @@ def quantize(
     """Quantize a model to 3, 4 or 8 bits, layer by layer, into a checkpoint that others read.
 
     [bold]llmctl quantize --model demo:smollm2-135m --method awq --bits 4 --output ./smollm2-awq[/bold]
+
+    [bold]llmctl quantize compare[/bold] makes several and measures them.
     """
     from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
 
     check_address_space(LEAST_WITH_TORCH)
     from llmctl.cli.quantize_progress import ProgressLines, print_report
     from llmctl.quantize.backends import run_backend
+    from llmctl.quantize.grid import BITS
 
-    if (target_bpw is not None or target_size is not None) and _is_given(ctx, "bits"):
-        raise UsageError(
-            "--bits: those of each linear are chosen under --target-bpw and --target-size",
-            fix="leave --bits out; --override 'NAME:bits=N' settles those of some linears",
-            param="bits",
-        )
     settings = QuantizeConfig(
         model=model,
         output=output,
@@ -212,19 +237,58 @@ def quantize(
         override=tuple(override),
         target_bpw=target_bpw,
         target_size=target_size,
+        max_kl=max_kl,
+        max_size=max_size,
         backend=backend,
         resume=resume,
         threads=threads,
     )
+    check_bits(ctx, settings)
     with ProgressLines() as progress:
-        report: QuantizeReport = run_backend(settings, progress)
+        if settings.method == "auto":
+            report: QuantizeReport = _choose(settings, (bits,) if _is_given(ctx, "bits") else BITS, progress)
+        else:
+            report = run_backend(settings, progress)
     if json_output:
         print_json(report.to_json())
     else:
         print_report(report)
 
 
+def check_bits(ctx: typer.Context, settings: QuantizeConfig) -> None:
+    """Refuse ``--bits`` beside a budget.
+
+    Raises:
+        UsageError: it is given.
+    """
+    if settings.has_budget and _is_given(ctx, "bits"):
+        raise UsageError(
+            "--bits: those of each linear are chosen under --target-bpw and --target-size",
+            fix="leave --bits out; --override 'NAME:bits=N' settles those of some linears",
+            param="bits",
+        )
+
+
 def _is_given(ctx: typer.Context, name: str) -> bool:
     """Whether an option stands on the command line or in the YAML file."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def _choose(settings: QuantizeConfig, bits: Sequence[int], progress: ProgressLines) -> QuantizeReport:
+    """``--method auto``; who else was tried is told on stderr."""
+    from llmctl.bench.config import CompareConfig
+    from llmctl.bench.progress import Progress
+    from llmctl.bench.quantizations import Shown, choose_method
+
+    if settings.backend != "native" or settings.resume:
+        option = "--resume" if settings.resume else f"--backend {settings.backend}"
+        raise UsageError(f"--method auto: has no {option}", fix=f"leave {option} out", param="method")
+    shown = Shown(progress, progress.evaluating, Progress)
+    report, found = choose_method(CompareConfig(base=settings, bits=tuple(bits)), shown)
+    for i, candidate in enumerate(found.candidates):
+        kept = ", kept" if i == found.winner else ""
+        progress.note(f"{candidate.label}: {candidate.size / 2**20:.1f} MiB, KL {candidate.kl:.4g}{kept}")
+    for name, why in found.refused.items():
+        progress.note(f"{name}: {why}")
+    return report

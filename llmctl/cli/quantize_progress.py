@@ -63,6 +63,12 @@ class ProgressLines:
             self._plain(what, "of layers passed", done, total)
         self._update(what, done, total, "")
 
+    def evaluating(self, what: str, name: str, done: int, total: int) -> None:
+        """How far an evaluation is, as ``step_progress`` takes it."""
+        if self._bar is None:
+            self._plain(what, name, done, total)
+        self._update(what, done, total, name)
+
     def layer(self, done: int, total: int, report: LayerReport) -> None:
         """A finished layer."""
         detail = f"error {report.error:.2e}"

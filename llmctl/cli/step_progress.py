@@ -45,13 +45,13 @@ def step_progress() -> Iterator[Show]:
 
 
 class PlainProgress:
-    """One line each time another tenth is done."""
+    """One line each time another tenth is done; what begins anew is counted anew."""
 
     def __init__(self) -> None:
         self._tenths: dict[str, int] = {}
 
     def __call__(self, what: str, name: str, done: int, total: int) -> None:
         tenth = 10 * done // max(1, total)
-        if tenth > self._tenths.get(what, 0):
-            self._tenths[what] = tenth
+        before, self._tenths[what] = self._tenths.get(what, 0), tenth
+        if tenth > before:
             print(f"{what} {10 * tenth}% ({name})", file=sys.stderr, flush=True)

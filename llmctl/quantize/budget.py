@@ -31,7 +31,7 @@ from llmctl.quantize.sensitivity import Candidate, OnProgress, measure_sensitivi
 
 BITS = (3, 4, 8)
 _MEASURED = (3, 4)
-_MAX_WORK = 1e13
+_MAX_WORK = 5e12
 """Multiply-adds that measuring may take: a few minutes on two cores."""
 _MIN_TOKENS, _MAX_TOKENS = 128, 2048
 _HEADER_BYTES = 200  # of a stored tensor, its name and shape

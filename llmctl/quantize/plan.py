@@ -95,7 +95,11 @@ def check_options(config: QuantizeConfig) -> None:
         UsageError: as said, naming the option.
     """
     if config.method not in METHODS:
-        raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}", param="method")
+        raise UsageError(f"--method {config.method}: expected auto or one of {', '.join(METHODS)}", param="method")
+    if config.max_kl is not None or config.max_size is not None:
+        raise UsageError(
+            "--max-kl and --max-size: choose among methods", fix=f"--method auto, not {config.method}", param="method"
+        )
     if config.format not in FORMATS:
         raise UsageError(f"--format {config.format}: expected one of {', '.join(FORMATS)}", param="format")
     check_scheme(QuantScheme(config.bits, config.group_size, config.is_symmetric), {})

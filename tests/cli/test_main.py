@@ -14,7 +14,7 @@ from llmctl.cli.main import app
 
 SUBCOMMANDS = ["quantize", "convert", "eval", "build", "inspect", "serve"]
 BENCH = [["bench", "serve"], ["bench", "throughput"], ["bench", "latency"]]
-COMMANDS = [*([name] for name in SUBCOMMANDS), *BENCH]
+COMMANDS = [*([name] for name in SUBCOMMANDS), ["quantize", "compare"], *BENCH]
 
 
 def run(*args: str, columns: str = "120") -> subprocess.CompletedProcess[str]:

@@ -1,18 +1,20 @@
 import json
 import shutil
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import pytest
 from random_models import CONFIGS, write_model
+from torch import Tensor
 from typer.testing import CliRunner
 
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.cli.main import app
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.graph.families import build_graph
+from llmctl.graph.graph import Graph
 from llmctl.quantize import budget, driver
 from llmctl.quantize.budget import linear_groups
 from llmctl.quantize.driver import quantize_checkpoint
@@ -126,13 +128,13 @@ def test_only_as_much_text_is_measured_on_as_there_is_time_for(
     config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    inner = budget.measure_sensitivity
+    inner = budget.CalibrationPass
 
-    def spy(calibration: budget.CalibrationPass, *rest: object) -> list[float]:
-        seen.append(int(prod(calibration._batch.token_ids.shape)))
-        return inner(calibration, *rest)  # type: ignore[arg-type]
+    def spy(graph: Graph, source: Checkpoint, tokens: Tensor) -> budget.CalibrationPass:
+        seen.append(tokens.numel())
+        return inner(graph, source, tokens)
 
-    monkeypatch.setattr(budget, "measure_sensitivity", spy)
+    monkeypatch.setattr(budget, "CalibrationPass", spy)
     monkeypatch.setattr(budget, "_MIN_TOKENS", 64)
     quantize_checkpoint(config)
     monkeypatch.setattr(budget, "_MAX_WORK", 1)

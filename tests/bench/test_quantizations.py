@@ -1,0 +1,194 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from random_models import write_model
+from typer.testing import CliRunner
+
+from llmctl.bench.config import CompareConfig
+from llmctl.bench.progress import Progress
+from llmctl.bench.quantizations import Candidate, Shown, best, choose_method, compare
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.cli.main import app
+from llmctl.config import QuantizeConfig
+from llmctl.errors import LlmctlError, UsageError
+from llmctl.quantize.driver import Silent
+
+TEXT = "the quick brown fox reads a book about engines and kernels. " * 60
+SHOWN = Shown(Silent(), lambda *_: None, Progress)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    return write_model(folder, "llama", num_key_value_heads=4, intermediate_size=128)
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> CompareConfig:
+    text = tmp_path / "calib.txt"
+    text.write_text(TEXT)
+    base = QuantizeConfig(
+        model=str(model), group_size=32, symmetric=True, calib=str(text), calib_samples=4, calib_length=32
+    )
+    return CompareConfig(base, ("rtn", "gptq"), (4, 8), text=str(text), context=64, windows=2, target="reference")
+
+
+def candidate(method: str, size: int, kl: float) -> Candidate:
+    return Candidate(method, 4, "gptq", size, 4.5, kl, None, 0.0, 1.0, None, 1.0)
+
+
+MADE = [candidate("original", 9, 0.0), candidate("rtn", 4, 0.3), candidate("awq", 4, 0.1), candidate("gptq", 8, 0.01)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "winner"),
+    [
+        ({"max_kl": 0.2}, 2),
+        ({"max_kl": 0.5}, 2),
+        ({"max_kl": 0.05}, 3),
+        ({"max_size": "8"}, 3),
+        ({"max_size": "5"}, 2),
+        ({"max_size": "8", "max_kl": 0.5}, 2),
+        ({"max_size": "3"}, None),
+        ({"max_size": "5", "max_kl": 0.05}, None),
+        ({"target_bpw": 4.0}, 3),
+    ],
+    ids=str,
+)
+def test_the_smallest_near_enough_or_the_nearest_small_enough(limits: dict[str, object], winner: int | None) -> None:
+    assert best(MADE, QuantizeConfig(**limits)) == winner  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_all_are_measured_and_the_winner_is_kept(config: CompareConfig, tmp_path: Path) -> None:
+    output = tmp_path / "kept"
+    found = compare(replace(config, base=replace(config.base, output=str(output), max_size="1GiB")), SHOWN)
+    assert [(c.method, c.bits) for c in found.candidates] == [
+        ("original", 16), ("rtn", 4), ("gptq", 4), ("rtn", 8), ("gptq", 8),
+    ]  # fmt: skip
+    assert all(c.decode_tokens_per_second is not None and c.decode_tokens_per_second > 0 for c in found.candidates)
+    rtn4, rtn8 = found.candidates[1], found.candidates[3]
+    assert rtn4.size < rtn8.size < found.candidates[0].size
+    assert rtn4.kl > 50 * rtn8.kl > 0
+    assert found.winner is not None
+    kept = found.candidates[found.winner]
+    assert kept.kl == min(c.kl for c in found.candidates[1:])
+    stored = open_checkpoint(output).describe("model.layers.0.mlp.up_proj.weight").quant
+    assert stored is not None
+    assert stored.bits == kept.bits == 8
+    assert (output / "model.safetensors").stat().st_size == kept.size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calib.txt", "kept"]
+
+
+@pytest.mark.slow
+def test_without_limits_nothing_is_kept(config: CompareConfig, tmp_path: Path) -> None:
+    found = compare(replace(config, methods=("rtn", "awq"), bits=(3, 4)), SHOWN)
+    assert found.winner is None
+    assert len(found.candidates) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["calib.txt"]
+
+
+@pytest.mark.slow
+def test_what_a_format_does_not_hold_is_noted(config: CompareConfig) -> None:
+    base = replace(config.base, format="compressed-tensors")
+    found = compare(replace(config, base=base, methods=("rtn",), bits=(3, 4)), SHOWN)
+    assert list(found.refused) == ["rtn, 3 bits"]
+    assert [c.bits for c in found.candidates] == [16, 4]
+    with pytest.raises(UsageError, match="read at 4 and 8 bits"):
+        compare(replace(config, base=base, methods=("rtn",), bits=(3,)), SHOWN)
+
+
+@pytest.mark.slow
+def test_auto_stops_at_the_first_bits_that_will_do(config: CompareConfig, tmp_path: Path) -> None:
+    base = replace(config.base, method="auto", output=str(tmp_path / "small"), max_kl=10.0)
+    report, found = choose_method(replace(config, base=base), SHOWN)
+    assert [c.bits for c in found.candidates] == [4, 4]
+    assert report.output == base.output
+    assert report.size_after == min(c.size for c in found.candidates)
+    base = replace(config.base, method="auto", output=str(tmp_path / "near"), max_size="1GiB")
+    _, found = choose_method(replace(config, base=base), SHOWN)
+    assert [c.bits for c in found.candidates] == [8, 8]
+    base = replace(config.base, method="auto", output=str(tmp_path / "mixed"), target_bpw=4.5)
+    report, found = choose_method(replace(config, base=base), SHOWN)
+    assert [c.bits for c in found.candidates] == [None, None]
+    assert report.bits_per_weight <= 4.5
+    assert {path.name for path in tmp_path.iterdir()} == {"calib.txt", "small", "near", "mixed"}
+
+
+def test_limits_that_none_keeps_to_leave_nothing(config: CompareConfig, tmp_path: Path) -> None:
+    base = replace(config.base, output=str(tmp_path / "out"), max_kl=1e-9)
+    with pytest.raises(LlmctlError, match="none of 1 quantizations keeps to the limits: the least KL is") as caught:
+        choose_method(replace(config, base=base, methods=("rtn",), bits=(4,)), SHOWN)
+    assert not isinstance(caught.value, UsageError)
+    assert [path.name for path in tmp_path.iterdir()] == ["calib.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("magic",)}, "--methods: expected some of rtn"),
+        ({"methods": ()}, "found nothing"),
+        ({"bits": (5,)}, "--bits 5"),
+        ({"base": {"max_kl": -1.0}}, "--max-kl -1"),
+        ({"base": {"max_size": "lots"}}, "expected a size"),
+        ({"base": {"output": "somewhere"}}, "which quantization to keep"),
+        ({"base": {"calib": "missing.txt"}}, "no such file"),
+    ],
+    ids=str,
+)
+def test_refusals_come_before_any_work(changes: dict[str, object], message: str, config: CompareConfig) -> None:
+    more = changes.get("base", {})
+    assert isinstance(more, dict)
+    with pytest.raises(UsageError, match=message):
+        compare(replace(config, **{**changes, "base": replace(config.base, **more)}), SHOWN)  # type: ignore[arg-type]
+
+
+def arguments(config: CompareConfig) -> list[str]:
+    base = config.base
+    args = ["--group-size", "32", "--symmetric", "--calib", base.calib, "--calib-samples", "4", "--calib-length", "32"]
+    return [*args, "--format", "gptq"]
+
+
+def test_the_command_writes_a_table_json_and_a_picture(config: CompareConfig, tmp_path: Path) -> None:
+    args = ["quantize", "compare", config.base.model, *arguments(config), "--methods", "rtn", "--bits", "3,4"]
+    args += ["--text", config.text, "--context", "64", "--target", "reference", "--result-dir", str(tmp_path)]
+    result = CliRunner().invoke(app, [*args, "--max-size", "1GiB", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
+    for said in ("rtn 3", "rtn 4", "original 16", "tok/s", "kept rtn, 4 bits"):
+        assert said in result.stdout
+    data = json.loads((tmp_path / "quantize_compare.json").read_text())
+    assert len(data["candidates"]) == 3
+    assert data["candidates"][data["winner"]]["bits"] == 4
+    assert "<svg" in (tmp_path / "quantize_compare.svg").read_text()
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_auto_on_the_command_line(config: CompareConfig, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    args = ["quantize", "--model", config.base.model, *arguments(config), "--method", "auto", "--output", output]
+    result = CliRunner().invoke(app, [*args, "--max-kl", "10", "--bits", "4", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["output"] == output
+    assert "kept" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--method auto: chosen by what?"),
+        (["--max-kl", "1", "--method", "rtn"], "--method auto, not rtn"),
+        (["--max-kl", "1", "--resume"], "has no --resume"),
+        (["--target-bpw", "4", "--bits", "4"], "--bits: those of each linear are chosen"),
+    ],
+)
+def test_auto_wants_limits(more: list[str], message: str, config: CompareConfig, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    args = ["quantize", "--model", config.base.model, *arguments(config), "--method", "auto", "--output", output]
+    result = CliRunner().invoke(app, [*args, *more])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
