@@ -50,6 +50,7 @@ class QuantizeConfig:
     max_kl: float | None = None
     max_size: str | None = None
     backend: str = "native"
+    eval_text: str = "builtin"
     resume: bool = False
     threads: int | None = None
 

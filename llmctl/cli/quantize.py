@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import QuantizeConfig
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.cli.quantize_progress import ProgressLines
@@ -169,6 +171,15 @@ Format = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run of the same options.", rich_help_panel=_OUTPUT)
 ]
+EvalText = Annotated[
+    str,
+    typer.Option(
+        "--eval-text",
+        metavar="FILE",
+        help="Text for perplexity and KL at the end, its first 2048 tokens; builtin, or none.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_GENERAL)]
 
 
@@ -199,6 +210,7 @@ def quantize(
     max_kl: MaxKl = _D.max_kl,
     max_size: MaxSize = _D.max_size,
     backend: Backend = _D.backend,
+    eval_text: EvalText = _D.eval_text,
     resume: Resume = _D.resume,
     threads: Threads = _D.threads,
     json_output: JsonOption = False,
@@ -214,7 +226,9 @@ def quantize(
     check_address_space(LEAST_WITH_TORCH)
     from llmctl.cli.quantize_progress import ProgressLines, print_report
     from llmctl.quantize.backends import run_backend
+    from llmctl.quantize.eval_text import read_text
     from llmctl.quantize.grid import BITS
+    from llmctl.quantize.report_files import write_report_files
 
     settings = QuantizeConfig(
         model=model,
@@ -240,19 +254,37 @@ def quantize(
         max_kl=max_kl,
         max_size=max_size,
         backend=backend,
+        eval_text=eval_text,
         resume=resume,
         threads=threads,
     )
     check_bits(ctx, settings)
+    text = read_text(settings.eval_text)
     with ProgressLines() as progress:
         if settings.method == "auto":
             report: QuantizeReport = _choose(settings, (bits,) if _is_given(ctx, "bits") else BITS, progress)
         else:
             report = run_backend(settings, progress)
+        if text is not None:
+            report = _judged(report, settings, text, progress)
+        written = write_report_files(report, Path(settings.output))
     if json_output:
         print_json(report.to_json())
     else:
-        print_report(report)
+        print_report(report, written[-1])
+
+
+def _judged(report: QuantizeReport, settings: QuantizeConfig, text: str, progress: ProgressLines) -> QuantizeReport:
+    """The report with what was done to the model's predictions; a measurement that fails is a line, for the output is
+    in place."""
+    from llmctl.quantize.quality import measure_quality
+
+    progress.note(f"measuring perplexity and KL on {settings.eval_text} (--eval-text)")
+    try:
+        return replace(report, quality=measure_quality(settings, report.format, text, progress.judging))
+    except LlmctlError as error:
+        progress.note(f"warning: perplexity and KL are not measured: {error.message}")
+        return report
 
 
 def check_bits(ctx: typer.Context, settings: QuantizeConfig) -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
+from pathlib import Path
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from llmctl.cli.step_progress import PlainProgress
+from llmctl.artifact.memory import human_bytes
+from llmctl.cli.step_progress import PlainProgress, time_left
 from llmctl.quantize.report import LayerReport, QuantizeReport
 
-_MIB = 2**20
+_BAR = 30  # characters of the largest part's bar
 
 
 class ProgressLines:
@@ -24,12 +36,14 @@ class ProgressLines:
         self._bar: Progress | None = None
         self._plain = PlainProgress()
         self._task: TaskID | None = None
+        self._seconds = 0.0  # of the layers so far, those of an interrupted run included
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TimeRemainingColumn(),
                 TextColumn("{task.fields[detail]}"),
                 console=self._console,
             )
@@ -53,15 +67,16 @@ class ProgressLines:
             print(text, file=sys.stderr, flush=True)
 
     def calibrating(self, done: int, total: int) -> None:
-        """Self-generated tokens; without a terminal nothing is said until the note that follows."""
-        self._update("calibration text", done, total, "")
+        """Self-generated tokens."""
+        self._tell("calibration text", "tokens", done, total)
 
     def measuring(self, done: int, total: int) -> None:
-        """How far the choice of bits is: in tenths without a terminal."""
-        what = "measuring what each linear's bits change"
-        if self._bar is None:
-            self._plain(what, "of layers passed", done, total)
-        self._update(what, done, total, "")
+        """How far the choice of bits is."""
+        self._tell("measuring what each linear's bits change", "of layers passed", done, total)
+
+    def judging(self, done: int, total: int) -> None:
+        """Layers of both models, on the text at the end."""
+        self._tell("perplexity and KL", "layers", done, total)
 
     def evaluating(self, what: str, name: str, done: int, total: int) -> None:
         """How far an evaluation is, as ``step_progress`` takes it."""
@@ -72,9 +87,17 @@ class ProgressLines:
     def layer(self, done: int, total: int, report: LayerReport) -> None:
         """A finished layer."""
         detail = f"error {report.error:.2e}"
+        self._seconds += report.seconds
         if self._bar is None:
-            print(f"layer {done}/{total}  {detail}  {report.seconds:.1f} s", file=sys.stderr, flush=True)
+            left = time_left(self._seconds / done * (total - done))
+            print(f"layer {done}/{total}  {detail}  {report.seconds:.1f} s{left}", file=sys.stderr, flush=True)
         self._update("quantizing layers", done, total, detail)
+
+    def _tell(self, what: str, unit: str, done: int, total: int) -> None:
+        """Something counted: a bar, or a line at each tenth."""
+        if self._bar is None:
+            self._plain(what, unit, done, total)
+        self._update(what, done, total, "")
 
     def _update(self, what: str, done: int, total: int, detail: str) -> None:
         if self._bar is None:
@@ -84,27 +107,42 @@ class ProgressLines:
         self._bar.update(self._task, completed=done, detail=detail)
 
 
-def print_report(report: QuantizeReport) -> None:
-    """The tables on stdout."""
+def print_report(report: QuantizeReport, chart: Path) -> None:
+    """The tables on stdout; every layer's errors are in the files that ``chart`` is one of."""
     console = Console(width=None if sys.stdout.isatty() else 80)
+    console.print(_parts(report))
     if report.layers:
-        console.print(_layers(report))
+        console.print(_worst(report))
     if len({linear.bits for linear in report.linears.values()}) > 1:
         console.print(_bits(report))
-    console.print(_summary(report))
+    console.print(_summary(report, chart))
 
 
-def _layers(report: QuantizeReport) -> Table:
-    table = Table(title=f"relative squared error of each linear's {report.error_of}", box=SIMPLE_HEAD, pad_edge=False)
-    names = [name.rpartition(".")[2] for name in report.layers[0].modules]
-    uniform = all([n.rpartition(".")[2] for n in layer.modules] == names for layer in report.layers)
+def _parts(report: QuantizeReport) -> Table:
+    """A bar for each part of the model: full for what it is now, light for what it was at 16 bits."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part", no_wrap=True)
+    table.add_column("16 bits", justify="right", no_wrap=True)
+    table.add_column("now", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    largest = max((max(part.size_16bit, part.size_after) for part in report.parts.values()), default=1)
+    for name, part in report.parts.items():
+        now, before = (round(_BAR * size / largest) for size in (part.size_after, part.size_16bit))
+        bar = "█" * now + "░" * (before - now)
+        table.add_row(name, human_bytes(part.size_16bit), human_bytes(part.size_after), bar)
+    return table
+
+
+def _worst(report: QuantizeReport) -> Table:
+    table = Table(
+        title=f"largest relative squared errors of a layer's {report.error_of}s", box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("layer", justify="right")
-    for name in names if uniform else ["mean"]:
-        table.add_column(name.removesuffix("_proj"), justify="right", no_wrap=True)
-    table.add_column("s", justify="right")
-    for layer in report.layers:
-        errors = list(layer.modules.values()) if uniform else [layer.error]
-        table.add_row(str(layer.layer), *(_short(error) for error in errors), f"{layer.seconds:.1f}")
+    table.add_column("mean", justify="right")
+    table.add_column("most, at", no_wrap=True)
+    for layer in report.worst_layers:
+        name, error = max(layer.modules.items(), key=lambda item: item[1])
+        table.add_row(str(layer.layer), _short(layer.error), f"{_short(error)} {name.rpartition('.')[2]}")
     return table
 
 
@@ -132,7 +170,19 @@ def _schemes(report: QuantizeReport) -> str:
     return "; ".join(f"{count} linears of {scheme}" for scheme, count in sorted(report.schemes.items()))
 
 
-def _summary(report: QuantizeReport) -> Table:
+def _quality(report: QuantizeReport) -> list[tuple[str, str]]:
+    quality = report.quality
+    if quality is None:
+        return []
+    error = quality.divergence.kl_error
+    spread = "" if math.isnan(error) else f" ± {error:.4f}"
+    return [
+        ("perplexity", f"{quality.perplexity_before:.3f} -> {quality.perplexity_after:.3f} on {quality.sentence}"),
+        ("KL", f"{quality.divergence.kl:.4f}{spread} nats a token, top-1 agreement {quality.divergence.top1:.1%}"),
+    ]
+
+
+def _summary(report: QuantizeReport, chart: Path) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -148,14 +198,16 @@ def _summary(report: QuantizeReport) -> Table:
         *([("KL predicted", f"{report.predicted_kl:.3g} nats a token")] if report.predicted_kl is not None else []),
         ("calibration", report.calibration),
         ("linears", f"{report.quantized_modules} quantized, at 16 bits: {', '.join(report.dense_modules) or 'none'}"),
-        ("size before", f"{report.size_before / _MIB:.1f} MiB stored, {report.size_16bit / _MIB:.1f} MiB at 16 bits"),
-        ("size after", f"{report.size_after / _MIB:.1f} MiB"),
+        ("size", f"{human_bytes(report.size_16bit)} at 16 bits -> {human_bytes(report.size_after)}"),
         (
             "bits per weight",
             f"{report.bits_per_weight:.2f} in quantized linears, {report.bits_per_weight_model:.2f} over the model",
         ),
         (f"{report.error_of} error", error),
-        ("time", f"{report.seconds:.1f} s"),
+        *_quality(report),
+        ("time", f"{report.seconds:.1f} s" + (f", and {q.seconds:.1f} s to measure" if (q := report.quality) else "")),
+        ("every layer", f"{chart.with_suffix('')}.json, .md, .svg"),
+        ("next", f"llmctl serve {shlex.quote(report.output)}"),
     ):
         table.add_row(key, value)
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,13 +24,14 @@ def step_progress() -> Iterator[Show]:
         yield PlainProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[size]}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -49,9 +51,21 @@ class PlainProgress:
 
     def __init__(self) -> None:
         self._tenths: dict[str, int] = {}
+        self._started: dict[str, tuple[float, int]] = {}
 
     def __call__(self, what: str, name: str, done: int, total: int) -> None:
         tenth = 10 * done // max(1, total)
         before, self._tenths[what] = self._tenths.get(what, 0), tenth
+        if what not in self._started or tenth < before:
+            self._started[what] = (time.monotonic(), done)
         if tenth > before:
-            print(f"{what} {10 * tenth}% ({name})", file=sys.stderr, flush=True)
+            started, first = self._started[what]
+            left = (time.monotonic() - started) * (total - done) / max(1, done - first)
+            print(f"{what} {10 * tenth}% ({name}{time_left(left)})", file=sys.stderr, flush=True)
+
+
+def time_left(seconds: float) -> str:
+    """``, 40 s left`` of a line; nothing under a second."""
+    if seconds < 1:
+        return ""
+    return f", {seconds:.0f} s left" if seconds < 90 else f", {seconds / 60:.0f} min left"

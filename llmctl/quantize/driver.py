@@ -98,6 +98,7 @@ def calibrate(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph, prog
     samples, length, seed = config.calib_samples, config.calib_length, config.seed
     if config.calib != SELF:
         return read_calibration(config.calib, tokenizer, samples, length, seed)
+    progress.note("the model writes its calibration text")
     return self_calibration(
         checkpoint, tokenizer, graph.vocab_size, samples, length, seed, on_progress=progress.calibrating
     )
@@ -117,6 +118,7 @@ class _Job:
         self.note = "none (round to nearest looks at weights only)"
 
     def run(self, output: Path) -> list[LayerReport]:
+        self.progress.note(f"reading {self.config.model}")  # all of it, for its fingerprint
         options = {**self.plan.options(self.checkpoint), "threads": torch.get_num_threads()}
         work = open_work_folder(output, options)
         try:
@@ -170,6 +172,7 @@ class _Job:
         reports: list[LayerReport] = []
         steps = self.layers[-1] + 1
         done = work.finished()
+        self.progress.note(f"quantizing {steps} layers with {self.plan.config.method}")
         if done:
             self.progress.note(f"resuming after layer {done - 1}")
         hidden = work.load_hidden(done)
@@ -197,6 +200,7 @@ class _Job:
         return quantize_layer_without_data(self.graph, self.plan, calibration, layer), {}
 
     def _write(self, output: Path, work: WorkFolder) -> None:
+        self.progress.note(f"writing {output}")
         results = _Results(work, self.layers[-1] + 1)
         quantized = _Modules(results, self.plan.selection.modules)
         write_quantized_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.output_format import describe_scheme
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.graph.graph import Graph
+from llmctl.quantize.parts import PartSize, part_sizes
 from llmctl.quantize.plan import Plan
+from llmctl.quantize.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class QuantizeReport:
         linears: of each that is quantized, by its name.
         predicted_kl: of the output, as the measurements that bits were chosen by add up; None where none were.
         schemes: scheme in words -> number of linears.
+        parts: part of the model -> its size before and after.
+        quality: what it did to the model's predictions; None: not measured.
         error_of: what the layers' errors are of: ``output`` or ``weight``.
         seconds: wall time of this run.
     """
@@ -89,11 +93,19 @@ class QuantizeReport:
     error_of: str
     layers: tuple[LayerReport, ...]
     seconds: float
+    parts: Mapping[str, PartSize] = field(default_factory=dict)
+    quality: Quality | None = None
+
+    @property
+    def worst_layers(self) -> list[LayerReport]:
+        """Up to five layers, the one with the largest mean error first."""
+        return sorted((layer for layer in self.layers if layer.modules), key=lambda layer: -layer.error)[:5]
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON data; layers carry their mean error too."""
         layers = [{"error": layer.error, **asdict(layer)} for layer in self.layers]
-        return {**asdict(self), "dense_modules": list(self.dense_modules), "layers": layers}
+        quality = None if self.quality is None else self.quality.to_json()
+        return {**asdict(self), "dense_modules": list(self.dense_modules), "layers": layers, "quality": quality}
 
 
 def make_report(
@@ -137,4 +149,5 @@ def make_report(
         error_of="output" if plan.calibrated else "weight",
         layers=tuple(layers),
         seconds=round(seconds, 3),
+        parts=part_sizes(graph, written),
     )

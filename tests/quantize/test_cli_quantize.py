@@ -47,8 +47,10 @@ def test_json_is_all_that_stdout_holds(common: list[str], tmp_path: Path) -> Non
 def test_tables_at_the_end(common: list[str]) -> None:
     result = CliRunner().invoke(app, [*common, "--method", "gptq", "--group-size", "32"])
     assert result.exit_code == 0, result.stderr
-    for words in (" gate ", " down ", "size before", "size after", "bits per weight", "output error", "time"):
+    for words in ("attention", "░", "_proj", " at 16 bits -> ", "bits per weight", "output error", "time", "next"):
         assert words in result.stdout
+    for words in ("perplexity", "KL", "llmctl serve ", "quantize_report.json"):
+        assert words in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "…" not in result.stdout
 
