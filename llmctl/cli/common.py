@@ -31,7 +31,7 @@ class OneLineErrors(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """As Typer's, where a command's name may be two words (``quantize compare``)."""
         two = " ".join(args[:2])
-        if two in self.commands and two not in args:
+        if len(args) > 1 and two in self.commands:
             return two, self.commands[two], args[2:]
         return super().resolve_command(ctx, args)
 

@@ -67,11 +67,14 @@ def test_a_bad_group_size_is_one_line_and_exit_code_two(common: list[str], tmp_p
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipes_run(recipe: Path, common: list[str]) -> None:
-    fitting = ["--group-size", "32"] if load_yaml_options(recipe, vars(QuantizeConfig()))["group_size"] > 0 else []
+    options = load_yaml_options(recipe, vars(QuantizeConfig()))
+    fitting = ["--group-size", "32"] if options["group_size"] > 0 else []
+    fitting += ["--target-bpw", "5"] if "target_bpw" in options else []
     result = CliRunner().invoke(app, [*common, "--config", str(recipe), *fitting, "--json"])
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert f"{report['method']}-{report['bits']}bit" in recipe.stem
+    width = f"{options['target_bpw']}bpw" if "target_bpw" in options else f"{report['bits']}bit"
+    assert f"{report['method']}-{width}" in recipe.stem
 
 
 def test_recipes_are_there() -> None:
