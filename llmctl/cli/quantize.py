@@ -267,11 +267,15 @@ def quantize(
             report = run_backend(settings, progress)
         if text is not None:
             report = _judged(report, settings, text, progress)
-        written = write_report_files(report, Path(settings.output))
+        chart: Path | None = None
+        try:
+            chart = write_report_files(report, Path(settings.output))[-1]
+        except OSError as error:  # the output is in place
+            progress.note(f"warning: the report's files are not written: {error.strerror or error}")
     if json_output:
         print_json(report.to_json())
     else:
-        print_report(report, written[-1])
+        print_report(report, chart)
 
 
 def _judged(report: QuantizeReport, settings: QuantizeConfig, text: str, progress: ProgressLines) -> QuantizeReport:

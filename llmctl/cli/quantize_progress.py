@@ -107,8 +107,8 @@ class ProgressLines:
         self._bar.update(self._task, completed=done, detail=detail)
 
 
-def print_report(report: QuantizeReport, chart: Path) -> None:
-    """The tables on stdout; every layer's errors are in the files that ``chart`` is one of."""
+def print_report(report: QuantizeReport, chart: Path | None) -> None:
+    """The tables on stdout; every layer's errors are in the files that ``chart`` is one of, if there are any."""
     console = Console(width=None if sys.stdout.isatty() else 80)
     console.print(_parts(report))
     if report.layers:
@@ -182,7 +182,7 @@ def _quality(report: QuantizeReport) -> list[tuple[str, str]]:
     ]
 
 
-def _summary(report: QuantizeReport, chart: Path) -> Table:
+def _summary(report: QuantizeReport, chart: Path | None) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -207,7 +207,7 @@ def _summary(report: QuantizeReport, chart: Path) -> Table:
         (f"{report.error_of} error", error),
         *_quality(report),
         ("time", f"{report.seconds:.1f} s" + (f", and {q.seconds:.1f} s to measure" if (q := report.quality) else "")),
-        ("every layer", f"{chart.with_suffix('')}.json, .md, .svg"),
+        *([("every layer", f"{chart.with_suffix('')}.json, .md, .svg")] if chart is not None else []),
         ("next", f"llmctl serve {shlex.quote(report.output)}"),
     ):
         table.add_row(key, value)

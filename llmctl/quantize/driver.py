@@ -131,6 +131,11 @@ class _Job:
             if not work.resumed:
                 work.remove()  # refused, not interrupted: there is nothing to continue
             raise
+        except OSError as error:
+            raise LlmctlError(
+                f"{error.filename or output}: {error.strerror or error}",
+                fix=f"make room, then repeat the command with --resume: finished layers are in {work.path}",
+            ) from error
         except BaseException:
             self.progress.note(f"interrupted; finished layers are kept in {work.path}: continue with --resume")
             raise

@@ -193,10 +193,14 @@ def open_work_folder(output: Path, options: Mapping[str, Any]) -> WorkFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file beside its place, fsync it and rename it."""
+    """Write a small file beside its place, fsync it and rename it; nothing is left of one that does not fit."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,6 +1,11 @@
+import errno
 import importlib.util
 import json
+import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +18,7 @@ from llmctl.cli.main import app
 from llmctl.config import QuantizeConfig, load_yaml_options
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.backends import BACKENDS, run_backend
+from llmctl.quantize.workfolder import write_text
 
 TEXT = "the quick brown fox reads a book about engines and kernels, then it sits down to write numbers. " * 40
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "quantize").glob("*.yaml"))
@@ -53,6 +59,55 @@ def test_tables_at_the_end(common: list[str]) -> None:
         assert words in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "…" not in result.stdout
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a full disk is like: writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_is_one_line_and_resumed(common: list[str], tmp_path: Path) -> None:
+    args = [*common, "--group-size", "32", "--eval-text", "none"]
+    whole = CliRunner().invoke(app, [*args, "--output", str(tmp_path / "whole")])
+    assert whole.exit_code == 0, whole.stderr
+    layer = 4 * 64 * 64  # codes of one layer alone are more
+    for size in (layer, layer):
+        with files_of_at_most(size):
+            failed = CliRunner().invoke(app, [*args, *(["--resume"] if (tmp_path / "out.partial").exists() else [])])
+        assert failed.exit_code == 1
+        last = failed.stderr.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "File too large (fix: make room, then repeat the command with --resume: finished layers are in" in last
+        assert not (tmp_path / "out").exists()
+        assert [path.name for path in tmp_path.rglob("*.tmp-*")] == []
+    resumed = CliRunner().invoke(app, [*args, "--resume"])
+    assert resumed.exit_code == 0, resumed.stderr
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_nothing_is_left_of_a_small_file_that_does_not_fit(tmp_path: Path) -> None:
+    with files_of_at_most(10), pytest.raises(OSError, match="File too large"):
+        write_text(tmp_path / "a.json", "x" * 100)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_does_not_fit_is_a_warning(common: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("llmctl.quantize.report_files.write_text", full)
+    result = CliRunner().invoke(app, [*common, "--method", "rtn", "--group-size", "32", "--eval-text", "none"])
+    assert result.exit_code == 0
+    assert "warning: the report's files are not written: No space left on device" in result.stderr
+    assert "every layer" not in result.stdout
+    assert "llmctl serve" in result.stdout
 
 
 def test_a_bad_group_size_is_one_line_and_exit_code_two(common: list[str], tmp_path: Path) -> None:
