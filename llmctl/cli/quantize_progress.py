@@ -112,6 +112,7 @@ def print_report(report: QuantizeReport, chart: Path | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 80)
     console.print(_parts(report))
     if report.layers:
+        console.print(f"the worst layers, by the relative squared error of their {report.error_of}s")
         console.print(_worst(report))
     if len({linear.bits for linear in report.linears.values()}) > 1:
         console.print(_bits(report))
@@ -134,9 +135,7 @@ def _parts(report: QuantizeReport) -> Table:
 
 
 def _worst(report: QuantizeReport) -> Table:
-    table = Table(
-        title=f"largest relative squared errors of a layer's {report.error_of}s", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", justify="right")
     table.add_column("mean", justify="right")
     table.add_column("most, at", no_wrap=True)
