@@ -43,10 +43,12 @@ class Group:
 
     Attributes:
         modules: of one layer, reading one activation.
-        bits: what they may get, rising. costs: bytes stored for them, in the same order.
+        pinned: names of those whose own bits stay.
+        bits: what the others may get, rising. costs: bytes stored for all, in the same order.
     """
 
     modules: tuple[Module, ...]
+    pinned: frozenset[str]
     bits: tuple[int, ...]
     costs: tuple[int, ...]
 
@@ -160,9 +162,10 @@ def _group(
         settled = {m: s if m.name in pinned else replace(s, bits=bits) for m, s in own.items()}
         if all(_holds(output, module, scheme) for module, scheme in settled.items()):
             costs[bits] = sum(_stored(output, module, scheme) for module, scheme in settled.items())
-    if all(module.name in pinned for module in modules):
+    settled_here = frozenset(module.name for module in modules if module.name in pinned)
+    if len(settled_here) == len(modules):
         costs = dict(list(costs.items())[:1])
-    return Group(modules, tuple(costs), tuple(costs.values()))
+    return Group(modules, settled_here, tuple(costs), tuple(costs.values()))
 
 
 def _holds(output: OutputFormat, module: Module, scheme: QuantScheme) -> bool:
@@ -218,8 +221,12 @@ def _step_ratio(fewer: int, more: int) -> float:
 
 
 def _candidate(group: Group, bits: int, schemes: Mapping[str, QuantScheme]) -> Candidate:
-    names = [name for module in group.modules for name in module.weights]
-    return Candidate(group.modules[0].layer, {name: replace(schemes[name], bits=bits) for name in names})
+    rounded = {
+        name: schemes[name] if module.name in group.pinned else replace(schemes[name], bits=bits)
+        for module in group.modules
+        for name in module.weights
+    }
+    return Candidate(group.modules[0].layer, rounded)
 
 
 def _affordable(graph: Graph, candidates: Sequence[Candidate], length: int) -> int:

@@ -83,9 +83,18 @@ def test_all_are_measured_and_the_winner_is_kept(config: CompareConfig, tmp_path
 
 
 @pytest.mark.slow
-def test_without_limits_nothing_is_kept(config: CompareConfig, tmp_path: Path) -> None:
-    found = compare(replace(config, methods=("rtn", "awq"), bits=(3, 4)), SHOWN)
+def test_without_limits_nothing_is_kept(config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lying: list[int] = []
+
+    class Counting(Silent):
+        def note(self, text: str) -> None:  # noqa: ARG002
+            lying.append(len(list(tmp_path.glob(".llmctl-compare-*/*/config.json"))))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shown = replace(SHOWN, quantizing=Counting())
+    found = compare(replace(config, methods=("rtn", "awq"), bits=(3, 4)), shown)
     assert found.winner is None
+    assert set(lying) == {0}
     assert len(found.candidates) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["calib.txt"]
 

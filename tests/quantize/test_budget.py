@@ -20,6 +20,7 @@ from llmctl.quantize.budget import linear_groups
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.modules import select_modules
 from llmctl.quantize.report import QuantizeReport
+from llmctl.quantize.sensitivity import Candidate
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +91,21 @@ def test_a_size_is_kept(form: str, config: QuantizeConfig, tmp_path: Path) -> No
     assert 0.85 * size < report.size_after <= size
 
 
-def test_settled_bits_stay(config: QuantizeConfig) -> None:
+def test_settled_bits_stay(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Candidate] = []
+    inner = budget.measure_sensitivity
+    monkeypatch.setattr(
+        budget, "measure_sensitivity", lambda one, found, *rest: seen.extend(found) or inner(one, found, *rest)
+    )
     overrides = ("down_proj:bits=8", "layers.0.q_proj:bits=3")
     report = quantize_checkpoint(replace(config, target_bpw=5.1, override=overrides))
     bits = bits_of(report)
     assert 5.0 < report.bits_per_weight <= 5.1
     assert bits["model.layers.0.mlp.down_proj"] == bits["model.layers.1.mlp.down_proj"] == 8
     assert bits["model.layers.0.self_attn.q_proj"] == 3
+    assert [c.schemes["layers.0.q_proj.weight"].bits for c in seen if "layers.0.q_proj.weight" in c.schemes] == [3, 3]
+    assert [c.schemes["layers.0.k_proj.weight"].bits for c in seen if "layers.0.k_proj.weight" in c.schemes] == [3, 4]
+    assert not any("down_proj" in name for c in seen for name in c.schemes)
 
 
 def test_bits_that_the_format_does_not_have_are_not_chosen(config: QuantizeConfig) -> None:
@@ -150,6 +159,10 @@ def test_only_as_much_text_is_measured_on_as_there_is_time_for(
         ({"target_bpw": None, "target_size": "lots"}, "expected a size"),
         ({"target_size": "4GiB"}, "expected one of them"),
         ({"target_bpw": -1.0}, "in no less than"),
+        (
+            {"format": "compressed-tensors", "target_bpw": 4.0},
+            "compressed-tensors stores these linears in no less than 4.5",
+        ),
         ({"format": "awq", "method": "awq"}, "found linears that differ"),
         ({"calib": "missing.txt"}, "no such file"),
     ],
