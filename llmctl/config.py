@@ -19,19 +19,23 @@ from llmctl.errors import UsageError
 GPU_MEMORY_UTILIZATION = 0.9
 """Share of a GPU's memory that an engine may take when none is given."""
 
+QUANTIZED_BITS, QUANTIZED_GROUP = 4, 64
+"""Bits and group size of quantized linears where neither the user nor the method says them."""
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:
     """``llmctl quantize``: checkpoint -> quantized checkpoint.
 
-    ``symmetric`` None: by method, as ``is_symmetric``. ``max_kl``, ``max_size``: what several are chosen among by.
+    ``symmetric`` None: by method, as ``is_symmetric``; ``bits``, ``group_size`` None: by method, as its row in
+    ``quantize.methods`` says. ``max_kl``, ``max_size``: what several are chosen among by.
     """
 
     model: str = ""
     output: str = ""
     method: str = "awq"
-    bits: int = 4
-    group_size: int = 64
+    bits: int | None = None
+    group_size: int | None = None
     symmetric: bool | None = None
     format: str = "auto"
     calib: str = "self"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmctl.config import QuantizeConfig
+from llmctl.config import QUANTIZED_GROUP, QuantizeConfig
 from llmctl.errors import ExitCode, LlmctlError
 
 _D = QuantizeConfig()
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo:smollm2-135m", help="checkpoint folder, .gguf, demo name or hub id")
     parser.add_argument("--methods", default="rtn,awq,gptq", help="comma-separated (default: %(default)s)")
     parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=_D.group_size)
+    parser.add_argument("--group-size", type=int, default=QUANTIZED_GROUP)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--calib", default=_D.calib, help="as llmctl quantize --calib (default: %(default)s)")
     parser.add_argument("--calib-samples", type=int, default=_D.calib_samples)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llmctl.artifact.memory import MemoryPlan, Sizing, human_bytes
-from llmctl.config import QuantizeConfig
+from llmctl.config import QUANTIZED_BITS, QUANTIZED_GROUP, QuantizeConfig
 from llmctl.graph.graph import LOGITS, Graph, QuantScheme
 
 _NARROW_CACHE = "int8"
@@ -44,10 +44,10 @@ def _quantize(sizing: Sizing, plan: MemoryPlan, model: str) -> Iterator[str]:
     if not then.fits and (plan.largest_max_model_len or not then.largest_max_model_len):
         return
     length = "" if then.fits else f", with --max-model-len {then.largest_max_model_len}"
-    name = f"{model.rstrip('/').rpartition('/')[2]}-{QuantizeConfig.bits}bit"
+    name = f"{model.rstrip('/').rpartition('/')[2]}-{QUANTIZED_BITS}bit"
     yield (
-        f"quantize it: the weights at {QuantizeConfig.bits} bits would take {human_bytes(then.weights)} "
-        f"(llmctl quantize --model {model} --bits {QuantizeConfig.bits} --output {name}, and then use {name}{length})"
+        f"quantize it: the weights at {QUANTIZED_BITS} bits would take {human_bytes(then.weights)} "
+        f"(llmctl quantize --model {model} --bits {QUANTIZED_BITS} --output {name}, and then use {name}{length})"
     )
 
 
@@ -57,7 +57,7 @@ def quantized(sizing: Sizing) -> Sizing | None:
     names = {op.weights[0] for op in graph.linears() if LOGITS not in op.outputs and _quantizable(graph, op.weights[0])}
     if not names:
         return None
-    scheme = QuantScheme(QuantizeConfig.bits, QuantizeConfig.group_size, QuantizeConfig().is_symmetric)
+    scheme = QuantScheme(QUANTIZED_BITS, QUANTIZED_GROUP, QuantizeConfig().is_symmetric)
     weights = {name: replace(w, quant=scheme) if name in names else w for name, w in graph.weights.items()}
     other = replace(graph, weights=weights)
     before, after = target.planes(graph, options), target.planes(other, options)
@@ -68,7 +68,7 @@ def quantized(sizing: Sizing) -> Sizing | None:
 
 def _quantizable(graph: Graph, name: str) -> bool:
     weight = graph.weights[name]
-    return weight.quant is None and len(weight.shape) == 2 and weight.shape[1] % QuantizeConfig.group_size == 0
+    return weight.quant is None and len(weight.shape) == 2 and weight.shape[1] % QUANTIZED_GROUP == 0
 
 
 def _narrower_cache(sizing: Sizing) -> Iterator[str]:

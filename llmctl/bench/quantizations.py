@@ -25,7 +25,8 @@ from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.backends import run_backend
 from llmctl.quantize.driver import Progress
 from llmctl.quantize.evaluation import Evaluation, Show, evaluate
-from llmctl.quantize.plan import METHODS, check_not_quantized, check_options
+from llmctl.quantize.methods import CHOOSES_BITS, scheme_of
+from llmctl.quantize.plan import check_not_quantized, check_options
 from llmctl.quantize.report import QuantizeReport
 
 WORKLOAD = {"num_prompts": 8, "input_len": "64", "output_len": "64"}
@@ -188,7 +189,7 @@ class _Job:
 
     def measure(self, settings: QuantizeConfig, *, speed: bool) -> None:
         """Make and measure one quantization; one that its options do not allow is noted as refused."""
-        name = settings.method if settings.has_budget else _named(settings.method, settings.bits)
+        name = settings.method if settings.has_budget else _named(settings.method, scheme_of(settings).bits)
         path = self.folder / (f"{len(self.paths)}.gguf" if settings.format == "gguf" else str(len(self.paths)))
         self.shown.quantizing.note(name)
         try:
@@ -202,7 +203,7 @@ class _Job:
         self._add(
             Candidate(
                 method=settings.method,
-                bits=settings.bits if len(report.schemes) == 1 else None,
+                bits=scheme_of(settings).bits if len(report.schemes) == 1 else None,
                 format=report.format,
                 size=report.size_after,
                 bits_per_weight=report.bits_per_weight,
@@ -280,10 +281,10 @@ class _Job:
 def _settings(config: CompareConfig) -> list[QuantizeConfig]:
     """What is to be made, fewest bits first; refused before anything is."""
     base = config.base
-    unknown = [method for method in config.methods if method not in METHODS]
+    unknown = [method for method in config.methods if method not in CHOOSES_BITS]
     if unknown or not config.methods:
         found = unknown[0] if unknown else "nothing"
-        raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, found {found}", param="methods")
+        raise UsageError(f"--methods: expected some of {', '.join(CHOOSES_BITS)}, found {found}", param="methods")
     if base.max_kl is not None and not base.max_kl > 0:
         raise UsageError(f"--max-kl {base.max_kl:g}: expected a positive number", param="max_kl")
     _max_size(base)

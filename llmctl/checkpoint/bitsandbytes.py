@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 METHOD = "bitsandbytes"
 BOOKS = ("nf4", "fp4")
 INT8_SCHEME = QuantScheme(8, -1, True)
-_STATE = "weight.quant_state.bitsandbytes__"
-_ABSMAX, _MAP = "weight.absmax", "weight.quant_map"
-_NESTED, _NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
+STATE = "weight.quant_state.bitsandbytes__"
+ABSMAX, MAP = "weight.absmax", "weight.quant_map"
+NESTED, NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class FourBitLayout:
         """Those with a ``quant_state``."""
         found: Modules = {}
         for book in BOOKS:
-            state = _STATE + book
-            found |= find_modules(stored, state, ("weight", _ABSMAX, _MAP, _NESTED, _NESTED_MAP, state))
+            state = STATE + book
+            found |= find_modules(stored, state, ("weight", ABSMAX, MAP, NESTED, NESTED_MAP, state))
         return found
 
     def describe(self, module: str, planes: Mapping[str, TensorInfo], load: Load) -> TensorInfo:  # noqa: ARG002
@@ -78,7 +78,7 @@ class FourBitLayout:
 
         suffix = _state_name(planes)
         state = _read_state(suffix, planes[suffix])
-        _check_book(planes[_MAP], scheme.book)
+        _check_book(planes[MAP], scheme.book)
         octets = planes["weight"].reshape(-1).view(torch.uint8)
         codes = torch.stack((octets >> 4, octets & 15), dim=-1).flatten()[: math.prod(state.shape)]
         scales = _absmax(planes, state).reshape(state.shape[0], -1)
@@ -116,11 +116,11 @@ class EightBitLayout:
 
 
 def _state_name(suffixes: Iterable[str]) -> str:
-    return next(suffix for suffix in suffixes if suffix.startswith(_STATE))
+    return next(suffix for suffix in suffixes if suffix.startswith(STATE))
 
 
 def _read_state(suffix: str, stored: Tensor) -> _State:
-    book = suffix.removeprefix(_STATE)
+    book = suffix.removeprefix(STATE)
     try:
         found = json.loads(bytes(stored.reshape(-1).numpy()))
     except (ValueError, RecursionError) as error:
@@ -158,11 +158,11 @@ def _check_planes(planes: Mapping[str, TensorInfo], state: _State) -> None:
     if weight is None or weight.nbytes != size:
         found = "none" if weight is None else str(weight.nbytes)
         raise ValueError(f"weight: expected {size} bytes, two codes each, of shape {list(state.shape)}, found {found}")
-    _expect(_MAP, planes, "F32", 16)
-    _expect(_ABSMAX, planes, "U8" if state.nested_block else "F32", state.blocks)
+    _expect(MAP, planes, "F32", 16)
+    _expect(ABSMAX, planes, "U8" if state.nested_block else "F32", state.blocks)
     if state.nested_block:
-        _expect(_NESTED, planes, "F32", -(-state.blocks // state.nested_block))
-        _expect(_NESTED_MAP, planes, "F32", 256)
+        _expect(NESTED, planes, "F32", -(-state.blocks // state.nested_block))
+        _expect(NESTED_MAP, planes, "F32", 256)
 
 
 def _expect(suffix: str, planes: Mapping[str, TensorInfo], dtype: str, count: int) -> None:
@@ -180,14 +180,14 @@ def _check_book(stored: Tensor, book: str) -> None:
     import torch
 
     if not torch.equal(stored.reshape(-1), torch.tensor(CODE_BOOKS[book].values)):
-        raise ValueError(f"{_MAP}: not the values of {book}")
+        raise ValueError(f"{MAP}: not the values of {book}")
 
 
 def _absmax(planes: Mapping[str, Tensor], state: _State) -> Tensor:
     """float32 [blocks]."""
-    stored = planes[_ABSMAX].reshape(-1)
+    stored = planes[ABSMAX].reshape(-1)
     if not state.nested_block:
         return stored
     together = min(state.nested_block, state.blocks)
-    largest = planes[_NESTED].reshape(-1).repeat_interleave(together)[: state.blocks]
-    return planes[_NESTED_MAP].reshape(-1)[stored.int()] * largest + state.offset
+    largest = planes[NESTED].reshape(-1).repeat_interleave(together)[: state.blocks]
+    return planes[NESTED_MAP].reshape(-1)[stored.int()] * largest + state.offset

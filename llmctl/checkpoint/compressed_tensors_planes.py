@@ -31,7 +31,7 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
 
     Raises:
         ValueError: minimums, a code book other than float8's, bits other than 4 and 8, act-order, blocks of integers,
-            or a group size that does not divide K.
+            groups of float8, or a group size that does not divide K.
     """
     if scheme.minimum:
         raise ValueError("compressed-tensors has integer zeros, no minimums")
@@ -43,6 +43,8 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
         raise ValueError("compressed-tensors has no act-order groups any more; write them in GPTQ's layout")
     if scheme.block_rows > 1 and not scheme.book:
         raise ValueError("compressed-tensors' blocks are of float8 weights")
+    if scheme.book and scheme.block_rows == 1 and scheme.groups(shape[1]) > 1:
+        raise ValueError(f"float8 weights have a scale a row or a block, found groups of {scheme.group_size}")
     if scheme.block_rows == 1 and scheme.group_size != -1 and shape[1] % scheme.group_size:
         raise ValueError(f"group size {scheme.group_size} does not divide the input width {shape[1]}")
 

@@ -62,6 +62,9 @@ class ConvertReport:
         return asdict(self)
 
 
+CONVERTED = tuple(name for name, row in FORMATS.items() if row.rounded is None)
+"""What ``--to`` may be: the formats that keep every number."""
+
 Show = Callable[[str, str, int, int], None]
 
 
@@ -76,9 +79,9 @@ def convert_checkpoint(config: ConvertConfig, show: Show = lambda *_: None) -> C
         CheckpointError, UnsupportedModelError: a model that cannot be read. ModelNotFoundError: no such model.
     """
     started = time.monotonic()
-    if config.to not in FORMATS:
+    if config.to not in CONVERTED:
         found = f"--to {config.to}" if config.to else "--to is missing"
-        raise UsageError(f"{found}: expected one of {', '.join(FORMATS)}", param="to")
+        raise UsageError(f"{found}: expected one of {', '.join(CONVERTED)}", param="to")
     if not config.output:
         raise UsageError("--output is missing: the folder to write, or NAME.gguf for --to gguf", param="output")
     output = Path(config.output)
@@ -191,7 +194,7 @@ class _Job:
         """The refusal, with the other formats whose codes and groups are like these; their floats are seen later."""
         here = self.checkpoint.quantization
         known = (self._to, "gptq_v2", here and _spelt(here))  # gptq is version 2 where it has to be
-        others = [name for name in FORMATS if name not in known and self._has_room(name)]
+        others = [name for name in CONVERTED if name not in known and self._has_room(name)]
         instead = f"try {' or '.join(f'--to {name}' for name in others)}, or " if others else ""
         return UsageError(
             f"--to {self._to}: {why}", fix=f"{instead}quantize the 16-bit checkpoint anew: llmctl quantize", param="to"

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import llmctl
-from llmctl.checkpoint import awq, compressed_tensors_planes, gguf_encode, gptq
+from llmctl.checkpoint import awq, bitsandbytes_planes, compressed_tensors_planes, gguf_encode, gptq
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.dtypes import HALF_DTYPES
 from llmctl.graph.graph import QuantScheme
@@ -38,6 +38,7 @@ class WrittenFormat:
         config: settings -> ``quantization_config``; None for a format that is one .gguf file.
         config_copy: a file that repeats the config.
         mixed: modules may differ in their schemes.
+        rounded: what a reader has of a weight, where scales are rounded as they are packed; None where nothing is.
     """
 
     holds: str
@@ -49,6 +50,7 @@ class WrittenFormat:
     config: Callable[[OutputFormat], dict[str, Any]] | None = None
     config_copy: str = ""
     mixed: bool = True
+    rounded: Callable[[QuantizedWeight], QuantizedWeight] | None = None
 
     @property
     def one_file(self) -> bool:
@@ -102,6 +104,10 @@ class OutputFormat:
     def scheme_of(self, module: str) -> QuantScheme:
         """What a module is quantized to."""
         return self.others.get(module, self.scheme)
+
+    def as_read(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """What a reader has of a module's weight."""
+        return weight if self.row.rounded is None else self.row.rounded(weight)
 
     def check(self, module: str, shape: tuple[int, int]) -> None:
         """Refuse a module [N, K] that the format cannot hold.
@@ -176,6 +182,11 @@ def _compressed_config(layout: str | None, settings: OutputFormat) -> dict[str, 
     return compressed_tensors_planes.config(settings.scheme, settings.others, settings.ignored, layout)
 
 
+def _bitsandbytes_config(double: bool, settings: OutputFormat) -> dict[str, Any]:
+    dtype = settings.dtype if settings.dtype in HALF_DTYPES else "float32"
+    return bitsandbytes_planes.config(settings.scheme, settings.ignored, dtype, double=double)
+
+
 def _check_gptq_v1(shape: tuple[int, int], scheme: QuantScheme) -> None:
     gptq.check_packable(shape, scheme)
     if not scheme.symmetric:
@@ -241,6 +252,25 @@ FORMATS: Mapping[str, WrittenFormat] = {
         partial(compressed_tensors_planes.pack, plain=True),
         compressed_tensors_planes.small_planes,
         partial(_compressed_config, _W8A8),
+    ),
+    "bitsandbytes": WrittenFormat(
+        "NF4 and FP4 in blocks of 32 to 4096 that divide rows, a float32 scale a block; a block size by module",
+        "llmctl, vLLM, transformers with bitsandbytes",
+        bitsandbytes_planes.check_packable,
+        bitsandbytes_planes.plane_specs,
+        bitsandbytes_planes.pack,
+        bitsandbytes_planes.small_planes,
+        partial(_bitsandbytes_config, False),
+    ),
+    "bitsandbytes-double": WrittenFormat(
+        "as `bitsandbytes`, scales rounded to 8 bits (double quantization); not to convert to",
+        "llmctl, vLLM, transformers with bitsandbytes",
+        bitsandbytes_planes.check_packable,
+        partial(bitsandbytes_planes.plane_specs, double=True),
+        partial(bitsandbytes_planes.pack, double=True),
+        partial(bitsandbytes_planes.small_planes, double=True),
+        partial(_bitsandbytes_config, True),
+        rounded=bitsandbytes_planes.with_nested_scales,
     ),
     "gguf": WrittenFormat(
         "symmetric up to 4 bits (Q4_0) and 8 (Q8_0), 4 bits whose minimums float16 holds (Q4_1); groups of 32 or a "

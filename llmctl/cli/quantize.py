@@ -72,7 +72,9 @@ TargetSize = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        "--method", help="rtn, awq, gptq, awq+gptq, or auto: the best of them by limits.", rich_help_panel=_METHOD
+        "--method",
+        help="rtn, awq, gptq, awq+gptq, fp8, nf4, or auto: the best of the first four by limits.",
+        rich_help_panel=_METHOD,
     ),
 ]
 MaxKl = Annotated[
@@ -93,9 +95,19 @@ MaxSize = Annotated[
         rich_help_panel=_LIMITS,
     ),
 ]
-Bits = Annotated[int, typer.Option("--bits", help="3 (fewer readers), 4 or 8.", rich_help_panel=_METHOD)]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        "--bits", help="3 (fewer readers), 4 or 8. Without it: 4, or the method's own.", rich_help_panel=_METHOD
+    ),
+]
 GroupSize = Annotated[
-    int, typer.Option("--group-size", help="Weights that share a scale; -1 for a whole row.", rich_help_panel=_METHOD)
+    int | None,
+    typer.Option(
+        "--group-size",
+        help="Weights that share a scale; -1 for a whole row. Without it: 64, or the method's own.",
+        rich_help_panel=_METHOD,
+    ),
 ]
 Symmetric = Annotated[
     bool | None,
@@ -163,8 +175,9 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="auto (awq for --method awq at 4 bits, else gptq), awq (AutoAWQ GEMM), gptq (version 2 if asymmetric), "
-        "gptq_v2, compressed-tensors, compressed-tensors-w8a8 or gguf.",
+        help="auto (the method's own; awq for --method awq at 4 bits, else gptq), awq (AutoAWQ GEMM), gptq (version 2 "
+        "if asymmetric), gptq_v2, compressed-tensors, compressed-tensors-w8a8, bitsandbytes, bitsandbytes-double "
+        "(scales in 8 bits) or gguf.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -262,7 +275,7 @@ def quantize(
     text = read_text(settings.eval_text)
     with ProgressLines() as progress:
         if settings.method == "auto":
-            report: QuantizeReport = _choose(settings, (bits,) if _is_given(ctx, "bits") else BITS, progress)
+            report: QuantizeReport = _choose(settings, (bits,) if bits is not None else BITS, progress)
         else:
             report = run_backend(settings, progress)
         if text is not None:

@@ -24,6 +24,7 @@ from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.calibration import Calibration
 from llmctl.quantize.driver import Progress, Silent, calibrate, quantize_checkpoint
+from llmctl.quantize.methods import scheme_of
 from llmctl.quantize.plan import check_options, make_plan
 from llmctl.quantize.report import QuantizeReport, make_report
 from llmctl.quantize.workfolder import check_output
@@ -116,8 +117,9 @@ def _run_autoawq(module: Any, config: QuantizeConfig, progress: Progress) -> Qua
 
 
 def _check_autoawq(config: QuantizeConfig) -> None:
+    scheme = scheme_of(config)
     wanted = {"method": "awq", "bits": 4, "symmetric": False, "resume": False}
-    found = {name: getattr(config, name) for name in wanted} | {"symmetric": config.is_symmetric}
+    found = {"method": config.method, "bits": scheme.bits, "symmetric": scheme.symmetric, "resume": config.resume}
     for name, value in wanted.items():
         if found[name] != value:
             said = str(found[name]).lower()
@@ -140,7 +142,7 @@ def _call_autoawq(
     ignored: tuple[str, ...],
     folder: Path,
 ) -> None:
-    settings = {"zero_point": True, "q_group_size": config.group_size, "w_bit": 4, "version": "GEMM"}
+    settings = {"zero_point": True, "q_group_size": scheme_of(config).group_size, "w_bit": 4, "version": "GEMM"}
     if ignored != ("lm_head",):
         settings["modules_to_not_convert"] = list(ignored)
     samples, length = calibration.tokens.shape

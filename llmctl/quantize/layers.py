@@ -18,6 +18,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.errors import LlmctlError
 from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
+from llmctl.quantize.books import quantize_book
 from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.forward import CalibrationPass, Stage
 from llmctl.quantize.gptq import inverse_factor, quantize_gptq
@@ -57,13 +58,20 @@ def quantize_layer(
 def quantize_layer_without_data(graph: Graph, plan: Plan, weights: CalibrationPass, layer: int) -> LayerResult:
     """Round a layer's linears to nearest; errors are those of the weights (of the outputs for white inputs)."""
     started = time.monotonic()
-    chosen = _chosen(plan, layer)
-    quantized, errors = {}, {}
-    for op in graph.layer_ops(layer):
-        if op.kind == "linear" and op.weights[0] in chosen:
-            weight = weights.weights[op.weights[0]]
-            quantized[op.weights[0]] = quantize_rtn(weight, plan.schemes[op.weights[0]])
-            errors[op.name] = relative_error(weight, quantized[op.weights[0]].dequantize(), None)
+    quantized: dict[str, QuantizedWeight] = {}
+    errors: dict[str, float] = {}
+    names = {op.weights[0]: op.name for op in graph.layer_ops(layer) if op.kind == "linear"}
+    for module in plan.selection.of_layer(layer):
+        parts = [weights.weights[name] for name in module.weights]
+        scheme = plan.schemes[module.weights[0]]
+        whole = (quantize_book if scheme.book else quantize_rtn)(torch.cat(parts), scheme)
+        dense = plan.output.as_read(whole).dequantize()
+        start = 0
+        for name, weight in zip(module.weights, parts, strict=True):
+            rows = slice(start, start + len(weight))
+            quantized[name] = whole.take_rows(rows)
+            errors[names[name]] = relative_error(weight, dense[rows], None)
+            start = rows.stop
     report = {"layer": layer, "modules": errors, "seconds": round(time.monotonic() - started, 3)}
     return LayerResult(quantized, {}, report)
 

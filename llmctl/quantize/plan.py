@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from llmctl.quantize.budget import Budget, make_budget
 from llmctl.quantize.calibration import check_lengths, file_of, source_digest
 from llmctl.quantize.gptq import GptqOptions
 from llmctl.quantize.grid import BITS, check_scheme
+from llmctl.quantize.methods import method_of, scheme_of
 from llmctl.quantize.modules import Selection, select_modules
 from llmctl.quantize.overrides import DENSE_BITS, Override, apply_overrides, parse_override
 from llmctl.targets.machine import check_threads
 
-METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 FORMATS = ("auto", *WRITTEN)
 _FEW_READERS = 3
 
@@ -56,7 +56,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether the method looks at activations."""
-        return self.config.method != "rtn"
+        return method_of(self.config).calibrated
 
     @property
     def reads_text(self) -> bool:
@@ -70,8 +70,8 @@ class Plan:
             "llmctl": llmctl.__version__,
             "model": checkpoint.fingerprint(),
             "method": c.method,
-            "bits": c.bits,
-            "group_size": c.group_size,
+            "bits": self.scheme.bits,
+            "group_size": self.scheme.group_size,
             "symmetric": self.scheme.symmetric,
             "format": self.output.format,
             "ignore": sorted(c.ignore),
@@ -94,15 +94,14 @@ def check_options(config: QuantizeConfig) -> None:
     Raises:
         UsageError: as said, naming the option.
     """
-    if config.method not in METHODS:
-        raise UsageError(f"--method {config.method}: expected auto or one of {', '.join(METHODS)}", param="method")
+    method, scheme = method_of(config), scheme_of(config)
     if config.max_kl is not None or config.max_size is not None:
         raise UsageError(
             "--max-kl and --max-size: choose among methods", fix=f"--method auto, not {config.method}", param="method"
         )
     if config.format not in FORMATS:
         raise UsageError(f"--format {config.format}: expected one of {', '.join(FORMATS)}", param="format")
-    check_scheme(QuantScheme(config.bits, config.group_size, config.is_symmetric), {})
+    check_scheme(scheme, {})
     for text in config.override:
         _check_override(parse_override(text))
     if not 0 < config.damp_percent < 1:
@@ -118,11 +117,16 @@ def check_options(config: QuantizeConfig) -> None:
     check_threads(config.threads)
     if not config.output:
         raise UsageError("--output: the folder to write is missing", param="output")
+    if config.has_budget and "bits" in method.fixed:
+        given = "target_bpw" if config.target_bpw is not None else "target_size"
+        raise UsageError(
+            f"--{given.replace('_', '-')}: --method {config.method} has {scheme.bits} bits only", param=given
+        )
     if config.target_bpw is not None and config.target_size is not None:
         raise UsageError("--target-bpw and --target-size: expected one of them", param="target_size")
     if config.target_size is not None:
         parse_bytes(config.target_size, param="target_size")
-    if config.method != "rtn" or config.has_budget:
+    if method.calibrated or config.has_budget:
         file_of(config.calib)
 
 
@@ -140,12 +144,12 @@ def make_plan(
         UsageError: the checkpoint is quantized already.
     """
     check_not_quantized(checkpoint)
-    scheme = QuantScheme(config.bits, config.group_size, config.is_symmetric, _needs_g_idx(config))
+    scheme = replace(scheme_of(config), act_order=_needs_g_idx(config))
     overrides = [parse_override(text) for text in config.override]
     selection, schemes = apply_overrides(overrides, select_modules(graph, config.ignore), scheme, bits or {})
     _check_schemes(scheme, schemes, selection)
     chosen = choose_format(config, set(schemes.values()))
-    if config.method != "rtn" or config.has_budget:
+    if method_of(config).calibrated or config.has_budget:
         check_lengths(config.calib_samples, config.calib_length, graph.max_position)
     dtype = checkpoint.dtype if checkpoint.dtype == "bfloat16" else "float16"
     by_module = {module.name: schemes[module.weights[0]] for module in selection.modules}
@@ -173,8 +177,8 @@ def make_plan(
 
 
 def choose_format(config: QuantizeConfig, schemes: Collection[QuantScheme]) -> str:
-    """A name in ``output_format.FORMATS``: AutoAWQ's layout for AWQ at 4 bits, GPTQ's for everything else, unless the
-    user says. Asymmetric weights in GPTQ's layout are version 2.
+    """A name in ``output_format.FORMATS``: the method's own, AutoAWQ's layout for AWQ at 4 bits, GPTQ's for
+    everything else, unless the user says. Asymmetric weights in GPTQ's layout are version 2.
 
     Args:
         schemes: all that linears are quantized to.
@@ -182,7 +186,15 @@ def choose_format(config: QuantizeConfig, schemes: Collection[QuantScheme]) -> s
     Raises:
         UsageError: a format that cannot hold what the options make.
     """
-    wanted = config.format
+    wanted, formats = config.format, method_of(config).formats
+    if formats:
+        if wanted not in ("auto", *formats):
+            raise UsageError(
+                f"--format {wanted}: --method {config.method} is written as {' or '.join(formats)}",
+                fix=f"--format {formats[0]}",
+                param="format",
+            )
+        return formats[0] if wanted == "auto" else wanted
     alike = {scheme.bits for scheme in schemes} == {awq.BITS} and len(schemes) == 1 and not config.has_budget
     if wanted == "auto":
         wanted = "awq" if config.method == "awq" and alike else "gptq"
@@ -243,7 +255,8 @@ def _tied_head(selection: Selection) -> set[str]:
 
 
 def _needs_g_idx(config: QuantizeConfig) -> bool:
-    return "gptq" in config.steps and config.act_order and not config.static_groups and config.group_size != -1
+    ordered = "gptq" in config.steps and config.act_order and not config.static_groups
+    return ordered and scheme_of(config).group_size != -1
 
 
 def _check_override(override: Override) -> None:

@@ -27,6 +27,9 @@ OURS: Mapping[str, tuple[str, ...]] = {
         *("quantize", "--method", "rtn", "--bits", "8", "--group-size", "-1", "--symmetric"),
         *("--format", "compressed-tensors-w8a8"),
     ),
+    "ct-fp8": ("quantize", "--method", "fp8"),
+    "nf4": ("quantize", "--method", "nf4"),
+    "nf4-double": ("quantize", "--method", "nf4", "--format", "bitsandbytes-double"),
     "gguf-q4_0": ("quantize", "--method", "rtn", "--group-size", "32", "--format", "gguf"),
     "gguf-q8_0": ("quantize", "--method", "rtn", "--bits", "8", "--group-size", "32", "--format", "gguf"),
 }
@@ -81,7 +84,7 @@ TOOLS = (
             ),
         ),
         ("transformers", "bitsandbytes", "compressed-tensors", "gguf"),
-        (*_CT, "gguf-q4_0", "gguf-q8_0"),
+        (*_CT, "nf4", "nf4-double", "gguf-q4_0", "gguf-q8_0"),
         ("nf4", "nf4-double", "fp4", "int8"),
     ),
     Tool(

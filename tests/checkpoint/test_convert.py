@@ -13,7 +13,7 @@ from quantized_files import FORMATS as FOREIGN
 from quantized_files import write_gguf_pair, write_pair
 from random_models import write_model
 
-from llmctl.checkpoint.convert import ConvertReport, convert_checkpoint
+from llmctl.checkpoint.convert import CONVERTED, ConvertReport, convert_checkpoint
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.output_format import FORMATS, OutputFormat
 from llmctl.checkpoint.quantized import QuantizedWeight
@@ -68,13 +68,16 @@ CASES = {
     "ct-fp8-tensor": Case(("compressed-tensors",)),
     "fp8-blocks": Case(("compressed-tensors",)),
     "modelopt-fp8": Case(("compressed-tensors",)),
+    "bnb-nf4": Case(("bitsandbytes",)),
+    "bnb-nf4-double": Case(("bitsandbytes",)),
+    "bnb-fp4": Case(("bitsandbytes",)),
     "ggml-Q4_0": Case(("awq", "gptq", "compressed-tensors")),
     "ggml-Q6_K": Case(("compressed-tensors",)),
     "ggml-Q4_K": Case(()),
 }
 BY_DEFAULT = (
     *("awq", "awq-minimums-in-half", "gptq-8", "gptq-act-order", "gptq_v2", "compressed-tensors-8", "gguf-Q4_0"),
-    *("ct-w8a8-static", "fp8-blocks", "ggml-Q4_0"),
+    *("ct-w8a8-static", "fp8-blocks", "bnb-nf4-double", "ggml-Q4_0"),
 )
 REFUSED_BY_DEFAULT = ("compressed-tensors", "gguf-Q4_1", "w8a8")
 Truth = dict[str, torch.Tensor]
@@ -137,7 +140,7 @@ def convert(source: Path, to: str, tmp_path: Path) -> ConvertReport:
 
 def pairs(wanted: Callable[[Case], tuple[str, ...]], default: Container[str]) -> list[Any]:
     """(source, target); by default one for each of some sources, with the target that had the fewest turns."""
-    found, turns = [], dict.fromkeys(FORMATS, 0)
+    found, turns = [], dict.fromkeys(CONVERTED, 0)
     for name, case in CASES.items():
         targets = wanted(case)
         chosen = min(targets, key=turns.__getitem__, default="") if name in default else ""
@@ -172,7 +175,7 @@ def plain(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
 def not_held(case: Case) -> tuple[str, ...]:
     either = {"gptq", "gptq_v2"} if {"gptq", "gptq_v2"} & set(case.held) else set()
     foreign = set() if case.format else {"gguf"}  # their models have no tokenizer
-    return tuple(to for to in FORMATS if to not in {*case.held, *either, *foreign} and not also_held(case, to))
+    return tuple(to for to in CONVERTED if to not in {*case.held, *either, *foreign} and not also_held(case, to))
 
 
 def also_held(case: Case, to: str) -> bool:
@@ -191,7 +194,7 @@ def test_what_a_format_cannot_hold_is_refused(name: str, to: str, make: Make, tm
 
 def test_every_target_is_tried_by_default() -> None:
     chosen = pairs(lambda case: case.held, BY_DEFAULT)
-    assert {p.values[1] for p in chosen if not p.marks} == set(FORMATS)
+    assert {p.values[1] for p in chosen if not p.marks} == set(CONVERTED)
 
 
 @pytest.mark.parametrize(
