@@ -125,6 +125,18 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "InternLM3",
         {**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "attention_bias": True, "mlp_bias": True},
     ),
+    "phi3_longrope": (
+        "Phi3",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "pad_token_id": 0, "original_max_position_embeddings": 96},
+            **_rope(
+                rope_type="longrope",
+                partial_rotary_factor=0.7,
+                short_factor=[1.0, 1.3, 1.7, 2.5],
+                long_factor=[2.0, 3.0, 5.0, 9.0],
+            ),
+        },
+    ),
     "seed_oss": ("SeedOss", {**_SMALL, "num_key_value_heads": 1, "head_dim": 14, "attention_out_bias": True}),
     "starcoder2": ("Starcoder2", {**_SMALL, "num_key_value_heads": 1, "sliding_window": 7}),
     "arcee": ("Arcee", {**_SMALL, "num_key_value_heads": 1, "mlp_bias": True}),

@@ -37,6 +37,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
 FAMILIES = sorted(CONFIGS)
+_MORE: dict[str, dict[str, Any]] = {
+    "arcee": {},
+    "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "ernie4_5": {"head_dim": 16},
+    "exaone4": {"sliding_window": 16, "sliding_window_pattern": 2},
+    "gemma2": {"head_dim": 16, "hidden_activation": None, "sliding_window": 16, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "glm4": {"head_dim": 16, "attention_bias": True},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 6.0, "logits_scaling": 2.0},
+    "nemotron": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "starcoder2": {"use_bias": True, "sliding_window": 16},
+}
+CONFIGS |= {name: {"model_type": name, **_LLAMA, **changes} for name, changes in _MORE.items()}
+MORE_FAMILIES = sorted(_MORE)
 
 
 def random_tensors(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
@@ -44,7 +61,7 @@ def random_tensors(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, list[int]] = {}
     for weight in graph.weights.values():
-        (part,) = weight.parts
+        part = weight.parts[-1]
         rows = part.rows[1] if part.rows else weight.shape[0]
         shape = shapes.setdefault(part.tensor, [0, *weight.shape[1:], part.transpose])
         shape[0] = max(shape[0], rows)

@@ -177,8 +177,8 @@ _ROWS = (
     Family(
         "phi3",
         ("Phi3ForCausalLM", "Phi3Model"),
-        models="Phi-3 and 3.5 of 4k tokens, Phi-4",
-        limits="rope_scaling longrope: refused",
+        models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        limits="contexts end where longrope takes its long factors",
         names=_PHI3_NAMES,
         defaults={
             "hidden_act": "silu",
@@ -187,7 +187,7 @@ _ROWS = (
             "max_position_embeddings": 4096,
         },
         partial_rotary=True,
-        rope_types=("default",),
+        rope_types=("default", "longrope"),
         window="all",
     ),
     Family(
@@ -501,7 +501,7 @@ _ROWS = (
         "gpt_neox",
         ("GPTNeoXForCausalLM", "GPTNeoXModel"),
         models="Pythia, GPT-NeoX",
-        limits="not quantized by llmctl: q, k and v take turns in one tensor",
+        limits="q, k and v, which take turns in one tensor, stay dense in `llmctl quantize`",
         names=_NEOX_NAMES,
         keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         defaults={

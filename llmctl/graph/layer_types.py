@@ -12,7 +12,7 @@ from typing import Any
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.config_reader import ConfigReader
 from llmctl.graph.graph import Attr
-from llmctl.graph.rope_config import FULL, SLIDING, rope_attrs
+from llmctl.graph.rope_config import FULL, SLIDING, original_length, rope_attrs, rope_type_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,22 +145,26 @@ def _check_rotary(rope: Mapping[str, Attr], head_dim: int) -> None:
 
 def context_limit(reader: ConfigReader, max_position: int) -> int:
     """Positions from 0 on that are computed as the model was trained: all, unless its queries grow (see
-    ``Family.query_scale``); the log says where they start to.
+    ``Family.query_scale``) or RoPE has other factors for long contexts (``longrope``); the log says where that starts.
 
     Raises:
         CheckpointError: no number of positions where one is needed.
     """
-    found = reader.config.get("rope_parameters") or reader.config.get("rope_scaling")
-    if not reader.family.query_scale or not isinstance(found, Mapping) or not found.get(_QUERY_SCALE):
+    params = reader.config.get("rope_scaling") or reader.config.get("rope_parameters")
+    if not isinstance(params, Mapping):
         return max_position
-    limit = found.get("original_max_position_embeddings")
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0:
-        raise CheckpointError(
-            f"config.json: original_max_position_embeddings must be a positive integer, found {limit!r}"
-        )
+    if reader.family.query_scale and params.get(_QUERY_SCALE):
+        what = f"{_QUERY_SCALE}, which scales queries"
+    elif rope_type_of(params) == "longrope":
+        what = "RoPE's long_factor, which holds for contexts"
+    else:
+        return max_position
+    limit = original_length(params, reader.config)
+    if limit is None:
+        raise CheckpointError("config.json: original_max_position_embeddings must be a positive integer, found None")
     if limit < max_position:
         logger.warning(
-            "config.json: %s is not computed, which scales queries from position %d on: contexts of up to %d tokens, "
-            "not %d", _QUERY_SCALE, limit, limit, max_position,
+            "config.json: not computed: %s from position %d on; contexts are of up to %d tokens, not %d",
+            what, limit, limit, max_position,
         )  # fmt: skip
     return min(limit, max_position)

@@ -18,8 +18,9 @@ ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"),
     "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position", "attention_factor", "truncate"),
+    "longrope": ("factors", "attention_factor"),
 }
-"""``rope_type`` -> the attributes it needs besides: HF's ``rope_parameters``, defaults resolved. yarn's
+"""``rope_type`` -> the attributes it needs besides: HF's ``rope_parameters``, defaults resolved. An
 ``attention_factor`` multiplies cos and sin, ``truncate`` is a bool; targets/rope.py has the formulas."""
 
 _ROPE = "heads kv_heads head_dim rotary_dim theta style rope_type"

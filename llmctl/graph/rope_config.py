@@ -29,6 +29,7 @@ _FIELDS = {
         "mscale_all_dim",
         "truncate",
     },
+    "longrope": {"factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"},
 }
 ROPE_TYPES = tuple(_FIELDS)
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -48,7 +49,8 @@ def rope_attrs(
     layer_type: str = "",
     harmless: frozenset[str] = frozenset(),
 ) -> dict[str, Attr]:
-    """Attributes ``rotary_dim, theta, style, rope_type`` and the fields of that type.
+    """Attributes ``rotary_dim, theta, style, rope_type`` and the fields of that type; of ``longrope`` those of the
+    short factors, which ``context_limit`` keeps to.
 
     ``dynamic`` is the default up to ``max_position``, behind which nothing runs here.
 
@@ -65,7 +67,7 @@ def rope_attrs(
         CheckpointError: a needed field is missing or not a number.
     """
     params = _parameters(config, layer_type)
-    rope_type = params.get("rope_type") or params.get("type") or "default"
+    rope_type = rope_type_of(params)
     if rope_type not in types:
         known = ", ".join(types)
         raise UnsupportedModelError(f"config.json: rope_type '{rope_type}' is not supported; supported: {known}")
@@ -85,7 +87,42 @@ def rope_attrs(
         "style": style,
         "rope_type": "default" if rope_type == "dynamic" else rope_type,
     }
+    if rope_type == "longrope":
+        return {**attrs, **_longrope(params, config, max_position, int(head_dim * share) // 2)}
     return {**attrs, **_scaling(rope_type, params, config, max_position)}
+
+
+def rope_type_of(params: Mapping[str, Any]) -> Any:
+    """What RoPE's parameters name, Phi-3's first name for ``longrope`` included; nothing is ``default``."""
+    found = params.get("rope_type") or params.get("type") or "default"
+    return "longrope" if found == "su" else found
+
+
+def original_length(params: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """Positions that a model whose context was extended was trained with first; None: nobody says.
+
+    Raises:
+        CheckpointError: no positive integer.
+    """
+    found = config.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found <= 0):
+        raise CheckpointError(
+            f"config.json: original_max_position_embeddings must be a positive integer, found {found!r}"
+        )
+    return found
+
+
+def _longrope(params: Mapping[str, Any], config: Mapping[str, Any], max_position: int, pairs: int) -> dict[str, Attr]:
+    factors = params.get("short_factor")
+    if not isinstance(factors, list) or len(factors) != pairs:
+        raise CheckpointError(f"config.json: RoPE's short_factor must be a list of {pairs} numbers")
+    original = original_length(params, config) or max_position
+    factor = _number(params, "factor", max_position / original)
+    default = 1.0 if factor <= 1 or original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {
+        "factors": tuple(_number({"short_factor": value}, "short_factor") for value in factors),
+        "attention_factor": _number(params, "attention_factor", default),
+    }
 
 
 def _parameters(config: Mapping[str, Any], layer_type: str) -> dict[str, Any]:

@@ -240,13 +240,14 @@ class _Results:
 def _whole(graph: Graph, source: WeightSource, tensor: str, changed: Mapping[str, Tensor]) -> Tensor:
     """A checkpoint tensor put together from the row slices that changed and those that did not."""
     weights = [w for w in graph.weights.values() if w.parts[0].tensor == tensor]
-    weights.sort(key=lambda w: w.parts[0].rows or (0, 0))
-    pieces = []
+    pieces: dict[int, Tensor] = {}  # by the first row
     for weight in weights:
-        piece = changed[weight.name] if weight.name in changed else assemble(weight, source)
-        assert isinstance(piece, Tensor)
-        pieces.append(piece.float())
-    whole = torch.cat(pieces)
+        value = changed[weight.name] if weight.name in changed else assemble(weight, source)
+        assert isinstance(value, Tensor)
+        ranges = [part.rows or (0, len(value)) for part in weight.parts]
+        parts = value.float().split([end - start for start, end in ranges])
+        pieces |= {start: part for (start, _), part in zip(ranges, parts, strict=True)}
+    whole = torch.cat([pieces[start] for start in sorted(pieces)])
     return whole.T.contiguous() if weights[0].parts[0].transpose else whole
 
 

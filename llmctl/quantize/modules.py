@@ -61,12 +61,12 @@ def select_modules(graph: Graph, ignore: Sequence[str]) -> Selection:
     Raises:
         UsageError: a pattern that matches no linear, nothing left to quantize, or a head tied to the embeddings that
             is not ignored.
-        UnsupportedModelError: a linear made of several checkpoint tensors.
+        UnsupportedModelError: a linear made of several checkpoint tensors, or of rows here and there of one.
     """
     linears: dict[str, list[Op]] = {}
     for op in graph.linears():
         parts = graph.weights[op.weights[0]].parts
-        if len(parts) != 1:
+        if len({part.tensor for part in parts}) != 1:
             raise UnsupportedModelError(f"linear '{op.name}' is made of {len(parts)} tensors; quantize the plain graph")
         linears.setdefault(parts[0].tensor.removesuffix(".weight"), []).append(op)
     tied = {name for name in linears if _is_embedding(graph, name)}
@@ -99,6 +99,11 @@ def _is_embedding(graph: Graph, module: str) -> bool:
 
 
 def _module(graph: Graph, name: str, ops: Sequence[Op]) -> Module:
+    if any(len(graph.weights[op.weights[0]].parts) > 1 for op in ops):
+        raise UnsupportedModelError(
+            f"'{name}' cannot be quantized: rows of several linears take turns in it",
+            fix=f"add --ignore {name.rpartition('.')[2]}",
+        )
     weights = sorted((graph.weights[op.weights[0]] for op in ops), key=lambda w: w.parts[0].rows or (0, 0))
     end = 0
     for weight in weights:

@@ -1,7 +1,8 @@
 """Rotary position embedding tables from a rope op's attributes, in numpy.
 
 Formulas: RoFormer (Su et al. 2021); linear interpolation (Chen et al. 2023); Llama 3's frequency bands (Meta's
-reference code); YaRN (Peng et al. 2023). Constants and edge cases follow transformers' ``modeling_rope_utils``.
+reference code); YaRN (Peng et al. 2023); LongRoPE (Ding et
+al. 2024). Constants and edge cases follow transformers' ``modeling_rope_utils``.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ def inverse_frequencies(attrs: Mapping[str, Any]) -> Floats:
             return _llama3(plain, attrs)
         if rope_type == "yarn":
             return _yarn(plain, attrs)
+        if rope_type == "longrope":
+            return plain / np.array(attrs["factors"], np.float64)
     except KeyError as error:
         raise ValueError(f"rope_type '{rope_type}' needs attribute {error}") from error
     raise ValueError(f"unknown rope_type '{rope_type}'")
 
 
 def cos_sin_table(attrs: Mapping[str, Any], num_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of every position's angles, f32 [num_positions, rotary_dim / 2], times YaRN's attention factor.
+    """cos and sin of every position's angles, f32 [num_positions, rotary_dim / 2], times the attention factor.
 
     The angle is the float32 product of position and float32 frequency, as in the models' training code; at long
     positions a more exact angle would be a different one.

@@ -82,6 +82,24 @@ def test_phi3_takes_slices_of_fused_tensors() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("case", "words"), [("ministral3", "llama_4_scaling_beta"), ("phi3_longrope", "RoPE's long_factor")]
+)
+def test_contexts_end_where_something_is_not_computed(case: str, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert build_graph(config_of(case).to_dict() | {"architectures": None}).max_position == 96
+    assert words in caplog.text
+    assert "contexts are of up to 96 tokens, not 128" in caplog.text
+
+
+def test_a_residual_multiplier_is_carried_by_the_stream() -> None:
+    granite = {**LLAMA, "model_type": "granite", "residual_multiplier": 0.5, "embedding_multiplier": 6.0}
+    graph = build_graph(granite)
+    assert [op.attrs["scale"] for op in graph.ops if op.kind == "embed"] == [12.0]
+    assert {op.attrs["eps"] for op in graph.ops if op.kind == "rms_norm"} == {4e-5}
+    assert [op.attrs for op in graph.linears() if op.name == "lm_head"] == [{}]
+
+
 def windows(config: dict[str, Any]) -> list[int]:
     graph = build_graph(config)
     assert [op.attrs["window"] for op in graph.ops if op.kind == "attention"] == [k.window for k in graph.kv]
@@ -107,12 +125,7 @@ def test_windows_by_family() -> None:
         ),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; known activations"),
-        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type 'su' is not supported; supported: default, dyn"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
-        (
-            {"model_type": "phi3", "rope_scaling": {"type": "longrope"}},
-            "'longrope' is not supported; supported: default",
-        ),
+        ({"rope_scaling": {"type": "x", "factor": 2.0}}, "rope_type 'x' is not supported; supported: default, dynamic"),
         ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "spin": 1}}, "'spin' is not supported for rope_type"),
@@ -157,6 +170,14 @@ def test_gpt2_quirks_are_refused(change: dict[str, Any]) -> None:
         ({"num_attention_heads": 7, "num_key_value_heads": 7}, "hidden_size 60 is not a multiple of 7"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
         ({"rope_theta": -1}, "rope_theta must be a positive number, found -1"),
+        (
+            {"rope_scaling": {"type": "longrope"}},
+            "original_max_position_embeddings must be a positive integer",
+        ),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1.0] * 5, "original_max_position_embeddings": 64}},
+            "short_factor must be a list of 6 numbers",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "factor must be a positive number, found None"),
         ({"rope_scaling": [1]}, "rope_parameters must be an object"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),

@@ -1,7 +1,7 @@
 import pytest
 from random_models import CONFIGS
 
-from llmctl.errors import UsageError
+from llmctl.errors import UnsupportedModelError, UsageError
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph
 from llmctl.quantize.modules import select_modules
@@ -33,6 +33,14 @@ def test_a_fused_tensor_is_one_module() -> None:
     assert fused.name == "transformer.h.0.attn.c_attn"
     assert fused.shape == (192, 64)
     assert fused.weights == ("layers.0.q_proj.weight", "layers.0.k_proj.weight", "layers.0.v_proj.weight")
+
+
+def test_rows_that_take_turns_stay_dense() -> None:
+    graph = graph_of("gpt_neox")
+    with pytest.raises(UnsupportedModelError, match=r"query_key_value' cannot .* \(add --ignore query_key_value\)"):
+        select_modules(graph, ["lm_head"])
+    modules = select_modules(graph, ["lm_head", "query_key_value"]).modules
+    assert {module.name.rpartition(".")[2] for module in modules} == {"dense", "dense_h_to_4h", "dense_4h_to_h"}
 
 
 def test_an_untied_head_can_be_quantized_and_a_tied_one_cannot() -> None:
