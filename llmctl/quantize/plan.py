@@ -103,7 +103,7 @@ def check_options(config: QuantizeConfig) -> None:
         raise UsageError(f"--format {config.format}: expected one of {', '.join(FORMATS)}", param="format")
     check_scheme(scheme, {})
     for text in config.override:
-        _check_override(parse_override(text))
+        _check_override(config, parse_override(text))
     if not 0 < config.damp_percent < 1:
         raise UsageError(
             f"--damp-percent {config.damp_percent}: expected a share between 0 and 1", param="damp_percent"
@@ -259,7 +259,16 @@ def _needs_g_idx(config: QuantizeConfig) -> bool:
     return ordered and scheme_of(config).group_size != -1
 
 
-def _check_override(override: Override) -> None:
+def _check_override(config: QuantizeConfig, override: Override) -> None:
+    own = method_of(config)
+    settled = {"bits": override.bits if override.bits != DENSE_BITS else None, "group_size": override.group_size}
+    for name, value in settled.items():
+        if name in own.fixed and value not in (None, getattr(own, name)):
+            raise UsageError(
+                f"--override {override.text}: --method {config.method} has {name.replace('_', '-')} "
+                f"{getattr(own, name)} only",
+                param="override",
+            )
     if override.bits not in (None, *BITS, DENSE_BITS):
         raise UsageError(
             f"--override {override.text}: bits: expected {', '.join(map(str, BITS))}, or {DENSE_BITS} to leave linears "
