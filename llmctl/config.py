@@ -46,7 +46,7 @@ class QuantizeConfig:
     act_order: bool = True
     static_groups: bool = True
     sweeps: int = 2
-    original_targets: float = 0.0
+    original_targets: float = 0.5
     ignore: tuple[str, ...] = ("lm_head",)
     override: tuple[str, ...] = ()
     target_bpw: float | None = None

@@ -24,7 +24,7 @@ from llmctl.quantize.forward import CalibrationPass, Stage
 from llmctl.quantize.gptq import inverse_factor, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
-from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.rtn import quantize_searched
 from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
@@ -64,7 +64,7 @@ def quantize_layer_without_data(graph: Graph, plan: Plan, weights: CalibrationPa
     for module in plan.selection.of_layer(layer):
         parts = [weights.weights[name] for name in module.weights]
         scheme = plan.schemes[module.weights[0]]
-        whole = (quantize_book if scheme.book else quantize_rtn)(torch.cat(parts), scheme)
+        whole = (quantize_book if scheme.book else quantize_searched)(torch.cat(parts), scheme)
         dense = plan.output.as_read(whole).dequantize()
         start = 0
         for name, weight in zip(module.weights, parts, strict=True):

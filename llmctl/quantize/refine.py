@@ -81,7 +81,5 @@ def _fitted(weight: Tensor, start: QuantizedWeight, group: Tensor, metric: Tenso
     right = torch.zeros(rows, count).index_add_(1, group, slope)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny
-    factor, failed = torch.linalg.cholesky_ex(normal)
-    found = scales + torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-    usable = (failed == 0).unsqueeze(1) & (found > 0.5 * scales) & (found < 2 * scales)
-    return storable(torch.where(usable, found, scales))
+    factor, _ = torch.linalg.cholesky_ex(normal)  # of no use where it failed, and then of no smaller error
+    return storable(scales + torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1))

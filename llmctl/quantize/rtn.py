@@ -10,6 +10,11 @@ from torch import Tensor
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.grid import Grid, fit_grid, split_groups
+from llmctl.quantize.grid_search import search_grid
+
+_FINE_BITS = 8  # a range of so many steps loses nothing that a search could find
+_FLOOR = 0.01  # importance of a weight of zero; that of one as large as its group's root mean square is 1 more
+_LEAST = 1e-30
 
 
 def quantize_rtn(weight: Tensor, scheme: QuantScheme, ratio: Tensor | float = 1.0) -> QuantizedWeight:
@@ -25,6 +30,24 @@ def quantize_rtn(weight: Tensor, scheme: QuantScheme, ratio: Tensor | float = 1.
     """
     groups = split_groups(weight, scheme.group_size)
     grid = fit_grid(groups, scheme.bits, scheme.symmetric, ratio)
+    return assemble(grid, grid.encode(groups), scheme)
+
+
+def quantize_searched(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    """Round to nearest on grids searched for the least error of the weights, the large ones of a group above all.
+
+    Equal importance clips too much: large weights often meet large inputs. KL of SmolLM2-135M at 4 bits, group 64,
+    asymmetric: 0.335 on grids that span the range, 0.375 with equal importance, 0.328 on these; symmetric: 0.460, 0.381
+    on these.
+
+    Raises:
+        ValueError: the group size does not divide K.
+    """
+    if scheme.bits >= _FINE_BITS:
+        return quantize_rtn(weight, scheme)
+    groups = split_groups(weight, scheme.group_size)
+    scaled = groups / groups.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=_LEAST)
+    grid = search_grid(weight, scheme, (scaled.square().square() + _FLOOR).reshape(weight.shape))
     return assemble(grid, grid.encode(groups), scheme)
 
 

@@ -18,7 +18,7 @@ from llmctl.errors import CheckpointError, LlmctlError, UsageError
 from llmctl.quantize import driver
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.report import QuantizeReport
-from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.rtn import quantize_searched
 from llmctl.quantize.workfolder import WorkFolder
 from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def test_rtn_holds_the_rounded_weights(config: QuantizeConfig, model: Path) -> N
     report = quantize_checkpoint(replace(config, method="rtn"))
     source, made = open_checkpoint(model), open_checkpoint(Path(config.output))
     for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"):
-        found, expected = made.weight(name), quantize_rtn(source.weight(name), report_scheme(report))
+        found, expected = made.weight(name), quantize_searched(source.weight(name), report_scheme(report))
         assert isinstance(found, QuantizedWeight)
         assert torch.equal(found.dequantize(), expected.dequantize())
     assert isinstance(made.weight("lm_head.weight"), torch.Tensor)

@@ -5,6 +5,7 @@ from llmctl.graph.graph import QuantScheme
 from llmctl.quantize import grid_search
 from llmctl.quantize.grid import Grid, fit_grid, split_groups
 from llmctl.quantize.grid_search import search_grid
+from llmctl.quantize.rtn import quantize_rtn, quantize_searched
 
 
 def weights(rows: int = 40, width: int = 96, seed: int = 0) -> torch.Tensor:
@@ -68,3 +69,23 @@ def test_parts_are_searched_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> 
     parts = search_grid(weights(), scheme, importance)
     assert torch.equal(whole.scales, parts.scales)
     assert torch.equal(whole.zeros, parts.zeros)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_on_searched_grids_spares_large_weights(symmetric: bool) -> None:
+    weight, scheme = weights(), QuantScheme(3, 32, symmetric)
+    plain, found, equal = (
+        quantize_rtn(weight, scheme).dequantize(),
+        quantize_searched(weight, scheme).dequantize(),
+        search_grid(weight, scheme, torch.ones(96)).snap(split_groups(weight, 32)).reshape(weight.shape),
+    )
+    large = weight.abs() > 2 * weight.square().mean().sqrt()
+    weighted = [((q - weight).square() * weight.pow(4)).sum() for q in (found, plain)]
+    assert weighted[0] < 0.9 * weighted[1]
+    assert (found - weight)[large].square().sum() < 0.7 * (equal - weight)[large].square().sum()
+
+
+def test_eight_bits_are_not_searched() -> None:
+    scheme = QuantScheme(8, 32, True)
+    assert torch.equal(quantize_searched(weights(), scheme).codes, quantize_rtn(weights(), scheme).codes)
+    assert torch.equal(quantize_searched(weights(), scheme).scales, quantize_rtn(weights(), scheme).scales)

@@ -14,7 +14,7 @@ from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.modules import Selection, select_modules
 from llmctl.quantize.overrides import apply_overrides, override_text, parse_override
-from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.rtn import quantize_searched
 
 FOUR = QuantScheme(4, 32, True)
 MIXED = ("*.down_proj:bits=8", "layers.0.self_attn:bits=3,group-size=16", "layers.1.v_proj:bits=8", "o_proj:bits=16")
@@ -137,7 +137,7 @@ def test_each_linear_is_rounded_to_its_own_grid(config: QuantizeConfig, model: P
         else:
             assert isinstance(after, QuantizedWeight)
             assert torch.equal(
-                after.dequantize(), quantize_rtn(before.float(), QuantScheme(*scheme, symmetric=True)).dequantize()
+                after.dequantize(), quantize_searched(before.float(), QuantScheme(*scheme, symmetric=True)).dequantize()
             )
 
 

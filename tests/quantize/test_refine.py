@@ -6,7 +6,7 @@ import torch
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.gptq import GptqOptions, damped, quantize_gptq
-from llmctl.quantize.refine import refine
+from llmctl.quantize.refine import _fit_scales, refine
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.stats import InputStats, output_errors
 
@@ -73,8 +73,18 @@ def test_scales_are_those_of_least_squares() -> None:
 
 def test_groups_of_zeros_keep_their_scale() -> None:
     weight, hessian = problem(4, 32)
-    weight[:, 16:] = 0
+    weight[:, :16] = 0
     start = quantize_rtn(weight, QuantScheme(4, 16, True))
-    found = refine(weight, start, hessian, 2)
+    found = refine(weight, start, hessian, 1)
     assert found.scales.isfinite().all()
+    assert not torch.equal(found.scales[:, 1], start.scales[:, 1])  # the other group's are fitted
     assert (errors(weight, found, hessian) <= errors(weight, start, hessian) * (1 + 1e-4)).all()
+
+
+def test_scales_that_float16_rounds_coarsely_are_not_made_worse() -> None:
+    weight, hessian = problem(64, 64)
+    weight *= 1e-6  # scales are a few of the least steps
+    start = quantize_rtn(weight, QuantScheme(4, 8, False))
+    found = _fit_scales(weight, start, hessian.float())
+    assert not torch.equal(found.scales, start.scales)
+    assert (errors(weight, found, hessian) <= errors(weight, start, hessian)).all()
