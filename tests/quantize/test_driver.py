@@ -313,7 +313,7 @@ def test_weights_that_are_not_finite_are_named(
     ("method", "ignore", "said"),
     [
         ("awq", "lm_head", "the inputs of layers.1.down_proj are"),
-        ("gptq", "lm_head", "the error of layers.1.up_proj is"),
+        ("gptq", "lm_head", "the error of layers.1.up_proj, layers.1.down_proj is"),
         ("gptq", "up_proj", "the inputs of layers.1.down_proj are"),
     ],
 )
