@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import selectors
+import select
 import socket
 import ssl
 from collections import deque
@@ -19,11 +19,14 @@ from collections.abc import Callable
 log = logging.getLogger("llmctl.serving")
 
 MOST_IN_TURN = 8
-"""Connections that are given to HTTP between two looks at the sockets: some 2 ms of refusals."""
+"""Connections that are given to HTTP between two looks at the sockets: some 2 ms of refusals. Half as many after a turn
+that took more than ``TURN_SECONDS``, one more after another one."""
+TURN_SECONDS = 0.005
 SWEEP_SECONDS = 1.0
 RETRY_SECONDS = 0.2
 """After which the listening socket is looked at again when the process had no file left for a connection."""
 _MOST_TAKEN = 256  # in one look at the listening socket
+_MOST_HEARD = 256  # in one look at those that had not said anything
 _PEEK_BYTES = 256
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -51,16 +54,19 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._listener, self._protocol, self._first = listener, protocol, first
         self._patience, self._tls = patience, tls
-        self._silent: dict[socket.socket, float] = {}  # and until when, in their order
-        self._speaking = selectors.DefaultSelector()
+        self._silent: dict[int, tuple[socket.socket, float]] = {}  # by file, and until when, in their order
+        # Where there is no epoll they go to HTTP at once.
+        self._speaking = select.epoll() if hasattr(select, "epoll") else None
         self._urgent: deque[socket.socket] = deque()
         self._ordinary: deque[socket.socket] = deque()
         self._making: set[asyncio.Task[None]] = set()
         self._turning = self._exhausted = self._closed = False
+        self._allowed, self._turned = 1, 0.0
         self._retry: asyncio.TimerHandle | None = None
         listener.setblocking(False)
         self._loop.add_reader(listener, self._take)
-        self._loop.add_reader(self._speaking, self._hear)
+        if self._speaking is not None:
+            self._loop.add_reader(self._speaking, self._hear)
         self._sweeping = self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def close(self) -> None:
@@ -69,12 +75,13 @@ class Acceptor:
             return
         self._closed = True
         self._loop.remove_reader(self._listener)
-        self._loop.remove_reader(self._speaking)
         self._sweeping.cancel()
         if self._retry is not None:
             self._retry.cancel()
-        self._speaking.close()
-        for connection in (*self._silent, *self._urgent, *self._ordinary):
+        if self._speaking is not None:
+            self._loop.remove_reader(self._speaking)
+            self._speaking.close()
+        for connection in (*(c for c, _ in self._silent.values()), *self._urgent, *self._ordinary):
             connection.close()
         self._silent.clear()
         self._urgent.clear()
@@ -96,27 +103,29 @@ class Acceptor:
                 break
             self._exhausted = False
             connection.setblocking(False)
-            if not self._sort(connection):
-                self._silent[connection] = self._loop.time() + self._patience
-                self._speaking.register(connection, selectors.EVENT_READ)
+            if not self._sort(connection) and self._speaking is not None:
+                self._silent[connection.fileno()] = connection, self._loop.time() + self._patience
+                self._speaking.register(connection, select.EPOLLIN)
 
     def _hear(self) -> None:
         """Some that had not said anything have, or have ended."""
-        for key, _ in self._speaking.select(0):
-            connection = key.fileobj
-            assert isinstance(connection, socket.socket)
-            if self._sort(connection):
-                self._forget(connection)
+        assert self._speaking is not None
+        for file, _ in self._speaking.poll(0, _MOST_HEARD):
+            if self._sort(self._silent[file][0]):
+                self._forget(file)
 
     def _sweep(self) -> None:
         now = self._loop.time()
-        for connection in [c for c, end in self._silent.items() if end <= now]:
-            self._forget(connection)
-            connection.close()
+        for file in [file for file, (_, end) in self._silent.items() if end <= now]:
+            self._forget(file).close()
         self._sweeping = self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def _turn(self) -> None:
-        for _ in range(MOST_IN_TURN):
+        now = self._loop.time()
+        slow = now - self._turned > TURN_SECONDS
+        self._allowed = max(1, self._allowed // 2) if slow else min(MOST_IN_TURN, self._allowed + 1)
+        self._turned = now
+        for _ in range(self._allowed):
             waiting = self._urgent or self._ordinary
             if not waiting:
                 break
@@ -130,23 +139,26 @@ class Acceptor:
     # parts of these
 
     def _sort(self, connection: socket.socket) -> bool:
-        """Have a connection's turn come, if it has said something or has ended; whether it has."""
+        """Have a connection's turn come, if it has said something or has ended, or cannot be waited for; whether so."""
         try:
             said = connection.recv(_PEEK_BYTES, socket.MSG_PEEK)
         except (BlockingIOError, InterruptedError):
-            return False
+            if self._speaking is not None:
+                return False
+            said = b""
         except OSError:
             said = b""
         urgent = self._tls is None and self._first(said)
         (self._urgent if urgent else self._ordinary).append(connection)
         if not self._turning:
-            self._turning = True
+            self._turning, self._turned = True, self._loop.time()
             self._loop.call_soon(self._turn)
         return True
 
-    def _forget(self, connection: socket.socket) -> None:
-        self._speaking.unregister(connection)
-        del self._silent[connection]
+    def _forget(self, file: int) -> socket.socket:
+        assert self._speaking is not None
+        self._speaking.unregister(file)
+        return self._silent.pop(file)[0]
 
     def _pause(self, error: OSError) -> None:
         """Leave the connections to the system for a while: the loop would ask for them without end."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from llmctl.serving import acceptor
-from llmctl.serving.acceptor import MOST_IN_TURN, Acceptor
+from llmctl.serving.acceptor import MOST_IN_TURN, TURN_SECONDS, Acceptor
 from llmctl.serving.middleware import asks_for_liveness
 
 PATIENCE = 0.2
@@ -30,6 +31,8 @@ class Echo(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._seen.append(data)
+        if data == b"slow":
+            time.sleep(2 * TURN_SECONDS)
         self._transport.write(data)
         self._transport.close()
 
@@ -103,7 +106,35 @@ def test_who_speaks_late_is_answered_and_who_does_not_is_closed(monkeypatch: pyt
         assert await answer(silent) == b""
         assert site.seen == [b"late"]
         assert not site.acceptor._silent
-        assert not site.acceptor._speaking.get_map()
+
+    run(scenario)
+
+
+def test_fewer_in_a_turn_while_turns_are_long() -> None:
+    """What is given to HTTP takes long: only few others are before who asks for liveness then."""
+
+    async def scenario(site: Site) -> None:
+        clients = [site.client(b"slow") for _ in range(6 * MOST_IN_TURN)]
+        while len(site.seen) < 2 * MOST_IN_TURN:
+            await asyncio.sleep(0)
+        late = site.client(b"!")
+        before = len(site.seen)
+        assert await answer(late) == b"!"
+        assert site.seen.index(b"!") <= before + MOST_IN_TURN
+        assert [await answer(client) for client in clients] == [b"slow"] * len(clients)
+
+    run(scenario)
+
+
+def test_without_epoll_all_go_to_http_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("llmctl.serving.acceptor.select.epoll")
+
+    async def scenario(site: Site) -> None:
+        late = site.client()
+        await asyncio.sleep(0.05)
+        assert not site.acceptor._ordinary
+        late.sendall(b"late")
+        assert await answer(late) == b"late"
 
     run(scenario)
 
