@@ -24,11 +24,20 @@ that took more than ``TURN_SECONDS``, one more after another one."""
 TURN_SECONDS = 0.005
 SWEEP_SECONDS = 1.0
 RETRY_SECONDS = 0.2
-"""After which the listening socket is looked at again when the process had no file left for a connection."""
+"""After which the listening socket is looked at again when no connection could be taken."""
 _MOST_TAKEN = 256  # in one look at the listening socket
 _MOST_HEARD = 256  # in one look at those that had not said anything
 _PEEK_BYTES = 256
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_NO_FILE_LEFT = frozenset({errno.EMFILE, errno.ENFILE})
+# What became of a connection before it was taken: accept(2) passes on what the network, or a firewall, says of it.
+_LOST = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENONET", "ENOPROTOOPT"),
+        *("EOPNOTSUPP", "EPERM", "EPROTO"),
+    )
+    if hasattr(errno, name)
+)
 
 
 class Acceptor:
@@ -39,7 +48,8 @@ class Acceptor:
         protocol: makes the protocol of one connection.
         first: whether a connection whose first bytes are these goes before others. Under TLS they say nothing, and
             connections are taken in their order.
-        patience: seconds after which a connection that has not said anything is closed.
+        patience: seconds after which a connection that has not said anything is closed; under TLS as many again for its
+            handshake.
         tls: for connections under TLS.
     """
 
@@ -60,7 +70,7 @@ class Acceptor:
         self._urgent: deque[socket.socket] = deque()
         self._ordinary: deque[socket.socket] = deque()
         self._making: set[asyncio.Task[None]] = set()
-        self._turning = self._exhausted = self._closed = False
+        self._turning = self._paused = self._closed = False
         self._allowed, self._turned = 1, 0.0
         self._retry: asyncio.TimerHandle | None = None
         listener.setblocking(False)
@@ -94,18 +104,18 @@ class Acceptor:
         for _ in range(_MOST_TAKEN):
             try:
                 connection, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    raise
+                if error.errno in _LOST:
+                    continue
                 self._pause(error)
                 break
-            self._exhausted = False
+            self._paused = False
             connection.setblocking(False)
             if not self._sort(connection) and self._speaking is not None:
-                self._silent[connection.fileno()] = connection, self._loop.time() + self._patience
                 self._speaking.register(connection, select.EPOLLIN)
+                self._silent[connection.fileno()] = connection, self._loop.time() + self._patience
 
     def _hear(self) -> None:
         """Some that had not said anything have, or have ended."""
@@ -164,12 +174,16 @@ class Acceptor:
         """Leave the connections to the system for a while: the loop would ask for them without end."""
         self._loop.remove_reader(self._listener)
         self._retry = self._loop.call_later(RETRY_SECONDS, self._loop.add_reader, self._listener, self._take)
-        if not self._exhausted:
-            self._exhausted = True
-            log.error("no connection can be taken: %s; those to come wait (raise ulimit -n)", error.strerror)
+        if not self._paused:
+            self._paused = True
+            hint = " (raise ulimit -n)" if error.errno in _NO_FILE_LEFT else ""
+            log.error("no connection can be taken: %s; those to come wait%s", error.strerror, hint)
 
     async def _make(self, connection: socket.socket) -> None:
+        patience = None if self._tls is None else self._patience
         try:
-            await self._loop.connect_accepted_socket(self._protocol, connection, ssl=self._tls)
-        except OSError:  # the client is gone, or does not speak TLS (ssl.SSLError is one)
+            await self._loop.connect_accepted_socket(
+                self._protocol, connection, ssl=self._tls, ssl_handshake_timeout=patience
+            )
+        except OSError:  # the client is gone, speaks no TLS (ssl.SSLError is one) or does not end its handshake
             connection.close()

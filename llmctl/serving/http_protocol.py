@@ -22,7 +22,8 @@ from llmctl.serving.error_shapes import Problem, shape_of
 
 MAX_HEADER_BYTES = 64 * 1024
 HEADER_SECONDS = 10.0
-"""From a connection's, or a further request's, first moment to the end of its headers."""
+"""From the moment that HTTP has a connection, or a further request begins, to the end of its headers. As long a
+connection may say nothing before (see ``acceptor.py``), or take for its TLS handshake."""
 BODY_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 """Until a refused connection is closed. What still comes is thrown away: unread, it would reset the connection, and the
