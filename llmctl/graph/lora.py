@@ -105,25 +105,25 @@ def _slices(graph: Graph, op: Op) -> list[_Slice]:
         columns = [(0, 0, widths[0]), (0, widths[0], widths[0])]
     else:
         columns = [(i, 0, width) for i, width in enumerate(widths)]
-    places = _places(graph.weights[op.weights[0]], [rows for *_, rows in columns])
-    return [_Slice(*column, *place) for column, place in zip(columns, places, strict=True)]
+    return list(_placed(graph.weights[op.weights[0]], columns))
 
 
-def _places(weight: Weight, widths: Sequence[int]) -> list[tuple[str, int]]:
-    """For runs of a weight's rows the module that supplies each, and its first row there."""
+def _placed(weight: Weight, columns: Sequence[tuple[int, int, int]]) -> Iterator[_Slice]:
+    """Slices of a weight's rows, each as far as one run of columns (output, first, how many) and one part reach."""
     parts = iter(weight.parts)
-    places: list[tuple[str, int]] = []
     module, first, left = "", 0, 0
-    for width in widths:
-        if left == 0:
-            part = next(parts)
-            module = part.tensor.removesuffix(".weight")
-            # A part without a range is a whole tensor, and that is one linear's.
-            first, end = part.rows or (0, width)
-            left = end - first
-        places.append((module, first))
-        first, left = first + width, left - width
-    return places
+    for output, column, width in columns:
+        done = 0
+        while done < width:
+            if left == 0:
+                part = next(parts)
+                module = part.tensor.removesuffix(".weight")
+                # A part without a range is a whole tensor, and that is one linear's.
+                first, end = part.rows or (0, width)
+                left = end - first
+            rows = min(left, width - done)
+            yield _Slice(output, column + done, rows, module, first)
+            done, first, left = done + rows, first + rows, left - rows
 
 
 def _opened(graph: Graph, op: Op) -> tuple[Op, tuple[Op, ...], list[Buffer]]:

@@ -31,6 +31,7 @@ TARGETS = {
     "phi": ("q_proj", "k_proj", "fc1", "fc2"),
     "gpt2": ("c_attn", "c_proj"),
     "qwen3": LLAMA,
+    "gpt_neox": ("query_key_value", "dense"),
 }
 
 
@@ -70,8 +71,8 @@ class Merged(dict[str, Any]):
             if adapter < 0 or len(weight.shape) != 2 or module.rpartition(".")[2] not in TARGETS[case]:
                 continue
             a, b = adapters_of(module, weight.shape[1])
-            first = weight.parts[0].rows[0] if weight.parts[0].rows else 0
-            self[name] = self[name] + SCALES[adapter] * b[adapter, first : first + weight.shape[0]] @ a[adapter]
+            rows = torch.cat([torch.arange(*(part.rows or (0, weight.shape[0]))) for part in weight.parts])
+            self[name] = self[name] + SCALES[adapter] * b[adapter, rows] @ a[adapter]
 
 
 def prompts() -> list[list[int]]:

@@ -221,8 +221,10 @@ def _needs(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> Iterator[
 
 
 def _is_slice(graph: Graph, buffer: str) -> bool:
-    """Whether it is some columns of a merged linear's result."""
+    """Whether it is some columns of a merged linear's result, to which adapters may have added in place."""
     producer = graph.producer(buffer)
+    while producer is not None and producer.kind == "lora":
+        producer = graph.producer(producer.inputs[1])
     return producer is not None and "splits" in producer.attrs
 
 

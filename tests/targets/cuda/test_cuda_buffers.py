@@ -26,6 +26,7 @@ from llmctl.targets.cuda.runtime import CudaRuntime
 from llmctl.targets.cuda.target import CUDA_PASSES
 
 INT8 = (*CUDA_PASSES, "int8_activations")
+OLMO2 = {**FAMILIES["llama"], "model_type": "olmo2"}
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
@@ -155,6 +156,7 @@ SCRATCH: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "llama-w8a8-int8": (FAMILIES["llama"], "w8a8", INT8),
     "llama-unfused": (FAMILIES["llama"], "w4", ("merge_qkv", "merge_gate_up")),
     "phi-w4_act_order": (FAMILIES["phi"], "w4_act_order", CUDA_PASSES),
+    "olmo2-w4": (OLMO2, "w4", CUDA_PASSES),
     "llama-8b-w4": (LLAMA_8B, "w4", CUDA_PASSES),
     "llama-8b-w8a8": (LLAMA_8B, "w8a8", INT8),
 }
@@ -194,6 +196,14 @@ def test_adapters_and_long_contexts_have_scratch_too(monkeypatch: pytest.MonkeyP
         scratch_bytes({"parts": 3, "counters": 2, "dense": 5}, "float16")
         == 3 * 4 + 2 * 4 + 5 * DTYPES["float16"].nbytes
     )
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_norms_of_a_merged_linears_slices_have_scratch(with_adapters: bool) -> None:
+    graph = tiny_graph(OLMO2, None, CUDA_PASSES)
+    graph = _with_adapters(graph) if with_adapters else graph
+    found = scratch_sizes(graph, "float16", RuntimeSizes(64, 16, 1024, 100, 5), 132)
+    assert found["normed"] == 100 * graph.buffers["layers.0.q_proj"].width
 
 
 def test_frozen_scratch_refuses_what_was_not_reserved() -> None:
