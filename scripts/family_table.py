@@ -13,6 +13,12 @@ from llmctl.graph.family_table import FAMILIES
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 _MARKERS = ("<!-- families -->", "<!-- end -->")
 _READ_AS_LLAMA = {"mistral": "llama"}  # GGUF files of the one are of the other's architecture
+_ROPE_LAYERS = {
+    "all": "",
+    "sliding": "in sliding layers",
+    "sliding_if_any": "in sliding layers, if there are any",
+    "listed": "in some layers",
+}
 
 
 def table() -> str:
@@ -67,7 +73,7 @@ def _positions(family: Family) -> str:
     words = ["RoPE"]
     words += ["of a part of each head"] if family.partial_rotary else []
     words += ["in interleaved pairs"] if family.rope_style == "gptj" else []
-    words += [{"all": "", "listed": "in some layers"}.get(family.rope_layers, "in sliding layers")]
+    words += [_ROPE_LAYERS[family.rope_layers]]
     words += ["with a base by layer type"] if family.local_theta else []
     return " ".join(word for word in words if word)
 

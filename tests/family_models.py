@@ -206,8 +206,6 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", {**_SMALL, "num_key_value_heads": 1, **_rope(partial_rotary_factor=0.4)}),
     "llama_dynamic": ("Llama", {**_SMALL, **_rope(rope_type="dynamic", factor=4.0)}),
 }
-
-
 """Families that differ from those of ``CASES`` by a fact or two; most of their tests are slow."""
 _CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 _MODELS = {"GPT2": "GPT2LMHeadModel", "InternLM3": "LlamaForCausalLM"}

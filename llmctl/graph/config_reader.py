@@ -14,20 +14,25 @@ logger = logging.getLogger(__name__)
 
 _LARGEST = 1e6  # factor that a model may have; its inverse is the smallest
 
-# Keys that say nothing about the forward pass of a causal language model at inference.
+# Keys that say nothing about the forward pass of a causal language model at inference, or (as ``pretraining_tp``, by
+# which sums were cut) nothing that changes its result. A family may read one of them all the same.
 _METADATA = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward compression_config
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_llama_config
-    label2id length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    problem_type pruned_heads quantization_config remove_invalid_values reorder_and_upcast_attn repetition_penalty
-    resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p use_bfloat16 use_cache use_return_dict""".split()
+    """_attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures
+    attention_dropout attention_probs_dropout_prob attention_softmax_in_fp32 attn_pdrop auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
+    compression_config cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping embd_pdrop embedding_dropout encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    hidden_dropout hidden_dropout_prob id2label initializer_range is_decoder is_llama_config label2id length_penalty
+    max_length max_window_layers min_length model_max_length model_type n_ctx no_repeat_ngram_size num_beam_groups
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type pruned_heads quantization_config remove_invalid_values reorder_and_upcast_attn
+    repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate
+    scale_attention_softmax_in_fp32 sep_token_id suppress_tokens summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p use_bfloat16 use_cache use_embedding_sharing use_parallel_embedding
+    use_return_dict""".split()
 )
 
 
@@ -35,7 +40,7 @@ class ConfigReader:
     """One config read as one family's; remembers which keys were read.
 
     Attributes:
-        seen: those, in the family's spelling.
+        seen: those, in either spelling.
     """
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
@@ -44,10 +49,16 @@ class ConfigReader:
         self.seen: set[str] = set()
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Of a canonical key; where it is absent the family's default, else ``default``."""
-        key = self.family.keys.get(key, key)
-        self.seen.add(key)
-        return self.config.get(key, self.family.defaults.get(key, default))
+        """Of a canonical key, in the family's spelling or its own; where it is absent the family's default, else
+        ``default``."""
+        own, name, defaults = self.family.keys.get(key, key), self._name(key), self.family.defaults
+        self.seen |= {own, key}
+        return self.config[name] if name in self.config else defaults.get(own, defaults.get(key, default))
+
+    def _name(self, key: str) -> str:
+        """The spelling in which config.json has a canonical key; the family's, if it has that or neither."""
+        own = self.family.keys.get(key, key)
+        return key if own not in self.config and key in self.config else own
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer.
@@ -58,8 +69,7 @@ class ConfigReader:
         value = self.value(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            name = self.family.keys.get(key, key)
-            raise CheckpointError(f"config.json: {name} must be a positive integer, found {value!r}")
+            raise CheckpointError(f"config.json: {self._name(key)} must be a positive integer, found {value!r}")
         return value
 
     def number(self, key: str) -> float:

@@ -49,7 +49,8 @@ class Family:
         architectures: HF classes whose checkpoints are read, the causal model's first.
         models: which are of it, for users.
         limits: what of the family is not read, or not computed as its authors do, for users.
-        keys: canonical config key -> this family's spelling, where it differs from Llama's.
+        keys: canonical config key -> this family's spelling, where it differs from Llama's; the canonical one is read
+            where a config has that alone.
         defaults: values that HF's config class supplies when config.json leaves a key out.
         norm: ``rms`` or ``layer`` (with bias, unless ``norm_bias`` is off); ``eps_key`` holds its epsilon.
         plus_one: norms multiply by 1 + weight.

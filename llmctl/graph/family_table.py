@@ -88,6 +88,14 @@ _GEMMA = {
     "tie_word_embeddings": True,
 }
 _GEMMA2 = {**_GEMMA, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096}
+# A config.json with a picture tower (4B and larger) leaves out what transformers' class supplies.
+_GEMMA3_SIZES = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+}
 # Gemma's hidden_activation decides, and is the default where it is null.
 _LEGACY_ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": (None, "gelu", "gelu_pytorch_tanh")}
 _CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
@@ -98,6 +106,15 @@ _COHERE = {
     "max_position_embeddings": 8192,
     "logit_scale": 0.0625,
     "tie_word_embeddings": True,
+}
+# Keys of Cohere's own code, which transformers' has as constants.
+_COHERE2_KEYS: Mapping[str, tuple[Any, ...]] = {
+    "layer_switch": (None, 4),
+    "order_of_interleaved_layers": (None, "local_attn_first"),
+    "position_embedding_type": (None, "rope_gptj"),
+    "rotary_pct": (None, 1, 1.0),
+    "use_gated_activation": (None, True),
+    "use_parallel_block": (None, True),
 }
 _GLM = {
     "hidden_act": "silu",
@@ -189,6 +206,7 @@ _ROWS = (
         partial_rotary=True,
         rope_types=("default", "longrope"),
         window="all",
+        neutral={"full_attn_mod": (None, 1), "interpolate_factor": (None, 1)},
     ),
     Family(
         "gpt2",
@@ -286,6 +304,7 @@ _ROWS = (
         bias_o="use_bias",
         bias_mlp="use_bias",
         window="all",
+        neutral={"mlp_type": (None, "default"), "norm_type": (None, "layer_norm")},
     ),
     Family(
         "arcee",
@@ -338,6 +357,7 @@ _ROWS = (
         names=_SANDWICH,
         defaults={
             **_GEMMA2,
+            **_GEMMA3_SIZES,
             "max_position_embeddings": 131072,
             "sliding_window_pattern": 6,
             "rope_theta": 1_000_000.0,
@@ -409,12 +429,14 @@ _ROWS = (
         bias_o="attention_bias",
         bias_mlp="mlp_bias",
     ),
+    # Command R says in max_position_embeddings what fitted into memory, in model_max_length what it was trained on.
     Family(
         "cohere",
         ("CohereForCausalLM", "CohereModel"),
         models="Command R",
         limits="use_qk_norm (Command R+): refused",
         names=TensorNames(mlp_norm=""),
+        keys={"max_position_embeddings": "model_max_length"},
         defaults={**_COHERE, "rope_theta": 500_000.0},
         norm="layer",
         norm_bias=False,
@@ -441,6 +463,7 @@ _ROWS = (
         bias_o="attention_bias",
         window="typed",
         factors=("logit_scale",),
+        neutral=_COHERE2_KEYS,
     ),
     Family(
         "exaone4",
@@ -481,7 +504,7 @@ _ROWS = (
     ),
     Family(
         "ernie4_5",
-        ("Ernie4_5ForCausalLM", "Ernie4_5Model"),
+        ("Ernie4_5ForCausalLM", "Ernie4_5Model", "Ernie4_5_ForCausalLM"),
         models="ERNIE 4.5, dense",
         defaults={
             "hidden_act": "silu",
@@ -496,12 +519,13 @@ _ROWS = (
         bias_qkv="use_bias",
         bias_o="use_bias",
         bias_mlp="use_bias",
+        neutral={"compression_ratio": (None, 1, 1.0), "use_rmsnorm": (None, True)},
     ),
     Family(
         "gpt_neox",
         ("GPTNeoXForCausalLM", "GPTNeoXModel"),
         models="Pythia, GPT-NeoX",
-        limits="q, k and v, which take turns in one tensor, stay dense in `llmctl quantize`",
+        limits="`llmctl quantize` leaves q, k and v dense, which take turns in one tensor (`--ignore query_key_value`)",
         names=_NEOX_NAMES,
         keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         defaults={

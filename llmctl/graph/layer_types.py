@@ -52,8 +52,9 @@ def _typed_windows(reader: ConfigReader, types: list[Any] | None, layers: int) -
     pattern = reader.value("sliding_window_pattern")
     if types is not None:
         return _listed_windows(types, size, layers)
-    if not size:
+    if not size and not reader.family.local_theta:
         return (0,) * layers
+    size = reader.size("sliding_window")  # without one a layer that slides would still have RoPE's other base
     if type(pattern) is not int or pattern <= 0:
         raise CheckpointError(f"config.json: sliding_window_pattern must be a positive integer, found {pattern!r}")
     return tuple(0 if (i + 1) % pattern == 0 else size for i in range(layers))
@@ -150,9 +151,14 @@ def context_limit(reader: ConfigReader, max_position: int) -> int:
     Raises:
         CheckpointError: no number of positions where one is needed.
     """
-    params = reader.config.get("rope_scaling") or reader.config.get("rope_parameters")
-    if not isinstance(params, Mapping):
+    source = reader.config.get("rope_scaling") or reader.config.get("rope_parameters")
+    if not isinstance(source, Mapping):
         return max_position
+    by_type = [params for params in source.values() if isinstance(params, Mapping)]
+    return min(_limit_of(reader, params, max_position) for params in by_type or [source])
+
+
+def _limit_of(reader: ConfigReader, params: Mapping[str, Any], max_position: int) -> int:
     if reader.family.query_scale and params.get(_QUERY_SCALE):
         what = f"{_QUERY_SCALE}, which scales queries"
     elif rope_type_of(params) == "longrope":

@@ -34,7 +34,8 @@ _FIELDS = {
 ROPE_TYPES = tuple(_FIELDS)
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Entries of ``layer_types``."""
-# Written by transformers into every kind of rope_parameters of long-context models; only yarn and llama3 read it.
+# Written by transformers into every kind of rope_parameters of long-context models; default, linear and dynamic do
+# not read it.
 _HARMLESS = {"original_max_position_embeddings"}
 
 

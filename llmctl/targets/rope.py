@@ -1,8 +1,8 @@
 """Rotary position embedding tables from a rope op's attributes, in numpy.
 
 Formulas: RoFormer (Su et al. 2021); linear interpolation (Chen et al. 2023); Llama 3's frequency bands (Meta's
-reference code); YaRN (Peng et al. 2023); LongRoPE (Ding et
-al. 2024). Constants and edge cases follow transformers' ``modeling_rope_utils``.
+reference code); YaRN (Peng et al. 2023); LongRoPE (Ding et al. 2024). Constants and edge cases follow transformers'
+``modeling_rope_utils``.
 """
 
 from __future__ import annotations

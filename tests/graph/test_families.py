@@ -131,7 +131,7 @@ def test_windows_by_family() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "spin": 1}}, "'spin' is not supported for rope_type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"lm_head_bias": True}, "lm_head_bias=True"),
         ({"sliding_window": 8}, "sliding_window=8"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types entry 'sliding_attention'"),
         ({"num_local_experts": 8}, "num_local_experts=8"),
@@ -251,7 +251,7 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_line(row: Any) -> None:
 
 
 def test_neutral_values_and_metadata_pass_silently(caplog: pytest.LogCaptureFixture) -> None:
-    config = {**LLAMA, "pretraining_tp": 1, "attention_bias": False, "torch_dtype": "float16", "use_cache": True}
+    config = {**LLAMA, "pretraining_tp": 2, "attention_bias": False, "torch_dtype": "float16", "use_cache": True}
     config |= {"sliding_window": None, "rope_interleaved": False, "bos_token_id": 1, "transformers_version": "5.0"}
     with caplog.at_level(logging.WARNING):
         assert build_graph(config) == build_graph(LLAMA)
