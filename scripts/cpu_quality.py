@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, text: str, work: Path) -> dict[str, Any]:
     """
     from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
-    from llmctl.quantize.evaluate import Protocol
+    from llmctl.evaluate.perplexity import Protocol
     from llmctl.text.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(resolve_model(args.model))
@@ -146,7 +146,7 @@ def perplexity(runtime: Runtime, windows: list[tuple[list[int], int]], context: 
     """Perplexity of what a runtime runs, over the windows of a ``Protocol``."""
     from llmctl.engine.llm_engine import LLMEngine
     from llmctl.engine.scheduler_config import SchedulerConfig
-    from llmctl.quantize.evaluate import perplexity_of
+    from llmctl.evaluate.perplexity import perplexity_of
 
     config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=context, enable_prefix_caching=False)
     return perplexity_of(LLMEngine(runtime, config), windows)

@@ -49,9 +49,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
-    from llmctl.quantize.divergence import measure_divergence
+    from llmctl.evaluate.divergence import measure_divergence
     from llmctl.quantize.driver import quantize_checkpoint
-    from llmctl.quantize.evaluate import Protocol, measure_perplexity
+    from llmctl.evaluate.perplexity import Protocol, measure_perplexity
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -32,7 +32,7 @@ from llmctl.errors import ExitCode, LlmctlError
 
 if TYPE_CHECKING:
     from llmctl.checkpoint.reader import Checkpoint
-    from llmctl.quantize.distributions import CheckpointDistributions, Window
+    from llmctl.evaluate.distributions import CheckpointDistributions, Window
 
 HEAD = ("case", "calibration", "bits/weight", "KL", "KL, seeds", "ΔNLL", "top-1", "seconds")
 _BASE = QuantizeConfig(group_size=64, symmetric=False)
@@ -103,8 +103,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 
     from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
-    from llmctl.quantize.distributions import CheckpointDistributions
-    from llmctl.quantize.divergence import spread_windows
+    from llmctl.evaluate.distributions import CheckpointDistributions
+    from llmctl.evaluate.divergence import spread_windows
     from llmctl.text.tokenizer import Tokenizer
 
     if args.threads:
@@ -132,8 +132,8 @@ def _measured(
     import shutil
 
     from llmctl.checkpoint.opening import open_checkpoint
-    from llmctl.quantize.distributions import CheckpointDistributions
-    from llmctl.quantize.divergence import divergence
+    from llmctl.evaluate.distributions import CheckpointDistributions
+    from llmctl.evaluate.divergence import divergence
     from llmctl.quantize.driver import quantize_checkpoint
 
     usual = QuantizeConfig()

@@ -14,7 +14,8 @@ from llmctl.targets.table import ROOMS
 
 PACKAGE = Path(llmctl.__file__).parent
 ORDER = (
-    "errors config text structured graph checkpoint engine targets artifact quantize serving bench distributed cli"
+    "errors config text structured graph checkpoint engine targets artifact evaluate quantize serving bench "
+    "distributed cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -76,7 +77,7 @@ def test_only_the_table_knows_every_target(module: Path) -> None:
     room = target_room(name)
     if room is not None:
         assert imported <= {room, "reference"}
-    elif name.startswith("llmctl.quantize."):
+    elif name.startswith(("llmctl.evaluate.", "llmctl.quantize.")):
         assert imported <= {"reference"}
     elif name != "llmctl.targets.table":
         assert imported == set()

@@ -24,7 +24,7 @@ from llmctl.config import BuildConfig, EvalConfig, QuantizeConfig, parse_bytes
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.backends import run_backend
 from llmctl.quantize.driver import Progress
-from llmctl.quantize.evaluation import Evaluation, Show, evaluate
+from llmctl.evaluate.evaluation import Evaluation, Show, evaluate
 from llmctl.quantize.methods import CHOOSES_BITS, scheme_of
 from llmctl.quantize.plan import check_not_quantized, check_options
 from llmctl.quantize.report import QuantizeReport

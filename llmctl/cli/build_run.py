@@ -18,7 +18,7 @@ from llmctl.cli.common import print_json
 from llmctl.cli.step_progress import step_progress
 from llmctl.config import BuildConfig
 from llmctl.errors import LlmctlError
-from llmctl.quantize.eval_text import read_text
+from llmctl.evaluate.eval_text import read_text
 from llmctl.quantize.heads import HeadComparison, compare_heads
 from llmctl.text.tokenizer import Tokenizer
 

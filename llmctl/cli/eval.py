@@ -14,7 +14,7 @@ from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
     from llmctl.bench.gate import Gate
-    from llmctl.quantize.evaluation import Evaluation
+    from llmctl.evaluate.evaluation import Evaluation
 
 _D = EvalConfig()
 _TEXT, _GATE = "Text", "Gates (exit code 4)"
@@ -132,7 +132,7 @@ def evaluate(
     check_address_space(LEAST_WITH_TORCH)
     from llmctl.bench.gate import exit_code
     from llmctl.cli.step_progress import step_progress
-    from llmctl.quantize import evaluation
+    from llmctl.evaluate import evaluation
 
     with step_progress() as show:
         found = evaluation.evaluate(settings, show)

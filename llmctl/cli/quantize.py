@@ -239,7 +239,7 @@ def quantize(
     check_address_space(LEAST_WITH_TORCH)
     from llmctl.cli.quantize_progress import ProgressLines, print_report
     from llmctl.quantize.backends import run_backend
-    from llmctl.quantize.eval_text import read_text
+    from llmctl.evaluate.eval_text import read_text
     from llmctl.quantize.grid import BITS
     from llmctl.quantize.report_files import write_report_files
 

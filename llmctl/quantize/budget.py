@@ -24,7 +24,7 @@ from llmctl.config import QuantizeConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import BY_SAFETENSORS
 from llmctl.graph.graph import Graph, QuantScheme
-from llmctl.quantize.forward import CalibrationPass
+from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.quantize.knapsack import Option, choose
 from llmctl.quantize.modules import Module, Selection
 from llmctl.quantize.sensitivity import Candidate, OnProgress, measure_sensitivity
@@ -143,7 +143,7 @@ def spend(
     keys = [(i, bits) for i, group in enumerate(budget.groups) if len(group.bits) > 1 for bits in _measured(group)]
     candidates = [_candidate(budget.groups[i], bits, schemes) for i, bits in keys]
     rows = _affordable(graph, candidates, tokens.shape[1])
-    measured = measure_sensitivity(CalibrationPass(graph, source, tokens[:rows]), candidates, on_progress)
+    measured = measure_sensitivity(LayerwisePass(graph, source, tokens[:rows]), candidates, on_progress)
     losses = dict(zip(keys, measured, strict=True))
     options = [_options(i, group, losses) for i, group in enumerate(budget.groups)]
     chosen = choose(options, budget.limit)

@@ -26,7 +26,7 @@ from llmctl.errors import LlmctlError
 from llmctl.graph.graph import Graph
 from llmctl.quantize.budget import Budget, spend
 from llmctl.quantize.calibration import SELF, Calibration, read_calibration, self_calibration
-from llmctl.quantize.forward import CalibrationPass
+from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_without_data
 from llmctl.quantize.modules import Module
 from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan, notes
@@ -125,7 +125,7 @@ class _Job:
             tokens = self._tokens(work)
             if self.plan.budget is not None:
                 self._allocate(work, self.plan.budget, tokens)
-            reports = self._quantize(work, CalibrationPass(self.graph, self.checkpoint, tokens))
+            reports = self._quantize(work, LayerwisePass(self.graph, self.checkpoint, tokens))
             self._write(output, work)
         except LlmctlError:
             if not work.resumed:
@@ -172,7 +172,7 @@ class _Job:
         )
         self._say(notes(self.plan))
 
-    def _quantize(self, work: WorkFolder, calibration: CalibrationPass) -> list[LayerReport]:
+    def _quantize(self, work: WorkFolder, calibration: LayerwisePass) -> list[LayerReport]:
         """Run every layer up to the last that has something to quantize. Step i of the work folder is layer i."""
         reports: list[LayerReport] = []
         steps = self.layers[-1] + 1
@@ -198,7 +198,7 @@ class _Job:
         return reports
 
     def _step(
-        self, calibration: CalibrationPass, layer: int, hidden: dict[str, Tensor], last: bool
+        self, calibration: LayerwisePass, layer: int, hidden: dict[str, Tensor], last: bool
     ) -> tuple[LayerResult, dict[str, Tensor]]:
         if self.plan.calibrated:
             return quantize_layer(self.graph, self.plan, calibration, layer, hidden, last)

@@ -16,8 +16,8 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError
 from llmctl.graph.graph import LOGITS
-from llmctl.quantize.distributions import Window
-from llmctl.quantize.evaluate import Protocol, perplexity_of
+from llmctl.evaluate.distributions import Window
+from llmctl.evaluate.perplexity import Protocol, perplexity_of
 from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.books import quantize_book
 from llmctl.quantize.folding import find_fold, fold_scales
-from llmctl.quantize.forward import CalibrationPass, Stage
+from llmctl.targets.reference.layerwise import LayerwisePass, Stage
 from llmctl.quantize.gptq import inverse_factor, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
@@ -34,7 +34,7 @@ _ORIGINAL = "original "  # begins the names of the unquantized model's activatio
 
 
 def quantize_layer(
-    graph: Graph, plan: Plan, calibration: CalibrationPass, layer: int, hidden: Env, last: bool
+    graph: Graph, plan: Plan, calibration: LayerwisePass, layer: int, hidden: Env, last: bool
 ) -> tuple[LayerResult, Env]:
     """Quantize the chosen linears of a layer; their result and the activations leaving the layer.
 
@@ -55,7 +55,7 @@ def quantize_layer(
     return LayerResult(run.quantized, run.changed_dense(), report), leaving
 
 
-def quantize_layer_without_data(graph: Graph, plan: Plan, weights: CalibrationPass, layer: int) -> LayerResult:
+def quantize_layer_without_data(graph: Graph, plan: Plan, weights: LayerwisePass, layer: int) -> LayerResult:
     """Round a layer's linears to nearest; errors are those of the weights (of the outputs for white inputs)."""
     started = time.monotonic()
     quantized: dict[str, QuantizedWeight] = {}
@@ -106,7 +106,7 @@ def _check_inputs(layer: int, stage: Stage, stats: InputStats) -> None:
 class _LayerRun:
     """One layer on its way through."""
 
-    def __init__(self, graph: Graph, plan: Plan, calibration: CalibrationPass, layer: int, last: bool) -> None:
+    def __init__(self, graph: Graph, plan: Plan, calibration: LayerwisePass, layer: int, last: bool) -> None:
         self.graph, self.plan, self.calibration, self.layer, self.last = graph, plan, calibration, layer, last
         self.chosen = _chosen(plan, layer)
         self.stages = calibration.stages(layer, self.chosen)

@@ -11,9 +11,9 @@ from typing import Any
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.config import QuantizeConfig
-from llmctl.quantize.distributions import CheckpointDistributions
-from llmctl.quantize.divergence import Divergence, divergence
-from llmctl.quantize.evaluate import Protocol, longest_context, perplexity_from, scored_windows
+from llmctl.evaluate.distributions import CheckpointDistributions
+from llmctl.evaluate.divergence import Divergence, divergence
+from llmctl.evaluate.perplexity import Protocol, longest_context, perplexity_from, scored_windows
 from llmctl.targets.options import INT8_PASS
 
 _CONTEXT = 256

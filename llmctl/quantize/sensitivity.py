@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmctl.graph.graph import QuantScheme
-from llmctl.quantize.forward import CalibrationPass
+from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.targets.reference.context import Env
 
@@ -34,7 +34,7 @@ class Candidate:
 
 
 def measure_sensitivity(
-    calibration: CalibrationPass, candidates: Sequence[Candidate], on_progress: OnProgress = lambda *_: None
+    calibration: LayerwisePass, candidates: Sequence[Candidate], on_progress: OnProgress = lambda *_: None
 ) -> list[float]:
     """``KL(unquantized || with one candidate)`` of each candidate, mean over the pass's tokens, nats.
 
@@ -75,7 +75,7 @@ def _of_layer(candidates: Sequence[Candidate], layer: int) -> list[tuple[int, Ca
 
 
 @contextmanager
-def _rounded(calibration: CalibrationPass, candidate: Candidate) -> Iterator[None]:
+def _rounded(calibration: LayerwisePass, candidate: Candidate) -> Iterator[None]:
     before = {name: calibration.weights[name] for name in candidate.schemes}
     for name, scheme in candidate.schemes.items():
         calibration.weights[name] = quantize_rtn(before[name], scheme).dequantize()
@@ -86,7 +86,7 @@ def _rounded(calibration: CalibrationPass, candidate: Candidate) -> Iterator[Non
             calibration.weights[name] = weight
 
 
-def _log_probs(calibration: CalibrationPass, hidden: Env, rows: slice) -> Tensor:
+def _log_probs(calibration: LayerwisePass, hidden: Env, rows: slice) -> Tensor:
     return calibration.logits({name: value[rows] for name, value in hidden.items()}).log_softmax(dim=-1)
 
 

@@ -13,9 +13,9 @@ from llmctl.artifact.builder import build_engine
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.cli.main import app
 from llmctl.config import BuildConfig, QuantizeConfig
-from llmctl.quantize.divergence import measure_divergence
+from llmctl.evaluate.divergence import measure_divergence
 from llmctl.quantize.driver import quantize_checkpoint
-from llmctl.quantize.evaluate import Protocol, measure_perplexity
+from llmctl.evaluate.perplexity import Protocol, measure_perplexity
 
 RECIPE = Path(__file__).parents[2] / "configs" / "eval" / "ci-gate.yaml"
 TEXT = "the quick brown fox reads a book and the answer is that every question has an answer of its own. " * 6

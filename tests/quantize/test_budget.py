@@ -137,13 +137,13 @@ def test_only_as_much_text_is_measured_on_as_there_is_time_for(
     config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    inner = budget.CalibrationPass
+    inner = budget.LayerwisePass
 
-    def spy(graph: Graph, source: Checkpoint, tokens: Tensor) -> budget.CalibrationPass:
+    def spy(graph: Graph, source: Checkpoint, tokens: Tensor) -> budget.LayerwisePass:
         seen.append(tokens.numel())
         return inner(graph, source, tokens)
 
-    monkeypatch.setattr(budget, "CalibrationPass", spy)
+    monkeypatch.setattr(budget, "LayerwisePass", spy)
     monkeypatch.setattr(budget, "_MIN_TOKENS", 64)
     quantize_checkpoint(config)
     monkeypatch.setattr(budget, "_MAX_WORK", 1)

@@ -21,8 +21,8 @@ from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize import heads
-from llmctl.quantize.eval_text import read_text
-from llmctl.quantize.evaluate import Protocol, measure_perplexity, perplexity_of
+from llmctl.evaluate.eval_text import read_text
+from llmctl.evaluate.perplexity import Protocol, measure_perplexity, perplexity_of
 from llmctl.targets.base import LM_HEADS
 from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.text.tokenizer import Tokenizer

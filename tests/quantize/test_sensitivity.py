@@ -7,7 +7,7 @@ from random_models import logits_of, random_tokens, write_model
 from llmctl.checkpoint.assemble import accounted_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.graph.graph import QuantScheme
-from llmctl.quantize.forward import CalibrationPass, LayerWeights
+from llmctl.targets.reference.layerwise import LayerwisePass, LayerWeights
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.sensitivity import Candidate, measure_sensitivity
 
@@ -31,7 +31,7 @@ def test_it_is_the_kl_of_the_model_with_that_alone_rounded(model: Path, monkeypa
     graph, _ = accounted_graph(checkpoint)
     tokens = random_tokens(3, 13, graph.vocab_size)
     seen: list[tuple[int, int]] = []
-    calibration = CalibrationPass(graph, checkpoint, torch.tensor(tokens, dtype=torch.int32))
+    calibration = LayerwisePass(graph, checkpoint, torch.tensor(tokens, dtype=torch.int32))
     found = measure_sensitivity(calibration, CANDIDATES, lambda *at: seen.append(at))
     assert seen == [(2, 5), (5, 5)]
     expected = logits_of(graph, LayerWeights(graph, checkpoint), tokens).double().log_softmax(dim=-1)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.errors import UsageError
-from llmctl.quantize.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
-from llmctl.quantize.evaluate import Protocol, check_finite, scored_windows, tokenizer_digest
+from llmctl.evaluate.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
+from llmctl.evaluate.perplexity import Protocol, check_finite, scored_windows, tokenizer_digest
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from random_models import logits_of, write_model
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.errors import UsageError
-from llmctl.quantize.evaluate import Protocol, measure_perplexity
+from llmctl.evaluate.perplexity import Protocol, measure_perplexity
 from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import UsageError
 from llmctl.graph.passes import apply_passes
-from llmctl.quantize.forward import CalibrationPass
+from llmctl.targets.reference.layerwise import LayerwisePass
 
 Window = tuple[Sequence[int], int]
 """Token ids, and how many of the last of them are scored."""
@@ -67,7 +67,7 @@ class CheckpointDistributions:
         graph = apply_passes(checkpoint_graph(checkpoint), passes)
         _check_tokens(windows, graph.vocab_size)
         self._windows = windows
-        self._pass = CalibrationPass(graph, checkpoint, [tokens for tokens, _ in windows])
+        self._pass = LayerwisePass(graph, checkpoint, [tokens for tokens, _ in windows])
         hidden = self._pass.enter()
         self._pass.forget(-1)
         for layer in range(graph.num_layers):

@@ -1,7 +1,7 @@
-"""The calibration forward pass: one decoder layer at a time, stopping where its linears' inputs are known.
+"""The forward pass over whole sequences, one decoder layer at a time, stopping where its linears' inputs are known.
 
-Only one layer's weights are in memory, with the KV cache and activations of some of the sequences, plus the activations
-between layers.
+Calibration and evaluation run models through it. Only one layer's weights are in
+memory, with the KV cache and activations of some of the sequences, plus the activations between layers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHUNK_TOKENS = 2048  # an MLP's activations of so many are 90 MB each in a mode
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears of one layer that read the same buffer and are to be quantized, in execution order.
+    """Linears of one layer that read the same buffer and are chosen, in execution order.
 
     Attributes:
-        buffer: the buffer. linears: its readers among those to quantize.
+        buffer: the buffer. linears: its readers among those chosen.
     """
 
     buffer: str
@@ -70,8 +70,8 @@ class LayerWeights(MutableMapping[str, Tensor]):
         return len(self._graph.weights)
 
 
-class CalibrationPass:
-    """Runs calibration tokens through a plain Graph layer by layer, a chunk of sequences at a time.
+class LayerwisePass:
+    """Runs tokens through a plain Graph layer by layer, a chunk of sequences at a time.
 
     Whole, for all tokens, are only the activations between layers and the input of the stage at hand.
 
@@ -99,7 +99,7 @@ class CalibrationPass:
         """The stages of a layer.
 
         Args:
-            chosen: names of the weights to quantize.
+            chosen: names of the weights that matter.
         """
         wanted = set(chosen)
         by_buffer: dict[str, list[Op]] = {}

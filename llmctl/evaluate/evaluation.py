@@ -12,11 +12,11 @@ from typing import Any
 
 from llmctl.config import EvalConfig
 from llmctl.errors import UsageError
-from llmctl.quantize.distributions import Window
-from llmctl.quantize.divergence import Divergence, divergence, spread_windows
-from llmctl.quantize.eval_text import read_text
-from llmctl.quantize.evaluate import Protocol, perplexity_from, score, token_digest
-from llmctl.quantize.scored_model import ScoredModel, open_scored
+from llmctl.evaluate.distributions import Window
+from llmctl.evaluate.divergence import Divergence, divergence, spread_windows
+from llmctl.evaluate.eval_text import read_text
+from llmctl.evaluate.perplexity import Protocol, perplexity_from, score, token_digest
+from llmctl.evaluate.scored_model import ScoredModel, open_scored
 
 _CONTEXT = 1024
 

@@ -21,7 +21,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.generate import score_all
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
-from llmctl.quantize.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
+from llmctl.evaluate.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
 from llmctl.text.tokenizer import Tokenizer
 
 _BATCH = 8  # windows scored at once

@@ -19,8 +19,8 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.errors import UsageError
-from llmctl.quantize.distributions import ROWS, CheckpointDistributions, OnProgress, RuntimeDistributions, Window
-from llmctl.quantize.evaluate import longest_context, tokenizer_digest
+from llmctl.evaluate.distributions import ROWS, CheckpointDistributions, OnProgress, RuntimeDistributions, Window
+from llmctl.evaluate.perplexity import longest_context, tokenizer_digest
 from llmctl.targets.options import INT8_PASS
 from llmctl.targets.table import target_of
 from llmctl.text.tokenizer import Tokenizer

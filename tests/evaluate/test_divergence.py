@@ -9,9 +9,9 @@ from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
-from llmctl.quantize.divergence import divergence, measure_divergence, spread_windows
+from llmctl.evaluate.divergence import divergence, measure_divergence, spread_windows
 from llmctl.quantize.driver import quantize_checkpoint
-from llmctl.quantize.evaluate import Protocol, measure_perplexity
+from llmctl.evaluate.perplexity import Protocol, measure_perplexity
 from llmctl.targets.reference.weights import CheckpointWeights
 from llmctl.text.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ import torch
 from random_models import CONFIGS, random_tensors, random_tokens
 
 from llmctl.graph.families import build_graph
-from llmctl.quantize.forward import CalibrationPass, Stage
+from llmctl.targets.reference.layerwise import LayerwisePass, Stage
 
 SAMPLES, LENGTH, VOCAB = 3, 12, 97
 
@@ -28,16 +28,16 @@ def source() -> Source:
 
 
 @pytest.fixture
-def calibration(source: Source) -> CalibrationPass:
+def calibration(source: Source) -> LayerwisePass:
     graph = build_graph({**CONFIGS["llama"], "vocab_size": VOCAB})
-    return CalibrationPass(graph, source, torch.tensor(random_tokens(SAMPLES, LENGTH, VOCAB)))
+    return LayerwisePass(graph, source, torch.tensor(random_tokens(SAMPLES, LENGTH, VOCAB)))
 
 
-def linears(calibration: CalibrationPass, layer: int) -> list[str]:
+def linears(calibration: LayerwisePass, layer: int) -> list[str]:
     return [op.weights[0] for op in calibration.graph.layer_ops(layer) if op.kind == "linear"]
 
 
-def test_stages_come_in_order_with_the_rows_of_all_tokens(calibration: CalibrationPass) -> None:
+def test_stages_come_in_order_with_the_rows_of_all_tokens(calibration: LayerwisePass) -> None:
     hidden = calibration.enter()
     for layer in range(calibration.graph.num_layers + 1):
         stages = calibration.stages(layer, linears(calibration, layer))
@@ -53,7 +53,7 @@ def test_stages_come_in_order_with_the_rows_of_all_tokens(calibration: Calibrati
     assert hidden == {}
 
 
-def test_a_run_without_outputs_ends_at_its_last_stage(calibration: CalibrationPass, source: Source) -> None:
+def test_a_run_without_outputs_ends_at_its_last_stage(calibration: LayerwisePass, source: Source) -> None:
     (first, *_) = calibration.stages(0, linears(calibration, 0))
     hidden = calibration.enter()
 
@@ -70,7 +70,7 @@ def test_a_run_without_outputs_ends_at_its_last_stage(calibration: CalibrationPa
     assert calibration.run(0, {**hidden, **calibration.run(0, hidden)}, [first], outputs=False) == {}
 
 
-def test_a_weight_that_a_stage_changes_is_used_at_once(calibration: CalibrationPass) -> None:
+def test_a_weight_that_a_stage_changes_is_used_at_once(calibration: LayerwisePass) -> None:
     graph, hidden = calibration.graph, calibration.enter()
     stages = calibration.stages(0, linears(calibration, 0))
     inputs: dict[str, torch.Tensor] = {}
@@ -99,7 +99,7 @@ def test_chunks_of_sequences_give_what_all_at_once_give(
     sequences[1] = sequences[1][:5]
 
     def run() -> list[torch.Tensor]:
-        calibration = CalibrationPass(graph, source, sequences)
+        calibration = LayerwisePass(graph, source, sequences)
         hidden, seen = calibration.enter(), []
 
         def double(stage: Stage, x: torch.Tensor) -> None:
@@ -113,6 +113,6 @@ def test_chunks_of_sequences_give_what_all_at_once_give(
         return [*seen, calibration.logits({name: value[::3] for name, value in hidden.items()})]
 
     whole = run()
-    monkeypatch.setattr("llmctl.quantize.forward._CHUNK_TOKENS", tokens)
+    monkeypatch.setattr("llmctl.targets.reference.layerwise._CHUNK_TOKENS", tokens)
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -13,7 +13,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import BuildConfig
-from llmctl.quantize.distributions import ROWS, CheckpointDistributions, RuntimeDistributions, Window, pieces
+from llmctl.evaluate.distributions import ROWS, CheckpointDistributions, RuntimeDistributions, Window, pieces
 
 
 def test_pieces_are_the_scored_positions_once() -> None:
