@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.checkpoint.reader import Checkpoint
 from llmctl.errors import UsageError
-from llmctl.evaluate.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
-from llmctl.evaluate.perplexity import Protocol, check_finite, scored_windows, tokenizer_digest
+from llmctl.evaluate.distributions import OnProgress, Window, pieces, targets_of
+from llmctl.evaluate.perplexity import check_finite
 
 
 @dataclass(frozen=True)
@@ -94,18 +93,6 @@ def divergence(
         check_finite(who, value)
     errors = _standard_errors(sums[:, :2], counts)
     return Divergence(kl, errors[0], delta, errors[1], top1, total, nll, original_nll)
-
-
-def measure_divergence(original: Checkpoint, other: Checkpoint, text: str, protocol: Protocol) -> Divergence:
-    """Compare two models on a text, both in float32.
-
-    Raises:
-        UsageError: too little text, or models with different tokenizers.
-    """
-    if tokenizer_digest(original) != tokenizer_digest(other):
-        raise UsageError(f"{other.path}: has another tokenizer than {original.path}; distributions do not compare")
-    _, windows = scored_windows(original, text, protocol)
-    return divergence(CheckpointDistributions(original, windows), CheckpointDistributions(other, windows), windows)
 
 
 def _compare(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:

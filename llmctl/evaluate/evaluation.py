@@ -101,11 +101,6 @@ def evaluate(config: EvalConfig, show: Show) -> Evaluation:
     assert text is not None
     model = open_scored(config.model, config.activations)
     against = open_scored(config.against) if config.against else None
-    if against is not None and against.tokenizer_sha256 != model.tokenizer_sha256:
-        raise UsageError(
-            f"--against {config.against}: has another tokenizer than {config.model}; distributions do not compare",
-            param="against",
-        )
     protocol, windows = _cut(config, model, against, text)
     found = _measure(model, against, windows, show)
     return Evaluation(
@@ -129,7 +124,7 @@ def _cut(
         raise UsageError(f"--context {context}: the longest context is {longest}", param="context")
     if config.max_tokens is not None and config.max_tokens < 2:
         raise UsageError(f"--max-tokens {config.max_tokens}: expected at least 2", param="max_tokens")
-    tokens = model.tokenizer().encode(text, add_special_tokens=False)[: config.max_tokens]
+    tokens = _tokens(config, model, against, text)[: config.max_tokens]
     stride = None
     if config.windows is None:
         stride = context if config.stride is None else config.stride
@@ -141,6 +136,29 @@ def _cut(
     scored = sum(count for _, count in windows)
     digests = (token_digest(tokens), model.tokenizer_sha256)
     return TextProtocol(config.text, len(tokens), *digests, context, stride, len(windows), scored), windows
+
+
+def _tokens(config: EvalConfig, model: ScoredModel, against: ScoredModel | None, text: str) -> list[int]:
+    """The text's token ids, which must mean the same to both models.
+
+    Raises:
+        UsageError: they do not.
+    """
+    tokenizer = model.tokenizer()
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if against is None or against.tokenizer_sha256 == model.tokenizer_sha256:
+        return tokens
+    # That of a GGUF file is written anew: the same vocabulary in other bytes, with names for ids that had none.
+    other = against.tokenizer()
+    pairs = (
+        (tokenizer.id_to_token(i), other.id_to_token(i)) for i in range(max(tokenizer.vocab_size, other.vocab_size))
+    )
+    if any(one != two for one, two in pairs if None not in (one, two)) or other.encode(text, False) != tokens:
+        raise UsageError(
+            f"--against {config.against}: has another tokenizer than {config.model}; distributions do not compare",
+            param="against",
+        )
+    return tokens
 
 
 def _measure(

@@ -1,7 +1,6 @@
 """Perplexity of a model on a text; ``divergence.py`` compares two models on the same text.
 
-Perplexities can only be compared under one protocol, so every result states it: the text's token count and hash, the
-tokenizer's hash, the context, the stride, and how many tokens were scored.
+Perplexities can only be compared under one protocol: the same tokens of the text, cut and scored alike.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.engine.generate import score_all
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
-from llmctl.evaluate.distributions import CheckpointDistributions, OnProgress, Window, pieces, targets_of
+from llmctl.evaluate.distributions import OnProgress, Window, pieces, targets_of
 from llmctl.text.tokenizer import Tokenizer
 
 _BATCH = 8  # windows scored at once
@@ -66,52 +64,6 @@ class Protocol:
         return found
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """A measured perplexity with its protocol.
-
-    Attributes:
-        perplexity: ``exp(-mean log-probability)`` over ``scored_tokens`` tokens.
-        text_sha256: of the token ids used; tokenizer_sha256: of tokenizer.json.
-    """
-
-    perplexity: float
-    scored_tokens: int
-    tokens: int
-    context: int
-    stride: int
-    text_sha256: str
-    tokenizer_sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as JSON data."""
-        return asdict(self)
-
-
-def measure_perplexity(
-    checkpoint: Checkpoint, text: str, protocol: Protocol, on_progress: OnProgress | None = None
-) -> Perplexity:
-    """Perplexity of a checkpoint's model on a text, in f32.
-
-    Args:
-        on_progress: told how many layers are done.
-
-    Raises:
-        UsageError: too little text; a context longer than the model's.
-    """
-    tokens, windows = scored_windows(checkpoint, text, protocol)
-    nll = score(CheckpointDistributions(checkpoint, windows, on_progress), windows)
-    return Perplexity(
-        perplexity=perplexity_from(nll),
-        scored_tokens=sum(scored for _, scored in windows),
-        tokens=len(tokens),
-        context=protocol.context,
-        stride=protocol.stride,
-        text_sha256=token_digest(tokens),
-        tokenizer_sha256=tokenizer_digest(checkpoint),
-    )
-
-
 def score(distributions: Iterable[Tensor], windows: Sequence[Window], on_progress: OnProgress | None = None) -> float:
     """Mean negative log-likelihood of the windows' scored tokens, nats.
 
@@ -147,7 +99,7 @@ def scored_windows(checkpoint: Checkpoint, text: str, protocol: Protocol) -> tup
     """The tokens of a text that a protocol uses, as a checkpoint's tokenizer makes them, and their windows.
 
     Raises:
-        UsageError: as ``measure_perplexity``.
+        UsageError: too little text; a context longer than the model's.
     """
     check_context(protocol, checkpoint)
     tokenizer = Tokenizer.from_files(checkpoint.aux_files(), where=str(checkpoint.path))

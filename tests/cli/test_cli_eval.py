@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from random_models import write_model
+from scored_texts import compare, perplexity
 from typer.testing import CliRunner
 
 from llmctl.artifact.builder import build_engine
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.cli.main import app
 from llmctl.config import BuildConfig, QuantizeConfig
-from llmctl.evaluate.divergence import measure_divergence
+from llmctl.evaluate.perplexity import Protocol
 from llmctl.quantize.driver import quantize_checkpoint
-from llmctl.evaluate.perplexity import Protocol, measure_perplexity
+from llmctl.text.tokenizer import Tokenizer
 
 RECIPE = Path(__file__).parents[2] / "configs" / "eval" / "ci-gate.yaml"
 TEXT = "the quick brown fox reads a book and the answer is that every question has an answer of its own. " * 6
@@ -43,12 +47,21 @@ def test_a_perplexity_with_its_protocol(root: Path, tmp_path: Path) -> None:
     recipe.write_text("stride: 16\nmax-tokens: 100\n")
     code, out, err = run(root, "dense", "--config", str(recipe), "--json")
     found = json.loads(out)
-    expected = measure_perplexity(open_checkpoint(root / "dense"), TEXT, Protocol(32, 16, 100))
     assert code == 0
-    assert found["perplexity"] == pytest.approx(expected.perplexity)
-    for key in ("tokens", "scored_tokens", "context", "stride", "text_sha256", "tokenizer_sha256"):
-        assert found["protocol"][key] == getattr(expected, key)
-    assert found["protocol"]["windows"] == 6
+    assert found["perplexity"] == pytest.approx(
+        perplexity(open_checkpoint(root / "dense"), TEXT, Protocol(32, 16, 100))
+    )
+    tokens = Tokenizer.from_folder(root / "dense").encode(TEXT, add_special_tokens=False)[:100]
+    assert found["protocol"] == {
+        "text": str(root / "text.txt"),
+        "tokens": 100,
+        "text_sha256": hashlib.sha256(np.array(tokens, np.int32).tobytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256((root / "dense" / "tokenizer.json").read_bytes()).hexdigest(),
+        "context": 32,
+        "stride": 16,
+        "windows": 6,
+        "scored_tokens": 99,
+    }
     assert found["gates"] == []
     assert "kl" not in found
     assert "layers of the model 100%" in err
@@ -65,7 +78,7 @@ def test_one_model_against_another(root: Path) -> None:
     assert found["protocol"]["scored_tokens"] == 3 * 31
     dense, rtn = (open_checkpoint(root / name) for name in ("dense", "rtn"))
     one = json.loads(run(root, "rtn", "--against", str(root / "dense"), "--max-tokens", "32", "--json")[1])
-    assert one["kl"] == pytest.approx(measure_divergence(dense, rtn, TEXT, Protocol(32, 32, 32)).kl)
+    assert one["kl"] == pytest.approx(compare(dense, rtn, TEXT, Protocol(32, 32, 32)).kl)
     assert one["kl_error"] is one["delta_nll_error"] is None
 
 
@@ -138,11 +151,29 @@ def test_a_refusal_is_one_line_and_exit_code_two(args: list[str], said: str, roo
     assert said in err
 
 
-def test_models_that_do_not_compare(root: Path, tmp_path: Path) -> None:
-    other = write_model(tmp_path / "other", "llama", num_hidden_layers=1)
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    code, _, err = run(root, "dense", "--against", str(other))
-    assert (code, "has another tokenizer" in err) == (2, True)
+@pytest.mark.parametrize("change", ["spelling", "vocabulary", "merges"])
+def test_models_compare_where_token_ids_mean_the_same(change: str, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "dense", tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    document = json.loads(path.read_text())
+    if change == "vocabulary":
+        ids = document["model"]["vocab"]
+        ids["q"], ids["Q"] = ids["Q"], ids["q"]
+    elif change == "merges":
+        document["model"]["merges"] = []
+    path.write_text(json.dumps(document, indent=3))
+    code, _, err = run(root, "dense", "--against", str(tmp_path / "other"), "--json")
+    assert (code, "has another tokenizer" in err) == ((0, False) if change == "spelling" else (2, True))
+
+
+def test_a_gguf_file_against_what_it_was_made_from(root: Path, tmp_path: Path) -> None:
+    made = tmp_path / "rtn.gguf"
+    quantize_checkpoint(
+        QuantizeConfig(str(root / "dense"), str(made), method="rtn", bits=8, group_size=32, format="gguf")
+    )
+    code, out, err = run(root, str(made), "--against", str(root / "dense"), "--json")
+    assert code == 0, err
+    assert 0 < json.loads(out)["kl"] < 0.1
 
 
 def test_tokens_that_the_model_does_not_have(root: Path, tmp_path: Path) -> None:

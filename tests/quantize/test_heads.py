@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoint
+from scored_texts import perplexity
 
 from llmctl.artifact.builder import plan_output
 from llmctl.artifact.loader import load_engine
@@ -20,9 +21,9 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.config import BuildConfig
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.errors import LlmctlError, UsageError
-from llmctl.quantize import heads
 from llmctl.evaluate.eval_text import read_text
-from llmctl.evaluate.perplexity import Protocol, measure_perplexity, perplexity_of
+from llmctl.evaluate.perplexity import Protocol, perplexity_of
+from llmctl.quantize import heads
 from llmctl.targets.base import LM_HEADS
 from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.text.tokenizer import Tokenizer
@@ -90,8 +91,8 @@ def test_perplexities_are_those_of_the_built_engines(
         engine.close()
     assert [h.bytes for h in found.heads] == sorted((h.bytes for h in found.heads), reverse=True)
     assert found.change(found.heads[0]) == 0
-    exact = measure_perplexity(open_checkpoint(model), TEXT, Protocol(found.context, found.context, found.tokens))
-    assert found.heads[0].perplexity == pytest.approx(exact.perplexity, rel=0.02)
+    exact = perplexity(open_checkpoint(model), TEXT, Protocol(found.context, found.context, found.tokens))
+    assert found.heads[0].perplexity == pytest.approx(exact, rel=0.02)
 
 
 def test_a_large_model_is_measured_on_less_text(

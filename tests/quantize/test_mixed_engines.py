@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from random_models import random_tokens, write_model
+from scored_texts import scores
 from typer.testing import CliRunner
 
 from llmctl.artifact.builder import build_engine
@@ -14,10 +15,6 @@ from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.cli.main import app
 from llmctl.config import BuildConfig, QuantizeConfig
-from llmctl.engine.generate import score_all
-from llmctl.engine.llm_engine import LLMEngine
-from llmctl.engine.scheduler_config import SchedulerConfig
-from llmctl.engine.step import Runtime
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.targets.reference.weights import checkpoint_runtime
@@ -39,15 +36,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         QuantizeConfig(model=str(model), output=str(root / "mixed"), method="rtn", group_size=32, override=MIXED)
     )
     return root / "mixed"
-
-
-def scores(runtime: Runtime, tokens: list[list[int]]) -> np.ndarray:
-    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64, enable_prefix_caching=False)
-    engine = LLMEngine(runtime, config)
-    try:
-        return np.concatenate(score_all(engine, tokens))
-    finally:
-        engine.close()
 
 
 @pytest.mark.parametrize(
