@@ -135,7 +135,7 @@ class _Job:
 
     def write(self, output: Path) -> int:
         """Write and compare; the number of weights that were compared."""
-        check_new(output, self.settings)
+        check_new(output, self.settings.format)
         modules = _Modules(self.checkpoint, self.schemes)
         try:
             write_quantized_checkpoint(

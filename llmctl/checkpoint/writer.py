@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.folder import check_parent, published_file, published_folder
-from llmctl.checkpoint.output_format import OutputFormat
+from llmctl.checkpoint.output_format import FORMATS, OutputFormat
 from llmctl.checkpoint.output_plan import OutputPlan
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_new(output: Path, settings: OutputFormat | None = None) -> None:
+def check_new(output: Path, format: str | None = None) -> None:
     """Refuse an ``--output`` that exists, or that is not named as what it will be.
+
+    Args:
+        format: a name in ``FORMATS``; None: the name is not looked at.
 
     Raises:
         UsageError: as said.
@@ -33,9 +36,12 @@ def check_new(output: Path, settings: OutputFormat | None = None) -> None:
     check_parent(output)
     if output.exists():
         raise UsageError(f"--output {output}: exists already", fix="choose another name or remove it", param="output")
-    if settings is not None and settings.row.one_file != (output.suffix == ".gguf"):
-        wanted = "one file, NAME.gguf" if settings.row.one_file else "a folder, found the name of a .gguf file"
-        raise UsageError(f"--output {output}: {settings.format} is {wanted}", fix="rename it", param="output")
+    if format is None:
+        return
+    one_file = FORMATS[format].one_file
+    if one_file != (output.suffix == ".gguf"):
+        wanted = "one file, NAME.gguf" if one_file else "a folder, found the name of a .gguf file"
+        raise UsageError(f"--output {output}: {format} is {wanted}", fix="rename it", param="output")
 
 
 def check_writable(source: Checkpoint, settings: OutputFormat) -> None:
@@ -81,7 +87,7 @@ def write_quantized_checkpoint(
             source does not have.
         CheckpointError: a dense value too large for the 16-bit dtype.
     """
-    check_new(output, settings)
+    check_new(output, settings.format)
     plan = OutputPlan(source, quantized, replaced_dense, settings, left_out)
     if settings.row.one_file:
         from llmctl.checkpoint.gguf_writer import write_gguf

@@ -81,8 +81,7 @@ def apply_overrides(
         bits: module -> its bits, where not the scheme's; an override's come first.
 
     Raises:
-        UsageError: an override that matches no linear to quantize, bits that a code book has not, or nothing left to
-            quantize.
+        UsageError: an override that matches no linear to quantize, or nothing left to quantize.
     """
     for override in overrides:
         if not any(module.matches(override.pattern) for module in selection.modules):
@@ -100,12 +99,6 @@ def apply_overrides(
         if own_bits == DENSE_BITS:
             dense.append(module.name)
             continue
-        if scheme.book and own_bits not in (None, scheme.bits):
-            raise UsageError(
-                f"--override: {scheme.book} has {scheme.bits} bits, found bits={own_bits} for {module.name}",
-                fix=f"bits={DENSE_BITS} leaves it as it is",
-                param="override",
-            )
         kept.append(module)
         own = replace(
             scheme,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import llmctl
 from llmctl.checkpoint import awq
 from llmctl.checkpoint.output_format import FORMATS as WRITTEN
 from llmctl.checkpoint.output_format import OutputFormat, gptq_format
@@ -67,7 +67,6 @@ class Plan:
         """Everything the result's bytes depend on, as JSON data."""
         c = self.config
         common: dict[str, Any] = {
-            "llmctl": llmctl.__version__,
             "model": checkpoint.fingerprint(),
             "method": c.method,
             "bits": self.scheme.bits,
@@ -117,15 +116,8 @@ def check_options(config: QuantizeConfig) -> None:
     check_threads(config.threads)
     if not config.output:
         raise UsageError("--output: the folder to write is missing", param="output")
-    if config.has_budget and "bits" in method.fixed:
-        given = "target_bpw" if config.target_bpw is not None else "target_size"
-        raise UsageError(
-            f"--{given.replace('_', '-')}: --method {config.method} has {scheme.bits} bits only", param=given
-        )
-    if config.target_bpw is not None and config.target_size is not None:
-        raise UsageError("--target-bpw and --target-size: expected one of them", param="target_size")
-    if config.target_size is not None:
-        parse_bytes(config.target_size, param="target_size")
+    if config.has_budget:
+        _check_budget(config)
     if method.calibrated or config.has_budget:
         file_of(config.calib)
 
@@ -170,7 +162,7 @@ def make_plan(
         budget = make_budget(config, checkpoint, graph, selection, schemes, pinned, output)
     else:
         _check_packable(selection, output)
-    check_new(Path(config.output), output)
+    check_new(Path(config.output), output.format)
     check_writable(checkpoint, output)
     options = GptqOptions(config.damp_percent, config.act_order, config.static_groups, sweeps=config.sweeps)
     return Plan(config, scheme, schemes, options, selection, budget, output, dtype)
@@ -259,6 +251,25 @@ def _needs_g_idx(config: QuantizeConfig) -> bool:
     return ordered and scheme_of(config).group_size != -1
 
 
+def _check_budget(config: QuantizeConfig) -> None:
+    given = "target_bpw" if config.target_bpw is not None else "target_size"
+    if "bits" in method_of(config).fixed:
+        bits = method_of(config).bits
+        raise UsageError(f"--{given.replace('_', '-')}: --method {config.method} has {bits} bits only", param=given)
+    if config.bits is not None:
+        raise UsageError(
+            "--bits: those of each linear are chosen under --target-bpw and --target-size",
+            fix="leave --bits out; --override 'NAME:bits=N' settles those of some linears",
+            param="bits",
+        )
+    if config.target_bpw is not None and config.target_size is not None:
+        raise UsageError("--target-bpw and --target-size: expected one of them", param="target_size")
+    if config.target_bpw is not None and not math.isfinite(config.target_bpw):
+        raise UsageError(f"--target-bpw {config.target_bpw}: expected a finite number", param="target_bpw")
+    if config.target_size is not None:
+        parse_bytes(config.target_size, param="target_size")
+
+
 def _check_override(config: QuantizeConfig, override: Override) -> None:
     own = method_of(config)
     settled = {"bits": override.bits if override.bits != DENSE_BITS else None, "group_size": override.group_size}
@@ -267,6 +278,7 @@ def _check_override(config: QuantizeConfig, override: Override) -> None:
             raise UsageError(
                 f"--override {override.text}: --method {config.method} has {name.replace('_', '-')} "
                 f"{getattr(own, name)} only",
+                fix=f"bits={DENSE_BITS} leaves linears as they are",
                 param="override",
             )
     if override.bits not in (None, *BITS, DENSE_BITS):

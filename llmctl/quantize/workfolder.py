@@ -1,7 +1,7 @@
 """The work folder beside the output: finished layers, so that an interrupted run can continue to the same bytes.
 
-``<output>.partial/`` holds ``options.json`` (what the result depends on), ``calibration.safetensors`` (token ids),
-``allocation.json`` (bits chosen under a budget),
+``<output>.partial/`` holds ``options.json`` (what the result depends on, the code included),
+``calibration.safetensors`` (token ids), ``allocation.json`` (bits chosen under a budget),
 ``hidden-NNNNN.safetensors`` (activations entering layer N) and ``layer-NNNNN.safetensors`` (that layer's result, with
 its report in ``layer-NNNNN.json``). Every file appears by a rename; a layer counts once the activations after it are
 there.
@@ -9,6 +9,8 @@ there.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import llmctl
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, map_tensor, tensor_spec, write_safetensors
 from llmctl.checkpoint.writer import check_new
@@ -172,7 +176,7 @@ def open_work_folder(output: Path, options: Mapping[str, Any]) -> WorkFolder:
         CheckpointError: its ``options.json`` is damaged.
     """
     path = partial_path(output)
-    wanted = json.loads(json.dumps(options))
+    wanted = json.loads(json.dumps({**options, "llmctl": code_version(), "torch": str(torch.__version__)}))
     if not (path / "options.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "options.json", json.dumps(wanted, indent=2))
@@ -186,10 +190,20 @@ def open_work_folder(output: Path, options: Mapping[str, Any]) -> WorkFolder:
         said = "; ".join(f"{key.replace('_', '-')} was {found.get(key)}, is {wanted.get(key)}" for key in differing)
         raise UsageError(
             f"--resume: the interrupted run had other options: {said}",
-            fix=f"repeat its options, or remove {path} to start afresh",
+            fix=f"continue it as it began, or remove {path} to start afresh",
             param="resume",
         )
     return WorkFolder(path, resumed=True)
+
+
+@functools.cache
+def code_version() -> str:
+    """llmctl's version and a digest of its code: layers of one model are not to come from two arithmetics."""
+    package = Path(llmctl.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{llmctl.__version__}+{digest.hexdigest()[:12]}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from random_models import random_tokens, write_model
 from safetensors.torch import load_file
+from scored_texts import scores
 from typer.testing import CliRunner
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
+from llmctl.checkpoint import compressed_tensors_planes
 from llmctl.checkpoint.bitsandbytes_planes import nest_scales, nested_map
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
@@ -63,6 +65,11 @@ def test_rows_of_zeros_stay(scheme: QuantScheme) -> None:
     made = quantize_book(torch.zeros(3, 64), scheme)
     assert torch.equal(made.dequantize(), torch.zeros(3, 64))
     assert not (made.codes & 0x7F == 0x7F).any()
+
+
+def test_float8_with_groups_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="a scale a row or a block, found groups of 32"):
+        compressed_tensors_planes.check_packable((64, 128), replace(FP8, group_size=32))
 
 
 def test_every_float8_is_itself() -> None:
@@ -117,7 +124,7 @@ def test_bitsandbytes_planes_are_named_and_packed_as_it_has_them(config: Quantiz
     [
         ({"method": "fp8", "bits": 4}, "--bits 4: --method fp8 has --bits 8 only"),
         ({"method": "fp8", "group_size": 64}, "--group-size 64: --method fp8 has --group-size -1 only"),
-        ({"method": "fp8", "override": ("down_proj:group-size=32",)}, "a scale a row or a block"),
+        ({"method": "fp8", "override": ("down_proj:group-size=32",)}, "--method fp8 has group-size -1 only"),
         ({"method": "fp8", "format": "gptq"}, "--method fp8 is written as compressed-tensors"),
         ({"symmetric": False}, "--asymmetric: --method nf4 has --symmetric only"),
         ({"format": "gguf"}, "is written as bitsandbytes or bitsandbytes-double"),
@@ -125,7 +132,7 @@ def test_bitsandbytes_planes_are_named_and_packed_as_it_has_them(config: Quantiz
         ({"group_size": 96}, "does not divide the input width"),
         ({"target_bpw": 4.5}, "--target-bpw: --method nf4 has 4 bits only"),
         ({"target_size": "1MiB"}, "--target-size: --method nf4 has 4 bits only"),
-        ({"override": ("down_proj:bits=8",)}, "nf4 has 4 bits, found bits=8"),
+        ({"override": ("down_proj:bits=8",)}, "--method nf4 has bits 4 only"),
     ],
     ids=str,
 )
@@ -165,8 +172,6 @@ def test_a_converted_one_keeps_every_number(config: QuantizeConfig, tmp_path: Pa
 def test_engines_compute_with_what_was_written(kind: str, target: str, config: QuantizeConfig, tmp_path: Path) -> None:
     if target == "cpu" and find_compiler() is None:
         pytest.skip("no C++ compiler on this machine")
-    from test_mixed_engines import scores
-
     from llmctl.targets.reference.weights import checkpoint_runtime
 
     method, written = WRITTEN[kind]

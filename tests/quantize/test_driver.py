@@ -3,6 +3,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,14 @@ def report_scheme(report: QuantizeReport) -> object:
     return QuantScheme(report.bits, report.group_size, report.symmetric)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        *(("awq", family) for family in FAMILIES),
+        # GPTQ knows a family by its fused tensors only.
+        *(pytest.param("gptq", f, marks=() if f == "gpt2" else pytest.mark.slow) for f in FAMILIES),
+    ],
+)
 def test_every_family_survives(family: str, method: str, config: QuantizeConfig, tmp_path: Path) -> None:
     source = write_model(tmp_path / family, family)
     quantize_checkpoint(replace(config, model=str(source), method=method, bits=8))
@@ -195,8 +202,18 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq+gptq"])
-@pytest.mark.parametrize("moment", ["before layer 0", "before layer 1", "inside layer 1's save", "before the end"])
+MOMENTS = ("before layer 0", "before layer 1", "inside layer 1's save", "before the end")
+# Every method, every moment; all products are slow.
+_INTERRUPTED = {("awq", MOMENTS[0]), ("awq+gptq", MOMENTS[1]), ("gptq", MOMENTS[2]), ("rtn", MOMENTS[3])}
+
+
+@pytest.mark.parametrize(
+    ("method", "moment"),
+    [
+        pytest.param(*case, marks=() if case in _INTERRUPTED else pytest.mark.slow)
+        for case in product(("rtn", "awq", "gptq", "awq+gptq"), MOMENTS)
+    ],
+)
 def test_resume_gives_the_same_bytes(
     method: str, moment: str, config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +260,10 @@ def test_resume_refuses_other_options_by_name(config: QuantizeConfig, monkeypatc
         quantize_checkpoint(replace(config, resume=True, seed=7, group_size=32))
     assert "group-size was 16, is 32" in str(caught.value)
     assert contents(Path(config.output + ".partial")) == kept
+    options = Path(config.output + ".partial") / "options.json"
+    options.write_text(json.dumps({**json.loads(options.read_text()), "llmctl": "0.0.9", "torch": "1.0"}))
+    with pytest.raises(UsageError, match=r"llmctl was 0\.0\.9, is [0-9.]+\+[0-9a-f]{12}; torch was 1\.0, is"):
+        quantize_checkpoint(replace(config, resume=True))
 
 
 def test_resume_without_anything_to_resume_starts(config: QuantizeConfig) -> None:
@@ -296,9 +317,15 @@ def with_value(model: Path, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    ("method", "value", "name"),
+    [
+        ("rtn", math.inf, "model.embed_tokens.weight"),
+        ("rtn", math.nan, "model.layers.1.mlp.up_proj.weight"),
+        ("awq", math.nan, "model.embed_tokens.weight"),
+        ("gptq", math.inf, "model.layers.1.mlp.up_proj.weight"),
+    ],
+)
 def test_weights_that_are_not_finite_are_named(
     method: str, value: float, name: str, config: QuantizeConfig, model: Path, tmp_path: Path
 ) -> None:

@@ -159,8 +159,6 @@ def test_formats_that_say_bits_by_module(form: str, config: QuantizeConfig, tmp_
     [
         ({"format": "awq", "symmetric": False}, "one group size for all linears, found linears that differ"),
         ({"format": "compressed-tensors"}, "read at 4 and 8 bits"),
-        ({"method": "nf4", "group_size": None, "override": ("mlp:bits=8",)}, "--method nf4 has bits 4 only"),
-        ({"method": "fp8", "group_size": None, "override": ("mlp:group-size=32",)}, "fp8 has group-size -1 only"),
         ({"override": ("mlp:bits=5",)}, "bits: expected 3, 4, 8, or 16"),
         ({"override": ("mlp:group-size=48",)}, "--override: group-size 48 does not divide"),
         ({"override": ("mlp:group-size=0",)}, "--override: group-size 0"),
