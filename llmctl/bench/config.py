@@ -108,12 +108,13 @@ class BenchLatencyConfig(OfflineConfig):
 class CompareConfig:
     """``llmctl quantize compare``: every method at every number of bits, otherwise as ``base`` says.
 
-    ``text``, ``context`` and ``windows`` as in ``EvalConfig``; ``target`` is what speeds are measured on.
+    ``bits`` None: 4, or those that a budget chooses. ``text``, ``context`` and ``windows`` as in ``EvalConfig``;
+    ``target`` is what speeds are measured on.
     """
 
     base: QuantizeConfig
     methods: tuple[str, ...] = ("rtn", "awq", "gptq")
-    bits: tuple[int, ...] = (4,)
+    bits: tuple[int, ...] | None = None
     text: str = "builtin"
     context: int | None = None
     windows: int | None = None

@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from itertools import groupby
+from math import isnan, prod
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from llmctl.checkpoint.resolve import resolve_model
 from llmctl.checkpoint.writer import check_new
 from llmctl.config import BuildConfig, EvalConfig, QuantizeConfig, parse_bytes
 from llmctl.errors import LlmctlError, UsageError
+from llmctl.evaluate.divergence import Divergence
+from llmctl.evaluate.evaluation import Show, evaluate
 from llmctl.quantize.backends import run_backend
 from llmctl.quantize.driver import Progress
-from llmctl.evaluate.evaluation import Evaluation, Show, evaluate
 from llmctl.quantize.methods import CHOOSES_BITS, scheme_of
 from llmctl.quantize.plan import check_not_quantized, check_options
+from llmctl.quantize.quality import INT8_FORMAT
 from llmctl.quantize.report import QuantizeReport
 
 WORKLOAD = {"num_prompts": 8, "input_len": "64", "output_len": "64"}
@@ -80,7 +83,8 @@ class Comparison:
     """All that was measured.
 
     Attributes:
-        refused: candidates that there are not -> why. winner: index of the one that was kept.
+        refused: candidates that there are not -> why. winner: index of the best within the limits, None without any.
+        output: where it was kept; "" if nowhere.
         protocol: of the evaluations; target: what the speeds are of.
     """
 
@@ -115,9 +119,9 @@ def compare(config: CompareConfig, shown: Shown) -> Comparison:
 
     Raises:
         UsageError: options that cannot be honoured, or every candidate refused.
-        LlmctlError: no candidate keeps to the limits.
+        LlmctlError: a model that cannot be read, built or run.
     """
-    settings = _settings(config)
+    settings = _settings(config, config.base.output or "-")
     with _folder(config.base.output) as folder:
         job = _Job(config, folder, shown)
         job.measure_original()
@@ -132,7 +136,7 @@ def choose_method(config: CompareConfig, shown: Shown) -> tuple[QuantizeReport, 
     Under ``max_kl`` the fewest bits are tried first, for more are larger; else the most, for fewer are farther.
 
     Raises:
-        As ``compare``; UsageError: there are no limits.
+        As ``compare``; UsageError: there are no limits; LlmctlError: ``none_fits``.
     """
     base = config.base
     if not base.has_limits:
@@ -141,16 +145,18 @@ def choose_method(config: CompareConfig, shown: Shown) -> tuple[QuantizeReport, 
             fix="add --max-kl 0.1, --max-size 4GiB, --target-bpw 4 or --target-size 4GiB",
             param="method",
         )
-    settings = _settings(config)
+    settings = _settings(config, base.output)
     with _folder(base.output) as folder:
         job = _Job(config, folder, shown)
-        for bits in sorted(config.bits, reverse=base.max_kl is None):
-            for one in (s for s in settings if s.bits == bits):
+        widths = [list(alike) for _, alike in groupby(settings, key=lambda one: one.bits)]
+        for alike in widths if base.max_kl is not None else reversed(widths):
+            for one in alike:
                 job.measure(one, speed=False)
             if best(job.candidates, base) is not None:
                 break
         found = job.finished()
-    assert found.winner is not None
+    if found.winner is None:
+        raise none_fits(found)
     return replace(job.reports[found.winner], output=base.output), found
 
 
@@ -166,6 +172,18 @@ def best(candidates: Sequence[Candidate], limits: QuantizeConfig) -> int | None:
     ]
     by_kl = limits.max_kl is None
     return min(fitting, key=lambda at: (at[1].kl, at[1].size) if by_kl else (at[1].size, at[1].kl), default=(None,))[0]
+
+
+def none_fits(found: Comparison) -> LlmctlError:
+    """What to say where no candidate keeps to the limits."""
+    made = [candidate for candidate in found.candidates if candidate.method != _ORIGINAL]
+    nearest, smallest = min(made, key=lambda c: c.kl), min(made, key=lambda c: c.size)
+    return LlmctlError(
+        f"none of {len(made)} quantizations keeps to the limits: the least KL is {nearest.kl:.4g} "
+        f"({nearest.label}, {_mib(nearest.size)}), the least size {_mib(smallest.size)} ({smallest.label}, "
+        f"KL {smallest.kl:.4g})",
+        fix="a larger --max-kl or --max-size",
+    )
 
 
 class _Job:
@@ -197,8 +215,7 @@ class _Job:
         except UsageError as error:
             self.refused[name] = error
             return
-        found = self._evaluate(path)
-        figures = found.figures()
+        found = self._distance(path, report.format)
         self.reports.append(report)
         self._add(
             Candidate(
@@ -207,10 +224,10 @@ class _Job:
                 format=report.format,
                 size=report.size_after,
                 bits_per_weight=report.bits_per_weight,
-                kl=float(figures["kl"] or 0.0),
-                kl_error=figures["kl_error"],
-                delta_nll=float(figures["delta_nll"] or 0.0),
-                top1_agreement=float(figures["top1_agreement"] or 0.0),
+                kl=found.kl,
+                kl_error=None if isnan(found.kl_error) else found.kl_error,
+                delta_nll=found.delta_nll,
+                top1_agreement=found.top1,
                 decode_tokens_per_second=self._speed(str(path)) if speed else None,
                 seconds=report.seconds,
             ),
@@ -218,13 +235,11 @@ class _Job:
         )
 
     def finished(self) -> Comparison:
-        """The comparison; the winner is in its place."""
+        """The comparison; the winner, if there is one, is in its place."""
         if not self.reports:
             raise next(iter(self.refused.values()))
         base = self.config.base
         chosen = best(self.candidates, base) if base.has_limits else None
-        if base.has_limits and chosen is None:
-            raise self._none_fits()
         path = None if chosen is None else self.paths[chosen]
         if path is not None and base.output:
             os.rename(path, base.output)
@@ -239,30 +254,20 @@ class _Job:
             output=base.output if chosen is not None else "",
         )
 
-    def _none_fits(self) -> LlmctlError:
-        made = [candidate for candidate in self.candidates if candidate.method != _ORIGINAL]
-        nearest, smallest = min(made, key=lambda c: c.kl), min(made, key=lambda c: c.size)
-        return LlmctlError(
-            f"none of {len(made)} quantizations keeps to the limits: the least KL is {nearest.kl:.4g} "
-            f"({nearest.label}, {_mib(nearest.size)}), the least size {_mib(smallest.size)} ({smallest.label}, "
-            f"KL {smallest.kl:.4g})",
-            fix="a larger --max-kl or --max-size",
-        )
-
     def _add(self, candidate: Candidate, path: Path | None) -> None:
         self.candidates.append(candidate)
         self.paths.append(path)
         if path is not None and not self.config.base.output:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _evaluate(self, path: Path) -> Evaluation:
+    def _distance(self, path: Path, format: str) -> Divergence:
         c = self.config
-        found = evaluate(
-            EvalConfig(model=str(path), against=c.base.model, text=c.text, context=c.context, windows=c.windows),
-            self.shown.evaluating,
-        )
+        settings = EvalConfig(str(path), c.base.model, c.text, c.context, windows=c.windows)
+        activations = "int8" if format == INT8_FORMAT else "auto"
+        found = evaluate(replace(settings, activations=activations), self.shown.evaluating)
         self.protocol = asdict(found.protocol)
-        return found
+        assert found.divergence is not None
+        return found.divergence
 
     def _speed(self, model: str) -> float | None:
         """Tokens a second of an engine, which is removed again."""
@@ -278,7 +283,7 @@ class _Job:
         return None if speed is None else float(speed)
 
 
-def _settings(config: CompareConfig) -> list[QuantizeConfig]:
+def _settings(config: CompareConfig, output: str) -> list[QuantizeConfig]:
     """What is to be made, fewest bits first; refused before anything is."""
     base = config.base
     unknown = [method for method in config.methods if method not in CHOOSES_BITS]
@@ -288,19 +293,19 @@ def _settings(config: CompareConfig) -> list[QuantizeConfig]:
     if base.max_kl is not None and not base.max_kl > 0:
         raise UsageError(f"--max-kl {base.max_kl:g}: expected a positive number", param="max_kl")
     _max_size(base)
-    if base.output:
-        check_new(Path(base.output))
-        if not base.has_limits:
-            raise UsageError(
-                "--output: which quantization to keep there?",
-                fix="add --max-kl 0.1 (the smallest within it) or --max-size 4GiB (the nearest to the original)",
-                param="output",
-            )
-    shared = replace(base, max_kl=None, max_size=None, output=base.output or "-")
-    widths = (base.bits,) if base.has_budget else sorted(set(config.bits))
+    if base.output and not base.has_limits:
+        raise UsageError(
+            "--output: which quantization to keep there?",
+            fix="add --max-kl 0.1 (the smallest within it) or --max-size 4GiB (the nearest to the original)",
+            param="output",
+        )
+    shared = replace(base, max_kl=None, max_size=None, output=output)
+    widths: list[int | None] = [None] if config.bits is None else [*sorted(set(config.bits))]
     made = [replace(shared, method=method, bits=bits) for bits in widths for method in config.methods]
     for one in made:
         check_options(one)
+    if base.output:
+        check_new(Path(base.output), "gptq" if base.format == "auto" else base.format)
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 _D = QuantizeConfig()
 _MODEL, _METHOD, _CALIBRATION, _OUTPUT, _GENERAL = "Model", "Method", "Calibration", "Output", "General"
 _LIMITS = "Choice among methods"
+_OF_GPTQ = ("damp_percent", "act_order", "static_groups", "sweeps", "original_targets")
+_OF_CALIBRATION = ("calib", "calib_samples", "calib_length", "seed")
 
 Model = Annotated[
     str,
@@ -73,7 +74,7 @@ Method = Annotated[
     str,
     typer.Option(
         "--method",
-        help="rtn, awq, gptq, awq+gptq, fp8, nf4, or auto: the best of the first four by limits.",
+        help="rtn, awq, gptq, awq+gptq, fp8, nf4, or auto: the best of the first three by limits.",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -113,7 +114,7 @@ Symmetric = Annotated[
     bool | None,
     typer.Option(
         "--symmetric/--asymmetric",
-        help="Fixed or fitted zero points. Without either: fixed for rtn and gptq, fitted for awq.",
+        help="Fixed or fitted zero points. Without either: fitted for awq, else fixed.",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -238,9 +239,9 @@ def quantize(
 
     check_address_space(LEAST_WITH_TORCH)
     from llmctl.cli.quantize_progress import ProgressLines, print_report
-    from llmctl.quantize.backends import run_backend
     from llmctl.evaluate.eval_text import read_text
-    from llmctl.quantize.grid import BITS
+    from llmctl.quantize.backends import run_backend
+    from llmctl.quantize.plan import check_options
     from llmctl.quantize.report_files import write_report_files
 
     settings = QuantizeConfig(
@@ -271,12 +272,14 @@ def quantize(
         resume=resume,
         threads=threads,
     )
-    check_bits(ctx, settings)
     text = read_text(settings.eval_text)
     with ProgressLines() as progress:
         if settings.method == "auto":
-            report: QuantizeReport = _choose(settings, (bits,) if bits is not None else BITS, progress)
+            report: QuantizeReport = _choose(settings, progress)
         else:
+            check_options(settings)
+            if unused := _unused(ctx, settings):
+                progress.note(f"not used by --method {method}: {', '.join(unused)}")
             report = run_backend(settings, progress)
         if text is not None:
             report = _judged(report, settings, text, progress)
@@ -304,37 +307,37 @@ def _judged(report: QuantizeReport, settings: QuantizeConfig, text: str, progres
         return report
 
 
-def check_bits(ctx: typer.Context, settings: QuantizeConfig) -> None:
-    """Refuse ``--bits`` beside a budget.
-
-    Raises:
-        UsageError: it is given.
-    """
-    if settings.has_budget and _is_given(ctx, "bits"):
-        raise UsageError(
-            "--bits: those of each linear are chosen under --target-bpw and --target-size",
-            fix="leave --bits out; --override 'NAME:bits=N' settles those of some linears",
-            param="bits",
-        )
-
-
 def _is_given(ctx: typer.Context, name: str) -> bool:
     """Whether an option stands on the command line or in the YAML file."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
-def _choose(settings: QuantizeConfig, bits: Sequence[int], progress: ProgressLines) -> QuantizeReport:
+def _unused(ctx: typer.Context, settings: QuantizeConfig) -> list[str]:
+    """Options that are given and that the method has no use for."""
+    from llmctl.quantize.methods import method_of
+
+    names = [] if "gptq" in settings.steps else [*_OF_GPTQ]
+    if not method_of(settings).calibrated and not settings.has_budget:
+        names += _OF_CALIBRATION
+    return ["--" + name.replace("_", "-") for name in names if _is_given(ctx, name)]
+
+
+def _choose(settings: QuantizeConfig, progress: ProgressLines) -> QuantizeReport:
     """``--method auto``; who else was tried is told on stderr."""
     from llmctl.bench.config import CompareConfig
     from llmctl.bench.progress import Progress
     from llmctl.bench.quantizations import Shown, choose_method
+    from llmctl.quantize.grid import BITS
 
     if settings.backend != "native" or settings.resume:
         option = "--resume" if settings.resume else f"--backend {settings.backend}"
         raise UsageError(f"--method auto: has no {option}", fix=f"leave {option} out", param="method")
     shown = Shown(progress, progress.evaluating, Progress)
-    report, found = choose_method(CompareConfig(base=settings, bits=tuple(bits)), shown)
+    bits: tuple[int, ...] | None = None if settings.has_budget else BITS
+    if settings.bits is not None:
+        bits = (settings.bits,)
+    report, found = choose_method(CompareConfig(base=settings, bits=bits), shown)
     for i, candidate in enumerate(found.candidates):
         kept = ", kept" if i == found.winner else ""
         progress.note(f"{candidate.label}: {candidate.size / 2**20:.1f} MiB, KL {candidate.kl:.4g}{kept}")

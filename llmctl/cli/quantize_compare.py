@@ -37,8 +37,13 @@ Methods = Annotated[
     typer.Option("--methods", metavar="NAMES", help="Those to compare, with commas between.", rich_help_panel=_METHOD),
 ]
 Bits = Annotated[
-    str,
-    typer.Option("--bits", metavar="NUMBERS", help="Each method at each of them: 3, 4, 8.", rich_help_panel=_METHOD),
+    str | None,
+    typer.Option(
+        "--bits",
+        metavar="NUMBERS",
+        help="Each method at each of them: 3, 4, 8. Without it: 4.",
+        rich_help_panel=_METHOD,
+    ),
 ]
 Text = Annotated[
     str, typer.Option("--text", metavar="FILE", help="UTF-8 text; builtin is a novel's.", rich_help_panel=_MEASURE)
@@ -71,11 +76,10 @@ ResultDir = Annotated[
 
 @guarded
 def compare(
-    ctx: typer.Context,
     model: Model = _D.model,
     config: ConfigOption = None,  # noqa: ARG001
     methods: Methods = ",".join(_C.methods),
-    bits: Bits = ",".join(map(str, _C.bits)),
+    bits: Bits = None,
     group_size: options.GroupSize = _D.group_size,
     symmetric: options.Symmetric = _D.symmetric,
     format: options.Format = _D.format,
@@ -128,8 +132,8 @@ def compare(
         max_size=max_size,
         threads=threads,
     )
-    options.check_bits(ctx, base)
-    settings = CompareConfig(base, _words(methods), _numbers(bits), text, context, windows, target, result_dir)
+    widths = None if bits is None else _numbers(bits)
+    settings = CompareConfig(base, _words(methods), widths, text, context, windows, target, result_dir)
     with ProgressLines() as progress:
         shown = quantizations.Shown(progress, progress.evaluating, lambda: _Requests(progress))
         found = quantizations.compare(settings, shown)
@@ -140,6 +144,8 @@ def compare(
         _print_table(found)
     for path in files:
         print(f"wrote {path}", file=sys.stderr)
+    if base.has_limits and found.winner is None:
+        raise quantizations.none_fits(found)
 
 
 class _Requests(Progress):
@@ -186,12 +192,13 @@ def _write(found: Comparison, folder: Path) -> list[Path]:
 
 
 def _print_table(found: Comparison) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 80)
-    table = Table()
-    for name in ("quantization", "MiB", "bits/weight", "KL", "ΔNLL", "tok/s", "s"):
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("quantization", "MiB", "bits/w", "KL", "ΔNLL", "tok/s", "s"):
         table.add_column(name, justify="left" if name == "quantization" else "right", no_wrap=True)
     for c in found.candidates:
         speed = "" if c.decode_tokens_per_second is None else f"{c.decode_tokens_per_second:.0f}"
@@ -206,5 +213,6 @@ def _print_table(found: Comparison) -> None:
     for name, why in found.refused.items():
         console.print(f"{name}: {why}", highlight=False, markup=False)
     if found.winner is not None:
-        where = f": {found.output}" if found.output else ""
-        console.print(f"kept {found.candidates[found.winner].label}{where}", highlight=False, markup=False)
+        best = found.candidates[found.winner].label
+        said = f"kept {best}: {found.output}" if found.output else f"best within the limits: {best}; --output keeps it"
+        console.print(said, highlight=False, markup=False)

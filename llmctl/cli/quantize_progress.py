@@ -114,7 +114,7 @@ def print_report(report: QuantizeReport, chart: Path | None) -> None:
     if report.layers:
         console.print(f"the worst layers, by the relative squared error of their {report.error_of}s")
         console.print(_worst(report))
-    if len({linear.bits for linear in report.linears.values()}) > 1:
+    if "/" in report.widths:
         console.print(_bits(report))
     console.print(_summary(report, chart))
 
@@ -187,13 +187,12 @@ def _summary(report: QuantizeReport, chart: Path | None) -> Table:
     table.add_column(overflow="fold")
     group = "row" if report.group_size == -1 else str(report.group_size)
     kind = "symmetric" if report.symmetric else "asymmetric"
-    widths = "/".join(map(str, sorted({linear.bits for linear in report.linears.values()})))
     error = "not measured"
     if report.layers:
         error = f"{sum(layer.error for layer in report.layers) / len(report.layers):.2e} (mean over layers)"
     for key, value in (
         ("output", f"{report.output} ({report.format} format)"),
-        ("method", f"{report.method}, {widths} bits, group {group}, {kind}"),
+        ("method", f"{report.method}, {report.widths} bits, group {group}, {kind}"),
         *([("schemes", _schemes(report))] if len(report.schemes) > 1 else []),
         *([("KL predicted", f"{report.predicted_kl:.3g} nats a token")] if report.predicted_kl is not None else []),
         ("calibration", report.calibration),

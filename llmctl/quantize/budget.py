@@ -24,12 +24,12 @@ from llmctl.config import QuantizeConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import BY_SAFETENSORS
 from llmctl.graph.graph import Graph, QuantScheme
-from llmctl.targets.reference.layerwise import LayerwisePass
+from llmctl.quantize.grid import BITS
 from llmctl.quantize.knapsack import Option, choose
 from llmctl.quantize.modules import Module, Selection
 from llmctl.quantize.sensitivity import Candidate, OnProgress, measure_sensitivity
+from llmctl.targets.reference.layerwise import LayerwisePass
 
-BITS = (3, 4, 8)
 _MEASURED = (3, 4)
 _MAX_WORK = 5e12
 """Multiply-adds that measuring may take: a few minutes on two cores."""
@@ -138,12 +138,14 @@ def spend(
     """Measure the groups and choose.
 
     Args:
-        tokens: i32 ``[samples, length]``; as many of them are used as ``_MAX_WORK`` allows.
+        tokens: i32 ``[samples, length]``; as many of them are used as ``_MAX_WORK`` allows, of the first sample alone
+            where that is less than one.
     """
     keys = [(i, bits) for i, group in enumerate(budget.groups) if len(group.bits) > 1 for bits in _measured(group)]
     candidates = [_candidate(budget.groups[i], bits, schemes) for i, bits in keys]
-    rows = _affordable(graph, candidates, tokens.shape[1])
-    measured = measure_sensitivity(LayerwisePass(graph, source, tokens[:rows]), candidates, on_progress)
+    count = _affordable(graph, candidates)
+    text = tokens[: max(1, count // tokens.shape[1]), :count]
+    measured = measure_sensitivity(LayerwisePass(graph, source, text), candidates, on_progress)
     losses = dict(zip(keys, measured, strict=True))
     options = [_options(i, group, losses) for i, group in enumerate(budget.groups)]
     chosen = choose(options, budget.limit)
@@ -229,14 +231,13 @@ def _candidate(group: Group, bits: int, schemes: Mapping[str, QuantScheme]) -> C
     return Candidate(group.modules[0].layer, rounded)
 
 
-def _affordable(graph: Graph, candidates: Sequence[Candidate], length: int) -> int:
-    """How many samples of ``length`` tokens are measured on."""
+def _affordable(graph: Graph, candidates: Sequence[Candidate]) -> int:
+    """How many tokens are measured on."""
     macs = dict.fromkeys(range(-1, graph.num_layers + 1), 0)
     for op in graph.linears():
         macs[op.layer] += prod(graph.weights[op.weights[0]].shape)
     a_token = sum(sum(n for layer, n in macs.items() if layer >= candidate.layer) for candidate in candidates)
-    tokens = min(max(int(_MAX_WORK / max(a_token, 1)), _MIN_TOKENS), _MAX_TOKENS)
-    return max(1, tokens // length)
+    return min(max(int(_MAX_WORK / max(a_token, 1)), _MIN_TOKENS), _MAX_TOKENS)
 
 
 def _up(value: float) -> float:

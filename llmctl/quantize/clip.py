@@ -1,6 +1,6 @@
 """Clip search: narrower grids that lose the largest weights of a group but place the others better.
 
-Part of AWQ (Lin et al., 2023); GPTQ's grids gain as much from it.
+Part of AWQ (Lin et al., 2023).
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ from llmctl.errors import LlmctlError
 from llmctl.graph.graph import Graph
 from llmctl.quantize.budget import Budget, spend
 from llmctl.quantize.calibration import SELF, Calibration, read_calibration, self_calibration
-from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_without_data
 from llmctl.quantize.modules import Module
 from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan, notes
 from llmctl.quantize.report import LayerReport, QuantizeReport, make_report
 from llmctl.quantize.workfolder import LayerResult, WorkFolder, check_output, open_work_folder
+from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.text.tokenizer import Tokenizer
 
 

@@ -15,9 +15,9 @@ from llmctl.artifact.variant import with_options
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError
-from llmctl.graph.graph import LOGITS
 from llmctl.evaluate.distributions import Window
 from llmctl.evaluate.perplexity import Protocol, perplexity_of
+from llmctl.graph.graph import LOGITS
 from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
 

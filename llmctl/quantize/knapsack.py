@@ -43,7 +43,7 @@ def choose(groups: Sequence[Sequence[Option]], budget: int, most_units: int = MO
     units = [[-(-extra // unit) for extra in group] for group in extras]
     limit = min((budget - sum(least)) // unit, sum(max(group) for group in units))
     best = np.zeros(limit + 1)
-    taken: list[NDArray[np.intp]] = []
+    taken: list[NDArray[np.uint8]] = []  # of every group, for every budget: wider indices are hundreds of MB
     for group, costs in zip(groups, units, strict=True):
         order = sorted(range(len(group)), key=lambda i: (costs[i], group[i].cost))
         trials = np.full((len(group), limit + 1), math.inf)
@@ -51,7 +51,7 @@ def choose(groups: Sequence[Sequence[Option]], budget: int, most_units: int = MO
             if costs[i] <= limit:
                 trials[row, costs[i] :] = best[: limit + 1 - costs[i]] + group[i].loss
         first = trials.argmin(axis=0)
-        taken.append(np.array(order)[first])
+        taken.append(np.array(order, np.uint8)[first])
         best = trials[first, np.arange(limit + 1)]
     left = int(best.argmin())
     chosen = []

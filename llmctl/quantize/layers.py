@@ -20,7 +20,6 @@ from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.books import quantize_book
 from llmctl.quantize.folding import find_fold, fold_scales
-from llmctl.targets.reference.layerwise import LayerwisePass, Stage
 from llmctl.quantize.gptq import inverse_factor, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
@@ -28,6 +27,7 @@ from llmctl.quantize.rtn import quantize_searched
 from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
+from llmctl.targets.reference.layerwise import LayerwisePass, Stage
 
 Algorithm = Callable[[Tensor, Tensor, QuantScheme], QuantizedWeight]
 _ORIGINAL = "original "  # begins the names of the unquantized model's activations, beside the quantized one's

@@ -17,6 +17,8 @@ from llmctl.evaluate.perplexity import Protocol, longest_context, perplexity_fro
 from llmctl.targets.options import INT8_PASS
 
 _CONTEXT = 256
+INT8_FORMAT = "compressed-tensors-w8a8"
+"""The format whose readers round activations to int8: it is measured with them."""
 _MAX_TOKENS = 2048  # both models read them: half as much work as one pass over the default calibration text
 
 OnLayer = Callable[[int, int], None]
@@ -71,7 +73,7 @@ def measure_quality(config: QuantizeConfig, format: str, text: str, on_layer: On
     """Compare ``config.output`` with ``config.model`` on the first ``_MAX_TOKENS`` tokens of a text, in float32.
 
     Args:
-        format: of the output; one with int8 activations is compared with them.
+        format: of the output.
         on_layer: told how many layers of both models are done.
 
     Raises:
@@ -82,7 +84,7 @@ def measure_quality(config: QuantizeConfig, format: str, text: str, on_layer: On
     quantized = open_checkpoint(Path(config.output))
     context = min(_CONTEXT, longest_context(original) or _CONTEXT)
     _, windows = scored_windows(original, text, Protocol(context, context, _MAX_TOKENS))
-    passes = (INT8_PASS,) if format == "compressed-tensors-w8a8" else ()
+    passes = (INT8_PASS,) if format == INT8_FORMAT else ()
     before = CheckpointDistributions(original, windows, lambda done, total: on_layer(done, 2 * total))
     after = CheckpointDistributions(
         quantized, windows, lambda done, total: on_layer(total + done, 2 * total), passes=passes

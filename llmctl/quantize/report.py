@@ -61,10 +61,11 @@ class QuantizeReport:
     Attributes:
         size_before: weights as stored in the source, bytes; size_16bit: the same weights at 16 bits, bytes.
         size_after: weights as stored in the output, bytes.
+        bits, group_size, symmetric: of linears that neither an override nor a budget gives others.
         bits_per_weight: of the quantized linears, scales, zero points and group tables included.
         bits_per_weight_model: of the whole output.
         linears: of each that is quantized, by its name.
-        predicted_kl: of the output, as the measurements that bits were chosen by add up; None where none were.
+        predicted_kl: of the linears whose bits were chosen, as the measurements add up; None where none were.
         schemes: scheme in words -> number of linears.
         parts: part of the model -> its size before and after.
         quality: what it did to the model's predictions; None: not measured.
@@ -95,6 +96,11 @@ class QuantizeReport:
     seconds: float
     parts: Mapping[str, PartSize] = field(default_factory=dict)
     quality: Quality | None = None
+
+    @property
+    def widths(self) -> str:
+        """All bits that linears have: ``3/4/8``."""
+        return "/".join(map(str, sorted({linear.bits for linear in self.linears.values()})))
 
     @property
     def worst_layers(self) -> list[LayerReport]:

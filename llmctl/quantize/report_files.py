@@ -59,8 +59,9 @@ def _chart(report: QuantizeReport) -> str:
 
 def _markdown(report: QuantizeReport) -> str:
     return "\n".join([
-        f"# {report.model}: {report.method}, {report.bits} bits",
+        f"# {report.model}: {report.method}, {report.widths} bits",
         "",
+        *_table([("linears", "number"), *((scheme, str(count)) for scheme, count in sorted(report.schemes.items()))]),
         *_table([("", "before, 16 bits", "after"), *_sizes(report)]),
         *_quality(report),
         f"## Relative squared error of each linear's {report.error_of}",

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llmctl.graph.graph import QuantScheme
-from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.targets.reference.context import Env
+from llmctl.targets.reference.layerwise import LayerwisePass
 
 _ROWS = 256  # logits in memory at once, of each of two models
 

@@ -6,12 +6,14 @@ import pytest
 from random_models import write_model
 from typer.testing import CliRunner
 
+from llmctl.bench import quantizations
 from llmctl.bench.config import CompareConfig
 from llmctl.bench.progress import Progress
-from llmctl.bench.quantizations import Candidate, Shown, best, choose_method, compare
+from llmctl.bench.quantizations import Candidate, Comparison, Shown, best, choose_method, compare
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.cli.main import app
-from llmctl.config import QuantizeConfig
+from llmctl.cli.quantize_compare import _print_table
+from llmctl.config import EvalConfig, QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.driver import Silent
 
@@ -120,10 +122,58 @@ def test_auto_stops_at_the_first_bits_that_will_do(config: CompareConfig, tmp_pa
     _, found = choose_method(replace(config, base=base), SHOWN)
     assert [c.bits for c in found.candidates] == [8, 8]
     base = replace(config.base, method="auto", output=str(tmp_path / "mixed"), target_bpw=4.5)
-    report, found = choose_method(replace(config, base=base), SHOWN)
+    report, found = choose_method(replace(config, base=base, bits=None), SHOWN)
     assert [c.bits for c in found.candidates] == [None, None]
     assert report.bits_per_weight <= 4.5
     assert {path.name for path in tmp_path.iterdir()} == {"calib.txt", "small", "near", "mixed"}
+
+
+def test_int8_activations_are_measured_with(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[EvalConfig] = []
+    inner = quantizations.evaluate
+    monkeypatch.setattr(quantizations, "evaluate", lambda one, show: seen.append(one) or inner(one, show))
+    base = replace(config.base, output=str(tmp_path / "out"), group_size=-1, max_kl=10.0)
+    for format in ("compressed-tensors-w8a8", "compressed-tensors"):
+        one = replace(base, format=format, output=str(tmp_path / format))
+        choose_method(replace(config, base=one, methods=("rtn",), bits=(8,)), SHOWN)
+    assert [one.activations for one in seen] == ["int8", "auto"]
+
+
+def test_the_widest_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = replace(
+        candidate("awq+gptq", 13_000 << 20, 12.3456),
+        bits=None,
+        kl_error=0.05,
+        delta_nll=-12.3456,
+        decode_tokens_per_second=12345.0,
+        seconds=12345.0,
+        front=True,
+    )
+    found = Comparison("m", "cpu", {}, (wide,), {"rtn, 3 bits": "why not " * 20}, 0, "")
+    _print_table(found)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for said in ("awq+gptq mixed *", "13000.0", "12.3456 ± 0.05", "-12.3456", "12345"):
+        assert said in out
+    assert "best within the limits: awq+gptq, 4.50 bits a weight; --output keeps it" in out
+    _print_table(replace(found, output="./best"))
+    assert "kept awq+gptq, 4.50 bits a weight: ./best" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_told_where_none_keeps_to_the_limits(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Comparison("m", "cpu", {}, tuple(MADE), {}, None, "")
+    monkeypatch.setattr(quantizations, "compare", lambda *_: found)
+    result = CliRunner().invoke(
+        app, ["quantize", "compare", config.base.model, "--max-kl", "0.001", "--result-dir", str(tmp_path)]
+    )
+    assert result.exit_code == 1
+    assert "gptq 4" in result.stdout
+    assert "error: none of 3 quantizations keeps to the limits: the least KL is 0.01 (gptq" in result.stderr
+    assert json.loads((tmp_path / "quantize_compare.json").read_text())["winner"] is None
 
 
 def test_limits_that_none_keeps_to_leave_nothing(config: CompareConfig, tmp_path: Path) -> None:
@@ -144,6 +194,9 @@ def test_limits_that_none_keeps_to_leave_nothing(config: CompareConfig, tmp_path
         ({"base": {"max_size": "lots"}}, "expected a size"),
         ({"base": {"output": "somewhere"}}, "which quantization to keep"),
         ({"base": {"calib": "missing.txt"}}, "no such file"),
+        ({"base": {"output": "best", "format": "gguf", "max_kl": 1.0}}, "--output best: gguf is one file, NAME.gguf"),
+        ({"base": {"output": "a.gguf", "max_kl": 1.0}}, "--output a.gguf: gptq is a folder"),
+        ({"base": {"target_bpw": 4.0}}, "--bits: those of each linear are chosen"),
     ],
     ids=str,
 )
@@ -176,10 +229,15 @@ def test_the_command_writes_a_table_json_and_a_picture(config: CompareConfig, tm
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_auto_on_the_command_line(config: CompareConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "limit",
+    [pytest.param(("--max-kl", "10", "--bits", "4"), marks=pytest.mark.slow), ("--target-bpw", "5")],
+    ids=" ".join,
+)
+def test_auto_on_the_command_line(limit: tuple[str, ...], config: CompareConfig, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     args = ["quantize", "--model", config.base.model, *arguments(config), "--method", "auto", "--output", output]
-    result = CliRunner().invoke(app, [*args, "--max-kl", "10", "--bits", "4", "--json"])
+    result = CliRunner().invoke(app, [*args, *limit, "--json"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["output"] == output
     assert "kept" in result.stderr
@@ -192,6 +250,7 @@ def test_auto_on_the_command_line(config: CompareConfig, tmp_path: Path) -> None
         (["--max-kl", "1", "--method", "rtn"], "--method auto, not rtn"),
         (["--max-kl", "1", "--resume"], "has no --resume"),
         (["--target-bpw", "4", "--bits", "4"], "--bits: those of each linear are chosen"),
+        (["--max-kl", "1", "--output", ""], "--output: the folder to write is missing"),
     ],
 )
 def test_auto_wants_limits(more: list[str], message: str, config: CompareConfig, tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ def test_a_report_that_does_not_fit_is_a_warning(common: list[str], monkeypatch:
     assert "llmctl serve" in result.stdout
 
 
+def test_options_that_a_method_has_no_use_for_are_named(common: list[str]) -> None:
+    args = [*common, "--group-size", "32", "--eval-text", "none", "--sweeps", "3"]
+    result = CliRunner().invoke(app, [*args, "--method", "rtn"])
+    assert "not used by --method rtn: --sweeps, --calib, --calib-samples, --calib-length\n" in result.stderr
+    result = CliRunner().invoke(app, [*args, "--method", "gptq", "--output", common[4] + "-2"])
+    assert result.exit_code == 0
+    assert "not used" not in result.stderr
+
+
 def test_a_bad_group_size_is_one_line_and_exit_code_two(common: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*common, "--group-size", "48"])
     assert result.exit_code == 2

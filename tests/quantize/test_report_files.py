@@ -92,13 +92,17 @@ def test_a_text_that_is_too_short_is_a_warning(tmp_path: Path) -> None:
 def test_the_worst_five_layers(tmp_path: Path) -> None:
     write_model(tmp_path / "model", "llama", num_hidden_layers=1)
     report = quantize_checkpoint(
-        QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "out"), method="rtn", group_size=32)
+        QuantizeConfig(
+            str(tmp_path / "model"), str(tmp_path / "out"), method="rtn", group_size=32, override=("down_proj:bits=8",)
+        )
     )
     layers = tuple(replace(report.layers[0], layer=i, modules={"a": e}) for i, e in enumerate([1, 7, 3, 6, 5, 4, 2]))
     report = replace(report, layers=(*layers, replace(layers[0], layer=7, modules={})))
     assert [layer.layer for layer in report.worst_layers] == [1, 3, 4, 5, 2]
     write_report_files(report, tmp_path / "out")
-    assert "quantize_report.md" in {path.name for path in (tmp_path / "out").iterdir()}
+    written = (tmp_path / "out" / "quantize_report.md").read_text()
+    assert written.startswith(f"# {tmp_path}/model: rtn, 4/8 bits\n")
+    assert "| 4 bits, symmetric, groups of 32 | 6 |\n| 8 bits, symmetric, groups of 32 | 1 |\n" in written
 
 
 def test_a_chart_of_nothing_and_of_zeros_is_a_chart() -> None:

@@ -7,9 +7,9 @@ from random_models import logits_of, random_tokens, write_model
 from llmctl.checkpoint.assemble import accounted_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.graph.graph import QuantScheme
-from llmctl.targets.reference.layerwise import LayerwisePass, LayerWeights
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.sensitivity import Candidate, measure_sensitivity
+from llmctl.targets.reference.layerwise import LayerWeights, LayerwisePass
 
 THREE, EIGHT = QuantScheme(3, 32, True), QuantScheme(8, 32, True)
 CANDIDATES = [
