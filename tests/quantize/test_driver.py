@@ -262,7 +262,7 @@ def test_resume_refuses_other_options_by_name(config: QuantizeConfig, monkeypatc
     assert contents(Path(config.output + ".partial")) == kept
     options = Path(config.output + ".partial") / "options.json"
     options.write_text(json.dumps({**json.loads(options.read_text()), "llmctl": "0.0.9", "torch": "1.0"}))
-    with pytest.raises(UsageError, match=r"llmctl was 0\.0\.9, is [0-9.]+\+[0-9a-f]{12}; torch was 1\.0, is"):
+    with pytest.raises(UsageError, match=r"llmctl was 0\.0\.9, is [0-9.]+\+[0-9a-f]{12}; torch was 1\.0, is [0-9]"):
         quantize_checkpoint(replace(config, resume=True))
 
 
