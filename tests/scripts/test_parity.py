@@ -58,6 +58,7 @@ def test_another_shape_is_no_comparison(folder: Path, tmp_path: Path) -> None:
         compare("a tool", "tool", "gptq", folder, tmp_path / "seen")
 
 
+@pytest.mark.slow
 def test_a_tool_that_cannot_be_installed_is_said_for_each_of_its_kinds(tmp_path: Path) -> None:
     tool = Tool("none", "none.py", (("no-such-package==0",),), ("no-such-package",), ("awq-4",), ("x",))
     setup = Setup(tmp_path, "none", (0,), pip_flags=("--no-index",))
