@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 _D = QuantizeConfig()
 _MODEL, _METHOD, _CALIBRATION, _OUTPUT, _GENERAL = "Model", "Method", "Calibration", "Output", "General"
 _LIMITS = "Choice among methods"
-_OF_GPTQ = ("damp_percent", "act_order", "static_groups", "sweeps", "original_targets")
-_OF_CALIBRATION = ("calib", "calib_samples", "calib_length", "seed")
 
 Model = Annotated[
     str,
@@ -315,12 +313,9 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 def _unused(ctx: typer.Context, settings: QuantizeConfig) -> list[str]:
     """Options that are given and that the method has no use for."""
-    from llmctl.quantize.methods import method_of
+    from llmctl.quantize.methods import unused_options
 
-    names = [] if "gptq" in settings.steps else [*_OF_GPTQ]
-    if not method_of(settings).calibrated and not settings.has_budget:
-        names += _OF_CALIBRATION
-    return ["--" + name.replace("_", "-") for name in names if _is_given(ctx, name)]
+    return ["--" + name.replace("_", "-") for name in unused_options(settings) if _is_given(ctx, name)]
 
 
 def _choose(settings: QuantizeConfig, progress: ProgressLines) -> QuantizeReport:

@@ -95,12 +95,16 @@ def divergence(
     return Divergence(kl, errors[0], delta, errors[1], top1, total, nll, original_nll)
 
 
+def kl_sum(p: Tensor, q: Tensor) -> Tensor:
+    """Sum over rows of ``KL(p || q)``, f64 scalar, of log-probabilities f32 ``[rows, vocab]``."""
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(dtype=torch.float64)
+
+
 def _compare(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
     """Sums over rows, f64 [5]: KL, difference of the negative log-likelihoods, equal first choices, both of these."""
     own, before = (-x.gather(1, targets[:, None]).double() for x in (q, p))
-    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
     same = (p.argmax(dim=-1) == q.argmax(dim=-1)).double()
-    return torch.stack([terms.sum(dtype=torch.float64), (own - before).sum(), same.sum(), own.sum(), before.sum()])
+    return torch.stack([kl_sum(p, q), (own - before).sum(), same.sum(), own.sum(), before.sum()])
 
 
 def _standard_errors(sums: Tensor, counts: Tensor) -> list[float]:

@@ -136,7 +136,10 @@ class _LayerRun:
     def _run_original(self, hidden: Env, own: Env) -> Env:
         """Keep the inputs that the stages have in the unquantized model; its activations leaving the layer."""
         entering = {n.removeprefix(_ORIGINAL): value for n, value in hidden.items() if n.startswith(_ORIGINAL)}
-        keep = lambda stage, x: self.original_inputs.update({stage.buffer: x})  # noqa: E731
+
+        def keep(stage: Stage, x: Tensor) -> None:
+            self.original_inputs[stage.buffer] = x
+
         leaving = self.calibration.run(self.layer, entering or own, self.stages, keep, outputs=not self.last)
         return {_ORIGINAL + name: value for name, value in leaving.items()}
 

@@ -30,6 +30,8 @@ class Method:
     fixed: frozenset[str] = frozenset()
 
 
+_OF_GPTQ = ("damp_percent", "act_order", "static_groups", "sweeps", "original_targets")
+_OF_CALIBRATION = ("calib", "calib_samples", "calib_length", "seed")
 _ALL = frozenset({"bits", "group_size", "symmetric"})
 METHODS: Mapping[str, Method] = {
     "rtn": Method(calibrated=False),
@@ -72,6 +74,12 @@ def scheme_of(config: QuantizeConfig) -> QuantScheme:
             )
         settled[name] = given
     return QuantScheme(settled["bits"], settled["group_size"], bool(settled["symmetric"]), book=method.book)
+
+
+def unused_options(config: QuantizeConfig) -> list[str]:
+    """Fields of the options that the method has no use for."""
+    names = [] if "gptq" in config.steps else [*_OF_GPTQ]
+    return names if method_of(config).calibrated or config.has_budget else [*names, *_OF_CALIBRATION]
 
 
 def _shown(name: str, value: int) -> str:

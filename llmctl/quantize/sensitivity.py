@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmctl.evaluate.divergence import kl_sum
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.targets.reference.context import Env
@@ -62,10 +63,10 @@ def measure_sensitivity(
         rows = slice(start, start + _ROWS)
         expected = _log_probs(calibration, hidden, rows)
         for index, stream in streams.items():
-            found[index] += _divergence(expected, _log_probs(calibration, stream, rows))
+            found[index] += kl_sum(expected, _log_probs(calibration, stream, rows))
         for index, candidate in _of_layer(candidates, last):
             with _rounded(calibration, candidate):
-                found[index] += _divergence(expected, _log_probs(calibration, hidden, rows))
+                found[index] += kl_sum(expected, _log_probs(calibration, hidden, rows))
     calibration.forget(last)
     return [float(value) for value in (found / tokens).clamp(min=0)]
 
@@ -88,7 +89,3 @@ def _rounded(calibration: LayerwisePass, candidate: Candidate) -> Iterator[None]
 
 def _log_probs(calibration: LayerwisePass, hidden: Env, rows: slice) -> Tensor:
     return calibration.logits({name: value[rows] for name, value in hidden.items()}).log_softmax(dim=-1)
-
-
-def _divergence(expected: Tensor, found: Tensor) -> Tensor:
-    return torch.sum(expected.exp() * (expected - found), dtype=torch.float64)
