@@ -7,9 +7,9 @@ never a subclass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from llmctl.graph import family_names as names
 from llmctl.graph.family import Family, TensorNames
 
 _QWEN_DEFAULTS = {
@@ -22,64 +22,6 @@ _QWEN_DEFAULTS = {
     "max_position_embeddings": 32768,
 }
 
-_PHI_NAMES = TensorNames(
-    mlp_norm="",
-    o="model.layers.{i}.self_attn.dense",
-    up="model.layers.{i}.mlp.fc1",
-    down="model.layers.{i}.mlp.fc2",
-    final_norm="model.final_layernorm",
-)
-
-_PHI3_NAMES = TensorNames(
-    q="model.layers.{i}.self_attn.qkv_proj",
-    k="model.layers.{i}.self_attn.qkv_proj",
-    v="model.layers.{i}.self_attn.qkv_proj",
-    gate="model.layers.{i}.mlp.gate_up_proj",
-    up="model.layers.{i}.mlp.gate_up_proj",
-)
-
-_GPT2_NAMES = TensorNames(
-    embed="transformer.wte",
-    pos_embed="transformer.wpe",
-    attn_norm="transformer.h.{i}.ln_1",
-    mlp_norm="transformer.h.{i}.ln_2",
-    q="transformer.h.{i}.attn.c_attn",
-    k="transformer.h.{i}.attn.c_attn",
-    v="transformer.h.{i}.attn.c_attn",
-    o="transformer.h.{i}.attn.c_proj",
-    up="transformer.h.{i}.mlp.c_fc",
-    down="transformer.h.{i}.mlp.c_proj",
-    final_norm="transformer.ln_f",
-)
-
-_L = "model.layers.{i}."
-_SANDWICH = TensorNames(
-    attn_out_norm=f"{_L}post_attention_layernorm",
-    mlp_norm=f"{_L}pre_feedforward_layernorm",
-    mlp_out_norm=f"{_L}post_feedforward_layernorm",
-)
-_POST_NORM = TensorNames(
-    attn_norm="",
-    attn_out_norm=f"{_L}post_attention_layernorm",
-    mlp_norm="",
-    mlp_out_norm=f"{_L}post_feedforward_layernorm",
-)
-_GLM_NAMES = TensorNames(gate=f"{_L}mlp.gate_up_proj", up=f"{_L}mlp.gate_up_proj")
-_GLM4_NAMES = replace(_GLM_NAMES, attn_out_norm=f"{_L}post_self_attn_layernorm", mlp_out_norm=f"{_L}post_mlp_layernorm")
-_NEOX_QKV = "gpt_neox.layers.{i}.attention.query_key_value"
-_NEOX_NAMES = TensorNames(
-    embed="gpt_neox.embed_in",
-    attn_norm="gpt_neox.layers.{i}.input_layernorm",
-    mlp_norm="gpt_neox.layers.{i}.post_attention_layernorm",
-    q=_NEOX_QKV,
-    k=_NEOX_QKV,
-    v=_NEOX_QKV,
-    o="gpt_neox.layers.{i}.attention.dense",
-    up="gpt_neox.layers.{i}.mlp.dense_h_to_4h",
-    down="gpt_neox.layers.{i}.mlp.dense_4h_to_h",
-    final_norm="gpt_neox.final_layer_norm",
-    head="embed_out",
-)
 _GEMMA = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -173,7 +115,7 @@ _ROWS = (
         "phi",
         ("PhiForCausalLM", "PhiModel"),
         models="Phi-1, 1.5, 2",
-        names=_PHI_NAMES,
+        names=names.PHI_NAMES,
         defaults={
             "hidden_act": "gelu_new",
             "layer_norm_eps": 1e-5,
@@ -196,7 +138,7 @@ _ROWS = (
         ("Phi3ForCausalLM", "Phi3Model"),
         models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
         limits="contexts end where longrope takes its long factors",
-        names=_PHI3_NAMES,
+        names=names.PHI3_NAMES,
         defaults={
             "hidden_act": "silu",
             "rms_norm_eps": 1e-5,
@@ -212,7 +154,7 @@ _ROWS = (
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),
         models="GPT-2",
-        names=_GPT2_NAMES,
+        names=names.GPT2_NAMES,
         keys={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",
@@ -288,7 +230,7 @@ _ROWS = (
         "starcoder2",
         ("Starcoder2ForCausalLM", "Starcoder2Model"),
         models="StarCoder2",
-        names=TensorNames(up=f"{_L}mlp.c_fc", down=f"{_L}mlp.c_proj"),
+        names=names.STARCODER2_NAMES,
         defaults={
             "hidden_act": "gelu_pytorch_tanh",
             "num_key_value_heads": 2,
@@ -334,7 +276,7 @@ _ROWS = (
         ("Gemma2ForCausalLM", "Gemma2Model"),
         models="Gemma 2",
         limits="not in float16",
-        names=_SANDWICH,
+        names=names.SANDWICH,
         defaults={
             **_GEMMA2,
             "attn_logit_softcapping": 50.0,
@@ -354,7 +296,7 @@ _ROWS = (
         ("Gemma3ForCausalLM", "Gemma3TextModel"),
         models="Gemma 3, text",
         limits="not in float16; pictures are not read",
-        names=_SANDWICH,
+        names=names.SANDWICH,
         defaults={
             **_GEMMA2,
             **_GEMMA3_SIZES,
@@ -392,7 +334,7 @@ _ROWS = (
         "olmo2",
         ("Olmo2ForCausalLM", "Olmo2Model"),
         models="OLMo 2",
-        names=_POST_NORM,
+        names=names.POST_NORM,
         defaults=_OLMO,
         qk_norm="row",
         bias_qkv="attention_bias",
@@ -402,7 +344,7 @@ _ROWS = (
         "olmo3",
         ("Olmo3ForCausalLM", "Olmo3Model"),
         models="OLMo 3",
-        names=_POST_NORM,
+        names=names.POST_NORM,
         defaults={**_OLMO, "sliding_window": 4096, "sliding_window_pattern": 4, "rope_theta": 500_000.0},
         local_theta="rope_theta",
         qk_norm="row",
@@ -469,7 +411,7 @@ _ROWS = (
         "exaone4",
         ("Exaone4ForCausalLM", "Exaone4Model"),
         models="EXAONE 4",
-        names=_POST_NORM,
+        names=names.POST_NORM,
         defaults={
             "hidden_act": "silu",
             "num_key_value_heads": 32,
@@ -486,7 +428,7 @@ _ROWS = (
         "glm",
         ("GlmForCausalLM", "GlmModel"),
         models="GLM-4 9B",
-        names=_GLM_NAMES,
+        names=names.GLM_NAMES,
         defaults=_GLM,
         partial_rotary=True,
         rope_style="gptj",
@@ -496,7 +438,7 @@ _ROWS = (
         "glm4",
         ("Glm4ForCausalLM", "Glm4Model"),
         models="GLM-4 0414",
-        names=_GLM4_NAMES,
+        names=names.GLM4_NAMES,
         defaults=_GLM,
         partial_rotary=True,
         rope_style="gptj",
@@ -526,7 +468,7 @@ _ROWS = (
         ("GPTNeoXForCausalLM", "GPTNeoXModel"),
         models="Pythia, GPT-NeoX",
         limits="`llmctl quantize` leaves q, k and v dense, which take turns in one tensor (`--ignore query_key_value`)",
-        names=_NEOX_NAMES,
+        names=names.NEOX_NAMES,
         keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         defaults={
             "hidden_act": "gelu",
