@@ -251,6 +251,20 @@ def load_yaml_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def override_text(mapping: Mapping[Any, Any]) -> str:
+    """The text of an override that YAML has as a mapping: ``{match: "*.down_proj", bits: 8, group-size: 32}``.
+
+    Raises:
+        UsageError: no ``match``, or no setting beside it.
+    """
+    settings = {str(key).replace("_", "-"): value for key, value in mapping.items()}
+    pattern = settings.pop("match", None)
+    if not isinstance(pattern, str) or not settings:
+        found = ", ".join(map(str, mapping)) or "nothing"
+        raise UsageError(f"override: expected match with bits or group-size, found {found}", param="override")
+    return f"{pattern}:" + ",".join(f"{key}={value}" for key, value in settings.items())
+
+
 def _yaml_problem(error: Exception) -> str:
     """What is wrong and where, without the text there, which may be a key."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)

@@ -75,6 +75,14 @@ def random_tensors(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
+CALIBRATION_TEXT = "the quick brown fox reads a book about engines and kernels. " * 60
+
+
+def write_small_llama(folder: Path) -> Path:
+    """A Llama whose widths groups of 32 divide."""
+    return write_model(folder, "llama", num_key_value_heads=4, intermediate_size=128)
+
+
 def write_model(folder: Path, family: str, **changes: Any) -> Path:
     """A random checkpoint of a family with a tokenizer; float32 on disk."""
     vocab_size = make_tokenizer(folder)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
+from llmctl.evaluate import svg
+
 _WIDTH, _HEIGHT = 760, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 200, 48, 56
 _LEAST_KL = 1e-6  # where a model that is the original is drawn
@@ -48,15 +50,15 @@ def chart(points: Sequence[Point], title: str) -> str:
     def y(kl: float) -> float:
         return _TOP + (high - math.log10(max(kl, _LEAST_KL))) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_text(_LEFT, 24, title, "start", 15)]
+    parts = [svg.text(_LEFT, 24, title, size=15)]
     for power in range(low, high + 1):
-        parts += [_line(_LEFT, y(10**power), _WIDTH - _RIGHT, y(10**power))]
-        parts += [_text(_LEFT - 8, y(10**power) + 4, f"{10.0**power:g}", "end")]
+        parts += [svg.grid_line(_LEFT, y(10**power), _WIDTH - _RIGHT, y(10**power))]
+        parts += [svg.text(_LEFT - 8, y(10**power) + 4, f"{10.0**power:g}", anchor="end")]
     for step in range(5):
         size = size_range[0] + step / 4 * (size_range[1] - size_range[0])
-        parts += [_text(x(size), _HEIGHT - _BOTTOM + 20, f"{size / 2**20:.4g}", "middle")]
-    parts += [_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, "size, MiB", "middle")]
-    parts += [_text(_LEFT - 60, _TOP - 14, "KL from the original, nats a token", "start")]
+        parts += [svg.text(x(size), _HEIGHT - _BOTTOM + 20, f"{size / 2**20:.4g}", anchor="middle")]
+    parts += [svg.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, "size, MiB", anchor="middle")]
+    parts += [svg.text(_LEFT - 60, _TOP - 14, "KL from the original, nats a token")]
     on_front = front(points)
     line = sorted((x(p.size), y(p.kl)) for p, is_on in zip(points, on_front, strict=True) if is_on)
     steps = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
@@ -68,21 +70,11 @@ def chart(points: Sequence[Point], title: str) -> str:
         at = f'cx="{x(point.size):.1f}" cy="{y(point.kl):.1f}" r="{radius:.1f}"'
         said = point.label + ("" if point.speed is None else f", {point.speed:.0f} tok/s")
         parts += [f'<circle {at} fill="{fill}" fill-opacity="0.7" stroke="#0a7"><title>{escape(said)}</title></circle>']
-        parts += [_text(x(point.size) + radius + 4, y(point.kl) + 4, said, "start")]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif">'
-    background = f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>'
-    return "\n".join([head, background, *parts, "</svg>"]) + "\n"
+        parts += [svg.text(x(point.size) + radius + 4, y(point.kl) + 4, said)]
+    return svg.document(_WIDTH, _HEIGHT, parts)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
     """A range with some room at its ends, and never empty."""
     room = (high - low) * 0.05 or max(high * 0.05, 1.0)
     return low - room, high + room
-
-
-def _text(x: float, y: float, text: str, anchor: str, size: int = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#ddd"/>'

@@ -13,9 +13,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llmctl.config import SECRET_OPTIONS, load_yaml_options
+from llmctl.config import SECRET_OPTIONS, load_yaml_options, override_text
 from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
-from llmctl.quantize.overrides import override_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from llmctl.evaluate import svg
 
 _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 140, 40, 50
@@ -30,18 +31,17 @@ def error_chart(title: str, errors: Mapping[str, Mapping[int, float]]) -> str:
     def y(error: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * (math.log10(error) - low) / (high - low)
 
-    body = [_text(_LEFT, 22, title, size=15)]
+    body = [svg.text(_LEFT, 22, title, size=15)]
     for power in range(low, high + 1):
         at = y(10.0**power)
-        body.append(_line(_LEFT, at, _WIDTH - _RIGHT, at))
-        body.append(_text(_LEFT - 8, at + 4, f"1e{power}", anchor="end"))
+        body.append(svg.grid_line(_LEFT, at, _WIDTH - _RIGHT, at))
+        body.append(svg.text(_LEFT - 8, at + 4, f"1e{power}", anchor="end"))
     for layer in range(0, last + 1, max(1, -(-last // 16))):
-        body.append(_text(x(layer), _HEIGHT - _BOTTOM + 18, str(layer), anchor="middle"))
-    body.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, "layer", anchor="middle"))
+        body.append(svg.text(x(layer), _HEIGHT - _BOTTOM + 18, str(layer), anchor="middle"))
+    body.append(svg.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, "layer", anchor="middle"))
     for index, (kind, of) in enumerate(lines.items()):
         body += _series(kind, [(x(layer), y(error)) for layer, error in sorted(of.items())], index)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif">'
-    return "\n".join([head, f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>', *body, "</svg>"]) + "\n"
+    return svg.document(_WIDTH, _HEIGHT, body)
 
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
@@ -62,13 +62,5 @@ def _series(kind: str, points: Sequence[tuple[float, float]], index: int) -> lis
         f'<polyline points="{path}" fill="none" {stroke}/>',
         *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in points),
         f'<line x1="{legend}" y1="{at - 4}" x2="{legend + 20}" y2="{at - 4}" {stroke}/>',
-        _text(legend + 26, at, kind),
+        svg.text(legend + 26, at, kind),
     ]
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#dddddd"/>'
-
-
-def _text(x: float, y: float, text: str, *, size: int = 12, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'

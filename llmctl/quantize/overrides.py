@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from llmctl.errors import UsageError
 from llmctl.graph.graph import QuantScheme
@@ -55,20 +54,6 @@ def parse_override(text: str) -> Override:
                 f"--override {text}: {name}: expected a whole number, found '{value.strip()}'", param="override"
             ) from None
     return Override(text, pattern.strip(), values.get("bits"), values.get("group-size"))
-
-
-def override_text(mapping: Mapping[Any, Any]) -> str:
-    """The text of an override that YAML has as a mapping: ``{match: "*.down_proj", bits: 8, group-size: 32}``.
-
-    Raises:
-        UsageError: no ``match``, or no setting beside it.
-    """
-    settings = {str(key).replace("_", "-"): value for key, value in mapping.items()}
-    pattern = settings.pop("match", None)
-    if not isinstance(pattern, str) or not settings:
-        found = ", ".join(map(str, mapping)) or "nothing"
-        raise UsageError(f"override: expected match with bits or group-size, found {found}", param="override")
-    return f"{pattern}:" + ",".join(f"{key}={value}" for key, value in settings.items())
 
 
 def apply_overrides(

@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from random_models import write_model
+from random_models import CALIBRATION_TEXT, write_small_llama
 from typer.testing import CliRunner
 
 from llmctl.bench import quantizations
@@ -17,20 +17,18 @@ from llmctl.config import EvalConfig, QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.quantize.driver import Silent
 
-TEXT = "the quick brown fox reads a book about engines and kernels. " * 60
 SHOWN = Shown(Silent(), lambda *_: None, Progress)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    return write_model(folder, "llama", num_key_value_heads=4, intermediate_size=128)
+    return write_small_llama(tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> CompareConfig:
     text = tmp_path / "calib.txt"
-    text.write_text(TEXT)
+    text.write_text(CALIBRATION_TEXT)
     base = QuantizeConfig(
         model=str(model), group_size=32, symmetric=True, calib=str(text), calib_samples=4, calib_length=32
     )

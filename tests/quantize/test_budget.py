@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from random_models import CONFIGS, write_model
+from random_models import CALIBRATION_TEXT, CONFIGS, write_small_llama
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -26,14 +26,13 @@ from llmctl.quantize.sensitivity import Candidate
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    return write_model(folder, "llama", num_key_value_heads=4, intermediate_size=128)
+    return write_small_llama(tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> QuantizeConfig:
     text = tmp_path / "calib.txt"
-    text.write_text("the quick brown fox reads a book about engines and kernels. " * 60)
+    text.write_text(CALIBRATION_TEXT)
     return QuantizeConfig(
         model=str(model),
         output=str(tmp_path / "out"),

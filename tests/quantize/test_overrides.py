@@ -3,17 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import CONFIGS, write_model
+from random_models import CALIBRATION_TEXT, CONFIGS, write_small_llama
 
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.config import QuantizeConfig
+from llmctl.config import QuantizeConfig, override_text
 from llmctl.errors import UsageError
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.modules import Selection, select_modules
-from llmctl.quantize.overrides import apply_overrides, override_text, parse_override
+from llmctl.quantize.overrides import apply_overrides, parse_override
 from llmctl.quantize.rtn import quantize_searched
 
 FOUR = QuantScheme(4, 32, True)
@@ -31,15 +31,13 @@ SCHEMES = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(
-        tmp_path_factory.mktemp("model") / "llama", "llama", num_key_value_heads=4, intermediate_size=128
-    )
+    return write_small_llama(tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> QuantizeConfig:
     text = tmp_path / "calib.txt"
-    text.write_text("the quick brown fox reads a book about engines and kernels. " * 60)
+    text.write_text(CALIBRATION_TEXT)
     return QuantizeConfig(
         model=str(model),
         output=str(tmp_path / "out"),
