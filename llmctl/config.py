@@ -28,7 +28,8 @@ class QuantizeConfig:
     """``llmctl quantize``: checkpoint -> quantized checkpoint.
 
     ``symmetric`` None: by method, as ``is_symmetric``; ``bits``, ``group_size`` None: by method, as its row in
-    ``quantize.methods`` says. ``max_kl``, ``max_size``: what several are chosen among by.
+    ``quantize.methods`` says. ``max_kl``, ``max_size``: what several are chosen among by. ``merge_adapter``: each
+    ``DIR`` or ``DIR=WEIGHT``, merged before anything else.
     """
 
     model: str = ""
@@ -57,6 +58,7 @@ class QuantizeConfig:
     eval_text: str = "builtin"
     resume: bool = False
     threads: int | None = None
+    merge_adapter: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[str]:
@@ -94,6 +96,16 @@ class ConvertConfig:
     model: str = ""
     to: str = ""
     output: str = ""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """``llmctl merge``: checkpoint and adapters (each ``DIR`` or ``DIR=WEIGHT``) -> plain checkpoint."""
+
+    base: str = ""
+    adapters: tuple[str, ...] = ()
+    output: str = ""
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)

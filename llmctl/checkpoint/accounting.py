@@ -136,7 +136,7 @@ def _weight_beside(tensor: _Tensor) -> str:
     return f"{tensor.name.rpartition('.')[0]}.weight"
 
 
-_MERGE = "merge the adapter into its base model first (peft: merge_and_unload)"
+_MERGE = "merge the adapter into its base model first: llmctl merge BASE ADAPTER --output DIR"
 
 
 def _foreign(reason: str, pattern: str, also: Callable[[_Tensor], bool] = lambda _: True, fix: str = FROM_16) -> _Rule:

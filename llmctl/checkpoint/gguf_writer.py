@@ -122,11 +122,11 @@ def _entry(plan: OutputPlan, name: str, heads: int | None) -> _Entry:
                 raise ValueError(f"'{name.removesuffix('.weight')}': {error}") from error
 
         return _Entry(block_type(weight.scheme), weight.shape, spec_nbytes((*spec, b"")), blocks)
-    dtype, shape, _ = plan.dense_spec(name)
+    dtype, shape, _ = plan.dense.spec(name)
     kind = "F32" if len(shape) == 1 else dtype
 
     def dense() -> Array:
-        found = plan.dense(name)
+        found = plan.dense.value(name)
         found = found.float() if kind == "F32" else found
         return _octets(permute_rows(found, heads) if heads else found)
 

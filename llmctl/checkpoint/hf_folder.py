@@ -24,6 +24,8 @@ AUX_NAMES = (
     "vocab.json",
     "vocab.txt",
 )
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT calls an adapter's settings."""
 QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 """What holds the quantization settings where config.json does not: GPTQ's, ModelOpt's."""
 _GENERATION = "generation_config.json"
@@ -95,6 +97,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: unreadable or without ``model_type``.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
+        raise ModelNotFoundError(
+            f"{folder}: an adapter, not a model", fix=f"merge it: llmctl merge BASE {folder} --output DIR"
+        )
     if not path.is_file():
         raise ModelNotFoundError(
             f"{folder}: not a Hugging Face checkpoint: no config.json", fix="name a checkpoint folder or a .gguf file"

@@ -6,25 +6,22 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
+from llmctl.checkpoint.dense_tensors import DenseTensors
 from llmctl.checkpoint.output_format import AS_STORED, OutputFormat
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.safetensors_io import TensorSpec, torch_dtype_name
-from llmctl.errors import CheckpointError
-from llmctl.graph.dtypes import DTYPES, FLOAT_DTYPES, HALF_DTYPES
+from llmctl.checkpoint.safetensors_io import TensorSpec
+from llmctl.graph.dtypes import HALF_DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_STORED_FLOATS = tuple(DTYPES[name].safetensors for name in FLOAT_DTYPES)
-_FLOATS = tuple(f"torch.{DTYPES[name].torch}" for name in FLOAT_DTYPES)
 
 
 class OutputPlan:
     """A source's tensors with some linears quantized and some dense tensors replaced.
 
     Attributes:
-        settings: as given. dtype: what config.json calls the dtype of the dense tensors.
+        settings: as given. dtype: what config.json calls the dtype of the dense tensors; dense: these.
 
     Raises:
         ValueError: a quantized module that the source does not have; settings that the format cannot express.
@@ -42,6 +39,7 @@ class OutputPlan:
         self.settings = settings
         self.config = settings.quantization_config()
         self.dtype = self._named_dtype()
+        self.dense = DenseTensors(source, replaced, None if settings.dtype == AS_STORED else self.dtype)
         self._stored = frozenset(source.names()).difference(left_out)
         # A Mapping's default `in` loads the value, so names are looked up here.
         self._modules = frozenset(quantized)
@@ -89,7 +87,7 @@ class OutputPlan:
         for name in self.names():
             weight = self.weight(name)
             if weight is None:
-                specs[name] = self.dense_spec(name)
+                specs[name] = self.dense.spec(name)
             else:
                 module = name.removesuffix(".weight")
                 planes = self.settings.row.specs(weight)
@@ -99,37 +97,6 @@ class OutputPlan:
                     for suffix, (dtype, shape) in planes.items()
                 }
         return specs
-
-    def dense_spec(self, name: str) -> TensorSpec:
-        """A dense tensor as ``write_safetensors`` takes it."""
-        replacement = self._replaced.get(name)
-        if replacement is not None:
-            stored, shape = torch_dtype_name(replacement.dtype), tuple(replacement.shape)
-        else:
-            info = self._source.describe(name)
-            stored, shape = info.dtype, info.shape
-        if stored in _STORED_FLOATS and self.settings.dtype != AS_STORED:
-            stored = DTYPES[self.dtype].safetensors
-        return (stored, shape, functools.partial(self.dense, name))
-
-    def dense(self, name: str) -> Tensor:
-        """A dense tensor's values.
-
-        Raises:
-            CheckpointError: not finite, or too large for the 16-bit dtype.
-        """
-        import torch
-
-        value = self._replaced.get(name)
-        tensor = self._source.weight(name) if value is None else value
-        assert isinstance(tensor, torch.Tensor)
-        if str(tensor.dtype) not in _FLOATS:
-            return tensor
-        cast = tensor if self.settings.dtype == AS_STORED else tensor.to(getattr(torch, self.dtype))
-        if not bool(cast.isfinite().all()):
-            found = "not finite" if not bool(tensor.isfinite().all()) else f"too large for {self.dtype}"
-            raise CheckpointError(f"{self._source.path}: tensor '{name}' has values that are {found}")
-        return cast
 
     def _check(self, module: str, weight: QuantizedWeight) -> None:
         found, wanted = weight.scheme, self.settings.scheme_of(module)

@@ -89,6 +89,7 @@ class Checkpoint:
         config: ``config.json`` as a dict, or what stands for it.
         quantization: the checkpoint's quantization settings, None for a dense one.
         outside: names of tensors that belong to the other parts of a multimodal model.
+        files: all that it is read from.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Checkpoint:
         self.outside = outside
         self._source = source
         self._aux = aux
-        self._files = sorted(set(files))
+        self.files = tuple(sorted(set(files)))
         self._stored = dict(source.entries())
         self._layout = layout
         self._described: dict[str, TensorInfo] = {}
@@ -200,7 +201,7 @@ class Checkpoint:
     @cached_property
     def _fingerprint(self) -> str:
         total = hashlib.sha256()
-        for path in self._files:
+        for path in self.files:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             total.update(f"{path.name}\0{path.stat().st_size}\0{digest}\n".encode())

@@ -1,17 +1,20 @@
-"""Write a quantized checkpoint: a Hugging Face folder or a .gguf file, whole or not at all.
+"""Write a checkpoint, quantized or plain: a Hugging Face folder or a .gguf file, whole or not at all.
 
-A folder holds ``config.json`` (with ``quantization_config``), safetensors shards, and the source's tokenizer, chat
-template and generation config as they are. The same inputs give the same bytes.
+A folder holds ``config.json`` (with ``quantization_config``, if it is quantized), safetensors shards, and the source's
+tokenizer, chat template and generation config as they are. The same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmctl.checkpoint.dense_tensors import DenseTensors
 from llmctl.checkpoint.folder import check_parent, published_file, published_folder
 from llmctl.checkpoint.output_format import FORMATS, OutputFormat
 from llmctl.checkpoint.output_plan import OutputPlan
@@ -100,18 +103,63 @@ def write_quantized_checkpoint(
     with published_folder(output) as folder:
         write_sharded(folder, tensors, max_shard_bytes=max_shard_bytes)
         _write_config(folder, source, plan)
-        for name, content in source.aux_files().items():
-            _put(folder / name, content)
+        _put_aux(folder, source)
         check(folder)
     return output
+
+
+def write_plain_checkpoint(
+    output: Path,
+    source: Checkpoint,
+    dtype: str,
+    *,
+    left_out: Collection[str] = (),
+    max_shard_bytes: int = 5 * 10**9,
+    on_tensor: Callable[[str, int, int], None] = lambda *_: None,
+) -> Path:
+    """Write a dense ``source`` as a folder, a tensor in memory at a time; returns ``output``.
+
+    Args:
+        dtype: of its floats.
+        left_out, max_shard_bytes: as ``write_quantized_checkpoint`` takes them.
+        on_tensor: is told of every tensor written: (its name, done, in all).
+
+    Raises:
+        UsageError: ``output`` exists.
+        CheckpointError: a value that is not finite, or too large for the dtype.
+    """
+    check_new(output)
+    dense = DenseTensors(source, {}, dtype)
+    names = [name for name in source.names() if name not in left_out]
+    done = itertools.count(1)
+
+    def value(name: str) -> Tensor:
+        made = dense.value(name)
+        on_tensor(name, next(done), len(names))
+        return made
+
+    tensors = {name: (*dense.spec(name)[:2], functools.partial(value, name)) for name in names}
+    with published_folder(output) as folder:
+        write_sharded(folder, tensors, max_shard_bytes=max_shard_bytes)
+        _put(folder / "config.json", _json({**source.config, _dtype_key(source): dtype}))
+        _put_aux(folder, source)
+    return output
+
+
+def _put_aux(folder: Path, source: Checkpoint) -> None:
+    for name, content in source.aux_files().items():
+        _put(folder / name, content)
+
+
+def _dtype_key(source: Checkpoint) -> str:
+    return "torch_dtype" if "torch_dtype" in source.config else "dtype"
 
 
 def _write_config(folder: Path, source: Checkpoint, plan: OutputPlan) -> None:
     quantization = dict(plan.config)
     if "lm_head" in quantization:
         quantization["lm_head"] = plan.head_quantized
-    key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
-    config = {**source.config, key: plan.dtype, "quantization_config": quantization}
+    config = {**source.config, _dtype_key(source): plan.dtype, "quantization_config": quantization}
     config.pop("compression_config", None)
     if plan.has_head:
         config["tie_word_embeddings"] = False

@@ -15,6 +15,7 @@ from llmctl.cli.common import OneLineErrors, WholeNames
 from llmctl.cli.convert import convert
 from llmctl.cli.eval import evaluate
 from llmctl.cli.inspect import inspect
+from llmctl.cli.merge import merge
 from llmctl.cli.quantize import quantize
 from llmctl.cli.quantize_compare import compare
 from llmctl.cli.serve import serve
@@ -59,6 +60,7 @@ app.command(
 app.command("quantize", cls=WholeNames)(quantize)
 app.command("quantize compare", cls=WholeNames)(compare)
 app.command("convert", cls=WholeNames)(convert)
+app.command("merge", cls=WholeNames)(merge)
 app.command("eval", cls=WholeNames)(evaluate)
 
 

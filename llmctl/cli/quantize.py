@@ -30,6 +30,16 @@ Model = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+MergeAdapter = Annotated[
+    list[str],
+    typer.Option(
+        "--merge-adapter",
+        metavar="DIR[=WEIGHT]",
+        help="A LoRA adapter that PEFT saved, merged before quantizing; repeatable. A quantized model is dequantized "
+        "for it.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Ignore = Annotated[
     list[str],
     typer.Option(
@@ -200,6 +210,7 @@ def quantize(
     ctx: typer.Context,
     config: ConfigOption = None,  # noqa: ARG001
     model: Model = _D.model,
+    merge_adapter: MergeAdapter = list(_D.merge_adapter),  # noqa: B006
     output: Output = _D.output,
     method: Method = _D.method,
     bits: Bits = _D.bits,
@@ -244,6 +255,7 @@ def quantize(
 
     settings = QuantizeConfig(
         model=model,
+        merge_adapter=tuple(merge_adapter),
         output=output,
         method=method,
         bits=bits,
@@ -328,6 +340,12 @@ def _choose(settings: QuantizeConfig, progress: ProgressLines) -> QuantizeReport
     if settings.backend != "native" or settings.resume:
         option = "--resume" if settings.resume else f"--backend {settings.backend}"
         raise UsageError(f"--method auto: has no {option}", fix=f"leave {option} out", param="method")
+    if settings.merge_adapter:
+        raise UsageError(
+            "--method auto: has no --merge-adapter",
+            fix=f"llmctl merge {settings.model} {' '.join(settings.merge_adapter)} --output DIR, then quantize DIR",
+            param="merge_adapter",
+        )
     shown = Shown(progress, progress.evaluating, Progress)
     bits: tuple[int, ...] | None = None if settings.has_budget else BITS
     if settings.bits is not None:

@@ -192,6 +192,7 @@ def _summary(report: QuantizeReport, chart: Path | None) -> Table:
         error = f"{sum(layer.error for layer in report.layers) / len(report.layers):.2e} (mean over layers)"
     for key, value in (
         ("output", f"{report.output} ({report.format} format)"),
+        *(("merged", adapter) for adapter in report.merged),
         ("method", f"{report.method}, {report.widths} bits, group {group}, {kind}"),
         *([("schemes", _schemes(report))] if len(report.schemes) > 1 else []),
         *([("KL predicted", f"{report.predicted_kl:.3g} nats a token")] if report.predicted_kl is not None else []),

@@ -20,14 +20,19 @@ class _Slice:
 
     Attributes:
         output: which output of the linear they become, and ``column`` from where on; ``rows``: how many.
-        module: what supplies them; ``first_row``: the first of them there.
+        tensor: what supplies them; ``first_row``: the first of them there.
     """
 
     output: int
     column: int
     rows: int
-    module: str
+    tensor: str
     first_row: int
+
+    @property
+    def module(self) -> str:
+        """Whose tensor it is."""
+        return self.tensor.removesuffix(".weight")
 
     def targets(self, wanted: frozenset[str]) -> set[str]:
         """Those that name the module."""
@@ -98,31 +103,39 @@ def _body_linears(graph: Graph) -> Iterator[Op]:
             yield op
 
 
+def weight_rows(graph: Graph, op: Op, weight: Weight) -> Iterator[tuple[str, int]]:
+    """(tensor of the checkpoint, the row that what a linear takes of it ends before), a weight's or a bias's parts."""
+    return ((s.tensor, s.first_row + s.rows) for s in _placed(weight, _columns(graph, op)))
+
+
 def _slices(graph: Graph, op: Op) -> list[_Slice]:
-    """What of a linear comes from which module; of a gated one, opened, gate and up lie in one output."""
+    """What of a linear comes from which module."""
+    return list(_placed(graph.weights[op.weights[0]], _columns(graph, op)))
+
+
+def _columns(graph: Graph, op: Op) -> list[tuple[int, int, int]]:
+    """Runs of a linear's columns (output, first, how many); of a gated one, opened, gate and up lie in one output."""
     widths = [graph.buffers[buffer].width for buffer in op.outputs]
     if "epilogue" in op.attrs:
-        columns = [(0, 0, widths[0]), (0, widths[0], widths[0])]
-    else:
-        columns = [(i, 0, width) for i, width in enumerate(widths)]
-    return list(_placed(graph.weights[op.weights[0]], columns))
+        return [(0, 0, widths[0]), (0, widths[0], widths[0])]
+    return [(i, 0, width) for i, width in enumerate(widths)]
 
 
 def _placed(weight: Weight, columns: Sequence[tuple[int, int, int]]) -> Iterator[_Slice]:
     """Slices of a weight's rows, each as far as one run of columns (output, first, how many) and one part reach."""
     parts = iter(weight.parts)
-    module, first, left = "", 0, 0
+    tensor, first, left = "", 0, 0
     for output, column, width in columns:
         done = 0
         while done < width:
             if left == 0:
                 part = next(parts)
-                module = part.tensor.removesuffix(".weight")
+                tensor = part.tensor
                 # A part without a range is a whole tensor, and that is one linear's.
                 first, end = part.rows or (0, width)
                 left = end - first
             rows = min(left, width - done)
-            yield _Slice(output, column + done, rows, module, first)
+            yield _Slice(output, column + done, rows, tensor, first)
             done, first, left = done + rows, first + rows, left - rows
 
 

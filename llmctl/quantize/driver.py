@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llmctl.checkpoint.adapters.opening import open_merged
 from llmctl.checkpoint.assemble import WeightSource, accounted_graph, assemble
-from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.resolve import resolve_model
 from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError
@@ -83,13 +83,16 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
     check_options(config)
     output = Path(config.output)
     check_output(output, config.resume)
-    checkpoint = open_checkpoint(resolve_model(config.model), widen=True)
-    check_not_quantized(checkpoint)
+    merged = open_merged(config.model, config.merge_adapter, "merge_adapter")
+    check_not_quantized(merged.checkpoint)
+    for note in merged.notes:
+        progress.note(note)
     with _threads(config.threads):
-        job = _Job(config, checkpoint, progress)
+        job = _Job(config, merged.checkpoint, progress)
         layers = job.run(output)
     seconds = time.monotonic() - started
-    return make_report(job.plan, job.graph, checkpoint, job.note, layers, seconds, job.predicted_kl)
+    report = make_report(job.plan, job.graph, merged.base, job.note, layers, seconds, job.predicted_kl)
+    return replace(report, merged=tuple(one.described for one in merged.adapters))
 
 
 def calibrate(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph, progress: Progress) -> Calibration:

@@ -78,6 +78,8 @@ class Plan:
             "target_bpw": c.target_bpw,
             "target_size": c.target_size,
         }
+        if c.merge_adapter:
+            common["merge_adapter"] = list(c.merge_adapter)  # the weights; the files are in the fingerprint
         if self.reads_text:
             common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
             common |= {"calib_sha256": source_digest(c.calib), "seed": c.seed}

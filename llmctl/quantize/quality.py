@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmctl.checkpoint.adapters.opening import open_merged
 from llmctl.checkpoint.opening import open_checkpoint
-from llmctl.checkpoint.resolve import resolve_model
 from llmctl.config import QuantizeConfig
 from llmctl.evaluate.distributions import CheckpointDistributions
 from llmctl.evaluate.divergence import Divergence, divergence
@@ -72,6 +72,8 @@ class Quality:
 def measure_quality(config: QuantizeConfig, format: str, text: str, on_layer: OnLayer) -> Quality:
     """Compare ``config.output`` with ``config.model`` on the first ``_MAX_TOKENS`` tokens of a text, in float32.
 
+    Adapters that were merged are so in the original, too: a quantized base's error is not counted.
+
     Args:
         format: of the output.
         on_layer: told how many layers of both models are done.
@@ -80,7 +82,7 @@ def measure_quality(config: QuantizeConfig, format: str, text: str, on_layer: On
         LlmctlError: too little text, or models that cannot be compared.
     """
     started = time.monotonic()
-    original = open_checkpoint(resolve_model(config.model), widen=True)
+    original = open_merged(config.model, config.merge_adapter, "merge_adapter").checkpoint
     quantized = open_checkpoint(Path(config.output))
     context = min(_CONTEXT, longest_context(original) or _CONTEXT)
     _, windows = scored_windows(original, text, Protocol(context, context, _MAX_TOKENS))

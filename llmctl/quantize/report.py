@@ -69,6 +69,7 @@ class QuantizeReport:
         schemes: scheme in words -> number of linears.
         parts: part of the model -> its size before and after.
         quality: what it did to the model's predictions; None: not measured.
+        merged: the adapters that were merged before, in words.
         error_of: what the layers' errors are of: ``output`` or ``weight``.
         seconds: wall time of this run.
     """
@@ -96,6 +97,7 @@ class QuantizeReport:
     seconds: float
     parts: Mapping[str, PartSize] = field(default_factory=dict)
     quality: Quality | None = None
+    merged: tuple[str, ...] = ()
 
     @property
     def widths(self) -> str:

@@ -1,0 +1,82 @@
+"""Adapters as options name them, and the checkpoint that they are merged into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.checkpoint.adapters.merging import Weighted, merged_checkpoint
+from llmctl.checkpoint.adapters.reading import read_adapter
+from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.reader import Checkpoint
+from llmctl.checkpoint.resolve import local_name, resolve_model
+from llmctl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter's folder and weight, as ``DIR`` or ``DIR=WEIGHT`` names them."""
+
+    folder: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str, param: str) -> Named:
+        """From an option's or argument's text; a folder whose own name has ``=`` is taken whole.
+
+        Raises:
+            UsageError: a weight that is no finite number.
+        """
+        folder, equals, weight = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            return cls(Path(text))
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not folder or not math.isfinite(value):
+            raise UsageError(f"adapter '{text}': expected DIR or DIR=WEIGHT, a finite number", param=param)
+        return cls(Path(folder), value)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model with its adapters.
+
+    Attributes:
+        checkpoint: with them merged, if there are any. base: without. adapters: as given.
+    """
+
+    checkpoint: Checkpoint
+    base: Checkpoint
+    adapters: tuple[Weighted, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know, a line each."""
+        lines = [note for one in self.adapters for note in one.adapter.notes]
+        if self.adapters and self.base.quantization is not None:
+            lines.append(f"{self.base.path} is quantized ({self.base.quantization.method}): dequantized, then merged")
+        return lines
+
+
+def open_merged(model: str, adapters: Sequence[str], param: str) -> Merged:
+    """A model, and adapters merged into it; without any, the model as it is.
+
+    Args:
+        model: as ``resolve_model`` takes it. adapters: each ``DIR`` or ``DIR=WEIGHT``. param: what gave them.
+
+    Raises:
+        LlmctlError: as finding and reading them.
+    """
+    named = [Named.parse(text, param) for text in adapters]
+    base = open_checkpoint(resolve_model(model), widen=True)
+    if not named:
+        return Merged(base, base)
+    graph = checkpoint_graph(base)
+    called = local_name(base.path)
+    read = tuple(Weighted(read_adapter(one.folder, graph, called), one.weight) for one in named)
+    return Merged(merged_checkpoint(base, graph, read), base, read)
