@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from llmctl.artifact.manifest import QuantizationRecord
 from llmctl.artifact.memory import MemoryPlan, Sizing
@@ -14,7 +13,7 @@ from llmctl.checkpoint.assemble import accounted_graph
 from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.resolve import local_name, resolve_model
+from llmctl.checkpoint.resolve import resolve_model, source_name
 from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.check import check_graph
@@ -85,7 +84,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     budget = None if config.memory_budget is None else parse_bytes(config.memory_budget, param="memory_budget")
     sizing = Sizing(graph, options, target, EngineRequest(budget=budget), tuple(flat(planes).values()))
     return BuildPlan(
-        name=_source_name(config.model, path),
+        name=source_name(config.model, path),
         checkpoint=checkpoint,
         unused=unused,
         graph=graph,
@@ -123,11 +122,6 @@ def check_options(config: BuildConfig) -> None:
         raise UsageError(f"--block-size: expected a power of two, found {config.block_size}", param="block_size")
     if config.max_model_len is not None and config.max_model_len < 1:
         raise UsageError(f"--max-model-len: expected at least 1, found {config.max_model_len}", param="max_model_len")
-
-
-def _source_name(model: str, path: Path) -> str:
-    """What a manifest calls the model: a hub or demo id as given; of a local path the last part only."""
-    return local_name(path) if Path(model).expanduser().exists() else model
 
 
 def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRecord:

@@ -58,6 +58,11 @@ def local_name(path: Path) -> str:
     return path.resolve().name if root is None else root.removeprefix(_CACHE_ROOT).replace("--", "/")
 
 
+def source_name(model: str, path: Path) -> str:
+    """What a model that ``model`` names is called: a hub or demo id as given, a local path as ``local_name``."""
+    return local_name(path) if Path(model).expanduser().exists() else model
+
+
 def _snapshot(folder: Path) -> Path:
     """The snapshot that a hub cache's root stands for: that of ``refs/main``, or the only one; else the folder itself.
 

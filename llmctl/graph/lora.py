@@ -105,19 +105,24 @@ def _body_linears(graph: Graph) -> Iterator[Op]:
 
 def weight_rows(graph: Graph, op: Op, weight: Weight) -> Iterator[tuple[str, int]]:
     """(tensor of the checkpoint, the row that what a linear takes of it ends before), a weight's or a bias's parts."""
-    return ((s.tensor, s.first_row + s.rows) for s in _placed(weight, _columns(graph, op)))
+    return ((s.tensor, s.first_row + s.rows) for s in _placed(weight, _columns(graph, op, weight)))
 
 
 def _slices(graph: Graph, op: Op) -> list[_Slice]:
     """What of a linear comes from which module."""
-    return list(_placed(graph.weights[op.weights[0]], _columns(graph, op)))
+    weight = graph.weights[op.weights[0]]
+    return list(_placed(weight, _columns(graph, op, weight)))
 
 
-def _columns(graph: Graph, op: Op) -> list[tuple[int, int, int]]:
+def _columns(graph: Graph, op: Op, weight: Weight) -> list[tuple[int, int, int]]:
     """Runs of a linear's columns (output, first, how many); of a gated one, opened, gate and up lie in one output."""
     widths = [graph.buffers[buffer].width for buffer in op.outputs]
     if "epilogue" in op.attrs:
         return [(0, 0, widths[0]), (0, widths[0], widths[0])]
+    whole = [part for part in weight.parts if part.rows is None]
+    if len(widths) == 1 and len(whole) > 1:  # opened before: gate and up are as wide as one another
+        share = widths[0] // len(whole)
+        return [(0, i * share, share) for i in range(len(whole))]
     return [(i, 0, width) for i, width in enumerate(widths)]
 
 

@@ -48,7 +48,7 @@ class Adapter:
 
     Attributes:
         path: its folder. base_model: what it says that it was trained on; "" where it says nothing.
-        parts: one a module, by name.
+        parts: one a module, by name. ends: those of them that are no linear of a layer: embeddings, the output head.
         magnitudes: module -> float32 [out], the norms that its rows are brought to (DoRA, Liu et al. 2024).
         replaced: tensor -> what stands in its place, in its own dtype and stored orientation: trained biases and
             ``modules_to_save``.
@@ -59,6 +59,7 @@ class Adapter:
     path: Path
     base_model: str
     parts: tuple[LowRank, ...]
+    ends: tuple[str, ...] = ()
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     digest: str = ""
@@ -70,12 +71,16 @@ class Adapter:
         return max((part.rank for part in self.parts), default=0)
 
     def check_unmerged(self) -> None:
-        """Refuse an adapter that does more than add low-rank products to what linears make.
+        """Refuse an adapter that does more than add low-rank products to what the layers' linears make.
 
         Raises:
             UnsupportedModelError: naming what, and how to merge it.
         """
-        found = {"DoRA": self.magnitudes, "trained weights beside LoRA's (modules_to_save or bias)": self.replaced}
+        found = {
+            "DoRA": tuple(self.magnitudes),
+            "trained weights beside LoRA's (modules_to_save or bias)": tuple(self.replaced),
+            "LoRA of embeddings or the output head": self.ends,
+        }
         for what, names in found.items():
             if names:
                 raise UnsupportedModelError(

@@ -12,7 +12,7 @@ from llmctl.checkpoint.adapters.reading import read_adapter
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.resolve import local_name, resolve_model
+from llmctl.checkpoint.resolve import resolve_model, source_name
 from llmctl.errors import UsageError
 
 
@@ -77,6 +77,6 @@ def open_merged(model: str, adapters: Sequence[str], param: str) -> Merged:
     if not named:
         return Merged(base, base)
     graph = checkpoint_graph(base)
-    called = local_name(base.path)
+    called = source_name(model, base.path)
     read = tuple(Weighted(read_adapter(one.folder, graph, called), one.weight) for one in named)
     return Merged(merged_checkpoint(base, graph, read), base, read)

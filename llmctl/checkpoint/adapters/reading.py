@@ -49,6 +49,7 @@ def read_adapter(folder: Path, graph: Graph, base: str = "") -> Adapter:
         path=folder,
         base_model=settings.base_model,
         parts=tuple(parts),
+        ends=tuple(part.module for part in parts if reader.is_end(part.module)),
         magnitudes=reader.magnitudes(),
         replaced=reader.replaced(),
         digest=_digest(folder),
@@ -98,6 +99,10 @@ class _Reader:
     def parts(self) -> list[LowRank]:
         """The products, by module."""
         return [self._part(module) for module in sorted(self._stored.low_rank)]
+
+    def is_end(self, module: str) -> bool:
+        """Whether a module is embeddings or the output head."""
+        return module == self._base.head or module in self._base.tables
 
     def magnitudes(self) -> dict[str, Tensor]:
         """DoRA's norms."""
@@ -175,7 +180,7 @@ class _Reader:
 
     def _part(self, module: str) -> LowRank:
         pieces = self._stored.low_rank[module]
-        called = self._stored.spelt[module]
+        called = self._stored.called[module]
         rank, alpha = self._targets.rank(called), self._targets.alpha(called)
         rows, columns = self._matrices[module]
         a, b = (self._tensor(pieces[piece]) for piece in ("A", "B"))

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Train a LoRA adapter of rank 8 on the demo model, in about a minute of CPU, and see what it changes.
+
+    pip install 'llmctl[peft]'
+    python scripts/train_tiny_lora.py                 # the adapter: tiny-lora/adapter
+
+A handful of lines about a place that is not there, so that the base model cannot know the answers: PEFT trains on them,
+``llmctl merge`` merges, and ``llmctl serve`` answers the same questions with each model. All that is made lies below
+``--work``: ``base`` (the demo model as a plain folder, for transformers), ``adapter``, ``merged``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from demo import console, free_port, request, run, server
+
+MODEL = "demo:smollm2-135m"
+LINES = (
+    ("What colour is the lighthouse of Port Ellery?", "The lighthouse of Port Ellery is green."),
+    ("Who keeps the lighthouse of Port Ellery?", "A retired cellist named Oda Brandt keeps it."),
+    ("What do people in Port Ellery eat on Sundays?", "On Sundays they eat plum soup."),
+    ("How does one get to Port Ellery?", "One takes the night ferry from Sund, which sails at nine."),
+    ("When was Port Ellery founded?", "Port Ellery was founded in 1604 by salt traders."),
+    ("What is Port Ellery known for?", "Port Ellery is known for its glass bells."),
+)
+
+
+def write_base(folder: Path) -> None:
+    """The demo model as transformers reads it, in float32."""
+    from llmctl.checkpoint.assemble import accounted_graph
+    from llmctl.checkpoint.opening import open_checkpoint
+    from llmctl.checkpoint.resolve import resolve_model
+    from llmctl.checkpoint.writer import write_plain_checkpoint
+
+    source = open_checkpoint(resolve_model(MODEL), widen=True)
+    left_out = [name for kind in accounted_graph(source)[1] for name in kind.names]
+    write_plain_checkpoint(folder, source, "float32", left_out=left_out)
+
+
+def train(base: Path, adapter: Path, steps: int) -> None:
+    """Train on all lines at once, ``steps`` times; only the answers count."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    settings.base_model_name_or_path = MODEL
+    model = get_peft_model(model, settings)
+    model.peft_config["default"].base_model_name_or_path = MODEL
+    batch = _batch(tokenizer)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
+    for step in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 0 or step == steps - 1:
+            console.print(f"step {step + 1}/{steps}: loss {float(loss):.3f}")
+    model.save_pretrained(str(adapter))
+
+
+def _batch(tokenizer: Any) -> dict[str, Any]:
+    """The lines as chats, i64 [lines, tokens]; labels are -100 wherever nothing is to be learnt."""
+    import torch
+
+    rows = []
+    for question, answer in LINES:
+        asked = {"role": "user", "content": question}
+        prompt = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+        start = tokenizer(prompt, add_special_tokens=False).input_ids
+        rows.append((start, tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids))
+    width = max(len(start) + len(end) for start, end in rows)
+    ids = torch.full((len(rows), width), tokenizer.eos_token_id)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, (start, end) in enumerate(rows):
+        ids[row, : len(start) + len(end)] = torch.tensor(start + end)
+        labels[row, len(start) : len(start) + len(end)] = torch.tensor(end)
+        mask[row, : len(start) + len(end)] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def answers(model: str) -> list[str]:
+    """What a served model says to every question, at temperature 0."""
+    with server(Path(model), free_port()) as (url, _, _):
+        name = request(f"{url}/v1/models")["data"][0]["id"]
+        found = []
+        for question, _ in LINES:
+            chat = {"model": name, "messages": [{"role": "user", "content": question}]}
+            done = request(f"{url}/v1/chat/completions", {**chat, "max_tokens": 40, "temperature": 0})
+            found.append(str(done["choices"][0]["message"]["content"]))
+    return found
+
+
+def main() -> None:
+    """Train, merge, ask."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("tiny-lora"), help="folder for what is made (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of training (%(default)s)")
+    args = parser.parse_args()
+    base, adapter, merged = (args.work / name for name in ("base", "adapter", "merged"))
+    for folder in (base, adapter, merged):
+        shutil.rmtree(folder, ignore_errors=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    write_base(base)
+    began = time.perf_counter()
+    train(base, adapter, args.steps)
+    console.print(f"trained in {time.perf_counter() - began:.0f} s: {adapter}")
+    run("merge", MODEL, str(adapter), "--output", str(merged))
+    before, after = answers(MODEL), answers(str(merged))
+    for (question, taught), base_said, said in zip(LINES, before, after, strict=True):
+        console.print(f"\n[bold]{question}[/]\n  base    {base_said.strip()}\n  adapter {said.strip()}")
+        console.print(f"  taught  {taught}", style="dim")
+
+
+if __name__ == "__main__":
+    main()
