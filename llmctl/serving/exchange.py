@@ -23,6 +23,7 @@ from llmctl.serving.openai_errors import error_response
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, RequestFields, SamplingFields
 from llmctl.serving.responses import TextCount
+from llmctl.serving.sampling_fields import check_sampling
 from llmctl.serving.tenants import check_precedence, deadline_of, tenant_of
 from llmctl.serving.tools.support import ToolUse
 
@@ -98,7 +99,7 @@ def check_generating(context: ServerContext, outline: Outline) -> None:
         NotReadyError, QueueFullError, ModelNotFoundError, RequestError.
     """
     check_outline(context, outline)
-    context.model().intake.check_sampling(outline)
+    check_sampling(outline)
 
 
 def check_single(context: ServerContext, outline: Outline) -> None:

@@ -13,8 +13,6 @@ from llmctl.engine.sampling_params import (
     SamplingParams,
     bad_word_ids,
     check_bad_words,
-    check_num_bad_words,
-    check_num_stops,
 )
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving.final_message import mark_end, up_to_mark
@@ -32,7 +30,7 @@ from llmctl.serving.protocol import (
     given_prompts,
 )
 from llmctl.serving.sampling_defaults import DEFAULTABLE
-from llmctl.serving.sampling_fields import check_scores, logit_bias_of
+from llmctl.serving.sampling_fields import check_scores, check_template_variables, logit_bias_of
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.serving.tools.generic_prompt import with_tools
@@ -112,7 +110,7 @@ class Intake:
 
     def check_outline(self, outline: Outline) -> None:
         """Refuse what cannot fit the context by the number of its tokens, or of its messages: each is a token at least;
-        and more token ids in a parameter than there are.
+        more token ids in a parameter than there are; and too much for the chat template's own variables.
 
         Raises:
             CapacityError, RequestError.
@@ -123,16 +121,7 @@ class Intake:
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._check_count(name, outline.ids(name))
         self._check_count("logit_bias", outline.members("logit_bias"))
-
-    def check_sampling(self, outline: Outline) -> None:
-        """Refuse numbers out of their ranges, and too many stop strings or bad words.
-
-        Raises:
-            RequestError.
-        """
-        SamplingParams(**outline.numbers())
-        check_num_stops(outline.strings("stop"))
-        check_num_bad_words(outline.strings("bad_words"))
+        check_template_variables(outline)
 
     def check_items(self, param: str, count: int, items: str) -> None:
         """Refuse more of something than the context has tokens, where each is a token at least.
@@ -495,7 +484,9 @@ class Intake:
     async def _without_bad_words(self, params: SamplingParams, words: Sequence[str]) -> SamplingParams:
         check_bad_words(words)
         size = 2 * sum(len(word) + _BYTES_PER_WORD for word in words)
-        ids = await self.workers.run(size, lambda: bad_word_ids(self.tokenizer, words))
-        params = replace(params, bad_words=ids)
-        params.check_vocab(self._vocab_size)
-        return params
+        return await self.workers.run(size, lambda: self._with_bad_words(params, words))
+
+    def _with_bad_words(self, params: SamplingParams, words: Sequence[str]) -> SamplingParams:
+        made = replace(params, bad_words=bad_word_ids(self.tokenizer, words))
+        made.check_vocab(self._vocab_size)
+        return made

@@ -7,6 +7,7 @@ things happened; for the engine's totals see ``engine_series``, for HTTP's ``htt
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -56,6 +57,8 @@ REJECTION_REASONS = (
     "deadline_unreachable", "deadline_missed",
 )  # fmt: skip
 RESTART_REASONS = ("failed", "exit", "not_ready", "SIGKILL", "SIGSEGV", "SIGABRT")
+PAGE_REST = 4.0
+"""Times as long as it took to render that a page of metrics is given again."""
 _VLLM_REASONS = {"queue_full": "max_num_queued_reqs"}
 
 
@@ -77,6 +80,8 @@ class ServerMetrics:
         self._engine = EngineSeries(self._prefix, self._label_values)
         self.registry.register(self._engine)
         self.restarts = 0
+        self._page: tuple[bytes, str] | None = None
+        self._page_until = 0.0
         self._make_counters()
         self._make_latencies()
         self._make_sizes()
@@ -222,3 +227,13 @@ class ServerMetrics:
     def render(self) -> tuple[bytes, str]:
         """Exposition text and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def page(self) -> tuple[bytes, str]:
+        """As ``render``; the last one again for ``PAGE_REST`` times as long as it took (some 15 ms), so that no number
+        of readers takes more than a fifth of the event loop."""
+        now = time.perf_counter()
+        if self._page is None or now >= self._page_until:
+            self._page = self.render()
+            rendered = time.perf_counter()
+            self._page_until = rendered + PAGE_REST * (rendered - now)
+        return self._page

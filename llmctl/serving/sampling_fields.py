@@ -1,15 +1,46 @@
-"""Checks of a request's sampling fields that need neither the model nor its tokenizer."""
+"""Checks of a request's fields that need neither the model nor its tokenizer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.sampling_params import SamplingParams, check_num_bad_words, check_num_stops
 from llmctl.errors import RequestError
+from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, TOKEN_ID_KEY
 
-_TOKEN_ID = re.compile(TOKEN_ID_KEY)
+_TOKEN_IDS = re.compile(f"(?:(?:{TOKEN_ID_KEY}),)*")
+
+
+MAX_TEMPLATE_BYTES = 64 * 1024
+"""Of JSON, for ``chat_template_kwargs``: switches of a template, and they are copied for it."""
+
+
+def check_sampling(outline: Outline) -> None:
+    """Refuse numbers out of their ranges, and too many stop strings or bad words.
+
+    Raises:
+        RequestError.
+    """
+    SamplingParams(**outline.numbers())
+    check_num_stops(outline.strings("stop"))
+    check_num_bad_words(outline.strings("bad_words"))
+
+
+def check_template_variables(outline: Outline) -> None:
+    """Refuse more variables for the chat template than any reads.
+
+    Raises:
+        RequestError.
+    """
+    found = len(outline.data("chat_template_kwargs"))
+    if found > MAX_TEMPLATE_BYTES:
+        raise RequestError(
+            f"chat_template_kwargs: expected at most {MAX_TEMPLATE_BYTES} bytes of JSON, found {found}",
+            fix="send only what the chat template reads",
+            param="chat_template_kwargs",
+        )
 
 
 def check_scores(params: SamplingParams, prompt_tokens: int) -> None:
@@ -38,7 +69,9 @@ def logit_bias_of(given: Mapping[str, float] | None) -> dict[int, float] | None:
     """
     if not given:
         return None
-    # int() alone takes spaces, signs, underscores and leading zeros too: two keys could be one token.
-    if not all(_TOKEN_ID.fullmatch(token) for token in given):
+    # Tens of thousands of them are no rarity: passes that run in C, for the event loop waits. int() alone takes spaces,
+    # signs, underscores and leading zeros too: two keys could be one token. A key with a comma counts as two.
+    keys = ",".join([*given, ""])
+    if keys.count(",") != len(given) or not _TOKEN_IDS.fullmatch(keys):
         raise RequestError("logit_bias: expected token ids as keys", param="logit_bias")
-    return {int(token): bias for token, bias in given.items()}
+    return dict(zip(map(int, given), given.values(), strict=True))

@@ -29,6 +29,7 @@ from llmctl.serving.protocol import (
     TokenizeRequest,
 )
 from llmctl.serving.sampling_defaults import SamplingDefaults
+from llmctl.serving.sampling_fields import MAX_TEMPLATE_BYTES, check_sampling
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
@@ -259,12 +260,22 @@ def test_more_ids_than_the_vocabulary_are_refused_by_the_outline(tokenizer: Watc
     assert (caught.value.http_status, caught.value.param) == (400, field)
 
 
-@pytest.mark.parametrize(("field", "most"), [("stop", MAX_STOP_STRINGS), ("bad_words", MAX_BAD_WORDS)])
-def test_more_strings_than_are_taken_are_refused_by_the_outline(tokenizer: Watched, field: str, most: int) -> None:
+def test_variables_of_the_template_are_bounded_by_the_outline(tokenizer: Watched) -> None:
+    def outline(size: int) -> Outline:
+        return Outline(json.dumps({"chat_template_kwargs": {"a": "x" * (size - len('{"a": ""}'))}}).encode())
+
     made = intake(tokenizer)
-    made.check_sampling(Outline(json.dumps({field: ["a, b"] * most}).encode()))
+    made.check_outline(outline(MAX_TEMPLATE_BYTES))
+    with pytest.raises(RequestError, match=r"^chat_template_kwargs: .* found 65537 ") as caught:
+        made.check_outline(outline(MAX_TEMPLATE_BYTES + 1))
+    assert caught.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize(("field", "most"), [("stop", MAX_STOP_STRINGS), ("bad_words", MAX_BAD_WORDS)])
+def test_more_strings_than_are_taken_are_refused_by_the_outline(field: str, most: int) -> None:
+    check_sampling(Outline(json.dumps({field: ["a, b"] * most}).encode()))
     with pytest.raises(RequestError, match=f"^{field}: expected at most {most} .*, found {most + 1}$") as caught:
-        made.check_sampling(Outline(json.dumps({field: ["a, b"] * (most + 1)}).encode()))
+        check_sampling(Outline(json.dumps({field: ["a, b"] * (most + 1)}).encode()))
     assert (caught.value.http_status, caught.value.param) == (400, field)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import prometheus_client
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -37,6 +38,24 @@ def test_a_histogram_shows_what_prometheus_would(values: list[float]) -> None:
         histogram.observe(value)
     shown, expected = (samples(prometheus_client.generate_latest(r).decode()) for r in (ours, theirs))
     assert shown == expected
+
+
+def test_a_page_is_given_again_for_four_times_as_long_as_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, now, rendered = ServerMetrics("m"), [100.0], []
+    monkeypatch.setattr("llmctl.serving.metrics.time.perf_counter", lambda: now[0])
+
+    def render() -> tuple[bytes, str]:
+        now[0] += 0.5
+        rendered.append(now[0])
+        return str(now[0]).encode(), "text"
+
+    monkeypatch.setattr(metrics, "render", render)
+    assert [metrics.page()[0] for _ in range(3)] == [b"100.5"] * 3
+    now[0] = 102.4
+    assert metrics.page()[0] == b"100.5"
+    now[0] = 102.5
+    assert metrics.page()[0] == b"103.0"
+    assert len(rendered) == 2
 
 
 def test_the_engines_totals_are_shown_as_they_came_last() -> None:
