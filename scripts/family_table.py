@@ -59,6 +59,7 @@ def _attention(family: Family) -> str:
     window = {
         "none": "",
         "all": "sliding window",
+        "switched": "sliding window where it is switched on",
         "by_layer": "sliding window in the upper layers",
         "typed": "sliding window by layer",
     }[family.window]
@@ -80,7 +81,17 @@ def _positions(family: Family) -> str:
 
 def _mlp(family: Family) -> str:
     gated = "gated MLP" if family.gated else "plain MLP"
-    return gated + (" beside attention" if family.parallel else "")
+    return gated + _experts(family) + (" beside attention" if family.parallel else "")
+
+
+def _experts(family: Family) -> str:
+    facts = family.experts
+    if facts is None:
+        return ""
+    where = {"all": "", "stepped": " in some layers", "after": " after the first layers"}[facts.layers]
+    how = facts.scores + (" with a correction bias, in groups" if facts.corrected else "")
+    shared = " and a shared one" + (" behind a gate" if family.names.shared_switch else "") if facts.shared else ""
+    return f"s, experts{where} chosen by {how}{shared}"
 
 
 if __name__ == "__main__":

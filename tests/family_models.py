@@ -204,6 +204,48 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {**_SMALL, **_rope(partial_rotary_factor=0.4)}),
     "gpt_neox_serial": ("GPTNeoX", {**_SMALL, "use_parallel_residual": False, **_rope(partial_rotary_factor=1.0)}),
     "nemotron": ("Nemotron", {**_SMALL, "num_key_value_heads": 1, **_rope(partial_rotary_factor=0.4)}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            **{**_QWEN, "num_hidden_layers": 4, "decoder_sparse_step": 2, "moe_intermediate_size": 22},
+            **{"shared_expert_intermediate_size": 36, "num_experts": 5, "num_experts_per_tok": 2},
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **{**_QWEN, "num_attention_heads": 4, "head_dim": 12, "mlp_only_layers": [1], "moe_intermediate_size": 22},
+            **{"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        {**_SMALL, "num_key_value_heads": 1, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7},
+    ),
+    "olmoe": ("Olmoe", {**_SMALL, "num_key_value_heads": 1, "num_experts": 6, "num_experts_per_tok": 4}),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "num_local_experts": 5, "num_experts_per_tok": 3},
+            **{"embedding_multiplier": 12.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22},
+            **{"logits_scaling": 3.0, "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+        },
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "head_dim": 12, "use_qk_norm": True, "attention_bias": True},
+            **{"n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 22, "n_shared_experts": 2},
+            **{"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7, "first_k_dense_replace": 1},
+        },
+    ),
+    "glm4_moe_air": (
+        "Glm4Moe",
+        {
+            **{**_SMALL, "num_key_value_heads": 1, "head_dim": 12, "norm_topk_prob": False},
+            **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 22},
+        },
+    ),
     "llama_dynamic": ("Llama", {**_SMALL, **_rope(rope_type="dynamic", factor=4.0)}),
 }
 """Families that differ from those of ``CASES`` by a fact or two; most of their tests are slow."""
@@ -250,8 +292,12 @@ def family_model(case: str) -> FamilyModel:
     torch.manual_seed(sum(case.encode()))
     model = getattr(transformers, _MODELS.get(name, f"{name}ForCausalLM"))
     made = model(config).eval()
+    made.set_experts_implementation("eager")  # what it takes by itself wants widths that are multiples of 16 bytes
     for parameter in made.parameters():
         _randomise(parameter.data)
+    for name, buffer in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            _randomise(buffer.data)
     _FOLDERS.append(TemporaryDirectory())
     made.save_pretrained(_FOLDERS[-1].name)
     checkpoint = open_checkpoint(Path(_FOLDERS[-1].name))

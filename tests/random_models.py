@@ -49,6 +49,11 @@ _MORE: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 6.0, "logits_scaling": 2.0},
     "nemotron": {},
     "olmo2": {},
+    "qwen2_moe": {
+        **{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 2},
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
     "smollm3": {"no_rope_layer_interval": 2},
     "starcoder2": {"use_bias": True, "sliding_window": 16},
 }
@@ -61,10 +66,10 @@ def random_tensors(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, list[int]] = {}
     for weight in graph.weights.values():
-        part = weight.parts[-1]
-        rows = part.rows[1] if part.rows else weight.shape[0]
-        shape = shapes.setdefault(part.tensor, [0, *weight.shape[1:], part.transpose])
-        shape[0] = max(shape[0], rows)
+        for part in weight.parts:
+            rows = part.rows[1] if part.rows else weight.shape[0] // len(weight.parts)
+            shape = shapes.setdefault(part.tensor, [0, *weight.shape[1:], part.transpose])
+            shape[0] = max(shape[0], rows)
     tensors = {}
     for name, (*shape, transpose) in shapes.items():
         value = torch.randn(*shape, generator=generator) * 0.1

@@ -54,7 +54,9 @@ def _quantize(sizing: Sizing, plan: MemoryPlan, model: str) -> Iterator[str]:
 def quantized(sizing: Sizing) -> Sizing | None:
     """The same model with its dense linears as ``llmctl quantize`` would leave them; None when none would change."""
     graph, target, options = sizing.graph, sizing.target, sizing.options
-    names = {op.weights[0] for op in graph.linears() if LOGITS not in op.outputs and _quantizable(graph, op.weights[0])}
+    names = {
+        op.weights[0] for op in graph.products() if LOGITS not in op.outputs and _quantizable(graph, op.weights[0])
+    }
     if not names:
         return None
     scheme = QuantScheme(QUANTIZED_BITS, QUANTIZED_GROUP, QuantizeConfig().is_symmetric)

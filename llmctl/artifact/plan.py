@@ -130,7 +130,7 @@ def quantization_record(graph: Graph, checkpoint: Checkpoint) -> QuantizationRec
     if not schemes or checkpoint.quantization is None:
         return QuantizationRecord()
     scheme = max(dict.fromkeys(schemes), key=schemes.count)
-    linears = {op.weights[0] for op in graph.linears()}
+    linears = {op.weights[0] for op in graph.products()}
     ignored = tuple(sorted(name for name in linears if graph.weights[name].quant is None))
     return QuantizationRecord(checkpoint.quantization.method, **asdict(scheme), ignored_layers=ignored)
 

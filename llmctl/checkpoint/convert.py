@@ -118,7 +118,9 @@ class _Job:
         self.checkpoint, self._to, self._show = checkpoint, to, show
         self.left_out = [name for kind in unused for name in kind.names]
         linears = {
-            part.tensor.removesuffix(".weight") for op in graph.linears() for part in graph.weights[op.weights[0]].parts
+            part.tensor.removesuffix(".weight")
+            for op in graph.products()
+            for part in graph.weights[op.weights[0]].parts
         }
         tables = {part.tensor.removesuffix(".weight") for name in graph.tables() for part in graph.weights[name].parts}
         found = {module: scheme for module, scheme in _schemes(checkpoint) if f"{module}.weight" not in self.left_out}

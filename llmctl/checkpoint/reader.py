@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmctl.checkpoint.expert_tensors import ExpertSlice, expert_slices
 from llmctl.checkpoint.layout import Layout, check_dtypes, find_modules
 from llmctl.checkpoint.quant_config import QuantizationInfo
 from llmctl.checkpoint.quantized import QuantizedWeight
@@ -43,7 +44,11 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The shards of a Hugging Face folder; ``outside``: tensors that are not of the text model."""
+    """The shards of a Hugging Face folder, tensors of all experts cut into one an expert and projection.
+
+    Attributes:
+        outside: tensors that are not of the text model.
+    """
 
     def __init__(self, paths: Iterable[Path], base: str, *, multimodal: bool = False) -> None:
         """Map every shard.
@@ -63,17 +68,34 @@ class SafetensorsSource:
                 files[name] = file
         names = full_names(files, base, multimodal=multimodal)
         self.outside = names.outside
-        self._where = {name: (files[stored], stored) for name, stored in names.stored.items()}
+        self._where: dict[str, tuple[SafetensorsFile, str]] = {}
+        self._slices: dict[str, ExpertSlice] = {}
+        for name, stored in names.stored.items():
+            slices = {piece.name: piece for piece in expert_slices(name, files[stored].entry(stored).shape)}
+            for own in slices or (name,):
+                if own in self._where:
+                    raise CheckpointError(f"{files[stored].path}: '{stored}' holds '{own}', which is stored besides")
+                self._where[own] = (files[stored], stored)
+            self._slices |= slices
 
     def entries(self) -> Mapping[str, TensorInfo]:
-        """Every stored tensor."""
-        found = ((name, stored, file.entry(stored)) for name, (file, stored) in self._where.items())
-        return {name: TensorInfo(e.shape, e.dtype, None, e.nbytes, stored) for name, stored, e in found}
+        """Every tensor."""
+        found = {}
+        for name, (file, stored) in self._where.items():
+            e, piece = file.entry(stored), self._slices.get(name)
+            shape, nbytes = e.shape, e.nbytes
+            if piece is not None:
+                rows = piece.rows[1] - piece.rows[0]
+                nbytes = nbytes // (shape[0] * shape[1]) * rows
+                shape = (rows, shape[2])
+            found[name] = TensorInfo(shape, e.dtype, None, nbytes, stored)
+        return found
 
     def load(self, name: str) -> Tensor:
         """One tensor over the mapping."""
         file, stored = self._where[name]
-        return map_tensor(file, stored)
+        whole, piece = map_tensor(file, stored), self._slices.get(name)
+        return whole if piece is None else whole[piece.expert, slice(*piece.rows)]
 
     def release(self) -> None:
         """Of every shard."""

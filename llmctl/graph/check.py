@@ -101,7 +101,8 @@ class _Checker:
                 raise ValueError(f"op '{op.name}' writes '{name}', which is written already")
             if name not in self.graph.buffers:
                 raise ValueError(f"op '{op.name}' writes '{name}', which is no buffer")
-        for role, name in zip(kind.weights, op.weights, strict=True):
+        roles = kind.weights * len(op.weights) if "apart" in op.attrs else kind.weights
+        for role, name in zip(roles, op.weights, strict=True):
             if (name or role not in kind.optional) and name not in self.graph.weights:
                 raise ValueError(f"op '{op.name}' uses weight '{name}', which does not exist")
         self.read.update(op.inputs)

@@ -25,14 +25,14 @@ _METADATA = frozenset(
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
     hidden_dropout hidden_dropout_prob id2label initializer_range is_decoder is_llama_config label2id length_penalty
     max_length max_window_layers min_length model_max_length model_type n_ctx no_repeat_ngram_size num_beam_groups
-    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type pruned_heads quantization_config remove_invalid_values reorder_and_upcast_attn
-    repetition_penalty resid_pdrop residual_dropout return_dict return_dict_in_generate
-    scale_attention_softmax_in_fp32 sep_token_id suppress_tokens summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p use_bfloat16 use_cache use_embedding_sharing use_parallel_embedding
-    use_return_dict""".split()
+    num_beams num_labels num_return_sequences output_attentions output_hidden_states output_router_logits
+    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config
+    remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_pdrop residual_dropout return_dict
+    return_dict_in_generate router_aux_loss_coef router_jitter_noise scale_attention_softmax_in_fp32 sep_token_id
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p use_bfloat16 use_cache use_embedding_sharing
+    use_parallel_embedding use_return_dict""".split()
 )
 
 

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from llmctl.errors import CheckpointError
 from llmctl.graph.family import TensorNames
-from llmctl.graph.graph import (
-    INPUT_IDS,
-    LOGITS,
-    POSITIONS,
-    Attr,
-    Buffer,
-    Graph,
-    KVLayer,
-    Op,
-    QuantScheme,
-    Weight,
-    WeightPart,
-)
+from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Attr, Buffer, Graph, KVLayer
+from llmctl.graph.graph_writer import GraphWriter, Lookup
 from llmctl.graph.hf_config import Arch, read_arch
+from llmctl.graph.mixture_config import Mixture
 
-
-class TensorInfo(Protocol):
-    """What a checkpoint says about one tensor without reading it; shape is ``[out, in]`` for a quantized linear."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-    @property
-    def quant(self) -> QuantScheme | None: ...
-
-
-Lookup = Callable[[str], TensorInfo | None]
 Same = Callable[[str, str], bool]
 
 
@@ -55,17 +31,14 @@ def build_graph(config: Mapping[str, Any], lookup: Lookup | None = None, same: S
     return _Builder(read_arch(config), lookup, same).build()
 
 
-class _Builder:
-    """Accumulates ops, buffers and weights in execution order."""
+class _Builder(GraphWriter):
+    """Writes one model's graph."""
 
     def __init__(self, arch: Arch, lookup: Lookup | None, same: Same | None) -> None:
+        super().__init__(arch.family.name, lookup)
         self.arch = arch
         self.names: TensorNames = arch.family.names
-        self.lookup, self.same = lookup, same
-        self.layer = -1
-        self.ops: list[Op] = []
-        self.buffers: dict[str, Buffer] = {INPUT_IDS: Buffer(INPUT_IDS, 1), POSITIONS: Buffer(POSITIONS, 1)}
-        self.weights: dict[str, Weight] = {}
+        self.same = same
 
     def build(self) -> Graph:
         arch = self.arch
@@ -142,20 +115,67 @@ class _Builder:
         return self._linears({"o_proj": (names.o, arch.hidden_size)}, o, q_width, arch.bias_o)[0]
 
     def _mlp(self, x: str) -> str:
-        arch, names, width = self.arch, self.names, self.arch.intermediate_size
-        if arch.family.gated:
-            modules = {"gate_proj": (names.gate, width), "up_proj": (names.up, width)}
-            gate, up = self._linears(modules, x, arch.hidden_size, arch.bias_mlp)
-            h = self._op("mul", self._name("gate_mul"), (self._act(gate), up), width)
-        else:
-            up = self._linears({"up_proj": (names.up, width)}, x, arch.hidden_size, arch.bias_mlp)[0]
-            h = self._act(up)
-        return self._linears({"down_proj": (names.down, arch.hidden_size)}, h, width, arch.bias_mlp)[0]
+        mixture = self.arch.mixture
+        if mixture is not None and mixture.layers[self.layer]:
+            return self._mixture(x, mixture)
+        names = self.names
+        return self._one_mlp(x, (names.gate, names.up, names.down), self.arch.intermediate_size)
 
-    def _act(self, x: str) -> str:
-        fn, width = self.arch.activation, self.arch.intermediate_size
-        h = self._op("act", self._name("act"), (x,), width, (), {"fn": fn.removesuffix("2")})
-        return self._op("mul", self._name("square"), (h, h), width) if fn == "relu2" else h
+    def _one_mlp(self, x: str, modules: tuple[str, str, str], width: int, prefix: str = "") -> str:
+        """``modules``: gate, up, down. ``prefix``: of the ops' roles."""
+        arch, (gate_module, up_module, down_module) = self.arch, modules
+        roles = {f"{prefix}gate_proj": (gate_module, width), f"{prefix}up_proj": (up_module, width)}
+        if arch.family.gated:
+            gate, up = self._linears(roles, x, arch.hidden_size, arch.bias_mlp)
+            h = self._op("mul", self._name(f"{prefix}gate_mul"), (self._act(gate, width, prefix), up), width)
+        else:
+            up = self._linears({f"{prefix}up_proj": (up_module, width)}, x, arch.hidden_size, arch.bias_mlp)[0]
+            h = self._act(up, width, prefix)
+        return self._linears({f"{prefix}down_proj": (down_module, arch.hidden_size)}, h, width, arch.bias_mlp)[0]
+
+    def _act(self, x: str, width: int, prefix: str = "") -> str:
+        fn = self.arch.activation
+        h = self._op("act", self._name(f"{prefix}act"), (x,), width, (), {"fn": fn.removesuffix("2")})
+        return self._op("mul", self._name(f"{prefix}square"), (h, h), width) if fn == "relu2" else h
+
+    def _mixture(self, x: str, mixture: Mixture) -> str:
+        """The chosen experts' MLPs by their shares, and the one that all tokens take."""
+        hidden, names, chosen = self.arch.hidden_size, self.names, mixture.chosen
+        logits = self._linears({"router": (names.router, mixture.count)}, x, hidden, bias=False)[0]
+        experts, shares = self._route(logits, mixture)
+        wide = chosen * mixture.width
+        gate = self._grouped("gate_proj", names.expert_gate, (x, experts), (mixture.width, hidden), mixture)
+        up = self._grouped("up_proj", names.expert_up, (x, experts), (mixture.width, hidden), mixture)
+        h = self._op("mul", self._name("experts.gate_mul"), (self._act(gate, wide, "experts."), up), wide)
+        made = self._grouped("down_proj", names.expert_down, (h, experts), (hidden, mixture.width), mixture)
+        y = self._op("weighted_sum", self._name("experts.sum"), (made, shares), hidden)
+        if not mixture.shared_width:
+            return y
+        modules = (names.shared_gate, names.shared_up, names.shared_down)
+        shared = self._one_mlp(x, modules, mixture.shared_width, "shared.")
+        if names.shared_switch:
+            switch = self._linears({"shared.switch": (names.shared_switch, 1)}, x, hidden, bias=False)[0]
+            name = self._name("shared.switched")
+            shared = self._op("weighted_sum", name, (shared, switch), hidden, (), {"sigmoid": True})
+        return self._op("add", self._name("shared.add"), (y, shared), hidden)
+
+    def _route(self, logits: str, mixture: Mixture) -> tuple[str, ...]:
+        bias = ""
+        if mixture.corrected:
+            tensor = f"{self.names.router.format(i=self.layer)}.e_score_correction_bias"
+            bias = self._weight(self._name("route.bias"), (mixture.count,), tensor)
+        widths = (mixture.chosen, mixture.chosen)
+        return self._ops("route", self._name("route"), (logits,), widths, (bias,), mixture.routing)
+
+    def _grouped(
+        self, role: str, module: str, inputs: tuple[str, str], shape: tuple[int, int], mixture: Mixture
+    ) -> str:
+        """A product of each token with its experts' matrices, ``shape`` [out, in] each."""
+        name = self._name(f"experts.{role}")
+        tensors = [f"{module.format(i=self.layer, e=e)}.weight" for e in range(mixture.count)]
+        weight = self._stacked_weight(f"{name}.weight", shape, tensors)
+        width = mixture.chosen * shape[0]
+        return self._op("grouped_linear", name, inputs, width, (weight,), {"count": mixture.count})
 
     def _head(self, x: str) -> None:
         arch, head = self.arch, self.names.head
@@ -193,7 +213,7 @@ class _Builder:
 
     def _qk_norm(self, role: str, module: str, x: str, heads: int) -> str:
         family, dim, name = self.arch.family, self.arch.head_dim, self._name(role)
-        if family.qk_norm == "none":
+        if not self.arch.qk_normed:
             return x
         if family.qk_norm == "row":
             return self._norm(name, module, x, heads * dim)
@@ -217,77 +237,6 @@ class _Builder:
             outputs.append(self._op("linear", name, (x,), out, weights))
         return outputs
 
-    def _op(
-        self,
-        kind: str,
-        name: str,
-        inputs: Sequence[str],
-        width: int,
-        weights: Sequence[str] = (),
-        attrs: Mapping[str, Attr] | None = None,
-    ) -> str:
-        return self._ops(kind, name, inputs, (width,), weights, attrs or {})[0]
-
-    def _ops(
-        self,
-        kind: str,
-        name: str,
-        inputs: Sequence[str],
-        widths: Sequence[int],
-        weights: Sequence[str],
-        attrs: Mapping[str, Attr],
-    ) -> tuple[str, ...]:
-        """Append an op; a single output is named after the op, several are numbered. Returns their names."""
-        outputs = (name,) if len(widths) == 1 else tuple(f"{name}.{i}" for i in range(len(widths)))
-        for output, width in zip(outputs, widths, strict=True):
-            self.buffers[output] = Buffer(output, width)
-        self._append(kind, name, inputs, outputs, weights, attrs)
-        return outputs
-
-    def _append(
-        self,
-        kind: str,
-        name: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        weights: Sequence[str],
-        attrs: Mapping[str, Attr],
-    ) -> None:
-        self.ops.append(Op(kind, name, tuple(inputs), tuple(outputs), tuple(weights), dict(attrs), self.layer))
-
-    def _weight(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        tensor: str,
-        rows: Sequence[tuple[int, int]] = (),
-        total: int | None = None,
-        conv1d: bool = False,
-    ) -> str:
-        """Register a weight supplied by ``tensor``, or by its ``rows`` out of ``total`` (after the transpose)."""
-        info = self._describe(tensor)
-        quant = info.quant if info is not None else None
-        if quant is not None and rows:  # the slice may cut a block
-            quant = replace(quant, block_rows=1)
-        transpose = conv1d and quant is None
-        parts = tuple(WeightPart(tensor, transpose, taken) for taken in rows or (None,))
-        if info is not None:
-            stored = (shape[0] if total is None else total, *shape[1:])
-            _check_shape(tensor, stored[::-1] if transpose else stored, tuple(info.shape))
-        self.weights[name] = Weight(name, shape, parts, quant)
-        return name
-
-    def _describe(self, tensor: str) -> TensorInfo | None:
-        if self.lookup is None:
-            return None
-        info = self.lookup(tensor)
-        if info is None:
-            raise CheckpointError(
-                f"checkpoint: tensor '{tensor}' is missing",
-                fix=f"family '{self.arch.family.name}' needs it; check that config.json belongs to these weights",
-            )
-        return info
-
 
 def _row_slices(
     modules: Mapping[str, tuple[str, int]], role: str, in_turn: int
@@ -301,8 +250,3 @@ def _row_slices(
     first = sum(o for _, o in shared[: [r for r, _ in shared].index(role)]) // in_turn
     starts = [first + turn * total // in_turn for turn in range(in_turn)]
     return tuple((start, start + out // in_turn) for start in starts), total
-
-
-def _check_shape(tensor: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
-    if expected != found:
-        raise CheckpointError(f"checkpoint: tensor '{tensor}': expected shape {list(expected)}, found {list(found)}")

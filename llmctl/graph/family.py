@@ -14,7 +14,7 @@ Switch = bool | str
 
 @dataclass(frozen=True)
 class TensorNames:
-    """Checkpoint modules (tensor names without ``.weight``/``.bias``); ``{i}`` is the layer.
+    """Checkpoint modules (tensor names without ``.weight``/``.bias``); ``{i}`` is the layer, ``{e}`` the expert.
 
     Linears that name the same module are row slices of one tensor, in the order q, k, v or gate, up. A norm without a
     name is not there: one before attention or MLP (in a parallel layer, whose MLP then reads attention's input), or one
@@ -36,8 +36,41 @@ class TensorNames:
     gate: str = "model.layers.{i}.mlp.gate_proj"
     up: str = "model.layers.{i}.mlp.up_proj"
     down: str = "model.layers.{i}.mlp.down_proj"
+    router: str = "model.layers.{i}.mlp.gate"
+    expert_gate: str = "model.layers.{i}.mlp.experts.{e}.gate_proj"
+    expert_up: str = "model.layers.{i}.mlp.experts.{e}.up_proj"
+    expert_down: str = "model.layers.{i}.mlp.experts.{e}.down_proj"
+    shared_gate: str = "model.layers.{i}.mlp.shared_experts.gate_proj"
+    shared_up: str = "model.layers.{i}.mlp.shared_experts.up_proj"
+    shared_down: str = "model.layers.{i}.mlp.shared_experts.down_proj"
+    shared_switch: str = ""
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How the layers of a mixture of experts choose among them; how many there are, config.json says.
+
+    Attributes:
+        width: the config key of an expert's intermediate size.
+        scores: what the router's logits become.
+        renormalise: whether the shares of those chosen are made to add up to one.
+        corrected: experts are chosen by score plus a bias of their own (``e_score_correction_bias``), within the best
+            ``topk_group`` of ``n_group`` groups, and their shares are multiplied by ``routed_scaling_factor``.
+        layers: those with experts: ``all``, by ``decoder_sparse_step`` and ``mlp_only_layers`` (``stepped``), or from
+            ``first_k_dense_replace`` on (``after``).
+        shared: the config key of the intermediate size of an expert that all tokens take, or (``n_shared_experts``) of
+            how many experts it is as wide as; "": there is none. It is switched by a gate of its own where
+            ``TensorNames.shared_switch`` names one.
+    """
+
+    width: str = "moe_intermediate_size"
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: Switch = "norm_topk_prob"
+    corrected: bool = False
+    layers: Literal["all", "stepped", "after"] = "all"
+    shared: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,11 +100,13 @@ class Family:
             there.
         gated: the MLP is ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
         parallel: attention and MLP are added to the residual together.
+        experts: how MLPs are chosen among; None: each layer has one.
         qk_norm: q and k are RMS-normalised before RoPE: each ``head``, or the whole ``row``.
+        qk_normed: whether they are.
         bias_qkv, bias_o, bias_mlp, bias_head: which linears have a bias.
-        window: ``none``, ``all`` (``sliding_window`` on every layer), ``by_layer`` (``use_sliding_window``,
-            ``max_window_layers``, ``layer_types``) or ``typed`` (``layer_types``; where that is absent, every
-            ``sliding_window_pattern``-th layer has none).
+        window: ``none``, ``all`` (``sliding_window`` on every layer), ``switched`` (likewise, where
+            ``use_sliding_window``), ``by_layer`` (``use_sliding_window``, ``max_window_layers``, ``layer_types``) or
+            ``typed`` (``layer_types``; where that is absent, every ``sliding_window_pattern``-th layer has none).
         conv1d: layer linears are stored ``[in, out]``.
         heads_in_qkv: the shared module of q, k and v has them head by head, not one after the other.
         factors: which of ``config_keys.FACTORS`` the family honours.
@@ -101,12 +136,14 @@ class Family:
     query_scale: bool = False
     gated: bool = True
     parallel: Switch = False
+    experts: Experts | None = None
     qk_norm: Literal["none", "head", "row"] = "none"
+    qk_normed: Switch = True
     bias_qkv: Switch = False
     bias_o: Switch = False
     bias_mlp: Switch = False
     bias_head: bool = False
-    window: Literal["none", "all", "by_layer", "typed"] = "none"
+    window: Literal["none", "all", "switched", "by_layer", "typed"] = "none"
     conv1d: bool = False
     heads_in_qkv: bool = False
     factors: tuple[str, ...] = ()

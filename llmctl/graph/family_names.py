@@ -65,3 +65,22 @@ NEOX_NAMES = TensorNames(
     head="embed_out",
 )
 STARCODER2_NAMES = TensorNames(up=f"{_L}mlp.c_fc", down=f"{_L}mlp.c_proj")
+QWEN2_MOE_NAMES = TensorNames(
+    shared_gate=f"{_L}mlp.shared_expert.gate_proj",
+    shared_up=f"{_L}mlp.shared_expert.up_proj",
+    shared_down=f"{_L}mlp.shared_expert.down_proj",
+    shared_switch=f"{_L}mlp.shared_expert_gate",
+)
+_SPARSE = f"{_L}block_sparse_moe."
+MIXTRAL_NAMES = TensorNames(
+    router=f"{_SPARSE}gate",
+    expert_gate=f"{_SPARSE}experts.{{e}}.w1",
+    expert_up=f"{_SPARSE}experts.{{e}}.w3",
+    expert_down=f"{_SPARSE}experts.{{e}}.w2",
+)
+GRANITE_MOE_NAMES = TensorNames(
+    router=f"{_SPARSE}router.layer",
+    expert_gate=f"{_SPARSE}experts.{{e}}.gate_proj",
+    expert_up=f"{_SPARSE}experts.{{e}}.up_proj",
+    expert_down=f"{_SPARSE}experts.{{e}}.down_proj",
+)

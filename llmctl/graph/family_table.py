@@ -1,4 +1,5 @@
-"""The families as facts: one row per Hugging Face ``model_type``. ``families.py`` builds any row into a Graph.
+"""The families as facts: one row per Hugging Face ``model_type``, those with experts in ``mixture_table.py``.
+``families.py`` builds any row into a Graph.
 
 A new model is a new row; a fact that no row can state yet is a new field of ``Family`` and a branch in the builder,
 never a subclass.
@@ -11,6 +12,7 @@ from typing import Any
 
 from llmctl.graph import family_names as names
 from llmctl.graph.family import Family, TensorNames
+from llmctl.graph.mixture_table import MIXTURES
 
 _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
@@ -510,4 +512,4 @@ _ROWS = (
     ),
 )
 
-FAMILIES: Mapping[str, Family] = {row.name: row for row in _ROWS}
+FAMILIES: Mapping[str, Family] = {row.name: row for row in (*_ROWS, *MIXTURES)}

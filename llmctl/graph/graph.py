@@ -26,6 +26,9 @@ INPUT_IDS = "input_ids"
 POSITIONS = "positions"
 LOGITS = "logits"
 
+PRODUCTS = ("linear", "grouped_linear")
+"""Kinds of ops whose first weight is a matrix [out, in]."""
+
 Scalar = int | float | str | bool
 Attr = Scalar | tuple[Scalar, ...]
 
@@ -133,6 +136,11 @@ class Op:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     layer: int = -1
 
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Weights that a product multiplies by: one, or one an expert where they are apart."""
+        return self.weights if "apart" in self.attrs else self.weights[:1]
+
     def with_(self, **changes: Any) -> Op:
         """A copy with fields replaced."""
         return replace(self, **changes)
@@ -180,6 +188,10 @@ class Graph:
     def linears(self) -> Iterator[Op]:
         """All linear ops, in execution order."""
         return (op for op in self.ops if op.kind == "linear")
+
+    def products(self) -> Iterator[Op]:
+        """All ops that multiply by a matrix: linears and grouped linears, in execution order."""
+        return (op for op in self.ops if op.kind in PRODUCTS)
 
     def tables(self) -> set[str]:
         """Weights that are looked up by row."""

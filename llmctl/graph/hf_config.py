@@ -19,6 +19,7 @@ from llmctl.graph.family import Family
 from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.graph import Attr
 from llmctl.graph.layer_types import context_limit, layer_ropes, layer_windows
+from llmctl.graph.mixture_config import Mixture, read_mixture
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Arch:
         embed_scale: what embeddings are multiplied by.
         attention_scale, attention_cap: of the scores; a cap of 0 is none.
         logit_scale, logit_cap: of the logits, likewise.
+        mixture: experts, None: each layer has one MLP.
     """
 
     family: Family
@@ -54,6 +56,7 @@ class Arch:
     bias_o: bool
     bias_mlp: bool
     parallel: bool
+    qk_normed: bool
     windows: tuple[int, ...]
     ropes: tuple[Mapping[str, Attr] | None, ...]
     embed_scale: float
@@ -61,6 +64,7 @@ class Arch:
     attention_cap: float
     logit_scale: float
     logit_cap: float
+    mixture: Mixture | None
 
 
 def read_arch(config: Mapping[str, Any]) -> Arch:
@@ -102,6 +106,7 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         bias_o=reader.switch(family.bias_o),
         bias_mlp=reader.switch(family.bias_mlp),
         parallel=reader.switch(family.parallel),
+        qk_normed=family.qk_norm != "none" and reader.switch(family.qk_normed),
         windows=windows,
         ropes=layer_ropes(reader, windows, head_dim, max_position),
         embed_scale=reader.factor("embedding_multiplier") * (hidden**0.5 if family.sqrt_embed else 1.0) / residual,
@@ -109,6 +114,7 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         attention_cap=reader.cap("attn_logit_softcapping"),
         logit_scale=reader.factor("logit_scale") / reader.factor("logits_scaling"),
         logit_cap=reader.cap("final_logit_softcapping"),
+        mixture=read_mixture(reader, layers),
     )
     reader.check_rest()
     return arch

@@ -34,8 +34,9 @@ def layer_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     if mode == "none":
         return _same_everywhere(types, 0, layers)
     window = reader.value("sliding_window")
-    if mode == "all":
-        return _same_everywhere(types, 0 if window is None else reader.size("sliding_window"), layers)
+    if mode in ("all", "switched"):
+        used = window is not None and (mode == "all" or reader.value("use_sliding_window"))
+        return _same_everywhere(types, reader.size("sliding_window") if used else 0, layers)
     if mode == "typed":
         return _typed_windows(reader, types, layers)
     use, first = reader.value("use_sliding_window"), reader.value("max_window_layers")

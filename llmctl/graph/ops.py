@@ -63,7 +63,7 @@ class OpKind:
         return {
             "inputs": len(self.inputs) + ("activations" in op.attrs) + ("residual" in op.attrs),
             "outputs": len(op.attrs["splits"]) if "splits" in op.attrs else len(self.outputs),
-            "weights": len(self.weights),
+            "weights": op.attrs["count"] if "apart" in op.attrs else len(self.weights),
         }
 
 
@@ -100,6 +100,11 @@ _LINEAR_VARIANTS = {
     "activations": '"int8": x is two inputs, int8 rows and their scales',
 }
 
+_GROUPED_VARIANTS = {
+    "epilogue": "as a linear's, from w [E 2 F, I] with each expert's gate above its up",
+    "apart": "True: a weight [O, I] an expert, for quantization",
+}
+
 _PLUS_ONE = {"plus_one": "True: * (1 + w)"}
 
 _DECLARED = (
@@ -118,6 +123,17 @@ _DECLARED = (
           weights="w", attrs="eps heads head_dim", variants=_PLUS_ONE),
     _kind("linear", "x -> y", shapes.linear, "linear", "y = x @ w.T + b; w [O, I], b [O]",
           weights="w b?", variants=_LINEAR_VARIANTS),
+    # experts: what each token's chosen ones make lies side by side, in the order in which they were chosen
+    _kind("route", "logits -> experts shares", shapes.route, "route",
+          "scores of the logits [E], softmax|sigmoid; experts: the top_k of highest score + bias [E], out of the "
+          "top_groups of groups with the highest sum of two; shares: scores, renormalise: over their sum, * scale",
+          weights="bias?", attrs="top_k scores renormalise scale groups top_groups"),
+    _kind("grouped_linear", "x experts -> y", shapes.grouped_linear, "grouped_linear",
+          "y [k O] = x @ w[e].T for each of the token's k experts e; w [E O, I], one expert below the other; x: one "
+          "[I] for all of them, or side by side [k I]",
+          weights="w", attrs="count", variants=_GROUPED_VARIANTS),
+    _kind("weighted_sum", "x shares -> y", shapes.weighted_sum, "weighted_sum",
+          "y [H] = sum of share * part over the parts of x [k H]", variants={"sigmoid": "True: shares are logits"}),
     _kind("act", "x -> y", shapes.act, "act", "y = fn(x); fn: silu|gelu|gelu_tanh|relu", attrs="fn"),
     _kind("mul", "x y -> z", shapes.rowwise, "mul", "z = x * y"),
     _kind("add", "x y -> z", shapes.rowwise, "add", "z = x + y"),

@@ -60,6 +60,26 @@ def fuse_gated_activation(graph: Graph) -> Graph:
     return rewritten(graph, changed, "fuse_gated_activation")
 
 
+def fuse_gated_experts(graph: Graph) -> Graph:
+    """``mul(act(gate), up)`` of two grouped linears over the same experts becomes one with an epilogue."""
+    flow = Flow(graph)
+    changed: Changes = {}
+    weights = dict(graph.weights)
+    for mul in graph.ops:
+        match = _gated_experts(graph, flow, mul) if mul.kind == "mul" else None
+        if match is None:
+            continue
+        gate, up, act = match
+        first, last = sorted((gate, up), key=lambda op: flow.index[op.name])
+        name = f"{first.name.rpartition('.')[0]}.gate_up_proj".lstrip(".")
+        weight = _interleaved(f"{name}.weight", graph.weights[gate.weights[0]], graph.weights[up.weights[0]], gate)
+        weights[weight.name] = weight
+        changed |= {op.name: None for op in (first, act, mul)}
+        attrs = {**gate.attrs, "epilogue": f"{act.attrs['fn']}_mul"}
+        changed[last.name] = last.with_(name=name, outputs=mul.outputs, weights=(weight.name,), attrs=attrs)
+    return rewritten(replace(graph, weights=weights), changed, "fuse_gated_experts")
+
+
 def fuse_rope_kv(graph: Graph) -> Graph:
     """RoPE and the KV-cache write of the rotated key become one op."""
     flow = Flow(graph)
@@ -149,13 +169,14 @@ PASSES: Mapping[str, Pass] = {
     "merge_qkv": merge_qkv,
     "merge_gate_up": merge_gate_up,
     "fuse_gated_activation": fuse_gated_activation,
+    "fuse_gated_experts": fuse_gated_experts,
     "fuse_rope_kv": fuse_rope_kv,
     "fuse_add_norm": fuse_add_norm,
     "fuse_linear_add": fuse_linear_add,
     "int8_activations": int8_activations,
 }
 DEFAULT_PASSES: tuple[str, ...] = (
-    "merge_qkv", "merge_gate_up", "fuse_gated_activation", "fuse_rope_kv", "fuse_add_norm",
+    "merge_qkv", "merge_gate_up", "fuse_gated_activation", "fuse_gated_experts", "fuse_rope_kv", "fuse_add_norm",
 )  # fmt: skip
 
 
@@ -288,3 +309,32 @@ def _gated(flow: Flow, mul: Op) -> tuple[Op, Op] | None:
         if halves and all(flow.uses[buffer] == 1 for buffer in (act_buffer, act.inputs[0], up)):
             return linear, act
     return None
+
+
+def _gated_experts(graph: Graph, flow: Flow, mul: Op) -> tuple[Op, Op, Op] | None:
+    """(gate, up, act) when ``mul`` is the gated product of two plain grouped linears that may become one."""
+    for act_buffer, up_buffer in (mul.inputs, mul.inputs[::-1]):
+        act, up = flow.producer.get(act_buffer), flow.producer.get(up_buffer)
+        gate = flow.producer.get(act.inputs[0]) if act is not None and act.kind == "act" else None
+        if act is None or gate is None or up is None or gate.name == up.name:
+            continue
+        if any(op.kind != "grouped_linear" or set(op.attrs) != {"count"} for op in (gate, up)):
+            continue
+        alone = all(flow.uses[buffer] == 1 for buffer in (act_buffer, up_buffer, act.inputs[0]))
+        own = all(flow.weight_uses[op.weights[0]] == 1 for op in (gate, up))
+        if not (alone and own) or gate.inputs != up.inputs or gate.attrs != up.attrs:
+            continue
+        one, other = (graph.weights[op.weights[0]] for op in (gate, up))
+        parts = {len(weight.parts) for weight in (one, other)}
+        if one.shape == other.shape and one.quant == other.quant and parts == {gate.attrs["count"]}:
+            return gate, up, act
+    return None
+
+
+def _interleaved(name: str, gate: Weight, up: Weight, op: Op) -> Weight:
+    """Two stacks of experts as one, each expert's gate above its up."""
+    parts = tuple(part for pair in zip(gate.parts, up.parts, strict=True) for part in pair)
+    scheme, rows = gate.quant, gate.shape[0] // op.attrs["count"]
+    if scheme is not None and rows % scheme.block_rows:
+        scheme = replace(scheme, block_rows=1)
+    return Weight(name, (2 * gate.shape[0], gate.shape[1]), parts, scheme)

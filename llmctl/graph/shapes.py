@@ -103,6 +103,38 @@ def linear(s: Surroundings, op: Op) -> None:
     s.shape(op, 1, rows)
 
 
+def route(s: Surroundings, op: Op) -> None:
+    """Logits of all experts to those chosen, within the limits of their groups."""
+    count, attrs = s.width(op.inputs[0]), op.attrs
+    for output in op.outputs:
+        s.expect(op, f"width of '{output}'", s.width(output), attrs["top_k"])
+    s.expect(op, "scores are known", attrs["scores"] in ("softmax", "sigmoid"), True)
+    s.expect(op, "experts left over by whole groups", count % attrs["groups"], 0)
+    most = count // attrs["groups"] * attrs["top_groups"]
+    s.expect(op, "top_groups hold top_k", 0 < attrs["top_k"] <= most <= count, True)
+    s.shape(op, 0, count)
+
+
+def grouped_linear(s: Surroundings, op: Op) -> None:
+    """A matrix an expert, one below the other; an input for each that is chosen, or one for all."""
+    count, chosen, (rows, columns) = op.attrs["count"], s.width(op.inputs[1]), s.graph.weights[op.weights[0]].shape
+    for i in range(len(op.weights)):
+        s.shape(op, i, rows, columns)
+    rows *= count if "apart" in op.attrs else 1
+    s.expect(op, "width of x, by its experts", s.width(op.inputs[0]) in (columns, chosen * columns), True)
+    s.expect(op, "rows left over by whole experts", rows % count, 0)
+    if "epilogue" in op.attrs:
+        s.expect(op, "epilogue is known", op.attrs["epilogue"] in [f"{fn}_mul" for fn in ACTIVATIONS], True)
+        s.expect(op, "rows of gate and up", rows, 2 * count * (s.width(op.outputs[0]) // chosen))
+        rows //= 2
+    s.expect(op, "width of the result", s.width(op.outputs[0]), chosen * (rows // count))
+
+
+def weighted_sum(s: Surroundings, op: Op) -> None:
+    """As many parts as shares."""
+    s.expect(op, "width of the parts", s.width(op.inputs[0]), s.width(op.inputs[1]) * s.width(op.outputs[0]))
+
+
 def act(s: Surroundings, op: Op) -> None:
     """Elementwise, by a known function."""
     s.same_width(op)

@@ -25,7 +25,7 @@ MAX_HEAD = 256
 """Most columns of a head: ``kMaxHead``."""
 KEYS = 16
 """Tokens of a tile of the KV cache, which a block is a multiple of: ``kKeys``."""
-MAX_KINDS = 16
+MAX_KINDS = 24
 """Entries of a profile, one a ``Kind``: ``kMaxKinds``."""
 
 
@@ -48,6 +48,11 @@ class Kind(IntEnum):
     QUANTIZE = 13
     TO_BF16 = 14
     CAP = 15
+    ROUTE = 16
+    SORT_ROWS = 17
+    GATHER_EXPERTS = 18
+    GROUPED_LINEAR = 19
+    WEIGHTED_SUM = 20
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -81,6 +86,16 @@ class IntActs(c.Structure):
     )
 
 
+class Choice(c.Structure):
+    """``struct Choice``: the experts of each token."""
+
+    _fields_ = (
+        *((name, c.c_void_p) for name in ("experts", "order", "place", "starts")),
+        *((name, c.c_int64) for name in ("count", "top_k", "groups", "top_groups")),
+        *((name, c.c_int32) for name in ("sigmoid", "renormalise")),
+    )
+
+
 class OpDesc(c.Structure):
     """``struct OpDesc``."""
 
@@ -96,6 +111,8 @@ class OpDesc(c.Structure):
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),
         *((name, c.c_void_p) for name in ("cos", "sin")),
         *((name, c.c_float) for name in ("eps", "offset", "scale", "softcap")),
+        ("choice", Choice),
+        ("sorted", c.c_int32),
     )
 
 
@@ -144,11 +161,12 @@ class SamplingDesc(c.Structure):
     )
 
 
-STRUCTS: tuple[type[c.Structure], ...] = (Matrix, IntActs, OpDesc, KvDesc, LogprobsOut, StepDesc, SamplingDesc)
+STRUCTS: tuple[type[c.Structure], ...] = (Matrix, IntActs, Choice, OpDesc, KvDesc, LogprobsOut, StepDesc, SamplingDesc)
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llmctl_create": (c.c_void_p, (c.POINTER(OpDesc), c.c_int64, c.POINTER(KvDesc), *[c.c_int64] * 6, c.c_int)),
     "llmctl_destroy": (None, (c.c_void_p,)),
     "llmctl_step": (c.c_int, (c.c_void_p, c.POINTER(StepDesc), c.POINTER(SamplingDesc))),
+    "llmctl_weight_bytes": (c.c_int64, (c.c_void_p,)),
     "llmctl_profile": (None, (c.c_void_p, c.POINTER(c.c_double))),
     "llmctl_variant": (c.c_char_p, ()),
     "llmctl_create_error": (c.c_char_p, ()),

@@ -58,9 +58,39 @@ class IntOperand:
         return self.codes, self.scales, self.sums
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Where a layer's choice of experts lies: i32 ``[T, top_k]`` each, see ``native/experts.h``.
+
+    Attributes:
+        experts: in the order in which they were chosen. order, place: of rows in expert order, and back.
+        count: experts there are. attrs: of the route op.
+    """
+
+    experts: Storage
+    order: Storage
+    place: Storage
+    count: int
+    attrs: Mapping[str, Any]
+
+    @property
+    def top_k(self) -> int:
+        """Experts a token."""
+        return int(self.attrs["top_k"])
+
+    @property
+    def storages(self) -> tuple[Storage, Storage, Storage]:
+        """All three."""
+        return self.experts, self.order, self.place
+
+
 @dataclass
 class Bound:
-    """One native op: kind, the graph op it came from, fp32 and int8 operands by descriptor field."""
+    """One native op: kind, the graph op it came from, fp32 and int8 operands by descriptor field.
+
+    Attributes:
+        routing: the choice of experts that it makes or follows. sorted: its input is in expert order.
+    """
 
     kind: Kind
     op: Op
@@ -70,10 +100,17 @@ class Bound:
     operands: dict[str, IntOperand] = field(default_factory=dict)
     x16: Storage | None = None
     permutation: np.ndarray | None = None
+    routing: Routing | None = None
+    sorted: bool = False
 
 
 class Lowering:
-    """The first pass. ``linears``: packed weight by weight name."""
+    """The first pass.
+
+    Attributes:
+        linears: packed weight by weight name.
+        routings: by the buffer of a choice's experts. in_order: by buffers whose rows are in expert order.
+    """
 
     def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear]) -> None:
         self.graph = graph
@@ -83,6 +120,8 @@ class Lowering:
         self.bound: list[Bound] = []
         self.operands: dict[tuple[str, int, int, int], IntOperand] = {}
         self.halves: dict[str, Storage] = {}
+        self.routings: dict[str, Routing] = {}
+        self.in_order: dict[str, Routing] = {}
         self.on_rows = False
 
     def run(self) -> list[Bound]:
@@ -95,6 +134,8 @@ class Lowering:
             lower = LOWERINGS.get(op.kind)
             if lower is None:
                 raise _refused(op.kind, REFUSED_KINDS.get(op.kind, "it is unknown"))
+            if op.kind not in IN_EXPERT_ORDER and not self.in_order.keys().isdisjoint(op.inputs):
+                raise _refused(op.kind, "its rows are in expert order")
             lower(self, op)
         # The ops on gathered rows run once for each chunk of rows: what they read of all tokens lives until the last.
         tail = next((i for i, bound in enumerate(self.bound) if bound.on_rows), len(self.bound))
@@ -127,6 +168,8 @@ class Lowering:
             used += operand.storages
         if bound.x16:
             used.append(bound.x16)
+        if bound.routing:
+            used += bound.routing.storages
         for storage in used:
             storage.first = index if storage.first < 0 else storage.first
             storage.last = index
@@ -236,14 +279,15 @@ class Lowering:
                 return
         bound.views["y"] = self._outputs(outputs)[0]
 
-    def _int_operand(self, buffer: str, packed: PackedLinear) -> IntOperand:
+    def _int_operand(self, buffer: str, packed: PackedLinear, rows: int = 1) -> IntOperand:
+        """``rows``: of the operand, a token."""
         key = (buffer, packed.columns, packed.act_group, 0 if packed.permutation is None else id(packed))
         if key not in self.operands:
             groups = packed.columns // packed.act_group
             self.operands[key] = IntOperand(
-                self._storage(f"{buffer}.codes", packed.columns),
-                self._storage(f"{buffer}.scales", 4 * groups),
-                self._storage(f"{buffer}.sums", 4 * groups),
+                self._storage(f"{buffer}.codes", rows * packed.columns),
+                self._storage(f"{buffer}.scales", 4 * rows * groups),
+                self._storage(f"{buffer}.sums", 4 * rows * groups),
                 packed.columns,
                 packed.act_group,
             )
@@ -266,6 +310,88 @@ class Lowering:
             self._emit(Bound(Kind.TO_BF16, op, self.on_rows, views, packed=packed, x16=self.halves[buffer]))
         return self.halves[buffer]
 
+    # experts
+
+    def _route(self, op: Op) -> None:
+        (logits,), (experts, shares) = op.inputs, op.outputs
+        top_k, count = int(op.attrs["top_k"]), self.graph.buffers[logits].width
+        chosen, order, place = (self._storage(f"{experts}{suffix}", 4 * top_k) for suffix in ("", ".order", ".place"))
+        self.routings[experts] = routing = Routing(chosen, order, place, count, op.attrs)
+        views = {"x": self.views[logits], "y": self._outputs((shares,))[0]}
+        self._emit(Bound(Kind.ROUTE, op, self.on_rows, views, routing=routing))
+        self._emit(Bound(Kind.SORT_ROWS, op, self.on_rows, routing=routing))
+
+    def _elementwise(self, kind: Kind, op: Op) -> None:
+        """Of rows in expert order, the result is, too."""
+        self._emit(self._simple(kind, op, op.inputs))
+        orders = {name: self.in_order[name] for name in op.inputs if name in self.in_order}
+        if orders and len(orders) != len(set(op.inputs)):
+            raise _refused(op.kind, "some of its rows are in expert order")
+        self.in_order |= dict.fromkeys(op.outputs, next(iter(orders.values()))) if orders else {}
+
+    def _grouped_linear(self, op: Op) -> None:
+        x, experts = op.inputs
+        packed, routing, ordered = self.linears[op.weights[0]], self.routings[experts], x in self.in_order
+        if ordered and self.in_order[x] is not routing:
+            raise _refused(op.kind, "its rows are in the order of other experts")
+        bound = Bound(Kind.GROUPED_LINEAR, op, self.on_rows, packed=packed, routing=routing)
+        if packed.integer:
+            bound.operands["x8"] = self._gathered_int(op, x, packed, routing)
+        elif packed.dtype == "bf16":
+            bound.x16 = self._gathered_half(op, x, packed, routing)
+        else:
+            bound.views["x"] = self.views[x] if ordered else self._gathered_float(op, x, packed, routing)
+        (y,) = op.outputs
+        direct = self._direct_rows(op)
+        if direct is not None:
+            bound.operands["y8"] = self._int_operand(y, direct, routing.top_k)
+        else:
+            bound.views["y"] = self._outputs((y,))[0]
+        self.in_order[y] = routing
+        self._emit(bound)
+
+    def _weighted_sum(self, op: Op) -> None:
+        self._emit(self._simple(Kind.WEIGHTED_SUM, op, op.inputs, routing=self.in_order.get(op.inputs[0])))
+
+    def _direct_rows(self, op: Op) -> PackedLinear | None:
+        """As ``_direct_operand``, of the rows that a grouped linear makes: for one reader, of whole groups of tiles."""
+        consumers = self.graph.consumers(op.outputs[0])
+        if len(consumers) != 1 or consumers[0].kind != "grouped_linear" or consumers[0].inputs[1] != op.inputs[1]:
+            return None
+        packed, chosen = self.linears[consumers[0].weights[0]], self.routings[op.inputs[1]].top_k
+        per_tile = LANES if "epilogue" in op.attrs else TILE
+        whole = packed.columns == self.graph.buffers[op.outputs[0]].width // chosen
+        return packed if packed.integer and whole and packed.act_group % per_tile == 0 else None
+
+    def _gather(self, op: Op, x: str, packed: PackedLinear, routing: Routing, **operand: Any) -> None:
+        """What a grouped linear reads, made of x: rows in expert order."""
+        views = {"x": self.views[x], **operand.pop("views", {})}
+        kind, ordered = Kind.GATHER_EXPERTS, x in self.in_order
+        self._emit(Bound(kind, op, self.on_rows, views, packed, routing=routing, sorted=ordered, **operand))
+
+    def _gathered_int(self, op: Op, x: str, packed: PackedLinear, routing: Routing) -> IntOperand:
+        known = len(self.operands)
+        buffer = x if x in self.in_order else f"{x}@{routing.experts.name}"
+        operand = self._int_operand(buffer, packed, routing.top_k)
+        if len(self.operands) > known:
+            self._gather(op, x, packed, routing, operands={"y8": operand})
+        return operand
+
+    def _gathered_half(self, op: Op, x: str, packed: PackedLinear, routing: Routing) -> Storage:
+        buffer = f"{x}@{routing.experts.name}"
+        if buffer not in self.halves:
+            self.halves[buffer] = self._storage(f"{buffer}.bf16", 2 * routing.top_k * packed.columns)
+            self._gather(op, x, packed, routing, x16=self.halves[buffer])
+        return self.halves[buffer]
+
+    def _gathered_float(self, op: Op, x: str, packed: PackedLinear, routing: Routing) -> View:
+        buffer = f"{x}@{routing.experts.name}"
+        if buffer not in self.views:
+            width = routing.top_k * packed.columns
+            self.views[buffer] = View(self._storage(buffer, 4 * width), 0, width)
+            self._gather(op, x, packed, routing, views={"y": self.views[buffer]})
+        return self.views[buffer]
+
 
 def _as(kind: Kind) -> Callable[[Lowering, Op], None]:
     """The lowering to one native op that reads all inputs and writes all outputs."""
@@ -279,8 +405,11 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Op], None]] = {
     "layer_norm": lambda lowering, op: lowering._norm(Kind.LAYER_NORM, op),
     "head_rms_norm": _as(Kind.HEAD_RMS_NORM),
     "linear": Lowering._linear,
-    "act": _as(Kind.ACT),
-    "mul": _as(Kind.MUL),
+    "route": Lowering._route,
+    "grouped_linear": Lowering._grouped_linear,
+    "weighted_sum": Lowering._weighted_sum,
+    "act": lambda lowering, op: lowering._elementwise(Kind.ACT, op),
+    "mul": lambda lowering, op: lowering._elementwise(Kind.MUL, op),
     "add": _as(Kind.ADD),
     "rope": Lowering._rope,
     "kv_write": _as(Kind.KV_WRITE),
@@ -291,6 +420,9 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Op], None]] = {
     "rope_kv_write": Lowering._rope_kv_write,
 }
 """By op kind."""
+
+IN_EXPERT_ORDER = frozenset({"grouped_linear", "weighted_sum", "act", "mul"})
+"""Kinds that take rows in expert order: a token's rows are then apart."""
 
 _OWN_ROWS = "quantized linears take int8 rows by themselves, with a scale for every group of columns"
 REFUSED_KINDS: Mapping[str, str] = {

@@ -73,8 +73,12 @@ def act_group(group: int) -> int:
     return max(d for d in range(4, MAX_ACT_GROUP + 1, 4) if group % d == 0)
 
 
-def row_order(rows: int, gated: bool) -> NDArray[np.int64]:
-    """Source row of every packed row, -1 for padding."""
+def row_order(rows: int, gated: bool, experts: int = 1) -> NDArray[np.int64]:
+    """Source row of every packed row, -1 for padding; each expert's rows are whole tiles."""
+    if experts > 1:
+        one = row_order(rows // experts, gated)
+        first = np.arange(experts)[:, None] * (rows // experts)
+        return np.where(one < 0, -1, one + first).reshape(-1)
     if not gated:
         order = np.arange(rows)
         return np.concatenate([order, np.full(-rows % TILE, -1)])
@@ -110,6 +114,7 @@ def pack_int(
     gated: bool,
     g_idx: NDArray[np.int32] | None = None,
     minimums: NDArray[Any] | None = None,
+    experts: int = 1,
 ) -> PackedLinear:
     """Pack integer codes. Scales and minimums are rounded to float16.
 
@@ -119,6 +124,7 @@ def pack_int(
         bits: 8, or anything up to 4. group: columns a group, -1 = all.
         gated: rows are gate then up, to be interleaved.
         g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
+        experts: whose rows lie one below the other.
 
     Raises:
         ValueError: a group size that the kernels cannot take, or scales or minimums beyond float16.
@@ -130,7 +136,7 @@ def pack_int(
         permutation = np.argsort(g_idx, kind="stable").astype(np.int32)
         codes = codes[:, permutation]
     half = _half(scales, "scales")
-    order = row_order(rows, gated)
+    order = row_order(rows, gated, experts)
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
     lines = wide.reshape(-1, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
@@ -153,13 +159,15 @@ def int_dtype(bits: int, *, minimum: bool) -> str:
     return ("w4" if bits <= 4 else "w8") + ("_min" if minimum else "")
 
 
-def pack_book(codes: Bytes, scales: NDArray[np.float32], *, book: str, group: int, gated: bool) -> PackedLinear:
+def pack_book(
+    codes: Bytes, scales: NDArray[np.float32], *, book: str, group: int, gated: bool, experts: int = 1
+) -> PackedLinear:
     """Pack codes of a code book.
 
     Args:
         codes: u8 [N, K]. scales: f32 [N, G]. group: columns a group, -1 = all; the last may have fewer.
     """
-    columns, order = codes.shape[1], row_order(len(codes), gated)
+    columns, order = codes.shape[1], row_order(len(codes), gated, experts)
     wide = np.zeros((len(order), columns), np.uint8)
     wide[order >= 0] = codes[order[order >= 0]]
     lines: Bytes = wide.reshape(-1, TILE, columns).transpose(0, 2, 1)
@@ -196,7 +204,7 @@ def _half(plane: NDArray[Any], what: str) -> NDArray[np.uint16]:
     return half.view(np.uint16)
 
 
-def pack_dense(weight: NDArray[Any], dtype: str, *, gated: bool) -> PackedLinear:
+def pack_dense(weight: NDArray[Any], dtype: str, *, gated: bool, experts: int = 1) -> PackedLinear:
     """Pack a dense weight.
 
     Args:
@@ -205,7 +213,7 @@ def pack_dense(weight: NDArray[Any], dtype: str, *, gated: bool) -> PackedLinear
     rows, columns = weight.shape
     step = 2 if dtype == "bf16" else 1
     padded = columns + -columns % step
-    order = row_order(rows, gated)
+    order = row_order(rows, gated, experts)
     wide = np.zeros((len(order), padded), weight.dtype)
     wide[order >= 0, :columns] = weight[order[order >= 0]]
     lines = wide.reshape(-1, TILE, padded // step, step).transpose(0, 2, 1, 3)
@@ -245,7 +253,7 @@ class LinearFormat:
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
-        book: its code book.
+        book: its code book. experts: whose rows lie one below the other.
     """
 
     dtype: str
@@ -254,6 +262,7 @@ class LinearFormat:
     group: int = -1
     permuted: bool = False
     book: str = ""
+    experts: int = 1
 
     @property
     def integer(self) -> bool:
@@ -263,7 +272,7 @@ class LinearFormat:
     @property
     def rows(self) -> int:
         """N in whole tiles."""
-        return len(row_order(self.shape[0], self.gated))
+        return len(row_order(self.shape[0], self.gated, self.experts))
 
     @property
     def columns(self) -> int:

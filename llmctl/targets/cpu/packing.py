@@ -13,7 +13,7 @@ activations, dense ones are bfloat16.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
-from llmctl.graph.graph import LOGITS, Graph, Op, Weight
+from llmctl.graph.graph import LOGITS, PRODUCTS, Graph, Op, Weight
 from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
     BOOK_DTYPES,
@@ -66,14 +66,14 @@ class CpuWeights:
 
 def linear_formats(graph: Graph, options: BuildOptions) -> dict[str, LinearFormat]:
     """Stored format by weight name, for every weight that a linear op reads or that is looked up packed."""
-    formats = {op.weights[0]: _format(graph.weights[op.weights[0]], op, options) for op in graph.linears()}
+    formats = {op.weights[0]: _format(graph.weights[op.weights[0]], op, options) for op in graph.products()}
     lookups = sorted(graph.tables() - formats.keys())
     return formats | {n: _format(graph.weights[n], None, options) for n in lookups if _packs_table(n, graph, options)}
 
 
 def linear_format(name: str, graph: Graph, options: BuildOptions) -> LinearFormat | None:
     """The format of one weight; None when it is not packed."""
-    op = next((op for op in graph.linears() if op.weights[0] == name), None)
+    op = next((op for op in graph.products() if op.weights[0] == name), None)
     if op is None and not (name in graph.tables() and _packs_table(name, graph, options)):
         return None
     return _format(graph.weights[name], op, options)
@@ -112,7 +112,7 @@ def cpu_choices(graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]
     formats = linear_formats(graph, options)
     return tuple(
         KernelChoice(op.name, _KERNEL[formats[op.weights[0]].dtype], refused=_refusals(graph, op, options))
-        if op.kind == "linear"
+        if op.kind in PRODUCTS
         else KernelChoice(op.name, op.kind)
         for op in graph.ops
     )
@@ -135,11 +135,11 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
     if fmt.dtype in ("f32", "bf16"):
         dense = _dense(weight).contiguous()
         if fmt.dtype == "f32":
-            return pack_dense(dense.numpy(), "f32", gated=fmt.gated)
+            return pack_dense(dense.numpy(), "f32", gated=fmt.gated, experts=fmt.experts)
         import torch
 
         bits: NDArray[Any] = dense.bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return pack_dense(bits, "bf16", gated=fmt.gated)
+        return pack_dense(bits, "bf16", gated=fmt.gated, experts=fmt.experts)
     if not isinstance(weight, QuantizedWeight):
         bits_wanted = 8 if fmt.dtype == "w8" else 4
         codes, scales, zeros = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
@@ -147,11 +147,13 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
     weight = weight.by_row()
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
     if fmt.book:
-        return pack_book(codes, scales.astype(np.float32), book=fmt.book, group=fmt.group, gated=fmt.gated)
+        return pack_book(
+            codes, scales.astype(np.float32), book=fmt.book, group=fmt.group, gated=fmt.gated, experts=fmt.experts
+        )
     return pack_int(
         codes, scales, weight.zeros.numpy(), bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated,
         g_idx=None if weight.g_idx is None else weight.g_idx.numpy(),
-        minimums=None if weight.minimums is None else weight.minimums.numpy(),
+        minimums=None if weight.minimums is None else weight.minimums.numpy(), experts=fmt.experts,
     )  # fmt: skip
 
 
@@ -185,17 +187,18 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
     """``op``: the linear that reads the weight, None where there is none."""
     rows, columns = weight.shape
     gated = op is not None and "epilogue" in op.attrs
-    dense = LinearFormat(DTYPES[options.dtype].tag, (rows, columns), gated)
+    experts = 1 if op is None else int(op.attrs.get("count", 1))
+    dense = LinearFormat(DTYPES[options.dtype].tag, (rows, columns), gated, experts=experts)
     scheme = weight.quant
     if scheme is not None and scheme.book and not scheme.act_order:
-        return LinearFormat(BOOK_DTYPES[scheme.bits], (rows, columns), gated, scheme.group_size, book=scheme.book)
+        return replace(dense, dtype=BOOK_DTYPES[scheme.bits], group=scheme.group_size, book=scheme.book)
     if options.dtype == "float32":
         return dense
     if scheme is not None:
         if scheme.book or _group_refusal(columns, scheme.group_size):
             return dense
         kind = int_dtype(scheme.bits, minimum=scheme.minimum)
-        return LinearFormat(kind, (rows, columns), gated, scheme.group_size, scheme.act_order)
+        return replace(dense, dtype=kind, group=scheme.group_size, permuted=scheme.act_order)
     if op is not None and LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
         kind = "w8" if options.lm_head == "int8" else "w4"
         return LinearFormat(kind, (rows, columns), gated, _HEAD_GROUP if columns % _HEAD_GROUP == 0 else -1)

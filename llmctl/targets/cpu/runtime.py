@@ -24,6 +24,7 @@ from llmctl.targets.cpu.abi import (
     KEYS,
     KV_TYPE,
     MAX_KINDS,
+    Choice,
     IntActs,
     Kind,
     KvDesc,
@@ -32,7 +33,7 @@ from llmctl.targets.cpu.abi import (
     StepDesc,
     open_library,
 )
-from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, View, hidden_view, logits_view, plan_arena
+from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, Routing, View, hidden_view, logits_view, plan_arena
 from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
@@ -89,6 +90,8 @@ class CpuRuntime:
         max_rows = max(1, min(sizes.max_num_seqs, _MAX_LOGITS_BYTES // (4 * graph.vocab_size)))
         lowering = Lowering(graph, weights.linears)
         bound = lowering.run()
+        most = max((routing.count for routing in lowering.routings.values()), default=0)
+        self._starts = self._pointer(np.zeros(2 * most + 2, np.int32))
         self.arena_bytes = plan_arena(lowering.storages, sizes.max_num_batched_tokens, max_rows)
         self._arena = _aligned(self.arena_bytes)
         self._max_tokens = sizes.max_num_batched_tokens
@@ -164,6 +167,10 @@ class CpuRuntime:
         self._library.llmctl_profile(self._program, out)
         return {kind.name.lower(): out[kind] for kind in Kind if out[kind]}
 
+    def weight_bytes(self) -> int:
+        """Bytes of weights, without their scales, that linears have read since the last call."""
+        return int(self._library.llmctl_weight_bytes(self._program))
+
     def close(self) -> None:
         """Stop the threads and free the memory; the runtime cannot be used afterwards."""
         if self._program:
@@ -187,6 +194,8 @@ class CpuRuntime:
             setattr(desc, name, self._acts(operand))
         if bound.x16 is not None and bound.packed is not None:
             desc.x16, desc.k = self._address(bound.x16.offset), bound.packed.columns
+        if bound.routing is not None:
+            desc.choice, desc.sorted = self._choice(bound.routing), int(bound.sorted)
         if bound.permutation is not None:
             desc.permutation = self._pointer(bound.permutation)
         if bound.kind in _FILLERS:
@@ -241,6 +250,37 @@ class CpuRuntime:
         if len(op.weights) > 1 and op.weights[1]:
             bias = self._weights.vectors[op.weights[1]].astype(np.float32)
             desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue)))
+
+    def _fill_route(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
+        if bound.op.weights[0]:
+            desc.bias = self._vector(bound.op.weights[0])
+
+    def _fill_gather(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        assert bound.routing is not None
+        desc.width = graph.weights[bound.op.weights[0]].shape[1]
+
+    def _fill_grouped(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        op, packed, routing = bound.op, bound.packed, bound.routing
+        assert packed is not None
+        assert routing is not None
+        desc.act = ACT[str(op.attrs.get("epilogue", "")).removesuffix("_mul")]
+        desc.n = graph.buffers[op.outputs[0]].width // routing.top_k
+        self._fill_packed(desc, packed)
+        desc.n_padded = packed.rows // routing.count
+        desc.x.ld, desc.y.ld = packed.columns, desc.n
+
+    def _fill_weighted_sum(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        desc.width = graph.buffers[bound.op.outputs[0]].width
+        desc.choice.top_k = graph.buffers[bound.op.inputs[1]].width
+        desc.choice.sigmoid = int(bool(bound.op.attrs.get("sigmoid")))
+
+    def _choice(self, routing: Routing) -> Choice:
+        attrs = routing.attrs
+        experts, order, place = (self._address(storage.offset) for storage in routing.storages)
+        return Choice(
+            experts, order, place, self._starts, routing.count, routing.top_k, attrs["groups"], attrs["top_groups"],
+            int(attrs["scores"] == "sigmoid"), int(attrs["renormalise"]),
+        )  # fmt: skip
 
     def _fill_packed(self, desc: OpDesc, packed: PackedLinear) -> None:
         desc.weight_dtype = DTYPE[packed.dtype]
@@ -336,6 +376,10 @@ _FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
     Kind.ACT: CpuRuntime._fill_act,
     Kind.CAP: CpuRuntime._fill_cap,
     Kind.ROPE: CpuRuntime._fill_rope,
+    Kind.ROUTE: CpuRuntime._fill_route,
+    Kind.GATHER_EXPERTS: CpuRuntime._fill_gather,
+    Kind.GROUPED_LINEAR: CpuRuntime._fill_grouped,
+    Kind.WEIGHTED_SUM: CpuRuntime._fill_weighted_sum,
 }
 """What writes the fields of a descriptor that not every kind has."""
 

@@ -6,7 +6,7 @@ recorded in the engine's manifest, so that "why is this layer slow?" has an answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from llmctl.graph.dtypes import DTYPES, HALF_DTYPES
@@ -23,6 +23,11 @@ SAMPLER_OPS = (
     Op("logprobs", "logprobs", (LOGITS, "tokens"), ("logprobs",)),
 )
 """What a runtime does with a step's logits: no part of any graph, but a part of every engine."""
+
+
+_EXPERTS = "its layers choose among experts, for which there are no CUDA kernels"
+REFUSED_KINDS: Mapping[str, str] = dict.fromkeys(("route", "grouped_linear", "weighted_sum"), _EXPERTS)
+"""Op kind -> why no engine is built of a model that has it."""
 
 
 @dataclass(frozen=True)

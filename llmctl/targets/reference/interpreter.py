@@ -116,7 +116,7 @@ class Interpreter:
         return self._tables.setdefault(tuple(sorted(attrs.items())), RopeTable(attrs))
 
     def norm_weight(self, op: Op, index: int) -> Tensor:
-        """A norm's weight in float32, with Gemma's one added."""
+        """A norm's weight (or a router's bias) in float32, with Gemma's one added."""
         w = self._load(op.weights[index], torch.float32)
         return w + 1 if index == 0 and op.attrs.get("plus_one") else w
 
@@ -344,6 +344,27 @@ def _bind_float_linear(interp: Interpreter, op: Op) -> Bound:
     return run
 
 
+def _bind_route(interp: Interpreter, op: Op) -> Bound:
+    (logits,), (experts, shares) = op.inputs, op.outputs
+    bias = interp.norm_weight(op, 0) if op.weights[0] else None
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]] = partial(kernels.route, bias=bias, **op.attrs)
+
+    def run(env: Env, _: StepContext) -> None:
+        env[experts], env[shares] = choose(env[logits])
+
+    return run
+
+
+def _bind_grouped_linear(interp: Interpreter, op: Op) -> Bound:
+    matrices, count = [interp.weight(name) for name in op.matrices], op.attrs["count"]
+    experts = matrices if "apart" in op.attrs else matrices[0].view(count, -1, matrices[0].shape[1]).unbind()
+    return _binary(op, partial(kernels.grouped_linear, w=experts, epilogue=op.attrs.get("epilogue", "")))
+
+
+def _bind_weighted_sum(_: Interpreter, op: Op) -> Bound:
+    return _binary(op, partial(kernels.weighted_sum, **op.attrs))
+
+
 def _bind_rope(interp: Interpreter, op: Op) -> Bound:
     q, k, _ = op.inputs
     q_out, k_out = op.outputs
@@ -408,6 +429,9 @@ BINDERS: Mapping[str, Callable[[Interpreter, Op], Bound]] = {
     "layer_norm": _bind_norm,
     "head_rms_norm": _bind_head_norm,
     "linear": _bind_linear,
+    "route": _bind_route,
+    "grouped_linear": _bind_grouped_linear,
+    "weighted_sum": _bind_weighted_sum,
     "act": lambda _, op: _unary(op, kernels.ACTIVATIONS[str(op.attrs["fn"])]),
     "mul": lambda _, op: _binary(op, kernels.mul),
     "add": lambda _, op: _binary(op, kernels.add),

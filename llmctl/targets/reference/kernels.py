@@ -156,6 +156,63 @@ def lora(x: Tensor, y: Tensor, adapters: Tensor, weights: AdapterWeights) -> Ten
     return z
 
 
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scores: str,
+    renormalise: bool,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """``(experts, shares)``, i32 and logits' dtype [T, top_k], of logits [T, E]; in float32. Of equal scores the first
+    wins.
+
+    Experts are chosen by score plus ``bias`` [E] within the ``top_groups`` groups whose two best add up to the most
+    (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2).
+    """
+    found = logits.float().softmax(-1) if scores == "softmax" else logits.float().sigmoid()
+    wanted = found if bias is None else found + bias
+    if groups > top_groups:
+        parts = wanted.view(len(wanted), groups, -1)
+        best = parts.topk(2, dim=-1)[0].sum(-1).sort(dim=-1, descending=True, stable=True)[1][:, :top_groups]
+        out = torch.ones(parts.shape[:2], dtype=torch.bool, device=parts.device).scatter_(1, best, False)
+        wanted = parts.masked_fill(out[..., None], -torch.inf).flatten(1)
+    experts = wanted.sort(dim=-1, descending=True, stable=True)[1][:, :top_k]
+    shares = found.gather(1, experts)
+    shares = shares / (shares.sum(-1, keepdim=True) + 1e-20) if renormalise else shares
+    return experts.to(torch.int32), (shares * scale).to(logits.dtype)
+
+
+def grouped_linear(x: Tensor, experts: Tensor, w: Sequence[Tensor], epilogue: str = "") -> Tensor:
+    """``x @ w[e].T`` of each token's experts side by side, [T, k * O].
+
+    Args:
+        x: [T, I], or [T, k * I]: an input for each expert. experts: i32 [T, k]. w: [O, I] an expert.
+        epilogue: as ``linear_gated``.
+    """
+    (tokens, chosen), (out, width), flat = experts.shape, w[0].shape, experts.reshape(-1)
+    rows = x.reshape(tokens, -1, width).expand(tokens, chosen, -1).reshape(tokens * chosen, -1)
+    y = x.new_empty(len(rows), out // 2 if epilogue else out)
+    for expert in flat.unique().tolist():
+        its = (flat == expert).nonzero()[:, 0]
+        part = rows[its]
+        y[its] = linear_gated(part, w[expert], None, epilogue) if epilogue else linear(part, w[expert])
+    return y.view(tokens, -1)
+
+
+def weighted_sum(x: Tensor, shares: Tensor, sigmoid: bool = False) -> Tensor:
+    """The sum of x's parts [T, k, H], each times its share [T, k], one after the other; ``sigmoid``: shares are its
+    arguments."""
+    shares = shares.float().sigmoid().to(x.dtype) if sigmoid else shares
+    parts = x.view(*shares.shape, -1) * shares[..., None]
+    y = parts[:, 0]
+    for j in range(1, shares.shape[1]):
+        y = y + parts[:, j]
+    return y
+
+
 def act(x: Tensor, fn: str) -> Tensor:
     """Elementwise activation."""
     return ACTIVATIONS[fn](x)

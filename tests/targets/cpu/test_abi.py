@@ -75,7 +75,8 @@ def test_a_shifted_field_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def swap(layout: dict[str, type]) -> None:
         shifted = type("KvDesc", (ctypes.Structure,), {"_fields_": tuple(layout.items())})
-        monkeypatch.setattr(abi, "STRUCTS", (*abi.STRUCTS[:3], shifted, *abi.STRUCTS[4:]))
+        at = [struct.__name__ for struct in abi.STRUCTS].index("KvDesc")
+        monkeypatch.setattr(abi, "STRUCTS", (*abi.STRUCTS[:at], shifted, *abi.STRUCTS[at + 1 :]))
 
     swap({"base": fields["base"], "head_dim": fields["head_dim"], **fields})
     assert refusal(path) == "KvDesc.head_dim.offset: expected 8, found 16"

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "attention_op.h"
-#include "linear_op.h"
+#include "experts.h"
 #include "program.h"
 
 namespace llmctl {
@@ -83,7 +83,8 @@ constexpr AbiEntry kAbi[] = {
   {"kind.layer_norm", kLayerNorm}, {"kind.head_rms_norm", kHeadRmsNorm}, {"kind.linear", kLinear},
   {"kind.act", kAct}, {"kind.mul", kMul}, {"kind.add", kAdd}, {"kind.rope", kRope}, {"kind.kv_write", kKvWrite},
   {"kind.attention", kAttention}, {"kind.gather_rows", kGatherRows}, {"kind.quantize", kQuantize},
-  {"kind.to_bf16", kToBf16}, {"kind.cap", kCap},
+  {"kind.to_bf16", kToBf16}, {"kind.cap", kCap}, {"kind.route", kRoute}, {"kind.sort_rows", kSortRows},
+  {"kind.gather_experts", kGatherExperts}, {"kind.grouped_linear", kGroupedLinear}, {"kind.weighted_sum", kWeightedSum},
   {"act.none", int64_t(Act::kNone)}, {"act.silu", int64_t(Act::kSilu)}, {"act.gelu", int64_t(Act::kGelu)},
   {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
   {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},
@@ -93,6 +94,9 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(Matrix, data) LLMCTL_FIELD(Matrix, ld) LLMCTL_SIZE(Matrix)
   LLMCTL_FIELD(IntActs, codes) LLMCTL_FIELD(IntActs, scales) LLMCTL_FIELD(IntActs, negated_sums)
   LLMCTL_FIELD(IntActs, k) LLMCTL_FIELD(IntActs, group) LLMCTL_SIZE(IntActs)
+  LLMCTL_FIELD(Choice, experts) LLMCTL_FIELD(Choice, order) LLMCTL_FIELD(Choice, place) LLMCTL_FIELD(Choice, starts)
+  LLMCTL_FIELD(Choice, count) LLMCTL_FIELD(Choice, top_k) LLMCTL_FIELD(Choice, groups)
+  LLMCTL_FIELD(Choice, top_groups) LLMCTL_FIELD(Choice, sigmoid) LLMCTL_FIELD(Choice, renormalise) LLMCTL_SIZE(Choice)
   LLMCTL_FIELD(OpDesc, kind) LLMCTL_FIELD(OpDesc, act) LLMCTL_FIELD(OpDesc, weight_dtype) LLMCTL_FIELD(OpDesc, neox)
   LLMCTL_FIELD(OpDesc, writes_kv) LLMCTL_FIELD(OpDesc, on_rows) LLMCTL_FIELD(OpDesc, layer) LLMCTL_FIELD(OpDesc, x)
   LLMCTL_FIELD(OpDesc, x2) LLMCTL_FIELD(OpDesc, x3) LLMCTL_FIELD(OpDesc, y) LLMCTL_FIELD(OpDesc, y2)
@@ -103,7 +107,8 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, permutation) LLMCTL_FIELD(OpDesc, x16) LLMCTL_FIELD(OpDesc, heads)
   LLMCTL_FIELD(OpDesc, kv_heads) LLMCTL_FIELD(OpDesc, head_dim) LLMCTL_FIELD(OpDesc, rotary_dim)
   LLMCTL_FIELD(OpDesc, window) LLMCTL_FIELD(OpDesc, cos) LLMCTL_FIELD(OpDesc, sin) LLMCTL_FIELD(OpDesc, eps)
-  LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap) LLMCTL_SIZE(OpDesc)
+  LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap)
+  LLMCTL_FIELD(OpDesc, choice) LLMCTL_FIELD(OpDesc, sorted) LLMCTL_SIZE(OpDesc)
   LLMCTL_FIELD(KvDesc, base) LLMCTL_FIELD(KvDesc, kv_heads) LLMCTL_FIELD(KvDesc, head_dim)
   LLMCTL_FIELD(KvDesc, padded_dim) LLMCTL_FIELD(KvDesc, type) LLMCTL_SIZE(KvDesc)
   LLMCTL_FIELD(LogprobsOut, width) LLMCTL_FIELD(LogprobsOut, logprobs) LLMCTL_FIELD(LogprobsOut, ranks)
@@ -131,7 +136,8 @@ constexpr AbiEntry kAbi[] = {
   {"weight_bits.e4m3", weight_bits_of(kE4m3)}, {"weight_bits.book4", weight_bits_of(kBook4)},
   {"kv_tile_bytes.f32", kv_tile_bytes(kKvF32)}, {"kv_tile_bytes.bf16", kv_tile_bytes(kKvBf16)},
   {"kv_tile_bytes.s8", kv_tile_bytes(kKvS8)},
-  LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_profile)
+  LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_weight_bytes)
+  LLMCTL_CALL(llmctl_profile)
   LLMCTL_CALL(llmctl_variant) LLMCTL_CALL(llmctl_create_error)
 };
 

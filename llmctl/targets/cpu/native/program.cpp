@@ -6,11 +6,12 @@
 #include <exception>
 #include <iterator>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "abi.h"
 #include "attention_op.h"
-#include "linear_op.h"
+#include "experts.h"
 
 using namespace llmctl;
 
@@ -170,6 +171,8 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
       std::memcpy(y, op.x.data + step.logits_rows[first_logits_row + row] * op.x.ld, size_t(op.width) * 4);
       return;
     case kToBf16: return to_bf16_row(op, row);
+    case kRoute: return route_row(op, row, line);
+    case kWeightedSum: return weighted_sum_row(op, row, y);
     default: return;
   }
 }
@@ -183,10 +186,21 @@ void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows,
     linear_op(op, rows, share, after.next, p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kAttention) {
     p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
+  } else if (op.kind == kGroupedLinear) {
+    const Ahead after = first_weights(p.ops[p.next_linear[index]], thread, p.pool.threads());
+    grouped_linear_op(op, share, after.next, p.linear_scratch[size_t(thread)]);
+  } else if (op.kind == kSortRows) {
+    if (thread == 0) sort_rows(op.choice, rows);
+  } else if (op.kind == kGatherExperts) {
+    if (line.size() < size_t(op.y8.k)) line.resize(size_t(op.y8.k));
+    const int64_t unit = rows > 8 * p.pool.threads() ? 8 : 1;
+    share.run(rows * op.choice.top_k, unit, [&](int64_t begin, int64_t end) {
+      for (int64_t place = begin; place < end; place++) gather_row(op, place, line.data());
+    });
   } else {
     // A block of int8 rows shares cache lines: two threads writing them take 1.5 times as long as one (8 rows, measured).
     const int64_t unit = op.y8.codes || rows > 8 * p.pool.threads() ? 8 : 1;
-    const size_t scratch = size_t(op.y8.codes ? 8 * op.y8.k : op.width);
+    const size_t scratch = size_t(op.y8.codes ? 8 * op.y8.k : op.kind == kRoute ? route_scratch(op.width) : op.width);
     if (line.size() < scratch) line.resize(scratch);
     share.run((rows + unit - 1) / unit, 1, [&](int64_t begin, int64_t end) {
       const RowRange range{begin * unit, std::min(end * unit, rows), rows};
@@ -307,6 +321,12 @@ int llmctl_step(llmctl_program* program, const StepDesc* step, const SamplingDes
   run.reset_counters(0);
   program->pool.run(run);
   return 0;
+}
+
+int64_t llmctl_weight_bytes(llmctl_program* program) {
+  int64_t total = 0;
+  for (LinearScratch& scratch : program->linear_scratch) total += std::exchange(scratch.weight_bytes, 0);
+  return total;
 }
 
 void llmctl_profile(llmctl_program* program, double* out) {

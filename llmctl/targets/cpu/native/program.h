@@ -25,8 +25,13 @@ enum Kind : int32_t {
   kQuantize = 13,   // x -> int8 codes
   kToBf16 = 14,     // x -> bf16
   kCap = 15,        // y = scale * x, then softcap * tanh(y / softcap) unless that is 0
+  kRoute = 16,      // logits x -> choice.experts, and their shares y
+  kSortRows = 17,   // choice.experts -> order, place, starts
+  kGatherExperts = 18,  // x -> the operand of grouped linears, rows in expert order: int8 codes, bf16 or fp32
+  kGroupedLinear = 19,
+  kWeightedSum = 20,    // rows x by shares x2 -> y
 };
-constexpr int kMaxKinds = 16;
+constexpr int kMaxKinds = 24;
 
 // kW4Min, kW8Min: integers with a minimum a group. kE4m3: float8_e4m3 codes. kBook4: 4-bit codes of w_book.
 enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4, kW4Min = 5, kW8Min = 6, kE4m3 = 7, kBook4 = 8 };
@@ -35,6 +40,16 @@ enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4, kW4Min =
 struct Matrix {
   float* data;
   int64_t ld;
+};
+
+// The experts of each token (experts.h).
+struct Choice {
+  int32_t* experts;  // [tokens][top_k], in the order in which they were chosen
+  int32_t* order;    // [tokens * top_k]: which of those a row in expert order is
+  int32_t* place;    // [tokens * top_k]: where in expert order each of them is
+  int32_t* starts;   // [2 * count + 2]: each expert's first row, their end; how many experts have rows, and which
+  int64_t count, top_k, groups, top_groups;
+  int32_t sigmoid, renormalise;  // sigmoid: of scores, of shares
 };
 
 struct OpDesc {
@@ -64,6 +79,8 @@ struct OpDesc {
   const float* cos;      // [positions][rotary_dim / 2]
   const float* sin;
   float eps, offset, scale, softcap;
+  Choice choice;
+  int32_t sorted;        // x of kGatherExperts is in expert order
 };
 
 struct KvDesc {
@@ -102,6 +119,8 @@ const char* llmctl_create_error();
 void llmctl_destroy(llmctl_program* program);
 // Runs one step; sampling has one row per logits row without a target, in order. Returns 0.
 int llmctl_step(llmctl_program* program, const llmctl::StepDesc* step, const llmctl::SamplingDesc* sampling);
+// Bytes of weights, without their scales, that linears have read since the last call.
+int64_t llmctl_weight_bytes(llmctl_program* program);
 // Microseconds spent per op kind on thread 0 since the last call, for profiles; out has kMaxKinds entries.
 void llmctl_profile(llmctl_program* program, double* out);
 }

@@ -1,0 +1,169 @@
+"""Mixtures of experts: what configs say of them, what is refused, and the graph that is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import family_model
+from random_models import CONFIGS, write_model
+
+from llmctl.artifact.builder import build_engine
+from llmctl.checkpoint.assemble import assemble, checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
+from llmctl.checkpoint.tensor_info import TensorInfo
+from llmctl.config import BuildConfig
+from llmctl.errors import CheckpointError, UnsupportedModelError, UsageError
+from llmctl.graph.check import check_graph
+from llmctl.graph.experts import apart, linears
+from llmctl.graph.families import build_graph
+from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.passes import apply_passes
+from llmctl.graph.serial import graph_from_dict, graph_to_dict
+
+QWEN3 = {**CONFIGS["qwen3_moe"], "vocab_size": 97}
+GLM = {
+    **{**CONFIGS["qwen3_moe"], "vocab_size": 97, "model_type": "glm4_moe", "n_routed_experts": 8},
+    **{"num_hidden_layers": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+}
+del GLM["num_experts"]
+
+
+def mixed_layers(config: dict[str, Any]) -> list[int]:
+    return [op.layer for op in build_graph(config).ops if op.kind == "route"]
+
+
+def test_layers_with_experts_by_family() -> None:
+    qwen = {**QWEN3, "num_hidden_layers": 6}
+    assert mixed_layers(qwen) == [0, 1, 2, 3, 4, 5]
+    assert mixed_layers({**qwen, "decoder_sparse_step": 2}) == [1, 3, 5]
+    assert mixed_layers({**qwen, "decoder_sparse_step": 2, "mlp_only_layers": [3]}) == [1, 5]
+    assert mixed_layers(GLM) == [1, 2]
+    assert mixed_layers({**GLM, "first_k_dense_replace": 0}) == [0, 1, 2]
+
+
+def test_routing_by_family() -> None:
+    def routing(config: dict[str, Any]) -> tuple[Any, ...]:
+        attrs = next(op.attrs for op in build_graph(config).ops if op.kind == "route")
+        return tuple(attrs[name] for name in ("top_k", "scores", "renormalise", "scale", "groups", "top_groups"))
+
+    assert routing(QWEN3) == (2, "softmax", False, 1.0, 1, 1)
+    assert routing({**QWEN3, "norm_topk_prob": True}) == (2, "softmax", True, 1.0, 1, 1)
+    assert routing(GLM) == (2, "sigmoid", True, 2.5, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        (QWEN3, {"num_experts_per_tok": 7}, "num_experts_per_tok: expected at most 6 experts, found 7"),
+        (QWEN3, {"num_experts": 5000}, "expected at most 4096 experts, found 5000"),
+        (QWEN3, {"num_experts": 0}, "num_experts must be a positive integer, found 0"),
+        (QWEN3, {"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer"),
+        (QWEN3, {"mlp_only_layers": ["1"]}, "mlp_only_layers must be a list of layers, found ['1']"),
+        (GLM, {"n_group": 3}, "n_group: expected groups of two or more of 8 experts, found 3"),
+        (GLM, {"n_group": 8}, "n_group: expected groups of two or more of 8 experts, found 8"),
+        (GLM, {"topk_group": 5}, "topk_group: expected up to 4 groups that hold 2 experts, found 5"),
+        (GLM, {"topk_group": 1, "num_experts_per_tok": 3}, "expected up to 4 groups that hold 3 experts, found 1"),
+        (GLM, {"routed_scaling_factor": 0}, "routed_scaling_factor must be a positive number, found 0.0"),
+        (GLM, {"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number from 0 on, found -1"),
+        (GLM, {"n_shared_experts": "1"}, "n_shared_experts must be a whole number from 0 on, found '1'"),
+        (CONFIGS["qwen2_moe"], {"vocab_size": 97, "use_sliding_window": True}, "use_sliding_window=True"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build_graph({**config, **changes})
+    assert words in str(caught.value)
+
+
+def stored(change: Callable[[str], QuantScheme | None]) -> Graph:
+    """The graph of a checkpoint whose tensors are quantized as ``change`` says of their names."""
+    plain = build_graph(QWEN3)
+    shapes = {}
+    for weight in plain.weights.values():
+        for part in weight.parts:
+            shapes[part.tensor] = (weight.shape[0] // len(weight.parts), *weight.shape[1:])
+    return build_graph(QWEN3, lambda name: TensorInfo(shapes[name], "F16", change(name), 0) if name in shapes else None)
+
+
+def test_experts_are_one_weight_a_projection() -> None:
+    scheme = QuantScheme(4, 16, symmetric=True)
+    graph = stored(lambda name: scheme if ".experts." in name else None)
+    check_graph(graph)
+    weight = graph.weights["layers.0.experts.down_proj.weight"]
+    assert (weight.shape, weight.quant, len(weight.parts)) == ((6 * 64, 48), scheme, 6)
+    fused = apply_passes(graph).weights["layers.0.experts.gate_up_proj.weight"]
+    assert (fused.shape, fused.quant) == ((6 * 2 * 48, 64), scheme)
+    assert [part.tensor.rpartition(".mlp.")[2] for part in fused.parts[:3]] == [
+        "experts.0.gate_proj.weight",
+        "experts.0.up_proj.weight",
+        "experts.1.gate_proj.weight",
+    ]
+
+
+def test_experts_that_differ_are_refused() -> None:
+    four, eight = QuantScheme(4, 16, symmetric=True), QuantScheme(8, 16, symmetric=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"'model.layers.0.mlp.experts.3.up_proj.weight' is stored as 8 bits"
+    ):
+        stored(lambda name: eight if ".experts.3.up_proj" in name else four if ".experts." in name else None)
+    with pytest.raises(UnsupportedModelError, match="is stored as a dense weight"):
+        stored(lambda name: four if ".experts." in name and ".5." not in name else None)
+    ordered = QuantScheme(4, 16, symmetric=True, act_order=True)
+    with pytest.raises(UnsupportedModelError, match="experts with act-order groups are not read"):
+        stored(lambda name: ordered if ".experts." in name else None)
+
+
+def test_an_expert_that_is_missing_or_has_another_shape_is_named(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "model", "qwen3_moe"))
+    name = "model.layers.1.mlp.experts.4.down_proj.weight"
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' is missing"):
+        build_graph(source.config, lambda n: source.describe(n) if source.has(n) and n != name else None)
+    other = TensorInfo((64, 40), "F32", None, 0)
+    with pytest.raises(CheckpointError, match=rf"tensor '{name}': expected shape \[64, 48\], found \[64, 40\]"):
+        build_graph(source.config, lambda n: other if n == name else source.describe(n) if source.has(n) else None)
+
+
+def test_one_tensor_for_all_experts_is_read_as_a_tensor_for_each(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "model", "qwen3_moe"))
+    whole = {name: source.weight(name) for name in source.names() if ".experts." not in name}
+    for layer in range(2):
+        start = f"model.layers.{layer}.mlp.experts"
+        each = {
+            role: [source.weight(f"{start}.{e}.{role}_proj.weight") for e in range(6)]
+            for role in ("gate", "up", "down")
+        }
+        whole[f"{start}.gate_up_proj"] = torch.cat([torch.stack(each["gate"]), torch.stack(each["up"])], dim=1)
+        whole[f"{start}.down_proj"] = torch.stack(each["down"])
+    write_safetensors(tmp_path / "model" / "model.safetensors", {n: tensor_spec(t) for n, t in whole.items()})
+    made = open_checkpoint(tmp_path / "model")
+    assert made.names() == source.names()
+    graph = checkpoint_graph(made)
+    for weight in graph.weights.values():
+        assert torch.equal(assemble(weight, made), assemble(weight, source))
+        assert all(made.describe(part.tensor).nbytes == source.describe(part.tensor).nbytes for part in weight.parts)
+
+
+def test_experts_apart_are_linears_of_their_own() -> None:
+    plain = family_model("qwen2_moe").graph
+    graph = apart(plain)
+    check_graph(graph)
+    assert graph_from_dict(graph_to_dict(graph)) == graph
+    names = [op.name for op in linears(graph) if op.layer == 1]
+    assert names[:5] == [f"layers.1.{role}" for role in ("q_proj", "k_proj", "v_proj", "o_proj", "router")]
+    assert names[5:7] == ["layers.1.experts.gate_proj.0", "layers.1.experts.gate_proj.1"]
+    assert names[-4:] == [f"layers.1.shared.{role}" for role in ("gate_proj", "up_proj", "down_proj", "switch")]
+    assert len(names) == 5 + 3 * 5 + 4
+
+
+def test_the_cuda_target_refuses_before_anything_is_written(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen3_moe")
+    with pytest.raises(UsageError) as caught:
+        build_engine(BuildConfig(model=str(model), target="cuda:sm_80", output=str(tmp_path / "engine")))
+    words = "--target cuda: qwen3_moe: its layers choose among experts, for which there are no CUDA kernels"
+    assert (caught.value.message, caught.value.fix) == (words, "--target cpu")
+    assert not (tmp_path / "engine").exists()

@@ -1,0 +1,167 @@
+"""The native kernels of mixtures of experts against the reference functions, on every build that this machine runs.
+
+A token's result is the same bit for bit alone and in any batch, whoever shares its experts; only weights of experts
+that were chosen are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from cpu_graphs import VARIANTS, Floats, Native, Sketch, run
+
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.engine.step import SequenceSlice
+from llmctl.graph.graph import QuantScheme
+from llmctl.targets.cpu.abi import WEIGHT_BITS
+from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
+from llmctl.targets.cpu.packing import pack_linear
+from llmctl.targets.cpu.toolchain import Variant, find_compiler
+from llmctl.targets.reference import kernels
+
+pytestmark = [
+    pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
+    pytest.mark.xdist_group("cpu_kernels"),
+]
+EXPERTS, CHOSEN, WIDTH, INNER, TOKENS = 9, 3, 64, 48, 33
+ROUTING = {"top_k": CHOSEN, "scores": "softmax", "renormalise": True, "scale": 1.0, "groups": 1, "top_groups": 1}
+SCHEMES = {
+    "f32": None,
+    "bf16": None,
+    "w4": QuantScheme(4, 16, symmetric=False),
+    "w4_whole": QuantScheme(4, -1, symmetric=True),
+    "w8": QuantScheme(8, 16, symmetric=True),
+    "w4_min": QuantScheme(4, 16, symmetric=False, minimum=True),
+    "e4m3": QuantScheme(8, -1, symmetric=True, book="fp8_e4m3"),
+    "book4": QuantScheme(4, 16, symmetric=True, book="nf4"),
+}
+
+
+def _weight(seed: int, rows: int, columns: int, scheme: QuantScheme | None) -> torch.Tensor | QuantizedWeight:
+    rng = np.random.default_rng(seed)
+    if scheme is None:
+        return torch.from_numpy(rng.standard_normal((rows, columns)).astype(np.float32) * columns**-0.5).bfloat16()
+    codes = torch.from_numpy(rng.integers(0, min(2**scheme.bits, 120), (rows, columns), np.uint8))
+    shape = (rows, scheme.groups(columns))
+    scales = torch.from_numpy(rng.uniform(0.5, 1.5, shape).astype(np.float16)) * 0.3 / 2**scheme.bits
+    zeros = torch.full(shape, 0 if scheme.book or scheme.minimum else 2 ** (scheme.bits - 1), dtype=torch.uint8)
+    if scheme.has_zeros:
+        zeros = torch.from_numpy(rng.integers(2, 2**scheme.bits - 2, shape, np.uint8))
+    minimums = -scales * 2 ** (scheme.bits - 1) if scheme.minimum else None
+    return QuantizedWeight(codes, scales.half(), zeros, scheme, None, minimums)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Logits [tokens, E] and rows [tokens, H], and the weights of all experts, gate above up, and down."""
+
+    logits: Floats
+    x: Floats
+    gate_up: torch.Tensor | QuantizedWeight
+    down: torch.Tensor | QuantizedWeight
+    dtype: str
+
+    def packed(self, weight: torch.Tensor | QuantizedWeight, gated: bool) -> PackedLinear:
+        scheme = weight.scheme if isinstance(weight, QuantizedWeight) else None
+        dtype = self.dtype.removesuffix("_whole")
+        group, book = (scheme.group_size, scheme.book) if scheme else (-1, "")
+        shape = (weight.shape[0], weight.shape[1])
+        return pack_linear(weight, LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS))
+
+    def sketch(self) -> tuple[Sketch, str]:
+        sketch = Sketch()
+        x, logits = sketch.rows(self.x), sketch.rows(self.logits)
+        experts, shares = sketch.op("route", (logits,), (CHOSEN, CHOSEN), ("",), ROUTING)
+        h = self.product(sketch, (x, experts), self.gate_up, INNER, {"epilogue": "silu_mul"})
+        made = self.product(sketch, (h, experts), self.down, WIDTH, {})
+        return sketch, sketch.op("weighted_sum", (made, shares), (WIDTH,))[0]
+
+    def product(
+        self,
+        sketch: Sketch,
+        inputs: tuple[str, str],
+        weight: torch.Tensor | QuantizedWeight,
+        out: int,
+        attrs: dict[str, str],
+    ) -> str:
+        name = f"linear{len(sketch.linears)}"
+        sketch.linears[name] = self.packed(weight, bool(attrs))
+        sketch.shapes[name] = (weight.shape[0], weight.shape[1])
+        return sketch.op("grouped_linear", inputs, (CHOSEN * out,), (name,), {"count": EXPERTS, **attrs})[0]
+
+    def expected(self) -> Floats:
+        gate_up, down = (
+            (w.dequantize() if isinstance(w, QuantizedWeight) else w.float()).view(EXPERTS, -1, w.shape[1]).unbind()
+            for w in (self.gate_up, self.down)
+        )
+        experts, shares = kernels.route(torch.from_numpy(self.logits), None, **ROUTING)  # type: ignore[arg-type]
+        h = kernels.grouped_linear(torch.from_numpy(self.x), experts, gate_up, "silu_mul")
+        return kernels.weighted_sum(kernels.grouped_linear(h, experts, down), shares).numpy()
+
+
+@cache
+def mixture(dtype: str) -> Mixture:
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((TOKENS, EXPERTS)).astype(np.float32)
+    logits[:20, 2] += 4  # one expert that more rows meet than fit a few blocks
+    x = rng.standard_normal((TOKENS, WIDTH)).astype(np.float32)
+    scheme = SCHEMES[dtype]
+    gate_up = _weight(2, EXPERTS * 2 * INNER, WIDTH, scheme)
+    return Mixture(logits, x, gate_up, _weight(3, EXPERTS * WIDTH, INNER, scheme), dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("dtype", SCHEMES)
+def test_experts_compute_what_the_reference_does_alike_in_any_batch(dtype: str, variant: Variant) -> None:
+    case = mixture(dtype)
+    few, whole = run(*case.sketch(), variant, (5, TOKENS))
+    expected = case.expected()
+    bound = {"f32": 1e-5, "bf16": 2e-2}.get(dtype, 2e-2 if "w" in dtype else 1e-5)
+    assert np.abs(whole - expected).max() < bound * np.abs(expected).max()
+    np.testing.assert_array_equal(few, whole[:5])
+    native = Native(*case.sketch(), variant, threads=1)
+    blocks = range(-(-TOKENS // native.runtime.limits.block_size))
+    for at in range(TOKENS):
+        np.testing.assert_array_equal(native.step(SequenceSlice("a", [0], at, blocks, False))[0], whole[at])
+    native.runtime.close()
+
+
+def test_weights_of_experts_that_are_not_chosen_are_not_read() -> None:
+    case = mixture("w4")
+    sketch, output = case.sketch()
+    native = Native(sketch, output, VARIANTS[0])
+    one = sum(len(packed.data) for packed in sketch.linears.values()) // EXPERTS
+    assert one == sum(p.rows * p.columns * WEIGHT_BITS[p.dtype] // 8 for p in sketch.linears.values()) // EXPERTS
+    native.first_rows(1)
+    assert native.runtime.weight_bytes() == CHOSEN * one
+    assert native.runtime.weight_bytes() == 0
+    native.first_rows(TOKENS)
+    assert native.runtime.weight_bytes() == EXPERTS * one  # once, however many rows meet it
+    native.runtime.close()
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_routes_are_the_reference_s(scores: str, groups: tuple[int, int]) -> None:
+    """Ties among them: of equal scores the first expert wins, of equal groups the first group."""
+    rng = np.random.default_rng(4)
+    logits = rng.integers(-2, 3, (TOKENS, 12)).astype(np.float32)
+    bias = rng.integers(-1, 2, 12).astype(np.float32) / 4
+    attrs = {"top_k": 4, "scores": scores, "renormalise": True, "scale": 1.5, "groups": groups[0]}
+    attrs |= {"top_groups": groups[1]}
+    sketch = Sketch()
+    x, one = sketch.rows(logits), sketch.rows(np.ones((TOKENS, 1), np.float32))
+    chosen, shares = sketch.op("route", (x,), (4, 4), (sketch.vector(bias),), attrs)
+    # Expert e turns a one into the e-th unit vector.
+    stack = pack_linear(torch.eye(12).reshape(-1, 1), LinearFormat("f32", (144, 1), False, experts=12))
+    sketch.linears["units"], sketch.shapes["units"] = stack, (144, 1)
+    units = sketch.op("grouped_linear", (one, chosen), (48,), ("units",), {"count": 12})[0]
+    found = run(sketch, sketch.op("weighted_sum", (units, shares), (12,))[0], VARIANTS[0], (TOKENS,))[0]
+    experts, wanted = kernels.route(torch.from_numpy(logits), torch.from_numpy(bias), **attrs)  # type: ignore[arg-type]
+    expected = torch.zeros(TOKENS, 12).scatter_(1, experts.long(), wanted)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert len({tuple(row) for row in experts.tolist()}) > 9
