@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---") -> str:
     """``align``: the rule below every column's head, ``---:`` for figures to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|" + f"{align}|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([_row(head), "|" + f"{align}|" * len(head), *map(_row, rows)])
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---") -> None:
-    """``markdown_table`` on stdout."""
-    print(markdown_table(head, rows, align) + "\n", flush=True)
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---") -> None:
+    """``markdown_table`` on stdout, each row as it comes."""
+    print(markdown_table(head, (), align), flush=True)
+    for row in rows:
+        print(_row(row), flush=True)
+    print(flush=True)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def with_section(name: str, document: str, markers: tuple[str, str], section: str) -> str:

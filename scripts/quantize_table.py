@@ -5,7 +5,9 @@
 
 Every case is quantized and compared with the original in float32 on ``--windows`` windows spread over the text. A row
 is one case with one calibration text: means over the seeds, with the standard error over windows of the first seed and,
-for several seeds, their range. ``--results FILE`` keeps what is measured, a JSON object a line, and skips what it has.
+for several seeds, their range; it is printed once all of them are there. ``--results FILE`` keeps what is measured, a
+JSON object a line, and skips what it has, so that a run that was stopped goes on; what other code has made is measured
+again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from trial_options import chosen, work_folder
 
 from llmctl.config import QuantizeConfig
 from llmctl.errors import ExitCode, LlmctlError
+from llmctl.quantize.workfolder import code_version
 
 if TYPE_CHECKING:
     from llmctl.checkpoint.reader import Checkpoint
@@ -53,30 +56,30 @@ class Trial:
 
     @property
     def key(self) -> list[str | int]:
-        """What tells it from the others of a file of results."""
-        c = self.config
-        return [self.case, c.model, c.group_size, c.calib, c.calib_samples, c.calib_length, c.seed, *self.protocol]
+        """What tells it from the others of a file of results: every option and the code, but not where it ran."""
+        options = asdict(replace(self.config, output="", threads=None))
+        return [self.case, code_version(), json.dumps(options, sort_keys=True), *self.protocol]
 
 
 def main() -> int:
     """Run the measurement; the process's exit code."""
     args = _parser().parse_args()
     try:
+        wanted = trials(args)
         with work_folder(args.keep, "llmctl-quantize-table-") as folder:
-            rows = list(measure(args, folder))
+            print(f"{args.model}; {Path(args.text).name}, {args.windows} windows of {args.context}; {_machine()}\n")
+            print_table(HEAD, map(cells, measure(wanted, args, folder)))
     except LlmctlError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return int(ExitCode.USAGE)
-    print(f"{args.model}; {Path(args.text).name}, {args.windows} windows of {args.context}; {_machine()}\n")
-    print_table(HEAD, table(rows))
     return 0
 
 
-def trials(args: argparse.Namespace) -> list[Trial]:
-    """All that the options ask for; a method that reads no text once.
+def trials(args: argparse.Namespace) -> list[list[Trial]]:
+    """All that the options ask for, by row of the table; a method that reads no text once.
 
     Raises:
         ValueError: a case that is not known.
@@ -87,18 +90,19 @@ def trials(args: argparse.Namespace) -> list[Trial]:
         settings = replace(config, group_size=args.group_size, calib_length=args.calib_length, threads=args.threads)
         settings = replace(settings, model=args.model, calib_samples=args.calib_samples)
         if config.method == "rtn":
-            found.append(Trial(case, replace(settings, calib="", calib_samples=0, calib_length=0), protocol))
+            found.append([Trial(case, replace(settings, calib="", calib_samples=0, calib_length=0), protocol)])
             continue
         found += [
-            Trial(case, replace(settings, calib=calib, seed=seed), protocol)
+            [Trial(case, replace(settings, calib=calib, seed=seed), protocol) for seed in args.seeds]
             for calib in args.calib
-            for seed in args.seeds
         ]
     return found
 
 
-def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Every trial's result as JSON data, from the file of results where it has it."""
+def measure(
+    wanted: Sequence[Sequence[Trial]], args: argparse.Namespace, folder: Path
+) -> Iterator[list[dict[str, Any]]]:
+    """Row by row its trials' results as JSON data, from the file of results where it has them."""
     import torch
 
     from llmctl.checkpoint.opening import open_checkpoint
@@ -114,16 +118,18 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     text = Path(args.text).read_text(encoding="utf-8")
     windows = spread_windows(tokenizer.encode(text, add_special_tokens=False), args.context, args.windows)
     known = {json.dumps(row["key"]): row for row in _kept(args.results)}
-    wanted = trials(args)
-    missing = any(json.dumps(trial.key) not in known for trial in wanted)
-    reference = CheckpointDistributions(original, windows) if missing else None
-    for trial in wanted:
-        if (row := known.get(json.dumps(trial.key))) is None:
-            assert reference is not None
-            row = _measured(trial, original, reference, windows, folder / f"{trial.case}-{trial.config.seed}")
-            _keep(args.results, row)
-            print(f"{trial.case}, {trial.config.calib or 'no text'}: KL {row['kl']:.4f}", file=sys.stderr, flush=True)
-        yield row
+    reference = None
+    for row in wanted:
+        found = []
+        for trial in row:
+            if (result := known.get(json.dumps(trial.key))) is None:
+                reference = reference or CheckpointDistributions(original, windows)
+                result = _measured(trial, original, reference, windows, folder / f"{trial.case}-{trial.config.seed}")
+                _keep(args.results, result)
+                said = f"{trial.case}, {trial.config.calib or 'no text'}: KL {result['kl']:.4f}"
+                print(said, file=sys.stderr, flush=True)
+            found.append(result)
+        yield found
 
 
 def _measured(
@@ -149,19 +155,14 @@ def _measured(
     return {**row, "seconds": seconds, "bits_per_weight": report.bits_per_weight, **found.to_json()}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the table: those of one case and calibration text together."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["case"], row["calibration"]), []).append(row)
-    return [[case, calibration, *_cells(group)] for (case, calibration), group in groups.items()]
-
-
-def _cells(group: Sequence[dict[str, Any]]) -> list[str]:
+def cells(group: Sequence[dict[str, Any]]) -> list[str]:
+    """The row of one case and calibration text, of the results with all seeds."""
     mean = {name: statistics.fmean(row[name] for row in group) for name in ("kl", "delta_nll", "top1", "seconds")}
     each = [row["kl"] for row in group]
     spread = f"{min(each):.4f}–{max(each):.4f}" if len(each) > 1 else "-"
     return [
+        group[0]["case"],
+        group[0]["calibration"],
         f"{group[0]['bits_per_weight']:.2f}",
         f"{mean['kl']:.4f} ± {group[0]['kl_error']:.4f}",
         spread,

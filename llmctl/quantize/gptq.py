@@ -8,6 +8,7 @@ grids searched for the error that GPTQ will pay (``grid_search.py``) and codes t
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,7 @@ from llmctl.quantize.rtn import assemble
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 128  # columns whose updates are gathered into one matrix product
+_BLOCK, _INNER = 128, 16  # columns whose updates are gathered into one matrix product
 _RETRIES = 4  # each with ten times the damping
 
 
@@ -47,9 +48,40 @@ class GptqOptions:
     sweeps: int = 2
 
 
+@dataclass(frozen=True)
+class Factored:
+    """A Gram matrix made ready for GPTQ.
+
+    Attributes:
+        gram: ``[K, K]``, up to a positive factor.
+        order: i64 ``[K]``, in which columns are taken.
+        factor: f32 ``[K, K]``, ``inverse_factor`` of the matrix in that order.
+    """
+
+    gram: Tensor
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, options: GptqOptions) -> Factored:
+        """Raises LlmctlError: it cannot be factored even with strong damping."""
+        width, diagonal = len(gram), gram.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else torch.arange(width)
+        return cls(gram, order, inverse_factor(gram[order][:, order], options.damp_percent).float())
+
+    @property
+    def inverse_order(self) -> Tensor:
+        """Where each column is in ``order``."""
+        return torch.argsort(self.order)
+
+    def divide(self, rows: Tensor) -> Tensor:
+        """``rows @ inv(damped gram)``, f32 ``[N, K]``."""
+        return (rows[:, self.order] @ self.factor.T @ self.factor)[:, self.inverse_order]
+
+
 def quantize_gptq(
     weight: Tensor,
-    gram: Tensor,
+    gram: Tensor | Factored,
     scheme: QuantScheme,
     options: GptqOptions = GptqOptions(),
 ) -> QuantizedWeight:
@@ -57,7 +89,7 @@ def quantize_gptq(
 
     Args:
         weight: f32 ``[N, K]``.
-        gram: ``[K, K]``, the inputs' Gram matrix up to a positive factor.
+        gram: ``[K, K]``, the inputs' Gram matrix up to a positive factor, or what ``Factored.of`` made of it.
         scheme: bits, group size, symmetry.
 
     Raises:
@@ -65,22 +97,21 @@ def quantize_gptq(
         LlmctlError: the Hessian cannot be factored even with strong damping.
     """
     width = weight.shape[1]
-    if gram.shape != (width, width):
-        raise ValueError(f"gram {tuple(gram.shape)} does not fit a weight of width {width}")
-    diagonal = gram.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else torch.arange(width)
-    factor = inverse_factor(gram[order][:, order], options.damp_percent).float()
-    found = _quantize_columns(weight, factor, order, scheme, options)
-    return refine(weight, found, damped(gram, options.damp_percent), options.sweeps) if options.sweeps else found
+    shape = (gram.gram if isinstance(gram, Factored) else gram).shape
+    if shape != (width, width):
+        raise ValueError(f"gram {tuple(shape)} does not fit a weight of width {width}")
+    factored = gram if isinstance(gram, Factored) else Factored.of(gram, options)
+    found = _quantize_columns(weight, factored, scheme, options)
+    return (
+        refine(weight, found, damped(factored.gram, options.damp_percent), options.sweeps) if options.sweeps else found
+    )
 
 
-def _quantize_columns(
-    weight: Tensor, factor: Tensor, order: Tensor, scheme: QuantScheme, options: GptqOptions
-) -> QuantizedWeight:
-    """GPTQ's loop over the columns in ``order``, to which ``factor`` belongs."""
+def _quantize_columns(weight: Tensor, factored: Factored, scheme: QuantScheme, options: GptqOptions) -> QuantizedWeight:
+    """GPTQ's loop over the columns in their order."""
+    order, factor, inverse = factored.order, factored.factor, factored.inverse_order
     rows, width = weight.shape
     size = width if scheme.group_size == -1 else scheme.group_size
-    inverse = torch.argsort(order)
     # Rounding column i wrongly by e costs e² over its pivot's square, once the columns after it have made up for it.
     costs = factor.diagonal().square().reciprocal() if options.search else None
     grids = _Grids(rows, width, scheme, size, costs)
@@ -138,24 +169,36 @@ def _quantize_block(
     work: Tensor, codes: Tensor, factor: Tensor, grids: _Grids, group_of: Tensor, start: int, stop: int
 ) -> Tensor:
     """Quantize columns ``start .. stop-1`` in place of ``work``; their scaled errors ``[stop - start, N]``."""
-    top = 2**grids.scheme.bits - 1
-    local = factor[start:stop, start:stop]
     errors = torch.empty(stop - start, work.shape[1])
-    groups = group_of[start:stop].tolist()
-    pivots = local.diagonal().tolist()
-    for i, (group, pivot) in enumerate(zip(groups, pivots, strict=True)):
+    inner = math.gcd(
+        _INNER, grids.size
+    )  # a group's grid is fitted between two of these, when its columns are up to date
+    for first in range(start, stop, inner):
+        last = min(first + inner, stop)
+        made = errors[first - start : last - start]
+        _quantize_some(work, codes, factor, grids, group_of, first, made)
+        work[last:stop].addmm_(factor[first:last, last:stop].T, made, alpha=-1)
+    return errors
+
+
+def _quantize_some(
+    work: Tensor, codes: Tensor, factor: Tensor, grids: _Grids, group_of: Tensor, start: int, errors: Tensor
+) -> None:
+    """Quantize columns from ``start`` on, one after another, into as many rows of ``errors``."""
+    top, stop = 2**grids.scheme.bits - 1, start + len(errors)
+    local = factor[start:stop, start:stop]
+    groups, pivots = group_of[start:stop].tolist(), local.diagonal().tolist()
+    rows = zip(groups, pivots, work[start:stop].unbind(), codes[start:stop].unbind(), errors.unbind(), strict=True)
+    for i, (group, pivot, column, code, error) in enumerate(rows):
         if group > grids.fitted:
             first = start + i
             # Block sizes are whole groups, or whole blocks make a group: these columns hold all updates so far.
             grids.fit_next(work[first : first + grids.size])
         scale, zero = grids.scales[group], grids.zeros[group]
-        column = work[start + i]
-        code = torch.div(column, scale).round_().add_(zero).clamp_(0, top)
-        codes[start + i] = code
-        errors[i] = column.sub(code.sub_(zero).mul_(scale)).div_(pivot)
+        torch.div(column, scale, out=code).round_().add_(zero).clamp_(0, top)
+        torch.sub(code, zero, out=error).mul_(scale).sub_(column).div_(-pivot)
         # addcmul, not addr: torch's CPU addr is not vectorised and took most of the time.
-        work[start + i + 1 : stop].addcmul_(local[i, i + 1 :].unsqueeze(1), errors[i], value=-1)
-    return errors
+        work[start + i + 1 : stop].addcmul_(local[i, i + 1 :].unsqueeze(1), error, value=-1)
 
 
 def inverse_factor(gram: Tensor, damp_percent: float) -> Tensor:

@@ -63,9 +63,19 @@ def fit_grid(groups: Tensor, bits: int, symmetric: bool, ratio: Tensor | float =
         symmetric: zero point fixed at ``2**(bits-1)``; the range is then ``±max|w|``.
         ratio: share of the range kept, in (0, 1]; a number or a tensor that broadcasts to ``[...]``.
     """
+    low, high = group_range(groups)
+    return grid_over(low * ratio, high * ratio, bits, symmetric)
+
+
+def group_range(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each group's weights and zero, f32 ``[...]`` of ``[..., group]``."""
+    low, high = groups.aminmax(dim=-1)
+    return low.clamp_(max=0), high.clamp_(min=0)
+
+
+def grid_over(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
+    """The grid that spans ``low <= 0`` to ``high >= 0``, f32 ``[...]``."""
     top = 2**bits - 1
-    low = groups.amin(dim=-1).clamp(max=0) * ratio
-    high = groups.amax(dim=-1).clamp(min=0) * ratio
     if symmetric:
         scales = storable(2 * torch.maximum(-low, high) / top)
         return Grid(scales, torch.full_like(scales, 2 ** (bits - 1)), bits)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.books import quantize_book
 from llmctl.quantize.folding import find_fold, fold_scales
-from llmctl.quantize.gptq import inverse_factor, quantize_gptq
+from llmctl.quantize.gptq import Factored, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
 from llmctl.quantize.rtn import quantize_searched
@@ -29,7 +28,8 @@ from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
 from llmctl.targets.reference.layerwise import LayerwisePass, Stage
 
-Algorithm = Callable[[Tensor, Tensor, QuantScheme], QuantizedWeight]
+Algorithm = Callable[[Tensor, QuantScheme], QuantizedWeight]
+_STACK = 1 << 24  # weights that are copied to be quantized together
 _ORIGINAL = "original "  # begins the names of the unquantized model's activations, beside the quantized one's
 
 
@@ -120,17 +120,9 @@ class _LayerRun:
     def quantize(self, hidden: Env) -> Env:
         own = {name: value for name, value in hidden.items() if not name.startswith(_ORIGINAL)}
         original = self._run_original(hidden, own) if self.plan.config.aims_at_original else {}
-        steps = self.plan.config.steps
-        if "awq" in steps:
+        if "awq" in self.plan.config.steps:
             self._scale(own)
-        algorithm: Algorithm = partial(quantize_gptq, options=self.plan.gptq) if "gptq" in steps else quantize_awq
-        leaving = self.calibration.run(
-            self.layer,
-            own,
-            self.stages,
-            lambda stage, x: self._quantize_stage(stage, x, algorithm),
-            outputs=not self.last,
-        )
+        leaving = self.calibration.run(self.layer, own, self.stages, self._quantize_stage, outputs=not self.last)
         return leaving | original
 
     def _run_original(self, hidden: Env, own: Env) -> Env:
@@ -157,7 +149,8 @@ class _LayerRun:
                 _check_inputs(self.layer, stage, stats)
                 # Linears of the fewest bits have the error: one set of scales serves all that read a buffer.
                 scheme, linears = min(self._by_scheme(stage), key=lambda group: group[0].bits)
-                found[stage.buffer] = search_scales(self._stacked(linears), stats, scheme, point.column_index())
+                weights = [self.calibration.weights[op.weights[0]] for op in linears]
+                found[stage.buffer] = search_scales(weights, stats, scheme, point.column_index())
 
         self.calibration.run(self.layer, hidden, self.stages, search, outputs=False)
         weights = self.calibration.weights
@@ -174,32 +167,35 @@ class _LayerRun:
         """What a dense tensor is after it has been written: later stages are to make up for its rounding."""
         return dense.to(getattr(torch, self.plan.dense_dtype)).float()
 
-    def _quantize_stage(self, stage: Stage, inputs: Tensor, algorithm: Algorithm) -> None:
+    def _quantize_stage(self, stage: Stage, inputs: Tensor) -> None:
         stats = InputStats.of(inputs)
         _check_inputs(self.layer, stage, stats)
-        aim = self._aim(stage, inputs, stats)
+        algorithm = self._algorithm(stage, inputs, stats.gram)
         self.errors |= {op.name: math.nan for op in stage.linears}  # in their order, whatever the schemes' is
-        for scheme, linears in self._by_scheme(stage):
-            weight = self._stacked(linears)
-            whole = algorithm(aim(weight), stats.gram, scheme)
-            dense = whole.dequantize()
-            start = 0
-            for op in linears:
-                name = op.weights[0]
-                stop = start + self.graph.weights[name].shape[0]
-                self.quantized[name] = whole.take_rows(slice(start, stop))
-                self.errors[op.name] = relative_error(weight[start:stop], dense[start:stop], stats.gram)
-                self.calibration.weights[name] = dense[start:stop]
-                start = stop
+        for scheme, alike in self._by_scheme(stage):
+            for linears in self._stacks(alike):
+                weights = [self.calibration.weights[op.weights[0]] for op in linears]
+                whole = algorithm(weights[0] if len(weights) == 1 else torch.cat(weights), scheme)
+                start = 0
+                for op, weight in zip(linears, weights, strict=True):
+                    part = whole.take_rows(slice(start, start := start + len(weight)))
+                    dense = part.dequantize()
+                    self.errors[op.name] = relative_error(weight, dense, stats.gram)
+                    self.quantized[op.weights[0]], self.calibration.weights[op.weights[0]] = part, dense
 
-    def _aim(self, stage: Stage, inputs: Tensor, stats: InputStats) -> Callable[[Tensor], Tensor]:
-        """From a weight of the stage to what its quantization is to be near."""
+    def _algorithm(self, stage: Stage, inputs: Tensor, gram: Tensor) -> Algorithm:
+        """From a weight of the stage to its quantization."""
+        if "gptq" not in self.plan.config.steps:
+            return lambda weight, scheme: quantize_awq(weight, gram, scheme)
+        options, share = self.plan.gptq, self.plan.config.original_targets
+        factored = Factored.of(gram, options)
         original = self.original_inputs.pop(stage.buffer, None)
         if original is None:
-            return lambda weight: weight
+            return lambda weight, scheme: quantize_gptq(weight, factored, scheme, options)
         cross = cross_gram(original, inputs, self.folded.get(stage.buffer))
-        factor = inverse_factor(stats.gram, self.plan.gptq.damp_percent).float()
-        return lambda weight: original_target(weight, factor, cross, self.plan.config.original_targets)
+        return lambda weight, scheme: quantize_gptq(
+            original_target(weight, factored, cross, share), factored, scheme, options
+        )
 
     def _by_scheme(self, stage: Stage) -> list[tuple[QuantScheme, list[Op]]]:
         """A stage's linears, those of one scheme together."""
@@ -208,5 +204,7 @@ class _LayerRun:
             found.setdefault(self.plan.schemes[op.weights[0]], []).append(op)
         return list(found.items())
 
-    def _stacked(self, linears: Sequence[Op]) -> Tensor:
-        return torch.cat([self.calibration.weights[op.weights[0]] for op in linears])
+    def _stacks(self, linears: list[Op]) -> list[list[Op]]:
+        """Small linears together, so that a method's steps are few; large ones alone, so that their copies are."""
+        sizes = [math.prod(self.graph.weights[op.weights[0]].shape) for op in linears]
+        return [linears] if sum(sizes) <= _STACK else [[op] for op in linears]

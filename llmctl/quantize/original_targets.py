@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmctl.quantize.gptq import Factored
+
 _CHUNK = 2048  # tokens in one product
 
 
@@ -27,12 +29,12 @@ def cross_gram(original: Tensor, inputs: Tensor, scales: Tensor | None = None) -
     return total.div_(max(tokens, 1))
 
 
-def original_target(weight: Tensor, factor: Tensor, cross: Tensor, share: float) -> Tensor:
+def original_target(weight: Tensor, factored: Factored, cross: Tensor, share: float) -> Tensor:
     """The weight f32 ``[N, K]`` whose outputs on Z are nearest to the original's on X, or a share of the way to it.
 
     Args:
-        factor: f32 ``[K, K]``, ``gptq.inverse_factor`` of Z's Gram matrix.
+        factored: Z's Gram matrix.
         cross: ``cross_gram`` of the same tokens.
         share: 0 leaves the weight as it is; 1 meets the calibration text, its noise included.
     """
-    return weight + share * (weight @ cross @ factor.T @ factor)
+    return weight + share * factored.divide(weight @ cross)

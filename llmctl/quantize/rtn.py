@@ -11,10 +11,11 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.grid import Grid, fit_grid, split_groups
 from llmctl.quantize.grid_search import search_grid
+from llmctl.quantize.stats import row_parts
 
 _FINE_BITS = 8  # a range of so many steps loses nothing that a search could find
 _FLOOR = 0.01  # importance of a weight of zero; that of one as large as its group's root mean square is 1 more
-_LEAST = 1e-30
+_LEAST = 1e-36
 
 
 def quantize_rtn(weight: Tensor, scheme: QuantScheme, ratio: Tensor | float = 1.0) -> QuantizedWeight:
@@ -29,8 +30,7 @@ def quantize_rtn(weight: Tensor, scheme: QuantScheme, ratio: Tensor | float = 1.
         ValueError: the group size does not divide K.
     """
     groups = split_groups(weight, scheme.group_size)
-    grid = fit_grid(groups, scheme.bits, scheme.symmetric, ratio)
-    return assemble(grid, grid.encode(groups), scheme)
+    return _nearest(fit_grid(groups, scheme.bits, scheme.symmetric, ratio), weight, scheme)
 
 
 def quantize_searched(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
@@ -45,10 +45,26 @@ def quantize_searched(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     """
     if scheme.bits >= _FINE_BITS:
         return quantize_rtn(weight, scheme)
+    parts = [weight[rows] for rows in row_parts(*weight.shape)]
+    found = [search_grid(part, scheme, _importance(part, scheme.group_size)) for part in parts]
+    grid = Grid(torch.cat([g.scales for g in found]), torch.cat([g.zeros for g in found]), scheme.bits)
+    return _nearest(grid, weight, scheme)
+
+
+def _importance(weight: Tensor, group_size: int) -> Tensor:
+    """Of each weight of f32 ``[N, K]``, by its size in its group."""
+    squares = split_groups(weight, group_size).square()
+    squares.div_(squares.mean(dim=-1, keepdim=True).clamp_(min=_LEAST)).square_().add_(_FLOOR)
+    return squares.reshape(weight.shape)
+
+
+def _nearest(grid: Grid, weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    """The codes are made by parts, as no copy of the weight is in memory."""
     groups = split_groups(weight, scheme.group_size)
-    scaled = groups / groups.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=_LEAST)
-    grid = search_grid(weight, scheme, (scaled.square().square() + _FLOOR).reshape(weight.shape))
-    return assemble(grid, grid.encode(groups), scheme)
+    codes = torch.empty(groups.shape, dtype=torch.uint8)
+    for rows in row_parts(*weight.shape):
+        codes[rows] = Grid(grid.scales[rows], grid.zeros[rows], grid.bits).encode(groups[rows])
+    return assemble(grid, codes, scheme)
 
 
 def assemble(grid: Grid, codes: Tensor, scheme: QuantScheme, g_idx: Tensor | None = None) -> QuantizedWeight:

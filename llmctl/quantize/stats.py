@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmctl.quantize.grid import split_groups
+
+_BLOCKS, _LEAST_BLOCK = 6, 192  # a symmetric matrix is gone through by block columns, its upper blocks alone
+_PART = 1 << 21  # weights whose errors are computed at once: no copy of a whole weight, and products still large
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,11 @@ class InputStats:
         mean_abs = torch.zeros(width, dtype=torch.float64)
         for start in range(0, tokens, chunk):
             part = inputs[start : start + chunk].float()
-            gram.addmm_(part.T, part)
+            for columns in _block_columns(width):
+                gram[: columns.stop, columns].addmm_(part[:, : columns.stop].T, part[:, columns])
             mean_abs += part.abs().sum(dim=0, dtype=torch.float64)
+        for columns in _block_columns(width):
+            gram[columns, : columns.start] = gram[: columns.start, columns].T
         return cls(gram.div_(max(tokens, 1)), (mean_abs / max(tokens, 1)).float(), tokens)
 
     def scaled(self, scales: Tensor) -> InputStats:
@@ -47,12 +54,23 @@ class InputStats:
 
 def output_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """Mean squared output error of each row, ``diag(D @ gram @ D.T)``: f32 ``[N]`` of a weight error D ``[N, K]``."""
-    return ((delta @ gram) * delta).sum(dim=1).clamp_(min=0)
+    total = torch.zeros(len(delta))
+    for columns in _block_columns(len(gram)):
+        own, before = delta[:, columns], delta[:, : columns.start]
+        product = own @ gram[columns, columns]
+        product.addmm_(before, gram[: columns.start, columns], alpha=2)
+        total += product.mul_(own).sum(dim=1)
+    return total.clamp_(min=0)
+
+
+def _block_columns(width: int) -> Iterator[slice]:
+    size = max(_LEAST_BLOCK, -(-width // _BLOCKS))
+    return (slice(start, min(start + size, width)) for start in range(0, width, size))
 
 
 def group_errors(delta: Tensor, gram_blocks: Tensor) -> Tensor:
-    """Each group's own share of that error: f32 ``[N, G]`` of f32 ``[N, G, group]`` and ``[G, group, group]``."""
-    return (torch.einsum("ngi,gij->ngj", delta, gram_blocks) * delta).sum(dim=-1).clamp_(min=0)
+    """Each group's own share of that error: f32 ``[G, N]`` of f32 ``[G, N, group]`` and ``[G, group, group]``."""
+    return torch.bmm(delta, gram_blocks).mul_(delta).sum(dim=-1).clamp_(min=0)
 
 
 def gram_blocks(gram: Tensor, group_size: int) -> Tensor:
@@ -64,9 +82,20 @@ def gram_blocks(gram: Tensor, group_size: int) -> Tensor:
     return blocks[index, :, index, :]
 
 
+def row_parts(rows: int, width: int, elements: int = _PART) -> Iterator[slice]:
+    """The rows of a matrix, so many at a time that they hold about ``elements``."""
+    step = max(1, elements // max(width, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
 def relative_error(weight: Tensor, quantized: Tensor, gram: Tensor | None) -> float:
     """``||X (W - Q).T||² / ||X W.T||²`` over the calibration inputs; over white inputs when ``gram`` is None."""
-    if gram is None:
-        return float((weight - quantized).square().sum() / weight.square().sum().clamp(min=1e-30))
-    gram = gram.float()
-    return float(output_errors(weight - quantized, gram).sum() / output_errors(weight, gram).sum().clamp(min=1e-30))
+    wrong = whole = 0.0
+    for rows in row_parts(*weight.shape):
+        wrong += _size(weight[rows] - quantized[rows], gram)
+        whole += _size(weight[rows], gram)
+    return wrong / max(whole, 1e-30)
+
+
+def _size(value: Tensor, gram: Tensor | None) -> float:
+    return float((value.square() if gram is None else output_errors(value, gram)).sum())

@@ -37,7 +37,7 @@ def test_errors_from_the_gram_equal_errors_from_the_inputs() -> None:
     gram = InputStats.of(inputs).gram.float()
     assert torch.allclose(output_errors(delta, gram), (inputs @ delta.T).square().mean(dim=0), rtol=1e-4)
     blocks = gram_blocks(gram, 16)
-    by_group = group_errors(delta.reshape(48, 4, 16), blocks)
+    by_group = group_errors(delta.reshape(48, 4, 16).transpose(0, 1), blocks).T
     direct = torch.einsum("tgi,ngi->tng", inputs.reshape(-1, 4, 16), delta.reshape(48, 4, 16)).square().mean(dim=0)
     assert torch.allclose(by_group, direct, rtol=1e-4)
     assert relative_error(delta, torch.zeros_like(delta), gram) == pytest.approx(1.0)
@@ -46,7 +46,7 @@ def test_errors_from_the_gram_equal_errors_from_the_inputs() -> None:
 
 def test_scale_search_finds_what_a_direct_search_finds() -> None:
     inputs, weight, scheme = outlier_inputs(), weights(), QuantScheme(3, 16, False)
-    choice = search_scales(weight, InputStats.of(inputs), scheme)
+    choice = search_scales([weight], InputStats.of(inputs), scheme)
     direct = (inputs / choice.scales) @ quantize_rtn(weight * choice.scales, scheme).dequantize().T
     error = (direct - inputs @ weight.T).square().mean(dim=0).sum().item()
     plain = (inputs @ (quantize_rtn(weight, scheme).dequantize() - weight).T).square().mean(dim=0).sum().item()
@@ -60,7 +60,7 @@ def test_scale_search_finds_what_a_direct_search_finds() -> None:
 def test_no_scaling_is_kept_where_it_is_best() -> None:
     codes = torch.randint(0, 16, (8, 64), generator=torch.Generator().manual_seed(0)).float()
     codes[:, ::16], codes[:, 1::16] = 0, 15
-    choice = search_scales((codes - 8) * 0.25, InputStats.of(outlier_inputs()), QuantScheme(4, 16, False))
+    choice = search_scales([(codes - 8) * 0.25], InputStats.of(outlier_inputs()), QuantScheme(4, 16, False))
     assert choice.alpha is None
     assert choice.error == 0
     assert (choice.scales == 1).all()
@@ -68,7 +68,7 @@ def test_no_scaling_is_kept_where_it_is_best() -> None:
 
 def test_tied_columns_get_one_scale() -> None:
     columns = torch.arange(32).reshape(2, 16).repeat_interleave(2, dim=0).reshape(-1)
-    choice = search_scales(weights(), InputStats.of(outlier_inputs()), QuantScheme(3, 16, False), columns)
+    choice = search_scales([weights()], InputStats.of(outlier_inputs()), QuantScheme(3, 16, False), columns)
     scales = choice.scales.reshape(2, 2, 16)
     assert torch.equal(scales[:, 0], scales[:, 1])
     assert scales.unique().numel() > 1

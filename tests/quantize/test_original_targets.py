@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from llmctl.graph.graph import QuantScheme
-from llmctl.quantize.gptq import inverse_factor, quantize_gptq
+from llmctl.quantize.gptq import Factored, GptqOptions, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.stats import InputStats
 
@@ -22,8 +22,8 @@ def weights(width: int = 48) -> Tensor:
 
 def aimed(share: float, damp: float = 1e-6) -> Tensor:
     original, inputs = streams()
-    factor = inverse_factor(InputStats.of(inputs).gram, damp).float()
-    return original_target(weights(), factor, cross_gram(original, inputs), share)
+    factored = Factored.of(InputStats.of(inputs).gram, GptqOptions(damp))
+    return original_target(weights(), factored, cross_gram(original, inputs), share)
 
 
 def test_the_target_is_the_least_squares_solution() -> None:

@@ -40,5 +40,5 @@ def test_results_are_kept_and_make_the_same_table(
 def test_a_row_is_the_mean_over_seeds() -> None:
     row = {"case": "a", "calibration": "b", "bits_per_weight": 4.25, "kl": 0.1, "kl_error": 0.01, "delta_nll": 0.2}
     row |= {"delta_nll_error": 0.02, "top1": 0.8, "seconds": 3.0}
-    found = quantize_table.table([row, {**row, "kl": 0.2, "kl_error": 0.5}])
-    assert found == [["a", "b", "4.25", "0.1500 ± 0.0100", "0.1000–0.2000", "+0.2000 ± 0.0200", "0.800", "3"]]
+    found = quantize_table.cells([row, {**row, "kl": 0.2, "kl_error": 0.5}])
+    assert found == ["a", "b", "4.25", "0.1500 ± 0.0100", "0.1000–0.2000", "+0.2000 ± 0.0200", "0.800", "3"]
