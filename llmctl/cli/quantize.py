@@ -82,7 +82,7 @@ Method = Annotated[
     str,
     typer.Option(
         "--method",
-        help="rtn, awq, gptq, awq+gptq, fp8, nf4, or auto: the best of the first three by limits.",
+        help="rtn, awq, gptq, awq+gptq, w8a8, fp8, nf4, or auto: the best of the first three by limits.",
         rich_help_panel=_METHOD,
     ),
 ]

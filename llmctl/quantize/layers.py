@@ -22,7 +22,8 @@ from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.gptq import Factored, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
-from llmctl.quantize.rtn import quantize_searched
+from llmctl.quantize.rtn import quantize_rtn, quantize_searched
+from llmctl.quantize.smooth import search_smoothing, w8a8_error
 from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
@@ -108,6 +109,7 @@ class _LayerRun:
 
     def __init__(self, graph: Graph, plan: Plan, calibration: LayerwisePass, layer: int, last: bool) -> None:
         self.graph, self.plan, self.calibration, self.layer, self.last = graph, plan, calibration, layer, last
+        self.rounds_activations = "w8a8" in plan.config.steps
         self.chosen = _chosen(plan, layer)
         self.stages = calibration.stages(layer, self.chosen)
         self.quantized: dict[str, QuantizedWeight] = {}
@@ -120,7 +122,7 @@ class _LayerRun:
     def quantize(self, hidden: Env) -> Env:
         own = {name: value for name, value in hidden.items() if not name.startswith(_ORIGINAL)}
         original = self._run_original(hidden, own) if self.plan.config.aims_at_original else {}
-        if "awq" in self.plan.config.steps:
+        if self.rounds_activations or "awq" in self.plan.config.steps:
             self._scale(own)
         leaving = self.calibration.run(self.layer, own, self.stages, self._quantize_stage, outputs=not self.last)
         return leaving | original
@@ -139,18 +141,13 @@ class _LayerRun:
         return {name: self.calibration.weights[name] for name in sorted(self.changed - self.chosen)}
 
     def _scale(self, hidden: Env) -> None:
-        """Find AWQ's scales for every stage on the unquantized layer, then fold them."""
+        """Find channel scales for every stage on the unquantized layer, then fold them."""
         found: dict[str, ScaleChoice] = {}
 
         def search(stage: Stage, x: Tensor) -> None:
             point = find_fold(self.graph, stage.buffer)
             if point is not None:
-                stats = InputStats.of(x)
-                _check_inputs(self.layer, stage, stats)
-                # Linears of the fewest bits have the error: one set of scales serves all that read a buffer.
-                scheme, linears = min(self._by_scheme(stage), key=lambda group: group[0].bits)
-                weights = [self.calibration.weights[op.weights[0]] for op in linears]
-                found[stage.buffer] = search_scales(weights, stats, scheme, point.column_index())
+                found[stage.buffer] = self._search(stage, x, point.column_index())
 
         self.calibration.run(self.layer, hidden, self.stages, search, outputs=False)
         weights = self.calibration.weights
@@ -162,6 +159,16 @@ class _LayerRun:
                 self.folded[stage.buffer] = choice.scales
         for name in self.changed - self.chosen:
             weights[name] = self._stored(weights[name])
+
+    def _search(self, stage: Stage, inputs: Tensor, columns: Tensor | None) -> ScaleChoice:
+        # Linears of the fewest bits have the error: one set of scales serves all that read a buffer.
+        scheme, linears = min(self._by_scheme(stage), key=lambda group: group[0].bits)
+        weights = [self.calibration.weights[op.weights[0]] for op in linears]
+        if self.rounds_activations:
+            return search_smoothing(weights, inputs, scheme, columns)
+        stats = InputStats.of(inputs)
+        _check_inputs(self.layer, stage, stats)
+        return search_scales(weights, stats, scheme, columns)
 
     def _stored(self, dense: Tensor) -> Tensor:
         """What a dense tensor is after it has been written: later stages are to make up for its rounding."""
@@ -180,11 +187,17 @@ class _LayerRun:
                 for op, weight in zip(linears, weights, strict=True):
                     part = whole.take_rows(slice(start, start := start + len(weight)))
                     dense = part.dequantize()
-                    self.errors[op.name] = relative_error(weight, dense, stats.gram)
+                    self.errors[op.name] = (
+                        w8a8_error(weight, dense, inputs)
+                        if self.rounds_activations
+                        else relative_error(weight, dense, stats.gram)
+                    )
                     self.quantized[op.weights[0]], self.calibration.weights[op.weights[0]] = part, dense
 
     def _algorithm(self, stage: Stage, inputs: Tensor, gram: Tensor) -> Algorithm:
         """From a weight of the stage to its quantization."""
+        if self.rounds_activations:
+            return quantize_rtn
         if "gptq" not in self.plan.config.steps:
             return lambda weight, scheme: quantize_awq(weight, gram, scheme)
         options, share = self.plan.gptq, self.plan.config.original_targets

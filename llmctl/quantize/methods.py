@@ -38,6 +38,7 @@ METHODS: Mapping[str, Method] = {
     "awq": Method(calibrated=True),
     "gptq": Method(calibrated=True),
     "awq+gptq": Method(calibrated=True),
+    "w8a8": Method(True, 8, -1, "", ("compressed-tensors-w8a8",), _ALL),
     "fp8": Method(False, 8, -1, "fp8_e4m3", ("compressed-tensors",), _ALL),
     "nf4": Method(False, 4, 64, "nf4", ("bitsandbytes", "bitsandbytes-double"), _ALL - {"group_size"}),
 }

@@ -1,0 +1,75 @@
+"""SmoothQuant (Xiao et al., 2023): part of what is hard to round is moved from activations to weights.
+
+W8A8 rounds a token's activations on one grid, whose step its largest channel decides. Dividing channels by ``s`` and
+multiplying the weight's columns by it leaves the product as it is. SmoothQuant takes ``s = max|x|**a / max|w|**(1-a)``
+with one exponent for a model; here it is searched for every activation, by the error of the outputs with both rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmctl.graph.graph import QuantScheme
+from llmctl.quantize.awq import ScaleChoice, tie
+from llmctl.quantize.rtn import quantize_rtn
+from llmctl.targets.reference.kernels import dequantize_rows, quantize_rows
+
+_SAMPLE = 512  # tokens, evenly spaced, and as many rows: the search multiplies them once for every exponent
+_STEPS = 20
+_LEAST = 1e-5
+
+
+def search_smoothing(
+    weights: Sequence[Tensor], inputs: Tensor, scheme: QuantScheme, columns: Tensor | None = None
+) -> ScaleChoice:
+    """The channel scales with the least output error under W8A8.
+
+    Args:
+        weights: f32 ``[N, K]``, those of all quantized linears that read these inputs.
+        inputs: f32 ``[T, K]``.
+        columns: as ``awq.search_scales`` has it.
+    """
+    size_x = inputs.abs().amax(dim=0)
+    size_w = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    if columns is not None:
+        size_x, size_w = tie(size_x, columns), tie(size_w, columns)
+    size_x, size_w = size_x.clamp(min=_LEAST), size_w.clamp(min=_LEAST)
+    some = _every(inputs, _SAMPLE)
+    rows = torch.cat([_every(weight, max(1, _SAMPLE // len(weights))) for weight in weights])
+    wanted = some @ rows.T
+
+    def error(scales: Tensor) -> float:
+        rounded = quantize_rtn(rows * scales, scheme).dequantize()
+        return float((_as_int8(some / scales) @ rounded.T).sub_(wanted).square().sum() / len(some))
+
+    ones = torch.ones_like(size_x)
+    baseline = error(ones)
+    best = ScaleChoice(ones, None, baseline, baseline)
+    for step in range(_STEPS + 1):
+        alpha = step / _STEPS
+        scales = size_x.pow(alpha) / size_w.pow(1 - alpha)
+        scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(1e-4, 1e4)
+        if (found := error(scales)) < best.error:
+            best = ScaleChoice(scales, alpha, found, baseline)
+    return best
+
+
+def w8a8_error(weight: Tensor, quantized: Tensor, inputs: Tensor) -> float:
+    """``||int8(X) Q.T - X W.T||² / ||X W.T||²`` over evenly spaced tokens of f32 ``[T, K]`` inputs."""
+    some = _every(inputs, _SAMPLE)
+    wanted = some @ weight.T
+    wrong = (_as_int8(some) @ quantized.T).sub_(wanted).square().sum()
+    return float(wrong / wanted.square().sum().clamp(min=1e-30))
+
+
+def _as_int8(inputs: Tensor) -> Tensor:
+    """What is left of f32 ``[T, K]`` activations after every token has been rounded to int8."""
+    return dequantize_rows(*quantize_rows(inputs))
+
+
+def _every(rows: Tensor, count: int) -> Tensor:
+    """Evenly spaced rows, ``count`` at most."""
+    return rows[:: -(-len(rows) // count)]

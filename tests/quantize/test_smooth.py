@@ -1,0 +1,120 @@
+"""W8A8: scales that make activations easy to round, and what is written of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import CALIBRATION_TEXT, logits_of, random_tokens, write_model
+
+from llmctl.checkpoint.assemble import checkpoint_graph
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.config import QuantizeConfig
+from llmctl.errors import UsageError
+from llmctl.graph.graph import QuantScheme
+from llmctl.graph.passes import apply_passes
+from llmctl.quantize.driver import quantize_checkpoint
+from llmctl.quantize.folding import find_fold, fold_scales
+from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.smooth import search_smoothing, w8a8_error
+from llmctl.targets.options import INT8_PASS
+from llmctl.targets.reference.kernels import dequantize_rows, quantize_rows
+from llmctl.targets.reference.weights import CheckpointWeights
+
+SCHEME = QuantScheme(8, -1, True)
+
+
+def problem(tokens: int = 200, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and inputs with channels that are far larger than others."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(tokens, width, generator=generator)
+    inputs[:, ::16] *= 60
+    return torch.randn(48, width, generator=generator) * 0.05, inputs
+
+
+def direct(weight: torch.Tensor, inputs: torch.Tensor, scales: torch.Tensor) -> float:
+    rounded = dequantize_rows(*quantize_rows(inputs / scales))
+    found = rounded @ quantize_rtn(weight * scales, SCHEME).dequantize().T
+    return float((found - inputs @ weight.T).square().sum(dim=1).mean())
+
+
+def test_the_error_is_that_of_rounded_weights_and_activations() -> None:
+    weight, inputs = problem()
+    choice = search_smoothing([weight[:20], weight[20:]], inputs, SCHEME)
+    assert choice.baseline == pytest.approx(direct(weight, inputs, torch.ones(64)), rel=1e-4)
+    assert choice.error == pytest.approx(direct(weight, inputs, choice.scales), rel=1e-4)
+    assert choice.error < 0.3 * choice.baseline
+    assert choice.alpha is not None
+    plain = quantize_rtn(weight, SCHEME).dequantize()
+    expected = choice.baseline * len(inputs) / float((inputs @ weight.T).square().sum())
+    assert w8a8_error(weight, plain, inputs) == pytest.approx(expected, rel=1e-4)
+
+
+def test_even_inputs_are_left_as_they_are() -> None:
+    weight, _ = problem()
+    inputs = torch.ones(64, 64) - 2 * torch.eye(64)  # of one size: any other scale wastes steps
+    choice = search_smoothing([weight.sign()], inputs, SCHEME)
+    assert choice.alpha is None
+    assert torch.equal(choice.scales, torch.ones(64))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_folding_leaves_the_logits(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_model(tmp_path / family, family))
+    graph = checkpoint_graph(checkpoint)
+    weights = {name: value.double().float() for name, value in CheckpointWeights(graph, checkpoint).items()}
+    tokens = random_tokens(2, 24, graph.vocab_size)
+    before = logits_of(graph, weights, tokens)
+    for buffer in dict.fromkeys(op.inputs[0] for op in graph.linears() if op.layer == 0):
+        point = find_fold(graph, buffer)
+        assert point is not None
+        _, inputs = problem(width=graph.buffers[buffer].width)
+        read = [weights[op.weights[0]] for op in point.linears]
+        choice = search_smoothing(read, inputs, SCHEME, point.column_index())
+        assert choice.alpha is not None
+        fold_scales(point, choice.scales, weights)
+    assert torch.allclose(logits_of(graph, weights, tokens), before, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> QuantizeConfig:
+    text = tmp_path / "text.txt"
+    text.write_text(CALIBRATION_TEXT)
+    model = write_model(tmp_path / "model", "llama")
+    settings = QuantizeConfig(model=str(model), output=str(tmp_path / "out"), method="w8a8", calib=str(text))
+    return replace(settings, calib_samples=8, calib_length=48)
+
+
+def logits(folder: Path, passes: tuple[str, ...] = ()) -> torch.Tensor:
+    checkpoint = open_checkpoint(folder)
+    graph = apply_passes(checkpoint_graph(checkpoint), passes)
+    weights = CheckpointWeights(graph, checkpoint)
+    return logits_of(graph, weights, random_tokens(2, 32, graph.vocab_size)).log_softmax(dim=-1)
+
+
+def test_what_is_written_is_read_as_w8a8(config: QuantizeConfig) -> None:
+    report = quantize_checkpoint(config)
+    assert report.format == "compressed-tensors-w8a8"
+    made = open_checkpoint(Path(config.output))
+    assert made.quantization is not None
+    weight = made.weight("model.layers.1.mlp.down_proj.weight")
+    assert isinstance(weight, QuantizedWeight)
+    assert weight.scheme == SCHEME
+    assert all(0 < error < 1e-3 for layer in report.layers for error in layer.modules.values())
+    assert any(alpha is not None for layer in report.layers for alpha in layer.scales.values())
+    rounded = quantize_checkpoint(
+        replace(config, method="rtn", bits=8, group_size=-1, format=report.format, output=config.output + "-rtn")
+    )
+    original = logits(Path(config.model))
+    smooth, plain = (logits(Path(r.output), (INT8_PASS,)) for r in (report, rounded))
+    kls = [float((original.exp() * (original - found)).sum(dim=-1).mean()) for found in (smooth, plain)]
+    assert kls[0] < 0.8 * kls[1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bits": 4}, {"group_size": 64}, {"symmetric": False}, {"format": "gptq"}], ids=str
+)
+def test_what_it_has_no_choice_of_is_refused(changes: dict[str, object], config: QuantizeConfig) -> None:
+    with pytest.raises(UsageError, match="--method w8a8"):
+        quantize_checkpoint(replace(config, **changes))  # type: ignore[arg-type]
