@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.graph.graph import QuantScheme
 from llmctl.graph.passes import apply_passes
+from llmctl.quantize import driver
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.rtn import quantize_rtn
@@ -118,3 +120,21 @@ def test_what_is_written_is_read_as_w8a8(config: QuantizeConfig) -> None:
 def test_what_it_has_no_choice_of_is_refused(changes: dict[str, object], config: QuantizeConfig) -> None:
     with pytest.raises(UsageError, match="--method w8a8"):
         quantize_checkpoint(replace(config, **changes))  # type: ignore[arg-type]
+
+
+def test_resume_gives_the_same_bytes(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantize_checkpoint(replace(config, output=config.output + "-whole"))
+    step = driver._Job._step
+
+    def fail_at_one(job: driver._Job, calibration: Any, layer: int, *rest: Any, **named: Any) -> Any:
+        if layer == 1:
+            raise KeyboardInterrupt
+        return step(job, calibration, layer, *rest, **named)
+
+    monkeypatch.setattr(driver._Job, "_step", fail_at_one)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(config)
+    monkeypatch.undo()
+    quantize_checkpoint(replace(config, resume=True))
+    for path in Path(whole.output).iterdir():
+        assert (Path(config.output) / path.name).read_bytes() == path.read_bytes()
