@@ -35,7 +35,7 @@ Target = Annotated[
     typer.Option(
         "--target",
         metavar="TARGET",
-        help="cpu (or cpu:avx512bf16,avx512vnni,avx2,portable), reference, cuda (this machine's GPU), or "
+        help="cpu (or cpu:amx,avx512bf16,avx512vnni,avx2,portable), reference, cuda (this machine's GPU), or "
         "cuda:sm_80,sm_90 (built without a GPU).",
         rich_help_panel="Target",
     ),

@@ -11,6 +11,10 @@ class PeerError(Exception):
     """A contestant cannot be installed, prepared, started or measured; one line that says which and why."""
 
 
+class StartError(PeerError):
+    """A server ended before it was ready."""
+
+
 @dataclass(frozen=True)
 class Cpu:
     """What of the processor decides which configurations are worth measuring.
@@ -119,7 +123,8 @@ class Contestant:
         name: as ``--peers`` says it. title: as the table shows it.
         install: None for llmctl itself, which runs in this Python.
         prepare: makes the model's files unless they are there; returns their path.
-        launch: the command line for that model on a port.
+        launch: the command line for that model on a port. plain: one that asks least of the processor, for where a
+            server ends while it starts; None: there is no other.
     """
 
     name: str
@@ -127,3 +132,4 @@ class Contestant:
     install: Callable[[Setup], Install] | None
     prepare: Callable[[Setup], Path]
     launch: Callable[[Setup, Path, int], Launch]
+    plain: Callable[[Setup, Path, int], Launch] | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.bench.workloads import LengthRange
-from peers.contest import Contestant, PeerError, Setup
+from peers.contest import Contestant, Launch, PeerError, Setup, StartError
 from peers.own import LLMCTL
 from peers.processes import Busyness, CpuTimes, Running, busyness, free_port, serving
 
@@ -139,26 +139,55 @@ def visits(
 ) -> Iterator[Visit | tuple[str, PeerError | OSError]]:
     """Measure; yields each visit as it ends, or a contestant's name and what went wrong with it.
 
+    A contestant whose server ends while it starts is tried once more with its plainest options, and then left out.
+
     Args:
         models: at least one.
     """
+    plain: set[str] = set()
+    left_out: set[str] = set()
     for repeat in range(plan.repeats):
         for name in rotation(list(models), repeat):
+            if name in left_out:
+                continue
             say(f"repeat {repeat + 1}/{plan.repeats}: {name}")
             try:
-                yield visit(plan, contestants[name], models[name], repeat, say)
+                yield _visit_or_retry(plan, contestants[name], models[name], repeat, plain, say)
             except (PeerError, OSError) as error:  # OSError: a program of the contestant is not there
+                if isinstance(error, StartError):
+                    left_out.add(name)
                 yield name, error
 
 
-def visit(plan: Plan, contestant: Contestant, model: Path, repeat: int, say: Callable[[str], None]) -> Visit:
+def _visit_or_retry(
+    plan: Plan, contestant: Contestant, model: Path, repeat: int, plain: set[str], say: Callable[[str], None]
+) -> Visit:
+    """A visit; if the server ends while it starts, once more and from then on as plain as it can be (``plain``)."""
+    if contestant.name not in plain:
+        try:
+            return visit(plan, contestant, contestant.launch, model, repeat, say)
+        except StartError as error:
+            say(f"  {error}; once more with its plainest options")
+            plain.add(contestant.name)
+    return visit(plan, contestant, contestant.plain or contestant.launch, model, repeat, say)
+
+
+def visit(
+    plan: Plan,
+    contestant: Contestant,
+    launch_of: Callable[[Setup, Path, int], Launch],
+    model: Path,
+    repeat: int,
+    say: Callable[[str], None],
+) -> Visit:
     """Start a contestant, run every workload on it, stop it.
 
     Raises:
+        StartError: it ends before it is ready.
         PeerError: it does not start, or does not answer every request in full.
     """
     port = free_port()
-    launch = contestant.launch(plan.setup, model, port)
+    launch = launch_of(plan.setup, model, port)
     log = plan.setup.work / f"{contestant.name}.log"
     with serving(launch, port, plan.setup.cores, log, plan.patience) as server:
         sample = ask(server.url)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from peers.contest import Launch, PeerError
+from peers.contest import Launch, PeerError, StartError
 
 _POLL = 0.02
 _STOP_GRACE = 30.0
@@ -77,7 +77,8 @@ def serving(launch: Launch, port: int, cores: Sequence[int], log: Path, patience
     """The server, pinned to ``cores``, from ready to stopped with all its children.
 
     Raises:
-        PeerError: it ended or was not ready within ``patience`` seconds.
+        StartError: it ended before it was ready.
+        PeerError: it was not ready within ``patience`` seconds.
     """
     url = f"http://127.0.0.1:{port}"
     with log.open("ab") as output:
@@ -107,7 +108,7 @@ def _await(process: subprocess.Popen[bytes], url: str, patience: float, log: Pat
     deadline = time.perf_counter() + patience
     while not _answers(url):
         if process.poll() is not None:
-            raise PeerError(f"the server ended with code {process.returncode} before it was ready (log: {log})")
+            raise StartError(f"the server ended with code {process.returncode} before it was ready (log: {log})")
         if time.perf_counter() > deadline:
             raise PeerError(f"the server was not ready within {patience:.0f} s (log: {log})")
         time.sleep(_POLL)

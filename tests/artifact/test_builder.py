@@ -245,7 +245,7 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ({"target": "cuda:sm_70"}, "found 'sm_70'"),
         (
             {"target": "cpu:sm_80"},
-            "--target cpu: expected some of avx512bf16, avx512vnni, avx2, portable, found 'sm_80'",
+            "--target cpu: expected some of amx, avx512bf16, avx512vnni, avx2, portable, found 'sm_80'",
         ),
         ({"dtype": "int4"}, "--dtype: expected one of auto"),
         ({"target": "cuda:sm_80", "dtype": "float32"}, "expected float16 or bfloat16 for a cuda target"),

@@ -426,7 +426,8 @@ def run(
 def test_a_run(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--peers", "good,bad", "--repeats", "2") == 1
     shown = capsys.readouterr()
-    assert "ended with code 9" in shown.err
+    assert shown.err.count("ended with code 9 before it was ready") == 3  # two tries, and the reason at the end
+    assert shown.err.count("once more with its plainest options") == 1
     assert "* not measured: BAD: the server ended with code 9" in shown.out
     assert str(tmp_path) not in shown.out
     document = json.loads((tmp_path / "work" / "report.json").read_text())
@@ -439,6 +440,22 @@ def test_a_run(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFi
     assert document["versions"]["good"] == {"none": "1.0"}
     names = {process.name() for process in psutil.Process().children(recursive=True)}
     assert not any("ov_server" in name for name in names)
+
+
+def test_a_server_that_ends_while_it_starts_is_started_plainly(
+    run: Callable[..., int],
+    stand_in: Callable[..., contest.Contestant],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sound = stand_in("odd")
+    odd = replace(sound, launch=stand_in("odd-broken", broken=True).launch, plain=sound.launch)
+    monkeypatch.setattr(bench_peers, "PEERS", {"odd": odd})
+    assert run("--peers", "odd", "--repeats", "2") == 0
+    assert capsys.readouterr().err.count("once more with its plainest options") == 1
+    visited = [v["contestant"] for v in json.loads((tmp_path / "work" / "report.json").read_text())["visits"]]
+    assert sorted(visited) == ["llmctl", "llmctl", "odd", "odd"]
 
 
 def test_install_only_measures_nothing(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,10 @@ MAX_HEAD = 256
 """Most columns of a head: ``kMaxHead``."""
 KEYS = 16
 """Tokens of a tile of the KV cache, which a block is a multiple of: ``kKeys``."""
+TILE_ROWS = 16
+"""Rows of int8 activations that lie together in tile registers: ``kTileRows``."""
+TILE_BYTES = 64
+"""Bytes of a row of a tile register: ``kTileBytes``."""
 MAX_KINDS = 24
 """Entries of a profile, one a ``Kind``: ``kMaxKinds``."""
 
@@ -83,6 +87,7 @@ class IntActs(c.Structure):
     _fields_ = (
         *((name, c.c_void_p) for name in ("codes", "scales", "negated_sums")),
         *((name, c.c_int64) for name in ("k", "group")),
+        *((name, c.c_int32) for name in ("wide", "grouped")),
     )
 
 
@@ -169,6 +174,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llmctl_weight_bytes": (c.c_int64, (c.c_void_p,)),
     "llmctl_profile": (None, (c.c_void_p, c.POINTER(c.c_double))),
     "llmctl_variant": (c.c_char_p, ()),
+    "llmctl_refusal": (c.c_char_p, ()),
     "llmctl_create_error": (c.c_char_p, ()),
 }
 """Result and arguments of the entry points."""
@@ -188,6 +194,7 @@ def abi_entries() -> dict[str, int]:
         entries[f"{struct.__name__}.size"] = c.sizeof(struct)
     entries |= {"tile": TILE, "lanes": LANES, "max_act_group": MAX_ACT_GROUP, "queries": QUERIES}
     entries |= {"max_head": MAX_HEAD, "keys": KEYS, "max_kinds": MAX_KINDS}
+    entries |= {"tile_rows": TILE_ROWS, "tile_bytes": TILE_BYTES}
     entries |= {f"weight_bits.{dtype}": bits for dtype, bits in WEIGHT_BITS.items()}
     entries |= {f"kv_tile_bytes.{dtype}": KEYS * kv_token_bytes(LANES, dtype) for dtype in KV_TYPE}
     return entries | {f"{name}.signature": _signature(*types) for name, types in FUNCTIONS.items()}

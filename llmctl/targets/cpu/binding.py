@@ -15,7 +15,7 @@ import numpy as np
 
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
-from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, TILE, Kind
+from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, TILE, TILE_BYTES, TILE_ROWS, WEIGHT_BITS, Kind
 from llmctl.targets.cpu.layout import PackedLinear
 
 _ALIGN = 64
@@ -23,14 +23,22 @@ _ALIGN = 64
 
 @dataclass
 class Storage:
-    """A range of the arena: ``row_bytes`` for each of T tokens (or R rows), live from op ``first`` to op ``last``."""
+    """A range of the arena: ``row_bytes`` for each of T tokens (or R rows), live from op ``first`` to op ``last``.
+
+    Room for rows is in multiples of ``row_unit``.
+    """
 
     name: str
     row_bytes: int
     on_rows: bool
+    row_unit: int = 1
     first: int = -1
     last: int = -1
     offset: int = -1
+
+    def bytes(self, max_tokens: int, max_rows: int) -> int:
+        """For so many tokens and rows."""
+        return self.row_bytes * -(-(max_rows if self.on_rows else max_tokens) // self.row_unit) * self.row_unit
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,18 @@ class View:
 
 @dataclass(frozen=True)
 class IntOperand:
-    """int8 codes of a buffer, with a fp32 scale and an int32 negated sum for every ``group`` columns."""
+    """int8 codes of a buffer, with a fp32 scale and an int32 negated sum for every ``group`` columns.
+
+    ``wide``: all weights that meet it are of 8 bits. ``grouped``: it is in expert order.
+    """
 
     codes: Storage
     scales: Storage
     sums: Storage
     columns: int
     group: int
+    wide: bool
+    grouped: bool
 
     @property
     def storages(self) -> tuple[Storage, Storage, Storage]:
@@ -146,8 +159,8 @@ class Lowering:
 
     # storages
 
-    def _storage(self, name: str, row_bytes: int) -> Storage:
-        storage = Storage(name, row_bytes, self.on_rows)
+    def _storage(self, name: str, row_bytes: int, row_unit: int = 1) -> Storage:
+        storage = Storage(name, row_bytes, self.on_rows, row_unit)
         self.storages.append(storage)
         return storage
 
@@ -226,12 +239,14 @@ class Lowering:
 
     def _direct_operand(self, buffer: str) -> PackedLinear | None:
         """The weight whose int8 operand the op before it may write itself: when all readers want that same operand."""
-        consumers = self.graph.consumers(buffer)
-        weights = [self.linears[op.weights[0]] for op in consumers if op.kind == "linear"]
-        direct = [w for w in weights if w.integer and w.permutation is None]
-        if not direct or len(direct) != len(consumers):
+        direct = [w for w in self._readers(buffer) if w.integer and w.permutation is None]
+        if not direct or len(direct) != len(self.graph.consumers(buffer)):
             return None
         return direct[0] if len({(w.columns, w.act_group) for w in direct}) == 1 else None
+
+    def _readers(self, buffer: str) -> list[PackedLinear]:
+        """The weights of the linears that read a buffer."""
+        return [self.linears[op.weights[0]] for op in self.graph.consumers(buffer) if op.kind == "linear"]
 
     # rotary embedding
 
@@ -279,17 +294,19 @@ class Lowering:
                 return
         bound.views["y"] = self._outputs(outputs)[0]
 
-    def _int_operand(self, buffer: str, packed: PackedLinear, rows: int = 1) -> IntOperand:
-        """``rows``: of the operand, a token."""
+    def _int_operand(self, buffer: str, packed: PackedLinear, rows: int = 1, *, grouped: bool = False) -> IntOperand:
+        """``rows``: of the operand, a token. ``grouped``: in expert order."""
         key = (buffer, packed.columns, packed.act_group, 0 if packed.permutation is None else id(packed))
         if key not in self.operands:
             groups = packed.columns // packed.act_group
             self.operands[key] = IntOperand(
-                self._storage(f"{buffer}.codes", rows * packed.columns),
-                self._storage(f"{buffer}.scales", 4 * rows * groups),
-                self._storage(f"{buffer}.sums", 4 * rows * groups),
+                self._storage(f"{buffer}.codes", rows * groups * act_group_bytes(packed.act_group), TILE_ROWS),
+                self._storage(f"{buffer}.scales", 4 * rows * groups, TILE_ROWS),
+                self._storage(f"{buffer}.sums", 4 * rows * groups, TILE_ROWS),
                 packed.columns,
                 packed.act_group,
+                all(WEIGHT_BITS[w.dtype] == 8 for w in self._readers(buffer) or [packed] if w.integer),
+                grouped,
             )
         return self.operands[key]
 
@@ -344,7 +361,7 @@ class Lowering:
         (y,) = op.outputs
         direct = self._direct_rows(op)
         if direct is not None:
-            bound.operands["y8"] = self._int_operand(y, direct, routing.top_k)
+            bound.operands["y8"] = self._int_operand(y, direct, routing.top_k, grouped=True)
         else:
             bound.views["y"] = self._outputs((y,))[0]
         self.in_order[y] = routing
@@ -372,7 +389,7 @@ class Lowering:
     def _gathered_int(self, op: Op, x: str, packed: PackedLinear, routing: Routing) -> IntOperand:
         known = len(self.operands)
         buffer = x if x in self.in_order else f"{x}@{routing.experts.name}"
-        operand = self._int_operand(buffer, packed, routing.top_k)
+        operand = self._int_operand(buffer, packed, routing.top_k, grouped=True)
         if len(self.operands) > known:
             self._gather(op, x, packed, routing, operands={"y8": operand})
         return operand
@@ -447,6 +464,11 @@ def _refused(what: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"op '{what}' has no native CPU kernel: {reason}", fix="--target reference")
 
 
+def act_group_bytes(group: int) -> int:
+    """Room for a row's codes of one activation group: in tiles they are one row of a tile, or of two equally wide."""
+    return group if group <= TILE_BYTES else -(-group // 8) * 8
+
+
 def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:
     """Give every storage an offset such that none overlaps another while both live; bytes of the arena.
 
@@ -454,8 +476,7 @@ def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:
     """
 
     def size(storage: Storage) -> int:
-        rows = max_rows if storage.on_rows else max_tokens
-        return -(-storage.row_bytes * rows // _ALIGN) * _ALIGN
+        return -(-storage.bytes(max_tokens, max_rows) // _ALIGN) * _ALIGN
 
     placed: list[Storage] = []
     for storage in sorted(storages, key=size, reverse=True):

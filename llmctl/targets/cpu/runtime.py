@@ -322,7 +322,7 @@ class CpuRuntime:
 
     def _acts(self, operand: IntOperand) -> IntActs:
         addresses = [self._address(s.offset) for s in operand.storages]
-        return IntActs(*addresses, operand.columns, operand.group)
+        return IntActs(*addresses, operand.columns, operand.group, operand.wide, operand.grouped)
 
     def _address(self, offset: int) -> int:
         return int(self._arena.ctypes.data) + offset

@@ -42,8 +42,11 @@ class Variant:
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 _AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
+_BF16 = (*_AVX512, "avx512_bf16")
+_BF16_FLAGS = (*_AVX512_FLAGS, "-mavx512bf16")
 VARIANTS = (
-    Variant("x86_64-avx512bf16", (*_AVX512_FLAGS, "-mavx512bf16"), (*_AVX512, "avx512_bf16"), "x86_64"),
+    Variant("x86_64-amx", (*_BF16_FLAGS, "-mamx-tile", "-mamx-int8"), (*_BF16, "amx_tile", "amx_int8"), "x86_64"),
+    Variant("x86_64-avx512bf16", _BF16_FLAGS, _BF16, "x86_64"),
     Variant("x86_64-avx512vnni", _AVX512_FLAGS, _AVX512, "x86_64"),
     # -O2: what is hot is written in vectors; -O3 doubles the time to compile.
     Variant("x86_64-avx2", ("-O2", "-mavx2", "-mfma", "-mf16c", "-mbmi2"), _AVX2, "x86_64"),
@@ -51,8 +54,11 @@ VARIANTS = (
 )
 """From the fastest down."""
 
-EMULATED_BF16 = Variant("x86_64-avx512bf16-emulated", (*_AVX512_FLAGS, "-DLLMCTL_EMULATE_BF16"), _AVX512, "x86_64")
+_EMULATED_BF16_FLAGS = (*_AVX512_FLAGS, "-DLLMCTL_EMULATE_BF16")
+EMULATED_BF16 = Variant("x86_64-avx512bf16-emulated", _EMULATED_BF16_FLAGS, _AVX512, "x86_64")
 """The code of avx512bf16 with its one further instruction in software: for tests only, in no engine."""
+EMULATED_AMX = Variant("x86_64-amx-emulated", (*_EMULATED_BF16_FLAGS, "-DLLMCTL_EMULATE_AMX"), _AVX512, "x86_64")
+"""The code of amx on a CPU that has no more than avx512vnni: likewise."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,13 @@ def variants_to_test(features: Iterable[str]) -> tuple[Variant, ...]:
     supported = supported_variants(have)
     emulate = "avx512_bf16" not in have and any(v.features == EMULATED_BF16.features for v in supported)
     return (EMULATED_BF16, *supported) if emulate else supported
+
+
+def amx_to_test(features: Iterable[str]) -> tuple[Variant, ...]:
+    """amx emulated, where the CPU lacks nothing else for it, and amx itself where it has that too."""
+    supported = supported_variants(features)
+    emulated = (EMULATED_AMX,) if any(v.features == EMULATED_AMX.features for v in supported) else ()
+    return (*emulated, *(v for v in supported if v.name == "x86_64-amx"))
 
 
 def find_compiler() -> tuple[str, ...] | None:

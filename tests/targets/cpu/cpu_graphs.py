@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.resolve import cache_dir
@@ -26,11 +27,27 @@ from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.cpu import runtime as cpu
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import PackedLinear, pack_int
-from llmctl.targets.cpu.toolchain import Variant, compile_library, find_compiler, variants_to_test
+from llmctl.targets.cpu.toolchain import (
+    EMULATED_AMX,
+    Variant,
+    amx_to_test,
+    compile_library,
+    find_compiler,
+    variants_to_test,
+)
 
 Floats = NDArray[np.float32]
 VARIANTS = variants_to_test(cpu_features()) if find_compiler() else ()
 """The builds of the kernels that this machine runs, avx512bf16 in software where it lacks that."""
+AMX = amx_to_test(cpu_features()) if find_compiler() else ()
+"""The builds for tile registers: in software, and where there are some on them."""
+_SLOW = {EMULATED_AMX, *(v for v in VARIANTS if AMX[1:] and v.name.endswith("avx512bf16"))}  # amx has its instructions
+each_variant = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=[pytest.mark.slow] * (v in _SLOW)) for v in dict.fromkeys((*AMX, *VARIANTS))],
+    ids=lambda v: v.name,
+)
+"""All of them; slow: what adds no code that another lacks, and the tile registers in software."""
 
 _FOLDER = TemporaryDirectory()
 

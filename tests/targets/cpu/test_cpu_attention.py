@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_graphs import VARIANTS, Floats, Native, Sketch, identity, quantization_is_right
+from cpu_graphs import Floats, Native, Sketch, each_variant, identity, quantization_is_right
 
 from llmctl.engine.step import SequenceSlice
 from llmctl.graph.graph import KVLayer
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
     pytest.mark.xdist_group("cpu_kernels"),
 ]
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from cpu_graphs import VARIANTS, Floats, Native, Sketch, identity, quantization_is_right, run
+from cpu_graphs import Floats, Native, Sketch, each_variant, identity, quantization_is_right, run
 from numpy.typing import NDArray
 
 from llmctl.engine.step import SequenceSlice
@@ -115,9 +115,6 @@ CASES = [
     *(Case(bits, group, 45, 192, minimum=True) for bits in (4, 8) for group in (16, 64)),
     Case(2, 16, 33, 64, minimum=True),
 ]
-
-
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 
 
 @each_variant

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cpu_graphs import VARIANTS, Floats, Native, Sketch, identity, quantization_is_right, run
+from cpu_graphs import Floats, Native, Sketch, each_variant, identity, quantization_is_right, run
 
 from llmctl.engine.step import SequenceSlice
 from llmctl.targets.cpu.layout import pack_dense, pack_int
@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
     pytest.mark.xdist_group("cpu_kernels"),
 ]
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 ROWS = 19
 WIDTHS = (1, 15, 16, 17, 60, 576)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cpu_graphs import VARIANTS, Floats, Native, Sketch, greedy
+from cpu_graphs import Floats, Native, Sketch, each_variant, greedy
 from scored_tokens import check_scores
 
 from llmctl.engine.request import Request
@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
     pytest.mark.xdist_group("cpu_kernels"),
 ]
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 
 
 def native_sample(logits: Floats, batch: SamplingBatch, variant: Variant) -> StepResult:

@@ -93,7 +93,8 @@ constexpr AbiEntry kAbi[] = {
   {"kv_type.f32", kKvF32}, {"kv_type.bf16", kKvBf16}, {"kv_type.s8", kKvS8},
   LLMCTL_FIELD(Matrix, data) LLMCTL_FIELD(Matrix, ld) LLMCTL_SIZE(Matrix)
   LLMCTL_FIELD(IntActs, codes) LLMCTL_FIELD(IntActs, scales) LLMCTL_FIELD(IntActs, negated_sums)
-  LLMCTL_FIELD(IntActs, k) LLMCTL_FIELD(IntActs, group) LLMCTL_SIZE(IntActs)
+  LLMCTL_FIELD(IntActs, k) LLMCTL_FIELD(IntActs, group) LLMCTL_FIELD(IntActs, wide)
+  LLMCTL_FIELD(IntActs, grouped) LLMCTL_SIZE(IntActs)
   LLMCTL_FIELD(Choice, experts) LLMCTL_FIELD(Choice, order) LLMCTL_FIELD(Choice, place) LLMCTL_FIELD(Choice, starts)
   LLMCTL_FIELD(Choice, count) LLMCTL_FIELD(Choice, top_k) LLMCTL_FIELD(Choice, groups)
   LLMCTL_FIELD(Choice, top_groups) LLMCTL_FIELD(Choice, sigmoid) LLMCTL_FIELD(Choice, renormalise) LLMCTL_SIZE(Choice)
@@ -129,7 +130,7 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(SamplingDesc, num_logprobs) LLMCTL_FIELD(SamplingDesc, token_ids) LLMCTL_FIELD(SamplingDesc, out)
   LLMCTL_SIZE(SamplingDesc)
   {"tile", kTile}, {"lanes", kLanes}, {"max_act_group", kMaxActGroup}, {"queries", kQueries},
-  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds},
+  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds}, {"tile_rows", kTileRows}, {"tile_bytes", kTileBytes},
   {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},
   {"weight_bits.w4", weight_bits_of(kW4)}, {"weight_bits.w8", weight_bits_of(kW8)},
   {"weight_bits.w4_min", weight_bits_of(kW4Min)}, {"weight_bits.w8_min", weight_bits_of(kW8Min)},
@@ -138,7 +139,7 @@ constexpr AbiEntry kAbi[] = {
   {"kv_tile_bytes.s8", kv_tile_bytes(kKvS8)},
   LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_weight_bytes)
   LLMCTL_CALL(llmctl_profile)
-  LLMCTL_CALL(llmctl_variant) LLMCTL_CALL(llmctl_create_error)
+  LLMCTL_CALL(llmctl_variant) LLMCTL_CALL(llmctl_refusal) LLMCTL_CALL(llmctl_create_error)
 };
 
 #undef LLMCTL_FIELD

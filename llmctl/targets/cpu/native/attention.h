@@ -63,11 +63,12 @@ static inline void find_tops(const f32x16 (*scores)[kTiles], const float* to_log
   for (int i = 0; i < kCount; i++) top[i] = reduce_max(high[i]) * to_log2[i];
 }
 
-// Scores -> softmax weights, their sums, and the operands that meet V (tiles). Query by query the sums would wait for
-// each other; loops with the queries inside have independent ones.
+// Scores -> softmax weights, their sums, and the operands that meet V (tiles); over int8 the scores become what those
+// are rounded from, times inverse [kCount]. Query by query the sums would wait for each other; loops with the queries
+// inside have independent ones.
 template <KvType kType, int kCount>
 static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint8_t* const* tiles, int64_t count,
-                         int64_t padded, SegmentWeights<kType, kCount>& weights, Partial& part) {
+                         int64_t padded, SegmentWeights<kType, kCount>& weights, float* inverse, Partial& part) {
   float to_log2[kCount], zero[kCount];
   for (int i = 0; i < kCount; i++) to_log2[i] = qs.softcap > 0 ? 1.0f : qs.scale[i];
   find_tops<kCount>(scores, to_log2, count, part.top);
@@ -93,15 +94,12 @@ static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; i++) part.sum[i] = reduce_add(sum[i]);
   if constexpr (kType == kKvS8) {
-    float inverse[kCount];
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; i++) {
       const float most = reduce_max(largest[i]);
       inverse[i] = inverse_scale(most, kMostWeight);
       weights.scale[i] = most / kMostWeight;
     }
-    for (int i = 0; i < kCount; i++)
-      for (int64_t t = 0; t < count; t++) store_weights(scores[i][t], inverse[i], weights.at[i] + t * (kKeys / 4));
   }
 }
 
@@ -130,7 +128,11 @@ static void attend_segment(const KvLayer& kv, const Keys& keys, const Queries& q
   score_segment<kType, kWide, kCount>(qs, tiles, count, kv.padded, 0, scores);
   mask_scores<kCount>(qs, keys.begin, count, scores);
   SegmentWeights<kType, kCount> weights;
-  weigh<kType, kCount>(qs, scores, tiles + count, count, kv.padded, weights, part);
+  float inverse[kCount];
+  weigh<kType, kCount>(qs, scores, tiles + count, count, kv.padded, weights, inverse, part);
+  if constexpr (kType == kKvS8)
+    for (int i = 0; i < kCount; i++)
+      for (int64_t t = 0; t < count; t++) store_weights(scores[i][t], inverse[i], weights.at[i] + t * (kKeys / 4));
   sum_values<kType, kCount>(weights, tiles + count, count, kv.padded, part.out);
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "attention.h"
+#include "attention_tiles.h"
 #include "pool.h"
 #include "program.h"
 
@@ -29,12 +29,12 @@ struct HeadPacking {
   int64_t group;      // query heads a K/V head
   int64_t heads_per;  // of them in one query tile
   int64_t splits;     // tiles a group
-  int rows_per;       // tokens a tile
   explicit HeadPacking(int64_t heads, int64_t kv_heads)
       : group(heads / kv_heads),
         heads_per(group < kQueries ? group : kQueries),
-        splits((group + heads_per - 1) / heads_per),
-        rows_per(int(kQueries / heads_per)) {}
+        splits((group + heads_per - 1) / heads_per) {}
+  // Tokens of a query tile of so many halves.
+  int rows(int halves) const { return int(halves * kQueries / heads_per); }
 };
 
 // Query i of qs: x * scale in the type that meets K.
@@ -56,34 +56,40 @@ static inline void load_query(const KvLayer& kv, const float* x, float scale, in
   }
 }
 
+// Queries of a tile: kQueries in each half, in order.
 static inline void load_queries(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
-                                const RowTile& tile, int64_t kv_head, int64_t split, Queries& qs) {
-  qs.count = 0;
-  qs.softcap = op.softcap;
+                                const RowTile& tile, int64_t kv_head, int64_t split, Queries (&halves)[kHalves]) {
+  for (Queries& qs : halves) qs.count = 0, qs.softcap = op.softcap;
   const int64_t first = kv_head * packing.group + split * packing.heads_per;
   const int64_t last = std::min(first + packing.heads_per, (kv_head + 1) * packing.group);
+  int query = 0;
   for (int32_t r = 0; r < tile.count; r++) {
     const int64_t position = step.positions[tile.row + r];
-    for (int64_t head = first; head < last; head++, qs.count++) {
+    for (int64_t head = first; head < last; head++, query++) {
+      Queries& qs = halves[query / kQueries];
+      qs.count = query % kQueries;
       load_query(kv, op.x.data + (tile.row + r) * op.x.ld + head * kv.dim, op.scale * kLog2E, qs.count, qs);
       qs.position[qs.count] = position;
       qs.lo[qs.count] = op.window > 0 && position >= op.window ? position - op.window + 1 : 0;
+      qs.count++;
     }
   }
 }
 
 // Normalises the queries' outputs into y, or as int8 into y8: a row's columns of one tile are whole activation groups.
 static inline void store_outputs(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
-                                 const RowTile& tile, int64_t kv_head, int64_t split, const Partial& total) {
+                                 const RowTile& tile, int64_t kv_head, int64_t split, const Partial* totals) {
   const int64_t first = kv_head * packing.group + split * packing.heads_per;
   const int64_t last = std::min(first + packing.heads_per, (kv_head + 1) * packing.group);
   const int64_t column = first * kv.dim, width = (last - first) * kv.dim;
   alignas(64) float line[kQueries * kMaxHead];
-  int i = 0;
+  int query = 0;
   for (int32_t r = 0; r < tile.count; r++) {
     const int64_t row = tile.row + r;
     float* y = op.y8.codes ? line : op.y.data + row * op.y.ld + column;
-    for (int64_t head = first; head < last; head++, i++, y += kv.dim) {
+    for (int64_t head = first; head < last; head++, query++, y += kv.dim) {
+      const Partial& total = totals[query / kQueries];
+      const int i = query % kQueries;
       const float inverse = 1.0f / total.sum[i];
       int64_t d = 0;
       for (; d + 16 <= kv.dim; d += 16) store(y + d, load<f32x16>(total.out[i] + d) * inverse);
@@ -104,9 +110,14 @@ class Attention {
   void run(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const std::vector<RowTile>& tiles, Pool& pool,
            const Share& share, const Share& share2) {
     const Items items{op, step, kv, tiles, HeadPacking(op.heads, op.kv_heads)};
-    int64_t longest = 1;
-    if (items.count() <= few_)
+    int64_t longest = 1, halves = 1;
+    for (const RowTile& tile : tiles)
+      if (tile.count > items.packing.rows(1)) halves = kHalves;
+    if (items.count() * halves <= few_)
       for (const RowTile& tile : tiles) longest = std::max(longest, Segments(op, step, tile).count());
+#if defined(LLMCTL_AMX)
+    if (longest == 1 && halves > 1) configure_for_heads(kv);
+#endif
     if (longest == 1)
       return share.run(items.count(), 1, [&](int64_t i, int64_t) { whole(items, i); });
     share.run(items.count() * longest, 1, [&](int64_t at, int64_t) {
@@ -114,18 +125,20 @@ class Attention {
       const int64_t part = at / items.count();
       const Item item(items, at % items.count());
       if (part >= item.segments.count()) return;
-      Queries qs;
+      Queries qs[kHalves];
       item.load(qs);
       const Item next(items, (at + 1) % items.count());
       const Keys ahead = next.keys(std::min((at + 1) / items.count(), next.segments.count() - 1));
-      attend(kv, item.keys(part), qs, ahead, partials_[size_t(item.index * segments_ + part)]);
+      for (int h = 0; h < halves && qs[h].count; h++)
+        attend(kv, item.keys(part), qs[h], ahead, partials_[size_t((item.index * segments_ + part) * halves + h)]);
     });
     pool.barrier();
     share2.run(items.count(), 1, [&](int64_t i, int64_t) {
       const Item item(items, i);
-      Partial* parts = &partials_[size_t(i * segments_)];
-      for (int64_t part = 1; part < item.segments.count(); part++) merge(parts[0], parts[part], item.queries(), kv.padded);
-      item.store(parts[0]);
+      Partial* parts = &partials_[size_t(i * segments_ * halves)];
+      for (int64_t part = 1; part < item.segments.count(); part++)
+        for (int h = 0; h < halves; h++) merge(parts[h], parts[part * halves + h], item.queries(h), kv.padded);
+      item.store(parts);
     });
   }
 
@@ -165,13 +178,15 @@ class Attention {
           kv_head(index % items.per_tile() / items.packing.splits),
           split(index % items.packing.splits),
           segments(items.op, items.step, tile) {}
-    int queries() const {
+    // In a half of them.
+    int queries(int half) const {
       const int64_t left = of.packing.group - split * of.packing.heads_per;
-      return tile.count * int(std::min(of.packing.heads_per, left));
+      const int all = tile.count * int(std::min(of.packing.heads_per, left));
+      return std::clamp(all - half * kQueries, 0, kQueries);
     }
-    void load(Queries& qs) const { load_queries(of.op, of.step, of.kv, of.packing, tile, kv_head, split, qs); }
-    void store(const Partial& total) const {
-      store_outputs(of.op, of.step, of.kv, of.packing, tile, kv_head, split, total);
+    void load(Queries (&qs)[kHalves]) const { load_queries(of.op, of.step, of.kv, of.packing, tile, kv_head, split, qs); }
+    void store(const Partial* totals) const {
+      store_outputs(of.op, of.step, of.kv, of.packing, tile, kv_head, split, totals);
     }
     Keys keys(int64_t part) const {
       const int64_t begin = (segments.first + part) * kSegment;
@@ -182,20 +197,31 @@ class Attention {
 
   static void whole(const Items& items, int64_t i) {
     const Item item(items, i);
-    Queries qs;
-    Partial total, part;
+    Queries qs[kHalves];
+    Partial total[kHalves], part[kHalves];
     item.load(qs);
     const int64_t count = item.segments.count();
-    for (int64_t s = 0; s < count; s++) {
-      attend(items.kv, item.keys(s), qs, s + 1 < count ? item.keys(s + 1) : Item(items, i + 1).keys(0),
-             s ? part : total);
-      if (s) merge(total, part, qs.count, items.kv.padded);
+    const auto each = [&](auto&& attend_to) {
+      for (int64_t s = 0; s < count; s++) {
+        attend_to(s, s ? part : total);
+        for (int h = 0; s && h < kHalves; h++) merge(total[h], part[h], qs[h].count, items.kv.padded);
+      }
+    };
+#if defined(LLMCTL_AMX)
+    if (qs[kHalves - 1].count) {
+      const QueryTiles queries(qs, items.kv.padded);
+      each([&](int64_t s, Partial(&to)[kHalves]) { attend_tiled(items.kv, item.keys(s), qs, queries, to); });
+      return item.store(total);
     }
+#endif
+    each([&](int64_t s, Partial(&to)[kHalves]) {
+      attend(items.kv, item.keys(s), qs[0], s + 1 < count ? item.keys(s + 1) : Item(items, i + 1).keys(0), to[0]);
+    });
     item.store(total);
   }
 
   const int64_t few_, segments_;
-  std::vector<Partial> partials_;  // [item][segment]
+  std::vector<Partial> partials_;  // [item][segment][half]
 };
 
 }  // namespace llmctl

@@ -95,7 +95,9 @@ static inline void sort_rows(const Choice& c, int64_t tokens) {
 // What of an operand belongs to an expert's rows.
 static inline IntActs acts_from(const IntActs& x, int64_t row) {
   if (!x.codes) return x;
-  return {x.codes + row * x.k, x.scales + row * x.groups(), x.negated_sums + row * x.groups(), x.k, x.group};
+  IntActs from = x;
+  from.codes += row * x.k, from.scales += row * x.groups(), from.negated_sums += row * x.groups();
+  return from;
 }
 
 // Row `place` of a grouped linear's operand. x: rows in expert order, op.sorted, or one a token. line: scratch.

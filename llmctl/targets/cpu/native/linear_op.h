@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
+#include "gemm_tiles.h"
 #include "pool.h"
 #include "program.h"
 #include "rowops.h"
@@ -60,6 +60,10 @@ static constexpr int int_bits(int type) { return type == kW4 || type == kW4Min ?
 static constexpr bool has_minimums(int type) { return type == kW4Min || type == kW8Min; }
 static constexpr bool is_int(int type) { return type == kW4 || type == kW8 || has_minimums(type); }
 
+static inline bool in_tiles(const OpDesc& op, int64_t rows) {
+  return is_int(op.weight_dtype) && layout_of(op.x8, rows) == Layout::kTiled;
+}
+
 static inline Weights weights_of(const OpDesc& op) {
   return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book, op.n_padded, op.k, op.group};
 }
@@ -73,14 +77,17 @@ struct Units {
         count(tiles / tiles_per) {}
 };
 
-// A thread's scratch: a ReadyTile, and the fp32 outputs of a patch on their way to int8.
+// A thread's scratch: a ReadyTile or TiledWeights, and the fp32 outputs of a patch on their way to int8.
 class LinearScratch {
  public:
   ReadyTile ready(int64_t k, int64_t act_group) {
-    const size_t lines = size_t(ReadyTile::bytes(k, act_group) + 63) / 64;
+    int8_t* const codes = tile(ReadyTile::bytes(k, act_group));
+    return {codes, (int32_t*)(codes + k * kTile)};
+  }
+  int8_t* tile(int64_t bytes) {
+    const size_t lines = size_t(bytes + 63) / 64;
     if (lines_.size() < lines) lines_.resize(lines);
-    uint8_t* const codes = lines_.data()->bytes;
-    return {(int8_t*)codes, (int32_t*)(codes + k * kTile)};
+    return (int8_t*)lines_.data()->bytes;
   }
   float* columns() { return columns_.data(); }
   int64_t weight_bytes = 0;  // read by this thread
@@ -93,11 +100,16 @@ class LinearScratch {
   std::vector<float> columns_ = std::vector<float>(size_t(8 * kMaxPatch * kMaxActGroup));
 };
 
+// A store to a line that is no longer in cache would wait for memory (512 rows: 120 ms without, 107 with).
+static inline void fetch_outputs(const OpDesc& op, const Outputs& y, int64_t at, int64_t rows) {
+  for (int64_t r = 0; r < rows; r++)
+    prefetch_to_write(y.data + r * y.ld + at * (op.act ? kLanes : kTile), op.act ? 64 : 128);
+}
+
 template <int kType, bool kMany, int R>
 static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTile& ready, int64_t tile, int64_t row,
                               const Ahead& ahead, const Outputs& y, int64_t at) {
-  // A store to a line that is no longer in cache would wait for memory (512 rows: 120 ms without, 107 with).
-  for (int r = 0; r < R; r++) prefetch_to_write(y.data + r * y.ld + at * (op.act ? kLanes : kTile), op.act ? 64 : 128);
+  fetch_outputs(op, y, at, R);
   f32x16 total[R][2];
   if constexpr (is_int(kType))
     int_tile<int_bits(kType), kMany, has_minimums(kType), R>(w, ready, op.x8, tile, row, ahead, total);
@@ -116,9 +128,10 @@ struct Patch {
 };
 
 // One tile for the rows of a patch; y: outputs of the patch's first row, at: the tile's place in them.
-template <int kType, bool kMany>
+template <int kType, Layout kLayout>
 static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y, int64_t at,
                       LinearScratch& scratch) {
+  constexpr bool kMany = kLayout == Layout::kUnsigned;
   ReadyTile ready{};
   const int64_t tile_bytes = w.k * kTile * weight_bits(op) / 8;
   Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, 0};
@@ -140,7 +153,32 @@ static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, in
   }
 }
 
-template <int kType, bool kMany>
+#if defined(LLMCTL_AMX)
+// The same in tile registers.
+template <int kType>
+static void tile_rows_tiled(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y,
+                            int64_t at, LinearScratch& scratch) {
+  constexpr int kBits = int_bits(kType);
+  constexpr bool kMin = has_minimums(kType);
+  const int64_t tile_bytes = w.k * kTile * kBits / 8;
+  const Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, tile_bytes};
+  int8_t* const room = scratch.tile(TiledWeights::bytes(w.k, op.x8.group));
+  const TiledWeights tiled = make_tiled<kBits, kMin>(w, tile, op.x8.group, room);
+  multiply_tiles<kBits, kMin>(w, tiled, op.x8, tile, patch.row, patch.row_end, ahead,
+                              [&](int64_t row, int64_t rows, PairTotals& totals) {
+    const Outputs here{y.data + (row - patch.row) * y.ld, y.ld, y.n};
+    fetch_outputs(op, here, at, rows);
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) finish_tile<8>(op, tile, {here.data + r * y.ld, y.ld, y.n}, at, totals.at[r / 8]);
+    for (; r < rows; r++) {
+      f32x16 total[1][2] = {{totals.row(r)[0], totals.row(r)[1]}};
+      finish_tile<1>(op, tile, {here.data + r * y.ld, y.ld, y.n}, at, total);
+    }
+  });
+}
+#endif
+
+template <int kType, Layout kLayout>
 static void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
   const Weights w = weights_of(op);
   const int64_t group = op.y8.group;
@@ -148,25 +186,40 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
                                 : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n};
   for (int64_t unit = patch.unit; unit < patch.unit_end; unit++) {
     for (int64_t i = 0; i < units.tiles_per; i++) {
-      const int64_t tile = unit * units.tiles_per + i;
-      tile_rows<kType, kMany>(op, w, patch, tile, y, op.y8.codes ? i : tile, scratch);
+      const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
+#if defined(LLMCTL_AMX)
+      if constexpr (kLayout == Layout::kTiled) {
+        tile_rows_tiled<kType>(op, w, patch, tile, y, at, scratch);
+        continue;
+      }
+#endif
+      tile_rows<kType, kLayout>(op, w, patch, tile, y, at, scratch);
     }
     if (!op.y8.codes) continue;
     quantize_columns(y.data, y.ld, unit * group, op.y8, {patch.row, patch.row_end, patch.rows});
   }
 }
 
+template <int kType>
+static inline void int_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
+  switch (layout_of(op.x8, patch.rows)) {
+    case Layout::kSigned: return linear_patch<kType, Layout::kSigned>(op, units, patch, scratch);
+    case Layout::kUnsigned: return linear_patch<kType, Layout::kUnsigned>(op, units, patch, scratch);
+    case Layout::kTiled:
+      if constexpr (kTilesCompiled) return linear_patch<kType, Layout::kTiled>(op, units, patch, scratch);
+  }
+}
+
 static inline void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
-  const bool many = patch.rows >= kManyRows;
   switch (op.weight_dtype) {
-    case kW4: return many ? linear_patch<kW4, true>(op, units, patch, scratch) : linear_patch<kW4, false>(op, units, patch, scratch);
-    case kW8: return many ? linear_patch<kW8, true>(op, units, patch, scratch) : linear_patch<kW8, false>(op, units, patch, scratch);
-    case kW4Min: return many ? linear_patch<kW4Min, true>(op, units, patch, scratch) : linear_patch<kW4Min, false>(op, units, patch, scratch);
-    case kW8Min: return many ? linear_patch<kW8Min, true>(op, units, patch, scratch) : linear_patch<kW8Min, false>(op, units, patch, scratch);
-    case kE4m3: return linear_patch<kE4m3, false>(op, units, patch, scratch);
-    case kBook4: return linear_patch<kBook4, false>(op, units, patch, scratch);
-    case kBf16: return linear_patch<kBf16, false>(op, units, patch, scratch);
-    default: return linear_patch<kF32, false>(op, units, patch, scratch);
+    case kW4: return int_patch<kW4>(op, units, patch, scratch);
+    case kW8: return int_patch<kW8>(op, units, patch, scratch);
+    case kW4Min: return int_patch<kW4Min>(op, units, patch, scratch);
+    case kW8Min: return int_patch<kW8Min>(op, units, patch, scratch);
+    case kE4m3: return linear_patch<kE4m3, Layout::kSigned>(op, units, patch, scratch);
+    case kBook4: return linear_patch<kBook4, Layout::kSigned>(op, units, patch, scratch);
+    case kBf16: return linear_patch<kBf16, Layout::kSigned>(op, units, patch, scratch);
+    default: return linear_patch<kF32, Layout::kSigned>(op, units, patch, scratch);
   }
 }
 
@@ -185,14 +238,15 @@ static inline Ahead first_weights(const OpDesc& op, int thread, int threads) {
   return {op.w + begin * unit_bytes, (end - begin) * unit_bytes};
 }
 
-// How a linear's blocks of 8 rows are cut into patches of about equal size: as many for each of `ranges` threads.
+// How a linear's blocks of rows are cut into patches of about equal size: as many for each of `ranges` threads.
 struct Cut {
-  int64_t rows, blocks, patches;
-  Cut(const OpDesc& op, int64_t rows, int64_t ranges) : rows(rows), blocks((rows + 7) / 8) {
-    const int64_t most = (blocks + ranges - 1) / ranges, largest = patch_blocks(op);
+  int64_t rows, block, blocks, patches;
+  Cut(const OpDesc& op, int64_t rows, int64_t ranges)
+      : rows(rows), block(in_tiles(op, rows) ? kTileRows : 8), blocks((rows + block - 1) / block) {
+    const int64_t most = (blocks + ranges - 1) / ranges, largest = patch_blocks(op) * 8 / block;
     patches = (most + largest - 1) / largest * ranges;
   }
-  int64_t row(int64_t patch) const { return std::min(blocks * patch / patches * 8, rows); }
+  int64_t row(int64_t patch) const { return std::min(blocks * patch / patches * block, rows); }
 };
 
 // Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
@@ -203,6 +257,9 @@ static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share,
   const Units units(op);
   const bool by_rows = rows >= kRowsAThread * share.threads;
   const Cut cut(op, rows, by_rows ? share.threads : 1);
+#if defined(LLMCTL_AMX)
+  if (in_tiles(op, rows)) configure_for(op.x8.group);
+#endif
   const int64_t pieces = std::min(units.count, by_rows ? kPieces : share.threads * kPieces);
   const auto unit_of = [&](int64_t piece) { return units.count * piece / pieces; };
   const int64_t own_end = (by_rows ? units.count : unit_of(share.begin(pieces, share.thread + 1))) * units.tiles_per;

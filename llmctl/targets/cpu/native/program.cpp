@@ -21,7 +21,7 @@ struct llmctl_program {
   int64_t max_rows, vocab;
   size_t tail;  // first op that runs on gathered rows
   std::vector<size_t> next_linear;  // [op] the first linear behind it, from the start again behind the last
-  int rows_per = kQueries;
+  int rows_per = kHalves * kQueries;
   Pool pool;
   Attention attention;
   std::vector<RowTile> tiles;
@@ -45,10 +45,12 @@ struct llmctl_program {
     for (int64_t i = 0; i < num_kv; i++)
       kv.push_back({kv_descs[i].base, kv_descs[i].kv_heads, kv_descs[i].head_dim, kv_descs[i].padded_dim,
                     KvType(kv_descs[i].type), block_size});
+    // Query tiles of two halves meet an int8 cache only.
+    const bool tiled = have_tiles() && std::all_of(kv.begin(), kv.end(), [](const KvLayer& k) { return k.type == kKvS8; });
     for (size_t i = ops.size(); i-- > 0;) {
       if (ops[i].on_rows) tail = i;
       if (ops[i].kind == kAttention)
-        rows_per = std::min(rows_per, HeadPacking(ops[i].heads, ops[i].kv_heads).rows_per);
+        rows_per = std::min(rows_per, HeadPacking(ops[i].heads, ops[i].kv_heads).rows(tiled ? kHalves : 1));
     }
     next_linear.assign(ops.size(), 0);
     for (size_t i = 2 * ops.size(), next = 0; i-- > 0;) {
@@ -242,6 +244,9 @@ struct Step {
       });
       p.pool.barrier();
     }
+#if defined(LLMCTL_AMX)
+    if (have_tiles()) release_tiles();  // or the system would save them whenever this thread makes room for another
+#endif
   }
 
   void run_range(size_t begin, size_t end, int64_t rows, int64_t first, int thread, std::vector<float>& line) {
@@ -286,6 +291,7 @@ const char* llmctl_abi_entry(int64_t i, int64_t* value) {
 }
 
 const char* llmctl_variant() {
+  if (have_tiles()) return "amx";
 #if defined(LLMCTL_AVX512_BF16)
   return "avx512bf16";
 #elif defined(LLMCTL_AVX512)
@@ -296,6 +302,8 @@ const char* llmctl_variant() {
   return "portable";
 #endif
 }
+
+const char* llmctl_refusal() { return tile_permission.refusal; }
 
 llmctl_program* llmctl_create(const OpDesc* ops, int64_t num_ops, const KvDesc* kv, int64_t num_kv, int64_t block_size,
                               int64_t max_tokens, int64_t max_rows, int64_t max_model_len, int64_t vocab, int threads) {

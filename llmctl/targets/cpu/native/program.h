@@ -110,7 +110,9 @@ struct llmctl_program;
 // What the binder must agree on, see abi.h: a digest of it, and its entries: the name of entry i, null behind the last.
 uint64_t llmctl_abi_digest();
 const char* llmctl_abi_entry(int64_t i, int64_t* value);
+// Which variant's code runs, and why not the one that the library was compiled as, empty where it is.
 const char* llmctl_variant();
+const char* llmctl_refusal();
 llmctl_program* llmctl_create(const llmctl::OpDesc* ops, int64_t num_ops, const llmctl::KvDesc* kv, int64_t num_kv,
                               int64_t block_size, int64_t max_tokens, int64_t max_rows, int64_t max_model_len,
                               int64_t vocab, int threads);

@@ -47,13 +47,19 @@ static inline i32x16 store_query(f32x16 x, float inverse, QueryQuad* to) {
   return codes;
 }
 
+#if defined(LLMCTL_AVX512)
+// x * inverse, rounded (0 <= x * inverse <= 32767), in the low 16 bits: adding 2^23 leaves it in the low mantissa bits.
+static inline __m512i weight_bits(f32x16 x, float inverse) {
+  const f32x16 shifted = fused(x, inverse, splat(8388608.0f));
+  return load<__m512i>(&shifted);
+}
+#endif
+
 // x * inverse, rounded (0 <= x * inverse <= 32767), as 4 quads.
 static inline void store_weights(f32x16 x, float inverse, WeightQuad* to) {
 #if defined(LLMCTL_AVX512)
-  // Adding 2^23 rounds and leaves the integer in the low mantissa bits.
-  const f32x16 shifted = x * inverse + 8388608.0f;
   const __m512i planes = _mm512_set4_epi32(-1, -1, 0x0c080400, 0x0d090501);
-  store(to, (u8x64)_mm512_shuffle_epi8(load<__m512i>(&shifted), planes));
+  store(to, (u8x64)_mm512_shuffle_epi8(weight_bits(x, inverse), planes));
 #else
   store_words(f32_to_i16(x * inverse), &to->code);
 #endif

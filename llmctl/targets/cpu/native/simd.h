@@ -2,7 +2,8 @@
 // extensions cannot express (dot products, packing, fp16) or that compilers do not find.
 //
 // The same sources are compiled once per variant; flags alone decide which branch is taken:
-//   avx512bf16   avx512vnni + -mavx512bf16 (Zen 4, Sapphire Rapids)      avx512vnni   -mavx512f/bw/vl/dq/vnni (Ice Lake)
+//   amx          avx512bf16 + -mamx-tile -mamx-int8 (Sapphire Rapids); see amx.h
+//   avx512bf16   avx512vnni + -mavx512bf16 (Zen 4, Cooper Lake)          avx512vnni   -mavx512f/bw/vl/dq/vnni (Ice Lake)
 //   avx2         -mavx2 -mfma -mf16c                                    portable     no flags (any architecture)
 // LLMCTL_EMULATE_BF16 with avx512vnni's flags takes avx512bf16's branches without its instruction: for tests, slow.
 // All integer dot products are exact in every variant; float results may differ between variants in rounding only.
@@ -395,6 +396,34 @@ static inline float reduce_max(f32x16 v) {
   v = vmax(v, pick(v, kDown2));
   return vmax(v, pick(v, kDown1))[0];
 }
+#if defined(LLMCTL_AVX512)
+// Lanes of a (0 .. 15) and b (16 .. 31).
+template <int... kLanesOf, class V>
+static inline V merge_lanes(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLanesOf...);
+#else
+  return __builtin_shuffle(a, b, i32x16{kLanesOf...});
+#endif
+}
+// Eight reductions at once, in the order of reduce_add(): lane i < 8 of the result is that of v[i].
+template <class V, class Op>
+static inline V reduce_eight(const V (&v)[8], Op&& op) {
+  V two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    two[i] = op(merge_lanes<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(v[2 * i], v[2 * i + 1]),
+                merge_lanes<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    four[i] = op(merge_lanes<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(two[2 * i], two[2 * i + 1]),
+                 merge_lanes<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(two[2 * i], two[2 * i + 1]));
+  const V eight = op(merge_lanes<0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29>(four[0], four[1]),
+                     merge_lanes<2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31>(four[0], four[1]));
+  return op(merge_lanes<0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14>(eight, eight),
+            merge_lanes<1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15>(eight, eight));
+}
+#endif
 // most / largest, and 0 for what is too small to have a finite one: its codes are then all 0.
 static inline float inverse_scale(float largest, float most) { return largest > 1e-30f ? most / largest : 0.0f; }
 static inline float max_abs(const float* x, int64_t n) {

@@ -28,7 +28,7 @@ def _plan_apart(storages: list[Any], max_tokens: int, max_rows: int) -> int:
     end = 0
     for storage in storages:
         storage.offset = end + _GAP
-        used = storage.offset + storage.row_bytes * (max_rows if storage.on_rows else max_tokens)
+        used = storage.offset + storage.bytes(max_tokens, max_rows)
         end = -(-used // 64) * 64
         _gaps.append((used, end + _GAP - used))
     return end + _GAP
