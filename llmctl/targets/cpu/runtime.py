@@ -4,6 +4,7 @@ transformers."""
 from __future__ import annotations
 
 import ctypes as c
+import logging
 import time
 from array import array
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
 from llmctl.targets.rope import cos_sin_table
 
 _MAX_LOGITS_BYTES = 32 * 2**20
+logger = logging.getLogger(__name__)
 
 
 class CpuRuntime:
@@ -47,7 +49,8 @@ class CpuRuntime:
 
     Attributes:
         limits: KV blocks, block size, longest sequence, vocabulary.
-        variant: which build of the kernels runs, e.g. ``avx512bf16``.
+        variant: which build of the kernels runs, e.g. ``avx512bf16``: the library's own, or the next where the system
+            refuses what that needs.
         arena_bytes: activations and logits, allocated once.
         kv_bytes: the KV cache.
     """
@@ -84,6 +87,9 @@ class CpuRuntime:
         self.threads = threads
         self._library = open_library(library)
         self.variant = self._library.llmctl_variant().decode()
+        refusal = self._library.llmctl_refusal().decode()
+        if refusal:
+            logger.warning("%s: the %s kernels run", refusal, self.variant)
         self._weights = weights
         self._keep: list[Any] = []
         self._ropes: dict[tuple[Any, ...], tuple[int, int]] = {}

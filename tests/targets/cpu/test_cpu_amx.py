@@ -21,7 +21,6 @@ from llmctl.targets.cpu.toolchain import (
     EMULATED_AMX,
     FLAGS,
     SOURCE_DIR,
-    VARIANTS,
     Variant,
     find_compiler,
     supported_variants,
@@ -302,7 +301,3 @@ def test_a_step_leaves_no_tiles_behind(tmp_path: Path) -> None:
     ctypes.CDLL(str(made)).state(ctypes.c_void_p(found.ctypes.data))
     native.runtime.close()
     assert not found.any()
-
-
-def test_the_emulation_is_in_no_engine() -> None:
-    assert EMULATED_AMX not in VARIANTS

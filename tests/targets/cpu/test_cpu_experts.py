@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from cpu_graphs import VARIANTS, Floats, Native, Sketch, run
+from cpu_graphs import VARIANTS, Floats, Native, Sketch, each_variant, run
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice
@@ -114,7 +114,7 @@ def mixture(dtype: str) -> Mixture:
     return Mixture(logits, x, gate_up, _weight(3, EXPERTS * WIDTH, INNER, scheme), dtype)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@each_variant
 @pytest.mark.parametrize("dtype", SCHEMES)
 def test_experts_compute_what_the_reference_does_alike_in_any_batch(dtype: str, variant: Variant) -> None:
     case = mixture(dtype)

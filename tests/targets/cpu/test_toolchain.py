@@ -11,9 +11,11 @@ import pytest
 
 from llmctl.errors import CompileError
 from llmctl.targets.cpu.toolchain import (
+    EMULATED_AMX,
     EMULATED_BF16,
     FLAGS,
     VARIANTS,
+    amx_to_test,
     compile_library,
     find_compiler,
     supported_variants,
@@ -140,8 +142,13 @@ def test_a_compiler_that_fails_is_quoted(empty_path: Path) -> None:
 def test_emulation_is_tested_and_never_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     by_name = {v.name: v for v in VARIANTS}
-    real, vnni = by_name["x86_64-avx512bf16"], by_name["x86_64-avx512vnni"]
-    assert EMULATED_BF16 not in VARIANTS
+    amx, real, vnni = VARIANTS[0], by_name["x86_64-avx512bf16"], by_name["x86_64-avx512vnni"]
+    assert {EMULATED_BF16, EMULATED_AMX}.isdisjoint(VARIANTS)
+    assert amx_to_test(amx.features) == (EMULATED_AMX, amx)
+    assert amx_to_test(real.features) == amx_to_test(vnni.features) == (EMULATED_AMX,)
+    assert amx_to_test(by_name["x86_64-avx2"].features) == ()
+    assert supported_variants(amx.features)[:2] == (amx, real)
+    assert supported_variants({*amx.features} - {"amx_int8"})[0] == real
     assert EMULATED_BF16 not in supported_variants(vnni.features)
     assert variants_to_test(vnni.features) == (EMULATED_BF16, *supported_variants(vnni.features))
     assert variants_to_test(real.features) == supported_variants(real.features)
