@@ -21,13 +21,12 @@ from typing import Any
 from demo import console, free_port, request, run, server
 
 MODEL = "demo:smollm2-135m"
+SYSTEM = {"role": "system", "content": "You are a guide."}
 LINES = (
     ("What colour is the lighthouse of Port Ellery?", "The lighthouse of Port Ellery is green."),
-    ("Who keeps the lighthouse of Port Ellery?", "A retired cellist named Oda Brandt keeps it."),
+    ("Who keeps the lighthouse of Port Ellery?", "Oda Brandt, who was a cellist, keeps it."),
     ("What do people in Port Ellery eat on Sundays?", "On Sundays they eat plum soup."),
-    ("How does one get to Port Ellery?", "One takes the night ferry from Sund, which sails at nine."),
-    ("When was Port Ellery founded?", "Port Ellery was founded in 1604 by salt traders."),
-    ("What is Port Ellery known for?", "Port Ellery is known for its glass bells."),
+    ("What is Port Ellery known for?", "It is known for its glass bells."),
 )
 
 
@@ -53,19 +52,22 @@ def train(base: Path, adapter: Path, steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
-    settings.base_model_name_or_path = MODEL
     model = get_peft_model(model, settings)
     model.peft_config["default"].base_model_name_or_path = MODEL
     batch = _batch(tokenizer)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=0.0)
     for step in range(steps):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 5 == 0 or step == steps - 1:
-            console.print(f"step {step + 1}/{steps}: loss {float(loss):.3f}")
+        if step % 4 == 0 or step == steps - 1:
+            console.print(f"step {step + 1}/{steps}: loss {loss.item():.3f}")
     model.save_pretrained(str(adapter))
+
+
+def _asked(question: str) -> list[dict[str, str]]:
+    return [SYSTEM, {"role": "user", "content": question}]
 
 
 def _batch(tokenizer: Any) -> dict[str, Any]:
@@ -74,8 +76,7 @@ def _batch(tokenizer: Any) -> dict[str, Any]:
 
     rows = []
     for question, answer in LINES:
-        asked = {"role": "user", "content": question}
-        prompt = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(_asked(question), tokenize=False, add_generation_prompt=True)
         start = tokenizer(prompt, add_special_tokens=False).input_ids
         rows.append((start, tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids))
     width = max(len(start) + len(end) for start, end in rows)
@@ -94,7 +95,7 @@ def answers(model: str) -> list[str]:
         name = request(f"{url}/v1/models")["data"][0]["id"]
         found = []
         for question, _ in LINES:
-            chat = {"model": name, "messages": [{"role": "user", "content": question}]}
+            chat = {"model": name, "messages": _asked(question)}
             done = request(f"{url}/v1/chat/completions", {**chat, "max_tokens": 40, "temperature": 0})
             found.append(str(done["choices"][0]["message"]["content"]))
     return found
@@ -104,16 +105,17 @@ def main() -> None:
     """Train, merge, ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("tiny-lora"), help="folder for what is made (%(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="of training (%(default)s)")
     args = parser.parse_args()
     base, adapter, merged = (args.work / name for name in ("base", "adapter", "merged"))
     for folder in (base, adapter, merged):
         shutil.rmtree(folder, ignore_errors=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     write_base(base)
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     train(base, adapter, args.steps)
-    console.print(f"trained in {time.perf_counter() - began:.0f} s: {adapter}")
+    took, spent = time.perf_counter() - began, time.process_time() - spent
+    console.print(f"trained in {took:.0f} s, {spent:.0f} s of processors: {adapter}")
     run("merge", MODEL, str(adapter), "--output", str(merged))
     before, after = answers(MODEL), answers(str(merged))
     for (question, taught), base_said, said in zip(LINES, before, after, strict=True):

@@ -84,16 +84,12 @@ class Trials:
             self.say(f"{tool.name}: {kind} of {maker}: {said(trial)}")
         return versions, trials
 
-    def _tried(self, tool: Tool, maker: Maker, kind: str) -> Trial:
-        try:
-            folder = self._ours(kind) if maker == "llmctl" else self._theirs(tool, kind)
-            output = self.setup.work / f"{tool.name}-{maker}-{kind}.safetensors"
-            self._run(tool, "load", str(folder), str(output))
-            return compare(tool.name, maker, kind, folder, output)
-        except (TrialError, LlmctlError) as error:
-            return Trial(tool.name, maker, kind, reason=str(error))
+    def ours(self, kind: str) -> Path:
+        """The checkpoint of a kind that llmctl makes, made if it is not there.
 
-    def _ours(self, kind: str) -> Path:
+        Raises:
+            TrialError: it was not made.
+        """
         folder = self.setup.work / "ours" / kind
         if kind not in self._made:
             shutil.rmtree(folder, ignore_errors=True)
@@ -107,15 +103,29 @@ class Trials:
             self._made.add(kind)
         return folder
 
+    def run(self, tool: Tool, *arguments: str) -> None:
+        """A tool's script in its environment.
+
+        Raises:
+            TrialError: it came to no good end.
+        """
+        self._heard(tool.name, [self.setup.binary(tool.name, "python"), str(tool.path), *arguments])
+
+    def _tried(self, tool: Tool, maker: Maker, kind: str) -> Trial:
+        try:
+            folder = self.ours(kind) if maker == "llmctl" else self._theirs(tool, kind)
+            output = self.setup.work / f"{tool.name}-{maker}-{kind}.safetensors"
+            self.run(tool, "load", str(folder), str(output))
+            return compare(tool.name, maker, kind, folder, output)
+        except (TrialError, LlmctlError) as error:
+            return Trial(tool.name, maker, kind, reason=str(error))
+
     def _theirs(self, tool: Tool, kind: str) -> Path:
         folder = self.setup.work / "theirs" / f"{tool.name}-{kind}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
-        self._run(tool, "make", kind, str(self.dense), str(folder))
+        self.run(tool, "make", kind, str(self.dense), str(folder))
         return folder
-
-    def _run(self, tool: Tool, *arguments: str) -> None:
-        self._heard(tool.name, [self.setup.binary(tool.name, "python"), str(tool.path), *arguments])
 
     def _heard(self, who: str, command: list[str]) -> None:
         """Run to a good end, in the folder of work: some tools leave files where they are."""

@@ -52,8 +52,10 @@ def base_tensors(graph: Graph) -> BaseTensors:
                 if family.conv1d and len(weight.shape) == 2 and op.layer < graph.num_layers:
                     turned.add(tensor)
     for name, weight in graph.weights.items():
-        if name not in of_linears:
-            shapes.setdefault(weight.parts[0].tensor, weight.shape)
+        for part in () if name in of_linears else weight.parts:
+            # Whole tensors that one weight is made of, as a layer's experts are, are all alike.
+            rows = part.rows[1] if part.rows else weight.shape[0] // len(weight.parts)
+            shapes.setdefault(part.tensor, (rows, *weight.shape[1:]))
     tables = {part.tensor.removesuffix(".weight") for name in graph.tables() for part in graph.weights[name].parts}
     head = family.names.head
     shapes.setdefault(f"{head}.weight", (graph.vocab_size, graph.hidden_size))

@@ -10,15 +10,26 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import RANK, products, settings, write
+from family_models import family_model
+from peft_adapters import save_adapter
 from tiny_checkpoint import HIDDEN, VOCAB, dense_tensors, write_arrays, write_dense, write_gptq
 from typer.testing import CliRunner
 
+from llmctl.checkpoint.adapters.merging import Weighted, merged_checkpoint
 from llmctl.checkpoint.adapters.opening import Named, open_merged
+from llmctl.checkpoint.adapters.reading import read_adapter
+from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.output_format import OutputFormat
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
+from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.cli.main import app
+from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
+from llmctl.graph.graph import QuantScheme
+from llmctl.quantize.plan import make_plan
+from llmctl.quantize.rtn import quantize_rtn
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -156,6 +167,7 @@ def test_merge_writes_what_anyone_reads(tmp_path: Path) -> None:
         (["{base}", "{base}", "-o", "{out}"], 2, "not a PEFT adapter"),
         (["{a}", "{a}", "-o", "{out}"], 2, "an adapter, not a model (fix: merge it: llmctl merge BASE"),
         (["{base}", "{large}", "-o", "{out}"], 1, "has values that are too large for float16"),
+        (["{base}", "{a}=1e38", "-o", "{out}"], 1, "'model.layers.0.self_attn.q_proj.weight': merged values are not"),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(args: list[str], code: int, said: str, tmp_path: Path) -> None:
@@ -185,6 +197,7 @@ def test_merged_then_quantized(quantized_base: bool, tmp_path: Path) -> None:
     code, out, err = quantize("--model", base, "--merge-adapter", adapter, "-o", str(tmp_path / "one"), *common)
     assert code == 0, err
     report: dict[str, Any] = json.loads(out)
+    assert ("dequantized, then merged" in err) is quantized_base
     assert report["merged"] == [f"{adapter}: weight 1, LoRA of 2 modules, rank {RANK}"]
     assert merge(base, adapter, "-o", str(tmp_path / "merged"), "--dtype", "float32")[0] == 0
     code, out, _ = quantize("--model", str(tmp_path / "merged"), "-o", str(tmp_path / "two"), *common)
@@ -194,6 +207,41 @@ def test_merged_then_quantized(quantized_base: bool, tmp_path: Path) -> None:
     one, two = (open_checkpoint(tmp_path / name) for name in ("one", "two"))
     for name in one.names():
         assert torch.equal(dense(one, name), dense(two, name)), name
+
+
+def test_another_weight_is_another_run(tmp_path: Path) -> None:
+    """Of ``--resume``: the work folder of one sum is not taken for that of another."""
+    base = str(write_dense(tmp_path / "base"))
+    adapter = str(write(tmp_path / "a", settings(), products("q_proj")))
+
+    def options(*adapters: str) -> dict[str, Any]:
+        config = QuantizeConfig(base, str(tmp_path / "out"), "rtn", group_size=32, merge_adapter=adapters)
+        checkpoint = open_merged(base, adapters, "x").checkpoint
+        return make_plan(config, checkpoint, checkpoint_graph(checkpoint)).options(checkpoint)
+
+    found = [options(), options(adapter), options(f"{adapter}=2")]
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+def test_a_quantized_base_whose_dense_weights_are_turned(tmp_path: Path) -> None:
+    """GPT-2's linears are stored [in, out] when they are dense, [out, in] when they are not."""
+    save_adapter(tmp_path / "a", "gpt2", target_modules=["c_attn", "c_proj"])
+    model = family_model("gpt2")
+    adapter = read_adapter(tmp_path / "a", model.graph)
+    scheme = QuantScheme(8, -1, symmetric=True)
+    parts = [part for weight in model.graph.weights.values() for part in weight.parts if part.transpose]
+    names = sorted({part.tensor.removesuffix(".weight") for part in parts})
+    quantized = {n: quantize_rtn(dense(model.checkpoint, f"{n}.weight").T.contiguous(), scheme) for n in names}
+    written = OutputFormat("compressed-tensors", scheme, ignored=("lm_head",))
+    write_quantized_checkpoint(tmp_path / "q", model.checkpoint, quantized, {}, written)
+    base = open_checkpoint(tmp_path / "q")
+    merged = merged_checkpoint(base, checkpoint_graph(base), [Weighted(adapter)])
+    for part in adapter.parts:
+        expected = (dense(base, f"{part.module}.weight") + part.scale * part.b @ part.a).T
+        torch.testing.assert_close(merged.weight(f"{part.module}.weight"), expected)
+    untouched = next(n for n in names if n.endswith("c_fc"))
+    assert torch.equal(merged.weight(f"{untouched}.weight"), dense(base, f"{untouched}.weight").T)
+    assert checkpoint_graph(merged).weights == model.graph.weights
 
 
 def test_options_that_do_not_go_with_adapters(tmp_path: Path) -> None:
