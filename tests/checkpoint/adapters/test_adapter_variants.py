@@ -46,6 +46,7 @@ UNMERGED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value", "dense"]}),
     "phi": ("phi", {"target_modules": ["q_proj", "fc1", "fc2", "dense"]}),
     "gemma": ("gemma", {"target_modules": "all-linear"}),
+    "mixture": ("qwen3_moe", {"target_modules": ["q_proj", "o_proj"]}),
 }
 """Adapters that linears alone carry: case, settings of LoRA."""
 MERGED: dict[str, tuple[str, dict[str, Any]]] = {
