@@ -55,7 +55,7 @@ def train(base: Path, adapter: Path, steps: int) -> None:
     model = get_peft_model(model, settings)
     model.peft_config["default"].base_model_name_or_path = MODEL
     batch = _batch(tokenizer)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
     for step in range(steps):
         loss = model(**batch).loss
         loss.backward()
@@ -105,7 +105,7 @@ def main() -> None:
     """Train, merge, ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("tiny-lora"), help="folder for what is made (%(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="of training (%(default)s)")
     args = parser.parse_args()
     base, adapter, merged = (args.work / name for name in ("base", "adapter", "merged"))
     for folder in (base, adapter, merged):

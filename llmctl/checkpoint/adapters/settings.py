@@ -14,6 +14,8 @@ from llmctl.checkpoint.hf_folder import ADAPTER_CONFIG, read_json
 from llmctl.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 
 ALL_LINEAR = "all-linear"
+LARGEST = 3.4e38
+"""About the greatest float32."""
 _MERGE = "merge it into its base model with peft first (merge_and_unload)"
 
 _METHODS: Mapping[str, str] = {
@@ -197,7 +199,7 @@ class _Reader:
 
     def number_of(self, key: str, value: Any) -> float:
         # Python reads 1e999 as infinity, and an integer may be beyond every float.
-        if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:
+        if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
             raise self._wrong(key, "a finite number", value)
         return float(value)
 
@@ -235,6 +237,3 @@ class _Reader:
 
     def _wrong(self, key: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(f"{self._path}: {key[:80]}: expected {expected}, found {reprlib.repr(found)}")
-
-
-_LARGEST = 3.4e38  # of float32
