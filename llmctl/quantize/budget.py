@@ -23,6 +23,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.config import QuantizeConfig, parse_bytes
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import BY_SAFETENSORS
+from llmctl.graph.experts import linears, multiplications
 from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.quantize.grid import BITS
 from llmctl.quantize.knapsack import Option, choose
@@ -120,7 +121,7 @@ def make_budget(
 
 def linear_groups(graph: Graph, selection: Selection) -> list[tuple[Module, ...]]:
     """The selected modules, those of a layer that read one activation together."""
-    buffers = {op.weights[0]: op.inputs[0] for op in graph.linears()}
+    buffers = {op.weights[0]: op.inputs[0] for op in linears(graph)}
     found: dict[tuple[int, str], list[Module]] = {}
     for module in selection.modules:
         found.setdefault((module.layer, buffers[module.weights[0]]), []).append(module)
@@ -234,8 +235,8 @@ def _candidate(group: Group, bits: int, schemes: Mapping[str, QuantScheme]) -> C
 def _affordable(graph: Graph, candidates: Sequence[Candidate]) -> int:
     """How many tokens are measured on."""
     macs = dict.fromkeys(range(-1, graph.num_layers + 1), 0)
-    for op in graph.linears():
-        macs[op.layer] += prod(graph.weights[op.weights[0]].shape)
+    for op in graph.products():
+        macs[op.layer] += multiplications(graph, op)
     a_token = sum(sum(n for layer, n in macs.items() if layer >= candidate.layer) for candidate in candidates)
     return min(max(int(_MAX_WORK / max(a_token, 1)), _MIN_TOKENS), _MAX_TOKENS)
 

@@ -23,6 +23,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.writer import write_quantized_checkpoint
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError
+from llmctl.graph.experts import apart
 from llmctl.graph.graph import Graph
 from llmctl.quantize.budget import Budget, spend
 from llmctl.quantize.calibration import SELF, Calibration, read_calibration, self_calibration
@@ -112,7 +113,8 @@ class _Job:
 
     def __init__(self, config: QuantizeConfig, checkpoint: Checkpoint, progress: Progress) -> None:
         self.config, self.checkpoint, self.progress = config, checkpoint, progress
-        self.graph, self.unused = accounted_graph(checkpoint)
+        plain, self.unused = accounted_graph(checkpoint)
+        self.graph = apart(plain)
         self.plan: Plan = make_plan(config, checkpoint, self.graph)
         if self.plan.budget is None:
             self._say(notes(self.plan))
@@ -197,6 +199,7 @@ class _Job:
                 result = work.load_layer(layer)
             report = LayerReport.from_json(result.report)
             reports.append(report)
+            self._say(few_tokens_note(report))
             self.progress.layer(layer + 1, steps, report)
         return reports
 
@@ -219,6 +222,18 @@ class _Job:
             self.plan.output,
             left_out=[name for unused in self.unused for name in unused.names],
         )
+
+
+def few_tokens_note(report: LayerReport) -> list[str]:
+    """What to say of a layer's experts that calibration hardly reached."""
+    few = report.few_tokens
+    if not few:
+        return []
+    least = min(few, key=few.__getitem__)
+    return [
+        f"layer {report.layer}: {len(few)} of {len(report.modules)} linears are of experts that saw too few tokens "
+        f"(fewest: {few[least]}, {least}) and are rounded to nearest: more --calib-samples reach them"
+    ]
 
 
 class _Results:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmctl.graph.graph import Graph, Op
+from llmctl.graph.experts import as_linears
+from llmctl.graph.graph import PRODUCTS, Graph, Op
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,14 @@ class FoldPoint:
 
 
 def find_fold(graph: Graph, buffer: str) -> FoldPoint | None:
-    """The fold point of a buffer in a plain Graph, None where scales cannot be folded."""
-    readers = graph.consumers(buffer)
-    if not readers or any(op.kind != "linear" for op in readers):
+    """The fold point of a buffer in a plain Graph (experts apart), None where scales cannot be folded."""
+    consumers = graph.consumers(buffer)
+    readers = tuple(linear for op in consumers for linear in as_linears(op))
+    width = graph.buffers[buffer].width
+    if not readers or any(op.kind not in PRODUCTS for op in consumers):
         return None
+    if any(graph.weights[op.weights[0]].shape[1] != width for op in readers):
+        return None  # a row an expert, each of which has its own scales: see experts.expert_layer
     found = _trace(graph, buffer)
     if found is None:
         return None
@@ -50,7 +55,6 @@ def find_fold(graph: Graph, buffer: str) -> FoldPoint | None:
     used = [w for op in graph.ops for w in op.weights if w]
     if any(used.count(w) > 1 for w in source.weights if w):
         return None  # shared with another op, which must not change
-    width = graph.buffers[buffer].width
     return FoldPoint(buffer, readers, source, None if columns == list(range(width)) else tuple(columns))
 
 

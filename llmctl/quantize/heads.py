@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError
 from llmctl.evaluate.distributions import Window
 from llmctl.evaluate.perplexity import Protocol, perplexity_of
+from llmctl.graph.experts import multiplications
 from llmctl.graph.graph import LOGITS
 from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def compare_heads(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, 
 
 def _affordable(plan: BuildPlan, heads: int) -> int:
     """Tokens of text that every head can be measured on."""
-    macs = sum(math.prod(plan.graph.weights[op.weights[0]].shape) for op in plan.graph.linears())
+    macs = sum(multiplications(plan.graph, op) for op in plan.graph.products())
     tokens = int(_MAX_WORK / (heads * macs))
     if tokens < _MIN_TOKENS:
         raise LlmctlError(f"a model of {macs / 1e9:.0f} G weights would take minutes")

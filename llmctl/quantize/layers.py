@@ -15,10 +15,11 @@ from torch import Tensor
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.errors import LlmctlError
+from llmctl.graph.experts import as_linears, expert_layer
 from llmctl.graph.graph import Graph, Op, QuantScheme
 from llmctl.quantize.awq import ScaleChoice, quantize_awq, search_scales
 from llmctl.quantize.books import quantize_book
-from llmctl.quantize.folding import find_fold, fold_scales
+from llmctl.quantize.folding import FoldPoint, find_fold, fold_scales
 from llmctl.quantize.gptq import Factored, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
@@ -31,6 +32,8 @@ from llmctl.targets.reference.layerwise import LayerwisePass, Stage
 
 Algorithm = Callable[[Tensor, QuantScheme], QuantizedWeight]
 _STACK = 1 << 24  # weights that are copied to be quantized together
+_FEW_TOKENS = 32
+"""Fewer than these do not tell what an expert is used for: it is rounded to nearest."""
 _ORIGINAL = "original "  # begins the names of the unquantized model's activations, beside the quantized one's
 
 
@@ -51,6 +54,7 @@ def quantize_layer(
         "layer": layer,
         "modules": run.errors,
         "scales": run.scales,
+        "few_tokens": run.few_tokens,
         "seconds": round(time.monotonic() - started, 3),
     }
     return LayerResult(run.quantized, run.changed_dense(), report), leaving
@@ -61,7 +65,7 @@ def quantize_layer_without_data(graph: Graph, plan: Plan, weights: LayerwisePass
     started = time.monotonic()
     quantized: dict[str, QuantizedWeight] = {}
     errors: dict[str, float] = {}
-    names = {op.weights[0]: op.name for op in graph.layer_ops(layer) if op.kind == "linear"}
+    names = {linear.weights[0]: linear.name for op in graph.layer_ops(layer) for linear in as_linears(op)}
     for module in plan.selection.of_layer(layer):
         parts = [weights.weights[name] for name in module.weights]
         scheme = plan.schemes[module.weights[0]]
@@ -115,6 +119,7 @@ class _LayerRun:
         self.quantized: dict[str, QuantizedWeight] = {}
         self.errors: dict[str, float] = {}
         self.scales: dict[str, float | None] = {}
+        self.few_tokens: dict[str, int] = {}
         self.changed: set[str] = set()
         self.folded: dict[str, Tensor] = {}
         self.original_inputs: dict[str, Tensor] = {}
@@ -132,7 +137,8 @@ class _LayerRun:
         entering = {n.removeprefix(_ORIGINAL): value for n, value in hidden.items() if n.startswith(_ORIGINAL)}
 
         def keep(stage: Stage, x: Tensor) -> None:
-            self.original_inputs[stage.buffer] = x
+            if not stage.experts:  # other tokens may choose an expert once the layers before it are quantized
+                self.original_inputs[stage.name] = x
 
         leaving = self.calibration.run(self.layer, entering or own, self.stages, keep, outputs=not self.last)
         return {_ORIGINAL + name: value for name, value in leaving.items()}
@@ -144,19 +150,22 @@ class _LayerRun:
         """Find channel scales for every stage on the unquantized layer, then fold them."""
         found: dict[str, ScaleChoice] = {}
 
-        def search(stage: Stage, x: Tensor) -> None:
-            point = find_fold(self.graph, stage.buffer)
-            if point is not None:
-                found[stage.buffer] = self._search(stage, x, point.column_index())
+        stages = self.calibration.stages(self.layer, self.chosen, by_rows=False)
+        points = {stage.name: self._fold_point(stage) for stage in stages}
 
-        self.calibration.run(self.layer, hidden, self.stages, search, outputs=False)
+        def search(stage: Stage, x: Tensor) -> None:
+            point = points[stage.name]
+            if point is not None and not self._has_few(stage, x):
+                found[stage.name] = self._search(stage, x, point.column_index())
+
+        self.calibration.run(self.layer, hidden, stages, search, outputs=False)
         weights = self.calibration.weights
-        for stage in self.stages:
-            choice, point = found.get(stage.buffer), find_fold(self.graph, stage.buffer)
-            self.scales[stage.buffer] = None if choice is None else choice.alpha
+        for stage in stages:
+            choice, point = found.get(stage.name), points[stage.name]
+            self.scales[stage.name] = None if choice is None else choice.alpha
             if choice is not None and choice.alpha is not None and point is not None:
                 self.changed |= fold_scales(point, choice.scales, weights)
-                self.folded[stage.buffer] = choice.scales
+                self.folded[stage.name] = choice.scales
         for name in self.changed - self.chosen:
             weights[name] = self._stored(weights[name])
 
@@ -170,11 +179,22 @@ class _LayerRun:
         _check_inputs(self.layer, stage, stats)
         return search_scales(weights, stats, scheme, columns)
 
+    def _fold_point(self, stage: Stage) -> FoldPoint | None:
+        graph = expert_layer(self.graph, self.layer, stage.expert) if stage.experts else self.graph
+        return find_fold(graph, stage.buffer)
+
+    def _has_few(self, stage: Stage, inputs: Tensor) -> bool:
+        """Whether an expert saw too few tokens to be calibrated on them."""
+        return bool(stage.experts) and len(inputs) < _FEW_TOKENS
+
     def _stored(self, dense: Tensor) -> Tensor:
         """What a dense tensor is after it has been written: later stages are to make up for its rounding."""
         return dense.to(getattr(torch, self.plan.dense_dtype)).float()
 
     def _quantize_stage(self, stage: Stage, inputs: Tensor) -> None:
+        if self._has_few(stage, inputs):
+            self._round(stage, len(inputs))
+            return
         stats = InputStats.of(inputs)
         _check_inputs(self.layer, stage, stats)
         algorithm = self._algorithm(stage, inputs, stats.gram)
@@ -194,6 +214,17 @@ class _LayerRun:
                     )
                     self.quantized[op.weights[0]], self.calibration.weights[op.weights[0]] = part, dense
 
+    def _round(self, stage: Stage, tokens: int) -> None:
+        """Round an expert's linears to nearest; their errors are those of the weights."""
+        for op in stage.linears:
+            name = op.weights[0]
+            weight = self.calibration.weights[name]
+            self.quantized[name] = quantize_searched(weight, self.plan.schemes[name])
+            dense = self.quantized[name].dequantize()
+            self.errors[op.name] = relative_error(weight, dense, None)
+            self.few_tokens[op.name] = tokens
+            self.calibration.weights[name] = dense
+
     def _algorithm(self, stage: Stage, inputs: Tensor, gram: Tensor) -> Algorithm:
         """From a weight of the stage to its quantization."""
         if self.rounds_activations:
@@ -202,10 +233,10 @@ class _LayerRun:
             return lambda weight, scheme: quantize_awq(weight, gram, scheme)
         options, share = self.plan.gptq, self.plan.config.original_targets
         factored = Factored.of(gram, options)
-        original = self.original_inputs.pop(stage.buffer, None)
+        original = self.original_inputs.pop(stage.name, None)
         if original is None:
             return lambda weight, scheme: quantize_gptq(weight, factored, scheme, options)
-        cross = cross_gram(original, inputs, self.folded.get(stage.buffer))
+        cross = cross_gram(original, inputs, self.folded.get(stage.name))
         return lambda weight, scheme: quantize_gptq(
             original_target(weight, factored, cross, share), factored, scheme, options
         )

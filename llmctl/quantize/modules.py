@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmctl.errors import UnsupportedModelError, UsageError
+from llmctl.graph import experts
 from llmctl.graph.graph import Graph, Op
+
+_CHOOSING = ("route", "weighted_sum")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Selection:
 
 
 def select_modules(graph: Graph, ignore: Sequence[str]) -> Selection:
-    """Split a plain Graph's linears by the ``--ignore`` patterns.
+    """Split a plain Graph's linears (experts apart) by the ``--ignore`` patterns; those that choose experts stay dense.
 
     A pattern is a run of whole name components (``lm_head``, ``mlp``, ``layers.0``, ``layers.3.mlp.down_proj``) or a
     glob over the whole name (``*.layers.1?.*``).
@@ -64,7 +67,7 @@ def select_modules(graph: Graph, ignore: Sequence[str]) -> Selection:
         UnsupportedModelError: a linear made of several checkpoint tensors, or of rows here and there of one.
     """
     linears: dict[str, list[Op]] = {}
-    for op in graph.linears():
+    for op in experts.linears(graph):
         parts = graph.weights[op.weights[0]].parts
         if len({part.tensor for part in parts}) != 1:
             raise UnsupportedModelError(f"linear '{op.name}' is made of {len(parts)} tensors; quantize the plain graph")
@@ -75,6 +78,8 @@ def select_modules(graph: Graph, ignore: Sequence[str]) -> Selection:
     if unused:
         raise UsageError(f"--ignore {unused[0]}: matches no linear of this model", param="ignore")
     ignored = {name for name, names in aliases.items() if any(_matches(p, a) for p in ignore for a in names)}
+    choosing = _choosing(graph)
+    ignored |= {name for name, ops in linears.items() if any(op.outputs[0] in choosing for op in ops)}
     if tied - ignored:
         raise UsageError(
             f"the head shares its weight with the embeddings ({min(tied)}) and cannot be quantized",
@@ -91,6 +96,11 @@ def _matches(pattern: str, name: str) -> bool:
     if any(c in pattern for c in "*?["):
         return fnmatchcase(name, pattern)
     return f".{pattern}." in f".{name}."
+
+
+def _choosing(graph: Graph) -> set[str]:
+    """Buffers that say which experts a token takes, or how much of one."""
+    return {op.inputs[0] if op.kind == "route" else op.inputs[1] for op in graph.ops if op.kind in _CHOOSING}
 
 
 def _is_embedding(graph: Graph, module: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from llmctl.checkpoint.reader import Checkpoint
+from llmctl.graph.experts import linears
 from llmctl.graph.graph import Graph, Op
 
 PARTS = ("embeddings", "attention", "mlp", "head", "norms and biases")
@@ -47,7 +48,7 @@ def _parts(graph: Graph) -> Mapping[str, str]:
     """Weight -> part, of tables and linears' matrices."""
     attention = _attention_linears(graph)
     found = dict.fromkeys(graph.tables(), "embeddings")
-    for op in graph.linears():
+    for op in linears(graph):
         part = "attention" if op.name in attention else "head" if op.layer == graph.num_layers else "mlp"
         found.setdefault(op.weights[0], part)
     return found

@@ -142,6 +142,7 @@ def make_plan(
     overrides = [parse_override(text) for text in config.override]
     selection, schemes = apply_overrides(overrides, select_modules(graph, config.ignore), scheme, bits or {})
     _check_schemes(scheme, schemes, selection)
+    _check_experts(graph, schemes)
     chosen = choose_format(config, set(schemes.values()))
     if method_of(config).calibrated or config.has_budget:
         check_lengths(config.calib_samples, config.calib_length, graph.max_position)
@@ -305,6 +306,18 @@ def _check_schemes(given: QuantScheme, schemes: Mapping[str, QuantScheme], selec
             raise UsageError(
                 f"--override: {error.message.removeprefix('--')}", fix=error.fix, param="override"
             ) from error
+
+
+def _check_experts(graph: Graph, schemes: Mapping[str, QuantScheme]) -> None:
+    """Refuse experts of one product that would be quantized in several ways, or only some of them."""
+    for op in graph.ops:
+        if op.kind == "grouped_linear" and len({schemes.get(name) for name in op.matrices}) > 1:
+            raise UsageError(
+                f"--override and --ignore would quantize '{op.name}' in several ways: the experts of a layer are read "
+                "where they are alike",
+                fix="name the experts of a projection together: '*.experts.*.up_proj'",
+                param="override",
+            )
 
 
 def _check_packable(selection: Selection, output: OutputFormat) -> None:

@@ -28,17 +28,26 @@ class LayerReport:
             (rtn, which sees no inputs).
         scales: buffer -> the exponent AWQ's scale search chose there; None where no scaling was best or possible.
         seconds: time it took.
+        few_tokens: linears of experts that saw too few tokens of the calibration text, and how many: they are rounded
+            to nearest, their errors those of the weights.
     """
 
     layer: int
     modules: Mapping[str, float]
     scales: Mapping[str, float | None]
     seconds: float
+    few_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
         """The report a work folder kept."""
-        return cls(int(data["layer"]), data.get("modules", {}), data.get("scales", {}), float(data.get("seconds", 0.0)))
+        return cls(
+            int(data["layer"]),
+            data.get("modules", {}),
+            data.get("scales", {}),
+            float(data.get("seconds", 0.0)),
+            data.get("few_tokens", {}),
+        )
 
     @property
     def error(self) -> float:

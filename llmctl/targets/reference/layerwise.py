@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llmctl.checkpoint.assemble import WeightSource, assemble
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
+from llmctl.graph.experts import as_linears
+from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, PRODUCTS, Graph, Op
 from llmctl.targets.batch import packed_batch
 from llmctl.targets.reference.context import Env, allocate_cache
 from llmctl.targets.reference.interpreter import Interpreter, Program
@@ -26,14 +27,23 @@ _CHUNK_TOKENS = 2048  # an MLP's activations of so many are 90 MB each in a mode
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears of one layer that read the same buffer and are chosen, in execution order.
+    """Linears of one layer that read the same rows of a buffer and are chosen, in execution order.
 
     Attributes:
         buffer: the buffer. linears: its readers among those chosen.
+        experts: of an expert's linears, the buffer that says which rows are theirs; "": all are.
+        expert: its index.
     """
 
     buffer: str
     linears: tuple[Op, ...]
+    experts: str = ""
+    expert: int = -1
+
+    @property
+    def name(self) -> str:
+        """Of the rows."""
+        return f"{self.buffer}[{self.expert}]" if self.experts else self.buffer
 
 
 OnStage = Callable[[Stage, Tensor], None]
@@ -95,18 +105,28 @@ class LayerwisePass:
             start = self._chunks[-1].rows.stop if self._chunks else 0
             self._chunks.append(_Chunk(self._interpreter, part, start))
 
-    def stages(self, layer: int, chosen: Iterable[str]) -> list[Stage]:
+    def stages(self, layer: int, chosen: Iterable[str], *, by_rows: bool = True) -> list[Stage]:
         """The stages of a layer.
 
         Args:
             chosen: names of the weights that matter.
+            by_rows: experts that read one row a token have a stage each, of the rows that chose them; else one
+                together, of all rows.
         """
         wanted = set(chosen)
-        by_buffer: dict[str, list[Op]] = {}
+        found: dict[tuple[str, str, int], list[Op]] = {}
         for op in self.graph.layer_ops(layer):
-            if op.kind == "linear" and op.weights[0] in wanted:
-                by_buffer.setdefault(op.inputs[0], []).append(op)
-        return [Stage(buffer, tuple(ops)) for buffer, ops in by_buffer.items()]
+            for expert, linear in enumerate(as_linears(op)):
+                if linear.weights[0] not in wanted:
+                    continue
+                own = op.kind != "linear" and (by_rows or self._rows_a_token(op) > 1)
+                key = (op.inputs[0], op.inputs[1], expert) if own else (op.inputs[0], "", -1)
+                found.setdefault(key, []).append(linear)
+        return [Stage(buffer, tuple(ops), experts, expert) for (buffer, experts, expert), ops in found.items()]
+
+    def _rows_a_token(self, op: Op) -> int:
+        """Rows of a product's input that a token has."""
+        return self.graph.buffers[op.inputs[0]].width // self.graph.weights[op.weights[0]].shape[1]
 
     def enter(self) -> Env:
         """Activations entering layer 0, by buffer name."""
@@ -130,8 +150,11 @@ class LayerwisePass:
             outputs: false stops after the last stage and returns nothing.
         """
         ops, leaving = self.graph.layer_ops(layer), self._leaving(layer)
-        first = {op.inputs[0]: i for i, op in reversed(list(enumerate(ops))) if op.kind == "linear"}
-        at = {first[stage.buffer]: stage for stage in stages}
+        at: dict[int, list[Stage]] = {}
+        for stage in stages:
+            kinds = ("grouped_linear",) if stage.experts else PRODUCTS
+            first = next(i for i, op in enumerate(ops) if op.kind in kinds and op.inputs[0] == stage.buffer)
+            at.setdefault(first, []).append(stage)
         ends = sorted(at) + ([len(ops)] if outputs else [])
         envs = [{**chunk.context.inputs(), **chunk.take(hidden)} for chunk in self._chunks]
         start = 0
@@ -142,7 +165,7 @@ class LayerwisePass:
             for chunk, env in zip(self._chunks, envs, strict=True):
                 chunk.run(program, env, ops[start:end], keep_cache=attends)
             if end in at and on_stage is not None:
-                on_stage(at[end], self._whole(at[end].buffer, envs))
+                self._show(at[end], envs, on_stage)
             start = end
         made = [name for name in sorted(leaving) if name in envs[0] and name not in _STEP_INPUTS] if outputs else []
         return {name: self._whole(name, envs) for name in made}
@@ -154,6 +177,18 @@ class LayerwisePass:
         context = copy.copy(self._chunks[0].context)
         context.rows = torch.arange(len(next(iter(hidden.values()))))
         return self._interpreter.program(ops, (LOGITS,))(dict(hidden), context)[LOGITS]
+
+    def _show(self, stages: Sequence[Stage], envs: Sequence[Env], on_stage: OnStage) -> None:
+        """Call ``on_stage`` with each of the stages that start at one op, and its rows."""
+        whole: Env = {}
+        for name in dict.fromkeys(name for stage in stages for name in (stage.buffer, stage.experts) if name):
+            whole[name] = self._whole(name, envs)
+        for stage in stages:
+            x = whole[stage.buffer]
+            if stage.experts:
+                chosen, width = whole[stage.experts], self.graph.weights[stage.linears[0].weights[0]].shape[1]
+                x = x.view(len(x), -1, width).expand(*chosen.shape, width)[chosen == stage.expert]
+            on_stage(stage, x)
 
     def forget(self, layer: int) -> None:
         """Free a layer's weights."""
