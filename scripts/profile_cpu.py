@@ -38,7 +38,8 @@ from llmctl.checkpoint.resolve import cache_dir
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import EngineLoadError, LlmctlError
 from llmctl.graph.dtypes import DTYPES
-from llmctl.graph.graph import Graph
+from llmctl.graph.experts import multiplications
+from llmctl.graph.graph import PRODUCTS, Graph
 from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes
 from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.runtime import CpuRuntime
@@ -110,17 +111,24 @@ class Profile:
         return self.work.int_macs / self.int8 * 1e6
 
 
-def step_work(graph: Graph, linears: dict[str, PackedLinear], kv_dtype: str, spans: Sequence[Span]) -> Work:
-    """The least work of a step of sequences that add ``spans[i][1]`` tokens to ``spans[i][0]``; each samples once."""
+def step_work(
+    graph: Graph, linears: dict[str, PackedLinear], kv_dtype: str, spans: Sequence[Span], experts: float = 1.0
+) -> Work:
+    """The least work of a step of sequences that add ``spans[i][1]`` tokens to ``spans[i][0]``; each samples once.
+
+    Args:
+        experts: share of the experts' weights that are of experts that some token chose.
+    """
     tokens = sum(added for _, added in spans)
     weight_bytes = int_macs = float_macs = kv_bytes = 0
     on_rows = False
     for op in graph.ops:
         on_rows = on_rows or op.kind == "gather_rows"
-        if op.kind == "linear":
-            packed, weight = linears[op.weights[0]], graph.weights[op.weights[0]]
-            weight_bytes += sum(a.nbytes for a in (packed.data, packed.scales, packed.zeros) if a is not None)
-            macs = weight.shape[0] * weight.shape[1] * (len(spans) if on_rows else tokens)
+        if op.kind in PRODUCTS:
+            packed = linears[op.weights[0]]
+            stored = sum(a.nbytes for a in (packed.data, packed.scales, packed.zeros) if a is not None)
+            weight_bytes += stored if op.kind == "linear" else round(experts * stored)
+            macs = multiplications(graph, op) * (len(spans) if on_rows else tokens)
             if packed.integer:
                 int_macs += macs
             else:
@@ -220,8 +228,11 @@ class Bench:
 
     def _measure(self, cases: Mapping[str, Sequence[Span]]) -> list[Profile]:
         """Time each of the steps in turns, over and over, with the probes in between."""
-        profiles = [Samples(step_work(self.engine.graph, self.linears, self.kv_dtype, s)) for s in cases.values()]
         plans = [self._plan(spans) for spans in cases.values()]
+        profiles = [
+            Samples(step_work(self.engine.graph, self.linears, self.kv_dtype, spans, self._experts_read(*plan)))
+            for spans, plan in zip(cases.values(), plans, strict=True)
+        ]
         for i in range(self.steps):
             for (plan, sampling), samples in zip(plans, profiles, strict=True):
                 if i % max(1, self.steps // 5) == 0:
@@ -234,6 +245,17 @@ class Bench:
                 samples.times.append((time.perf_counter() - start) * 1e6)
                 samples.kinds.append(self.runtime.profile())
         return [s.profile(name, spans) for s, (name, spans) in zip(profiles, cases.items(), strict=True)]
+
+    def _experts_read(self, plan: StepPlan, sampling: SamplingBatch) -> float:
+        """The share of the experts' weights that a step reads, as the kernels count."""
+        sizes = dict.fromkeys(PRODUCTS, 0)
+        for op in self.engine.graph.products():
+            sizes[op.kind] += self.linears[op.weights[0]].data.nbytes
+        if not sizes["grouped_linear"]:
+            return 1.0
+        self.runtime.weight_bytes()
+        self.runtime.execute(plan, sampling)
+        return (self.runtime.weight_bytes() - sizes["linear"]) / sizes["grouped_linear"]
 
     def _warm_up(self, plan: StepPlan, sampling: SamplingBatch) -> None:
         """Steps until the caches hold what a server's steps find there: the probes' own buffers displaced it."""
@@ -383,6 +405,7 @@ def print_steps(steps: Sequence[Profile]) -> None:
         "step, µs (quartiles)": lambda p: f"{p.step:,.0f} ({p.quartiles[0]:,.0f}–{p.quartiles[1]:,.0f})",
         "tokens/s": lambda p: f"{p.tokens / p.step * 1e6:,.0f}",
         "weights + KV, MB": lambda p: f"{p.work.weight_bytes / 1e6:.1f} + {p.work.kv_bytes / 1e6:.1f}",
+        "MB a token": lambda p: f"{p.work.bytes / p.tokens / 1e6:.1f}",
         "read, GB/s": lambda p: f"{p.read / 1e9:.1f}",
         "% of read bound": lambda p: f"{100 * p.read_bound / p.step:.0f}",
         "int8 + float GMAC": lambda p: f"{p.work.int_macs / 1e9:.2f} + {p.work.float_macs / 1e9:.2f}",

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoint
+from random_models import write_model
 
 from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.start import open_runtime
 from llmctl.config import BuildConfig
 from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.toolchain import find_compiler
@@ -68,6 +70,22 @@ def test_a_window_bounds_what_attention_reads(engine: Path) -> None:
     long, short = (script.step_work(windowed, linears, "bfloat16", [(before, 1)]) for before in (100, 7))
     assert (long.kv_bytes, long.float_macs) == (short.kv_bytes, short.float_macs)
     assert long.kv_bytes < script.step_work(loaded.graph, linears, "bfloat16", [(100, 1)]).kv_bytes
+
+
+def test_of_experts_those_that_are_chosen_are_read(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen3_moe")
+    path = build_engine(BuildConfig(model=str(model), target="cpu", output=str(tmp_path / "engine")))
+    loaded = load_engine(path, EngineRequest(kv_cache_bytes=1 << 20, max_num_seqs=32))
+    runtime = open_runtime(loaded, threads=2)
+    bench = script.Bench(loaded, runtime, None, steps=1)
+    one, many = bench._plan([(0, 1)]), bench._plan([(0, 1)] * 32)
+    assert bench._experts_read(*one) == 2 / 6
+    assert 2 / 6 < bench._experts_read(*many) <= 1
+    work, whole = (script.step_work(loaded.graph, bench.linears, "bfloat16", [(0, 1)], share) for share in (2 / 6, 1.0))
+    experts = sum(bench.linears[op.weights[0]].data.nbytes for op in loaded.graph.ops if op.kind == "grouped_linear")
+    assert whole.weight_bytes - work.weight_bytes == experts * 4 // 6
+    assert whole.float_macs == work.float_macs
+    runtime.close()
 
 
 def test_growth_fits_a_line() -> None:

@@ -90,7 +90,7 @@ class LinearScratch {
     return (int8_t*)lines_.data()->bytes;
   }
   float* columns() { return columns_.data(); }
-  int64_t weight_bytes = 0;  // read by this thread
+  int64_t weight_bytes = 0;  // read by this thread, each once an op however many patches meet it
 
  private:
   struct alignas(64) Line {  // the micro-kernel loads whole cache lines
@@ -266,7 +266,7 @@ static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share,
   share.run(by_rows ? cut.patches * pieces : pieces, 1, [&](int64_t item, int64_t) {
     const int64_t piece = item % pieces, unit = unit_of(piece), unit_end = unit_of(piece + 1);
     const int64_t first = by_rows ? item / pieces : 0, last = by_rows ? first + 1 : cut.patches;
-    scratch.weight_bytes += (unit_end - unit) * units.tiles_per * op.k * kTile * weight_bits(op) / 8;
+    if (!first) scratch.weight_bytes += (unit_end - unit) * units.tiles_per * op.k * kTile * weight_bits(op) / 8;
     for (int64_t patch = first; patch < last; patch++)
       linear_patch(op, units, {rows, cut.row(patch), cut.row(patch + 1), unit, unit_end, own_end, after}, scratch);
   });
