@@ -17,6 +17,7 @@ from llmctl.config import MergeConfig
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES
 
+_TIED = "tie_word_embeddings"
 Show = Callable[[str, str, int, int], None]
 
 
@@ -80,7 +81,7 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
         output=config.output,
         adapters=tuple(one.described for one in merged.adapters),
         dtype=dtype,
-        untied=len(merged.checkpoint.names()) > len(merged.base.names()),
+        untied=merged.checkpoint.config.get(_TIED) != merged.base.config.get(_TIED),
         left_out={kind.reason: len(kind.names) for kind in unused},
         notes=tuple(merged.notes),
         size=open_checkpoint(output).nbytes,

@@ -134,6 +134,7 @@ def write_plain_checkpoint(
     done = itertools.count(1)
 
     def value(name: str) -> Tensor:
+        source.release()  # what was mapped for the tensors before
         made = dense.value(name)
         on_tensor(name, next(done), len(names))
         return made

@@ -23,7 +23,7 @@ Base = Annotated[
 Adapters = Annotated[
     list[str],
     typer.Argument(
-        metavar="ADAPTER...",
+        metavar="ADAPTER",
         help="Folders that PEFT saved; DIR=WEIGHT adds a share of one. What they add is summed up.",
         show_default=False,
     ),

@@ -186,7 +186,7 @@ def quantize(*args: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("quantized_base", [False, True])
+@pytest.mark.parametrize("quantized_base", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_merged_then_quantized(quantized_base: bool, tmp_path: Path) -> None:
     """As merging first and quantizing that, byte for byte; the KL is from base and adapter in float32."""
     base = str((write_gptq if quantized_base else write_dense)(tmp_path / "base"))
@@ -223,6 +223,7 @@ def test_another_weight_is_another_run(tmp_path: Path) -> None:
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
 
 
+@pytest.mark.slow
 def test_a_quantized_base_whose_dense_weights_are_turned(tmp_path: Path) -> None:
     """GPT-2's linears are stored [in, out] when they are dense, [out, in] when they are not."""
     save_adapter(tmp_path / "a", "gpt2", target_modules=["c_attn", "c_proj"])

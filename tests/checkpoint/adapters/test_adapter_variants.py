@@ -69,7 +69,7 @@ MERGED: dict[str, tuple[str, dict[str, Any]]] = {
     "biases_lora_only": ("llama_biases_tied", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
 }
 """Adapters that only a merge can honour."""
-EVERY_TIME = ("patterns", "phi3", "dora_turned", "embeddings_tied", "saved")
+EVERY_TIME = ("patterns", "dora_turned", "embeddings_tied")
 
 
 def variants(*tables: dict[str, Any]) -> list[Any]:
