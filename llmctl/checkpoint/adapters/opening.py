@@ -57,9 +57,12 @@ class Merged:
     @property
     def notes(self) -> list[str]:
         """What a user should know, a line each."""
+        if not self.adapters:
+            return []
         lines = [note for one in self.adapters for note in one.adapter.notes]
-        if self.adapters and self.base.quantization is not None:
-            lines.append(f"{self.base.path} is quantized ({self.base.quantization.method}): dequantized, then merged")
+        stored = open_checkpoint(self.base.path).quantization  # a GGUF file's base is opened widened
+        if stored is not None:
+            lines.append(f"{self.base.path} is quantized ({stored.method}): dequantized, then merged")
         return lines
 
 
