@@ -251,7 +251,9 @@ def test_a_missing_model_is_one_line_and_starts_nothing(tmp_path: Path) -> None:
         assert server.leftovers() == []
 
 
-@pytest.mark.parametrize("name", ["weights-00001-of-00001.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["weights-00001-of-00001.safetensors", pytest.param("tokenizer.json", marks=pytest.mark.slow)]
+)
 def test_a_damaged_engine_is_one_line(tiny_engine: Path, tmp_path: Path, name: str) -> None:
     engine = tmp_path / "engine"
     shutil.copytree(tiny_engine, engine)

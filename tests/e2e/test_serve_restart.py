@@ -206,6 +206,7 @@ def test_sigterm_while_restarting_serves_what_waits(tiny_engine: Path) -> None:
         assert "Traceback" not in server.output
 
 
+@pytest.mark.slow
 def test_sigterm_while_restarting_with_nothing_to_do_ends_at_once(tiny_engine: Path) -> None:
     with ServerProcess("--model", str(tiny_engine)) as server:
         server.wait_ready()

@@ -71,7 +71,7 @@ def test_more_bits_a_weight_are_spent_and_lose_less(config: QuantizeConfig) -> N
     assert set(bits_of(report).values()) == {8}
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("method", [pytest.param("awq", marks=pytest.mark.slow), "gptq"])
 def test_every_method_keeps_to_a_budget(method: str, config: QuantizeConfig) -> None:
     report = quantize_checkpoint(replace(config, method=method))
     assert report.bits_per_weight <= 5.0
@@ -81,7 +81,7 @@ def test_every_method_keeps_to_a_budget(method: str, config: QuantizeConfig) -> 
     assert {name: scheme and scheme.bits for name, scheme in stored.items()} == bits_of(report)
 
 
-@pytest.mark.parametrize("form", ["auto", "gguf"])
+@pytest.mark.parametrize("form", [pytest.param("auto", marks=pytest.mark.slow), "gguf"])
 def test_a_size_is_kept(form: str, config: QuantizeConfig, tmp_path: Path) -> None:
     output = tmp_path / ("out.gguf" if form == "gguf" else "out")
     size = 170_000

@@ -92,7 +92,7 @@ def report_scheme(report: QuantizeReport) -> object:
 @pytest.mark.parametrize(
     ("method", "family"),
     [
-        *(("awq", family) for family in FAMILIES),
+        *(pytest.param("awq", f, marks=() if f in ("gpt2", "phi3", "qwen3") else pytest.mark.slow) for f in FAMILIES),
         # GPTQ knows a family by its fused tensors only.
         *(pytest.param("gptq", f, marks=() if f == "gpt2" else pytest.mark.slow) for f in FAMILIES),
     ],
@@ -127,11 +127,14 @@ def test_methods_beat_rounding_on_more_families(family: str, config: QuantizeCon
     [
         {"method": "awq", "bits": 4},
         pytest.param({"method": "awq", "bits": 4, "format": "gptq", "symmetric": True}, marks=pytest.mark.slow),
-        {"method": "awq", "bits": 3, "group_size": 32},
+        pytest.param({"method": "awq", "bits": 3, "group_size": 32}, marks=pytest.mark.slow),
         {"method": "gptq", "bits": 4, "static_groups": False},
         {"method": "gptq", "bits": 4, "act_order": False, "format": "awq", "symmetric": False},
         pytest.param({"method": "gptq", "bits": 3, "group_size": -1}, marks=pytest.mark.slow),
-        {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False, "symmetric": False},
+        pytest.param(
+            {"method": "gptq", "bits": 4, "group_size": -1, "static_groups": False, "symmetric": False},
+            marks=pytest.mark.slow,
+        ),
         {"method": "gptq", "bits": 4, "format": "compressed-tensors"},
         {"method": "awq+gptq", "bits": 4, "original_targets": 0.5},
         pytest.param({"method": "awq+gptq", "bits": 3}, marks=pytest.mark.slow),
