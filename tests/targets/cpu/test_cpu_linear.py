@@ -145,12 +145,12 @@ def test_output_head_is_exact(variant: Variant, case: Case, threads: int) -> Non
 def test_extreme_codes_do_not_saturate(variant: Variant, bits: int, group: int) -> None:
     """All activations at ±127 against the largest codes, alternating signs and not: 16-bit sums would overflow."""
     n, k, top = 34, 64, 2**bits - 1
-    x = np.full((24, k), 127)
+    x = np.full((56, k), 127)
     x[1] = -127
     x[2, ::2] = -127
     x[3, : k // 2] = -127
-    x[4:] = np.random.default_rng(0).choice([-127, 127], (20, k))
-    x[16:20] = x[:4]
+    x[4:] = np.random.default_rng(0).choice([-127, 127], (52, k))
+    x[16:20] = x[48:52] = x[:4]
     codes = np.full((n, k), top)
     codes[1::3] = 0
     codes[2::3, ::2] = 0
@@ -162,7 +162,7 @@ def test_extreme_codes_do_not_saturate(variant: Variant, bits: int, group: int) 
         )  # fmt: skip
         sketch = Sketch()
         out = sketch.linear(sketch.rows(x.astype(np.float32)), packed, n)[0]
-        counts = (1, 8, 24)  # the last with its zero points taken off
+        counts = (1, 8, 24, 56)  # the last two (of 8-bit weights the last) with their zero points taken off
         for count, found in zip(counts, run(sketch, out, variant, counts), strict=True):
             assert np.array_equal(found, (x @ (codes - zero).T)[:count])
 

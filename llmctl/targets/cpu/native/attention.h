@@ -50,6 +50,20 @@ static inline void mask_scores(const Queries& qs, int64_t begin, int64_t count, 
   }
 }
 
+// A reduction for each query, in the order of reduce_add().
+template <int kCount, class Op>
+static inline void reduce_queries(const f32x16 (&v)[kCount], Op&& op, float* to) {
+#if defined(LLMCTL_AVX512)
+  if constexpr (kCount == 8) {
+    const f32x16 all = reduce_eight(v, op);
+    std::memcpy(to, &all, 32);
+    return;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; i++) to[i] = reduce(v[i], op);
+}
+
 // Largest scores (times to_log2) of the queries.
 template <int kCount>
 static inline void find_tops(const f32x16 (*scores)[kTiles], const float* to_log2, int64_t count, float* top) {
@@ -59,8 +73,10 @@ static inline void find_tops(const f32x16 (*scores)[kTiles], const float* to_log
   for (int64_t t = 0; t < count; t++)
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; i++) high[i] = vmax(high[i], scores[i][t]);
+  float highest[kCount];
+  reduce_queries<kCount>(high, [](f32x16 a, f32x16 b) { return vmax(a, b); }, highest);
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; i++) top[i] = reduce_max(high[i]) * to_log2[i];
+  for (int i = 0; i < kCount; i++) top[i] = highest[i] * to_log2[i];
 }
 
 // Scores -> softmax weights, their sums, and the operands that meet V (tiles); over int8 the scores become what those
@@ -91,14 +107,14 @@ static inline void weigh(const Queries& qs, f32x16 (*scores)[kTiles], const uint
       }
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; i++) part.sum[i] = reduce_add(sum[i]);
+  reduce_queries<kCount>(sum, [](f32x16 a, f32x16 b) { return a + b; }, part.sum);
   if constexpr (kType == kKvS8) {
+    float most[kCount];
+    reduce_queries<kCount>(largest, [](f32x16 a, f32x16 b) { return vmax(a, b); }, most);
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; i++) {
-      const float most = reduce_max(largest[i]);
-      inverse[i] = inverse_scale(most, kMostWeight);
-      weights.scale[i] = most / kMostWeight;
+      inverse[i] = inverse_scale(most[i], kMostWeight);
+      weights.scale[i] = most[i] / kMostWeight;
     }
   }
 }

@@ -77,7 +77,7 @@ struct Units {
         count(tiles / tiles_per) {}
 };
 
-// A thread's scratch: a ReadyTile or TiledWeights, and the fp32 outputs of a patch on their way to int8.
+// A thread's scratch: a ReadyTile or what multiply_tiles() unpacks, and the fp32 outputs of a patch on their way to int8.
 class LinearScratch {
  public:
   ReadyTile ready(int64_t k, int64_t act_group) {
@@ -162,19 +162,19 @@ static void tile_rows_tiled(const OpDesc& op, const Weights& w, const Patch& pat
   constexpr bool kMin = has_minimums(kType);
   const int64_t tile_bytes = w.k * kTile * kBits / 8;
   const Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, tile_bytes};
-  int8_t* const room = scratch.tile(TiledWeights::bytes(w.k, op.x8.group));
-  const TiledWeights tiled = make_tiled<kBits, kMin>(w, tile, op.x8.group, room);
-  multiply_tiles<kBits, kMin>(w, tiled, op.x8, tile, patch.row, patch.row_end, ahead,
-                              [&](int64_t row, int64_t rows, PairTotals& totals) {
-    const Outputs here{y.data + (row - patch.row) * y.ld, y.ld, y.n};
-    fetch_outputs(op, here, at, rows);
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) finish_tile<8>(op, tile, {here.data + r * y.ld, y.ld, y.n}, at, totals.at[r / 8]);
-    for (; r < rows; r++) {
-      f32x16 total[1][2] = {{totals.row(r)[0], totals.row(r)[1]}};
-      finish_tile<1>(op, tile, {here.data + r * y.ld, y.ld, y.n}, at, total);
-    }
-  });
+  int8_t* const room = scratch.tile(unpacked_bytes(op.x8, patch.row_end - patch.row));
+  const auto outputs_of = [&](int64_t row) { return Outputs{y.data + (row - patch.row) * y.ld, y.ld, y.n}; };
+  multiply_tiles<kBits, kMin>(
+      w, op.x8, tile, patch.row, patch.row_end, ahead, room,
+      [&](int64_t row, int64_t rows, PairTotals& totals) {
+        fetch_outputs(op, outputs_of(row), at, rows);
+        int64_t r = 0;
+        for (; r + 8 <= rows; r += 8) finish_tile<8>(op, tile, outputs_of(row + r), at, totals.at[r / 8]);
+        for (; r < rows; r++) {
+          f32x16 total[1][2] = {{totals.row(r)[0], totals.row(r)[1]}};
+          finish_tile<1>(op, tile, outputs_of(row + r), at, total);
+        }
+      });
 }
 #endif
 

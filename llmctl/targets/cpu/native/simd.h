@@ -382,19 +382,19 @@ static inline i32x16 dot2_i16(i32x16 acc, i16x32 w, const int16_t* x) {
 }
 
 // Fixed pairwise order: the same sum in every variant.
+template <class V, class Op>
+static inline auto reduce(V v, Op&& op) {
+  v = op(v, pick(v, kDown8));
+  v = op(v, pick(v, kDown4));
+  v = op(v, pick(v, kDown2));
+  return op(v, pick(v, kDown1))[0];
+}
 template <class V>
 static inline auto reduce_add(V v) {
-  v += pick(v, kDown8);
-  v += pick(v, kDown4);
-  v += pick(v, kDown2);
-  v += pick(v, kDown1);
-  return v[0];
+  return reduce(v, [](V a, V b) { return a + b; });
 }
 static inline float reduce_max(f32x16 v) {
-  v = vmax(v, pick(v, kDown8));
-  v = vmax(v, pick(v, kDown4));
-  v = vmax(v, pick(v, kDown2));
-  return vmax(v, pick(v, kDown1))[0];
+  return reduce(v, [](f32x16 a, f32x16 b) { return vmax(a, b); });
 }
 #if defined(LLMCTL_AVX512)
 // Lanes of a (0 .. 15) and b (16 .. 31).
@@ -406,7 +406,7 @@ static inline V merge_lanes(V a, V b) {
   return __builtin_shuffle(a, b, i32x16{kLanesOf...});
 #endif
 }
-// Eight reductions at once, in the order of reduce_add(): lane i < 8 of the result is that of v[i].
+// Eight reductions at once, in the order of reduce(): lane i < 8 of the result is that of v[i].
 template <class V, class Op>
 static inline V reduce_eight(const V (&v)[8], Op&& op) {
   V two[4], four[2];
