@@ -204,10 +204,12 @@ class Runtime(Protocol):
         steps_in_flight: steps that may be handed over before the oldest one's result is asked for. 1: ``execute``
             returns when the step is done. 2: it returns before, steps are executed in the order in which they came,
             and what one of them samples can be fed to the next (``IN_FLIGHT``).
+        kernels: which build of its kernels runs and why not a faster one; empty where the engine's target says it.
     """
 
     limits: RuntimeLimits
     steps_in_flight: int
+    kernels: str
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> PendingStep:
         """Start one step; ``sampling`` has one row per slice of ``plan`` with ``sample`` true.

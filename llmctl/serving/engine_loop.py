@@ -227,4 +227,5 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         memory=[list(row) for row in memory_rows(sizing, plan)] if own_memory else [],
         memory_note=f"budget: {plan.budget_source}" if own_memory else "",
+        kernels=engine.runtime.kernels,
     )

@@ -43,6 +43,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         "model": model.name,
         "engine": str(engine),
         "runs": f"{info.family}, {info.quantization}, {info.dtype}, target {info.target}",
+        **({"kernels": info.kernels} if info.kernels else {}),
         "weights": _mib(info.weight_bytes),
         "context": f"{info.max_model_len} tokens",
         "KV cache": f"{kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, "

@@ -93,7 +93,8 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     """The worker is ready. Sizes in tokens, blocks and bytes; the strings are for people.
 
     ``memory``: rows of the memory plan as it came to be (``artifact.memory_table``), for a device with memory of its
-    own; ``memory_note``: where the budget comes from.
+    own; ``memory_note``: where the budget comes from. ``kernels``: which build of the target's kernels runs and why not
+    a faster one; empty where the target's name says it.
     """
 
     model_name: str
@@ -113,6 +114,7 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     max_num_batched_tokens: int
     memory: list[list[str]] = []
     memory_note: str = ""
+    kernels: str = ""
 
 
 class WorkerFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):

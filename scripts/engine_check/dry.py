@@ -33,7 +33,7 @@ class DryRuntime:
         if options.kv_cache_dtype != options.dtype:
             round_cache(self._inner, graph, options.kv_cache_dtype)
         self.limits = self._inner.limits
-        self.steps_in_flight = 2
+        self.steps_in_flight, self.kernels = 2, ""
         self._last: dict[str, int] = {}
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:

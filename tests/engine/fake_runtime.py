@@ -97,7 +97,7 @@ class FakeRuntime:
         seconds_a_token: float = 0.0,
     ) -> None:
         self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, vocab_size)
-        self.steps_in_flight = steps_in_flight
+        self.steps_in_flight, self.kernels = steps_in_flight, ""
         self.seconds_a_token = seconds_a_token
         self.store = [EMPTY] * (num_blocks * block_size)
         self.queue: deque[_Pending | list[int]] = deque()

@@ -48,7 +48,7 @@ class TimedRuntime:
         disturb: Callable[[int, float], float] = lambda _, seconds: seconds,
     ) -> None:
         self.limits = RuntimeLimits(4096, 16, 16384, 40)
-        self.steps_in_flight = steps_in_flight
+        self.steps_in_flight, self.kernels = steps_in_flight, ""
         self.machine, self.disturb = machine, disturb
         self.loads: list[StepLoad] = []
         self.seconds: list[float] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import pytest
 from engine.fake_runtime import FakeRuntime
 from fixtures import make_tiny_llama
@@ -80,3 +81,12 @@ def test_a_cpus_is_not(model: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert (info.memory, info.memory_note) == ([], "")
     assert (info.max_num_seqs, info.max_num_batched_tokens) == (64, 512)
     assert "device context" not in shown(info, capsys, monkeypatch)
+
+
+def test_kernels_that_the_system_refuses_are_shown(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = info_of(model, "reference", EngineOptions())
+    assert "kernels" not in shown(info, capsys, monkeypatch)
+    refused = msgspec.structs.replace(info, kernels="avx512bf16 (AMX: refused)")
+    assert "kernels   avx512bf16 (AMX: refused)" in shown(refused, capsys, monkeypatch)

@@ -88,6 +88,7 @@ class CpuRuntime:
         self._library = open_library(library)
         self.variant = self._library.llmctl_variant().decode()
         refusal = self._library.llmctl_refusal().decode()
+        self.kernels = f"{self.variant} ({refusal})" if refusal else ""
         if refusal:
             logger.warning("%s: the %s kernels run", refusal, self.variant)
         self._weights = weights

@@ -137,7 +137,7 @@ class CudaRuntime:
         sizes = replace(sizes, max_num_seqs=min(sizes.max_num_seqs, sizes.max_num_batched_tokens))
         self._graph, self._options, self._sizes = graph, options, sizes
         self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size)
-        self.steps_in_flight = STEPS_IN_FLIGHT
+        self.steps_in_flight, self.kernels = STEPS_IN_FLIGHT, ""
         self._ropes: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._programs: OrderedDict[StepShape, Program] = OrderedDict()
         self._heads: dict[tuple[int, bool], Program] = {}

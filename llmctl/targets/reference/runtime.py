@@ -33,6 +33,7 @@ class ReferenceRuntime:
     """
 
     steps_in_flight: int = 1
+    kernels: str = ""
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class DelayedRuntime:
     """Executes steps in order, late, and feeds the tokens of each to the next."""
 
     steps_in_flight = 2
+    kernels = ""
 
     def __init__(self, inner: ReferenceRuntime) -> None:
         self.inner, self.limits = inner, inner.limits

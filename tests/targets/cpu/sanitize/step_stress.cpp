@@ -52,7 +52,7 @@ struct Layer {
 
   IntActs operand(int64_t width) {
     return {(int8_t*)memory.bytes(kTokens * width, 1), memory.floats(kTokens * width / kGroup, 0),
-            (int32_t*)memory.floats(kTokens * width / kGroup, 0), width, kGroup};
+            (int32_t*)memory.floats(kTokens * width / kGroup, 0), width, kGroup, 0, 0};
   }
 
   // A 4- or 8-bit linear of an int8 operand.
