@@ -2,12 +2,14 @@
 
 W8A8 rounds a token's activations on one grid, whose step its largest channel decides. Dividing channels by ``s`` and
 multiplying the weight's columns by it leaves the product as it is. SmoothQuant takes ``s = max|x|**a / max|w|**(1-a)``
-with one exponent for a model; here it is searched for every activation, by the error of the outputs with both rounded.
+with one exponent for a model; here it is searched for every activation, by the error of the outputs with both rounded,
+and so is whether a channel's largest value or its root mean square counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from llmctl.quantize.awq import ScaleChoice, tie
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.targets.reference.kernels import dequantize_rows, quantize_rows
 
-_SAMPLE = 512  # tokens, evenly spaced, and as many rows: the search multiplies them once for every exponent
-_STEPS = 20
+_SAMPLE = 256  # tokens, evenly spaced, and as many rows: the search multiplies them once for every candidate
+_STEPS = 10
 _LEAST = 1e-5
 
 
@@ -32,11 +34,6 @@ def search_smoothing(
         inputs: f32 ``[T, K]``.
         columns: as ``awq.search_scales`` has it.
     """
-    size_x = inputs.abs().amax(dim=0)
-    size_w = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
-    if columns is not None:
-        size_x, size_w = tie(size_x, columns), tie(size_w, columns)
-    size_x, size_w = size_x.clamp(min=_LEAST), size_w.clamp(min=_LEAST)
     some = _every(inputs, _SAMPLE)
     rows = torch.cat([_every(weight, max(1, _SAMPLE // len(weights))) for weight in weights])
     wanted = some @ rows.T
@@ -45,16 +42,25 @@ def search_smoothing(
         rounded = quantize_rtn(rows * scales, scheme).dequantize()
         return float((_as_int8(some / scales) @ rounded.T).sub_(wanted).square().sum() / len(some))
 
-    ones = torch.ones_like(size_x)
+    ones = torch.ones(inputs.shape[1])
     baseline = error(ones)
     best = ScaleChoice(ones, None, baseline, baseline)
-    for step in range(_STEPS + 1):
-        alpha = step / _STEPS
-        scales = size_x.pow(alpha) / size_w.pow(1 - alpha)
-        scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(1e-4, 1e4)
-        if (found := error(scales)) < best.error:
-            best = ScaleChoice(scales, alpha, found, baseline)
+    for size_x, size_w in product(_sizes([inputs], columns), _sizes(weights, columns)):
+        for step in range(_STEPS + 1):
+            alpha = step / _STEPS
+            scales = size_x.pow(alpha) / size_w.pow(1 - alpha)
+            scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(1e-4, 1e4)
+            if (found := error(scales)) < best.error:
+                best = ScaleChoice(scales, alpha, found, baseline)
     return best
+
+
+def _sizes(values: Sequence[Tensor], columns: Tensor | None) -> list[Tensor]:
+    """The largest and the root mean square of every column, f32 ``[K]``; one for ``columns`` that share a row."""
+    largest = torch.stack([value.abs().amax(dim=0) for value in values]).amax(dim=0)
+    squares = torch.stack([value.square().sum(dim=0) for value in values]).sum(dim=0)
+    found = (largest, (squares / sum(map(len, values))).sqrt())
+    return [(size if columns is None else tie(size, columns)).clamp(min=_LEAST) for size in found]
 
 
 def w8a8_error(weight: Tensor, quantized: Tensor, inputs: Tensor) -> float:
