@@ -48,6 +48,7 @@ class QuantizeConfig:
     static_groups: bool = True
     sweeps: int = 2
     original_targets: float = 0.5
+    rotate: bool = False
     ignore: tuple[str, ...] = ("lm_head",)
     override: tuple[str, ...] = ()
     target_bpw: float | None = None

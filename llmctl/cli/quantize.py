@@ -157,6 +157,15 @@ OriginalTargets = Annotated[
         rich_help_panel=_METHOD,
     ),
 ]
+Rotate = Annotated[
+    bool,
+    typer.Option(
+        "--rotate",
+        help="Spread outliers first: the residual stream and heads' values turned by randomized Hadamard matrices, "
+        "folded into the weights. Of models with plain RMS norms.",
+        rich_help_panel=_METHOD,
+    ),
+]
 Backend = Annotated[
     str, typer.Option("--backend", help="native, autoawq, auto-gptq or gptqmodel.", rich_help_panel=_METHOD)
 ]
@@ -226,6 +235,7 @@ def quantize(
     static_groups: StaticGroups = _D.static_groups,
     sweeps: Sweeps = _D.sweeps,
     original_targets: OriginalTargets = _D.original_targets,
+    rotate: Rotate = _D.rotate,
     ignore: Ignore = list(_D.ignore),  # noqa: B006
     override: Override = list(_D.override),  # noqa: B006
     target_bpw: TargetBpw = _D.target_bpw,
@@ -271,6 +281,7 @@ def quantize(
         static_groups=static_groups,
         sweeps=sweeps,
         original_targets=original_targets,
+        rotate=rotate,
         ignore=tuple(name for name in ignore if name),
         override=tuple(override),
         target_bpw=target_bpw,

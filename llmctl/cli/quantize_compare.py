@@ -83,6 +83,7 @@ def compare(
     group_size: options.GroupSize = _D.group_size,
     symmetric: options.Symmetric = _D.symmetric,
     format: options.Format = _D.format,
+    rotate: options.Rotate = _D.rotate,
     ignore: options.Ignore = list(_D.ignore),  # noqa: B006
     override: options.Override = list(_D.override),  # noqa: B006
     target_bpw: options.TargetBpw = _D.target_bpw,
@@ -124,6 +125,7 @@ def compare(
         calib_samples=calib_samples,
         calib_length=calib_length,
         seed=seed,
+        rotate=rotate,
         ignore=tuple(name for name in ignore if name),
         override=tuple(override),
         target_bpw=target_bpw,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmctl.checkpoint.adapters.opening import open_merged
-from llmctl.checkpoint.assemble import WeightSource, accounted_graph, assemble
+from llmctl.checkpoint.assemble import WeightSource, accounted_graph, assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.writer import write_quantized_checkpoint
@@ -31,6 +32,7 @@ from llmctl.quantize.layers import check_errors, quantize_layer, quantize_layer_
 from llmctl.quantize.modules import Module
 from llmctl.quantize.plan import Plan, check_not_quantized, check_options, make_plan, notes
 from llmctl.quantize.report import LayerReport, QuantizeReport, make_report
+from llmctl.quantize.rotation import rotate, rotated
 from llmctl.quantize.workfolder import LayerResult, WorkFolder, check_output, open_work_folder
 from llmctl.targets.reference.layerwise import LayerwisePass
 from llmctl.text.tokenizer import Tokenizer
@@ -92,7 +94,8 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
         job = _Job(config, merged.checkpoint, progress)
         layers = job.run(output)
     seconds = time.monotonic() - started
-    report = make_report(job.plan, job.graph, merged.base, job.note, layers, seconds, job.predicted_kl)
+    graph = checkpoint_graph(merged.checkpoint) if config.rotate else job.graph
+    report = make_report(job.plan, graph, merged.base, job.note, layers, seconds, job.predicted_kl)
     return replace(report, merged=tuple(one.described for one in merged.adapters))
 
 
@@ -112,10 +115,13 @@ class _Job:
     """One run over one checkpoint."""
 
     def __init__(self, config: QuantizeConfig, checkpoint: Checkpoint, progress: Progress) -> None:
-        self.config, self.checkpoint, self.progress = config, checkpoint, progress
-        plain, self.unused = accounted_graph(checkpoint)
+        self.config, self.progress = config, progress
+        self.checkpoint = rotate(checkpoint, config.seed) if config.rotate else checkpoint
+        plain, self.unused = accounted_graph(self.checkpoint)
         self.graph = apart(plain)
-        self.plan: Plan = make_plan(config, checkpoint, self.graph)
+        self.plan: Plan = make_plan(config, self.checkpoint, self.graph)
+        if config.rotate:
+            self._say(_turned(checkpoint, self.checkpoint, self.graph))
         if self.plan.budget is None:
             self._say(notes(self.plan))
         self.predicted_kl: float | None = None
@@ -234,6 +240,14 @@ def few_tokens_note(report: LayerReport) -> list[str]:
         f"layer {report.layer}: {len(few)} of {len(report.modules)} linears are of experts that saw too few tokens "
         f"(fewest: {few[least]}, {least}) and are rounded to nearest: more --calib-samples reach them"
     ]
+
+
+def _turned(before: Checkpoint, after: Checkpoint, graph: Graph) -> list[str]:
+    """What to know of a rotation."""
+    added = sum(2 * prod(after.describe(name).shape) for name in after.names() if not before.has(name))
+    if not added:
+        return [rotated(graph)]
+    return [rotated(graph), f"the output head no longer shares the embeddings: {added / 2**20:.1f} MiB more"]
 
 
 class _Results:

@@ -80,7 +80,9 @@ def scheme_of(config: QuantizeConfig) -> QuantScheme:
 def unused_options(config: QuantizeConfig) -> list[str]:
     """Fields of the options that the method has no use for."""
     names = [] if "gptq" in config.steps else [*_OF_GPTQ]
-    return names if method_of(config).calibrated or config.has_budget else [*names, *_OF_CALIBRATION]
+    if method_of(config).calibrated or config.has_budget:
+        return names
+    return [*names, *(name for name in _OF_CALIBRATION if not (name == "seed" and config.rotate))]
 
 
 def _shown(name: str, value: int) -> str:

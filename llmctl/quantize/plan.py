@@ -83,6 +83,8 @@ class Plan:
         if self.reads_text:
             common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
             common |= {"calib_sha256": source_digest(c.calib), "seed": c.seed}
+        if c.rotate:
+            common |= {"rotate": True, "seed": c.seed}
         if "gptq" in c.steps:
             common |= {"damp_percent": c.damp_percent, "act_order": c.act_order, "static_groups": c.static_groups}
             common |= {"sweeps": c.sweeps, "original_targets": c.original_targets}
