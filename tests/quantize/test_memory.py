@@ -41,6 +41,7 @@ def write_7b(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", ["rtn", "awq"])
 def test_one_layer_is_in_memory(method: str, tmp_path: Path) -> None:
     model, text = tmp_path / "model", tmp_path / "text.txt"
