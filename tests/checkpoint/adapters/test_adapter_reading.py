@@ -105,8 +105,11 @@ TENSORS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     ),
     "unknown piece": (with_(f"{FIRST}.lora_C.weight", np.ones(2, np.float32)), "this model does not have: 'model"),
     "twice": (
-        with_(f"{FIRST.replace('model.model.model', 'model.model.language_model.model')}.lora_A.weight", np.ones(2)),
-        "are both|are one to the model|modules that",
+        lambda tensors: tensors.update(
+            {f"base_model.model.model.embed_tokens.{name}": np.ones((VOCAB, HIDDEN), np.float16)
+             for name in ("weight", "base_layer.weight")}
+        ),
+        r"tensors '.*' and '.*' are one to the model",
     ),
 }  # fmt: skip
 
@@ -180,6 +183,11 @@ def test_a_pattern_that_takes_for_ever(graph: Graph, tmp_path: Path, monkeypatch
     write(tmp_path / "a", settings(target_modules="((a?.{1,999}){1,999}){1,999}[!?]"), products("q_proj"))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: .* takes more than 0\.01 s to match"):
         read_adapter(tmp_path / "a", graph)
+
+
+def test_an_adapter_of_nothing(graph: Graph, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tensors"):
+        read_adapter(write(tmp_path / "a", settings(target_modules=[]), {}), graph)
 
 
 def test_settings_of_training_say_nothing(graph: Graph, tmp_path: Path) -> None:
