@@ -21,7 +21,7 @@ struct llmctl_program {
   int64_t max_rows, vocab;
   size_t tail;  // first op that runs on gathered rows
   std::vector<size_t> next_linear;  // [op] the first linear behind it, from the start again behind the last
-  int rows_per = kHalves * kQueries;
+  int rows_per = kQueries, wide_rows = kHalves * kQueries;  // tokens of a query tile
   Pool pool;
   Attention attention;
   std::vector<RowTile> tiles;
@@ -49,8 +49,10 @@ struct llmctl_program {
     const bool tiled = have_tiles() && std::all_of(kv.begin(), kv.end(), [](const KvLayer& k) { return k.type == kKvS8; });
     for (size_t i = ops.size(); i-- > 0;) {
       if (ops[i].on_rows) tail = i;
-      if (ops[i].kind == kAttention)
-        rows_per = std::min(rows_per, HeadPacking(ops[i].heads, ops[i].kv_heads).rows(tiled ? kHalves : 1));
+      if (ops[i].kind != kAttention) continue;
+      const HeadPacking packing(ops[i].heads, ops[i].kv_heads);
+      rows_per = std::min(rows_per, packing.rows(1));
+      wide_rows = std::min(wide_rows, packing.rows(tiled ? kHalves : 1));
     }
     next_linear.assign(ops.size(), 0);
     for (size_t i = 2 * ops.size(), next = 0; i-- > 0;) {
@@ -320,7 +322,7 @@ const char* llmctl_create_error() { return create_error; }
 void llmctl_destroy(llmctl_program* program) { delete program; }
 
 int llmctl_step(llmctl_program* program, const StepDesc* step, const SamplingDesc* sampling) {
-  cut_row_tiles(*step, program->rows_per, program->tiles);
+  cut_row_tiles(*step, program->rows_per, program->wide_rows, program->tiles);
   program->sample_index.clear();
   int32_t samples = 0;
   for (int64_t row = 0; row < step->rows; row++)
