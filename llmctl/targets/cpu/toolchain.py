@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -179,8 +180,15 @@ def _compile(command: tuple[str, ...], flags: tuple[str, ...], source: Path) -> 
         if result.returncode or not output.is_file():
             lines = result.stderr.splitlines()
             first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-            raise CompileError(f"{source}: {command[0]} failed: {first.strip()}")
+            raise CompileError(f"{source}: {command[0]} failed: {first.strip()}", fix=_fix_of(first))
         return output.read_bytes()
+
+
+def _fix_of(message: str) -> str | None:
+    """For a compiler that does not know a variant's flags."""
+    if not re.search(r"(unrecognized|unknown|unsupported).*-m(amx|avx)", message):
+        return None
+    return "take a newer compiler (for amx GCC 11 or clang 12), or name another variant: --target cpu:avx512vnni"
 
 
 def _version(command: tuple[str, ...]) -> str:

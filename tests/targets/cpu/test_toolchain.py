@@ -139,6 +139,19 @@ def test_a_compiler_that_fails_is_quoted(empty_path: Path) -> None:
         compile_library(PORTABLE)
 
 
+def test_a_compiler_too_old_for_a_variant_is_told_of_others(empty_path: Path) -> None:
+    (empty_path / "c++").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\n'
+        "echo \"c++: error: unrecognized command-line option '-mamx-tile'\" >&2\nexit 1\n"
+    )
+    (empty_path / "c++").chmod(0o755)
+    with pytest.raises(CompileError) as error:
+        compile_library(VARIANTS[0])
+    assert error.value.fix == (
+        "take a newer compiler (for amx GCC 11 or clang 12), or name another variant: --target cpu:avx512vnni"
+    )
+
+
 def test_emulation_is_tested_and_never_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     by_name = {v.name: v for v in VARIANTS}
