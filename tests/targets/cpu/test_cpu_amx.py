@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from test_cpu_attention import Shape, bind, content
 
 from llmctl.engine.step import SequenceSlice
+from llmctl.targets.cpu.binding import Lowering
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import PackedLinear, pack_int
 from llmctl.targets.cpu.toolchain import (
@@ -187,6 +188,17 @@ def test_linears_give_the_same_bits(
             assert found.tobytes() == expected.tobytes()
     # One row alone is the same as in a batch.
     assert outputs(variant, (1,), 1)[0].tobytes() == whole[-1][:1].tobytes()
+
+
+def test_int8_rows_have_room_for_whole_tiles() -> None:
+    """The last block of rows is read whole, and an activation group of 68 columns is two tiles of 36."""
+    sketch = Sketch()
+    packed = real_linear(4, -1, 32, 544, gated=False, minimum=False, symmetric=False)
+    out = sketch.linear(sketch.rows(np.zeros((17, 544), np.float32)), packed, 32)[0]
+    lowering = Lowering(sketch.graph(out), sketch.linears)
+    lowering.run()
+    sizes = {s.name.rpartition(".")[2]: s.bytes(17, 1) for s in lowering.storages if not s.on_rows}
+    assert (sizes["codes"], sizes["scales"], sizes["sums"]) == (32 * 8 * 72, 32 * 8 * 4, 32 * 8 * 4)
 
 
 @each_amx
