@@ -6,6 +6,7 @@
 #pragma once
 #include <cerrno>
 #include <cstdio>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -120,15 +121,17 @@ static inline void emulate_dot() {
   if (shapes.rows[A] != shapes.rows[C] || shapes.row_bytes[B] != shapes.row_bytes[C] ||
       shapes.row_bytes[A] != 4 * shapes.rows[B] || shapes.row_bytes[C] % 4)
     __builtin_trap();
-  for (int m = 0; m < shapes.rows[C]; m++)
-    for (int n = 0; n < shapes.row_bytes[C] / 4; n++) {
-      uint32_t sum;  // it wraps
-      std::memcpy(&sum, state.data[C][m] + 4 * n, 4);
-      for (int k = 0; k < shapes.rows[B]; k++)
-        for (int j = 0; j < 4; j++)
-          sum += uint32_t(int32_t(Left(state.data[A][m][4 * k + j])) * int32_t(Right(state.data[B][k][4 * n + j])));
-      std::memcpy(state.data[C][m] + 4 * n, &sum, 4);
-    }
+  // All n at once: columns beyond the shapes are 0 in B and C.
+  for (int m = 0; m < shapes.rows[C]; m++) {
+    u32x16 sum = load<u32x16>(state.data[C][m]);  // it wraps
+    for (int k = 0; k < shapes.rows[B]; k++)
+      for (int j = 0; j < 4; j++) {
+        const u32x16 top = load<u32x16>(state.data[B][k]) << (24 - 8 * j);
+        const u32x16 right = std::is_signed_v<Right> ? (u32x16)((i32x16)top >> 24) : top >> 24;
+        sum += right * uint32_t(int32_t(Left(state.data[A][m][4 * k + j])));
+      }
+    store(state.data[C][m], sum);
+  }
   for (int m = shapes.rows[C]; m < kTileRows; m++) std::memset(state.data[C][m], 0, kTileBytes);
 }
 #define LLMCTL_TILE_DOT(name, Left, Right, mnemonic) \
