@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A random mixture of experts as a Hugging Face folder, bfloat16, without a tokenizer: to time engines of such models.
+"""A random mixture of experts as a Hugging Face folder, bfloat16, its tokens bytes: to time engines of such models.
 
     python scripts/random_mixture.py ./mixture                       # 64 experts, 8 chosen, 0.3 billion weights
     llmctl quantize --model ./mixture --method rtn --output ./mixture-4bit
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,8 +60,18 @@ def main() -> int:
         return int(error.exit_code)
     args.output.mkdir()
     write_sharded(args.output, _tensors(graph), max_shard_bytes=2 * 10**9)
+    _tokenizer().save(str(args.output / "tokenizer.json"))
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _tokenizer() -> Tokenizer:
+    """A token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _tensors(graph: Graph) -> dict[str, TensorSpec]:

@@ -35,8 +35,8 @@ def layer_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
         return _same_everywhere(types, 0, layers)
     window = reader.value("sliding_window")
     if mode in ("all", "switched"):
-        used = window is not None and (mode == "all" or reader.value("use_sliding_window"))
-        return _same_everywhere(types, reader.size("sliding_window") if used else 0, layers)
+        on = mode == "all" or bool(reader.value("use_sliding_window"))
+        return _same_everywhere(types, reader.size("sliding_window") if on and window is not None else 0, layers)
     if mode == "typed":
         return _typed_windows(reader, types, layers)
     use, first = reader.value("use_sliding_window"), reader.value("max_window_layers")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from llmctl.errors import CheckpointError, UnsupportedModelError, UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.experts import apart, linears
 from llmctl.graph.families import build_graph
-from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.graph import Buffer, Graph, QuantScheme
 from llmctl.graph.passes import apply_passes
 from llmctl.graph.serial import graph_from_dict, graph_to_dict
 
@@ -158,6 +160,75 @@ def test_experts_apart_are_linears_of_their_own() -> None:
     assert names[5:7] == ["layers.1.experts.gate_proj.0", "layers.1.experts.gate_proj.1"]
     assert names[-4:] == [f"layers.1.shared.{role}" for role in ("gate_proj", "up_proj", "down_proj", "switch")]
     assert len(names) == 5 + 3 * 5 + 4
+
+
+def changed(name: str, **changes: Any) -> Callable[[Graph], Graph]:
+    """A graph with an op's attributes (``attrs``, added to its own) or fields replaced."""
+
+    def change(graph: Graph) -> Graph:
+        op = next(op for op in graph.ops if op.name == name)
+        new = op.with_(**{**changes, "attrs": {**op.attrs, **changes.get("attrs", {})}})
+        return replace(graph, ops=tuple(new if one is op else one for one in graph.ops))
+
+    return change
+
+
+ROUTE, DOWN, FUSED = "layers.0.route", "layers.0.experts.down_proj", "layers.0.experts.gate_up_proj"
+BROKEN: dict[str, tuple[Callable[[Graph], Graph], str]] = {
+    "more experts than columns": (
+        changed(ROUTE, attrs={"top_k": 3}),
+        "width of 'layers.0.route.0': expected 3, found 2",
+    ),
+    "scores": (changed(ROUTE, attrs={"scores": "tanh"}), "scores are known"),
+    "groups": (changed(ROUTE, attrs={"groups": 4}), "experts left over by whole groups"),
+    "top groups": (changed(ROUTE, attrs={"groups": 6}), "top_groups hold top_k"),
+    "bias": (changed(ROUTE, weights=("layers.0.mlp_norm.weight",)), "shape of 'layers.0.mlp_norm.weight'"),
+    "experts left over": (changed(DOWN, attrs={"count": 5}), "rows left over by whole experts"),
+    "fewer experts": (changed(DOWN, attrs={"count": 3}), "width of the result: expected 256, found 128"),
+    "rows of another width": (changed(DOWN, inputs=("layers.0.mlp_norm", "layers.0.route.0")), "width of x"),
+    "epilogue": (changed(FUSED, attrs={"epilogue": "tanh_mul"}), "epilogue is known"),
+    "half of gate and up": (
+        changed(FUSED, outputs=("layers.0.mlp_norm2",)),
+        "rows of gate and up: expected 768, found 576",
+    ),
+    "shares": (changed("layers.0.experts.sum", inputs=(DOWN, "layers.0.router")), "width of the parts"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_mixture_that_does_not_fit_together_is_refused(how: str) -> None:
+    change, words = BROKEN[how]
+    graph = apply_passes(build_graph(QWEN3))
+    graph = replace(graph, buffers={**graph.buffers, "layers.0.mlp_norm2": Buffer("layers.0.mlp_norm2", 128)})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_graph(change(graph))
+
+
+def test_experts_apart_are_of_one_shape() -> None:
+    graph = apart(build_graph(QWEN3))
+    odd = graph.weights["layers.0.experts.up_proj.4.weight"]
+    weights = {**graph.weights, odd.name: replace(odd, shape=(48, 60))}
+    with pytest.raises(ValueError, match=re.escape("up_proj.4.weight': expected (48, 64), found (48, 60)")):
+        check_graph(replace(graph, weights=weights))
+
+
+def test_a_window_is_on_every_layer_or_none() -> None:
+    def windows(**changes: Any) -> list[int]:
+        return [kv.window for kv in build_graph({**QWEN3, **changes}).kv]
+
+    assert windows(sliding_window=9) == windows(sliding_window=None, use_sliding_window=True) == [0, 0]
+    assert windows(sliding_window=9, use_sliding_window=True) == [9, 9]
+
+
+def test_an_expert_that_is_stored_twice_is_named(tmp_path: Path) -> None:
+    source = open_checkpoint(write_model(tmp_path / "model", "qwen3_moe"))
+    tensors = {name: source.weight(name) for name in source.names()}
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(6, 64, 48)
+    write_safetensors(tmp_path / "model" / "model.safetensors", {n: tensor_spec(t) for n, t in tensors.items()})
+    with pytest.raises(
+        CheckpointError, match=re.escape("holds 'model.layers.0.mlp.experts.0.down_proj.weight', which")
+    ):
+        open_checkpoint(tmp_path / "model")
 
 
 def test_the_cuda_target_refuses_before_anything_is_written(tmp_path: Path) -> None:

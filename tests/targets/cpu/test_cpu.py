@@ -83,7 +83,10 @@ def scores_in_pieces(runtime: Runtime, sequences: list[list[int]], seed: int, la
     return [np.concatenate(parts) for parts in found]
 
 
-@pytest.mark.parametrize("case", [*CASES, "gemma2", *slow(case for case in MORE_CASES if case != "gemma2")])
+_FAST = ("gemma2", "qwen3_moe")
+
+
+@pytest.mark.parametrize("case", [*CASES, *_FAST, *slow(case for case in MORE_CASES if case not in _FAST)])
 def test_scores_equal_transformers(case: str) -> None:
     sequences = [tokens(n, seed) for seed, n in enumerate((40, 7, 23, 61))]
     expected = [

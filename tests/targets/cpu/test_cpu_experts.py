@@ -16,8 +16,10 @@ from cpu_graphs import VARIANTS, Floats, Native, Sketch, each_variant, run
 
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice
+from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cpu.abi import WEIGHT_BITS
+from llmctl.targets.cpu.binding import Lowering
 from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
 from llmctl.targets.cpu.packing import pack_linear
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
@@ -165,3 +167,28 @@ def test_routes_are_the_reference_s(scores: str, groups: tuple[int, int]) -> Non
     expected = torch.zeros(TOKENS, 12).scatter_(1, experts.long(), wanted)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
     assert len({tuple(row) for row in experts.tolist()}) > 9
+
+
+def test_rows_in_expert_order_are_refused_where_nothing_takes_them() -> None:
+    case = mixture("f32")
+
+    def refusal(kind: str) -> str:
+        sketch = Sketch()
+        x, logits = sketch.rows(case.x), sketch.rows(case.logits)
+        experts, _ = sketch.op("route", (logits,), (CHOSEN, CHOSEN), ("",), ROUTING)
+        others, shares = sketch.op("route", (logits,), (CHOSEN, CHOSEN), ("",), ROUTING)
+        h = case.product(sketch, (x, experts), case.gate_up, INNER, {"epilogue": "silu_mul"})
+        if kind == "grouped_linear":
+            made = case.product(sketch, (h, others), case.down, WIDTH, {})
+        else:
+            plain = sketch.rows(np.zeros((1, CHOSEN * INNER), np.float32)) if kind == "mul" else h
+            made = sketch.op(kind, (h, plain), (CHOSEN * INNER,))[0]
+        parts = sketch.buffers[made].width // CHOSEN
+        graph = sketch.graph(sketch.op("weighted_sum", (made, shares), (parts,))[0])
+        with pytest.raises(UnsupportedModelError) as caught:
+            Lowering(graph, sketch.linears).run()
+        return caught.value.message
+
+    assert refusal("add") == "op 'add' has no native CPU kernel: its rows are in expert order"
+    assert refusal("mul") == "op 'mul' has no native CPU kernel: some of its rows are in expert order"
+    assert "its rows are in the order of other experts" in refusal("grouped_linear")
