@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_models import CONFIGS, write_model
+from random_models import write_model
 from runtime_stepping import greedy
 
 from llmctl.artifact.builder import build_engine
@@ -32,12 +32,11 @@ def scores(runtime: Runtime, tokens: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize(
     ("method", "bits", "format"),
-    [("rtn", 4, "gptq"), ("rtn", 8, "gptq"), ("rtn", 4, "compressed-tensors"), ("fp8", None, "auto")],
+    [("rtn", 4, "gptq"), ("fp8", None, "auto")],
 )
 def test_engines_of_quantized_experts(family: str, method: str, bits: int | None, format: str, tmp_path: Path) -> None:
-    """All experts are chosen: a near tie that turns would outweigh the rounding of activations."""
-    chosen = CONFIGS[family]["num_experts"]
-    model = write_model(tmp_path / "model", family, num_experts_per_tok=chosen)
+    """In float32; what int8 activations do to a row of an expert, the kernels' own tests say."""
+    model = write_model(tmp_path / "model", family)
     size = None if method == "fp8" else 16
     quantize_checkpoint(
         QuantizeConfig(
@@ -47,10 +46,11 @@ def test_engines_of_quantized_experts(family: str, method: str, bits: int | None
     tokens = np.random.default_rng(2).integers(0, 300, 40).tolist()
     found = {}
     for target in ("reference", "cpu"):
-        build = BuildConfig(model=str(tmp_path / "made"), target=target, output=str(tmp_path / target))
+        out = str(tmp_path / target)
+        build = BuildConfig(model=str(tmp_path / "made"), target=target, output=out, dtype="float32")
         engine = load_engine(build_engine(build), EngineRequest(kv_cache_bytes=1 << 20, max_num_seqs=2))
         runtime = open_runtime(engine, threads=2)
         found[target] = scores(runtime, tokens)
         runtime.close()
-    assert np.abs(found["reference"] - found["cpu"]).mean() < 0.06
+    assert np.abs(found["reference"] - found["cpu"]).max() < 2e-3
     assert found["reference"].std() > 0.5
