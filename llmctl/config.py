@@ -157,7 +157,7 @@ class EngineOptions:
     ``max_num_seqs``, ``max_num_batched_tokens`` None: the target's default. ``gpu_memory_utilization`` None:
     ``GPU_MEMORY_UTILIZATION``; told to have no effect where it has none. ``kv_cache_dtype`` "auto": as built.
     ``itl_target``: "auto" or milliseconds, see ``itl_target_seconds``. ``shed``: refuse what cannot keep its TTFT
-    deadline, or missed it in the queue.
+    deadline, or missed it in the queue. ``max_cpu_loras`` None: ``max_loras``.
     """
 
     model: str = ""
@@ -180,6 +180,10 @@ class EngineOptions:
     threads: int | None = None
     seed: int = 0
     verify: bool = False
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
 
     def sized(self, max_num_seqs: int, max_num_batched_tokens: int) -> EngineConfig:
         """These options with the size of a step settled."""
@@ -212,6 +216,8 @@ class ServeConfig(EngineOptions):
     generation_config: str = "auto"
     pooling: str = "last"
     quantization: str | None = None
+    lora_modules: tuple[str, ...] = ()
+    lora_dir: str | None = None
     api_key: str | None = field(default=None, repr=False)
     priority_keys: str | None = field(default=None, repr=False)
     api_key_file: str | None = None

@@ -70,6 +70,7 @@ class LoadedEngine:
             limits.max_num_seqs,
             bool(request.enforce_eager),
             GPU_MEMORY_UTILIZATION if share is None else share,
+            request.lora,
         )
 
     @property

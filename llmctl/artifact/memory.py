@@ -25,7 +25,7 @@ class MemoryPlan:
     Attributes:
         budget: what may be used in all. budget_source: where that comes from, for people.
         weights: all weights as they lie in memory. activations: peak of one step.
-        context: what the device takes for running anything at all.
+        context: what the device takes for running anything at all. adapters: their slots.
         kv_per_token: KV cache of one token over all layers. block_size: tokens a KV block.
         num_blocks: KV blocks that the plan allocates. max_model_len: longest sequence asked for, tokens.
         largest_max_model_len: longest sequence the budget has room for (at most the model's own limit), tokens.
@@ -41,6 +41,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     largest_max_model_len: int
+    adapters: int = 0
 
     @property
     def kv_tokens(self) -> int:
@@ -55,7 +56,7 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """Everything but the KV cache."""
-        return self.weights + self.activations + self.context
+        return self.weights + self.activations + self.context + self.adapters
 
     @property
     def total(self) -> int:
@@ -81,6 +82,7 @@ class MemoryPlan:
         """One line that itemises why ``max_model_len`` does not fit."""
         needed = self.kv_bytes_of_one
         context = f"device context {human_bytes(self.context)} + " if self.context else ""
+        context += f"adapters {human_bytes(self.adapters)} + " if self.adapters else ""
         return (
             f"memory: expected at most {human_bytes(self.budget)} ({self.budget_source}), found "
             f"{human_bytes(self.fixed + needed)} needed: weights {human_bytes(self.weights)} + "
@@ -121,13 +123,14 @@ def plan_memory(
     per_token = target.kv_bytes_per_token(graph, options)
     activations = target.activation_bytes(graph, options, limits.max_num_batched_tokens, limits.max_num_seqs)
     weights, context = target.resident_bytes(graph, options, planes), target.context_bytes()
+    adapters = 0 if request.lora is None else target.adapter_bytes(graph, options, request.lora)
     block_bytes = max(1, per_token * block_size)
     sequence_blocks = _ceil(length, block_size) // block_size
     most_blocks = limits.max_num_seqs * sequence_blocks
     budget = _budget(target, request)
     if budget.shared:
         most_blocks = min(most_blocks, max(HOST_KV_BYTES // block_bytes, sequence_blocks))
-    room_blocks = max(0, budget.size - weights - activations - context) // block_bytes
+    room_blocks = max(0, budget.size - weights - activations - context - adapters) // block_bytes
     asked = request.kv_cache_bytes
     num_blocks = min(room_blocks, most_blocks) if asked is None else asked // block_bytes
     holds = room_blocks if asked is None else min(room_blocks, num_blocks)
@@ -142,6 +145,7 @@ def plan_memory(
         num_blocks=num_blocks,
         max_model_len=length,
         largest_max_model_len=min(holds * block_size, graph.max_position),
+        adapters=adapters,
     )
 
 

@@ -32,6 +32,7 @@ def memory_rows(sizing: Sizing, plan: MemoryPlan) -> list[Row]:
         ("weights", [human_bytes(p.weights) for p in plans]),
         (step, [human_bytes(p.activations) for p in plans]),
         *([("device context, an allowance", [human_bytes(p.context) for p in plans])] if plan.context else []),
+        *([(_adapters(sizing), [human_bytes(p.adapters) for p in plans])] if plan.adapters else []),
         (
             f"KV cache, {sizing.options.kv_cache_dtype}",
             [human_bytes(p.kv_bytes) if p.kv_bytes else "none" for p in plans],
@@ -67,11 +68,17 @@ def render(rows: Iterable[Row], *, note: str = "") -> Table:
     return table
 
 
+def _adapters(sizing: Sizing) -> str:
+    lora = sizing.request.lora
+    return "" if lora is None else f"{lora.slots} adapters of rank {lora.rank}"
+
+
 def _figures(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "weights_bytes": plan.weights,
         "activation_bytes": plan.activations,
         "device_context_bytes": plan.context,
+        "adapter_bytes": plan.adapters,
         "kv_bytes_per_token": plan.kv_per_token,
         "kv_cache_bytes": plan.kv_bytes,
         "block_size": plan.block_size,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmctl.config import EngineOptions, parse_bytes
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import KV_SPELLINGS
 from llmctl.targets.machine import check_threads
@@ -26,6 +27,7 @@ class EngineRequest:
         kv_cache_dtype: what the KV cache is made of. kv_cache_bytes: its size; None sizes it from the memory available.
         budget: bytes for everything; None takes a share of the memory available.
         gpu_memory_utilization: that share, on a GPU. enforce_eager, threads: how a step is launched, CPU threads.
+        lora: adapters that requests may run with; None: none.
     """
 
     max_model_len: int | None = None
@@ -40,6 +42,7 @@ class EngineRequest:
     gpu_memory_utilization: float | None = None
     enforce_eager: bool | None = None
     threads: int | None = None
+    lora: LoraLimits | None = None
 
     @classmethod
     def of(cls, config: EngineOptions) -> EngineRequest:
@@ -47,7 +50,7 @@ class EngineRequest:
 
         Raises:
             UsageError: ``kv_cache_memory`` is no size, ``kv_cache_dtype`` no dtype, ``gpu_memory_utilization`` no
-                share, ``threads`` more than there are processors.
+                share, ``threads`` more than there are processors, or numbers of adapters that cannot be.
         """
         check_threads(config.threads)
         size, share = config.kv_cache_memory, config.gpu_memory_utilization
@@ -69,6 +72,7 @@ class EngineRequest:
             gpu_memory_utilization=share,
             enforce_eager=config.enforce_eager or None,
             threads=config.threads,
+            lora=_lora(config),
         )
 
     def step_limits(self, target: Target) -> StepLimits:
@@ -102,6 +106,27 @@ _NO_EFFECT = {
     "gpu_memory_utilization": "it takes no GPU's memory; --kv-cache-memory sizes its KV cache",
     "enforce_eager": "it records no steps",
 }
+
+
+def _lora(config: EngineOptions) -> LoraLimits | None:
+    sizes = {name: getattr(config, name) for name in ("max_loras", "max_lora_rank", "max_cpu_loras")}
+    if not config.enable_lora:
+        default = EngineOptions()
+        for name, value in sizes.items():
+            if value != getattr(default, name):
+                raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", param=name)
+        return None
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, found {value}", param=name)
+    cached = config.max_loras if config.max_cpu_loras is None else config.max_cpu_loras
+    if cached < config.max_loras:
+        raise UsageError(
+            f"--max-cpu-loras: expected at least --max-loras {config.max_loras}, found {cached}",
+            fix="leave it out",
+            param="max_cpu_loras",
+        )
+    return LoraLimits(config.max_loras, config.max_lora_rank, cached)
 
 
 def _kv_cache_dtype(name: str) -> str | None:

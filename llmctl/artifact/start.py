@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.config import EngineOptions
+from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
@@ -45,7 +47,9 @@ def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float
         tokenizer = reading.result()
     sizes = loaded.sizes
     scheduler = SchedulerConfig.from_engine_config(config.sized(sizes.max_num_seqs, sizes.max_num_batched_tokens))
-    engine = LLMEngine(runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=clock)
+    engine = LLMEngine(
+        runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=clock, adapters=_adapters(loaded, runtime)
+    )
     return StartedEngine(engine, tokenizer, loaded)
 
 
@@ -59,3 +63,15 @@ def open_runtime(engine: LoadedEngine, *, threads: int | None = None) -> Runtime
         EngineLoadError, DeviceError: it does not load here after all.
     """
     return engine.target.open_runtime(engine, threads)
+
+
+def _adapters(loaded: LoadedEngine, runtime: Runtime) -> AdapterCache | None:
+    lora = loaded.request.lora
+    if lora is None:
+        return None
+    assert runtime.adapters is not None, "it was sized for them"
+    import_module("torch")  # in which adapters are read: while requests run, its import would keep steps waiting
+    from llmctl.checkpoint.adapters.reading import read_adapter
+
+    graph, base = loaded.graph, loaded.manifest.source.name
+    return AdapterCache(lora, runtime.adapters, lambda folder: read_adapter(folder, graph, base))

@@ -66,6 +66,12 @@ def serve(
     shed: o.Shed = _D.shed,
     threads: o.Threads = _D.threads,
     seed: o.Seed = _D.seed,
+    enable_lora: o.EnableLora = _D.enable_lora,
+    lora_modules: o.LoraModules = list(_D.lora_modules),  # noqa: B006
+    max_loras: o.MaxLoras = _D.max_loras,
+    max_lora_rank: o.MaxLoraRank = _D.max_lora_rank,
+    max_cpu_loras: o.MaxCpuLoras = _D.max_cpu_loras,
+    lora_dir: o.LoraDir = _D.lora_dir,
     quantization: o.Quantization = _D.quantization,
     config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
@@ -75,6 +81,9 @@ def serve(
 
     Example: [bold]llmctl serve --model ./engine --port 8000[/bold]
     """
+    if lora_modules:  # vLLM's way: several words after one --lora-modules
+        while ctx.args and "=" in ctx.args[0]:
+            lora_modules = [*lora_modules, ctx.args.pop(0)]
     if ctx.args:  # not shown: after a comma too many it is a key
         raise UsageError(
             "unexpected extra argument",
@@ -131,6 +140,12 @@ def serve(
         request_log=request_log,
         request_log_text=request_log_text,
         otlp_traces_endpoint=otlp_traces_endpoint,
+        enable_lora=enable_lora,
+        lora_modules=tuple(lora_modules),
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+        max_cpu_loras=max_cpu_loras,
+        lora_dir=lora_dir,
     )
     from llmctl.serving.launch import run_server
 

@@ -10,6 +10,7 @@ from llmctl.cli.vllm_flags import PANEL
 from llmctl.config import GPU_MEMORY_UTILIZATION
 
 _MODEL, _SERVER, _ENGINE, _MEMORY, _SECURITY = "Model", "Server", "Engine", "Memory", "Security"
+_ADAPTERS = "Adapters"
 
 Model = Annotated[
     str,
@@ -406,6 +407,43 @@ Threads = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of requests that bring none.", rich_help_panel=_ENGINE)]
+EnableLora = Annotated[
+    bool, typer.Option("--enable-lora", help="Serve LoRA adapters beside the model.", rich_help_panel=_ADAPTERS)
+]
+LoraModules = Annotated[
+    list[str],
+    typer.Option(
+        "--lora-modules",
+        metavar="NAME=PATH",
+        help="PEFT folders, each a model of its own name in the API; more of them may follow, or the option again.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+MaxLoras = Annotated[
+    int,
+    typer.Option("--max-loras", min=1, help="Adapters that requests run with at once.", rich_help_panel=_ADAPTERS),
+]
+MaxLoraRank = Annotated[
+    int, typer.Option("--max-lora-rank", min=1, help="Largest rank of an adapter.", rich_help_panel=_ADAPTERS)
+]
+MaxCpuLoras = Annotated[
+    int | None,
+    typer.Option(
+        "--max-cpu-loras",
+        min=1,
+        help="Adapters kept in the host's memory; others are read again when a request comes. By default --max-loras.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
+LoraDir = Annotated[
+    str | None,
+    typer.Option(
+        "--lora-dir",
+        metavar="DIR",
+        help="Allow POST /v1/load_lora_adapter and /v1/unload_lora_adapter, for folders below this one.",
+        rich_help_panel=_ADAPTERS,
+    ),
+]
 Quantization = Annotated[
     str | None,
     typer.Option(

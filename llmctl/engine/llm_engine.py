@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.engine.adapter_cache import AdapterCache
+from llmctl.engine.adapter_slots import AdapterSlots
 from llmctl.engine.jump_ahead import jump
 from llmctl.engine.occupancy import Occupancy, StateSeconds
 from llmctl.engine.request import FINISHED_STATUS, FinishReason, Request, RequestTimes
@@ -29,7 +31,7 @@ from llmctl.engine.step import (
     TokenLogprobs,
     TokenScores,
 )
-from llmctl.errors import DeviceMemoryError, LlmctlError, RequestError
+from llmctl.errors import DeviceMemoryError, LlmctlError, ModelNotFoundError, RequestError
 from llmctl.structured.matcher import TokenMatcher
 
 log = logging.getLogger("llmctl.engine")
@@ -109,6 +111,7 @@ class LLMEngine:
         eos_token_ids: tokens that end a request unless it says ``ignore_eos``.
         seed: what requests without a seed derive theirs from, each by its number in the order of arrival here.
         clock: seconds, for time stamps.
+        adapters: those that requests may run with, for a runtime that holds adapters; None: none.
 
     Raises:
         ValueError: a runtime with other than 1 or 2 steps in flight.
@@ -122,11 +125,16 @@ class LLMEngine:
         *,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterCache | None = None,
     ) -> None:
         if runtime.steps_in_flight not in (1, 2):
             raise ValueError(f"steps_in_flight: expected 1 or 2, found {runtime.steps_in_flight}")
         self.runtime = runtime
-        self.scheduler = Scheduler(config, runtime.limits)
+        self.adapters = adapters
+        slots = None if adapters is None else AdapterSlots(adapters.limits.slots, adapters)
+        if adapters is not None and slots is not None:
+            adapters.claimed, adapters.wanted = lambda: slots.claimed, slots.wanted
+        self.scheduler = Scheduler(config, runtime.limits, adapters=slots)
         self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < runtime.limits.vocab_size)
         self._seed = seed
         self._num_seeded = 0
@@ -195,8 +203,12 @@ class LLMEngine:
         """Queue requests, all or none (the samples of one prompt).
 
         Raises:
-            RequestError, CapacityError, QueueFullError: as ``Scheduler.add``.
+            RequestError, CapacityError, QueueFullError: as ``Scheduler.add``. ModelNotFoundError: an adapter that is
+                not known.
         """
+        for request in requests:
+            if request.adapter_id is not None and (self.adapters is None or request.adapter_id not in self.adapters):
+                raise ModelNotFoundError("the adapter is not loaded any more", param="model")
         self.scheduler.add(requests, self._clock())
         for request in requests:
             if request.params.seed is not None:
@@ -216,6 +228,18 @@ class LLMEngine:
     def has_unfinished(self) -> bool:
         """Whether any request is waiting or running."""
         return bool(self.scheduler.requests)
+
+    def awaits_adapters(self) -> bool:
+        """Whether a step would do nothing before an adapter has been read."""
+        slots, scheduler = self.scheduler.adapters, self.scheduler
+        return slots is not None and not scheduler.running and not self._in_flight and slots.reading
+
+    def fail_adapter(self, adapter_id: str, error: LlmctlError) -> None:
+        """End what waits for an adapter that cannot be read any more; those that run with it go on."""
+        waiting = [request for request in self.scheduler.waiting if request.adapter_id == adapter_id]
+        for request in waiting:
+            self._finish(request, FinishReason.ABORT)
+            self.on_failed(request.request_id, error)
 
     def stats(self) -> EngineStats:
         """A snapshot of gauges and totals."""
@@ -247,6 +271,8 @@ class LLMEngine:
         """Abort everything, wait for the device and free it."""
         self.abort(list(self.scheduler.requests))
         self.settle()
+        if self.adapters is not None:
+            self.adapters.close()
         self.runtime.close()
 
     def _withdraw(self, step: ScheduledStep, error: DeviceMemoryError) -> None:
@@ -264,8 +290,15 @@ class LLMEngine:
             for request in first:
                 request.times.first_scheduled = now
             self.on_first_scheduled([request.request_id for request in first])
+        if self.scheduler.adapters is not None:
+            self._put_adapters(self.scheduler.adapters)
         positions = [request.num_computed_tokens for request in step.sampled]
         return self.runtime.execute(step.plan, self._sampling.batch(step.sampled, positions))
+
+    def _put_adapters(self, slots: AdapterSlots) -> None:
+        for slot, adapter_id in slots.take_puts():
+            assert self.adapters is not None
+            self.adapters.host.put(slot, self.adapters[adapter_id])
 
     def _postprocess(self, step: ScheduledStep, result: StepResult) -> list[TokenOutput]:
         """Append what was sampled, cache what was computed, end what is done."""

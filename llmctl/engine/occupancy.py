@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-Fill = Literal["busy", "kv_full", "token_budget", "itl_target", "max_num_seqs", "deadline", "few_requests"]
+Fill = Literal["busy", "kv_full", "token_budget", "itl_target", "max_num_seqs", "deadline", "max_loras", "few_requests"]
 """What bounded a step. The first that holds:
 
 * ``kv_full``: a request was preempted, or one waits for which there are too few free blocks.
@@ -25,6 +25,7 @@ Fill = Literal["busy", "kv_full", "token_budget", "itl_target", "max_num_seqs", 
 * ``itl_target``: a prompt was cut or kept out so that running requests get their next tokens in time.
 * ``max_num_seqs``: requests wait, and all seats are taken.
 * ``deadline``: a request was kept out because one decode row more would make a step longer than an ITL deadline.
+* ``max_loras``: those that wait need adapters for which there is no slot, or that are being read.
 * ``busy``: the step is full (max_num_seqs sequences or max_num_batched_tokens tokens), and kept nothing out.
 * ``few_requests``: there was nothing more to compute.
 """
@@ -34,8 +35,8 @@ class StateSeconds(msgspec.Struct, frozen=True, array_like=True):
     """Total wall time by state, seconds; together they are the time since the start. See the module's text.
 
     Attributes:
-        busy, kv_full, token_budget, itl_target, max_num_seqs, deadline, few_requests: the device computed, and what
-            bounded the step.
+        busy, kv_full, token_budget, itl_target, max_num_seqs, deadline, max_loras, few_requests: the device computed,
+            and what bounded the step.
         host: scheduling, staging, taking in results. api_process: sending to an API process that is behind.
         no_requests: nothing to do.
     """
@@ -46,6 +47,7 @@ class StateSeconds(msgspec.Struct, frozen=True, array_like=True):
     itl_target: float = 0.0
     max_num_seqs: float = 0.0
     deadline: float = 0.0
+    max_loras: float = 0.0
     few_requests: float = 0.0
     host: float = 0.0
     api_process: float = 0.0

@@ -84,7 +84,7 @@ class Request:
         tenant: whose it is; under the ``fair`` policy tenants take turns.
         arrival_time: seconds by the engine's clock; None = when it is added.
         cache_salt: requests share cached prefixes only with the same salt.
-        adapter_id: the LoRA adapter it runs with; part of the prefix key.
+        adapter_id: the LoRA adapter it runs with, by its content; part of the prefix key.
         deadline: what it is promised; under the ``fcfs`` policy nothing can be.
         matcher: where its output is in ``params.grammar``; None when it has none.
         pooling: what its prompt's hidden states become; nothing is generated then (``max_tokens`` is 0).
@@ -96,6 +96,7 @@ class Request:
         max_length: known tokens at which it ends with ``length``.
         seed: what the sampler uses.
         num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
+        adapter_slot: where its adapter is while it runs; -1: it has none.
         account: its tenant's. sort_key: its place in the queue, then among running requests (``waiting_queue``).
         due: its place among its tenant's that never ran: (seconds, arrival, number). hopeful: it has a TTFT deadline,
             and has not missed it before it ran. batch: with whom it was added.
@@ -127,6 +128,7 @@ class Request:
     max_length: int = field(default=0, init=False)
     seed: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
+    adapter_slot: int = field(default=-1, init=False)
     num_preemptions: int = field(default=0, init=False)
     prompt_scores: TokenScores | None = field(default=None, init=False)
     scores_done: bool = field(default=True, init=False)

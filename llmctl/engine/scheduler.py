@@ -27,6 +27,9 @@ them pass for good (by priority or an earlier arrival); the queue's next request
 passed as its policy allows; nobody enters before it but in turns, which end with the long prompt, so one that an ITL
 deadline keeps out enters when those that run have ended, at the latest.
 
+A request that runs with a LoRA adapter enters only when that has a slot on the device; while the next one waits for a
+slot, others may pass it (``adapter_slots``).
+
 Steps in flight: ``schedule`` advances ``num_computed_tokens`` at once, counts what the step samples as in flight, and
 the engine appends it later. So one step may be scheduled before the last one is done. In it, a request whose newest
 token is still being sampled computes just that one, ``IN_FLIGHT`` in the plan, unless the request ends with it by its
@@ -44,6 +47,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmctl.engine.adapter_slots import AdapterSlots
 from llmctl.engine.admission import check_request
 from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
@@ -75,10 +79,19 @@ class Scheduler:
     Attributes:
         max_num_seqs: requests running at once: the configuration's, or fewer once a device ran out of memory.
         pacer: sizes prompts' chunks beside decodes, and knows what steps cost; None while nobody has asked for either.
+        adapters: which of them have a slot; None: none is served.
     """
 
-    def __init__(self, config: SchedulerConfig, limits: RuntimeLimits, *, cache_key: bytes | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        limits: RuntimeLimits,
+        *,
+        cache_key: bytes | None = None,
+        adapters: AdapterSlots | None = None,
+    ) -> None:
         self.config = config
+        self.adapters = adapters
         self.limits = limits
         self.pool = BlockPool(
             limits.num_blocks, limits.block_size, enable_caching=config.enable_prefix_caching, key=cache_key
@@ -131,6 +144,8 @@ class Scheduler:
             self._num_itl += 1
             self.pacer = self.pacer or PrefillPacer(self.config.itl_target)
         self.waiting.add(request, arrival)
+        if self.adapters is not None:
+            self.adapters.added(request)
         self._ranked |= request.sort_key[0] != 0
 
     # -- scheduling -------------------------------------------------------------------------------------------
@@ -285,15 +300,26 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         passed = None
-        entry = self._entry(self.waiting.peek())
+        request = self._next()
+        if request is None:
+            return None
+        entry = self._entry(request)
         if entry.remaining > self.config.max_num_batched_tokens and not is_shorter(entry.remaining, first):
             request = self.waiting.first_short()
-            if request is None:
+            if request is None or (self.adapters is not None and not self.adapters.admits(request)):
                 return None
             passed, entry = entry, self._entry(request)
         if not may_enter(entry, first, self.running, self.pool, passed=passed):
             return None
         return entry if not self._num_itl or self._within_itl(step, entry.request) else None
+
+    def _next(self) -> Request | None:
+        """The waiting request that is next of those whose adapters have a slot; there must be one that waits."""
+        request, adapters = self.waiting.peek(), self.adapters
+        if adapters is None or adapters.admits(request):
+            return request
+        leaving = adapters.leaving()
+        return self.waiting.first_where(lambda waiting: adapters.admits(waiting, leaving))
 
     def _schedule_waiting(self, step: StepUnderWay) -> None:
         # Budget is left and no prompt was cut, so every running request holds the blocks of all tokens that it can
@@ -301,7 +327,11 @@ class Scheduler:
         # rest would only preempt. So whoever was preempted in this step does not come straight back either: its blocks
         # are gone to another.
         while self.waiting and step.open and len(self.running) < self.max_num_seqs:
-            entry = self._entry(self.waiting.peek())
+            request = self._next()
+            if request is None:
+                step.kept_out_by = "max_loras"
+                return
+            entry = self._entry(request)
             if step.budget < entry.least_tokens:
                 step.kept_out_by = "token_budget"
                 return
@@ -343,6 +373,8 @@ class Scheduler:
         """Send back as many running requests as a more important one that waits needs to enter this step."""
         if not self.waiting or not self.running or self.waiting.least_priority >= self.running[-1].sort_key[0]:
             return
+        if self.adapters is not None and not self.adapters.admits(self.waiting.peek()):
+            return  # a seat is not what it lacks
         entry = self._entry(self.waiting.peek())
         admits = None
         if self._num_itl:
@@ -374,6 +406,8 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
         if request.status is RequestStatus.WAITING:  # what is computed again is nobody's fault
             request.account.charge_prompt(request.num_prompt_tokens - request.num_computed_tokens)
+        if self.adapters is not None:
+            self.adapters.admitted(request)
         request.status, request.batch.scheduled = RequestStatus.RUNNING, True
         insort(self.running, request, key=_key)
 
@@ -389,13 +423,16 @@ class Scheduler:
         tokens = request.token_ids[start:end] if start < known else (IN_FLIGHT,)
         sample = end == known + request.num_in_flight and end < request.max_length
         pooled = 0 if request.pooling is None else request.pooling.rows(count, ends=end == request.num_prompt_tokens)
-        blocks = request.block_ids
-        step.add(request, SequenceSlice(request.request_id, tokens, start, blocks, sample, targets, top, pooled))
+        blocks, slot = request.block_ids, request.adapter_slot
+        step.add(request, SequenceSlice(request.request_id, tokens, start, blocks, sample, targets, top, pooled, slot))
         request.num_computed_tokens = end
 
     def _preempt(self, request: Request) -> None:
         self._drop_blocks(request)
         self.running.pop()
+        if self.adapters is not None:
+            self.adapters.left(request)
+            self.adapters.added(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.num_preemptions += 1
@@ -452,6 +489,8 @@ class Scheduler:
         self.waiting.ended(request)
         self._num_itl -= request.deadline.itl is not None
         self._drop_blocks(request)
+        if self.adapters is not None:
+            self.adapters.left(request)
         request.status = status
         del self.requests[request.request_id]
 
@@ -466,6 +505,8 @@ class Scheduler:
         self.pool.check(r.block_ids for r in self.running)
         if any(r.block_ids for r in self.waiting):
             raise RuntimeError("scheduler: a waiting request holds blocks")
+        if self.adapters is not None:
+            self.adapters.check()
         if self._num_itl != sum(r.deadline.itl is not None for r in self.requests.values()):
             raise RuntimeError("scheduler: ITL deadlines are miscounted")
 

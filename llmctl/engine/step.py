@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llmctl.checkpoint.adapters.adapter import Adapter
 
 IN_FLIGHT = -1
 """In place of a slice's single token id: the token that the step executed just before this one samples for the
@@ -34,6 +37,7 @@ class SequenceSlice(msgspec.Struct, frozen=True):
         score_top: how many of the most likely tokens are wanted beside each of them.
         pool_rows: the hidden states (after the final norm, before the output head) of so many tokens from the end on
             are wanted, added up (embeddings); 0: none.
+        adapter: slot of the LoRA adapter that it runs with; -1: none.
     """
 
     request_id: str
@@ -44,6 +48,7 @@ class SequenceSlice(msgspec.Struct, frozen=True):
     score_targets: Sequence[int] | None = None
     score_top: int = 0
     pool_rows: int = 0
+    adapter: int = -1
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -196,6 +201,23 @@ class RuntimeLimits:
     vocab_size: int
 
 
+class AdapterHost(Protocol):
+    """The adapters of a runtime: so many slots of one size, which slices name."""
+
+    def prepare(self, adapter: Adapter) -> Any:
+        """An adapter as this runtime takes it; may run in any thread, beside steps.
+
+        Raises:
+            UnsupportedModelError: it does more than this runtime can add, has a larger rank than the slots, or acts on
+                a module that they do not hold.
+        """
+        ...
+
+    def put(self, slot: int, prepared: Any) -> None:
+        """Fill a slot with what ``prepare`` made, for the steps that are executed after this."""
+        ...
+
+
 class Runtime(Protocol):
     """Interprets a Graph on some device.
 
@@ -210,6 +232,11 @@ class Runtime(Protocol):
     limits: RuntimeLimits
     steps_in_flight: int
     kernels: str
+
+    @property
+    def adapters(self) -> AdapterHost | None:
+        """Those that it was sized for; None: none."""
+        ...
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> PendingStep:
         """Start one step; ``sampling`` has one row per slice of ``plan`` with ``sample`` true.

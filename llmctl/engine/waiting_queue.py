@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush, heapreplace, merge
 from itertools import count
 from typing import Any, TypeAlias
@@ -156,7 +156,16 @@ class WaitingQueue:
         """Of those with the least priority value, the first in order with at most ``short`` tokens; O(n). None: there
         is none, or it would pass one that was preempted."""
         waiting = self._classes[self._priorities[0]]
-        return None if waiting.resumed else waiting.first_within(self._short)
+        return None if waiting.resumed else waiting.first_where(lambda r: r.num_prompt_tokens <= self._short)
+
+    def first_where(self, may_enter: Callable[[Request], bool]) -> Request | None:
+        """The first in order that may enter, those that were preempted before others of their priority; O(n)."""
+        for priority in self._priorities:
+            waiting = self._classes[priority]
+            found = next(filter(may_enter, waiting.resumed), None) or waiting.first_where(may_enter)
+            if found is not None:
+                return found
+        return None
 
     def pop(self, request: Request | None = None) -> Request:
         """Take out a request, the next one by default, to be run: its ``sort_key`` is now its place among those that
@@ -235,10 +244,9 @@ class _Line:
             return self.settled[0]
         return self.hopeful[0]
 
-    def first_within(self, tokens: int) -> Request | None:
-        """The one that is due first of those with at most so many prompt tokens."""
-        due = merge(self.hopeful, self.settled, key=_due)
-        return next((r for r in due if r.num_prompt_tokens <= tokens), None)
+    def first_where(self, fits: Callable[[Request], bool]) -> Request | None:
+        """The one that is due first of those that fit."""
+        return next(filter(fits, merge(self.hopeful, self.settled, key=_due)), None)
 
     def add(self, request: Request) -> None:
         insort(self.hopeful if request.hopeful else self.settled, request, key=_due)
@@ -297,10 +305,10 @@ class _Class:
                 return line
         return None
 
-    def first_within(self, tokens: int) -> Request | None:
-        """The first in order of the requests that never ran with at most so many prompt tokens."""
+    def first_where(self, fits: Callable[[Request], bool]) -> Request | None:
+        """The first in order of the requests that never ran and fit."""
         lines = sorted(self.lines.values(), key=lambda line: (line.account.served, line.first().due))
-        return next((found for line in lines if (found := line.first_within(tokens)) is not None), None)
+        return next((found for line in lines if (found := line.first_where(fits)) is not None), None)
 
     def _entry(self, line: _Line) -> _Entry:
         """A line's valid entry from now on."""

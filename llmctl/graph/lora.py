@@ -39,6 +39,11 @@ class _Slice:
         return {target for target in wanted if f".{self.module}".endswith(f".{target}")}
 
 
+def adaptable(graph: Graph) -> tuple[str, ...]:
+    """The modules that linears of a model's layers hold, as PEFT's ``target_modules`` names them whole."""
+    return tuple(dict.fromkeys(s.module for op in _body_linears(graph) for s in _slices(graph, op)))
+
+
 def insert_lora(graph: Graph, targets: Iterable[str], rank: int) -> Graph:
     """A ``lora`` op behind every linear that holds rows of a target.
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from llmctl import __version__
 from llmctl.errors import RequestError
-from llmctl.serving import api
+from llmctl.serving import adapters_api, api
 from llmctl.serving.addresses import Addresses, parse_origins
 from llmctl.serving.body import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
@@ -68,12 +68,14 @@ def create_app(context: ServerContext) -> FastAPI:
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
-    counting = {
+    other_posts = {
         "/tokenize": tokenize,
         "/detokenize": detokenize,
         "/v1/messages/count_tokens": messages_api.count_tokens,
+        "/v1/load_lora_adapter": adapters_api.load,
+        "/v1/unload_lora_adapter": adapters_api.unload,
     }
-    for path, endpoint in counting.items():
+    for path, endpoint in other_posts.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
     routes = [*(route for router in ROUTERS for route in router.routes), *app.routes]
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
@@ -129,12 +131,14 @@ async def docs(request: Request) -> Response:
 
 
 def _model_body(context: ServerContext, name: str) -> dict[str, object]:
+    adapter = context.client.adapters.find(name)
     body: dict[str, object] = {
         "id": name,
         "object": "model",
-        "created": context.created,
+        "created": context.created if adapter is None else adapter.created,
         "owned_by": "llmctl",
-        "root": context.config.model,
+        "root": context.config.model if adapter is None else str(adapter.path),
+        "parent": None if adapter is None else adapter.parent or context.names[0],
     }
     if context.loaded is not None:
         body["max_model_len"] = context.loaded.info.max_model_len
@@ -142,13 +146,14 @@ def _model_body(context: ServerContext, name: str) -> dict[str, object]:
 
 
 async def models(request: Request) -> Response:
-    """The served model, under each of its names."""
+    """The served model, under each of its names, and its adapters."""
     context = context_of(request)
-    return json_response({"object": "list", "data": [_model_body(context, name) for name in context.names]})
+    names = [*context.names, *(adapter.name for adapter in context.client.adapters)]
+    return json_response({"object": "list", "data": [_model_body(context, name) for name in names]})
 
 
 async def model(request: Request, name: str) -> Response:
-    """The served model, by one of its names."""
+    """The served model by one of its names, or an adapter."""
     context = context_of(request)
     context.check_name(name)
     return json_response(_model_body(context, name))

@@ -24,6 +24,7 @@ from llmctl.errors import (
     QueueFullError,
     RequestError,
 )
+from llmctl.serving.adapters import Adapters, ServedAdapter
 from llmctl.serving.engine_loop import IDLE_SECONDS
 from llmctl.serving.finish_rate import FinishRate, whole_seconds
 from llmctl.serving.generation import Generation, RunningSequence, Samples, SequenceSpec
@@ -32,7 +33,14 @@ from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.restarts import RestartPolicy
 from llmctl.serving.survivors import QuarantinedError, Survivors
 from llmctl.serving.ttft_predictor import TtftPredictor, Waiting
-from llmctl.serving.wire import AbortRequests, AddRequests, StepMessage, WireRequest
+from llmctl.serving.wire import (
+    AbortRequests,
+    AdapterLoaded,
+    AdapterRefused,
+    AddRequests,
+    StepMessage,
+    WireRequest,
+)
 
 _SIGNS_PER_STALL = 4
 """An idle worker gives so many signs of life within ``stall_timeout``, at least."""
@@ -42,7 +50,7 @@ class AsyncEngineClient:
     """The requests of one engine, which outlive its worker as far as they can.
 
     Attributes:
-        worker: its life.
+        worker: its life. adapters: those that requests may ask for.
 
     Args:
         metrics: where request latencies and the engine's totals are recorded.
@@ -61,6 +69,7 @@ class AsyncEngineClient:
     ) -> None:
         idle_seconds = min(IDLE_SECONDS, stall_timeout / _SIGNS_PER_STALL)
         self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), idle_seconds)
+        self.adapters = Adapters(lambda command: self.worker.send(command))
         self._config = config
         self._metrics = metrics
         self._stall_timeout = stall_timeout
@@ -75,6 +84,8 @@ class AsyncEngineClient:
         self._survivors = Survivors(self._submit, self._engine_room)
         self._last_sign = time.monotonic()
         metrics.watch(self._held, lambda: self.worker.pid)
+        if config.enable_lora:
+            metrics.watch_adapters(config.max_loras, self._adapters_in_use)
 
     @property
     def busy(self) -> bool:
@@ -164,10 +175,12 @@ class AsyncEngineClient:
                 tenant,
                 spec.deadline,
                 spec.pooling,
+                None if spec.adapter is None else spec.adapter.id,
             )
             sequence = RunningSequence(
-                request_id, generation, index, len(prompt), samples, spec.params.max_tokens, wire, spec.deadline
-            )
+                request_id, generation, index, len(prompt), samples, spec.params.max_tokens, wire, spec.deadline,
+                adapter=spec.adapter,
+            )  # fmt: skip
             generation.sequences.append(sequence)
             self._running[request_id] = sequence
             self._texts.add(request_id, prompt, spec.params)
@@ -216,6 +229,16 @@ class AsyncEngineClient:
         """How many sequences wait here for a worker."""
         return sum(not s.sent for s in self._running.values()) if self._survivors.holding else 0
 
+    def _adapters_in_use(self) -> tuple[set[str], set[str]]:
+        """Names of the adapters that requests run with, and of those that only wait for one."""
+        named = [(s.adapter.name, s.scheduled) for s in self._running.values() if s.adapter is not None]
+        running = {name for name, scheduled in named if scheduled}
+        return running, {name for name, _ in named} - running
+
+    def requests_of(self, adapter: ServedAdapter) -> int:
+        """How many sequences run with an adapter, or wait to."""
+        return sum(s.adapter is not None and s.adapter.id == adapter.id for s in self._running.values())
+
     def _cancel(self, generation: Generation) -> None:
         ids = [s.request_id for s in generation.sequences if s.request_id in self._running]
         self._forget(ids)
@@ -236,7 +259,8 @@ class AsyncEngineClient:
             self._idle.set()
 
     def fail_all(self, error: LlmctlError) -> None:
-        """End every running request with an error."""
+        """End every running request with an error, and what is being loaded."""
+        self.adapters.worker_lost(error)
         self._fail(self._generations(), error)
         self._idle.set()
 
@@ -267,13 +291,19 @@ class AsyncEngineClient:
             QuarantinedError(f"the engine died twice while it ran this request, which is not tried again: {error}"),
         )
         self._metrics.restarted(reason)
+        self.adapters.worker_lost(EngineDeadError(f"{error}; an adapter was being loaded", fix="load it again"))
         if self._predictor is not None:
             self._predictor.worker_lost()
 
     def on_worker_back(self) -> None:
         """Give the new worker what was kept."""
         self._last_sign = time.monotonic()
+        self.adapters.worker_back([s.adapter for s in self._running.values() if s.adapter is not None])
         self._survivors.release()
+
+    def on_adapter(self, event: AdapterLoaded | AdapterRefused) -> None:
+        """Take in what came of loading an adapter."""
+        self.adapters.on_event(event)
 
     def on_scheduled(self, request_ids: list[str]) -> None:
         """Remember what is in a step that may be the worker's last."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastapi import Request
@@ -11,6 +11,7 @@ from fastapi import Request
 from llmctl.config import ServeConfig, parse_bytes
 from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
+from llmctl.serving.adapters import ServedAdapter
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
@@ -28,15 +29,18 @@ BODY_BYTES_PER_TOKEN = 1024
 LEAST_BODY_BYTES = 2**20
 MOST_BODY_BYTES = 32 * 2**20
 
+_NAMES_SHOWN = 8  # of adapters
+
 
 @dataclass(frozen=True)
 class Model:
-    """The served model: its name and what translates requests for it."""
+    """The served model: its name and what translates requests for it. ``adapter``: what it is asked for with."""
 
     name: str
     intake: Intake
     info: EngineInfo
     defaults: SamplingDefaults
+    adapter: ServedAdapter | None = None
 
     @classmethod
     def from_folder(cls, name: str, folder: Path, tokenizer: Tokenizer, info: EngineInfo, config: ServeConfig) -> Model:
@@ -91,15 +95,16 @@ class ServerContext:
     def __post_init__(self) -> None:
         self.deadline = Deadline.parse(self.config.deadline, "--deadline")
 
-    def model(self) -> Model:
-        """The model.
+    def model(self, name: str | None = None) -> Model:
+        """The model, with the adapter that ``name`` is one of.
 
         Raises:
             NotReadyError: starting, draining, or dead, with the reason.
         """
         self.client.worker.check_admitting()
         assert self.loaded is not None, "the client admits requests only once the model is there"
-        return self.loaded
+        adapter = self.client.adapters.find(name)
+        return self.loaded if adapter is None else replace(self.loaded, name=adapter.name, adapter=adapter)
 
     def max_body_bytes(self) -> int:
         """The largest request body: ``--max-body``, or what the model's context is worth."""
@@ -109,15 +114,16 @@ class ServerContext:
         return min(max(tokens * BODY_BYTES_PER_TOKEN, LEAST_BODY_BYTES), MOST_BODY_BYTES)
 
     def check_name(self, name: str | None) -> None:
-        """Refuse another model's name; a request without one means the served model.
+        """Refuse a name that is neither the model's nor an adapter's; a request without one means the model.
 
         Raises:
             ModelNotFoundError.
         """
-        if name is not None and name not in self.names:
-            raise ModelNotFoundError(
-                f"the model '{name}' does not exist; this server has: {', '.join(self.names)}", param="model"
-            )
+        if name is None or name in self.names or self.client.adapters.find(name) is not None:
+            return
+        adapters = [adapter.name for adapter in self.client.adapters]
+        shown = ", ".join([*self.names, *adapters[:_NAMES_SHOWN]]) + (", …" if len(adapters) > _NAMES_SHOWN else "")
+        raise ModelNotFoundError(f"the model '{name}' does not exist; this server has: {shown}", param="model")
 
 
 def _read_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:

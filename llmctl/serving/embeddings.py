@@ -16,6 +16,7 @@ from llmctl.engine.output import TextOutput
 from llmctl.engine.pooling import Pooling
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import RequestError
+from llmctl.serving.adapters import ServedAdapter
 from llmctl.serving.context import ServerContext
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.exchange import check_options, check_outline, submitted
@@ -44,12 +45,13 @@ async def answer_embeddings(seen: Observation, body: EmbeddingRequest) -> Respon
         LlmctlError: refused.
     """
     context = seen.context
-    seen.body, model = body, context.model()
+    seen.body, model = body, context.model(body.model)
     deadline = check_options(seen.request, context, body)
+    seen.model = model.name
     check_shape(body, model.info.hidden_size)
     context.client.check_room(len(given_prompts(body.input)), "input")
     seen.prompts = await model.intake.prompts(body.input, "input", add_special_tokens=body.add_special_tokens)
-    specs = sequences(body, seen.prompts, deadline, Pooling(body.pooling or context.config.pooling))
+    specs = sequences(body, seen.prompts, deadline, Pooling(body.pooling or context.config.pooling), model.adapter)
     seen.usage = UsageCount(sum(len(prompt.token_ids) for prompt in seen.prompts))
     with submitted(seen, body, specs) as (generation, watcher):
         outputs = await generation.result()
@@ -81,12 +83,21 @@ def check_shape(body: EmbeddingRequest, hidden_size: int) -> None:
 
 
 def sequences(
-    body: EmbeddingRequest, prompts: Iterable[Prompt], deadline: Deadline, pooling: Pooling
+    body: EmbeddingRequest,
+    prompts: Iterable[Prompt],
+    deadline: Deadline,
+    pooling: Pooling,
+    adapter: ServedAdapter | None = None,
 ) -> list[SequenceSpec]:
     """What the engine is asked for. No token follows the vector: an ITL deadline is kept, and must hold nobody back."""
     due = Deadline(ttft=deadline.ttft)
     return [
-        SequenceSpec(prompt.token_ids, _NOTHING, body.priority or 0, body.cache_salt, deadline=due, pooling=pooling)
+        SequenceSpec(
+            *(prompt.token_ids, _NOTHING, body.priority or 0, body.cache_salt),
+            deadline=due,
+            pooling=pooling,
+            adapter=adapter,
+        )
         for prompt in prompts
     ]
 

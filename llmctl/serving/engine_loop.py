@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmctl.config import EngineOptions
+from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.errors import DeadlineMissedError, LlmctlError, resource_error
@@ -16,10 +18,15 @@ from llmctl.serving.grammar_queue import GrammarQueue
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
     AbortRequests,
+    AdapterLoaded,
+    AdapterRefused,
     AddRequests,
     EngineInfo,
     ErrorInfo,
     Event,
+    ForgetAdapter,
+    KnowAdapter,
+    LoadAdapter,
     Located,
     Progress,
     Refused,
@@ -36,8 +43,12 @@ if TYPE_CHECKING:
     from llmctl.artifact.loader import LoadedEngine
     from llmctl.artifact.start import StartedEngine
 
+log = logging.getLogger("llmctl.worker")
+
 IDLE_SECONDS = 10.0
 """An idle worker reports at least this often."""
+_READING_WAIT_MS = 200
+"""Requests that wait for an adapter to be read may have deadlines."""
 
 
 class EngineLoop:
@@ -61,6 +72,8 @@ class EngineLoop:
         engine.on_first_scheduled = self._tell_scheduled
         engine.on_shed = self._refuse_missed
         engine.on_failed = lambda request_id, error: self._refuse([request_id], error)
+        if engine.adapters is not None:
+            engine.adapters.wake = channel.wake
         self._refused: list[Refused] = []
         self._grammars = GrammarQueue(compiler, channel.wake)
         self._began = time.perf_counter()
@@ -76,9 +89,12 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """Commands, a step, a report."""
-        outputs = self._take_commands(0) if self._engine.has_unfinished() else self._wait()
+        runs = self._engine.has_unfinished() and not self._engine.awaits_adapters()
+        outputs = self._take_commands(0) if runs else self._wait()
         if self._grammars:
             self._take_compiled()
+        if self._engine.adapters is not None:
+            self._take_adapters(self._engine.adapters)
         if self._engine.has_unfinished():
             outputs += self._engine.step()
         if not self._stopping or outputs or self._refused:
@@ -88,7 +104,8 @@ class EngineLoop:
         """Take commands when some have come, or nothing after a while. Returns outputs of aborts."""
         before = time.perf_counter()
         self._engine.settle()
-        outputs = self._take_commands(self._grammars.wait_ms(self._idle_wait_ms))
+        most = _READING_WAIT_MS if self._engine.has_unfinished() else self._idle_wait_ms
+        outputs = self._take_commands(self._grammars.wait_ms(most))
         seconds = time.perf_counter() - before
         self._idle_seconds += seconds
         self._engine.occupancy.waited(seconds)
@@ -125,10 +142,36 @@ class EngineLoop:
             elif isinstance(command, AbortRequests):
                 outputs += self._engine.abort(command.request_ids)
                 self._grammars.drop(command.request_ids)
+            elif isinstance(command, LoadAdapter | KnowAdapter | ForgetAdapter):
+                self._on_adapter(command)
             else:
                 self._stopping = True
                 break
         return outputs
+
+    def _on_adapter(self, command: LoadAdapter | KnowAdapter | ForgetAdapter) -> None:
+        adapters = self._engine.adapters
+        assert adapters is not None, "the API process asks only where --enable-lora was given"
+        if isinstance(command, LoadAdapter):
+            adapters.load(command.name, Path(command.path))
+        elif isinstance(command, KnowAdapter):
+            adapters.know(command.adapter_id, Path(command.path))
+        else:
+            adapters.forget(command.adapter_id)
+
+    def _take_adapters(self, adapters: AdapterCache) -> None:
+        for read in adapters.take():
+            if read.found is not None:
+                for note in read.found.notes if read.name else ():
+                    log.warning("%s", note)
+                event: Event = AdapterLoaded(read.name, read.adapter_id)
+            else:
+                assert read.error is not None
+                event = AdapterRefused(read.name, ErrorInfo.of(read.error))
+                if read.adapter_id:
+                    self._engine.fail_adapter(read.adapter_id, read.error)
+            if read.name:
+                self._channel.send(encode(event))
 
     def _take_in(self, command: AddRequests) -> None:
         spec = command.requests[0].params.grammar  # the sequences of one HTTP request differ in their seeds only
@@ -171,6 +214,7 @@ def _request(wire: WireRequest, matcher: TokenMatcher | None = None) -> Request:
         deadline=wire.deadline,
         matcher=matcher,
         pooling=wire.pooling,
+        adapter_id=wire.adapter_id,
     )
 
 

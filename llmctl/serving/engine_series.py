@@ -5,6 +5,7 @@ Gauges and counters arrive as running totals with each step's message; memory an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from msgspec import structs
@@ -126,3 +127,23 @@ class WorkerProcessSeries(Collector):
                 text = f"Of the worker. {found.documentation}"
                 kind = CounterMetricFamily if found.type == "counter" else GaugeMetricFamily
                 yield _family(kind, name, text, self._labels, found.samples[0].value)
+
+
+class AdapterSeries(Collector):
+    """Which adapters are in use, as endpoint pickers read it: vLLM's labels, and the time as the value.
+
+    Args:
+        prefix: of the name. most: adapters at once. names: of those that requests run with, and only wait for.
+    """
+
+    def __init__(self, prefix: str, most: int, names: Callable[[], tuple[set[str], set[str]]]) -> None:
+        self._name, self._most, self._names = prefix + "lora_requests_info", most, names
+
+    def collect(self) -> Iterator[Metric]:
+        """Part of prometheus_client's Collector."""
+        text = "Adapters that requests run with, and wait for; the value is the time, seconds since 1970."
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        family = GaugeMetricFamily(self._name, text, labels=labels)
+        running, waiting = (",".join(sorted(names)) for names in self._names())
+        family.add_metric((str(self._most), running, waiting), time.time())
+        yield family

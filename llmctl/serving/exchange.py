@@ -132,14 +132,15 @@ async def answer_completion(seen: Observation, body: CompletionRequest, write: W
         LlmctlError: refused.
     """
     context = seen.context
-    seen.body, model = body, context.model()
+    seen.body, model = body, context.model(body.model)
     deadline = check_options(seen.request, context, body)
+    seen.model = model.name
     context.client.check_room(model.intake.num_sequences(body))
     params = await model.intake.completion_params(body)
     seen.prompts = prompts = await model.intake.completion_prompts(body)
     params = model.intake.fit_completion(params, body, prompts)
     answer = write(model, prompts, params.n, body)
-    return await _respond(seen, body, _sequences(prompts, params, body, deadline), answer)
+    return await _respond(seen, body, _sequences(model, prompts, params, body, deadline), answer)
 
 
 async def answer_chat(seen: Observation, body: ChatCompletionRequest, write: WriteChat) -> Response:
@@ -152,8 +153,9 @@ async def answer_chat(seen: Observation, body: ChatCompletionRequest, write: Wri
         LlmctlError: refused.
     """
     context = seen.context
-    seen.body, model = body, context.model()
+    seen.body, model = body, context.model(body.model)
     deadline = check_options(seen.request, context, body)
+    seen.model = model.name
     context.client.check_room(model.intake.num_sequences(body))
     use = model.intake.tools.use(body)
     params = await model.intake.chat_params(body, use)
@@ -161,15 +163,17 @@ async def answer_chat(seen: Observation, body: ChatCompletionRequest, write: Wri
     seen.prompts = [prompt]
     params = model.intake.fit_chat(params, body, prompt, use)
     answer = write(model, prompt, params.n, body, use)
-    return await _respond(seen, body, _sequences([prompt], params, body, deadline), answer)
+    return await _respond(seen, body, _sequences(model, [prompt], params, body, deadline), answer)
 
 
 def _sequences(
-    prompts: list[Prompt], params: SamplingParams, body: SamplingFields, deadline: Deadline
+    model: Model, prompts: list[Prompt], params: SamplingParams, body: SamplingFields, deadline: Deadline
 ) -> list[SequenceSpec]:
     samples = params.samples()
     return [
-        SequenceSpec(prompt.token_ids, sample, body.priority or 0, body.cache_salt, params.n, deadline)
+        SequenceSpec(
+            prompt.token_ids, sample, body.priority or 0, body.cache_salt, params.n, deadline, adapter=model.adapter
+        )
         for prompt in prompts
         for sample in samples
     ]

@@ -13,6 +13,7 @@ from llmctl.engine.output import TextOutput, merge_outputs
 from llmctl.engine.pooling import Pooling
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import SamplingParams
+from llmctl.serving.adapters import ServedAdapter
 from llmctl.serving.wire import WireRequest
 
 
@@ -20,7 +21,7 @@ from llmctl.serving.wire import WireRequest
 class SequenceSpec:
     """One sequence to generate, or with ``pooling`` to embed: prompt, parameters with ``n`` = 1, scheduling facts.
 
-    ``samples``: it is one of so many of its prompt, which follow each other.
+    ``samples``: it is one of so many of its prompt, which follow each other. ``adapter``: what it runs with.
     """
 
     prompt_token_ids: list[int]
@@ -30,6 +31,7 @@ class SequenceSpec:
     samples: int = 1
     deadline: Deadline = NO_DEADLINE
     pooling: Pooling | None = None
+    adapter: ServedAdapter | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +54,7 @@ class RunningSequence:
             seconds on ``time.monotonic``.
         finish_reason, output_tokens: once it is finished.
         sent, scheduled: whether the present worker has it, and has had it in a step.
+        adapter: what it runs with.
     """
 
     request_id: str
@@ -69,6 +72,7 @@ class RunningSequence:
     scheduled_at: float | None = None
     finish_reason: FinishReason | None = None
     output_tokens: int = 0
+    adapter: ServedAdapter | None = None
 
     @property
     def in_hand(self) -> bool:

@@ -126,6 +126,7 @@ def check_config(config: ServeConfig) -> None:
             fix="--metrics-prefix vllm; the colon after it is added",
             param="metrics_prefix",
         )
+    _check_adapters(config)
     if config.max_body is not None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):
@@ -156,6 +157,17 @@ def check_config(config: ServeConfig) -> None:
         file = getattr(config, name)
         if file is not None and not Path(file).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {file}: no such file", param=name)
+
+
+def _check_adapters(config: ServeConfig) -> None:
+    from llmctl.serving.adapters import parse_modules
+
+    for name, given in {"lora_modules": config.lora_modules, "lora_dir": config.lora_dir}.items():
+        if given and not config.enable_lora:
+            raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", param=name)
+    parse_modules(config.lora_modules, served_names(config))
+    if config.lora_dir is not None and not Path(config.lora_dir).is_dir():
+        raise UsageError(f"--lora-dir {config.lora_dir}: no such folder", param="lora_dir")
 
 
 def _check_deadline(config: ServeConfig) -> None:
@@ -218,6 +230,11 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def served_names(config: ServeConfig) -> tuple[str, ...]:
+    """The model's names in the API."""
+    return config.served_model_name or (default_model_name(config.model),)
+
+
 def default_model_name(model: str) -> str:
     """The served name of ``--model``: an engine's source model, a folder's or file's own name, else as given."""
     path = Path(model)
@@ -256,7 +273,7 @@ class _Server:
         from llmctl.serving.observers import RequestObservers
 
         config = self._config
-        names = config.served_model_name or (default_model_name(config.model),)
+        names = served_names(config)
         metrics = ServerMetrics(names[0], prefix=config.metrics_prefix)
         client = AsyncEngineClient(
             config,
@@ -399,6 +416,7 @@ class _Server:
                 task.cancel()
 
     async def _become_ready(self, context: ServerContext) -> None:
+        from llmctl.serving.adapters import parse_modules
         from llmctl.serving.context import Model
         from llmctl.serving.summary import print_summary
 
@@ -415,12 +433,13 @@ class _Server:
             enable_prefix_caching=config.enable_prefix_caching,
             cache_dtype=info.kv_cache_dtype,
         )
+        for module in parse_modules(config.lora_modules):
+            await client.adapters.load(module)
         gc.collect()
         gc.freeze()
         client.admit()
-        print_summary(
-            config, context.loaded, worker.engine_path, time.perf_counter() - self._began, keyed=bool(self._keys)
-        )
+        seconds, names = time.perf_counter() - self._began, [adapter.name for adapter in client.adapters]
+        print_summary(config, context.loaded, worker.engine_path, seconds, keyed=bool(self._keys), adapters=names)
 
     async def _drain(self, client: AsyncEngineClient) -> None:
         try:

@@ -20,6 +20,8 @@ from llmctl.serving.restarts import RestartPolicy
 from llmctl.serving.supervisor import WorkerProcess, WorkerSettings, describe_exit, exit_reason
 from llmctl.serving.transport import ApiChannel, socket_pair
 from llmctl.serving.wire import (
+    AdapterLoaded,
+    AdapterRefused,
     Command,
     EngineInfo,
     Located,
@@ -71,6 +73,10 @@ class Requests(Protocol):
 
     def on_scheduled(self, request_ids: list[str]) -> None:
         """The worker is about to run a first step with these."""
+        ...
+
+    def on_adapter(self, event: AdapterLoaded | AdapterRefused) -> None:
+        """An adapter was loaded, or not."""
         ...
 
     def on_worker_lost(self, error: LlmctlError, reason: str) -> None:
@@ -237,6 +243,8 @@ class WorkerLifecycle:
     def _on_other_event(self, event: Any) -> None:
         if isinstance(event, Scheduled):
             self._requests.on_scheduled(event.request_ids)
+        elif isinstance(event, AdapterLoaded | AdapterRefused):
+            self._requests.on_adapter(event)
         elif isinstance(event, Progress):
             self._doing = event.text
             self.on_progress(event.text)

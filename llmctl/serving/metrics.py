@@ -26,7 +26,7 @@ from llmctl.config import ServeConfig
 from llmctl.engine.llm_engine import EngineStats
 from llmctl.engine.output import TextOutput
 from llmctl.engine.request import RequestTimes
-from llmctl.serving.engine_series import LABELS, NO_STATS, EngineSeries, WorkerProcessSeries
+from llmctl.serving.engine_series import LABELS, NO_STATS, AdapterSeries, EngineSeries, WorkerProcessSeries
 from llmctl.serving.goodput import Goodput
 from llmctl.serving.histogram import Buckets, Histogram
 from llmctl.serving.http_metrics import HttpSeries
@@ -158,6 +158,10 @@ class ServerMetrics:
         """Say where to look when somebody asks: how many requests wait for a worker, and the worker's process."""
         self._engine.held = held
         self.registry.register(WorkerProcessSeries(self._prefix, self._label_values, worker_pid))
+
+    def watch_adapters(self, most: int, names: Callable[[], tuple[set[str], set[str]]]) -> None:
+        """Say where to look for adapters in use: at most ``most`` at once; names of those that run, and that wait."""
+        self.registry.register(AdapterSeries(self._prefix, most, names))
 
     def set_cache_config(self, **fields: object) -> None:
         """Export ``cache_config_info``: constant 1, the settings as labels."""

@@ -33,11 +33,13 @@ class Observation:
 
     Attributes:
         body, prompts, usage, params, generation: filled in by the endpoint as they come to be.
+        model: what answers; the endpoint's, too, where that is an adapter.
     """
 
     def __init__(self, request: Request, context: ServerContext) -> None:
         self.request = request
         self.context = context
+        self.model = context.names[0]
         self.body: RequestFields | None = None
         self.prompts: Sequence[Prompt] = ()
         self.usage: UsageCount | None = None
@@ -63,7 +65,7 @@ class Observation:
         return RequestRecord(
             request_id=shown(request_id_of(self.request.scope)),
             endpoint=self.request.scope["path"],  # a route that matched, and no part of it is a parameter
-            model=self.context.names[0],
+            model=self.model,
             tenant=shown(tenant_of(self.request, self.body, self.context.keys)),
             moments=self._moments(),
             status=status,

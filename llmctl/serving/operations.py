@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from llmctl.serving.adapter_schema import LoadAdapterRequest, UnloadAdapterRequest
 from llmctl.serving.embedding_schema import EmbeddingList, EmbeddingRequest
 from llmctl.serving.messages_api.protocol import CountTokensRequest, MessagesRequest
 from llmctl.serving.messages_api.schema import MessagesEvent, MessagesResponse, TokenCount
@@ -47,7 +48,7 @@ TAGS = {
     "embeddings": "What the model makes of texts, as vectors.",
     "messages": "What the model writes, as Anthropic's API.",
     "text generation": "What the model writes, as Hugging Face's text-generation-inference.",
-    "models": "The served model.",
+    "models": "The served model, and its adapters.",
     "tokens": "Texts to token ids, and back.",
     "operation": "For who operates the server.",
 }
@@ -217,10 +218,22 @@ OPERATIONS = (
         *("get", "/info", "modelInfo", "text generation", "The served model and its limits", ServedInfo),
         refusals=(503,),
     ),
-    Operation("get", "/v1/models", "listModels", "models", "List the served model", ModelList),
+    Operation("get", "/v1/models", "listModels", "models", "List the served model and its adapters", ModelList),
     Operation(
         *("get", "/v1/models/{name}", "retrieveModel", "models", "The served model by its name", ModelCard),
         refusals=(404,),
+    ),
+    Operation(
+        *("post", "/v1/load_lora_adapter", "loadAdapter", "models", "Offer a LoRA adapter below `--lora-dir`", None),
+        bodies=(LoadAdapterRequest,),
+        examples={"adapter": {"lora_name": "sql", "lora_path": "sql"}},
+        refusals=(403, *_BODY),
+    ),
+    Operation(
+        *("post", "/v1/unload_lora_adapter", "unloadAdapter", "models", "Offer a LoRA adapter no more", None),
+        bodies=(UnloadAdapterRequest,),
+        examples={"adapter": {"lora_name": "sql"}},
+        refusals=(403, *_BODY),
     ),
     Operation(
         *("post", "/tokenize", "tokenize", "tokens", "Token ids of a text, or of a chat as its template renders it"),

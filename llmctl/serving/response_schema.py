@@ -246,13 +246,14 @@ class ChatCompletionChunk(ResponseModel):
 
 
 class ModelCard(ResponseModel):
-    """The served model."""
+    """The served model, or an adapter."""
 
     id: str
     object: Literal["model"]
     created: Count
     owned_by: Literal["llmctl"]
-    root: Annotated[str, Field(description="`--model` as it was given.")]
+    root: Annotated[str, Field(description="`--model` as it was given; of an adapter, its folder.")]
+    parent: Annotated[str | None, Field(description="Of an adapter, the model that it is for.")]
     max_model_len: Annotated[
         Annotated[int, Field(ge=1)] | Absent,
         Field(description="Tokens, prompt and output; once the engine is there."),

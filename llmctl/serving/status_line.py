@@ -23,6 +23,7 @@ ADVICE = {
     "itl_target": "a larger --itl-target, or ITL deadline",
     "max_num_seqs": "a larger --max-num-seqs",
     "deadline": "a longer ITL deadline",
+    "max_loras": "a larger --max-loras",
     "host": "fewer log-probabilities cost less",
     "api_process": "the API process is behind",
     "few_requests": "there is room for more",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.table import Table
 
 from llmctl.config import ServeConfig
 from llmctl.serving.context import Model
+
+_NAMES_SHOWN = 8
 
 
 def base_url(config: ServeConfig) -> str:
@@ -35,7 +38,9 @@ def curl_line(config: ServeConfig, model: Model, *, keyed: bool) -> str:
     return line + ' -H "Authorization: Bearer $KEY"' if keyed else line
 
 
-def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: float, *, keyed: bool) -> None:
+def print_summary(
+    config: ServeConfig, model: Model, engine: Path, seconds: float, *, keyed: bool, adapters: Sequence[str] = ()
+) -> None:
     """The engine, the limits, the URL, and a line to try; on a device with memory of its own, what takes how much."""
     info = model.info
     kv_tokens = info.num_blocks * info.block_size
@@ -49,6 +54,7 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         "KV cache": f"{kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, "
         f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
         "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
+        **({"adapters": _adapters(config, adapters)} if config.enable_lora else {}),
         "sampling": str(model.defaults),
         "tools": _tools(model, config),
         "access": "API key" if keyed else f"open to whoever reaches {config.host}",
@@ -65,6 +71,11 @@ def print_summary(config: ServeConfig, model: Model, engine: Path, seconds: floa
         console.print(render(info.memory, note=info.memory_note), highlight=False)
     # Printed as it is: a wrapped command line could not be copied.
     console.print(f"try: {curl_line(config, model, keyed=keyed)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _adapters(config: ServeConfig, names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+    return f"{shown or 'none yet'}; {config.max_loras} at once, of rank up to {config.max_lora_rank}"
 
 
 def _tools(model: Model, config: ServeConfig) -> str:

@@ -19,7 +19,10 @@ from llmctl.errors import ExitCode, LlmctlError
 
 
 class WireRequest(msgspec.Struct, array_like=True, frozen=True):
-    """One sequence of a ``tenant``. ``arrival`` is on ``time.monotonic``, which all processes of a machine share."""
+    """One sequence of a ``tenant``. ``arrival`` is on ``time.monotonic``, which all processes of a machine share.
+
+    ``adapter_id``: the adapter it runs with, which the worker was told of before; None: none.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -30,6 +33,7 @@ class WireRequest(msgspec.Struct, array_like=True, frozen=True):
     tenant: str = ""
     deadline: Deadline = NO_DEADLINE
     pooling: Pooling | None = None
+    adapter_id: str | None = None
 
 
 class AddRequests(msgspec.Struct, tag="add", array_like=True, frozen=True):
@@ -44,11 +48,31 @@ class AbortRequests(msgspec.Struct, tag="abort", array_like=True, frozen=True):
     request_ids: list[str]
 
 
+class LoadAdapter(msgspec.Struct, tag="load_adapter", array_like=True, frozen=True):
+    """Read an adapter for the first time; ``AdapterLoaded`` or ``AdapterRefused`` follows."""
+
+    name: str
+    path: str
+
+
+class KnowAdapter(msgspec.Struct, tag="know_adapter", array_like=True, frozen=True):
+    """An adapter that another worker has read before; nothing follows, and it is read when a request comes."""
+
+    adapter_id: str
+    path: str
+
+
+class ForgetAdapter(msgspec.Struct, tag="forget_adapter", array_like=True, frozen=True):
+    """No more requests will come for an adapter."""
+
+    adapter_id: str
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True, frozen=True):
     """Leave the engine loop and exit 0."""
 
 
-Command = AddRequests | AbortRequests | Shutdown
+Command = AddRequests | AbortRequests | LoadAdapter | KnowAdapter | ForgetAdapter | Shutdown
 
 
 class ErrorInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -148,7 +172,21 @@ class Scheduled(msgspec.Struct, tag="scheduled", array_like=True, frozen=True):
     request_ids: list[str]
 
 
-Event = Scheduled | Progress | Located | EngineInfo | WorkerFailed | StepMessage
+class AdapterLoaded(msgspec.Struct, tag="adapter_loaded", array_like=True, frozen=True):
+    """An adapter is in memory. ``adapter_id``: of its content."""
+
+    name: str
+    adapter_id: str
+
+
+class AdapterRefused(msgspec.Struct, tag="adapter_refused", array_like=True, frozen=True):
+    """An adapter cannot be served."""
+
+    name: str
+    error: ErrorInfo
+
+
+Event = AdapterLoaded | AdapterRefused | Scheduled | Progress | Located | EngineInfo | WorkerFailed | StepMessage
 
 
 def _from_array(value: Any) -> Any:

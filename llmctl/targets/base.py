@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.engine.step import Runtime
 from llmctl.graph.graph import Graph
 from llmctl.targets.planes import Describe, Plane, PlanesByWeight, WeightPlane
@@ -136,6 +137,7 @@ class RuntimeSizes:
         max_num_batched_tokens, max_num_seqs: tokens and sampled rows of the largest step.
         enforce_eager: launch every kernel by itself, record no step for replay.
         gpu_memory_utilization: share of the device's memory that the engine may take in all.
+        lora: adapters that requests may run with; None: none.
     """
 
     num_blocks: int
@@ -145,6 +147,7 @@ class RuntimeSizes:
     max_num_seqs: int
     enforce_eager: bool = False
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
+    lora: LoraLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,14 @@ class Target(Protocol):
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
         """Peak bytes of everything else in one step of ``tokens`` tokens and ``rows`` sampled rows."""
+        ...
+
+    def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
+        """Bytes of the slots for adapters.
+
+        Raises:
+            UsageError: adapters that the target cannot add to this graph.
+        """
         ...
 
     def context_bytes(self) -> int:

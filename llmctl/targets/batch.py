@@ -137,6 +137,13 @@ def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) ->
     return FlatPlan(token_ids, positions, slots, query_start, rows, scored, pooled)
 
 
+def token_adapters(plan: StepPlan) -> list[int]:
+    """Each token's adapter slot, -1 for none; empty: no token has one."""
+    if all(piece.adapter < 0 for piece in plan.slices):
+        return []
+    return [piece.adapter for piece in plan.slices for _ in piece.token_ids]
+
+
 def _slots(blocks: Sequence[int], start: int, end: int, size: int) -> list[int]:
     """KV slots of positions ``start .. end-1``."""
     slots: list[int] = []

@@ -100,7 +100,7 @@ def test_the_inputs_are_truncated_from_the_left(client: InferenceClient, server:
     ("options", "said"),
     [
         ({"watermark": True}, "parameters.watermark: not supported"),
-        ({"adapter_id": "x"}, "parameters.adapter_id: not supported"),
+        ({"adapter_id": "x"}, "the model 'x' does not exist"),
         ({"typical_p": 0.5}, "parameters.typical_p: not supported"),
         ({"top_p": 7.0}, "parameters.top_p: "),
         ({"max_new_tokens": 9999}, "lower max_new_tokens"),

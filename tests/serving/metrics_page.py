@@ -23,6 +23,7 @@ def full_page(prefix: str = "llmctl") -> str:
     metrics = ServerMetrics("m", prefix=prefix)
     metrics.watch(lambda: 0, os.getpid)
     metrics.set_cache_config(block_size=16, num_gpu_blocks=8, enable_prefix_caching=True, cache_dtype="int8")
+    metrics.watch_adapters(8, lambda: ({"sql", "chat"}, {"code"}))
     metrics.restarted("SIGKILL")
     metrics.http.count("GET", "/v1/models", 200, 0.1, 0, 10)
     return metrics.render()[0].decode()

@@ -84,7 +84,7 @@ def test_the_engines_totals_are_shown_as_they_came_last() -> None:
 
 def test_time_by_state_and_steps_by_execution_are_shown_by_label() -> None:
     metrics = ServerMetrics("m")
-    seconds = StateSeconds(*(float(i) for i in range(1, 11)))
+    seconds = StateSeconds(*(float(i) for i in range(1, 12)))
     metrics.engine(EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0.0, seconds, 5, 7), 0.0)
     shown = {
         (name.removeprefix("llmctl:"), dict(labels).get("state") or dict(labels).get("execution")): value
@@ -92,7 +92,7 @@ def test_time_by_state_and_steps_by_execution_are_shown_by_label() -> None:
     }
     states = (
         *("busy", "kv_full", "token_budget", "itl_target", "max_num_seqs", "deadline"),
-        *("few_requests", "host", "api_process", "no_requests"),
+        *("max_loras", "few_requests", "host", "api_process", "no_requests"),
     )
     expected = {("engine_seconds_total", state): i for i, state in enumerate(states, 1)}
     expected |= {("engine_steps_by_execution_total", "graph"): 5, ("engine_steps_by_execution_total", "eager"): 7}

@@ -77,11 +77,11 @@ class GenerateParameters(TgiModel):
         Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, Field(description="With `details`, or in a stream.")
     ] = None
     grammar: Grammar | None = None
+    adapter_id: Annotated[str | None, Field(description="Name of an adapter of the server's.")] = None
 
     # Known, and refused when set.
     typical_p: Annotated[Any, Only("not supported: use top_p")] = None
     watermark: Annotated[bool | None, Only("not supported: there is none here", (None, False))] = None
-    adapter_id: Annotated[Any, Only("not supported: an engine has no adapters but those that were merged")] = None
 
 
 class GenerateBody(TgiModel):

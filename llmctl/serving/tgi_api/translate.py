@@ -51,6 +51,7 @@ def completion_request(prompt: str | list[int], given: GenerateParameters, *, st
     scored = stream or wants_details(given) or (given.best_of or 1) > 1
     return CompletionRequest(
         prompt=prompt,
+        model=given.adapter_id,
         max_tokens=-1 if given.max_new_tokens is None else given.max_new_tokens,
         n=given.best_of or 1,
         stream=stream,

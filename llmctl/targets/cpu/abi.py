@@ -29,6 +29,8 @@ TILE_ROWS = 16
 """Rows of int8 activations that lie together in tile registers: ``kTileRows``."""
 TILE_BYTES = 64
 """Bytes of a row of a tile register: ``kTileBytes``."""
+SPLIT = 512
+"""Columns of x that a partial sum of adapters has: ``kSplit``."""
 MAX_KINDS = 24
 """Entries of a profile, one a ``Kind``: ``kMaxKinds``."""
 
@@ -57,6 +59,9 @@ class Kind(IntEnum):
     GATHER_EXPERTS = 18
     GROUPED_LINEAR = 19
     WEIGHTED_SUM = 20
+    ACT_MUL = 21
+    SHRINK = 22
+    EXPAND = 23
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -101,6 +106,16 @@ class Choice(c.Structure):
     )
 
 
+class LoraModule(c.Structure):
+    """``struct LoraModule``."""
+
+    _fields_ = (
+        ("y", Matrix),
+        *((name, c.c_int64) for name in ("rows", "stride")),
+        *((name, c.c_void_p) for name in ("a", "b", "scales")),
+    )
+
+
 class OpDesc(c.Structure):
     """``struct OpDesc``."""
 
@@ -114,7 +129,8 @@ class OpDesc(c.Structure):
         *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "w_minimums", "w_scales32", "w_book", "bias")),
         *((name, c.c_void_p) for name in ("permutation", "x16")),
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),
-        *((name, c.c_void_p) for name in ("cos", "sin")),
+        *((name, c.c_void_p) for name in ("cos", "sin", "lora")),
+        ("num_lora", c.c_int64),
         *((name, c.c_float) for name in ("eps", "offset", "scale", "softcap")),
         ("choice", Choice),
         ("sorted", c.c_int32),
@@ -149,6 +165,7 @@ class StepDesc(c.Structure):
         ("max_blocks", c.c_int64),
         *((name, c.c_void_p) for name in ("logits_rows", "targets", "target_tops")),
         ("out", LogprobsOut),
+        ("adapters", c.c_void_p),
     )
 
 
@@ -166,9 +183,12 @@ class SamplingDesc(c.Structure):
     )
 
 
-STRUCTS: tuple[type[c.Structure], ...] = (Matrix, IntActs, Choice, OpDesc, KvDesc, LogprobsOut, StepDesc, SamplingDesc)
+STRUCTS: tuple[type[c.Structure], ...] = (
+    Matrix, IntActs, Choice, LoraModule, OpDesc, KvDesc, LogprobsOut, StepDesc, SamplingDesc,
+)  # fmt: skip
 FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llmctl_create": (c.c_void_p, (c.POINTER(OpDesc), c.c_int64, c.POINTER(KvDesc), *[c.c_int64] * 6, c.c_int)),
+    "llmctl_adapt": (c.c_int, (c.c_void_p, c.POINTER(OpDesc), c.c_int64)),
     "llmctl_destroy": (None, (c.c_void_p,)),
     "llmctl_step": (c.c_int, (c.c_void_p, c.POINTER(StepDesc), c.POINTER(SamplingDesc))),
     "llmctl_weight_bytes": (c.c_int64, (c.c_void_p,)),
@@ -193,7 +213,7 @@ def abi_entries() -> dict[str, int]:
             entries[f"{struct.__name__}.{name}.type"] = type_class(kind)
         entries[f"{struct.__name__}.size"] = c.sizeof(struct)
     entries |= {"tile": TILE, "lanes": LANES, "max_act_group": MAX_ACT_GROUP, "queries": QUERIES}
-    entries |= {"max_head": MAX_HEAD, "keys": KEYS, "max_kinds": MAX_KINDS}
+    entries |= {"max_head": MAX_HEAD, "keys": KEYS, "max_kinds": MAX_KINDS, "split": SPLIT}
     entries |= {"tile_rows": TILE_ROWS, "tile_bytes": TILE_BYTES}
     entries |= {f"weight_bits.{dtype}": bits for dtype, bits in WEIGHT_BITS.items()}
     entries |= {f"kv_tile_bytes.{dtype}": KEYS * kv_token_bytes(LANES, dtype) for dtype in KV_TYPE}

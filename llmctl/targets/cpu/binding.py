@@ -15,7 +15,7 @@ import numpy as np
 
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
-from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, TILE, TILE_BYTES, TILE_ROWS, WEIGHT_BITS, Kind
+from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, SPLIT, TILE, TILE_BYTES, TILE_ROWS, WEIGHT_BITS, Kind
 from llmctl.targets.cpu.layout import PackedLinear
 
 _ALIGN = 64
@@ -97,12 +97,23 @@ class Routing:
         return self.experts, self.order, self.place
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What adapters add to in one linear: ``op``, its first column in ``view``, and the step from 16 columns to 16."""
+
+    op: Op
+    view: View
+    stride: int
+
+
 @dataclass
 class Bound:
     """One native op: kind, the graph op it came from, fp32 and int8 operands by descriptor field.
 
     Attributes:
         routing: the choice of experts that it makes or follows. sorted: its input is in expert order.
+        opened: a linear whose weight is packed for gating, and whose tiles are stored as they are.
+        adapted: what one op for adapters adds to.
     """
 
     kind: Kind
@@ -115,19 +126,24 @@ class Bound:
     permutation: np.ndarray | None = None
     routing: Routing | None = None
     sorted: bool = False
+    opened: bool = False
+    adapted: list[Adapted] = field(default_factory=list)
 
 
 class Lowering:
     """The first pass.
 
     Attributes:
-        linears: packed weight by weight name.
+        linears: packed weight by weight name. gated: those that are packed for gating. opened: buffers that hold the
+            tiles of one.
         routings: by the buffer of a choice's experts. in_order: by buffers whose rows are in expert order.
     """
 
-    def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear]) -> None:
+    def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear], gated: frozenset[str] = frozenset()) -> None:
         self.graph = graph
         self.linears = linears
+        self.gated = gated
+        self.opened: set[str] = set()
         self.views: dict[str, View] = {}
         self.storages: list[Storage] = []
         self.bound: list[Bound] = []
@@ -183,6 +199,7 @@ class Lowering:
             used.append(bound.x16)
         if bound.routing:
             used += bound.routing.storages
+        used += [adapted.view.storage for adapted in bound.adapted]
         for storage in used:
             storage.first = index if storage.first < 0 else storage.first
             storage.last = index
@@ -230,17 +247,26 @@ class Lowering:
         if len(op.inputs) == 2:
             bound.views["x2"] = self.views[op.inputs[1]]
             bound.views["y2"] = self._outputs(op.outputs[1:])[0]
-        direct = self._direct_operand(op.outputs[0])
-        if direct is not None:
-            bound.operands["y8"] = self._int_operand(op.outputs[0], direct)
-        else:
-            bound.views["y"] = self._outputs(op.outputs[:1])[0]
+        self._row_result(bound, op.outputs[0])
         self._emit(bound)
 
-    def _direct_operand(self, buffer: str) -> PackedLinear | None:
-        """The weight whose int8 operand the op before it may write itself: when all readers want that same operand."""
+    def _row_result(self, bound: Bound, buffer: str) -> None:
+        """The result of an op on rows: as int8 where linears want that, as floats for whatever else reads it."""
+        adapters = sum(op.kind == "lora" for op in self.graph.consumers(buffer))
+        direct = self._direct_operand(buffer, beside=adapters)
+        if direct is not None:
+            bound.operands["y8"] = self._int_operand(buffer, direct)
+        if direct is None or adapters:
+            bound.views["y"] = self._outputs((buffer,))[0]
+
+    def _direct_operand(self, buffer: str, beside: int = 0) -> PackedLinear | None:
+        """The weight whose int8 operand the op before it may write itself: when all readers want that same operand.
+
+        Args:
+            beside: readers for whom it writes floats as well.
+        """
         direct = [w for w in self._readers(buffer) if w.integer and w.permutation is None]
-        if not direct or len(direct) != len(self.graph.consumers(buffer)):
+        if not direct or len(direct) != len(self.graph.consumers(buffer)) - beside:
             return None
         return direct[0] if len({(w.columns, w.act_group) for w in direct}) == 1 else None
 
@@ -276,12 +302,65 @@ class Lowering:
             bound.x16 = self._half(op, source, packed)
         else:
             bound.views["x"] = self.views[source]
-        per_tile = LANES if op.attrs.get("epilogue") else TILE
-        self._result(bound, op.outputs, per_tile, many=True)
+        if op.weights[0] in self.gated and not op.attrs.get("epilogue"):
+            self._open(bound, op.outputs[0], packed.rows)
+        else:
+            per_tile = LANES if op.attrs.get("epilogue") else TILE
+            self._result(bound, op.outputs, per_tile, many=True)
         self._emit(bound)
         if {"scale", "softcap"} & op.attrs.keys():
             y = bound.views["y"]
             self._emit(Bound(Kind.CAP, op, self.on_rows, {"x": y, "y": y}))
+
+    def _open(self, bound: Bound, output: str, rows: int) -> None:
+        """The tiles of a weight packed for gating, 16 rows of gate and 16 of up each, as they come."""
+        self.opened.add(output)
+        bound.opened = True
+        self.views[output] = bound.views["y"] = View(self._storage(output, 4 * rows), 0, rows)
+
+    def _act_mul(self, op: Op) -> None:
+        if op.inputs[0] not in self.opened:
+            raise _refused(
+                op.kind, "gating is a linear's epilogue, or an act and a mul; this is what adapters make of it"
+            )
+        bound = Bound(Kind.ACT_MUL, op, self.on_rows, {"x": self.views[op.inputs[0]]})
+        self._row_result(bound, op.outputs[0])
+        self._emit(bound)
+
+    # adapters
+
+    def _lora(self, op: Op) -> None:
+        """Added where the linear's result lies. Those that follow each other and read one x are two native ops."""
+        x, y = op.inputs
+        if len(self.graph.consumers(y)) != 1:
+            raise _refused(op.kind, "what it adds to is read by another op, too")
+        view = self.views[op.outputs[0]] = self.views[y]
+        if y in self.opened:
+            self.opened.add(op.outputs[0])
+        adapted = self._adapted(op, view, opened=y in self.opened)
+        before = self.bound[-1]
+        if before.kind is Kind.EXPAND and before.op.inputs[0] == x:
+            shrink = self.bound[-2]
+            shrink.views["y"].storage.row_bytes += lora_row_bytes(self.graph, op)
+            ld = shrink.views["y"].storage.row_bytes // 4
+            shrink.views["y"] = before.views["x"] = View(shrink.views["y"].storage, 0, ld)
+            shrink.adapted.append(adapted)
+            before.adapted.append(adapted)
+            view.storage.last = len(self.bound) - 1
+            return
+        size = lora_row_bytes(self.graph, op)
+        low = View(self._storage(f"{op.name}.low", size), 0, size // 4)
+        self._emit(Bound(Kind.SHRINK, op, self.on_rows, {"x": self.views[x], "y": low}, adapted=[adapted]))
+        self._emit(Bound(Kind.EXPAND, op, self.on_rows, {"x": low}, adapted=[adapted]))
+
+    def _adapted(self, op: Op, view: View, *, opened: bool) -> Adapted:
+        column, width = int(op.attrs["column"]), self.graph.buffers[op.inputs[1]].width
+        if not opened:
+            return Adapted(op, View(view.storage, view.column + column, view.ld), LANES)
+        up, within = divmod(column, width // 2)
+        if within % LANES:
+            raise _refused(op.kind, f"it begins at column {within} of a gated linear, inside a tile")
+        return Adapted(op, View(view.storage, 2 * within + up * LANES, view.ld), 2 * LANES)
 
     def _result(self, bound: Bound, outputs: tuple[str, ...], per_tile: int, *, many: bool = False) -> None:
         """Outputs as int8 where their only readers want that and an activation group is made whole in one place:
@@ -435,6 +514,8 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Op], None]] = {
     "add_rms_norm": lambda lowering, op: lowering._norm(Kind.RMS_NORM, op),
     "add_layer_norm": lambda lowering, op: lowering._norm(Kind.LAYER_NORM, op),
     "rope_kv_write": Lowering._rope_kv_write,
+    "act_mul": Lowering._act_mul,
+    "lora": Lowering._lora,
 }
 """By op kind."""
 
@@ -449,8 +530,6 @@ REFUSED_KINDS: Mapping[str, str] = {
     "add_rms_norm_s8": _OWN_ROWS,
     "add_layer_norm_s8": _OWN_ROWS,
     "act_mul_s8": _OWN_ROWS,
-    "act_mul": "gating is a linear's epilogue, or an act and a mul",
-    "lora": "adapters are not added",
 }
 """Op kind -> why there is no kernel for it."""
 REFUSED_VARIANTS: Mapping[str, str] = {
@@ -458,6 +537,16 @@ REFUSED_VARIANTS: Mapping[str, str] = {
     "residual": "a residual is added by the norm that follows",
 }
 """Attribute of a linear -> why there is no kernel for linears that have it."""
+
+
+def lora_rank(op: Op) -> int:
+    """Rank of a slot in native memory."""
+    return -(-int(op.attrs["rank"]) // LANES) * LANES
+
+
+def lora_row_bytes(graph: Graph, op: Op) -> int:
+    """Partial sums of one token, bytes."""
+    return 4 * lora_rank(op) * -(-graph.buffers[op.inputs[0]].width // SPLIT)
 
 
 def _refused(what: str, reason: str) -> UnsupportedModelError:

@@ -18,7 +18,7 @@ from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan,
 from llmctl.errors import HostMemoryError
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.base import RuntimeSizes
-from llmctl.targets.batch import BlockTables, FlatPlan, flatten
+from llmctl.targets.batch import BlockTables, FlatPlan, flatten, token_adapters
 from llmctl.targets.cpu.abi import (
     ACT,
     DTYPE,
@@ -29,15 +29,28 @@ from llmctl.targets.cpu.abi import (
     IntActs,
     Kind,
     KvDesc,
+    LoraModule,
     Matrix,
     OpDesc,
     StepDesc,
     open_library,
 )
-from llmctl.targets.cpu.binding import Bound, IntOperand, Lowering, Routing, View, hidden_view, logits_view, plan_arena
+from llmctl.targets.cpu.adapters import CpuAdapters
+from llmctl.targets.cpu.binding import (
+    Bound,
+    IntOperand,
+    Lowering,
+    Routing,
+    View,
+    hidden_view,
+    logits_view,
+    lora_rank,
+    plan_arena,
+)
 from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
+from llmctl.targets.lora import lora_graph
 from llmctl.targets.rope import cos_sin_table
 
 _MAX_LOGITS_BYTES = 32 * 2**20
@@ -49,6 +62,7 @@ class CpuRuntime:
 
     Attributes:
         limits: KV blocks, block size, longest sequence, vocabulary.
+        adapters: those that it was sized for; None: none.
         variant: which build of the kernels runs, e.g. ``avx512bf16``: the library's own, or the next where the system
             refuses what that needs.
         arena_bytes: activations and logits, allocated once.
@@ -66,12 +80,13 @@ class CpuRuntime:
         *,
         kv_dtype: str,
         threads: int,
+        lora_dtype: str = "f32",
     ) -> None:
         """Plan the buffers, allocate arena and KV cache, bind the ops.
 
         Args:
             library: the compiled kernels. sizes: of cache and steps. kv_dtype: ``bf16``, ``f32`` or ``s8``.
-            threads: native threads, the caller's included.
+            threads: native threads, the caller's included. lora_dtype: of adapters' matrices, ``bf16`` or ``f32``.
 
         Raises:
             ValueError: a block size that is not a multiple of ``KEYS``.
@@ -95,20 +110,25 @@ class CpuRuntime:
         self._keep: list[Any] = []
         self._ropes: dict[tuple[Any, ...], tuple[int, int]] = {}
         max_rows = max(1, min(sizes.max_num_seqs, _MAX_LOGITS_BYTES // (4 * graph.vocab_size)))
-        lowering = Lowering(graph, weights.linears)
-        bound = lowering.run()
-        most = max((routing.count for routing in lowering.routings.values()), default=0)
-        self._starts = self._pointer(np.zeros(2 * most + 2, np.int32))
-        self.arena_bytes = plan_arena(lowering.storages, sizes.max_num_batched_tokens, max_rows)
-        self._arena = _aligned(self.arena_bytes)
         self._max_tokens = sizes.max_num_batched_tokens
-        ops = (OpDesc * len(bound))(*[self._describe(b, graph) for b in bound])
-        assert logits_view(lowering) == bound[-1].views["y"]
-        self._hidden = self._rows_of(hidden_view(lowering), graph.hidden_size)
+        plans = [_Plan(Lowering(graph, weights.linears), self._max_tokens, max_rows)]
+        self.adapters: CpuAdapters | None = None
+        if sizes.lora is not None:
+            adapted = lora_graph(graph, sizes.lora)
+            self.adapters = CpuAdapters(adapted, sizes.lora, lora_dtype)
+            gated = frozenset(op.weights[0] for op in graph.linears() if op.attrs.get("epilogue"))
+            plans.append(_Plan(Lowering(adapted, weights.linears, gated), self._max_tokens, max_rows))
+        most = max((routing.count for plan in plans for routing in plan.lowering.routings.values()), default=0)
+        self._starts = self._pointer(np.zeros(2 * most + 2, np.int32))
+        self.arena_bytes = max(plan.size for plan in plans)
+        self._arena = _aligned(self.arena_bytes)
+        ops = self._descriptors(plans[0])
+        # Of steps without adapters, and of those with some.
+        self._hidden = [self._rows_of(hidden_view(plan.lowering), graph.hidden_size) for plan in plans]
         kv, self.kv_bytes = self._allocate_cache(graph, kv_dtype)
         self._program = self._library.llmctl_create(
             ops,
-            len(bound),
+            len(ops),
             kv,
             len(kv),
             sizes.block_size,
@@ -124,6 +144,10 @@ class CpuRuntime:
                 f"no memory or threads for a runtime of {threads} threads: {said}",
                 fix="free memory, or raise the limit (ulimit -v, ulimit -u)",
             )
+        for plan in plans[1:]:
+            ops = self._descriptors(plan)
+            if self._library.llmctl_adapt(self._program, ops, len(ops)):
+                raise HostMemoryError("no memory for the ops of adapters", fix="free memory")
         self._sampling = NativeSampling(graph.vocab_size)
         self._tables = BlockTables(sizes.max_num_seqs, self.limits)
 
@@ -143,8 +167,11 @@ class CpuRuntime:
         rows, targets, tops = _logits_rows(plan, flat)
         scores = TokenScores.zeros(len(targets), min(max(tops, default=0), self.limits.vocab_size))
         arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", flat.slots)]
-        arrays += [array("i", values) for values in (flat.query_start, rows, targets, tops)]
-        token_ids, positions, slots, query_start, rows_at, targets_at, tops_at = (a.buffer_info()[0] for a in arrays)
+        adapters = token_adapters(plan)
+        arrays += [array("i", values) for values in (flat.query_start, rows, targets, tops, adapters)]
+        token_ids, positions, slots, query_start, rows_at, targets_at, tops_at, adapters_at = (
+            a.buffer_info()[0] for a in arrays
+        )
         step = StepDesc(
             tokens=len(flat.token_ids),
             seqs=len(plan.slices),
@@ -159,13 +186,15 @@ class CpuRuntime:
             targets=targets_at if targets else None,
             target_tops=tops_at,
             out=logprobs_out(scores),
+            adapters=adapters_at if adapters else None,
         )
         desc = self._sampling.prepare(sampling)
         began = time.perf_counter()
         self._library.llmctl_step(self._program, c.byref(step), c.byref(desc))
         seconds = time.perf_counter() - began
         sampled, logprobs = self._sampling.results()
-        pooled = {request: self._hidden[start:end].sum(0) for request, start, end in flat.pooled}
+        hidden = self._hidden[1 if adapters else 0]
+        pooled = {request: hidden[start:end].sum(0) for request, start, end in flat.pooled}
         return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, scores), seconds, pooled=pooled))
 
     def profile(self) -> dict[str, float]:
@@ -186,6 +215,11 @@ class CpuRuntime:
             self._keep.clear()
 
     # binding
+
+    def _descriptors(self, plan: _Plan) -> c.Array[OpDesc]:
+        graph, bound = plan.lowering.graph, plan.bound
+        assert logits_view(plan.lowering) == bound[-1].views["y"]
+        return (OpDesc * len(bound))(*[self._describe(b, graph) for b in bound])
 
     def _describe(self, bound: Bound, graph: Graph) -> OpDesc:
         op, attrs = bound.op, bound.op.attrs
@@ -241,6 +275,22 @@ class CpuRuntime:
     def _fill_act(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         desc.act = ACT[str(bound.op.attrs["fn"])]
 
+    def _fill_act_mul(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
+        self._fill_act(desc, bound, graph)
+        desc.width = graph.buffers[bound.op.outputs[0]].width
+
+    def _fill_lora(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
+        assert self.adapters is not None
+        desc.weight_dtype, desc.group = DTYPE[self.adapters.dtype], lora_rank(bound.op)
+        modules = (LoraModule * len(bound.adapted))()
+        for module, adapted in zip(modules, bound.adapted, strict=True):
+            slots = self.adapters.slots[adapted.op.name]
+            module.y, module.rows = self._matrix(adapted.view), int(adapted.op.attrs["rows"])
+            module.stride = adapted.stride
+            module.a, module.b, module.scales = (a.ctypes.data for a in (slots.a, slots.b, slots.scales))
+        self._keep.append(modules)
+        desc.lora, desc.num_lora = c.addressof(modules), len(modules)
+
     def _fill_rope(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         attrs = bound.op.attrs
         desc.cos, desc.sin = self._rope_table(bound.op)
@@ -252,11 +302,11 @@ class CpuRuntime:
         assert packed is not None
         epilogue = str(op.attrs.get("epilogue", ""))
         desc.act = ACT[epilogue.removesuffix("_mul")]
-        desc.n = sum(graph.buffers[o].width for o in op.outputs)
+        desc.n = packed.rows if bound.opened else sum(graph.buffers[o].width for o in op.outputs)
         self._fill_packed(desc, packed)
         if len(op.weights) > 1 and op.weights[1]:
             bias = self._weights.vectors[op.weights[1]].astype(np.float32)
-            desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue)))
+            desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue) or bound.opened))
 
     def _fill_route(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         if bound.op.weights[0]:
@@ -343,6 +393,14 @@ class CpuRuntime:
         return int(array.ctypes.data)
 
 
+class _Plan:
+    """A graph lowered, and its storages placed; ``size``: bytes of the arena."""
+
+    def __init__(self, lowering: Lowering, max_tokens: int, max_rows: int) -> None:
+        self.lowering, self.bound = lowering, lowering.run()
+        self.size = plan_arena(lowering.storages, max_tokens, max_rows)
+
+
 def _aligned(size: int) -> NDArray[np.uint8]:
     """Zeroed bytes on a 64-byte boundary; pages are touched only when used."""
     raw = np.zeros(size + 64, np.uint8)
@@ -382,6 +440,9 @@ _FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
     Kind.LINEAR: CpuRuntime._fill_linear,
     Kind.ACT: CpuRuntime._fill_act,
     Kind.CAP: CpuRuntime._fill_cap,
+    Kind.ACT_MUL: CpuRuntime._fill_act_mul,
+    Kind.SHRINK: CpuRuntime._fill_lora,
+    Kind.EXPAND: CpuRuntime._fill_lora,
     Kind.ROPE: CpuRuntime._fill_rope,
     Kind.ROUTE: CpuRuntime._fill_route,
     Kind.GATHER_EXPERTS: CpuRuntime._fill_gather,

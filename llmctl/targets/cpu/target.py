@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llmctl.config import BuildConfig
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.engine.step import Runtime
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import DTYPES
@@ -32,6 +33,7 @@ from llmctl.targets.base import (
     TargetName,
 )
 from llmctl.targets.cpu.abi import current_digest
+from llmctl.targets.cpu.adapters import slot_bytes
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import kv_layer_bytes
 from llmctl.targets.cpu.options import KV_DTYPES, cpu_options, cpu_passes, head_is_free
@@ -47,6 +49,7 @@ from llmctl.targets.cpu.toolchain import (
 )
 from llmctl.targets.cpu.trial import try_library
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
+from llmctl.targets.lora import lora_graph
 from llmctl.targets.machine import HOST_STEP, host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
@@ -174,6 +177,10 @@ class CpuTarget:
         """A variant goes by its short name as well: avx2 for x86_64-avx2."""
         return set(archs) <= {name for arch in self.name.archs for name in (arch, arch.rpartition("-")[2])}
 
+    def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
+        """See ``adapters.slot_bytes``."""
+        return lora.slots * slot_bytes(lora_graph(graph, lora), _lora_dtype(options))
+
     def context_bytes(self) -> int:
         """Nothing."""
         return 0
@@ -194,6 +201,7 @@ class CpuTarget:
             engine.sizes,
             kv_dtype=DTYPES[engine.options.kv_cache_dtype].tag,
             threads=threads or physical_cores(),
+            lora_dtype=_lora_dtype(engine.options),
         )
 
     def library(self, engine: Path) -> Path:
@@ -234,6 +242,11 @@ def offer() -> Offer:
 def named(name: TargetName) -> Target:
     """The target that a manifest records."""
     return CpuTarget(name) if name.archs else UncompiledCpu(name)
+
+
+def _lora_dtype(options: BuildOptions) -> str:
+    """Of adapters' matrices: exact in an exact engine."""
+    return "f32" if options.dtype == "float32" else "bf16"
 
 
 def _variants_here() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+LORA_SOURCE = "lora.cu"
 MAX_RANK = 64
 RANK_MULTIPLE = 8
 SLICE = 512

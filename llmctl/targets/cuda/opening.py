@@ -20,6 +20,7 @@ from llmctl.targets.cuda.launch import CudaMachine
 from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.cuda.runtime import CudaRuntime
 from llmctl.targets.cuda.weights import load_planes
+from llmctl.targets.lora import lora_graph
 from llmctl.targets.step_memory import kv_bytes_per_token
 
 log = logging.getLogger("llmctl.cuda")
@@ -61,8 +62,9 @@ def module_files(engine: RuntimeEngine) -> dict[str, Path]:
     """
     device = cuda_device()
     assert device is not None, "check_machine came before"
-    options = engine.options
-    chosen = choose_all(engine.graph, options.dtype, options.kv_cache_dtype, options.block_size)
+    options, lora = engine.options, engine.sizes.lora
+    graph = engine.graph if lora is None else lora_graph(engine.graph, lora)
+    chosen = choose_all(graph, options.dtype, options.kv_cache_dtype, options.block_size)
     folder = engine.path / "kernels"
     arch = best_arch(tuple(path.name for path in folder.iterdir()), device.capability)
     assert arch is not None, "check_machine came before"

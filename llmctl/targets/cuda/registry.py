@@ -15,7 +15,7 @@ from llmctl.targets.base import FALLBACK, KernelChoice, Refusal
 from llmctl.targets.cuda.attention import AttentionShape
 from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
 from llmctl.targets.cuda.layout import CudaFormat
-from llmctl.targets.cuda.lora import MAX_RANK, RANK_MULTIPLE, lora_entries
+from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK, RANK_MULTIPLE, lora_entries
 
 SAMPLER_OPS = (
     Op("sample", "sample", (LOGITS,), ("tokens",)),
@@ -239,7 +239,7 @@ KERNELS: tuple[Kernel, ...] = (
     _gemm(4),
     _gemm(8),
     _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),
-    _cuda("lora", "lora.cu", "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
+    _cuda("lora", LORA_SOURCE, "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
           lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
     _cuda("sample", "sampling.cu", "sample", _refuse_sample,

@@ -41,6 +41,8 @@ from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Mark, Queue
 from llmctl.targets.cuda.registry import choose_all
 from llmctl.targets.cuda.sampling import Described, DeviceSampler, Sampled
 from llmctl.targets.cuda.weights import device_weights
+from llmctl.targets.lora import lora_graph
+from llmctl.targets.reference.adapters import StackedAdapters
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.rope import cos_sin_table
 
@@ -107,6 +109,7 @@ class CudaRuntime:
 
     Attributes:
         limits: KV blocks, block size, longest sequence, vocabulary.
+        adapters: those that it was sized for; None: none.
         steps_in_flight: steps that may be started before the first one's result is asked for.
         caches: KV cache by layer, [2, blocks, block size, kv heads, head dim].
     """
@@ -121,7 +124,7 @@ class CudaRuntime:
         *,
         device: str = "cuda",
         lora: Mapping[str, AdapterWeights] | None = None,
-        adapter_of: Callable[[SequenceSlice], int] = lambda _: -1,
+        adapter_of: Callable[[SequenceSlice], int] = lambda piece: piece.adapter,
     ) -> None:
         """Plan and allocate buffers and KV cache, bind and capture the decode steps.
 
@@ -129,9 +132,17 @@ class CudaRuntime:
             planes: on the device, by name: those of ``CudaTarget.planes``.
             machine: with a module for every kernel that the registry chooses.
             device: ``cuda``, or ``cpu`` for a machine that works in host memory.
-            lora: adapters by lora op. adapter_of: which of them a slice uses; -1: none.
+            lora: adapters by lora op, of a graph that has such ops; ``sizes.lora`` inserts ops, and makes ``adapters``.
+            adapter_of: which of them a slice uses; -1: none.
         """
         self._queue: Queue = CudaQueue(machine) if device == "cuda" else HostQueue(machine)
+        self.adapters = None
+        if sizes.lora is not None:
+            graph = lora_graph(graph, sizes.lora)
+            dtype, place = torch_dtype(options.dtype), self._queue.device
+            with self._queue.active():
+                self.adapters = StackedAdapters(graph, sizes.lora, dtype, place, self._queue.active)
+            lora = self.adapters.weights
         self._lora, self._adapter_of = lora or {}, adapter_of
         # A step has no more sequences than tokens.
         sizes = replace(sizes, max_num_seqs=min(sizes.max_num_seqs, sizes.max_num_batched_tokens))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.engine.step import Runtime
 from llmctl.errors import CompileError, DeviceError, UsageError
-from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_DTYPES
+from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
 from llmctl.targets.base import (
@@ -33,9 +34,11 @@ from llmctl.targets.base import (
 from llmctl.targets.cuda.buffers import step_bytes
 from llmctl.targets.cuda.compile import ARCHITECTURES, PTX_FALLBACK, compile_modules, source_hash
 from llmctl.targets.cuda.device import best_arch, cuda_device, held_bytes, why_no_device
+from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK
 from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
 from llmctl.targets.cuda.readiness import GIB, arch_here, missing_here, unknown_arch
 from llmctl.targets.cuda.registry import REFUSED_KINDS, choose_all, sources_of
+from llmctl.targets.lora import lora_graph, slot_elements
 from llmctl.targets.machine import host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
@@ -141,16 +144,16 @@ class CudaTarget:
     def compile(
         self, choices: Sequence[KernelChoice], cache: Path, progress: CompileProgress | None = None
     ) -> list[Module]:
-        """Per source file one cubin for each architecture, and PTX for the oldest."""
-        modules = compile_modules(sources_of(choices), (*self.name.archs, PTX_FALLBACK), cache=cache, progress=progress)
+        """Per source file one cubin for each architecture, and PTX for the oldest; that of adapters is always there."""
+        modules = compile_modules(_sources(choices), (*self.name.archs, PTX_FALLBACK), cache=cache, progress=progress)
         return [
             Module(m.filename, m.code, KernelFile(m.arch, m.compiler, m.flags, (m.source,), m.resources))
             for m in modules
         ]
 
     def source_hashes(self, choices: Sequence[KernelChoice]) -> dict[str, str]:
-        """Of the chosen kernels' files."""
-        return {name: source_hash(name) for name in sources_of(choices)}
+        """Of the chosen kernels' files, and the adapters'."""
+        return {name: source_hash(name) for name in _sources(choices)}
 
     def try_modules(self, paths: Sequence[Path]) -> None:
         """Cubins are ELF files, PTX is text: a driver, which could tell more, is not needed to build."""
@@ -192,6 +195,20 @@ class CudaTarget:
     def covers(self, archs: Iterable[str]) -> bool:
         """By architecture."""
         return set(archs) <= set(self.name.archs)
+
+    def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
+        """Matrices in the compute dtype.
+
+        Raises:
+            UsageError: a rank that the kernels do not take.
+        """
+        if lora.rank > MAX_RANK:
+            raise UsageError(
+                f"--max-lora-rank: expected at most {MAX_RANK} for a cuda target, found {lora.rank}",
+                fix=f"--max-lora-rank {MAX_RANK}; an adapter of a larger one can be merged",
+                param="max_lora_rank",
+            )
+        return lora.slots * slot_elements(lora_graph(graph, lora)) * DTYPES[options.dtype].nbytes
 
     def context_bytes(self) -> int:
         """See ``CONTEXT_BYTES``."""
@@ -253,6 +270,11 @@ def _arch_of_this_machine() -> str:
     if arch is None:
         raise UsageError(f"--target cuda: {unknown_arch(device)}", fix="--target cpu", param="target")
     return arch
+
+
+def _sources(choices: Sequence[KernelChoice]) -> tuple[str, ...]:
+    """What is compiled: whether an engine is to serve adapters is said when it is opened."""
+    return tuple(sorted({*sources_of(choices), LORA_SOURCE}))
 
 
 def _caches(dtype: str) -> tuple[str, ...]:

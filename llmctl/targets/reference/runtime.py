@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import LOGITS, Graph
-from llmctl.targets.batch import Batch, build_batch
+from llmctl.targets.batch import Batch, build_batch, token_adapters
+from llmctl.targets.lora import lora_graph
+from llmctl.targets.reference.adapters import StackedAdapters
 from llmctl.targets.reference.context import StepContext, allocate_cache
 from llmctl.targets.reference.interpreter import Interpreter
 from llmctl.targets.reference.logprobs import describe
@@ -28,6 +31,7 @@ class ReferenceRuntime:
 
     Attributes:
         limits: KV blocks, block size, longest sequence, vocabulary.
+        adapters: those that it was sized for; None: none.
         interpreter: the bound graph.
         cache: KV cache by layer, ``[2, num_blocks, block_size, kv_heads, head_dim]`` in the compute dtype.
     """
@@ -46,6 +50,7 @@ class ReferenceRuntime:
         dtype: str = "float32",
         threads: int | None = None,
         device: str = "cpu",
+        lora: LoraLimits | None = None,
     ) -> None:
         """Allocate the KV cache and convert every weight to ``dtype``.
 
@@ -54,8 +59,10 @@ class ReferenceRuntime:
             max_model_len: longest sequence, tokens; None means what the model was made for or the cache can hold.
             dtype: compute dtype: float32, bfloat16 or float16.
             threads: torch's intra-op threads for the whole process; None leaves them as they are.
+            lora: adapters to have room for. Their ops are inserted into ``graph``.
 
         Raises:
+            UsageError: as ``lora_graph``.
             ValueError: unknown dtype, a size that is not positive, a max_model_len the model cannot do, a weight of
                 another shape than the graph's.
         """
@@ -71,7 +78,12 @@ class ReferenceRuntime:
             torch.set_num_threads(threads)
         self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size)
         element = getattr(torch, DTYPES[dtype].torch)
+        if lora is not None:
+            graph = lora_graph(graph, lora)
+        self.adapters = None if lora is None else StackedAdapters(graph, lora, element, device)
         self.interpreter = Interpreter(graph, weights, element, device)
+        if self.adapters is not None:
+            self.interpreter.adapters.update(self.adapters.weights)
         self.cache = allocate_cache(graph, num_blocks, block_size, element, device=device)
         gather = graph.gather_index()
         self._hidden = graph.ops[gather].inputs[0]
@@ -90,7 +102,7 @@ class ReferenceRuntime:
         rows = len(batch.logits_indices)
         if len(sampling.temperature) != rows:
             raise ValueError(f"expected {rows} sampling rows, one per sampled slice; found {len(sampling.temperature)}")
-        ctx = self.interpreter.context(batch, self.cache)
+        ctx = self._context(plan, batch)
         env = self._body(ctx.inputs(), ctx)
         hidden = env[self._hidden]
         scores = self._scores(plan, batch, hidden, ctx)
@@ -107,7 +119,7 @@ class ReferenceRuntime:
     def logits(self, plan: StepPlan, *, all_rows: bool = False) -> Tensor:
         """Run one step and return float32 logits ``[R, vocab]`` of the sampled rows, or of every token's row."""
         batch = build_batch(plan, self.limits)
-        ctx = self.interpreter.context(batch, self.cache)
+        ctx = self._context(plan, batch)
         env = self._body(ctx.inputs(), ctx)
         rows = np.arange(batch.num_tokens) if all_rows else batch.logits_indices
         return self._logits(env[self._hidden], ctx.tensor(rows), ctx)
@@ -115,6 +127,12 @@ class ReferenceRuntime:
     def close(self) -> None:
         """Drop weights and cache; the runtime cannot be used afterwards."""
         del self.interpreter, self.cache, self._body, self._head
+
+    def _context(self, plan: StepPlan, batch: Batch) -> StepContext:
+        ctx = self.interpreter.context(batch, self.cache)
+        if adapters := token_adapters(plan):
+            ctx.adapters = torch.tensor(adapters, dtype=torch.int32, device=ctx.device)
+        return ctx
 
     def _logits(self, hidden: Tensor, rows: Tensor, ctx: StepContext) -> Tensor:
         ctx.rows = rows

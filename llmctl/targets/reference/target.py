@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llmctl.config import BuildConfig
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.engine.step import Runtime
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
@@ -30,6 +31,7 @@ from llmctl.targets.base import (
     Target,
     TargetName,
 )
+from llmctl.targets.lora import lora_graph, slot_elements
 from llmctl.targets.machine import HOST_STEP, LEAST_WITH_TORCH, check_address_space, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
@@ -142,6 +144,10 @@ class ReferenceTarget:
         """It is built for no architecture in particular."""
         return not set(archs)
 
+    def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
+        """Matrices in the compute dtype."""
+        return lora.slots * slot_elements(lora_graph(graph, lora)) * DTYPES[options.dtype].nbytes
+
     def context_bytes(self) -> int:
         """Nothing."""
         return 0
@@ -168,6 +174,7 @@ class ReferenceTarget:
             max_model_len=engine.sizes.max_model_len,
             dtype=engine.options.dtype,
             threads=threads,
+            lora=engine.sizes.lora,
         )
 
     def _dense(self, options: BuildOptions) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmctl.checkpoint.assemble import GraphSource, assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.graph.graph import Graph, Weight
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.plain import unpack_codes
@@ -67,12 +68,13 @@ def checkpoint_runtime(
     block_size: int = 16,
     max_model_len: int | None = None,
     threads: int | None = None,
+    lora: LoraLimits | None = None,
 ) -> ReferenceRuntime:
     """A reference runtime straight from a checkpoint.
 
     Args:
         passes: graph passes; None means the default ones.
-        num_blocks, block_size: the KV cache. max_model_len: as ReferenceRuntime's.
+        num_blocks, block_size: the KV cache. max_model_len, lora: as ReferenceRuntime's.
 
     Raises:
         CheckpointError: as ``build_graph`` and ``assemble``.
@@ -86,6 +88,7 @@ def checkpoint_runtime(
         max_model_len=max_model_len,
         dtype=dtype,
         threads=threads,
+        lora=lora,
     )
 
 

@@ -6,6 +6,7 @@
 
 #include "attention_op.h"
 #include "experts.h"
+#include "lora.h"
 #include "program.h"
 
 namespace llmctl {
@@ -85,6 +86,7 @@ constexpr AbiEntry kAbi[] = {
   {"kind.attention", kAttention}, {"kind.gather_rows", kGatherRows}, {"kind.quantize", kQuantize},
   {"kind.to_bf16", kToBf16}, {"kind.cap", kCap}, {"kind.route", kRoute}, {"kind.sort_rows", kSortRows},
   {"kind.gather_experts", kGatherExperts}, {"kind.grouped_linear", kGroupedLinear}, {"kind.weighted_sum", kWeightedSum},
+  {"kind.act_mul", kActMul}, {"kind.shrink", kShrink}, {"kind.expand", kExpand},
   {"act.none", int64_t(Act::kNone)}, {"act.silu", int64_t(Act::kSilu)}, {"act.gelu", int64_t(Act::kGelu)},
   {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
   {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},
@@ -98,6 +100,8 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(Choice, experts) LLMCTL_FIELD(Choice, order) LLMCTL_FIELD(Choice, place) LLMCTL_FIELD(Choice, starts)
   LLMCTL_FIELD(Choice, count) LLMCTL_FIELD(Choice, top_k) LLMCTL_FIELD(Choice, groups)
   LLMCTL_FIELD(Choice, top_groups) LLMCTL_FIELD(Choice, sigmoid) LLMCTL_FIELD(Choice, renormalise) LLMCTL_SIZE(Choice)
+  LLMCTL_FIELD(LoraModule, y) LLMCTL_FIELD(LoraModule, rows) LLMCTL_FIELD(LoraModule, stride)
+  LLMCTL_FIELD(LoraModule, a) LLMCTL_FIELD(LoraModule, b) LLMCTL_FIELD(LoraModule, scales) LLMCTL_SIZE(LoraModule)
   LLMCTL_FIELD(OpDesc, kind) LLMCTL_FIELD(OpDesc, act) LLMCTL_FIELD(OpDesc, weight_dtype) LLMCTL_FIELD(OpDesc, neox)
   LLMCTL_FIELD(OpDesc, writes_kv) LLMCTL_FIELD(OpDesc, on_rows) LLMCTL_FIELD(OpDesc, layer) LLMCTL_FIELD(OpDesc, x)
   LLMCTL_FIELD(OpDesc, x2) LLMCTL_FIELD(OpDesc, x3) LLMCTL_FIELD(OpDesc, y) LLMCTL_FIELD(OpDesc, y2)
@@ -107,7 +111,8 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, w_scales32) LLMCTL_FIELD(OpDesc, w_book) LLMCTL_FIELD(OpDesc, bias)
   LLMCTL_FIELD(OpDesc, permutation) LLMCTL_FIELD(OpDesc, x16) LLMCTL_FIELD(OpDesc, heads)
   LLMCTL_FIELD(OpDesc, kv_heads) LLMCTL_FIELD(OpDesc, head_dim) LLMCTL_FIELD(OpDesc, rotary_dim)
-  LLMCTL_FIELD(OpDesc, window) LLMCTL_FIELD(OpDesc, cos) LLMCTL_FIELD(OpDesc, sin) LLMCTL_FIELD(OpDesc, eps)
+  LLMCTL_FIELD(OpDesc, window) LLMCTL_FIELD(OpDesc, cos) LLMCTL_FIELD(OpDesc, sin) LLMCTL_FIELD(OpDesc, lora)
+  LLMCTL_FIELD(OpDesc, num_lora) LLMCTL_FIELD(OpDesc, eps)
   LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap)
   LLMCTL_FIELD(OpDesc, choice) LLMCTL_FIELD(OpDesc, sorted) LLMCTL_SIZE(OpDesc)
   LLMCTL_FIELD(KvDesc, base) LLMCTL_FIELD(KvDesc, kv_heads) LLMCTL_FIELD(KvDesc, head_dim)
@@ -118,7 +123,7 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(StepDesc, token_ids) LLMCTL_FIELD(StepDesc, positions) LLMCTL_FIELD(StepDesc, slots)
   LLMCTL_FIELD(StepDesc, query_start) LLMCTL_FIELD(StepDesc, block_tables) LLMCTL_FIELD(StepDesc, max_blocks)
   LLMCTL_FIELD(StepDesc, logits_rows) LLMCTL_FIELD(StepDesc, targets) LLMCTL_FIELD(StepDesc, target_tops)
-  LLMCTL_FIELD(StepDesc, out) LLMCTL_SIZE(StepDesc)
+  LLMCTL_FIELD(StepDesc, out) LLMCTL_FIELD(StepDesc, adapters) LLMCTL_SIZE(StepDesc)
   LLMCTL_FIELD(SamplingDesc, rows) LLMCTL_FIELD(SamplingDesc, temperature) LLMCTL_FIELD(SamplingDesc, seeds)
   LLMCTL_FIELD(SamplingDesc, positions) LLMCTL_FIELD(SamplingDesc, top_k) LLMCTL_FIELD(SamplingDesc, top_p)
   LLMCTL_FIELD(SamplingDesc, min_p) LLMCTL_FIELD(SamplingDesc, repetition_penalty)
@@ -130,15 +135,16 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(SamplingDesc, num_logprobs) LLMCTL_FIELD(SamplingDesc, token_ids) LLMCTL_FIELD(SamplingDesc, out)
   LLMCTL_SIZE(SamplingDesc)
   {"tile", kTile}, {"lanes", kLanes}, {"max_act_group", kMaxActGroup}, {"queries", kQueries},
-  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds}, {"tile_rows", kTileRows}, {"tile_bytes", kTileBytes},
+  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds}, {"split", kSplit}, {"tile_rows", kTileRows},
+  {"tile_bytes", kTileBytes},
   {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},
   {"weight_bits.w4", weight_bits_of(kW4)}, {"weight_bits.w8", weight_bits_of(kW8)},
   {"weight_bits.w4_min", weight_bits_of(kW4Min)}, {"weight_bits.w8_min", weight_bits_of(kW8Min)},
   {"weight_bits.e4m3", weight_bits_of(kE4m3)}, {"weight_bits.book4", weight_bits_of(kBook4)},
   {"kv_tile_bytes.f32", kv_tile_bytes(kKvF32)}, {"kv_tile_bytes.bf16", kv_tile_bytes(kKvBf16)},
   {"kv_tile_bytes.s8", kv_tile_bytes(kKvS8)},
-  LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step) LLMCTL_CALL(llmctl_weight_bytes)
-  LLMCTL_CALL(llmctl_profile)
+  LLMCTL_CALL(llmctl_create) LLMCTL_CALL(llmctl_adapt) LLMCTL_CALL(llmctl_destroy) LLMCTL_CALL(llmctl_step)
+  LLMCTL_CALL(llmctl_weight_bytes) LLMCTL_CALL(llmctl_profile)
   LLMCTL_CALL(llmctl_variant) LLMCTL_CALL(llmctl_refusal) LLMCTL_CALL(llmctl_create_error)
 };
 

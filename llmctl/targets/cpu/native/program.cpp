@@ -12,15 +12,31 @@
 #include "abi.h"
 #include "attention_op.h"
 #include "experts.h"
+#include "lora.h"
 
 using namespace llmctl;
 
-struct llmctl_program {
+// A list of ops that steps run.
+struct Walk {
   std::vector<OpDesc> ops;
-  std::vector<KvLayer> kv;
-  int64_t max_rows, vocab;
   size_t tail;  // first op that runs on gathered rows
   std::vector<size_t> next_linear;  // [op] the first linear behind it, from the start again behind the last
+
+  Walk(const OpDesc* begin, int64_t num_ops) : ops(begin, begin + num_ops), tail(ops.size()), next_linear(ops.size(), 0) {
+    for (size_t i = ops.size(); i-- > 0;)
+      if (ops[i].on_rows) tail = i;
+    for (size_t i = 2 * ops.size(), next = 0; i-- > 0;) {
+      next_linear[i % ops.size()] = next;
+      if (ops[i % ops.size()].kind == kLinear) next = i % ops.size();
+    }
+  }
+};
+
+struct llmctl_program {
+  Walk plain;
+  std::unique_ptr<Walk> adapted;  // of steps with adapters
+  std::vector<KvLayer> kv;
+  int64_t max_rows, vocab;
   int rows_per = kQueries, wide_rows = kHalves * kQueries;  // tokens of a query tile
   Pool pool;
   Attention attention;
@@ -29,17 +45,17 @@ struct llmctl_program {
   std::vector<SamplingScratch> scratch;     // a thread
   std::vector<LinearScratch> linear_scratch;  // a thread
   std::vector<int32_t> sample_index;        // logits row -> sampling row, -1 for a target
+  AdapterRows adapters;
   double profile[kMaxKinds] = {};
 
   llmctl_program(const OpDesc* begin, int64_t num_ops, const KvDesc* kv_descs, int64_t num_kv, int64_t block_size,
                  int64_t max_tokens, int64_t rows, int64_t max_model_len, int64_t vocab_size, int threads)
-      : ops(begin, begin + num_ops),
+      : plain(begin, num_ops),
         max_rows(rows),
         vocab(vocab_size),
-        tail(ops.size()),
         pool(threads),
         attention(pool.threads(), max_model_len),
-        counters(new WorkCounter[(2 * ops.size() + 1) * size_t(pool.threads())]),
+        counters(new_counters(plain)),
         scratch(size_t(pool.threads()), SamplingScratch(vocab_size)),
         linear_scratch(size_t(pool.threads())) {
     for (int64_t i = 0; i < num_kv; i++)
@@ -47,20 +63,24 @@ struct llmctl_program {
                     KvType(kv_descs[i].type), block_size});
     // Query tiles of two halves meet an int8 cache only.
     const bool tiled = have_tiles() && std::all_of(kv.begin(), kv.end(), [](const KvLayer& k) { return k.type == kKvS8; });
-    for (size_t i = ops.size(); i-- > 0;) {
-      if (ops[i].on_rows) tail = i;
-      if (ops[i].kind != kAttention) continue;
-      const HeadPacking packing(ops[i].heads, ops[i].kv_heads);
+    for (const OpDesc& op : plain.ops) {
+      if (op.kind != kAttention) continue;
+      const HeadPacking packing(op.heads, op.kv_heads);
       rows_per = std::min(rows_per, packing.rows(1));
       wide_rows = std::min(wide_rows, packing.rows(tiled ? kHalves : 1));
     }
-    next_linear.assign(ops.size(), 0);
-    for (size_t i = 2 * ops.size(), next = 0; i-- > 0;) {
-      next_linear[i % ops.size()] = next;
-      if (ops[i % ops.size()].kind == kLinear) next = i % ops.size();
-    }
     tiles.reserve(size_t(max_tokens));
     sample_index.reserve(size_t(max_tokens));
+  }
+
+  std::unique_ptr<WorkCounter[]> new_counters(const Walk& walk) const {
+    return std::unique_ptr<WorkCounter[]>(new WorkCounter[(2 * walk.ops.size() + 1) * size_t(pool.threads())]);
+  }
+
+  // The attention ops must be those of the first list.
+  void adapt(const OpDesc* begin, int64_t num_ops) {
+    adapted = std::make_unique<Walk>(begin, num_ops);
+    if (adapted->ops.size() > plain.ops.size()) counters = new_counters(*adapted);
   }
 
   Share share(size_t phase, int thread) {
@@ -118,8 +138,10 @@ void int8_rows(const OpDesc& op, const RowRange& range, float* lines) {
   for (int64_t row = range.first; row < range.last; row++) {
     float* line = lines + (row - range.first) * k;
     if (op.kind == kQuantize) operand_row(op, row, line);
+    else if (op.kind == kActMul) act_mul_row(op.x.data + row * op.x.ld, line, op.width, Act(op.act));
     else norm_row(op, row, line);
     std::fill(line + op.width, line + k, 0.0f);
+    if (op.y.data) std::memcpy(op.y.data + row * op.y.ld, line, size_t(op.width) * 4);
   }
   for (int64_t g = 0; g < k; g += op.y8.group) quantize_columns(lines + g, k, g, op.y8, range);
 }
@@ -162,6 +184,7 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
     case kLayerNorm: return norm_row(op, row, y);
     case kHeadRmsNorm: return head_norm_row(op, row);
     case kAct: return act_row(x, y, op.width, Act(op.act));
+    case kActMul: return act_mul_row(x, y, op.width, Act(op.act));
     case kCap: return cap_row(x, y, op.width, op.scale, op.softcap);
     case kMul: return mul_row(x, op.x2.data + row * op.x2.ld, y, op.width);
     case kAdd: return add_row(x, op.x2.data + row * op.x2.ld, y, op.width);
@@ -181,17 +204,17 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
   }
 }
 
-void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows, int64_t first_logits_row, int thread,
-            std::vector<float>& line) {
-  const OpDesc& op = p.ops[index];
+void run_op(llmctl_program& p, const Walk& walk, size_t index, const StepDesc& step, int64_t rows,
+            int64_t first_logits_row, int thread, std::vector<float>& line) {
+  const OpDesc& op = walk.ops[index];
   const Share share = p.share(2 * index, thread);
   if (op.kind == kLinear) {
-    const Ahead after = first_weights(p.ops[p.next_linear[index]], thread, p.pool.threads());
+    const Ahead after = first_weights(walk.ops[walk.next_linear[index]], thread, p.pool.threads());
     linear_op(op, rows, share, after.next, p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kAttention) {
     p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
   } else if (op.kind == kGroupedLinear) {
-    const Ahead after = first_weights(p.ops[p.next_linear[index]], thread, p.pool.threads());
+    const Ahead after = first_weights(walk.ops[walk.next_linear[index]], thread, p.pool.threads());
     grouped_linear_op(op, share, after.next, p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kSortRows) {
     if (thread == 0) sort_rows(op.choice, rows);
@@ -201,6 +224,8 @@ void run_op(llmctl_program& p, size_t index, const StepDesc& step, int64_t rows,
     share.run(rows * op.choice.top_k, unit, [&](int64_t begin, int64_t end) {
       for (int64_t place = begin; place < end; place++) gather_row(op, place, line.data());
     });
+  } else if (op.kind == kShrink || op.kind == kExpand) {
+    lora_op(op, p.adapters, share, line);
   } else {
     // A block of int8 rows shares cache lines: two threads writing them take 1.5 times as long as one (8 rows, measured).
     const int64_t unit = op.y8.codes || rows > 8 * p.pool.threads() ? 8 : 1;
@@ -227,21 +252,22 @@ constexpr int64_t kFetchRows = 8, kFetchBytes = 512 << 10;
 
 struct Step {
   llmctl_program& p;
+  const Walk& walk;
   const StepDesc& step;
   const SamplingDesc& sampling;
 
   void operator()(int thread) {
     static thread_local std::vector<float> line;
-    run_range(0, p.tail, step.tokens, 0, thread, line);
-    const Matrix& logits = p.ops.back().y;
+    run_range(0, walk.tail, step.tokens, 0, thread, line);
+    const Matrix& logits = walk.ops.back().y;
     for (int64_t first = 0; first < step.rows; first += p.max_rows) {
       const int64_t rows = std::min(p.max_rows, step.rows - first);
       if (first) {
-        if (thread == 0) reset_counters(p.tail);
+        if (thread == 0) reset_counters(walk.tail);
         p.pool.barrier();
       }
-      run_range(p.tail, p.ops.size(), rows, first, thread, line);
-      p.share(2 * p.ops.size(), thread).run(rows, 1, [&](int64_t row, int64_t) {
+      run_range(walk.tail, walk.ops.size(), rows, first, thread, line);
+      p.share(2 * walk.ops.size(), thread).run(rows, 1, [&](int64_t row, int64_t) {
         finish_row(p, step, sampling, first + row, logits.data + row * logits.ld, p.scratch[size_t(thread)]);
       });
       p.pool.barrier();
@@ -253,19 +279,19 @@ struct Step {
 
   void run_range(size_t begin, size_t end, int64_t rows, int64_t first, int thread, std::vector<float>& line) {
     auto then = std::chrono::steady_clock::now();
-    size_t fetching = p.ops.size();
+    size_t fetching = walk.ops.size();
     Ahead weights{};
     for (size_t i = begin; i < end; i++) {
-      run_op(p, i, step, rows, first, thread, line);
-      if (fetching != p.next_linear[i] && rows <= kFetchRows) {
-        fetching = p.next_linear[i];
-        weights = first_weights(p.ops[fetching], thread, p.pool.threads());
+      run_op(p, walk, i, step, rows, first, thread, line);
+      if (fetching != walk.next_linear[i] && rows <= kFetchRows) {
+        fetching = walk.next_linear[i];
+        weights = first_weights(walk.ops[fetching], thread, p.pool.threads());
         weights.bytes = std::min(weights.bytes, kFetchBytes);
       }
       p.pool.barrier([&] { return weights.fetch_some(); });
       if (thread == 0) {
         const auto now = std::chrono::steady_clock::now();
-        p.profile[p.ops[i].kind] += std::chrono::duration<double, std::micro>(now - then).count();
+        p.profile[walk.ops[i].kind] += std::chrono::duration<double, std::micro>(now - then).count();
         then = now;
       }
     }
@@ -273,7 +299,7 @@ struct Step {
 
   void reset_counters(size_t from) {
     const size_t threads = size_t(p.pool.threads());
-    for (size_t i = 2 * from * threads; i < (2 * p.ops.size() + 1) * threads; i++)
+    for (size_t i = 2 * from * threads; i < (2 * walk.ops.size() + 1) * threads; i++)
       p.counters[i].next.store(0, std::memory_order_relaxed);
   }
 };
@@ -317,6 +343,15 @@ llmctl_program* llmctl_create(const OpDesc* ops, int64_t num_ops, const KvDesc* 
   }
 }
 
+int llmctl_adapt(llmctl_program* program, const OpDesc* ops, int64_t num_ops) {
+  try {
+    program->adapt(ops, num_ops);
+    return 0;
+  } catch (const std::exception&) {
+    return 1;
+  }
+}
+
 const char* llmctl_create_error() { return create_error; }
 
 void llmctl_destroy(llmctl_program* program) { delete program; }
@@ -327,7 +362,9 @@ int llmctl_step(llmctl_program* program, const StepDesc* step, const SamplingDes
   int32_t samples = 0;
   for (int64_t row = 0; row < step->rows; row++)
     program->sample_index.push_back(step->targets && step->targets[row] >= 0 ? -1 : samples++);
-  Step run{*program, *step, *sampling};
+  const Walk& walk = step->adapters && program->adapted ? *program->adapted : program->plain;
+  if (step->adapters) program->adapters.group(step->adapters, step->tokens);
+  Step run{*program, walk, *step, *sampling};
   run.reset_counters(0);
   program->pool.run(run);
   return 0;

@@ -30,6 +30,9 @@ enum Kind : int32_t {
   kGatherExperts = 18,  // x -> the operand of grouped linears, rows in expert order: int8 codes, bf16 or fp32
   kGroupedLinear = 19,
   kWeightedSum = 20,    // rows x by shares x2 -> y
+  kActMul = 21,     // y = act(gate) * up of an opened gated linear, whose tiles x has: 16 of gate, 16 of up
+  kShrink = 22,     // x -> y: partial sums of adapters, see lora.h
+  kExpand = 23,     // x = what kShrink made; adds to the modules' y
 };
 constexpr int kMaxKinds = 24;
 
@@ -52,6 +55,16 @@ struct Choice {
   int32_t sigmoid, renormalise;  // sigmoid: of scores, of shares
 };
 
+// What adapters add to in one linear: `rows` outputs from y on, 16 of them every `stride` columns. Of slot s: a is
+// [rank / 16][k][16] and b [ceil(rows / 16)][rank][16], one slot behind the other; scales[s] 0: it adds nothing here.
+struct LoraModule {
+  Matrix y;
+  int64_t rows, stride;
+  const uint8_t* a;
+  const uint8_t* b;
+  const float* scales;
+};
+
 struct OpDesc {
   int32_t kind;
   int32_t act;           // Act, of kAct and of a gated linear (gate rows are outputs 0..15 of every tile)
@@ -65,7 +78,7 @@ struct OpDesc {
   IntActs y8;            // when codes is set, norms, linears and attention write this instead of y
   int64_t width;         // columns of x
   int64_t n;             // valid outputs of a linear (of the epilogue)
-  int64_t n_padded, k, group;
+  int64_t n_padded, k, group;  // group of kShrink and kExpand: rank, a multiple of 16; width: columns of the linear's x
   const uint8_t* w;      // linear: packed; embeddings: packed, or [V][width]; norms: fp32
   const uint16_t* w_scales;
   const uint8_t* w_zeros;
@@ -78,6 +91,8 @@ struct OpDesc {
   int64_t heads, kv_heads, head_dim, rotary_dim, window;
   const float* cos;      // [positions][rotary_dim / 2]
   const float* sin;
+  const LoraModule* lora;      // [num_lora], those that read one x; weight_dtype: of their matrices, kF32 or kBf16
+  int64_t num_lora;
   float eps, offset, scale, softcap;
   Choice choice;
   int32_t sorted;        // x of kGatherExperts is in expert order
@@ -101,6 +116,7 @@ struct StepDesc {
   const int32_t* targets;        // [rows], -1: the row is sampled, else the log-probability of this id is wanted
   const int32_t* target_tops;    // [rows], how many of the most likely tokens are wanted beside a target
   LogprobsOut out;               // of the rows with a target
+  const int32_t* adapters;       // [tokens], each one's slot, -1: none; null: no token has one
 };
 
 }  // namespace llmctl
@@ -116,6 +132,8 @@ const char* llmctl_refusal();
 llmctl_program* llmctl_create(const llmctl::OpDesc* ops, int64_t num_ops, const llmctl::KvDesc* kv, int64_t num_kv,
                               int64_t block_size, int64_t max_tokens, int64_t max_rows, int64_t max_model_len,
                               int64_t vocab, int threads);
+// A second list of ops, for steps with adapters; those without one run the first. Returns 0, or 1 when memory is spent.
+int llmctl_adapt(llmctl_program* program, const llmctl::OpDesc* ops, int64_t num_ops);
 // Null when memory or threads are spent; llmctl_create_error says it.
 const char* llmctl_create_error();
 void llmctl_destroy(llmctl_program* program);

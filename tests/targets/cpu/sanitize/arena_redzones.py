@@ -19,13 +19,13 @@ _GAP = 256
 _poison = ctypes.CDLL(None)["__asan_poison_memory_region"]
 _poison.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _plan, _allocate = cpu.plan_arena, cpu._aligned
-_gaps: list[tuple[int, int]] = []  # of the arena planned last: offset, bytes
+_gaps: list[tuple[int, int]] = []  # of the arena that is being planned: offset, bytes
 
 
 def _plan_apart(storages: list[Any], max_tokens: int, max_rows: int) -> int:
     _plan(storages, max_tokens, max_rows)
-    _gaps.clear()
-    end = 0
+    # What another graph of the runtime has there stays apart, too.
+    end = sum(_gaps[-1]) - _GAP if _gaps else 0
     for storage in storages:
         storage.offset = end + _GAP
         used = storage.offset + storage.bytes(max_tokens, max_rows)

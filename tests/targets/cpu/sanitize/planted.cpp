@@ -14,7 +14,7 @@ extern "C" int llmctl_step(llmctl_program* program, const llmctl::StepDesc* step
   volatile int sink = 0;
   if (fault == "heap") sink = step->token_ids[step->tokens];
   if (fault == "arena") {
-    const llmctl::Matrix& y = program->ops.back().y;
+    const llmctl::Matrix& y = program->plain.ops.back().y;
     y.data[program->max_rows * y.ld] = 1;
   }
   if (fault == "undefined") {

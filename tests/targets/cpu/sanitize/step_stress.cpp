@@ -3,6 +3,7 @@
 #include "program.cpp"
 
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 
 using namespace llmctl;
@@ -10,6 +11,7 @@ using namespace llmctl;
 namespace {
 
 constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 80, kGroup = 32;
+constexpr int64_t kAdapters = 3;
 constexpr int64_t kBlock = 16, kBlocks = 56, kLength = 640;
 
 struct Memory {
@@ -33,8 +35,9 @@ struct Memory {
 
 struct Layer {
   Memory memory;
-  std::vector<OpDesc> ops;
+  std::vector<OpDesc> ops, adapted;
   std::vector<KvDesc> kv;
+  std::vector<LoraModule> modules;
 
   Layer(const Layer&) = delete;
 
@@ -88,6 +91,7 @@ struct Layer {
       op.k = op.group = kWidth;
       op.w = (const uint8_t*)memory.floats(part.second * kWidth, 0.2f);
     }
+    const size_t behind_qkv = ops.size();
     OpDesc& rope = add(kRope, q, q, kHeads * kDim);
     rope.x2 = rope.y2 = k;
     rope.x3 = v;
@@ -123,22 +127,50 @@ struct Layer {
     head.w = (const uint8_t*)memory.floats(kVocab * kWidth, 0.2f);
     const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
     kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0});
+    adapt(behind_qkv, normed, {{q, kHeads * kDim}, {k, kKvHeads * kDim}, {v, kKvHeads * kDim}});
+  }
+
+  // The same ops with kAdapters adapters of q, k and v, of which the last one leaves k alone.
+  void adapt(size_t at, Matrix x, const std::vector<std::pair<Matrix, int64_t>>& results) {
+    constexpr int64_t kRank = 16;
+    for (const auto& [y, rows] : results) {
+      float* scales = memory.floats(kAdapters, 0);
+      for (int64_t slot = 0; slot < kAdapters; slot++) scales[slot] = slot + 1 == kAdapters && modules.size() == 1 ? 0 : 0.5f;
+      modules.push_back({y, rows, kLanes, (uint8_t*)memory.floats(kAdapters * kRank * kWidth, 0.2f),
+                         (uint8_t*)memory.floats(kAdapters * kRank * rows, 0.2f), scales});
+    }
+    OpDesc op{};
+    op.kind = kShrink;
+    op.x = x;
+    op.y = memory.rows(int64_t(results.size()) * kRank);
+    op.width = kWidth;
+    op.group = kRank;
+    op.weight_dtype = kF32;
+    op.lora = modules.data();
+    op.num_lora = int64_t(modules.size());
+    OpDesc expand = op;
+    expand.kind = kExpand;
+    expand.x = op.y;
+    expand.y = {};
+    adapted = ops;
+    adapted.insert(adapted.begin() + int64_t(at), {op, expand});
   }
 };
 
 // One sequence's share of a step.
 struct Piece {
-  int32_t start, count, first_block;
+  int32_t start, count, first_block, adapter = -1;
 };
 
 std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pieces) {
-  std::vector<int32_t> ids, positions, start{0}, tables, rows, targets, tops;
+  std::vector<int32_t> ids, positions, start{0}, tables, rows, targets, tops, adapters;
   std::vector<int64_t> slots;
   const int64_t blocks = kLength / kBlock;
   for (const Piece& piece : pieces) {
     for (int32_t p = piece.start; p < piece.start + piece.count; p++) {
       ids.push_back((p * 7 + piece.first_block) % kVocab);
       positions.push_back(p);
+      adapters.push_back(piece.adapter);
       slots.push_back((piece.first_block + p / kBlock) * kBlock + p % kBlock);
     }
     start.push_back(int32_t(ids.size()));
@@ -172,6 +204,8 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
   desc.logits_rows = rows.data();
   desc.targets = targets.data();
   desc.target_tops = tops.data();
+  for (const Piece& piece : pieces)
+    if (piece.adapter >= 0) desc.adapters = adapters.data();
   desc.out = {3, logprobs.data(), ranks.data(), top_ids.data(), top_logprobs.data()};
   SamplingDesc sampling{};
   sampling.rows = count;
@@ -189,6 +223,7 @@ std::vector<int32_t> walk(int threads) {
   Layer layer;
   llmctl_program* program = llmctl_create(layer.ops.data(), int64_t(layer.ops.size()), layer.kv.data(), 1, kBlock,
                                           kTokens, 3, kLength, kVocab, threads);
+  if (llmctl_adapt(program, layer.adapted.data(), int64_t(layer.adapted.size()))) std::abort();
   std::vector<int32_t> found;
   auto run = [&](const std::vector<Piece>& pieces) {
     const std::vector<int32_t> tokens = step(program, pieces);
@@ -199,6 +234,10 @@ std::vector<int32_t> walk(int threads) {
   run({{575, 1, 0}, {0, 30, 40}});
   // More sequences than rows of logits at once, each in blocks of its own.
   for (int32_t at = 30; at < 40; at++) run({{546 + at, 1, 0}, {at, 1, 40}, {at, 1, 43}, {at, 1, 46}, {at, 2, 49}});
+  // Adapters of many rows and of one, several of one, and none; again over the same blocks.
+  run({{0, 40, 0, 0}, {0, 11, 40, 1}, {0, 2, 43}});
+  for (int32_t at = 40; at < 50; at++)
+    run({{at, 1, 0, 0}, {at - 29, 1, 40, 1}, {at - 38, 1, 43}, {at - 40, 1, 46, 0}, {at - 40, 1, 49, 2}});
   llmctl_destroy(program);
   return found;
 }

@@ -1,0 +1,162 @@
+"""Adapters in the host's memory, as a runtime takes them: read by a thread beside the engine's steps, kept by use."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.checkpoint.adapters.adapter import Adapter
+from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import AdapterHost
+from llmctl.errors import CheckpointError, LlmctlError, resource_error
+
+log = logging.getLogger("llmctl.engine")
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """What reading an adapter came to.
+
+    Attributes:
+        name: under which it was asked for; "": again, by its id.
+        adapter_id: of what was asked for, or of what was found. found: None with an ``error``.
+    """
+
+    name: str
+    adapter_id: str
+    found: Adapter | None
+    error: LlmctlError | None = None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    name: str
+    adapter_id: str
+    path: Path
+    result: Future[tuple[Adapter, Any]]
+
+
+class AdapterCache:
+    """At most ``limits.cached`` adapters, and one that is being read.
+
+    Attributes:
+        claimed: the adapters that must stay, which are no more than ``limits.slots``. wanted: whether a request runs
+            with an adapter, or waits for it.
+        wake: called from another thread when one has been read.
+
+    Args:
+        host: prepares them. read: an adapter of a folder, checked.
+    """
+
+    def __init__(self, limits: LoraLimits, host: AdapterHost, read: Callable[[Path], Adapter]) -> None:
+        self.limits, self.host = limits, host
+        self.claimed: Callable[[], Collection[str]] = frozenset
+        self.wanted: Callable[[str], bool] = lambda _: False
+        self.wake: Callable[[], None] = lambda: None
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, "adapters")
+        self._paths: dict[str, Path] = {}
+        self._prepared: OrderedDict[str, Any] = OrderedDict()  # the one that was used longest ago first
+        self._readings: list[_Reading] = []
+        self._forgotten: set[str] = set()
+
+    def __contains__(self, adapter_id: object) -> bool:
+        """Whether an adapter is known, and not to be forgotten."""
+        return adapter_id in self._paths and adapter_id not in self._forgotten
+
+    def __len__(self) -> int:
+        """Adapters in memory."""
+        return len(self._prepared)
+
+    def __getitem__(self, adapter_id: str) -> Any:
+        """An adapter that is ready, as the runtime prepared it."""
+        return self._prepared[adapter_id]
+
+    def load(self, name: str, path: Path) -> None:
+        """Read an adapter for the first time; ``take`` tells what came of it."""
+        self._submit(name, "", path)
+
+    def know(self, adapter_id: str, path: Path) -> None:
+        """Take note of an adapter that was read before; it is read again when it is wanted."""
+        self._paths[adapter_id] = path
+        self._forgotten.discard(adapter_id)
+
+    def forget(self, adapter_id: str) -> None:
+        """Take no more requests for an adapter, and drop it once those that it has are done."""
+        self._forgotten.add(adapter_id)
+        for gone in [each for each in self._forgotten if not self.wanted(each)]:
+            self._forgotten.discard(gone)
+            self._paths.pop(gone, None)
+            self._prepared.pop(gone, None)
+
+    def ready(self, adapter_id: str) -> bool:
+        """Part of ``AdapterSource``."""
+        if adapter_id in self._prepared:
+            self._prepared.move_to_end(adapter_id)
+            return True
+        if all(reading.adapter_id != adapter_id for reading in self._readings):
+            self._submit("", adapter_id, self._paths[adapter_id])
+        return False
+
+    def take(self) -> Iterator[ReadAdapter]:
+        """What has been read since the last time; adapters that are in memory now, or the reasons why they are not."""
+        if not self._readings:
+            return
+        readings, self._readings = self._readings, []
+        for reading in readings:
+            if reading.result.done():
+                yield self._taken(reading)
+            else:
+                self._readings.append(reading)
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, name: str, adapter_id: str, path: Path) -> None:
+        result = self._thread.submit(self._prepare, path)
+        self._readings.append(_Reading(name, adapter_id, path, result))
+        result.add_done_callback(lambda _: self.wake())
+
+    def _prepare(self, path: Path) -> tuple[Adapter, Any]:
+        adapter = self._read(path)
+        return adapter, self.host.prepare(adapter)
+
+    def _taken(self, reading: _Reading) -> ReadAdapter:
+        problem = reading.result.exception()
+        if problem is not None:
+            return ReadAdapter(reading.name, reading.adapter_id, None, _as_error(reading.path, problem))
+        adapter, prepared = reading.result.result()
+        if reading.adapter_id and adapter.digest != reading.adapter_id:
+            error = CheckpointError(f"adapter {reading.path}: its files have changed since it was loaded")
+            error.fix = "unload it, and load it again"
+            return ReadAdapter(reading.name, reading.adapter_id, None, error)
+        if not reading.adapter_id:
+            self.know(adapter.digest, reading.path)
+        self._prepared[adapter.digest] = prepared
+        self._prepared.move_to_end(adapter.digest)
+        self._shrink(adapter.digest)
+        return ReadAdapter(reading.name, adapter.digest, adapter)
+
+    def _shrink(self, newest: str) -> None:
+        claimed = self.claimed()
+        for adapter_id in list(self._prepared):
+            if len(self._prepared) <= self.limits.cached:
+                return
+            if adapter_id not in claimed and adapter_id != newest:
+                del self._prepared[adapter_id]
+
+
+def _as_error(path: Path, problem: BaseException) -> LlmctlError:
+    """No file is to be the worker's end."""
+    if isinstance(problem, LlmctlError):
+        return problem
+    if (spent := resource_error(problem)) is not None:
+        return spent
+    log.error("adapter %s cannot be read", path, exc_info=problem)
+    return CheckpointError(f"adapter {path}: cannot be read: {type(problem).__name__}: {problem}")

@@ -1,0 +1,58 @@
+"""``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``, as vLLM has them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import Request
+from starlette.responses import PlainTextResponse, Response
+
+from llmctl.errors import LlmctlError, PermissionDeniedError, RequestError
+from llmctl.serving.adapter_schema import LoadAdapterRequest, UnloadAdapterRequest
+from llmctl.serving.adapters import AdapterModule, path_below
+from llmctl.serving.body import parse
+from llmctl.serving.context import ServerContext, context_of
+
+
+async def load(request: Request) -> Response:
+    """Load an adapter, and offer it as a model."""
+    context = context_of(request)
+    body = await parse(request, LoadAdapterRequest, lambda _: None)
+    _check_allowed(context)
+    adapters, name = context.client.adapters, body.lora_name
+    if name in context.names:
+        raise RequestError(f"lora_name: '{name}' is the model's own name", param="lora_name")
+    if adapters.find(name) is not None and not body.load_inplace:
+        raise RequestError(
+            f"lora_name: '{name}' is loaded already",
+            fix="unload it first, or set load_inplace to replace it",
+            param="lora_name",
+        )
+    path = await asyncio.to_thread(path_below, context.config.lora_dir, body.lora_path)
+    try:
+        await adapters.load(AdapterModule(name, path))
+    except LlmctlError as error:
+        if error.http_status != 500:
+            raise
+        raise RequestError(error.message, fix=error.fix, param="lora_path") from error  # what was given is at fault
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload(request: Request) -> Response:
+    """Offer an adapter no more; its requests end first."""
+    context = context_of(request)
+    body = await parse(request, UnloadAdapterRequest, lambda _: None)
+    _check_allowed(context)
+    adapter = context.client.adapters.unload(body.lora_name)
+    left = context.client.requests_of(adapter)
+    said = f"; {left} of its requests are answered first" if left else ""
+    return PlainTextResponse(f"Success: LoRA adapter '{adapter.name}' removed successfully{said}.")
+
+
+def _check_allowed(context: ServerContext) -> None:
+    context.model()
+    if not context.config.enable_lora or context.config.lora_dir is None:
+        raise PermissionDeniedError(
+            "the server was not started with --enable-lora and --lora-dir",
+            fix="its adapters are those of --lora-modules",
+        )

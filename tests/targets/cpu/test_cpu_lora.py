@@ -1,0 +1,191 @@
+"""Adapters on the native CPU kernels: against the reference, merged weights, and themselves in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cpu_engines import cpu_runtime
+from cpu_graphs import VARIANTS, greedy
+from random_adapters import random_adapter, with_products
+from tiny_checkpoint import dense_tensors, linear_shapes, write_arrays, write_dense, write_gptq
+
+from llmctl.artifact.request import EngineRequest
+from llmctl.checkpoint.adapters.adapter import Adapter
+from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.errors import UnsupportedModelError
+from llmctl.targets.cpu.runtime import CpuRuntime
+from llmctl.targets.cpu.toolchain import Variant, find_compiler
+from llmctl.targets.reference.runtime import ReferenceRuntime
+from llmctl.targets.reference.weights import checkpoint_runtime
+
+pytestmark = [
+    pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
+    pytest.mark.xdist_group("cpu_kernels"),
+]
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+LORA = LoraLimits(4, 24, 4)
+SHAPES = linear_shapes()
+ATTENTION = {name: shape for name, shape in SHAPES.items() if "self_attn" in name}
+DOWN = {name: shape for name, shape in SHAPES.items() if "down_proj" in name}
+ADAPTERS = [
+    random_adapter(SHAPES, 16, seed=1),
+    random_adapter(ATTENTION, 3, seed=2),
+    random_adapter(DOWN, 24, seed=3, scale=0.5),
+]
+"""All modules, some, one; ranks of one panel, less than one, and more. Slot 3 stays empty."""
+Piece = tuple[int, int, int]
+"""Tokens of a prompt from, to; the adapter's slot."""
+
+
+def runtime_of(model: Path, variant: Variant | None, lora: LoraLimits | None = LORA, **options: object) -> CpuRuntime:
+    sizes = EngineRequest(kv_cache_bytes=4 << 20, max_num_seqs=40, max_num_batched_tokens=160, lora=lora)
+    target = "cpu" if variant is None else f"cpu:{variant.name.rpartition('-')[2]}"
+    runtime = cpu_runtime(model, target=target, sizes=sizes, **options)
+    if lora is not None:
+        assert runtime.adapters is not None
+        for slot, adapter in enumerate(ADAPTERS):
+            runtime.adapters.put(slot, runtime.adapters.prepare(adapter))
+    return runtime
+
+
+def tokens_of(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 90, count).tolist()
+
+
+def scores(runtime: CpuRuntime, *pieces: Piece) -> list[np.ndarray]:
+    """Of each piece the log-probability of every next token, computed in one step; sequences do not share blocks."""
+    slices = []
+    for index, (seed, count, slot) in enumerate(pieces):
+        ids = tokens_of(seed, count + 1)
+        blocks = range(4 * index, 4 * index + 4)
+        slices.append(SequenceSlice(str(index), ids[:-1], 0, blocks, False, ids[1:], adapter=slot))
+    found = runtime.execute(StepPlan(tuple(slices)), greedy(0)).result().scores
+    return [found[str(index)].logprobs for index in range(len(pieces))]
+
+
+def expected(runtime: ReferenceRuntime, seed: int, count: int, slot: int) -> np.ndarray:
+    ids = tokens_of(seed, count + 1)
+    piece = SequenceSlice("a", ids[:-1], 0, range(4), False, adapter=slot)
+    logits = runtime.logits(StepPlan((piece,)), all_rows=True)
+    return torch.log_softmax(logits, -1)[range(count), ids[1:]].numpy()
+
+
+MIXED: Sequence[Piece] = (
+    *[(1, 1, 0), (2, 9, -1), (3, 17, 1), (4, 1, 0), (5, 5, 2), (6, 1, -1), (7, 30, 0), (8, 1, 2), (9, 2, 3)],
+    *[(10, 1, 1), (11, 1, 0), (12, 1, 0), (13, 1, 0)],
+)
+"""Rows of one token and of many; five of one adapter, one of others; an empty slot."""
+
+
+@each_variant
+@pytest.mark.parametrize("passes", [None, ("none",)])
+def test_in_float32_it_is_the_reference_and_the_merged_model(
+    variant: Variant, passes: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    """Within what float32 sums differ by: 2e-5 of log-probabilities."""
+    if "emulated" in variant.name or "bf16" in variant.name:
+        pytest.skip("its float32 kernels are those of avx512vnni")
+    model = write_dense(tmp_path / "dense")
+    runtime = runtime_of(model, variant, dtype="float32", passes=passes)
+    reference = checkpoint_runtime(open_checkpoint(model), passes=(), num_blocks=8, lora=LORA)
+    assert reference.adapters is not None
+    for slot, adapter in enumerate(ADAPTERS):
+        reference.adapters.put(slot, reference.adapters.prepare(adapter))
+    found = scores(runtime, *MIXED)
+    for piece, got in zip(MIXED, found, strict=True):
+        np.testing.assert_allclose(got, expected(reference, *piece), atol=2e-5)
+    whole = checkpoint_runtime(
+        open_checkpoint(
+            write_arrays(tmp_path / "merged", with_products(dense_tensors(), ADAPTERS[0]), dtype="float32")
+        ),
+        num_blocks=8,
+    )
+    for piece, got in zip(MIXED, found, strict=True):
+        if piece[2] == 0:
+            np.testing.assert_allclose(got, expected(whole, *piece[:2], -1), atol=2e-5)
+    runtime.close()
+
+
+def check_bits(model: Path, variant: Variant, **options: object) -> None:
+    with_adapters = runtime_of(model, variant, **options)
+    without = runtime_of(model, variant, None, **options)
+    together = scores(with_adapters, *MIXED)
+    for piece, got in zip(MIXED, together, strict=True):
+        assert np.array_equal(got, scores(with_adapters, piece)[0]), piece
+        if piece[2] in (-1, 3):
+            assert np.array_equal(got, scores(without, (*piece[:2], -1))[0]), piece
+    assert not np.array_equal(together[0], scores(without, (*MIXED[0][:2], -1))[0])
+    assert with_adapters.arena_bytes >= without.arena_bytes
+    with_adapters.close()
+    without.close()
+
+
+@each_variant
+@pytest.mark.parametrize("kind", ["4 bits", "dense"])
+def test_a_request_has_its_bits_in_any_batch_and_without_an_adapter_those_of_an_engine_without(
+    variant: Variant, kind: str, tmp_path: Path
+) -> None:
+    model = write_dense(tmp_path / "m") if kind == "dense" else write_gptq(tmp_path / "m")
+    check_bits(model, variant)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "act order": {"act_order": True},
+    "8 bits": {"bits": 8, "symmetric": True},
+    "groups of 16": {"group_size": 16},
+}
+
+
+@pytest.mark.slow
+@each_variant
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"passes": ("none",)}, {"kv_cache_dtype": "int8"}])
+@pytest.mark.parametrize("checkpoint", KINDS)
+def test_bits_of_other_kinds(variant: Variant, options: dict[str, object], checkpoint: str, tmp_path: Path) -> None:
+    kinds = {
+        "act order": {"act_order": True},
+        "8 bits": {"bits": 8, "symmetric": True},
+        "groups of 16": {"group_size": 16},
+    }
+    check_bits(write_gptq(tmp_path / "m", **kinds[checkpoint]), variant, **options)  # type: ignore[arg-type]
+
+
+def test_a_slot_is_emptied_of_what_the_next_adapter_does_not_have(tmp_path: Path) -> None:
+    runtime = runtime_of(write_dense(tmp_path / "m"), None)
+    assert runtime.adapters is not None
+    before = scores(runtime, (1, 8, 1))
+    runtime.adapters.put(0, runtime.adapters.prepare(ADAPTERS[1]))
+    assert np.array_equal(scores(runtime, (1, 8, 0))[0], before[0])
+    runtime.close()
+
+
+def test_the_pooled_rows_are_those_of_the_step_with_adapters(tmp_path: Path) -> None:
+    runtime = runtime_of(write_dense(tmp_path / "m"), None, dtype="float32")
+    vectors = []
+    for slot in (-1, 0, -1):
+        piece = SequenceSlice("a", tokens_of(1, 8), 0, range(4), False, pool_rows=3, adapter=slot)
+        vectors.append(runtime.execute(StepPlan((piece,)), greedy(0)).result().pooled["a"])
+    assert np.array_equal(vectors[0], vectors[2])
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.1
+    runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        (random_adapter(DOWN, 25), "expected a rank of at most 24, found 25 of 'model.layers.0.mlp.down_proj'"),
+        (random_adapter({"lm_head": (96, 64)}, 4), "acts on 'lm_head', which is no linear of a layer"),
+    ],
+)
+def test_what_is_refused(adapter: Adapter, said: str, tmp_path: Path) -> None:
+    runtime = runtime_of(write_dense(tmp_path / "m"), None)
+    assert runtime.adapters is not None
+    with pytest.raises(UnsupportedModelError, match=said):
+        runtime.adapters.prepare(adapter)
+    runtime.close()
