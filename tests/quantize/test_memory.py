@@ -1,4 +1,4 @@
-"""Memory of a quantization: a layer, its calibration activations and 1.5 GB, whatever the model's size."""
+"""Memory of rounding to nearest: a layer, its calibration activations and 1.5 GB, whatever the model's size."""
 
 import json
 import subprocess
@@ -42,13 +42,12 @@ def write_7b(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("method", ["rtn", "awq"])
-def test_one_layer_is_in_memory(method: str, tmp_path: Path) -> None:
+def test_one_layer_is_in_memory(tmp_path: Path) -> None:
     model, text = tmp_path / "model", tmp_path / "text.txt"
     model.mkdir()
     write_7b(model)
     text.write_text(CALIBRATION_TEXT * 20)
-    options = {"model": str(model), "output": str(tmp_path / "out"), "method": method, "calib": str(text)}
+    options = {"model": str(model), "output": str(tmp_path / "out"), "method": "rtn", "calib": str(text)}
     options |= {"calib_samples": SAMPLES, "calib_length": LENGTH}  # type: ignore[dict-item]
     found = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(options)], capture_output=True, text=True, check=True
@@ -58,5 +57,4 @@ def test_one_layer_is_in_memory(method: str, tmp_path: Path) -> None:
     hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     layer = 4 * prod((hidden, 4 * hidden + 3 * inner))  # type: ignore[operator]
     activations = 4 * SAMPLES * LENGTH * (2 * hidden + inner)  # type: ignore[operator]
-    print(f"{method}: {peak / 1e9:.2f} GB")
     assert peak <= layer + activations + 1.5e9
