@@ -37,23 +37,28 @@ def read_adapter(folder: Path, graph: Graph, base: str = "") -> Adapter:
     Raises:
         ModelNotFoundError: no adapter there.
         CheckpointError: damaged, or not for this model: shapes, missing or superfluous tensors, values that are not
-            finite.
+            finite; written to meanwhile.
         UnsupportedModelError: another method than LoRA, a setting that is not read.
     """
     settings = read_settings(folder)
+    weights = _weights_path(folder)
+    digest = _digest(folder)
     model = base_tensors(graph)
-    reader = _Reader(folder, settings, SafetensorsFile(_weights_path(folder)), model)
+    reader = _Reader(folder, settings, SafetensorsFile(weights), model)
     parts = reader.parts()
-    return Adapter(
+    adapter = Adapter(
         path=folder,
         base_model=settings.base_model,
         parts=tuple(parts),
         ends=tuple(part.module for part in parts if part.module == model.head or part.module in model.tables),
         magnitudes=reader.magnitudes(),
         replaced=reader.replaced(),
-        digest=_digest(folder),
+        digest=digest,
         notes=tuple(_notes(folder, settings, base)),
     )
+    if _digest(folder) != digest:  # by which keys and values are found again: it must be of what was read
+        raise adapter_error(folder, "its files changed while they were read", "read it again once it is written")
+    return adapter
 
 
 def _weights_path(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from adapter_files import RANK, Tensors, products, settings, write
 from tiny_checkpoint import HIDDEN, VOCAB, write_dense
 
 from llmctl.checkpoint.adapters.adapter import Adapter
-from llmctl.checkpoint.adapters.reading import read_adapter
+from llmctl.checkpoint.adapters.reading import FILES, read_adapter
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.errors import CheckpointError, LlmctlError, ModelNotFoundError, UnsupportedModelError
@@ -58,6 +58,26 @@ def test_tensors_stay_when_the_file_is_cut_short(graph: Graph, tmp_path: Path) -
     adapter = read_adapter(folder, graph)
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert float(adapter.parts[0].a.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 9}, {}])
+def test_files_that_are_written_meanwhile(
+    changes: dict[str, Any], graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old weights under the digest of new ones would be given the new ones' keys and values."""
+    folder = write(tmp_path / "a", settings(), products("q_proj"))
+    tensors = products("q_proj")
+    tensors[f"{FIRST}.lora_A.weight"][0, 0] += 0 if changes else 1
+
+    def read_late(*_: Any) -> tuple[()]:
+        write(tmp_path / "new", settings(**changes), tensors)
+        for name in FILES:
+            (tmp_path / "new" / name).replace(folder / name)
+        return ()
+
+    monkeypatch.setattr("llmctl.checkpoint.adapters.reading._notes", read_late)
+    with pytest.raises(CheckpointError, match="its files changed while they were read"):
+        read_adapter(folder, graph)
 
 
 def without(name: str) -> Callable[[Tensors], None]:
