@@ -65,6 +65,8 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
     output = Path(config.output)
     if output.suffix == ".gguf":
         raise UsageError(f"--output {output}: expected a folder, found the name of a .gguf file", param="output")
+    if config.dtype not in ("auto", *COMPUTE_DTYPES):
+        raise UsageError(f"--dtype {config.dtype}: expected auto, {', '.join(COMPUTE_DTYPES)}", param="dtype")
     check_new(output)
     merged = open_merged(config.base, config.adapters, "adapters")
     dtype = _dtype(config.dtype, merged.base)
@@ -90,8 +92,6 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
 
 
 def _dtype(wanted: str, base: Checkpoint) -> str:
-    if wanted == "auto":
-        return base.dtype if base.dtype in COMPUTE_DTYPES else "float32"
-    if wanted not in COMPUTE_DTYPES:
-        raise UsageError(f"--dtype {wanted}: expected auto, {', '.join(COMPUTE_DTYPES)}", param="dtype")
-    return wanted
+    if wanted != "auto":
+        return wanted
+    return base.dtype if base.dtype in COMPUTE_DTYPES else "float32"

@@ -31,15 +31,16 @@ class Named:
             UsageError: a weight that is no finite number.
         """
         folder, equals, weight = text.rpartition("=")
-        if not equals or Path(text).is_dir():
-            return cls(Path(text))
+        whole = Path(text).expanduser()
+        if not equals or whole.is_dir():
+            return cls(whole)
         try:
             value = float(weight)
         except ValueError:
             value = math.nan
         if not folder or not math.isfinite(value):
             raise UsageError(f"adapter '{text}': expected DIR or DIR=WEIGHT, a finite number", param=param)
-        return cls(Path(folder), value)
+        return cls(Path(folder).expanduser(), value)
 
 
 @dataclass(frozen=True)

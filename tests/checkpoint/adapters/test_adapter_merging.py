@@ -112,12 +112,21 @@ def test_sums_that_mean_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "folder", "weight"), [("a", "a", 1), ("a=0.5", "a", 0.5), ("a=b=-2", "a=b", -2), ("x=y", "x=y", 1)]
+    ("text", "folder", "weight"),
+    [
+        ("a", "a", 1),
+        ("a=0.5", "a", 0.5),
+        ("a=b=-2", "a=b", -2),
+        ("x=y", "x=y", 1),
+        ("~/a", "/home/me/a", 1),
+        ("~/a=2", "/home/me/a", 2),
+    ],
 )
 def test_names_with_weights(
     text: str, folder: str, weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "x=y").mkdir()
     assert Named.parse(text, "x") == Named(Path(folder), weight)
 
