@@ -104,7 +104,8 @@ def answers(model: str) -> list[str]:
 def main() -> None:
     """Train, merge, ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("tiny-lora"), help="folder for what is made (%(default)s)")
+    made = "folder for what is made; base, adapter and merged in it are replaced (%(default)s)"
+    parser.add_argument("--work", type=Path, default=Path("tiny-lora"), help=made)
     parser.add_argument("--steps", type=int, default=12, help="of training (%(default)s)")
     args = parser.parse_args()
     base, adapter, merged = (args.work / name for name in ("base", "adapter", "merged"))
