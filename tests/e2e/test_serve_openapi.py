@@ -49,7 +49,7 @@ CHATS: list[dict[str, Any]] = [
     {"messages": HELLO, "max_tokens": 8, "logprobs": True, "stop_token_ids": list(range(3, 200))},
 ]
 STREAMS: list[dict[str, Any]] = [{}, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}]
-OURS = {"stop_reason", "prompt_logprobs", "max_model_len", "root"}
+OURS = {"stop_reason", "prompt_logprobs", "max_model_len", "root", "parent"}
 """Members beyond OpenAI's; vLLM has the same."""
 
 
@@ -62,7 +62,18 @@ def test_the_served_document_is_the_described_one(document: Any) -> None:
     assert document == describe(MODEL, with_keys=False)
 
 
-EXAMPLES = [(operation, name) for operation in OPERATIONS for name in operation.examples]
+ADAPTERS = {"loadAdapter", "unloadAdapter"}
+"""What only a server with --lora-dir does; test_serve_adapters.py asks one."""
+EXAMPLES = [
+    (operation, name) for operation in OPERATIONS for name in operation.examples if operation.id not in ADAPTERS
+]
+
+
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation.id in ADAPTERS])
+def test_adapters_are_not_loaded_without_a_folder_for_them(server: ServerProcess, operation: Operation) -> None:
+    (body,) = operation.examples.values()
+    answer = requests.post(server.url + operation.path, json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied")
 
 
 @pytest.mark.parametrize(("operation", "name"), EXAMPLES, ids=lambda v: getattr(v, "id", v))
