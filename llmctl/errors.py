@@ -20,12 +20,19 @@ class ExitCode(IntEnum):
     REGRESSION = 5
 
 
+def one_line(text: str) -> str:
+    """A text without line breaks, and without what a terminal would obey or UTF-8 cannot say: that is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 class LlmctlError(Exception):
     """Base of every user-visible error.
 
     Args:
-        message: what is wrong, what was expected and what was found; one line.
-        fix: what the user can do about it (a command where possible); one line.
+        message: what is wrong, what was expected and what was found; made one line, whatever it quotes.
+        fix: what the user can do about it (a command where possible); made one line.
         param: the option or request field at fault, if there is one.
 
     Attributes:
@@ -40,8 +47,8 @@ class LlmctlError(Exception):
 
     def __init__(self, message: str, *, fix: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = one_line(message)
+        self.fix = one_line(fix) if fix else fix
         self.param = param
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
-"""Exceptions that mean that memory or threads are spent, however a library says so."""
+"""Errors on one line; exceptions that mean that memory or threads are spent, however a library says so."""
 
 from __future__ import annotations
 
 import pytest
 
-from llmctl.errors import HostMemoryError, resource_error
+from llmctl.errors import HostMemoryError, LlmctlError, resource_error
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,18 @@ def test_what_is_spent_is_said(error: Exception, said: str) -> None:
 @pytest.mark.parametrize("error", [ImportError("No module named 'x'"), RuntimeError("a shape"), ValueError("bad")])
 def test_other_faults_stay_what_they_are(error: Exception) -> None:
     assert resource_error(error) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ("two  spaces, é 🙂", "two  spaces, é 🙂"),
+        ("a\n  b\r\tc", "a b c"),
+        ("\x1b[31mred\0", r"\x1b[31mred\x00"),
+        ("\ud800\udcff\u202e", r"\ud800\udcff\u202e"),
+    ],
+)
+def test_what_is_quoted_neither_breaks_the_line_nor_is_obeyed(found: str, shown: str) -> None:
+    error = LlmctlError(f"no '{found}'", fix=f"rm '{found}'")
+    assert (error.message, error.fix) == (f"no '{shown}'", f"rm '{shown}'")
+    str(error).encode()

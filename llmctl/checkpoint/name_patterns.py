@@ -59,25 +59,26 @@ class NameMatcher:
     def __init__(self) -> None:
         self._left = SECONDS
 
-    def matches(self, names: Iterable[str], entry: str) -> bool:
+    def matches(self, names: Iterable[str], entry: str, *, whole: bool = False) -> bool:
         """Whether an entry names a module.
 
         Args:
-            names: what the module is called.
+            names: what the module is called. whole: a pattern has to match all of a name.
 
         Raises:
             ValueError: no time is left.
         """
         if not entry.startswith(_REGEX):
             return entry in names
-        return any(self._begins(name, entry) for name in names)
+        return any(self._fits(name, entry, whole) for name in names)
 
-    def _begins(self, name: str, entry: str) -> bool:
+    def _fits(self, name: str, entry: str, whole: bool) -> bool:
         import regex
 
         began = time.perf_counter()
         try:
-            found = regex.match(entry.removeprefix(_REGEX), name, timeout=self._left)
+            match = regex.fullmatch if whole else regex.match
+            found = match(entry.removeprefix(_REGEX), name, timeout=self._left)
         except MemoryError as error:  # calls itself without an end
             raise ValueError(f"'{entry[:80]}' takes more memory than there is to match") from error
         except TimeoutError:

@@ -37,7 +37,7 @@ def check_new(output: Path, format: str | None = None) -> None:
         UsageError: as said.
     """
     check_parent(output)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise UsageError(f"--output {output}: exists already", fix="choose another name or remove it", param="output")
     if format is None:
         return

@@ -84,7 +84,7 @@ def _whole(settings: AdapterSettings, stored: StoredTensors, base: BaseTensors) 
         yield f"modules_to_save: no tensors of {name_some(missing)}", _DAMAGED
     for entry in settings.saved:
         if not any(is_saved(_module(name), (entry,)) for name in base.shapes):
-            yield f"modules_to_save: '{entry}' is no module of this model", OTHER_MODEL
+            yield f"modules_to_save: '{entry[:80]}' is no module of this model", OTHER_MODEL
 
 
 def _module(tensor: str) -> str:

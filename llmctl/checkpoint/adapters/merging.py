@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
 from llmctl.checkpoint.adapters.base_tensors import base_tensors
 from llmctl.checkpoint.adapters.reading import FILES
+from llmctl.checkpoint.adapters.settings import LARGEST
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import spec_nbytes, torch_dtype_name
@@ -66,7 +67,7 @@ def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighte
 
 
 def _check_together(adapters: Sequence[Weighted]) -> None:
-    """Refuse sums that mean nothing: a share of a replaced tensor, or two adapters of which one replaces."""
+    """Refuse sums that mean nothing: infinities, a share of a replaced tensor, two adapters of which one replaces."""
     touched: dict[str, str] = {}  # tensor -> the adapter that changes it
     setters: dict[str, str] = {}
     for one in adapters:
@@ -77,6 +78,9 @@ def _check_together(adapters: Sequence[Weighted]) -> None:
             raise UsageError(
                 f"adapter {name}: weight {one.weight:g}: {what} can only be merged whole", fix=f"name {name} alone"
             )
+        for part in adapter.parts:
+            if abs(part.scale * one.weight) > LARGEST:
+                raise UsageError(f"adapter {name}: weight {one.weight:g} makes values beyond float32 of its products")
         own = sets | {f"{part.module}.weight" for part in adapter.parts}
         for tensor in sorted(own):
             other = touched.get(tensor) if tensor in sets else setters.get(tensor)

@@ -28,8 +28,10 @@ class Targets:
         self._settings = settings
         self._matcher = NameMatcher()
         patterns = [p for p in (settings.targets, settings.excluded) if isinstance(p, str)]
-        entries = [f"re:{p}" for p in (*patterns, *settings.ranks, *settings.alphas)]
-        check_patterns(entries, self._where)
+        ends = [*settings.ranks, *settings.alphas]
+        # `(?x)q # all` is one by itself, but takes in what stands behind it.
+        entries = [*patterns, *ends, *(_at_the_end(p) for p in ends if not _PLAIN.fullmatch(p))]
+        check_patterns([f"re:{p}" for p in entries], self._where)
 
     def names(self, module: str, *, linear: bool, head: bool) -> bool:
         """Whether LoRA acts on a module, called as in the model that the adapter was trained on.
@@ -64,7 +66,7 @@ class Targets:
 
     def _among(self, module: str, named: tuple[str, ...] | str) -> bool:
         if isinstance(named, str):
-            return self._matches(module, rf"(?:{named})\Z")
+            return self._matches(module, named)
         return module in named or any(module.endswith(f".{name}") for name in named)
 
     def _first(self, module: str, patterns: Mapping[str, T], otherwise: T) -> T:
@@ -73,7 +75,7 @@ class Targets:
             if _PLAIN.fullmatch(pattern):
                 found = f".{module}".endswith(f".{pattern}")
             else:
-                found = self._matches(module, rf"(?:.*\.)?(?:{pattern})\Z")
+                found = self._matches(module, _at_the_end(pattern))
             if found:
                 return value
         return otherwise
@@ -88,9 +90,14 @@ class Targets:
 
     def _matches(self, module: str, pattern: str) -> bool:
         try:
-            return self._matcher.matches([module], f"re:{pattern}")
+            return self._matcher.matches([module], f"re:{pattern}", whole=True)
         except ValueError as error:
             raise CheckpointError(f"{self._where}: {error}") from error
+
+
+def _at_the_end(pattern: str) -> str:
+    """Matches all of a module's name where a pattern matches its last parts."""
+    return rf"(?:.*\.)?(?:{pattern})"
 
 
 def is_saved(module: str, saved: Iterable[str]) -> bool:

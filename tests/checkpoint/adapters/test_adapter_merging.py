@@ -101,6 +101,10 @@ def test_sums_that_mean_nothing(tmp_path: Path) -> None:
         open_merged(base, [f"{saved}=0.5"], "x")
     with pytest.raises(UsageError, match=r"both change 'lm_head\.weight', and one of them replaces it"):
         open_merged(base, [saved, str(setter(tmp_path / "other"))], "x")
+    plain = str(write(tmp_path / "plain", settings(), products("q_proj")))
+    for weight in ("1e300", "-3e38"):
+        with pytest.raises(UsageError, match=r"plain: weight .* makes values beyond float32"):
+            open_merged(base, [f"{plain}={weight}"], "x")
     norms = {f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_magnitude_vector": np.ones(HIDDEN, np.float32)
              for i in (0, 1)}  # fmt: skip
     dora = str(write(tmp_path / "dora", settings(use_dora=True), products("q_proj") | norms))
@@ -171,6 +175,7 @@ def test_merge_writes_what_anyone_reads(tmp_path: Path) -> None:
         (["{base}", "{a}"], 2, "--output is missing"),
         (["{base}", "-o", "{out}"], 2, "ADAPTER"),
         (["{base}", "{a}", "-o", "{base}"], 2, "exists already"),
+        (["{base}", "{a}", "-o", "{link}"], 2, "exists already"),
         (["{base}", "{a}", "-o", "{out}.gguf"], 2, "a folder, found the name of a .gguf file"),
         (["{base}", "{a}", "-o", "{out}", "--dtype", "int8"], 2, "--dtype int8: expected auto"),
         (["{base}", "{base}", "-o", "{out}"], 2, "not a PEFT adapter"),
@@ -183,11 +188,12 @@ def test_a_refusal_is_one_line_and_leaves_nothing(args: list[str], code: int, sa
     write_dense(tmp_path / "base")
     write(tmp_path / "a", settings(), products("q_proj"))
     write(tmp_path / "large", settings(lora_alpha=1e6), products("q_proj"))
-    names = {name: str(tmp_path / name) for name in ("base", "a", "large", "out")}
+    (tmp_path / "link").symlink_to("nothing")
+    names = {name: str(tmp_path / name) for name in ("base", "a", "large", "link", "out")}
     found, out, err = merge(*(arg.format(**names) for arg in args))
     assert (found, out) == (code, "")
     assert said in err.splitlines()[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "large"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "large", "link"]
 
 
 def quantize(*args: str) -> tuple[int, str, str]:

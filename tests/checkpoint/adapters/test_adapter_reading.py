@@ -173,6 +173,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "patterns": ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected an object"),
     "another rank": ({"rank_pattern": {"q_proj": 8}}, r"expected shape \[8, 64\], found \[4, 64\]"),
     "no pattern": ({"target_modules": "(q_proj"}, "is no regular expression"),
+    "no pattern inside another": ({"rank_pattern": {"(?x)q_proj # all": 4}}, "is no regular expression: missing"),
     "large pattern": ({"target_modules": "((a{500}){500}){500}"}, "expected patterns of at most"),
     "targets": ({"target_modules": {"q_proj": 1}}, "target_modules: expected names"),
     "other targets": (
@@ -182,6 +183,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "fewer targets": ({"layers_to_transform": [0]}, "tensors of modules that target_modules do not name"),
     "excluded": ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "target_modules do not name"),
     "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save: no tensors of 'lm_head.weight'"),
+    "saved at length": ({"modules_to_save": ["x" * 10**5]}, "modules_to_save: 'x{80}' is no module of this model"),
+    "odd key": ({"a\n\x1b[1m": 1}, r": a \\x1b\[1m: a setting that this version does not know"),
     "saved nowhere": ({"modules_to_save": ["score"]}, "modules_to_save: 'score' is no module of this model"),
     "bias": ({"bias": "some"}, "bias: expected one of none, all, lora_only"),
     "DoRA": ({"use_dora": True}, "lora_magnitude_vector is missing"),
@@ -203,6 +206,16 @@ def test_a_pattern_that_takes_for_ever(graph: Graph, tmp_path: Path, monkeypatch
     write(tmp_path / "a", settings(target_modules="((a?.{1,999}){1,999}){1,999}[!?]"), products("q_proj"))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: .* takes more than 0\.01 s to match"):
         read_adapter(tmp_path / "a", graph)
+
+
+@pytest.mark.parametrize("pattern", ["(?x) .* q_proj # all", r"(?i).*\.Q_PROJ", "model.*|q_proj|model.*q_proj"])
+def test_a_pattern_is_matched_as_it_stands(pattern: str, graph: Graph, tmp_path: Path) -> None:
+    write(tmp_path / "a", settings(target_modules=pattern, exclude_modules="(?x)q_proj # not"), products("q_proj"))
+    if pattern.startswith("model"):
+        with pytest.raises(CheckpointError, match="name modules without tensors"):
+            read_adapter(tmp_path / "a", graph)
+    else:
+        assert len(read_adapter(tmp_path / "a", graph).parts) == 2
 
 
 def test_an_adapter_of_nothing(graph: Graph, tmp_path: Path) -> None:
