@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from llmctl.artifact.request import EngineRequest
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, MemoryBudget, Target
+from llmctl.targets.lora import lora_graph
 from llmctl.targets.planes import Plane
 
 HOST_KV_BYTES = 4 * 2**30
@@ -121,9 +122,11 @@ def plan_memory(
     length = options.max_model_len if request.max_model_len is None else request.max_model_len
     block_size, limits = options.block_size, request.step_limits(target)
     per_token = target.kv_bytes_per_token(graph, options)
-    activations = target.activation_bytes(graph, options, limits.max_num_batched_tokens, limits.max_num_seqs)
+    adapters, run = 0, graph
+    if request.lora is not None:
+        adapters, run = target.adapter_bytes(graph, options, request.lora), lora_graph(graph, request.lora)
+    activations = target.activation_bytes(run, options, limits.max_num_batched_tokens, limits.max_num_seqs)
     weights, context = target.resident_bytes(graph, options, planes), target.context_bytes()
-    adapters = 0 if request.lora is None else target.adapter_bytes(graph, options, request.lora)
     block_bytes = max(1, per_token * block_size)
     sequence_blocks = _ceil(length, block_size) // block_size
     most_blocks = limits.max_num_seqs * sequence_blocks

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_checkpoint import MAX_POSITION, dense_tensors
+from tiny_checkpoint import MAX_POSITION, dense_tensors, linear_shapes
 
 from llmctl.artifact.memory import MemoryPlan, human_bytes, plan_memory
 from llmctl.artifact.plan import plan_build
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
+from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.graph.graph import Graph
+from llmctl.graph.passes import apply_passes
 from llmctl.targets.base import BuildOptions, TargetName
 from llmctl.targets.reference.target import ReferenceTarget
 from llmctl.targets.step_memory import kv_bytes_per_token
@@ -55,6 +57,15 @@ def test_blocks_that_fit(graph: Graph) -> None:
     assert not found.fits
     assert plan(graph, budget=base + 7 * per_block, max_model_len=112).fits
     assert plan(graph, budget=base - 1).largest_max_model_len == 0
+
+
+def test_adapters_take_their_slots_and_what_their_ops_write(graph: Graph) -> None:
+    fused = apply_passes(graph, ("fuse_gated_activation",))
+    plain, found = plan(fused), plan(fused, lora=LoraLimits(3, 8, 3))
+    held = sum(8 * (rows + columns) for rows, columns in linear_shapes().values())
+    assert (plain.adapters, found.adapters) == (0, 3 * 4 * held)
+    assert found.activations > plain.activations
+    assert found.total - found.kv_bytes == plain.fixed + found.adapters + found.activations - plain.activations
 
 
 def test_default_cache_is_no_larger_than_can_be_used(graph: Graph) -> None:
