@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,11 +34,10 @@ class ReadAdapter:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _ToRead:
     name: str
     adapter_id: str
     path: Path
-    result: Future[tuple[Adapter, Any]]
 
 
 class AdapterCache:
@@ -62,7 +61,8 @@ class AdapterCache:
         self._thread = ThreadPoolExecutor(1, "adapters")
         self._paths: dict[str, Path] = {}
         self._prepared: OrderedDict[str, Any] = OrderedDict()  # the one that was used longest ago first
-        self._readings: list[_Reading] = []
+        self._queue: deque[_ToRead] = deque()
+        self._reading: Future[tuple[Adapter, Any]] | None = None  # the first of the queue
         self._forgotten: set[str] = set()
 
     def __contains__(self, adapter_id: object) -> bool:
@@ -89,6 +89,9 @@ class AdapterCache:
     def forget(self, adapter_id: str) -> None:
         """Take no more requests for an adapter, and drop it once those that it has are done."""
         self._forgotten.add(adapter_id)
+        self._drop_forgotten()
+
+    def _drop_forgotten(self) -> None:
         for gone in [each for each in self._forgotten if not self.wanted(each)]:
             self._forgotten.discard(gone)
             self._paths.pop(gone, None)
@@ -99,49 +102,54 @@ class AdapterCache:
         if adapter_id in self._prepared:
             self._prepared.move_to_end(adapter_id)
             return True
-        if all(reading.adapter_id != adapter_id for reading in self._readings):
+        if all(asked.adapter_id != adapter_id for asked in self._queue):
             self._submit("", adapter_id, self._paths[adapter_id])
         return False
 
     def take(self) -> Iterator[ReadAdapter]:
         """What has been read since the last time; adapters that are in memory now, or the reasons why they are not."""
-        if not self._readings:
-            return
-        readings, self._readings = self._readings, []
-        for reading in readings:
-            if reading.result.done():
-                yield self._taken(reading)
-            else:
-                self._readings.append(reading)
+        if self._forgotten:
+            self._drop_forgotten()
+        while self._reading is not None and self._reading.done():
+            read = self._taken(self._queue.popleft(), self._reading)
+            self._reading = None
+            self._begin()
+            yield read
 
     def close(self) -> None:
         """Read nothing more."""
         self._thread.shutdown(cancel_futures=True)
 
     def _submit(self, name: str, adapter_id: str, path: Path) -> None:
-        result = self._thread.submit(self._prepare, path)
-        self._readings.append(_Reading(name, adapter_id, path, result))
-        result.add_done_callback(lambda _: self.wake())
+        self._queue.append(_ToRead(name, adapter_id, path))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Read the next one, if none is being read: what is read and not taken yet is in memory, too."""
+        if self._reading is None and self._queue:
+            self._reading = self._thread.submit(self._prepare, self._queue[0].path)
+            self._reading.add_done_callback(lambda _: self.wake())
 
     def _prepare(self, path: Path) -> tuple[Adapter, Any]:
         adapter = self._read(path)
         return adapter, self.host.prepare(adapter)
 
-    def _taken(self, reading: _Reading) -> ReadAdapter:
-        problem = reading.result.exception()
+    def _taken(self, asked: _ToRead, result: Future[tuple[Adapter, Any]]) -> ReadAdapter:
+        problem = result.exception()
         if problem is not None:
-            return ReadAdapter(reading.name, reading.adapter_id, None, _as_error(reading.path, problem))
-        adapter, prepared = reading.result.result()
-        if reading.adapter_id and adapter.digest != reading.adapter_id:
-            error = CheckpointError(f"adapter {reading.path}: its files have changed since it was loaded")
-            error.fix = "unload it, and load it again"
-            return ReadAdapter(reading.name, reading.adapter_id, None, error)
-        if not reading.adapter_id:
-            self.know(adapter.digest, reading.path)
+            return ReadAdapter(asked.name, asked.adapter_id, None, _as_error(asked.path, problem))
+        adapter, prepared = result.result()
+        if asked.adapter_id and adapter.digest != asked.adapter_id:
+            error = CheckpointError(
+                f"adapter {asked.path}: its files have changed since it was loaded", fix="unload it, and load it again"
+            )
+            return ReadAdapter(asked.name, asked.adapter_id, None, error)
+        if not asked.adapter_id:
+            self.know(adapter.digest, asked.path)
         self._prepared[adapter.digest] = prepared
         self._prepared.move_to_end(adapter.digest)
         self._shrink(adapter.digest)
-        return ReadAdapter(reading.name, adapter.digest, adapter)
+        return ReadAdapter(asked.name, adapter.digest, adapter)
 
     def _shrink(self, newest: str) -> None:
         claimed = self.claimed()

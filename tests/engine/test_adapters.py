@@ -42,6 +42,13 @@ class Served:
         self.engine.add_request(Request(name, prompt, params, adapter_id=adapter, **fields))
         self.got[name] = []
 
+    def read(self, *adapters: str) -> None:
+        """Have them in memory."""
+        for adapter in adapters:
+            self.cache.ready(adapter)
+            self.reader.work()
+            list(self.cache.take())
+
     def step(self) -> None:
         for read in self.cache.take():
             if read.error is not None:
@@ -175,10 +182,7 @@ def test_others_pass_what_waits_for_a_slot_or_for_its_adapter_to_be_read() -> No
 def test_whoever_waits_for_a_slot_has_it_when_the_running_ones_end_whatever_comes_after() -> None:
     """Requests for the adapter that is there keep coming: without a rule the other one would never run."""
     served = Served(LoraLimits(1, 8, 2), SchedulerConfig(max_num_seqs=2))
-    served.cache.ready("a")
-    served.cache.ready("b")
-    served.reader.work()
-    list(served.cache.take())
+    served.read("a", "b")
     served.add("a0", "a", [1], 4)
     served.step()
     served.add("b", "b", [1], 1)
@@ -190,9 +194,9 @@ def test_whoever_waits_for_a_slot_has_it_when_the_running_ones_end_whatever_come
 
 def test_as_many_make_room_as_adapters_wait() -> None:
     served = Served(LoraLimits(3, 8, 5), SchedulerConfig(max_num_seqs=3))
+    served.read(*NAMES)
     for adapter in "abc":
         served.add(f"{adapter}0", adapter, [1], 4)
-    served.reader.work()
     served.step()
     served.step()
     for name, adapter in (("d", "d"), ("e", "e"), ("a1", "a"), ("b1", "b"), ("c1", "c")):
@@ -228,8 +232,23 @@ def test_what_is_not_loaded_is_refused_and_what_waits_for_it_is_served() -> None
         served.add("after", "a", [1])
     served.run()
     assert served.done == ["before"]
-    served.cache.forget("b")
+    assert len(served.cache) == 1
+    list(served.cache.take())
     assert len(served.cache) == 0
+
+
+def test_no_more_is_read_than_is_taken() -> None:
+    """Whatever is asked for at once, during a long step: what has been read would lie in memory."""
+    served = Served(LoraLimits(1, 8, 2))
+    for name in NAMES:
+        served.cache.load(name, Path("/adapters") / name)
+    taken = []
+    while len(taken) < len(NAMES):
+        assert len(served.reader.waiting) == 1
+        served.reader.work()
+        taken += [read.adapter_id for read in served.cache.take()]
+    assert taken == list(NAMES)
+    assert len(served.cache) == 2
 
 
 def test_an_engine_that_waits_for_a_file_says_so() -> None:
