@@ -91,6 +91,14 @@ def parts_of(graph: Graph, adapter: Adapter, lora: LoraLimits) -> Mapping[str, A
     return found
 
 
+def too_large(adapter: Adapter, module: str, dtype: str) -> UnsupportedModelError:
+    """Why an adapter with matrices that are not finite in a dtype cannot be served."""
+    return UnsupportedModelError(
+        f"adapter {adapter.path}: '{module}' has values too large for {dtype}, which the engine computes in",
+        fix="build the engine with --dtype float32",
+    )
+
+
 def _check_rank(adapter: Adapter, part: LowRank, lora: LoraLimits) -> None:
     if part.rank > lora.rank:
         raise UnsupportedModelError(

@@ -14,7 +14,9 @@ from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.cpu.abi import LANES
 from llmctl.targets.cpu.binding import lora_rank
-from llmctl.targets.lora import AdapterPart, lora_ops, parts_of
+from llmctl.targets.lora import AdapterPart, lora_ops, parts_of, too_large
+
+_INFINITE = 0x7F80  # in bfloat16, but for the sign
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ class CpuAdapters:
     def prepare(self, adapter: Adapter) -> Mapping[str, PackedPart]:
         """Part of ``AdapterHost``."""
         parts = parts_of(self._graph, adapter, self._lora)
-        return {name: self._packed(self._ops[name], part) for name, part in parts.items()}
+        packed = {name: self._packed(self._ops[name], part) for name, part in parts.items()}
+        for name, part in packed.items():
+            if self.dtype == "bf16" and any(bool((m & _INFINITE == _INFINITE).any()) for m in (part.a, part.b)):
+                raise too_large(adapter, str(self._ops[name].attrs["module"]), "bfloat16")
+        return packed
 
     def put(self, slot: int, prepared: Mapping[str, PackedPart]) -> None:
         """Part of ``AdapterHost``."""
@@ -101,6 +107,6 @@ def _shapes(graph: Graph, op: Op) -> tuple[tuple[int, int, int], tuple[int, int,
 
 
 def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Finite values, rounded to nearest even."""
+    """Finite values, rounded to nearest even; those that round beyond the largest are infinite."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

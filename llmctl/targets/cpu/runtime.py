@@ -147,6 +147,7 @@ class CpuRuntime:
         for plan in plans[1:]:
             ops = self._descriptors(plan)
             if self._library.llmctl_adapt(self._program, ops, len(ops)):
+                self.close()
                 raise HostMemoryError("no memory for the ops of adapters", fix="free memory")
         self._sampling = NativeSampling(graph.vocab_size)
         self._tables = BlockTables(sizes.max_num_seqs, self.limits)

@@ -148,12 +148,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"passes": ("none",)}, {"kv_cache_dtype": "int8"}])
 @pytest.mark.parametrize("checkpoint", KINDS)
 def test_bits_of_other_kinds(variant: Variant, options: dict[str, object], checkpoint: str, tmp_path: Path) -> None:
-    kinds = {
-        "act order": {"act_order": True},
-        "8 bits": {"bits": 8, "symmetric": True},
-        "groups of 16": {"group_size": 16},
-    }
-    check_bits(write_gptq(tmp_path / "m", **kinds[checkpoint]), variant, **options)  # type: ignore[arg-type]
+    check_bits(write_gptq(tmp_path / "m", **KINDS[checkpoint]), variant, **options)
 
 
 def test_a_slot_is_emptied_of_what_the_next_adapter_does_not_have(tmp_path: Path) -> None:
@@ -176,10 +171,18 @@ def test_the_pooled_rows_are_those_of_the_step_with_adapters(tmp_path: Path) -> 
     runtime.close()
 
 
+def large_adapter() -> Adapter:
+    """Of which a value rounds beyond bfloat16's largest."""
+    made = random_adapter(ATTENTION, 4)
+    made.parts[0].b[0, 0] = torch.finfo(torch.float32).max
+    return made
+
+
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
         (random_adapter(DOWN, 25), "expected a rank of at most 24, found 25 of 'model.layers.0.mlp.down_proj'"),
+        (large_adapter(), "'model.layers.0.self_attn.q_proj' has values too large for bfloat16"),
         (random_adapter({"lm_head": (96, 64)}, 4), "acts on 'lm_head', which is no linear of a layer"),
     ],
 )

@@ -10,6 +10,8 @@ import torch
 from family_models import family_model
 from peft_adapters import LINEARS, TOKENS, save_adapter
 
+from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
+from llmctl.checkpoint.adapters.base_tensors import base_tensors
 from llmctl.checkpoint.adapters.reading import read_adapter
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.engine.adapter_slots import LoraLimits
@@ -61,6 +63,19 @@ def test_slots_compute_what_peft_does(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (expected[0] - base).abs().max() > 0.01
     assert torch.equal(logits(runtime, -1)[0], base)
+
+
+def test_values_that_the_engines_dtype_does_not_hold_are_refused() -> None:
+    checkpoint = family_model("llama").checkpoint
+    graph = checkpoint_graph(checkpoint)
+    weights = CheckpointWeights(graph, checkpoint)
+    runtime = ReferenceRuntime(graph, weights, num_blocks=4, block_size=4, dtype="float16", lora=LORA)
+    assert runtime.adapters is not None
+    module = "model.layers.0.self_attn.q_proj"
+    rows, columns = base_tensors(graph).shapes[f"{module}.weight"]
+    part = LowRank(module, torch.full((2, columns), 7e4), torch.ones(rows, 2), 1e-5)
+    with pytest.raises(UnsupportedModelError, match=f"'{module}' has values too large for float16"):
+        runtime.adapters.prepare(Adapter(Path("a"), "", (part,)))
 
 
 @pytest.mark.parametrize(
