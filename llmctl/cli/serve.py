@@ -82,7 +82,7 @@ def serve(
     Example: [bold]llmctl serve --model ./engine --port 8000[/bold]
     """
     if lora_modules:  # vLLM's way: several words after one --lora-modules
-        while ctx.args and "=" in ctx.args[0]:
+        while ctx.args and ("=" in ctx.args[0] or ctx.args[0].startswith("{")):
             lora_modules = [*lora_modules, ctx.args.pop(0)]
     if ctx.args:  # not shown: after a comma too many it is a key
         raise UsageError(

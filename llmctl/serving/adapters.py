@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import msgspec
 
 from llmctl.errors import LlmctlError, ModelNotFoundError, PermissionDeniedError, RequestError, UsageError
 from llmctl.serving.wire import AdapterLoaded, AdapterRefused, Command, ForgetAdapter, KnowAdapter, LoadAdapter
+
+_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,16 @@ class Adapters:
         return adapter
 
     def _forget(self, adapter: ServedAdapter) -> None:
-        if all(other.id != adapter.id for other in self):
-            self._send(ForgetAdapter(adapter.id))
+        """Tell the worker that an adapter is gone, or that what it shares with another is to be read from there."""
+        other = next((other for other in self if other.id == adapter.id), None)
+        self._send(ForgetAdapter(adapter.id) if other is None else _known(other))
 
     # What the worker says
 
     def on_event(self, event: AdapterLoaded | AdapterRefused) -> None:
         """Take in what came of a ``load``."""
+        if event.name not in self._loading:  # given up by worker_lost
+            return
         module, future = self._loading.pop(event.name)
         if isinstance(event, AdapterRefused):
             if not future.done():
@@ -101,6 +106,7 @@ class Adapters:
         before = self._served.pop(event.name, None)
         adapter = ServedAdapter(event.name, event.adapter_id, module.path, module.parent, int(time.time()))
         self._served[event.name] = adapter
+        self._send(_known(adapter))  # a ForgetAdapter of the same content may have crossed the event
         if before is not None:
             self._forget(before)
         if not future.done():
@@ -116,18 +122,25 @@ class Adapters:
     def worker_back(self, others: Iterable[ServedAdapter]) -> None:
         """Tell a new worker which there are, and ``others`` that only have requests still."""
         for adapter in {adapter.id: adapter for adapter in (*others, *self)}.values():
-            self._send(KnowAdapter(adapter.id, str(adapter.path)))
+            self._send(_known(adapter))
 
 
-def path_below(folder: str | None, given: str) -> Path:
+def _known(adapter: ServedAdapter) -> KnowAdapter:
+    return KnowAdapter(adapter.id, str(adapter.path))
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Names in a line, but for the last of very many."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+
+
+def path_below(folder: str, given: str) -> Path:
     """The folder that a request names, below ``--lora-dir``; a relative one is taken from there.
 
     Raises:
-        PermissionDeniedError: there is no ``--lora-dir``, or the path leads out of it.
+        PermissionDeniedError: the path leads out of it.
         ModelNotFoundError: there is no such folder.
     """
-    if folder is None:
-        raise PermissionDeniedError("the server was not started with --lora-dir: adapters are those of --lora-modules")
     root = Path(folder).resolve()
     try:
         path = (root / given).resolve()
@@ -190,4 +203,4 @@ def _module(text: str) -> AdapterModule:
             fix="--lora-modules sql=adapters/sql",
             param="lora_modules",
         )
-    return AdapterModule(name, Path(path).resolve(), parent)
+    return AdapterModule(name, Path(path).expanduser().resolve(), parent)

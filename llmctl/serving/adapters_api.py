@@ -15,10 +15,15 @@ from llmctl.serving.context import ServerContext, context_of
 
 
 async def load(request: Request) -> Response:
-    """Load an adapter, and offer it as a model."""
+    """Load an adapter, and offer it as a model.
+
+    Raises:
+        LlmctlError: refused: not allowed here, a name that is taken, a folder that cannot be served.
+    """
     context = context_of(request)
     body = await parse(request, LoadAdapterRequest, lambda _: None)
-    _check_allowed(context)
+    path = await asyncio.to_thread(path_below, _lora_dir(context), body.lora_path)
+    context.model()  # nothing may wait between these and the load: a name is taken once
     adapters, name = context.client.adapters, body.lora_name
     if name in context.names:
         raise RequestError(f"lora_name: '{name}' is the model's own name", param="lora_name")
@@ -28,7 +33,6 @@ async def load(request: Request) -> Response:
             fix="unload it first, or set load_inplace to replace it",
             param="lora_name",
         )
-    path = await asyncio.to_thread(path_below, context.config.lora_dir, body.lora_path)
     try:
         await adapters.load(AdapterModule(name, path))
     except LlmctlError as error:
@@ -39,20 +43,25 @@ async def load(request: Request) -> Response:
 
 
 async def unload(request: Request) -> Response:
-    """Offer an adapter no more; its requests end first."""
+    """Offer an adapter no more; its requests end first.
+
+    Raises:
+        LlmctlError: refused: not allowed here, no such adapter.
+    """
     context = context_of(request)
     body = await parse(request, UnloadAdapterRequest, lambda _: None)
-    _check_allowed(context)
+    _lora_dir(context)
+    context.model()
     adapter = context.client.adapters.unload(body.lora_name)
     left = context.client.requests_of(adapter)
     said = f"; {left} of its requests are answered first" if left else ""
     return PlainTextResponse(f"Success: LoRA adapter '{adapter.name}' removed successfully{said}.")
 
 
-def _check_allowed(context: ServerContext) -> None:
-    context.model()
-    if not context.config.enable_lora or context.config.lora_dir is None:
+def _lora_dir(context: ServerContext) -> str:
+    if context.config.lora_dir is None:
         raise PermissionDeniedError(
             "the server was not started with --enable-lora and --lora-dir",
             fix="its adapters are those of --lora-modules",
         )
+    return context.config.lora_dir

@@ -11,7 +11,7 @@ from fastapi import Request
 from llmctl.config import ServeConfig, parse_bytes
 from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
-from llmctl.serving.adapters import ServedAdapter
+from llmctl.serving.adapters import ServedAdapter, shown_names
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
@@ -28,8 +28,6 @@ from llmctl.text.tokenizer import Tokenizer
 BODY_BYTES_PER_TOKEN = 1024
 LEAST_BODY_BYTES = 2**20
 MOST_BODY_BYTES = 32 * 2**20
-
-_NAMES_SHOWN = 8  # of adapters
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ class ServerContext:
         """
         if name is None or name in self.names or self.client.adapters.find(name) is not None:
             return
-        adapters = [adapter.name for adapter in self.client.adapters]
-        shown = ", ".join([*self.names, *adapters[:_NAMES_SHOWN]]) + (", …" if len(adapters) > _NAMES_SHOWN else "")
+        shown = shown_names([*self.names, *(adapter.name for adapter in self.client.adapters)])
         raise ModelNotFoundError(f"the model '{name}' does not exist; this server has: {shown}", param="model")
 
 

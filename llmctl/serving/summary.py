@@ -13,9 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from llmctl.config import ServeConfig
+from llmctl.serving.adapters import shown_names
 from llmctl.serving.context import Model
-
-_NAMES_SHOWN = 8
 
 
 def base_url(config: ServeConfig) -> str:
@@ -74,8 +73,7 @@ def print_summary(
 
 
 def _adapters(config: ServeConfig, names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
-    return f"{shown or 'none yet'}; {config.max_loras} at once, of rank up to {config.max_lora_rank}"
+    return f"{shown_names(names) or 'none yet'}; {config.max_loras} at once, of rank up to {config.max_lora_rank}"
 
 
 def _tools(model: Model, config: ServeConfig) -> str:

@@ -56,7 +56,7 @@ class LoadAdapter(msgspec.Struct, tag="load_adapter", array_like=True, frozen=Tr
 
 
 class KnowAdapter(msgspec.Struct, tag="know_adapter", array_like=True, frozen=True):
-    """An adapter that another worker has read before; nothing follows, and it is read when a request comes."""
+    """Where an adapter that was read before is to be read again when it is wanted; nothing follows."""
 
     adapter_id: str
     path: str

@@ -238,6 +238,10 @@ def test_a_server_without_the_folder_loads_nothing(tiny_engine: Path, folders: P
         (["--enable-lora", "--lora-modules", "a=/nowhere"], "no such folder"),
         (["--enable-lora", "--lora-modules", "adapter"], "expected NAME=PATH, found 'adapter'"),
         (["--enable-lora", "--lora-modules", '{"name": "a"}'], "not a module"),
+        (
+            ["--enable-lora", "--lora-modules", "a=.", '{"name": "b", "path": "/nowhere"}', "c=x"],
+            "--lora-modules b=/nowhere: no such folder",
+        ),
         (["--enable-lora", "--lora-dir", "/nowhere"], "--lora-dir /nowhere: no such folder"),
         (["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "3"], "expected at least --max-loras 4, found 3"),
     ],

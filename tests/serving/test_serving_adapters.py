@@ -43,6 +43,7 @@ class Offered:
         await asyncio.sleep(0)
         assert self.sent.pop() == LoadAdapter(module.name, str(module.path))
         self.adapters.on_event(AdapterLoaded(module.name, adapter_id))
+        self.sent.remove(KnowAdapter(adapter_id, str(module.path)))
         return await task
 
 
@@ -66,13 +67,43 @@ def test_what_is_loaded_is_found_by_name_and_what_is_unloaded_is_not() -> None:
 
 
 def test_one_that_two_names_have_is_forgotten_with_the_second() -> None:
+    """With the first its folder may go, too: what is evicted is read from the other's."""
+
     async def story(it: Offered) -> None:
         await it.load(SQL, "1")
         await it.load(OTHER, "1")
         it.adapters.unload("sql")
-        assert it.sent == []
+        assert it.sent == [KnowAdapter("1", "/a/other")]
         it.adapters.unload("other")
-        assert it.sent == [ForgetAdapter("1")]
+        assert it.sent[1:] == [ForgetAdapter("1")]
+
+    offered(story)
+
+
+def test_one_that_is_loaded_while_its_like_is_unloaded_is_known() -> None:
+    """The worker, which has read it, is told to forget that content before it says so here."""
+
+    async def story(it: Offered) -> None:
+        await it.load(SQL, "1")
+        task = asyncio.create_task(it.adapters.load(OTHER))
+        await asyncio.sleep(0)
+        it.adapters.unload("sql")
+        it.adapters.on_event(AdapterLoaded("other", "1"))
+        await task
+        assert it.sent[-2:] == [ForgetAdapter("1"), KnowAdapter("1", "/a/other")]
+
+    offered(story)
+
+
+def test_what_the_worker_says_of_a_load_that_was_given_up_is_nothing() -> None:
+    async def story(it: Offered) -> None:
+        task = asyncio.create_task(it.adapters.load(SQL))
+        await asyncio.sleep(0)
+        it.adapters.worker_lost(NotReadyError("the server is shutting down"))
+        with pytest.raises(NotReadyError):
+            await task
+        it.adapters.on_event(AdapterLoaded("sql", "1"))
+        assert it.adapters.find("sql") is None
 
     offered(story)
 
@@ -187,5 +218,3 @@ def test_only_folders_below_the_one_are_read(tmp_path: Path) -> None:
     for given in ("x", "file", "a/x", "loop", "x" * 300, "a\0b"):
         with pytest.raises(ModelNotFoundError):
             path_below(str(root), given)
-    with pytest.raises(PermissionDeniedError, match="not started with --lora-dir"):
-        path_below(None, "a")
