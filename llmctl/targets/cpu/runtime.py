@@ -118,8 +118,11 @@ class CpuRuntime:
             self.adapters = CpuAdapters(adapted, sizes.lora, lora_dtype)
             gated = frozenset(op.weights[0] for op in graph.linears() if op.attrs.get("epilogue"))
             plans.append(_Plan(Lowering(adapted, weights.linears, gated), self._max_tokens, max_rows))
-        most = max((routing.count for plan in plans for routing in plan.lowering.routings.values()), default=0)
-        self._starts = self._pointer(np.zeros(2 * most + 2, np.int32))
+        self._starts = {
+            name: self._pointer(np.zeros(2 * routing.count + 2, np.int32))
+            for plan in plans
+            for name, routing in plan.lowering.routings.items()
+        }
         self.arena_bytes = max(plan.size for plan in plans)
         self._arena = _aligned(self.arena_bytes)
         ops = self._descriptors(plans[0])
@@ -333,10 +336,10 @@ class CpuRuntime:
         desc.choice.sigmoid = int(bool(bound.op.attrs.get("sigmoid")))
 
     def _choice(self, routing: Routing) -> Choice:
-        attrs = routing.attrs
+        attrs, starts = routing.attrs, self._starts[routing.experts.name]
         experts, order, place = (self._address(storage.offset) for storage in routing.storages)
         return Choice(
-            experts, order, place, self._starts, routing.count, routing.top_k, attrs["groups"], attrs["top_groups"],
+            experts, order, place, starts, routing.count, routing.top_k, attrs["groups"], attrs["top_groups"],
             int(attrs["scores"] == "sigmoid"), int(attrs["renormalise"]),
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ that were chosen are read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -167,6 +167,22 @@ def test_routes_are_the_reference_s(scores: str, groups: tuple[int, int]) -> Non
     expected = torch.zeros(TOKENS, 12).scatter_(1, experts.long(), wanted)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
     assert len({tuple(row) for row in experts.tolist()}) > 9
+
+
+def test_choices_of_experts_may_be_interleaved() -> None:
+    case = mixture("f32")
+    other = replace(case, logits=-case.logits)
+    sketch = Sketch()
+    x, attrs = sketch.rows(case.x), {"epilogue": "silu_mul"}
+    logits = [sketch.rows(one.logits) for one in (case, other)]
+    routes = [sketch.op("route", (one,), (CHOSEN, CHOSEN), ("",), ROUTING) for one in logits]
+    inner = [case.product(sketch, (x, experts), case.gate_up, INNER, attrs) for experts, _ in routes]
+    sums = []
+    for (experts, shares), h in zip(routes, inner, strict=True):
+        made = case.product(sketch, (h, experts), case.down, WIDTH, {})
+        sums.append(sketch.op("weighted_sum", (made, shares), (WIDTH,))[0])
+    found = run(sketch, sketch.op("add", tuple(sums), (WIDTH,))[0], VARIANTS[0], (TOKENS,))[0]
+    np.testing.assert_allclose(found, case.expected() + other.expected(), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_in_expert_order_are_refused_where_nothing_takes_them() -> None:
