@@ -39,7 +39,7 @@ def expert_slices(name: str, shape: Sequence[int]) -> Iterator[ExpertSlice]:
             continue
         roles = _PROJECTIONS[found[2]]
         rows = shape[1] // len(roles)
-        if rows * len(roles) != shape[1]:
+        if not rows or rows * len(roles) != shape[1]:
             return
         for expert in range(shape[0]):
             for i, role in enumerate(roles):

@@ -150,6 +150,14 @@ def test_one_tensor_for_all_experts_is_read_as_a_tensor_for_each(tmp_path: Path)
         assert all(made.describe(part.tensor).nbytes == source.describe(part.tensor).nbytes for part in weight.parts)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 4), (0, 6, 4), (2, 5, 4)], ids=str)
+def test_a_tensor_of_all_experts_that_has_no_halves_is_left_as_it_is(shape: tuple[int, ...], tmp_path: Path) -> None:
+    folder, name = write_model(tmp_path / "model", "qwen3_moe"), "model.layers.0.mlp.experts.gate_up_proj"
+    write_safetensors(folder / "model.safetensors", {name: tensor_spec(torch.zeros(shape))})
+    made = open_checkpoint(folder)
+    assert [(n, tuple(made.describe(n).shape)) for n in made.names()] == [(name, shape)]
+
+
 def test_experts_apart_are_linears_of_their_own() -> None:
     plain = family_model("qwen2_moe").graph
     graph = apart(plain)
