@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_sharded
 from llmctl.checkpoint.writer import check_new
-from llmctl.errors import LlmctlError
+from llmctl.errors import ExitCode, LlmctlError
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph
 
 _SPREAD = 0.02
+_BYTES = 256
 
 
 def main() -> int:
@@ -44,6 +45,8 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
+    if args.vocab < _BYTES:
+        parser.error(f"--vocab: expected {_BYTES} or more, a token for each byte, found {args.vocab}")
     config = {
         **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"},
         **{"vocab_size": args.vocab, "hidden_size": args.hidden, "intermediate_size": args.width},
@@ -55,13 +58,16 @@ def main() -> int:
     try:
         check_new(args.output)
         graph = build_graph(config)
+        args.output.mkdir(parents=True)
+        write_sharded(args.output, _tensors(graph), max_shard_bytes=2 * 10**9)
+        _tokenizer().save(str(args.output / "tokenizer.json"))
+        (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except LlmctlError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
-    args.output.mkdir()
-    write_sharded(args.output, _tensors(graph), max_shard_bytes=2 * 10**9)
-    _tokenizer().save(str(args.output / "tokenizer.json"))
-    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(ExitCode.USAGE)
     return 0
 
 
