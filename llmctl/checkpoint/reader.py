@@ -204,6 +204,12 @@ class Checkpoint:
         return next((dtype for dtype in stored if dtype in FLOAT_DTYPES), "float32")
 
     @property
+    def config_with_dtype(self) -> dict[str, Any]:
+        """``config`` naming ``dtype``: for a checkpoint made of this one with tensors in another."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        return self.config if named else {**self.config, "dtype": self.dtype}
+
+    @property
     def nbytes(self) -> int:
         """Size of all stored tensors, bytes."""
         return sum(entry.nbytes for entry in self._stored.values())

@@ -170,9 +170,7 @@ def _quantize_block(
 ) -> Tensor:
     """Quantize columns ``start .. stop-1`` in place of ``work``; their scaled errors ``[stop - start, N]``."""
     errors = torch.empty(stop - start, work.shape[1])
-    inner = math.gcd(
-        _INNER, grids.size
-    )  # a group's grid is fitted between two of these, when its columns are up to date
+    inner = math.gcd(_INNER, grids.size)  # a group's grid is fitted between two, when its columns are up to date
     for first in range(start, stop, inner):
         last = min(first + inner, stop)
         made = errors[first - start : last - start]

@@ -24,19 +24,20 @@ class PartSize:
 def part_sizes(graph: Graph, written: Checkpoint) -> dict[str, PartSize]:
     """The size of each part that a model has, in the order of ``PARTS``.
 
-    A tensor counts once, by its first use: a head that is tied to the embeddings is no part of its own.
+    A tensor counts once, by its first use: a head that is tied to the embeddings is no part of its own, and one that no
+    longer is was nothing before.
 
     Args:
         graph: of the model before. written: the checkpoint made of it.
     """
     part_of = _parts(graph)
     tensors: dict[str, str] = {}
+    sizes = {name: [0, 0] for name in PARTS}
     for weight in graph.weights.values():
         for part in weight.parts:
             tensors.setdefault(part.tensor, part_of.get(weight.name, PARTS[-1]))
-    if (head := _head(graph)) is not None and written.has("lm_head.weight"):
-        tensors.setdefault("lm_head.weight", part_of[head])
-    sizes = {name: [0, 0] for name in PARTS}
+    if "lm_head.weight" not in tensors and written.has("lm_head.weight"):
+        sizes["head"][1] = written.describe("lm_head.weight").nbytes
     for tensor, name in tensors.items():
         stored = written.describe(tensor)
         sizes[name][0] += 2 * prod(stored.shape)
@@ -52,10 +53,6 @@ def _parts(graph: Graph) -> Mapping[str, str]:
         part = "attention" if op.name in attention else "head" if op.layer == graph.num_layers else "mlp"
         found.setdefault(op.weights[0], part)
     return found
-
-
-def _head(graph: Graph) -> str | None:
-    return next((op.weights[0] for op in graph.linears() if op.layer == graph.num_layers), None)
 
 
 def _attention_linears(graph: Graph) -> set[str]:

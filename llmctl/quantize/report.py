@@ -26,7 +26,8 @@ class LayerReport:
         layer: its index.
         modules: linear -> relative squared error, of its output on the calibration inputs (awq, gptq) or of its weight
             (rtn, which sees no inputs).
-        scales: buffer -> the exponent AWQ's scale search chose there; None where no scaling was best or possible.
+        scales: buffer -> the exponent that the search for channel scales chose there; None where no scaling was best or
+            possible.
         seconds: time it took.
         few_tokens: linears of experts that saw too few tokens of the calibration text, and how many: they are rounded
             to nearest, their errors those of the weights.
@@ -78,7 +79,7 @@ class QuantizeReport:
         schemes: scheme in words -> number of linears.
         parts: part of the model -> its size before and after.
         quality: what it did to the model's predictions; None: not measured.
-        merged: the adapters that were merged before, in words.
+        merged: the adapters that were merged before, in words. rotated: whether a rotation was folded in.
         error_of: what the layers' errors are of: ``output`` or ``weight``.
         seconds: wall time of this run.
     """
@@ -107,6 +108,7 @@ class QuantizeReport:
     parts: Mapping[str, PartSize] = field(default_factory=dict)
     quality: Quality | None = None
     merged: tuple[str, ...] = ()
+    rotated: bool = False
 
     @property
     def widths(self) -> str:
@@ -167,4 +169,5 @@ def make_report(
         layers=tuple(layers),
         seconds=round(seconds, 3),
         parts=part_sizes(graph, written),
+        rotated=plan.config.rotate,
     )

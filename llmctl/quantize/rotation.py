@@ -44,7 +44,7 @@ def rotate(checkpoint: Checkpoint, seed: int) -> Checkpoint:
         turns = {name: Turn.random(width, generator) for name, width in widths.items()}
     except ValueError as error:
         raise UnsupportedModelError(f"--rotate: {error}", fix="leave --rotate out") from error
-    return _over(untied, _Turned(untied, graph, changes, turns), untied.config)
+    return _over(untied, _Turned(untied, graph, changes, turns), untied.config_with_dtype)
 
 
 def rotated(graph: Graph) -> str:
@@ -216,7 +216,7 @@ class _Turned:
         if name not in self._weights:
             return found
         assert isinstance(found, Tensor)
-        made = found.float().clone()
+        made = found.to(torch.float32, copy=True)
         for weight in self._weights[name]:
             (part,) = self._graph.weights[weight].parts  # a plain graph's linears are whole, and LayerNorm's refused
             rows = slice(*part.rows) if part.rows else slice(None)

@@ -10,6 +10,7 @@ from random_models import CALIBRATION_TEXT, logits_of, random_tokens, write_mode
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
+from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UnsupportedModelError
 from llmctl.quantize.driver import Silent, quantize_checkpoint
@@ -67,6 +68,19 @@ def test_seeds_and_heads(tmp_path: Path) -> None:
     one, same, other = (rotate(checkpoint, seed).weight(name) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
+    # The stream's turn leaves the norm of each column, the heads' that of all columns of a head.
+    before, after = (weight.square().sum(dim=0).view(-1, 16) for weight in (checkpoint.weight(name), one))
+    assert not torch.allclose(after, before, rtol=0.05)
+    torch.testing.assert_close(after.sum(dim=1), before.sum(dim=1))
+
+
+def test_the_dtype_stays_where_only_the_tensors_say_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama", dtype=None)
+    source = open_checkpoint(folder)
+    tensors = {name: source.weight(name).bfloat16() for name in source.names()}
+    write_safetensors(folder / "model.safetensors", {name: tensor_spec(value) for name, value in tensors.items()})
+    checkpoint = open_checkpoint(folder)
+    assert rotate(checkpoint, seed=0).dtype == checkpoint.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +89,7 @@ def test_seeds_and_heads(tmp_path: Path) -> None:
         ("gpt2", {}, r"'pos_embed' \(pos_embed\) reads the residual stream"),
         ("phi", {}, r"'layers.0.attn_norm' \(layer_norm\) reads the residual stream"),
         ("gemma2", {}, r"'layers.0.attn_out_norm' \(rms_norm\) writes the residual stream"),
+        ("qwen3_moe", {}, r"'layers.0.experts.gate_proj' \(grouped_linear\) reads a norm of the residual stream"),
         ("llama", {"hidden_size": 56, "head_dim": 14}, "no Hadamard matrix of order 14 "),
     ],
     ids=str,
@@ -106,6 +121,10 @@ def test_a_rotated_model_is_written(family: str, format: str, tmp_path: Path) ->
     assert made.has("lm_head.weight")
     p, q = (logits(checkpoint).log_softmax(dim=-1) for checkpoint in (open_checkpoint(model), made))
     assert float((p.exp() * (p - q)).sum(dim=-1).mean()) < 2e-3
+    assert report.rotated
+    sizes = {part: size.size_16bit for part, size in report.parts.items()}
+    assert sum(sizes.values()) == report.size_16bit
+    assert (sizes["head"] == 0) == (family == "qwen2")
     norm = made.weight("model.layers.0.input_layernorm.weight")
     assert isinstance(norm, torch.Tensor)
     assert torch.equal(norm, torch.ones_like(norm))

@@ -59,7 +59,7 @@ def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighte
     """
     _check_together(adapters)
     source = _MergedSource(base, graph, adapters)
-    config = {key: value for key, value in base.config.items() if key not in _SETTINGS}
+    config = {key: value for key, value in base.config_with_dtype.items() if key not in _SETTINGS}
     if source.untied:
         config["tie_word_embeddings"] = False
     files = {adapter.adapter.path / name for adapter in adapters for name in FILES}
