@@ -6,10 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from llmctl.serving.adapters import MOST_NAME, NAME
 from llmctl.serving.protocol import ApiModel
 
-_MOST_NAME = 256
-Name = Annotated[str, Field(min_length=1, max_length=_MOST_NAME, description="The adapter's name as a model.")]
+Name = Annotated[
+    str, Field(max_length=MOST_NAME, pattern=NAME, description="As a model: printable, and without commas.")
+]
 
 
 class LoadAdapterRequest(ApiModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ import msgspec
 from llmctl.errors import LlmctlError, ModelNotFoundError, PermissionDeniedError, RequestError, UsageError
 from llmctl.serving.wire import AdapterLoaded, AdapterRefused, Command, ForgetAdapter, KnowAdapter, LoadAdapter
 
+NAME = r"^[^\x00-\x1f\x7f-\x9f,]+$"
+"""Of an adapter: it is printed, and stands in lists (``lora_requests_info``)."""
+MOST_NAME = 256
+"""Characters of one."""
 _NAMES_SHOWN = 10
 
 
@@ -201,6 +206,12 @@ def _module(text: str) -> AdapterModule:
         raise UsageError(
             f"--lora-modules: expected NAME=PATH, found '{text}'",
             fix="--lora-modules sql=adapters/sql",
+            param="lora_modules",
+        )
+    if len(name) > MOST_NAME or not re.fullmatch(NAME, name):
+        raise UsageError(
+            f"--lora-modules: expected a name of at most {MOST_NAME} characters, printable and without commas, "
+            f"found {name[:MOST_NAME]!r}",
             param="lora_modules",
         )
     return AdapterModule(name, Path(path).expanduser().resolve(), parent)

@@ -179,6 +179,8 @@ def test_load_unload_and_what_is_refused(server: ServerProcess) -> None:
     assert text_of(ask(server, "three")) != text_of(ask(server, MODEL))
     for (name, path), (code, said) in {
         ("three", "three"): (400, "'three' is loaded already"),
+        ("a,b", "three"): (400, "lora_name: "),
+        ("a\n", "three"): (400, "lora_name: "),
         (MODEL, "three"): (400, "is the model's own name"),
         ("x", "nothing"): (404, "no folder of that name below --lora-dir"),
         ("x", "no\0name"): (404, "no folder of that name below --lora-dir"),

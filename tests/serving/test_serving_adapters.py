@@ -177,6 +177,10 @@ def test_modules_by_name_and_path_or_as_vllms_json(tmp_path: Path) -> None:
         (f"m={folder}",): "found 'm' twice",
         (f"a={folder}", f"a={folder}"): "found 'a' twice",
         ("a=/nowhere",): "a=/nowhere: no such folder",
+        (f"a,b={folder}",): "printable and without commas, found 'a,b'",
+        (f"a\x1b[31m={folder}",): r"found 'a\\x1b\[31m'",
+        (f"a\n={folder}",): r"found 'a\\n'",
+        (f"{'a' * 257}={folder}",): "at most 256 characters",
     }
     for given, said in refused.items():
         with pytest.raises(UsageError, match=said):
