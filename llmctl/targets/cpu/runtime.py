@@ -36,18 +36,9 @@ from llmctl.targets.cpu.abi import (
     open_library,
 )
 from llmctl.targets.cpu.adapters import CpuAdapters
-from llmctl.targets.cpu.binding import (
-    Bound,
-    IntOperand,
-    Lowering,
-    Routing,
-    View,
-    hidden_view,
-    logits_view,
-    lora_rank,
-    plan_arena,
-)
+from llmctl.targets.cpu.binding import Lowering, hidden_view, logits_view, lora_rank
 from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
+from llmctl.targets.cpu.operands import Bound, IntOperand, Routing, View, plan_arena
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
 from llmctl.targets.lora import lora_graph

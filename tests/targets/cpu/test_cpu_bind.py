@@ -11,7 +11,8 @@ from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.config import BuildConfig
-from llmctl.targets.cpu.binding import Lowering, plan_arena
+from llmctl.targets.cpu.binding import Lowering
+from llmctl.targets.cpu.operands import plan_arena
 from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.toolchain import find_compiler
 
