@@ -120,7 +120,7 @@ async def version() -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus exposition."""
-    text, content_type = context_of(request).metrics.page()
+    text, content_type = await context_of(request).metrics.page()
     return Response(text, headers={"Content-Type": content_type})
 
 

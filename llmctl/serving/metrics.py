@@ -7,6 +7,7 @@ things happened; for the engine's totals see ``engine_series``, for HTTP's ``htt
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -58,7 +59,7 @@ REJECTION_REASONS = (
 )  # fmt: skip
 RESTART_REASONS = ("failed", "exit", "not_ready", "SIGKILL", "SIGSEGV", "SIGABRT")
 PAGE_REST = 4.0
-"""Times as long as it took to render that a page of metrics is given again."""
+"""Times as long as a page of metrics took to render that passes before the next."""
 _VLLM_REASONS = {"queue_full": "max_num_queued_reqs"}
 
 
@@ -80,8 +81,8 @@ class ServerMetrics:
         self._engine = EngineSeries(self._prefix, self._label_values)
         self.registry.register(self._engine)
         self.restarts = 0
-        self._page: tuple[bytes, str] | None = None
-        self._page_until = 0.0
+        self._page: asyncio.Future[tuple[bytes, str]] | None = None
+        self._page_due = 0.0
         self._make_counters()
         self._make_latencies()
         self._make_sizes()
@@ -232,12 +233,18 @@ class ServerMetrics:
         """Exposition text and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
-    def page(self) -> tuple[bytes, str]:
-        """As ``render``; the last one again for ``PAGE_REST`` times as long as it took (some 15 ms), so that no number
-        of readers takes more than a fifth of the event loop."""
-        now = time.perf_counter()
-        if self._page is None or now >= self._page_until:
-            self._page = self.render()
-            rendered = time.perf_counter()
-            self._page_until = rendered + PAGE_REST * (rendered - now)
-        return self._page
+    async def page(self) -> tuple[bytes, str]:
+        """As ``render``, after the call: one for all who wait for it. After each ``PAGE_REST`` times as long as it took
+        (some 15 ms) passes before the next, so that no number of readers takes more than a fifth of the event loop."""
+        if self._page is None:
+            self._page = asyncio.ensure_future(self._next_page())
+        return await asyncio.shield(self._page)
+
+    async def _next_page(self) -> tuple[bytes, str]:
+        await asyncio.sleep(max(0.0, self._page_due - time.monotonic()))
+        self._page = None  # who comes from now on wants to see more than this one
+        began = time.monotonic()
+        page = self.render()
+        rendered = time.monotonic()
+        self._page_due = rendered + PAGE_REST * (rendered - began)
+        return page

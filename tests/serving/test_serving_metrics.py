@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import prometheus_client
 import pytest
 from hypothesis import given, settings
@@ -40,22 +42,35 @@ def test_a_histogram_shows_what_prometheus_would(values: list[float]) -> None:
     assert shown == expected
 
 
-def test_a_page_is_given_again_for_four_times_as_long_as_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics, now, rendered = ServerMetrics("m"), [100.0], []
-    monkeypatch.setattr("llmctl.serving.metrics.time.perf_counter", lambda: now[0])
+def test_a_page_is_one_for_all_who_wait_and_rests_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, now, begun = ServerMetrics("m"), [100.0], []
+    sleep = asyncio.sleep
+
+    async def pass_time(seconds: float) -> None:
+        await sleep(0)
+        now[0] += seconds
 
     def render() -> tuple[bytes, str]:
+        begun.append(now[0])
         now[0] += 0.5
-        rendered.append(now[0])
-        return str(now[0]).encode(), "text"
+        return str(len(begun)).encode(), "text"
 
+    monkeypatch.setattr("llmctl.serving.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("llmctl.serving.metrics.asyncio.sleep", pass_time)
     monkeypatch.setattr(metrics, "render", render)
-    assert [metrics.page()[0] for _ in range(3)] == [b"100.5"] * 3
-    now[0] = 102.4
-    assert metrics.page()[0] == b"100.5"
-    now[0] = 102.5
-    assert metrics.page()[0] == b"103.0"
-    assert len(rendered) == 2
+
+    async def ask(readers: int) -> list[bytes]:
+        return [page for page, _ in await asyncio.gather(*(metrics.page() for _ in range(readers)))]
+
+    async def run() -> list[list[bytes]]:
+        first = await ask(50)
+        leaver = asyncio.ensure_future(metrics.page())
+        await sleep(0)
+        leaver.cancel()  # takes the page from nobody else
+        return [first, await ask(50), await ask(1)]
+
+    assert asyncio.run(run()) == [[b"1"] * 50, [b"2"] * 50, [b"3"]]
+    assert begun == [100.0, 102.5, 105.0]
 
 
 def test_the_engines_totals_are_shown_as_they_came_last() -> None:
