@@ -114,7 +114,7 @@ def _lora(config: EngineOptions) -> LoraLimits | None:
         default = EngineOptions()
         for name, value in sizes.items():
             if value != getattr(default, name):
-                raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", param=name)
+                raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", fix="add --enable-lora", param=name)
         return None
     for name, value in sizes.items():
         if value is not None and value < 1:

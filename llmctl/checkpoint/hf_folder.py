@@ -99,7 +99,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise ModelNotFoundError(
-            f"{folder}: an adapter, not a model", fix=f"merge it: llmctl merge BASE {folder} --output DIR"
+            f"{folder}: an adapter, not a model",
+            fix=f"merge it: llmctl merge BASE {folder} --output DIR; or serve it beside its base: "
+            f"llmctl serve BASE --enable-lora --lora-modules NAME={folder}",
         )
     if not path.is_file():
         raise ModelNotFoundError(

@@ -61,7 +61,7 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
     if not config.adapters:
         raise UsageError("no adapter named", fix="llmctl merge BASE ADAPTER --output DIR", param="adapters")
     if not config.output:
-        raise UsageError("--output is missing: the folder to write", param="output")
+        raise UsageError("--output is missing: the folder to write", fix="--output ./merged", param="output")
     output = Path(config.output)
     if output.suffix == ".gguf":
         raise UsageError(f"--output {output}: expected a folder, found the name of a .gguf file", param="output")

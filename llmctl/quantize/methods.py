@@ -71,7 +71,9 @@ def scheme_of(config: QuantizeConfig) -> QuantScheme:
             continue
         if name in method.fixed and given != own:
             raise UsageError(
-                f"{_shown(name, given)}: --method {config.method} has {_shown(name, own)} only", param=name
+                f"{_shown(name, given)}: --method {config.method} has {_shown(name, own)} only",
+                fix=f"leave out {_shown(name, given)}",
+                param=name,
             )
         settled[name] = given
     return QuantScheme(settled["bits"], settled["group_size"], bool(settled["symmetric"]), book=method.book)

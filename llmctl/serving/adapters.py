@@ -139,6 +139,9 @@ def shown_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
 
 
+_NO_FOLDER = "lora_path: no folder of that name below --lora-dir (a relative path is taken from there)"
+
+
 def path_below(folder: str, given: str) -> Path:
     """The folder that a request names, below ``--lora-dir``; a relative one is taken from there.
 
@@ -152,13 +155,13 @@ def path_below(folder: str, given: str) -> Path:
         outside = not path.is_relative_to(root)
         missing = not outside and not path.is_dir()
     except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, a loop of links
-        raise ModelNotFoundError("lora_path: no folder of that name below --lora-dir", param="lora_path") from None
+        raise ModelNotFoundError(_NO_FOLDER, param="lora_path") from None
     if outside:
         raise PermissionDeniedError(
             "lora_path: expected a folder below --lora-dir, found one outside it", param="lora_path"
         )
     if missing:
-        raise ModelNotFoundError("lora_path: no folder of that name below --lora-dir", param="lora_path")
+        raise ModelNotFoundError(_NO_FOLDER, param="lora_path")
     return path
 
 
@@ -205,7 +208,7 @@ def _module(text: str) -> AdapterModule:
     if not (name and sign and path):
         raise UsageError(
             f"--lora-modules: expected NAME=PATH, found '{text}'",
-            fix="--lora-modules sql=adapters/sql",
+            fix=f"--lora-modules NAME={text}" if "=" not in text and text else "--lora-modules NAME=PATH",
             param="lora_modules",
         )
     if len(name) > MOST_NAME or not re.fullmatch(NAME, name):
