@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Tests run in several processes: torch's threads would only wait for each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,15 @@ from pathlib import Path
 
 import pytest
 from fixtures import ServerProcess, make_tiny_llama
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """One thread again: a runtime sets torch's for the whole process, and tests after it would take up to 50 times as
+    long while another process has the processors."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
