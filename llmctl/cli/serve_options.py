@@ -440,7 +440,8 @@ LoraDir = Annotated[
     typer.Option(
         "--lora-dir",
         metavar="DIR",
-        help="Allow POST /v1/load_lora_adapter and /v1/unload_lora_adapter, for folders below this one: absolute paths, or relative to it.",
+        help="Allow POST /v1/load_lora_adapter and /v1/unload_lora_adapter, for folders below this one; relative paths "
+        "are taken from it.",
         rich_help_panel=_ADAPTERS,
     ),
 ]
