@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "targets" / "cpu" / "sanitize"
 ADDRESS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-fsanitize=thread")
-KERNEL_TESTS = ("linear", "row_ops", "attention", "sampler", "amx", "lora")
+KERNEL_TESTS = ("attention", "linear", "amx", "lora", "row_ops", "sampler")  # those that take longest first
 RUNTIME_TESTS = "any_batch_and_chunking or long_contexts or penalties_bias or act_order or threads_does_not"
 PROBE_TEST = "tests/targets/cpu/test_cpu_linear.py::test_zero_rows_and_zero_scales"
 FAULTS = {
@@ -143,17 +143,17 @@ def check_address(tools: Toolbox) -> str:
     compiler, cache = wrapper(tools, "cxx-address", ADDRESS), tools.folder / "address"
     names = compile_variants(compiler, cache)
     environment = python_environment(tools, compiler, cache)
+    # Slow: the variants that the default suite leaves out. What forks or execs is not for a preloaded sanitizer.
+    choice = ("-m", "", "-k", "not granted and not refusal and not forks")
+    runs = [(f"tests/targets/cpu/test_cpu_{name}.py", *choice) for name in KERNEL_TESTS]
+    runs.append(("tests/targets/cpu/test_cpu.py", "-k", RUNTIME_TESTS))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda arguments: run_pytest(environment, *arguments), runs))
     passed = []
-    for arguments in (
-        # Slow: the variants that the default suite leaves out. What forks or execs is not for a preloaded sanitizer.
-        ["-m", "", "-k", "not granted and not refusal and not forks"]
-        + [f"tests/targets/cpu/test_cpu_{name}.py" for name in KERNEL_TESTS],
-        ["tests/targets/cpu/test_cpu.py", "-k", RUNTIME_TESTS],
-    ):
-        result = run_pytest(environment, *arguments)
+    for arguments, result in zip(runs, results, strict=True):
         if result.returncode:
             raise Failure(f"pytest {shlex.join(arguments)} exited with {result.returncode}\n{tail(result)}")
-        passed.append(result.stdout.strip().splitlines()[-1])
+        passed.append(f"{Path(arguments[0]).stem}: {result.stdout.strip().splitlines()[-1]}")
     return f"{', '.join(names)}; {'; '.join(passed)}"
 
 
