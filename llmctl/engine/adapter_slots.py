@@ -63,9 +63,8 @@ class AdapterSlots:
         """The adapters that a slot is kept for: no more than there are slots."""
         return frozenset(self._reading)
 
-    @property
     def reading(self) -> bool:
-        """Whether a slot is kept for an adapter that is not read yet."""
+        """Whether a slot is kept for an adapter that is not read yet; if so, begin to read it."""
         return not all(self._source.ready(adapter) for adapter in self._reading)
 
     def wanted(self, adapter_id: str) -> bool:
@@ -77,22 +76,22 @@ class AdapterSlots:
         if request.adapter_id is not None:
             self._waiting[request.adapter_id] += 1
 
-    def admits(self, request: Request, leaving: Collection[str] = ()) -> bool:
-        """Whether a request may enter as far as its adapter is concerned.
+    def admits(self, adapter_id: str | None, leaving: Collection[str] = ()) -> bool:
+        """Whether requests of an adapter (None: of none) may enter as far as that is concerned. One that is not in a
+        slot has one kept for it if there is any, and is read.
 
         Args:
             leaving: adapters that are to make room, while another request before it waits for a slot.
         """
-        adapter = request.adapter_id
-        if adapter is None:
+        if adapter_id is None:
             return True
-        if adapter in self._slots:
-            return adapter not in leaving and (self._running[adapter] > 0 or self._available() > 0)
-        if adapter not in self._reading:
+        if adapter_id in self._slots:
+            return adapter_id not in leaving and (self._running[adapter_id] > 0 or self._available() > 0)
+        if adapter_id not in self._reading:
             if self._available() <= 0:
                 return False
-            self._reading.add(adapter)
-        return self._source.ready(adapter)
+            self._reading.add(adapter_id)
+        return self._source.ready(adapter_id)
 
     def admitted(self, request: Request) -> None:
         """A request enters: its adapter is put into a slot, unless it is in one."""

@@ -232,7 +232,7 @@ class LLMEngine:
     def awaits_adapters(self) -> bool:
         """Whether a step would do nothing before an adapter has been read."""
         slots, scheduler = self.scheduler.adapters, self.scheduler
-        return slots is not None and not scheduler.running and not self._in_flight and slots.reading
+        return slots is not None and not scheduler.running and not self._in_flight and slots.reading()
 
     def fail_adapter(self, adapter_id: str, error: LlmctlError) -> None:
         """End what waits for an adapter that cannot be read any more; those that run with it go on."""

@@ -43,8 +43,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from llmctl.engine.adapter_slots import AdapterSlots
@@ -300,26 +301,34 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         passed = None
-        request = self._next()
+        has_slot = self._having_slots()
+        request = self._next(has_slot)
         if request is None:
             return None
         entry = self._entry(request)
         if entry.remaining > self.config.max_num_batched_tokens and not is_shorter(entry.remaining, first):
-            request = self.waiting.first_short()
-            if request is None or (self.adapters is not None and not self.adapters.admits(request)):
+            request = self.waiting.first_short(has_slot)
+            if request is None:
                 return None
             passed, entry = entry, self._entry(request)
         if not may_enter(entry, first, self.running, self.pool, passed=passed):
             return None
         return entry if not self._num_itl or self._within_itl(step, entry.request) else None
 
-    def _next(self) -> Request | None:
+    def _next(self, has_slot: Callable[[Request], bool]) -> Request | None:
         """The waiting request that is next of those whose adapters have a slot; there must be one that waits."""
-        request, adapters = self.waiting.peek(), self.adapters
-        if adapters is None or adapters.admits(request):
-            return request
-        leaving = adapters.leaving()
-        return self.waiting.first_where(lambda waiting: adapters.admits(waiting, leaving))
+        request = self.waiting.peek()
+        return request if has_slot(request) else self.waiting.first_where(has_slot)
+
+    def _having_slots(self) -> Callable[[Request], bool]:
+        """Whether a waiting request's adapter has a slot, or one is to be had, asked once for each adapter: until
+        somebody enters. There must be a request that waits."""
+        adapters = self.adapters
+        if adapters is None:
+            return lambda _: True
+        leaving = () if adapters.admits(self.waiting.peek().adapter_id) else adapters.leaving()
+        admits = cache(lambda adapter_id: adapters.admits(adapter_id, leaving))
+        return lambda request: admits(request.adapter_id)
 
     def _schedule_waiting(self, step: StepUnderWay) -> None:
         # Budget is left and no prompt was cut, so every running request holds the blocks of all tokens that it can
@@ -327,7 +336,7 @@ class Scheduler:
         # rest would only preempt. So whoever was preempted in this step does not come straight back either: its blocks
         # are gone to another.
         while self.waiting and step.open and len(self.running) < self.max_num_seqs:
-            request = self._next()
+            request = self._next(self._having_slots())
             if request is None:
                 step.kept_out_by = "max_loras"
                 return
@@ -373,7 +382,7 @@ class Scheduler:
         """Send back as many running requests as a more important one that waits needs to enter this step."""
         if not self.waiting or not self.running or self.waiting.least_priority >= self.running[-1].sort_key[0]:
             return
-        if self.adapters is not None and not self.adapters.admits(self.waiting.peek()):
+        if self.adapters is not None and not self.adapters.admits(self.waiting.peek().adapter_id):
             return  # a seat is not what it lacks
         entry = self._entry(self.waiting.peek())
         admits = None

@@ -152,11 +152,13 @@ class WaitingQueue:
             return waiting.resumed[0]
         return first
 
-    def first_short(self) -> Request | None:
-        """Of those with the least priority value, the first in order with at most ``short`` tokens; O(n). None: there
-        is none, or it would pass one that was preempted."""
+    def first_short(self, may_enter: Callable[[Request], bool]) -> Request | None:
+        """Of those with the least priority value, the first in order that may enter with at most ``short`` tokens;
+        O(n). None: there is none, or it would pass one that was preempted."""
         waiting = self._classes[self._priorities[0]]
-        return None if waiting.resumed else waiting.first_where(lambda r: r.num_prompt_tokens <= self._short)
+        if waiting.resumed:
+            return None
+        return waiting.first_where(lambda r: r.num_prompt_tokens <= self._short and may_enter(r))
 
     def first_where(self, may_enter: Callable[[Request], bool]) -> Request | None:
         """The first in order that may enter, those that were preempted before others of their priority; O(n)."""

@@ -192,6 +192,52 @@ def test_whoever_waits_for_a_slot_has_it_when_the_running_ones_end_whatever_come
     assert served.done[:2] == ["a0", "b"]
 
 
+def turns_beside_a_long_prompt_of_a() -> Served:
+    """Of 300 tokens, 8 in a step; ``b`` is in memory, and must wait for the slot."""
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=8, itl_target=None, enable_prefix_caching=False)
+    served = Served(LoraLimits(1, 8, 2), config, num_blocks=200, max_model_len=400, seconds_a_token=1.0)
+    served.read("a", "b")
+    served.add("long", "a", [1] * 300, 1)
+    for _ in range(3):
+        served.step()
+    return served
+
+
+def test_whoever_waits_for_a_slot_is_not_passed_in_turns_by_those_that_are_to_make_room() -> None:
+    served = turns_beside_a_long_prompt_of_a()
+    served.add("b", "b", [1] * 20, 1)
+    served.add("base", None, [1] * 250, 1)  # the next that could enter; in turns shorter ones pass it
+    for i in range(12):
+        served.add(f"a{i}", "a", [1], 4)
+        served.step()
+    served.run()
+    assert next(name for name in served.done if name not in ("long", "base")) == "b"
+
+
+def test_in_turns_others_pass_a_short_one_that_waits_for_a_slot() -> None:
+    served = turns_beside_a_long_prompt_of_a()
+    served.add("base", None, [1] * 250, 1)
+    served.add("b", "b", [1], 1)
+    served.add("short", None, [1], 1)
+    served.run()
+    assert served.done[:2] == ["short", "long"]
+
+
+def test_an_adapter_is_asked_for_once_a_pass_however_many_of_its_requests_wait() -> None:
+    served = Served(LoraLimits(1, 8, 2))
+    served.read("a", "b")
+    served.add("a", "a", [1], 8)
+    served.step()
+    slots, asked = served.engine.scheduler.adapters, []
+    assert slots is not None
+    admits = slots.admits
+    slots.admits = lambda *given: (asked.append(given[0]), admits(*given))[1]  # type: ignore[method-assign]
+    for i in range(20):
+        served.add(f"b{i}", "b", [1])
+    served.step()
+    assert asked == ["b", "b"]  # the next one's own, and those of a pass behind it
+
+
 def test_as_many_make_room_as_adapters_wait() -> None:
     served = Served(LoraLimits(3, 8, 5), SchedulerConfig(max_num_seqs=3))
     served.read(*NAMES)

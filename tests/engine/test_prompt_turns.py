@@ -232,7 +232,7 @@ def test_nobody_passes_who_was_preempted() -> None:
         who(engine)
     assert engine.scheduler.waiting.peek() is second
     engine.add_request(request("short", 4, 1))
-    assert engine.scheduler.waiting.first_short() is None
+    assert engine.scheduler.waiting.first_short(lambda _: True) is None
 
 
 @pytest.mark.parametrize(
