@@ -231,6 +231,13 @@ class ServerProcess:
             time.sleep(0.05)
         raise AssertionError(f"{path}: no {status} within {timeout} s; last {found}: {text}\n{self.output}")
 
+    def wait_load(self, running: int, waiting: int = 0, timeout: float = 20) -> None:
+        """Until so many requests run and wait."""
+        wanted, end = [running, waiting], time.monotonic() + timeout
+        while (found := [self.metric(f"llmctl:num_requests_{kind}") for kind in ("running", "waiting")]) != wanted:
+            assert time.monotonic() < end, f"never {running} running and {waiting} waiting: {found}\n{self.output}"
+            time.sleep(0.01)
+
     def metric(self, name: str) -> float:
         """Sum of a series over its labels."""
         _, text = self.get("/metrics")

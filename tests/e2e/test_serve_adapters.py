@@ -204,8 +204,7 @@ def test_requests_end_before_what_they_run_with_is_gone(server: ServerProcess) -
     body = {**ASK, "model": "three", "max_tokens": 300, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.post, "/v1/completions", body)
-        while server.metric("llmctl:num_requests_running") != 1:
-            pass
+        server.wait_load(1)
         page = server.get("/metrics")[1]
         info = next(line for line in page.splitlines() if line.startswith("llmctl:lora_requests_info{"))
         assert 'max_lora="1",running_lora_adapters="three",waiting_lora_adapters=""' in info

@@ -71,16 +71,6 @@ def worker_of(server: ServerProcess) -> int:
     raise AssertionError("no worker, or one that nobody waits for")
 
 
-def wait_load(server: ServerProcess, running: int, waiting: int = 0) -> None:
-    end = time.monotonic() + 20
-    while (found := [server.metric(f"llmctl:num_requests_{kind}") for kind in ("running", "waiting")]) != [
-        running,
-        waiting,
-    ]:
-        assert time.monotonic() < end, f"never {running} running and {waiting} waiting: {found}"
-        time.sleep(0.01)
-
-
 def kill_worker(server: ServerProcess) -> None:
     os.kill(worker_of(server), signal.SIGKILL)
 
@@ -118,12 +108,12 @@ def test_a_stopped_worker_is_told_while_idle_and_recovers(server: ServerProcess)
 def test_what_runs_ends_and_what_waits_is_served_by_the_next_worker(server: ServerProcess) -> None:
     restarts = restarts_of(server)
     stream = Call(server, {**LONG, "stream": True})
-    wait_load(server, 1)
+    server.wait_load(1)
     waiting = [Call(server, SHORT), Call(server, {**SHORT, "stream": True})]
     waiting.append(Call(server, {"input": "x é", "pooling": "mean"}, "/v1/embeddings"))
     leaver = threading.Thread(target=leave, args=(server,))
     leaver.start()
-    wait_load(server, 1, 4)
+    server.wait_load(1, 4)
     dead = worker_of(server)
     os.kill(dead, signal.SIGKILL)
     reason = json.loads(server.wait_status("/ready", 503))
@@ -141,7 +131,7 @@ def test_what_runs_ends_and_what_waits_is_served_by_the_next_worker(server: Serv
     status, body = waiting[2].end()
     assert (status, len(body["data"][0]["embedding"])) == (200, 64)
     leaver.join()
-    wait_load(server, 0)
+    server.wait_load(0)
     server.wait_status("/ready", 200)
     assert worker_of(server) != dead
     assert not psutil.pid_exists(dead)
@@ -165,7 +155,7 @@ def restarts_of(server: ServerProcess) -> float:
 
 def test_a_whole_answer_that_was_being_made_is_503(server: ServerProcess) -> None:
     call = Call(server, LONG)
-    wait_load(server, 1)
+    server.wait_load(1)
     kill_worker(server)
     status, body = call.end()
     assert (status, body["error"]["code"]) == (503, "engine_dead")
@@ -176,9 +166,9 @@ def test_a_whole_answer_that_was_being_made_is_503(server: ServerProcess) -> Non
 def test_what_kills_two_workers_is_not_given_to_a_third(server: ServerProcess) -> None:
     restarts = restarts_of(server)
     blocker = Call(server, LONG)  # so that all the others are there before the first of them runs
-    wait_load(server, 1)
+    server.wait_load(1)
     poison = Call(server, POISON)
-    wait_load(server, 1, 1)
+    server.wait_load(1, 1)
     others = [Call(server, SHORT) for _ in range(3)]
     assert blocker.end()[0] == 200
     status, body = poison.end()
@@ -192,9 +182,9 @@ def test_sigterm_while_restarting_serves_what_waits(tiny_engine: Path) -> None:
     with ServerProcess("--model", str(tiny_engine), "--max-num-seqs", "1") as server:
         server.wait_ready()
         running = Call(server, LONG)
-        wait_load(server, 1)
+        server.wait_load(1)
         waiting = Call(server, SHORT)
-        wait_load(server, 1, 1)
+        server.wait_load(1, 1)
         kill_worker(server)
         server.wait_status("/ready", 503)
         server.process.send_signal(signal.SIGTERM)
@@ -227,9 +217,9 @@ def test_a_worker_that_does_not_come_back_ends_the_server(tiny_engine: Path, tmp
     with ServerProcess("--model", str(engine), "--max-restarts", "2", "--max-num-seqs", "1") as server:
         server.wait_ready()
         running = Call(server, LONG)
-        wait_load(server, 1)
+        server.wait_load(1)
         waiting = Call(server, SHORT)
-        wait_load(server, 1, 1)
+        server.wait_load(1, 1)
         (engine / "engine.json").unlink()
         kill_worker(server)
         assert (running.end()[0], waiting.end()[0]) == (503, 503)
