@@ -13,8 +13,8 @@ namespace llmctl {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-// Floats of scratch that route_row() takes.
-static inline int64_t route_scratch(int64_t count) { return 2 * ((count + kLanes - 1) / kLanes * kLanes); }
+// Floats of scratch that route_row() takes: an expert's score, what it is chosen by, and a group's sum.
+static inline int64_t route_scratch(int64_t count) { return 3 * ((count + kLanes - 1) / kLanes * kLanes); }
 
 // Logits to scores; both padded to whole vectors.
 static inline void expert_scores(float* x, int64_t count, bool sigmoid) {
@@ -29,7 +29,8 @@ static inline void expert_scores(float* x, int64_t count, bool sigmoid) {
 }
 
 // Rules out the groups of experts but for the `top` whose two best add up to the most; of equal ones the first stay.
-static inline void keep_groups(float* wanted, int64_t size, int64_t groups, int64_t top) {
+// sums: scratch, a float a group.
+static inline void keep_groups(float* wanted, int64_t size, int64_t groups, int64_t top, float* sums) {
   const auto sum_of_two = [&](int64_t group) {
     float best = kNever, second = kNever;
     for (const float *v = wanted + group * size, *end = v + size; v < end; v++) {
@@ -38,7 +39,6 @@ static inline void keep_groups(float* wanted, int64_t size, int64_t groups, int6
     }
     return best + second;
   };
-  float sums[4096];  // the most experts that a model may have (graph/mixture_config.py)
   for (int64_t group = 0; group < groups; group++) sums[group] = sum_of_two(group);
   for (int64_t group = 0; group < groups; group++) {
     int64_t better = 0;
@@ -51,12 +51,12 @@ static inline void keep_groups(float* wanted, int64_t size, int64_t groups, int6
 // A token's experts, best first (of equal ones the first), and their shares.
 static inline void route_row(const OpDesc& op, int64_t row, float* scores) {
   const Choice& c = op.choice;
-  float* const wanted = scores + route_scratch(c.count) / 2;
+  float *const wanted = scores + route_scratch(c.count) / 3, *const sums = wanted + route_scratch(c.count) / 3;
   std::memcpy(scores, op.x.data + row * op.x.ld, size_t(c.count) * 4);
   std::fill(scores + c.count, wanted, 0.0f);
   expert_scores(scores, c.count, c.sigmoid != 0);
   for (int64_t i = 0; i < c.count; i++) wanted[i] = scores[i] + (op.bias ? op.bias[i] : 0.0f);
-  if (c.groups > c.top_groups) keep_groups(wanted, c.count / c.groups, c.groups, c.top_groups);
+  if (c.groups > c.top_groups) keep_groups(wanted, c.count / c.groups, c.groups, c.top_groups, sums);
   float* const shares = op.y.data + row * op.y.ld;
   float sum = 1e-20f;
   for (int64_t j = 0; j < c.top_k; j++) {
