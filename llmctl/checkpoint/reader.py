@@ -147,6 +147,13 @@ class Checkpoint:
         if twice:
             raise CheckpointError(f"{path}: '{twice[0]}' has both a weight and a {self._modules[twice[0]][0]}")
 
+    def over(self, source: TensorSource, config: dict[str, Any], files: Iterable[Path] = ()) -> Checkpoint:
+        """This checkpoint with other tensors and config, read from ``files`` besides.
+
+        Which of them are quantized is for ``source`` to say.
+        """
+        return Checkpoint(self.path, config, source, aux=self._aux, files=[*self.files, *files], outside=self.outside)
+
     def names(self) -> list[str]:
         """All weight names, sorted; a quantized module's planes appear as its one ``.weight``."""
         planes = {f"{module}.{suffix}" for module, suffixes in self._modules.items() for suffix in suffixes}

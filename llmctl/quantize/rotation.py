@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmctl.checkpoint.assemble import assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.checkpoint.reader import Checkpoint, TensorSource
+from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.family_table import FAMILIES
@@ -44,7 +44,7 @@ def rotate(checkpoint: Checkpoint, seed: int) -> Checkpoint:
         turns = {name: Turn.random(width, generator) for name, width in widths.items()}
     except ValueError as error:
         raise UnsupportedModelError(f"--rotate: {error}", fix="leave --rotate out") from error
-    return _over(untied, _Turned(untied, graph, changes, turns), untied.config_with_dtype)
+    return untied.over(_Turned(untied, graph, changes, turns), untied.config_with_dtype)
 
 
 def rotated(graph: Graph) -> str:
@@ -171,11 +171,7 @@ def _untied(checkpoint: Checkpoint) -> Checkpoint:
     if head not in graph.tables():
         return checkpoint
     name, table = f"{FAMILIES[graph.family].names.head}.weight", graph.weights[head].parts[0].tensor
-    return _over(checkpoint, _Untied(checkpoint, name, table), {**checkpoint.config, "tie_word_embeddings": False})
-
-
-def _over(base: Checkpoint, source: TensorSource, config: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(base.path, config, source, aux=base.aux_files, files=base.files, outside=base.outside)
+    return checkpoint.over(_Untied(checkpoint, name, table), {**checkpoint.config, "tie_word_embeddings": False})
 
 
 class _Untied:

@@ -63,7 +63,7 @@ def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighte
     if source.untied:
         config["tie_word_embeddings"] = False
     files = {adapter.adapter.path / name for adapter in adapters for name in FILES}
-    return Checkpoint(base.path, config, source, aux=base.aux_files, files=[*base.files, *files], outside=base.outside)
+    return base.over(source, config, files)
 
 
 def _check_together(adapters: Sequence[Weighted]) -> None:
