@@ -63,6 +63,7 @@ def _attention(family: Family) -> str:
         "by_layer": "sliding window in the upper layers",
         "typed": "sliding window by layer",
     }[family.window]
+    window = "" if "use_sliding_window" in family.neutral else window
     cap = "soft caps" if "attn_logit_softcapping" in family.factors else ""
     factors = "scalar multipliers" if {"residual_multiplier", "logit_scale"} & set(family.factors) else ""
     return ", ".join(part for part in (norm, window, cap, factors) if part)

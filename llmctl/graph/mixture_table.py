@@ -29,7 +29,7 @@ MIXTURES = (
         },
         experts=Experts(layers="stepped", shared="shared_expert_intermediate_size"),
         bias_qkv="qkv_bias",
-        window="switched",
+        window="switched",  # refused, but its size is read: published configs have one, switched off
         neutral={"use_sliding_window": (None, False)},
     ),
     Family(
