@@ -64,7 +64,8 @@ class _Trials:
     """Weighted least squares of scale and zero point, given codes; the sums that no code changes are kept.
 
     Weights and shares are ``[group, M]``, a group a column: torch sums and scales columns at many times the speed of
-    short rows.
+    short rows. Measured on 128 x 1024: ``aminmax``, as ``group_range`` has it, takes ten times as long as ``amin`` and
+    ``amax`` of columns; codes by division, as ``Grid.encode`` has them, 1.3 times as long as by the reciprocal.
     """
 
     def __init__(self, weights: Tensor, shares: Tensor, scheme: QuantScheme) -> None:
