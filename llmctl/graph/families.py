@@ -160,8 +160,8 @@ class _Builder(GraphWriter):
         return self._op("add", self._name("shared.add"), (y, shared), hidden)
 
     def _route(self, logits: str, mixture: Mixture) -> tuple[str, ...]:
-        bias = ""
-        if mixture.corrected:
+        facts, bias = self.arch.family.experts, ""
+        if facts is not None and facts.corrected:
             tensor = f"{self.names.router.format(i=self.layer)}.e_score_correction_bias"
             bias = self._weight(self._name("route.bias"), (mixture.count,), tensor)
         widths = (mixture.chosen, mixture.chosen)

@@ -24,7 +24,7 @@ class Mixture:
         count: of the experts a layer. chosen: of those, for every token.
         width: an expert's intermediate size; shared_width: that of the one that all tokens take, 0: there is none.
         layers: for each layer, whether it has experts.
-        routing: attributes of its route ops. corrected: they have a bias.
+        routing: attributes of its route ops.
     """
 
     count: int
@@ -33,7 +33,6 @@ class Mixture:
     shared_width: int
     layers: tuple[bool, ...]
     routing: Mapping[str, Attr]
-    corrected: bool
 
 
 def read_mixture(reader: ConfigReader, layers: int) -> Mixture | None:
@@ -62,21 +61,20 @@ def read_mixture(reader: ConfigReader, layers: int) -> Mixture | None:
             "renormalise": reader.switch(facts.renormalise),
             **(_corrected(reader, count, chosen) if facts.corrected else {"scale": 1.0, "groups": 1, "top_groups": 1}),
         },
-        facts.corrected,
     )
 
 
 def _shared_width(reader: ConfigReader, key: str, width: int) -> int:
     if not key:
         return 0
-    return _whole(reader, key, 0) * (width if key == "n_shared_experts" else 1)
+    return _whole(reader, key) * (width if key == "n_shared_experts" else 1)
 
 
 def _has_experts(reader: ConfigReader, rule: str, layers: int) -> list[bool]:
     if rule == "all":
         return [True] * layers
     if rule == "after":
-        first = _whole(reader, "first_k_dense_replace", 0)
+        first = _whole(reader, "first_k_dense_replace")
         return [i >= first for i in range(layers)]
     step, plain = reader.size("decoder_sparse_step"), reader.value("mlp_only_layers") or []
     if not isinstance(plain, list) or any(type(i) is not int for i in plain):
@@ -101,8 +99,8 @@ def _corrected(reader: ConfigReader, count: int, chosen: int) -> dict[str, Attr]
     return {"scale": scale, "groups": groups, "top_groups": top}
 
 
-def _whole(reader: ConfigReader, key: str, least: int) -> int:
+def _whole(reader: ConfigReader, key: str) -> int:
     value: Any = reader.value(key)
-    if type(value) is not int or value < least:
-        raise CheckpointError(f"config.json: {key} must be a whole number from {least} on, found {value!r}")
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"config.json: {key} must be a whole number from 0 on, found {value!r}")
     return value
