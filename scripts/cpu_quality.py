@@ -207,14 +207,13 @@ class Bench:
         from llmctl.checkpoint.assemble import assemble
         from llmctl.checkpoint.opening import open_checkpoint
         from llmctl.checkpoint.quantized import QuantizedWeight
-        from llmctl.graph.graph import LOGITS
         from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric, to_planes
         from llmctl.targets.cpu.packing import LM_HEAD_BITS, linear_formats
         from llmctl.targets.planes import WeightPlane
 
         engine = self._engine("float32", "auto")
         graph = engine.graph
-        name = next(op.weights[0] for op in graph.linears() if LOGITS in op.outputs)
+        name = graph.head
         if head not in LM_HEAD_BITS or graph.weights[name].quant is not None:
             return engine
         options = replace(engine.manifest.options, dtype="bfloat16", lm_head=head)

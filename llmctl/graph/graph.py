@@ -193,6 +193,11 @@ class Graph:
         """All ops that multiply by a matrix: linears and grouped linears, in execution order."""
         return (op for op in self.ops if op.kind in PRODUCTS)
 
+    @property
+    def head(self) -> str:
+        """The weight of the linear that writes ``LOGITS``."""
+        return next(op.weights[0] for op in self.linears() if LOGITS in op.outputs)
+
     def tables(self) -> set[str]:
         """Weights that are looked up by row."""
         return {op.weights[0] for op in self.ops if op.kind in ("embed", "pos_embed")}

@@ -17,7 +17,6 @@ from llmctl.errors import LlmctlError
 from llmctl.evaluate.distributions import Window
 from llmctl.evaluate.perplexity import Protocol, perplexity_of
 from llmctl.graph.experts import multiplications
-from llmctl.graph.graph import LOGITS
 from llmctl.targets.planes import Plane, total_bytes
 from llmctl.text.tokenizer import Tokenizer
 
@@ -102,9 +101,9 @@ def _affordable(plan: BuildPlan, heads: int) -> int:
 
 def _sizes(plan: BuildPlan, heads: Sequence[str]) -> dict[str, int]:
     """Bytes that each head's kernel reads: its planes, but for those that all have (a table of tied embeddings)."""
-    name = next(op.weights[0] for op in plan.graph.linears() if LOGITS in op.outputs)
     planes: dict[str, set[Plane]] = {
-        head: set(plan.target.planes(plan.graph, replace(plan.options, lm_head=head))[name]) for head in heads
+        head: set(plan.target.planes(plan.graph, replace(plan.options, lm_head=head))[plan.graph.head])
+        for head in heads
     }
     common: set[Plane] = set.intersection(*planes.values())
     return {head: total_bytes(found - common) for head, found in planes.items()}

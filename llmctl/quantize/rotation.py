@@ -21,7 +21,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.family_table import FAMILIES
-from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.graph.graph import Graph, Op
 from llmctl.quantize.hadamard import Turn, hadamard_orders
 
 STREAM, HEADS = "stream", "heads"
@@ -167,10 +167,9 @@ def _refused(op: Op, what: str) -> UnsupportedModelError:
 def _untied(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a head of its own, equal to the embeddings where it has been theirs."""
     graph = checkpoint_graph(checkpoint)
-    head = next(op for op in graph.linears() if LOGITS in op.outputs).weights[0]
-    if head not in graph.tables():
+    if graph.head not in graph.tables():
         return checkpoint
-    name, table = f"{FAMILIES[graph.family].names.head}.weight", graph.weights[head].parts[0].tensor
+    name, table = f"{FAMILIES[graph.family].names.head}.weight", graph.weights[graph.head].parts[0].tensor
     return checkpoint.over(_Untied(checkpoint, name, table), {**checkpoint.config, "tie_word_embeddings": False})
 
 

@@ -179,8 +179,7 @@ def packed_linears(graph: Graph, options: BuildOptions, planes: Mapping[str, NDA
 
 def has_dense_head(graph: Graph) -> bool:
     """Whether the checkpoint leaves the output head dense."""
-    head = next(op.weights[0] for op in graph.linears() if LOGITS in op.outputs)
-    return graph.weights[head].quant is None
+    return graph.weights[graph.head].quant is None
 
 
 def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearFormat:
