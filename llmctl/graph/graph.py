@@ -76,6 +76,10 @@ class QuantScheme:
         """Whether an integer zero is stored for every group."""
         return not self.symmetric and not self.minimum
 
+    def stacked(self, out_features: int) -> QuantScheme:
+        """Of matrices of ``out_features`` rows stacked: blocks that a seam would cut become a scale a row."""
+        return self if out_features % self.block_rows == 0 else replace(self, block_rows=1)
+
     def groups(self, in_features: int) -> int:
         """Number of groups along an input axis of ``in_features``."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)

@@ -132,7 +132,7 @@ class GraphWriter:
                 f"checkpoint: '{tensors[0]}': experts with act-order groups are not read",
                 fix="quantize it again, with --static-groups or --no-act-order",
             )
-        quant = first if first is None or shape[0] % first.block_rows == 0 else replace(first, block_rows=1)
+        quant = first and first.stacked(shape[0])
         parts = tuple(WeightPart(tensor) for tensor in tensors)
         self.weights[name] = Weight(name, (len(tensors) * shape[0], shape[1]), parts, quant)
         return name

@@ -280,10 +280,11 @@ def _stacked(name: str, weights: Sequence[Weight]) -> Weight:
 
 
 def _stacked_scheme(weights: Sequence[Weight]) -> QuantScheme | None:
-    """The scheme of equal ones stacked: blocks of rows that a seam would cut become a scale a row."""
+    """The scheme of equal ones stacked."""
     scheme = weights[0].quant
-    cut = scheme is not None and any(w.shape[0] % scheme.block_rows for w in weights[:-1])
-    return replace(scheme, block_rows=1) if cut and scheme is not None else scheme
+    for weight in weights[:-1]:
+        scheme = scheme and scheme.stacked(weight.shape[0])
+    return scheme
 
 
 def _added_linear(flow: Flow, add: Op) -> tuple[Op, str] | None:
@@ -334,7 +335,5 @@ def _gated_experts(graph: Graph, flow: Flow, mul: Op) -> tuple[Op, Op, Op] | Non
 def _interleaved(name: str, gate: Weight, up: Weight, op: Op) -> Weight:
     """Two stacks of experts as one, each expert's gate above its up."""
     parts = tuple(part for pair in zip(gate.parts, up.parts, strict=True) for part in pair)
-    scheme, rows = gate.quant, gate.shape[0] // op.attrs["count"]
-    if scheme is not None and rows % scheme.block_rows:
-        scheme = replace(scheme, block_rows=1)
+    scheme = gate.quant and gate.quant.stacked(gate.shape[0] // op.attrs["count"])
     return Weight(name, (2 * gate.shape[0], gate.shape[1]), parts, scheme)
