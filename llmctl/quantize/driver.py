@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -95,8 +94,8 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
         layers = job.run(output)
     seconds = time.monotonic() - started
     graph = checkpoint_graph(merged.checkpoint) if config.rotate else job.graph
-    report = make_report(job.plan, graph, merged.base, job.note, layers, seconds, job.predicted_kl)
-    return replace(report, merged=tuple(one.described for one in merged.adapters))
+    adapters = [one.described for one in merged.adapters]
+    return make_report(job.plan, graph, merged.base, job.note, layers, seconds, job.predicted_kl, adapters)
 
 
 def calibrate(config: QuantizeConfig, checkpoint: Checkpoint, graph: Graph, progress: Progress) -> Calibration:
@@ -205,7 +204,7 @@ class _Job:
                 result = work.load_layer(layer)
             report = LayerReport.from_json(result.report)
             reports.append(report)
-            self._say(few_tokens_note(report))
+            self._say(_few_tokens_note(report))
             self.progress.layer(layer + 1, steps, report)
         return reports
 
@@ -230,7 +229,7 @@ class _Job:
         )
 
 
-def few_tokens_note(report: LayerReport) -> list[str]:
+def _few_tokens_note(report: LayerReport) -> list[str]:
     """What to say of a layer's experts that calibration hardly reached."""
     few = report.few_tokens
     if not few:

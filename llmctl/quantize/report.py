@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -135,6 +135,7 @@ def make_report(
     layers: list[LayerReport],
     seconds: float,
     predicted_kl: float | None = None,
+    merged: Sequence[str] = (),
 ) -> QuantizeReport:
     """The report of a finished run; sizes are read off the output."""
     output = Path(plan.config.output)
@@ -169,5 +170,6 @@ def make_report(
         layers=tuple(layers),
         seconds=round(seconds, 3),
         parts=part_sizes(graph, written),
+        merged=tuple(merged),
         rotated=plan.config.rotate,
     )
