@@ -91,12 +91,19 @@ def parts_of(graph: Graph, adapter: Adapter, lora: LoraLimits) -> Mapping[str, A
     return found
 
 
-def too_large(adapter: Adapter, module: str, dtype: str) -> UnsupportedModelError:
-    """Why an adapter with matrices that are not finite in a dtype cannot be served."""
-    return UnsupportedModelError(
-        f"adapter {adapter.path}: '{module}' has values too large for {dtype}, which the engine computes in",
-        fix="build the engine with --dtype float32",
-    )
+def check_representable(adapter: Adapter, module: str, *matrices: Tensor) -> None:
+    """Refuse an adapter whose matrices, in the dtype that they are served in, are not finite.
+
+    Raises:
+        UnsupportedModelError: naming the dtype.
+    """
+    for matrix in matrices:
+        if not bool(matrix.isfinite().all()):
+            dtype = str(matrix.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(
+                f"adapter {adapter.path}: '{module}' has values too large for {dtype}, which the engine computes in",
+                fix="build the engine with --dtype float32",
+            )
 
 
 def _check_rank(adapter: Adapter, part: LowRank, lora: LoraLimits) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,10 @@ from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.cpu.abi import LANES
 from llmctl.targets.cpu.binding import lora_rank
-from llmctl.targets.lora import AdapterPart, lora_ops, parts_of, too_large
+from llmctl.targets.lora import AdapterPart, check_representable, lora_ops, parts_of
 
-_INFINITE = 0x7F80  # in bfloat16, but for the sign
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,7 @@ class CpuAdapters:
     def prepare(self, adapter: Adapter) -> Mapping[str, PackedPart]:
         """Part of ``AdapterHost``."""
         parts = parts_of(self._graph, adapter, self._lora)
-        packed = {name: self._packed(self._ops[name], part) for name, part in parts.items()}
-        for name, part in packed.items():
-            if self.dtype == "bf16" and any(bool((m & _INFINITE == _INFINITE).any()) for m in (part.a, part.b)):
-                raise too_large(adapter, str(self._ops[name].attrs["module"]), "bfloat16")
-        return packed
+        return {name: self._packed(adapter, self._ops[name], part) for name, part in parts.items()}
 
     def put(self, slot: int, prepared: Mapping[str, PackedPart]) -> None:
         """Part of ``AdapterHost``."""
@@ -86,18 +83,17 @@ class CpuAdapters:
             if part is not None:
                 arrays.a[slot], arrays.b[slot] = part.a, part.b
 
-    def _packed(self, op: Op, part: AdapterPart) -> PackedPart:
-        (ranks, columns, _), (panels, rank, _) = _shapes(self._graph, op)
-        a, b = np.zeros((rank, columns), np.float32), np.zeros((panels * LANES, rank), np.float32)
-        a[: len(part.a)] = part.a.numpy()
-        b[: len(part.b), : part.b.shape[1]] = part.b.numpy()
-        tiles_a = a.reshape(ranks, LANES, columns).transpose(0, 2, 1)
-        tiles_b = b.reshape(panels, LANES, rank).transpose(0, 2, 1)
-        return PackedPart(self._stored(tiles_a), self._stored(tiles_b), part.scale)
+    def _packed(self, adapter: Adapter, op: Op, part: AdapterPart) -> PackedPart:
+        import torch
 
-    def _stored(self, values: NDArray[np.float32]) -> NDArray[Any]:
-        values = np.ascontiguousarray(values)
-        return values if self.dtype == "f32" else _to_bf16(values)
+        dtype = torch.float32 if self.dtype == "f32" else torch.bfloat16
+        (ranks, columns, _), (panels, rank, _) = _shapes(self._graph, op)
+        a, b = torch.zeros(rank, columns, dtype=dtype), torch.zeros(panels * LANES, rank, dtype=dtype)
+        a[: len(part.a)], b[: len(part.b), : part.b.shape[1]] = part.a, part.b
+        check_representable(adapter, str(op.attrs["module"]), a, b)
+        return PackedPart(
+            _stored(a.view(ranks, LANES, columns)), _stored(b.view(panels, LANES, rank)), part.scale
+        )
 
 
 def _shapes(graph: Graph, op: Op) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -106,7 +102,9 @@ def _shapes(graph: Graph, op: Op) -> tuple[tuple[int, int, int], tuple[int, int,
     return (rank // LANES, columns, LANES), (-(-rows // LANES), rank, LANES)
 
 
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Finite values, rounded to nearest even; those that round beyond the largest are infinite."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def _stored(tiles: Tensor) -> NDArray[Any]:
+    """[n, lanes, k] as [n, k, lanes]; bfloat16 as u16."""
+    import torch
+
+    turned = tiles.transpose(1, 2).contiguous()
+    return turned.numpy() if turned.dtype == torch.float32 else turned.view(torch.int16).numpy().view(np.uint16)

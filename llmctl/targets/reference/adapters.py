@@ -11,7 +11,7 @@ from torch import Tensor
 from llmctl.checkpoint.adapters.adapter import Adapter
 from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.graph.graph import Graph
-from llmctl.targets.lora import lora_ops, parts_of, too_large
+from llmctl.targets.lora import check_representable, lora_ops, parts_of
 from llmctl.targets.reference.kernels import AdapterWeights
 
 Prepared = Mapping[str, "tuple[Tensor, Tensor, float]"]
@@ -56,8 +56,7 @@ class StackedAdapters:
             slots = self.weights[name]
             a, b = (torch.zeros(t.shape[1:], dtype=self._dtype, pin_memory=self._pinned) for t in (slots.a, slots.b))
             a[: len(part.a)], b[:, : part.b.shape[1]] = part.a, part.b
-            if not bool(a.isfinite().all() and b.isfinite().all()):
-                raise too_large(adapter, self._modules[name], str(self._dtype).removeprefix("torch."))
+            check_representable(adapter, self._modules[name], a, b)
             prepared[name] = (a, b, part.scale)
         return prepared
 
