@@ -52,7 +52,7 @@ def random_adapter(graph: Graph, rank: int, modules: Sequence[str], seed: int) -
         LowRank(name, torch.randn(rank, k, generator=generator), torch.randn(n, rank, generator=generator) / 64, 0.1)
         for name, (n, k) in shapes.items()
     )
-    return Adapter(Path(f"random{seed}"), "", parts)
+    return Adapter(Path(f"random{seed}"), parts)
 
 
 def plan_of(slots: Sequence[int]) -> StepPlan:
@@ -169,7 +169,7 @@ def main() -> None:
     for slot, adapter in enumerate(adapters):
         host.put(slot, host.prepare(adapter))
     named = ", ".join(options.modules) or "all linears"
-    slots = human_bytes(engine.target.adapter_bytes(engine.graph, engine.options, lora))
+    slots = human_bytes(engine.target.adapter_bytes(graph, engine.options, lora))
     print(f"{engine.manifest.source.name}, {engine.manifest.target}: rank {options.rank}, {named}; slots {slots}\n")
     print_table(["batch", "step", "ms", "of as built"], step_rows(plain, runtime, options.adapters, options.rounds))
     with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,7 @@ def random_adapter(shapes: Shapes, rank: int, seed: int = 0, scale: float = 1.0)
 
     made = random_products(shapes, rank, seed)
     parts = [LowRank(name, torch.from_numpy(a), torch.from_numpy(b), scale) for name, (a, b) in made.items()]
-    return Adapter(Path(f"/adapters/{seed}"), "", tuple(parts), digest=f"digest {seed}")
+    return Adapter(Path(f"/adapters/{seed}"), tuple(parts), digest=f"digest {seed}")
 
 
 def with_products(tensors: Mapping[str, np.ndarray], adapter: Adapter) -> dict[str, np.ndarray]:

@@ -124,7 +124,8 @@ def plan_memory(
     per_token = target.kv_bytes_per_token(graph, options)
     adapters, run = 0, graph
     if request.lora is not None:
-        adapters, run = target.adapter_bytes(graph, options, request.lora), lora_graph(graph, request.lora)
+        run = lora_graph(graph, request.lora)
+        adapters = target.adapter_bytes(run, options, request.lora)
     activations = target.activation_bytes(run, options, limits.max_num_batched_tokens, limits.max_num_seqs)
     weights, context = target.resident_bytes(graph, options, planes), target.context_bytes()
     block_bytes = max(1, per_token * block_size)

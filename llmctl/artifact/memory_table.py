@@ -25,14 +25,14 @@ def memory_rows(sizing: Sizing, plan: MemoryPlan) -> list[Row]:
         plan: that of ``sizing``, its KV blocks perhaps fewer, as a runtime that measured found room for.
     """
     plans = [plan, *_unquantized(sizing, plan)]
-    limits = sizing.request.step_limits(sizing.target)
+    limits, lora = sizing.request.step_limits(sizing.target), sizing.request.lora
     heading = ["memory", "this engine", f"not quantized, {sizing.options.dtype}"]
     step = f"activations, {limits.max_num_batched_tokens} tokens a step"
     rows = [
         ("weights", [human_bytes(p.weights) for p in plans]),
         (step, [human_bytes(p.activations) for p in plans]),
         *([("device context, an allowance", [human_bytes(p.context) for p in plans])] if plan.context else []),
-        *([(_adapters(sizing), [human_bytes(p.adapters) for p in plans])] if plan.adapters else []),
+        *([(f"{lora.slots} adapters of rank {lora.rank}", [human_bytes(p.adapters) for p in plans])] if lora else []),
         (
             f"KV cache, {sizing.options.kv_cache_dtype}",
             [human_bytes(p.kv_bytes) if p.kv_bytes else "none" for p in plans],
@@ -66,11 +66,6 @@ def render(rows: Iterable[Row], *, note: str = "") -> Table:
     for row in body:
         table.add_row(*row)
     return table
-
-
-def _adapters(sizing: Sizing) -> str:
-    lora = sizing.request.lora
-    return "" if lora is None else f"{lora.slots} adapters of rank {lora.rank}"
 
 
 def _figures(plan: MemoryPlan) -> dict[str, Any]:

@@ -39,19 +39,15 @@ class _Slice:
         return {target for target in wanted if f".{self.module}".endswith(f".{target}")}
 
 
-def adaptable(graph: Graph) -> tuple[str, ...]:
-    """The modules that linears of a model's layers hold, as PEFT's ``target_modules`` names them whole."""
-    return tuple(dict.fromkeys(s.module for op in _body_linears(graph) for s in _slices(graph, op)))
-
-
-def insert_lora(graph: Graph, targets: Iterable[str], rank: int) -> Graph:
+def insert_lora(graph: Graph, targets: Iterable[str] | None, rank: int) -> Graph:
     """A ``lora`` op behind every linear that holds rows of a target.
 
     May run before or after the passes that fuse, but before ``int8_activations``: adapters read float activations. A
     gated epilogue of a target's linear is taken apart again, because adapters act before the activation.
 
     Args:
-        targets: modules as PEFT's ``target_modules`` names them, by whole name or by last part: ``q_proj``.
+        targets: modules as PEFT's ``target_modules`` names them, by whole name or by last part: ``q_proj``; None: every
+            linear before the output head.
         rank: the largest of an adapter.
 
     Raises:
@@ -60,14 +56,16 @@ def insert_lora(graph: Graph, targets: Iterable[str], rank: int) -> Graph:
     """
     if rank < 1:
         raise UsageError(f"LoRA rank: expected at least 1, found {rank}")
-    wanted = frozenset(targets)
+    wanted = frozenset(targets or ())
     body = {op.name for op in _body_linears(graph)}
     changed: Changes = {}
     renamed: dict[str, str] = {}
     buffers: list[Buffer] = []
     found: set[str] = set()
     for op in graph.ops:
-        slices = [s for s in _slices(graph, op) if s.targets(wanted)] if op.name in body else []
+        slices = list(_slices(graph, op)) if op.name in body else []
+        if targets is not None:
+            slices = [s for s in slices if s.targets(wanted)]
         found.update(target for s in slices for target in s.targets(wanted))
         changed[op.name], made, results = _adapted(graph, _reading(op, renamed), slices, rank)
         renamed |= results

@@ -316,6 +316,9 @@ class Target(Protocol):
     def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
         """Bytes of the slots for adapters.
 
+        Args:
+            graph: a ``lora_graph`` of these adapters.
+
         Raises:
             UsageError: adapters that the target cannot add to this graph.
         """

@@ -14,7 +14,7 @@ from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
 from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.errors import UnsupportedModelError, UsageError
 from llmctl.graph.graph import Graph, Op
-from llmctl.graph.lora import adaptable, insert_lora
+from llmctl.graph.lora import insert_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ def lora_graph(graph: Graph, lora: LoraLimits) -> Graph:
         UsageError: linears that take int8 activations, which adapters could not read.
     """
     try:
-        return insert_lora(graph, adaptable(graph), padded_rank(lora))
+        return insert_lora(graph, None, padded_rank(lora))
     except ValueError as error:
         if isinstance(error, UsageError):
             raise

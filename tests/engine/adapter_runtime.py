@@ -72,7 +72,7 @@ class Reader:
     def read(self, folder: Path) -> Adapter:
         if folder.name in self.broken:
             raise ValueError("broken")
-        return Adapter(folder, "", (), digest=folder.name)
+        return Adapter(folder, (), digest=folder.name)
 
     def work(self, count: int = 100) -> None:
         """Read so many of those that wait."""

@@ -36,18 +36,13 @@ class LowRank:
         """Columns of ``b``."""
         return int(self.a.shape[0])
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in] of the module."""
-        return int(self.b.shape[0]), int(self.a.shape[1])
-
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter, checked against the model that it is for.
 
     Attributes:
-        path: its folder. base_model: what it says that it was trained on; "" where it says nothing.
+        path: its folder.
         parts: one a module, by name. ends: those of them that are no linear of a layer: embeddings, the output head.
         magnitudes: module -> float32 [out], the norms that its rows are brought to (DoRA, Liu et al. 2024).
         replaced: tensor -> what stands in its place, in its own dtype and stored orientation: trained biases and
@@ -57,7 +52,6 @@ class Adapter:
     """
 
     path: Path
-    base_model: str
     parts: tuple[LowRank, ...]
     ends: tuple[str, ...] = ()
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)

@@ -48,7 +48,6 @@ def read_adapter(folder: Path, graph: Graph, base: str = "") -> Adapter:
     parts = reader.parts()
     adapter = Adapter(
         path=folder,
-        base_model=settings.base_model,
         parts=tuple(parts),
         ends=tuple(part.module for part in parts if part.module == model.head or part.module in model.tables),
         magnitudes=reader.magnitudes(),

@@ -91,9 +91,7 @@ class CpuAdapters:
         a, b = torch.zeros(rank, columns, dtype=dtype), torch.zeros(panels * LANES, rank, dtype=dtype)
         a[: len(part.a)], b[: len(part.b), : part.b.shape[1]] = part.a, part.b
         check_representable(adapter, str(op.attrs["module"]), a, b)
-        return PackedPart(
-            _stored(a.view(ranks, LANES, columns)), _stored(b.view(panels, LANES, rank)), part.scale
-        )
+        return PackedPart(_stored(a.view(ranks, LANES, columns)), _stored(b.view(panels, LANES, rank)), part.scale)
 
 
 def _shapes(graph: Graph, op: Op) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -49,7 +49,6 @@ from llmctl.targets.cpu.toolchain import (
 )
 from llmctl.targets.cpu.trial import try_library
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
-from llmctl.targets.lora import lora_graph
 from llmctl.targets.machine import HOST_STEP, host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
@@ -179,7 +178,7 @@ class CpuTarget:
 
     def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
         """See ``adapters.slot_bytes``."""
-        return lora.slots * slot_bytes(lora_graph(graph, lora), _lora_dtype(options))
+        return lora.slots * slot_bytes(graph, _lora_dtype(options))
 
     def context_bytes(self) -> int:
         """Nothing."""

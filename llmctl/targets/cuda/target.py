@@ -38,7 +38,7 @@ from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK
 from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
 from llmctl.targets.cuda.readiness import GIB, arch_here, missing_here, unknown_arch
 from llmctl.targets.cuda.registry import REFUSED_KINDS, choose_all, sources_of
-from llmctl.targets.lora import lora_graph, slot_elements
+from llmctl.targets.lora import slot_elements
 from llmctl.targets.machine import host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
@@ -208,7 +208,7 @@ class CudaTarget:
                 fix=f"--max-lora-rank {MAX_RANK}; an adapter of a larger one can be merged",
                 param="max_lora_rank",
             )
-        return lora.slots * slot_elements(lora_graph(graph, lora)) * DTYPES[options.dtype].nbytes
+        return lora.slots * slot_elements(graph) * DTYPES[options.dtype].nbytes
 
     def context_bytes(self) -> int:
         """See ``CONTEXT_BYTES``."""

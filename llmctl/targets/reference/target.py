@@ -31,7 +31,7 @@ from llmctl.targets.base import (
     Target,
     TargetName,
 )
-from llmctl.targets.lora import lora_graph, slot_elements
+from llmctl.targets.lora import slot_elements
 from llmctl.targets.machine import HOST_STEP, LEAST_WITH_TORCH, check_address_space, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
@@ -146,7 +146,7 @@ class ReferenceTarget:
 
     def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
         """Matrices in the compute dtype."""
-        return lora.slots * slot_elements(lora_graph(graph, lora)) * DTYPES[options.dtype].nbytes
+        return lora.slots * slot_elements(graph) * DTYPES[options.dtype].nbytes
 
     def context_bytes(self) -> int:
         """Nothing."""

@@ -33,8 +33,9 @@ def test_what_is_read(graph: Graph, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", settings(), products("q_proj"))
     adapter = read_adapter(folder, graph, "somewhere/Tiny")
     assert [part.module for part in adapter.parts] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
-    assert (adapter.rank, adapter.parts[0].scale, adapter.parts[0].shape) == (RANK, 2.0, (HIDDEN, HIDDEN))
-    assert (adapter.base_model, adapter.notes) == ("org/tiny", ())
+    first = adapter.parts[0]
+    assert (adapter.rank, first.scale, first.a.shape, first.b.shape) == (RANK, 2.0, (RANK, HIDDEN), (HIDDEN, RANK))
+    assert adapter.notes == ()
     assert read_adapter(folder, graph, "org/other").notes == (
         f"adapter {folder}: trained on 'org/tiny', used with 'org/other'; shapes agree",
     )

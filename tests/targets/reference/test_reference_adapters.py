@@ -75,7 +75,7 @@ def test_values_that_the_engines_dtype_does_not_hold_are_refused() -> None:
     rows, columns = base_tensors(graph).shapes[f"{module}.weight"]
     part = LowRank(module, torch.full((2, columns), 7e4), torch.ones(rows, 2), 1e-5)
     with pytest.raises(UnsupportedModelError, match=f"'{module}' has values too large for float16"):
-        runtime.adapters.prepare(Adapter(Path("a"), "", (part,)))
+        runtime.adapters.prepare(Adapter(Path("a"), (part,)))
 
 
 @pytest.mark.parametrize(
