@@ -86,7 +86,7 @@ def parts_of(graph: Graph, adapter: Adapter, lora: LoraLimits) -> Mapping[str, A
         raise UnsupportedModelError(
             f"adapter {adapter.path}: acts on '{min(by_module.keys() - acted)}', which is no linear of a layer; only "
             "when it is merged",
-            fix=f"llmctl merge BASE {adapter.path} --output DIR",
+            fix=adapter.merge_fix,
         )
     return found
 

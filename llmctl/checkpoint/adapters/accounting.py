@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llmctl.checkpoint.accounting import name_some
+from llmctl.checkpoint.adapters.adapter import DAMAGED, adapter_error
 from llmctl.checkpoint.adapters.base_tensors import BaseTensors
 from llmctl.checkpoint.adapters.settings import AdapterSettings
 from llmctl.checkpoint.adapters.stored import MAGNITUDES, StoredTensors
 from llmctl.checkpoint.adapters.targets import Targets, is_saved
-from llmctl.errors import CheckpointError
 
 OTHER_MODEL = "check that the adapter was trained on this model"
-_DAMAGED = "fetch or save the adapter again"
 
 
 def account(
@@ -32,11 +31,6 @@ def account(
         raise adapter_error(folder, problem, fix)
 
 
-def adapter_error(folder: Path, problem: str, fix: str | None = None) -> CheckpointError:
-    """What is wrong with an adapter, on one line."""
-    return CheckpointError(f"adapter {folder}: {problem}", fix=fix)
-
-
 Problems = Iterable[tuple[str, str | None]]
 
 
@@ -47,9 +41,9 @@ def _pieces(settings: AdapterSettings, stored: StoredTensors, base: BaseTensors)
         yield f"LoRA of modules that this model does not have: {name_some(odd)}", OTHER_MODEL
     for module, pieces in stored.low_rank.items():
         if missing := wanted - pieces.keys():
-            yield f"'{module}': lora_{min(missing)} is missing", _DAMAGED
+            yield f"'{module}': lora_{min(missing)} is missing", DAMAGED
         if superfluous := pieces.keys() - wanted:
-            yield f"'{module}': lora_{min(superfluous)} is there, though use_dora is not set", _DAMAGED
+            yield f"'{module}': lora_{min(superfluous)} is there, though use_dora is not set", DAMAGED
         if (module in stored.tables) != (module in base.tables):
             kind = "an embedding" if module in base.tables else "no embedding"
             yield f"'{module}' is {kind} in this model", OTHER_MODEL
@@ -66,7 +60,7 @@ def _targets(settings: AdapterSettings, targets: Targets, stored: StoredTensors,
         if targets.names(spelt(module), linear=module not in base.tables, head=module == base.head)
     }
     if missing := named - stored.low_rank.keys():
-        yield f"target_modules name modules without tensors: {name_some(missing)}", _DAMAGED
+        yield f"target_modules name modules without tensors: {name_some(missing)}", DAMAGED
     if odd := stored.low_rank.keys() - named:
         yield f"tensors of modules that target_modules do not name: {name_some(odd)}", None
 
@@ -81,7 +75,7 @@ def _whole(settings: AdapterSettings, stored: StoredTensors, base: BaseTensors) 
     if odd := stored.whole.keys() - saved - embeddings - biases:
         yield f"tensors that no setting speaks of: {name_some(odd)}", None
     if missing := saved - stored.whole.keys():
-        yield f"modules_to_save: no tensors of {name_some(missing)}", _DAMAGED
+        yield f"modules_to_save: no tensors of {name_some(missing)}", DAMAGED
     for entry in settings.saved:
         if not any(is_saved(_module(name), (entry,)) for name in base.shapes):
             yield f"modules_to_save: '{entry[:80]}' is no module of this model", OTHER_MODEL

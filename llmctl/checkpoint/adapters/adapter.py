@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.errors import UnsupportedModelError
+from llmctl.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DAMAGED = "fetch or save the adapter again"
+"""How to mend an adapter whose files are not as PEFT writes them."""
+
+
+def adapter_error(folder: Path, problem: str, fix: str | None = None) -> CheckpointError:
+    """What is wrong with an adapter, on one line."""
+    return CheckpointError(f"adapter {folder}: {problem}", fix=fix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,11 @@ class Adapter:
         """The largest of a module."""
         return max((part.rank for part in self.parts), default=0)
 
+    @property
+    def merge_fix(self) -> str:
+        """How to have what acts only when it is merged."""
+        return f"llmctl merge BASE {self.path} --output DIR"
+
     def check_unmerged(self) -> None:
         """Refuse an adapter that does more than add low-rank products to what the layers' linears make.
 
@@ -79,5 +92,5 @@ class Adapter:
             if names:
                 raise UnsupportedModelError(
                     f"adapter {self.path}: {what}, of '{min(names)}' for one, acts only when it is merged",
-                    fix=f"llmctl merge BASE {self.path} --output DIR",
+                    fix=self.merge_fix,
                 )

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.checkpoint.adapters.accounting import OTHER_MODEL, account, adapter_error
-from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
+from llmctl.checkpoint.adapters.accounting import OTHER_MODEL, account
+from llmctl.checkpoint.adapters.adapter import DAMAGED, Adapter, LowRank, adapter_error
 from llmctl.checkpoint.adapters.base_tensors import BaseTensors, base_tensors
 from llmctl.checkpoint.adapters.settings import LARGEST, AdapterSettings, read_settings
 from llmctl.checkpoint.adapters.stored import MAGNITUDES, sort_tensors
@@ -70,7 +70,7 @@ def _weights_path(folder: Path) -> Path:
             f"{pickle}: pickle weights, which can run code when read",
             fix="load and save it again with peft: save_pretrained writes safetensors",
         )
-    raise CheckpointError(f"{folder}: no {WEIGHTS}", fix="fetch or save the adapter again")
+    raise CheckpointError(f"{folder}: no {WEIGHTS}", fix=DAMAGED)
 
 
 def _digest(folder: Path) -> str:

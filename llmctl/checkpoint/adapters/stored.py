@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmctl.checkpoint.adapters.adapter import DAMAGED, adapter_error
 from llmctl.checkpoint.tensor_names import full_names
-from llmctl.errors import CheckpointError
 
 MAGNITUDES = "magnitude_vector"
 _PREFIX = "base_model.model."
@@ -57,10 +57,10 @@ def sort_tensors(folder: Path, stored: Iterable[str], base: str) -> StoredTensor
     names: dict[str, str] = {}
     for name in stored:
         if not name.startswith(_PREFIX):
-            raise CheckpointError(f"adapter {folder}: tensor '{name}': expected a name that starts with {_PREFIX}")
+            raise adapter_error(folder, f"tensor '{name}': expected a name that starts with {_PREFIX}")
         names[name.removeprefix(_PREFIX)] = name
     if not names:
-        raise CheckpointError(f"adapter {folder}: no tensors")
+        raise adapter_error(folder, "no tensors", DAMAGED)
     low_rank: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     tables: set[str] = set()
@@ -75,6 +75,6 @@ def sort_tensors(folder: Path, stored: Iterable[str], base: str) -> StoredTensor
             if found[3]:
                 tables.add(found[1])
         if key in group:
-            raise CheckpointError(f"adapter {folder}: tensors '{group[key]}' and '{names[inner]}' are one to the model")
+            raise adapter_error(folder, f"tensors '{group[key]}' and '{names[inner]}' are one to the model")
         group[key] = names[inner]
     return StoredTensors(low_rank, frozenset(tables), whole, called)
