@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -108,13 +108,18 @@ _NO_EFFECT = {
 }
 
 
+def check_lora_enabled(config: EngineOptions, given: Mapping[str, bool]) -> None:
+    """Refuse options of adapters without ``--enable-lora``. ``given``: by name, whether they are set."""
+    for name, is_set in given.items():
+        if is_set and not config.enable_lora:
+            raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", fix="add --enable-lora", param=name)
+
+
 def _lora(config: EngineOptions) -> LoraLimits | None:
     sizes = {name: getattr(config, name) for name in ("max_loras", "max_lora_rank", "max_cpu_loras")}
     if not config.enable_lora:
         default = EngineOptions()
-        for name, value in sizes.items():
-            if value != getattr(default, name):
-                raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", fix="add --enable-lora", param=name)
+        check_lora_enabled(config, {name: value != getattr(default, name) for name, value in sizes.items()})
         return None
     for name, value in sizes.items():
         if value is not None and value < 1:

@@ -28,6 +28,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT calls an adapter's settings."""
 QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 """What holds the quantization settings where config.json does not: GPTQ's, ModelOpt's."""
+_NAMED_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = (*_NAMED_KEYS, "quantization")
+"""What holds them in config.json: all methods', compressed-tensors' of old, MLX's."""
 _GENERATION = "generation_config.json"
 _MAX_DEPTH = 64  # of nested JSON; no config needs ten, and what walks one must not run out of stack
 
@@ -119,7 +122,7 @@ def quantization_config(folder: Path, config: dict[str, Any]) -> tuple[dict[str,
     Raises:
         CheckpointError: an unreadable file of ``QUANTIZATION_FILES``.
     """
-    for key in ("quantization_config", "compression_config"):
+    for key in _NAMED_KEYS:
         inner = config.get(key)
         if isinstance(inner, dict):
             return _named(inner, config), str(folder / "config.json")

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llmctl.checkpoint.hf_folder import QUANTIZATION_KEYS
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.hf_config import architectures
 
 # Said once for the whole model, outside text_config.
-_OF_THE_WHOLE = ("quantization_config", "compression_config", "quantization", "auto_map")
+_OF_THE_WHOLE = (*QUANTIZATION_KEYS, "auto_map")
 # Said on either level; the text model's own wins.
 _ON_EITHER = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id")
 _GENERATES = re.compile(r"For(ConditionalGeneration|CausalLM)$|Model$")

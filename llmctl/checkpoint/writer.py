@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.dense_tensors import DenseTensors
 from llmctl.checkpoint.folder import check_parent, published_file, published_folder
+from llmctl.checkpoint.hf_folder import QUANTIZATION_KEYS
 from llmctl.checkpoint.output_format import FORMATS, OutputFormat
 from llmctl.checkpoint.output_plan import OutputPlan
 from llmctl.checkpoint.quantized import QuantizedWeight
@@ -160,8 +161,8 @@ def _write_config(folder: Path, source: Checkpoint, plan: OutputPlan) -> None:
     quantization = dict(plan.config)
     if "lm_head" in quantization:
         quantization["lm_head"] = plan.head_quantized
-    config = {**source.config, _dtype_key(source): plan.dtype, "quantization_config": quantization}
-    config.pop("compression_config", None)
+    config = {key: value for key, value in source.config.items() if key not in QUANTIZATION_KEYS}
+    config |= {_dtype_key(source): plan.dtype, "quantization_config": quantization}
     if plan.has_head:
         config["tie_word_embeddings"] = False
     _put(folder / "config.json", _json(config))

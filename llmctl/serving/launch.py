@@ -160,11 +160,10 @@ def check_config(config: ServeConfig) -> None:
 
 
 def _check_adapters(config: ServeConfig) -> None:
+    from llmctl.artifact.request import check_lora_enabled
     from llmctl.serving.adapters import parse_modules
 
-    for name, given in {"lora_modules": config.lora_modules, "lora_dir": config.lora_dir}.items():
-        if given and not config.enable_lora:
-            raise UsageError(f"--{name.replace('_', '-')} needs --enable-lora", fix="add --enable-lora", param=name)
+    check_lora_enabled(config, {"lora_modules": bool(config.lora_modules), "lora_dir": config.lora_dir is not None})
     parse_modules(config.lora_modules, served_names(config))
     if config.lora_dir is not None and not Path(config.lora_dir).is_dir():
         raise UsageError(f"--lora-dir {config.lora_dir}: no such folder", param="lora_dir")

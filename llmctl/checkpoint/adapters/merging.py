@@ -10,6 +10,7 @@ from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
 from llmctl.checkpoint.adapters.base_tensors import base_tensors
 from llmctl.checkpoint.adapters.reading import FILES
 from llmctl.checkpoint.adapters.settings import LARGEST
+from llmctl.checkpoint.hf_folder import QUANTIZATION_KEYS
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import spec_nbytes, torch_dtype_name
@@ -21,7 +22,6 @@ from llmctl.graph.graph import Graph
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SETTINGS = ("quantization_config", "compression_config", "quantization")
 _WIDE = DTYPES["float32"]
 
 
@@ -59,7 +59,7 @@ def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighte
     """
     _check_together(adapters)
     source = _MergedSource(base, graph, adapters)
-    config = {key: value for key, value in base.config_with_dtype.items() if key not in _SETTINGS}
+    config = {key: value for key, value in base.config_with_dtype.items() if key not in QUANTIZATION_KEYS}
     if source.untied:
         config["tie_word_embeddings"] = False
     files = {adapter.adapter.path / name for adapter in adapters for name in FILES}
