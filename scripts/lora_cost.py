@@ -29,8 +29,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
 from llmctl.checkpoint.adapters.reading import read_adapter
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import Runtime, SamplingBatch, SequenceSlice, StepPlan
+from llmctl.engine.step import LoraLimits, Runtime, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.graph.graph import Graph
 from llmctl.targets.lora import lora_graph, lora_ops
 
@@ -55,9 +54,9 @@ def random_adapter(graph: Graph, rank: int, modules: Sequence[str], seed: int) -
     return Adapter(Path(f"random{seed}"), parts)
 
 
-def plan_of(slots: Sequence[int]) -> StepPlan:
+def plan_of(slots: Sequence[int], block_size: int) -> StepPlan:
     """A decode step: a row a sequence, with the adapter in its slot."""
-    blocks = CONTEXT // 16
+    blocks = -(-CONTEXT // block_size)
     return StepPlan(
         tuple(
             SequenceSlice(str(i), (5 + i,), CONTEXT - 1, tuple(range(blocks * i, blocks * (i + 1))), True, adapter=slot)
@@ -99,7 +98,7 @@ def step_rows(plain: Runtime, runtime: Runtime, adapters: int, rounds: int) -> l
             ),
         }  # fmt: skip
         kinds.pop("", None)
-        plans = {name: (where, plan_of(slots)) for name, (where, slots) in kinds.items()}
+        plans = {name: (where, plan_of(slots, where.limits.block_size)) for name, (where, slots) in kinds.items()}
         runs = {name: (lambda w=where, p=plan: seconds_of(w, p)) for name, (where, plan) in plans.items()}  # type: ignore[misc]
         found = medians(runs, rounds)
         base = found["as built"]

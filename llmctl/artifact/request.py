@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmctl.config import EngineOptions, parse_bytes
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import LoraLimits
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import KV_SPELLINGS
 from llmctl.targets.machine import check_threads

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmctl.checkpoint.adapters.adapter import Adapter
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import AdapterHost
+from llmctl.engine.step import AdapterHost, LoraLimits
 from llmctl.errors import CheckpointError, LlmctlError, resource_error
+
+if TYPE_CHECKING:
+    from llmctl.checkpoint.adapters.adapter import Adapter
 
 log = logging.getLogger("llmctl.engine")
 
@@ -49,16 +50,19 @@ class AdapterCache:
         wake: called from another thread when one has been read.
 
     Args:
-        host: prepares them. read: an adapter of a folder, checked.
+        host: prepares them. read: an adapter of a folder, checked. reader: where that is done, one after the other;
+            None: in a thread of its own.
     """
 
-    def __init__(self, limits: LoraLimits, host: AdapterHost, read: Callable[[Path], Adapter]) -> None:
+    def __init__(
+        self, limits: LoraLimits, host: AdapterHost, read: Callable[[Path], Adapter], reader: Executor | None = None
+    ) -> None:
         self.limits, self.host = limits, host
         self.claimed: Callable[[], Collection[str]] = frozenset
         self.wanted: Callable[[str], bool] = lambda _: False
         self.wake: Callable[[], None] = lambda: None
         self._read = read
-        self._thread = ThreadPoolExecutor(1, "adapters")
+        self._reader = reader or ThreadPoolExecutor(1, "adapters")
         self._paths: dict[str, Path] = {}
         self._prepared: OrderedDict[str, Any] = OrderedDict()  # the one that was used longest ago first
         self._queue: deque[_ToRead] = deque()
@@ -118,7 +122,7 @@ class AdapterCache:
 
     def close(self) -> None:
         """Read nothing more."""
-        self._thread.shutdown(cancel_futures=True)
+        self._reader.shutdown(cancel_futures=True)
 
     def _submit(self, name: str, adapter_id: str, path: Path) -> None:
         self._queue.append(_ToRead(name, adapter_id, path))
@@ -127,7 +131,7 @@ class AdapterCache:
     def _begin(self) -> None:
         """Read the next one, if none is being read: what is read and not taken yet is in memory, too."""
         if self._reading is None and self._queue:
-            self._reading = self._thread.submit(self._prepare, self._queue[0].path)
+            self._reading = self._reader.submit(self._prepare, self._queue[0].path)
             self._reading.add_done_callback(lambda _: self.wake())
 
     def _prepare(self, path: Path) -> tuple[Adapter, Any]:

@@ -13,24 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Protocol
 
 from llmctl.engine.request import Request, RequestStatus
-
-
-@dataclass(frozen=True)
-class LoraLimits:
-    """What a run holds of adapters.
-
-    Attributes:
-        slots: adapters on the device at once. rank: the largest that one may have. cached: adapters in the host's
-            memory, those on the device among them.
-    """
-
-    slots: int
-    rank: int
-    cached: int
 
 
 class AdapterSource(Protocol):

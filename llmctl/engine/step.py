@@ -201,6 +201,20 @@ class RuntimeLimits:
     vocab_size: int
 
 
+@dataclass(frozen=True)
+class LoraLimits:
+    """What a run holds of adapters.
+
+    Attributes:
+        slots: adapters on the device at once. rank: the largest that one may have. cached: adapters in the host's
+            memory, those on the device among them.
+    """
+
+    slots: int
+    rank: int
+    cached: int
+
+
 class AdapterHost(Protocol):
     """The adapters of a runtime: so many slots of one size, which slices name."""
 

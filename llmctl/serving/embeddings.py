@@ -87,13 +87,16 @@ def sequences(
     prompts: Iterable[Prompt],
     deadline: Deadline,
     pooling: Pooling,
-    adapter: ServedAdapter | None = None,
+    adapter: ServedAdapter | None,
 ) -> list[SequenceSpec]:
     """What the engine is asked for. No token follows the vector: an ITL deadline is kept, and must hold nobody back."""
     due = Deadline(ttft=deadline.ttft)
     return [
         SequenceSpec(
-            *(prompt.token_ids, _NOTHING, body.priority or 0, body.cache_salt),
+            prompt_token_ids=prompt.token_ids,
+            params=_NOTHING,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
             deadline=due,
             pooling=pooling,
             adapter=adapter,

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import Runtime
+from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.graph.graph import Graph
 from llmctl.targets.planes import Describe, Plane, PlanesByWeight, WeightPlane
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import LoraLimits
 from llmctl.errors import UnsupportedModelError, UsageError
 from llmctl.graph.graph import Graph, Op
 from llmctl.graph.lora import insert_lora

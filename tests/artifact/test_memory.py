@@ -14,7 +14,7 @@ from llmctl.artifact.plan import plan_build
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import LoraLimits
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.base import BuildOptions, TargetName

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, cast
 
 from engine.fake_runtime import FakeRuntime, _Pending
 
 from llmctl.checkpoint.adapters.adapter import Adapter
-from llmctl.engine.adapter_cache import AdapterCache
-from llmctl.engine.adapter_slots import LoraLimits
 from llmctl.engine.step import SequenceSlice
 
 
@@ -55,19 +53,17 @@ class _Put:
         self.runtime, self.slot, self.prepared = runtime, slot, prepared
 
 
-class Reader:
+class Reader(Executor):
     """Reads in place of a thread, when told to; an adapter's digest is its folder's name."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
         self.broken: set[str] = set()
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, work: Callable[..., Any], /, *arguments: Any) -> Future[Any]:  # type: ignore[override]
         future: Future[Any] = Future()
         self.waiting.append((future, lambda: work(*arguments)))
         return future
-
-    def shutdown(self, **_: Any) -> None: ...
 
     def read(self, folder: Path) -> Adapter:
         if folder.name in self.broken:
@@ -82,11 +78,3 @@ class Reader:
                 future.set_result(work())
             except Exception as error:
                 future.set_exception(error)
-
-
-def cache_of(runtime: AdapterRuntime, limits: LoraLimits, reader: Reader) -> AdapterCache:
-    """A cache whose thread is ``reader``."""
-    cache = AdapterCache(limits, runtime, reader.read)
-    cache._thread.shutdown()
-    cache._thread = reader  # type: ignore[assignment]
-    return cache

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_runtime import AdapterRuntime, Reader, cache_of
+from adapter_runtime import AdapterRuntime, Reader
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler_config import SchedulerConfig
+from llmctl.engine.step import LoraLimits
 from llmctl.errors import LlmctlError, ModelNotFoundError
 
 NAMES = "abcde"
@@ -28,7 +29,7 @@ class Served:
     def __init__(self, limits: LoraLimits, config: SchedulerConfig = SchedulerConfig(), **sizes: Any) -> None:
         self.reader = Reader()
         self.runtime = AdapterRuntime(limits.slots, **sizes)
-        self.cache = cache_of(self.runtime, limits, self.reader)
+        self.cache = AdapterCache(limits, self.runtime, self.reader.read, self.reader)
         self.engine = LLMEngine(self.runtime, config, adapters=self.cache, clock=lambda: 0.0)
         self.failed: dict[str, LlmctlError] = {}
         self.engine.on_failed = self.failed.__setitem__

@@ -71,7 +71,7 @@ def test_base64_is_little_endian_float32() -> None:
 
 def test_what_the_engine_is_asked_for() -> None:
     asked = body(priority=-3, cache_salt="s")
-    made = sequences(asked, [Prompt([5, 6]), Prompt([7])], Deadline(ttft=0.3, itl=0.01), Pooling.MEAN)
+    made = sequences(asked, [Prompt([5, 6]), Prompt([7])], Deadline(ttft=0.3, itl=0.01), Pooling.MEAN, None)
     assert [spec.prompt_token_ids for spec in made] == [[5, 6], [7]]
     for spec in made:
         assert (spec.priority, spec.cache_salt, spec.pooling, spec.params.max_tokens) == (-3, "s", Pooling.MEAN, 0)

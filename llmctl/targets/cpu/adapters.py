@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.adapters.adapter import Adapter
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import LoraLimits
 from llmctl.graph.graph import Graph, Op
 from llmctl.targets.cpu.abi import LANES
 from llmctl.targets.cpu.binding import lora_rank

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import Runtime
+from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.errors import CompileError, DeviceError, UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph

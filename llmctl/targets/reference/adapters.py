@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.checkpoint.adapters.adapter import Adapter
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import LoraLimits
 from llmctl.graph.graph import Graph
 from llmctl.targets.lora import check_representable, lora_ops, parts_of
 from llmctl.targets.reference.kernels import AdapterWeights

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
+from llmctl.engine.step import DoneStep, LoraLimits, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import LOGITS, Graph
 from llmctl.targets.batch import Batch, build_batch, token_adapters

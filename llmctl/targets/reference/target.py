@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llmctl.config import BuildConfig
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import Runtime
+from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import Graph

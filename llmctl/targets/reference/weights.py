@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmctl.checkpoint.assemble import GraphSource, assemble, checkpoint_graph
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.engine.adapter_slots import LoraLimits
+from llmctl.engine.step import LoraLimits
 from llmctl.graph.graph import Graph, Weight
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.plain import unpack_codes

@@ -17,8 +17,7 @@ from tiny_checkpoint import dense_tensors, linear_shapes, write_arrays, write_de
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.adapters.adapter import Adapter
 from llmctl.checkpoint.opening import open_checkpoint
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.engine.step import LoraLimits, SequenceSlice, StepPlan
 from llmctl.errors import UnsupportedModelError
 from llmctl.targets.cpu.runtime import CpuRuntime
 from llmctl.targets.cpu.toolchain import Variant, find_compiler

@@ -14,8 +14,7 @@ from llmctl.checkpoint.adapters.adapter import Adapter, LowRank
 from llmctl.checkpoint.adapters.base_tensors import base_tensors
 from llmctl.checkpoint.adapters.reading import read_adapter
 from llmctl.checkpoint.assemble import checkpoint_graph
-from llmctl.engine.adapter_slots import LoraLimits
-from llmctl.engine.step import SequenceSlice, StepPlan
+from llmctl.engine.step import LoraLimits, SequenceSlice, StepPlan
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.reference.runtime import ReferenceRuntime
