@@ -32,14 +32,14 @@ LINES = (
 
 def write_base(folder: Path) -> None:
     """The demo model as transformers reads it, in float32."""
-    from llmctl.checkpoint.assemble import accounted_graph
+    from llmctl.checkpoint.assemble import accounted_graph, names_of
     from llmctl.checkpoint.opening import open_checkpoint
     from llmctl.checkpoint.resolve import resolve_model
     from llmctl.checkpoint.writer import write_plain_checkpoint
 
     source = open_checkpoint(resolve_model(MODEL), widen=True)
-    left_out = [name for kind in accounted_graph(source)[1] for name in kind.names]
-    write_plain_checkpoint(folder, source, "float32", left_out=left_out)
+    _, unused = accounted_graph(source)
+    write_plain_checkpoint(folder, source, "float32", left_out=names_of(unused))
 
 
 def train(base: Path, adapter: Path, steps: int) -> None:

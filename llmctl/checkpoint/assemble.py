@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from llmctl.checkpoint.accounting import Contents, Unused, account, name_some, refuse_foreign
@@ -52,6 +52,11 @@ def accounted_graph(checkpoint: GraphSource) -> tuple[Graph, tuple[Unused, ...]]
         if kind.notable:
             log.warning("not used: %s: %s", kind.reason, name_some(kind.names))
     return graph, unused
+
+
+def names_of(unused: Iterable[Unused]) -> list[str]:
+    """What anything made from the checkpoint leaves out."""
+    return [name for kind in unused for name in kind.names]
 
 
 def _same(one: Tensor | QuantizedWeight, other: Tensor | QuantizedWeight) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.accounting import Unused
-from llmctl.checkpoint.assemble import accounted_graph
+from llmctl.checkpoint.assemble import accounted_graph, names_of
 from llmctl.checkpoint.exact import exact_dtype, holds
 from llmctl.checkpoint.gguf_encode import minimums
 from llmctl.checkpoint.opening import open_checkpoint
@@ -116,7 +116,7 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, graph: Graph, unused: tuple[Unused, ...], to: str, show: Show) -> None:
         self.checkpoint, self._to, self._show = checkpoint, to, show
-        self.left_out = [name for kind in unused for name in kind.names]
+        self.left_out = names_of(unused)
         linears = {
             part.tensor.removesuffix(".weight")
             for op in graph.products()

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.checkpoint.adapters.opening import open_merged
-from llmctl.checkpoint.assemble import accounted_graph
-from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.checkpoint.assemble import accounted_graph, names_of
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.writer import check_new, write_plain_checkpoint
 from llmctl.config import MergeConfig
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES
 
-_TIED = "tie_word_embeddings"
 Show = Callable[[str, str, int, int], None]
 
 
@@ -71,11 +69,11 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
     merged = open_merged(config.base, config.adapters, "adapters")
     dtype = _dtype(config.dtype, merged.base)
     _, unused = accounted_graph(merged.checkpoint)
-    write_plain_checkpoint(
+    size = write_plain_checkpoint(
         output,
         merged.checkpoint,
         dtype,
-        left_out=[name for kind in unused for name in kind.names],
+        left_out=names_of(unused),
         on_tensor=lambda name, done, total: show("written", name, done, total),
     )
     return MergeReport(
@@ -83,10 +81,10 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
         output=config.output,
         adapters=tuple(one.described for one in merged.adapters),
         dtype=dtype,
-        untied=merged.checkpoint.config.get(_TIED) != merged.base.config.get(_TIED),
+        untied=merged.untied,
         left_out={kind.reason: len(kind.names) for kind in unused},
-        notes=tuple(merged.notes),
-        size=open_checkpoint(output).nbytes,
+        notes=merged.notes,
+        size=size,
         seconds=round(time.monotonic() - started, 3),
     )
 

@@ -21,7 +21,7 @@ from llmctl.checkpoint.output_format import FORMATS, OutputFormat
 from llmctl.checkpoint.output_plan import OutputPlan
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.safetensors_io import write_sharded
+from llmctl.checkpoint.safetensors_io import spec_nbytes, write_sharded
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def write_plain_checkpoint(
     left_out: Collection[str] = (),
     max_shard_bytes: int = 5 * 10**9,
     on_tensor: Callable[[str, int, int], None] = lambda *_: None,
-) -> Path:
-    """Write a dense ``source`` as a folder, a tensor in memory at a time; returns ``output``.
+) -> int:
+    """Write a dense ``source`` as a folder, a tensor in memory at a time; returns the bytes of the tensors.
 
     Args:
         dtype: of its floats.
@@ -145,7 +145,7 @@ def write_plain_checkpoint(
         write_sharded(folder, tensors, max_shard_bytes=max_shard_bytes)
         _put(folder / "config.json", _json({**source.config, _dtype_key(source): dtype}))
         _put_aux(folder, source)
-    return output
+    return sum(spec_nbytes(spec) for spec in tensors.values())
 
 
 def _put_aux(folder: Path, source: Checkpoint) -> None:

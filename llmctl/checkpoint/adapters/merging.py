@@ -45,7 +45,7 @@ class Weighted:
         return f"{adapter.path}: {', '.join(found)}"
 
 
-def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighted]) -> Checkpoint:
+def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighted]) -> tuple[Checkpoint, bool]:
     """``base`` plus the weighted sum of what adapters add; a quantized base is dequantized.
 
     Weights that an adapter changes and those that were quantized are float32, the others as they are stored. Where
@@ -53,6 +53,9 @@ def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighte
 
     Args:
         graph: of the base, before any pass.
+
+    Returns:
+        The checkpoint, and whether the head has become a tensor of its own.
 
     Raises:
         UsageError: adapters that cannot be added up.
@@ -63,7 +66,7 @@ def merged_checkpoint(base: Checkpoint, graph: Graph, adapters: Sequence[Weighte
     if source.untied:
         config["tie_word_embeddings"] = False
     files = {adapter.adapter.path / name for adapter in adapters for name in FILES}
-    return base.over(source, config, files)
+    return base.over(source, config, files), source.untied
 
 
 def _check_together(adapters: Sequence[Weighted]) -> None:

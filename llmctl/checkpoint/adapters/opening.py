@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,22 +49,15 @@ class Merged:
 
     Attributes:
         checkpoint: with them merged, if there are any. base: without. adapters: as given.
+        untied: the output head is a tensor of its own now, though the base's is its embeddings.
+        notes: what a user should know, a line each.
     """
 
     checkpoint: Checkpoint
     base: Checkpoint
     adapters: tuple[Weighted, ...] = ()
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know, a line each."""
-        if not self.adapters:
-            return []
-        lines = [note for one in self.adapters for note in one.adapter.notes]
-        stored = open_checkpoint(self.base.path).quantization  # a GGUF file's base is opened widened
-        if stored is not None:
-            lines.append(f"{self.base.path} is quantized ({stored.method}): dequantized, then merged")
-        return lines
+    untied: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def open_merged(model: str, adapters: Sequence[str], param: str) -> Merged:
@@ -83,4 +76,13 @@ def open_merged(model: str, adapters: Sequence[str], param: str) -> Merged:
     graph = checkpoint_graph(base)
     called = source_name(model, base.path)
     read = tuple(Weighted(read_adapter(one.folder, graph, called), one.weight) for one in named)
-    return Merged(merged_checkpoint(base, graph, read), base, read)
+    checkpoint, untied = merged_checkpoint(base, graph, read)
+    return Merged(checkpoint, base, read, untied, tuple(_notes(base, read)))
+
+
+def _notes(base: Checkpoint, adapters: Sequence[Weighted]) -> Iterator[str]:
+    for one in adapters:
+        yield from one.adapter.notes
+    stored = open_checkpoint(base.path).quantization  # a GGUF file's base is opened widened
+    if stored is not None:
+        yield f"{base.path} is quantized ({stored.method}): dequantized, then merged"

@@ -164,6 +164,7 @@ def test_merge_writes_what_anyone_reads(tmp_path: Path) -> None:
     original = torch.from_numpy(dense_tensors()[f"{Q}.weight"]).float()
     torch.testing.assert_close(stored[f"{Q}.weight"], original + 3 * delta(tensors, Q))
     assert {t.dtype for t in stored.values()} == {torch.float32}
+    assert report["size"] == sum(t.nbytes for t in stored.values())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["dtype"], "quantization_config" in config) == ("float32", False)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
@@ -251,7 +252,7 @@ def test_a_quantized_base_whose_dense_weights_are_turned(tmp_path: Path) -> None
     written = OutputFormat("compressed-tensors", scheme, ignored=("lm_head",))
     write_quantized_checkpoint(tmp_path / "q", model.checkpoint, quantized, {}, written)
     base = open_checkpoint(tmp_path / "q")
-    merged = merged_checkpoint(base, checkpoint_graph(base), [Weighted(adapter)])
+    merged, _ = merged_checkpoint(base, checkpoint_graph(base), [Weighted(adapter)])
     for part in adapter.parts:
         expected = (dense(base, f"{part.module}.weight") + part.scale * part.b @ part.a).T
         torch.testing.assert_close(merged.weight(f"{part.module}.weight"), expected)

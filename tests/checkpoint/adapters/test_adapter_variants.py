@@ -79,7 +79,7 @@ def variants(*tables: dict[str, Any]) -> list[Any]:
 
 def merged(case: str, *adapters: Weighted) -> tuple[Graph, Checkpoint]:
     model = family_model(case)
-    checkpoint = merged_checkpoint(model.checkpoint, model.graph, adapters)
+    checkpoint, _ = merged_checkpoint(model.checkpoint, model.graph, adapters)
     return checkpoint_graph(checkpoint), checkpoint
 
 
