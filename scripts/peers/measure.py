@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from llmctl.bench.local_server import free_port
 from llmctl.bench.workloads import LengthRange
 from peers.contest import Contestant, Launch, PeerError, Setup, StartError
 from peers.own import LLMCTL
-from peers.processes import Busyness, CpuTimes, Running, busyness, free_port, serving
+from peers.processes import Busyness, CpuTimes, Running, busyness, serving
 
 _IDLE_SAMPLE = 1.0
 _TOTAL_INPUT = range(4700, 4901)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(SCRIPTS))
 import bench_peers  # noqa: E402
 from peers import contest, llama_cpp, measure, ov_genai, own, processes, report, venvs, vllm_cpu  # noqa: E402
 
+from llmctl.bench.local_server import free_port  # noqa: E402
 from llmctl.bench.workloads import LengthRange, random_items  # noqa: E402
 
 
@@ -186,7 +187,7 @@ def test_a_server_is_all_its_processes(tmp_path: Path) -> None:
                 self.end_headers()
         http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Ready).serve_forever()
     """
-    port = processes.free_port()
+    port = free_port()
     launch = contest.Launch((sys.executable, "-c", textwrap.dedent(code), str(port)), ready="/")
     with processes.serving(launch, port, (min(os.sched_getaffinity(0)),), tmp_path / "log", 60) as server:
         tree = server.tree()

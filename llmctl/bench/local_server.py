@@ -1,0 +1,219 @@
+"""A server on this machine for as long as it is needed: started on a free port, awaited, ended with its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from llmctl.errors import LlmctlError, UsageError
+
+READY_SECONDS = 300.0
+STOP_SECONDS = 60.0
+_LAST_WORDS_SECONDS = 10.0
+_NEWS_EVERY_SECONDS = 10.0
+_LOG_CHARS = 3000
+_POLL_SECONDS = 0.05
+
+# How the server is reached is decided here; a key of the environment would keep the bench itself out.
+_ADDRESS = ("--host", "--port", "--root-path", "--ssl-keyfile", "--ssl-certfile")
+_KEYS = ("LLMCTL_API_KEY", "LLMCTL_API_KEY_FILE", "LLMCTL_PRIORITY_KEYS")
+
+
+class ServerError(LlmctlError):
+    """A server that did not start, died, or did not end as it should.
+
+    Attributes:
+        what: what is wrong. log: the end of what it printed, whose last line the message has beside.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        last = _last_line(log)
+        super().__init__(message + (f"; it said last: {last}" if last else ""))
+        self.what, self.log = message, log
+
+
+class LocalServer:
+    """A server that is ready.
+
+    Attributes:
+        url: its address. process: its first process. ready_seconds: from its start to ready.
+        terminated: whether it has been told to end.
+    """
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes], log: int, ready_seconds: float = 0.0) -> None:
+        self.url, self.process, self.ready_seconds = url, process, ready_seconds
+        self.terminated = False
+        self._log = log
+
+    def said(self) -> str:
+        """All that it has printed so far."""
+        # Not by seek and read: the server writes at the offset of the same open file.
+        return os.pread(self._log, os.fstat(self._log).st_size, 0).decode(errors="replace")
+
+    def terminate(self) -> None:
+        """SIGTERM, once: a second one would have it end at once."""
+        if not self.terminated:
+            self.terminated = True
+            self.process.send_signal(signal.SIGTERM)
+
+    def fail(self, message: str) -> ServerError:
+        """The error to raise of it."""
+        return ServerError(message, self.said()[-_LOG_CHARS:].strip())
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def serve_command(model: str, options: Sequence[str] = ()) -> list[str]:
+    """``llmctl serve`` of this installation, less its port.
+
+    Raises:
+        UsageError: an option that says where the server is reached.
+    """
+    for option in options:
+        if option.partition("=")[0] in _ADDRESS:
+            raise UsageError(f"{option}: a server that is started here gets its address here", fix="leave it out")
+    return [sys.executable, "-m", "llmctl.cli.main", "serve", "--model", model, *options]
+
+
+def split_options(text: str, param: str) -> tuple[str, ...]:
+    """Options as a shell would split them.
+
+    Raises:
+        UsageError: a quote that is not closed, or a first word that is no option.
+    """
+    option = "--" + param.replace("_", "-")
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"{option} '{text}': {error}", param=param) from error
+    if words and not words[0].startswith("-"):
+        raise UsageError(f"{option} '{text}': expected options of 'llmctl serve', found '{words[0]}'", param=param)
+    return words
+
+
+@contextlib.contextmanager
+def serving(
+    model: str,
+    options: Sequence[str] = (),
+    *,
+    ready_timeout: float = READY_SECONDS,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[LocalServer]:
+    """``llmctl serve`` on a free port, ready; ended with the context. See ``running``."""
+    with running(serve_command(model, options), ready_timeout=ready_timeout, tell=tell) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str],
+    *,
+    ready_timeout: float = READY_SECONDS,
+    environment: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[LocalServer]:
+    """``COMMAND --port N``, from the moment its ``/ready`` answers 200 until the context ends; then SIGTERM.
+
+    Args:
+        ready_timeout: seconds from start to ready.
+        environment: added to this process's, of which API keys of a server are taken away.
+        tell: is given a line now and then while the server starts.
+
+    Raises:
+        ServerError: it does not get ready, ends by itself, or does not end cleanly.
+    """
+    port = free_port()
+    variables = {name: value for name, value in os.environ.items() if name not in _KEYS} | dict(environment or {})
+    with tempfile.TemporaryFile("w+b") as log:
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=variables,
+            start_new_session=True,  # a terminal's Ctrl-C is for the bench, which then ends its servers
+        )
+        server = LocalServer(f"http://127.0.0.1:{port}", process, log.fileno())
+        try:
+            _await_ready(server, start + ready_timeout, ready_timeout, tell)
+            server.ready_seconds = time.monotonic() - start
+            yield server
+            server.terminate()
+            _await_end(server)
+        except Exception as error:
+            if isinstance(error, ServerError) or _lives(server):
+                raise  # nothing that the server could explain
+            why = f"exit code {process.returncode} ({type(error).__name__}: {error})"
+            raise server.fail(f"the server ended by itself, {why}") from error
+        finally:
+            _kill(process)
+
+
+def _await_ready(
+    server: LocalServer, deadline: float, ready_timeout: float, tell: Callable[[str], None] | None
+) -> None:
+    news = time.monotonic() + _NEWS_EVERY_SECONDS
+    while True:
+        if server.process.poll() is not None:
+            raise server.fail(f"the server ended with exit code {server.process.returncode} before it was ready")
+        if _answers(server.url + "/ready"):
+            return
+        now = time.monotonic()
+        if now > deadline:
+            raise server.fail(f"the server was not ready within {ready_timeout:g} s")
+        if tell is not None and now > news:
+            news = now + _NEWS_EVERY_SECONDS
+            tell(f"the server is starting: {_last_line(server.said()) or 'nothing said yet'}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors
+        return False
+
+
+def _lives(server: LocalServer) -> bool:
+    """Whether the server goes on; one that answers no more is given the time to say why and end."""
+    if not _answers(server.url + "/health"):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(_LAST_WORDS_SECONDS)
+    return server.process.poll() is None
+
+
+def _await_end(server: LocalServer) -> None:
+    try:
+        code = server.process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise server.fail(f"the server did not end within {STOP_SECONDS:g} s of SIGTERM: killed") from None
+    if code:
+        raise server.fail(f"the server ended with exit code {code}")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End its whole session: children that outlive it would take the next server's processors."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

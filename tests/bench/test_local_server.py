@@ -1,0 +1,161 @@
+"""A server for the time of a context, played by a script without a model: started, awaited, ended whatever it does."""
+
+from __future__ import annotations
+
+import re
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmctl.bench import local_server
+from llmctl.bench.local_server import ServerError, running, serve_command, split_options
+from llmctl.cli import serve_options
+from llmctl.errors import UsageError
+
+# COMMAND --port N: refuses the first READY_AFTER probes; what it does when told to end is END.
+_STUB = """
+import http.server, os, signal, subprocess, sys, threading
+asked = 0
+print("loading weights", flush=True)
+end = os.environ.get("END", "0")
+if end == "at once":
+    sys.exit("error: out of memory")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global asked
+        asked += 1
+        loading = asked <= int(os.environ.get("READY_AFTER", "0"))
+        self.send_response(503 if loading else 200)
+        self.end_headers()
+        self.wfile.write(os.environ.get("LLMCTL_API_KEY", "no key").encode())
+    def log_message(self, *_):
+        pass
+
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler)
+if end == "never":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: (print("draining", flush=True), os._exit(int(end))))
+server.serve_forever()
+"""
+STUB = [sys.executable, "-c", _STUB]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_server, "_LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr(local_server, "STOP_SECONDS", 20.0)
+
+
+def child_of(said: str) -> int:
+    """The process that the stub left behind."""
+    return int(said.split("child ")[1].split()[0])
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (one that nobody has waited for yet has)."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_gone(pid: int) -> None:
+    """SIGKILL is delivered in its own time."""
+    with_grace = psutil.Process(pid) if psutil.pid_exists(pid) else None
+    if with_grace is not None and not gone(pid):
+        psutil.wait_procs([with_grace], timeout=10)
+    assert gone(pid)
+
+
+def test_from_ready_to_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCTL_API_KEY", "secret")
+    with running(STUB, environment={"READY_AFTER": "2"}) as server:
+        with urllib.request.urlopen(server.url + "/x", timeout=10) as answer:
+            assert answer.read() == b"no key", "the bench would be kept out"
+        assert server.ready_seconds > 0
+        said = server.said()
+    assert server.process.returncode == 0
+    wait_gone(child_of(said))
+
+
+def test_another_exit_code_than_0_is_an_error() -> None:
+    with (
+        pytest.raises(ServerError, match="ended with exit code 7; it said last: draining") as caught,
+        running(STUB, environment={"END": "7"}),
+    ):
+        pass
+    assert "loading weights" in caught.value.log
+
+
+def test_one_that_ends_before_it_is_ready() -> None:
+    with (
+        pytest.raises(ServerError, match="exit code 1 before it was ready; it said last: error: out of memory"),
+        running(STUB, environment={"END": "at once"}),
+    ):
+        pytest.fail("entered")
+
+
+def test_one_that_is_not_ready_in_time_is_ended() -> None:
+    with (
+        pytest.raises(ServerError, match=r"not ready within 0\.5 s") as caught,
+        running(STUB, environment={"READY_AFTER": "100000"}, ready_timeout=0.5),
+    ):
+        pytest.fail("entered")
+    if "child" in caught.value.log:
+        wait_gone(child_of(caught.value.log))
+
+
+def test_one_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_server, "STOP_SECONDS", 0.2)
+    with (
+        pytest.raises(ServerError, match="did not end within"),
+        running(STUB, environment={"END": "never"}) as it,
+    ):
+        pass
+    assert it.process.returncode == -9
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_an_error_of_the_block_is_the_servers_only_if_it_died(dies: bool) -> None:
+    def block() -> None:
+        with running(STUB) as server:
+            if dies:
+                server.process.kill()
+            raise LookupError("in the block")
+
+    with pytest.raises(ServerError if dies else LookupError, match="in the block"):
+        block()
+
+
+def test_news_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_server, "_NEWS_EVERY_SECONDS", 0.01)
+    news: list[str] = []
+    tell: Callable[[str], None] = news.append
+    with running(STUB, environment={"READY_AFTER": "12"}, tell=tell):
+        pass
+    assert any(line.startswith("the server is starting: child ") for line in news)
+
+
+def test_options_of_the_server() -> None:
+    wanted = ["-m", "llmctl.cli.main", "serve", "--model", "m", "--threads", "2"]
+    assert serve_command("m", ["--threads", "2"])[1:] == wanted
+    for option in ("--port", "--port=1", "--host", "--ssl-keyfile=x"):
+        with pytest.raises(UsageError, match=option.partition("=")[0]):
+            serve_command("m", [option])
+    assert split_options("--threads 2 --seed '3'", "a_args") == ("--threads", "2", "--seed", "3")
+    for text, said in (("--x 'y", "No closing quotation"), ("threads", "expected options of 'llmctl serve'")):
+        with pytest.raises(UsageError, match=said):
+            split_options(text, "a_args")
+
+
+def test_keys_are_those_that_serve_reads() -> None:
+    read = set(re.findall(r'envvar="(LLMCTL_\w*KEY\w*)"', Path(serve_options.__file__).read_text(encoding="utf-8")))
+    assert read == set(local_server._KEYS)
