@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # On a machine with an NVIDIA driver: what cuda engines need beside a torch with CUDA.
 EXTRAS := $(if $(wildcard /dev/nvidiactl),[cuda])
 
-.PHONY: demo test test-kernels test-slow sanitize gpu-table lint format clean
+.PHONY: demo test test-kernels test-slow sanitize gpu-table peer-table docs site lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -28,9 +28,22 @@ test-kernels: $(VENV)/.installed-dev
 sanitize: $(VENV)/.installed-dev
 	$(BIN)/python scripts/sanitize.py
 
-# README's figures from a GPU, out of docs/gpu. With RESULTS=folder: of a run of scripts/gpu_check.sh --engine, kept there.
+# The page's figures from a GPU, out of docs/gpu. With RESULTS=folder: of a run of scripts/gpu_check.sh --engine, kept there.
 gpu-table: $(VENV)/.installed
-	PYTHONPATH=. $(BIN)/python scripts/gpu_readme.py $(if $(RESULTS),--results '$(RESULTS)')
+	PYTHONPATH=. $(BIN)/python scripts/gpu_figures.py $(if $(RESULTS),--results '$(RESULTS)')
+
+# The page's tables of other servers and README's chart, out of docs/cpu. With RESULTS=report.json: of a run of bench_peers.py.
+peer-table: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python scripts/peer_figures.py $(if $(RESULTS),--results '$(RESULTS)')
+
+# The pages that are made of the code and of results. A test says when one is not what they say.
+docs: $(VENV)/.installed-dev
+	for page in api_page cli_page family_table format_tables gpu_figures peer_figures; do PYTHONPATH=. $(BIN)/python scripts/$$page.py || exit 1; done
+
+# The documents as a site, in build/site. With REPO_URL=https://…: links out of docs/ lead there.
+site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	REPO_URL='$(REPO_URL)' $(BIN)/mkdocs build
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

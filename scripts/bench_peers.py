@@ -198,6 +198,9 @@ def _publish(
         "repeats": plan.repeats,
         "versions": versions,
         "missing": missing,
+        "header": header[0],
+        "titles": titles,
+        "own": ours,
         **to_json(results, plan.workloads, ours),
     }
     (plan.setup.work / "report.md").write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from peers.measure import Figures, Visit, Workload
 
@@ -50,6 +51,41 @@ ITL = Metric("itl", "ITL p50, ms", False, 1, lambda f: f.itl)
 METRICS = (RATE, DECODE, TTFT, ITL)
 
 
+SERVER_FIGURES = {
+    "start_seconds": ("start to ready, s", 1),
+    "peak_memory_mib": ("peak memory, MiB", 0),
+    "idle_busy_percent": ("busy before, %", 0),
+    "others_percent": ("others meanwhile, %", 0),
+    "stolen_percent": ("stolen, %", 0),
+}
+"""What is said of a server beside its workloads: heading and decimals of each figure."""
+
+
+class Measured(Protocol):
+    """What tables and charts are made of: the visits of a run (``Results``), or what is kept of one (``kept.Kept``)."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Contestants."""
+        ...
+
+    def spread(self, name: str, work: str, metric: Metric) -> Spread:
+        """A figure of a contestant over the repeats."""
+        ...
+
+    def ratio(self, ours: str, other: str, work: str, metric: Metric) -> Spread | None:
+        """``ours / other``, taken within each repeat."""
+        ...
+
+    def best_peer(self, own: Sequence[str], work: str, metric: Metric) -> str | None:
+        """The contestant that is not ours with the best median."""
+        ...
+
+    def server(self, name: str) -> Mapping[str, Spread]:
+        """By the names of ``SERVER_FIGURES``."""
+        ...
+
+
 class Results:
     """The visits of a run, by contestant and repeat."""
 
@@ -82,9 +118,22 @@ class Results:
         choose = max if metric.more else min
         return choose(peers, key=lambda name: self.spread(name, work, metric).median)
 
+    def server(self, name: str) -> dict[str, Spread]:
+        """Start, memory, and what else the machine did."""
+        visits = self.of(name)
+        figures = [f for v in visits for f in v.figures.values()]
+        found = (
+            [v.start_seconds for v in visits],
+            [v.peak_memory / 2**20 for v in visits],
+            [100 * f.idle_busy for f in figures],
+            [100 * f.others for f in figures],
+            [100 * f.stolen for f in figures],
+        )
+        return {key: Spread.of(values) for key, values in zip(SERVER_FIGURES, found, strict=True)}
+
 
 def to_markdown(
-    results: Results,
+    results: Measured,
     workloads: Sequence[Workload],
     titles: Mapping[str, str],
     own: Sequence[str],
@@ -97,13 +146,20 @@ def to_markdown(
         titles: by contestant's name. own: names of llmctl's contestants; ratios are the first's that was measured.
         header: lines about machine and method. missing: why a contestant has no figures, by name.
     """
-    lines = [*header, ""]
+    lines = [*header, "", *tables(results, workloads, titles, own)]
+    lines += [f"* not measured: {titles.get(name, name)}: {reason}" for name, reason in missing.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def tables(
+    results: Measured, workloads: Sequence[Workload], titles: Mapping[str, str], own: Sequence[str]
+) -> list[str]:
+    """A table a workload, and one of start and memory, each below its heading."""
+    lines: list[str] = []
     for work in workloads:
         lines += [f"### {work.title}", "", *_workload_table(results, work, titles, own), ""]
         lines += [*_best_lines(results, work, titles, own), ""]
-    lines += ["### Start and memory", "", *_visit_table(results, titles), ""]
-    lines += [f"* not measured: {titles.get(name, name)}: {reason}" for name, reason in missing.items()]
-    return "\n".join(lines).rstrip() + "\n"
+    return [*lines, "### Start and memory", "", *_server_table(results, titles), ""]
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -116,11 +172,11 @@ def _main_metric(work: Workload) -> Metric:
     return DECODE if work.concurrency == 1 else RATE
 
 
-def _measured_own(results: Results, own: Sequence[str]) -> str | None:
+def _measured_own(results: Measured, own: Sequence[str]) -> str | None:
     return next((name for name in own if name in results.names), None)
 
 
-def _workload_table(results: Results, work: Workload, titles: Mapping[str, str], own: Sequence[str]) -> list[str]:
+def _workload_table(results: Measured, work: Workload, titles: Mapping[str, str], own: Sequence[str]) -> list[str]:
     shown = (DECODE, RATE, TTFT, ITL) if work.concurrency == 1 else (RATE, TTFT, ITL)
     ours = _measured_own(results, own)
     main = _main_metric(work)
@@ -140,7 +196,7 @@ def _show_ratio(ratio: Spread | None) -> str:
     return "–" if ratio is None else f"{ratio.show(2)}×"
 
 
-def _best_lines(results: Results, work: Workload, titles: Mapping[str, str], own: Sequence[str]) -> list[str]:
+def _best_lines(results: Measured, work: Workload, titles: Mapping[str, str], own: Sequence[str]) -> list[str]:
     ours = _measured_own(results, own)
     lines = []
     for metric in (_main_metric(work), TTFT):
@@ -151,27 +207,17 @@ def _best_lines(results: Results, work: Workload, titles: Mapping[str, str], own
     return lines
 
 
-def _visit_table(results: Results, titles: Mapping[str, str]) -> list[str]:
-    head = ["server", "start to ready, s", "peak memory, MiB", "busy before, %", "others meanwhile, %", "stolen, %"]
+def _server_table(results: Measured, titles: Mapping[str, str]) -> list[str]:
+    head = ["server", *(heading for heading, _ in SERVER_FIGURES.values())]
     rows = []
     for name in results.names:
-        visits = results.of(name)
-        figures = [f for v in visits for f in v.figures.values()]
-        rows.append(
-            [
-                titles[name],
-                Spread.of([v.start_seconds for v in visits]).show(1),
-                Spread.of([v.peak_memory / 2**20 for v in visits]).show(),
-                Spread.of([100 * f.idle_busy for f in figures]).show(),
-                Spread.of([100 * f.others for f in figures]).show(),
-                Spread.of([100 * f.stolen for f in figures]).show(),
-            ]
-        )
+        found = results.server(name)
+        rows.append([titles[name], *(found[key].show(decimals) for key, (_, decimals) in SERVER_FIGURES.items())])
     return _rows(head, rows)
 
 
 def to_json(results: Results, workloads: Sequence[Workload], own: Sequence[str]) -> dict[str, object]:
-    """Summary by contestant and workload, ratios of llmctl to each peer, and every visit."""
+    """Summary by contestant and workload, ratios of llmctl to each peer, servers, and every visit."""
     ours = _measured_own(results, own)
     summary: dict[str, object] = {}
     ratios: dict[str, object] = {}
@@ -195,5 +241,6 @@ def to_json(results: Results, workloads: Sequence[Workload], own: Sequence[str])
         "summary": summary,
         "llmctl_over_peer": ratios,
         "best_peer": best,
+        "servers": {name: {k: v.to_json() for k, v in results.server(name).items()} for name in results.names},
         "visits": [v.to_json() for v in results.visits],
     }

@@ -1,9 +1,9 @@
-"""README's figures from a GPU: written from docs/gpu/gpu_engine.json, a run of ``scripts/gpu_check.sh --engine``.
+"""The figures from a GPU in docs/benchmarks.md: written from docs/gpu, a run of ``scripts/gpu_check.sh --engine``.
 
-    python scripts/gpu_readme.py [--results FOLDER]     with results: those of that folder become docs/gpu first
-    python scripts/gpu_readme.py --check                exit code 1 when README is not what the file says
+    python scripts/gpu_figures.py [--results FOLDER]     with results: those of that folder become docs/gpu first
+    python scripts/gpu_figures.py --check                exit code 1 when the page is not what docs/gpu says
 
-Nothing is in README that the file does not hold, and the file holds what was measured.
+Nothing is in the section that docs/gpu/gpu_engine.json does not hold, and that holds what was measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from engine_check.goals import judge
 from engine_check.report import VERSION, decode_rows, failed, prefill_rows, served_rows, start_rows, table
 from md_table import with_section
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "benchmarks.md"
 BEGIN, END = "<!-- gpu figures: make gpu-table -->", "<!-- end of gpu figures -->"
 NOTHING = "Nothing has been measured on a GPU with this version yet (`scripts/gpu_check.sh --engine` does)."
 FILES = ("gpu_engine.json", "gpu_engine.svg", "gpu_engine_prefill.svg", "gpu_engine.md")
@@ -57,7 +58,10 @@ def _head(document: Mapping[str, Any]) -> list[str]:
     missed = [f"{v.goal.name}: {v.found}" for v in verdicts if not v.reached]
     lines = [f"{when}{f'; the device: {bounds}' if bounds else ''}. Random weights; `scripts/gpu_check.sh --engine`."]
     if bounds:
-        lines += ["", "`of read`, `of matmul`: share of the device's rate. All of it: [docs/gpu](docs/gpu)."]
+        lines += [
+            "",
+            "`of read`, `of matmul`: share of the device's rate. All of it: [gpu_engine.md](gpu/gpu_engine.md).",
+        ]
     wrong = failed(document)
     if wrong:
         lines += ["", f"That run reported {len(wrong)} failures, the first: {wrong[0]}."]
@@ -67,7 +71,7 @@ def _head(document: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(results: Mapping[str, Any]) -> list[str]:
-    """What a reader of README asks for; docs/gpu has the rest."""
+    """What most readers ask for; docs/gpu has the rest."""
     lines: list[str] = []
     decode = ("decode", "sequences", "context", "ms", "±", "tok/s", "GB/s", "of read", "÷ trial")
     prompts = ("prompts", "tokens", "ms", "tok/s", "TFLOP/s", "of matmul", "host ms", "÷ trial")
@@ -86,17 +90,17 @@ def _tables(results: Mapping[str, Any]) -> list[str]:
 
 
 def _images(names: Sequence[str], folder: Path) -> list[str]:
-    place = folder.relative_to(REPOSITORY) if folder.is_relative_to(REPOSITORY) else folder
+    place = folder.relative_to(DOCS) if folder.is_relative_to(DOCS) else folder
     return ["", *(f"![{name}]({place}/{name})" for name in names)] if names else []
 
 
-def written(readme: str, text: str) -> str:
-    """README with the section in it.
+def written(page: str, text: str) -> str:
+    """The page with the section in it.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    return with_section("README.md", readme, (BEGIN, END), text)
+    return with_section(PAGE.name, page, (BEGIN, END), text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,19 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="of a run: becomes docs/gpu first")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
-    folder, path = REPOSITORY / "docs" / "gpu", REPOSITORY / "README.md"
+    folder = DOCS / "gpu"
     if options.results is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
             if (options.results / name).exists():
                 shutil.copyfile(options.results / name, folder / name)
-    readme = path.read_text(encoding="utf-8")
-    wanted = written(readme, section(folder))
+    page = PAGE.read_text(encoding="utf-8")
+    wanted = written(page, section(folder))
     if options.check:
-        print("README.md is what docs/gpu says" if readme == wanted else "README.md: run make gpu-table")
-        return 0 if readme == wanted else 1
-    path.write_text(wanted, encoding="utf-8")
+        print(
+            "docs/benchmarks.md is what docs/gpu says" if page == wanted else "docs/benchmarks.md: run make gpu-table"
+        )
+        return 0 if page == wanted else 1
+    PAGE.write_text(wanted, encoding="utf-8")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""README's figures from a GPU are those of docs/gpu, whatever that holds."""
+"""The page's figures from a GPU are those of docs/gpu, whatever that holds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import gpu_readme
+import gpu_figures
 import pytest
 from engine_check_cases import RESULTS
 
@@ -20,17 +20,17 @@ def write(folder: Path, **changes: object) -> None:
     (folder / "gpu_engine.json").write_text(json.dumps({**document, **changes}))
 
 
-def test_readme_is_what_the_file_says() -> None:
-    assert gpu_readme.main(["--check"]) == 0, "run make gpu-table"
+def test_the_page_is_what_the_file_says() -> None:
+    assert gpu_figures.main(["--check"]) == 0, "run make gpu-table"
 
 
 def test_without_a_file_it_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    assert gpu_readme.section(tmp_path) == gpu_readme.NOTHING
+    assert gpu_figures.section(tmp_path) == gpu_figures.NOTHING
 
 
 def test_a_section_says_when_and_on_what_and_only_what_was_measured(tmp_path: Path) -> None:
     write(tmp_path)
-    text = gpu_readme.section(tmp_path)
+    text = gpu_figures.section(tmp_path)
     assert text.startswith("Last run 2026-12-01 10:00 UTC on one NVIDIA H100 80GB HBM3 (driver 580.1, CUDA 13.0, ")
     assert "commit 0123456789ab;" in text
     assert "| Llama-3-8B 4-bit | 64 | 512 | 11.000 | 5,818 | 67% |" in text
@@ -46,13 +46,13 @@ def test_a_section_says_when_and_on_what_and_only_what_was_measured(tmp_path: Pa
 def test_charts_are_shown_where_they_are(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "gpu_engine.svg").write_text("<svg/>")
-    assert "gpu_engine.svg)" in gpu_readme.section(tmp_path)
-    assert "gpu_engine_prefill.svg" not in gpu_readme.section(tmp_path)
+    assert "gpu_engine.svg)" in gpu_figures.section(tmp_path)
+    assert "gpu_engine_prefill.svg" not in gpu_figures.section(tmp_path)
 
 
 def test_failures_are_not_kept_quiet(tmp_path: Path) -> None:
     write(tmp_path, problems=["decode x: gone"])
-    assert "That run reported 1 failures, the first: decode x: gone." in gpu_readme.section(tmp_path)
+    assert "That run reported 1 failures, the first: decode x: gone." in gpu_figures.section(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_failures_are_not_kept_quiet(tmp_path: Path) -> None:
 def test_what_is_no_measurement_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     write(tmp_path, **changes)
     with pytest.raises(ValueError, match=said):
-        gpu_readme.section(tmp_path)
+        gpu_figures.section(tmp_path)
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
-    readme = f"before\n{gpu_readme.BEGIN}\nold\n{gpu_readme.END}\nafter\n"
-    found = gpu_readme.written(readme, "new")
-    assert found == f"before\n{gpu_readme.BEGIN}\n\nnew\n\n{gpu_readme.END}\nafter\n"
-    assert gpu_readme.written(found, "new") == found
+    page = f"before\n{gpu_figures.BEGIN}\nold\n{gpu_figures.END}\nafter\n"
+    found = gpu_figures.written(page, "new")
+    assert found == f"before\n{gpu_figures.BEGIN}\n\nnew\n\n{gpu_figures.END}\nafter\n"
+    assert gpu_figures.written(found, "new") == found
     with pytest.raises(ValueError, match="once each"):
-        gpu_readme.written(readme + gpu_readme.END, "new")
+        gpu_figures.written(page + gpu_figures.END, "new")
