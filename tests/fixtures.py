@@ -157,7 +157,7 @@ class ServerProcess:
     """A real ``llmctl serve`` on a free port. As a context manager it leaves no process behind."""
 
     def __init__(self, *args: str, env: dict[str, str] | None = None, scheme: str = "http") -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"{scheme}://127.0.0.1:{self.port}"
         self._folder = Path(tempfile.mkdtemp(prefix="llmctl-test-"))
         self._log = self._folder / "log"
@@ -259,7 +259,7 @@ def fetch(
         return error.code, error.read().decode()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The rooms' dependency order: each may import only what stands to its left (see README, How it is built)."""
+"""The rooms' dependency order: each may import only what stands to its left (see docs/architecture.md)."""
 
 from __future__ import annotations
 
