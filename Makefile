@@ -2,15 +2,16 @@
 #   make demo   the whole path on a real model: quantize, build, serve, ask, bench
 #   make test   the test suite
 #   make lint   ruff and mypy
+#   make dist-check   sdist and wheel, built, installed in clean environments and run there
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
-# On a machine with an NVIDIA driver: what cuda engines need beside a torch with CUDA.
-EXTRAS := $(if $(wildcard /dev/nvidiactl),[cuda])
+# What makes engines; on a machine with an NVIDIA driver, what cuda engines need beside a torch with CUDA as well.
+EXTRAS := $(if $(wildcard /dev/nvidiactl),[cuda],[quantize])
 
-.PHONY: demo test test-kernels test-slow sanitize gpu-table peer-table docs site lint format clean
+.PHONY: demo test test-kernels test-slow dist-check sanitize gpu-table peer-table docs site lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -23,6 +24,10 @@ test: $(VENV)/.installed-dev
 test-kernels: $(VENV)/.installed-dev
 	$(if $(NVRTC),$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade --target '$(VENV)/nvrtc' 'nvidia-cuda-nvrtc==$(NVRTC)')
 	$(if $(NVRTC),PYTHONPATH=$(VENV)/nvrtc )$(BIN)/python -m pytest -n $(WORKERS) -m $(if $(NVRTC),'',slow) tests/targets/cuda/test_compile.py tests/targets/cuda/test_registry.py tests/cli/test_build.py -k 'not test_build or cuda'
+
+# With each Python of 3.11 to 3.13 that is here: of PYTHONS, on the path, or pyenv's.
+dist-check: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/test_distribution.py
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; planted faults must be reported.
 sanitize: $(VENV)/.installed-dev

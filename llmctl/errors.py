@@ -94,6 +94,12 @@ class EngineLoadError(LlmctlError, ValueError):
     """An engine folder that must not be loaded here; ``fix`` names the rebuild command."""
 
 
+class MissingPackageError(LlmctlError):
+    """A Python package that an extra brings and that is not installed; ``fix`` is the command that installs it."""
+
+    code = "missing_package"
+
+
 class CompileError(LlmctlError):
     """A kernel failed to compile, or no compiler was found."""
 

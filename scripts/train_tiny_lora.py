@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a LoRA adapter of rank 8 on the demo model, in about a minute of CPU, and see what it changes.
 
-    pip install 'llmctl[peft]'
+    pip install -e '.[peft]'
     python scripts/train_tiny_lora.py                 # the adapter: tiny-lora/adapter
 
 A handful of lines about a place that is not there, so that the base model cannot know the answers: PEFT trains on them,

@@ -14,7 +14,7 @@ from llmctl.targets.table import ROOMS
 
 PACKAGE = Path(llmctl.__file__).parent
 ORDER = (
-    "errors config text structured graph checkpoint engine targets artifact evaluate quantize serving bench "
+    "errors extras config text structured graph checkpoint engine targets artifact evaluate quantize serving bench "
     "distributed cli"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -16,15 +16,17 @@ from pathlib import Path
 from llmctl import __version__
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
-from llmctl.artifact.plan import BuildPlan, check_options, plan_build
+from llmctl.artifact.plan import BuildPlan, check_fits, check_options, plan_build
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
-from llmctl.checkpoint.resolve import cache_dir
+from llmctl.checkpoint.resolve import cache_dir, is_fetched, resolve_model
 from llmctl.config import BuildConfig, EngineOptions
-from llmctl.errors import EngineLoadError, UsageError
+from llmctl.errors import EngineLoadError, ModelNotFoundError, UsageError
+from llmctl.extras import missing
 from llmctl.targets.base import Target
+from llmctl.targets.machine import check_torch
 from llmctl.targets.table import default_target, parse_target, target_of
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.
@@ -55,7 +57,10 @@ def plan_output(config: BuildConfig) -> BuildPlan:
     if not config.output:
         raise UsageError("--output is required", param="output")
     check_replaceable(Path(config.output))
-    return plan_build(config)
+    plan = plan_build(config)
+    if config.memory_budget is not None:  # without one it may be for another machine
+        check_fits(plan, config.model)
+    return plan
 
 
 def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Progress | None = None) -> Path:
@@ -69,6 +74,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Pro
     """
     if is_engine(Path(model)):
         return Path(model)
+    _check_worth_fetching(model)
     if isinstance(config, EngineOptions):
         plan = _plan_to_run(model, config)
     else:
@@ -85,6 +91,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Pro
     folder = engines / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', plan.name)}-{key}"
     with _locked(engines / f"{folder.name}.lock"):
         if not _is_complete(folder, plan):
+            check_torch(f"{model} is not an engine yet: building one")
             print(f"building {plan.name} for {plan.target.name} into {folder}", file=sys.stderr, flush=True)
             write_engine(plan, folder, progress)
     return folder
@@ -125,6 +132,20 @@ def engine_target(config: EngineOptions) -> Target:
     if is_engine(Path(config.model)):
         return target_of(read_manifest(Path(config.model)).target)
     return parse_target(default_target().spelling if config.target == "auto" else config.target)
+
+
+def _check_worth_fetching(model: str) -> None:
+    """Refuse a model that is not on this machine, where it could not be built: before it is fetched.
+
+    Raises:
+        MissingPackageError, HostMemoryError: as ``check_torch``.
+    """
+    if missing("quantize") is None or not is_fetched(model):
+        return
+    try:
+        resolve_model(model, allow_download=False)
+    except ModelNotFoundError as error:
+        check_torch(f"{error.message}; to fetch it and build an engine of it")
 
 
 def _plan_to_run(model: str, config: EngineOptions) -> BuildPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 
+from llmctl.artifact.fit import advice
 from llmctl.artifact.manifest import QuantizationRecord
 from llmctl.artifact.memory import MemoryPlan, Sizing
 from llmctl.artifact.request import EngineRequest
@@ -15,7 +16,7 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model, source_name
 from llmctl.config import BuildConfig, parse_bytes
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 from llmctl.graph.check import check_graph
 from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_SPELLINGS
 from llmctl.graph.graph import Graph
@@ -95,6 +96,20 @@ def plan_build(config: BuildConfig) -> BuildPlan:
         sizing=sizing,
         memory=sizing.plan(),
     )
+
+
+def check_fits(plan: BuildPlan, model: str) -> None:
+    """Refuse an engine that its memory budget has no room for.
+
+    Args:
+        model: as ``build`` was given it.
+
+    Raises:
+        LlmctlError: with everything that alone would make it fit.
+    """
+    if not plan.memory.fits:
+        fix = advice(plan.sizing, model, running=False)
+        raise LlmctlError(f"does not fit: {plan.memory.shortfall()}", fix=fix)
 
 
 def check_options(config: BuildConfig) -> None:

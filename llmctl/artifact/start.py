@@ -17,6 +17,7 @@ from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
+from llmctl.targets.machine import check_torch
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -38,6 +39,8 @@ def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float
     Raises:
         LlmctlError: whatever loading refuses.
     """
+    if config.enable_lora:
+        check_torch("--enable-lora")
     loaded = load_engine(path, EngineRequest.of(config), verify=config.verify)
     for line in loaded.request.without_effect(loaded.target):
         print(line, file=sys.stderr, flush=True)

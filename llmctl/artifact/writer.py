@@ -25,7 +25,7 @@ from llmctl.checkpoint.folder import published_folder
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
 from llmctl.targets.base import CompileProgress, KernelFile, Module
-from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space, usable_cores
+from llmctl.targets.machine import check_torch, usable_cores
 from llmctl.targets.planes import PlanesByWeight, total_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -50,7 +50,7 @@ def write_engine(
         CompileError: a kernel does not compile, or its module does not load.
         HostMemoryError: no address space for torch, which packs.
     """
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("building an engine")
     # Compiled first: a kernel that does not compile is found before the weights are written.
     modules = plan.target.compile(plan.choices, cache_dir() / "kernels", compiling)
     with ThreadPoolExecutor(1) as hasher, published_folder(output) as folder:

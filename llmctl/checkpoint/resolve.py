@@ -44,12 +44,18 @@ def resolve_model(name: str, *, allow_download: bool = True) -> Path:
         raise ModelNotFoundError("no model named", fix=f"name {_KINDS}", param="model")
     if name.startswith(DEMO_PREFIX):
         return demo_model(name, allow_download=allow_download)
-    path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or path.exists():
-        return _local(name, path)
+    if not is_fetched(name):
+        return _local(name, Path(name).expanduser())
     if not _HUB_ID.fullmatch(name):
         raise ModelNotFoundError(f"'{name}' is neither a local path nor a hub id", fix=f"name {_KINDS}", param="model")
     return _from_hub(name, allow_download)
+
+
+def is_fetched(name: str) -> bool:
+    """Whether a name stands for a demo model or a hub id, which come from elsewhere unless they are in a cache."""
+    path = Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or path.exists()
+    return name.startswith(DEMO_PREFIX) or not local
 
 
 def local_name(path: Path) -> str:

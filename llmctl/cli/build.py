@@ -78,8 +78,8 @@ MemoryBudget = Annotated[
     typer.Option(
         "--memory-budget",
         metavar="SIZE",
-        help="What the plan may use, such as 8GiB; by default a share of the GPU's memory for cuda where there is one, "
-        "else of the machine's that is available now.",
+        help="What the engine may use, such as 8GiB: what does not fit is refused. Without it --dry-run alone refuses, "
+        "by a share of the GPU's memory for cuda where there is one, else of the machine's that is available now.",
         rich_help_panel="Memory",
     ),
 ]
@@ -109,7 +109,9 @@ Passes = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Print the memory plan and write nothing; reads headers only.", rich_help_panel="Output"
+        "--dry-run",
+        help="Print the memory plan and write nothing; reads headers only. Exit code 1 if it does not fit.",
+        rich_help_panel="Output",
     ),
 ]
 
@@ -154,24 +156,28 @@ def build(
     if dry_run:
         _print_plan(settings, json_output)
         return
-    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+    from llmctl.targets.machine import check_torch
 
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("llmctl build")
     from llmctl.cli.build_run import run_build
 
     run_build(settings, json_output)
 
 
 def _print_plan(settings: BuildConfig, json_output: bool) -> None:
-    from llmctl.artifact.plan import plan_build
+    from llmctl.artifact.plan import check_fits, plan_build
 
     plan = plan_build(settings)
     if json_output:
         print_json(plan_document(plan))
-        return
+    else:
+        _print_tables(plan)
+    check_fits(plan, settings.model)
+
+
+def _print_tables(plan: BuildPlan) -> None:
     from rich.console import Console
 
-    from llmctl.artifact.fit import advice
     from llmctl.artifact.memory import human_bytes
     from llmctl.artifact.memory_table import memory_rows, render
 
@@ -183,9 +189,6 @@ def _print_plan(settings: BuildConfig, json_output: bool) -> None:
     )
     note = f"budget: {memory.budget_source}; largest --max-model-len: {memory.largest_max_model_len}"
     console.print(render(memory_rows(plan.sizing, memory), note=note), highlight=False)
-    if not memory.fits:
-        fix = advice(plan.sizing, settings.model, running=False)
-        console.print(f"does not fit: {memory.shortfall()}; {fix}", highlight=False, soft_wrap=True)
 
 
 def plan_document(plan: BuildPlan) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from llmctl.config import SECRET_OPTIONS, load_yaml_options, override_text
 from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
+from llmctl.extras import missing_package
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -191,7 +192,7 @@ def guarded(function: F) -> F:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(int(ExitCode.RUNTIME)) from None
         except (MemoryError, ImportError, RuntimeError) as error:
-            said = resource_error(error)
+            said = missing_package(error) or resource_error(error)
             if said is None or os.environ.get("LLMCTL_TRACEBACK"):
                 raise
             report(said)

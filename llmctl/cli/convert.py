@@ -49,9 +49,9 @@ def convert(
 
     [bold]llmctl convert --model ./smollm2-awq --to gptq --output ./smollm2-gptq[/bold]
     """
-    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+    from llmctl.targets.machine import check_torch
 
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("llmctl convert")
     from llmctl.checkpoint.convert import convert_checkpoint
     from llmctl.cli.step_progress import step_progress
 

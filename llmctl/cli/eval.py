@@ -127,9 +127,9 @@ def evaluate(
         min_agreement=min_agreement,
     )
     _check_gates(settings)
-    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+    from llmctl.targets.machine import check_torch
 
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("llmctl eval")
     from llmctl.bench.gate import exit_code
     from llmctl.cli.step_progress import step_progress
     from llmctl.evaluate import evaluation

@@ -47,9 +47,9 @@ def merge(
 
     [bold]llmctl quantize --merge-adapter ./adapter[/bold] merges and quantizes at once.
     """
-    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+    from llmctl.targets.machine import check_torch
 
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("llmctl merge")
     from llmctl.checkpoint.merge import merge_checkpoint
     from llmctl.cli.step_progress import step_progress
 

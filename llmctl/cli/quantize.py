@@ -254,9 +254,9 @@ def quantize(
 
     [bold]llmctl quantize compare[/bold] makes several and measures them.
     """
-    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+    from llmctl.targets.machine import check_torch
 
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("llmctl quantize")
     from llmctl.cli.quantize_progress import ProgressLines, print_report
     from llmctl.evaluate.eval_text import read_text
     from llmctl.quantize.backends import run_backend

@@ -107,9 +107,9 @@ def compare(
 
     Example: [bold]llmctl quantize compare demo:smollm2-135m --methods rtn,gptq --bits 3,4 --max-kl 0.2 -o ./best[/bold]
     """
-    from llmctl.targets.machine import LEAST_WITH_TORCH, check_address_space
+    from llmctl.targets.machine import check_torch
 
-    check_address_space(LEAST_WITH_TORCH)
+    check_torch("llmctl quantize compare")
     from llmctl.bench import quantizations
     from llmctl.cli.quantize_progress import ProgressLines
 

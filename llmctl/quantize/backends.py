@@ -7,7 +7,6 @@ and refused in one line with the cause and the fix.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import shutil
 import time
@@ -22,6 +21,7 @@ from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
+from llmctl.extras import MODULES, install_command, missing
 from llmctl.quantize.calibration import Calibration
 from llmctl.quantize.driver import Progress, Silent, calibrate, quantize_checkpoint
 from llmctl.quantize.methods import scheme_of
@@ -31,7 +31,6 @@ from llmctl.quantize.workfolder import check_output
 
 BACKENDS = ("native", "autoawq", "auto-gptq", "gptqmodel")
 
-_MODULES = {"autoawq": "awq", "auto-gptq": "auto_gptq", "gptqmodel": "gptqmodel"}
 _NATIVE = "use --backend native, which needs no package"
 
 
@@ -63,11 +62,11 @@ def probe(backend: str) -> Any:
     Raises:
         UsageError: it is not installed, or its import fails here; with the cause and the fix.
     """
-    name = _MODULES[backend]
-    if importlib.util.find_spec(name) is None:
+    (name,) = MODULES[backend]
+    if missing(backend):
         raise UsageError(
             f"--backend {backend}: the package is not installed",
-            fix=f"pip install --no-build-isolation 'llmctl[{backend}]', or {_NATIVE}",
+            fix=f"{install_command(backend, '--no-build-isolation')}, or {_NATIVE}",
             param="backend",
         )
     try:

@@ -6,7 +6,6 @@ variables of its own: ``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, ``OTEL_EXP
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import time
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 from llmctl import __version__
 from llmctl.errors import UsageError
+from llmctl.extras import install_command, missing
 from llmctl.serving.request_record import Moments, RequestRecord
 
 log = logging.getLogger("llmctl.serving")
@@ -51,23 +51,13 @@ def traces_url(given: str) -> str:
             "--otlp-traces-endpoint: expected the URL of an OTLP/HTTP collector, such as http://localhost:4318/v1/traces",
             param="otlp_traces_endpoint",
         )
-    if not _installed():
+    if missing("otel"):
         raise UsageError(
             "--otlp-traces-endpoint: OpenTelemetry is not installed",
-            fix="pip install 'llmctl[otel]'",
+            fix=install_command("otel"),
             param="otlp_traces_endpoint",
         )
     return parts._replace(path=_DEFAULT_PATH).geturl() if parts.path in ("", "/") else given
-
-
-def _installed() -> bool:
-    try:
-        return all(
-            importlib.util.find_spec(name) is not None
-            for name in ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
-        )
-    except ModuleNotFoundError:
-        return False
 
 
 class RequestTracer:

@@ -19,7 +19,8 @@ import threading
 
 import msgspec
 
-from llmctl.errors import HostMemoryError, LlmctlError, resource_error
+from llmctl.errors import HostMemoryError, LlmctlError, MissingPackageError, resource_error
+from llmctl.extras import missing_package
 from llmctl.serving.supervisor import WorkerSettings
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
@@ -27,6 +28,8 @@ from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
 log = logging.getLogger("llmctl.worker")
 
 _PR_SET_PDEATHSIG = 1
+_NO_MISTAKES = (HostMemoryError, MissingPackageError)
+"""What is said in place of an exception of other code, whose traceback tells nobody anything."""
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -61,8 +64,8 @@ def _as_said(error: Exception) -> LlmctlError:
     """What the API process tells of an exception: what a user can see going wrong as it is, a mistake by its name."""
     if isinstance(error, LlmctlError):
         return error
-    if (spent := resource_error(error)) is not None:
-        return spent
+    if (known := missing_package(error) or resource_error(error)) is not None:
+        return known
     if isinstance(error, OSError):
         return LlmctlError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     text = " ".join(str(error).split())
@@ -94,7 +97,7 @@ def main() -> int:
         return 1
     except Exception as error:
         said = _as_said(error)
-        if said is not error and not isinstance(error, OSError) and not isinstance(said, HostMemoryError):
+        if said is not error and not isinstance(error, OSError) and not isinstance(said, _NO_MISTAKES):
             log.exception("the engine failed")
         with contextlib.suppress(ConnectionError):
             send(WorkerFailed(ErrorInfo.of(said)))

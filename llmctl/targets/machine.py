@@ -6,6 +6,7 @@ import os
 import resource
 
 from llmctl.errors import HostMemoryError, UsageError
+from llmctl.extras import require
 from llmctl.targets.base import MemoryBudget, StepLimits
 from llmctl.targets.control_group import cpu_quota, memory_left
 
@@ -64,6 +65,20 @@ def check_address_space(least: int = LEAST_ADDRESS_SPACE) -> None:
             f"the limit on address space: expected at least {least >> 20} MiB, found {limit >> 20} MiB",
             fix="ulimit -v unlimited",
         )
+
+
+def check_torch(what: str) -> None:
+    """Refuse what runs on torch where torch does not.
+
+    Args:
+        what: needs it; a message begins with it.
+
+    Raises:
+        MissingPackageError: it is not installed.
+        HostMemoryError: its libraries do not fit into this process's address space.
+    """
+    require("quantize", what)
+    check_address_space(LEAST_WITH_TORCH)
 
 
 def host_budget(note: str = "") -> MemoryBudget:

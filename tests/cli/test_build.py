@@ -206,9 +206,21 @@ def test_dry_run(run: Run, model: Path, tmp_path: Path) -> None:
     assert plan["kv_bytes_per_token"] == 2 * 2 * 32 * 4
     assert plan["fits"]
     assert not (tmp_path / "engine").exists()
-    short = json.loads(run(*arguments[:-1], "500KiB", "--json", "--dtype", "float32").stdout)
+    short = json.loads(run(*arguments[:-1], "500KiB", "--json", "--dtype", "float32", code=1).stdout)
     assert not short["fits"]
-    assert "does not fit: memory: expected at most 400.0 KiB" in run(*arguments[:-1], "400KiB").stdout
+    refused = run(*arguments[:-1], "400KiB", code=1)
+    assert "largest --max-model-len" in refused.stdout
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: does not fit: memory: expected at most 400.0 KiB (the budget that was given)")
+
+
+def test_a_build_keeps_to_its_memory_budget(run: Run, model: Path, tmp_path: Path) -> None:
+    arguments = ("build", "--model", model, "--output", tmp_path / "engine", "--target", "reference")
+    line = one_error_line(run(*arguments, "--memory-budget", "400KiB", code=1))
+    assert line.startswith("error: does not fit: memory: expected at most 400.0 KiB (the budget that was given)")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    run(*arguments, "--memory-budget", "1GiB", "--eval-text", "none")
+    assert (tmp_path / "engine" / "engine.json").is_file()
 
 
 @pytest.mark.parametrize(

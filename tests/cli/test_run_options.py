@@ -99,7 +99,7 @@ def test_a_plan_for_this_machines_gpu(tmp_path: Path) -> None:
     document = json.loads(run(*plan, "--json"))
     assert document["memory_budget_bytes"] == int(2**30 * 0.9) - 2**26
     assert document["unquantized"]["weights_bytes"] > document["weights_bytes"]
-    short = run(*plan, "--memory-budget", "768.5MiB")
+    short = run(*plan, "--memory-budget", "768.5MiB", code=1)
     assert "does not fit: memory: expected at most 768.5 MiB (the budget that was given)" in short
     assert "free memory" in short
 

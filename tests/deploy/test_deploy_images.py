@@ -61,12 +61,13 @@ def test_the_health_check_is_for_the_default_port(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_packages_are_constrained_and_from_public_indexes(target: str) -> None:
     (packages,) = [stage for stage in stages_for(target) if stage.name == f"packages-{target}"]
-    index, install = packages.steps
+    index, *extra, install = packages.steps
     assert index.value in {
         "TORCH_INDEX=https://download.pytorch.org/whl/cpu",
         "TORCH_INDEX=https://download.pytorch.org/whl/cu130",
     }
-    assert install.value.endswith(f"-c constraints.txt -r {target}.txt")
+    assert [step.value for step in extra] == (["PACKAGES=quantize"] if target == "cpu" else [])
+    assert install.value.endswith(f"-c constraints.txt -r {'${PACKAGES}' if extra else target}.txt")
 
 
 def test_only_the_cpu_image_has_a_compiler() -> None:
@@ -96,9 +97,10 @@ def test_the_package_lists_are_the_projects(tmp_path: Path) -> None:
     command = step.value.replace("python ", f"'{sys.executable}' ", 1)
     subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert (tmp_path / "cpu.txt").read_text().splitlines() == project["dependencies"]
-    both = project["dependencies"] + project["optional-dependencies"]["cuda"]
-    assert (tmp_path / "cuda.txt").read_text().splitlines() == both
+    extras = {"base": [], **{name: project["optional-dependencies"][name] for name in ("quantize", "cuda")}}
+    for name, more in extras.items():
+        assert (tmp_path / f"{name}.txt").read_text().splitlines() == project["dependencies"] + more
+        assert not any(requirement.startswith("llmctl") for requirement in more), "pip would look for it on the index"
 
 
 @pytest.mark.parametrize(

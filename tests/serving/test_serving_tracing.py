@@ -13,6 +13,7 @@ import pytest
 from request_records import UNIX_OFFSET, record, refused, wait_until
 
 from llmctl.errors import UsageError
+from llmctl.extras import install_command
 from llmctl.serving import tracing
 from llmctl.serving.app import ROUTERS
 from llmctl.serving.tracing import RequestTracer, traces_url
@@ -190,7 +191,7 @@ def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.Monke
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match="OpenTelemetry is not installed") as caught:
         traces_url("http://c")
-    assert caught.value.fix == "pip install 'llmctl[otel]'"
+    assert caught.value.fix == install_command("otel")
 
 
 @pytest.mark.parametrize(

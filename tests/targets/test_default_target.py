@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from llmctl.errors import UsageError
+from llmctl.extras import install_command
 from llmctl.targets.cuda import launch, readiness
 from llmctl.targets.cuda import target as cuda
 from llmctl.targets.cuda.device import CudaDevice
@@ -80,7 +81,7 @@ def test_a_gpu_that_cannot_be_used_is_said_loudly(
 
 def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert missing_here(H100) == "torch is not installed"
+    assert missing_here(H100) == f"torch is not installed: {install_command('cuda')}"
 
 
 def test_every_room_that_offers_itself_is_asked() -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llmctl.errors import DeviceError, DeviceLostError, DeviceMemoryError, LlmctlError
+from llmctl.extras import install_command
 
 OUT_OF_MEMORY = 2
 
@@ -97,8 +98,7 @@ def translated(error: BaseException) -> BaseException:
         return of_code(code, _first_line(error))
     if isinstance(error, ImportError) and _missing_module(error) in ("cupy", "cupy_backends", "torch"):
         name = "torch" if _missing_module(error) == "torch" else "cupy"
-        fix = "pip install torch" if name == "torch" else "pip install 'llmctl[cuda]'"
-        return DeviceError(f"{name} cannot be imported: {_first_line(error)}", fix=fix)
+        return DeviceError(f"{name} cannot be imported: {_first_line(error)}", fix=install_command("cuda"))
     return error
 
 

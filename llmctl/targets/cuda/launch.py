@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from llmctl.errors import CompileError
+from llmctl.extras import install_command
 from llmctl.targets.cuda.call import Call, Pointer
 from llmctl.targets.cuda.compile import compile_modules
 from llmctl.targets.cuda.errors import of_code
@@ -149,11 +150,11 @@ def missing_launcher() -> str | None:
     try:
         import torch
     except ImportError:
-        return "torch is not installed"
+        return f"torch is not installed: {install_command('cuda')}"
     if not torch.cuda.is_available():
         return "no CUDA device, or a torch without CUDA"
     if importlib.util.find_spec("cupy") is None:  # importing it takes most of a second
-        return "cupy is not installed: pip install 'llmctl[cuda]'"
+        return f"cupy is not installed: {install_command('cuda')}"
     return None
 
 

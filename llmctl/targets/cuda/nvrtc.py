@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.errors import CompileError
-
-_INSTALL = "pip install 'llmctl[cuda]'"
+from llmctl.extras import install_command
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Nvrtc:
 
     def _check(self, status: int) -> None:
         if status != 0:
-            raise CompileError(f"NVRTC: {self._message(status)}", fix=_INSTALL)
+            raise CompileError(f"NVRTC: {self._message(status)}", fix=install_command("cuda"))
 
 
 @functools.cache
@@ -101,7 +100,7 @@ def load_nvrtc() -> Nvrtc:
             return Nvrtc(ctypes.CDLL(candidate))
         except (OSError, AttributeError):
             continue
-    raise CompileError("no CUDA compiler: NVRTC is not installed", fix=_INSTALL)
+    raise CompileError("no CUDA compiler: NVRTC is not installed", fix=install_command("cuda"))
 
 
 def _candidates() -> Iterator[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from llmctl.extras import install_command
 from llmctl.targets.base import Offer
 from llmctl.targets.cuda.compile import ARCHITECTURES
 from llmctl.targets.cuda.device import CudaDevice, best_arch, cuda_device, why_no_device
@@ -25,7 +26,7 @@ def missing_here(device: CudaDevice | None, *, build: bool = False) -> str | Non
     try:
         import torch
     except ImportError:
-        return "torch is not installed"
+        return f"torch is not installed: {install_command('cuda')}"
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA: install a CUDA build of it"
     if not torch.cuda.is_available():

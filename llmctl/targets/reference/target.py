@@ -31,7 +31,7 @@ from llmctl.targets.base import (
     TargetName,
 )
 from llmctl.targets.lora import slot_elements
-from llmctl.targets.machine import HOST_STEP, LEAST_WITH_TORCH, check_address_space, host_budget
+from llmctl.targets.machine import HOST_STEP, check_torch, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
@@ -159,9 +159,9 @@ class ReferenceTarget:
         """A ReferenceRuntime; ``threads`` are torch's, for the whole process.
 
         Raises:
-            HostMemoryError: no address space for torch.
+            MissingPackageError, HostMemoryError: no torch, or no address space for it.
         """
-        check_address_space(LEAST_WITH_TORCH)
+        check_torch(f"{engine.path}: running an engine for {self.name}")
         from llmctl.targets.reference.runtime import ReferenceRuntime
         from llmctl.targets.reference.weights import EngineWeights
 

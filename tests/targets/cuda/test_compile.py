@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import CompileError, UsageError
+from llmctl.extras import install_command
 from llmctl.targets.cuda import compile as kernel_compile
 from llmctl.targets.cuda import nvrtc
 from llmctl.targets.cuda.compile import (
@@ -37,7 +38,7 @@ def has_nvrtc() -> bool:
     return True
 
 
-needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed: pip install 'llmctl[cuda]'")
+needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="NVRTC, of the extra cuda, is not installed")
 
 
 @functools.cache
@@ -175,8 +176,9 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc.ctypes.util, "find_library", lambda _name: None)
     nvrtc.load_nvrtc.cache_clear()
     try:
-        with pytest.raises(CompileError, match=r"pip install 'llmctl\[cuda\]'"):
+        with pytest.raises(CompileError, match="NVRTC is not installed") as caught:
             compile_module(SMALL, "sm_80")
+        assert caught.value.fix == install_command("cuda")
     finally:
         nvrtc.load_nvrtc.cache_clear()
 
