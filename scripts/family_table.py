@@ -6,7 +6,7 @@ from pathlib import Path
 
 from md_table import markdown_table, with_section
 
-from llmctl.checkpoint.gguf_config import ARCHITECTURES
+from llmctl.checkpoint.gguf_families import ARCHITECTURES, gguf_architecture
 from llmctl.graph.family import Family
 from llmctl.graph.family_table import FAMILIES
 
@@ -36,7 +36,8 @@ def with_table(page: str) -> str:
 
 
 def _gguf(name: str) -> list[str]:
-    return [f"`{arch}`" for arch, facts in ARCHITECTURES.items() if name == (facts.model_type or arch)] + (
+    rows = [row for row, facts in ARCHITECTURES.items() if name == (facts.model_type or row)]
+    return [f"`{gguf_architecture(row)}`" for row in rows] + (
         [f"`{_READ_AS_LLAMA[name]}`"] if name in _READ_AS_LLAMA else []
     )
 

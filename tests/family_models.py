@@ -260,9 +260,13 @@ def slow(cases: Iterable[str]) -> list[Any]:
 
 def config_of(case: str) -> Any:
     """transformers' config of a case."""
+    name, settings = {**CASES, **MORE_CASES}[case]
+    return _config(name, settings)
+
+
+def _config(name: str, settings: dict[str, Any]) -> Any:
     import transformers
 
-    name, settings = {**CASES, **MORE_CASES}[case]
     return getattr(transformers, _CONFIGS.get(name, f"{name}Config"))(**settings)
 
 
@@ -286,12 +290,16 @@ _FOLDERS: list[TemporaryDirectory[str]] = []
 @cache
 def family_model(case: str) -> FamilyModel:
     """The model of a case; made once a process."""
+    return random_family_model(*{**CASES, **MORE_CASES}[case], seed=sum(case.encode()))
+
+
+def random_family_model(name: str, settings: dict[str, Any], seed: int) -> FamilyModel:
+    """A model of transformers' classes of a name."""
     import transformers
 
-    name, config = {**CASES, **MORE_CASES}[case][0], config_of(case)
-    torch.manual_seed(sum(case.encode()))
+    torch.manual_seed(seed)
     model = getattr(transformers, _MODELS.get(name, f"{name}ForCausalLM"))
-    made = model(config).eval()
+    made = model(_config(name, settings)).eval()
     made.set_experts_implementation("eager")  # what it takes by itself wants widths that are multiples of 16 bytes
     for parameter in made.parameters():
         _randomise(parameter.data)

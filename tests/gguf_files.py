@@ -62,7 +62,7 @@ def write_gguf(path: Path, model: Any, *, qtype: Any = None, tokenizer: dict | N
             writer.kv_data[0][f"{arch}.attention.head_count"].value = value
             continue
         getattr(writer, f"add_{key}")(value)
-    _add_tokenizer(writer, tokenizer or small_tokenizer(config.vocab_size))
+    add_tokenizer(writer, tokenizer or small_tokenizer(config.vocab_size))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -98,7 +98,8 @@ def small_tokenizer(size: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
+    """What ``small_tokenizer`` makes, as metadata."""
     writer.add_tokenizer_model(facts["model"])
     if facts["pre"]:
         writer.add_tokenizer_pre(facts["pre"])

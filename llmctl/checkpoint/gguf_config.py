@@ -9,91 +9,41 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.gguf_gemma import gemma3_fields
+from llmctl.checkpoint.gguf_families import ARCHITECTURES, TOP, ArchFacts, gguf_architecture, row_of
 from llmctl.checkpoint.gguf_keys import Keys, is_set
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
-
-@dataclass(frozen=True)
-class ArchFacts:
-    """One GGUF architecture.
-
-    Attributes:
-        architecture: HF class name.
-        model_type: HF's; None: the GGUF architecture's name.
-        permuted: llama.cpp stores Q and K rows permuted for its interleaved rotary embedding.
-        norm_plus_one: llama.cpp stores 1 + w for the weight w of a norm.
-        blocks: names of a layer's tensors, GGUF's to HF's.
-        extra: config fields that are constants of the family.
-    """
-
-    architecture: str
-    model_type: str | None = None
-    permuted: bool = False
-    norm_plus_one: bool = False
-    blocks: Mapping[str, str] = field(default_factory=lambda: _BLOCK)
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-ARCHITECTURES: dict[str, ArchFacts] = {
-    "llama": ArchFacts("LlamaForCausalLM", permuted=True),
-    "qwen2": ArchFacts("Qwen2ForCausalLM", extra={"use_sliding_window": False}),
-    "qwen3": ArchFacts("Qwen3ForCausalLM", extra={"use_sliding_window": False, "attention_bias": False}),
-    "gemma3": ArchFacts(
-        "Gemma3ForCausalLM",
-        model_type="gemma3_text",
-        norm_plus_one=True,
-        blocks=_BLOCK | _GEMMA_NORMS,
-        extra={"attention_bias": False},
-    ),
-}
-
-_DERIVED = frozenset({"rope_freqs.weight"})
+ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_FACTORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
+"""Tensors of divisors of the rotary frequencies, which config.json says in HF's checkpoints."""
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def hf_name(name: str, arch: str, where: str) -> str | None:
-    """The HF name of a GGUF tensor; None for tensors that only repeat the config.
+def hf_name(name: str, row: str, where: str) -> str | None:
+    """The HF name of a GGUF tensor, with ``EXPERT`` in it if it holds a layer's; None for tensors that only repeat
+    the config.
+
+    Args:
+        row: of ``ARCHITECTURES``.
 
     Raises:
         UnsupportedModelError: a tensor the architecture does not have.
     """
-    blocks = ARCHITECTURES[arch].blocks
-    if name in _DERIVED:
+    blocks = ARCHITECTURES[row].blocks
+    if name in ROPE_FACTORS:
         return None
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if block and block[2] in blocks:
         return f"model.layers.{block[1]}.{blocks[block[2]]}.{block[3]}"
     top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
-    if top and top[1] in _TOP:
-        return f"{_TOP[top[1]]}.{top[2]}"
-    raise UnsupportedModelError(f"{where}: tensor '{name}' is none of architecture {arch}")
+    if top and top[1] in TOP:
+        return f"{TOP[top[1]]}.{top[2]}"
+    raise UnsupportedModelError(f"{where}: tensor '{name}' is none of architecture {gguf_architecture(row)}")
 
 
 def gguf_name(name: str, arch: str, where: str) -> str:
@@ -105,7 +55,7 @@ def gguf_name(name: str, arch: str, where: str) -> str:
     Raises:
         UnsupportedModelError: a tensor that GGUF has no name for.
     """
-    theirs = {ours: gguf for gguf, ours in {**_TOP, **ARCHITECTURES[arch].blocks}.items()}
+    theirs = {ours: gguf for gguf, ours in {**TOP, **ARCHITECTURES[arch].blocks}.items()}
     found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
     if not found or found[2] not in theirs:
         raise UnsupportedModelError(f"{where}: GGUF has no name for tensor '{name}'")
@@ -117,7 +67,7 @@ def synthesise_config(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
-    rope_factors: NDArray[np.float32] | None,
+    rope_factors: Mapping[str, NDArray[np.float32]],
     where: str,
 ) -> dict[str, Any]:
     """An HF config.json.
@@ -125,27 +75,25 @@ def synthesise_config(
     Args:
         shapes: HF tensor name -> shape.
         dtype: what to put in ``dtype``.
-        rope_factors: contents of ``rope_freqs.weight``, if the file has it.
+        rope_factors: contents of the ``ROPE_FACTORS`` that the file has.
         where: the file, for messages.
 
     Raises:
-        UnsupportedModelError: another architecture, mixture of experts, split files, partial rotary, odd rope scaling.
+        UnsupportedModelError: another architecture; experts, windows, a partial rotary embedding where the architecture
+            is not known to have them; split files, odd rope scaling.
         CheckpointError: missing metadata.
     """
-    arch = str(metadata.get("general.architecture"))
-    if arch not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{where}: GGUF architecture '{arch}' is not read; known: {', '.join(sorted(ARCHITECTURES))}"
-        )
-    facts, keys = ARCHITECTURES[arch], Keys(metadata, arch, where)
-    _refuse_unsupported(keys)
+    row = row_of(metadata, where)
+    arch, facts = gguf_architecture(row), ARCHITECTURES[row]
+    keys = Keys(metadata, arch, where)
+    _refuse_unsupported(keys, facts)
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
     head_dim = keys.integer("attention.key_length", hidden // heads)
     kv_heads = keys.integer("attention.head_count_kv", heads)
     _check_rows(
         shapes, {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}, where
     )
-    if keys.integer("rope.dimension_count", head_dim) != head_dim:
+    if not facts.partial and keys.integer("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModelError(f"{where}: partial rotary embedding is not read for {arch}")
     config: dict[str, Any] = {
         "architectures": [facts.architecture],
@@ -164,13 +112,10 @@ def synthesise_config(
         "dtype": dtype,
         **facts.extra,
     }
-    if arch == "gemma3":
-        config |= gemma3_fields(keys, config)
-    else:
-        config["hidden_act"] = "silu"
-    if arch == "llama":
+    if facts.biased:
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
         config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in shapes
+    config |= facts.fields(keys, config)
     scaling = _rope_scaling(keys, rope_factors, config)
     if scaling:
         config["rope_scaling"] = scaling
@@ -181,16 +126,16 @@ def synthesise_config(
     return config
 
 
-def _refuse_unsupported(keys: Keys) -> None:
+def _refuse_unsupported(keys: Keys, facts: ArchFacts) -> None:
     parts = keys.metadata.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         raise UnsupportedModelError(
             f"{keys.where}: one part of a split GGUF", fix="join the parts with llama-gguf-split --merge"
         )
-    if is_set(keys.get("expert_count")):
-        raise UnsupportedModelError(f"{keys.where}: mixture-of-experts models are not read from GGUF")
-    if keys.arch != "gemma3" and is_set(keys.get("attention.sliding_window")):
-        raise UnsupportedModelError(f"{keys.where}: sliding-window attention is not read from GGUF")
+    if not facts.experts and is_set(keys.get("expert_count")):
+        raise UnsupportedModelError(f"{keys.where}: mixtures of experts of architecture {keys.arch} are not read")
+    if not facts.windows and is_set(keys.get("attention.sliding_window")):
+        raise UnsupportedModelError(f"{keys.where}: sliding-window attention of architecture {keys.arch} is not read")
 
 
 def _check_rows(shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, int], where: str) -> None:
@@ -209,10 +154,12 @@ def _vocab_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
 
 
 def _rope_scaling(
-    keys: Keys, rope_factors: NDArray[np.float32] | None, config: Mapping[str, Any]
+    keys: Keys, factors: Mapping[str, NDArray[np.float32]], config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    if rope_factors is not None:
-        return _llama3_scaling(rope_factors, config, keys.where)
+    if ROPE_LONG in factors or ROPE_SHORT in factors:
+        return _longrope_scaling(keys, factors, config)
+    if ROPE_FREQS in factors:
+        return _llama3_scaling(factors[ROPE_FREQS], config, keys.where)
     kind = keys.get("rope.scaling.type")
     if kind is None or (isinstance(kind, str) and kind in ("", "none")):
         return None
@@ -227,14 +174,40 @@ def _rope_scaling(
     raise UnsupportedModelError(f"{keys.where}: rope scaling '{kind}' is not read; known: linear, yarn, llama3")
 
 
+def _longrope_scaling(
+    keys: Keys, factors: Mapping[str, NDArray[np.float32]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Phi's: divisors for texts up to the original context, and for longer ones.
+
+    What scales the rotated queries and keys, ``rope.scaling.attn_factor``, is what HF's code makes of the two contexts;
+    where a file says something else it is kept.
+    """
+    half = keys.integer("rope.dimension_count", config["head_dim"]) // 2
+    for name in (ROPE_LONG, ROPE_SHORT):
+        found = factors.get(name)
+        if found is None or found.shape != (half,) or not np.isfinite(found).all() or found.min() <= 0:
+            raise CheckpointError(f"{keys.where}: {name}: expected {half} positive numbers")
+    original = keys.integer("rope.scaling.original_context_length")
+    ratio = config["max_position_embeddings"] / original
+    usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    stored = keys.number("rope.scaling.attn_factor", usual)
+    return {
+        "rope_type": "longrope",
+        "short_factor": [float(str(x)) for x in factors[ROPE_SHORT]],
+        "long_factor": [float(str(x)) for x in factors[ROPE_LONG]],
+        "original_max_position_embeddings": original,
+        **({} if math.isclose(stored, usual, rel_tol=1e-5) else {"attention_factor": stored}),
+    }
+
+
 def _llama3_scaling(factors: NDArray[np.float32], config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """GGUF keeps Llama 3's scaled frequencies only; recover the rule by computing it and comparing."""
     if not factors.size or not np.isfinite(factors).all() or factors.min() <= 0:
-        raise CheckpointError(f"{where}: rope_freqs.weight: expected positive numbers")
+        raise CheckpointError(f"{where}: {ROPE_FREQS}: expected positive numbers")
     rule = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3_ROPE}
     expected = llama3_factors(rule, config["rope_theta"], config["head_dim"])
     if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
-        raise UnsupportedModelError(f"{where}: rope_freqs.weight is not Llama 3's frequency scaling")
+        raise UnsupportedModelError(f"{where}: {ROPE_FREQS} is not Llama 3's frequency scaling")
     return rule
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat
-from llmctl.checkpoint.gguf_config import ARCHITECTURES, hf_name, synthesise_config
+from llmctl.checkpoint.gguf_config import ROPE_FACTORS, hf_name, synthesise_config
+from llmctl.checkpoint.gguf_families import ARCHITECTURES, EXPERT, ONE_ROW, row_of
 from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
 from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
 from llmctl.checkpoint.quant_config import QuantizationInfo
@@ -28,23 +30,49 @@ if TYPE_CHECKING:
 _DENSE = tuple(DTYPES[name].safetensors for name in COMPUTE_DTYPES)  # ggml calls them so, too
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: a stored one, or so many octets of it, an expert's."""
+
+    stored: str
+    shape: tuple[int, ...]
+    octets: slice
+
+    @classmethod
+    def of(cls, tensor: GgufTensor, name: str, ours: str) -> Iterator[tuple[str, _Place]]:
+        """Each tensor of HF's that a stored one holds, by HF's name."""
+        if EXPERT not in ours:
+            shape = (1, *tensor.shape) if ours.endswith(f".{ONE_ROW}.weight") else tensor.shape
+            yield ours, cls(name, shape, slice(0, tensor.nbytes))
+            return
+        count, each = tensor.shape[0], tensor.nbytes // max(tensor.shape[0], 1)
+        for e in range(count):
+            yield ours.replace(EXPERT, str(e)), cls(name, tensor.shape[1:], slice(e * each, (e + 1) * each))
+
+
 class GgufSource:
     """The tensors of a GGUF file under HF names."""
 
-    def __init__(self, file: GgufFile, arch: str, *, widen: bool) -> None:
+    def __init__(self, file: GgufFile, row: str, *, widen: bool) -> None:
         """Map names.
 
         Args:
-            arch: the file's, of ``ARCHITECTURES``.
+            row: the file's, of ``ARCHITECTURES``.
             widen: dequantize every block to float32.
 
         Raises:
             UnsupportedModelError: a tensor the architecture does not have.
+            CheckpointError: experts that are not matrices.
         """
         self._file = file
-        self._norm_plus_one = ARCHITECTURES[arch].norm_plus_one
-        named = ((hf_name(name, arch, str(file.path)), name) for name in file.tensors)
-        self._stored = {name: stored for name, stored in named if name}
+        self._norm_plus_one = ARCHITECTURES[row].norm_plus_one
+        self._places: dict[str, _Place] = {}
+        for name, tensor in file.tensors.items():
+            ours = hf_name(name, row, str(file.path))
+            if ours is not None:
+                if EXPERT in ours and len(tensor.shape) != 3:
+                    raise CheckpointError(f"{file.path}: '{name}': expected matrices, found shape {list(tensor.shape)}")
+                self._places.update(_Place.of(tensor, name, ours))
         self._heads: dict[str, int] = {}
         self._widen = widen
 
@@ -54,7 +82,7 @@ class GgufSource:
 
     def entries(self) -> Mapping[str, TensorInfo]:
         """Every tensor, from the header."""
-        return {name: self._info(self._file.tensors[stored]) for name, stored in self._stored.items()}
+        return {name: self._info(place) for name, place in self._places.items()}
 
     def load(self, name: str) -> Tensor | QuantizedWeight:
         """One tensor: F32, F16 and BF16 as stored (mapped), matrices of ``BLOCK_FORMATS`` as codes, anything else
@@ -63,16 +91,16 @@ class GgufSource:
         Raises:
             UnsupportedModelError: a block format the ``gguf`` package cannot dequantize.
         """
-        stored = self._stored[name]
-        entry, raw = self._file.tensors[stored], self._file.raw(stored)
+        place = self._places[name]
+        kind, raw = self._kind(place), self._file.raw(place.stored)[place.octets]
         heads = self._heads.get(name.split(".")[-2]) if self._heads else None
-        if self._blocks(entry) is not None:
-            weight = decode(raw, entry.shape, entry.qtype.name)
-            return weight if not heads else weight.take_rows(unpermute_rows(_indices(entry.shape[0]), heads))
-        if entry.qtype.name in _DENSE:
-            tensor = as_tensor(raw, entry.qtype.name, entry.shape)
+        if self._blocks(place) is not None:
+            weight = decode(raw, place.shape, kind)
+            return weight if not heads else weight.take_rows(unpermute_rows(_indices(place.shape[0]), heads))
+        if kind in _DENSE:
+            tensor = as_tensor(raw, kind, place.shape)
         else:
-            tensor = as_tensor(self._dequantize(stored, entry, raw), "F32", entry.shape)
+            tensor = as_tensor(self._dequantize(place, raw), "F32", place.shape)
         if self._norm_plus_one and name.endswith("norm.weight"):
             tensor = tensor - 1
         return unpermute_rows(tensor, heads) if heads else tensor
@@ -81,26 +109,30 @@ class GgufSource:
         """Give back the memory of what was read."""
         self._file.release()
 
-    def _blocks(self, entry: GgufTensor) -> BlockFormat | None:
+    def _kind(self, place: _Place) -> str:
+        """ggml's name of how it is stored."""
+        return self._file.tensors[place.stored].qtype.name
+
+    def _blocks(self, place: _Place) -> BlockFormat | None:
         """The format in which a matrix is kept as codes."""
-        return None if self._widen or len(entry.shape) != 2 else BLOCK_FORMATS.get(entry.qtype.name)
+        return None if self._widen or len(place.shape) != 2 else BLOCK_FORMATS.get(self._kind(place))
 
-    def _info(self, entry: GgufTensor) -> TensorInfo:
-        blocks = self._blocks(entry)
+    def _info(self, place: _Place) -> TensorInfo:
+        blocks, nbytes = self._blocks(place), place.octets.stop - place.octets.start
         if blocks is not None:
-            return TensorInfo(entry.shape, blocks.scales, blocks.scheme, entry.nbytes)
-        dtype = entry.qtype.name if entry.qtype.name in _DENSE else "F32"
-        return TensorInfo(entry.shape, dtype, None, entry.nbytes)
+            return TensorInfo(place.shape, blocks.scales, blocks.scheme, nbytes)
+        kind = self._kind(place)
+        return TensorInfo(place.shape, kind if kind in _DENSE else "F32", None, nbytes)
 
-    def _dequantize(self, stored: str, entry: GgufTensor, raw: Any) -> Any:
+    def _dequantize(self, place: _Place, raw: Any) -> Any:
         from gguf.quants import dequantize
 
-        rows = raw.reshape(*entry.shape[:-1], -1)
+        rows, kind = raw.reshape(*place.shape[:-1], -1), self._file.tensors[place.stored].qtype
         try:
-            return dequantize(rows, entry.qtype)
+            return dequantize(rows, kind)
         except (NotImplementedError, ValueError) as error:
             raise UnsupportedModelError(
-                f"{self._file.path}: tensor '{stored}': ggml type {entry.qtype.name} cannot be dequantized: {error}"
+                f"{self._file.path}: tensor '{place.stored}': ggml type {kind.name} cannot be dequantized: {error}"
             ) from error
 
 
@@ -158,16 +190,14 @@ def open_gguf(path: Path, *, widen: bool = False) -> Checkpoint:
         UnsupportedModelError: architecture or tensor types this version cannot read.
     """
     file = GgufFile(path)
-    arch = str(file.metadata.get("general.architecture"))
-    if arch not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(f"{path}: GGUF architecture '{arch}' is not read; known: {known}")
-    source = GgufSource(file, arch, widen=widen)
+    row = row_of(file.metadata, str(path))
+    facts = ARCHITECTURES[row]
+    source = GgufSource(file, row, widen=widen)
     shapes = {name: entry.shape for name, entry in source.entries().items()}
     config = synthesise_config(file.metadata, shapes, _dtype(file), _rope_factors(file), str(path))
-    if ARCHITECTURES[arch].permuted and config["head_dim"] % 2:
+    if facts.permuted and config["head_dim"] % 2:
         raise CheckpointError(f"{path}: expected an even width of heads, found {config['head_dim']}")
-    if ARCHITECTURES[arch].permuted:
+    if facts.permuted:
         source.unpermute(config["num_attention_heads"], config["num_key_value_heads"])
     aux = partial(synthesise_aux_files, file.metadata, str(path))
     return Checkpoint(path, config, source, aux=aux, files=[path], quantization=_quantization(source))
@@ -187,9 +217,9 @@ def _dtype(file: GgufFile) -> str:
     return "bfloat16" if "BF16" in matrices else "float16"
 
 
-def _rope_factors(file: GgufFile) -> Any:
-    if "rope_freqs.weight" not in file.tensors:
-        return None
-    if file.tensors["rope_freqs.weight"].qtype.name != "F32":
-        raise CheckpointError(f"{file.path}: rope_freqs.weight: expected float32 numbers")
-    return file.raw("rope_freqs.weight").view(np.float32)
+def _rope_factors(file: GgufFile) -> dict[str, NDArray[np.float32]]:
+    found = [name for name in ROPE_FACTORS if name in file.tensors]
+    for name in found:
+        if file.tensors[name].qtype.name != "F32":
+            raise CheckpointError(f"{file.path}: {name}: expected float32 numbers")
+    return {name: file.raw(name).view(np.float32) for name in found}

@@ -1,7 +1,7 @@
-"""What Gemma 3's config.json says beyond the other families', from a GGUF file's metadata.
+"""What Gemma 2's and 3's config.json says beyond the other families', from a GGUF file's metadata.
 
-Sources: convert_hf_to_gguf.py's Gemma3Model, llama.cpp's models/gemma3.cpp (for what the file leaves out) and
-transformers' Gemma3TextConfig.
+Sources: convert_hf_to_gguf.py's Gemma2Model and Gemma3Model, llama.cpp's models/gemma2.cpp and gemma3.cpp (for what the
+file leaves out) and transformers' Gemma2Config and Gemma3TextConfig.
 """
 
 from __future__ import annotations
@@ -14,10 +14,25 @@ import numpy as np
 from llmctl.checkpoint.gguf_keys import Keys, is_set
 from llmctl.errors import CheckpointError
 
+_ACTIVATION = "gelu_pytorch_tanh"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _PATTERN = 6
 """Every sixth layer attends to all tokens."""
-_LAYERS_OF_27B = 62
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+"""The 27B models alone scale their queries by something else than the width of their heads."""
+
+
+def gemma2_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Gemma2Config; ``config`` and errors as ``gemma3_fields``."""
+    layers = config["num_hidden_layers"]
+    return {
+        "hidden_activation": _ACTIVATION,
+        "query_pre_attn_scalar": _query_width(keys, config),
+        "sliding_window": keys.integer("attention.sliding_window", 4096),
+        "layer_types": [_FULL if layer % 2 else _SLIDING for layer in range(layers)],
+        "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
+    }
 
 
 def gemma3_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,11 +45,9 @@ def gemma3_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: values of another kind.
     """
     layers, slides = config["num_hidden_layers"], is_set(keys.get("attention.sliding_window"))
-    # The 27B model alone scales its queries by something else than the width of its heads.
-    wide = config["hidden_size"] // config["num_attention_heads"]
     fields: dict[str, Any] = {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": wide if layers == _LAYERS_OF_27B else config["head_dim"],
+        "hidden_activation": _ACTIVATION,
+        "query_pre_attn_scalar": _query_width(keys, config),
         "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
         "sliding_window": keys.integer("attention.sliding_window") if slides else None,
         "layer_types": _layer_types(keys, layers) if slides else [_FULL] * layers,
@@ -44,6 +57,12 @@ def gemma3_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     if is_set(keys.get("final_logit_softcapping")):
         fields["final_logit_softcapping"] = keys.number("final_logit_softcapping")
     return fields
+
+
+def _query_width(keys: Keys, config: Mapping[str, Any]) -> int:
+    if config["num_hidden_layers"] == _LAYERS_OF_27B[keys.arch]:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
 
 
 def _layer_types(keys: Keys, layers: int) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.gguf_config import llama3_factors, synthesise_config
+from llmctl.checkpoint.gguf_config import ROPE_FREQS, llama3_factors, synthesise_config
 from llmctl.errors import UsageError
 from llmctl.graph.hf_config import Arch, read_arch
 
@@ -99,7 +99,9 @@ def check_same_model(
     Raises:
         UsageError: naming what GGUF's metadata do not carry.
     """
-    made = synthesise_config(metadata, shapes, "float16", rope_factors(config), where)
+    factors = rope_factors(config)
+    stored = {} if factors is None else {ROPE_FREQS: factors}
+    made = synthesise_config(metadata, shapes, "float16", stored, where)
     before, after = read_arch(config), read_arch(made)
     for field in fields(Arch):
         was, found = getattr(before, field.name), getattr(after, field.name)

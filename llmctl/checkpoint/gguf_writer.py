@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.gguf_config import ARCHITECTURES, gguf_name
+from llmctl.checkpoint.gguf_config import ROPE_FREQS, gguf_name
 from llmctl.checkpoint.gguf_encode import PLANE, block_type
+from llmctl.checkpoint.gguf_families import ARCHITECTURES
 from llmctl.checkpoint.gguf_file import permute_rows
 from llmctl.checkpoint.gguf_metadata import architecture, check_same_model, model_metadata, rope_factors
 from llmctl.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
@@ -97,7 +98,7 @@ def _entries(source: Checkpoint, plan: OutputPlan) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     factors = rope_factors(source.config)
     if factors is not None:
-        entries["rope_freqs.weight"] = _Entry("F32", factors.shape, factors.nbytes, lambda: _octets(factors))
+        entries[ROPE_FREQS] = _Entry("F32", factors.shape, factors.nbytes, lambda: _octets(factors))
     for name in plan.names():
         count = heads.get(name.split(".")[-2])
         entries[gguf_name(name, name_there, str(source.path))] = _entry(plan, name, count)
