@@ -1,6 +1,7 @@
 """Settings of every subcommand as frozen dataclasses; the CLI's defaults and the YAML keys in configs/ come from here.
 
-A field's name is the option's name with underscores. ``None`` on a numeric field means "auto": the code that
+A field's name is the option's name with underscores; ``as_family`` is ``--as``, for Python has kept that word, and says
+which family a checkpoint of an unknown one is read as. ``None`` on a numeric field means "auto": the code that
 resolves it builds a new object. ``load_yaml_options`` reads ``--config`` files and refuses unknown keys.
 """
 
@@ -60,6 +61,7 @@ class QuantizeConfig:
     resume: bool = False
     threads: int | None = None
     merge_adapter: tuple[str, ...] = ()
+    as_family: str = ""
 
     @property
     def steps(self) -> list[str]:
@@ -97,6 +99,7 @@ class ConvertConfig:
     model: str = ""
     to: str = ""
     output: str = ""
+    as_family: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class MergeConfig:
     adapters: tuple[str, ...] = ()
     output: str = ""
     dtype: str = "auto"
+    as_family: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class EvalConfig:
     max_kl: float | None = None
     max_delta_nll: float | None = None
     min_agreement: str | None = None
+    as_family: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class BuildConfig:
     passes: tuple[str, ...] | None = None
     dry_run: bool = False
     memory_budget: str | None = None
+    as_family: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class EngineOptions:
     max_loras: int = 1
     max_lora_rank: int = 16
     max_cpu_loras: int | None = None
+    as_family: str = ""
 
     def sized(self, max_num_seqs: int, max_num_batched_tokens: int) -> EngineConfig:
         """These options with the size of a step settled."""

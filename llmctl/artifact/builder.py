@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from llmctl import __version__
-from llmctl.artifact.loader import is_engine, read_manifest
+from llmctl.artifact.loader import check_no_family, is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
 from llmctl.artifact.plan import BuildPlan, check_fits, check_options, plan_build
 from llmctl.artifact.request import EngineRequest
@@ -73,6 +73,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Pro
         As ``build_engine``.
     """
     if is_engine(Path(model)):
+        check_no_family(model, config.as_family)
         return Path(model)
     _check_worth_fetching(model)
     if isinstance(config, EngineOptions):
@@ -83,6 +84,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Pro
     engines.mkdir(parents=True, exist_ok=True)
     key = _key({
         "source": _fingerprint(plan.checkpoint, engines),
+        "as_family": config.as_family,
         "target": str(plan.target.name),
         "options": asdict(plan.options),
         "version": __version__,
@@ -164,7 +166,9 @@ def _plan_to_run(model: str, config: EngineOptions) -> BuildPlan:
     target.check_runs_here()
     request.check_honoured(target)
     block_size = config.block_size or BuildConfig.block_size
-    wanted = BuildConfig(model=model, target=spelling, dtype=config.dtype, block_size=block_size)
+    wanted = BuildConfig(
+        model=model, as_family=config.as_family, target=spelling, dtype=config.dtype, block_size=block_size
+    )
     plan = plan_build(wanted)
     cache = request.kv_cache_dtype
     if cache is not None and cache not in target.kv_cache_dtypes(plan.options):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifact.describe_checkpoint import describe_checkpoint, quantization_document
-from llmctl.artifact.loader import EngineChecks, is_engine, read_manifest
+from llmctl.artifact.loader import EngineChecks, check_no_family, is_engine, read_manifest
 from llmctl.artifact.manifest import Manifest, QuantizationRecord
 from llmctl.artifact.memory import Sizing, human_bytes
 from llmctl.artifact.memory_table import memory_document, memory_rows
@@ -25,7 +25,7 @@ from llmctl.targets.base import BuildOptions, KernelChoice
 from llmctl.targets.planes import flat
 
 
-def describe_model(model: str, *, verify: bool = False) -> dict[str, Any]:
+def describe_model(model: str, *, verify: bool = False, as_family: str = "") -> dict[str, Any]:
     """The document of an engine folder, or of what ``build`` with its defaults would make of any other model.
 
     Where ``build`` supports no such model, the document of the checkpoint alone, with the reason as ``not_built``.
@@ -36,8 +36,9 @@ def describe_model(model: str, *, verify: bool = False) -> dict[str, Any]:
         UnsupportedModelError: a checkpoint that cannot be read.
     """
     if is_engine(Path(model)):
+        check_no_family(model, as_family)
         return _describe_engine(Path(model), verify)
-    return _describe_plan(model)
+    return _describe_plan(model, as_family)
 
 
 def _describe_engine(path: Path, verify: bool) -> dict[str, Any]:
@@ -65,9 +66,9 @@ def _describe_engine(path: Path, verify: bool) -> dict[str, Any]:
     }
 
 
-def _describe_plan(model: str) -> dict[str, Any]:
+def _describe_plan(model: str, as_family: str) -> dict[str, Any]:
     try:
-        plan = plan_build(BuildConfig(model=model))
+        plan = plan_build(BuildConfig(model=model, as_family=as_family))
     except UnsupportedModelError as error:
         return describe_checkpoint(model, str(error))
     return {

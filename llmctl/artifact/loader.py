@@ -21,7 +21,7 @@ from llmctl.artifact.memory import MemoryPlan, Sizing, human_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
-from llmctl.errors import CheckpointError, CompileError, EngineLoadError, ModelNotFoundError
+from llmctl.errors import CheckpointError, CompileError, EngineLoadError, ModelNotFoundError, UsageError
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import FALLBACK, BuildOptions, KernelChoice, RuntimeSizes, Target
 from llmctl.targets.planes import Plane, WeightPlane, flat
@@ -89,6 +89,16 @@ def run_options(built: BuildOptions, request: EngineRequest) -> BuildOptions:
 def is_engine(path: Path) -> bool:
     """Whether ``path`` is an engine folder (it may still be a damaged one)."""
     return (path / MANIFEST_NAME).is_file()
+
+
+def check_no_family(engine: str, as_family: str) -> None:
+    """Refuse ``--as`` where there is only an engine, whose graph is settled.
+
+    Raises:
+        UsageError: a family is given.
+    """
+    if as_family:
+        raise UsageError(f"--as {as_family}: {engine} is an engine", fix="leave --as out", param="as_family")
 
 
 def load_engine(

@@ -67,7 +67,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     target = parse_target(config.target)
     check_options(config)
     path = resolve_model(config.model)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, as_family=config.as_family)
     _say_what_differs(checkpoint)
     passes = target.graph_passes(config.passes, config.activations)
     plain, unused = accounted_graph(checkpoint)

@@ -199,7 +199,9 @@ class _Job:
 
     def measure_original(self) -> None:
         """The model itself: its size at 16 bits, and its speed."""
-        checkpoint = open_checkpoint(resolve_model(self.config.base.model), widen=True)
+        checkpoint = open_checkpoint(
+            resolve_model(self.config.base.model), widen=True, as_family=self.config.base.as_family
+        )
         check_not_quantized(checkpoint)
         size = sum(2 * prod(checkpoint.describe(name).shape) for name in checkpoint.names())
         speed = self._speed(self.config.base.model)
@@ -262,7 +264,14 @@ class _Job:
 
     def _distance(self, path: Path, format: str) -> Divergence:
         c = self.config
-        settings = EvalConfig(str(path), c.base.model, c.text, c.context, windows=c.windows)
+        settings = EvalConfig(
+            model=str(path),
+            as_family=c.base.as_family,
+            against=c.base.model,
+            text=c.text,
+            context=c.context,
+            windows=c.windows,
+        )
         activations = "int8" if format == INT8_FORMAT else "auto"
         found = evaluate(replace(settings, activations=activations), self.shown.evaluating)
         self.protocol = asdict(found.protocol)
@@ -272,7 +281,12 @@ class _Job:
     def _speed(self, model: str) -> float | None:
         """Tokens a second of an engine, which is removed again."""
         engine = self.folder / "engine"
-        build_engine(BuildConfig(model=model, output=str(engine), target=self.config.target, eval_text="none"))
+        as_family = self.config.base.as_family
+        build_engine(
+            BuildConfig(
+                model=model, as_family=as_family, output=str(engine), target=self.config.target, eval_text="none"
+            )
+        )
         try:
             threads = self.config.base.threads
             settings = BenchThroughputConfig(model=str(engine), threads=threads, **WORKLOAD)  # type: ignore[arg-type]

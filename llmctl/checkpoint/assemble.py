@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from llmctl.checkpoint.accounting import Contents, Unused, account, name_some, refuse_foreign
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
+from llmctl.checkpoint.unknown_family import refuse_unknown_family
 from llmctl.errors import CheckpointError
 from llmctl.graph.families import build_graph
 from llmctl.graph.graph import Graph, Weight, WeightPart
@@ -39,9 +40,10 @@ def accounted_graph(checkpoint: GraphSource) -> tuple[Graph, tuple[Unused, ...]]
     """The same, and the tensors of the checkpoint that it does not use: every one is accounted for.
 
     Raises:
-        As ``build_graph`` and ``accounting.account``.
+        As ``unknown_family.refuse_unknown_family``, ``build_graph`` and ``accounting.account``.
     """
     refuse_foreign(checkpoint)
+    refuse_unknown_family(checkpoint)
     graph = build_graph(
         checkpoint.config,
         lambda name: checkpoint.describe(name) if checkpoint.has(name) else None,

@@ -86,7 +86,7 @@ def convert_checkpoint(config: ConvertConfig, show: Show = lambda *_: None) -> C
         raise UsageError("--output is missing: the folder to write, or NAME.gguf for --to gguf", param="output")
     output = Path(config.output)
     check_new(output)
-    checkpoint = open_checkpoint(resolve_model(config.model))
+    checkpoint = open_checkpoint(resolve_model(config.model), as_family=config.as_family)
     if checkpoint.quantization is None:
         raise UsageError(
             f"{checkpoint.path} is not quantized",

@@ -66,7 +66,7 @@ def merge_checkpoint(config: MergeConfig, show: Show = lambda *_: None) -> Merge
     if config.dtype not in ("auto", *COMPUTE_DTYPES):
         raise UsageError(f"--dtype {config.dtype}: expected auto, {', '.join(COMPUTE_DTYPES)}", param="dtype")
     check_new(output)
-    merged = open_merged(config.base, config.adapters, "adapters")
+    merged = open_merged(config.base, config.adapters, "adapters", config.as_family)
     dtype = _dtype(config.dtype, merged.base)
     _, unused = accounted_graph(merged.checkpoint)
     size = write_plain_checkpoint(

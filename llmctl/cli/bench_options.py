@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from llmctl.bench.config import ReportConfig
-from llmctl.cli.common import ConfigOption, JsonOption
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption
 from llmctl.config import GPU_MEMORY_UTILIZATION
 
 Table = Mapping[str, Any]
@@ -124,6 +124,7 @@ OUTPUT: Table = {
     ),
 }
 ENGINE: Table = {
+    "as_family": AsOption,
     "target": _engine(
         "--target",
         help="What a checkpoint is built for: cuda (this machine's GPU), cpu or reference; auto: the GPU where one can "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import BuildConfig
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ DryRun = Annotated[
 @guarded
 def build(
     model: Model = _D.model,
+    as_family: AsOption = _D.as_family,
     output: Output = _D.output,
     target: Target = _D.target,
     dtype: Dtype = _D.dtype,
@@ -140,6 +141,7 @@ def build(
     """
     settings = BuildConfig(
         model=model,
+        as_family=as_family,
         output=output,
         target=target,
         dtype=dtype,

@@ -150,6 +150,16 @@ ConfigOption = Annotated[
     ),
 ]
 
+AsOption = Annotated[
+    str,
+    typer.Option(
+        "--as",
+        metavar="FAMILY",
+        help="Read a checkpoint whose model_type is not known as this family's, such as llama; an error offers those "
+        "that its settings and tensors fit.",
+        rich_help_panel="Model",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="General")
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import ConvertConfig
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Fold
 def convert(
     config: ConfigOption = None,  # noqa: ARG001
     model: Model = _D.model,
+    as_family: AsOption = _D.as_family,
     to: To = _D.to,
     output: Output = _D.output,
     json_output: JsonOption = False,
@@ -55,8 +56,9 @@ def convert(
     from llmctl.checkpoint.convert import convert_checkpoint
     from llmctl.cli.step_progress import step_progress
 
+    settings = ConvertConfig(model=model, as_family=as_family, to=to, output=output)
     with step_progress() as show:
-        report: ConvertReport = convert_checkpoint(ConvertConfig(model=model, to=to, output=output), show)
+        report: ConvertReport = convert_checkpoint(settings, show)
     if json_output:
         print_json(report.to_json())
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import EvalConfig
 from llmctl.errors import UsageError
 
@@ -95,6 +95,7 @@ MinAgreement = Annotated[
 def evaluate(
     model: Model = _D.model,
     against: Against = _D.against,
+    as_family: AsOption = _D.as_family,
     activations: Activations = _D.activations,
     text: Text = _D.text,
     context: Context = _D.context,
@@ -115,6 +116,7 @@ def evaluate(
     """
     settings = EvalConfig(
         model=model,
+        as_family=as_family,
         against=against,
         activations=activations,
         text=text,

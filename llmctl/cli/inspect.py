@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ def inspect(
     ops: Ops = False,
     weights: Weights = False,
     verify: Verify = False,
+    as_family: AsOption = "",
     config: ConfigOption = None,  # noqa: ARG001
     json_output: JsonOption = False,
 ) -> None:
@@ -36,7 +37,7 @@ def inspect(
     """
     from llmctl.artifact.describe import describe_model
 
-    document = describe_model(engine, verify=verify)
+    document = describe_model(engine, verify=verify, as_family=as_family)
     if json_output:
         document.get("memory", {}).pop("rows", None)
         print_json(document)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import MergeConfig
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def merge(
     config: ConfigOption = None,  # noqa: ARG001
     output: Output = _D.output,
     dtype: Dtype = _D.dtype,
+    as_family: AsOption = _D.as_family,
     json_output: JsonOption = False,
 ) -> None:
     """Merge LoRA adapters into a model and write a plain checkpoint; a quantized model is dequantized.
@@ -54,7 +55,7 @@ def merge(
     from llmctl.cli.step_progress import step_progress
 
     with step_progress() as show:
-        report = merge_checkpoint(MergeConfig(base, tuple(adapters), output, dtype), show)
+        report = merge_checkpoint(MergeConfig(base, tuple(adapters), output, dtype, as_family), show)
     if json_output:
         print_json(report.to_json())
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 
@@ -219,6 +219,7 @@ def quantize(
     ctx: typer.Context,
     config: ConfigOption = None,  # noqa: ARG001
     model: Model = _D.model,
+    as_family: AsOption = _D.as_family,
     merge_adapter: MergeAdapter = list(_D.merge_adapter),  # noqa: B006
     output: Output = _D.output,
     method: Method = _D.method,
@@ -265,6 +266,7 @@ def quantize(
 
     settings = QuantizeConfig(
         model=model,
+        as_family=as_family,
         merge_adapter=tuple(merge_adapter),
         output=output,
         method=method,

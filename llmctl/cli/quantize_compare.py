@@ -12,7 +12,7 @@ import typer
 from llmctl.bench.config import CompareConfig
 from llmctl.bench.progress import Progress
 from llmctl.cli import quantize as options
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 
@@ -77,6 +77,7 @@ ResultDir = Annotated[
 @guarded
 def compare(
     model: Model = _D.model,
+    as_family: AsOption = _D.as_family,
     config: ConfigOption = None,  # noqa: ARG001
     methods: Methods = ",".join(_C.methods),
     bits: Bits = None,
@@ -117,6 +118,7 @@ def compare(
         raise UsageError("MODEL: expected a checkpoint, or demo:smollm2-135m", param="model")
     base = QuantizeConfig(
         model=model,
+        as_family=as_family,
         output=output,
         group_size=group_size,
         symmetric=symmetric,

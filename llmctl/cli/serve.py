@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from llmctl.cli import serve_options as o
-from llmctl.cli.common import ConfigOption, guarded
+from llmctl.cli.common import AsOption, ConfigOption, guarded
 from llmctl.cli.vllm_flags import with_vllm_flags
 from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
@@ -18,6 +18,7 @@ _D = ServeConfig()
 def serve(
     ctx: typer.Context,
     model: o.Model = _D.model,
+    as_family: AsOption = _D.as_family,
     served_model_name: o.ServedName = list(_D.served_model_name),  # noqa: B006
     chat_template: o.ChatTemplate = _D.chat_template,
     tool_call_parser: o.ToolCallParser = _D.tool_call_parser,
@@ -91,6 +92,7 @@ def serve(
         )
     settings = ServeConfig(
         model=model,
+        as_family=as_family,
         quantization=quantization,
         target=target,
         dtype=dtype,

@@ -8,8 +8,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isnan
+from pathlib import Path
 from typing import Any
 
+from llmctl.artifact.loader import check_no_family, is_engine
 from llmctl.config import EvalConfig
 from llmctl.errors import UsageError
 from llmctl.evaluate.distributions import Window
@@ -99,8 +101,10 @@ def evaluate(config: EvalConfig, show: Show) -> Evaluation:
         raise UsageError("MODEL: expected an engine, a checkpoint or demo:smollm2-135m", param="model")
     text = read_text(config.text, "text", optional=False)
     assert text is not None
-    model = open_scored(config.model, config.activations)
-    against = open_scored(config.against) if config.against else None
+    if all(is_engine(Path(name)) for name in (config.model, config.against) if name):
+        check_no_family(config.model, config.as_family)
+    model = open_scored(config.model, config.activations, config.as_family)
+    against = open_scored(config.against, as_family=config.as_family) if config.against else None
     protocol, windows = _cut(config, model, against, text)
     found = _measure(model, against, windows, show)
     return Evaluation(

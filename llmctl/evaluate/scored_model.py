@@ -59,11 +59,12 @@ class ScoredModel(Protocol):
         ...
 
 
-def open_scored(name: str, activations: str = "auto") -> ScoredModel:
+def open_scored(name: str, activations: str = "auto", as_family: str = "") -> ScoredModel:
     """The model that an option names: whatever ``resolve_model`` finds, or an engine folder.
 
     Args:
         activations: ``int8`` rounds the inputs of symmetric 8-bit linears as engines built so do; ``auto`` does not.
+        as_family: as ``open_checkpoint``; an engine is what it is.
 
     Raises:
         UsageError: ``activations`` that are neither, or int8 of an engine, which has been built with its own.
@@ -75,7 +76,9 @@ def open_scored(name: str, activations: str = "auto") -> ScoredModel:
         if activations == "int8":
             raise UsageError(f"--activations int8: {name} is an engine, whose are settled", param="activations")
         return _Engine(Path(name), read_manifest(Path(name)))
-    return _Checkpoint(open_checkpoint(resolve_model(name)), (INT8_PASS,) if activations == "int8" else ())
+    return _Checkpoint(
+        open_checkpoint(resolve_model(name), as_family=as_family), (INT8_PASS,) if activations == "int8" else ()
+    )
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.config_keys import NEUTRAL
 from llmctl.graph.family import Family, Switch
-
-logger = logging.getLogger(__name__)
 
 _LARGEST = 1e6  # factor that a model may have; its inverse is the smallest
 
@@ -110,8 +107,8 @@ class ConfigReader:
         """A fact of the family, or what config.json decides."""
         return bool(self.value(switch, False)) if isinstance(switch, str) else switch
 
-    def check_rest(self) -> None:
-        """Refuse every forward-pass key that was not read and is not neutral; name the unknown rest in the log.
+    def check_rest(self) -> list[str]:
+        """Refuse every forward-pass key that was not read and is not neutral; the keys of which nothing is known.
 
         Raises:
             UnsupportedModelError: naming the key.
@@ -124,6 +121,4 @@ class ConfigReader:
                     raise UnsupportedModelError(
                         f"config.json: {key}={value!r} is not supported for family '{self.family.name}'"
                     )
-        unknown = sorted(k for k in self.config if k not in self.seen and k not in rules and k not in _METADATA)
-        if unknown:
-            logger.warning("config.json: keys not understood and ignored: %s", ", ".join(unknown))
+        return sorted(k for k in self.config if k not in self.seen and k not in rules and k not in _METADATA)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl.errors import CheckpointError, UnsupportedModelError
+from llmctl.errors import CheckpointError, LlmctlError, UnsupportedModelError
 from llmctl.graph.config_keys import ACTIVATIONS
 from llmctl.graph.config_reader import ConfigReader
 from llmctl.graph.family import Family
@@ -74,6 +74,28 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         UnsupportedModelError: unknown family, or a setting that this version does not honour.
         CheckpointError: a required key is missing or makes no sense.
     """
+    arch, unknown = _read_arch(config)
+    if unknown:
+        logger.warning("config.json: keys not understood and ignored: %s", ", ".join(unknown))
+    return arch
+
+
+def is_whole(config: Mapping[str, Any]) -> bool:
+    """Whether ``read_arch`` takes the config and understands every key of it."""
+    try:
+        return not _read_arch(config)[1]
+    except LlmctlError:
+        return False
+
+
+def config_as(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The config with ``family`` in place of what it says of its architecture, code of its own included."""
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    return {**kept, "model_type": family.name, "architectures": [family.architectures[0]]}
+
+
+def _read_arch(config: Mapping[str, Any]) -> tuple[Arch, list[str]]:
+    """The Arch, and the keys of which nothing is known."""
     family = _family(config)
     _check_architecture(config, family)
     reader = ConfigReader(config, family)
@@ -116,8 +138,7 @@ def read_arch(config: Mapping[str, Any]) -> Arch:
         logit_cap=reader.cap("final_logit_softcapping"),
         mixture=read_mixture(reader, layers),
     )
-    reader.check_rest()
-    return arch
+    return arch, reader.check_rest()
 
 
 def _attention_scale(reader: ConfigReader, head_dim: int) -> float:

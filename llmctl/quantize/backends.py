@@ -97,7 +97,7 @@ def _run_autoawq(module: Any, config: QuantizeConfig, progress: Progress) -> Qua
     _check_autoawq(config)
     output = Path(config.output)
     check_output(output, resume=False)
-    checkpoint = open_checkpoint(resolve_model(config.model))
+    checkpoint = open_checkpoint(resolve_model(config.model), as_family=config.as_family)
     if not checkpoint.path.is_dir():
         raise UsageError(
             f"--backend autoawq: reads Hugging Face folders only, found {checkpoint.path.name}", fix=_NATIVE

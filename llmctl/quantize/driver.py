@@ -85,7 +85,7 @@ def quantize_checkpoint(config: QuantizeConfig, progress: Progress = Silent()) -
     check_options(config)
     output = Path(config.output)
     check_output(output, config.resume)
-    merged = open_merged(config.model, config.merge_adapter, "merge_adapter")
+    merged = open_merged(config.model, config.merge_adapter, "merge_adapter", config.as_family)
     check_not_quantized(merged.checkpoint)
     for note in merged.notes:
         progress.note(note)

@@ -82,7 +82,7 @@ def measure_quality(config: QuantizeConfig, format: str, text: str, on_layer: On
         LlmctlError: too little text, or models that cannot be compared.
     """
     started = time.monotonic()
-    original = open_merged(config.model, config.merge_adapter, "merge_adapter").checkpoint
+    original = open_merged(config.model, config.merge_adapter, "merge_adapter", config.as_family).checkpoint
     quantized = open_checkpoint(Path(config.output))
     context = min(_CONTEXT, longest_context(original) or _CONTEXT)
     _, windows = scored_windows(original, text, Protocol(context, context, _MAX_TOKENS))

@@ -60,17 +60,18 @@ class Merged:
     notes: tuple[str, ...] = ()
 
 
-def open_merged(model: str, adapters: Sequence[str], param: str) -> Merged:
+def open_merged(model: str, adapters: Sequence[str], param: str, as_family: str = "") -> Merged:
     """A model, and adapters merged into it; without any, the model as it is.
 
     Args:
         model: as ``resolve_model`` takes it. adapters: each ``DIR`` or ``DIR=WEIGHT``. param: what gave them.
+        as_family: as ``open_checkpoint``.
 
     Raises:
         LlmctlError: as finding and reading them.
     """
     named = [Named.parse(text, param) for text in adapters]
-    base = open_checkpoint(resolve_model(model), widen=True)
+    base = open_checkpoint(resolve_model(model), widen=True, as_family=as_family)
     if not named:
         return Merged(base, base)
     graph = checkpoint_graph(base)
