@@ -3,6 +3,7 @@
 #   make test   the test suite
 #   make lint   ruff and mypy
 #   make dist-check   sdist and wheel, built, installed in clean environments and run there
+#   make test-page   the page in Chromium, where that is installed
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # What makes engines; on a machine with an NVIDIA driver, what cuda engines need beside a torch with CUDA as well.
 EXTRAS := $(if $(wildcard /dev/nvidiactl),[cuda],[quantize])
 
-.PHONY: demo test test-kernels test-slow dist-check sanitize gpu-table peer-table docs site lint format clean
+.PHONY: demo test test-kernels test-page test-slow dist-check sanitize gpu-table peer-table docs site lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -28,6 +29,11 @@ test-kernels: $(VENV)/.installed-dev
 # With each Python of 3.11 to 3.13 that is here: of PYTHONS, on the path, or pyenv's.
 dist-check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/test_distribution.py
+
+# The page in a real browser: chromium or google-chrome of the system, or what CHROMIUM names; none is downloaded.
+test-page: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m slow tests/e2e/test_page_in_chromium.py
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; planted faults must be reported.
 sanitize: $(VENV)/.installed-dev

@@ -236,6 +236,7 @@ class ServeConfig(EngineOptions):
     stall_timeout: float = 60.0
     root_path: str = ""
     allowed_origins: str | None = None
+    ui: bool = True
     sse_keepalive: float = 15.0
     max_restarts: int = 3
     metrics_prefix: str = "llmctl"

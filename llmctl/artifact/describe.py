@@ -49,20 +49,27 @@ def _describe_engine(path: Path, verify: bool) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": "engine",
-        "source": manifest.source.name,
-        "fingerprint": manifest.source.fingerprint,
-        "llmctl_version": manifest.llmctl_version,
-        "target": str(manifest.target),
         "runs_here": _runs_here(checks),
-        "size": human_bytes(sum(record.size for record in manifest.files.values())),
-        "checksum": manifest.checksum,
-        **_common(manifest.options, manifest.quantization, manifest.graph, manifest.kernels),
+        **describe_manifest(manifest),
         "memory": _memory(checks.limits(EngineRequest())),
         "modules": _modules(manifest),
         "files": to_data(manifest.files),
         "weights": [
             {"name": k, "dtype": e.dtype, "shape": list(e.shape), "bytes": e.nbytes} for k, e in sorted(entries.items())
         ],
+    }
+
+
+def describe_manifest(manifest: Manifest) -> dict[str, Any]:
+    """What an engine is, whatever machine it is on: no file of it but the manifest has been looked at."""
+    return {
+        "source": manifest.source.name,
+        "fingerprint": manifest.source.fingerprint,
+        "llmctl_version": manifest.llmctl_version,
+        "target": str(manifest.target),
+        "size": human_bytes(sum(record.size for record in manifest.files.values())),
+        "checksum": manifest.checksum,
+        **_common(manifest.options, manifest.quantization, manifest.graph, manifest.kernels),
     }
 
 

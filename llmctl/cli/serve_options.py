@@ -149,6 +149,14 @@ RootPath = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+Ui = Annotated[
+    bool,
+    typer.Option(
+        "--ui/--no-ui",
+        help="The page at / (chat, live view, engine) and the description at /docs. Without them only the API answers.",
+        rich_help_panel=_SERVER,
+    ),
+]
 SseKeepalive = Annotated[
     float,
     typer.Option(

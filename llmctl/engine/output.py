@@ -167,6 +167,11 @@ class OutputProcessor:
         for request_id in request_ids:
             self._texts.pop(request_id, None)
 
+    def num_tokens(self, request_id: str) -> int:
+        """How many tokens an unfinished request has so far; 0 for one that is not known."""
+        text = self._texts.get(request_id)
+        return 0 if text is None else text.num_tokens
+
     def process(self, outputs: Iterable[TokenOutput]) -> Processed:
         """The text of a step's outputs. Outputs of unknown (dropped, finished) requests are passed over."""
         processed = Processed([], [])

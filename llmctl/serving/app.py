@@ -7,14 +7,13 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Route
 
 from llmctl import __version__
 from llmctl.errors import RequestError
-from llmctl.serving import adapters_api, api
+from llmctl.serving import adapters_api, api, live
 from llmctl.serving.addresses import Addresses, parse_origins
 from llmctl.serving.body import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
@@ -26,6 +25,7 @@ from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_response
 from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
+from llmctl.serving.page import Page
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from llmctl.serving.responses_api import endpoint as responses_api
 from llmctl.serving.tgi_api import api as tgi_api
@@ -64,7 +64,8 @@ def create_app(context: ServerContext) -> FastAPI:
         "/metrics": metrics,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
-        "/docs": docs,
+        "/requests": live.requests,
+        "/engine": live.engine,
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
@@ -77,12 +78,16 @@ def create_app(context: ServerContext) -> FastAPI:
     }
     for path, endpoint in other_posts.items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+    page = Page() if config.ui else None
+    if page is not None:
+        app.router.routes.extend(page.routes)
     routes = [*(route for router in ROUTERS for route in router.routes), *app.routes]
+    app.state.routes = routes
     posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
     generating = frozenset(r.path for router in ROUTERS for r in router.routes if isinstance(r, Route))
     app.add_middleware(RoomGate, context=context, paths=generating)
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
-    app.add_middleware(ApiKeyGate, keys=context.keys)
+    app.add_middleware(ApiKeyGate, keys=context.keys, public=frozenset() if page is None else page.paths)
     if config.allowed_origins is not None:  # before the keys: a browser asks what it may without one
         app.add_middleware(
             CORSMiddleware,
@@ -122,12 +127,6 @@ async def metrics(request: Request) -> Response:
     """Prometheus exposition."""
     text, content_type = await context_of(request).metrics.page()
     return Response(text, headers={"Content-Type": content_type})
-
-
-async def docs(request: Request) -> Response:
-    """The description in a browser."""
-    root = context_of(request).config.root_path
-    return get_swagger_ui_html(openapi_url=f"{root}/openapi.json", title="llmctl")
 
 
 def _model_body(context: ServerContext, name: str) -> dict[str, object]:

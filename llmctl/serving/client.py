@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
 from llmctl.config import EngineOptions
@@ -234,6 +234,11 @@ class AsyncEngineClient:
         named = [(s.adapter.name, s.scheduled) for s in self._running.values() if s.adapter is not None]
         running = {name for name, scheduled in named if scheduled}
         return running, {name for name, _ in named} - running
+
+    def running(self) -> Iterator[tuple[RunningSequence, int]]:
+        """Every sequence that is not finished, in order of arrival, with its output tokens so far."""
+        for sequence in self._running.values():
+            yield sequence, 0 if self._texts is None else self._texts.num_tokens(sequence.request_id)
 
     def requests_of(self, adapter: ServedAdapter) -> int:
         """How many sequences run with an adapter, or wait to."""

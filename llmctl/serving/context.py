@@ -13,6 +13,7 @@ from llmctl.engine.deadline import Deadline
 from llmctl.errors import CheckpointError, ModelNotFoundError
 from llmctl.serving.adapters import ServedAdapter, shown_names
 from llmctl.serving.client import AsyncEngineClient
+from llmctl.serving.engine_card import EngineCard
 from llmctl.serving.intake import Intake
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
@@ -87,6 +88,7 @@ class ServerContext:
     redactor: Redactor
     observers: RequestObservers = field(default_factory=RequestObservers)
     loaded: Model | None = None
+    engine_card: EngineCard = field(default_factory=EngineCard)
     created: int = field(default_factory=lambda: int(time.time()))
     deadline: Deadline = field(init=False)
 

@@ -251,7 +251,6 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
 
     manifest, limits, sizes, sizing = loaded.manifest, engine.limits, loaded.sizes, loaded.sizing
     plan = replace(loaded.plan, num_blocks=limits.num_blocks)  # a runtime that measures may have taken fewer
-    own_memory = "gpu_memory_utilization" in loaded.target.run_options
     quantization = manifest.quantization
     return EngineInfo(
         model_name=manifest.source.name,
@@ -269,7 +268,8 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
         kv_cache_dtype=sizing.options.kv_cache_dtype,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
-        memory=[list(row) for row in memory_rows(sizing, plan)] if own_memory else [],
-        memory_note=f"budget: {plan.budget_source}" if own_memory else "",
+        memory=[list(row) for row in memory_rows(sizing, plan)],
+        memory_note=f"budget: {plan.budget_source}",
         kernels=engine.runtime.kernels,
+        own_memory="gpu_memory_utilization" in loaded.target.run_options,
     )

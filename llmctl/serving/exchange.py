@@ -19,7 +19,7 @@ from llmctl.serving.event_stream import EventStream, started
 from llmctl.serving.generation import Generation, SequenceSpec
 from llmctl.serving.intake import Prompt
 from llmctl.serving.observation import Observation
-from llmctl.serving.openai_errors import error_response
+from llmctl.serving.openai_errors import error_response, request_id_of
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest, RequestFields, SamplingFields
 from llmctl.serving.responses import TextCount
@@ -197,6 +197,7 @@ def submitted(
     """
     request, context = seen.request, seen.context
     generation = seen.generation = context.client.generate(specs, tenant_of(request, body, context.keys))
+    generation.request_id = request_id_of(request.scope)
     watcher = asyncio.create_task(_abort_on_disconnect(request.receive, generation))
     try:
         yield generation, watcher

@@ -101,6 +101,7 @@ class Generation:
     become an HTTP status.
 
     Attributes:
+        request_id: of the HTTP request, which may be its client's; for who watches.
         deaths: workers in a row that died while one of these sequences was in a step.
 
     Args:
@@ -109,6 +110,7 @@ class Generation:
 
     def __init__(self, count: int, cancel: Callable[[Generation], None]) -> None:
         self.arrival = time.monotonic()
+        self.request_id = ""
         self.sequences: list[RunningSequence] = []
         self.deaths = 0
         self._cancel = cancel

@@ -51,18 +51,26 @@ class UnsupportedMediaTypeError(RequestError):
 
 
 class ApiKeyGate:
-    """Refuses every request without a known key, except to the liveness paths. No keys: everything passes."""
+    """Refuses every request without a known key, but those to the liveness paths and those that read a path of
+    ``public``. No keys: everything passes.
+    """
 
-    def __init__(self, app: ASGIApp, keys: ServerKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ServerKeys, public: frozenset[str] = frozenset()) -> None:
         self._app = app
         self._keys = keys
+        self._public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in LIVENESS_PATHS or self._allowed(scope):
+        if scope["type"] != "http" or not self._keys or self._is_open(scope) or self._allowed(scope):
             await self._app(scope, receive, send)
             return
         response = refusal(_NO_KEY, scope, {"WWW-Authenticate": "Bearer"})
         await response(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"]
+        # The page's path is also one that generates, by POST.
+        return path in LIVENESS_PATHS or (path in self._public and scope["method"] in ("GET", "HEAD"))
 
     def _allowed(self, scope: Scope) -> bool:
         found = [self._keys.find(token) for token in _tokens(scope)]

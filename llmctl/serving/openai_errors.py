@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from llmctl.errors import LlmctlError, RequestError
@@ -103,6 +104,12 @@ def _said(problem: ErrorDetails) -> str:
     return f"{problem['msg']}, found {repr(found[:40]) if named else type(found).__name__}"
 
 
+def _methods(request: Request, known: str) -> list[str]:
+    """What a path answers, by all its routes in ``app.state.routes``, and those that are ``known``."""
+    routes = [r for r in getattr(request.app.state, "routes", ()) if r.matches(request.scope)[0] is not Match.NONE]
+    return sorted({*filter(None, known.split(", ")), *(m for route in routes for m in getattr(route, "methods", ()))})
+
+
 def install_handlers(app: FastAPI) -> None:
     """Make every error of ``app`` answer in the shape of its path."""
 
@@ -117,7 +124,10 @@ def install_handlers(app: FastAPI) -> None:
         }.get(error.status_code, str(error.detail))
         code = _HTTP_CODES.get(error.status_code)
         problem = Problem(error.status_code, message, "invalid_request_error", code=code)
-        return refusal(problem, request.scope, error.headers)
+        headers = {**(error.headers or {})}
+        if error.status_code == 405:  # whose first route knows only its own
+            headers["Allow"] = ", ".join(_methods(request, headers.get("Allow", "")))
+        return refusal(problem, request.scope, headers)
 
     async def on_client_gone(request: Request, __: Exception) -> Response:
         # In the middle of its body: nobody reads the answer, and it is no fault of ours that the log should tell.

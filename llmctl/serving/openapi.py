@@ -31,6 +31,8 @@ A path answers other methods than those described here with 405 and `Allow`, but
 paths answer 404. Integers are written without a fraction: `5.0` is refused. Of a name that an object repeats, the last
 value counts. Fields that are not described are ignored.
 
+`GET /` and `GET /docs` are a page for people, unless the server has `--no-ui`.
+
 A slash at the end of a path is passed over, and some endpoints have further paths, as on other servers:
 {_ALIASES}.
 

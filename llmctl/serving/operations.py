@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from llmctl.serving.adapter_schema import LoadAdapterRequest, UnloadAdapterRequest
 from llmctl.serving.embedding_schema import EmbeddingList, EmbeddingRequest
+from llmctl.serving.live_schema import EngineDocument, RunningRequests
 from llmctl.serving.messages_api.protocol import CountTokensRequest, MessagesRequest
 from llmctl.serving.messages_api.schema import MessagesEvent, MessagesResponse, TokenCount
 from llmctl.serving.protocol import (
@@ -266,5 +267,12 @@ OPERATIONS = (
         unavailable=NotReady,
     ),
     Operation("get", "/version", "version", "operation", "The version of llmctl", Version),
+    Operation(
+        *("get", "/requests", "listRequests", "operation", "What each unfinished request is doing", RunningRequests)
+    ),
+    Operation(
+        *("get", "/engine", "engine", "operation", "The engine: graph, kernels, limits, memory", EngineDocument),
+        refusals=(503,),
+    ),
     Operation("get", "/metrics", "metrics", "operation", "Prometheus' text format", None),
 )

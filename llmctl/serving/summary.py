@@ -58,13 +58,14 @@ def print_summary(
         "tools": _tools(model, config),
         "access": "API key" if keyed else f"open to whoever reaches {config.host}",
         "URL": base_url(config),
+        **({"page": base_url(config) + "/"} if config.ui else {}),
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
     console = Console(stderr=True)
     console.print(Panel(table, title=f"llmctl serve: ready in {seconds:.1f} s", expand=False))
-    if info.memory:
+    if info.own_memory:
         from llmctl.artifact.memory_table import render
 
         console.print(render(info.memory, note=info.memory_note), highlight=False)

@@ -116,9 +116,9 @@ class Located(msgspec.Struct, tag="located", array_like=True, frozen=True):
 class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     """The worker is ready. Sizes in tokens, blocks and bytes; the strings are for people.
 
-    ``memory``: rows of the memory plan as it came to be (``artifact.memory_table``), for a device with memory of its
-    own; ``memory_note``: where the budget comes from. ``kernels``: which build of the target's kernels runs and why not
-    a faster one; empty where the target's name says it.
+    ``memory``: rows of the memory plan as it came to be (``artifact.memory_table``); ``memory_note``: where the budget
+    comes from; ``own_memory``: the device has memory of its own. ``kernels``: which build of the target's kernels runs
+    and why not a faster one; empty where the target's name says it.
     """
 
     model_name: str
@@ -139,6 +139,7 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     memory: list[list[str]] = []
     memory_note: str = ""
     kernels: str = ""
+    own_memory: bool = False
 
 
 class WorkerFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):

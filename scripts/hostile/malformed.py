@@ -130,7 +130,13 @@ def keys(arena: Arena) -> Iterable[bytes]:
     right = arena.key
     for value in ("Bearer wrong", "Bearer", "Bearer ", f"Basic {right}", right, f"Bearer {right[:-1]}", "x" * 50_000):
         yield request("POST", COMPLETIONS, {**JSON, "Authorization": value}, SMALL)
-    for path in (f"/v1/models?api_key={right}", f"/v1/models?key={right}", f"/v1/models/{right}", "/metrics", "/docs"):
+    for path in (
+        f"/v1/models?api_key={right}",
+        f"/v1/models?key={right}",
+        f"/v1/models/{right}",
+        "/metrics",
+        "/openapi.json",
+    ):
         yield request("GET", path, {})
     yield request("GET", "/v1/models", {"Api-Key": right, "X-Key": right, "Cookie": f"key={right}"})
     yield request("GET", f"http://{right}@x/v1/models", {})

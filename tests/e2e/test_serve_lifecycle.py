@@ -106,7 +106,7 @@ def test_everything_but_liveness_needs_the_key(servers: Servers) -> None:
     server = servers.keyed
     assert server.get("/health")[0] == 200
     assert server.get("/ready")[0] == 200
-    for path in ("/v1/models", "/metrics", "/version", "/docs", "/openapi.json", "/nowhere"):
+    for path in ("/v1/models", "/metrics", "/version", "/engine", "/requests", "/openapi.json", "/nowhere"):
         status, text = server.get(path)
         assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key"), path
     for wrong in ("Bearer wrong", "Bearer secret-1x", "Basic secret-1", "secret-1", "Bearer "):

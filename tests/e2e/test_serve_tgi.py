@@ -127,8 +127,8 @@ def test_errors_of_the_paths(server: ServerProcess) -> None:
     assert post("/generate_stream", {"inputs": "x", "stream": False})[1].startswith("stream: ")
     assert post("/generate", {})[1] == "inputs: Field required"
     assert post("/generate", {"inputs": ""})[1].startswith("inputs: expected at least one token")
-    answer = requests.get(server.url + "/", timeout=10)
-    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    answer = requests.put(server.url + "/", timeout=10)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET, HEAD, POST")
     TgiErrorResponse.model_validate_json(answer.content)
 
 

@@ -56,7 +56,6 @@ def test_the_prefix_alone_and_another_are_no_endpoint() -> None:
     site = Site(root_path="/llm")
     assert site.ask("GET", "/llm/nowhere")[0] == site.ask("GET", "/llmx/health")[0] == 404
     assert json.loads(site.ask("GET", "/llm/openapi.json")[2])["servers"] == [{"url": "/llm"}]
-    assert b'"/llm/openapi.json"' in site.ask("GET", "/docs")[2].replace(b"'", b'"')
 
 
 @pytest.mark.parametrize("type_", ["application/json", "text/plain", "multipart/form-data; boundary=x", ""])
