@@ -4,7 +4,7 @@
     python scripts/random_mixture.py ./mixture                       # 64 experts, 8 chosen, 0.3 billion weights
     llmctl quantize --model ./mixture --method rtn --output ./mixture-4bit
     llmctl build --model ./mixture-4bit --target cpu --output ./engine
-    python scripts/profile_cpu.py --engine ./engine --only decode
+    llmctl bench profile --model ./engine --only decode
 
 What it would say is noise; which experts a token takes is as even as chance has it.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Target:
         body: fields of every request beside the prompt and max_tokens.
         keep_alive: reuse connections; otherwise each request opens its own.
         timeout: seconds for a whole request.
+        keep_text: keep what was answered. keep_chunks: and the text of every chunk, for its tokens to be counted.
+        count_chunks: ask for the number of tokens so far with every chunk.
     """
 
     url: str
@@ -47,6 +50,8 @@ class Target:
     timeout: float = 600.0
     verify_tls: bool = True
     keep_text: bool = False
+    keep_chunks: bool = False
+    count_chunks: bool = False
 
     def encode(self, item: WorkItem) -> bytes:
         """The request's JSON body."""
@@ -55,7 +60,8 @@ class Target:
             body["messages"] = list(item.messages or ({"role": "user", "content": item.prompt},))
         else:
             body["prompt"] = item.prompt
-        body |= {"max_tokens": item.output_tokens, "stream": True, "stream_options": {"include_usage": True}}
+        options = {"include_usage": True} | ({"continuous_usage_stats": True} if self.count_chunks else {})
+        body |= {"max_tokens": item.output_tokens, "stream": True, "stream_options": options}
         return msgspec.json.encode({**body, **self.body})
 
 
@@ -69,12 +75,14 @@ class LoadRun:
         cpu_seconds: processor time of this process meanwhile.
         max_send_lag: the longest delay, in seconds, of this client behind the arrival process; not counting waits
             for --max-concurrency.
+        not_sent: requests whose turn had not come when the time was up; they have no record.
     """
 
     records: list[RequestRecord]
     duration: float
     cpu_seconds: float
     max_send_lag: float
+    not_sent: int = 0
 
 
 async def run_load(
@@ -83,8 +91,14 @@ async def run_load(
     arrivals: Sequence[float],
     max_concurrency: int | None,
     on_done: Callable[[RequestRecord], None] | None = None,
+    *,
+    max_seconds: float | None = None,
 ) -> LoadRun:
-    """Send every item at its arrival time (seconds from now), at most ``max_concurrency`` under way at once."""
+    """Send every item at its arrival time (seconds from now), at most ``max_concurrency`` under way at once.
+
+    Args:
+        max_seconds: after so many no more requests are sent; those under way are seen to their end.
+    """
     import aiohttp
 
     records = [RequestRecord(i, item.input_tokens, item.output_tokens) for i, item in enumerate(items)]
@@ -96,6 +110,8 @@ async def run_load(
     async def one(record: RequestRecord) -> None:
         lags.append(time.perf_counter() - record.scheduled)
         async with slots:
+            if time.perf_counter() >= stop:
+                return
             await send(session, target, bodies[record.index], record)
         if on_done is not None:
             on_done(record)
@@ -107,23 +123,27 @@ async def run_load(
     ) as session:
         with _quiet_collector():
             cpu, start = time.process_time(), time.perf_counter()
+            stop = math.inf if max_seconds is None else start + max_seconds
             async with asyncio.TaskGroup() as tasks:
                 for record, arrival in zip(records, arrivals, strict=True):
                     record.scheduled = start + arrival
+                    if record.scheduled >= stop:
+                        break
                     delay = record.scheduled - time.perf_counter()
                     if delay > 0:
                         await asyncio.sleep(delay)
                     tasks.create_task(one(record))
             cpu_seconds = time.process_time() - cpu
-    duration = max((r.end for r in records), default=start) - start
-    return LoadRun(records, duration, cpu_seconds, max(lags))
+    sent = [r for r in records if r.start]
+    duration = max((r.end for r in sent), default=start) - start
+    return LoadRun(sent, duration, cpu_seconds, max(lags), len(records) - len(sent))
 
 
 async def send(session: aiohttp.ClientSession, target: Target, body: bytes, record: RequestRecord) -> None:
     """Send one request and fill its record; whatever goes wrong becomes the record's error."""
     import aiohttp
 
-    stream = _Stream(record, target.keep_text)
+    stream = _Stream(record, target)
     record.start = time.perf_counter()
     try:
         async with session.post(target.url, data=body) as response:
@@ -158,10 +178,10 @@ async def _read_stream(response: aiohttp.ClientResponse, stream: _Stream, drain:
 class _Stream:
     """Turns the events of one response into its record."""
 
-    def __init__(self, record: RequestRecord, keep_text: bool) -> None:
+    def __init__(self, record: RequestRecord, target: Target) -> None:
         self.record = record
         self.closed = False
-        self._keep_text = keep_text
+        self._keep_text, self._keep_chunks = target.keep_text, target.keep_chunks
         self._events = 0
 
     def fail(self, kind: str, message: str) -> None:
@@ -193,8 +213,12 @@ class _Stream:
             text = token_text(choice)
             if text is not None:
                 record.chunk_times.append(now)
+                if event.usage is not None and event.usage.completion_tokens is not None:
+                    record.chunk_counts.append(event.usage.completion_tokens)
                 if self._keep_text:
                     record.text += text
+                if self._keep_chunks:
+                    record.chunk_texts.append(text)
             if choice.finish_reason:
                 record.finish_reason = choice.finish_reason
 

@@ -35,6 +35,11 @@ class ReportConfig:
         """``repeats``, or by default 3 when a baseline is compared or made (noise must be known) and 1 otherwise."""
         return self.repeats if self.repeats is not None else (3 if self.baseline else 1)
 
+    @property
+    def saves(self) -> bool:
+        """Whether the JSON result goes to a file."""
+        return bool(self.save_result or self.result_filename or self.result_dir)
+
 
 @dataclass(frozen=True)
 class BenchServeConfig(ReportConfig):
@@ -56,7 +61,10 @@ class BenchServeConfig(ReportConfig):
     dataset_path: str | None = None
     num_prompts: int = 100
     num_warmups: int = 1
+    load_seconds: float | None = None
     input_len: str = "128"
+    prefix_len: int = 0
+    num_prefixes: int = 1
     output_len: str | None = None
     tokenizer: str | None = None
     ignore_eos: bool | None = None
@@ -75,6 +83,28 @@ class BenchServeConfig(ReportConfig):
 
 
 @dataclass(frozen=True)
+class BenchSweepConfig(BenchServeConfig):
+    """``llmctl bench sweep``: one load after another, on one server or on ours with options that vary.
+
+    ``request_rates``, ``concurrencies``: numbers after commas, one of the two varies. ``engine``: what our own server
+    serves; "": the server at ``base_url``. ``vary``: ``OPTION=VALUE,VALUE`` of ``llmctl serve``. ``quality``: a YAML
+    file of ``llmctl eval``'s options.
+    """
+
+    request_rates: str | None = None
+    concurrencies: str | None = None
+    engine: str = ""
+    vary: tuple[str, ...] = ()
+    find_max: bool = False
+    max_duration: float | None = None
+    resolution: str = "5%"
+    price_per_hour: float | None = None
+    quality: str | None = None
+    html: str | None = None
+    svg: str | None = None
+
+
+@dataclass(frozen=True)
 class OfflineConfig(EngineOptions, ReportConfig):
     """What the two offline benches share: an engine, and what is done with the result."""
 
@@ -88,6 +118,7 @@ class BenchThroughputConfig(OfflineConfig):
 
     num_prompts: int = 32
     num_warmups: int = 1
+    batching: str = "continuous"
     enable_prefix_caching: bool = False
     regression_metrics: str = "tokens_per_second,output_throughput"
 
@@ -102,6 +133,20 @@ class BenchLatencyConfig(OfflineConfig):
     metric_percentiles: str = "10,25,50,75,90,99"
     enable_prefix_caching: bool = False
     regression_metrics: str = "avg_latency"
+
+
+@dataclass(frozen=True)
+class BenchProfileConfig(EngineOptions):
+    """``llmctl bench profile``: where the steps of an engine spend their time. Numbers after commas are texts."""
+
+    only: str = "decode,prefill,growth"
+    batches: str = "1,8,32"
+    context: int = 200
+    prefill: int = 512
+    contexts: str = "512,1024,2048,4096,8192"
+    steps: int = 50
+    from_source: bool = False
+    svg: str | None = None
 
 
 @dataclass(frozen=True)

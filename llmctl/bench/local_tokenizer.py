@@ -38,3 +38,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     from llmctl.checkpoint.resolve import resolve_model
 
     return Tokenizer.from_files(open_checkpoint(resolve_model(name)).aux_files(), where=name)
+
+
+def chunk_lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """Tokens that each piece of a text adds to it, as the text so far is encoded."""
+    lengths, text, before = [], "", 0
+    for piece in texts:
+        text += piece
+        now = len(tokenizer.encode(text, add_special_tokens=False))
+        lengths.append(max(0, now - before))
+        before = max(before, now)
+    return lengths

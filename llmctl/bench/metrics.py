@@ -35,7 +35,10 @@ DEFINITIONS = {
     "ttft": "time to first token: from just before the request is sent (connection set-up included unless "
     "--keep-alive reuses one) to the arrival of the first chunk that bears a token",
     "itl": "inter-token latency: gap between the arrivals of consecutive token-bearing chunks of one request, pooled "
-    "over requests; a chunk that carries several tokens makes one gap",
+    "over requests; the gap before a chunk of n tokens counts as n gaps of an n-th each (see itl_token_source)",
+    "itl_token_source": "how many tokens a chunk carries: one each, as the server's total says (single); its count in "
+    "every chunk (usage); the tokenizer of --tokenizer (tokenizer); not known, so that a chunk counts as one token "
+    "(unknown); several of these (mixed)",
     "tpot": "time per output token after the first: (last token chunk - first token chunk) / (output tokens - 1), one "
     "value a request; requests of one token have none",
     "e2el": "end-to-end latency: from just before the request is sent to the end of its stream ([DONE] or clean end)",
@@ -91,6 +94,8 @@ class RequestRecord:
         planned_input, planned_output: tokens, as the workload meant them.
         scheduled: when the arrival process wanted it sent; ``start``: when it was; ``end``: stream end or failure.
         chunk_times: arrival of each token-bearing chunk.
+        chunk_counts: output tokens that the server had counted when each of those was sent, where it says so.
+        chunk_texts: their texts, where they are to be counted. counted: tokens of each, by a tokenizer.
         prompt_tokens, completion_tokens: the server's usage, when it gave one.
         error_kind: short class of the failure, such as ``http_500`` or ``cut``.
     """
@@ -102,6 +107,9 @@ class RequestRecord:
     start: float = 0.0
     end: float = 0.0
     chunk_times: list[float] = field(default_factory=list)
+    chunk_counts: list[int] = field(default_factory=list)
+    chunk_texts: list[str] = field(default_factory=list)
+    counted: list[int] | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: str | None = None
@@ -137,9 +145,39 @@ class RequestRecord:
         return (self.chunk_times[-1] - self.chunk_times[0]) / (self.output_tokens - 1)
 
     @property
+    def itl_token_source(self) -> str:
+        """How the tokens of a chunk are known; see ``DEFINITIONS``."""
+        if self.completion_tokens == len(self.chunk_times):
+            return "single"
+        if len(self.chunk_counts) == len(self.chunk_times):
+            return "usage"
+        return "unknown" if self.counted is None else "tokenizer"
+
+    @property
+    def chunk_tokens(self) -> list[int]:
+        """Output tokens of each token-bearing chunk; one each where they are not known."""
+        source = self.itl_token_source
+        if source == "usage":
+            return [b - a for a, b in pairwise([0, *self.chunk_counts])]
+        if source == "tokenizer":
+            assert self.counted is not None
+            return self.counted
+        return [1] * len(self.chunk_times)
+
+    @property
     def itls(self) -> list[float]:
-        """Gaps between token-bearing chunks, seconds."""
-        return [b - a for a, b in pairwise(self.chunk_times)]
+        """Seconds between consecutive tokens: the gap before a chunk of n tokens is n gaps of an n-th each.
+
+        As SGLang's ``bench_serving`` counts them. A chunk without a token of its own adds its gap to the next one's.
+        """
+        gaps: list[float] = []
+        waited = 0.0
+        for (before, now), tokens in zip(pairwise(self.chunk_times), self.chunk_tokens[1:], strict=True):
+            waited += now - before
+            if tokens > 0:
+                gaps += [waited / tokens] * tokens
+                waited = 0.0
+        return gaps
 
     @property
     def e2el(self) -> float:
@@ -209,6 +247,12 @@ def meets_goodput(record: RequestRecord, limits_ms: Mapping[str, float]) -> bool
 def output_token_source(records: Sequence[RequestRecord]) -> str:
     """``usage``, ``chunks`` or ``mixed``: where output token counts came from."""
     sources = {"usage" if r.completion_tokens else "chunks" for r in records if r.ok}
+    return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
+
+
+def itl_token_source(records: Sequence[RequestRecord]) -> str:
+    """How the tokens of the chunks of completed requests are known; ``none`` without any."""
+    sources = {r.itl_token_source for r in records if r.ok}
     return sources.pop() if len(sources) == 1 else ("mixed" if sources else "none")
 
 

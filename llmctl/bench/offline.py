@@ -10,7 +10,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.bench import gate, metrics, stats
 from llmctl.bench.config import BenchLatencyConfig, BenchThroughputConfig, OfflineConfig
 from llmctl.bench.environment import describe_environment, load_average
-from llmctl.bench.inprocess import BenchedEngine, EngineRun, peak_rss_bytes, prepare_engine, run_items
+from llmctl.bench.inprocess import BenchedEngine, EngineRun, peak_rss_bytes, prepare_engine, run_batches, run_items
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
 from llmctl.bench.workloads import LengthRange, WorkItem, random_items
@@ -29,10 +29,14 @@ DEFINITIONS = {
     "duration": "from the first request added to the end of the last step, seconds; summed over repeats",
     "prefill_tokens_per_second": "tokens computed by steps that held any part of a prompt / seconds of those steps",
     "decode_tokens_per_second": "tokens sampled by steps without any part of a prompt / seconds of those steps",
+    "batching": "static: requests of the same lengths in batches of max_num_seqs in order, the next when the last of a "
+    "batch has ended, nothing padded; ratio: continuous / static, all requests counted from the start in both",
     "avg_latency": "seconds from a whole batch added to its last token, mean over iterations",
     "peak_rss_bytes": "most memory this process has held resident, engine loading included",
 }
 _WARMUP_STREAM = 1_000_000
+_STATIC_STREAM = 2_000_000
+CONTINUOUS, STATIC = BATCHINGS = ("continuous", "static")
 
 
 def is_known(metric: str) -> bool:
@@ -66,7 +70,9 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     """
     _at_least(config, num_prompts=1, num_warmups=0)
     judge = _judge(config, config.regression_metrics)
-    inputs, outputs = _lengths(config, _step_limits(config))
+    limits = _step_limits(config)
+    inputs, outputs = _lengths(config, limits)
+    _check_batching(config, limits)
     environment = describe_environment()
     most = max(config.num_prompts, config.num_warmups)
     opened = prepare_engine(config, longest=inputs.high + outputs.high, requests=most)
@@ -77,16 +83,27 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
         return _items(opened, config, count, inputs, outputs, stream)
 
     _warm_up(opened, items(config.num_warmups, _WARMUP_STREAM), progress)
-    runs = []
+    runs: list[EngineRun] = []
+    static: list[EngineRun] = []
     for repeat in range(config.num_repeats):
         batch = items(config.num_prompts, repeat)
-        progress.start(f"requests {repeat + 1}/{config.num_repeats}", len(batch))
-        runs.append(run_items(opened.engine, opened.tokenizer, batch, lambda r: progress.advance(not r.ok)))
+        for how in _batchings(config, repeat):
+            progress.start(f"requests {repeat + 1}/{config.num_repeats}, {how} batching", len(batch))
+            done = lambda r: progress.advance(not r.ok)  # noqa: E731
+            if how == STATIC:
+                alike = items(config.num_prompts, _STATIC_STREAM + repeat)
+                size = opened.loaded.sizes.max_num_seqs
+                static.append(run_batches(opened.engine, opened.tokenizer, alike, size, done))
+            else:
+                runs.append(run_items(opened.engine, opened.tokenizer, batch, done))
     progress.stop()
     options = _options(judge, (50.0, 90.0, 99.0))
     repeats = [_throughput_figures([run], options) for run in runs]
     result = {**head, **_throughput_figures(runs, options)}
-    _complete(result, config, opened, environment, repeats, [r for run in runs for r in run.records])
+    if static:
+        batch_size = opened.loaded.sizes.max_num_seqs
+        result["batching"] = {"batch_size": batch_size, **_against_static(runs, static, options, config.confidence)}
+    _complete(result, config, opened, environment, repeats, [r for run in (*runs, *static) for r in run.records])
     opened.engine.close()
     return judge.judge(result, gate.request_gates(result, 0.0))
 
@@ -129,6 +146,44 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
     result = {**head, **_latency_figures(flat, options, percentiles)}
     _complete(result, config, opened, environment, repeats, [r for run in flat for r in run.records])
     return judge.judge(result, gate.request_gates(result, 0.0))
+
+
+def _check_batching(config: BenchThroughputConfig, limits: StepLimits) -> None:
+    if config.batching not in BATCHINGS:
+        raise UsageError(f"--batching '{config.batching}': expected {' or '.join(BATCHINGS)}", param="batching")
+    if config.batching == STATIC and config.num_prompts <= limits.max_num_seqs:
+        raise UsageError(
+            f"--batching static: all of --num-prompts {config.num_prompts} are one batch of --max-num-seqs "
+            f"{limits.max_num_seqs}, so that there is nothing to compare",
+            fix=f"--num-prompts {4 * limits.max_num_seqs}, or a smaller --max-num-seqs",
+            param="batching",
+        )
+
+
+def _batchings(config: BenchThroughputConfig, repeat: int) -> tuple[str, ...]:
+    """What a repeat runs: with static batching both, the other one first each time."""
+    if config.batching != STATIC:
+        return (CONTINUOUS,)
+    return BATCHINGS if repeat % 2 == 0 else BATCHINGS[::-1]
+
+
+def _against_static(
+    runs: Sequence[EngineRun], static: Sequence[EngineRun], options: metrics.MetricOptions, confidence: float
+) -> dict[str, Any]:
+    """Static batching's figures, and what continuous batching makes of them; intervals are over repeats."""
+    names = ("output_throughput", "tokens_per_second", "median_ttft_ms", "median_e2el_ms")
+    mine, theirs = _throughput_figures(runs, options), _throughput_figures(static, options)
+    ratios: dict[str, list[float]] = {name: [] for name in names if theirs[name]}
+    for one, other in zip(runs, static, strict=True):
+        now, before = _throughput_figures([one], options), _throughput_figures([other], options)
+        for name, values in ratios.items():
+            values.append(now[name] / before[name])
+    return {
+        "static": theirs,
+        "ratio": {name: mine[name] / theirs[name] for name in ratios},
+        "ratio_half_width": {name: stats.mean_interval(v, confidence).half_width for name, v in ratios.items()},
+        "ratio_repeats": ratios,
+    }
 
 
 def _step_limits(config: OfflineConfig) -> StepLimits:

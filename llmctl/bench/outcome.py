@@ -47,6 +47,7 @@ RESERVED = frozenset(
         *("environment", "definitions", "failures", "client", "server", "gates", "baseline", "exit_code", "engine"),
         *("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"),
         *("avg_latency", "percentiles", "num_iters", "batch_size", "peak_rss_bytes", "output_token_source"),
+        *("itl_token_source", "not_sent", "batching"),
     )
 )
 
@@ -151,21 +152,27 @@ def check_files(config: ReportConfig) -> None:
         "baseline": config.baseline if config.update_baseline else None,
     }
     for name, file in named.items():
-        if file is None or (name == "result_dir" and not _saves(config)):
-            continue
-        path = Path(file)
-        there = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-        option = f"--{name.replace('_', '-')}"
-        if path.is_dir():
-            raise UsageError(f"{option} {path}: expected a file, found a folder", param=name)
-        if not there.is_dir():
-            raise UsageError(f"{option} {path}: {there} is not a folder", param=name)
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UsageError(f"{option} {path}: {there} cannot be written to", param=name)
+        if name != "result_dir" or config.saves:
+            check_file(name, file)
 
 
-def _saves(config: ReportConfig) -> bool:
-    return bool(config.save_result or config.result_filename or config.result_dir)
+def check_file(param: str, file: str | Path | None) -> None:
+    """Refuse a file that could not be written; None is none.
+
+    Raises:
+        UsageError: a folder where a file should be, or a place that cannot be written to.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    there = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    option = f"--{param.replace('_', '-')}"
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: expected a file, found a folder", param=param)
+    if not there.is_dir():
+        raise UsageError(f"{option} {path}: {there} is not a folder", param=param)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: {there} cannot be written to", param=param)
 
 
 def parse_metadata(items: Sequence[str]) -> dict[str, str]:
@@ -224,7 +231,7 @@ def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: s
     """
     result = outcome.result
     files: list[tuple[Path, str]] = []
-    if _saves(config):
+    if config.saves:
         folder = Path(config.result_dir or ".")
         files.append(
             (folder / (config.result_filename or report.default_filename(result, backend)), report.to_json(result))
@@ -245,12 +252,13 @@ def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: s
         files.append((Path(config.baseline), report.to_json(slim)))
     for path, text in files:
         report.write_text(path, text)
-    _append_step_summary(result, title)
+    append_step_summary(report.to_markdown(result, title))
     return [path for path, _ in files]
 
 
-def _append_step_summary(result: Mapping[str, Any], title: str) -> None:
+def append_step_summary(markdown: str) -> None:
+    """Append to ``$GITHUB_STEP_SUMMARY``, where there is one."""
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with open(summary, "a", encoding="utf-8") as file:
-            file.write(report.to_markdown(result, title) + "\n")
+            file.write(markdown + "\n")

@@ -133,18 +133,19 @@ def to_markdown(result: Mapping[str, Any], title: str) -> str:
     """A summary for a pull request or a CI job page."""
     passed = not result["exit_code"]
     lines = [f"### {title}: {'passed' if passed else 'FAILED'}", ""]
-    lines += _table(
+    lines += table(
         ["metric", "value", "95% interval" if not _level(result) else f"{_level(result):.0%} interval"],
         [[k, f"{_show(v)} {unit(k)}".strip(), _interval(result, k)] for k, v in numeric_metrics(result).items()],
     )
-    lines += ["", *_table(["gate", "limit", "observed", "", "note"], [_gate_row(g) for g in result["gates"]])]
+    lines += ["", *table(["gate", "limit", "observed", "", "note"], [gate_row(g) for g in result["gates"]])]
     failures = failure_lines(result)
     if failures:
-        lines += ["", "Failed requests:", "", *(f"- {_cell(line)}" for line in failures)]
-    return "\n".join([*lines, "", _where(result), ""])
+        lines += ["", "Failed requests:", "", *(f"- {cell(line)}" for line in failures)]
+    return "\n".join([*lines, "", where(result), ""])
 
 
-def _gate_row(gate: Mapping[str, Any]) -> list[str]:
+def gate_row(gate: Mapping[str, Any]) -> list[str]:
+    """Cells of a gate: metric, limit, observed, verdict, note."""
     return [
         gate["metric"],
         f"{gate['op']} {gate['limit']:g}",
@@ -154,12 +155,14 @@ def _gate_row(gate: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
+    return lines + ["| " + " | ".join(cell(text) for text in row) + " |" for row in rows]
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text that Markdown neither breaks a table nor makes a tag of."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
@@ -173,7 +176,8 @@ def _interval(result: Mapping[str, Any], metric: str) -> str:
     return "" if not row or row["half_width"] is None else f"{_show(row['mean'])} ± {_show(row['half_width'])}"
 
 
-def _where(result: Mapping[str, Any]) -> str:
+def where(result: Mapping[str, Any]) -> str:
+    """The machine, the versions and the time, for people."""
     environment = result.get("environment") or {}
     load = (environment.get("load_average_before") or ["?"])[0]
     return (

@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from llmctl.bench.client import LoadRun, Target, run_load
 from llmctl.bench.config import BenchServeConfig
 from llmctl.bench.endpoint import Endpoint, ServerFacts, make_endpoint, probe, server_counter
 from llmctl.bench.environment import describe_environment, load_average
-from llmctl.bench.local_tokenizer import local_counter
+from llmctl.bench.local_tokenizer import chunk_lengths, load_tokenizer, local_counter
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
 from llmctl.bench.workloads import (
     DATASETS,
     LengthRange,
+    SharedPrefixes,
     TokenCounter,
     WorkItem,
     file_items,
@@ -92,7 +93,8 @@ def make_plan(config: BenchServeConfig) -> Plan:
 
 
 def _check_numbers(config: BenchServeConfig) -> None:
-    for name, low in (("num_prompts", 1), ("num_warmups", 0), ("max_concurrency", 1)):
+    lows = (("num_prompts", 1), ("num_warmups", 0), ("max_concurrency", 1), ("prefix_len", 0), ("num_prefixes", 1))
+    for name, low in lows:
         value = getattr(config, name)
         if value is not None and value < low:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}", param=name)
@@ -102,6 +104,12 @@ def _check_numbers(config: BenchServeConfig) -> None:
         raise UsageError(f"--temperature: expected a number at least 0, found {config.temperature}")
     if not config.request_timeout > 0:
         raise UsageError(f"--request-timeout: expected seconds above 0, found {config.request_timeout}")
+    if config.load_seconds is not None and not config.load_seconds > 0:
+        raise UsageError(f"--load-seconds: expected seconds above 0, found {config.load_seconds}", param="load_seconds")
+    if config.prefix_len and config.dataset_name != "random":
+        raise UsageError(f"--prefix-len: is for --dataset-name random, not {config.dataset_name}", param="prefix_len")
+    if config.num_prefixes > 1 and not config.prefix_len:
+        raise UsageError("--num-prefixes: needs --prefix-len to say how long they are", param="num_prefixes")
     if config.dataset_name not in DATASETS:
         hint = gate.suggestion(config.dataset_name, DATASETS)
         raise UsageError(f"--dataset-name '{config.dataset_name}': unknown{hint}", param="dataset_name")
@@ -163,27 +171,33 @@ def run_serve(config: BenchServeConfig, progress: Progress) -> tuple[Outcome, Pl
     """
     plan = make_plan(config)
     server = probe(plan.endpoint, config.ready_timeout)
-    model = _model(config, plan.endpoint, server)
-    counter, counted_by = _counter(plan, model, progress)
+    model = choose_model(config, plan.endpoint, server)
+    target = make_target(plan, model)
+    counter, counted_by = find_counter(plan, model, progress)
     environment = describe_environment()
-    head = _head(plan, model, server, counted_by)
+    head = make_head(plan, model, server, counted_by)
     plan.judge.check_same_work(head)
-    target = _target(plan, model)
     items = make_items(plan, 0, counter)
     if counter is not None and not all(item.exact or item.messages for item in items):
         progress.log("note: some prompts could not be made of exactly the wanted length; true lengths are reported")
-    _warm_up(plan, target, counter, progress)
+    target = warm_up(plan, target, counter, progress)
     runs = []
     for repeat in range(config.num_repeats):
         items = make_items(plan, repeat, counter) if repeat else items
         runs.append(_run_once(plan, target, items, repeat, progress))
     progress.stop()
     result = make_result(plan, head, runs, environment)
+    note_chunks(runs, progress)
     first = gate.request_gates(result, config.max_failed_ratio)
     return plan.judge.judge(result, first), plan
 
 
-def _model(config: BenchServeConfig, endpoint: Endpoint, server: ServerFacts) -> str:
+def choose_model(config: BenchServeConfig, endpoint: Endpoint, server: ServerFacts) -> str:
+    """The model to ask for.
+
+    Raises:
+        UsageError: neither the options nor the server name one.
+    """
     if config.model:
         return config.model
     if not server.models:
@@ -191,7 +205,7 @@ def _model(config: BenchServeConfig, endpoint: Endpoint, server: ServerFacts) ->
     return server.models[0]
 
 
-def _counter(plan: Plan, model: str, progress: Progress) -> tuple[TokenCounter | None, str]:
+def find_counter(plan: Plan, model: str, progress: Progress) -> tuple[TokenCounter | None, str]:
     """How prompt lengths are counted: a tokenizer given, the server's /tokenize, or not at all."""
     if plan.config.tokenizer:
         return local_counter(plan.config.tokenizer, special=not plan.endpoint.chat), "tokenizer"
@@ -202,7 +216,8 @@ def _counter(plan: Plan, model: str, progress: Progress) -> tuple[TokenCounter |
     return None, "approximate"
 
 
-def _target(plan: Plan, model: str) -> Target:
+def make_target(plan: Plan, model: str) -> Target:
+    """Where and how the plan's requests are sent."""
     config = plan.config
     body: dict[str, Any] = {"temperature": config.temperature}
     if plan.ignore_eos:
@@ -217,6 +232,7 @@ def _target(plan: Plan, model: str) -> Target:
         timeout=config.request_timeout,
         verify_tls=plan.endpoint.verify_tls,
         keep_text=config.save_detailed,
+        keep_chunks=config.tokenizer is not None,
     )
 
 
@@ -225,7 +241,16 @@ def make_items(plan: Plan, repeat: int, counter: TokenCounter | None) -> list[Wo
     config = plan.config
     if config.dataset_name == "random":
         outputs = plan.outputs or LengthRange.parse(_DEFAULT_OUTPUT, "output_len")
-        return random_items(config.num_prompts, plan.inputs, outputs, seed=config.seed, stream=repeat, counter=counter)
+        prefixes = SharedPrefixes(config.prefix_len, config.num_prefixes) if config.prefix_len else None
+        return random_items(
+            config.num_prompts,
+            plan.inputs,
+            outputs,
+            seed=config.seed,
+            stream=repeat,
+            counter=counter,
+            prefixes=prefixes,
+        )
     path = Path(str(config.dataset_path))
     if config.dataset_name == "sharegpt":
         return sharegpt_items(path, config.num_prompts, plan.outputs, seed=config.seed, counter=counter)
@@ -236,11 +261,16 @@ def make_items(plan: Plan, repeat: int, counter: TokenCounter | None) -> list[Wo
     return items
 
 
-def _warm_up(plan: Plan, target: Target, counter: TokenCounter | None, progress: Progress) -> None:
-    """Requests that are not counted: other words, few tokens out."""
+def warm_up(plan: Plan, target: Target, counter: TokenCounter | None, progress: Progress) -> Target:
+    """Requests that are not counted: other words, few tokens out.
+
+    Returns:
+        The target; one that asks for the count of tokens with every chunk, where a chunk was seen to carry several and
+        the server gives that count.
+    """
     config = plan.config
     if not config.num_warmups:
-        return
+        return target
     items = random_items(
         config.num_warmups,
         plan.inputs,
@@ -250,12 +280,22 @@ def _warm_up(plan: Plan, target: Target, counter: TokenCounter | None, progress:
         counter=counter,
     )
     progress.start("warming up", len(items))
-    run = asyncio.run(
-        run_load(target, items, [0.0] * len(items), config.max_concurrency, lambda r: progress.advance(not r.ok))
-    )
-    failed = [r for r in run.records if not r.ok]
+    records = _uncounted(target, items, config.max_concurrency, progress)
+    failed = [r for r in records if not r.ok]
     if failed:
         progress.log(f"warning: {len(failed)} of {len(items)} warm-up requests failed: {failed[0].error}")
+    if all(r.itl_token_source == "single" or r.completion_tokens is None for r in records if r.ok):
+        return target
+    counting = replace(target, count_chunks=True)
+    (again,) = _uncounted(counting, items[:1], None, progress)
+    return counting if again.ok and again.itl_token_source == "usage" else target
+
+
+def _uncounted(
+    target: Target, items: Sequence[WorkItem], max_concurrency: int | None, progress: Progress
+) -> list[metrics.RequestRecord]:
+    done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
+    return asyncio.run(run_load(target, items, [0.0] * len(items), max_concurrency, done)).records
 
 
 @dataclass(frozen=True)
@@ -268,17 +308,44 @@ class RepeatRun:
 
 
 def _run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int, progress: Progress) -> RepeatRun:
-    config = plan.config
-    suffix = f" {repeat + 1}/{config.num_repeats}" if config.num_repeats > 1 else ""
+    suffix = f" {repeat + 1}/{plan.config.num_repeats}" if plan.config.num_repeats > 1 else ""
     progress.start(f"requests{suffix}", len(items))
+    return run_once(plan, target, items, repeat, progress)
+
+
+def run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int, progress: Progress) -> RepeatRun:
+    """One load, of which ``repeat`` chooses the arrivals; ``progress`` has been started."""
+    config = plan.config
     arrivals = arrival_times(len(items), config.request_rate, config.burstiness, config.seed + repeat)
     done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
     date = timestamp()
-    load = asyncio.run(run_load(target, items, arrivals, config.max_concurrency, done))
+    load = asyncio.run(run_load(target, items, arrivals, config.max_concurrency, done, max_seconds=config.load_seconds))
+    if config.tokenizer:
+        _count_chunks(config.tokenizer, load.records)
     return RepeatRun(load, date, load_average())
 
 
-def _head(plan: Plan, model: str, server: ServerFacts, counted_by: str) -> dict[str, Any]:
+def _count_chunks(tokenizer: str, records: Sequence[metrics.RequestRecord]) -> None:
+    """Count the tokens of the chunks of which nothing else says how many they carry."""
+    open_ones = [r for r in records if r.ok and r.itl_token_source == "unknown"]
+    if not open_ones:
+        return
+    loaded = load_tokenizer(tokenizer)
+    for record in open_ones:
+        record.counted = chunk_lengths(loaded, record.chunk_texts)
+
+
+def note_chunks(runs: Sequence[RepeatRun], progress: Progress) -> None:
+    """Say so where ITL counts chunks as tokens that they are not."""
+    records = (r for run in runs for r in run.load.records if r.ok)
+    if any(r.itl_token_source == "unknown" and r.completion_tokens is not None for r in records):
+        progress.log(
+            "note: some chunks carry several tokens and nothing says how many: in ITL each counts as one token "
+            "(--tokenizer MODEL counts them)"
+        )
+
+
+def make_head(plan: Plan, model: str, server: ServerFacts, counted_by: str) -> dict[str, Any]:
     """What identifies a run: vLLM's leading keys, and the workload that a baseline must share."""
     config = plan.config
     return {
@@ -293,19 +360,28 @@ def _head(plan: Plan, model: str, server: ServerFacts, counted_by: str) -> dict[
         "request_rate": _number(config.request_rate),
         "burstiness": _number(config.burstiness),
         "max_concurrency": config.max_concurrency,
-        "workload": {
-            "endpoint": plan.endpoint.path,
-            "dataset_name": config.dataset_name,
-            "dataset_path": config.dataset_path and Path(config.dataset_path).name,
-            "input_len": str(plan.inputs) if config.dataset_name == "random" else None,
-            "output_len": None if plan.outputs is None else str(plan.outputs),
-            "ignore_eos": plan.ignore_eos,
-            "temperature": config.temperature,
-            "seed": config.seed,
-            "keep_alive": config.keep_alive,
-            "prompt_length_source": counted_by,
-        },
+        "workload": workload_of(plan, counted_by),
         "server": {"url": plan.endpoint.url, "version": server.version, "ready_wait_seconds": server.ready_wait},
+    }
+
+
+def workload_of(plan: Plan, counted_by: str) -> dict[str, Any]:
+    """What is asked: runs of different workloads are not compared."""
+    config = plan.config
+    return {
+        "endpoint": plan.endpoint.path,
+        "dataset_name": config.dataset_name,
+        "dataset_path": config.dataset_path and Path(config.dataset_path).name,
+        "input_len": str(plan.inputs) if config.dataset_name == "random" else None,
+        "prefix_len": config.prefix_len,
+        "num_prefixes": config.num_prefixes if config.prefix_len else None,
+        "output_len": None if plan.outputs is None else str(plan.outputs),
+        "ignore_eos": plan.ignore_eos,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "keep_alive": config.keep_alive,
+        "load_seconds": config.load_seconds,
+        "prompt_length_source": counted_by,
     }
 
 
@@ -333,6 +409,8 @@ def make_result(
         "num_repeats": len(runs),
         "short_outputs": sum(r.ok and r.output_tokens < r.planned_output for r in pooled),
         "output_token_source": metrics.output_token_source(pooled),
+        "itl_token_source": metrics.itl_token_source(pooled),
+        "not_sent": sum(run.load.not_sent for run in runs),
         "failures": metrics.failure_summary(pooled),
         **tail,
         "client": {

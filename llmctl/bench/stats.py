@@ -98,6 +98,21 @@ def _sample_std(values: Sequence[float]) -> float:
     return float(np.std(np.asarray(values, dtype=np.float64), ddof=1))
 
 
+def binomial_cdf(count: int, trials: int, share: float) -> float:
+    """Probability of at most ``count`` successes in so many trials of probability ``share`` each (DLMF 8.17.5).
+
+    Raises:
+        ValueError: a share outside [0, 1], or trials below 1.
+    """
+    if not 0 <= share <= 1 or trials < 1:
+        raise ValueError(f"binomial_cdf: share {share} not in [0, 1] or {trials} trials")
+    if count < 0:
+        return 0.0
+    if count >= trials:
+        return 1.0
+    return _beta_inc(trials - count, count + 1, 1 - share)
+
+
 @lru_cache(maxsize=256)
 def t_quantile(probability: float, degrees: float) -> float:
     """Quantile of Student's t distribution, by bisection of its CDF to about 1e-12 relative.

@@ -21,6 +21,8 @@ def print_result(result: Mapping[str, Any], title: str, console: Console) -> Non
     latencies = _latencies(result)
     if latencies.row_count and result.get("completed"):
         console.print(latencies)
+    if "batching" in result:
+        console.print(_batching(result["batching"]))
     console.print(_gates(result))
     for line in failure_lines(result):
         console.print(line, style="red", markup=False, highlight=False)
@@ -46,6 +48,19 @@ def _totals(result: Mapping[str, Any], title: str) -> Table:
     client = result.get("client")
     if client:
         table.add_row("client CPU", _number(client["cpu_seconds"]), "s")
+    return table
+
+
+def _batching(found: Mapping[str, Any]) -> Table:
+    """Continuous batching against static batching, in which ``found`` has the ratios."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(f"batches of {found['batch_size']}")
+    for column in ("static", "continuous / static", "unit"):
+        table.add_column(column, justify="right")
+    for key, ratio in found["ratio"].items():
+        half = found["ratio_half_width"][key]
+        spread = "" if half is None else f" ± {half:.2f}"
+        table.add_row(key.replace("_", " "), _number(found["static"][key]), f"{ratio:.2f}x{spread}", unit(key))
     return table
 
 

@@ -81,18 +81,45 @@ class LengthRange:
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
 
 
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Beginnings that prompts share, as system prompts are: ``count`` different ones of ``tokens`` tokens."""
+
+    tokens: int
+    count: int = 1
+
+
 def random_items(
-    count: int, inputs: LengthRange, outputs: LengthRange, *, seed: int, stream: int, counter: TokenCounter | None
+    count: int,
+    inputs: LengthRange,
+    outputs: LengthRange,
+    *,
+    seed: int,
+    stream: int,
+    counter: TokenCounter | None,
+    prefixes: SharedPrefixes | None = None,
 ) -> list[WorkItem]:
     """Prompts of random words, all different from each other and from those of any other ``stream``.
 
     Lengths depend on ``seed`` alone, so that repeats (one stream each) do the same amount of work with other words,
     and no prefix cache helps. Without a ``counter`` a word is taken to be a token.
+
+    Args:
+        prefixes: what prompts begin with, in turns, before words of their own; ``inputs`` is the length of those, as
+            for ``vllm bench serve --random-prefix-len``. Another stream has other prefixes.
     """
     lengths_rng = np.random.default_rng([seed, 1])
     input_lens, output_lens = inputs.draw(lengths_rng, count), outputs.draw(lengths_rng, count)
     rng = np.random.default_rng([seed, 2, stream])
-    prompts, found = fit_prompts(input_lens, rng, counter)
+    if prefixes is not None:
+        texts, sizes = fit_prompts(
+            [prefixes.tokens] * prefixes.count, np.random.default_rng([seed, 5, stream]), counter
+        )
+        heads = [(texts[i % prefixes.count], sizes[i % prefixes.count]) for i in range(count)]
+        prompts, found = fit_prompts(input_lens, rng, counter, heads)
+        input_lens = [size + own for (_, size), own in zip(heads, input_lens, strict=True)]
+    else:
+        prompts, found = fit_prompts(input_lens, rng, counter)
     return [
         WorkItem(prompt, n, out, exact=counter is not None and n == wanted)
         for prompt, n, wanted, out in zip(prompts, found, input_lens, output_lens, strict=True)
@@ -100,25 +127,37 @@ def random_items(
 
 
 def fit_prompts(
-    lengths: Sequence[int], rng: np.random.Generator, counter: TokenCounter | None
+    lengths: Sequence[int],
+    rng: np.random.Generator,
+    counter: TokenCounter | None,
+    heads: Sequence[tuple[str, int]] | None = None,
 ) -> tuple[list[str], list[int]]:
     """Word prompts of the wanted token lengths, and the lengths they have.
 
     Words are added or dropped until the count fits; a prompt that never fits (a tokenizer that cannot say so short a
     text) keeps its true count.
+
+    Args:
+        heads: a text that each begins with, and its tokens, which are not of ``lengths`` but of the lengths found.
     """
     words = [[WORDS[i] for i in rng.integers(0, len(WORDS), size=n)] for n in lengths]
+    before = [size for _, size in heads] if heads is not None else [0] * len(lengths)
+
+    def text(index: int) -> str:
+        own = " ".join(words[index])
+        return own if heads is None else f"{heads[index][0]} {own}"
+
     counts = list(lengths)
     pending = list(range(len(lengths))) if counter is not None else []
     for last in [*[False] * _FIT_ROUNDS, True]:
         if counter is None or not pending:
             break
-        for index, count in zip(pending, counter([" ".join(words[i]) for i in pending]), strict=True):
-            counts[index] = count
+        for index, count in zip(pending, counter([text(i) for i in pending]), strict=True):
+            counts[index] = count - before[index]
         pending = [i for i in pending if counts[i] != lengths[i]]
         for i in () if last else pending:
             words[i] = _resize(words[i], lengths[i], counts[i], rng)
-    return [" ".join(w) for w in words], counts
+    return [text(i) for i in range(len(lengths))], [own + head for own, head in zip(counts, before, strict=True)]
 
 
 def _resize(words: list[str], wanted: int, count: int, rng: np.random.Generator) -> list[str]:

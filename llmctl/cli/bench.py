@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
-from llmctl.bench.config import BenchLatencyConfig, BenchServeConfig, BenchThroughputConfig, ReportConfig
-from llmctl.cli.bench_options import LATENCY, SERVE, THROUGHPUT, command_of
+from llmctl.bench.config import (
+    BenchLatencyConfig,
+    BenchProfileConfig,
+    BenchServeConfig,
+    BenchSweepConfig,
+    BenchThroughputConfig,
+    ReportConfig,
+)
+from llmctl.cli.bench_options import LATENCY, PROFILE, SERVE, SWEEP, THROUGHPUT, command_of
 from llmctl.cli.common import WholeNames, guarded, print_json
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
     from llmctl.bench.outcome import Outcome
 
+_Serving = TypeVar("_Serving", bound=BenchServeConfig)
 _EXIT_CODES = "Exit codes: 0 pass, 1 run-time error, 2 usage, 3 failed requests, 4 objective missed, 5 regression."
 
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Measure a server (serve), or the engine in this process (throughput, latency), and judge the result.\n\n"
+    help="Measure a server (serve, sweep) or the engine in this process (throughput, latency), and judge what came.\n\n"
     "Example: llmctl bench serve --base-url http://127.0.0.1:8000 --max-concurrency 8 --slo 'p99_ttft_ms<=500'\n\n"
     "Example: llmctl bench throughput --model ./engine --num-prompts 32 --input-len 128 --output-len 128\n\n"
     "Example: llmctl bench latency --model ./engine --batch-size 1 --input-len 128 --output-len 64",
@@ -49,6 +58,46 @@ def serve(ctx: typer.Context, settings: BenchServeConfig, json_output: bool) -> 
     finally:
         progress.stop()
     _finish(outcome, settings, "llmctl bench serve", plan.backend, json_output)
+
+
+@app.command("sweep", cls=WholeNames, epilog=_EXIT_CODES, context_settings={"allow_extra_args": True})
+@guarded
+@command_of(BenchSweepConfig, SWEEP)
+def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> None:
+    """One load after another: throughput against latency, the knee, the highest load that meets the objectives.
+
+    Example: llmctl bench sweep --base-url http://127.0.0.1:8000 --max-concurrency 1,2,4,8,16 --html sweep.html
+
+    Example: llmctl bench sweep --engine ./engine --find-max --slo "p99_ttft_ms<=500"
+
+    Example: llmctl bench sweep --engine ./engine --vary max-num-seqs=8,32 --vary threads=1,2 --repeats 3
+    """
+    from rich.console import Console
+
+    from llmctl.bench import sweep_report
+    from llmctl.bench.outcome import append_step_summary
+    from llmctl.bench.report import write_text
+    from llmctl.bench.sweep import run_sweep
+    from llmctl.bench.sweep_view import SweepView, tables
+    from llmctl.cli.step_progress import step_progress
+
+    title = "llmctl bench sweep"
+    with step_progress() as show:
+        outcome, interrupted = run_sweep(_sort_out(ctx.args, settings), SweepView(), show)
+    if json_output:
+        print_json(outcome.result)
+    console = Console(stderr=json_output)
+    for table in tables(outcome.result["points"]):
+        console.print(table)
+    for line in sweep_report.found_lines(outcome.result):
+        console.print(line, markup=False, highlight=False)
+    for path, text in sweep_report.files(outcome.result, settings, title):
+        write_text(path, text)
+        print(f"wrote {path}", file=sys.stderr)
+    append_step_summary(sweep_report.to_markdown(outcome.result, title))
+    if interrupted:
+        raise typer.Exit(130)
+    _judge(outcome, settings)
 
 
 @app.command("throughput", cls=WholeNames, epilog=_EXIT_CODES)
@@ -82,7 +131,34 @@ def latency(settings: BenchLatencyConfig, json_output: bool) -> None:
     _finish(outcome, settings, "llmctl bench latency", "latency", json_output)
 
 
-def _sort_out(more: list[str], settings: BenchServeConfig) -> BenchServeConfig:
+@app.command("profile", cls=WholeNames)
+@guarded
+@command_of(BenchProfileConfig, PROFILE)
+def profile(settings: BenchProfileConfig, json_output: bool) -> None:
+    """Where a step's time goes, by kind of op (by kernel on a GPU), against what this machine can read and multiply.
+
+    Example: llmctl bench profile --model ./engine --threads 2 --svg profile.svg
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from llmctl.bench.outcome import check_file
+    from llmctl.bench.profile_report import print_profile, to_svg
+    from llmctl.bench.report import write_text
+    from llmctl.bench.step_profile import run_profile
+
+    check_file("svg", settings.svg)
+    result = run_profile(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    if json_output:
+        print_json(result)
+    print_profile(result, Console(stderr=json_output))
+    if settings.svg:
+        write_text(Path(settings.svg), to_svg(result))
+        print(f"wrote {settings.svg}", file=sys.stderr)
+
+
+def _sort_out(more: list[str], settings: _Serving) -> _Serving:
     """vLLM's ``--goodput a:1 b:2`` and ``--metadata k=v k2=v2`` leave words behind; put them where they belong."""
     goodput, metadata = settings.goodput, settings.metadata
     for word in more:
@@ -97,8 +173,6 @@ def _sort_out(more: list[str], settings: BenchServeConfig) -> BenchServeConfig:
 
 def _finish(outcome: Outcome, settings: ReportConfig, title: str, backend: str, json_output: bool) -> None:
     """Print the result, write the files (in this order: a full disk must not lose a run), exit with the verdict."""
-    import sys
-
     from rich.console import Console
 
     from llmctl.bench.outcome import write_reports
@@ -110,6 +184,11 @@ def _finish(outcome: Outcome, settings: ReportConfig, title: str, backend: str, 
     print_result(outcome.result, title, Console(stderr=json_output, width=None))
     for path in write_reports(outcome, settings, title, backend):
         print(f"wrote {path}", file=sys.stderr)
+    _judge(outcome, settings)
+
+
+def _judge(outcome: Outcome, settings: ReportConfig) -> None:
+    """Name the gates that failed, and exit with the verdict."""
     for gate in outcome.result["gates"]:
         if not gate["passed"]:
             print(f"gate failed: {gate['metric']} {gate['op']} {gate['limit']:g}", file=sys.stderr)

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from llmctl.bench.config import ReportConfig
 from llmctl.cli.common import AsOption, ConfigOption, JsonOption
 from llmctl.config import GPU_MEMORY_UTILIZATION
 
@@ -18,7 +17,7 @@ Table = Mapping[str, Any]
 """Typer annotations by field name, in the order of the help."""
 
 
-def command_of(config: type[ReportConfig], *tables: Table) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command_of(config: type[Any], *tables: Table) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function of ``settings`` (a ``config``), ``json_output`` and, if it wants it, ``ctx``.
 
     The command's options are those of the tables, and --config and --json; their defaults are the configuration's.
@@ -183,6 +182,11 @@ THROUGHPUT: Table = {
     "num_prompts": _NUM_PROMPTS,
     **_LENGTHS,
     "num_warmups": _workload("--num-warmups", kind=int, help="Requests run first and not counted."),
+    "batching": _workload(
+        "--batching",
+        metavar="HOW",
+        help="continuous; static: also in batches of --max-num-seqs that all end before the next, and the ratio.",
+    ),
     **_OFFLINE,
 }
 LATENCY: Table = {
@@ -221,6 +225,10 @@ SERVE: Table = {
     ),
     "num_prompts": _NUM_PROMPTS,
     "input_len": _INPUT_LEN,
+    "prefix_len": _workload(
+        "--prefix-len", kind=int, metavar="N", help="Tokens that random prompts begin with and share, before their own."
+    ),
+    "num_prefixes": _workload("--num-prefixes", kind=int, metavar="N", help="Different ones of those, in turns."),
     "output_len": _workload(
         "--output-len", kind=_MAYBE, metavar="N|LO-HI", help="Output tokens (128), or a uniform range."
     ),
@@ -243,6 +251,9 @@ SERVE: Table = {
     "max_concurrency": _load(
         "--max-concurrency", kind=_NUMBER, metavar="N", help="Requests under way at once (closed loop)."
     ),
+    "load_seconds": _load(
+        "--load-seconds", kind=_SHARE, metavar="S", help="Seconds after which a load sends no more requests."
+    ),
     "num_warmups": _load("--num-warmups", kind=int, help="Requests sent first and not counted."),
     **REPEATS,
     "percentile_metrics": _metric("--percentile-metrics", metavar="LIST", help="Latencies to report."),
@@ -258,4 +269,67 @@ SERVE: Table = {
     **BASELINE,
     **OUTPUT,
     "save_detailed": _output("--save-detailed", kind=bool, help="Per-request lists in the result."),
+}
+
+_SERVE_ALONE = (
+    *("request_rate", "max_concurrency", "baseline", "max_regression", "regression_metrics", "update_baseline"),
+    *("save_detailed", "github_action_benchmark"),
+)
+_FIND_MAX_HELP = "Search the highest load that meets every --slo; begins at the one load given."
+SWEEP: Table = {
+    "engine": _server(
+        "--engine", metavar="ENGINE|MODEL", help="Serve this with llmctl serve for the sweep, in place of --base-url."
+    ),
+    "vary": _server(
+        "--vary",
+        kind=_MANY,
+        metavar="OPTION=A,B",
+        help="Values of an option of llmctl serve (model too): a server each, in turns; repeatable.",
+    ),
+    "request_rates": _load(
+        "--request-rate", kind=_MAYBE, metavar="R,R,…", help="Arrivals a second; this list varies, or the next."
+    ),
+    "concurrencies": _load(
+        "--max-concurrency", kind=_MAYBE, metavar="N,N,…", help="Requests under way at once; 1,2,4,8,16,32 by default."
+    ),
+    "find_max": _load("--find-max", kind=bool, help=_FIND_MAX_HELP),
+    "max_duration": _load(
+        "--max-duration", kind=_SHARE, metavar="S", help="Seconds after which the sweep sends no more requests."
+    ),
+    "resolution": _load("--resolution", metavar="SHARE", help="How near --find-max comes to that load."),
+    **{name: kind for name, kind in SERVE.items() if name not in _SERVE_ALONE},
+    "quality": _gate(
+        "--quality",
+        kind=_MAYBE,
+        metavar="FILE",
+        help="Options of llmctl eval (YAML): its figures, its limits as gates.",
+    ),
+    "price_per_hour": _output(
+        "--price-per-hour", kind=_SHARE, metavar="P", help="Of the machine: reports the cost of a million tokens."
+    ),
+    "html": _output("--html", kind=_MAYBE, metavar="FILE", help="One page with charts and tables; it loads nothing."),
+    "svg": _output("--svg", kind=_MAYBE, metavar="FILE", help="The charts alone."),
+}
+
+_STEPS = functools.partial(_option, panel="Steps")
+_ONLY_OF_RUNS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+PROFILE: Table = {
+    **_MODEL,
+    "only": _STEPS("--only", metavar="LIST", help="Of decode, prefill, growth (of decode with its context)."),
+    "batches": _STEPS("--batches", metavar="N,N", help="Sequences of a decode step."),
+    "context": _STEPS("--context", kind=int, metavar="N", help="Tokens of each of them."),
+    "prefill": _STEPS("--prefill", kind=int, metavar="N", help="Tokens of the prompt, which is one step."),
+    "contexts": _STEPS("--contexts", metavar="N,N", help="Contexts of growth: one sequence each."),
+    "steps": _STEPS("--steps", kind=int, metavar="N", help="Timed steps of each kind."),
+    "from_source": _engine(
+        "--from-source",
+        kind=bool,
+        help="Run this version's kernels, compiled now, in place of the engine's; CPU only.",
+    ),
+    **{
+        name: kind
+        for name, kind in ENGINE.items()
+        if name not in _ONLY_OF_RUNS and not name.startswith("enable_") and name not in ("itl_target", "verify")
+    },
+    "svg": _output("--svg", kind=_MAYBE, metavar="FILE", help="Bars of where each step's time goes."),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,6 @@ import typer
 
 from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
 from llmctl.config import EvalConfig
-from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
     from llmctl.bench.gate import Gate
@@ -128,8 +126,10 @@ def evaluate(
         max_delta_nll=max_delta_nll,
         min_agreement=min_agreement,
     )
-    _check_gates(settings)
+    from llmctl.bench.quality import check_limits, quality_gates
     from llmctl.targets.machine import check_torch
+
+    check_limits(settings)
 
     check_torch("llmctl eval")
     from llmctl.bench.gate import exit_code
@@ -138,7 +138,7 @@ def evaluate(
 
     with step_progress() as show:
         found = evaluation.evaluate(settings, show)
-    gates = _gates(settings, found)
+    gates = quality_gates(settings, found)
     if json_output:
         print_json({**found.to_json(), "gates": [gate.as_dict() for gate in gates]})
     else:
@@ -148,31 +148,6 @@ def evaluate(
             print(f"gate failed: {gate.sentence}", file=sys.stderr)
     if code := exit_code(gates):
         raise typer.Exit(int(code))
-
-
-def _check_gates(settings: EvalConfig) -> None:
-    from llmctl.bench.gate import parse_share
-
-    for name in ("max_kl", "max_delta_nll", "min_agreement"):
-        value, option = getattr(settings, name), "--" + name.replace("_", "-")
-        if value is None:
-            continue
-        if not settings.against:
-            raise UsageError(f"{option}: is of two models", fix="name the other one: --against MODEL", param=name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{option}: expected a finite number, found {value}", param=name)
-    if settings.min_agreement is not None and (share := parse_share(settings.min_agreement, "min_agreement")) > 1:
-        raise UsageError(f"--min-agreement: expected a share up to 100%, found {share:.0%}", param="min_agreement")
-
-
-def _gates(settings: EvalConfig, found: Evaluation) -> list[Gate]:
-    from llmctl.bench.gate import Slo, check, parse_share
-
-    wanted = [("kl", "<=", settings.max_kl), ("delta_nll", "<=", settings.max_delta_nll)]
-    if settings.min_agreement is not None:
-        wanted.append(("top1_agreement", ">=", parse_share(settings.min_agreement, "min_agreement")))
-    figures = found.figures()
-    return [check(Slo(name, op, limit), figures) for name, op, limit in wanted if limit is not None]
 
 
 def _print_table(found: Evaluation, gates: list[Gate]) -> None:

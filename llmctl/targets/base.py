@@ -15,6 +15,7 @@ from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
 from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.graph.graph import Graph
 from llmctl.targets.planes import Describe, Plane, PlanesByWeight, WeightPlane
+from llmctl.targets.step_work import StepProfiler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,6 +183,14 @@ class Offer:
     spelling: str
     said: str = ""
     missing: str = ""
+
+
+@dataclass(frozen=True)
+class ProfilePlaces:
+    """Folders of a profiler: ``scratch`` for its own files, ``cache`` of compiled kernels."""
+
+    scratch: Path
+    cache: Path
 
 
 class RuntimeEngine(Protocol):
@@ -386,5 +395,19 @@ class Target(Protocol):
 
         Raises:
             EngineLoadError, DeviceError: it does not load here after all.
+        """
+        ...
+
+    def open_profiler(
+        self, engine: RuntimeEngine, places: ProfilePlaces, threads: int | None = None, *, from_source: bool = False
+    ) -> StepProfiler:
+        """As ``open_runtime``, with what takes its steps apart.
+
+        Args:
+            from_source: run the kernels that this version would compile in place of the engine's own.
+
+        Raises:
+            UsageError: ``from_source`` where an engine's kernels are all that there is.
+            CompileError: what measures the machine does not compile.
         """
         ...

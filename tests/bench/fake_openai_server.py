@@ -30,6 +30,7 @@ class Reply:
     usage: bool = True
     done: bool = True
     tokens: int | None = None
+    continuous: bool = True
 
 
 @dataclass
@@ -124,7 +125,9 @@ class FakeServer:
             text = " word" * step
             choice = {"delta": {"content": text}} if chat else {"text": text}
             seen.sent.append(time.perf_counter())
-            await event({"choices": [{"index": 0, **choice, "finish_reason": None}], "usage": None})
+            asked = seen.body.get("stream_options", {}).get("continuous_usage_stats") and reply.continuous
+            usage = {"prompt_tokens": 1, "completion_tokens": done} if asked else None
+            await event({"choices": [{"index": 0, **choice, "finish_reason": None}], "usage": usage})
         reason = "abort" if reply.kind == "abort" else "length"
         last = {"delta": {}} if chat else {"text": ""}
         await event({"choices": [{"index": 0, **last, "finish_reason": reason}]})

@@ -29,11 +29,24 @@ def load(
     keep_alive: bool = False,
     timeout: float = 20.0,
     arrivals: list[float] | None = None,
+    count_chunks: bool = False,
+    max_seconds: float | None = None,
 ) -> LoadRun:
     path = "/v1/chat/completions" if chat else "/v1/completions"
-    target = Target(fake.url + path, "m", chat, keep_alive=keep_alive, timeout=timeout, keep_text=True)
+    target = Target(
+        fake.url + path, "m", chat, keep_alive=keep_alive, timeout=timeout, keep_text=True, count_chunks=count_chunks
+    )
     items = [WorkItem(f"prompt {i}", 2, tokens) for i in range(count)]
-    return asyncio.run(run_load(target, items, arrivals or [0.0] * count, concurrency))
+    return asyncio.run(run_load(target, items, arrivals or [0.0] * count, concurrency, max_seconds=max_seconds))
+
+
+@pytest.mark.parametrize("arrivals", [[0.0] * 5, [0.0, 0.01, 0.02, 30.0, 60.0]])
+def test_a_load_whose_time_is_up_sends_no_more(start: Start, arrivals: list[float]) -> None:
+    run = load(start(Reply(first_delay=0.3)), 5, concurrency=2, arrivals=arrivals, max_seconds=0.2)
+    assert [record.index for record in run.records] == [0, 1]
+    assert all(record.ok for record in run.records), "what is under way is seen to its end"
+    assert run.not_sent == 3
+    assert run.duration >= 0.3
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -59,12 +72,18 @@ def test_timestamps_agree_with_the_servers(start: Start, chat: bool) -> None:
     assert run.cpu_seconds > 0
 
 
-def test_chunks_of_several_tokens_make_one_gap(start: Start) -> None:
-    run = load(start(Reply(tokens_per_chunk=4)), 1, tokens=10)
-    (record,) = run.records
+def test_chunks_of_several_tokens_are_gaps_by_what_is_known_of_them(start: Start) -> None:
+    fake = start(Reply(tokens_per_chunk=4))
+    (record,) = load(fake, 1, tokens=10).records
     assert len(record.chunk_times) == 3
     assert record.output_tokens == 10
-    assert len(record.itls) == 2
+    assert (record.itl_token_source, len(record.itls)) == ("unknown", 2)
+    (record,) = load(fake, 1, tokens=10, count_chunks=True).records
+    assert record.chunk_counts == [4, 8, 10]
+    assert (record.itl_token_source, record.chunk_tokens, len(record.itls)) == ("usage", [4, 4, 2], 6)
+    assert sum(record.itls) == pytest.approx(record.chunk_times[-1] - record.chunk_times[0])
+    (record,) = load(start(Reply()), 1, tokens=10).records
+    assert (record.itl_token_source, len(record.itls)) == ("single", 9)
 
 
 def test_without_usage_chunks_are_counted(start: Start) -> None:

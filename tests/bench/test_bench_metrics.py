@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmctl.bench import metrics
-from llmctl.bench.metrics import MetricOptions, RequestRecord, run_metrics
+from llmctl.bench.metrics import MetricOptions, RequestRecord, itl_token_source, run_metrics
 
 
 def record(
@@ -38,11 +38,24 @@ def test_definitions_on_one_request() -> None:
     r = record(tokens=6)
     assert r.ttft == pytest.approx(0.2)
     assert r.itls == pytest.approx([0.1, 0.2])
-    assert r.tpot == pytest.approx(0.3 / 5), "TPOT divides by the server's tokens, ITL knows only chunks"
+    assert r.tpot == pytest.approx(0.3 / 5), "TPOT divides by the server's tokens, ITL knows only chunks here"
     assert r.e2el == pytest.approx(0.6)
     assert (r.input_tokens, r.output_tokens) == (8, 6)
     assert (record().input_tokens, record().output_tokens) == (7, 3)
     assert record(chunks=(10.2,)).tpot is None
+
+
+def test_gaps_of_tokens() -> None:
+    r = record(tokens=6)
+    assert r.itl_token_source == "unknown"
+    r.counted = [1, 0, 5]
+    assert r.itl_token_source == "tokenizer"
+    assert r.itls == pytest.approx([0.3 / 5] * 5), "a chunk without a token of its own adds its gap to the next one's"
+    r.chunk_counts = [2, 3, 6]
+    assert r.itl_token_source == "usage"
+    assert r.itls == pytest.approx([0.1, 0.2 / 3, 0.2 / 3, 0.2 / 3])
+    assert record(tokens=3).itl_token_source == "single"
+    assert [itl_token_source(rs) for rs in ([], [r], [r, record(tokens=3)])] == ["none", "usage", "mixed"]
 
 
 def test_key_names_and_order_are_vllms() -> None:

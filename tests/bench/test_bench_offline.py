@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from llmctl.bench.config import BenchThroughputConfig
-from llmctl.bench.inprocess import BenchedEngine, StepWork, prepare_engine, run_items
+from llmctl.bench.inprocess import BenchedEngine, StepWork, prepare_engine, run_batches, run_items
 from llmctl.bench.workloads import WorkItem
 
 Bench = Callable[..., Result]
@@ -55,6 +55,20 @@ def test_step_kinds() -> None:
     assert steps == StepWork(2, 3.0, 130, 1, 0.5, 4)
 
 
+def test_static_batches_end_before_the_next_begins(opened: BenchedEngine) -> None:
+    items = [WorkItem("one two three four", 0, length) for length in (2, 9, 3, 4, 5)]
+    run = run_batches(opened.engine, opened.tokenizer, items, 2)
+    assert [r.output_tokens for r in run.records] == [2, 9, 3, 4, 5]
+    assert [r.index for r in run.records] == [0, 1, 2, 3, 4]
+    ends = [max(r.end for r in run.records[i : i + 2]) for i in (0, 2, 4)]
+    begins = [min(r.chunk_times[0] for r in run.records[i : i + 2]) for i in (0, 2, 4)]
+    assert begins[1] > ends[0]
+    assert begins[2] > ends[1]
+    assert {r.start for r in run.records} == {run.records[0].start}, "all wait from the start"
+    steps = run.steps
+    assert steps.prompt_steps + steps.decode_steps == 9 + 4 + 5
+
+
 def document(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.stderr
     loaded: dict[str, Any] = json.loads(result.stdout)
@@ -79,6 +93,23 @@ def test_throughput(bench: Bench, tiny_engine: Path, tmp_path: Path) -> None:
     assert again["total_input_tokens"] == doc["total_input_tokens"]
     assert set(again["baseline"]["delta"]) == {"tokens_per_second", "output_throughput"}
     assert bench(*args, *load[2:], *base).exit_code == 2, "another input length is other work"
+
+
+def test_continuous_against_static_batching(bench: Bench, tiny_engine: Path) -> None:
+    args = ("throughput", "--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--max-num-seqs", "2")
+    load = ("--num-prompts", "6", "--input-len", "4", "--output-len", "2-20", "--repeats", "2")
+    result = bench(*args, *load, "--batching", "static", "--json")
+    doc = document(result)
+    found = doc["batching"]
+    assert found["batch_size"] == 2
+    assert (doc["completed"], found["static"]["completed"]) == (12, 12)
+    assert doc["total_output_tokens"] == found["static"]["total_output_tokens"], "the same lengths"
+    ratio = doc["output_throughput"] / found["static"]["output_throughput"]
+    assert found["ratio"]["output_throughput"] == pytest.approx(ratio)
+    assert len(found["ratio_repeats"]["output_throughput"]) == 2
+    assert "continuous / static" in result.stderr
+    assert bench(*args, "--num-prompts", "2", "--batching", "static").exit_code == 2
+    assert bench(*args, "--batching", "dynamic").exit_code == 2
 
 
 @pytest.mark.parametrize(

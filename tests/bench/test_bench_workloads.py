@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.bench.arrivals import arrival_times
-from llmctl.bench.workloads import LengthRange, file_items, random_items, sharegpt_items
+from llmctl.bench.workloads import LengthRange, SharedPrefixes, WorkItem, file_items, random_items, sharegpt_items
 from llmctl.errors import UsageError
 
 
@@ -70,6 +70,29 @@ def test_repeats_do_the_same_amount_of_work_with_other_words() -> None:
 def test_a_tokenizer_that_cannot_be_so_short_gives_true_lengths() -> None:
     items = random_items(3, LengthRange(2, 2), LengthRange(1, 1), seed=0, stream=0, counter=lambda ts: [9] * len(ts))
     assert [(i.input_tokens, i.exact) for i in items] == [(9, False)] * 3
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompts_share_their_beginnings(name: str) -> None:
+    count = TOKENIZERS[name]
+    prefixes, span = SharedPrefixes(tokens=40, count=2), LengthRange(8, 30)
+
+    def items(stream: int) -> list[WorkItem]:
+        return random_items(
+            20, span, span, seed=3, stream=stream, counter=lambda ts: [count(t) for t in ts], prefixes=prefixes
+        )
+
+    found = items(0)
+    assert all(item.exact and count(item.prompt) == item.input_tokens for item in found)
+    own = [item.input_tokens for item in random_items(20, span, span, seed=3, stream=0, counter=None)]
+    assert [item.input_tokens for item in found] == [40 + n for n in own]
+    words = [item.prompt.split() for item in found]
+    for mine in (words[0::2], words[1::2]):
+        shared = next(i for i, column in enumerate(zip(*mine, strict=False)) if len(set(column)) > 1)
+        assert count(" ".join(mine[0][:shared])) >= 40
+    assert words[0][:4] != words[1][:4]
+    assert len({item.prompt for item in found}) == 20
+    assert items(1)[0].prompt[:20] != found[0].prompt[:20], "a repeat finds no prefix of the one before"
 
 
 def test_without_a_tokenizer_a_word_is_a_token() -> None:

@@ -32,7 +32,8 @@ VLLM_KEYS = (
     for word in ("mean", "median", "std", "p50", "p90", "p99")
 ]
 OUR_KEYS = (
-    "failed_ratio goodput_ratio schema_version kind num_repeats short_outputs output_token_source failures workload "
+    "failed_ratio goodput_ratio schema_version kind num_repeats short_outputs output_token_source "
+    "itl_token_source not_sent failures workload "
     "server client environment definitions repeats confidence baseline gates exit_code"
 ).split()
 
@@ -146,6 +147,9 @@ def test_objectives(start: Start, bench_serve: BenchServe, options: tuple[str, .
         (("--min-goodput", "95%"), "needs --goodput"),
         (("--num-prompts", "0"), "--num-prompts: expected at least 1"),
         (("--max-concurrency", "0"), "--max-concurrency: expected at least 1"),
+        (("--load-seconds", "0"), "--load-seconds: expected seconds above 0"),
+        (("--num-prefixes", "2"), "--num-prefixes: needs --prefix-len"),
+        (("--prefix-len", "-1"), "--prefix-len: expected at least 0"),
         (("--repeats", "0"), "--repeats: expected at least 1"),
         (("--request-rate", "0"), "--request-rate: expected a positive"),
         (("--burstiness", "-1"), "--burstiness: expected a positive"),
@@ -199,6 +203,38 @@ def test_ready_timeout_waits_for_the_server(start: Start, bench_serve: BenchServ
     code, doc, _ = bench_serve(start(), "--ready-timeout", "5")
     assert code == 0
     assert 0 <= doc["server"]["ready_wait_seconds"] < 5
+
+
+def test_chunks_of_several_tokens_are_counted_by_usage_where_the_server_gives_it(
+    start: Start, bench_serve: BenchServe
+) -> None:
+    fake = start(Reply(tokens_per_chunk=2))
+    _, doc, _ = bench_serve(fake, "--num-warmups", "1")
+    assert doc["itl_token_source"] == "usage"
+    asked = ["continuous_usage_stats" in seen.body["stream_options"] for seen in fake.seen]
+    assert asked == [False, True] + [True] * 6, "only once a chunk of several tokens was seen"
+    _, doc, result = bench_serve(start(Reply(tokens_per_chunk=2, continuous=False)), "--num-warmups", "1")
+    assert doc["itl_token_source"] == "unknown"
+    assert "some chunks carry several tokens and nothing says how many" in result.stderr
+    fake = start()
+    assert bench_serve(fake, "--num-warmups", "1")[1]["itl_token_source"] == "single"
+    assert len(fake.seen) == 7
+
+
+def test_chunks_of_several_tokens_are_counted_by_a_tokenizer(
+    start: Start, bench_serve: BenchServe, tiny_llama: Path
+) -> None:
+    options = ("--tokenizer", str(tiny_llama))
+    _, doc, _ = bench_serve(start(Reply(tokens_per_chunk=2)), *options)
+    assert doc["itl_token_source"] == "tokenizer"
+
+
+def test_shared_prefixes(start: Start, bench_serve: BenchServe) -> None:
+    fake = start()
+    _, doc, _ = bench_serve(fake, "--prefix-len", "12", "--num-prefixes", "2")
+    assert (doc["workload"]["prefix_len"], doc["workload"]["num_prefixes"]) == (12, 2)
+    assert all(16 <= count_tokens(seen.body["prompt"]) <= 21 for seen in fake.seen)
+    assert len({seen.body["prompt"][:20] for seen in fake.seen}) == 2
 
 
 def test_without_tokenizer_lengths_are_said_to_be_approximate(start: Start, bench_serve: BenchServe) -> None:

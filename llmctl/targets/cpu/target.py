@@ -24,6 +24,7 @@ from llmctl.targets.base import (
     Module,
     Offer,
     PlaneContent,
+    ProfilePlaces,
     Read,
     Refuse,
     RuntimeEngine,
@@ -52,6 +53,7 @@ from llmctl.targets.machine import HOST_STEP, host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
 from llmctl.targets.step_memory import activation_bytes
+from llmctl.targets.step_work import StepProfiler
 
 SPELLINGS = ("cpu", "cpu:VARIANT[,VARIANT…]")
 
@@ -200,6 +202,17 @@ class CpuTarget:
             kv_dtype=DTYPES[engine.options.kv_cache_dtype].tag,
             threads=threads or physical_cores(),
             lora_dtype=_lora_dtype(engine.options),
+        )
+
+    def open_profiler(
+        self, engine: RuntimeEngine, places: ProfilePlaces, threads: int | None = None, *, from_source: bool = False
+    ) -> StepProfiler:
+        """On the library that the engine would run; see ``profiling.py``."""
+        from llmctl.targets.cpu.profiling import open_profiler
+
+        library = self.library(engine.path)
+        return open_profiler(
+            engine, library, places.scratch, places.cache, threads or physical_cores(), from_source=from_source
         )
 
     def library(self, engine: Path) -> Path:

@@ -22,6 +22,7 @@ from llmctl.targets.base import (
     MemoryBudget,
     Module,
     PlaneContent,
+    ProfilePlaces,
     Read,
     Refuse,
     RuntimeEngine,
@@ -49,6 +50,7 @@ from llmctl.targets.options import (
 )
 from llmctl.targets.planes import Describe, Plane, total_bytes
 from llmctl.targets.step_memory import kv_bytes_per_token
+from llmctl.targets.step_work import StepProfiler
 
 SPELLINGS = ("cuda", "cuda:sm_XX[,sm_YY…]")
 CUDA_PASSES: tuple[str, ...] = (*DEFAULT_PASSES, "fuse_linear_add")
@@ -235,6 +237,25 @@ class CudaTarget:
 
         with device_errors():
             return open_cuda_runtime(engine)
+
+    def open_profiler(
+        self, engine: RuntimeEngine, places: ProfilePlaces, threads: int | None = None, *, from_source: bool = False
+    ) -> StepProfiler:
+        """Kernels as torch's profiler sees them; see ``profiling.py``."""
+        if from_source:
+            raise UsageError(
+                "--from-source: a cuda engine runs the kernels that it was built with",
+                fix="build it again",
+                param="from_source",
+            )
+        runtime = self.open_runtime(engine, threads)
+        from llmctl.targets.cuda.profiling import CudaProfiler
+        from llmctl.targets.cuda.runtime import CudaRuntime
+
+        assert isinstance(runtime, CudaRuntime)
+        chosen = {choice.op: choice.kernel for choice in self.choose_kernels(engine.graph, engine.options)}
+        integer = frozenset(op.weights[0] for op in engine.graph.products() if chosen[op.name] == "w8a8")
+        return CudaProfiler(engine, runtime, self.planes(engine.graph, engine.options), integer)
 
 
 def parse(archs: str) -> Target:

@@ -23,6 +23,7 @@ from llmctl.targets.base import (
     MemoryBudget,
     Module,
     PlaneContent,
+    ProfilePlaces,
     Read,
     Refuse,
     RuntimeEngine,
@@ -43,6 +44,7 @@ from llmctl.targets.options import (
 from llmctl.targets.plain import pack_plain, plain_planes
 from llmctl.targets.planes import Describe, Plane
 from llmctl.targets.step_memory import activation_bytes, kv_bytes_per_token
+from llmctl.targets.step_work import StepProfiler
 
 SPELLINGS = ("reference",)
 
@@ -175,6 +177,19 @@ class ReferenceTarget:
             threads=threads,
             lora=engine.sizes.lora,
         )
+
+    def open_profiler(
+        self, engine: RuntimeEngine, places: ProfilePlaces, threads: int | None = None, *, from_source: bool = False
+    ) -> StepProfiler:
+        """Every op timed; see ``profiling.py``."""
+        if from_source:
+            raise UsageError("--from-source: an engine without kernels of its own runs on torch", param="from_source")
+        runtime = self.open_runtime(engine, threads)
+        from llmctl.targets.reference.profiling import ReferenceProfiler
+        from llmctl.targets.reference.runtime import ReferenceRuntime
+
+        assert isinstance(runtime, ReferenceRuntime)
+        return ReferenceProfiler(engine, runtime)
 
     def _dense(self, options: BuildOptions) -> tuple[str, ...]:
         """The safetensors dtypes a dense weight may be stored in."""

@@ -1,4 +1,4 @@
-// What this machine can do, measured by loops with nothing else in them: the bounds that profile_cpu.py compares steps
+// What this machine can do, measured by loops with nothing else in them: the bounds that bench profile compares steps
 // with. Compiled with an engine's flags, on the kernels' own threads and vectors.
 #include <chrono>
 

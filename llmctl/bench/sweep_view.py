@@ -1,0 +1,168 @@
+"""A sweep while it runs, and its table: live on a terminal, a line for every point otherwise; on stderr."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmctl.bench.progress import Progress
+from llmctl.bench.sweep_plan import Level, Variant
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+    from rich.table import Table
+
+_MARKS = {True: "yes", False: "no"}
+
+
+class SweepView(Progress):
+    """Progress of the load under way, and the points so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: Live | None = None
+        self._points: dict[tuple[Variant, Level], Mapping[str, Any]] = {}
+
+    def log(self, line: str) -> None:
+        """One line of information, above the table."""
+        if self._live is not None:
+            self._live.console.print(line, highlight=False, markup=False)
+        else:
+            super().log(line)
+
+    def start(self, label: str, total: int) -> None:
+        """Begin a load of ``total`` requests."""
+        if not sys.stderr.isatty():
+            super().start(label, total)
+            return
+        self._label, self._total, self._done, self._failed = label, total, 0, 0
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            self._live.start()
+        self._live.update(self._shown())
+
+    def advance(self, failed: bool = False) -> None:
+        """One request is done."""
+        if self._live is None:
+            super().advance(failed)
+            return
+        self._done += 1
+        self._failed += failed
+        self._live.update(self._shown())
+
+    def stop(self) -> None:
+        """End the load; the table stays."""
+        if self._live is None:
+            super().stop()
+
+    def close(self) -> None:
+        """End the table."""
+        super().stop()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def point(self, variant: Variant, level: Level, figures: Mapping[str, Any]) -> None:
+        """A point's figures so far."""
+        self._points[variant, level] = figures
+        if self._live is not None:
+            self._live.update(self._shown())
+        else:
+            self.log(sentence(variant, level, figures))
+
+    def _shown(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        failed = f", {self._failed} failed" if self._failed else ""
+        under_way = Text(f"{self._label}: {self._done} of {self._total} requests{failed}")
+        return Group(*tables(list(self._points.values())), under_way)
+
+
+def level_of(point: Mapping[str, Any]) -> Level:
+    """The load of a point of the result."""
+    rate = point["request_rate"]
+    return Level(math.inf if rate == "inf" else float(rate), point["max_concurrency"])
+
+
+def variant_of(point: Mapping[str, Any]) -> Variant:
+    """The variant of a point of the result."""
+    return Variant(tuple(point["variant"].items()))
+
+
+def sentence(variant: Variant, level: Level, point: Mapping[str, Any]) -> str:
+    """A point in one line."""
+    parts = [f"{number(point['output_throughput'])} tok/s"]
+    for name, words in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2el", "E2E")):
+        if point.get(f"median_{name}_ms") is not None:
+            parts.append(f"{words} median {number(point[f'median_{name}_ms'])} ms")
+    failed = f", {point['failed']} failed" if point["failed"] else ""
+    parts.append(f"{point['completed']} requests{failed}")
+    if point["missed"]:
+        parts.append("misses " + ", ".join(point["missed"]))
+    return f"{', '.join(filter(None, (variant.label, level.label)))}: {', '.join(parts)}"
+
+
+COLUMNS = ("load", "tok/s", "req/s", "good", "TTFT", "p99", "TPOT", "E2E", "meets", "$/Mtok")
+
+
+def rows(points: Sequence[Mapping[str, Any]]) -> dict[str, list[list[str]]]:
+    """Cells of ``COLUMNS`` by variant, in the order of the points; milliseconds are medians, p99 is TTFT's."""
+    found: dict[str, list[list[str]]] = {}
+    for point in points:
+        cost = (point["cost_per_million_tokens"] or {}).get("output")
+        good = point.get("goodput_ratio")
+        figures = [point.get(key) for key in ("output_throughput", "request_throughput")]
+        latencies = [point.get(f"{word}_ms") for word in ("median_ttft", "p99_ttft", "median_tpot", "median_e2el")]
+        found.setdefault(variant_of(point).label, []).append(
+            [
+                level_of(point).label + (" ← knee" if point["knee"] else ""),
+                *map(number, figures),
+                "-" if good is None else f"{good:.0%}",
+                *map(number, latencies),
+                _MARKS[point["meets"]] + ("" if point["settled"] else "?"),
+                number(cost),
+            ]
+        )
+    return found
+
+
+def tables(points: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table for each variant; columns in which nothing stands are left out."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    made = []
+    for label, cells in rows(points).items():
+        table = Table(
+            title=label or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        used = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in cells)]
+        for i in used:
+            table.add_column(COLUMNS[i], justify="left" if i == 0 else "right", no_wrap=True)
+        for row in cells:
+            table.add_row(*(row[i] for i in used))
+        made.append(table)
+    return made
+
+
+def number(value: object) -> str:
+    """Three digits that matter."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    return (
+        f"{value:,.0f}"
+        if size >= 100
+        else f"{value:.1f}"
+        if size >= 10
+        else f"{value:.2f}"
+        if size >= 1
+        else f"{value:.3g}"
+    )
