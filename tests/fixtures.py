@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,14 @@ def _teach_loop(embedding: NDArray[Any], head: NDArray[Any], ids: list[int], rng
 class ServerProcess:
     """A real ``llmctl serve`` on a free port. As a context manager it leaves no process behind."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None, scheme: str = "http") -> None:
+    def __init__(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        scheme: str = "http",
+        llmctl: Sequence[str] = (sys.executable, "-m", "llmctl.cli.main"),
+    ) -> None:
+        """``llmctl``: the command. ``env``: beside this process's own."""
         self.port = free_port()
         self.url = f"{scheme}://127.0.0.1:{self.port}"
         self._folder = Path(tempfile.mkdtemp(prefix="llmctl-test-"))
@@ -165,7 +173,7 @@ class ServerProcess:
         self.tmp.mkdir()
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llmctl.cli.main", "serve", "--port", str(self.port), *args],
+                [*llmctl, "serve", "--port", str(self.port), *args],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.tmp), **(env or {})},
