@@ -9,8 +9,8 @@ from xml.sax.saxutils import escape
 
 from llmctl.evaluate import svg
 
-WIDTH, HEIGHT = 760, 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 64, 52
+WIDTH, HEIGHT = 760, 394
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 78, 52
 _COLOURS = ("#00897b", "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be123c", "#374151")
 _LOG_FROM = 30.0
 """Ratio of the largest to the least value from which an axis is logarithmic."""
@@ -109,7 +109,9 @@ def _drawn(one: Series, colour: str, x: Scale, y: Scale) -> list[str]:
         fill = colour if spot.filled else "white"
         parts += [f'<circle {at} r="4.5" fill="{fill}" stroke="{colour}"><title>{escape(spot.tip)}</title></circle>']
         if spot.word:
-            parts += [svg.text(x.place(spot.x) + 8, y.place(spot.y) - 8, spot.word)]
+            far = x.place(spot.x) > WIDTH - _RIGHT - 7 * len(spot.word)  # it would be cut off
+            beside, anchor = (-8, "end") if far else (8, "start")
+            parts += [svg.text(x.place(spot.x) + beside, y.place(spot.y) - 8, spot.word, anchor=anchor)]
     return parts
 
 

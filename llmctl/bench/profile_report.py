@@ -140,6 +140,7 @@ def to_svg(result: Mapping[str, Any]) -> str:
     height = _TOP + len(steps) * (_BAR + _GAP) + 16
     drawn = [svg.text(16, 26, f"Where a step's time goes: {result['model_id']}, {result['variant']}", size=15)]
     drawn += _legend([*names, _REST])
+    drawn += [svg.text(_WIDTH - 16, 26, "lines: the least time by what is read and multiplied", anchor="end")]
     for i, step in enumerate(steps):
         drawn += _bar(step, names, _TOP + i * (_BAR + _GAP))
     return svg.document(_WIDTH, height, drawn)
@@ -177,5 +178,5 @@ def _bar(step: Step, names: Sequence[str], top: float) -> list[str]:
     for name, time in step["bound"].items():
         x = _LEFT + min(1.0, time / whole) * width
         drawn += [f'<line x1="{x:.1f}" y1="{top - 4:.1f}" x2="{x:.1f}" y2="{top + _BAR + 4:.1f}" stroke="black"/>']
-        drawn += [svg.text(x, top + _BAR + 15, f"{name} bound", size=10, anchor="middle")]
+        drawn += [svg.text(x, top + _BAR + 15, name, size=10, anchor="middle")]
     return [*drawn, svg.text(_LEFT + width + 8, top + 16, f"{step['step']:,.0f} us")]

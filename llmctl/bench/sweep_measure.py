@@ -183,7 +183,7 @@ class Sweep:
         )
         session = replace(session, plan=replace(session.plan, config=config))
         items = make_items(session.plan, stream, session.counter)
-        self.view.start(" ".join(filter(None, (variant.label, level.label))), len(items))
+        self.view.start(", ".join(filter(None, (variant.label, level.label))), len(items))
         run = run_once(session.plan, session.target, items, stream, self.view)
         self.view.stop()
         note_chunks([run], self.view)

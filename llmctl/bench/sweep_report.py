@@ -14,7 +14,7 @@ from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.curves import HEIGHT, WIDTH, Line, Series, Spot, curves
 from llmctl.bench.gate import parse_slos
 from llmctl.bench.sweep_plan import RATE
-from llmctl.bench.sweep_view import COLUMNS, level_of, number, rows, sentence, variant_of
+from llmctl.bench.sweep_view import COLUMNS, NOTE, level_of, number, rows, sentence, variant_of
 from llmctl.evaluate import svg
 
 _LATENCIES = (
@@ -123,6 +123,7 @@ def to_markdown(result: Mapping[str, Any], title: str) -> str:
     for label, cells in rows(result["points"]).items():
         lines += [f"**{label}**", ""] if label else []
         lines += [*report.table(COLUMNS, cells), ""]
+    lines += [NOTE, ""]
     lines += [f"- {line}" for line in found_lines(result)]
     gates = [report.gate_row(gate) for gate in result["gates"]]
     return "\n".join([*lines, "", *report.table(["gate", "limit", "observed", "", "note"], gates), ""])
@@ -138,7 +139,7 @@ def to_html(result: Mapping[str, Any], title: str) -> str:
     for label, cells in rows(result["points"]).items():
         body += [f"<h2>{escape(label)}</h2>"] if label else []
         body += [_html_table(COLUMNS, cells)]
-    body += ["<p>TTFT, TPOT, E2E: medians in ms; p99: of TTFT in ms; a ? where chance is not ruled out at 5%.</p>"]
+    body += [f"<p>{escape(NOTE)}</p>"]
     if result["price_per_hour"] is not None:
         body += ["<h2>Cost of a million tokens</h2>", _costs(result)]
     body += ["<h2>Gates</h2>", _html_table(["gate", "limit", "observed", "", "note"], _plain_gates(result))]

@@ -109,6 +109,9 @@ def sentence(variant: Variant, level: Level, point: Mapping[str, Any]) -> str:
     return f"{', '.join(filter(None, (variant.label, level.label)))}: {', '.join(parts)}"
 
 
+NOTE = "TTFT, TPOT, E2E: medians in ms; p99: of TTFT in ms; * the knee; ? chance is not ruled out at 5%."
+KNEE = " *"
+"""Beside the load of a knee."""
 COLUMNS = ("load", "tok/s", "req/s", "good", "TTFT", "p99", "TPOT", "E2E", "meets", "$/Mtok")
 
 
@@ -122,7 +125,7 @@ def rows(points: Sequence[Mapping[str, Any]]) -> dict[str, list[list[str]]]:
         latencies = [point.get(f"{word}_ms") for word in ("median_ttft", "p99_ttft", "median_tpot", "median_e2el")]
         found.setdefault(variant_of(point).label, []).append(
             [
-                level_of(point).label + (" ← knee" if point["knee"] else ""),
+                level_of(point).label + (KNEE if point["knee"] else ""),
                 *map(number, figures),
                 "-" if good is None else f"{good:.0%}",
                 *map(number, latencies),
@@ -145,7 +148,7 @@ def tables(points: Sequence[Mapping[str, Any]]) -> list[Table]:
         )
         used = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in cells)]
         for i in used:
-            table.add_column(COLUMNS[i], justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(COLUMNS[i], justify="left" if i == 0 else "right", no_wrap=i > 0)
         for row in cells:
             table.add_row(*(row[i] for i in used))
         made.append(table)

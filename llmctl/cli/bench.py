@@ -78,7 +78,7 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
     from llmctl.bench.outcome import append_step_summary
     from llmctl.bench.report import write_text
     from llmctl.bench.sweep import run_sweep
-    from llmctl.bench.sweep_view import SweepView, tables
+    from llmctl.bench.sweep_view import NOTE, SweepView, tables
     from llmctl.cli.step_progress import step_progress
 
     title = "llmctl bench sweep"
@@ -89,7 +89,7 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
     console = Console(stderr=json_output)
     for table in tables(outcome.result["points"]):
         console.print(table)
-    for line in sweep_report.found_lines(outcome.result):
+    for line in (NOTE, *sweep_report.found_lines(outcome.result)):
         console.print(line, markup=False, highlight=False)
     for path, text in sweep_report.files(outcome.result, settings, title):
         write_text(path, text)
