@@ -52,9 +52,9 @@ docs: $(VENV)/.installed-dev
 	for page in api_page cli_page family_table format_tables gpu_figures peer_figures; do PYTHONPATH=. $(BIN)/python scripts/$$page.py || exit 1; done
 
 # The documents as a site, in build/site. With REPO_URL=https://…: links out of docs/ lead there.
-site: $(VENV)/.installed
+site: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
-	REPO_URL='$(REPO_URL)' $(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 REPO_URL='$(REPO_URL)' $(BIN)/mkdocs build --quiet
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
