@@ -20,6 +20,8 @@ def test_a_page_that_says_otherwise_is_noticed(tmp_path: Path, monkeypatch: pyte
     changed.write_text(page.replace("| 365 (359–365) |", "| 999 (359–365) |"), encoding="utf-8")
     assert changed.read_text(encoding="utf-8") != page
     monkeypatch.setattr(peer_figures, "PAGE", changed)
+    monkeypatch.setattr(peer_figures, "CHART", tmp_path / "peers.svg")
+    (tmp_path / "peers.svg").write_text("")
     assert peer_figures.main(["--check"]) == 1
     assert peer_figures.main([]) == 0
     assert changed.read_text(encoding="utf-8") == page

@@ -13,7 +13,11 @@ TEXT = "[configs](../configs), [guide](guide.md), [up](../../README.md#in-ci)"
 @pytest.mark.parametrize(
     ("address", "page", "made"),
     [
-        ("https://h/o/r/", "ci.md", "[configs](https://h/o/r/blob/HEAD/configs), [guide](guide.md), [up](https://h/o/r/blob/HEAD/README.md#in-ci)"),
+        (
+            "https://h/o/r/",
+            "ci.md",
+            "[configs](https://h/o/r/blob/HEAD/configs), [guide](guide.md), [up](https://h/o/r/blob/HEAD/README.md#in-ci)",
+        ),
         (None, "ci.md", "configs, [guide](guide.md), up"),
         (None, "gpu/gpu_engine.md", "[configs](../configs), [guide](guide.md), up"),
     ],
