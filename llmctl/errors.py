@@ -18,6 +18,8 @@ class ExitCode(IntEnum):
     FAILED_REQUESTS = 3
     SLO_MISSED = 4
     REGRESSION = 5
+    INCONCLUSIVE = 6
+    INTERRUPTED = 130
 
 
 def one_line(text: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from llmctl.bench import stats
 from llmctl.bench.gate import Gate
 from llmctl.bench.metrics import higher_is_better
+from llmctl.bench.ratios import Decision, Worsening, unpaired_ratio
+from llmctl.bench.units import changed, percent, quantity
 from llmctl.errors import UsageError
 
 WORKLOAD_KEYS = ("model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency")
@@ -19,13 +21,15 @@ WORKLOAD_KEYS = ("model_id", "num_prompts", "request_rate", "burstiness", "max_c
 
 @dataclass(frozen=True)
 class Delta:
-    """Change of one metric against the baseline; means over repeats.
+    """Change of one metric against the baseline.
 
     Attributes:
+        baseline, current: geometric means over repeats, of which ``change`` is the ratio; arithmetic ones where a value
+            is 0.
         change: ``(current - baseline) / baseline``; worse: the same with the sign that means "worse" positive.
-        noise: half width of the difference's confidence interval as a share of the baseline; None when neither side
-            has repeats.
-        regressed: worse by more than the allowed share and by more than the noise.
+        noise: how far the change's confidence interval reaches towards no change, as a share of the baseline; None
+            when neither side has repeats.
+        decision: what they make of it, as of any ratio (``ratios.Worsening.decide``). method: of the interval.
     """
 
     metric: str
@@ -34,7 +38,13 @@ class Delta:
     change: float
     worse: float
     noise: float | None
-    regressed: bool
+    decision: Decision
+    method: str | None
+
+    @property
+    def regressed(self) -> bool:
+        """Worse by more than the allowed share and by more than the noise."""
+        return self.decision == Decision.REGRESSION
 
 
 def load_baseline(path: Path) -> dict[str, Any]:
@@ -48,7 +58,8 @@ def load_baseline(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(
             f"--baseline {path}: {error.strerror or error}",
-            fix="make one with --baseline FILE --update-baseline",
+            fix=f"make it with --baseline {path} --update-baseline, or let a first run pass without: "
+            "--allow-missing-baseline",
             param="baseline",
         ) from error
     except ValueError as error:
@@ -81,9 +92,10 @@ def check_same_work(path: Path, baseline: Mapping[str, Any], current: Mapping[st
 
 
 def repeat_values(result: Mapping[str, Any], metric: str) -> list[float]:
-    """A metric's value in each repeat, or its one top-level value; empty when the result has neither."""
+    """A metric's value in each whole repeat, or its one top-level value; empty when the result has neither."""
     repeats = result.get("repeats") or []
-    values = [r.get(metric) for r in repeats] if isinstance(repeats, list) else []
+    whole = [r for r in repeats if not r.get("interrupted")] if isinstance(repeats, list) else []
+    values = [r.get(metric) for r in whole]
     numbers = [float(v) for v in values if _is_number(v)]
     if numbers:
         return numbers
@@ -114,18 +126,22 @@ def compare_values(
     """Delta of one metric from its repeats on both sides."""
     base = math.fsum(before) / len(before)
     if not after:
-        return Delta(metric, base, math.nan, math.nan, math.nan, None, True)
+        return Delta(metric, base, math.nan, math.nan, math.nan, None, Decision.REGRESSION, None)
     now = math.fsum(after) / len(after)
+    better_up = higher_is_better(metric)
+    ratio = unpaired_ratio(before, after, confidence)
+    if ratio is not None:
+        base, now = stats.geometric_mean(before), stats.geometric_mean(after)
+        found = Worsening.of(ratio, better_up)
+        decision = found.decide(max_regression)
+        return Delta(metric, base, now, ratio.value - 1, found.worse, ratio.noise, decision, ratio.method)
+    # There is no ratio to a value of 0 (no good request a second, say): the difference, as a share of the baseline.
+    change = (now - base) / abs(base) if base else 0.0 if now == 0 else math.copysign(math.inf, now)
     half = stats.difference_noise(before, after, confidence)
-    if base == 0:
-        change = 0.0 if now == 0 else math.copysign(math.inf, now)
-        noise = None if half is None else (0.0 if half == 0 else math.inf)
-    else:
-        change = (now - base) / abs(base)
-        noise = None if half is None else half / abs(base)
-    worse = -change if higher_is_better(metric) else change
-    regressed = worse > max_regression and (noise is None or worse > noise)
-    return Delta(metric, base, now, change, worse, noise, regressed)
+    noise = None if half is None else half / abs(base) if base else 0.0 if half == 0 else math.inf
+    worse = -change if better_up else change
+    within = Worsening(worse, None, None) if noise is None else Worsening(worse, worse - noise, worse + noise)
+    return Delta(metric, base, now, change, worse, noise, within.decide(max_regression), "student-t of differences")
 
 
 def regression_gates(deltas: Sequence[Delta], max_regression: float) -> list[Gate]:
@@ -145,11 +161,14 @@ def regression_gates(deltas: Sequence[Delta], max_regression: float) -> list[Gat
 
 
 def _note(delta: Delta, max_regression: float) -> str:
-    values = f"{delta.baseline:.6g} -> {delta.current:.6g}, {delta.change:+.1%}"
+    if not math.isfinite(delta.change):
+        now = "has no value any more" if math.isnan(delta.current) else f"is {quantity(delta.metric, delta.current)}"
+        return f"{now} (it was {quantity(delta.metric, delta.baseline)})"
+    said = changed(delta.metric, delta.baseline, delta.current, delta.change) + f"; allowed {percent(max_regression)}, "
     if delta.noise is None:
-        return f"{values}; noise unknown, use --repeats"
-    verdict = "; within noise, not counted" if delta.worse > max_regression and not delta.regressed else ""
-    return f"{values}, noise ±{delta.noise:.1%}{verdict}"
+        return said + "noise unknown: use --repeats)"
+    undecided = ": too noisy to tell, not counted" if delta.decision == Decision.UNDECIDED else ""
+    return f"{said}noise ±{percent(delta.noise)}){undecided}"
 
 
 def as_dict(path: Path, baseline: Mapping[str, Any], deltas: Sequence[Delta]) -> dict[str, object]:
@@ -158,7 +177,10 @@ def as_dict(path: Path, baseline: Mapping[str, Any], deltas: Sequence[Delta]) ->
         "path": str(path),
         "date": baseline.get("date"),
         "git_commit": (baseline.get("environment") or {}).get("git_commit"),
-        "delta": {d.metric: {k: _finite(v) for k, v in asdict(d).items() if k != "metric"} for d in deltas},
+        "delta": {
+            d.metric: {k: _finite(v) for k, v in (asdict(d) | {"regressed": d.regressed}).items() if k != "metric"}
+            for d in deltas
+        },
     }
 
 

@@ -70,7 +70,7 @@ class LoadRun:
     """What one run of a workload gave.
 
     Attributes:
-        records: one a request, in workload order.
+        records: one a request, in workload order; of an interrupted run, those that had ended.
         duration: seconds from the start of the load to the end of its last request.
         cpu_seconds: processor time of this process meanwhile.
         max_send_lag: the longest delay, in seconds, of this client behind the arrival process; not counting waits
@@ -83,6 +83,7 @@ class LoadRun:
     cpu_seconds: float
     max_send_lag: float
     not_sent: int = 0
+    interrupted: bool = False
 
 
 async def run_load(
@@ -95,6 +96,8 @@ async def run_load(
     max_seconds: float | None = None,
 ) -> LoadRun:
     """Send every item at its arrival time (seconds from now), at most ``max_concurrency`` under way at once.
+
+    A Ctrl-C (of ``asyncio.run``: a cancelled task) ends it early and is not raised: what has ended is returned.
 
     Args:
         max_seconds: after so many no more requests are sent; those under way are seen to their end.
@@ -116,6 +119,7 @@ async def run_load(
         if on_done is not None:
             on_done(record)
 
+    interrupted = False
     connector = aiohttp.TCPConnector(limit=0, force_close=not target.keep_alive, ssl=target.verify_tls)
     timeout = aiohttp.ClientTimeout(total=target.timeout)
     async with aiohttp.ClientSession(
@@ -124,19 +128,22 @@ async def run_load(
         with _quiet_collector():
             cpu, start = time.process_time(), time.perf_counter()
             stop = math.inf if max_seconds is None else start + max_seconds
-            async with asyncio.TaskGroup() as tasks:
-                for record, arrival in zip(records, arrivals, strict=True):
-                    record.scheduled = start + arrival
-                    if record.scheduled >= stop:
-                        break
-                    delay = record.scheduled - time.perf_counter()
-                    if delay > 0:
-                        await asyncio.sleep(delay)
-                    tasks.create_task(one(record))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for record, arrival in zip(records, arrivals, strict=True):
+                        record.scheduled = start + arrival
+                        if record.scheduled >= stop:
+                            break
+                        delay = record.scheduled - time.perf_counter()
+                        if delay > 0:
+                            await asyncio.sleep(delay)
+                        tasks.create_task(one(record))
+            except asyncio.CancelledError:
+                interrupted = True
             cpu_seconds = time.process_time() - cpu
-    sent = [r for r in records if r.start]
-    duration = max((r.end for r in sent), default=start) - start
-    return LoadRun(sent, duration, cpu_seconds, max(lags), len(records) - len(sent))
+    kept = [r for r in records if (r.end if interrupted else r.start)]
+    duration = max((r.end for r in kept), default=start) - start
+    return LoadRun(kept, duration, cpu_seconds, max(lags), len(records) - len(kept), interrupted)
 
 
 async def send(session: aiohttp.ClientSession, target: Target, body: bytes, record: RequestRecord) -> None:

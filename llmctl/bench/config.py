@@ -15,6 +15,7 @@ class ReportConfig:
     slo: tuple[str, ...] = ()
     baseline: str | None = None
     max_regression: str = "5%"
+    allow_missing_baseline: bool = False
     update_baseline: bool = False
     repeats: int | None = None
     confidence: float = 0.95
@@ -54,7 +55,7 @@ class BenchServeConfig(ReportConfig):
     api_key: str | None = None
     header: tuple[str, ...] = ()
     insecure: bool = False
-    ready_timeout: float = 0.0
+    ready_timeout: float = 60.0
     request_timeout: float = 600.0
     keep_alive: bool = False
     dataset_name: str = "random"
@@ -80,6 +81,37 @@ class BenchServeConfig(ReportConfig):
     min_goodput: str | None = None
     max_failed_ratio: float = 0.0
     regression_metrics: str = "output_throughput,median_ttft_ms,median_tpot_ms,median_e2el_ms"
+
+    @property
+    def compares(self) -> bool:
+        """Whether ``regression_metrics`` are needed."""
+        return self.baseline is not None
+
+
+@dataclass(frozen=True)
+class BenchCompareConfig(BenchServeConfig):
+    """``llmctl bench compare``: rounds of the same load on A and B, each a URL or what ``llmctl serve`` takes."""
+
+    a: str = ""
+    b: str = ""
+    a_args: str = ""
+    b_args: str = ""
+    max_rounds: int = 30
+    max_duration: float | None = None
+    svg: str | None = None
+    ready_timeout: float = 600.0
+    num_prompts: int = 16
+    num_warmups: int = 2
+    output_len: str | None = "64"
+    max_concurrency: int | None = 4
+    max_regression: str = "2.5%"
+    confidence: float = 0.99
+    regression_metrics: str = "output_throughput,median_ttft_ms,median_tpot_ms"
+
+    @property
+    def compares(self) -> bool:
+        """Whether ``regression_metrics`` are needed."""
+        return True
 
 
 @dataclass(frozen=True)

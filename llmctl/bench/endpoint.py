@@ -1,9 +1,8 @@
-"""What a bench asks a server beside the load: is it there, which models, and how many tokens a text has."""
+"""A server's address, and what a bench asks it beside the load: how many tokens a text has."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,15 +41,6 @@ class Endpoint:
         return self.base_url + self.path
 
 
-@dataclass(frozen=True)
-class ServerFacts:
-    """What the server says of itself. ``ready_wait``: seconds until it answered."""
-
-    models: tuple[str, ...]
-    version: str | None
-    ready_wait: float
-
-
 def make_endpoint(
     base_url: str, path: str | None, backend: str | None, api_key: str | None, headers: Sequence[str], verify_tls: bool
 ) -> Endpoint:
@@ -82,37 +72,6 @@ def _is_server_url(text: str) -> bool:
         return False
 
 
-def probe(endpoint: Endpoint, ready_timeout: float) -> ServerFacts:
-    """Wait until the server answers, and ask for its models and version.
-
-    Raises:
-        LlmctlError: nothing answers within ``ready_timeout`` seconds (0: one try).
-    """
-    return asyncio.run(_probe(endpoint, ready_timeout))
-
-
-async def _probe(endpoint: Endpoint, ready_timeout: float) -> ServerFacts:
-    start = time.monotonic()
-    async with _session(endpoint) as session:
-        while True:
-            status, models, reason = await _call(session, "GET", endpoint.base_url + "/v1/models")
-            waited = time.monotonic() - start
-            # 503 is a server that is up and still loading.
-            if status and status != 503:
-                break
-            if waited >= ready_timeout:
-                raise LlmctlError(
-                    f"{endpoint.base_url}: no server answers: {reason}",
-                    fix="start one with 'llmctl serve --model demo:smollm2-135m', or wait with --ready-timeout SECONDS",
-                )
-            await asyncio.sleep(0.2)
-        _, version, _ = await _call(session, "GET", endpoint.base_url + "/version")
-    rows = models.get("data") if status == 200 and isinstance(models, dict) else None
-    names = tuple(str(row["id"]) for row in rows or () if isinstance(row, dict) and "id" in row)
-    said = version.get("version") if isinstance(version, dict) else None
-    return ServerFacts(names, str(said) if said is not None else None, waited)
-
-
 def server_counter(endpoint: Endpoint, model: str) -> TokenCounter | None:
     """Counts tokens through the server's ``/tokenize`` (vLLM's and llmctl's form, or llama.cpp's); None without one."""
     for form in (_vllm_form, _llama_cpp_form):
@@ -141,17 +100,18 @@ async def _count(endpoint: Endpoint, bodies: Sequence[Mapping[str, object]]) -> 
 
     async def one(session: aiohttp.ClientSession, body: Mapping[str, object]) -> int:
         async with slots:
-            status, answer, reason = await _call(session, "POST", endpoint.base_url + "/tokenize", body)
+            status, answer, reason = await call(session, "POST", endpoint.base_url + "/tokenize", body)
         tokens = answer.get("tokens") if status == 200 and isinstance(answer, dict) else None
         if not isinstance(tokens, list):
             raise LlmctlError(f"{endpoint.base_url}/tokenize: {reason or 'no list of tokens in the answer'}")
         return len(tokens)
 
-    async with _session(endpoint) as session:
+    async with open_session(endpoint) as session:
         return list(await asyncio.gather(*(one(session, body) for body in bodies)))
 
 
-def _session(endpoint: Endpoint) -> aiohttp.ClientSession:
+def open_session(endpoint: Endpoint) -> aiohttp.ClientSession:
+    """For short questions beside the load."""
     import aiohttp
 
     return aiohttp.ClientSession(
@@ -161,10 +121,10 @@ def _session(endpoint: Endpoint) -> aiohttp.ClientSession:
     )
 
 
-async def _call(
+async def call(
     session: aiohttp.ClientSession, method: str, url: str, body: Mapping[str, object] | None = None
 ) -> tuple[int, Any, str]:
-    """Status (0: no answer), decoded JSON or None, and what went wrong in words."""
+    """Ask once: status (0: no answer), decoded JSON or None, and what went wrong in words."""
     import aiohttp
 
     try:

@@ -37,7 +37,7 @@ def describe_environment() -> dict[str, object]:
         "llmctl": __version__,
         "packages": package_versions(),
         "git_commit": git_commit(),
-        "command": [Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])],
     }
 
 
@@ -85,13 +85,13 @@ def _git(*args: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _without_secrets(arguments: list[str]) -> list[str]:
-    """The command line with the values of --api-key and --header blotted out."""
+def without_secrets(arguments: list[str]) -> list[str]:
+    """A command line with its keys and headers blotted out."""
     shown: list[str] = []
     hide = False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        secret = name in ("--api-key", "--header")
+        secret = name in ("--api-key", "--priority-keys", "--header")
         shown.append("***" if hide else f"{name}=***" if secret and equals else argument)
         hide = secret and not equals
     return shown

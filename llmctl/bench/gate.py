@@ -41,7 +41,7 @@ class Slo:
 class Gate:
     """One checked condition. ``observed`` is None when the run gave no such figure; then it never passes.
 
-    ``kind`` is requests, slo, goodput or regression and decides the exit code.
+    ``kind`` is requests, slo, goodput, regression or inconclusive and decides the exit code.
     """
 
     kind: str
@@ -57,13 +57,6 @@ class Gate:
         fields = asdict(self)
         order = ("metric", "op", "limit", "observed", "passed", "kind", "note")
         return {key: fields[key] for key in order}
-
-    @property
-    def sentence(self) -> str:
-        """One line for people."""
-        seen = "no value" if self.observed is None else f"{self.observed:.6g}"
-        tail = f" ({self.note})" if self.note else ""
-        return f"{self.metric} {self.op} {self.limit:g}: observed {seen}{tail}"
 
 
 def parse_slos(
@@ -207,10 +200,12 @@ def request_gates(figures: Mapping[str, object], max_failed_ratio: float) -> lis
 
 
 def exit_code(gates: Iterable[Gate]) -> ExitCode:
-    """The code of the gravest gate that failed: requests, then objectives, then regressions."""
+    """The code of the gravest gate that failed: requests, objectives, regressions, what stayed undecided."""
     failed = {gate.kind for gate in gates if not gate.passed}
     if "requests" in failed:
         return ExitCode.FAILED_REQUESTS
     if failed & {"slo", "goodput"}:
         return ExitCode.SLO_MISSED
-    return ExitCode.REGRESSION if "regression" in failed else ExitCode.OK
+    if "regression" in failed:
+        return ExitCode.REGRESSION
+    return ExitCode.INCONCLUSIVE if "inconclusive" in failed else ExitCode.OK

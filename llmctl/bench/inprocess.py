@@ -141,11 +141,15 @@ class StepWork:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What one batch of requests gave; ``duration`` in seconds from the first request added to the last one's end."""
+    """What one batch of requests gave; ``duration`` in seconds from the first request added to the last one's end.
+
+    ``interrupted``: a Ctrl-C cut it short, and ``records`` are those that had ended; the engine stands as it was left.
+    """
 
     records: list[RequestRecord]
     duration: float
     steps: StepWork
+    interrupted: bool = False
 
 
 def run_items(
@@ -169,6 +173,7 @@ def run_items(
         for i, (ids, item) in enumerate(zip(prompts, items, strict=True))
     ]
     steps = StepWork()
+    interrupted = False
     start = now = time.perf_counter()
     for record in records.values():
         record.scheduled = record.start = start
@@ -188,9 +193,13 @@ def run_items(
                     if on_done is not None:
                         on_done(record)
             steps.add(engine.stats().last_step_tokens, sampled, now - before)
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
-        engine.abort(records)
-    return EngineRun(list(records.values()), now - start, steps)
+        if not interrupted:  # in the middle of a step nothing more may be asked of the engine
+            engine.abort(records)
+    ended = [record for record in records.values() if record.end or not interrupted]
+    return EngineRun(ended, now - start, steps, interrupted)
 
 
 def run_batches(
@@ -208,15 +217,19 @@ def run_batches(
     Raises:
         RequestError, CapacityError: an item that can never run.
     """
-    runs = [run_items(engine, tokenizer, items[i : i + size], on_done) for i in range(0, len(items), size)]
+    runs: list[EngineRun] = []
+    for i in range(0, len(items), size):
+        runs.append(run_items(engine, tokenizer, items[i : i + size], on_done))
+        if runs[-1].interrupted:
+            break
     records = [record for run in runs for record in run.records]
-    start = records[0].start
+    start = records[0].start if records else 0.0
     for index, record in enumerate(records):
         record.index, record.scheduled, record.start = index, start, start
     steps = StepWork()
     for run in runs:
         steps.merge(run.steps)
-    return EngineRun(records, sum(run.duration for run in runs), steps)
+    return EngineRun(records, sum(run.duration for run in runs), steps, runs[-1].interrupted)
 
 
 def _finish(record: RequestRecord, reason: FinishReason, now: float) -> None:

@@ -96,15 +96,24 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
                 static.append(run_batches(opened.engine, opened.tokenizer, alike, size, done))
             else:
                 runs.append(run_items(opened.engine, opened.tokenizer, batch, done))
+            if interrupted := _cut_short([*runs[-1:], *static[-1:]]):
+                break
+        if interrupted:
+            break
     progress.stop()
+    kept = _kept(runs)
     options = _options(judge, (50.0, 90.0, 99.0))
-    repeats = [_throughput_figures([run], options) for run in runs]
-    result = {**head, **_throughput_figures(runs, options)}
-    if static:
+    # Only whole pairs are held against each other.
+    pairs = [(a, b) for a, b in zip(runs, static, strict=False) if not (a.interrupted or b.interrupted)]
+    repeats = [{**_throughput_figures([run], options), "interrupted": run.interrupted} for run in kept]
+    result = {**head, **_throughput_figures(kept, options), "interrupted": interrupted}
+    if pairs:
         batch_size = opened.loaded.sizes.max_num_seqs
-        result["batching"] = {"batch_size": batch_size, **_against_static(runs, static, options, config.confidence)}
-    _complete(result, config, opened, environment, repeats, [r for run in (*runs, *static) for r in run.records])
-    opened.engine.close()
+        result["batching"] = {"batch_size": batch_size, **_against_static(pairs, options, config.confidence)}
+    records = [r for run in (*kept, *static) for r in run.records]
+    _complete(result, config, opened, environment, repeats, records)
+    if not interrupted:
+        opened.engine.close()
     return judge.judge(result, gate.request_gates(result, 0.0))
 
 
@@ -131,19 +140,19 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
     head = _head(config, judge, opened, "latency", **sizes)
     judge.check_same_work(head)
     options = _options(judge, tuple(percentiles))
-    batches = []
+    batches: list[list[EngineRun]] = []
     for repeat in range(config.num_repeats):
-        progress.start(f"iterations {repeat + 1}/{config.num_repeats}", config.num_iters_warmup + config.num_iters)
-        runs = []
-        for i in range(config.num_iters_warmup + config.num_iters):
-            batch = _items(opened, config, config.batch_size, inputs, outputs, repeat * 1000 + i)
-            runs.append(run_items(opened.engine, opened.tokenizer, batch))
-            progress.advance()
-        batches.append(runs[config.num_iters_warmup :])
+        batches.append(_iterations(opened, config, inputs, outputs, repeat, progress))
+        if interrupted := _cut_short(batches[-1]):
+            break
     progress.stop()
-    repeats = [_latency_figures(runs, options, percentiles) for runs in batches]
-    flat = [run for runs in batches for run in runs]
-    result = {**head, **_latency_figures(flat, options, percentiles)}
+    # An iteration is measured whole, or not at all.
+    whole = [measured for runs in batches if (measured := [run for run in runs if not run.interrupted])]
+    flat = _kept([run for runs in whole for run in runs])
+    repeats = [
+        {**_latency_figures(runs, options, percentiles), "interrupted": len(runs) < config.num_iters} for runs in whole
+    ]
+    result = {**head, **_latency_figures(flat, options, percentiles), "interrupted": interrupted}
     _complete(result, config, opened, environment, repeats, [r for run in flat for r in run.records])
     return judge.judge(result, gate.request_gates(result, 0.0))
 
@@ -168,13 +177,13 @@ def _batchings(config: BenchThroughputConfig, repeat: int) -> tuple[str, ...]:
 
 
 def _against_static(
-    runs: Sequence[EngineRun], static: Sequence[EngineRun], options: metrics.MetricOptions, confidence: float
+    pairs: Sequence[tuple[EngineRun, EngineRun]], options: metrics.MetricOptions, confidence: float
 ) -> dict[str, Any]:
     """Static batching's figures, and what continuous batching makes of them; intervals are over repeats."""
     names = ("output_throughput", "tokens_per_second", "median_ttft_ms", "median_e2el_ms")
-    mine, theirs = _throughput_figures(runs, options), _throughput_figures(static, options)
+    mine, theirs = (_throughput_figures(runs, options) for runs in zip(*pairs, strict=True))
     ratios: dict[str, list[float]] = {name: [] for name in names if theirs[name]}
-    for one, other in zip(runs, static, strict=True):
+    for one, other in pairs:
         now, before = _throughput_figures([one], options), _throughput_figures([other], options)
         for name, values in ratios.items():
             values.append(now[name] / before[name])
@@ -184,6 +193,45 @@ def _against_static(
         "ratio_half_width": {name: stats.mean_interval(v, confidence).half_width for name, v in ratios.items()},
         "ratio_repeats": ratios,
     }
+
+
+def _iterations(
+    opened: BenchedEngine,
+    config: BenchLatencyConfig,
+    inputs: LengthRange,
+    outputs: LengthRange,
+    repeat: int,
+    progress: Progress,
+) -> list[EngineRun]:
+    """The measured iterations of a repeat, up to one that is cut short."""
+    count = config.num_iters_warmup + config.num_iters
+    progress.start(f"iterations {repeat + 1}/{config.num_repeats}", count)
+    runs: list[EngineRun] = []
+    for i in range(count):
+        batch = _items(opened, config, config.batch_size, inputs, outputs, repeat * 1000 + i)
+        run = run_items(opened.engine, opened.tokenizer, batch)
+        if i >= config.num_iters_warmup or run.interrupted:
+            runs.append(run)
+        if run.interrupted:
+            break
+        progress.advance()
+    return runs
+
+
+def _kept(runs: Sequence[EngineRun]) -> list[EngineRun]:
+    """The runs in which a request ended.
+
+    Raises:
+        KeyboardInterrupt: none did, as the first was cut short.
+    """
+    kept = [run for run in runs if run.records]
+    if not kept:
+        raise KeyboardInterrupt
+    return kept
+
+
+def _cut_short(runs: Sequence[EngineRun]) -> bool:
+    return any(run.interrupted for run in runs)
 
 
 def _step_limits(config: OfflineConfig) -> StepLimits:
@@ -328,5 +376,5 @@ def _complete(
         "environment": {**environment, "load_average_after": load_average()},
         "definitions": DEFINITIONS,
         "repeats": repeats,
-        "confidence": confidence_intervals(repeats, config.confidence),
+        "confidence": confidence_intervals([r for r in repeats if not r["interrupted"]], config.confidence),
     }

@@ -34,17 +34,9 @@ RESERVED = frozenset(
     (
         *DETAILED,
         *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate"),
-        *(
-            "burstiness",
-            "max_concurrency",
-            "schema_version",
-            "kind",
-            "num_repeats",
-            "repeats",
-            "confidence",
-            "workload",
-        ),
-        *("environment", "definitions", "failures", "client", "server", "gates", "baseline", "exit_code", "engine"),
+        *("burstiness", "max_concurrency", "schema_version", "kind", "num_repeats", "repeats", "confidence"),
+        *("workload", "environment", "definitions", "failures", "client", "server", "engine"),
+        *("gates", "baseline", "notes", "interrupted", "exit_code"),
         *("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"),
         *("avg_latency", "percentiles", "num_iters", "batch_size", "peak_rss_bytes", "output_token_source"),
         *("itl_token_source", "not_sent", "batching"),
@@ -108,8 +100,13 @@ class Judge:
             if not is_known(metric):
                 hint = gate.suggestion(metric, names)
                 raise UsageError(f"--regression-metrics: unknown metric '{metric}'{hint}", param="regression_metrics")
+        if config.allow_missing_baseline and not config.baseline:
+            raise UsageError(
+                "--allow-missing-baseline: needs --baseline FILE to know which", param="allow_missing_baseline"
+            )
         previous = None
-        if config.baseline and not (config.update_baseline and not Path(config.baseline).exists()):
+        may_miss = config.update_baseline or config.allow_missing_baseline
+        if config.baseline and not (may_miss and not Path(config.baseline).exists()):
             previous = base.load_baseline(Path(config.baseline))
         return cls(config, slos, max_regression, metrics, parse_metadata(config.metadata), previous)
 
@@ -123,6 +120,7 @@ class Judge:
         gates = [*first_gates]
         gates += [gate.check(s, result, "goodput" if "goodput" in s.metric else "slo") for s in self.slos]
         result["baseline"] = None
+        result["notes"] = self._notes()
         if self.previous is not None:
             deltas = base.compare(
                 self.previous, result, self.metrics, self.max_regression, confidence=self.config.confidence
@@ -130,10 +128,17 @@ class Judge:
             result["baseline"] = base.as_dict(Path(str(self.config.baseline)), self.previous, deltas)
             if not self.config.update_baseline:
                 gates += base.regression_gates(deltas, self.max_regression)
-        code = gate.exit_code(gates)
+        code = ExitCode.INTERRUPTED if result["interrupted"] else gate.exit_code(gates)
         result["gates"] = [g.as_dict() for g in gates]
         result["exit_code"] = int(code)
         return Outcome(result, code)
+
+    def _notes(self) -> list[str]:
+        """What a person should know of the verdict and would not see in it."""
+        if self.previous is None and self.config.baseline and not self.config.update_baseline:
+            path = self.config.baseline
+            return [f"no baseline yet: nothing was compared with {path}; the same run with --update-baseline makes it"]
+        return []
 
 
 def check_files(config: ReportConfig) -> None:
@@ -149,6 +154,7 @@ def check_files(config: ReportConfig) -> None:
         "markdown": config.markdown,
         "csv": config.csv,
         "github_action_benchmark": config.github_action_benchmark,
+        "svg": getattr(config, "svg", None),
         "baseline": config.baseline if config.update_baseline else None,
     }
     for name, file in named.items():
@@ -223,8 +229,24 @@ def confidence_intervals(repeats: Sequence[Mapping[str, Any]], confidence: float
     return intervals
 
 
-def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: str) -> list[Path]:
+Render = Callable[[Mapping[str, Any], str], str]
+"""From a result and its title to a text."""
+
+
+def write_reports(
+    outcome: Outcome,
+    config: ReportConfig,
+    title: str,
+    backend: str,
+    *,
+    to_markdown: Render = report.to_markdown,
+    to_csv: Callable[[Mapping[str, Any]], str] = report.to_csv,
+    more: Sequence[tuple[str | None, Callable[[], str]]] = (),
+) -> list[Path]:
     """Write every file asked for, append to ``$GITHUB_STEP_SUMMARY``, replace the baseline of a run that passed.
+
+    Args:
+        more: files beside those of every bench, and what makes their texts.
 
     Returns:
         The files written.
@@ -236,12 +258,14 @@ def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: s
         files.append(
             (folder / (config.result_filename or report.default_filename(result, backend)), report.to_json(result))
         )
+    markdown = to_markdown(result, title)
     if config.junit:
         files.append((Path(config.junit), report.to_junit(result, title)))
     if config.markdown:
-        files.append((Path(config.markdown), report.to_markdown(result, title)))
+        files.append((Path(config.markdown), markdown))
     if config.csv:
-        files.append((Path(config.csv), report.to_csv(result)))
+        files.append((Path(config.csv), to_csv(result)))
+    files += [(Path(path), render()) for path, render in more if path]
     if config.github_action_benchmark:
         stem = Path(config.github_action_benchmark)
         for name, bigger in (("bigger-is-better", True), ("smaller-is-better", False)):
@@ -252,7 +276,7 @@ def write_reports(outcome: Outcome, config: ReportConfig, title: str, backend: s
         files.append((Path(config.baseline), report.to_json(slim)))
     for path, text in files:
         report.write_text(path, text)
-    append_step_summary(report.to_markdown(result, title))
+    append_step_summary(markdown)
     return [path for path, _ in files]
 
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmctl.bench import verdict
 from llmctl.bench.metrics import higher_is_better, parse_latency_key
+from llmctl.bench.units import unit
 from llmctl.errors import LlmctlError
 
 _FAILURES_SHOWN = 5
@@ -61,28 +63,6 @@ def numeric_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def unit(metric: str) -> str:
-    """Unit of a metric by its name."""
-    if metric.endswith("_ms"):
-        return "ms"
-    endings = {
-        "request_throughput": "req/s",
-        "requests_per_second": "req/s",
-        "request_goodput": "req/s",
-        "throughput": "tok/s",
-        "tokens_per_s": "tok/s",
-        "tokens_per_second": "tok/s",
-        "_tokens": "tok",
-        "ratio": "",
-        "latency": "s",
-        "duration": "s",
-        "elapsed_time": "s",
-        "_seconds": "s",
-        "_bytes": "B",
-    }
-    return next((text for ending, text in endings.items() if metric.endswith(ending)), "")
-
-
 def to_junit(result: Mapping[str, Any], suite: str) -> str:
     """JUnit XML: one test case a gate."""
     gates = result["gates"]
@@ -98,7 +78,7 @@ def to_junit(result: Mapping[str, Any], suite: str) -> str:
         name = f"{gate['metric']} {gate['op']} {gate['limit']:g}"
         case = ET.SubElement(element, "testcase", {"classname": f"{suite}.{gate['kind']}", "name": name, "time": "0"})
         if not gate["passed"]:
-            message = _clean(f"observed {_show(gate['observed'])}; {gate['note']}".removesuffix("; "))
+            message = _clean(verdict.sentence(gate, result))
             ET.SubElement(case, "failure", {"type": gate["kind"], "message": message}).text = _failure_text(
                 result, gate
             )
@@ -130,29 +110,35 @@ def failure_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def to_markdown(result: Mapping[str, Any], title: str) -> str:
-    """A summary for a pull request or a CI job page."""
-    passed = not result["exit_code"]
-    lines = [f"### {title}: {'passed' if passed else 'FAILED'}", ""]
-    lines += table(
+    """A summary for a pull request or a CI job page: the verdict, and every figure folded away."""
+    failures = failure_lines(result)
+    figures = table(
         ["metric", "value", "95% interval" if not _level(result) else f"{_level(result):.0%} interval"],
         [[k, f"{_show(v)} {unit(k)}".strip(), _interval(result, k)] for k, v in numeric_metrics(result).items()],
     )
-    lines += ["", *table(["gate", "limit", "observed", "", "note"], [gate_row(g) for g in result["gates"]])]
-    failures = failure_lines(result)
-    if failures:
-        lines += ["", "Failed requests:", "", *(f"- {cell(line)}" for line in failures)]
-    return "\n".join([*lines, "", where(result), ""])
+    return "\n".join(
+        [
+            *verdict_markdown(result, title),
+            *(["", "Failed requests:", "", *(f"- {cell(line)}" for line in failures)] if failures else []),
+            "",
+            *folded("Figures", figures),
+            "",
+            where(result),
+            "",
+        ]
+    )
 
 
-def gate_row(gate: Mapping[str, Any]) -> list[str]:
-    """Cells of a gate: metric, limit, observed, verdict, note."""
-    return [
-        gate["metric"],
-        f"{gate['op']} {gate['limit']:g}",
-        _show(gate["observed"]),
-        "pass" if gate["passed"] else "**FAIL**",
-        gate["note"],
-    ]
+def verdict_markdown(result: Mapping[str, Any], title: str) -> list[str]:
+    """The heading, then a line a gate, those that failed first, then what else is to be known."""
+    gates = [f"- {'pass' if passed else '**FAIL**'}: {cell(said)}" for passed, said in verdict.lines(result)]
+    notes = [f"- note: {cell(note)}" for note in result.get("notes") or ()]
+    return [f"### {title}: {verdict.headline(result)}", "", *gates, *notes]
+
+
+def folded(summary: str, lines: Sequence[str]) -> list[str]:
+    """Markdown that is shown when it is asked for."""
+    return [f"<details><summary>{summary}</summary>", "", *lines, "", "</details>"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

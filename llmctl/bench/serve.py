@@ -14,11 +14,12 @@ from llmctl.bench import gate, metrics
 from llmctl.bench.arrivals import arrival_times
 from llmctl.bench.client import LoadRun, Target, run_load
 from llmctl.bench.config import BenchServeConfig
-from llmctl.bench.endpoint import Endpoint, ServerFacts, make_endpoint, probe, server_counter
+from llmctl.bench.endpoint import Endpoint, make_endpoint, server_counter
 from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_tokenizer import chunk_lengths, load_tokenizer, local_counter
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
+from llmctl.bench.readiness import Patience, ServerFacts, await_answer, await_server
 from llmctl.bench.workloads import (
     DATASETS,
     LengthRange,
@@ -110,6 +111,8 @@ def _check_numbers(config: BenchServeConfig) -> None:
         raise UsageError(f"--prefix-len: is for --dataset-name random, not {config.dataset_name}", param="prefix_len")
     if config.num_prefixes > 1 and not config.prefix_len:
         raise UsageError("--num-prefixes: needs --prefix-len to say how long they are", param="num_prefixes")
+    if not 0 <= config.ready_timeout < math.inf:
+        raise UsageError(f"--ready-timeout: expected seconds, at least 0, found {config.ready_timeout}")
     if config.dataset_name not in DATASETS:
         hint = gate.suggestion(config.dataset_name, DATASETS)
         raise UsageError(f"--dataset-name '{config.dataset_name}': unknown{hint}", param="dataset_name")
@@ -132,7 +135,7 @@ def _metric_options(config: BenchServeConfig, judge: Judge, goodput: dict[str, f
             hint = gate.suggestion(name, metrics.LATENCIES)
             raise UsageError(f"--percentile-metrics: unknown metric '{name}'{hint}", param="percentile_metrics")
     percentiles = set(_parse_percentiles(config.metric_percentiles))
-    compared = [gate.Slo(m, "<=", 0) for m in judge.metrics] if config.baseline else []
+    compared = [gate.Slo(m, "<=", 0) for m in judge.metrics] if config.compares else []
     for name, needed in gate.slo_percentiles([*judge.slos, *compared]).items():
         names.append(name)
         percentiles |= needed
@@ -167,29 +170,61 @@ def run_serve(config: BenchServeConfig, progress: Progress) -> tuple[Outcome, Pl
 
     Raises:
         UsageError: options that cannot be honoured, or a baseline of other work.
-        LlmctlError: no server answers.
+        LlmctlError: no server is ready in time.
     """
     plan = make_plan(config)
-    server = probe(plan.endpoint, config.ready_timeout)
-    model = choose_model(config, plan.endpoint, server)
-    target = make_target(plan, model)
-    counter, counted_by = find_counter(plan, model, progress)
+    server, target = connect(plan, progress)
+    counter, counted_by = find_counter(plan, target.model, progress)
     environment = describe_environment()
-    head = make_head(plan, model, server, counted_by)
+    head = make_head(plan, target.model, server, counted_by)
     plan.judge.check_same_work(head)
     items = make_items(plan, 0, counter)
     if counter is not None and not all(item.exact or item.messages for item in items):
         progress.log("note: some prompts could not be made of exactly the wanted length; true lengths are reported")
     target = warm_up(plan, target, counter, progress)
-    runs = []
-    for repeat in range(config.num_repeats):
-        items = make_items(plan, repeat, counter) if repeat else items
-        runs.append(_run_once(plan, target, items, repeat, progress))
+    runs = _run_all(plan, target, items, counter, progress)
     progress.stop()
     result = make_result(plan, head, runs, environment)
     note_chunks(runs, progress)
     first = gate.request_gates(result, config.max_failed_ratio)
     return plan.judge.judge(result, first), plan
+
+
+def connect(plan: Plan, progress: Progress) -> tuple[ServerFacts, Target]:
+    """Wait until the server is ready and has answered a request; what it says of itself, and where requests are sent.
+
+    Raises:
+        LlmctlError: neither within ``--ready-timeout``.
+        UsageError: nobody names a model.
+    """
+    patience = Patience(plan.endpoint.base_url, plan.config.ready_timeout, progress.log)
+    server = await_server(plan.endpoint, patience)
+    target = make_target(plan, choose_model(plan.config, plan.endpoint, server))
+    await_answer(target, patience, progress.log)  # before it is asked to count tokens: some load after they answer
+    return server, target
+
+
+def _run_all(
+    plan: Plan, target: Target, items: Sequence[WorkItem], counter: TokenCounter | None, progress: Progress
+) -> list[RepeatRun]:
+    """Every repeat; after a Ctrl-C those so far, the last of which may be cut short.
+
+    Raises:
+        KeyboardInterrupt: before a request had ended.
+    """
+    runs: list[RepeatRun] = []
+    try:
+        for repeat in range(plan.config.num_repeats):
+            items = make_items(plan, repeat, counter) if repeat else items
+            runs.append(_run_once(plan, target, items, repeat, progress))
+            if runs[-1].load.interrupted:
+                break
+    except KeyboardInterrupt:
+        pass  # between two repeats: there are fewer than were asked for, which the result says
+    kept = [run for run in runs if run.load.records]
+    if not kept:
+        raise KeyboardInterrupt
+    return kept
 
 
 def choose_model(config: BenchServeConfig, endpoint: Endpoint, server: ServerFacts) -> str:
@@ -295,7 +330,10 @@ def _uncounted(
     target: Target, items: Sequence[WorkItem], max_concurrency: int | None, progress: Progress
 ) -> list[metrics.RequestRecord]:
     done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
-    return asyncio.run(run_load(target, items, [0.0] * len(items), max_concurrency, done)).records
+    run = asyncio.run(run_load(target, items, [0.0] * len(items), max_concurrency, done))
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return run.records
 
 
 @dataclass(frozen=True)
@@ -398,6 +436,7 @@ def make_result(
     duration = sum(run.load.duration for run in runs)
     figures = metrics.run_metrics(pooled, duration, plan.options)
     repeats = [_repeat(plan, run) for run in runs]
+    whole = [repeat for repeat in repeats if not repeat["interrupted"]]
     tail = {key: head[key] for key in ("workload", "server")}
     front = {key: value for key, value in head.items() if key not in tail}
     cpu = sum(run.load.cpu_seconds for run in runs)
@@ -407,6 +446,7 @@ def make_result(
         "schema_version": SCHEMA_VERSION,
         "kind": "serve",
         "num_repeats": len(runs),
+        "interrupted": any(run.load.interrupted for run in runs) or len(runs) < plan.config.num_repeats,
         "short_outputs": sum(r.ok and r.output_tokens < r.planned_output for r in pooled),
         "output_token_source": metrics.output_token_source(pooled),
         "itl_token_source": metrics.itl_token_source(pooled),
@@ -421,7 +461,7 @@ def make_result(
         "environment": {**environment, "load_average_after": runs[-1].load_average_after},
         "definitions": metrics.DEFINITIONS,
         "repeats": repeats,
-        "confidence": confidence_intervals(repeats, plan.config.confidence),
+        "confidence": confidence_intervals(whole, plan.config.confidence),
     }
     if plan.config.save_detailed:
         result |= metrics.detailed_lists(pooled)
@@ -432,6 +472,7 @@ def _repeat(plan: Plan, run: RepeatRun) -> dict[str, Any]:
     return {
         "date": run.date,
         **metrics.run_metrics(run.load.records, run.load.duration, plan.options),
+        "interrupted": run.load.interrupted,
         "client_cpu_seconds": run.load.cpu_seconds,
         "load_average_after": run.load_average_after,
     }

@@ -78,6 +78,17 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, std, half, len(values), confidence)
 
 
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean that ratios are taken of.
+
+    Raises:
+        ValueError: no values, or one that is not positive.
+    """
+    if not values:
+        raise ValueError("geometric_mean: expected at least one value")
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
 def difference_noise(before: Sequence[float], after: Sequence[float], confidence: float = 0.95) -> float | None:
     """Half width of the two-sided Student-t interval of ``mean(after) - mean(before)``.
 

@@ -32,16 +32,14 @@ SWEEP_DEFINITIONS = {
 }
 
 
-def run_sweep(
-    config: BenchSweepConfig, view: SweepView, show: Show, serve: Serve | None = None
-) -> tuple[Outcome, bool]:
+def run_sweep(config: BenchSweepConfig, view: SweepView, show: Show, serve: Serve | None = None) -> Outcome:
     """Run the whole sweep.
 
     Args:
         show: how far the measuring of quality is. serve: starts our servers.
 
     Returns:
-        The outcome, and whether it was interrupted; what was measured until then is in it.
+        The outcome; of an interrupted sweep, of what was measured until then.
 
     Raises:
         UsageError: options that cannot be honoured.
@@ -63,7 +61,7 @@ def run_sweep(
         view.close()
     if not sweep.points:
         raise next(iter(sweep.refused.values()))
-    return judged(sweep, environment, interrupted), interrupted
+    return judged(sweep, environment, interrupted)
 
 
 def _serve(view: SweepView) -> Serve:
@@ -98,6 +96,8 @@ def judged(sweep: Sweep, environment: Mapping[str, object], interrupted: bool) -
     gates = [g for variant in measured for g in _gates(sweep, variant, found)]
     gates += [g for _, mine in sweep.quality.values() for g in mine]
     code = gate.exit_code(gates) or (ExitCode.RUNTIME if sweep.refused else ExitCode.OK)
+    if interrupted:
+        code = ExitCode.INTERRUPTED
     result = {
         **{key: value for key, value in head.items() if key not in ("workload", "server")},
         "schema_version": SCHEMA_VERSION,

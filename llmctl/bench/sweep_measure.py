@@ -12,19 +12,19 @@ from typing import Any
 from llmctl.bench.capacity import Search, Verdict
 from llmctl.bench.client import Target
 from llmctl.bench.decide import LOOKS, Round
-from llmctl.bench.endpoint import ServerFacts, make_endpoint, probe
+from llmctl.bench.endpoint import make_endpoint
 from llmctl.bench.gate import Gate
 from llmctl.bench.metrics import run_metrics
 from llmctl.bench.quality import quality_gates
+from llmctl.bench.readiness import ServerFacts
 from llmctl.bench.serve import (
     Plan,
     RepeatRun,
-    choose_model,
+    connect,
     find_counter,
     make_head,
     make_items,
     make_result,
-    make_target,
     note_chunks,
     run_once,
     warm_up,
@@ -36,7 +36,7 @@ from llmctl.errors import LlmctlError
 
 _NOT_OF_A_POINT = frozenset(
     "date endpoint_type backend label model_id tokenizer_id num_prompts burstiness schema_version kind workload server "
-    "environment definitions".split()
+    "environment definitions interrupted".split()
 )
 
 Show = Callable[[str, str, int, int], None]
@@ -161,11 +161,10 @@ class Sweep:
         if url is not None:
             endpoint = make_endpoint(url, config.endpoint, config.backend, None, config.header, verify_tls=True)
             plan = replace(plan, endpoint=endpoint)
-        server = probe(plan.endpoint, config.ready_timeout)
-        model = choose_model(config, plan.endpoint, server)
-        counter, counted_by = find_counter(plan, model, self.view)
-        target = warm_up(plan, make_target(plan, model), counter, self.view)
-        self.session = Session(plan, server, model, counter, counted_by, target)
+        server, target = connect(plan, self.view)
+        counter, counted_by = find_counter(plan, target.model, self.view)
+        target = warm_up(plan, target, counter, self.view)
+        self.session = Session(plan, server, target.model, counter, counted_by, target)
         return self.session
 
     def _load(self, variant: Variant, level: Level, session: Session, requests: int, stream: int) -> Point:
@@ -186,6 +185,8 @@ class Sweep:
         self.view.start(", ".join(filter(None, (variant.label, level.label))), len(items))
         run = run_once(session.plan, session.target, items, stream, self.view)
         self.view.stop()
+        if run.load.interrupted:
+            raise KeyboardInterrupt
         note_chunks([run], self.view)
         point = self.points.setdefault((variant, level), Point(variant, level, session))
         point.session = session

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llmctl.bench import report
+from llmctl.bench import report, verdict
 from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.curves import HEIGHT, WIDTH, Line, Series, Spot, curves
 from llmctl.bench.gate import parse_slos
@@ -119,14 +119,11 @@ def _highest(found: Mapping[str, Any]) -> str:
 
 def to_markdown(result: Mapping[str, Any], title: str) -> str:
     """A summary for a pull request or a CI job page."""
-    lines = [f"### {title}: {'FAILED' if result['exit_code'] else 'passed'}", ""]
+    lines = [*report.verdict_markdown(result, title), *(f"- {line}" for line in found_lines(result)), ""]
     for label, cells in rows(result["points"]).items():
         lines += [f"**{label}**", ""] if label else []
         lines += [*report.table(COLUMNS, cells), ""]
-    lines += [NOTE, ""]
-    lines += [f"- {line}" for line in found_lines(result)]
-    gates = [report.gate_row(gate) for gate in result["gates"]]
-    return "\n".join([*lines, "", *report.table(["gate", "limit", "observed", "", "note"], gates), ""])
+    return "\n".join([*lines, NOTE, "", report.where(result), ""])
 
 
 def to_html(result: Mapping[str, Any], title: str) -> str:
@@ -142,7 +139,7 @@ def to_html(result: Mapping[str, Any], title: str) -> str:
     body += [f"<p>{escape(NOTE)}</p>"]
     if result["price_per_hour"] is not None:
         body += ["<h2>Cost of a million tokens</h2>", _costs(result)]
-    body += ["<h2>Gates</h2>", _html_table(["gate", "limit", "observed", "", "note"], _plain_gates(result))]
+    body += ["<h2>Gates</h2>", _html_table(["", "gate"], _verdict(result))]
     body += ["<h2>Where</h2>", f"<p>{escape(report.where(result))}</p>"]
     body += ["<h2>Definitions</h2><dl>"]
     body += [f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in result["definitions"].items()]
@@ -171,8 +168,8 @@ def _costs(result: Mapping[str, Any]) -> str:
     return price + _html_table(header, cells)
 
 
-def _plain_gates(result: Mapping[str, Any]) -> list[list[str]]:
-    return [[cell.replace("**", "") for cell in report.gate_row(gate)] for gate in result["gates"]]
+def _verdict(result: Mapping[str, Any]) -> list[list[str]]:
+    return [["pass" if passed else "FAIL", said] for passed, said in verdict.lines(result)]
 
 
 def _html_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

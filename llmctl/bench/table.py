@@ -8,22 +8,25 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llmctl.bench.metrics import LATENCIES
-from llmctl.bench.report import failure_lines, unit
+from llmctl.bench.report import failure_lines
+from llmctl.bench.units import unit
+from llmctl.bench.verdict import headline, lines
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 
 
 def print_result(result: Mapping[str, Any], title: str, console: Console) -> None:
     """Totals, latencies, gates and failures."""
-    console.print(_totals(result, title))
+    console.print(_totals(result, f"{title}: {headline(result)}"))
     latencies = _latencies(result)
     if latencies.row_count and result.get("completed"):
         console.print(latencies)
     if "batching" in result:
         console.print(_batching(result["batching"]))
-    console.print(_gates(result))
+    print_verdict(result, console)
     for line in failure_lines(result):
         console.print(line, style="red", markup=False, highlight=False)
 
@@ -79,18 +82,12 @@ def _latencies(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _gates(result: Mapping[str, Any]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("gate", "observed", "verdict", "note"):
-        table.add_column(column)
-    for gate in result["gates"]:
-        table.add_row(
-            f"{gate['metric']} {gate['op']} {gate['limit']:g}",
-            _number(gate["observed"]),
-            "[green]pass[/]" if gate["passed"] else "[bold red]FAIL[/]",
-            gate["note"],
-        )
-    return table
+def print_verdict(result: Mapping[str, Any], console: Console) -> None:
+    """A line a gate, those that failed first, then what else is to be known."""
+    for passed, said in lines(result):
+        console.print(Text.assemble(("pass  ", "green") if passed else ("FAIL  ", "bold red"), said))
+    for note in result.get("notes") or ():
+        console.print(Text.assemble(("note  ", "yellow"), note))
 
 
 def _spread(result: Mapping[str, Any], key: str) -> str:

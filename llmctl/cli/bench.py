@@ -1,4 +1,4 @@
-"""``llmctl bench``: serve, throughput, latency."""
+"""``llmctl bench``: serve, throughput, latency; compare is in ``bench_compare.py``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from llmctl.bench.config import (
     BenchThroughputConfig,
     ReportConfig,
 )
+from llmctl.cli.bench_compare import compare
+from llmctl.cli.bench_exit import EXIT_CODES, finish
 from llmctl.cli.bench_options import LATENCY, PROFILE, SERVE, SWEEP, THROUGHPUT, command_of
 from llmctl.cli.common import WholeNames, guarded, print_json
 from llmctl.errors import UsageError
@@ -25,21 +27,22 @@ if TYPE_CHECKING:
     from llmctl.bench.outcome import Outcome
 
 _Serving = TypeVar("_Serving", bound=BenchServeConfig)
-_EXIT_CODES = "Exit codes: 0 pass, 1 run-time error, 2 usage, 3 failed requests, 4 objective missed, 5 regression."
 
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Measure a server (serve, sweep) or the engine in this process (throughput, latency), and judge what came.\n\n"
+    help="Measure a server (serve, sweep), two of them in turns (compare), or the engine in this process (throughput, "
+    "latency), and judge what came.\n\n"
     "Example: llmctl bench serve --base-url http://127.0.0.1:8000 --max-concurrency 8 --slo 'p99_ttft_ms<=500'\n\n"
+    "Example: llmctl bench compare --a ./engine --b http://127.0.0.1:8000 --input-len 128 --output-len 64\n\n"
     "Example: llmctl bench throughput --model ./engine --num-prompts 32 --input-len 128 --output-len 128\n\n"
     "Example: llmctl bench latency --model ./engine --batch-size 1 --input-len 128 --output-len 64",
-    epilog=_EXIT_CODES,
+    epilog=EXIT_CODES,
 )
 
 
-@app.command("serve", cls=WholeNames, epilog=_EXIT_CODES, context_settings={"allow_extra_args": True})
+@app.command("serve", cls=WholeNames, epilog=EXIT_CODES, context_settings={"allow_extra_args": True})
 @guarded
 @command_of(BenchServeConfig, SERVE)
 def serve(ctx: typer.Context, settings: BenchServeConfig, json_output: bool) -> None:
@@ -60,7 +63,7 @@ def serve(ctx: typer.Context, settings: BenchServeConfig, json_output: bool) -> 
     _finish(outcome, settings, "llmctl bench serve", plan.backend, json_output)
 
 
-@app.command("sweep", cls=WholeNames, epilog=_EXIT_CODES, context_settings={"allow_extra_args": True})
+@app.command("sweep", cls=WholeNames, epilog=EXIT_CODES, context_settings={"allow_extra_args": True})
 @guarded
 @command_of(BenchSweepConfig, SWEEP)
 def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> None:
@@ -83,7 +86,7 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
 
     title = "llmctl bench sweep"
     with step_progress() as show:
-        outcome, interrupted = run_sweep(_sort_out(ctx.args, settings), SweepView(), show)
+        outcome = run_sweep(_sort_out(ctx.args, settings), SweepView(), show)
     if json_output:
         print_json(outcome.result)
     console = Console(stderr=json_output)
@@ -95,12 +98,10 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
         write_text(path, text)
         print(f"wrote {path}", file=sys.stderr)
     append_step_summary(sweep_report.to_markdown(outcome.result, title))
-    if interrupted:
-        raise typer.Exit(130)
-    _judge(outcome, settings)
+    finish(outcome, settings.exit_zero, title)
 
 
-@app.command("throughput", cls=WholeNames, epilog=_EXIT_CODES)
+@app.command("throughput", cls=WholeNames, epilog=EXIT_CODES)
 @guarded
 @command_of(BenchThroughputConfig, THROUGHPUT)
 def throughput(settings: BenchThroughputConfig, json_output: bool) -> None:
@@ -116,7 +117,7 @@ def throughput(settings: BenchThroughputConfig, json_output: bool) -> None:
     _finish(outcome, settings, "llmctl bench throughput", "throughput", json_output)
 
 
-@app.command("latency", cls=WholeNames, epilog=_EXIT_CODES)
+@app.command("latency", cls=WholeNames, epilog=EXIT_CODES)
 @guarded
 @command_of(BenchLatencyConfig, LATENCY)
 def latency(settings: BenchLatencyConfig, json_output: bool) -> None:
@@ -158,6 +159,9 @@ def profile(settings: BenchProfileConfig, json_output: bool) -> None:
         print(f"wrote {settings.svg}", file=sys.stderr)
 
 
+app.command("compare", cls=WholeNames, epilog=EXIT_CODES)(compare)
+
+
 def _sort_out(more: list[str], settings: _Serving) -> _Serving:
     """vLLM's ``--goodput a:1 b:2`` and ``--metadata k=v k2=v2`` leave words behind; put them where they belong."""
     goodput, metadata = settings.goodput, settings.metadata
@@ -184,13 +188,4 @@ def _finish(outcome: Outcome, settings: ReportConfig, title: str, backend: str, 
     print_result(outcome.result, title, Console(stderr=json_output, width=None))
     for path in write_reports(outcome, settings, title, backend):
         print(f"wrote {path}", file=sys.stderr)
-    _judge(outcome, settings)
-
-
-def _judge(outcome: Outcome, settings: ReportConfig) -> None:
-    """Name the gates that failed, and exit with the verdict."""
-    for gate in outcome.result["gates"]:
-        if not gate["passed"]:
-            print(f"gate failed: {gate['metric']} {gate['op']} {gate['limit']:g}", file=sys.stderr)
-    if outcome.exit_code and not settings.exit_zero:
-        raise typer.Exit(int(outcome.exit_code))
+    finish(outcome, settings.exit_zero, title)

@@ -62,18 +62,19 @@ def _setting(value: Any, default: Any) -> Any:
     return tuple(value or ()) if isinstance(default, tuple) else value
 
 
-def _option(*names: str, kind: Any = str, panel: str, help: str, **more: Any) -> Any:
+def option(*names: str, kind: Any = str, panel: str, help: str, **more: Any) -> Any:
+    """An option as Typer takes it: its names, its type, the panel of the help that it stands in."""
     return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **more)]
 
 
 _MAYBE, _NUMBER, _SHARE, _MANY = str | None, int | None, float | None, list[str] | None
-_server = functools.partial(_option, panel="Server")
-_workload = functools.partial(_option, panel="Workload")
-_load = functools.partial(_option, panel="Load")
-_metric = functools.partial(_option, panel="Metrics")
-_engine = functools.partial(_option, panel="Engine")
-_gate = functools.partial(_option, panel="Gates")
-_output = functools.partial(_option, panel="Output")
+_server = functools.partial(option, panel="Server")
+_workload = functools.partial(option, panel="Workload")
+_load = functools.partial(option, panel="Load")
+_metric = functools.partial(option, panel="Metrics")
+_engine = functools.partial(option, panel="Engine")
+_gate = functools.partial(option, panel="Gates")
+_output = functools.partial(option, panel="Output")
 
 _SLO_HELP = 'Objective such as "p99_ttft_ms<=200" (<=, <, >=, >, ==; ms or s); repeatable.'
 _CHUNKED, _PREFIX = "--enable-chunked-prefill", "--enable-prefix-caching"
@@ -98,6 +99,9 @@ BASELINE: Table = {
         help="How much worse than the baseline is allowed; counts only beyond the noise interval.",
     ),
     "regression_metrics": _gate("--regression-metrics", metavar="LIST", help="Metrics compared with the baseline."),
+    "allow_missing_baseline": _gate(
+        "--allow-missing-baseline", kind=bool, help="Pass, and say so, while --baseline does not exist: a first run."
+    ),
     "update_baseline": _gate(
         "--update-baseline", kind=bool, help="Write this result to --baseline if it passes the other gates."
     ),
@@ -166,7 +170,7 @@ ENGINE: Table = {
     "verify": _engine("--verify", kind=bool, help="Check sha256 of every engine file first."),
 }
 _MODEL: Table = {
-    "model": _option(
+    "model": option(
         "--model", panel="Model", help="Engine folder, checkpoint folder, .gguf, hub id, or demo:smollm2-135m."
     ),
 }
@@ -213,7 +217,12 @@ SERVE: Table = {
     "api_key": _server("--api-key", kind=_MAYBE, envvar="OPENAI_API_KEY", help="Sent as bearer token."),
     "header": _server("--header", kind=_MANY, metavar="K=V", help="Header of every request; repeatable."),
     "insecure": _server("--insecure", kind=bool, help="Do not check TLS certificates."),
-    "ready_timeout": _server("--ready-timeout", kind=float, metavar="S", help="Wait so long for the server to answer."),
+    "ready_timeout": _server(
+        "--ready-timeout",
+        kind=float,
+        metavar="S",
+        help="Wait so long for the server to be ready and to answer a request.",
+    ),
     "request_timeout": _server("--request-timeout", kind=float, metavar="S", help="A longer request has failed."),
     "keep_alive": _server("--keep-alive", kind=bool, help="Reuse connections; by default each request opens its own."),
     "dataset_name": _workload("--dataset-name", help="random (distinct words), file or sharegpt."),
@@ -311,7 +320,7 @@ SWEEP: Table = {
     "svg": _output("--svg", kind=_MAYBE, metavar="FILE", help="The charts alone."),
 }
 
-_STEPS = functools.partial(_option, panel="Steps")
+_STEPS = functools.partial(option, panel="Steps")
 _ONLY_OF_RUNS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
 PROFILE: Table = {
     **_MODEL,

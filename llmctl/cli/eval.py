@@ -133,6 +133,7 @@ def evaluate(
 
     check_torch("llmctl eval")
     from llmctl.bench.gate import exit_code
+    from llmctl.bench.verdict import sentence
     from llmctl.cli.step_progress import step_progress
     from llmctl.evaluate import evaluation
 
@@ -145,7 +146,7 @@ def evaluate(
         _print_table(found, gates)
     for gate in gates:
         if not gate.passed:
-            print(f"gate failed: {gate.sentence}", file=sys.stderr)
+            print(f"gate failed: {sentence(gate.as_dict(), {})}", file=sys.stderr)
     if code := exit_code(gates):
         raise typer.Exit(int(code))
 
@@ -153,6 +154,8 @@ def evaluate(
 def _print_table(found: Evaluation, gates: list[Gate]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from llmctl.bench.verdict import sentence
 
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -175,7 +178,7 @@ def _print_table(found: Evaluation, gates: list[Gate]) -> None:
             ("KL", f"{_plus_minus(figures, 'kl')} nats a token, KL(against || model)"),
             ("top-1", f"{figures['top1_agreement']:.2%} agreement"),
         ]
-    rows += [("gate", f"{gate.sentence}, {'passed' if gate.passed else 'failed'}") for gate in gates]
+    rows += [("gate", f"{sentence(gate.as_dict(), {})}, {'passed' if gate.passed else 'failed'}") for gate in gates]
     rows.append(("time", f"{found.seconds:.1f} s"))
     for key, value in rows:
         table.add_row(key, value)

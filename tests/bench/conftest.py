@@ -35,6 +35,7 @@ def start() -> Iterator[Callable[..., FakeServer]]:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run ``llmctl bench ARGS`` in this process."""
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     # Sampling how busy the machine is takes 0.3 s a run; test_environment checks it for real.

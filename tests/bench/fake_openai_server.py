@@ -14,13 +14,15 @@ from typing import Any
 
 import uvicorn
 
+from llmctl.bench.readiness import FIRST_REQUEST
+
 
 @dataclass(frozen=True)
 class Reply:
     """How one request is answered.
 
-    ``kind``: ok, http_500, http_500_html, cut (transport), stop_early (clean end, no finish_reason), malformed,
-    error_event, empty, not_sse, hang, abort.
+    ``kind``: ok, http_500, http_503, cut (transport), stop_early (clean end, no finish_reason), malformed, error_event,
+    empty, not_sse, hang, abort.
     """
 
     kind: str = "ok"
@@ -52,6 +54,11 @@ class FakeServer:
     script: list[Reply] = field(default_factory=lambda: [Reply()])
     tokenize: bool = True
     models: tuple[str, ...] = ("fake/model",)
+    # What its first answers to a GET of these paths are; 404 without any, the last one again when they are spent.
+    readiness: dict[str, list[int]] = field(default_factory=dict)
+    # Answers to the one-token requests that ask whether it is ready; they are no load, and not in ``seen``.
+    first_script: list[Reply] = field(default_factory=lambda: [Reply()])
+    first_seen: list[Seen] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     url: str = ""
 
@@ -65,7 +72,10 @@ class FakeServer:
             if not message.get("more_body"):
                 break
         path = scope["path"]
-        if path == "/v1/models":
+        if path in self.readiness:
+            codes = self.readiness[path]
+            await self._json(send, {"reason": "loading"}, codes.pop(0) if len(codes) > 1 else codes[0])
+        elif path == "/v1/models":
             await self._json(send, {"object": "list", "data": [{"id": name} for name in self.models]})
         elif path == "/version":
             await self._json(send, {"version": "fake-1"})
@@ -74,8 +84,10 @@ class FakeServer:
         elif path in ("/v1/completions", "/v1/chat/completions"):
             headers = {k.decode(): v.decode() for k, v in scope["headers"]}
             seen = Seen(time.perf_counter(), json.loads(body), headers, path, scope["client"][1])
-            self.seen.append(seen)
-            await self._answer(send, seen, self.script[(len(self.seen) - 1) % len(self.script)])
+            first = (seen.body.get("prompt") or seen.body["messages"][0]["content"]) == FIRST_REQUEST.prompt
+            log, script = (self.first_seen, self.first_script) if first else (self.seen, self.script)
+            log.append(seen)
+            await self._answer(send, seen, script[(len(log) - 1) % len(script)])
         else:
             await self._json(send, {"detail": "Not Found"}, 404)
 
@@ -87,8 +99,8 @@ class FakeServer:
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
 
     async def _answer(self, send: Any, seen: Seen, reply: Reply) -> None:
-        if reply.kind == "http_500":
-            await self._json(send, {"error": {"message": "out of cheese"}}, 500)
+        if reply.kind in ("http_500", "http_503"):
+            await self._json(send, {"error": {"message": "out of cheese"}}, int(reply.kind[-3:]))
             return
         if reply.kind == "not_sse":
             await self._json(send, {"choices": [{"text": "hello", "finish_reason": "stop"}]})

@@ -86,6 +86,26 @@ def test_chunks_of_several_tokens_are_gaps_by_what_is_known_of_them(start: Start
     assert (record.itl_token_source, len(record.itls)) == ("single", 9)
 
 
+def test_ctrl_c_keeps_what_has_ended(start: Start) -> None:
+    """As asyncio.run does at a Ctrl-C: the task is cancelled; it returns what it has."""
+    fake = start(Reply(), Reply(), Reply("hang"))
+    target = Target(fake.url + "/v1/completions", "m", chat=False)
+    ended: list[int] = []
+
+    async def run() -> LoadRun:
+        items = [WorkItem(f"prompt {i}", 2, 3) for i in range(6)]
+        task = asyncio.ensure_future(run_load(target, items, [0.0] * 6, 1, lambda record: ended.append(record.index)))
+        while len(ended) < 2 or len(fake.seen) < 3:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        return await task
+
+    found = asyncio.run(run())
+    assert found.interrupted
+    assert [record.index for record in found.records] == ended
+    assert all(record.error is None and record.output_tokens == 3 for record in found.records)
+
+
 def test_without_usage_chunks_are_counted(start: Start) -> None:
     (record,) = load(start(Reply(usage=False, tokens_per_chunk=2)), 1, tokens=10).records
     assert record.completion_tokens is None

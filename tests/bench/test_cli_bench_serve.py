@@ -6,8 +6,10 @@ import csv
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +34,9 @@ VLLM_KEYS = (
     for word in ("mean", "median", "std", "p50", "p90", "p99")
 ]
 OUR_KEYS = (
-    "failed_ratio goodput_ratio schema_version kind num_repeats short_outputs output_token_source "
+    "failed_ratio goodput_ratio schema_version kind num_repeats interrupted short_outputs output_token_source "
     "itl_token_source not_sent failures workload "
-    "server client environment definitions repeats confidence baseline gates exit_code"
+    "server client environment definitions repeats confidence baseline notes gates exit_code"
 ).split()
 
 FAILURES = ["http_500", "cut", "stop_early", "malformed", "error_event", "empty", "not_sse", "abort"]
@@ -170,11 +172,13 @@ def test_objectives(start: Start, bench_serve: BenchServe, options: tuple[str, .
         (("--base-url", "http://127.0.0.1:99999"), "expected http://"),
         (("--header", "a=b\nc"), "KEY=VALUE"),
         (("--temperature", "nan"), "--temperature: expected a number"),
+        (("--ready-timeout", "inf"), "--ready-timeout: expected seconds"),
         (("--junit", "."), "--junit .: expected a file, found a folder"),
         (("--csv", f"{__file__}/x.csv"), "test_cli_bench_serve.py is not a folder"),
         (("--save-result", "--result-dir", __file__), "test_cli_bench_serve.py is not a folder"),
         (("--baseline", "nowhere.json"), "--update-baseline"),
         (("--update-baseline",), "needs --baseline"),
+        (("--allow-missing-baseline",), "needs --baseline"),
         (("--max-regression", "much"), "expected a share"),
         (("--confidence", "95"), "expected a share in (0, 1)"),
         (("--regression-metrics", "ttft"), "unknown metric 'ttft'"),
@@ -192,7 +196,7 @@ def test_usage_errors_are_one_line(start: Start, bench_serve: BenchServe, option
 
 
 def test_no_server_is_a_run_time_error(bench: Bench) -> None:
-    result = bench("serve", "--base-url", "http://127.0.0.1:9", "--model", "m")
+    result = bench("serve", "--base-url", "http://127.0.0.1:9", "--model", "m", "--ready-timeout", "0")
     assert result.exit_code == 1
     assert "no server answers" in result.stderr
     assert "llmctl serve" in result.stderr
@@ -386,7 +390,7 @@ def test_default_file_name_is_vllms(
 def test_a_data_set_is_checked_before_the_server_is_waited_for(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, said: str
 ) -> None:
-    monkeypatch.setattr("llmctl.bench.serve.probe", lambda *_: pytest.fail("asked the server"))
+    monkeypatch.setattr("llmctl.bench.serve.await_server", lambda *_: pytest.fail("asked the server"))
     if content is not None:
         (tmp_path / name).write_text(content)
     result = bench("serve", "--dataset-name", "file", "--dataset-path", str(tmp_path / name), "--ready-timeout", "60")
@@ -432,6 +436,55 @@ def test_as_a_process(start: Start, tmp_path: Path) -> None:
     assert environment_seen["cpu_model"]
     assert 0 <= environment_seen["cpu_busy_before"] <= 1
     assert (tmp_path / "s.md").read_text().startswith("### ")
+
+
+def test_ctrl_c_keeps_what_was_measured(start: Start, tmp_path: Path) -> None:
+    fake = start(Reply(first_delay=0.05))
+    command = [sys.executable, "-m", "llmctl.cli.main", "bench", "serve", "--base-url", fake.url, "--json"]
+    options = ["--num-prompts", "5000", "--max-concurrency", "4", "--output-len", "4", "--input-len", "4"]
+    files = ["--junit", str(tmp_path / "j.xml"), "--baseline", str(tmp_path / "b.json"), "--update-baseline"]
+    process = subprocess.Popen(
+        [*command, *options, *files, "--repeats", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 60
+    while len(fake.seen) < 20 and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    doc = json.loads(out)
+    assert (doc["interrupted"], doc["exit_code"], doc["num_repeats"], doc["failed"]) == (True, 130, 1, 0)
+    assert 10 < doc["completed"] < 5000
+    assert doc["repeats"][0]["interrupted"]
+    assert doc["confidence"] == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["j.xml"], "a run that was cut short is no baseline"
+    assert "Traceback" not in err
+    assert "interrupted: what was measured until then is in the result" in err
+
+
+def test_a_first_run_may_have_no_baseline(start: Start, bench_serve: BenchServe, tmp_path: Path) -> None:
+    path = str(tmp_path / "base.json")
+    code, _, result = bench_serve(start(), "--baseline", path)
+    assert code == 2
+    assert f"make it with --baseline {path} --update-baseline, or let a first run pass" in result.stderr
+    options = ("--baseline", path, "--allow-missing-baseline", "--repeats", "1", "--markdown", str(tmp_path / "m.md"))
+    code, doc, _ = bench_serve(start(), *options)
+    assert (code, doc["baseline"]) == (0, None)
+    assert doc["notes"] == [
+        f"no baseline yet: nothing was compared with {path}; the same run with --update-baseline makes it"
+    ]
+    assert f"- note: no baseline yet: nothing was compared with {path}" in (tmp_path / "m.md").read_text()
+    assert bench_serve(start(), *options, "--update-baseline")[0] == 0
+    code, doc, _ = bench_serve(start(), *options, "--max-regression", "10000%")
+    assert (code, doc["notes"], doc["baseline"]["path"]) == (0, [], path)
+
+
+def test_annotations_in_a_job_of_github(start: Start, bench_serve: BenchServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    code, _, result = bench_serve(start(Reply(), Reply("cut")))
+    assert code == 3
+    found = [line for line in result.stderr.splitlines() if line.startswith("::")]
+    assert found == ["::error title=llmctl bench serve::3 of 6 requests failed (50.0%25; allowed 0.0%25)"]
 
 
 def test_a_full_disk_does_not_lose_the_result(

@@ -1,0 +1,51 @@
+"""Figures as people read them: units by a metric's name, few digits, shares as percentages."""
+
+from __future__ import annotations
+
+_UNITS = {
+    "_ms": "ms",
+    "request_throughput": "req/s",
+    "requests_per_second": "req/s",
+    "request_goodput": "req/s",
+    "throughput": "tok/s",
+    "tokens_per_s": "tok/s",
+    "tokens_per_second": "tok/s",
+    "_tokens": "tok",
+    "ratio": "",
+    "latency": "s",
+    "duration": "s",
+    "elapsed_time": "s",
+    "_seconds": "s",
+    "_bytes": "B",
+}
+
+
+def unit(metric: str) -> str:
+    """Unit of a metric by its name."""
+    return next((text for ending, text in _UNITS.items() if metric.endswith(ending)), "")
+
+
+def brief(value: float) -> str:
+    """Three digits, or all before the point."""
+    if float(value).is_integer() or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}".removesuffix(".0") if abs(value) >= 10 else f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage of two digits, or all before the point."""
+    return f"{100 * share:.0f}%" if abs(share) >= 0.0995 else f"{100 * share:.2g}%"
+
+
+def quantity(metric: str, value: float) -> str:
+    """A figure with its unit; ratios as percentages."""
+    if metric.endswith("_ratio"):
+        return f"{100 * value:.4g}%"
+    return f"{brief(value)} {unit(metric)}".strip()
+
+
+def changed(metric: str, before: float, after: float, change: float) -> str:
+    """``fell 78% (181 → 40 tok/s``, for the reader to be told more, and to be closed."""
+    verb = "fell" if change < 0 else "rose"
+    how = "did not change" if abs(change) < 0.0005 else f"{verb} {percent(abs(change))}"
+    return f"{how} ({brief(before)} → {quantity(metric, after)}"
