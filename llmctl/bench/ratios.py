@@ -3,11 +3,12 @@
 Values are compared as logarithms: a ratio and its inverse are then equally far from 1, and noise that grows with the
 value is the same everywhere. From ``BOOTSTRAP_FROM`` values a side on, an eighth of the logarithms is trimmed off
 either end, so that a round in which a neighbour was busy neither moves the ratio nor widens its interval, and the
-interval is a studentized bootstrap's (bootstrap-t: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5),
-with the trimmed mean's error of Tukey and McLaughlin (Sankhya A 25, 1963), as Wilcox advises (Introduction to Robust
-Estimation and Hypothesis Testing). Of simulated 99% intervals of 12 to 30 rounds it missed 0.8-1.8% whether noise was
-normal, Student's with three degrees of freedom, or six times as large in a tenth of the rounds; percentile intervals
-of the mean missed 1.3-4.4%, and with such spikes the untrimmed bootstrap-t, 1.6-3.5%, was up to 1.6 times as wide.
+interval is a studentized bootstrap's (bootstrap-t: Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+section 12.5), with the trimmed mean's error of Tukey and McLaughlin (Sankhya A 25, 1963), as Wilcox advises
+(Introduction to Robust Estimation and Hypothesis Testing). Of simulated 99% intervals of 12 to 30 rounds it missed
+0.8-1.8% whether noise was normal, Student's with three degrees of freedom, or six times as large in a tenth of the
+rounds; percentile intervals of the mean missed 1.3-4.4%, and with such spikes the untrimmed bootstrap-t, 1.6-3.5%, was
+up to 1.6 times as wide.
 Fewer values have too few different resamplings: theirs is Student's t interval of the mean.
 """
 
