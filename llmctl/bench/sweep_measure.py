@@ -104,8 +104,6 @@ class Sweep:
     def measure(self) -> None:
         """All loads on all variants, there and back in turns."""
         config = self.plan.config
-        if config.max_duration is not None:
-            self._end = time.monotonic() + config.max_duration
         try:
             for repeat in range(1 if config.find_max else config.num_repeats):
                 for i in ordered(len(self.plan.variants), repeat):
@@ -169,6 +167,8 @@ class Sweep:
 
     def _load(self, variant: Variant, level: Level, session: Session, requests: int, stream: int) -> Point:
         """One run of a load, added to its point."""
+        if self.plan.config.max_duration is not None and not self.points:
+            self._end = time.monotonic() + self.plan.config.max_duration  # from the first load on: there is one
         left = self._end - time.monotonic()
         if left <= 0:
             raise _TimeUpError
