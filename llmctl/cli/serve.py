@@ -79,7 +79,8 @@ def serve(
 ) -> None:
     """Serve a model behind an OpenAI-compatible API.
 
-    What is not an engine yet is built into the cache first. SIGTERM drains; a second one stops at once.
+    What is not an engine yet is built first, into the folder that LLMCTL_CACHE names, else ~/.cache/llmctl (or below
+    XDG_CACHE_HOME). SIGTERM drains; a second one stops at once.
 
     Example: [bold]llmctl serve --model ./engine --port 8000[/bold]
     """

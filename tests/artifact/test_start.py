@@ -24,7 +24,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import SequenceSlice, StepPlan
-from llmctl.errors import DeviceError, DeviceMemoryError, EngineLoadError, ExitCode, UsageError
+from llmctl.errors import DeviceError, DeviceMemoryError, EngineLoadError, ExitCode, MissingPackageError, UsageError
 from llmctl.targets.cpu import target as cpu
 from llmctl.targets.cpu.toolchain import VARIANTS, find_compiler
 from llmctl.targets.cuda import target as cuda
@@ -70,6 +70,12 @@ def test_an_engine_of_several_variants_runs_whichever_of_them_is_named(
     monkeypatch.setattr(cpu, "supported_variants", lambda _: [v for v in VARIANTS if v.name.endswith("avx2")])
     started = start_engine(engine, EngineOptions(target="cpu:avx512bf16", kv_cache_memory="1MiB"))
     assert started.engine.runtime.variant == "avx2"
+
+
+def test_adapters_without_torch_are_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingPackageError, match="--enable-lora needs PyTorch, which is not installed"):
+        start_engine(Path("nowhere"), EngineOptions(enable_lora=True))
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fixtures import ServerProcess
-from tiny_checkpoint import write_gptq
+from tiny_checkpoint import dense_tensors, write_arrays, write_gptq
 
 import llmctl
 from llmctl.artifact.builder import build_engine
@@ -112,15 +113,13 @@ def test_an_engine_is_served(base: dict[str, str], engine: Path) -> None:
 @needs_compiler
 def test_engines_and_headers_are_read(base: dict[str, str], engine: Path, tiny_llama: Path, tmp_path: Path) -> None:
     gptq = write_gptq(tmp_path / "gptq")
-    bench = ["--input-len", "8", "--output-len", "4", "--json"]
     for code, stdout, stderr in answers(
         base,
         ["inspect", str(engine), "--verify", "--ops", "--weights"],
         ["inspect", str(tiny_llama)],
         ["inspect", str(gptq), "--json"],
         ["build", "--model", str(tiny_llama), "--dry-run"],
-        ["bench", "throughput", "--model", str(engine), "--num-prompts", "2", *bench],
-        ["bench", "latency", "--model", str(engine), "--num-iters", "1", "--num-iters-warmup", "0", *bench],
+        ["bench", "throughput", "--model", str(engine), "--num-prompts", "2", "--input-len", "8", "--output-len", "4"],
     ):
         assert code == 0, stderr
         assert stdout
@@ -130,6 +129,8 @@ def test_what_needs_torch_says_what_to_install(
     base: dict[str, str], tiny_llama: Path, tiny_engine: Path, tmp_path: Path
 ) -> None:
     model, output = str(tiny_llama), ["--output", str(tmp_path / "output")]
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float16)}
+    biased = write_arrays(tmp_path / "biased", dense_tensors() | bias)
     commands = {
         "llmctl quantize needs PyTorch": ["quantize", "--model", model, *output],
         "llmctl quantize compare needs PyTorch": ["quantize", "compare", model],
@@ -140,6 +141,7 @@ def test_what_needs_torch_says_what_to_install(
         f"{model} is not an engine yet: building one needs PyTorch": ["bench", "latency", "--model", model],
         "to fetch it and build an engine of it needs PyTorch": ["bench", "latency", "--model", "demo:smollm2-135m"],
         "running an engine for reference needs PyTorch": ["bench", "latency", "--model", str(tiny_engine)],
+        "this needs PyTorch": ["inspect", str(biased)],  # to see whether its biases are zero
     }
     for said, (code, stdout, stderr) in zip(commands, answers(base, *commands.values()), strict=True):
         assert (code, stdout) == (1, ""), stderr
@@ -147,7 +149,7 @@ def test_what_needs_torch_says_what_to_install(
         assert line.startswith("error: ")
         assert f"{said}, which is not installed (fix: " in line
         assert line.endswith("[quantize]')")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [biased]
 
 
 def test_a_server_says_so_too(base: dict[str, str], tiny_llama: Path) -> None:
