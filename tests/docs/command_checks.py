@@ -23,6 +23,7 @@ from llmctl.serving.openapi import describe
 _WRAPPERS = {"taskset": 3, "chrt": 3, "time": 1, "nohup": 1}
 """Programs before another one, with the number of words that are theirs."""
 _VENV = ".venv/bin/"
+_OPTION = re.compile(r"""["'](--[a-z][a-z0-9-]*)["'= ]""")
 _VARIABLE = re.compile(r"[A-Z_]+=")
 _ROOT_COMMAND: Any = typer.main.get_command(app)
 
@@ -47,6 +48,20 @@ def check(words: Sequence[str]) -> None:
         _CHECKS[program](words[1:])
     else:
         raise WrongCommand(f"'{program}': nothing checks it; mark the block as not run, with the reason")
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """Every option of every command, and of every script."""
+    found: set[str] = set()
+    todo = [_ROOT_COMMAND]
+    while todo:
+        command = todo.pop()
+        todo += getattr(command, "commands", {}).values()
+        found.update(*(parameter.opts + parameter.secondary_opts for parameter in command.params))
+    for script in (ROOT / "scripts").rglob("*.py"):
+        found |= set(_OPTION.findall(script.read_text(encoding="utf-8")))
+    return frozenset(found)
 
 
 def _llmctl(words: Sequence[str]) -> None:
@@ -104,7 +119,7 @@ def _options_of(script: Path) -> frozenset[str]:
             continue
         seen.add(path)
         source = path.read_text(encoding="utf-8")
-        found |= set(re.findall(r"""["'](--[a-z][a-z0-9-]*)["']""", source))
+        found |= set(_OPTION.findall(source))
         for node in ast.walk(ast.parse(source)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from docs.command_checks import WrongCommand, check
+import yaml
+from docs.command_checks import WrongCommand, check, known_options
 from docs.documents import NOT_RUN, PAGES, ROOT, Block, all_blocks, inline, simple_commands
 
 LANGUAGES = {"bash", "text", "json", "yaml", "python", "toml", "nginx", "dockerfile", "promql"}
+PARSERS: Mapping[str, Callable[[str], Any]] = {"python": ast.parse, "json": json.loads, "yaml": yaml.safe_load}
+OTHERS = {"--help", "--version", "--sanitize", "--gpus", "--build-arg", "--profile", "--now", "--extra-index-url"}
+"""Options of Docker, systemd, pip, scripts/gpu_check.sh, and those that every command has."""
 SWITCHES = {"--help", "--version", "--dry-run", "--json"}
 BLOCKS = all_blocks()
 COMMANDS = [block for block in BLOCKS if block.commands() and block.mark != NOT_RUN]
@@ -42,6 +51,20 @@ def test_commands_within_sentences_could_be_typed(page: Path) -> None:
                 check(simple_commands(token.content)[0])
             except WrongCommand as error:
                 pytest.fail(f"{page.relative_to(ROOT)}: {token.content}: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_that_are_named_exist(page: Path) -> None:
+    codes = [token.content for token in inline(page) if token.type == "code_inline"]
+    named = {option for code in codes for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code)}
+    assert named <= known_options() | OTHERS
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language in PARSERS], ids=lambda block: block.place
+)
+def test_what_has_a_grammar_is_written_by_it(block: Block) -> None:
+    PARSERS[str(block.language)](block.text)
 
 
 @pytest.mark.parametrize(
