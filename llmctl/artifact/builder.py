@@ -25,8 +25,8 @@ from llmctl.checkpoint.resolve import cache_dir, is_fetched, resolve_model
 from llmctl.config import BuildConfig, EngineOptions
 from llmctl.errors import EngineLoadError, ModelNotFoundError, UsageError
 from llmctl.extras import missing
+from llmctl.targets.address_space import check_torch
 from llmctl.targets.base import Target
-from llmctl.targets.machine import check_torch
 from llmctl.targets.table import default_target, parse_target, target_of
 
 # What shapes an engine's bytes; a change in any of these files makes cached engines stale.

@@ -17,7 +17,7 @@ from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
-from llmctl.targets.machine import check_torch
+from llmctl.targets.address_space import check_torch
 from llmctl.text.tokenizer import Tokenizer
 
 

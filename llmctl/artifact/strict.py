@@ -7,6 +7,7 @@ and the types of ``_CODECS``, which have their own functions.
 from __future__ import annotations
 
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -66,7 +67,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), where or kind.__name__, "an object", data)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     names = [f.name for f in fields(kind)]
     prefix = f"{where}." if where else ""
     for key in data:
@@ -79,6 +80,11 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
         if name not in data:
             raise ValueError(f"key '{prefix}{name}' is missing")
     return kind(**{name: _decode(hints[name], data[name], prefix + name) for name in names})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _expect(ok: bool, where: str, wanted: str, found: Any) -> None:

@@ -24,8 +24,9 @@ from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.folder import published_folder
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.checkpoint.safetensors_io import TensorSpec, write_safetensors
+from llmctl.targets.address_space import check_torch
 from llmctl.targets.base import CompileProgress, KernelFile, Module
-from llmctl.targets.machine import check_torch, usable_cores
+from llmctl.targets.machine import usable_cores
 from llmctl.targets.planes import PlanesByWeight, total_bytes
 
 Progress = Callable[[str, int, int], None]

@@ -118,7 +118,7 @@ class Sweep:
         settings = self.plan.quality
         if settings is None:
             return
-        from llmctl.targets.machine import check_torch
+        from llmctl.targets.address_space import check_torch
 
         check_torch("--quality")
         from llmctl.evaluate.evaluation import evaluate  # imports torch

@@ -158,7 +158,7 @@ def build(
     if dry_run:
         _print_plan(settings, json_output)
         return
-    from llmctl.targets.machine import check_torch
+    from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl build")
     from llmctl.cli.build_run import run_build

@@ -174,7 +174,7 @@ def report(error: LlmctlError) -> None:
 
 
 def _check_address_space() -> None:
-    from llmctl.targets.machine import check_address_space
+    from llmctl.targets.address_space import check_address_space
 
     check_address_space()
 

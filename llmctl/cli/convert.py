@@ -50,7 +50,7 @@ def convert(
 
     [bold]llmctl convert --model ./smollm2-awq --to gptq --output ./smollm2-gptq[/bold]
     """
-    from llmctl.targets.machine import check_torch
+    from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl convert")
     from llmctl.checkpoint.convert import convert_checkpoint

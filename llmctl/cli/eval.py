@@ -127,7 +127,7 @@ def evaluate(
         min_agreement=min_agreement,
     )
     from llmctl.bench.quality import check_limits, quality_gates
-    from llmctl.targets.machine import check_torch
+    from llmctl.targets.address_space import check_torch
 
     check_limits(settings)
 

@@ -48,7 +48,7 @@ def merge(
 
     [bold]llmctl quantize --merge-adapter ./adapter[/bold] merges and quantizes at once.
     """
-    from llmctl.targets.machine import check_torch
+    from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl merge")
     from llmctl.checkpoint.merge import merge_checkpoint

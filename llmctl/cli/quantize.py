@@ -255,7 +255,7 @@ def quantize(
 
     [bold]llmctl quantize compare[/bold] makes several and measures them.
     """
-    from llmctl.targets.machine import check_torch
+    from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl quantize")
     from llmctl.cli.quantize_progress import ProgressLines, print_report

@@ -108,7 +108,7 @@ def compare(
 
     Example: [bold]llmctl quantize compare demo:smollm2-135m --methods rtn,gptq --bits 3,4 --max-kl 0.2 -o ./best[/bold]
     """
-    from llmctl.targets.machine import check_torch
+    from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl quantize compare")
     from llmctl.bench import quantizations

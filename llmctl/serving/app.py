@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -23,7 +25,6 @@ from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.messages_api import api as messages_api
 from llmctl.serving.middleware import ApiKeyGate, BodyGate
 from llmctl.serving.openai_errors import RETRY_SOON, install_handlers, json_response
-from llmctl.serving.openapi import describe
 from llmctl.serving.outline import Outline
 from llmctl.serving.page import Page
 from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -43,15 +44,13 @@ def create_app(context: ServerContext) -> FastAPI:
         title="llmctl",
         version=__version__,
         redirect_slashes=False,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         telemetry=_NO_TELEMETRY,
     )
     app.state.context = context
-    # Made now, while the worker loads the engine: later it would keep streams waiting.
     config = context.config
-    description = describe(context.names[0], with_keys=bool(context.keys), root_path=config.root_path)
-    app.openapi = lambda: description  # type: ignore[method-assign]
     install_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -66,6 +65,7 @@ def create_app(context: ServerContext) -> FastAPI:
         "/v1/models/{name:path}": model,
         "/requests": live.requests,
         "/engine": live.engine,
+        "/openapi.json": description,
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
@@ -99,6 +99,22 @@ def create_app(context: ServerContext) -> FastAPI:
     app.add_middleware(HttpMetrics, series=context.metrics.http, routes=routes)
     app.add_middleware(Addresses, root_path=config.root_path)
     return app
+
+
+async def description(request: Request) -> Response:
+    """What the API is. Made when it is first asked for, in a thread: it takes a third as long as a start."""
+    context = context_of(request)
+    async with context.describing:
+        if context.description is None:
+            context.description = await asyncio.to_thread(_describe, context)
+    return Response(context.description, media_type="application/json")
+
+
+def _describe(context: ServerContext) -> bytes:
+    from llmctl.serving.openapi import describe  # every answer's model
+
+    document = describe(context.names[0], with_keys=bool(context.keys), root_path=context.config.root_path)
+    return msgspec.json.encode(document)
 
 
 async def health(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,6 +79,7 @@ class ServerContext:
     Attributes:
         names: of the model; the first is the one that answers bear.
         deadline: of requests that bring none.
+        description: the API's, once somebody has asked for it; ``describing``: it is being made.
     """
 
     config: ServeConfig
@@ -91,6 +93,8 @@ class ServerContext:
     engine_card: EngineCard = field(default_factory=EngineCard)
     created: int = field(default_factory=lambda: int(time.time()))
     deadline: Deadline = field(init=False)
+    description: bytes | None = None
+    describing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.deadline = Deadline.parse(self.config.deadline, "--deadline")

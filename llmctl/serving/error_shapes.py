@@ -11,9 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmctl.errors import LlmctlError
-from llmctl.serving.messages_api.schema import MessagesErrorResponse
-from llmctl.serving.response_schema import ErrorResponse, ResponseModel
-from llmctl.serving.tgi_api.schema import TgiErrorResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +36,12 @@ class ErrorShape:
     """How one API writes errors.
 
     Attributes:
-        document: makes the document of a problem and the request's id. model: describes it.
+        document: makes the document of a problem and the request's id.
         names: fields of requests, from their names here to the API's.
         id_header: the header that its clients look for the request's id in, beside ``X-Request-Id``.
     """
 
     document: Callable[[Problem, str], dict[str, Any]]
-    model: type[ResponseModel]
     names: Mapping[str, str] = field(default_factory=dict)
     id_header: str | None = None
 
@@ -101,10 +97,9 @@ def _tgi(problem: Problem, _: str) -> dict[str, Any]:
     return {"error": problem.message, "error_type": type_}
 
 
-OPENAI = ErrorShape(_openai, ErrorResponse)
+OPENAI = ErrorShape(_openai)
 MESSAGES = ErrorShape(
     _messages,
-    MessagesErrorResponse,
     {
         "stop": "stop_sequences",
         "response_format": "output_config.format",
@@ -117,7 +112,6 @@ MESSAGES = ErrorShape(
 """Anthropic's."""
 TGI = ErrorShape(
     _tgi,
-    TgiErrorResponse,
     {
         "prompt": "inputs",
         "max_tokens": "max_new_tokens",

@@ -1,7 +1,8 @@
 """``llmctl serve``: the API process from its first line to its last.
 
-Order: claim the port, start the worker (its heavy imports run beside ours), answer ``/health`` at once, admit requests
-when the worker is ready, drain on SIGTERM or SIGINT, leave no process and no file behind.
+Order: start the worker (its heavy imports run beside ours), claim the port, tell the worker what to serve, answer
+``/health`` at once, admit requests when the worker is ready, drain on SIGTERM or SIGINT, leave no process and no file
+behind.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from llmctl.serving.lifecycle import WorkerLifecycle
     from llmctl.serving.observers import RequestObservers
     from llmctl.serving.redaction import Redactor
+    from llmctl.serving.supervisor import SpawnedWorker
 
 log = logging.getLogger("llmctl.serving")
 
@@ -58,6 +60,14 @@ def run_server(config: ServeConfig) -> None:
     Raises:
         LlmctlError: the port is taken, the engine did not start, or it died.
     """
+    from llmctl.serving.supervisor import early_worker
+
+    gc.disable()  # until the imports are over: what they make stays, and would be scanned again and again
+    with early_worker() as spawned:
+        _serve(config, spawned)
+
+
+def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     from llmctl.serving.redaction import Redactor
 
     check_config(config)
@@ -70,7 +80,7 @@ def run_server(config: ServeConfig) -> None:
     listener = bind(config.host, config.port)
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_Server(config, listener, keys, redactor).run())
+        runner.run(_Server(config, listener, keys, redactor).run(spawned))
 
 
 def server_keys(config: ServeConfig) -> ServerKeys:
@@ -164,7 +174,8 @@ def _check_adapters(config: ServeConfig) -> None:
     from llmctl.serving.adapters import parse_modules
 
     check_lora_enabled(config, {"lora_modules": bool(config.lora_modules), "lora_dir": config.lora_dir is not None})
-    parse_modules(config.lora_modules, served_names(config))
+    if config.lora_modules:
+        parse_modules(config.lora_modules, served_names(config))
     if config.lora_dir is not None and not Path(config.lora_dir).is_dir():
         raise UsageError(f"--lora-dir {config.lora_dir}: no such folder", param="lora_dir")
 
@@ -238,9 +249,9 @@ def default_model_name(model: str) -> str:
     """The served name of ``--model``: an engine's source model, a folder's or file's own name, else as given."""
     path = Path(model)
     if (path / "engine.json").is_file():
-        from llmctl.artifact.loader import read_manifest
+        from llmctl.artifact.loader import source_of
 
-        return read_manifest(path).source.name
+        return source_of(path)
     if path.exists():
         return path.resolve().stem if path.is_file() else path.resolve().name
     return model
@@ -266,7 +277,7 @@ class _Server:
         self._began = time.perf_counter()
         self._stop = asyncio.Event()
 
-    async def run(self) -> None:
+    async def run(self, spawned: SpawnedWorker) -> None:
         from llmctl.serving.client import AsyncEngineClient
         from llmctl.serving.metrics import ServerMetrics
         from llmctl.serving.observers import RequestObservers
@@ -284,13 +295,15 @@ class _Server:
         client.worker.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
         observers = RequestObservers.of(config, self._redactor)
         self._install_signals(client.worker, observers)
-        await client.worker.start()
+        await client.worker.start(spawned)
         try:
             from llmctl.serving.app import create_app
             from llmctl.serving.context import ServerContext
 
             context = ServerContext(config, names, client, metrics, self._keys, self._redactor, observers)
             server = self._http_server(create_app(context))
+            gc.freeze()
+            gc.enable()
             serving = asyncio.create_task(server.serve(sockets=[]))
             acceptor = self._acceptor(server)
             try:

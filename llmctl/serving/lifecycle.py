@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
@@ -17,8 +16,8 @@ from llmctl.config import EngineOptions
 from llmctl.errors import LlmctlError, NotReadyError
 from llmctl.serving.engine_loop import IDLE_SECONDS
 from llmctl.serving.restarts import RestartPolicy
-from llmctl.serving.supervisor import WorkerProcess, WorkerSettings, describe_exit, exit_reason
-from llmctl.serving.transport import ApiChannel, socket_pair
+from llmctl.serving.supervisor import SpawnedWorker, WorkerProcess, describe_exit, exit_reason
+from llmctl.serving.transport import ApiChannel
 from llmctl.serving.wire import (
     AdapterLoaded,
     AdapterRefused,
@@ -139,9 +138,9 @@ class WorkerLifecycle:
         self._launched = self._first_start_seconds = 0.0
         self._delay: float | None = None  # before the next worker, once this one is known to be dead
 
-    async def start(self) -> None:
-        """Start the worker process; it reports by itself when it is ready."""
-        await self._launch()
+    async def start(self, spawned: SpawnedWorker | None = None) -> None:
+        """Start the worker process, or tell one that waits for it; it reports by itself when it is ready."""
+        await self._launch(spawned)
 
     async def until_ready(self) -> EngineInfo:
         """Wait until requests can be served.
@@ -286,19 +285,17 @@ class WorkerLifecycle:
 
     # Processes
 
-    async def _launch(self) -> None:
-        """Start a worker process, and watch it."""
+    async def _launch(self, spawned: SpawnedWorker | None = None) -> None:
+        """Start a worker process if there is none yet, and watch it."""
         async with self._launching:
             if self._closing.is_set():
                 return
             config = self._config
             if self.engine_path is not None:  # what was resolved or built for the first worker
                 config = replace(config, model=str(self.engine_path))
-            ours, theirs = socket_pair()
-            self._channel = await ApiChannel.open(ours, self._on_message)
-            with theirs:
-                settings = WorkerSettings(config, theirs.fileno(), os.getpid(), self._log_level, self._idle_seconds)
-                self._process = await WorkerProcess.start(settings, theirs)
+            spawned = spawned or SpawnedWorker()
+            self._channel = await ApiChannel.open(spawned.channel, self._on_message)
+            self._process = spawned.tell(config, self._log_level, self._idle_seconds)
             self._launched, self._delay, self._serving = time.monotonic(), None, False
             self._spawn(self._watch(self._process, self._channel))
             if self._admitted:

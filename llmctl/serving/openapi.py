@@ -19,7 +19,7 @@ from llmctl.engine.sampling_params import RANGES, Range
 from llmctl.serving.addresses import ALIASES
 from llmctl.serving.error_shapes import OPENAI, SHAPES, ErrorShape, shape_of
 from llmctl.serving.middleware import LIVENESS_PATHS
-from llmctl.serving.operations import ALWAYS, OPERATIONS, TAGS, Operation
+from llmctl.serving.operations import ALWAYS, ERROR_MODELS, OPERATIONS, TAGS, Operation
 from llmctl.serving.protocol import MAX_PROMPT_LOGPROBS, SamplingFields
 from llmctl.serving.response_schema import ErrorResponse
 
@@ -202,7 +202,7 @@ def _event(operation: Operation, model: type[BaseModel]) -> dict[str, Any]:
     data: dict[str, Any] = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_ref(model), _ref(shape_of(operation.path).model)]},
+        "contentSchema": {"anyOf": [_ref(model), _ref(ERROR_MODELS[shape_of(operation.path)])]},
     }
     if operation.done:
         said += "; `[DONE]` is always the last"
@@ -219,11 +219,11 @@ def _event(operation: Operation, model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _error_name(shape: ErrorShape, status: int) -> str:
-    return shape.model.__name__.removesuffix("ErrorResponse") + _ERRORS[status][0]
+    return ERROR_MODELS[shape].__name__.removesuffix("ErrorResponse") + _ERRORS[status][0]
 
 
 def _error(shape: ErrorShape, status: int) -> dict[str, Any]:
-    content = {"application/json": {"schema": _ref(shape.model)}}
+    content = {"application/json": {"schema": _ref(ERROR_MODELS[shape])}}
     return _response(_ERRORS[status][1], content, status, more=_id_headers(shape))
 
 
@@ -263,7 +263,7 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
     answered = {
         model: None
         for operation in operations
-        for model in (operation.answer, operation.event, operation.unavailable, shape_of(operation.path).model)
+        for model in (operation.answer, operation.event, operation.unavailable, ERROR_MODELS[shape_of(operation.path)])
         if model is not None
     }
     _, made = models_json_schema(

@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 from llmctl.serving.adapter_schema import LoadAdapterRequest, UnloadAdapterRequest
 from llmctl.serving.embedding_schema import EmbeddingList, EmbeddingRequest
+from llmctl.serving.error_shapes import MESSAGES, OPENAI, TGI, ErrorShape
 from llmctl.serving.live_schema import EngineDocument, RunningRequests
 from llmctl.serving.messages_api.protocol import CountTokensRequest, MessagesRequest
-from llmctl.serving.messages_api.schema import MessagesEvent, MessagesResponse, TokenCount
+from llmctl.serving.messages_api.schema import MessagesErrorResponse, MessagesEvent, MessagesResponse, TokenCount
 from llmctl.serving.protocol import (
     ApiModel,
     ChatCompletionRequest,
@@ -42,7 +43,13 @@ from llmctl.serving.response_schema import (
 from llmctl.serving.responses_api.protocol import ResponsesRequest
 from llmctl.serving.responses_api.schema import ResponseObject, ResponseStreamEvent
 from llmctl.serving.tgi_api.protocol import CompatGenerateRequest, GenerateRequest, GenerateStreamRequest
-from llmctl.serving.tgi_api.schema import CompatGenerateResponse, GenerateResponse, ServedInfo, StreamResponse
+from llmctl.serving.tgi_api.schema import (
+    CompatGenerateResponse,
+    GenerateResponse,
+    ServedInfo,
+    StreamResponse,
+    TgiErrorResponse,
+)
 
 TAGS = {
     "generation": "What the model writes, as OpenAI's API and vLLM's additions to it.",
@@ -52,6 +59,12 @@ TAGS = {
     "models": "The served model, and its adapters.",
     "tokens": "Texts to token ids, and back.",
     "operation": "For who operates the server.",
+}
+
+ERROR_MODELS: Mapping[ErrorShape, type[ResponseModel]] = {
+    OPENAI: ErrorResponse,
+    MESSAGES: MessagesErrorResponse,
+    TGI: TgiErrorResponse,
 }
 
 # Any request may be answered these; those of one that is not HTTP, too slow or too large come before it is routed.

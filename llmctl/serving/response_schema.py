@@ -25,7 +25,7 @@ StopReason = Annotated[int | str | None, Field(description="The stop string or t
 class ResponseModel(BaseModel):
     """Base of what is answered: exactly these members."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
 
 class ErrorDetail(ResponseModel):

@@ -1,4 +1,7 @@
-"""The worker as a child process: started with its settings on stdin, watched, and never left behind.
+"""The worker as a child process: started, given its settings on stdin, watched, and never left behind.
+
+It is started before there is anything to tell it: its imports take as long as those of the API process, and run beside
+them on another core.
 
 The pipe to the worker's stdin stays open for as long as this process lives; its end is how the worker learns of our
 death on every platform (on Linux the kernel kills it as well, see ``llmctl.serving.worker``).
@@ -10,12 +13,15 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import msgspec
 
 from llmctl.config import SECRET_OPTIONS, EngineOptions
+from llmctl.serving.transport import socket_pair
 
 _SECRET_VARIABLES = frozenset(f"LLMCTL_{name.upper()}" for name in SECRET_OPTIONS)
 
@@ -50,30 +56,70 @@ def exit_reason(code: int) -> str:
     return describe_exit(code).removeprefix("killed by ").partition(";")[0] if code < 0 else "exit"
 
 
-class WorkerProcess:
-    """A running ``python -m llmctl.serving.worker``."""
+class SpawnedWorker:
+    """A ``python -m llmctl.serving.worker`` that imports, and waits for its settings.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    Attributes:
+        channel: the API process's end of the channel to it.
+    """
 
-    @classmethod
-    async def start(cls, settings: WorkerSettings, end: socket.socket) -> WorkerProcess:
-        """Start the worker, which inherits its ``end`` of the channel.
+    def __init__(self) -> None:
+        """Start it. Call from the main thread, whose death the kernel then reports to the worker."""
+        self.channel, theirs = socket_pair()
+        with theirs:
+            self._end = theirs.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llmctl.serving.worker"],
+                stdin=subprocess.PIPE,
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+                pass_fds=[self._end],
+                env={name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES},
+            )
 
-        Call from the main thread, whose death the kernel then reports to the worker.
-        """
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llmctl.serving.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-            pass_fds=[end.fileno()],
-            env={name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES},
-        )
-        assert process.stdin is not None
+    def tell(self, config: EngineOptions, log_level: str, idle_seconds: float) -> WorkerProcess:
+        """Give it its settings; call in the event loop."""
+        assert self.process.stdin is not None
+        settings = WorkerSettings(config, self._end, os.getpid(), log_level, idle_seconds)
         with contextlib.suppress(ConnectionError):
-            process.stdin.write(msgspec.json.encode(settings) + b"\n")
-            await process.stdin.drain()
-        return cls(process)
+            self.process.stdin.write(msgspec.json.encode(settings) + b"\n")
+            self.process.stdin.flush()
+        return WorkerProcess(self.process)
+
+
+@contextlib.contextmanager
+def early_worker() -> Iterator[SpawnedWorker]:
+    """A worker for who will serve, ended at the latest when that is over; Ctrl-C is for its parent alone."""
+    was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits what is ignored
+    try:
+        spawned = SpawnedWorker()
+    finally:
+        signal.signal(signal.SIGINT, was)
+    try:
+        yield spawned
+    finally:
+        spawned.channel.close()
+        if spawned.process.poll() is None:
+            spawned.process.kill()
+            spawned.process.wait()
+
+
+class WorkerProcess:
+    """A running worker."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        """Watch it; call in the event loop."""
+        self._process = process
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        threading.Thread(target=self._watch, name="worker-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        code = self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._ended.get_loop().call_soon_threadsafe(self._set_ended, code)
+
+    def _set_ended(self, code: int) -> None:
+        if not self._ended.done():
+            self._ended.set_result(code)
 
     @property
     def pid(self) -> int | None:
@@ -82,18 +128,16 @@ class WorkerProcess:
 
     async def wait(self) -> int:
         """The exit status: negative for a signal."""
-        return await self._process.wait()
+        return await asyncio.shield(self._ended)
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            if self._process.returncode is None:
-                self._process.kill()
+        self._process.kill()
 
     async def stop(self, timeout: float) -> int:
         """Wait up to ``timeout`` seconds for it to leave by itself, then kill it."""
         try:
-            return await asyncio.wait_for(asyncio.shield(self.wait()), timeout)
+            return await asyncio.wait_for(self.wait(), timeout)
         except TimeoutError:
             self.kill()
             return await self.wait()

@@ -60,6 +60,18 @@ def _read_settings() -> WorkerSettings:
     return msgspec.json.decode(bytes(line), type=WorkerSettings)
 
 
+def _preload() -> None:
+    """Import what engines need while the settings are on their way; what fails here fails again in ``main``, which
+    tells."""
+    gc.disable()
+    with contextlib.suppress(Exception):
+        import llmctl.artifact.start
+        import llmctl.serving.engine_loop
+        import llmctl.structured.compiler  # noqa: F401
+    gc.freeze()
+    gc.enable()
+
+
 def _as_said(error: Exception) -> LlmctlError:
     """What the API process tells of an exception: what a user can see going wrong as it is, a mistake by its name."""
     if isinstance(error, LlmctlError):
@@ -74,6 +86,7 @@ def _as_said(error: Exception) -> LlmctlError:
 
 def main() -> int:
     """Serve one engine until told to stop; the exit code."""
+    _preload()
     settings = _read_settings()
     die_with_parent(settings.parent_pid)
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s worker: %(message)s")

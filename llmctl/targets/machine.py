@@ -5,19 +5,12 @@ from __future__ import annotations
 import os
 import resource
 
-from llmctl.errors import HostMemoryError, UsageError
-from llmctl.extras import require
+from llmctl.errors import UsageError
 from llmctl.targets.base import MemoryBudget, StepLimits
 from llmctl.targets.control_group import cpu_quota, memory_left
 
 HOST_SHARE = 0.7
 """Share of the machine's available memory that an engine plans to use when no budget is given."""
-
-
-LEAST_ADDRESS_SPACE = 512 << 20
-"""Bytes of address space without which no command gets far."""
-LEAST_WITH_TORCH = 1 << 30
-"""The same for what runs on torch, whose libraries abort the process, or throw anything, when they cannot be mapped."""
 
 HOST_STEP = StepLimits(max_num_batched_tokens=512, max_num_seqs=64)
 """The largest step of an engine that runs on the machine's own processor."""
@@ -51,34 +44,6 @@ def check_threads(threads: int | None) -> None:
             fix="leave it out for the target's own choice",
             param="threads",
         )
-
-
-def check_address_space(least: int = LEAST_ADDRESS_SPACE) -> None:
-    """Refuse a limit on this process's address space in which not even its libraries fit: they would abort.
-
-    Raises:
-        HostMemoryError: below ``least`` bytes.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < least:
-        raise HostMemoryError(
-            f"the limit on address space: expected at least {least >> 20} MiB, found {limit >> 20} MiB",
-            fix="ulimit -v unlimited",
-        )
-
-
-def check_torch(what: str) -> None:
-    """Refuse what runs on torch where torch does not.
-
-    Args:
-        what: needs it; a message begins with it.
-
-    Raises:
-        MissingPackageError: it is not installed.
-        HostMemoryError: its libraries do not fit into this process's address space.
-    """
-    require("quantize", what)
-    check_address_space(LEAST_WITH_TORCH)
 
 
 def host_budget(note: str = "") -> MemoryBudget:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmctl.config import EngineOptions, ServeConfig
+from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
 from llmctl.serving.keys import ApiKey, ServerKeys, key_digest
-from llmctl.serving.supervisor import WorkerProcess, WorkerSettings
+from llmctl.serving.supervisor import early_worker
 
 SECRET = "sk-Tr0ub4dor"
 
@@ -177,20 +175,14 @@ def test_the_worker_inherits_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCTL_API_KEY", SECRET)
     monkeypatch.setenv("LLMCTL_PRIORITY_KEYS", SECRET)
     monkeypatch.setenv("LLMCTL_TEST", "kept")
-    start, given = asyncio.create_subprocess_exec, {}
+    start, given = subprocess.Popen, {}
 
-    async def spy(*_: Any, **options: Any) -> Any:
+    def spy(*_: Any, **options: Any) -> Any:
         given.update(options["env"])
-        return await start("true", **{**options, "stdin": asyncio.subprocess.PIPE})
+        return start("true", **options)
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", spy)
-
-    async def run() -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            process = await WorkerProcess.start(WorkerSettings(EngineOptions(), theirs.fileno(), os.getpid()), theirs)
-            await process.wait()
-
-    asyncio.run(run())
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    with early_worker():
+        pass
     assert given["LLMCTL_TEST"] == "kept"
     assert SECRET not in given.values()

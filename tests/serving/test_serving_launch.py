@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,11 +16,11 @@ import pytest
 
 from llmctl.config import ServeConfig, load_yaml_options
 from llmctl.errors import UsageError
-from llmctl.serving import launch
+from llmctl.serving import launch, supervisor
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.launch import _Server, bind, check_config, default_model_name
 from llmctl.serving.redaction import Redactor
-from llmctl.serving.supervisor import describe_exit
+from llmctl.serving.supervisor import SpawnedWorker, describe_exit
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"))
 
@@ -74,13 +75,25 @@ def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
         made: ClassVar[list[ServeConfig]] = []
 
-        async def run(self) -> None:
-            pass
+        async def run(self, spawned: SpawnedWorker) -> None:
+            assert spawned.process.poll() is None
+            self.spawned.append(spawned)
+
+        spawned: ClassVar[list[SpawnedWorker]] = []
 
     monkeypatch.setattr(launch, "_Server", Server)
     monkeypatch.setattr(launch, "bind", lambda *_: socket.socket())
     launch.run_server(ServeConfig(model="m", api_key="sk-one", priority_keys="sk-two"))
     assert len(Server.made) == 1
+    assert Server.spawned[0].process.poll() == -signal.SIGKILL  # told nothing, it is not left behind
+
+
+def test_a_worker_is_not_left_behind_where_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    spawned: list[SpawnedWorker] = []
+    monkeypatch.setattr(supervisor, "SpawnedWorker", lambda: spawned.append(SpawnedWorker()) or spawned[0])
+    with pytest.raises(UsageError, match="--log-level"):
+        launch.run_server(ServeConfig(model="m", log_level="loud"))
+    assert spawned[0].process.poll() is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says how many may wait")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fixtures import make_tokenizer
 
-from llmctl.config import ServeConfig
+from llmctl.config import EngineOptions, ServeConfig
 from llmctl.engine.llm_engine import EngineStats
 from llmctl.errors import LlmctlError, NotReadyError, UsageError
 from llmctl.serving import lifecycle as module
 from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
 from llmctl.serving.restarts import RestartPolicy
-from llmctl.serving.supervisor import WorkerSettings
+from llmctl.serving.transport import socket_pair
 from llmctl.serving.wire import (
     EngineInfo,
     ErrorInfo,
@@ -120,6 +122,22 @@ class Worker:
 INFO = EngineInfo("m", "llama", "reference", "none", "float32", 64, 16, 8, 300, 32, 0, 0, "float32", 2, 64)
 
 
+class Played:
+    """A worker that would wait for its settings."""
+
+    def __init__(self, life: Life) -> None:
+        if life.refuse:
+            life.refuse -= 1
+            raise OSError(11, "Resource temporarily unavailable")
+        self.life = life
+        self.channel, self.end = socket_pair()
+
+    def tell(self, config: EngineOptions, *_: Any) -> Worker:
+        self.life.models.append(config.model)
+        self.life.workers.append(Worker(self.end))
+        return self.life.workers[-1]
+
+
 class Life:
     """A lifecycle whose workers are played; ``refuse``: how many starts fail."""
 
@@ -130,15 +148,7 @@ class Life:
         self.refuse = 0
         self.lifecycle = WorkerLifecycle(ServeConfig(model="m"), self.requests, "info", RestartPolicy(restarts))
         self.folder = make_tokenizer(folder) and folder
-        monkeypatch.setattr(module.WorkerProcess, "start", self._start)
-
-    async def _start(self, settings: WorkerSettings, end: socket.socket) -> Worker:
-        if self.refuse:
-            self.refuse -= 1
-            raise OSError(11, "Resource temporarily unavailable")
-        self.models.append(settings.config.model)
-        self.workers.append(Worker(end.dup()))
-        return self.workers[-1]
+        monkeypatch.setattr(module, "SpawnedWorker", partial(Played, self))
 
     async def begin(self) -> Worker:
         await self.lifecycle.start()

@@ -25,7 +25,7 @@ from llmctl.serving.context import Model, ServerContext
 from llmctl.serving.error_shapes import shape_of
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import NO_STATS, ServerMetrics
-from llmctl.serving.operations import OPERATIONS
+from llmctl.serving.operations import ERROR_MODELS, OPERATIONS
 from llmctl.serving.redaction import Redactor
 from llmctl.serving.wire import AddRequests, Command, StepMessage, WireRequest
 
@@ -118,7 +118,7 @@ def test_a_recorded_request_is_answered_as_described(app: Any, note: dict[str, A
     path = note["path"].partition("?")[0].rstrip("/") or "/"
     (operation,) = [o for o in OPERATIONS if (o.method.upper(), o.path) == (note["method"], ALIASES.get(path, path))]
     if answer.status >= 400:
-        shape_of(path).model.model_validate_json(answer.body)
+        ERROR_MODELS[shape_of(path)].model_validate_json(answer.body)
     elif answer.content_type.startswith("text/event-stream"):
         assert operation.event is not None
         events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]

@@ -22,6 +22,7 @@ from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.openai_errors import error_response
+from llmctl.serving.operations import ERROR_MODELS
 from llmctl.serving.outline import Outline
 from llmctl.serving.redaction import Redactor
 from llmctl.serving.wire import EngineInfo
@@ -140,7 +141,7 @@ def test_a_full_queue_refuses_before_a_body_is_read(
     asyncio.run(create_app(context)(scope, _never, send))
     assert sent[0]["status"] == 429
     assert b"retry-after" in dict(sent[0]["headers"])
-    shape_of(path).model.model_validate_json(sent[1]["body"])
+    ERROR_MODELS[shape_of(path)].model_validate_json(sent[1]["body"])
     assert "are waiting" in sent[1]["body"].decode()
     labels = {"model_name": "m", "reason": "max_num_queued_reqs"}
     assert context.metrics.registry.get_sample_value("llmctl:admission_rejections_total", labels) == 1

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from llmctl.errors import HostMemoryError, UsageError
-from llmctl.targets import machine
+from llmctl.targets import address_space, machine
 
 
 def set_limit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -28,12 +28,12 @@ def test_a_limit_on_address_space_bounds_what_is_available(monkeypatch: pytest.M
 
 def test_too_small_a_limit_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     set_limit(monkeypatch, 600 << 20)
-    machine.check_address_space()
+    address_space.check_address_space()
     with pytest.raises(HostMemoryError, match="expected at least 1024 MiB, found 600 MiB"):
-        machine.check_address_space(machine.LEAST_WITH_TORCH)
-    set_limit(monkeypatch, machine.LEAST_ADDRESS_SPACE - 1)
+        address_space.check_address_space(address_space.LEAST_WITH_TORCH)
+    set_limit(monkeypatch, address_space.LEAST_ADDRESS_SPACE - 1)
     with pytest.raises(HostMemoryError, match="expected at least 512 MiB, found 511 MiB"):
-        machine.check_address_space()
+        address_space.check_address_space()
 
 
 def test_threads_are_at_most_the_machines_processors(monkeypatch: pytest.MonkeyPatch) -> None:

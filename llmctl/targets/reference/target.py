@@ -14,6 +14,7 @@ from llmctl.errors import UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
+from llmctl.targets.address_space import check_torch
 from llmctl.targets.base import (
     FALLBACK,
     BuildOptions,
@@ -32,7 +33,7 @@ from llmctl.targets.base import (
     TargetName,
 )
 from llmctl.targets.lora import slot_elements
-from llmctl.targets.machine import HOST_STEP, check_torch, host_budget
+from llmctl.targets.machine import HOST_STEP, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
