@@ -4,12 +4,14 @@
     pip install -e '.[browser]'; apt-get install chromium
     python scripts/page_pictures.py --model ./engine --output pictures
 
-Every view is taken in every size and scheme. Options after ``--`` are the server's.
+Every view is taken in every size and scheme; ``page-chat.png`` and ``page-live.png`` are those of the documents, two
+pictures side by side. Options after ``--`` are the server's.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import shutil
@@ -22,9 +24,11 @@ from typing import Any
 
 from served import Server, serving
 
-SIZES = {"wide": (1280, 800), "narrow": (375, 740)}
+SIZES = {"wide": (1120, 740), "narrow": (375, 740)}
+GAP = 12
 SCHEMES = ("light", "dark")
 VIEWS = ("chat", "live", "engine", "api")
+PAIRS = {"page-chat": ("chat-wide-light", "live-narrow-dark"), "page-live": ("live-wide-dark", "chat-narrow-light")}
 QUESTION = "Name three planets and one fact about each, as a list."
 
 
@@ -78,6 +82,17 @@ def visit(browser: Any, server: Server, folder: Path, seconds: float) -> None:
             take(page, folder, f"{view}-{name}")
 
 
+def pair(browser: Any, folder: Path, name: str, pictures: tuple[str, str]) -> None:
+    """Two pictures side by side."""
+    data = [base64.b64encode((folder / f"{picture}.png").read_bytes()).decode() for picture in pictures]
+    width = sum(width for width, _ in SIZES.values()) + GAP
+    page = browser.new_page(viewport={"width": width, "height": SIZES["wide"][1]})
+    images = f'<p style="margin:0 0 0 {GAP}px"></p>'.join(f'<img src="data:image/png;base64,{d}">' for d in data)
+    page.set_content(f'<body style="margin:0;display:flex;background:#888">{images}</body>')
+    page.wait_for_function("() => [...document.images].every((image) => image.complete)")
+    take(page, folder, name)
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,6 +117,8 @@ def main() -> int:
             thread.start()
         try:
             visit(browser, server, args.output, args.seconds)
+            for name, pictures in PAIRS.items():
+                pair(browser, args.output, name, pictures)
         finally:
             stop.set()
             for thread in threads:

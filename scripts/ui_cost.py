@@ -27,7 +27,7 @@ from served import Server, client_session, prompts, serving, stream
 
 from llmctl.serving.page import FOLDER
 
-PROMPT_TOKENS = 64
+PROMPT_TOKENS, OUTPUT_TOKENS = 64, 256
 SETTLE_SECONDS = 3.0
 TOKENS = "generation_tokens_total"
 
@@ -47,10 +47,13 @@ def asked() -> dict[str, float]:
     }
 
 
-async def keep_streaming(session: aiohttp.ClientSession, server: Server, prompt: Sequence[int]) -> None:
-    """One stream after another, until cancelled."""
+async def keep_streaming(session: aiohttp.ClientSession, server: Server, prompt: Sequence[int], first: int) -> None:
+    """One stream after another, until cancelled; the ``first`` tokens of the first one, so that they do not all end at
+    once."""
+    tokens = first
     while True:
-        await stream(session, server, prompt, server.max_model_len - len(prompt) - 1)
+        await stream(session, server, prompt, tokens)
+        tokens = OUTPUT_TOKENS
 
 
 async def poll(session: aiohttp.ClientSession, url: str, seconds: float) -> None:
@@ -90,7 +93,8 @@ async def measure(server: Server, streams: int, seconds: float, rounds: int) -> 
     found: list[tuple[float, float]] = []
     async with client_session(headers=server.headers) as session, client_session(headers=server.headers) as page:
         work = [
-            asyncio.create_task(keep_streaming(session, server, prompt)) for prompt in prompts(streams, PROMPT_TOKENS)
+            asyncio.create_task(keep_streaming(session, server, prompt, 1 + OUTPUT_TOKENS * i // streams))
+            for i, prompt in enumerate(prompts(streams, PROMPT_TOKENS))
         ]
         async with running(*work):
             await rate(server, seconds)  # warms up

@@ -193,6 +193,67 @@ def test_what_a_model_writes_is_text(served: ServerProcess, new_page: Callable[.
     assert page.locator(".message.user .body").inner_text() == "<b>hello</b>"
 
 
+@pytest.mark.parametrize(
+    ("text", "markup"),
+    [
+        ("a **b** c_d_e _f_ ***g***", "<p>a <strong>b</strong> c_d_e <em>f</em> <strong><em>g</em></strong></p>"),
+        ("2 * 3 ** 4 \\*x\\*", "<p>2 * 3 ** 4 *x*</p>"),
+        ("`` a`b `` ~~c~~", "<p><code>a`b</code> <del>c</del></p>"),
+        (
+            "1. one\n   - two\n   - three\n2. four\n\nend",
+            "<ol><li>one<ul><li>two</li><li>three</li></ul></li><li>four</li></ol><p>end</p>",
+        ),
+        ("- a\n\n- b\n  more", "<ul><li>a</li><li>b<br>more</li></ul>"),
+        ("3. a", '<ol start="3"><li>a</li></ol>'),
+        ("> q\n> - r", "<blockquote><p>q</p><ul><li>r</li></ul></blockquote>"),
+        ("```py\na < b\n", '<pre tabindex="0" data-language="py"><code>a &lt; b\n</code></pre>'),
+        ("a\n---\n# b #", "<p>a</p><hr><h3>b</h3>"),
+        ("[a](mailto:b@c.d) <u>", "<p>[a](mailto:b@c.d) &lt;u&gt;</p>"),
+        (">" * 5000, None),
+        ("[" * 5000 + "**_`" * 5000, None),
+    ],
+)
+def test_markdown(served: ServerProcess, new_page: Callable[..., Page], text: str, markup: str | None) -> None:
+    page = new_page(served.url)
+    made = page.evaluate(
+        """async (text) => {
+          const place = document.createElement('div');
+          place.append(...(await import('/ui/markdown.js')).markdown(text));
+          return place.innerHTML;
+        }""",
+        text,
+    )
+    assert made == markup or (markup is None and made)
+
+
+def test_figures_are_those_of_prometheus(served: ServerProcess, new_page: Callable[..., Page]) -> None:
+    page = new_page(served.url)
+    found = page.evaluate(
+        """async () => {
+          const { History, parse, quantile } = await import('/ui/metrics.js');
+          const at = (running, tokens, low, all) => parse(`# HELP x\nvllm:num_requests_running{a="}b "} ${running}
+vllm:generation_tokens_total{a="b"} ${tokens}
+vllm:generation_tokens_total{a="c"} 1
+vllm:time_to_first_token_seconds_bucket{a="b",le="0.1"} ${low}
+vllm:time_to_first_token_seconds_bucket{a="b",le="0.5"} ${all}
+vllm:time_to_first_token_seconds_bucket{le="+Inf",a="b"} ${all}`);
+          const history = new History();
+          history.add(100, at(1, 0, 0, 0));
+          history.add(105, at(2, 50, 4, 8));
+          history.add(110, at(2, 20, 4, 8));
+          const buckets = new Map([[1, 10], [2, 10], [Infinity, 20]]);
+          return { points: history.points, over: quantile(0.95, undefined, buckets) };
+        }"""
+    )
+    first, second, third = found["points"]
+    assert (first["running"], first["output"], first["ttft50"]) == (1, None, None)
+    assert (second["running"], second["output"]) == (2, 10)
+    assert second["ttft50"] == pytest.approx(0.1)  # half of eight are at or below it
+    assert second["ttft95"] == pytest.approx(0.1 + 0.4 * (0.95 * 8 - 4) / 4)
+    assert third["output"] is None  # a counter that fell is another worker's
+    assert found["over"] == 2  # beyond the last edge, that edge, as Prometheus says
+
+
 def test_reasoning_is_shown_apart_and_tools_are_answered(served: ServerProcess, new_page: Callable[..., Page]) -> None:
     page = new_page(served.url)
     page.get_by_label("Message", exact=True).wait_for()
@@ -276,7 +337,7 @@ def test_the_engine_at_work_and_a_hidden_page(served: ServerProcess, new_page: C
     page = new_page(served.url + "/#live")
     page.get_by_role("heading", name="Live").wait_for()
     page.get_by_text("No requests are being served.").wait_for()
-    assert page.locator("figure.chart").count() == 5
+    assert page.locator("figure.chart").count() == 6
     page.evaluate(
         """() => {
           fetch('v1/completions', {

@@ -2,7 +2,7 @@
 
 import { append, button, copier, h, labelled, refill } from './dom.js';
 import { curl } from './export.js';
-import { markdown } from './markdown.js';
+import { inline, markdown } from './markdown.js';
 import { address, ask, json } from './server.js';
 
 const DEEPEST = 6;
@@ -34,7 +34,7 @@ function page(document) {
 function entry(operation, document) {
   const { method, path, summary } = operation;
   const made = h('details', { class: 'operation' },
-    h('summary', null, h('span', { class: `method ${method}` }, method.toUpperCase()), h('code', null, path), h('span', null, summary)));
+    h('summary', null, h('span', { class: `method ${method}` }, method.toUpperCase()), h('code', null, path), h('span', null, inline(summary))));
   made.addEventListener('toggle', () => append(made, [content(operation, document)]), { once: true });
   return made;
 }
@@ -51,7 +51,7 @@ function content(operation, document) {
 
 function answer(status, response, resolve) {
   const kinds = Object.entries(response.content ?? {});
-  return h('details', { class: 'answer' }, h('summary', null, h('b', null, status), ' ', response.description),
+  return h('details', { class: 'answer' }, h('summary', null, h('b', null, status), ' ', inline(response.description)),
     h('p', null, 'Headers: ', Object.keys(response.headers ?? {}).flatMap((name, i) => [i ? ', ' : '', h('code', null, name)])),
     kinds.map(([type, { schema, itemSchema }]) => [h('h4', null, type), schemaTree(schema ?? itemSchema, resolve)]));
 }
@@ -65,14 +65,14 @@ function schemaTree(given, resolve, depth = 0) {
   if (schema.contentSchema) return schemaTree(schema.contentSchema, resolve, depth);
   if (objects.length) return objects.map((option, i) => [objects.length > 1 && h('p', null, i ? 'or' : 'either'), schemaTree(option, resolve, depth)]);
   if (schema.items) return [h('p', null, 'a list of'), schemaTree(schema.items, resolve, depth)];
-  return h('p', null, h('code', null, typeName(schema, resolve)), ' ', schema.description ?? '');
+  return h('p', null, h('code', null, typeName(schema, resolve)), ' ', inline(schema.description ?? ''));
 }
 
 function fields(schema, resolve, depth) {
   const required = new Set(schema.required ?? []);
   return h('dl', { class: 'schema' }, Object.entries(schema.properties).map(([name, property]) => h('div', null,
     h('dt', null, h('code', null, name), required.has(name) && h('em', null, ' required')),
-    h('dd', null, h('span', { class: 'type' }, typeName(property, resolve)), ' ', property.description ?? '',
+    h('dd', null, h('span', { class: 'type' }, typeName(property, resolve)), ' ', inline(property.description ?? ''),
       depth < DEEPEST && inner(property, resolve) && opened(property, resolve, depth)))));
 }
 

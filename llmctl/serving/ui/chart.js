@@ -4,24 +4,25 @@ import { h, refill, s } from './dom.js';
 import { HISTORY_SECONDS } from './metrics.js';
 
 const HEIGHT = 150;
-const LEFT = 44;
+const LEFT = 56;
 const TOP = 8;
 const BOTTOM = 18;
 const MARKS = 5; // minutes between marks of the time axis
 
-/** The smallest of 1, 2, 2.5 and 5 times a power of ten that is not below a value. */
+/** The smallest of 1, 2, 4, 6 and 8 times a power of ten that is not below a value: their halves are round, too. */
 export function ceiling(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 2.5, 5, 10].map((step) => step * power).find((edge) => edge >= value * 0.999999);
+  return [1, 2, 4, 6, 8, 10].map((step) => step * power).find((edge) => edge >= value * 0.999999);
 }
 
 export class Chart {
   /**
-   * series: [{ field, name, css }], a field of a point each. format: of values. most: the axis ends there.
+   * series: [{ field, name, css }], a field of a point each. format: of values. most: the axis ends there. least: not
+   * before there.
    */
-  constructor({ title, series, format, most }) {
-    Object.assign(this, { series, format, most, points: [], now: 0, cursor: null, gap: Infinity });
+  constructor({ title, series, format, most, least = 0 }) {
+    Object.assign(this, { series, format, most, least, points: [], now: 0, cursor: null, gap: Infinity });
     this.legend = h('figcaption', null);
     this.drawing = s('svg', { role: 'img', tabindex: 0, 'aria-label': title, height: HEIGHT });
     this.title = title;
@@ -71,7 +72,7 @@ export class Chart {
     this.width = Math.max(40, whole - LEFT - 6);
     const tall = HEIGHT - TOP - BOTTOM;
     const values = this.points.flatMap((point) => this.series.map(({ field }) => point[field] ?? 0));
-    const top = this.most ?? ceiling(Math.max(0, ...values));
+    const top = this.most ?? ceiling(Math.max(this.least, ...values));
     const x = (at) => LEFT + this.width * (1 - (this.now - at) / HISTORY_SECONDS);
     const y = (value) => TOP + tall * (1 - Math.min(value, top) / top);
     this.drawing.setAttribute('width', whole);

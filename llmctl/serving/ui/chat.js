@@ -241,15 +241,19 @@ function drawSoon(message) {
 
 // What is sent
 
-/** The conversation with what stands in the composer. */
+/** The conversation with what stands in the composer; without, as it was asked for the last answer. */
 function drafted() {
   const draft = screen.composer.value;
-  return draft.trim() ? { ...conversation, messages: [...conversation.messages, { role: 'user', content: draft }] } : conversation;
+  const { messages } = conversation;
+  if (draft.trim()) return { ...conversation, messages: [...messages, { role: 'user', content: draft }] };
+  return { ...conversation, messages: messages.at(-1)?.role === 'assistant' ? messages.slice(0, -1) : messages };
 }
 
 function exported(write) {
   try {
-    const { path, body } = requestOf(drafted(), facts.model, facts.chat);
+    const asked = drafted();
+    if (!asked.messages.length) throw new SettingError('There is no message yet.');
+    const { path, body } = requestOf(asked, facts.model, facts.chat);
     delete body.stream_options;
     return write(path, body);
   } catch (error) {

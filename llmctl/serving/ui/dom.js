@@ -56,11 +56,13 @@ export function table(heading, rows, props) {
       h('tbody', null, rows.map((row) => h('tr', null, row.map((cell) => h('td', null, cell)))))));
 }
 
-/** Copies a text; says so on the button for a moment. */
+/** Copies a text, unless there is none; says so on the button for a moment. */
 export function copier(text, label = 'Copy') {
   const made = button(label, async () => {
+    const wanted = text();
+    if (!wanted) return;
     try {
-      await navigator.clipboard.writeText(text());
+      await navigator.clipboard.writeText(wanted);
       made.textContent = 'Copied';
     } catch {
       made.textContent = 'Not allowed by the browser';

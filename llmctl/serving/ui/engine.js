@@ -27,6 +27,7 @@ function card(engine) {
       ['family', `${graph.family}, ${graph.num_layers} layers, hidden ${whole(graph.hidden_size)}, vocabulary ${whole(graph.vocab_size)}`],
       ['parameters', `${(graph.parameters / 1e6).toFixed(1)} M`],
       ['weights', `${quantization(engine.quantization)}, ${bytes(engine.weight_bytes)}`],
+      ['stored as', stored(engine.quantization.schemes)],
       ['target', engine.target],
       ['kernels', engine.kernel_build],
       ['context', `${whole(limits.max_model_len)} tokens`],
@@ -53,11 +54,13 @@ function card(engine) {
   ];
 }
 
-function quantization({ method, bits, group_size: group, schemes }) {
-  if (method === 'none') return 'not quantized';
-  const groups = group > 0 ? `, groups of ${group}` : '';
-  const several = Object.keys(schemes ?? {}).length > 1 ? `; ${Object.entries(schemes).map(([name, n]) => `${n} × ${name}`).join(', ')}` : '';
-  return `${method}, ${bits} bits${groups}${several}`;
+function quantization({ method, bits, group_size: group }) {
+  return method === 'none' ? 'not quantized' : `${method}, ${bits} bits${group > 0 ? `, groups of ${group}` : ''}`;
+}
+
+function stored(schemes) {
+  const kinds = Object.entries(schemes ?? {});
+  return kinds.length > 1 && kinds.map(([name, count]) => `${whole(count)} × ${name}`).join('; ');
 }
 
 /** Runs of layers with the same ops: [{ layers: [first, last], ops }]. */
@@ -83,5 +86,5 @@ export function stages(ops) {
 function stage({ layers: [first, last], ops }, count) {
   const name = first < 0 ? 'before the layers' : first >= count ? 'after the layers' : first === last ? `layer ${first}` : `layers ${first}–${last}, each`;
   return h('li', null, h('h3', null, name),
-    h('ol', null, ops.map((op) => h('li', null, h('b', null, op.kind), ' ', h('code', null, op.kernel)))));
+    h('ol', null, ops.map((op) => h('li', null, h('b', null, op.kind), op.kernel !== op.kind && [' ', h('code', null, op.kernel)]))));
 }

@@ -10,8 +10,9 @@ const METRICS_SECONDS = 5; // a page of metrics takes the server some 15 ms
 const REQUEST_SECONDS = 2;
 
 const CHARTS = [
-  { title: 'Requests', format: short, series: [['running', 'running', 'one'], ['waiting', 'waiting', 'two']] },
+  { title: 'Requests', format: short, least: 2, series: [['running', 'running', 'one'], ['waiting', 'waiting', 'two']] },
   { title: 'KV cache in use', format: percent, most: 100, series: [['kv', 'blocks', 'one']] },
+  { title: 'Prompts found in the prefix cache', format: percent, most: 100, series: [['cached', 'tokens', 'one']] },
   { title: 'Tokens per second', format: short, series: [['output', 'output', 'one'], ['prompt', 'prompt', 'two']] },
   { title: 'Time to first token', format: seconds, series: [['ttft50', 'median', 'one'], ['ttft95', '95th percentile', 'two']] },
   { title: 'Between tokens', format: seconds, series: [['itl50', 'median', 'one'], ['itl95', '95th percentile', 'two']] },

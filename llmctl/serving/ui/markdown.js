@@ -129,9 +129,10 @@ function link(url, children) {
   return h('a', { href: parsed.href, target: '_blank', rel: 'noopener noreferrer nofollow' }, children);
 }
 
-const MARKS = [['**', 'strong'], ['__', 'strong'], ['~~', 'del'], ['*', 'em'], ['_', 'em']];
+const MARKS = [['***', 'strong', 'em'], ['**', 'strong'], ['__', 'strong'], ['~~', 'del'], ['*', 'em'], ['_', 'em']];
 
-function inline(text, depth) {
+/** The nodes of a text within a line. */
+export function inline(text, depth = 0) {
   if (depth > DEEPEST) return [text];
   const nodes = [];
   const absent = new Set(); // delimiters of which no more come: each is looked for once
@@ -201,17 +202,18 @@ function bare(text, at) {
 }
 
 function emphasis(text, at, depth, absent) {
-  for (const [mark, tag] of MARKS) {
+  for (const [mark, tag, inner] of MARKS) {
     if (!text.startsWith(mark, at) || absent.has(mark)) continue;
     const open = at + mark.length;
-    if (/\s/.test(text[open] ?? ' ') || (mark[0] === '_' && WORD.test(text[at - 1] ?? ''))) continue;
+    if (/\s/.test(text[open] ?? ' ') || (mark.length === 1 && text[open] === mark) || (mark[0] === '_' && WORD.test(text[at - 1] ?? ''))) continue;
     let end = text.indexOf(mark, open);
-    while (end >= 0 && (/\s/.test(text[end - 1]) || end === open || (mark.length === 1 && (text[end + 1] === mark || text[end - 1] === mark))
+    while (end >= 0 && (/[\s\\]/.test(text[end - 1]) || end === open || (mark.length === 1 && (text[end + 1] === mark || text[end - 1] === mark))
       || (mark[0] === '_' && WORD.test(text[end + mark.length] ?? '')))) {
       end = text.indexOf(mark, end + mark.length);
     }
     if (end < 0) { absent.add(mark); continue; }
-    return { node: h(tag, null, inline(text.slice(open, end), depth + 1)), next: end + mark.length };
+    const nodes = inline(text.slice(open, end), depth + 1);
+    return { node: h(tag, null, inner ? h(inner, null, nodes) : nodes), next: end + mark.length };
   }
   return null;
 }

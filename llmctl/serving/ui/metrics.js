@@ -65,6 +65,10 @@ export class History {
       const grown = values.get(name) - before?.values.get(name);
       return grown >= 0 ? grown / (at - before.at) : null; // less than before: another worker counts from zero
     };
+    const share = (name, total) => { // since the oldest reading that is kept: prompts come in bursts
+      const grown = (counter) => values.get(counter) - this.readings[0].values.get(counter);
+      return grown(total) > 0 && grown(name) >= 0 ? (100 * grown(name)) / grown(total) : null;
+    };
     const of = (name, share) => quantile(share, this.readings[0].buckets.get(name), buckets.get(name));
     const fresh = this.readings.length > 1;
     const point = {
@@ -74,6 +78,7 @@ export class History {
       kv: values.has('kv_cache_usage_perc') ? 100 * values.get('kv_cache_usage_perc') : null,
       output: rate('generation_tokens_total'),
       prompt: rate('prompt_tokens_total'),
+      cached: share('prefix_cache_hits_total', 'prefix_cache_queries_total'),
       ttft50: fresh ? of('time_to_first_token_seconds', 0.5) : null,
       ttft95: fresh ? of('time_to_first_token_seconds', 0.95) : null,
       itl50: fresh ? of('inter_token_latency_seconds', 0.5) : null,
