@@ -24,7 +24,7 @@ from typing import Any
 
 from served import Server, serving
 
-SIZES = {"wide": (1120, 740), "narrow": (375, 740)}
+SIZES = {"wide": (1040, 690), "narrow": (375, 690)}
 GAP = 12
 SCHEMES = ("light", "dark")
 VIEWS = ("chat", "live", "engine", "api")

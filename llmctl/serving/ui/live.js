@@ -14,12 +14,12 @@ const CHARTS = [
   { title: 'KV cache in use', format: percent, most: 100, series: [['kv', 'blocks', 'one']] },
   { title: 'Prompts found in the prefix cache', format: percent, most: 100, series: [['cached', 'tokens', 'one']] },
   { title: 'Tokens per second', format: short, series: [['output', 'output', 'one'], ['prompt', 'prompt', 'two']] },
-  { title: 'Time to first token', format: seconds, series: [['ttft50', 'median', 'one'], ['ttft95', '95th percentile', 'two']] },
-  { title: 'Between tokens', format: seconds, series: [['itl50', 'median', 'one'], ['itl95', '95th percentile', 'two']] },
+  { title: 'Time to first token (TTFT)', format: seconds, series: [['ttft50', 'p50', 'one'], ['ttft95', 'p95', 'two']] },
+  { title: 'Between tokens (ITL)', format: seconds, series: [['itl50', 'p50', 'one'], ['itl95', 'p95', 'two']] },
 ];
 const TILES = [
   ['running', 'running', short], ['waiting', 'waiting', short], ['kv', 'KV cache', percent],
-  ['output', 'output tok/s', short], ['ttft50', 'first token', seconds], ['itl50', 'between tokens', seconds],
+  ['output', 'output tok/s', short], ['ttft50', 'TTFT p50', seconds], ['itl50', 'ITL p50', seconds],
 ];
 
 const history = new History();
