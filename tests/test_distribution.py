@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,8 +133,9 @@ def test_the_wheel_runs_outside_the_tree(built: Built, engine: Path, tmp_path: P
     quietly([interpreter(version), "-m", "venv", "--without-pip", "venv"], tmp_path)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(programs / "python")]
     # Not compiled: that takes longer than all the rest, and what is run is compiled then.
-    install = ["install", "--quiet", "--no-compile", "-c", str(REPOSITORY / "constraints.txt"), str(built.wheel)]
-    quietly([*pip, *install], tmp_path)
+    flags = shlex.split(os.environ.get("PIP_FLAGS", ""))  # make's
+    install = ["install", "--quiet", "--no-compile", *flags, "-c", str(REPOSITORY / "constraints.txt")]
+    quietly([*pip, *install, str(built.wheel)], tmp_path)
     llmctl = str(programs / "llmctl")
     assert quietly([llmctl, "--version"], tmp_path).stdout == f"llmctl {__version__}\n"
     assert "runs here" in quietly([llmctl, "inspect", str(engine), "--verify"], tmp_path).stdout
