@@ -46,12 +46,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Look:
-    """What is known after so many rounds. ``compared``: metrics that gates are made of; ``others``: for information."""
+    """What is known after so many rounds of the metrics that decide; None of one that has no ratio."""
 
     rounds: int
     confidence: float
     compared: Mapping[str, Compared | None]
-    others: Mapping[str, Compared]
 
     @property
     def decision(self) -> Decision:
@@ -74,10 +73,12 @@ class Rules:
         """Judge the rounds so far; ``final``: whatever the plan of looks says, there will be no other."""
         error = self.looks.error(len(rounds), final=final) / len(self.metrics)
         confidence = 1 - error
-        names = [name for name in _figures(rounds) if name not in self.metrics]
-        compared = {name: self._compare(name, rounds, confidence) for name in self.metrics}
-        others = {name: found for name in names if (found := self._compare(name, rounds, confidence)) is not None}
-        return Look(len(rounds), confidence, compared, others)
+        return Look(len(rounds), confidence, {name: self._compare(name, rounds, confidence) for name in self.metrics})
+
+    def others(self, rounds: Sequence[Round], confidence: float) -> list[Compared]:
+        """The metrics that decide nothing, for information."""
+        found = (self._compare(name, rounds, confidence) for name in _figures(rounds) if name not in self.metrics)
+        return [one for one in found if one is not None]
 
     def _compare(self, metric: str, rounds: Sequence[Round], confidence: float) -> Compared | None:
         logs = [played.log_ratio(metric) for played in rounds]
@@ -130,7 +131,7 @@ def run_compare(config: BenchCompareConfig, progress: Progress, sides: tuple[Sid
     plan = make_plan(config)
     if not plan.judge.metrics:
         raise UsageError("--regression-metrics: expected at least one", param="regression_metrics")
-    rules = Rules(plan.judge.metrics, plan.judge.max_regression, Looks(config.max_rounds, 1 - config.confidence))
+    rules = rules_of(plan, config)
     environment = describe_environment()
     player = Player(plan, a, b, progress)
     start = time.monotonic()
@@ -138,10 +139,16 @@ def run_compare(config: BenchCompareConfig, progress: Progress, sides: tuple[Sid
     if not ended.rounds and not ended.failed:
         raise ended.error or KeyboardInterrupt
     look = ended.look or (rules.look(ended.rounds, final=True) if ended.rounds else None)
-    result = make_result(plan, config, player, ended, look)
+    result = make_result(plan, config, player, ended)
+    result["ratios"] = {} if look is None else _ratios(look, rules.others(ended.rounds, look.confidence))
     result["duration"] = time.monotonic() - start
     result["environment"] = {**environment, "load_average_after": load_average()}
     return _judged(result, plan.judge, ended, look)
+
+
+def rules_of(plan: Plan, config: BenchCompareConfig) -> Rules:
+    """The rules that checked options ask for."""
+    return Rules(plan.judge.metrics, plan.judge.max_regression, Looks(config.max_rounds, 1 - config.confidence))
 
 
 def _play(player: Player, rules: Rules, config: BenchCompareConfig, progress: Progress) -> Ended:
@@ -190,10 +197,8 @@ def interval_text(ratio: Ratio) -> str:
     return f"{ratio.value:.3f}{ends}"
 
 
-def make_result(
-    plan: Plan, config: BenchCompareConfig, player: Player, ended: Ended, look: Look | None
-) -> dict[str, Any]:
-    """The result document, without gates."""
+def make_result(plan: Plan, config: BenchCompareConfig, player: Player, ended: Ended) -> dict[str, Any]:
+    """The result document, without what is made of the rounds."""
     visits = [visit for played in ended.rounds for visit in played.visits] + list(ended.spare)
     return {
         "date": timestamp(),
@@ -209,11 +214,11 @@ def make_result(
         "interrupted": ended.interrupted,
         "a": _side(player, "a", visits),
         "b": _side(player, "b", visits),
-        "ratios": {} if look is None else _ratios(look),
+        "ratios": {},
         "workload": workload_of(plan, str(player.counted_by)),
         "statistics": STATISTICS,
         "definitions": metrics.DEFINITIONS,
-        "rounds": [_round(played) for played in ended.rounds],
+        "rounds": [round_document(played) for played in ended.rounds],
     }
 
 
@@ -240,8 +245,8 @@ def _means(visits: Sequence[Visit]) -> dict[str, float]:
     return found
 
 
-def _ratios(look: Look) -> dict[str, Any]:
-    rows = [*look.compared.values(), *look.others.values()]
+def _ratios(look: Look, others: Sequence[Compared]) -> dict[str, Any]:
+    rows = [*look.compared.values(), *others]
     return {
         row.metric: {
             "ratio": row.ratio.value,
@@ -263,7 +268,8 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _round(played: Round) -> dict[str, Any]:
+def round_document(played: Round) -> dict[str, Any]:
+    """A round as results hold it."""
     return {
         "order": played.order,
         "busy_before": played.busy_before,
@@ -304,7 +310,7 @@ def _ratio_gate(result: Mapping[str, Any], metric: str, found: Compared | None, 
     noise = "unknown" if found.ratio.noise is None else f"±{percent(found.ratio.noise)}"
     said = changed(metric, before, after, found.ratio.value - 1)
     undecided = found.decision == Decision.UNDECIDED
-    note = f"{said}; allowed {percent(allowed)}, noise {noise}, {found.ratio.count} rounds){': undecided' * undecided}"
+    note = f"{said}; allowed {percent(allowed)}, noise {noise}, {found.ratio.count} rounds)"
     kind = "inconclusive" if undecided else "regression"
     passed = found.decision == Decision.PASS
     return gate.Gate(kind, metric, "<=", allowed, found.worsening.worse, passed, note)

@@ -66,7 +66,12 @@ def _brief(value: object) -> str:
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return "-" if row["low"] is None or row["high"] is None else f"{row['low']:.3f}–{row['high']:.3f}"
+    return "-" if row["low"] is None else f"{row['low']:.3f}–{_end(row['high'])}"
+
+
+def _end(high: float | None) -> str:
+    """The upper end of an interval; what is beyond ten times as much is not told apart."""
+    return f"{high:.3f}" if high is not None and high < 10 else "10 and more"
 
 
 def _level(result: Mapping[str, Any]) -> str:

@@ -106,7 +106,7 @@ class BenchCompareConfig(BenchServeConfig):
     max_concurrency: int | None = 4
     max_regression: str = "2.5%"
     confidence: float = 0.99
-    regression_metrics: str = "output_throughput,median_ttft_ms,median_tpot_ms"
+    regression_metrics: str = "output_throughput,median_tpot_ms,median_e2el_ms"
 
     @property
     def compares(self) -> bool:

@@ -131,7 +131,7 @@ def to_markdown(result: Mapping[str, Any], title: str) -> str:
 
 def verdict_markdown(result: Mapping[str, Any], title: str) -> list[str]:
     """The heading, then a line a gate, those that failed first, then what else is to be known."""
-    gates = [f"- {'pass' if passed else '**FAIL**'}: {cell(said)}" for passed, said in verdict.lines(result)]
+    gates = [f"- {word if word == 'pass' else f'**{word}**'}: {cell(said)}" for word, said in verdict.lines(result)]
     notes = [f"- note: {cell(note)}" for note in result.get("notes") or ()]
     return [f"### {title}: {verdict.headline(result)}", "", *gates, *notes]
 

@@ -169,7 +169,7 @@ def _costs(result: Mapping[str, Any]) -> str:
 
 
 def _verdict(result: Mapping[str, Any]) -> list[list[str]]:
-    return [["pass" if passed else "FAIL", said] for passed, said in verdict.lines(result)]
+    return [list(line) for line in verdict.lines(result)]
 
 
 def _html_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ from llmctl.bench.report import failure_lines
 from llmctl.bench.units import unit
 from llmctl.bench.verdict import headline, lines
 
+_COLOURS = {"pass": "green", "FAIL": "bold red", "OPEN": "bold yellow"}
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 
 
@@ -84,8 +85,8 @@ def _latencies(result: Mapping[str, Any]) -> Table:
 
 def print_verdict(result: Mapping[str, Any], console: Console) -> None:
     """A line a gate, those that failed first, then what else is to be known."""
-    for passed, said in lines(result):
-        console.print(Text.assemble(("pass  ", "green") if passed else ("FAIL  ", "bold red"), said))
+    for word, said in lines(result):
+        console.print(Text.assemble((f"{word}  ", _COLOURS[word]), said))
     for note in result.get("notes") or ():
         console.print(Text.assemble(("note  ", "yellow"), note))
 

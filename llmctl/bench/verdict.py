@@ -8,6 +8,7 @@ from typing import Any
 from llmctl.bench.units import brief, quantity
 from llmctl.errors import ExitCode
 
+_WORST_FIRST = ("FAIL", "OPEN", "pass")
 _WORDS = {"<=": "at most", ">=": "at least", "<": "less than", ">": "more than", "==": "exactly"}
 
 
@@ -30,10 +31,14 @@ def sentence(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"{metric} {found}; it must be {_WORDS[gate['op']]} {limit}{note}"
 
 
-def lines(result: Mapping[str, Any]) -> list[tuple[bool, str]]:
-    """(passed, sentence) of every gate, those that failed first."""
-    ordered = sorted(result["gates"], key=lambda gate: bool(gate["passed"]))
-    return [(gate["passed"], sentence(gate, result)) for gate in ordered]
+def lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(pass, FAIL or OPEN; sentence) of every gate: those that failed first, then those that nothing decided."""
+    said = [(_word(gate), sentence(gate, result)) for gate in result["gates"]]
+    return sorted(said, key=lambda line: _WORST_FIRST.index(line[0]))
+
+
+def _word(gate: Mapping[str, Any]) -> str:
+    return "pass" if gate["passed"] else "OPEN" if gate["kind"] == "inconclusive" else "FAIL"
 
 
 def headline(result: Mapping[str, Any]) -> str:
@@ -47,7 +52,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def job_annotations(result: Mapping[str, Any], title: str) -> list[str]:
     """GitHub's workflow commands: an error for each gate that failed, a warning for each note."""
-    said = [("error", text) for passed, text in lines(result) if not passed]
+    said = [("error", text) for word, text in lines(result) if word != "pass"]
     said += [("warning", text) for text in result.get("notes") or ()]
     return [f"::{level} title={_escape(title, ':,')}::{_escape(text)}" for level, text in said]
 

@@ -28,7 +28,8 @@ def finish(outcome: Outcome, exit_zero: bool, title: str) -> None:
         # GitHub reads commands on stderr as well; stdout may be a document.
         said = job_annotations(result, title)
     else:
-        said = [f"gate failed: {text}" for passed, text in lines(result) if not passed]
+        words = {"FAIL": "gate failed", "OPEN": "undecided"}
+        said = [f"{words[word]}: {text}" for word, text in lines(result) if word in words]
     for line in said:
         print(line, file=sys.stderr)
     if code == ExitCode.INTERRUPTED:

@@ -35,7 +35,7 @@ def compare(bench: Bench, a: str, b: str, *args: str) -> tuple[int, dict[str, An
 def visit(side: str, speed: float, failed: int = 0) -> Visit:
     """A visit whose every figure follows from its speed."""
     figures = {"completed": 2 - failed, "failed": failed, "failed_ratio": failed / 2, "output_throughput": speed}
-    figures |= {"median_ttft_ms": 900 / speed, "median_tpot_ms": 1000 / speed, "p99_ttft_ms": 0.0}
+    figures |= {"median_tpot_ms": 1000 / speed, "median_e2el_ms": 9000 / speed, "p99_ttft_ms": 0.0}
     failures = [{"kind": "cut", "count": failed, "messages": ["cut off"]}] if failed else []
     return Visit(side, "20260101-000000", figures, failures)
 
@@ -75,7 +75,7 @@ def test_a_slower_side_is_a_regression_and_nothing_more_is_played(
         r"gate failed: output_throughput fell [\d.]+% \(18\d → 16\d tok/s; allowed 2.5%, noise ±[\d.]+%, 10 rounds\)",
         found[0],
     )
-    assert found[1].startswith("gate failed: median_ttft_ms rose 11% (")
+    assert found[1].startswith("gate failed: median_tpot_ms rose 11% (")
 
 
 def test_equal_sides_pass_and_a_faster_one_is_no_regression(
@@ -95,7 +95,7 @@ def test_noise_is_inconclusive(plays: Callable[[float, float], None], bench: Ben
     assert doc["notes"][0].startswith(
         "inconclusive after 20 rounds; before them others used 25% of the processors: try"
     )
-    assert "20 rounds): undecided" in result.stderr
+    assert "undecided: output_throughput " in result.stderr
     assert bench("compare", "--a", "http://a", "--b", "http://b", "--max-rounds", "8", "--exit-zero").exit_code == 0
 
 
@@ -128,9 +128,9 @@ def test_too_few_rounds_are_inconclusive_and_the_files_say_why(
     assert note.startswith("inconclusive after 2 rounds; the first look is after 10; before them others used 25%")
     assert {gate["kind"] for gate in doc["gates"] if not gate["passed"]} == {"inconclusive"}
     markdown = (out / "c.md").read_text()
-    assert markdown.startswith("### llmctl bench compare: inconclusive\n\n- **FAIL**: ")
-    assert "- **FAIL**: output_throughput " in markdown
-    assert markdown.index("undecided") < markdown.index("<details>") < markdown.index("| output_throughput |")
+    assert markdown.startswith("### llmctl bench compare: inconclusive\n\n- **OPEN**: ")
+    assert "- **OPEN**: output_throughput " in markdown
+    assert markdown.index("**OPEN**") < markdown.index("<details>") < markdown.index("| output_throughput |")
     picture = ET.fromstring((out / "c.svg").read_text())
     assert "output_throughput" in "".join(picture.itertext())
     assert [(row["round"], row["side"]) for row in csv.DictReader((out / "c.csv").open())][:3] == [
