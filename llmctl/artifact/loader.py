@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from llmctl import __version__
 from llmctl.artifact.fit import advice
-from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes
+from llmctl.artifact.manifest import MANIFEST_NAME, Manifest, ManifestError, manifest_from_bytes, source_argument
 from llmctl.artifact.memory import MemoryPlan, Sizing, human_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
@@ -272,7 +273,7 @@ class EngineChecks:
         if not plan.fits:
             if sizing.request.kv_cache_bytes is not None:
                 self._refuse_cache_size(plan, sizing.request.kv_cache_bytes)
-            fix = advice(sizing, self.manifest.source.name)
+            fix = advice(sizing, source_argument(self.manifest.source.name, self.path)[0])
             raise EngineLoadError(f"{self.path}: {plan.shortfall()}", fix=fix)
         return plan
 
@@ -360,12 +361,12 @@ def _map_weights(path: Path, manifest: Manifest) -> dict[str, WeightPlane]:
 
 def _salvaged_command(raw: bytes, path: Path) -> str:
     """The rebuild command, from what can still be read of a damaged manifest."""
-    model, target = "MODEL", "cpu"
+    model, where, target = "MODEL", ", where MODEL is the one that it was built from", "cpu"
     try:
         data = json.loads(raw)
-        model = str(data["source"]["name"])
+        model, where = source_argument(str(data["source"]["name"]), path)
         archs = ",".join(str(arch) for arch in data["target"]["archs"])
         target = str(data["target"]["kind"]) + (f":{archs}" if archs else "")
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    return f"llmctl build --model {model} --target {target} --output {path}"
+    return f"llmctl build --model {model} --target {target} --output {shlex.quote(str(path))}{where}"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from llmctl.artifact.strict import from_data, to_data
+from llmctl.checkpoint.demo import DEMO_PREFIX
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, KernelChoice, KernelFile, TargetName
 from llmctl.targets.table import target_of
@@ -93,7 +96,24 @@ class Manifest:
             if value is not None
             for word in (value if isinstance(value, tuple) else (value,))
         ]
-        return " ".join(["llmctl build --model", self.source.name, *words, "--output", output])
+        model, where = source_argument(self.source.name, Path(output))
+        return " ".join(["llmctl build --model", model, *words, "--output", shlex.quote(output)]) + where
+
+
+def source_argument(name: str, engine: Path) -> tuple[str, str]:
+    """What ``--model`` is given for the model that an engine was built from, and what is to be said of it.
+
+    An engine does not record where its model lay, for the same model makes the same engine anywhere: a local one is
+    looked for in the current folder and beside the engine. What is not found there is a placeholder, explained.
+    """
+    if name.startswith(DEMO_PREFIX):
+        return name, ""
+    for place in (Path(name), engine.parent / name):
+        if place.exists():
+            return shlex.quote(str(place)), ""
+    if "/" in name:
+        return name, ""
+    return "MODEL", f", where MODEL is the path or hub id of '{name}', which it was built from"
 
 
 def canonical_json(data: Any) -> bytes:

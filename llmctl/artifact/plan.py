@@ -76,7 +76,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     if config.activations == "int8" and not any("activations" in op.attrs for op in graph.linears()):
         raise UsageError(
             "--activations int8: the model has no linear of symmetric 8-bit weights",
-            fix="llmctl quantize --bits 8 --symmetric",
+            fix=f"llmctl quantize --model {config.model} --bits 8 --symmetric --output DIR, and build that",
             param="activations",
         )
     _check_length(config.max_model_len, graph)

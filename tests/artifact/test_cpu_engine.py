@@ -93,7 +93,7 @@ def test_an_engine_of_another_version_is_refused(engine: Path, monkeypatch: pyte
         EngineLoadError, match=r"kernel_files\.kernels/.*\.so\.abi: expected [0-9a-f]{16}, found"
     ) as error:
         load_engine(engine)
-    assert str(error.value.fix).startswith("llmctl build --model gptq --target cpu:")
+    assert str(error.value.fix).startswith("llmctl build --model MODEL --target cpu:")
     with pytest.raises(
         EngineLoadError, match=r"another version of llmctl: act\.silu: expected 2, found 1 .*llmctl build"
     ):

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from llmctl.artifact.loader import read_manifest
-from llmctl.artifact.manifest import MANIFEST_NAME, ManifestError, manifest_from_bytes, manifest_to_bytes
+from llmctl.artifact.manifest import (
+    MANIFEST_NAME,
+    ManifestError,
+    manifest_from_bytes,
+    manifest_to_bytes,
+    source_argument,
+)
 from llmctl.targets.base import TargetName
 
 
@@ -47,6 +53,23 @@ def test_not_a_manifest(raw: bytes) -> None:
         manifest_from_bytes(raw)
 
 
+WHERE = ", where MODEL is the path or hub id of 'gptq', which it was built from"
+
+
+def test_the_model_of_a_rebuild_is_where_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that names what is not there could not work."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "work" / "its model").mkdir(parents=True)
+    engine = tmp_path / "work" / "engine"
+    assert source_argument("here", engine) == ("here", "")
+    assert source_argument("its model", engine) == (f"'{tmp_path}/work/its model'", "")
+    assert source_argument("its model", Path("work/engine")) == ("'work/its model'", "")
+    assert source_argument("gptq", engine) == ("MODEL", WHERE)
+    assert source_argument("demo:smollm2-135m", engine) == ("demo:smollm2-135m", "")
+    assert source_argument("org/name", engine) == ("org/name", "")
+
+
 def test_records_what_the_design_asks_for(built: Path) -> None:
     manifest = read_manifest(built)
     assert manifest.source.name == "gptq"
@@ -63,7 +86,7 @@ def test_records_what_the_design_asks_for(built: Path) -> None:
     }  # fmt: skip
     command = manifest.rebuild_command("./e", max_model_len=8)
     assert command == (
-        "llmctl build --model gptq --target cpu --dtype float32 --max-model-len 8 --block-size 16 --output ./e"
+        f"llmctl build --model MODEL --target cpu --dtype float32 --max-model-len 8 --block-size 16 --output ./e{WHERE}"
     )
     changed = replace(
         manifest.options, kv_cache_dtype="int8", dtype="float16", passes=(*manifest.options.passes, "int8_activations")
@@ -71,7 +94,7 @@ def test_records_what_the_design_asks_for(built: Path) -> None:
     other = replace(manifest, options=changed, target=TargetName("cuda", ("sm_90",)))
     assert "--kv-cache-dtype int8 --activations int8" in other.rebuild_command("./e")
     assert other.rebuild_command("./e", target="cpu") == (
-        "llmctl build --model gptq --target cpu --max-model-len 256 --block-size 16 --output ./e"
+        f"llmctl build --model MODEL --target cpu --max-model-len 256 --block-size 16 --output ./e{WHERE}"
     )
     same_kind = other.rebuild_command("./e", target="cuda:sm_80")
     assert "--target cuda:sm_80 --dtype float16" in same_kind
