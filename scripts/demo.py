@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,26 @@ console = Console()
 QUESTION = "In one sentence: why is the sky blue?"
 
 
+def llmctl(*args: str) -> list[str]:
+    """The command ``llmctl ARGS`` of this Python: the script beside it, as it is reached from the current folder."""
+    script = Path(sys.executable).parent / "llmctl"
+    if not script.exists():
+        return [sys.executable, "-m", "llmctl.cli.main", *args]
+    here = Path.cwd()
+    return [str(script.relative_to(here) if script.is_relative_to(here) else script), *args]
+
+
+def show(command: Sequence[str], end: str = "") -> None:
+    """A command as it can be copied: on one line, however long, with nothing in it taken for markup."""
+    console.print(f"\n$ {shlex.join(command)}{end}", style="bold cyan", soft_wrap=True, markup=False, highlight=False)
+
+
 def run(*args: str) -> float:
     """Run ``llmctl ARGS``; seconds it took. Exits with its code when it fails."""
-    console.print(f"\n[bold cyan]$ llmctl {shlex.join(args)}[/]")
+    command = llmctl(*args)
+    show(command)
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, "-m", "llmctl.cli.main", *args]).returncode
+    code = subprocess.run(command).returncode
     if code:
         sys.exit(code)
     return time.perf_counter() - start
@@ -58,10 +73,10 @@ def request(url: str, body: dict[str, Any] | None = None, timeout: float = 120) 
 @contextmanager
 def server(engine: Path, port: int) -> Iterator[tuple[str, float, subprocess.Popen[bytes]]]:
     """``llmctl serve`` on ``port``: yields its URL, seconds from start to ready, and the process."""
-    args = ["serve", "--model", str(engine), "--port", str(port)]
-    console.print(f"\n[bold cyan]$ llmctl {shlex.join(args)} &[/]")
+    command = llmctl("serve", str(engine), "--port", str(port))
+    show(command, end=" &")
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "llmctl.cli.main", *args])
+    process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -98,15 +113,24 @@ def peak_memory(pid: int) -> int:
     return total
 
 
-def ask(url: str) -> str:
-    """The model's answer to QUESTION through the chat endpoint."""
+def question(url: str) -> list[str]:
+    """A curl that asks the model QUESTION through the chat endpoint."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
     body["model"] = request(f"{url}/v1/models")["data"][0]["id"]
-    console.print(
-        f"\n[bold cyan]$ curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'[/]"
-    )
-    answer = request(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
-    console.print(f"[bold]Q:[/] {QUESTION}\n[bold]A:[/] {answer}")
+    address = f"{url}/v1/chat/completions"
+    return ["curl", "--silent", "--show-error", address, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+
+
+def ask(url: str) -> str:
+    """The model's answer to QUESTION, by the curl that is shown; without a curl here, by the same request."""
+    command = question(url)
+    show(command)
+    if shutil.which(command[0]):
+        document = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    else:
+        document = request(f"{url}/v1/chat/completions", json.loads(command[-1]))
+    answer = document["choices"][0]["message"]["content"].strip()
+    console.print(f"Q: {QUESTION}\nA: {answer}", markup=False, highlight=False)
     return str(answer)
 
 
@@ -204,7 +228,9 @@ def main() -> None:
     (work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print()
     console.print(summary_table(summary))
-    console.print(f"Serve it yourself: [bold]{Path(sys.executable).parent / 'llmctl'} serve --model {engine}[/]")
+    console.print("Now chat with it, or serve it:")
+    show(llmctl("run", str(engine)))
+    show(llmctl("serve", str(engine)))
 
 
 if __name__ == "__main__":

