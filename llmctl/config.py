@@ -246,6 +246,30 @@ class ServeConfig(EngineOptions):
     otlp_traces_endpoint: str | None = None
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """``llmctl run``: one answer, or a chat. How the engine runs is ``EngineOptions``'; None: the server's to choose.
+
+    ``raw``: texts go to the model without its chat template. ``history``: typed lines are kept for the next chat.
+    """
+
+    model: str = ""
+    system: str = ""
+    raw: bool = False
+    base_url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    insecure: bool = False
+    history: bool = True
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | None = None
+
+
 SECRET_OPTIONS = frozenset({"api_key", "priority_keys"})
 """Options whose values are shown nowhere."""
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from llmctl import __version__
@@ -18,6 +19,7 @@ from llmctl.artifact.loader import check_no_family, is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
 from llmctl.artifact.plan import BuildPlan, check_fits, check_options, plan_build
 from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.step_progress import step_progress
 from llmctl.artifact.writer import Progress, write_engine
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
@@ -66,8 +68,11 @@ def plan_output(config: BuildConfig) -> BuildPlan:
 def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Progress | None = None) -> Path:
     """The engine folder for a model: an engine is taken as it is, anything else is built into the cache once.
 
-    Says on stderr what it builds and where, and for a target that nobody named, why for that one. Two processes that
-    ask for the same engine build it once.
+    Says on stderr what it builds and where, how far it is, and for a target that nobody named, why for that one. Two
+    processes that ask for the same engine build it once.
+
+    Args:
+        progress: told of weights instead of the terminal.
 
     Raises:
         As ``build_engine``.
@@ -95,7 +100,8 @@ def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Pro
         if not _is_complete(folder, plan):
             check_torch(f"{model} is not an engine yet: building one")
             print(f"building {plan.name} for {plan.target.name} into {folder}", file=sys.stderr, flush=True)
-            write_engine(plan, folder, progress)
+            with step_progress() as show:
+                write_engine(plan, folder, progress or partial(show, "weights"), partial(show, "kernels"))
     return folder
 
 

@@ -21,6 +21,7 @@ from llmctl.cli.bench_compare import compare
 from llmctl.cli.bench_exit import EXIT_CODES, finish
 from llmctl.cli.bench_options import LATENCY, PROFILE, SERVE, SWEEP, THROUGHPUT, command_of
 from llmctl.cli.common import WholeNames, guarded, print_json
+from llmctl.cli.model_word import with_model_word
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
 
 @app.command("throughput", cls=WholeNames, epilog=EXIT_CODES)
 @guarded
+@with_model_word
 @command_of(BenchThroughputConfig, THROUGHPUT)
 def throughput(settings: BenchThroughputConfig, json_output: bool) -> None:
     """All requests at once through the engine in this process: tokens a second, prefill and decode apart.
@@ -119,6 +121,7 @@ def throughput(settings: BenchThroughputConfig, json_output: bool) -> None:
 
 @app.command("latency", cls=WholeNames, epilog=EXIT_CODES)
 @guarded
+@with_model_word
 @command_of(BenchLatencyConfig, LATENCY)
 def latency(settings: BenchLatencyConfig, json_output: bool) -> None:
     """One batch through the engine in this process, again and again: its latency and percentiles.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.model_word import with_model_word
 from llmctl.config import BuildConfig
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ DryRun = Annotated[
 
 
 @guarded
+@with_model_word
 def build(
     model: Model = _D.model,
     as_family: AsOption = _D.as_family,

@@ -13,9 +13,9 @@ from llmctl.artifact.builder import plan_output
 from llmctl.artifact.loader import read_manifest
 from llmctl.artifact.memory import human_bytes
 from llmctl.artifact.plan import BuildPlan
+from llmctl.artifact.step_progress import step_progress
 from llmctl.artifact.writer import write_engine
 from llmctl.cli.common import print_json
-from llmctl.cli.step_progress import step_progress
 from llmctl.config import BuildConfig
 from llmctl.errors import LlmctlError
 from llmctl.evaluate.eval_text import read_text
@@ -55,7 +55,8 @@ def run_build(settings: BuildConfig, json_output: bool) -> None:
 
 def _compare(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, name: str) -> HeadComparison | None:
     try:
-        return compare_heads(path, plan, tokenizer, text, name)
+        with step_progress() as progress:
+            return compare_heads(path, plan, tokenizer, text, name, partial(progress, "perplexity of output heads"))
     except LlmctlError as error:
         print(f"warning: the effect of --lm-head is not measured: {error.message}", file=sys.stderr)
         return None

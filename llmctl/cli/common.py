@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,7 +19,7 @@ from llmctl.extras import missing_package
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_NOT_OPTIONS = frozenset({"config", "help"})
+_NOT_OPTIONS = frozenset({"config", "help", "words", "model_word"})
 _FROM_MAPPING: Mapping[str, Callable[[Mapping[Any, Any]], str]] = {"override": override_text}
 # Typer carries its own copy of click, or depends on it: this is the base of every command-line error in either.
 _CommandLineError: Any = typer.BadParameter.__bases__[0]
@@ -45,10 +45,36 @@ class OneLineErrors(TyperGroup):
         except _CommandLineError as error:
             if message := error.format_message().strip():  # empty: no arguments, and the help is already printed
                 command = error.ctx.command_path if error.ctx else "llmctl"
-                message = _without_extra_words(message, sys.argv[1:] if args is None else args)
-                report(UsageError(message.rstrip("."), fix=f"see {command} --help"))
+                given = sys.argv[1:] if args is None else args
+                hint = self._hint(error, command, given)
+                message = _without_extra_words(message, given)
+                report(UsageError(message.rstrip("."), fix=hint or f"see {command} --help"))
             code = ExitCode.USAGE
         sys.exit(int(code) if isinstance(code, int) else 0)
+
+    def _hint(self, error: Any, command: str, args: Sequence[str]) -> str | None:
+        """What a word that is another tool's is called here."""
+        from llmctl.cli.other_words import command_hint, option_hint
+
+        refused = getattr(error, "option_name", None)
+        if refused is not None and not hasattr(error, "param_hint"):  # an option that there is not
+            return option_hint(refused, args, command, dict(_owners(self, "llmctl")))
+        name = next((arg for arg in args if not arg.startswith("-")), "")
+        return command_hint(name) if command == "llmctl" and name not in self.commands else None
+
+
+def _owners(group: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Every option -> the commands that have it, by their whole names."""
+    found: dict[str, list[str]] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            for option, owners in _owners(command, f"{path} {name}"):
+                found.setdefault(option, []).extend(owners)
+        elif not command.hidden:
+            for parameter in command.params:
+                for option in (*parameter.opts, *parameter.secondary_opts):
+                    found.setdefault(option, []).append(f"{path} {name}")
+    yield from found.items()
 
 
 class WholeNames(TyperCommand):
@@ -163,6 +189,18 @@ AsOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel="General")
 ]
+
+
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, in the environment or in the YAML file."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def on_command_line(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line itself, where it wins over the YAML file."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def report(error: LlmctlError) -> None:

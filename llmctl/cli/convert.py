@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.model_word import with_model_word
 from llmctl.config import ConvertConfig
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Output = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Fold
 
 
 @guarded
+@with_model_word
 def convert(
     config: ConfigOption = None,  # noqa: ARG001
     model: Model = _D.model,
@@ -53,8 +55,8 @@ def convert(
     from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl convert")
+    from llmctl.artifact.step_progress import step_progress
     from llmctl.checkpoint.convert import convert_checkpoint
-    from llmctl.cli.step_progress import step_progress
 
     settings = ConvertConfig(model=model, as_family=as_family, to=to, output=output)
     with step_progress() as show:

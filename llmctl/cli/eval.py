@@ -132,9 +132,9 @@ def evaluate(
     check_limits(settings)
 
     check_torch("llmctl eval")
+    from llmctl.artifact.step_progress import step_progress
     from llmctl.bench.gate import exit_code
     from llmctl.bench.verdict import sentence
-    from llmctl.cli.step_progress import step_progress
     from llmctl.evaluate import evaluation
 
     with step_progress() as show:

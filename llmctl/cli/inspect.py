@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,8 @@ from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+_UNITS = {"max_model_len": "tokens", "block_size": "tokens"}
 
 Engine = Annotated[str, typer.Argument(metavar="ENGINE", help="An engine folder, or any model that can be built.")]
 Ops = Annotated[bool, typer.Option("--ops", help="List every op with its kernel.", rich_help_panel="Listing")]
@@ -31,13 +34,16 @@ def inspect(
 ) -> None:
     """Show an engine: target, sizes, graph, kernels, quantization. Files are checked; nothing is loaded.
 
-    Of a model that cannot be built: its tensors, its tokenizer, and the reason.
+    Of a model that cannot be built: its tensors, its tokenizer, and the reason. A cached engine may be called as
+    llmctl list does. Also llmctl show.
 
     Example: [bold]llmctl inspect ./engine --ops[/bold]
     """
+    from llmctl.artifact.cache import cached_engine
     from llmctl.artifact.describe import describe_model
 
-    document = describe_model(engine, verify=verify, as_family=as_family)
+    cached = None if Path(engine).exists() else cached_engine(engine)
+    document = describe_model(str(cached or engine), verify=verify, as_family=as_family)
     if json_output:
         document.get("memory", {}).pop("rows", None)
         print_json(document)
@@ -72,7 +78,8 @@ def _print_summary(console: Console, document: Mapping[str, Any]) -> None:
         if document.get(name) is not None:
             table.add_row(name.replace("_", " "), str(document[name]))
     for name, value in document["options"].items():
-        table.add_row(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        table.add_row(name.replace("_", " "), f"{shown} {_UNITS[name]}" if name in _UNITS else shown)
     quantization = document["quantization"]
     table.add_row("quantization", _quantization_line(quantization))
     if len(quantization["schemes"]) > 1:
@@ -93,7 +100,7 @@ def _print_checkpoint(console: Console, document: Mapping[str, Any]) -> None:
     console.print(table, highlight=False)
     stored = Table(title="tensors as they are stored", title_justify="left")
     stored.add_column("quantization", overflow="fold")
-    stored.add_column("dtype")
+    stored.add_column("dtype", overflow="fold")
     for column in ("count", "size"):
         stored.add_column(column, justify="right")
     for row in document["stored"]:
@@ -126,7 +133,7 @@ def _print_graph(console: Console, document: Mapping[str, Any]) -> None:
         highlight=False,
     )
     table = Table()
-    table.add_column("op")
+    table.add_column("op", overflow="fold")
     table.add_column("count", justify="right")
     for kind, count in graph["ops"].items():
         table.add_row(kind, str(count))
@@ -138,14 +145,14 @@ def _print_kernels(console: Console, document: Mapping[str, Any]) -> None:
 
     chosen = Table(title="kernels", title_justify="left")
     for column in ("kernel", "ops", "serves", "others refused because"):
-        chosen.add_column(column)
+        chosen.add_column(column, overflow="fold")
     for row in document["kernels"]:
         chosen.add_row(row["kernel"], f"{row['count']} {row['kind']}", row["rows"], "; ".join(row["refused"]) or "-")
     console.print(chosen, highlight=False)
     for name, module in document["modules"].items():
         table = Table(title=f"{name}  {module['compiler']}  sha256 {module['sha256'][:16]}…", title_justify="left")
-        table.add_column("entry point")
-        for column in ("registers", "shared", "stack", "spills"):
+        table.add_column("entry point", overflow="fold")
+        for column in ("registers", "shared, B", "stack, B", "spills, B"):
             table.add_column(column, justify="right")
         for r in module["resources"]:
             spills = r["spill_store_bytes"] + r["spill_load_bytes"]
@@ -181,8 +188,8 @@ def _print_weights(console: Console, weights: list[Mapping[str, Any]]) -> None:
 
     table = Table(title="weights", title_justify="left")
     for column in ("tensor", "dtype", "shape"):
-        table.add_column(column)
-    table.add_column("size", justify="right")
+        table.add_column(column, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
     for plane in weights:
         shape = "x".join(map(str, plane["shape"]))
         table.add_row(plane["name"], plane["dtype"], shape, human_bytes(plane["bytes"]))

@@ -11,25 +11,27 @@ import typer
 from llmctl import __version__
 from llmctl.cli import bench
 from llmctl.cli.build import build
+from llmctl.cli.cached import list_cached, remove
 from llmctl.cli.common import OneLineErrors, WholeNames
 from llmctl.cli.convert import convert
+from llmctl.cli.doctor import doctor
 from llmctl.cli.eval import evaluate
 from llmctl.cli.inspect import inspect
 from llmctl.cli.merge import merge
 from llmctl.cli.quantize import quantize
 from llmctl.cli.quantize_compare import compare
+from llmctl.cli.run import run
 from llmctl.cli.serve import serve
 
 app = typer.Typer(
     name="llmctl",
     cls=OneLineErrors,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize, build, serve and bench language models over one engine core.",
-    epilog="Start here: [bold]llmctl serve --model demo:smollm2-135m[/bold]",
+    epilog="Start here: [bold]llmctl run demo:smollm2-135m[/bold]",
 )
 
 
@@ -48,8 +50,11 @@ def root(
     """Quantize, build, serve and bench language models over one engine core."""
 
 
+app.command("run", cls=WholeNames)(run)
+app.command("chat", cls=WholeNames, hidden=True)(run)
 app.command("build", cls=WholeNames)(build)
 app.command("inspect", cls=WholeNames)(inspect)
+app.command("show", cls=WholeNames, hidden=True)(inspect)
 app.add_typer(bench.app, name="bench")
 app.command(
     "serve",
@@ -62,6 +67,9 @@ app.command("quantize compare", cls=WholeNames)(compare)
 app.command("convert", cls=WholeNames)(convert)
 app.command("merge", cls=WholeNames)(merge)
 app.command("eval", cls=WholeNames)(evaluate)
+app.command("list", cls=WholeNames)(list_cached)
+app.command("rm", cls=WholeNames)(remove)
+app.command("doctor", cls=WholeNames)(doctor)
 
 
 def _terminate(number: int, _: object) -> None:

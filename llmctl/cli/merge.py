@@ -51,8 +51,8 @@ def merge(
     from llmctl.targets.address_space import check_torch
 
     check_torch("llmctl merge")
+    from llmctl.artifact.step_progress import step_progress
     from llmctl.checkpoint.merge import merge_checkpoint
-    from llmctl.cli.step_progress import step_progress
 
     with step_progress() as show:
         report = merge_checkpoint(MergeConfig(base, tuple(adapters), output, dtype, as_family), show)

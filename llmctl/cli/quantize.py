@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, is_given, print_json
+from llmctl.cli.model_word import with_model_word
 from llmctl.config import QuantizeConfig
 from llmctl.errors import LlmctlError, UsageError
 
@@ -215,6 +216,7 @@ Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", r
 
 
 @guarded
+@with_model_word
 def quantize(
     ctx: typer.Context,
     config: ConfigOption = None,  # noqa: ARG001
@@ -330,17 +332,11 @@ def _judged(report: QuantizeReport, settings: QuantizeConfig, text: str, progres
         return report
 
 
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line or in the YAML file."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
 def _unused(ctx: typer.Context, settings: QuantizeConfig) -> list[str]:
     """Options that are given and that the method has no use for."""
     from llmctl.quantize.methods import unused_options
 
-    return ["--" + name.replace("_", "-") for name in unused_options(settings) if _is_given(ctx, name)]
+    return ["--" + name.replace("_", "-") for name in unused_options(settings) if is_given(ctx, name)]
 
 
 def _choose(settings: QuantizeConfig, progress: ProgressLines) -> QuantizeReport:

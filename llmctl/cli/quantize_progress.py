@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from llmctl.artifact.memory import human_bytes
-from llmctl.cli.step_progress import PlainProgress, time_left
+from llmctl.artifact.step_progress import PlainProgress, time_left
 from llmctl.quantize.report import LayerReport, QuantizeReport
 
 _BAR = 30  # characters of the largest part's bar

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from llmctl.cli.common import on_command_line
 from llmctl.errors import UsageError
 
 PANEL = "vLLM's flags"
@@ -109,7 +110,7 @@ def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:
     """A command with these flags beside its own options, settled before it runs.
 
     It has ``model`` and ``ctx`` among its parameters, and words that are left over in ``ctx.args``: the first is the
-    model where ``--model`` was not given.
+    model where ``--model`` was not given, whatever a YAML file says.
     """
     hints = get_type_hints(function, include_extras=True)
 
@@ -117,7 +118,7 @@ def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:
     def command(**values: Any) -> None:
         flags = {flag: values.pop(flag.parameter) for flag in FLAGS}
         words = values["ctx"].args
-        if not values["model"] and words:
+        if words and not on_command_line(values["ctx"], "model"):
             values["model"] = words.pop(0)
         for line in settled(flags, values["model"]):
             print(line, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from llmctl.artifact.variant import with_options
 from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError
-from llmctl.evaluate.distributions import Window
+from llmctl.evaluate.distributions import OnProgress, Window
 from llmctl.evaluate.perplexity import Protocol, perplexity_of
 from llmctl.graph.experts import multiplications
 from llmctl.targets.planes import Plane, total_bytes
@@ -54,13 +54,21 @@ class HeadComparison:
         return head.perplexity / dense.perplexity - 1
 
 
-def compare_heads(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, name: str) -> HeadComparison | None:
+def compare_heads(
+    path: Path,
+    plan: BuildPlan,
+    tokenizer: Tokenizer,
+    text: str,
+    name: str,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> HeadComparison | None:
     """Measure the engine that ``plan`` made at ``path``; None when ``--lm-head`` decides nothing there.
 
     A large model is measured on the leading part of the text that ``_MAX_WORK`` allows.
 
     Args:
         name: what the result calls the text.
+        on_progress: told which head is measured, how many windows are scored, and of how many.
 
     Raises:
         LlmctlError: the engine does not run here, or the model is too large for even a short text.
@@ -82,11 +90,15 @@ def compare_heads(path: Path, plan: BuildPlan, tokenizer: Tokenizer, text: str, 
         max_num_seqs=_ROWS,
         kv_cache_bytes=_SEQUENCES * -(-context // block) * block * plan.memory.kv_per_token,
     )
+    if on_progress is not None:
+        on_progress(heads[0], 0, len(heads) * len(windows))
     engine, sizes = load_engine(path, request), _sizes(plan, heads)
-    effects = []
+    effects: list[HeadEffect] = []
     for head in heads:
         swapped = with_options(engine, plan, replace(plan.options, lm_head=head))
-        effects.append(HeadEffect(head, sizes[head], _perplexity(swapped, windows)))
+        done = len(effects) * len(windows)
+        tell = None if on_progress is None else _of_all(on_progress, head, done, len(heads) * len(windows))
+        effects.append(HeadEffect(head, sizes[head], _perplexity(swapped, windows, tell)))
     return HeadComparison(plan.options.lm_head, name, len(tokens), context, tuple(effects))
 
 
@@ -109,12 +121,17 @@ def _sizes(plan: BuildPlan, heads: Sequence[str]) -> dict[str, int]:
     return {head: total_bytes(found - common) for head, found in planes.items()}
 
 
-def _perplexity(engine: LoadedEngine, windows: list[Window]) -> float:
+def _of_all(on_progress: Callable[[str, int, int], None], head: str, before: int, total: int) -> OnProgress:
+    """A head's progress as that of the whole comparison."""
+    return lambda done, _: on_progress(head, before + done, total)
+
+
+def _perplexity(engine: LoadedEngine, windows: list[Window], on_progress: OnProgress | None) -> float:
     config = SchedulerConfig(
         engine.sizes.max_num_seqs, engine.sizes.max_num_batched_tokens, enable_prefix_caching=False
     )
     llm = LLMEngine(open_runtime(engine), config)
     try:
-        return perplexity_of(llm, windows)
+        return perplexity_of(llm, windows, on_progress)
     finally:
         llm.close()

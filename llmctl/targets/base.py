@@ -193,6 +193,21 @@ class ProfilePlaces:
     cache: Path
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a room says of this machine, for ``llmctl doctor``.
+
+    Attributes:
+        name: of what. found: what there is of it. problem: what does not work for want of it; "": nothing.
+        fix: what to do about a problem.
+    """
+
+    name: str
+    found: str
+    problem: str = ""
+    fix: str = ""
+
+
 class RuntimeEngine(Protocol):
     """What a runtime is opened from; ``artifact.loader.LoadedEngine`` is one."""
 
@@ -233,7 +248,7 @@ Read = Callable[[], "Tensor | QuantizedWeight"]
 PlaneContent = Any
 """An array, a torch tensor, or a function that makes one when its turn to be written comes."""
 CompileProgress = Callable[[str, int, int], None]
-"""Called as modules are compiled: (module, done, in all)."""
+"""Called when compiling begins and after each module: (module, done, in all)."""
 
 
 class Target(Protocol):

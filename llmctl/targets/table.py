@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmctl.errors import UsageError
-from llmctl.targets.base import Offer, Target, TargetName
+from llmctl.targets.base import Finding, Offer, Target, TargetName
+from llmctl.targets.cpu import findings as cpu_findings
 from llmctl.targets.cpu import target as cpu
+from llmctl.targets.cuda import findings as cuda_findings
 from llmctl.targets.cuda import readiness
 from llmctl.targets.cuda import target as cuda
 from llmctl.targets.reference import target as reference
@@ -18,18 +20,20 @@ class Room:
     """A target's room: how its targets are spelled, made of what stands behind the colon, and of a manifest's name.
 
     ``offer``: whether a model that nobody names a target for should be built for it here; None never offers itself.
+    ``findings``: what there is on this machine for it, and what is missing.
     """
 
     spellings: tuple[str, ...]
     parse: Callable[[str], Target]
     named: Callable[[TargetName], Target]
     offer: Callable[[], Offer | None] | None = None
+    findings: Callable[[], Sequence[Finding]] = tuple
 
 
 ROOMS = {
-    "cpu": Room(cpu.SPELLINGS, cpu.parse, cpu.named, cpu.offer),
+    "cpu": Room(cpu.SPELLINGS, cpu.parse, cpu.named, cpu.offer, cpu_findings.findings),
     "reference": Room(reference.SPELLINGS, reference.parse, reference.named),
-    "cuda": Room(cuda.SPELLINGS, cuda.parse, cuda.named, readiness.offer),
+    "cuda": Room(cuda.SPELLINGS, cuda.parse, cuda.named, readiness.offer, cuda_findings.findings),
 }
 BEST_FIRST = ("cuda", "cpu")
 """The rooms that are asked for an offer, in this order."""
@@ -60,6 +64,12 @@ def default_target() -> DefaultTarget:
             said.append(offer.said)
         return DefaultTarget(offer.spelling, tuple(said))
     raise AssertionError("every machine has a CPU")
+
+
+def machine_findings() -> dict[str, Sequence[Finding]]:
+    """What every room says of this machine; rooms that say nothing are left out."""
+    said = {name: room.findings() for name, room in ROOMS.items()}
+    return {name: findings for name, findings in said.items() if findings}
 
 
 def parse_target(text: str) -> Target:

@@ -130,7 +130,9 @@ class CpuTarget:
     ) -> list[Module]:
         """One shared library per variant."""
         variants = [v for v in VARIANTS if library_name(v) in self.name.archs]
-        modules = []
+        modules: list[Module] = []
+        if progress is not None:
+            progress(f"compiling {variants[0].name}", 0, len(variants))
         with ThreadPoolExecutor() as pool:
             for library in pool.map(lambda variant: compile_library(variant, cache=cache), variants):
                 arch = library_name(library.variant)

@@ -143,7 +143,7 @@ def compile_library(
     command = find_compiler()
     if command is None:
         raise CompileError("no C++ compiler found for the CPU kernels", fix=INSTALL_HINT)
-    version = _version(command)
+    version = compiler_version(command)
     flags = (*FLAGS, *variant.flags, *extra_flags)
     # The machine: a compiler names itself alike on every architecture, and a home folder may be shared.
     made_for = {"machine": platform.machine(), "compiler": version, "flags": " ".join(flags)}
@@ -191,7 +191,12 @@ def _fix_of(message: str) -> str | None:
     return "take a newer compiler (for amx GCC 11 or clang 12), or name another variant: --target cpu:avx512vnni"
 
 
-def _version(command: tuple[str, ...]) -> str:
+def compiler_version(command: tuple[str, ...]) -> str:
+    """The first line of what a compiler says of itself.
+
+    Raises:
+        CompileError: it does not run.
+    """
     result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     if result.returncode or not result.stdout.strip():
         said = next((line.strip() for line in result.stderr.splitlines() if line.strip()), "it said nothing")

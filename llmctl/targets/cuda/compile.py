@@ -84,6 +84,8 @@ def compile_modules(
     archs = tuple(archs)
     jobs = [(source, arch) for source in sources for arch in archs]
     modules: list[CompiledModule] = []
+    if progress is not None and jobs:
+        progress(f"compiling {jobs[0][0]}", 0, len(jobs))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for module in pool.map(lambda job: compile_module(*job, cache=cache, source_dir=source_dir), jobs):
             modules.append(module)

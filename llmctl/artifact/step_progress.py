@@ -13,6 +13,9 @@ from llmctl.artifact.memory import human_bytes
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+_IN_BYTES = "weights"
+_COUNTED = frozenset({"kernels"})
+
 Show = Callable[[str, str, int, int], None]
 """Shows how far something is: (what is counted, the one just done, done, in all); ``weights`` are counted in bytes."""
 
@@ -40,14 +43,14 @@ def step_progress() -> Iterator[Show]:
         def show(what: str, name: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total, name=name, size="")
-            counted = (human_bytes(done), human_bytes(total)) if what == "weights" else (done, total)
+            counted = (human_bytes(done), human_bytes(total)) if what == _IN_BYTES else (done, total)
             bar.update(tasks[what], completed=done, name=name, size="{} of {}".format(*counted))
 
         yield show
 
 
 class PlainProgress:
-    """One line each time another tenth is done; what begins anew is counted anew."""
+    """A line when something begins and each time another tenth of it is done; what begins anew is counted anew."""
 
     def __init__(self) -> None:
         self._tenths: dict[str, int] = {}
@@ -56,12 +59,18 @@ class PlainProgress:
     def __call__(self, what: str, name: str, done: int, total: int) -> None:
         tenth = 10 * done // max(1, total)
         before, self._tenths[what] = self._tenths.get(what, 0), tenth
-        if what not in self._started or tenth < before:
+        begins = what not in self._started or tenth < before
+        if begins:
             self._started[what] = (time.monotonic(), done)
-        if tenth > before:
+        if begins or tenth > before:
             started, first = self._started[what]
             left = (time.monotonic() - started) * (total - done) / max(1, done - first)
-            print(f"{what} {10 * tenth}% ({name}{time_left(left)})", file=sys.stderr, flush=True)
+            print(f"{what} {_share(what, done, total)} ({name}{time_left(left)})", file=sys.stderr, flush=True)
+
+
+def _share(what: str, done: int, total: int) -> str:
+    """``60%``, or ``3/20`` of what takes long a piece."""
+    return f"{done}/{total}" if what in _COUNTED else f"{100 * done // max(1, total)}%"
 
 
 def time_left(seconds: float) -> str:

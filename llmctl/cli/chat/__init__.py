@@ -1,0 +1,1 @@
+"""Talking to a model from the terminal: ``llmctl run``."""

@@ -1,0 +1,153 @@
+"""What this machine has for llmctl, as one document: machine, targets, packages, caches, what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmctl import __version__
+from llmctl.artifact.cache import cache_entries
+from llmctl.artifact.memory import human_bytes
+from llmctl.bench.environment import cpu_model, git_commit
+from llmctl.checkpoint.resolve import cache_dir
+from llmctl.targets.base import Finding
+from llmctl.targets.machine import available_memory, physical_cores, usable_cores
+from llmctl.targets.table import machine_findings
+
+DISTRIBUTION_OF = "llmctl"
+_OPTIONAL = ("torch", "transformers", "cupy-cuda13x", "nvidia-cuda-nvrtc", "opentelemetry-sdk", "peft", "datasets")
+"""Packages of extras whose version says something about a problem."""
+_VARIABLES = (
+    "LLMCTL_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "CXX", "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "COLUMNS",
+)  # fmt: skip
+_SECRET_VARIABLES = ("LLMCTL_API_KEY", "LLMCTL_PRIORITY_KEYS", "OPENAI_API_KEY", "HF_TOKEN")
+_LEAST_FREE = 1 << 30
+"""Bytes of disk below which hardly an engine fits."""
+
+
+@dataclass
+class Diagnosis:
+    """Sections of lines (what, found), and what is missing: each with what to do about it."""
+
+    sections: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, section: str, findings: Iterable[Finding]) -> None:
+        """Take in what was found."""
+        lines = self.sections.setdefault(section, {})
+        for finding in findings:
+            lines[finding.name] = _homeless(finding.found)
+            if finding.problem:
+                problem = f"{finding.name}: {finding.problem}"
+                self.problems.append({"problem": _homeless(problem), "fix": _homeless(finding.fix)})
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"llmctl": __version__, "healthy": not self.problems, **self.sections, "problems": self.problems}
+
+
+def diagnose() -> Diagnosis:
+    """Look around; nothing is started or loaded but what a target asks its driver."""
+    found = Diagnosis()
+    found.add("llmctl", _ourselves())
+    found.add("machine", _machine())
+    for target, findings in machine_findings().items():
+        found.add(f"target {target}", findings)
+    found.add("packages", _packages())
+    found.add("caches", _caches())
+    if variables := _variables():
+        found.add("environment", variables)
+    return found
+
+
+def _ourselves() -> list[Finding]:
+    package = Path(__file__).parents[1]
+    clone = (package.parent / "pyproject.toml").is_file()
+    commit = git_commit() if clone else None
+    return [
+        Finding("version", __version__ + (f", commit {commit[:12]}" if commit else "")),
+        Finding("installed in", f"{package}" + (", a clone" if clone else "")),
+        Finding("Python", f"{platform.python_version()}, {platform.python_implementation()}"),
+    ]
+
+
+def _machine() -> list[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return [
+        Finding("system", platform.platform()),
+        Finding("CPU", cpu_model()),
+        Finding(
+            "cores", f"{os.cpu_count()} logical; {usable_cores()} usable here, {physical_cores()} of them physical"
+        ),
+        Finding("memory", f"{human_bytes(memory.total)}, {human_bytes(available_memory())} of it to be had now"),
+    ]
+
+
+def _packages() -> list[Finding]:
+    """Those that llmctl cannot do without, and what of the others is installed."""
+    findings = []
+    for name in _required():
+        version = _version(name)
+        if version is None:
+            findings.append(Finding(name, "not installed", "llmctl needs it", f"pip install {name}"))
+        else:
+            findings.append(Finding(name, version))
+    named = {finding.name for finding in findings}
+    return findings + [Finding(name, _version(name) or "not installed") for name in _OPTIONAL if name not in named]
+
+
+def _required() -> list[str]:
+    """Names of the packages that this installation depends on, as its own metadata says."""
+    try:
+        needed = importlib.metadata.requires(DISTRIBUTION_OF) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    plain = (line for line in needed if "extra ==" not in line and "win32" not in line)
+    return sorted(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in plain)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _caches() -> list[Finding]:
+    root = cache_dir()
+    there = next(path for path in (root, *root.parents) if path.exists())
+    problem = (
+        "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to: nothing can be fetched or built"
+    )
+    sizes: dict[str, int] = {}
+    for entry in cache_entries():
+        sizes[entry.kind] = sizes.get(entry.kind, 0) + entry.size
+    free = shutil.disk_usage(there).free
+    short = "" if free >= _LEAST_FREE else f"{human_bytes(free)} of disk are free: hardly an engine fits"
+    return [
+        Finding("folder", str(root), problem, "LLMCTL_CACHE=DIR names another folder"),
+        *(Finding(kind, human_bytes(size)) for kind, size in sizes.items()),
+        Finding("free disk", human_bytes(free), short, "llmctl list shows what can go"),
+    ]
+
+
+def _variables() -> list[Finding]:
+    """Those that change what llmctl does. Of secrets only that they are set."""
+    shown = [Finding(name, os.environ[name]) for name in _VARIABLES if name in os.environ]
+    return shown + [Finding(name, "set (not shown)") for name in _SECRET_VARIABLES if name in os.environ]
+
+
+def _homeless(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Paths without the user's name in them."""
+    home = environment.get("HOME", "")
+    return re.sub(re.escape(home.rstrip("/")) + r"(?![\w.-])", "~", text) if len(home) > 1 else text

@@ -1,0 +1,277 @@
+"""``llmctl run``: one answer and the chat, against a scripted server; a real engine in the slow tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.scripted_chat_server import ScriptedServer, scripted_server
+from typer.testing import CliRunner, Result
+
+from llmctl.cli.main import app
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted_server() as script:
+        yield script
+
+
+def run(server: ScriptedServer, *args: str, piped: str | None = None, code: int = 0) -> Result:
+    made = CliRunner().invoke(app, ["run", "--base-url", server.url, *args], input=piped)
+    assert made.exit_code == code, made.output
+    return made
+
+
+def test_the_answer_is_alone_on_stdout(server: ScriptedServer) -> None:
+    made = run(server, "second", "why", "blue?", "--system", "Be brief.", "--temperature", "0.2", "--max-tokens", "9")
+    assert made.stdout == "Blue light scatters.\n"
+    assert re.fullmatch(r"3 tokens, [\d.]+ tok/s, first after [\d.]+ s, prompt 7 tokens\n", made.stderr)
+    (body,) = server.bodies
+    assert body == {
+        "model": "second",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why blue?"}],
+        "temperature": 0.2,
+        "max_tokens": 9,
+    }
+
+
+def test_chat_is_another_name(server: ScriptedServer) -> None:
+    made = CliRunner().invoke(app, ["chat", "--base-url", server.url, "--model", "first", "hello"])
+    assert (made.exit_code, made.stdout) == (0, "Blue light scatters.\n")
+    assert server.bodies[0]["messages"] == [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "piped", "sent"),
+    [
+        (["first"], "from a pipe\n", "from a pipe"),
+        (["first", "Summarize:"], "a\nb\n", "Summarize:\n\na\nb"),
+        ([], "no model named\n", "no model named"),
+    ],
+)
+def test_what_is_piped_in_is_the_prompt(words: list[str], piped: str, sent: str, server: ScriptedServer) -> None:
+    run(server, *words, piped=piped)
+    assert server.bodies[0]["messages"][-1]["content"] == sent
+    assert server.bodies[0]["model"] == "first"
+
+
+def test_an_empty_pipe_is_no_prompt(server: ScriptedServer) -> None:
+    assert "the prompt is empty" in run(server, "first", piped=" \n", code=2).stderr
+    assert server.bodies == []
+
+
+def test_raw_goes_without_a_template(server: ScriptedServer) -> None:
+    assert run(server, "first", "Once", "--raw").stdout == "Blue light scatters.\n"
+    assert server.paths == ["/v1/completions"]
+    assert server.bodies[0]["prompt"] == "Once"
+
+
+def test_reasoning_is_not_the_answer(server: ScriptedServer) -> None:
+    server.thoughts = ["Let me ", "think."]
+    made = run(server, "first", "why?")
+    assert made.stdout == "Blue light scatters.\n"
+    assert made.stderr.startswith("Let me think.\n")
+
+
+def test_json_is_one_document(server: ScriptedServer) -> None:
+    server.thoughts = ["Hm."]
+    made = run(server, "first", "why?", "--json")
+    document = json.loads(made.stdout)
+    assert (document["model"], document["text"], document["reasoning"]) == ("first", "Blue light scatters.", "Hm.")
+    assert (document["completion_tokens"], document["prompt_tokens"], document["finish_reason"]) == (3, 7, "stop")
+    assert made.stderr == ""
+
+
+def test_a_server_that_does_not_count(server: ScriptedServer) -> None:
+    server.usage = None
+    assert run(server, "first", "why?").stderr.startswith("about 3 tokens, ")
+
+
+def test_an_answer_that_was_cut_says_so(server: ScriptedServer) -> None:
+    server.finish = "length"
+    assert "cut at the longest output" in run(server, "first", "why?").stderr
+
+
+def test_the_key_is_sent_and_never_shown(server: ScriptedServer) -> None:
+    made = run(server, "first", "why?", "--api-key", "sk-secret")
+    assert server.keys == ["Bearer sk-secret"]
+    assert "secret" not in made.output
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        ((400, '{"error": {"message": "temperature: expected 0 to 2"}}'), "error: temperature: expected 0 to 2"),
+        ((500, ""), "error: the server answered with status 500"),
+        ((502, "<html>bad gateway"), "error: <html>bad gateway"),
+    ],
+)
+def test_a_refusal_is_one_line(refusal: tuple[int, str], said: str, server: ScriptedServer) -> None:
+    server.refusal = refusal
+    made = run(server, "first", "why?", code=1)
+    assert (made.stdout, made.stderr) == ("", said + "\n")
+
+
+def test_a_stream_that_ends_early_is_an_error(server: ScriptedServer) -> None:
+    server.cut = True
+    made = run(server, "first", "why?", code=1)
+    assert made.stdout == "Blue light scatters.\n"
+    assert "the answer ended early" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["nobody", "why?"], "no model 'nobody': it has first, second (fix: llmctl run --base-url"),
+        (["first", "why?", "--target", "cpu"], "--target: is of an engine of this machine"),
+        (["first", "why?", "--raw", "--system", "x"], "--system: with --raw"),
+        (["first", "--json"], "the prompt is empty"),
+    ],
+)
+def test_what_nothing_could_come_of_is_refused(args: list[str], said: str, server: ScriptedServer) -> None:
+    assert said in run(server, *args, piped="", code=2).stderr
+    assert server.bodies == []
+
+
+def test_no_server_and_no_model() -> None:
+    made = CliRunner().invoke(app, ["run", "--base-url", "http://127.0.0.1:9", "--model", "m", "x"])
+    assert made.exit_code == 1
+    assert "no server answers" in made.stderr
+    made = CliRunner().invoke(app, ["run"])
+    assert (made.exit_code, "no model named" in made.stderr) == (2, True)
+
+
+class Terminal:
+    """``llmctl run`` at a terminal."""
+
+    def __init__(self, *args: str, home: Path) -> None:
+        self._end, theirs = pty.openpty()
+        environment = {**os.environ, "HOME": str(home), "TERM": "dumb", "COLUMNS": "80", "XDG_STATE_HOME": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llmctl.cli.main", "run", *args],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: _controlling(theirs),
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def until(self, text: str, seconds: float = 30.0) -> str:
+        """Everything shown until there is ``text``, which is taken away."""
+        end = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < end, f"expected {text!r}, found {self.shown!r}"
+            if select.select([self._end], [], [], 0.1)[0]:
+                self.shown += os.read(self._end, 4096).decode(errors="replace")
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self._end, text.encode())
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+
+def _controlling(terminal: int) -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
+def test_a_chat_at_a_terminal(server: ScriptedServer, tmp_path: Path) -> None:
+    server.names = ("first",)
+    terminal = Terminal("--base-url", server.url, home=tmp_path)
+    try:
+        terminal.until("first: /help lists")
+        terminal.until(">>> ")
+        terminal.type("/set temperature 0.2\n")
+        terminal.until("temperature 0.2\x1b[0m")
+        terminal.type("/system Be brief.\n")
+        terminal.until("system prompt set")
+        terminal.type("why?\n")
+        terminal.until("Blue light scatters.")
+        terminal.until("tok/s")
+        terminal.type('"""one\ntwo"""\n')
+        terminal.until("... ")
+        terminal.until("Blue light scatters.")
+        terminal.until(">>> ")
+        server.pieces, server.gap = ["never ", "ending "] * 200, 0.05
+        terminal.type("go on\n")
+        terminal.until("never ending ")
+        terminal.type("\x03")  # Ctrl-C: the terminal's SIGINT to the whole group
+        terminal.until("unfinished")
+        terminal.until(">>> ")
+        assert server.broken.wait(10), "the request goes on although nobody reads it"
+        server.pieces = ["Again."]
+        terminal.type("and now?\n")
+        terminal.until("Again.")
+        terminal.type("/nothing\n")
+        terminal.until("no command /nothing")
+        terminal.until(">>> ")
+        time.sleep(0.3)  # Python sees a signal at its prompt only once it waits there
+        terminal.type("\x03")
+        terminal.until("/bye or Ctrl-D leaves")
+        terminal.type("/bye\n")
+        assert terminal.process.wait(10) == 0
+    finally:
+        terminal.close()
+    last = server.bodies[-1]
+    assert last["temperature"] == 0.2
+    said = [(turn["role"], turn["content"]) for turn in last["messages"]]
+    assert said[0] == ("system", "Be brief.")
+    assert said[1:5:2] == [("user", "why?"), ("user", "one\ntwo")]
+    assert said[5] == ("user", "go on")
+    assert said[6][1].startswith("never ending ")
+    history = tmp_path / ".local" / "state" / "llmctl" / "run_history"
+    assert "why?" in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_an_engine_is_served_for_as_long_as_it_takes(tiny_engine: Path) -> None:
+    made = CliRunner().invoke(
+        app, ["run", str(tiny_engine), "hello", "--max-tokens", "8", "--temperature", "0", "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    document: dict[str, Any] = json.loads(made.stdout)
+    assert document["completion_tokens"] == 8
+    assert document["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_leaves_no_server(tiny_engine: Path, tmp_path: Path) -> None:
+    import psutil
+
+    terminal = Terminal(str(tiny_engine), home=tmp_path)
+    try:
+        terminal.until("/help lists", 60)
+        children = psutil.Process(terminal.process.pid).children(recursive=True)
+        assert children
+        os.kill(terminal.process.pid, signal.SIGHUP)
+        terminal.process.wait(30)
+        _, alive = psutil.wait_procs(children, 10)
+        assert alive == []
+    finally:
+        terminal.close()
