@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from llmctl.artifact.cache import cache_entries
 from llmctl.artifact.memory import human_bytes
 from llmctl.bench.environment import cpu_model, git_commit
 from llmctl.checkpoint.resolve import cache_dir
+from llmctl.extras import DISTRIBUTION, MODULES, install_command, missing
 from llmctl.targets.base import Finding
 from llmctl.targets.machine import available_memory, physical_cores, usable_cores
 from llmctl.targets.table import machine_findings
 
-DISTRIBUTION_OF = "llmctl"
+_PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _OPTIONAL = ("torch", "transformers", "cupy-cuda13x", "nvidia-cuda-nvrtc", "opentelemetry-sdk", "peft", "datasets")
 """Packages of extras whose version says something about a problem."""
 _VARIABLES = (
@@ -62,6 +64,7 @@ def diagnose() -> Diagnosis:
     for target, findings in machine_findings().items():
         found.add(f"target {target}", findings)
     found.add("packages", _packages())
+    found.add("extras", _extras())
     found.add("caches", _caches())
     if variables := _variables():
         found.add("environment", variables)
@@ -69,8 +72,7 @@ def diagnose() -> Diagnosis:
 
 
 def _ourselves() -> list[Finding]:
-    package = Path(__file__).parents[1]
-    clone = (package.parent / "pyproject.toml").is_file()
+    package, clone = Path(__file__).parents[1], _PROJECT.is_file()
     commit = git_commit() if clone else None
     return [
         Finding("version", __version__ + (f", commit {commit[:12]}" if commit else "")),
@@ -107,13 +109,23 @@ def _packages() -> list[Finding]:
 
 
 def _required() -> list[str]:
-    """Names of the packages that this installation depends on, as its own metadata says."""
+    """Names of the packages that llmctl depends on: as a clone's pyproject.toml says, else as its own metadata does."""
     try:
-        needed = importlib.metadata.requires(DISTRIBUTION_OF) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    plain = (line for line in needed if "extra ==" not in line and "win32" not in line)
+        declared = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    except OSError:
+        try:
+            declared = importlib.metadata.requires(DISTRIBUTION) or []
+        except importlib.metadata.PackageNotFoundError:  # run out of a folder that nobody installed
+            declared = []
+    plain = (line for line in declared if "extra ==" not in line and "win32" not in line)
     return sorted(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in plain)
+
+
+def _extras() -> list[Finding]:
+    """What is installed beside them; nothing is needed of it until it is asked for."""
+    return [
+        Finding(name, f"not installed: {install_command(name)}" if missing(name) else "installed") for name in MODULES
+    ]
 
 
 def _version(package: str) -> str | None:
