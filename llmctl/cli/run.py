@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmctl.cli import serve_options as o
-from llmctl.cli.common import ConfigOption, JsonOption, guarded, is_given, print_json
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, is_given, print_json
 from llmctl.config import RunConfig, ServeConfig
 from llmctl.errors import UsageError
 
@@ -27,7 +27,7 @@ _ENGINE = (
     "kv_cache_dtype", "kv_cache_memory", "gpu_memory_utilization", "enforce_eager", "threads",
 )  # fmt: skip
 """The options of ``serve`` that ``run`` has too: those of a server that it starts itself."""
-_ONE_AT_A_TIME = ("--max-num-seqs", "1", "--log-level", "warning")
+_ONE_AT_A_TIME = ("--max-num-seqs", "1", "--log-level", "warning", "--no-ui")
 
 Words = Annotated[
     list[str] | None,
@@ -114,6 +114,7 @@ def run(
     base_url: BaseUrl = _R.base_url,
     api_key: ApiKey = _R.api_key,
     insecure: Insecure = _R.insecure,
+    as_family: AsOption = _D.as_family,
     target: o.Target = _D.target,
     dtype: o.Dtype = _D.dtype,
     verify: o.Verify = _D.verify,
@@ -158,12 +159,13 @@ def run(
         seed=seed,
         stop=stop,
     )
-    _check(settings, [name for name in _ENGINE if is_given(ctx, name)])
+    _check(settings, [name for name in ("as_family", *_ENGINE) if is_given(ctx, name)])
     prompt = _prompt(words)
     if json_output and prompt is None:
         raise UsageError("--json: is of one answer", fix='llmctl run MODEL "PROMPT" --json', param="json_output")
     serving = ServeConfig(
         model=model,
+        as_family=as_family,
         target=target,
         dtype=dtype,
         verify=verify,
@@ -209,7 +211,7 @@ def _check(settings: RunConfig, of_engine: list[str]) -> None:
         if settings.insecure:
             raise UsageError("--insecure: is of --base-url", fix="leave it out", param="insecure")
     elif of_engine:
-        option = "--" + of_engine[0].replace("_", "-")
+        option = "--as" if of_engine[0] == "as_family" else "--" + of_engine[0].replace("_", "-")
         raise UsageError(
             f"{option}: is of an engine of this machine, and --base-url names a server",
             fix=f"leave {option} out, or give it to the server",

@@ -11,6 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from llmctl.config import ServeConfig
 from llmctl.serving.adapters import shown_names
@@ -58,11 +59,15 @@ def print_summary(
         "tools": _tools(model, config),
         "access": "API key" if keyed else f"open to whoever reaches {config.host}",
         "URL": base_url(config),
-        **({"page": base_url(config) + "/"} if config.ui else {}),
+        **({"page": f"{base_url(config)}/, to chat with it and to watch it"} if config.ui else {}),
+        "API": f"{base_url(config)}/{'docs' if config.ui else 'openapi.json'}",
+        "metrics": f"{base_url(config)}/metrics",
     }
     table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(name, Text(value))  # a path may have brackets, which are no markup
     console = Console(stderr=True)
     console.print(Panel(table, title=f"llmctl serve: ready in {seconds:.1f} s", expand=False))
     if info.own_memory:

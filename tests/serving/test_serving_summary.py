@@ -51,11 +51,17 @@ def info_of(model: Path, target: str, options: EngineOptions) -> EngineInfo:
     return cast(EngineInfo, decode_event(encode(_info(started.loaded, started.engine))))
 
 
-def shown(info: EngineInfo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def shown(
+    info: EngineInfo,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    config: ServeConfig = ServeConfig(),
+    engine: str = "e",
+) -> str:
     monkeypatch.setenv("COLUMNS", "80")
     intake = SimpleNamespace(has_chat_template=False, tools=ToolSupport())
     defaults = SamplingDefaults({"top_p": 0.9}, "its model card")
-    print_summary(ServeConfig(), Model("tiny", intake, info, defaults), Path("e"), 1.0, keyed=False)  # type: ignore[arg-type]
+    print_summary(config, Model("tiny", intake, info, defaults), Path(engine), 1.0, keyed=False)  # type: ignore[arg-type]
     return capsys.readouterr().err
 
 
@@ -90,3 +96,18 @@ def test_kernels_that_the_system_refuses_are_shown(
     assert "kernels" not in shown(info, capsys, monkeypatch)
     refused = msgspec.structs.replace(info, kernels="avx512bf16 (AMX: refused)")
     assert "kernels   avx512bf16 (AMX: refused)" in shown(refused, capsys, monkeypatch)
+
+
+def test_it_says_where_page_api_and_metrics_are_and_cuts_nothing(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = info_of(model, "reference", EngineOptions())
+    engine = "/a/folder/with[brackets]/" + "long" * 30
+    text = shown(info, capsys, monkeypatch, engine=engine)
+    assert engine in "".join(line.strip("│ ").removeprefix("engine").strip() for line in text.splitlines())
+    assert "…" not in text
+    for address in ("http://127.0.0.1:8000/, to chat", "http://127.0.0.1:8000/docs", "http://127.0.0.1:8000/metrics"):
+        assert address in text
+    without = shown(info, capsys, monkeypatch, ServeConfig(ui=False))
+    assert "to chat" not in without
+    assert "http://127.0.0.1:8000/openapi.json" in without
