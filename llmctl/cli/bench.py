@@ -78,12 +78,12 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
     """
     from rich.console import Console
 
+    from llmctl.artifact.step_progress import step_progress
     from llmctl.bench import sweep_report
     from llmctl.bench.outcome import append_step_summary
     from llmctl.bench.report import write_text
     from llmctl.bench.sweep import run_sweep
     from llmctl.bench.sweep_view import NOTE, SweepView, tables
-    from llmctl.cli.step_progress import step_progress
 
     title = "llmctl bench sweep"
     with step_progress() as show:
@@ -137,6 +137,7 @@ def latency(settings: BenchLatencyConfig, json_output: bool) -> None:
 
 @app.command("profile", cls=WholeNames)
 @guarded
+@with_model_word
 @command_of(BenchProfileConfig, PROFILE)
 def profile(settings: BenchProfileConfig, json_output: bool) -> None:
     """Where a step's time goes, by kind of op (by kernel on a GPU), against what this machine can read and multiply.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
-from llmctl.bench import offline
+from llmctl.bench import offline, step_profile
 from llmctl.checkpoint import convert
 from llmctl.cli import build_run
 from llmctl.cli.main import app
@@ -27,7 +29,10 @@ COMMANDS: dict[str, tuple[Any, str, list[str]]] = {
     "convert": (convert, "convert_checkpoint", []),
     "bench throughput": (offline, "run_throughput", []),
     "bench latency": (offline, "run_latency", []),
+    "bench profile": (step_profile, "run_profile", []),
 }
+OTHERWISE = {"serve", "run", "chat", "bench serve", "bench sweep"}
+"""serve and run take further words; those of the benches of servers are values of their options, as vLLM's are."""
 
 
 @pytest.fixture(params=COMMANDS)
@@ -57,6 +62,23 @@ def test_by_place_or_by_name(command: Any, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: from-file\n")
     assert model_of(command("--config", str(tmp_path / "c.yaml"))) == "from-file"
     assert model_of(command("m", "--config", str(tmp_path / "c.yaml"))) == "m"
+
+
+def test_no_command_is_left_out() -> None:
+    having = {
+        " ".join(words)
+        for words, command in all_commands()
+        if any("--model" in parameter.opts for parameter in command.params)
+    }
+    assert having == set(COMMANDS) | OTHERWISE
+
+
+def all_commands(group: Any = None) -> Iterator[tuple[list[str], Any]]:
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from (([name, *rest], found) for rest, found in all_commands(command))
+        else:
+            yield [name], command
 
 
 def test_two_models_are_refused(command: Any) -> None:
