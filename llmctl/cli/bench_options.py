@@ -296,10 +296,10 @@ SWEEP: Table = {
         help="Values of an option of llmctl serve (model too): a server each, in turns; repeatable.",
     ),
     "request_rates": _load(
-        "--request-rate", kind=_MAYBE, metavar="R,R,…", help="Arrivals a second; this list varies, or the next."
+        "--request-rate", kind=_MAYBE, metavar="R,R", help="Arrivals a second; this list varies, or the next."
     ),
     "concurrencies": _load(
-        "--max-concurrency", kind=_MAYBE, metavar="N,N,…", help="Requests under way at once; 1,2,4,8,16,32 by default."
+        "--max-concurrency", kind=_MAYBE, metavar="N,N", help="Requests under way at once; 1,2,4,8,16,32 by default."
     ),
     "find_max": _load("--find-max", kind=bool, help=_FIND_MAX_HELP),
     "max_duration": _load(
