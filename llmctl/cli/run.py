@@ -14,7 +14,7 @@ import typer
 from llmctl.cli import serve_options as o
 from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, is_given, print_json
 from llmctl.config import RunConfig, ServeConfig
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.bench.endpoint import Endpoint
@@ -260,11 +260,16 @@ def _named_server(settings: RunConfig) -> tuple[Endpoint, str]:
     Raises:
         LlmctlError: nothing answers there. UsageError: no URL, or the server has no such model.
     """
-    from llmctl.bench.endpoint import make_endpoint, probe
+    from llmctl.bench.endpoint import make_endpoint
+    from llmctl.bench.readiness import Patience, await_server
+    from llmctl.cli.chat.terminal import say
 
     assert settings.base_url is not None
     endpoint = make_endpoint(settings.base_url, None, "openai-chat", settings.api_key, (), not settings.insecure)
-    names = probe(endpoint, 0.0).models
+    try:
+        names = await_server(endpoint, Patience(endpoint.base_url, 0.0, say)).models
+    except LlmctlError as error:
+        raise LlmctlError(error.message, fix="start it, or correct --base-url", param="base_url") from error
     if settings.model and (settings.model in names or not names):  # a server that does not tell may have any
         return endpoint, settings.model
     if not names:
