@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[Any, str, list[str]]] = {
     "bench latency": (offline, "run_latency", []),
     "bench profile": (step_profile, "run_profile", []),
 }
-OTHERWISE = {"serve", "run", "chat", "bench serve", "bench sweep"}
+OTHERWISE = {"serve", "run", "chat", "bench serve", "bench sweep", "bench compare"}
 """serve and run take further words; those of the benches of servers are values of their options, as vLLM's are."""
 
 
