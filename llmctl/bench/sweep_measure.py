@@ -39,6 +39,11 @@ _NOT_OF_A_POINT = frozenset(
     "environment definitions interrupted".split()
 )
 
+_WAVES = 3
+"""Requests of a round of a search for each that is under way at once, at least."""
+_ARRIVAL_SECONDS = 10
+"""How long the requests of a round of a search arrive, at least."""
+
 Show = Callable[[str, str, int, int], None]
 """How far the measuring of quality is, as ``evaluate.evaluation`` says it."""
 Serve = Callable[[str, Sequence[str]], AbstractContextManager[str]]
@@ -196,9 +201,11 @@ class Sweep:
 
     def _search(self, variant: Variant, session: Session) -> None:
         axis, objectives = self.plan.axis, self.plan.objectives
-        size = max(self.plan.config.num_prompts, -(-objectives.requests // LOOKS))
+        least = max(self.plan.config.num_prompts, -(-objectives.requests // LOOKS))
 
         def judge(load: float) -> Verdict:
+            # Fewer would not be that load: never so many under way, or all there before the first is answered.
+            size = max(least, math.ceil(load * (_WAVES if axis.whole else _ARRIVAL_SECONDS)))
             verdict = Verdict(False, False, 0)
             for _ in range(LOOKS):
                 self._streams += 1

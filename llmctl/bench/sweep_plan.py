@@ -215,6 +215,13 @@ def plan_sweep(config: BenchSweepConfig) -> SweepPlan:
         )
     if config.max_duration is not None and not config.max_duration > 0:
         raise UsageError(f"--max-duration: expected seconds above 0, found {config.max_duration}", param="max_duration")
+    most = axis.loads[-1] if axis.whole else axis.other.max_concurrency or 0
+    if not config.find_max and most > config.num_prompts:
+        raise UsageError(
+            f"--max-concurrency {most:g}: of --num-prompts {config.num_prompts} so many are never under way",
+            fix=f"--num-prompts {3 * most:g}",
+            param="num_prompts",
+        )
     if config.find_max and not serve.judge.slos:
         raise UsageError(
             "--find-max: the highest load that meets what?", fix="add --slo 'p99_ttft_ms<=500'", param="find_max"

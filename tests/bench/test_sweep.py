@@ -34,11 +34,13 @@ SMALL = ("--num-prompts", "6", "--input-len", "4", "--output-len", "3", "--num-w
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Loads are not sent but made up: TTFT is 10 ms up to 6 requests at once and 100 ms beyond. Their prompts."""
+    """Loads are made up, not sent: TTFT is 10 ms up to 6 at once, or a second, else 100 ms. Their prompts."""
     prompts: list[str] = []
 
     def run_once(plan: Plan, _: Target, items: Sequence[WorkItem], *__: Any) -> RepeatRun:
-        ttft = 0.01 if (plan.config.max_concurrency or 1) <= 6 else 0.1
+        config = plan.config
+        load = config.max_concurrency or config.request_rate
+        ttft = 0.01 if load <= 6 else 0.1
         prompts.extend(item.prompt for item in items)
         records = [
             RequestRecord(i, 4, 3, 0.0, 0.0, ttft + 0.02, [ttft, ttft + 0.01, ttft + 0.02]) for i in range(len(items))
@@ -107,6 +109,13 @@ def test_find_max_finds_what_the_server_holds(start: Start, bench: Bench, played
     assert len(set(played)) == len(played) == 4 * 440 + 2 * 110, "no prompt twice: no cache of prefixes helps"
     assert doc["gates"][1]["metric"] == "highest_max_concurrency"
     assert "highest load that meets the objectives: 6 requests at once; 7 miss them" in result.stderr
+
+
+@pytest.mark.usefixtures("played")
+def test_a_round_of_a_search_is_large_enough_to_be_its_load(start: Start, bench: Bench) -> None:
+    options = ("--find-max", "--request-rate", "2", "--slo", "median_ttft_ms<=25", "--resolution", "50%")
+    trials = document(bench("sweep", "--base-url", start().url, *options, *SMALL))["find_max"][0]["trials"]
+    assert [(round(t["load"], 2), t["requests"]) for t in trials] == [(2, 20), (4, 40), (8, 80), (5.66, 57)]
 
 
 @pytest.mark.usefixtures("played")
@@ -233,7 +242,7 @@ def test_ctrl_c_keeps_what_was_measured(
 
     monkeypatch.setattr(sweep_measure, "run_once", cut)
     page = tmp_path / "s.html"
-    args = ("--base-url", start().url, "--max-concurrency", "1,2,4,8", "--html", str(page), *SMALL)
+    args = ("--base-url", start().url, "--max-concurrency", "1,2,4,6", "--html", str(page), *SMALL)
     doc = document(bench("sweep", *args), 130)
     assert [p["max_concurrency"] for p in doc["points"]] == [1, 2]
     assert doc["interrupted"]

@@ -58,6 +58,7 @@ def test_the_words_of_a_variant_are_those_of_serve() -> None:
         ({"find_max": True, "request_rates": "1,2", "slo": ("p99_ttft_ms<=5",)}, "begins at one load"),
         ({"find_max": True}, "add --slo"),
         ({"find_max": True, "slo": ("p99_ttft_ms<=5",), "repeats": 3}, "a search decides"),
+        ({"num_prompts": 10}, "--max-concurrency 32: of --num-prompts 10 so many are never under way"),
         ({"resolution": "0"}, "--resolution"),
         ({"vary": ("max-num-seqs=1,2",)}, "add --engine"),
         ({"vary": ("max-num-seqs",), "engine": "e"}, "expected OPTION=VALUE"),
