@@ -119,6 +119,9 @@ def test_engines_and_headers_are_read(base: dict[str, str], engine: Path, tiny_l
         ["inspect", str(tiny_llama)],
         ["inspect", str(gptq), "--json"],
         ["build", "--model", str(tiny_llama), "--dry-run"],
+        ["run", str(engine), "x é", "--max-tokens", "4"],
+        ["doctor"],
+        ["list", "--json"],
         ["bench", "throughput", "--model", str(engine), "--num-prompts", "2", "--input-len", "8", "--output-len", "4"],
     ):
         assert code == 0, stderr
@@ -138,7 +141,7 @@ def test_what_needs_torch_says_what_to_install(
         "llmctl convert needs PyTorch": ["convert", "--model", model, "--to", "gptq", *output],
         "llmctl merge needs PyTorch": ["merge", model, model, *output],
         "llmctl eval needs PyTorch": ["eval", model],
-        f"{model} is not an engine yet: building one needs PyTorch": ["bench", "latency", "--model", model],
+        f"{model} is not an engine yet: building one needs PyTorch": ["run", model, "x"],
         "to fetch it and build an engine of it needs PyTorch": ["bench", "latency", "--model", "demo:smollm2-135m"],
         "running an engine for reference needs PyTorch": ["bench", "latency", "--model", str(tiny_engine)],
         "this needs PyTorch": ["inspect", str(biased)],  # to see whether its biases are zero
