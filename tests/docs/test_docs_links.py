@@ -80,6 +80,15 @@ def test_the_code_is_where_the_page_says(name: str) -> None:
     assert not missing
 
 
+@EVERY_PAGE
+def test_files_that_are_named_are_there(page: Path) -> None:
+    named = [word for t in inline(page) if t.type == "code_inline" for word in t.content.split()]
+    paths = [path for word in named if re.match(r"(scripts|docs|configs|tests)/", word) for path in expanded(word)]
+    written_by_readers = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    found = [path.rstrip("/.,;") for path in paths]
+    assert [path for path in found if path not in written_by_readers and not list(ROOT.glob(path))] == []
+
+
 def texts_of_the_code() -> str:
     """The sources, string literals that follow each other joined."""
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "llmctl").rglob("*.py"))
