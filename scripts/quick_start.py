@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 MARKERS = ("<!-- output: scripts/quick_start.py -->", "<!-- end of output -->")
 KEPT = {
     "build": r"^engine: ",
-    "eval": r"^│ perplexity",
+    "run": r".",
     "serve": r"ready in|^│ (model|runs|context|URL|page) ",
     "bench": r"^ *(output throughput|ms|TTFT|ITL)\b|^(pass|FAIL) ",
 }
@@ -51,6 +51,8 @@ def shown(command: str, output: str) -> list[str]:
     lines = [line.rstrip() for line in output.splitlines() if re.search(KEPT[words[1]], line)]
     if not lines:
         raise ValueError(f"nothing of the output of '{command}' is what is looked for:\n{output}")
+    if words[1] == "run":
+        return [part for line in lines for part in textwrap.wrap(line, 100)]
     return [re.sub(r"^[│╭─ ]+|[│╮─ ]+$", "", line) if re.search("[│╭]", line) else line for line in lines]
 
 
@@ -77,9 +79,10 @@ def main() -> int:
             else:
                 arguments = [word.replace("http://127.0.0.1:8000", url) for word in words[1:]]
                 done = subprocess.run([*program, *arguments], capture_output=True, text=True, env=os.environ | _WIDTH)
-                output = done.stdout + done.stderr
                 if done.returncode:
-                    sys.exit(f"{command}\nexit code {done.returncode}\n{output}")
+                    sys.exit(f"{command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}")
+                # Progress and speed of an answer are on stderr; how a build ended is, too.
+                output = done.stdout if words[1] == "run" else done.stdout + done.stderr
             printed.append(
                 (name, [line.replace(url or "\0", "http://127.0.0.1:8000") for line in shown(command, output)])
             )

@@ -11,7 +11,7 @@ import quick_start
 def test_the_commands_are_readmes() -> None:
     found = quick_start.commands(quick_start.README.read_text(encoding="utf-8"))
     assert [line.split()[:2] for line in found if line.startswith("llmctl")] == [
-        ["llmctl", name] for name in ("build", "eval", "serve", "bench")
+        ["llmctl", name] for name in ("run", "build", "serve", "bench")
     ]
     assert len(found) == 5
 
@@ -26,6 +26,7 @@ def test_the_commands_are_readmes() -> None:
             ["serve: ready in 1.0 s", "URL  http://h"],
         ),
         ("llmctl bench serve", " TTFT  1  2 \nclient CPU\npass  32 completed\n", [" TTFT  1  2", "pass  32 completed"]),
+        ("llmctl run m", "It is\n\nso.\n", ["It is", "so."]),
         ("curl x", json.dumps({"choices": [{"message": {"content": " Hi. "}}]}), ["Hi."]),
     ],
 )
