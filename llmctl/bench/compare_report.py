@@ -126,21 +126,20 @@ def to_csv(result: Mapping[str, Any]) -> str:
 
 
 def to_svg(result: Mapping[str, Any], title: str) -> str:
-    """A row a metric: its ratio and interval on one axis, with what is allowed to become worse shaded."""
+    """A row a metric: its ratio and interval on one logarithmic axis, with what is allowed to become worse shaded."""
     rows = shown_ratios(result)
     height = _TOP + _ROW * max(1, len(rows)) + 48
-    ends = [row[end] for _, row in rows for end in ("low", "high", "ratio") if _drawable(row[end])]
     allowed = next((gate["limit"] for gate in result["gates"] if gate["kind"] != "requests"), 0.0)
-    reach = max([abs(end - 1) for end in ends] + [2 * allowed, 0.01]) * 1.1
+    reach = _reach([row for _, row in rows], allowed)
 
     def x(ratio: float) -> float:
-        inside = min(max(ratio, 1 - reach), 1 + reach)
-        return _LEFT + (inside - 1 + reach) / (2 * reach) * (_WIDTH - _LEFT - _RIGHT)
+        inside = min(max(math.log(ratio), -reach), reach) if ratio > 0 else -reach
+        return _LEFT + (inside + reach) / (2 * reach) * (_WIDTH - _LEFT - _RIGHT)
 
     parts = [svg.text(12, 24, f"{title}: {headline(result)}", size=15)]
     parts += [svg.text(12, 44, f"B/A, {_level(result)}" if rows else "no whole round", size=11)]
     for step in range(-2, 3):
-        at = 1 + reach * step / 2
+        at = math.exp(reach * step / 2)
         parts += [svg.grid_line(x(at), _TOP - 8, x(at), height - 36)]
         parts += [svg.text(x(at), height - 20, f"{at:.3f}", size=11, anchor="middle")]
     for number, (name, row) in enumerate(rows):
@@ -148,11 +147,18 @@ def to_svg(result: Mapping[str, Any], title: str) -> str:
     return svg.document(_WIDTH, height, parts)
 
 
+def _reach(rows: Sequence[Mapping[str, Any]], allowed: float) -> float:
+    """How far the axis goes to either side of 1, as a logarithm: to every ratio, and to intervals within reason."""
+    ratios = max([abs(math.log(row["ratio"])) for row in rows] + [math.log1p(2 * allowed), 0.01])
+    ends = [abs(math.log(end)) for row in rows for end in (row["low"], row["high"]) if _drawable(end) and end > 0]
+    return 1.1 * max(ratios, min(max(ends, default=0.0), 3 * ratios))
+
+
 def _row_parts(name: str, row: Mapping[str, Any], y: float, x: Any, allowed: float) -> Sequence[str]:
     colour = _COLOURS[row["decision"]]
     parts = [svg.text(_LEFT - 10, y + 4, name, anchor="end")]
     if row["decision"]:
-        worse = (1 - allowed, 1.0) if higher_is_better(name) else (1.0, 1 + allowed)
+        worse = (max(1 - allowed, 0.0), 1.0) if higher_is_better(name) else (1.0, 1 + allowed)
         left, right = (x(end) for end in worse)
         parts.append(
             f'<rect x="{left:.1f}" y="{y - 9:.1f}" width="{right - left:.1f}" height="18" fill="#eee">'

@@ -187,3 +187,36 @@ def test_usage_errors_before_the_engine_is_loaded(
     result = bench(*(str(tiny_engine) if a == "ENGINE" else a for a in args))
     assert result.exit_code == 2, result.stderr
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("after", [3, 30])
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_ctrl_c_keeps_what_had_ended(
+    bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, after: int
+) -> None:
+    """Between steps: before anything had ended there is nothing to keep, later what had ended is the result."""
+    from llmctl.engine.llm_engine import LLMEngine
+
+    step, steps = LLMEngine.step, [0]
+
+    def interrupted(self: LLMEngine) -> object:
+        steps[0] += 1
+        if steps[0] == after:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(LLMEngine, "step", interrupted)
+    sizes = {"throughput": ("--num-prompts", "4", "--num-warmups", "0"), "latency": ("--num-iters-warmup", "0")}[kind]
+    common = ("--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--input-len", "8", "--output-len", "5-7")
+    result = bench(kind, *common, *sizes, "--repeats", "40", "--json", "--csv", str(tmp_path / "c.csv"))
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
+    if after == 3:
+        assert (result.stdout, list(tmp_path.iterdir())) == ("", [])
+        assert result.stderr.endswith("interrupted\n")
+        return
+    doc = json.loads(result.stdout)
+    assert (doc["interrupted"], doc["exit_code"], doc["failed"]) == (True, 130, 0)
+    assert 1 <= doc["completed"] < 40
+    assert doc["completed"] == sum(repeat["completed"] for repeat in doc["repeats"])
+    assert (tmp_path / "c.csv").exists()
