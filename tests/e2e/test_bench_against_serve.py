@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures import ServerProcess
 from typer.testing import CliRunner
 
+from llmctl.bench.readiness import FIRST_REQUEST
 from llmctl.cli.main import app
 
 
@@ -46,8 +48,27 @@ def test_the_servers_own_counters_agree(server: ServerProcess) -> None:
     _, doc = bench(server, "--num-warmups", "0")
     after = counters()
     gained = [after[name] - before[name] for name in after]
-    assert gained == [doc["total_input_tokens"], doc["total_output_tokens"]]
+    _, first = server.post("/tokenize", {"prompt": FIRST_REQUEST.prompt})  # asked once, to see that it answers
+    assert gained == [
+        doc["total_input_tokens"] + first["count"],
+        doc["total_output_tokens"] + FIRST_REQUEST.output_tokens,
+    ]
 
 
 def test_an_objective_that_is_missed(server: ServerProcess) -> None:
     assert bench(server, "--slo", "p99_ttft_ms<=0.001")[0] == 4
+
+
+@pytest.mark.slow
+def test_engines_are_compared(tiny_engine: Path, tmp_path: Path) -> None:
+    """Two rounds, with servers that are started for their visits and gone after them."""
+    small = ("--num-prompts", "3", "--input-len", "8", "--output-len", "4", "--max-rounds", "2")
+    options = ("--b-args", "--max-num-seqs 2", "--csv", str(tmp_path / "c.csv"), "--json")
+    result = CliRunner().invoke(
+        app, ["bench", "compare", "--a", str(tiny_engine), "--b", str(tiny_engine), *small, *options]
+    )
+    doc = json.loads(result.stdout)
+    assert doc["num_rounds"] == 2
+    assert (doc["a"]["failed"], doc["b"]["failed"], doc["completed"]) == (0, 0, 2 * 4 * 3)
+    assert doc["ratios"]["output_throughput"]["ratio"] > 0
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + 8
