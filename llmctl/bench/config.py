@@ -169,13 +169,16 @@ class BenchLatencyConfig(OfflineConfig):
 
 @dataclass(frozen=True)
 class BenchProfileConfig(EngineOptions):
-    """``llmctl bench profile``: where the steps of an engine spend their time. Numbers after commas are texts."""
+    """``llmctl bench profile``: where the steps of an engine spend their time. Numbers after commas are texts.
+
+    ``prefill``, ``contexts`` None: 512, and 512 to 8192 doubling, as far as the engine takes them.
+    """
 
     only: str = "decode,prefill,growth"
     batches: str = "1,8,32"
     context: int = 200
-    prefill: int = 512
-    contexts: str = "512,1024,2048,4096,8192"
+    prefill: int | None = None
+    contexts: str | None = None
     steps: int = 50
     from_source: bool = False
     svg: str | None = None

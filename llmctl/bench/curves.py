@@ -12,6 +12,7 @@ from llmctl.evaluate import svg
 WIDTH, HEIGHT = 760, 394
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 78, 52
 _COLOURS = ("#00897b", "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be123c", "#374151")
+_MOST_DECADES = 8
 _LOG_FROM = 30.0
 """Ratio of the largest to the least value from which an axis is logarithmic."""
 
@@ -56,8 +57,10 @@ def scale(values: Sequence[float], start: float, end: float) -> Scale:
     """An axis from pixel ``start`` to ``end``: from 0, or logarithmic where values above 0 differ very much."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if low > 0 and high / low >= _LOG_FROM:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        ticks = [10.0**power for power in range(first, last + 1)]
+        first, decades = math.floor(math.log10(low)), math.ceil(math.log10(high)) - math.floor(math.log10(low))
+        step = math.ceil(decades / _MOST_DECADES)
+        last = first + math.ceil(decades / step) * step
+        ticks = [10.0**power for power in range(first, last + 1, step)]
         return Scale(lambda v: start + (math.log10(v) - first) / (last - first) * (end - start), tuple(ticks))
     top = max(high, 1e-9)
     step = _round_step(top / 5)

@@ -9,6 +9,7 @@ The bounds are measured between the steps of the same run, and are medians as th
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.artifact.builder import ensure_engine
-from llmctl.artifact.loader import LoadedEngine, load_engine
+from llmctl.artifact.loader import LoadedEngine, load_engine, read_manifest
 from llmctl.artifact.request import EngineRequest
 from llmctl.bench.config import BenchProfileConfig
 from llmctl.bench.environment import describe_environment
@@ -32,6 +33,7 @@ from llmctl.targets.base import ProfilePlaces
 from llmctl.targets.step_work import Bounds, Span, StepProfiler, Work
 
 PARTS = ("decode", "prefill", "growth")
+_PREFILL, _CONTEXTS = 512, (512, 1024, 2048, 4096, 8192)
 _WARM_SECONDS = 0.05  # measured on a CPU at batch 1: 3.8 ms right after the probes, 2.4 from the tenth step on
 _FILL = 512
 """Tokens of a step that fills the cache, where no prefill is measured."""
@@ -225,21 +227,33 @@ class Wanted:
     contexts: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: BenchProfileConfig) -> Wanted:
-        """Out of the options.
+    def of(cls, config: BenchProfileConfig, longest: int) -> Wanted:
+        """Out of the options, for an engine that takes sequences of ``longest`` tokens.
 
         Raises:
-            UsageError: an unknown part, or a number that is not whole or below 1.
+            UsageError: an unknown part, a number that is not whole or below 1, or more than the engine takes.
         """
         only = tuple(part.strip() for part in config.only.split(","))
         for part in only:
             if part not in PARTS:
                 raise UsageError(f"--only: unknown '{part}': expected some of {', '.join(PARTS)}", param="only")
         for name in ("context", "prefill", "steps"):
-            if getattr(config, name) < 1:
-                raise UsageError(f"--{name}: expected at least 1, found {getattr(config, name)}", param=name)
-        batches, contexts = (_numbers(getattr(config, name), name) for name in ("batches", "contexts"))
-        return cls(only, batches, config.context, config.prefill, contexts)
+            value = getattr(config, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name}: expected at least 1, found {value}", param=name)
+        contexts = _numbers(config.contexts, "contexts") if config.contexts is not None else _CONTEXTS
+        if config.contexts is None:
+            contexts = tuple(n for n in contexts if n <= longest) or (longest,)
+        prefill = min(_PREFILL, longest) if config.prefill is None else config.prefill
+        found = cls(only, _numbers(config.batches, "batches"), config.context, prefill, contexts)
+        sizes = {"decode": (config.context,), "prefill": (prefill,), "growth": contexts}
+        names = {"decode": "context", "prefill": "prefill", "growth": "contexts"}
+        for part in only:
+            if max(sizes[part]) > longest:
+                raise UsageError(
+                    f"--{names[part]} {max(sizes[part])}: the engine takes {longest} tokens", param=names[part]
+                )
+        return found
 
     @property
     def need(self) -> Need:
@@ -274,12 +288,15 @@ def run_profile(config: BenchProfileConfig, tell: Callable[[str], None]) -> dict
         UsageError: options that cannot be honoured.
         LlmctlError: whatever resolving, building or loading refuses; no memory for the KV cache that is needed.
     """
-    wanted = Wanted.of(config)
+    Wanted.of(config, sys.maxsize)  # what any engine would refuse, before one is built
     if not config.model:
         raise UsageError("--model: expected an engine, a checkpoint or demo:smollm2-135m", param="model")
     environment = describe_environment()
     with tempfile.TemporaryDirectory(prefix="llmctl-profile-") as scratch:
-        engine = _loaded(config, wanted.need)
+        path = ensure_engine(config.model, config)
+        longest = read_manifest(path).options.max_model_len
+        wanted = Wanted.of(config, min(longest, config.max_model_len or longest))
+        engine = _loaded(path, config, wanted.need)
         places = ProfilePlaces(Path(scratch), cache_dir() / "kernels")
         profiler = engine.target.open_profiler(engine, places, config.threads, from_source=config.from_source)
         try:
@@ -300,8 +317,7 @@ def run_profile(config: BenchProfileConfig, tell: Callable[[str], None]) -> dict
     }
 
 
-def _loaded(config: BenchProfileConfig, need: Need) -> LoadedEngine:
-    path = ensure_engine(config.model, config)
+def _loaded(path: Path, config: BenchProfileConfig, need: Need) -> LoadedEngine:
     request = replace(
         EngineRequest.of(config),
         max_model_len=need.length,

@@ -327,8 +327,13 @@ PROFILE: Table = {
     "only": _STEPS("--only", metavar="LIST", help="Of decode, prefill, growth (of decode with its context)."),
     "batches": _STEPS("--batches", metavar="N,N", help="Sequences of a decode step."),
     "context": _STEPS("--context", kind=int, metavar="N", help="Tokens of each of them."),
-    "prefill": _STEPS("--prefill", kind=int, metavar="N", help="Tokens of the prompt, which is one step."),
-    "contexts": _STEPS("--contexts", metavar="N,N", help="Contexts of growth: one sequence each."),
+    "prefill": _STEPS("--prefill", kind=_NUMBER, metavar="N", help="Tokens of the prompt, which is one step: 512."),
+    "contexts": _STEPS(
+        "--contexts",
+        kind=_MAYBE,
+        metavar="N,N",
+        help="Contexts of growth: 512 to 8192, doubling, as the engine takes them.",
+    ),
     "steps": _STEPS("--steps", kind=int, metavar="N", help="Timed steps of each kind."),
     "from_source": _engine(
         "--from-source",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -23,6 +24,8 @@ from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.serve import Plan, RepeatRun
 from llmctl.bench.sweep import mark_knees
 from llmctl.bench.sweep_measure import costs
+from llmctl.bench.sweep_plan import Level, Variant
+from llmctl.bench.sweep_view import SweepView
 from llmctl.bench.workloads import WorkItem
 from llmctl.errors import LlmctlError
 
@@ -272,3 +275,27 @@ def test_cost_and_knee() -> None:
     points = [point(10, 100), point(19, 105), point(30, 150), point(35, 400), point(9e9, None), point(1, 1, "other")]
     mark_knees(points)
     assert [p["knee"] for p in points] == [False, False, True, False, False, False]
+
+
+def test_a_terminal_shows_the_table_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = {"variant": {}, "request_rate": "inf", "max_concurrency": 4, "output_throughput": 123.4, "failed": 0}
+    figures |= {"request_throughput": 5.0, "completed": 6, "cost_per_million_tokens": None, "missed": []}
+    point = {**figures, "meets": True, "settled": True, "knee": False}
+    view = SweepView()
+    view.start("4 at once", 6)
+    view.advance()
+    view.advance(failed=True)
+    view.stop()
+    view.point(Variant(), Level(max_concurrency=4), point)
+    view.log("a note")
+    view.close()
+    said = screen.getvalue()
+    assert "4 at once: 2 of 6 requests, 1 failed" in said
+    assert "123" in said
+    assert "a note" in said
+    assert said.index("a note") < said.rindex("2 of 6"), "lines stay above the table"
