@@ -64,6 +64,7 @@ class Typist:
         """
         script = script.replace(_PORT, self.port)
         if script.startswith(_SERVES) and not script.rstrip().endswith("&"):
+            script += "" if "--port" in script else f" --port {self.port}"
             self._serving = self._start(script, self.folder / "serve.log")
             return ""
         if self._serving is not None:
