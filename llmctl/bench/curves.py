@@ -58,9 +58,9 @@ def scale(values: Sequence[float], start: float, end: float) -> Scale:
     low, high = min(values, default=0.0), max(values, default=1.0)
     if low > 0 and high / low >= _LOG_FROM:
         first, decades = math.floor(math.log10(low)), math.ceil(math.log10(high)) - math.floor(math.log10(low))
-        step = math.ceil(decades / _MOST_DECADES)
-        last = first + math.ceil(decades / step) * step
-        ticks = [10.0**power for power in range(first, last + 1, step)]
+        stride = math.ceil(decades / _MOST_DECADES)
+        last = first + math.ceil(decades / stride) * stride
+        ticks = [10.0**power for power in range(first, last + 1, stride)]
         return Scale(lambda v: start + (math.log10(v) - first) / (last - first) * (end - start), tuple(ticks))
     top = max(high, 1e-9)
     step = _round_step(top / 5)
