@@ -3,7 +3,7 @@
 import { append, button, copier, h, labelled, refill } from './dom.js';
 import { curl } from './export.js';
 import { inline, markdown } from './markdown.js';
-import { address, ask, json } from './server.js';
+import { address, ask, json, keyed } from './server.js';
 
 const DEEPEST = 6;
 const SHOWN_CHARS = 20000;
@@ -23,7 +23,8 @@ function page(document) {
   const operations = Object.entries(document.paths).flatMap(([path, item]) => Object.entries(item)
     .map(([method, operation]) => ({ path, method, ...operation })));
   return [
-    h('p', null, `${document.info.title} ${document.info.version}, OpenAPI ${document.openapi}: `, h('a', { href: address('openapi.json') }, 'openapi.json')),
+    h('p', null, `${document.info.title} ${document.info.version}, OpenAPI ${document.openapi}. `,
+      keyed() ? copier(() => JSON.stringify(document, null, 2), 'Copy openapi.json') : h('a', { href: address('openapi.json') }, 'openapi.json')),
     h('details', null, h('summary', null, 'What holds for all of it'), h('div', { class: 'prose' }, markdown(document.info.description ?? ''))),
     (document.tags ?? []).map((tag) => h('section', { 'aria-label': tag.name }, h('h2', null, tag.name), h('p', null, tag.description),
       operations.filter((operation) => operation.tags.includes(tag.name)).map((operation) => entry(operation, document)))),

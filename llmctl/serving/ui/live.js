@@ -61,12 +61,23 @@ export function show(place) {
   changed();
   const stop = every(REQUEST_SECONDS, async () => {
     try {
-      refill(requests, list(await json('requests', { background: true })));
+      replace(requests, list(await json('requests', { background: true })));
     } catch (error) {
       refill(requests, h('p', { class: 'error' }, error.message));
     }
   });
   return () => { stop(); changed = () => {}; };
+}
+
+/** Other contents, scrolled and focused as those before. */
+function replace(place, contents) {
+  const before = place.querySelector('.scroll');
+  const [left, focused] = [before?.scrollLeft ?? 0, before !== null && before === document.activeElement];
+  refill(place, contents);
+  const after = place.querySelector('.scroll');
+  if (!after) return;
+  after.scrollLeft = left;
+  if (focused) after.focus({ preventScroll: true });
 }
 
 function list({ running, queued, requests }) {

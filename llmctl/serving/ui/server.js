@@ -10,6 +10,9 @@ let askForKey = async () => '';
 /** How the user is asked: an async function of what is wrong with the last key, which gives a key or ''. */
 export function onKeyNeeded(ask) { askForKey = ask; }
 
+/** Whether requests bear a key. A link cannot. */
+export const keyed = () => key !== '';
+
 export const address = (path) => new URL(path.replace(/^\//, ''), ROOT).href;
 
 /** What the server refused, or why there was no answer. */
