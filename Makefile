@@ -28,7 +28,7 @@ test-kernels: $(VENV)/.installed-dev
 
 # With each Python of 3.11 to 3.13 that is here: of PYTHONS, on the path, or pyenv's.
 dist-check: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/test_distribution.py
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow tests/test_distribution.py
 
 # The page in a real browser: chromium or google-chrome of the system, or what CHROMIUM names; none is downloaded.
 test-page: $(VENV)/.installed-dev
