@@ -24,9 +24,9 @@ MARKERS = ("<!-- peers: make peer-table -->", "<!-- end of peers -->")
 
 def section(measured: Kept) -> str:
     """What stands between the markers."""
-    return "\n".join(
-        [measured.header, "", *tables(measured, measured.workloads, measured.titles, measured.own)]
-    ).rstrip()
+    picture = "![Output tokens a second of each server](cpu/peers.svg)"
+    listed = tables(measured, measured.workloads, measured.titles, measured.own)
+    return "\n".join([measured.header, "", picture, "", *listed]).rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
