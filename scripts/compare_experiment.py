@@ -9,8 +9,9 @@ every step of the engine longer, so that it does --slowdown less in the same tim
 rounds drawn from each kind's, with replacement, and counts their verdicts; --live N also plays N comparisons of each
 kind. Rounds and verdicts are kept in --work: a run that was ended goes on where it was. Markdown on stdout.
 
-A round takes about 3 starts of the server and 4 loads: with the demo model on two cores and the load below, some 15
-seconds, so 30 rounds of each kind take a quarter of an hour on an idle machine, the resamplings ten minutes more.
+A round is 3 starts of the server and 4 loads: with the demo model on two idle cores and the load below some 20 seconds,
+so that 30 rounds of each kind take 20 minutes, the resamplings ten more (on both cores), and 20 live comparisons of
+each kind about three hours. On a busy machine nothing is learnt: most verdicts are inconclusive there.
 """
 
 from __future__ import annotations
