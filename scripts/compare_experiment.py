@@ -3,11 +3,13 @@
 
     python scripts/compare_experiment.py --model ./engine --work ~/compare-experiment
     python scripts/compare_experiment.py --model ./engine --work ~/compare-experiment --live 20
+    python scripts/compare_experiment.py --simulate 0.02 --resamplings 300
 
 Records rounds of two kinds on this machine, the kinds in turns: a model against itself (A/A), and against itself with
 every step of the engine longer, so that it does --slowdown less in the same time. Then it makes 2,000 comparisons of
 rounds drawn from each kind's, with replacement, and counts their verdicts; --live N also plays N comparisons of each
-kind. Rounds and verdicts are kept in --work: a run that was ended goes on where it was. Markdown on stdout.
+kind. Rounds and verdicts are kept in --work: a run that was ended goes on where it was. --simulate SD makes the rounds
+up instead, each anew, with normal noise of so large a standard deviation (a share). Markdown on stdout.
 
 A round is 3 starts of the server and 4 loads: with the demo model on two idle cores and the load below some 20 seconds,
 so that 30 rounds of each kind take 20 minutes, the resamplings ten more (on both cores), and 20 live comparisons of
@@ -22,7 +24,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +40,7 @@ from llmctl.bench.config import BenchCompareConfig
 from llmctl.bench.environment import describe_environment
 from llmctl.bench.progress import Progress
 from llmctl.bench.ratios import Decision
-from llmctl.bench.rounds import Player, Round, Visit
+from llmctl.bench.rounds import ORDERS, Player, Round, Visit
 from llmctl.bench.serve import make_plan
 from llmctl.bench.sides import EngineSide, Side
 from llmctl.errors import ExitCode, LlmctlError
@@ -98,6 +100,30 @@ def resample(rules: Rules, rounds: Sequence[Round], trials: int, seed: int) -> l
         look = settled(rules, [rounds[i] for i in rng.integers(0, len(rounds), size=rules.looks.max_rounds)])
         found.append((str(look.decision), look.rounds))
     return found
+
+
+def simulate(rules: Rules, slowdown: float, noise: float, trials: int, seed: int) -> list[tuple[str, int]]:
+    """(decision, rounds that it took) of comparisons of rounds made up: all metrics have a visit's noise in common."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(trials):
+        look = settled(rules, [_made_up(i, slowdown, noise, rng) for i in range(rules.looks.max_rounds)])
+        found.append((str(look.decision), look.rounds))
+    return found
+
+
+def _made_up(number: int, slowdown: float, noise: float, rng: np.random.Generator) -> Round:
+    visits = []
+    for side in ORDERS[number % 2].lower():
+        speed = 100 * (1 - slowdown * (side == "b")) * np.exp(noise * rng.normal())
+        own = 1 + 0.3 * noise * rng.normal(size=2)
+        figures = {
+            "output_throughput": speed,
+            "median_tpot_ms": own[0] * 1e3 / speed,
+            "median_e2el_ms": own[1] * 1e5 / speed,
+        }
+        visits.append(Visit(side, "", figures, []))
+    return Round(ORDERS[number % 2], 0.0, tuple(visits))
 
 
 def record(
@@ -177,15 +203,21 @@ def spread(rounds: Mapping[str, Sequence[Round]], metrics: Sequence[str]) -> str
 def main() -> int:
     """Run; the process's exit code."""
     args = arguments()
-    work = args.work.expanduser()
-    work.mkdir(parents=True, exist_ok=True)
+    work = args.work and args.work.expanduser()
     config = configured(args)
     progress = Progress()
     try:
+        rules = rules_of(make_plan(config), config)
+        if args.simulate is not None:
+            slowdowns = {"equal": 0.0, "slowed": args.slowdown}
+            ways = {kind: partial(simulate, rules, slowdowns[kind], args.simulate) for kind in KINDS}
+            print(table("Simulated:", spread_out(ways, args.resamplings)))
+            return 0
+        work.mkdir(parents=True, exist_ok=True)
         check_same(work, config, args)
         rounds = record(config, work, args, progress)
-        rules = rules_of(make_plan(config), config)
-        tables = [spread(rounds, rules.metrics), table("Drawn from them:", drawn(rules, rounds, args))]
+        ways = {kind: partial(resample, rules, rounds[kind]) for kind in KINDS}
+        tables = [spread(rounds, rules.metrics), table("Drawn from them:", spread_out(ways, args.resamplings))]
         if args.live:
             tables.append(table("Live:", live(config, work, args, progress)))
     except LlmctlError as error:
@@ -197,18 +229,16 @@ def main() -> int:
     return 0
 
 
-def drawn(
-    rules: Rules, rounds: Mapping[str, Sequence[Round]], args: argparse.Namespace
+def spread_out(
+    ways: Mapping[str, Callable[[int, int], list[tuple[str, int]]]], trials: int
 ) -> dict[str, list[tuple[str, int]]]:
-    """Comparisons drawn from the recorded rounds, on all processors."""
+    """Each kind's comparisons, made by ``way(trials, seed)`` on all processors."""
     parts = max(1, os.cpu_count() or 1)
-    found = {}
+    sizes = [len(part) for part in np.array_split(range(trials), parts)]
     with ProcessPoolExecutor(parts) as pool:
-        for kind in KINDS:
-            sizes = [len(part) for part in np.array_split(range(args.resamplings), parts)]
-            chunks = pool.map(partial(resample, rules, rounds[kind]), sizes, range(parts))
-            found[kind] = [row for chunk in chunks for row in chunk]
-    return found
+        return {
+            kind: [row for chunk in pool.map(way, sizes, range(parts)) for row in chunk] for kind, way in ways.items()
+        }
 
 
 def configured(args: argparse.Namespace) -> BenchCompareConfig:
@@ -246,11 +276,12 @@ def check_same(work: Path, config: BenchCompareConfig, args: argparse.Namespace)
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="engine, checkpoint or demo:smollm2-135m")
-    parser.add_argument("--work", type=Path, required=True, help="folder that keeps what was measured")
+    parser.add_argument("--model", help="engine, checkpoint or demo:smollm2-135m")
+    parser.add_argument("--work", type=Path, help="folder that keeps what was measured")
     parser.add_argument("--rounds", type=int, default=30, help="recorded of each kind (30)")
     parser.add_argument("--slowdown", type=float, default=0.05, help="share that the slowed side does less (0.05)")
     parser.add_argument("--resamplings", type=int, default=2000, help="comparisons drawn of each kind (2000)")
+    parser.add_argument("--simulate", type=float, metavar="SD", help="make rounds up, with so much noise (a share)")
     parser.add_argument("--live", type=int, default=0, help="comparisons played of each kind (0)")
     parser.add_argument("--num-prompts", type=int, default=8, help="requests of a visit (8)")
     parser.add_argument("--max-concurrency", type=int, default=4, help="of them at once (4)")
@@ -260,7 +291,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-regression", help="allowed, as of bench compare")
     parser.add_argument("--regression-metrics", help="that decide, as of bench compare")
     parser.add_argument("serve_args", nargs="*", metavar="-- OPTION", help="options of every server")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.simulate is None and not (args.model and args.work):
+        parser.error("expected --model and --work, or --simulate")
+    return args
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ def test_verdicts_of_drawn_comparisons_are_counted() -> None:
     assert "| busy | 8 | 0.00% | 0.00% | 100.00% | 14 |" in written
 
 
+def test_made_up_rounds_have_the_noise_and_the_slowdown_asked_for() -> None:
+    rng = np.random.default_rng(1)
+    logs = [experiment._made_up(i, 0.05, 0.02, rng).log_ratio("output_throughput") for i in range(400)]
+    assert np.mean(logs) == pytest.approx(math.log(0.95), abs=0.004)
+    assert np.std(logs) == pytest.approx(0.02, rel=0.15)
+    assert experiment.simulate(RULES, 0.05, 0.003, 3, seed=1) == 3 * [("regression", 10)]
+
+
 def test_rounds_are_kept_as_they_were() -> None:
     for played in rounds(0.9, 0.1, 2):
         assert experiment.round_of(json.loads(json.dumps(round_document(played)))) == played
