@@ -46,21 +46,27 @@ class OneLineErrors(TyperGroup):
             if message := error.format_message().strip():  # empty: no arguments, and the help is already printed
                 command = error.ctx.command_path if error.ctx else "llmctl"
                 given = sys.argv[1:] if args is None else args
-                hint = self._hint(error, command, given)
+                message, hint = self._in_our_words(error, message, given)
                 message = _without_extra_words(message, given)
                 report(UsageError(message.rstrip("."), fix=hint or f"see {command} --help"))
             code = ExitCode.USAGE
         sys.exit(int(code) if isinstance(code, int) else 0)
 
-    def _hint(self, error: Any, command: str, args: Sequence[str]) -> str | None:
-        """What a word that is another tool's is called here."""
+    def _in_our_words(self, error: Any, message: str, args: Sequence[str]) -> tuple[str, str | None]:
+        """The message, and what a word that is another tool's is called here; None: it is nobody's."""
         from llmctl.cli.other_words import command_hint, option_hint
 
+        if error.ctx is None:
+            return message, None
         refused = getattr(error, "option_name", None)
         if refused is not None and not hasattr(error, "param_hint"):  # an option that there is not
-            return option_hint(refused, args, command, dict(_owners(self, "llmctl")))
+            # By our own name, however this was started: as a script, by python -m.
+            command = "llmctl" + error.ctx.command_path.removeprefix(error.ctx.find_root().command_path)
+            found = option_hint(refused, args, command, dict(_owners(self, "llmctl")))
+            return (message, None) if found is None else (f"No such option: {found[0]}", found[1])
         name = next((arg for arg in args if not arg.startswith("-")), "")
-        return command_hint(name) if command == "llmctl" and name not in self.commands else None
+        at_the_top = error.ctx.parent is None and name not in self.commands
+        return message, command_hint(name) if at_the_top else None
 
 
 def _owners(group: Any, path: str) -> Iterator[tuple[str, list[str]]]:

@@ -88,8 +88,10 @@ def _by_word(table: Mapping[str, Sequence[str]]) -> dict[str, str]:
 _OPTION, _WITHOUT, _COMMAND = map(_by_word, (OPTIONS, WITHOUT, COMMANDS))
 
 
-def option_hint(refused: str, args: Iterable[str], command: str, having: Mapping[str, Sequence[str]]) -> str | None:
-    """What to write in place of an option that a command does not have; None where there is nothing to say.
+def option_hint(
+    refused: str, args: Iterable[str], command: str, having: Mapping[str, Sequence[str]]
+) -> tuple[str, str] | None:
+    """An option that a command does not have, and what to write in its place; None where there is nothing to say.
 
     Args:
         refused: as the parser names it: of ``-ngl`` it has seen the first letter. args: the command line.
@@ -100,12 +102,12 @@ def option_hint(refused: str, args: Iterable[str], command: str, having: Mapping
         if word != refused and not (len(refused) == 2 and word.startswith(refused) and word[:2] != "--"):
             continue
         if word in _WITHOUT:
-            return f"leave it out: {_WITHOUT[word]}"
+            return word, f"leave it out: {_WITHOUT[word]}"
         if word in _OPTION:
             ours = _OPTION[word]
             owners = having.get(ours.split()[0].rstrip(","), ())
             elsewhere = len(ours.split()) <= 2 and command not in owners
-            return f"here it is {ours}" + (f" of {', '.join(owners)}" if elsewhere else "")
+            return word, f"here it is {ours}" + (f" of {', '.join(owners)}" if elsewhere else "")
     return None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def error_line(*args: str) -> str:
     [
         (["serve", "m", "-c", "4096"], "here it is --max-model-len TOKENS)"),
         (["serve", "m", "--ctx-size=4096"], "here it is --max-model-len TOKENS)"),
-        (["serve", "m", "-ngl", "99"], "here it is --target cuda, which puts all layers on the GPU"),
+        (["serve", "m", "-ngl", "99"], "No such option: -ngl (fix: here it is --target cuda, which puts all layers on"),
         (["serve", "m", "-np", "4"], "here it is --max-num-seqs N)"),
         (["run", "m", "-n", "4"], "here it is --max-tokens TOKENS of llmctl run"),
         (["run", "m", "-p", "hello"], 'leave it out: the prompt is a word of its own: llmctl run MODEL "PROMPT")'),
@@ -58,6 +60,14 @@ def error_line(*args: str) -> str:
 )
 def test_a_word_of_another_tool_names_ours(args: list[str], said: str) -> None:
     assert said in error_line(*args)
+
+
+@pytest.mark.parametrize(("args", "said"), [(["pull", "m"], "llmctl run MODEL"), (["run", "-c", "1"], "-model-len")])
+def test_whatever_the_program_is_called(args: list[str], said: str) -> None:
+    code = f"from llmctl.cli.main import app; app({args!r}, prog_name='python -m llmctl.cli.main')"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (made.returncode, said in made.stderr) == (2, True), made.stderr
+    assert made.stderr.count("\n") == 1
 
 
 def test_every_hint_names_an_option_that_there_is() -> None:
