@@ -16,9 +16,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 _HEAD = """\
 # Commands and options
 
-What `llmctl COMMAND --help` says, made of the same source by `make docs`. Every command takes `--config FILE.yaml`:
-a key is an option's long name without the dashes, a repeatable option takes a list, and the command line wins. So this
-page is the reference of the files in [configs](../configs), too."""
+What `llmctl COMMAND --help` says, made of the same source by `make docs`. Where there is
+`--config FILE.yaml`, a key of the file is an option's long name without the dashes, a repeatable option takes a list,
+and the command line wins. So this page is the reference of the files in [configs](../configs), too."""
 _PANEL = "Options"
 
 
@@ -80,7 +80,7 @@ def _default(parameter: Any) -> str:
     value = parameter.default
     if parameter.required:
         return "required"
-    if value is None or value in ("", (), [], False) or callable(value) or "UNSET" in repr(value).upper():
+    if value is None or value is False or value in ("", (), []) or callable(value) or "UNSET" in repr(value).upper():
         return ""
     if isinstance(value, bool):
         return "on"

@@ -151,7 +151,7 @@ def _pip(words: Sequence[str]) -> None:
     """Extras are those of pyproject.toml, and what is installed by our name has it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words:
-        if (found := re.fullmatch(r"(\.|[A-Za-z][\w.-]*)\[([\w,-]+)\]", word)) is None:
+        if (found := re.fullmatch(r"(\.|[A-Za-z][\w.-]*)\[([\w,-]+)\](?: @ .+)?", word)) is None:
             continue
         name, extras = found[1], found[2].split(",")
         if name not in (".", project["name"]):

@@ -81,6 +81,7 @@ def test_what_has_a_grammar_is_written_by_it(block: Block) -> None:
         ("pytest tests/nowhere", "no such test"),
         ("pip install -e '.[everything]'", "no extra 'everything'"),
         ("pip install 'llmctl-of-somebody[dev]'", "is not this project's name"),
+        ("pip install 'llmctl-engine[everything] @ git+https://h/o/r'", "no extra 'everything'"),
         ("curl localhost:8000/v1/chat", "no such endpoint"),
         ("curl localhost:8000/v1/completions", "wants a body"),
         ("""curl localhost:8000/v1/completions -d '{"prompt": "a"}'""", "without -H 'Content-Type"),

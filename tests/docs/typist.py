@@ -14,7 +14,7 @@ from docs.documents import ROOT
 from fixtures import fetch, free_port
 
 _PORT = "8000"
-_SERVES = ("llmctl serve",)
+_SERVES = "llmctl serve"
 _READY_SECONDS = 300
 
 
@@ -30,7 +30,7 @@ class Typist:
 
     def __init__(self, folder: Path, variables: dict[str, str] | None = None) -> None:
         self.folder = folder
-        self.port = str(free_port())
+        self.port = 0
         self._groups: list[int] = []
         self._serving: subprocess.Popen[bytes] | None = None
         programs = folder / ".bin"
@@ -62,7 +62,9 @@ class Typist:
         Raises:
             AssertionError: it failed; with its output.
         """
-        script = script.replace(_PORT, self.port)
+        if _SERVES in script:  # now: one that is chosen minutes before may be taken by then
+            self.port = free_port()
+        script = script.replace(_PORT, str(self.port))
         if script.startswith(_SERVES) and not script.rstrip().endswith("&"):
             script += "" if "--port" in script else f" --port {self.port}"
             self._serving = self._start(script, self.folder / "serve.log")
