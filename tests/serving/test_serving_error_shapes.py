@@ -19,6 +19,7 @@ from llmctl.errors import (
 from llmctl.serving.error_shapes import MESSAGES, OPENAI, SHAPES, TGI, Problem, problem_of, shape_of
 from llmctl.serving.middleware import BodyTooLargeError
 from llmctl.serving.openai_errors import error_response
+from llmctl.serving.operations import ERROR_MODELS
 
 ERRORS: list[tuple[Exception, str, str]] = [
     (RequestError("x"), "invalid_request_error", "validation"),
@@ -56,12 +57,12 @@ def test_errors_have_the_words_of_their_api(error: Exception, messages: str, tgi
     scope = {"path": "/v1/messages", "state": {"request_id": "mine"}}
     answer = error_response(error, scope)
     document = json.loads(answer.body)
-    MESSAGES.model.model_validate(document)
+    ERROR_MODELS[MESSAGES].model_validate(document)
     assert (document["error"]["type"], document["request_id"]) == (messages, "mine")
     assert answer.headers["Request-Id"] == "mine"
     assert answer.status_code == problem_of(error).status
     other = error_response(error, {"path": "/generate"})
-    TGI.model.model_validate_json(other.body)
+    ERROR_MODELS[TGI].model_validate_json(other.body)
     assert json.loads(other.body)["error_type"] == tgi
     assert "Request-Id" not in other.headers
     assert (answer.headers.get("Retry-After") is None) == (answer.status_code not in (429, 503))
@@ -99,7 +100,7 @@ def test_the_field_at_fault_is_renamed_too() -> None:
         seen.append(problem)
         return {}
 
-    shape = type(TGI)(keep, TGI.model, TGI.names)
+    shape = type(TGI)(keep, TGI.names)
     shape.body(Problem(400, "x", "y", "max_tokens"))
     shape.body(Problem(400, "x", "y", "seed"))
     assert [problem.param for problem in seen] == ["max_new_tokens", "seed"]
