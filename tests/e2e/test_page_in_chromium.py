@@ -357,6 +357,9 @@ def test_conversations_stay_and_the_key_does_not(keyed: ServerProcess, new_page:
     page.keyboard.press("Enter")
     page.locator(".message.user", has_text="remember me").wait_for()
     assert setting(page, "max_tokens").input_value() == "4"
+    page.get_by_role("button", name="Delete remember me").click()  # Playwright's answer to a question is no
+    assert page.evaluate("Object.keys(localStorage).length") == 1
+    page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete remember me").click()
     assert page.evaluate("Object.keys(localStorage).length") == 0
 

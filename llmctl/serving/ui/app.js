@@ -67,9 +67,10 @@ function askForKey(problem) {
   });
 }
 
-function say(state, ...shown) {
+function say(state, text, action) {
+  if (status.textContent === text + (action?.textContent ?? '')) return; // it would be read aloud again
   status.className = `status ${state}`;
-  refill(status, shown);
+  refill(status, h('span', { class: 'text', title: text }, text), action);
 }
 
 /** For who has cancelled the question. */
@@ -89,10 +90,9 @@ async function check() {
       watching = true;
       show();
     }
-    say('good', h('span', { class: 'text' }, 'ready'));
+    say('good', 'ready');
   } catch (error) {
-    say('bad', h('span', { class: 'text', title: error.message }, error.message),
-      error.status === 401 && button('Enter the key', askAgain, { class: 'quiet' }));
+    say('bad', error.message, error.status === 401 ? button('Enter the key', askAgain, { class: 'quiet' }) : null);
   }
 }
 

@@ -161,6 +161,7 @@ function choose(one) {
 }
 
 function drop(one) {
+  if (one.messages.length && !window.confirm(`Delete “${store.title(one)}”?`)) return;
   generating.get(one.id)?.control.abort();
   store.remove(one);
   if (one === conversation) conversation = store.all()[0] ?? store.fresh();
