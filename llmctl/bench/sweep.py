@@ -11,7 +11,7 @@ from llmctl.bench import gate
 from llmctl.bench.capacity import Capacity
 from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.environment import describe_environment, load_average
-from llmctl.bench.local_server import serving
+from llmctl.bench.local_server import READY_SECONDS, serving
 from llmctl.bench.metrics import DEFINITIONS
 from llmctl.bench.outcome import SCHEMA_VERSION, Outcome, timestamp
 from llmctl.bench.sweep_measure import Serve, Show, Sweep
@@ -48,7 +48,7 @@ def run_sweep(config: BenchSweepConfig, view: SweepView, show: Show, serve: Serv
     """
     plan = plan_sweep(config)
     environment = describe_environment()
-    sweep = Sweep(plan, view, serve or _serve(view))
+    sweep = Sweep(plan, view, serve or _serve(view, max(READY_SECONDS, config.ready_timeout)))
     interrupted = False
     try:
         sweep.measure_quality(show)
@@ -64,10 +64,10 @@ def run_sweep(config: BenchSweepConfig, view: SweepView, show: Show, serve: Serv
     return judged(sweep, environment, interrupted)
 
 
-def _serve(view: SweepView) -> Serve:
+def _serve(view: SweepView, ready_timeout: float) -> Serve:
     @contextmanager
     def start(model: str, options: Sequence[str]) -> Iterator[str]:
-        with serving(model, options, tell=view.log) as server:
+        with serving(model, options, ready_timeout=ready_timeout, tell=view.log) as server:
             yield server.url
 
     return start
