@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ def advice(sizing: Sizing, model: str, *, running: bool = True) -> str:
     """One line: everything that alone would make it fit, the gentlest first; what is left to do when nothing would.
 
     Args:
-        sizing: of a plan that does not fit. model: what ``llmctl quantize --model`` would be given.
+        sizing: of a plan that does not fit. model: what ``llmctl quantize --model`` would be given, quoted.
         running: the options of a run may change as well as those of a build.
     """
     found = tuple(_remedies(sizing, sizing.plan(), model, running))
@@ -44,7 +45,7 @@ def _quantize(sizing: Sizing, plan: MemoryPlan, model: str) -> Iterator[str]:
     if not then.fits and (plan.largest_max_model_len or not then.largest_max_model_len):
         return
     length = "" if then.fits else f", with --max-model-len {then.largest_max_model_len}"
-    name = f"{model.rstrip('/').rpartition('/')[2]}-{QUANTIZED_BITS}bit"
+    name = shlex.quote(f"{shlex.split(model)[0].rstrip('/').rpartition('/')[2]}-{QUANTIZED_BITS}bit")
     yield (
         f"quantize it: the weights at {QUANTIZED_BITS} bits would take {human_bytes(then.weights)} "
         f"(llmctl quantize --model {model} --bits {QUANTIZED_BITS} --output {name}, and then use {name}{length})"

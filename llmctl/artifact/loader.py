@@ -273,7 +273,7 @@ class EngineChecks:
         if not plan.fits:
             if sizing.request.kv_cache_bytes is not None:
                 self._refuse_cache_size(plan, sizing.request.kv_cache_bytes)
-            fix = advice(sizing, source_argument(self.manifest.source.name, self.path)[0])
+            fix = advice(sizing, self.manifest.source.argument(self.path)[0])
             raise EngineLoadError(f"{self.path}: {plan.shortfall()}", fix=fix)
         return plan
 
@@ -369,4 +369,4 @@ def _salvaged_command(raw: bytes, path: Path) -> str:
         target = str(data["target"]["kind"]) + (f":{archs}" if archs else "")
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    return f"llmctl build --model {model} --target {target} --output {shlex.quote(str(path))}{where}"
+    return f"llmctl build --model {model} --target {shlex.quote(target)} --output {shlex.quote(str(path))}{where}"

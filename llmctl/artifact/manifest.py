@@ -20,16 +20,23 @@ from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, KernelChoice, KernelFile, TargetName
 from llmctl.targets.table import target_of
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "engine.json"
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """The checkpoint: its name without its folder (or the hub id), and the sha256 of its content."""
+    """The checkpoint: its name without its folder (or the hub id), the sha256 of its content, and the family that it
+    was read as where its own is not known."""
 
     name: str
     fingerprint: str
+    as_family: str = ""
+
+    def argument(self, engine: Path) -> tuple[str, str]:
+        """As ``source_argument``, with ``--as`` behind it where a build needs that."""
+        model, where = source_argument(self.name, engine)
+        return model + (f" --as {shlex.quote(self.as_family)}" if self.as_family else ""), where
 
 
 @dataclass(frozen=True)
@@ -96,23 +103,23 @@ class Manifest:
             if value is not None
             for word in (value if isinstance(value, tuple) else (value,))
         ]
-        model, where = source_argument(self.source.name, Path(output))
+        model, where = self.source.argument(Path(output))
         return " ".join(["llmctl build --model", model, *words, "--output", shlex.quote(output)]) + where
 
 
 def source_argument(name: str, engine: Path) -> tuple[str, str]:
-    """What ``--model`` is given for the model that an engine was built from, and what is to be said of it.
+    """What ``--model`` is given for the model that an engine was built from, quoted, and what is to be said of it.
 
     An engine does not record where its model lay, for the same model makes the same engine anywhere: a local one is
     looked for in the current folder and beside the engine. What is not found there is a placeholder, explained.
     """
     if name.startswith(DEMO_PREFIX):
-        return name, ""
+        return shlex.quote(name), ""
     for place in (Path(name), engine.parent / name):
         if place.exists():
             return shlex.quote(str(place)), ""
     if "/" in name:
-        return name, ""
+        return shlex.quote(name), ""
     return "MODEL", f", where MODEL is the path or hub id of '{name}', which it was built from"
 
 

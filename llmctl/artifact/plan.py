@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import asdict, dataclass
 
 from llmctl.artifact.fit import advice
@@ -33,7 +34,7 @@ class BuildPlan:
     """What a build will make.
 
     Attributes:
-        name: the source model's name as the manifest records it.
+        name: the source model's name as the manifest records it. as_family: what it is read as, on a user's word.
         unused: tensors of the checkpoint that nothing reads.
         planes: stored tensors by the graph weight they belong to.
         choices: what executes each op.
@@ -41,6 +42,7 @@ class BuildPlan:
     """
 
     name: str
+    as_family: str
     checkpoint: Checkpoint
     unused: tuple[Unused, ...]
     graph: Graph
@@ -86,6 +88,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     sizing = Sizing(graph, options, target, EngineRequest(budget=budget), tuple(flat(planes).values()))
     return BuildPlan(
         name=source_name(config.model, path),
+        as_family=config.as_family,
         checkpoint=checkpoint,
         unused=unused,
         graph=graph,
@@ -108,7 +111,8 @@ def check_fits(plan: BuildPlan, model: str) -> None:
         LlmctlError: with everything that alone would make it fit.
     """
     if not plan.memory.fits:
-        fix = advice(plan.sizing, model, running=False)
+        words = shlex.quote(model) + (f" --as {plan.as_family}" if plan.as_family else "")
+        fix = advice(plan.sizing, words, running=False)
         raise LlmctlError(f"does not fit: {plan.memory.shortfall()}", fix=fix)
 
 

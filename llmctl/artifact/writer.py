@@ -63,7 +63,7 @@ def write_engine(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             llmctl_version=__version__,
-            source=SourceModel(plan.name, fingerprint.result()),
+            source=SourceModel(plan.name, fingerprint.result(), plan.as_family),
             target=plan.target.name,
             options=plan.options,
             quantization=quantization_record(plan.graph, plan.checkpoint),

@@ -188,6 +188,9 @@ def _longrope_scaling(
         if found is None or found.shape != (half,) or not np.isfinite(found).all() or found.min() <= 0:
             raise CheckpointError(f"{keys.where}: {name}: expected {half} positive numbers")
     original = keys.integer("rope.scaling.original_context_length")
+    if original < 2:
+        name = f"{keys.arch}.rope.scaling.original_context_length"
+        raise CheckpointError(f"{keys.where}: metadata {name}: expected 2 or more, found {original}")
     ratio = config["max_position_embeddings"] / original
     usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
     stored = keys.number("rope.scaling.attn_factor", usual)

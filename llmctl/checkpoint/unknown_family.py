@@ -7,9 +7,12 @@ the same does not, so a family is offered and never guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from llmctl.checkpoint import hf_folder
 from llmctl.checkpoint.accounting import Contents, account
+from llmctl.checkpoint.text_config import text_model_config
 from llmctl.errors import LlmctlError, UnsupportedModelError, UsageError
 from llmctl.graph.families import build_graph
 from llmctl.graph.family_table import FAMILIES
@@ -36,6 +39,18 @@ def read_as(config: Mapping[str, Any], family: str, where: str) -> dict[str, Any
             param="as_family",
         )
     return config_as(config, FAMILIES[family])
+
+
+def is_unknown(model: Path) -> bool:
+    """Whether a folder is a checkpoint of a family that is not known. GGUF files are of their own, or refused.
+
+    Raises:
+        CheckpointError: as ``hf_folder.read_config`` and ``text_model_config``.
+    """
+    if not model.is_dir():
+        return False
+    config = text_model_config(hf_folder.read_config(model), str(model / "config.json"))
+    return config["model_type"] not in FAMILIES
 
 
 def refuse_unknown_family(checkpoint: Contents) -> None:

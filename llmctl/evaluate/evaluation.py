@@ -11,7 +11,9 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifact.loader import check_no_family, is_engine
+from llmctl.artifact.loader import is_engine
+from llmctl.checkpoint.resolve import resolve_model
+from llmctl.checkpoint.unknown_family import is_unknown
 from llmctl.config import EvalConfig
 from llmctl.errors import UsageError
 from llmctl.evaluate.distributions import Window
@@ -101,10 +103,9 @@ def evaluate(config: EvalConfig, show: Show) -> Evaluation:
         raise UsageError("MODEL: expected an engine, a checkpoint or demo:smollm2-135m", param="model")
     text = read_text(config.text, "text", optional=False)
     assert text is not None
-    if all(is_engine(Path(name)) for name in (config.model, config.against) if name):
-        check_no_family(config.model, config.as_family)
-    model = open_scored(config.model, config.activations, config.as_family)
-    against = open_scored(config.against, as_family=config.as_family) if config.against else None
+    families = families_of(config)
+    model = open_scored(config.model, config.activations, families[0])
+    against = open_scored(config.against, as_family=families[1]) if config.against else None
     protocol, windows = _cut(config, model, against, text)
     found = _measure(model, against, windows, show)
     return Evaluation(
@@ -117,6 +118,25 @@ def evaluate(config: EvalConfig, show: Show) -> Evaluation:
         divergence=found if isinstance(found, Divergence) else None,
         seconds=time.monotonic() - started,
     )
+
+
+def families_of(config: EvalConfig) -> tuple[str, str]:
+    """What MODEL and --against are read as: ``--as`` is for those whose own family is not known, one at least.
+
+    Raises:
+        UsageError: there is none, or an ``--as`` that is no family.
+    """
+    if not config.as_family:
+        return "", ""
+    names = (config.model, config.against)
+    unknown = [bool(name) and not is_engine(Path(name)) and is_unknown(resolve_model(name)) for name in names]
+    if not any(unknown):
+        raise UsageError(
+            f"--as {config.as_family}: {' and '.join(filter(None, names))}: of no unknown family",
+            fix="leave --as out",
+            param="as_family",
+        )
+    return config.as_family * unknown[0], config.as_family * unknown[1]
 
 
 def _cut(

@@ -64,7 +64,7 @@ def open_scored(name: str, activations: str = "auto", as_family: str = "") -> Sc
 
     Args:
         activations: ``int8`` rounds the inputs of symmetric 8-bit linears as engines built so do; ``auto`` does not.
-        as_family: as ``open_checkpoint``; an engine is what it is.
+        as_family: as ``open_checkpoint``; not of an engine.
 
     Raises:
         UsageError: ``activations`` that are neither, or int8 of an engine, which has been built with its own.

@@ -13,6 +13,7 @@ from llmctl.artifact.loader import read_manifest
 from llmctl.artifact.manifest import (
     MANIFEST_NAME,
     ManifestError,
+    SourceModel,
     manifest_from_bytes,
     manifest_to_bytes,
     source_argument,
@@ -68,6 +69,9 @@ def test_the_model_of_a_rebuild_is_where_it_is_found(tmp_path: Path, monkeypatch
     assert source_argument("gptq", engine) == ("MODEL", WHERE)
     assert source_argument("demo:smollm2-135m", engine) == ("demo:smollm2-135m", "")
     assert source_argument("org/name", engine) == ("org/name", "")
+    assert source_argument("a/b; true", engine) == ("'a/b; true'", "")
+    assert source_argument("demo:x y", engine) == ("'demo:x y'", "")
+    assert SourceModel("org/name", "", "llama").argument(engine) == ("org/name --as llama", "")
 
 
 def test_records_what_the_design_asks_for(built: Path) -> None:

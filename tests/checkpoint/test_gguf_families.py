@@ -177,6 +177,7 @@ def test_experts_of_blocks(row: str, tmp_path: Path) -> None:
         assert torch.equal(stored.dequantize().float(), torch.from_numpy(alone)), name
 
 
+_ORIGINAL = "rope__scaling__original_context_length"
 REFUSED: Mapping[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "no experts": ("qwen3moe", {"expert_count": None}, CheckpointError, r"qwen3moe\.expert_count: expected a positive"),
     "experts of a dense one": ("olmo2", {"expert_count": 4}, UnsupportedModelError, "experts of architecture olmo2"),
@@ -187,6 +188,7 @@ REFUSED: Mapping[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "sliding-window .* of architecture olmo2",
     ),
     "partial": ("granite", {"rope__dimension_count": 8}, UnsupportedModelError, "partial rotary"),
+    "no original context": ("phi3", {_ORIGINAL: 1}, CheckpointError, "expected 2 or more, found 1"),
     "half of the factors": (
         "phi3",
         {"rope__dimension_count": 12},

@@ -12,8 +12,9 @@ from llmctl.artifact.builder import ensure_engine
 from llmctl.artifact.plan import plan_build
 from llmctl.checkpoint.assemble import accounted_graph
 from llmctl.checkpoint.opening import open_checkpoint
-from llmctl.config import BuildConfig
+from llmctl.config import BuildConfig, EvalConfig
 from llmctl.errors import LlmctlError, UnsupportedModelError, UsageError
+from llmctl.evaluate.evaluation import families_of
 
 NEW: dict[str, Any] = {"model_type": "nova", "architectures": ["NovaForCausalLM"]}
 
@@ -89,6 +90,19 @@ def test_as_is_refused_where_it_says_nothing(tmp_path: Path) -> None:
     (engine / "engine.json").write_text("{}")
     with pytest.raises(UsageError, match="is an engine"):
         ensure_engine(str(engine), BuildConfig(model=str(engine), as_family="llama"))
+
+
+def test_eval_reads_those_so_that_are_not_known(tmp_path: Path) -> None:
+    known = str(write_arrays(tmp_path / "known", dense_tensors()))
+    new = str(write_arrays(tmp_path / "new", dense_tensors(), **NEW))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    for against in ("", known, str(file)):
+        assert families_of(EvalConfig(model=new, against=against, as_family="llama")) == ("llama", "")
+    assert families_of(EvalConfig(model=known, against=new, as_family="llama")) == ("", "llama")
+    assert families_of(EvalConfig(model=new, against=new)) == ("", "")
+    with pytest.raises(UsageError, match="of no unknown family"):
+        families_of(EvalConfig(model=known, against=str(file), as_family="llama"))
 
 
 def test_a_plan_is_of_the_family_named(tmp_path: Path) -> None:
