@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 from docs.documents import ROOT
-from fixtures import fetch, free_port
+from fixtures import fetch
+
+from llmctl.bench.local_server import free_port
 
 _PORT = "8000"
 _SERVES = "llmctl serve"
