@@ -14,6 +14,9 @@ from llmctl.errors import UsageError
 if TYPE_CHECKING:
     from llmctl.artifact.cache import CacheEntry
 
+_WHOLE_NAME = 44
+"""Characters of a name up to which it is in one piece at 80 columns, and others give way."""
+
 Names = Annotated[
     list[str], typer.Argument(metavar="NAME", help="As llmctl list shows it, or a pattern such as 'demo-*'.")
 ]
@@ -78,8 +81,9 @@ def _print_table(entries: list[CacheEntry]) -> None:
     from llmctl.artifact.memory import human_bytes
     from llmctl.checkpoint.resolve import cache_dir
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # names in one piece: they are copied
+    longest = max(len(entry.name) for entry in entries)
+    table.add_column("name", overflow="fold", no_wrap=longest <= _WHOLE_NAME)
     table.add_column("kind", no_wrap=True)
     table.add_column("target", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)

@@ -18,6 +18,7 @@ from llmctl.errors import LlmctlError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.bench.endpoint import Endpoint
+    from llmctl.bench.local_server import ServerError
     from llmctl.cli.chat.conversation import Conversation
 
 _D, _R = ServeConfig(), RunConfig()
@@ -293,7 +294,7 @@ def _own_server(serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
 
     from llmctl.artifact.builder import ensure_engine
     from llmctl.bench.endpoint import make_endpoint
-    from llmctl.bench.local_server import running, serve_command
+    from llmctl.bench.local_server import ServerError, running, serve_command
     from llmctl.serving.launch import check_config, default_model_name
 
     check_config(serving)
@@ -301,8 +302,20 @@ def _own_server(serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
     name, key = default_model_name(str(engine)), secrets.token_urlsafe()
     signal.signal(signal.SIGHUP, _hang_up)  # a closed terminal must not leave the server behind
     command = serve_command(str(engine), [*_words(serving), *_ONE_AT_A_TIME])
-    with running(command, environment={"LLMCTL_API_KEY": key}) as server:
-        yield make_endpoint(server.url, None, "openai-chat", key, (), True), name
+    try:
+        with running(command, environment={"LLMCTL_API_KEY": key}) as server:
+            yield make_endpoint(server.url, None, "openai-chat", key, (), True), name
+    except ServerError as error:
+        raise _as_the_server_said(error) from error
+
+
+def _as_the_server_said(error: ServerError) -> LlmctlError:
+    """The error that the server's last line is, if it is one."""
+    line = error.log.rpartition("\n")[2].strip()
+    if not line.startswith("error: "):
+        return error
+    message, _, fix = line.removeprefix("error: ").partition(" (fix: ")
+    return LlmctlError(message, fix=fix.removesuffix(")") or None)
 
 
 def _words(serving: ServeConfig) -> list[str]:

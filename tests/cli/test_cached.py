@@ -67,6 +67,11 @@ def test_the_list_names_everything(cache: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 80
     assert all(name in shown for name in ("tiny-0123456789abcdef", "demo:smollm2-135m", "reference"))
     assert "…" not in shown
+    long = cache / "engines" / "a-model-of-a-very-long-name-0123456789abcdef"
+    (cache / "engines" / "tiny-0123456789abcdef").rename(long)
+    shown = run("list").stdout
+    assert long.name in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.usefixtures("cache")

@@ -261,6 +261,15 @@ def test_an_engine_is_served_for_as_long_as_it_takes(tiny_engine: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_server_that_does_not_start_says_why(tiny_engine: Path) -> None:
+    made = CliRunner().invoke(app, ["run", str(tiny_engine), "hello", "--max-model-len", "999999"])
+    assert made.exit_code == 1
+    (line,) = made.stderr.splitlines()
+    assert line.startswith("error: --max-model-len: expected at most ")
+    assert line.count("(fix: ") == 1
+
+
+@pytest.mark.slow
 def test_a_closed_terminal_leaves_no_server(tiny_engine: Path, tmp_path: Path) -> None:
     import psutil
 
