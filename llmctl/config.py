@@ -272,6 +272,12 @@ class RunConfig:
 
 SECRET_OPTIONS = frozenset({"api_key", "priority_keys"})
 """Options whose values are shown nowhere."""
+_NAMED_OTHERWISE = {"as_family": "as"}
+
+
+def option_of(name: str) -> str:
+    """The option of a field: ``--max-num-seqs`` of ``max_num_seqs``."""
+    return "--" + _NAMED_OTHERWISE.get(name, name).replace("_", "-")
 
 
 def load_yaml_options(path: Path, known: Iterable[str]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 
+from llmctl.config import ServeConfig, option_of
 from llmctl.errors import LlmctlError, UsageError
 
 READY_SECONDS = 300.0
@@ -24,8 +26,9 @@ _NEWS_EVERY_SECONDS = 10.0
 _LOG_CHARS = 3000
 _POLL_SECONDS = 0.05
 
-# How the server is reached is decided here; a key of the environment would keep the bench itself out.
-_ADDRESS = ("--host", "--port", "--root-path", "--ssl-keyfile", "--ssl-certfile")
+ADDRESS = frozenset({"host", "port", "root_path", "ssl_keyfile", "ssl_certfile"})
+"""Fields of ``ServeConfig`` that are decided here: how the server is reached."""
+# A key of the environment would keep the bench itself out.
 _KEYS = ("LLMCTL_API_KEY", "LLMCTL_API_KEY_FILE", "LLMCTL_PRIORITY_KEYS")
 
 
@@ -84,10 +87,26 @@ def serve_command(model: str, options: Sequence[str] = ()) -> list[str]:
     Raises:
         UsageError: an option that says where the server is reached.
     """
+    ours = {option_of(name) for name in ADDRESS}
     for option in options:
-        if option.partition("=")[0] in _ADDRESS:
+        if option.partition("=")[0] in ours:
             raise UsageError(f"{option}: a server that is started here gets its address here", fix="leave it out")
     return [sys.executable, "-m", "llmctl.cli.main", "serve", "--model", model, *options]
+
+
+def option_words(name: str, value: object) -> list[str]:
+    """The words of ``llmctl serve`` that give a field of ``ServeConfig`` a value; none where it is so by default.
+
+    Of an option that may be repeated, ``value`` is a tuple or list; of a switch, a bool.
+    """
+    option, default = option_of(name), next(field.default for field in fields(ServeConfig) if field.name == name)
+    if isinstance(value, tuple | list):
+        return [word for one in value for word in (option, str(one))]
+    if value == default:
+        return []
+    if isinstance(default, bool):
+        return [option if value else option_of(f"no_{name}")]
+    return [option, str(value)]
 
 
 def split_options(text: str, param: str) -> tuple[str, ...]:

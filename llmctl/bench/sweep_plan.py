@@ -12,16 +12,18 @@ from pathlib import Path
 from llmctl.bench import gate
 from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.decide import Objectives
+from llmctl.bench.local_server import ADDRESS, option_words
 from llmctl.bench.outcome import check_file
 from llmctl.bench.quality import read_settings
 from llmctl.bench.serve import Plan, make_plan
-from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig
+from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig, option_of
 from llmctl.errors import UsageError
 
 RATE, CONCURRENCY = "request_rate", "max_concurrency"
 _DEFAULT_CONCURRENCIES = "1,2,4,8,16,32"
-_OURS = frozenset({"host", "port", "ssl_keyfile", "ssl_certfile", "root_path", "api_key_file"}) | SECRET_OPTIONS
+_OURS = ADDRESS | SECRET_OPTIONS | {"api_key_file"}
 """Options of serve that the sweep itself decides, or that its client could not follow."""
+_FIELDS = {option_of(field.name).removeprefix("--"): field.name for field in fields(ServeConfig)}
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,12 @@ def variants_of(config: BenchSweepConfig) -> tuple[Variant, ...]:
         UsageError: not OPTION=VALUES, an option that serve does not have or the sweep decides, one that is named twice,
             or no engine of ours to vary.
     """
-    known = {field.name.replace("_", "-") for field in fields(ServeConfig)} - {n.replace("_", "-") for n in _OURS}
+    known = set(_FIELDS) - {name for name, field in _FIELDS.items() if field in _OURS}
     axes: dict[str, list[str]] = {}
     for text in config.vary:
         name, equals, values = text.partition("=")
         name = name.strip().removeprefix("--").replace("_", "-")
-        parts = [part.strip() for part in values.split(",")]
+        parts = [part.strip() for part in _values(values)]
         if not equals or not all(parts):
             raise UsageError(f"--vary '{text}': expected OPTION=VALUE,VALUE such as max-num-seqs=8,32", param="vary")
         if name not in known:
@@ -148,15 +150,20 @@ def variants_of(config: BenchSweepConfig) -> tuple[Variant, ...]:
             raise UsageError(f"--vary '{text}': {name} is named twice", fix=f"{name}=ALL,ITS,VALUES", param="vary")
         axes[name] = list(dict.fromkeys(parts))
         for part in axes[name]:
-            _words(name, part)
+            _words(name, part)  # refused here
     if axes and not config.engine and "model" not in axes:
         raise UsageError("--vary: of which server?", fix="add --engine ENGINE, which is then served", param="vary")
     combinations = product(*([(name, value) for value in values] for name, values in axes.items()))
     return tuple(Variant(settings) for settings in combinations)
 
 
+def _values(text: str) -> list[str]:
+    """``A,B``; or ``A;B`` where a value has commas, ``A;`` when there is one."""
+    return text.removesuffix(";").split(";") if ";" in text else text.split(",")
+
+
 def _why_not(name: str, known: set[str]) -> str:
-    if name.replace("-", "_") in _OURS:
+    if _FIELDS.get(name) in _OURS:
         return f"{name} is the sweep's own to decide"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"'{name}' is no option of llmctl serve" + (f"; did you mean '{close[0]}'?" if close else "")
@@ -168,14 +175,15 @@ def _words(name: str, value: str) -> list[str]:
     Raises:
         UsageError: a switch that is neither true nor false.
     """
-    default = next(field.default for field in fields(ServeConfig) if field.name == name.replace("-", "_"))
+    field = _FIELDS[name]
+    default = getattr(ServeConfig, field)
+    if isinstance(default, tuple):
+        return option_words(field, (value,))
     if not isinstance(default, bool):
-        return [f"--{name}", value]
+        return option_words(field, value)
     if value not in ("true", "false"):
         raise UsageError(f"--vary {name}: expected true or false, found '{value}'", param="vary")
-    if (value == "true") == default:
-        return []
-    return [f"--{name}" if value == "true" else f"--no-{name}"]
+    return option_words(field, value == "true")
 
 
 def ordered(count: int, repeat: int) -> Sequence[int]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import Field, fields
 
 import pytest
-from typer.testing import CliRunner
+import typer
 
+from llmctl.bench import sweep_plan
 from llmctl.bench.config import BenchSweepConfig
+from llmctl.bench.local_server import option_words
 from llmctl.bench.sweep_plan import Level, Variant, axis_of, ordered, plan_sweep, variants_of
 from llmctl.cli.main import app
+from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
 
 
@@ -39,13 +43,35 @@ def test_variants_are_every_combination() -> None:
     assert Variant().model("e") == "e"
 
 
-def test_the_words_of_a_variant_are_those_of_serve() -> None:
-    """Every switch that a variant can write is one that ``llmctl serve --help`` has."""
-    said = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
-    for name in ("enforce-eager", "enable-prefix-caching", "enable-chunked-prefill", "shed", "verify", "enable-lora"):
-        for value in ("true", "false"):
-            (variant,) = variants_of(BenchSweepConfig(engine="e", vary=(f"{name}={value}",)))
-            assert all(word in said for word in variant.options), variant.options
+SERVED = {param.name: param for param in typer.main.get_command(app).commands["serve"].params}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("field", [f for f in fields(ServeConfig) if f.name != "model"], ids=lambda f: f.name)
+def test_the_words_of_an_option_are_those_that_serve_has(field: Field[object]) -> None:
+    """Whatever can vary is written as ``llmctl serve`` reads it; what cannot is said to be the sweep's own."""
+    option = SERVED[field.name]
+    named = option.opts[0].removeprefix("--")
+    if field.name in sweep_plan._OURS:
+        with pytest.raises(UsageError, match=f"{named} is the sweep's own to decide"):
+            variants_of(BenchSweepConfig(engine="e", vary=(f"{named}=1",)))
+        return
+    values = ("true", "false") if isinstance(field.default, bool) else ("17", "a,b;")
+    written = []
+    for value in values:
+        (variant,) = variants_of(BenchSweepConfig(engine="e", vary=(f"{named}={value}",)))
+        written += variant.options
+    if isinstance(field.default, bool):
+        assert written == (option.secondary_opts if field.default else option.opts[:1])
+    else:
+        assert written == [option.opts[0], "17", option.opts[0], "a,b"]
+
+
+def test_words_of_settings() -> None:
+    assert option_words("served_model_name", ("a", "b")) == ["--served-model-name", "a", "--served-model-name", "b"]
+    assert option_words("threads", 2) == ["--threads", "2"]
+    assert option_words("max_restarts", 3) == [], "it is so by default"
+    assert option_words("ui", False) == ["--no-ui"]
+    assert option_words("as_family", "llama") == ["--as", "llama"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +94,7 @@ def test_the_words_of_a_variant_are_those_of_serve() -> None:
         ({"vary": ("api-key=a,b",), "engine": "e"}, "the sweep's own to decide"),
         ({"vary": ("threads=1", "threads=2"), "engine": "e"}, "named twice"),
         ({"vary": ("shed=yes",), "engine": "e"}, "expected true or false"),
+        ({"vary": ("as-family=llama",), "engine": "e"}, "'as-family' is no option of llmctl serve"),
         ({"engine": "e", "base_url": "http://127.0.0.1:1"}, "not both"),
         ({"price_per_hour": 0.0}, "--price-per-hour"),
         ({"max_duration": 0.0}, "--max-duration"),
