@@ -125,16 +125,24 @@ def _growth_table(points: Sequence[Step]) -> Table:
 
 
 def _growth_line(line: Mapping[str, float]) -> str:
-    return (
-        f"slope, us per 1,000 tokens of context: step {1e3 * line['step']:.0f}, its attention "
-        f"{1e3 * line['attention']:.0f}, predicted from KV bytes {1e3 * line['predicted']:.0f} "
-        f"(ratio {line['step'] / line['predicted']:.2f}), of the read bound {1e3 * line['bound']:.0f} "
-        f"(ratio {line['step'] / line['bound']:.2f}); no point is further than {100 * line['worst']:.1f}% from the line"
-    )
+    said = [
+        f"slope, us per 1,000 tokens of context: step {1e3 * line['step']:.0f}",
+        f"its attention {1e3 * line['attention']:.0f}",
+        f"predicted from KV bytes {_slope(line, 'predicted')}",
+        f"of the read bound {_slope(line, 'bound')}",
+    ]
+    still = "" if line["predicted"] else " (no context makes them more: attention's windows are shorter)"
+    return f"{', '.join(said)}{still}; no point is further than {100 * line['worst']:.1f}% from the line"
+
+
+def _slope(line: Mapping[str, float], name: str) -> str:
+    """A slope that the step's is held against; no ratio to one that does not rise."""
+    ratio = f" (ratio {line['step'] / line[name]:.2f})" if line[name] > 0 else ""
+    return f"{1e3 * line[name]:.0f}{ratio}"
 
 
 def to_svg(result: Mapping[str, Any]) -> str:
-    """A bar a step, as long as its time is a share of the longest's own width: shares of its parts, and its bounds."""
+    """A bar a step, all of one length: the shares of its parts, and lines at its bounds."""
     steps = [*result["steps"], *result["contexts"]]
     names = parts(steps)
     height = _TOP + len(steps) * (_BAR + _GAP) + 16

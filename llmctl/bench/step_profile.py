@@ -161,6 +161,7 @@ class StepBench:
         for i, (before, added) in enumerate(spans):
             ids = [int(t) for t in self._random.integers(0, limits.vocab_size, added)]
             blocks = range(i * share, i * share + -(-(before + added) // limits.block_size))
+            assert len(blocks) <= share, "no two sequences write the same block"
             slices.append(SequenceSlice(str(i), ids, before, blocks, sample=True))
         ends = np.array([before + added for before, added in spans], np.int64)
         return StepPlan(tuple(slices)), SamplingBatch(np.zeros(rows, np.float32), np.zeros(rows, np.uint64), ends)
@@ -207,13 +208,18 @@ class Need:
     """What the engine must hold for the parts that are asked for.
 
     Attributes:
-        length: longest sequence, tokens. step_tokens: largest step. sequences: at once. cache: tokens of KV cache.
+        length: longest sequence, tokens. step_tokens: largest step. sequences: at once. each: tokens of every one of
+            those; 0: no batch is run.
     """
 
     length: int
     step_tokens: int
     sequences: int
-    cache: int
+    each: int
+
+    def blocks(self, block_size: int) -> int:
+        """Blocks of KV cache: every sequence of a batch has whole ones of its own."""
+        return max(-(-self.length // block_size), self.sequences * -(-self.each // block_size))
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ class Wanted:
 
     @property
     def need(self) -> Need:
-        """By the parts and the sizes; every sequence of a batch has whole blocks of its own."""
+        """By the parts and the sizes."""
         lengths: list[int] = []
         step_tokens, sequences = _FILL, 1
         if "decode" in self.only:
@@ -268,10 +274,8 @@ class Wanted:
             step_tokens = self.prefill
         if "growth" in self.only:
             lengths += self.contexts
-        length = max(lengths)
-        longest, context = (-(-tokens // 16) * 16 for tokens in (length, self.context))
-        decode = context * sequences if "decode" in self.only else 0
-        return Need(length, max(step_tokens, sequences), sequences, max(longest, decode))
+        each = self.context if "decode" in self.only else 0
+        return Need(max(lengths), max(step_tokens, sequences), sequences, each)
 
 
 def _numbers(text: str, param: str) -> tuple[int, ...]:
@@ -325,8 +329,10 @@ def _loaded(path: Path, config: BenchProfileConfig, need: Need) -> LoadedEngine:
         max_num_seqs=need.sequences,
     )
     engine = load_engine(path, request, kernels=not config.from_source)
-    if engine.plan.kv_tokens < need.cache:
-        raise EngineLoadError(f"no memory for a KV cache of {need.cache} tokens, room for {engine.plan.kv_tokens}")
+    size = engine.plan.block_size
+    if engine.plan.num_blocks < (blocks := need.blocks(size)):
+        room = f"room for {engine.plan.num_blocks * size}"
+        raise EngineLoadError(f"no memory for a KV cache of {blocks * size} tokens (blocks of {size}), {room}")
     return engine
 
 

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from llmctl.artifact.builder import build_engine
 from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
+from llmctl.bench import profile_report
 from llmctl.bench.config import BenchProfileConfig
 from llmctl.bench.step_profile import Need, Profile, StepBench, Wanted, growth
 from llmctl.config import BuildConfig
@@ -108,6 +110,14 @@ def test_growth_fits_a_line() -> None:
     assert growth([point(100, 1.0), point(200, 4.0), point(300, 9.0)]).worst > 0.05
 
 
+def test_growth_of_a_cache_that_does_not_grow() -> None:
+    """Every context is longer than attention's window: there is nothing to predict from."""
+    still = {"step": 0.001, "attention": 0.0, "predicted": 0.0, "bound": 0.0, "worst": 0.01}
+    said = profile_report._growth_line(still)
+    assert "step 1, its attention 0, predicted from KV bytes 0, of the read bound 0 (no context makes them more" in said
+    assert "predicted from KV bytes 1 (ratio 1.00)" in profile_report._growth_line({**still, "predicted": 0.001})
+
+
 def test_bounds_of_what_there_is() -> None:
     work = Work(weight_bytes=600, kv_bytes=400, int_macs=0, float_macs=50)
     assert Bounds(1e9, 1e9, 1e9).microseconds(work) == {"read": pytest.approx(1.0), "float": pytest.approx(0.05)}
@@ -166,18 +176,30 @@ def needed(longest: int = 8192, **more: object) -> Need:
 
 
 def test_sizes_that_nobody_named_are_what_the_engine_takes() -> None:
-    assert needed(2048) == Need(length=2048, step_tokens=512, sequences=32, cache=208 * 32)
-    assert needed(300, only="prefill,growth") == Need(300, 300, 1, 304)
+    assert needed(2048) == Need(length=2048, step_tokens=512, sequences=32, each=200)
+    assert needed(300, only="prefill,growth") == Need(300, 300, 1, 0)
     for more, said in (({"prefill": 301}, "--prefill 301"), ({"contexts": "16,301"}, "--contexts 301")):
         with pytest.raises(UsageError, match=f"{said}: the engine takes 300 tokens"):
             needed(300, **more)
 
 
 def test_only_what_is_asked_for_must_fit() -> None:
-    assert needed() == Need(length=8192, step_tokens=512, sequences=32, cache=8192)
-    assert needed(only="decode") == Need(200, 512, 32, 208 * 32)
-    assert needed(only="prefill", prefill=700) == Need(700, 700, 1, 704)
-    assert needed(only="growth", contexts="64,1000") == Need(1000, 512, 1, 1008)
+    assert needed() == Need(length=8192, step_tokens=512, sequences=32, each=200)
+    assert needed(only="decode") == Need(200, 512, 32, 200)
+    assert needed(only="prefill", prefill=700) == Need(700, 700, 1, 0)
+    assert needed(only="growth", contexts="64,1000") == Need(1000, 512, 1, 0)
+    assert [needed(only="decode").blocks(size) for size in (16, 64)] == [13 * 32, 4 * 32]
+    assert [needed(only="growth", contexts="64,1000").blocks(size) for size in (16, 64)] == [63, 16]
+    assert needed().blocks(16) == 512
+
+
+def test_sequences_of_a_batch_share_no_block() -> None:
+    limits = SimpleNamespace(num_blocks=109, block_size=64, vocab_size=100)
+    bench = StepBench(SimpleNamespace(runtime=SimpleNamespace(limits=limits)), step_tokens=512, steps=1)  # type: ignore[arg-type]
+    plan, _ = bench.plan([(191, 1)] * 36)
+    assert len({block for row in plan.slices for block in row.block_ids}) == 36 * 3
+    with pytest.raises(AssertionError, match="the same block"):
+        bench.plan([(199, 1)] * 32)
 
 
 @pytest.mark.parametrize(
