@@ -1,9 +1,10 @@
 """Whether a load meets its objectives, and whether chance is ruled out: from the requests of its rounds so far.
 
-An objective on a percentile is one on a share: p99 <= L holds where at most 1% of the values are above L. That share is
-tested with the exact binomial distribution (Clopper and Pearson 1934), as are shares of good requests; other figures
-with Student's t over the rounds. The level is shared out over the looks (Bonferroni), so that looking again does not
-make errors more likely. Requests of one load are taken to be independent; they are less so the nearer it is to
+An objective on a percentile of requests (TTFT, TPOT, E2E) is one on a share: p99 <= L holds where at most 1% of the
+values are above L. That share is tested with the exact binomial distribution (Clopper and Pearson 1934), as are shares
+of good requests; other figures with Student's t over the rounds. So are percentiles of ITL: a request has hundreds of
+gaps, which are far from independent. The level is shared out over the looks (Bonferroni), so that looking again does
+not make errors more likely. Requests of one load are taken to be independent; they are less so the nearer it is to
 saturation, so that "settled" is then said too early rather than too late.
 """
 
@@ -91,7 +92,7 @@ def _allowed(slo: Slo) -> float | None:
     if slo.metric == "goodput_ratio":
         return 1 - slo.limit if slo.op in (">=", ">") else None
     parsed = metrics.parse_latency_key(slo.metric)
-    if parsed is None or slo.op == "==" or slo.metric.startswith(("mean_", "std_")):
+    if parsed is None or parsed[0] == "itl" or slo.op == "==" or slo.metric.startswith(("mean_", "std_")):
         return None
     share = (50.0 if parsed[1] is None else parsed[1]) / 100
     return 1 - share if slo.op in ("<=", "<") else share

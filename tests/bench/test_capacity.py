@@ -113,6 +113,26 @@ def test_other_figures_are_settled_over_rounds() -> None:
     assert not judged("mean_ttft_ms<=100", wild, size=6).settled
 
 
+def test_gaps_of_one_request_are_no_requests() -> None:
+    """One slow request of 110 has hundreds of slow gaps: of chance, its being there is as much as any one request's."""
+
+    def request(gap: float) -> RequestRecord:
+        times = [gap * i for i in range(1, 251)]
+        return RequestRecord(0, 1, 250, end=times[-1], chunk_times=times)
+
+    def verdict(*rounds: list[float]) -> Verdict:
+        records = [[request(gap) for gap in gaps] for gaps in rounds]
+        made = [Round(part, run_metrics(part, 1.0, OPTIONS)) for part in records]
+        objectives = Objectives(parse_slos(["p99_itl_ms<=50"]), {}, 0.0)
+        return objectives.judge(made, run_metrics([record for part in records for record in part], 1.0, OPTIONS))
+
+    assert verdict([0.01] * 2) == Verdict(True, False, 2)
+    assert verdict([0.1, 0.1] + [0.01] * 108) == Verdict(False, False, 110, ("p99_itl_ms<=50",))
+    assert verdict([0.01, 0.011], [0.011, 0.011], [0.01, 0.01]) == Verdict(True, True, 6)
+    assert not verdict([0.01], [0.06], [0.01]).settled
+    assert Objectives(parse_slos(["p99_itl_ms<=50"]), {}, 0.0).requests == 1
+
+
 def test_failed_requests_miss_whatever_the_rest() -> None:
     verdict = judged("median_ttft_ms<=100", [0.05] * 10, failed=1)
     assert (verdict.meets, verdict.settled, verdict.missed) == (False, True, ("1 of 10 requests failed",))
