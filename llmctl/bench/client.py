@@ -75,7 +75,8 @@ class LoadRun:
         cpu_seconds: processor time of this process meanwhile.
         max_send_lag: the longest delay, in seconds, of this client behind the arrival process; not counting waits
             for --max-concurrency.
-        not_sent: requests whose turn had not come when the time was up; they have no record.
+        not_sent: requests that have no record: their turn had not come when the time was up; of an interrupted run,
+            those under way too.
     """
 
     records: list[RequestRecord]

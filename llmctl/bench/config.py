@@ -127,6 +127,7 @@ class BenchSweepConfig(BenchServeConfig):
     concurrencies: str | None = None
     engine: str = ""
     vary: tuple[str, ...] = ()
+    ready_timeout: float = 300.0
     find_max: bool = False
     max_duration: float | None = None
     resolution: str = "5%"

@@ -155,6 +155,7 @@ def check_files(config: ReportConfig) -> None:
         "csv": config.csv,
         "github_action_benchmark": config.github_action_benchmark,
         "svg": getattr(config, "svg", None),
+        "html": getattr(config, "html", None),
         "baseline": config.baseline if config.update_baseline else None,
     }
     for name, file in named.items():

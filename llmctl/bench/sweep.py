@@ -11,10 +11,10 @@ from llmctl.bench import gate
 from llmctl.bench.capacity import Capacity
 from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.environment import describe_environment, load_average
-from llmctl.bench.local_server import READY_SECONDS, serving
+from llmctl.bench.local_server import serving
 from llmctl.bench.metrics import DEFINITIONS
 from llmctl.bench.outcome import SCHEMA_VERSION, Outcome, timestamp
-from llmctl.bench.sweep_measure import Serve, Show, Sweep
+from llmctl.bench.sweep_measure import Serve, Sweep
 from llmctl.bench.sweep_plan import Axis, Level, SweepPlan, Variant, plan_sweep
 from llmctl.bench.sweep_view import SweepView
 from llmctl.errors import ExitCode
@@ -22,8 +22,9 @@ from llmctl.errors import ExitCode
 _LEAST_FOR_A_KNEE = 3
 SWEEP_DEFINITIONS = {
     "meets": "whether the point's figures meet every objective and no more requests failed than allowed; settled: "
-    "whether chance is ruled out at 5%, by exact binomial tests of shares (percentiles, goodput_ratio) and Student's t "
-    "over rounds for other figures; requests are taken to be independent",
+    "whether chance is ruled out at 5%, by exact binomial tests of shares of requests (percentiles of TTFT, TPOT and "
+    "E2E, goodput_ratio) and Student's t over rounds for other figures (ITL's percentiles too: gaps of one request are "
+    "not independent); requests are taken to be independent",
     "knee": "of a variant's points with a finite latency, that of the greatest power: output_throughput / "
     "median_e2el_ms (Kleinrock 1979)",
     "highest": "the highest load tried that met the objectives; missed: the lowest above it that did not; resolution: "
@@ -32,11 +33,11 @@ SWEEP_DEFINITIONS = {
 }
 
 
-def run_sweep(config: BenchSweepConfig, view: SweepView, show: Show, serve: Serve | None = None) -> Outcome:
+def run_sweep(config: BenchSweepConfig, view: SweepView, serve: Serve | None = None) -> Outcome:
     """Run the whole sweep.
 
     Args:
-        show: how far the measuring of quality is. serve: starts our servers.
+        serve: starts our servers.
 
     Returns:
         The outcome; of an interrupted sweep, of what was measured until then.
@@ -48,10 +49,10 @@ def run_sweep(config: BenchSweepConfig, view: SweepView, show: Show, serve: Serv
     """
     plan = plan_sweep(config)
     environment = describe_environment()
-    sweep = Sweep(plan, view, serve or _serve(view, max(READY_SECONDS, config.ready_timeout)))
+    sweep = Sweep(plan, view, serve or _serve(view, config.ready_timeout))
     interrupted = False
     try:
-        sweep.measure_quality(show)
+        sweep.measure_quality()
         sweep.measure()
     except KeyboardInterrupt:
         if not sweep.points:
@@ -140,7 +141,8 @@ def _gates(sweep: Sweep, variant: Variant, found: Mapping[Variant, Capacity]) ->
     if variant in found:
         highest = found[variant].highest
         name = f"highest_{sweep.plan.axis.name}"
-        gates.append(gate.Gate("slo", name, ">", 0, highest, highest is not None, _said(note, slos)))
+        undecided = "" if found[variant].trials else "no load was decided"
+        gates.append(gate.Gate("slo", name, ">", 0, highest, highest is not None, _said(note, slos, undecided)))
     elif slos:
         meeting = sum(d["meets"] for _, d in mine)
         gates.append(gate.Gate("slo", "points_that_meet", ">=", 1, meeting, meeting >= 1, _said(note, slos)))

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmctl.artifact.step_progress import step_progress
 from llmctl.bench.capacity import Search, Verdict
 from llmctl.bench.client import Target
 from llmctl.bench.decide import LOOKS, Round
@@ -44,8 +45,6 @@ _WAVES = 3
 _ARRIVAL_SECONDS = 10
 """How long the requests of a round of a search arrive, at least."""
 
-Show = Callable[[str, str, int, int], None]
-"""How far the measuring of quality is, as ``evaluate.evaluation`` says it."""
 Serve = Callable[[str, Sequence[str]], AbstractContextManager[str]]
 """Starts our server on an engine or model with options; the context's value is its URL."""
 
@@ -118,7 +117,7 @@ class Sweep:
         except _TimeUpError:
             self.time_up = True
 
-    def measure_quality(self, show: Show) -> None:
+    def measure_quality(self) -> None:
         """What ``--quality`` asks for, of every model that was served."""
         settings = self.plan.quality
         if settings is None:
@@ -132,7 +131,8 @@ class Sweep:
             model = variant.model(self.plan.config.engine)
             if model not in self.quality:
                 mine = replace(settings, model=model)
-                found = evaluate(mine, show)
+                with step_progress() as show:  # its bars are gone before the table of loads is drawn
+                    found = evaluate(mine, show)
                 self.quality[model] = found.to_json(), quality_gates(mine, found)
 
     def _visit(self, variant: Variant, repeat: int) -> None:

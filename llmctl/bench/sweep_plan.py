@@ -13,7 +13,6 @@ from llmctl.bench import gate
 from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.decide import Objectives
 from llmctl.bench.local_server import ADDRESS, option_words
-from llmctl.bench.outcome import check_file
 from llmctl.bench.quality import read_settings
 from llmctl.bench.serve import Plan, make_plan
 from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig, option_of
@@ -212,10 +211,8 @@ def plan_sweep(config: BenchSweepConfig) -> SweepPlan:
     """
     axis, variants = axis_of(config), variants_of(config)
     serve = make_plan(config)
-    for option, file in (("html", config.html), ("svg", config.svg)):
-        check_file(option, file)
     objectives = Objectives(serve.judge.slos, serve.options.goodput, config.max_failed_ratio)
-    if config.engine and config.base_url:
+    if config.base_url and any(variant.model(config.engine) for variant in variants):
         raise UsageError("--engine, --base-url: our own server or another one, not both", param="engine")
     if config.price_per_hour is not None and not 0 < config.price_per_hour < math.inf:
         raise UsageError(

@@ -6,11 +6,9 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from llmctl.bench import report, verdict
-from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.curves import HEIGHT, WIDTH, Line, Series, Spot, curves
 from llmctl.bench.gate import parse_slos
 from llmctl.bench.sweep_plan import RATE
@@ -82,7 +80,10 @@ def to_svg(result: Mapping[str, Any]) -> str:
 def found_lines(result: Mapping[str, Any]) -> list[str]:
     """What a search found, what was refused, and what quality is, a line each."""
     lines = [_highest(found) for found in result["find_max"]]
-    lines += [f"{_named(refused)}not measured: {refused['reason']}" for refused in result["refused"]]
+    measured = [point["variant"] for point in result["points"]]
+    for refused in result["refused"]:
+        how = "ended before all was measured" if refused["variant"] in measured else "not measured"
+        lines.append(f"{_named(refused)}{how}: {refused['reason']}")
     for quality in result["quality"]:
         figures = [f"perplexity {quality['perplexity']:.4f}"]
         if quality.get("kl") is not None:
@@ -103,10 +104,12 @@ def _named(row: Mapping[str, Any]) -> str:
 
 def _highest(found: Mapping[str, Any]) -> str:
     unit = "requests a second" if found["axis"] == RATE else "requests at once"
+    if not found["trials"]:
+        return f"{_named(found)}the search ended before a load was decided"
     requests = sum(trial["requests"] for trial in found["trials"])
     tried = f"{len(found['trials'])} loads tried, {requests} requests"
     if found["highest"] is None:
-        least = min((trial["load"] for trial in found["trials"]), default=None)
+        least = min(trial["load"] for trial in found["trials"])
         return f"{_named(found)}no load met the objectives; the lowest tried is {least:.4g} {unit} ({tried})"
     sure = "each end settled at 5%" if found["settled"] else "not settled at 5%: the figures alone decided an end"
     if found["missed"] is None:
@@ -194,20 +197,3 @@ def to_csv(result: Mapping[str, Any]) -> str:
         load = [point["request_rate"], point["max_concurrency"], point["meets"]]
         writer.writerow([*head, *load, *(point.get(key, "") for key in keys)])
     return out.getvalue()
-
-
-def files(result: Mapping[str, Any], config: BenchSweepConfig, title: str) -> list[tuple[Path, str]]:
-    """The files asked for, with their text."""
-    made: list[tuple[Path, str]] = []
-    wanted = {
-        config.html: to_html(result, title),
-        config.svg: to_svg(result),
-        config.markdown: to_markdown(result, title),
-        config.csv: to_csv(result),
-        config.junit: report.to_junit(result, title),
-    }
-    made += [(Path(path), text) for path, text in wanted.items() if path]
-    if config.saves:
-        name = config.result_filename or report.default_filename(result, "sweep")
-        made.append((Path(config.result_dir or ".") / name, report.to_json(result)))
-    return made

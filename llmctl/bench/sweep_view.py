@@ -43,9 +43,10 @@ class SweepView(Progress):
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+            # Drawn by a thread, now and then: a table for every request would keep the load from its turn.
+            console = Console(stderr=True)
+            self._live = Live(console=console, get_renderable=self._shown, refresh_per_second=4, transient=True)
             self._live.start()
-        self._live.update(self._shown())
 
     def advance(self, failed: bool = False) -> None:
         """One request is done."""
@@ -54,7 +55,6 @@ class SweepView(Progress):
             return
         self._done += 1
         self._failed += failed
-        self._live.update(self._shown())
 
     def stop(self) -> None:
         """End the load; the table stays."""
@@ -71,9 +71,7 @@ class SweepView(Progress):
     def point(self, variant: Variant, level: Level, figures: Mapping[str, Any]) -> None:
         """A point's figures so far."""
         self._points[variant, level] = figures
-        if self._live is not None:
-            self._live.update(self._shown())
-        else:
+        if self._live is None:
             self.log(sentence(variant, level, figures))
 
     def _shown(self) -> RenderableType:

@@ -1,4 +1,4 @@
-"""``llmctl bench``: serve, throughput, latency; compare is in ``bench_compare.py``."""
+"""``llmctl bench``: serve, sweep, throughput, latency, profile; compare is in ``bench_compare.py``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from llmctl.cli.bench_exit import EXIT_CODES, finish
 from llmctl.cli.bench_options import LATENCY, PROFILE, SERVE, SWEEP, THROUGHPUT, command_of
 from llmctl.cli.common import WholeNames, guarded, print_json
 from llmctl.cli.model_word import with_model_word
+from llmctl.config import option_of
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Measure a server (serve, sweep), two of them in turns (compare), or the engine in this process (throughput, "
-    "latency), and judge what came.\n\n"
+    "latency), and judge what came; or find where its steps' time goes (profile).\n\n"
     "Example: llmctl bench serve --base-url http://127.0.0.1:8000 --max-concurrency 8 --slo 'p99_ttft_ms<=500'\n\n"
     "Example: llmctl bench compare --a ./engine --b http://127.0.0.1:8000 --input-len 128 --output-len 64\n\n"
     "Example: llmctl bench throughput --model ./engine --num-prompts 32 --input-len 128 --output-len 128\n\n"
@@ -78,27 +79,24 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
     """
     from rich.console import Console
 
-    from llmctl.artifact.step_progress import step_progress
-    from llmctl.bench import sweep_report
-    from llmctl.bench.outcome import append_step_summary
-    from llmctl.bench.report import write_text
+    from llmctl.bench.outcome import write_reports
     from llmctl.bench.sweep import run_sweep
+    from llmctl.bench.sweep_report import found_lines, to_csv, to_html, to_markdown, to_svg
     from llmctl.bench.sweep_view import NOTE, SweepView, tables
 
     title = "llmctl bench sweep"
-    with step_progress() as show:
-        outcome = run_sweep(_sort_out(ctx.args, settings), SweepView(), show)
+    _check_whose_server(ctx, settings)
+    outcome = run_sweep(_sort_out(ctx.args, settings), SweepView())
     if json_output:
         print_json(outcome.result)
     console = Console(stderr=json_output)
     for table in tables(outcome.result["points"]):
         console.print(table)
-    for line in (NOTE, *sweep_report.found_lines(outcome.result)):
+    for line in (NOTE, *found_lines(outcome.result)):
         console.print(line, markup=False, highlight=False)
-    for path, text in sweep_report.files(outcome.result, settings, title):
-        write_text(path, text)
+    more = [(settings.html, lambda: to_html(outcome.result, title)), (settings.svg, lambda: to_svg(outcome.result))]
+    for path in write_reports(outcome, settings, title, "sweep", to_markdown=to_markdown, to_csv=to_csv, more=more):
         print(f"wrote {path}", file=sys.stderr)
-    append_step_summary(sweep_report.to_markdown(outcome.result, title))
     finish(outcome, settings.exit_zero, title)
 
 
@@ -177,6 +175,23 @@ def _sort_out(more: list[str], settings: _Serving) -> _Serving:
         else:
             raise UsageError(f"unexpected argument '{word}'")
     return replace(settings, goodput=goodput, metadata=metadata)
+
+
+def _check_whose_server(ctx: typer.Context, settings: BenchSweepConfig) -> None:
+    """Refuse what names another server beside our own, but a key that the environment has for others.
+
+    Raises:
+        UsageError.
+    """
+    if not settings.engine:
+        return
+    for name in ("host", "port", "api_key", "insecure"):
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name not in ("DEFAULT", "ENVIRONMENT"):
+            option = option_of(name)
+            raise UsageError(
+                f"{option}: is of another server, and --engine starts one here", fix=f"leave {option} out", param=name
+            )
 
 
 def _finish(outcome: Outcome, settings: ReportConfig, title: str, backend: str, json_output: bool) -> None:

@@ -198,6 +198,54 @@ def test_quality_beside_speed(bench: Bench, tmp_path: Path, tiny_engine: Path) -
 
 
 @pytest.mark.usefixtures("played")
+def test_a_search_that_ends_before_a_load_is_decided(
+    start: Start, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One round of the four that the load needs: nothing is known, and what was measured is kept all the same."""
+    run_once = sweep_measure.run_once
+    runs: list[int] = []
+
+    def once(*args: Any) -> Any:
+        runs.append(1)
+        if len(runs) == 2:
+            raise sweep_measure._TimeUpError
+        return run_once(*args)
+
+    monkeypatch.setattr(sweep_measure, "run_once", once)
+    page = tmp_path / "s.html"
+    options = ("--find-max", "--request-rate", "1", "--slo", "p99_ttft_ms<=50", "--html", str(page))
+    result = bench("sweep", "--base-url", start().url, *options, *SMALL)
+    doc = document(result, 4)
+    assert (doc["find_max"][0]["trials"], len(doc["points"])) == ([], 1)
+    assert "the search ended before a load was decided" in result.stderr
+    assert "no load was decided" in doc["gates"][1]["note"]
+    assert page.exists()
+
+
+@pytest.mark.usefixtures("played", "served")
+def test_what_names_another_server_is_refused_beside_our_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (("--host", "h"), ("--port", "1"), ("--api-key", "k"), ("--insecure",)):
+        result = bench("sweep", "--engine", "e", *words, *SMALL)
+        assert result.exit_code == 2
+        assert f"{words[0]}: is of another server" in result.stderr
+    monkeypatch.setenv("OPENAI_API_KEY", "of-another")
+    document(bench("sweep", "--engine", "e", "--max-concurrency", "1", *SMALL))
+
+
+def test_our_server_has_as_long_to_start_as_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def serving(*_: Any, ready_timeout: float, **__: Any) -> Any:
+        asked.append(ready_timeout)
+        raise LlmctlError("no")
+
+    monkeypatch.setattr(sweep_module, "serving", serving)
+    for words in ((), ("--ready-timeout", "5"), ("--ready-timeout", "1800")):
+        assert bench("sweep", "--engine", "e", "--max-concurrency", "1", *words, *SMALL).exit_code == 1
+    assert asked == [300, 5, 1800]
+
+
+@pytest.mark.usefixtures("played")
 def test_files(start: Start, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     names = {kind: tmp_path / f"out/s.{kind}" for kind in ("html", "svg", "csv", "json")}
@@ -294,7 +342,15 @@ def test_a_terminal_shows_the_table_while_it_grows(monkeypatch: pytest.MonkeyPat
     figures |= {"request_throughput": 5.0, "completed": 6, "cost_per_million_tokens": None, "missed": []}
     point = {**figures, "meets": True, "settled": True, "knee": False}
     view = SweepView()
+    drawn: list[int] = []
+    shown = view._shown
+    monkeypatch.setattr(view, "_shown", lambda: (drawn.append(1), shown())[1])
     view.start("4 at once", 6)
+    begun = len(drawn)
+    for _ in range(100):
+        view.advance()
+    assert len(drawn) - begun < 20, "not for every request"
+    view._done = 0
     view.advance()
     view.advance(failed=True)
     view.stop()

@@ -96,6 +96,8 @@ def test_words_of_settings() -> None:
         ({"vary": ("shed=yes",), "engine": "e"}, "expected true or false"),
         ({"vary": ("as-family=llama",), "engine": "e"}, "'as-family' is no option of llmctl serve"),
         ({"engine": "e", "base_url": "http://127.0.0.1:1"}, "not both"),
+        ({"vary": ("model=a,b",), "base_url": "http://127.0.0.1:1"}, "not both"),
+        ({"html": "."}, "--html .: expected a file"),
         ({"price_per_hour": 0.0}, "--price-per-hour"),
         ({"max_duration": 0.0}, "--max-duration"),
         ({"load_seconds": -1.0}, "--load-seconds"),
