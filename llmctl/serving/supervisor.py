@@ -16,13 +16,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from llmctl.config import SECRET_OPTIONS, EngineOptions
 from llmctl.serving.transport import socket_pair
 
+FOR_ITS_PARENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+"""Signals that a terminal and a service manager send to the whole group, and that no worker hears."""
 _SECRET_VARIABLES = frozenset(f"LLMCTL_{name.upper()}" for name in SECRET_OPTIONS)
 
 
@@ -56,6 +58,16 @@ def exit_reason(code: int) -> str:
     return describe_exit(code).removeprefix("killed by ").partition(";")[0] if code < 0 else "exit"
 
 
+@contextlib.contextmanager
+def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Signals to this thread wait meanwhile."""
+    was = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, was)
+
+
 class SpawnedWorker:
     """A ``python -m llmctl.serving.worker`` that imports, and waits for its settings.
 
@@ -66,7 +78,7 @@ class SpawnedWorker:
     def __init__(self) -> None:
         """Start it. Call from the main thread, whose death the kernel then reports to the worker."""
         self.channel, theirs = socket_pair()
-        with theirs:
+        with theirs, _held_back(FOR_ITS_PARENT):  # in the child, which inherits it, until it can ignore them
             self._end = theirs.fileno()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "llmctl.serving.worker"],
@@ -88,12 +100,8 @@ class SpawnedWorker:
 
 @contextlib.contextmanager
 def early_worker() -> Iterator[SpawnedWorker]:
-    """A worker for who will serve, ended at the latest when that is over; Ctrl-C is for its parent alone."""
-    was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits what is ignored
-    try:
-        spawned = SpawnedWorker()
-    finally:
-        signal.signal(signal.SIGINT, was)
+    """A worker for who will serve, ended at the latest when that is over."""
+    spawned = SpawnedWorker()
     try:
         yield spawned
     finally:

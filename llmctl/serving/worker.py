@@ -21,7 +21,7 @@ import msgspec
 
 from llmctl.errors import HostMemoryError, LlmctlError, MissingPackageError, resource_error
 from llmctl.extras import missing_package
-from llmctl.serving.supervisor import WorkerSettings
+from llmctl.serving.supervisor import FOR_ITS_PARENT, WorkerSettings
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
 
@@ -32,11 +32,15 @@ _NO_MISTAKES = (HostMemoryError, MissingPackageError)
 """What is said in place of an exception of other code, whose traceback tells nobody anything."""
 
 
+def ignore_signals() -> None:
+    """What is for the API process alone; it held them back until now, see ``SpawnedWorker``."""
+    for number in FOR_ITS_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_ITS_PARENT)
+
+
 def die_with_parent(parent_pid: int) -> None:
     """Make sure that this process does not outlive its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
@@ -86,6 +90,7 @@ def _as_said(error: Exception) -> LlmctlError:
 
 def main() -> int:
     """Serve one engine until told to stop; the exit code."""
+    ignore_signals()
     _preload()
     settings = _read_settings()
     die_with_parent(settings.parent_pid)

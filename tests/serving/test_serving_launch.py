@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import ClassVar
@@ -160,12 +161,38 @@ def test_describe_exit() -> None:
     assert "out of memory" in describe_exit(-9)
 
 
-def test_the_worker_needs_its_settings() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "llmctl.serving.worker"], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert "started by 'llmctl serve'" in result.stderr
+def _signals(process: int, which: str) -> set[int]:
+    """Signals that a process blocks (``SigBlk``) or ignores (``SigIgn``)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    bits = next(int(line.split()[1], 16) for line in lines if line.startswith(f"{which}:"))
+    return {number for number in supervisor.FOR_ITS_PARENT if bits >> (number - 1) & 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process ignores")
+def test_a_worker_ignores_what_is_for_its_parent() -> None:
+    with supervisor.early_worker() as spawned:
+        end = time.monotonic() + 60
+        while _signals(spawned.process.pid, "SigIgn") != supervisor.FOR_ITS_PARENT:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        while _signals(spawned.process.pid, "SigBlk"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_a_worker_hears_no_signal_from_its_first_moment_and_needs_its_settings(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    spawned = SpawnedWorker()
+    for number in supervisor.FOR_ITS_PARENT:  # while Python itself starts
+        spawned.process.send_signal(number)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & supervisor.FOR_ITS_PARENT
+    spawned.process.communicate(timeout=60)  # the end of its stdin
+    spawned.channel.close()
+    assert spawned.process.returncode == 1
+    said = capfd.readouterr().err
+    assert "started by 'llmctl serve'" in said
+    assert "KeyboardInterrupt" not in said
 
 
 def test_the_api_process_imports_nothing_heavy() -> None:

@@ -26,6 +26,7 @@ LOST = DeviceLostError("a kernel failed, and the GPU with it", fix="restart the 
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception, Exception | None], tuple[int, LlmctlError]]]:
     """Run the worker's main, in this process, with an engine that fails: its exit code and what it told."""
     ours, theirs = socket_pair()
+    monkeypatch.setattr(worker, "ignore_signals", lambda: None)
     monkeypatch.setattr(worker, "die_with_parent", lambda _: None)
     monkeypatch.setattr(
         worker, "_read_settings", lambda: WorkerSettings(EngineOptions(model="m"), theirs.detach(), 1, "critical")
