@@ -1,4 +1,4 @@
-"""What a process needs before anything is begun: address space, and torch where it runs on torch. Imports nothing."""
+"""What a process needs before it begins: address space, and torch where it runs on torch. Light imports only."""
 
 from __future__ import annotations
 
