@@ -33,7 +33,7 @@ dist-check: $(VENV)/.installed-dev
 # The page in a real browser: chromium or google-chrome of the system, or what CHROMIUM names; none is downloaded.
 test-page: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[browser]'
-	$(BIN)/python -m pytest -m slow tests/e2e/test_page_in_chromium.py
+	$(BIN)/python -m pytest -m slow tests/e2e/test_page_in_chromium.py tests/e2e/test_page_exports_in_chromium.py
 
 # The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; planted faults must be reported.
 sanitize: $(VENV)/.installed-dev

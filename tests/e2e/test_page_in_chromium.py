@@ -1,30 +1,21 @@
-"""The page in a real browser: Debian's ``chromium``, or what CHROMIUM names, driven by Playwright.
+"""The page in a real browser: chats, what models write, the views.
 
-pip install -e '.[browser]'; apt-get install chromium; pytest -m slow tests/e2e/test_page_in_chromium.py
+pip install -e '.[browser]'; apt-get install chromium; pytest -m slow -k chromium tests/e2e
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fixtures import LOOP_TEXT, ServerProcess, share_compiled_kernels
+from fixtures import ServerProcess
+from page_in_chromium import IN_CHROMIUM, Page, answers_with, browser, new_page, say, served, setting, wait_answer
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason="Playwright: pip install -e '.[browser]'")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium, or set CHROMIUM"),
-    pytest.mark.xdist_group("chromium"),
-]
-Page = Any
+__all__ = ["browser", "new_page", "served"]  # fixtures
+pytestmark = IN_CHROMIUM
 KEY = "the-key"
 VIEWS = ("chat", "live", "engine", "api")
 HOSTILE = """# Title <img src=x onerror="window.hit = 1">
@@ -48,94 +39,37 @@ HOSTILE = """# Title <img src=x onerror="window.hit = 1">
 
 
 @pytest.fixture(scope="module")
-def served(tiny_engine: Path) -> Iterator[ServerProcess]:
-    """A server without keys."""
-    with ServerProcess("--model", str(tiny_engine), "--max-num-seqs", "16") as server:
-        server.wait_ready()
-        yield server
-
-
-@pytest.fixture(scope="module")
 def keyed(tiny_engine: Path) -> Iterator[ServerProcess]:
     with ServerProcess("--model", str(tiny_engine), "--api-key", KEY) as server:
         server.wait_ready()
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def new_page(browser: Any) -> Iterator[Callable[..., Page]]:
-    """Makes pages in contexts of their own. What any of them complains of, or asks of another host, fails the test."""
-    contexts: list[Any] = []
-    complaints: list[str] = []
-
-    def made(url: str, *, expected: str = "$^", **options: Any) -> Page:
-        context = browser.new_context(**options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda said: (
-                complaints.append(said.text)
-                if said.type in ("error", "warning") and not re.search(expected, said.text)
-                else None
-            ),
-        )
-        here = "/".join(url.split("/")[:3]) + "/"
-        page.on("request", lambda request: None if request.url.startswith(here) else complaints.append(request.url))
-        page.goto(url)
-        return page
-
-    yield made
-    for context in contexts:
-        context.close()
-    assert complaints == []
-
-
-def say(page: Page, text: str) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def wait_answer(page: Page) -> str:
-    """The last answer once it is whole."""
-    page.locator(".message.assistant .stats:not(:empty)").last.wait_for()
-    page.get_by_role("button", name="Stop").wait_for(state="hidden")
-    return str(page.locator(".message.assistant .body").last.inner_text())
-
-
-def setting(page: Page, name: str) -> Any:
-    return page.locator(f"[data-setting={name}]")
-
-
-def answers_with(page: Page, deltas: list[dict[str, Any]], reason: str = "stop") -> list[dict[str, Any]]:
-    """Chats are answered with these from now on. What was asked is kept in the list that comes back."""
-    asked: list[dict[str, Any]] = []
-
-    def fulfil(route: Any) -> None:
-        asked.append(route.request.post_data_json)
-        usage = {"prompt_tokens": 1, "completion_tokens": len(deltas), "total_tokens": 1}
-        events: list[Any] = [{"choices": [{"index": 0, "delta": d, "finish_reason": None}]} for d in deltas]
-        events[-1]["choices"][0]["finish_reason"] = reason
-        events.append({"choices": [], "usage": usage})
-        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
-        route.fulfill(
-            status=200, headers={"Content-Type": "text/event-stream"}, body=": keep-alive\n\n" + "".join(lines)
-        )
-
-    page.route("**/v1/chat/completions", fulfil)
-    return asked
+def never_ends(page: Page) -> None:
+    """Chats are answered, from now on, with what ``window.emit(TEXT)`` is given; ``window.aborted`` counts the ends."""
+    page.evaluate(
+        """() => {
+          const real = window.fetch;
+          const bytes = new TextEncoder();
+          window.aborted = 0;
+          window.fetch = async (url, options) => {
+            if (!String(url).endsWith('/v1/chat/completions')) return real(url, options);
+            const body = new ReadableStream({
+              start(stream) {
+                window.emit = (content) => {
+                  const event = { choices: [{ index: 0, delta: { content }, finish_reason: null }] };
+                  stream.enqueue(bytes.encode(`data: ${JSON.stringify(event)}\\n\\n`));
+                };
+                options.signal.addEventListener('abort', () => {
+                  window.aborted += 1;
+                  stream.error(options.signal.reason);
+                });
+              },
+            });
+            return new Response(body, { headers: { 'Content-Type': 'text/event-stream' } });
+          };
+        }"""
+    )
 
 
 def test_a_chat_with_nothing_but_the_keyboard(served: ServerProcess, new_page: Callable[..., Page]) -> None:
@@ -161,15 +95,41 @@ def test_a_chat_with_nothing_but_the_keyboard(served: ServerProcess, new_page: C
 
 def test_an_answer_is_stopped(served: ServerProcess, new_page: Callable[..., Page]) -> None:
     page = new_page(served.url)
-    setting(page, "max_tokens").fill("400")
-    setting(page, "temperature").fill("0")
-    say(page, "é")
-    page.locator(".message.assistant .body").filter(has_text=re.compile(r"\S")).wait_for()
+    page.get_by_label("Message", exact=True).wait_for()
+    never_ends(page)
+    say(page, "first")
+    page.get_by_text("Waiting for the first token").wait_for()
     page.keyboard.press("Escape")
-    wait_answer(page)
-    said = page.locator(".stats").last.inner_text()
-    assert "ended: stopped" in said or "ended: length" in said
-    served.wait_load(0)
+    assert wait_answer(page) == ""
+    assert page.locator(".stats").last.inner_text() == "ended before the first token: stopped"
+    say(page, "second")
+    page.evaluate("window.emit('half an')")
+    page.get_by_text("half an", exact=True).wait_for()
+    assert page.evaluate("window.aborted") == 1
+    page.keyboard.press("Escape")
+    assert wait_answer(page) == "half an"
+    assert "ended: stopped" in page.locator(".stats").last.inner_text()
+    assert page.evaluate("window.aborted") == 2
+
+
+def test_a_conversation_that_is_deleted_while_it_is_answered_stays_away(
+    served: ServerProcess, new_page: Callable[..., Page]
+) -> None:
+    page = new_page(served.url)
+    page.get_by_label("Message", exact=True).wait_for()
+    never_ends(page)
+    say(page, "a secret")
+    page.evaluate("window.emit('half an')")
+    page.get_by_text("half an", exact=True).wait_for()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete a secret").click()
+    page.wait_for_function("() => window.aborted === 1")
+    page.wait_for_timeout(100)
+    assert page.evaluate("Object.keys(localStorage)") == []
+    assert page.get_by_role("button", name="Delete a secret").count() == 0
+    page.reload()
+    page.get_by_label("Message", exact=True).wait_for()
+    assert page.get_by_role("button", name="a secret").count() == 0
 
 
 def test_what_a_model_writes_is_text(served: ServerProcess, new_page: Callable[..., Page]) -> None:
@@ -279,34 +239,6 @@ def test_reasoning_is_shown_apart_and_tools_are_answered(served: ServerProcess, 
     assert sent[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
     assert sent[2] == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
     page.get_by_text("Rain.").wait_for()
-
-
-def test_a_model_without_a_chat_template_continues_a_text(
-    tiny_llama: Path, tmp_path: Path, new_page: Callable[..., Page]
-) -> None:
-    model = shutil.copytree(tiny_llama, tmp_path / "base")
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
-    environment = {"LLMCTL_CACHE": str(share_compiled_kernels(tmp_path / "cache"))}
-    with ServerProcess("--model", str(model), "--target", "reference", env=environment) as server:
-        server.wait_ready()
-        page = new_page(server.url)
-        page.get_by_text("base has no chat template: it continues your text.").wait_for()
-        setting(page, "max_tokens").fill("6")
-        setting(page, "temperature").fill("0")
-        setting(page, "logprobs").check()
-        say(page, "x é")
-        first = wait_answer(page)
-        assert page.locator(".tokens .token").count() == 6
-        assert page.locator("[data-setting=system]").count() == 0
-        with page.expect_request("**/v1/completions") as request:
-            say(page, "!")
-        assert request.value.post_data_json["prompt"].startswith("x é" + LOOP_TEXT[1])
-        assert request.value.post_data_json["prompt"].endswith("!")
-        assert first
-        page.get_by_role("button", name="Prompt").click()
-        page.get_by_text("tokens of 512").wait_for()
 
 
 def test_a_schema_is_kept_to_and_tokens_are_shaded(served: ServerProcess, new_page: Callable[..., Page]) -> None:
@@ -423,47 +355,6 @@ def test_layers_that_are_alike_are_shown_once(served: ServerProcess, new_page: C
     made = page.evaluate("async (ops) => (await import('/ui/engine.js')).stages(ops)", ops)
     assert [stage["layers"] for stage in made] == [[-1, -1], [0, 0], [1, 4]]
     assert [op["kind"] for op in made[-1]["ops"]] == ["a", "b"]
-
-
-def test_the_description_offline(served: ServerProcess, new_page: Callable[..., Page]) -> None:
-    page = new_page(served.url + "/docs")
-    page.locator("details.operation").first.wait_for()
-    described = json.loads(served.get("/openapi.json")[1])["paths"]
-    assert page.locator("details.operation").count() == sum(len(item) for item in described.values())
-    chat = page.locator("details.operation", has_text="/v1/chat/completions")
-    chat.locator("summary").first.click()
-    chat.locator("dl.schema dt", has_text="temperature").first.wait_for()
-    tokenize = page.locator("details.operation", has=page.locator("code", has_text=re.compile("^/tokenize$")))
-    tokenize.locator("summary").first.click()
-    tokenize.get_by_role("button", name="Send").click()
-    tokenize.get_by_text("200 OK").wait_for()
-    assert '"max_model_len": 512' in tokenize.locator(".result pre").inner_text()
-
-
-def test_the_prompt_and_the_exports(served: ServerProcess, new_page: Callable[..., Page], tmp_path: Path) -> None:
-    page = new_page(served.url, permissions=["clipboard-read", "clipboard-write"])
-    page.get_by_label("Message", exact=True).fill('it\'s "quoted" $HOME é')
-    setting(page, "system").fill("Be brief.")
-    setting(page, "max_tokens").fill("4")
-    setting(page, "top_k").fill("5")
-    page.get_by_role("button", name="Prompt").click()
-    page.get_by_text("tokens of 512").wait_for()
-    shown = page.locator("pre.rendered").inner_text()
-    assert shown.startswith('<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nit\'s "quoted" $HOME é')
-    page.get_by_role("button", name="Close").click()
-
-    def copied(name: str) -> str:
-        page.get_by_role("button", name=name, exact=True).click()
-        page.get_by_role("button", name="Copied").wait_for()
-        page.wait_for_timeout(1_600)
-        return str(page.evaluate("navigator.clipboard.readText()"))
-
-    answer = subprocess.run(["bash", "-c", copied("curl")], capture_output=True, text=True, timeout=60, check=True)
-    assert "data: [DONE]" in answer.stdout
-    program = tmp_path / "asked.py"
-    program.write_text(copied("Python"))
-    assert "extra_body" in program.read_text()
-    subprocess.run([shutil.which("python3") or "python3", "-m", "py_compile", str(program)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -121,18 +121,26 @@ function attempt(operation, media, resolve) {
   if (body && examples.length) body.value = JSON.stringify(examples[0][1].value, null, 2);
   const target = () => named.reduce((at, [name, input]) => at.replace(`{${name}}`, encodeURIComponent(input.value)), path);
   const result = h('div', { class: 'result', 'aria-live': 'polite' });
+  const given = () => (body ? JSON.parse(body.value) : undefined);
+  const failed = (error) => refill(result, h('p', { class: 'error' }, `${error.status || ''} ${error.message}`));
   const send = async () => {
     refill(result, h('p', null, 'Waiting …'));
     try {
-      const given = body ? JSON.parse(body.value) : undefined;
-      const came = await ask(target(), { body: given, method: method.toUpperCase() });
+      const came = await ask(target(), { body: given(), method: method.toUpperCase() });
       const said = await came.text();
       refill(result, h('p', null, h('b', null, `${came.status} ${came.statusText}`)), pre(said));
     } catch (error) {
-      refill(result, h('p', { class: 'error' }, `${error.status || ''} ${error.message}`));
+      failed(error);
     }
   };
-  const command = () => curl(target(), method, body ? JSON.parse(body.value) : undefined);
+  const command = () => {
+    try {
+      return curl(target(), method, given());
+    } catch (error) {
+      failed(error);
+      return '';
+    }
+  };
   return h('div', { class: 'try' }, named.map(([name, input]) => labelled(name, input)),
     choose && labelled('Example', choose), body && labelled('Body', body),
     h('p', { class: 'buttons' }, button('Send', send, { class: 'primary' }), copier(command, 'Copy as curl')), result);

@@ -95,7 +95,8 @@ function drawList() {
 
 function drawLog() {
   const { messages } = conversation;
-  screen.views = new Map(messages.map((message, i) => [message, new MessageView(message, actions(message, i))]));
+  const grows = generating.get(conversation.id)?.message;
+  screen.views = new Map(messages.map((message, i) => [message, new MessageView(message, actions(message, i), message === grows)]));
   refill(screen.log, messages.length ? [...screen.views.values()].map((view) => view.element)
     : h('p', { class: 'empty' }, facts.chat ? `Say something to ${facts.model}.` : `${facts.model} has no chat template: it continues your text.`), results());
   drawState();
@@ -163,6 +164,7 @@ function choose(one) {
 function drop(one) {
   if (one.messages.length && !window.confirm(`Delete “${store.title(one)}”?`)) return;
   generating.get(one.id)?.control.abort();
+  generating.delete(one.id); // its answer, once aborted, keeps nothing
   store.remove(one);
   if (one === conversation) conversation = store.all()[0] ?? store.fresh();
   drawAll();
@@ -216,9 +218,10 @@ async function answer(one) {
     if (control.signal.aborted) stats.reason = 'stopped';
     else message.error = error.message;
   }
-  if (stats.first) message.stats = stats;
+  if (generating.get(one.id)?.message !== message) return; // the conversation was deleted
+  if (stats.first || stats.reason) message.stats = stats;
   generating.delete(one.id);
-  if (one.messages.includes(message)) keepFor(one);
+  keepFor(one);
   if (one === conversation && screen) { drawList(); drawLog(); }
 }
 

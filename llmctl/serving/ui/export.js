@@ -30,16 +30,21 @@ export function literal(value, indent = '') {
 }
 
 // What OpenAI's library has parameters for; the rest of a body goes through extra_body.
-const OPENAI = new Set([
-  'model', 'messages', 'prompt', 'stream', 'stream_options', 'max_tokens', 'temperature', 'top_p', 'presence_penalty',
-  'frequency_penalty', 'seed', 'stop', 'response_format', 'tools', 'tool_choice', 'logprobs', 'top_logprobs',
-]);
+const BOTH = [
+  'model', 'stream', 'stream_options', 'max_tokens', 'temperature', 'top_p', 'presence_penalty', 'frequency_penalty',
+  'seed', 'stop', 'logprobs',
+];
+const PARAMETERS = {
+  'chat.completions': new Set([...BOTH, 'messages', 'response_format', 'tools', 'tool_choice', 'top_logprobs']),
+  completions: new Set([...BOTH, 'prompt']),
+};
 
 /** A Python program that sends a chat or a completion and prints the answer as it comes. */
 export function python(path, body) {
-  const own = Object.entries(body).filter(([name]) => OPENAI.has(name));
-  const extra = Object.fromEntries(Object.entries(body).filter(([name]) => !OPENAI.has(name)));
   const method = path.endsWith('chat/completions') ? 'chat.completions' : 'completions';
+  const known = PARAMETERS[method];
+  const own = Object.entries(body).filter(([name]) => known.has(name));
+  const extra = Object.fromEntries(Object.entries(body).filter(([name]) => !known.has(name)));
   const lines = own.map(([name, value]) => `    ${name}=${literal(value, '    ')},\n`);
   if (Object.keys(extra).length) lines.push(`    extra_body=${literal(extra, '    ')},\n`);
   const piece = method === 'completions' ? 'choice.text' : 'choice.delta.content';

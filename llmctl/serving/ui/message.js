@@ -44,7 +44,7 @@ function tokensOf(logprobs) {
 
 /** The element of a message; `draw` shows what it has become. `actions` are its buttons. */
 export class MessageView {
-  constructor(message, actions = []) {
+  constructor(message, actions = [], growing = false) {
     this.message = message;
     this.body = h('div', { class: 'body' });
     this.footer = h('p', { class: 'stats' });
@@ -52,7 +52,7 @@ export class MessageView {
       h('header', null, h('span', { class: 'who' }, NAMES[message.role]),
         h('span', { class: 'actions' }, copier(() => message.content), actions)),
       this.body, this.footer);
-    this.draw(false);
+    this.draw(growing);
   }
 
   draw(growing) {
@@ -76,6 +76,7 @@ function pretty(text) {
 }
 
 function said({ tokens, prompt, seconds, first, reason }) {
+  if (!first) return `ended before the first token: ${reason}`;
   const speed = tokens > 1 && seconds > first ? `${short((tokens - 1) / (seconds - first))} tok/s` : '';
   return [
     `${tokens} tokens`, speed, `first after ${(first * 1000).toFixed(0)} ms`, `prompt ${prompt} tokens`,
