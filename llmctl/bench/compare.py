@@ -15,7 +15,7 @@ from llmctl.bench.looks import FIRST_LOOK, Looks
 from llmctl.bench.metrics import higher_is_better
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, timestamp
 from llmctl.bench.progress import Progress
-from llmctl.bench.ratios import Decision, Ratio, Worsening, paired_ratio
+from llmctl.bench.ratios import Decision, Ratio, Worsening, finite, paired_ratio, ratio_row
 from llmctl.bench.rounds import FailedRequestsError, Player, Round, Visit
 from llmctl.bench.serve import Plan, make_plan, workload_of
 from llmctl.bench.sides import Side, parse_side
@@ -249,23 +249,14 @@ def _ratios(look: Look, others: Sequence[Compared]) -> dict[str, Any]:
     rows = [*look.compared.values(), *others]
     return {
         row.metric: {
-            "ratio": row.ratio.value,
-            "low": row.ratio.low,
-            "high": _finite(row.ratio.high),
-            "confidence": row.ratio.confidence,
-            "method": row.ratio.method,
+            **ratio_row(row.ratio),
             "worse": row.worsening.worse,
-            "noise": _finite(row.ratio.noise),
+            "noise": finite(row.ratio.noise),
             "decision": str(row.decision) if row.metric in look.compared else None,
         }
         for row in rows
         if row is not None
     }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: an interval without an end."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def round_document(played: Round) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from llmctl.bench import report
 from llmctl.bench.metrics import higher_is_better
 from llmctl.bench.table import print_verdict
-from llmctl.bench.units import brief, quantity, unit
+from llmctl.bench.units import figure, interval, quantity, unit
 from llmctl.bench.verdict import headline
 from llmctl.evaluate import svg
 
@@ -47,7 +47,7 @@ def print_comparison(result: Mapping[str, Any], title: str, console: Console) ->
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in shown_ratios(result):
         before, after = (result[letter]["figures"].get(name) for letter in ("a", "b"))
-        table.add_row(_with_unit(name), _brief(before), _brief(after), f"{row['ratio']:.3f}", _interval(row))
+        table.add_row(_with_unit(name), figure(before), figure(after), f"{row['ratio']:.3f}", interval(row))
     console.print(table)
     console.print(_level(result), highlight=False)
 
@@ -59,19 +59,6 @@ def _served(side: Mapping[str, Any]) -> str:
 
 def _with_unit(metric: str) -> str:
     return f"{metric.removesuffix('_ms')}, {unit(metric)}" if unit(metric) else metric
-
-
-def _brief(value: object) -> str:
-    return brief(value) if isinstance(value, int | float) else "-"
-
-
-def _interval(row: Mapping[str, Any]) -> str:
-    return "-" if row["low"] is None else f"{row['low']:.3f}–{_end(row['high'])}"
-
-
-def _end(high: float | None) -> str:
-    """The upper end of an interval; what is beyond ten times as much is not told apart."""
-    return f"{high:.3f}" if high is not None and high < 10 else "10 and more"
 
 
 def _level(result: Mapping[str, Any]) -> str:
@@ -87,7 +74,7 @@ def to_markdown(result: Mapping[str, Any], title: str) -> str:
             name,
             *(_quantity(name, result[letter]["figures"].get(name)) for letter in ("a", "b")),
             f"{row['ratio']:.3f}",
-            _interval(row),
+            interval(row),
             row["decision"] or "",
         ]
         for name, row in result["ratios"].items()
@@ -164,7 +151,7 @@ def _row_parts(name: str, row: Mapping[str, Any], y: float, x: Any, allowed: flo
             f'<rect x="{left:.1f}" y="{y - 9:.1f}" width="{right - left:.1f}" height="18" fill="#eee">'
             f"<title>allowed</title></rect>"
         )
-    said = f"{name}: {row['ratio']:.3f} ({_interval(row)}){', ' + row['decision'] if row['decision'] else ''}"
+    said = f"{name}: {row['ratio']:.3f} ({interval(row)}){', ' + row['decision'] if row['decision'] else ''}"
     if _drawable(row["low"]) and _drawable(row["high"]):
         parts.append(
             f'<line x1="{x(row["low"]):.1f}" y1="{y:.1f}" x2="{x(row["high"]):.1f}" y2="{y:.1f}" '

@@ -152,6 +152,11 @@ class EngineRun:
     interrupted: bool = False
 
 
+def cut_short() -> EngineRun:
+    """A run that a Ctrl-C ended before its first step."""
+    return EngineRun([], 0.0, StepWork(), interrupted=True)
+
+
 def run_items(
     engine: LLMEngine,
     tokenizer: Tokenizer,
@@ -163,7 +168,10 @@ def run_items(
     Raises:
         RequestError, CapacityError: an item that can never run.
     """
-    prompts = [tokenizer.encode(item.prompt) for item in items]
+    try:
+        prompts = [tokenizer.encode(item.prompt) for item in items]
+    except KeyboardInterrupt:
+        return cut_short()
     records = {
         str(i): RequestRecord(i, len(ids), item.output_tokens)
         for i, (ids, item) in enumerate(zip(prompts, items, strict=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from llmctl.artifact.builder import engine_target
@@ -10,9 +12,18 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.bench import gate, metrics, stats
 from llmctl.bench.config import BenchLatencyConfig, BenchThroughputConfig, OfflineConfig
 from llmctl.bench.environment import describe_environment, load_average
-from llmctl.bench.inprocess import BenchedEngine, EngineRun, peak_rss_bytes, prepare_engine, run_batches, run_items
+from llmctl.bench.inprocess import (
+    BenchedEngine,
+    EngineRun,
+    cut_short,
+    peak_rss_bytes,
+    prepare_engine,
+    run_batches,
+    run_items,
+)
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
+from llmctl.bench.ratios import paired_ratio, ratio_row
 from llmctl.bench.workloads import LengthRange, WorkItem, random_items
 from llmctl.errors import UsageError
 from llmctl.targets.base import StepLimits
@@ -30,7 +41,8 @@ DEFINITIONS = {
     "prefill_tokens_per_second": "tokens computed by steps that held any part of a prompt / seconds of those steps",
     "decode_tokens_per_second": "tokens sampled by steps without any part of a prompt / seconds of those steps",
     "batching": "static: requests of the same lengths in batches of max_num_seqs in order, the next when the last of a "
-    "batch has ended, nothing padded; ratio: continuous / static, all requests counted from the start in both",
+    "batch has ended, nothing padded; ratios: continuous / static, of each repeat, together their geometric mean "
+    "(of 8 and more an eighth is trimmed off either end) with its interval; all requests count from the start in both",
     "avg_latency": "seconds from a whole batch added to its last token, mean over iterations",
     "peak_rss_bytes": "most memory this process has held resident, engine loading included",
 }
@@ -85,17 +97,18 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     _warm_up(opened, items(config.num_warmups, _WARMUP_STREAM), progress)
     runs: list[EngineRun] = []
     static: list[EngineRun] = []
+
+    def play(repeat: int, how: str) -> EngineRun:
+        done = lambda r: progress.advance(not r.ok)  # noqa: E731
+        if how == STATIC:
+            alike = items(config.num_prompts, _STATIC_STREAM + repeat)
+            return run_batches(opened.engine, opened.tokenizer, alike, opened.loaded.sizes.max_num_seqs, done)
+        return run_items(opened.engine, opened.tokenizer, items(config.num_prompts, repeat), done)
+
     for repeat in range(config.num_repeats):
-        batch = items(config.num_prompts, repeat)
         for how in _batchings(config, repeat):
-            progress.start(f"requests {repeat + 1}/{config.num_repeats}, {how} batching", len(batch))
-            done = lambda r: progress.advance(not r.ok)  # noqa: E731
-            if how == STATIC:
-                alike = items(config.num_prompts, _STATIC_STREAM + repeat)
-                size = opened.loaded.sizes.max_num_seqs
-                static.append(run_batches(opened.engine, opened.tokenizer, alike, size, done))
-            else:
-                runs.append(run_items(opened.engine, opened.tokenizer, batch, done))
+            progress.start(f"requests {repeat + 1}/{config.num_repeats}, {how} batching", config.num_prompts)
+            (static if how == STATIC else runs).append(_run(partial(play, repeat, how)))
             if interrupted := _cut_short([*runs[-1:], *static[-1:]]):
                 break
         if interrupted:
@@ -181,18 +194,16 @@ def _against_static(
 ) -> dict[str, Any]:
     """Static batching's figures, and what continuous batching makes of them; intervals are over repeats."""
     names = ("output_throughput", "tokens_per_second", "median_ttft_ms", "median_e2el_ms")
-    mine, theirs = (_throughput_figures(runs, options) for runs in zip(*pairs, strict=True))
-    ratios: dict[str, list[float]] = {name: [] for name in names if theirs[name]}
-    for one, other in pairs:
-        now, before = _throughput_figures([one], options), _throughput_figures([other], options)
-        for name, values in ratios.items():
-            values.append(now[name] / before[name])
-    return {
-        "static": theirs,
-        "ratio": {name: mine[name] / theirs[name] for name in ratios},
-        "ratio_half_width": {name: stats.mean_interval(v, confidence).half_width for name, v in ratios.items()},
-        "ratio_repeats": ratios,
-    }
+    figures = [tuple(_throughput_figures([run], options) for run in pair) for pair in pairs]
+    theirs = _throughput_figures([other for _, other in pairs], options)
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        each = [(now[name], before[name]) for now, before in figures]
+        if all(now and before for now, before in each):
+            repeats = [now / before for now, before in each]
+            ratio = paired_ratio([math.log(value) for value in repeats], confidence)
+            found[name] = {**ratio_row(ratio), "repeats": repeats}
+    return {"static": theirs, "ratios": found}
 
 
 def _iterations(
@@ -204,18 +215,30 @@ def _iterations(
     progress: Progress,
 ) -> list[EngineRun]:
     """The measured iterations of a repeat, up to one that is cut short."""
+
+    def play(stream: int) -> EngineRun:
+        batch = _items(opened, config, config.batch_size, inputs, outputs, stream)
+        return run_items(opened.engine, opened.tokenizer, batch)
+
     count = config.num_iters_warmup + config.num_iters
     progress.start(f"iterations {repeat + 1}/{config.num_repeats}", count)
     runs: list[EngineRun] = []
     for i in range(count):
-        batch = _items(opened, config, config.batch_size, inputs, outputs, repeat * 1000 + i)
-        run = run_items(opened.engine, opened.tokenizer, batch)
+        run = _run(partial(play, repeat * 1000 + i))
         if i >= config.num_iters_warmup or run.interrupted:
             runs.append(run)
         if run.interrupted:
             break
         progress.advance()
     return runs
+
+
+def _run(play: Callable[[], EngineRun]) -> EngineRun:
+    """What is played; where a Ctrl-C comes while its prompts are made, a run that was cut short."""
+    try:
+        return play()
+    except KeyboardInterrupt:
+        return cut_short()
 
 
 def _kept(runs: Sequence[EngineRun]) -> list[EngineRun]:
@@ -281,7 +304,9 @@ def _items(
 def _warm_up(opened: BenchedEngine, items: list[WorkItem], progress: Progress) -> None:
     if items:
         progress.log("warming up")
-        run_items(opened.engine, opened.tokenizer, [WorkItem(i.prompt, i.input_tokens, 2) for i in items])
+        run = run_items(opened.engine, opened.tokenizer, [WorkItem(i.prompt, i.input_tokens, 2) for i in items])
+        if run.interrupted:
+            raise KeyboardInterrupt
 
 
 def _head(config: OfflineConfig, judge: Judge, opened: BenchedEngine, kind: str, **sizes: int) -> dict[str, Any]:

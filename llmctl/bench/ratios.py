@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,22 @@ class Ratio:
         if self.low is None or self.high is None:
             return None
         return self.high - self.value if self.value < 1 else self.value - self.low
+
+
+def ratio_row(ratio: Ratio) -> dict[str, Any]:
+    """A ratio in a result document; JSON has no infinity: None is an interval without an end."""
+    return {
+        "ratio": ratio.value,
+        "low": ratio.low,
+        "high": finite(ratio.high),
+        "confidence": ratio.confidence,
+        "method": ratio.method,
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Decision(StrEnum):

@@ -291,6 +291,7 @@ def run_profile(config: BenchProfileConfig, tell: Callable[[str], None]) -> dict
     Raises:
         UsageError: options that cannot be honoured.
         LlmctlError: whatever resolving, building or loading refuses; no memory for the KV cache that is needed.
+        KeyboardInterrupt: before any step was measured; later it ends the run, and ``interrupted`` says so.
     """
     Wanted.of(config, sys.maxsize)  # what any engine would refuse, before one is built
     if not config.model:
@@ -342,11 +343,20 @@ def _measured(
     bench = StepBench(profiler, step_tokens=engine.sizes.max_num_batched_tokens, steps=steps, done=tell)
     big = profiler.big_read()
     found: list[Profile] = []
-    if "decode" in wanted.only:
-        found += [bench.decode(batch, wanted.context) for batch in wanted.batches]
-    if "prefill" in wanted.only:
-        found.append(bench.prefill(wanted.prefill))
-    points = bench.contexts(wanted.contexts) if "growth" in wanted.only else []
+    points: list[Profile] = []
+    interrupted = False
+    try:
+        if "decode" in wanted.only:
+            for batch in wanted.batches:
+                found.append(bench.decode(batch, wanted.context))
+        if "prefill" in wanted.only:
+            found.append(bench.prefill(wanted.prefill))
+        if "growth" in wanted.only:
+            points = bench.contexts(wanted.contexts)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        interrupted = True
     line = growth(points) if len(points) > 1 else None
     return {
         **profiler.facts,
@@ -355,4 +365,5 @@ def _measured(
         "steps": [asdict(p) for p in found],
         "contexts": [asdict(p) for p in points],
         "growth": asdict(line) if line else None,
+        "interrupted": interrupted,
     }

@@ -12,7 +12,8 @@ from llmctl.bench import report, verdict
 from llmctl.bench.curves import HEIGHT, WIDTH, Line, Series, Spot, curves
 from llmctl.bench.gate import parse_slos
 from llmctl.bench.sweep_plan import RATE
-from llmctl.bench.sweep_view import COLUMNS, NOTE, level_of, number, rows, sentence, variant_of
+from llmctl.bench.sweep_view import COLUMNS, NOTE, level_of, rows, sentence, variant_of
+from llmctl.bench.units import figure
 from llmctl.evaluate import svg
 
 _LATENCIES = (
@@ -166,7 +167,7 @@ def _costs(result: Mapping[str, Any]) -> str:
     for point in result["points"]:
         cost = point["cost_per_million_tokens"]
         label = ", ".join(filter(None, (variant_of(point).label, level_of(point).label)))
-        cells.append([label, *(number(cost[kind]) for kind in ("input", "output", "total"))])
+        cells.append([label, *(figure(cost[kind]) for kind in ("input", "output", "total"))])
     price = f"<p>At {result['price_per_hour']:g} an hour; the whole price is laid on each kind of token in turn.</p>"
     return price + _html_table(header, cells)
 

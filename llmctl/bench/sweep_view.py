@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.bench.progress import Progress
 from llmctl.bench.sweep_plan import Level, Variant
+from llmctl.bench.units import figure
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,10 +97,10 @@ def variant_of(point: Mapping[str, Any]) -> Variant:
 
 def sentence(variant: Variant, level: Level, point: Mapping[str, Any]) -> str:
     """A point in one line."""
-    parts = [f"{number(point['output_throughput'])} tok/s"]
+    parts = [f"{figure(point['output_throughput'])} tok/s"]
     for name, words in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2el", "E2E")):
         if point.get(f"median_{name}_ms") is not None:
-            parts.append(f"{words} median {number(point[f'median_{name}_ms'])} ms")
+            parts.append(f"{words} median {figure(point[f'median_{name}_ms'])} ms")
     failed = f", {point['failed']} failed" if point["failed"] else ""
     parts.append(f"{point['completed']} requests{failed}")
     if point["missed"]:
@@ -124,11 +125,11 @@ def rows(points: Sequence[Mapping[str, Any]]) -> dict[str, list[list[str]]]:
         found.setdefault(variant_of(point).label, []).append(
             [
                 level_of(point).label + (KNEE if point["knee"] else ""),
-                *map(number, figures),
+                *map(figure, figures),
                 "-" if good is None else f"{good:.0%}",
-                *map(number, latencies),
+                *map(figure, latencies),
                 _MARKS[point["meets"]] + ("" if point["settled"] else "?"),
-                number(cost),
+                figure(cost),
             ]
         )
     return found
@@ -151,19 +152,3 @@ def tables(points: Sequence[Mapping[str, Any]]) -> list[Table]:
             table.add_row(*(row[i] for i in used))
         made.append(table)
     return made
-
-
-def number(value: object) -> str:
-    """Three digits that matter."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "-"
-    size = abs(value)
-    return (
-        f"{value:,.0f}"
-        if size >= 100
-        else f"{value:.1f}"
-        if size >= 10
-        else f"{value:.2f}"
-        if size >= 1
-        else f"{value:.3g}"
-    )

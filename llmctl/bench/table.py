@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llmctl.bench.metrics import LATENCIES
 from llmctl.bench.report import failure_lines
-from llmctl.bench.units import unit
+from llmctl.bench.units import interval, unit
 from llmctl.bench.verdict import headline, lines
 
 _COLOURS = {"pass": "green", "FAIL": "bold red", "OPEN": "bold yellow"}
@@ -59,12 +59,11 @@ def _batching(found: Mapping[str, Any]) -> Table:
     """Continuous batching against static batching, in which ``found`` has the ratios."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(f"batches of {found['batch_size']}")
-    for column in ("static", "continuous / static", "unit"):
+    for column in ("static", "continuous / static", "interval", "unit"):
         table.add_column(column, justify="right")
-    for key, ratio in found["ratio"].items():
-        half = found["ratio_half_width"][key]
-        spread = "" if half is None else f" ± {half:.2f}"
-        table.add_row(key.replace("_", " "), _number(found["static"][key]), f"{ratio:.2f}x{spread}", unit(key))
+    for key, row in found["ratios"].items():
+        ratio = f"{row['ratio']:.2f}x", interval(row, digits=2)
+        table.add_row(key.replace("_", " "), _number(found["static"][key]), *ratio, unit(key))
     return table
 
 
@@ -97,6 +96,7 @@ def _spread(result: Mapping[str, Any], key: str) -> str:
 
 
 def _number(value: object) -> str:
+    """With a digit more than ``units.brief``: these are read against another run's."""
     if not isinstance(value, int | float):
         return "-"
     if float(value).is_integer() and abs(value) < 1e12:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 _UNITS = {
     "_ms": "ms",
     "request_throughput": "req/s",
@@ -30,6 +34,20 @@ def brief(value: float) -> str:
     if float(value).is_integer() or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}".removesuffix(".0") if abs(value) >= 10 else f"{value:.3g}"
+
+
+def figure(value: object) -> str:
+    """``brief`` of a number, ``-`` of what is none."""
+    return brief(value) if isinstance(value, int | float) and math.isfinite(value) else "-"
+
+
+def interval(row: Mapping[str, Any], digits: int = 3) -> str:
+    """``0.98–1.02`` of a ratio in a result; what is beyond ten times as much is not told apart."""
+    if row["low"] is None:
+        return "-"
+    high = row["high"]
+    end = f"{high:.{digits}f}" if high is not None and high < 10 else "10 and more"
+    return f"{row['low']:.{digits}f}–{end}"
 
 
 def percent(share: float) -> str:

@@ -18,12 +18,12 @@ from llmctl.bench.config import (
     ReportConfig,
 )
 from llmctl.cli.bench_compare import compare
-from llmctl.cli.bench_exit import EXIT_CODES, finish
+from llmctl.cli.bench_exit import EXIT_CODES, INTERRUPTED, finish
 from llmctl.cli.bench_options import LATENCY, PROFILE, SERVE, SWEEP, THROUGHPUT, command_of
 from llmctl.cli.common import WholeNames, guarded, print_json
 from llmctl.cli.model_word import with_model_word
 from llmctl.config import option_of
-from llmctl.errors import UsageError
+from llmctl.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from llmctl.bench.outcome import Outcome
@@ -159,6 +159,9 @@ def profile(settings: BenchProfileConfig, json_output: bool) -> None:
     if settings.svg:
         write_text(Path(settings.svg), to_svg(result))
         print(f"wrote {settings.svg}", file=sys.stderr)
+    if result["interrupted"]:
+        print(INTERRUPTED, file=sys.stderr)
+        raise typer.Exit(int(ExitCode.INTERRUPTED))
 
 
 app.command("compare", cls=WholeNames, epilog=EXIT_CODES)(compare)

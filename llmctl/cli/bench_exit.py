@@ -17,6 +17,7 @@ EXIT_CODES = (
     "Exit codes: 0 pass, 1 run-time error, 2 usage, 3 failed requests, 4 objective missed, 5 regression, "
     "6 inconclusive (bench compare)."
 )
+INTERRUPTED = "interrupted: what was measured until then is in the result"
 
 
 def finish(outcome: Outcome, exit_zero: bool, title: str) -> None:
@@ -33,7 +34,7 @@ def finish(outcome: Outcome, exit_zero: bool, title: str) -> None:
     for line in said:
         print(line, file=sys.stderr)
     if code == ExitCode.INTERRUPTED:
-        print("interrupted: what was measured until then is in the result", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
     elif code == ExitCode.RUNTIME:
         for note in result.get("notes", ())[:1]:
             print(f"error: {note}", file=sys.stderr)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from llmctl.bench import offline
 from llmctl.bench.config import BenchThroughputConfig
 from llmctl.bench.inprocess import BenchedEngine, StepWork, prepare_engine, run_batches, run_items
 from llmctl.bench.workloads import WorkItem
+from llmctl.engine.llm_engine import LLMEngine
 
 Bench = Callable[..., Result]
 
@@ -104,9 +106,11 @@ def test_continuous_against_static_batching(bench: Bench, tiny_engine: Path) -> 
     assert found["batch_size"] == 2
     assert (doc["completed"], found["static"]["completed"]) == (12, 12)
     assert doc["total_output_tokens"] == found["static"]["total_output_tokens"], "the same lengths"
-    ratio = doc["output_throughput"] / found["static"]["output_throughput"]
-    assert found["ratio"]["output_throughput"] == pytest.approx(ratio)
-    assert len(found["ratio_repeats"]["output_throughput"]) == 2
+    row = found["ratios"]["output_throughput"]
+    one, other = row["repeats"]
+    assert row["ratio"] == pytest.approx((one * other) ** 0.5)
+    assert row["low"] * row["high"] == pytest.approx(row["ratio"] ** 2), "the interval is of this ratio"
+    assert (row["method"], row["confidence"]) == ("student-t", 0.95)
     assert "continuous / static" in result.stderr
     assert bench(*args, "--num-prompts", "2", "--batching", "static").exit_code == 2
     assert bench(*args, "--batching", "dynamic").exit_code == 2
@@ -189,14 +193,43 @@ def test_usage_errors_before_the_engine_is_loaded(
     assert said in result.stderr
 
 
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_ctrl_c_while_prompts_are_made_keeps_what_had_ended(
+    bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Between repeats and iterations no step runs, and what had ended is as good as ever."""
+    random_items, made = offline.random_items, [0]
+
+    def interrupted(*args: Any, **more: Any) -> Any:
+        made[0] += 1
+        if made[0] == 3:
+            raise KeyboardInterrupt
+        return random_items(*args, **more)
+
+    monkeypatch.setattr(offline, "random_items", interrupted)
+    sizes = {"throughput": ("--num-warmups", "0", "--num-prompts", "2"), "latency": ("--num-iters-warmup", "0")}[kind]
+    common = ("--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--input-len", "4", "--output-len", "2")
+    result = bench(kind, *common, *sizes, "--repeats", "4" if kind == "throughput" else "1", "--json")
+    assert result.exit_code == 130
+    doc = json.loads(result.stdout)
+    assert (doc["interrupted"], doc["completed"]) == (True, 2)
+
+
+def test_ctrl_c_while_warming_up_ends_the_run(bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLMEngine, "step", interrupted)
+    result = bench("throughput", "--model", str(tiny_engine), "--kv-cache-memory", "8MiB", "--output-len", "2")
+    assert (result.exit_code, result.stdout) == (130, "")
+
+
 @pytest.mark.parametrize("after", [3, 30])
 @pytest.mark.parametrize("kind", ["throughput", "latency"])
 def test_ctrl_c_keeps_what_had_ended(
     bench: Bench, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, after: int
 ) -> None:
     """Between steps: before anything had ended there is nothing to keep, later what had ended is the result."""
-    from llmctl.engine.llm_engine import LLMEngine
-
     step, steps = LLMEngine.step, [0]
 
     def interrupted(self: LLMEngine) -> object:

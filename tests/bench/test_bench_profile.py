@@ -171,6 +171,29 @@ def test_a_run_on_torch(tiny_engine: Path, bench: Bench, monkeypatch: pytest.Mon
     assert "--from-source" in result.stderr
 
 
+def test_ctrl_c_keeps_the_steps_that_were_measured(
+    tiny_engine: Path, tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmctl.targets.reference import profiling as on_torch
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_torch, "BIG", 1 << 20)
+    monkeypatch.setattr(StepBench, "prefill", interrupted)
+    chart = tmp_path / "profile.svg"
+    args = ("profile", "--model", str(tiny_engine), *SIZES[2:], "--batches", "1", "--steps", "1")
+    result = bench(*args, "--svg", str(chart), "--json")
+    assert result.exit_code == 130, result.stderr
+    doc = json.loads(result.stdout)
+    assert (doc["interrupted"], [step["name"] for step in doc["steps"]]) == (True, ["decode, batch 1"])
+    assert "interrupted: what was measured until then is in the result" in result.stderr
+    assert chart.exists()
+    monkeypatch.setattr(StepBench, "decode", interrupted)
+    result = bench(*args)
+    assert (result.exit_code, result.stdout) == (130, "")
+
+
 def needed(longest: int = 8192, **more: object) -> Need:
     return Wanted.of(BenchProfileConfig(**more), longest).need  # type: ignore[arg-type]
 
