@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from llmctl import __version__
+from llmctl.artifact.build_lock import build_lock
 from llmctl.artifact.loader import check_no_family, is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
 from llmctl.artifact.plan import BuildPlan, check_fits, check_options, plan_build
@@ -96,7 +94,7 @@ def ensure_engine(model: str, config: BuildConfig | EngineOptions, progress: Pro
         "builder": _builder_hash(),
     })  # fmt: skip
     folder = engines / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', plan.name)}-{key}"
-    with _locked(engines / f"{folder.name}.lock"):
+    with build_lock(folder):
         if not _is_complete(folder, plan):
             check_torch(f"{model} is not an engine yet: building one")
             print(f"building {plan.name} for {plan.target.name} into {folder}", file=sys.stderr, flush=True)
@@ -223,11 +221,3 @@ def _builder_hash() -> str:
 
 def _key(data: object) -> str:
     return hashlib.sha256(canonical_json(json.loads(json.dumps(data)))).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; released by the system if this one dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

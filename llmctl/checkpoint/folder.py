@@ -29,6 +29,12 @@ def check_parent(output: Path) -> None:
             raise UsageError(f"--output {output}: {parent} is not a folder", fix="name another folder", param="output")
 
 
+def writer_lives(temporary: Path) -> bool:
+    """Whether the process whose number ends a temporary's name lives, as far as the system says; False without one."""
+    pid = temporary.name.rpartition("-")[2]
+    return pid.isdigit() and (Path(f"/proc/{pid}").exists() or not Path("/proc").exists())
+
+
 @contextmanager
 def published_folder(final: Path) -> Iterator[Path]:
     """A new folder to fill; on success it takes the place of ``final``, on any error it is removed.
@@ -104,8 +110,7 @@ def _remove_abandoned(final: Path) -> None:
 def _abandoned(final: Path, kind: str) -> Iterator[Path]:
     """Folders of processes that are gone, as far as the system says which are."""
     for path in sorted(final.parent.glob(f".{glob.escape(final.name)}.{kind}-*")):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+        if path.name.rpartition("-")[2].isdigit() and not writer_lives(path):
             yield path
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from llmctl.artifact import cache as module
+from llmctl.artifact.build_lock import build_lock, is_locked
+from llmctl.artifact.cache import LEFTOVER, CacheEntry, remove_entry
 from llmctl.checkpoint.demo import DEMO_MODELS
 from llmctl.cli.cached import age
 from llmctl.cli.main import app
+from llmctl.errors import LlmctlError
 
+GONE = 2**30
+"""A number above any process's."""
 DEMO = DEMO_MODELS["demo:smollm2-135m"].file
 
 
@@ -28,6 +36,7 @@ def cache(tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (engines / "bad-0123456789abcdef").mkdir()
     (engines / "bad-0123456789abcdef" / "engine.json").write_text("{")
     (engines / ".tiny-x.tmp-1").mkdir()
+    (engines / "tiny-x.lock").touch()  # that nobody holds, while a process of that number lives
     (engines / ".tiny-x.tmp-1" / "part").write_bytes(b"12345")
     (root / "demo").mkdir()
     (root / "demo" / DEMO).write_bytes(b"GGUF")
@@ -93,10 +102,72 @@ def test_one_unknown_name_removes_nothing() -> None:
 
 
 def test_an_engine_that_is_being_built_stays(cache: Path) -> None:
-    with (cache / "engines" / "tiny-0123456789abcdef.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with build_lock(cache / "engines" / "tiny-0123456789abcdef"):
         assert "is being built now" in run("rm", "tiny-0123456789abcdef", "--yes", code=1).stderr
     assert "tiny-0123456789abcdef" in listed()
+
+
+def test_what_is_written_now_is_nobodys_to_remove(cache: Path) -> None:
+    written = [cache / "engines" / f".new-y.tmp-{GONE}", cache / "demo" / f".fetch-ab.tmp-{os.getpid()}"]
+    written.append(cache / f".kernels.tmp-{os.getppid()}")
+    for path in written:
+        path.mkdir()
+    with build_lock(cache / "engines" / "new-y"):
+        run("rm", "*", "--yes")
+        assert all(path.is_dir() for path in written)
+        assert listed() == {}
+        half = CacheEntry(written[0].name, LEFTOVER, "", "", 0, 0.0, written[0])
+        with pytest.raises(LlmctlError, match="is being built now"):
+            remove_entry(half)
+    assert set(listed()) == {written[0].name}
+    run("rm", ".new-y*", "--yes")
+    assert [path.name for path in (cache / "engines").iterdir()] == []
+
+
+def test_what_was_left_behind_is_listed_wherever_it_lies(cache: Path) -> None:
+    left = {f".kernels.tmp-{GONE}": cache, f".fetch-ab.tmp-{GONE}": cache / "demo", ".fetch-cd": cache / "demo"}
+    for name, folder in left.items():
+        (folder / name).mkdir()
+    (cache / ".ssh").mkdir()
+    assert set(listed()) >= set(left)
+    run("rm", "*", "--yes")
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == [".ssh"]
+    assert list((cache / "demo").iterdir()) == []
+
+
+def test_what_vanishes_while_it_is_counted_is_not_listed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = os.walk
+
+    def renamed_away(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for root, folders, files in walk(path):
+            (Path(root) / "part").unlink(missing_ok=True)
+            yield root, folders, files
+
+    monkeypatch.setattr(module.os, "walk", renamed_away)
+    assert listed()[".tiny-x.tmp-1"]["bytes"] == 0
+    children = module._children
+    monkeypatch.setattr(module, "_children", lambda folder: [*children(folder), folder / DEMO, folder / "gone"])
+    shutil.rmtree(cache / "demo")
+    assert "demo:smollm2-135m" not in listed()
+
+
+def test_who_waits_for_the_lock_of_a_removed_engine_has_it_anew(cache: Path) -> None:
+    engine = cache / "engines" / "tiny-0123456789abcdef"
+    entered = threading.Event()
+
+    def build() -> None:
+        with build_lock(engine) as lock:
+            assert lock.exists()
+            entered.set()
+            assert is_locked(engine)
+
+    with build_lock(engine) as lock:
+        waiting = threading.Thread(target=build)
+        waiting.start()
+        assert not entered.wait(0.1)
+        lock.unlink()
+    assert entered.wait(10)
+    waiting.join()
 
 
 @pytest.mark.usefixtures("cache")
