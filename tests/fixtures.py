@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.bench.local_server import free_port
-from llmctl.checkpoint.demo import cache_dir
+from llmctl.checkpoint.user_folders import cache_dir
 
 CHAT_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.bench.client import Target, run_load
 from llmctl.bench.endpoint import Endpoint, call, open_session
 from llmctl.bench.workloads import WorkItem
-from llmctl.errors import LlmctlError
+from llmctl.errors import LlmctlError, UsageError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -36,6 +37,25 @@ class ServerFacts:
     models: tuple[str, ...]
     version: str | None
     ready_wait: float
+
+
+def choose_model(named: str | None, server: ServerFacts, base_url: str) -> str:
+    """The model to ask for: the one that is named, else the server's first.
+
+    Raises:
+        UsageError: the server has no such model, or none is named and it names none.
+    """
+    if not server.models:  # one that does not tell may have any
+        if named:
+            return named
+        raise UsageError(f"{base_url}/v1/models: names no model", fix="give --model NAME", param="model")
+    if named and named not in server.models:
+        raise UsageError(
+            f"{base_url}: no model '{named}': it has {', '.join(server.models[:5])}",
+            fix=f"--model {shlex.quote(server.models[0])}",
+            param="model",
+        )
+    return named or server.models[0]
 
 
 class Patience:

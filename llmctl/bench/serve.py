@@ -19,7 +19,7 @@ from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_tokenizer import chunk_lengths, load_tokenizer, local_counter
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
-from llmctl.bench.readiness import Patience, ServerFacts, await_answer, await_server
+from llmctl.bench.readiness import Patience, ServerFacts, await_answer, await_server, choose_model
 from llmctl.bench.workloads import (
     DATASETS,
     LengthRange,
@@ -199,7 +199,7 @@ def connect(plan: Plan, progress: Progress) -> tuple[ServerFacts, Target]:
     """
     patience = Patience(plan.endpoint.base_url, plan.config.ready_timeout, progress.log)
     server = await_server(plan.endpoint, patience)
-    target = make_target(plan, choose_model(plan.config, plan.endpoint, server))
+    target = make_target(plan, choose_model(plan.config.model, server, plan.endpoint.base_url))
     await_answer(target, patience, progress.log)  # before it is asked to count tokens: some load after they answer
     return server, target
 
@@ -225,19 +225,6 @@ def _run_all(
     if not kept:
         raise KeyboardInterrupt
     return kept
-
-
-def choose_model(config: BenchServeConfig, endpoint: Endpoint, server: ServerFacts) -> str:
-    """The model to ask for.
-
-    Raises:
-        UsageError: neither the options nor the server name one.
-    """
-    if config.model:
-        return config.model
-    if not server.models:
-        raise UsageError(f"{endpoint.base_url}/v1/models: names no model", fix="give --model NAME", param="model")
-    return server.models[0]
 
 
 def find_counter(plan: Plan, model: str, progress: Progress) -> tuple[TokenCounter | None, str]:

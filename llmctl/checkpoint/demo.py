@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from llmctl.checkpoint.user_folders import cache_dir
 from llmctl.errors import CheckpointError, ModelNotFoundError
 
 log = logging.getLogger(__name__)
@@ -88,19 +89,6 @@ DEMO_MODELS = {
         sampling={},
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Where llmctl keeps what it can make or fetch again: ``$LLMCTL_CACHE``, else ``llmctl`` in the user's caches.
-
-    That is ``$XDG_CACHE_HOME``, else ``~/.cache``; a relative ``$XDG_CACHE_HOME`` is ignored, as the XDG Base Directory
-    Specification (0.8) says.
-    """
-    named = os.environ.get("LLMCTL_CACHE")
-    if named:
-        return Path(named).expanduser()
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (caches if caches.is_absolute() else Path.home() / ".cache") / "llmctl"
 
 
 def demo_model(name: str, *, allow_download: bool = True, verify: bool = False) -> Path:

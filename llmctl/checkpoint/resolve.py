@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from llmctl.checkpoint import hf_folder
-from llmctl.checkpoint.demo import DEMO_PREFIX, cache_dir, demo_model
+from llmctl.checkpoint.demo import DEMO_PREFIX, demo_model
+from llmctl.checkpoint.user_folders import cache_dir
 from llmctl.errors import CheckpointError, ModelNotFoundError
 
 __all__ = ["cache_dir", "resolve_model"]

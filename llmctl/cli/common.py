@@ -197,10 +197,10 @@ JsonOption = Annotated[
 ]
 
 
-def is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line, in the environment or in the YAML file."""
+def is_given(ctx: typer.Context, name: str, *, environment: bool = True) -> bool:
+    """Whether an option stands on the command line, in the environment (if that counts) or in the YAML file."""
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return source is not None and source.name not in ("DEFAULT", *(() if environment else ("ENVIRONMENT",)))
 
 
 def on_command_line(ctx: typer.Context, name: str) -> bool:

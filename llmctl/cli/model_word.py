@@ -15,6 +15,15 @@ from llmctl.errors import UsageError
 _Word = Annotated[str | None, typer.Argument(metavar="MODEL", help="The model, without --model.", show_default=False)]
 
 
+def takes_word(ctx: typer.Context, word: str, named: str) -> bool:
+    """Whether a word that stands where MODEL may is the model: it wins over a YAML file's, not over ``--model``.
+
+    Args:
+        named: the value of ``--model``, whose ever it is.
+    """
+    return word == named or not on_command_line(ctx, "model")
+
+
 def with_model_word(function: Callable[..., None]) -> Callable[..., None]:
     """A command whose ``--model`` may also stand without the option, where it wins over a YAML file's.
 
@@ -31,7 +40,7 @@ def with_model_word(function: Callable[..., None]) -> Callable[..., None]:
         ctx = values["ctx"] if takes_context else values.pop("ctx")
         if word is not None:
             named = values["model"]
-            if on_command_line(ctx, "model") and named != word:
+            if not takes_word(ctx, word, named):
                 raise UsageError(f"two models: '{word}' and --model '{named}'", fix="name one", param="model")
             values["model"] = word
         function(**values)

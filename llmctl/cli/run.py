@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmctl.cli import serve_options as o
-from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, is_given, print_json
-from llmctl.config import RunConfig, ServeConfig
+from llmctl.cli.common import AsOption, ConfigOption, JsonOption, guarded, is_given, on_command_line, print_json
+from llmctl.config import RunConfig, ServeConfig, option_of
 from llmctl.errors import LlmctlError, UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ BaseUrl = Annotated[
     typer.Option(
         "--base-url",
         metavar="URL",
-        help="Ask this server; MODEL is then one of its names, by default the first.",
+        help="Ask this server; MODEL is then one of its names, its first where no word stands here.",
         rich_help_panel=_SERVER,
     ),
 ]
@@ -141,7 +141,7 @@ def run(
     Example: [bold]git diff | llmctl run ./engine "Summarize this change."[/bold]
     """
     words = list(words or ())
-    if not model and words:
+    if words and not on_command_line(ctx, "model"):
         model = words.pop(0)
     settings = RunConfig(
         model=model,
@@ -160,7 +160,7 @@ def run(
         seed=seed,
         stop=stop,
     )
-    _check(settings, [name for name in ("as_family", *_ENGINE) if is_given(ctx, name)])
+    _check(settings, [name for name in ("as_family", *_ENGINE, "api_key") if is_given(ctx, name, environment=False)])
     prompt = _prompt(words)
     if json_output and prompt is None:
         raise UsageError("--json: is of one answer", fix='llmctl run MODEL "PROMPT" --json', param="json_output")
@@ -195,24 +195,29 @@ def run(
             print_json({"model": name, **answer.document()})
 
 
-def _check(settings: RunConfig, of_engine: list[str]) -> None:
+def _check(settings: RunConfig, given: list[str]) -> None:
     """Refuse, before anything is started, options that nothing could come of.
 
     Args:
-        of_engine: names of the options given that are of an engine of this machine.
+        given: those that are of an engine of this machine, or of another server, and were typed or stand in the file.
 
     Raises:
         UsageError.
     """
     if settings.raw and settings.system:
         raise UsageError("--system: with --raw texts go to the model as they are", fix="put it into the text")
+    if settings.raw and "chat_template" in given:
+        raise UsageError("--chat-template: with --raw texts go to the model as they are", fix="leave one of them out")
+    of_engine = [name for name in given if name != "api_key"]
     if settings.base_url is None:
         if not settings.model:
             raise UsageError("no model named", fix="llmctl run demo:smollm2-135m", param="model")
         if settings.insecure:
             raise UsageError("--insecure: is of --base-url", fix="leave it out", param="insecure")
+        if "api_key" in given:
+            raise UsageError("--api-key: is of --base-url", fix="leave it out", param="api_key")
     elif of_engine:
-        option = "--as" if of_engine[0] == "as_family" else "--" + of_engine[0].replace("_", "-")
+        option = option_of(of_engine[0])
         raise UsageError(
             f"{option}: is of an engine of this machine, and --base-url names a server",
             fix=f"leave {option} out, or give it to the server",
@@ -224,16 +229,20 @@ def _prompt(words: list[str]) -> str | None:
     """The question: the words, and below them what is piped in; None: there is none, and a chat is wanted.
 
     Raises:
-        UsageError: an empty one.
+        UsageError: an empty one, or not UTF-8 text.
     """
     from llmctl.cli.chat.terminal import piped_text
 
-    piped = piped_text()
+    piped = piped_text(awaited=not words)
     if piped is None and not words:
         return None
     text = "\n\n".join(part for part in (" ".join(words), (piped or "").strip()) if part)
     if not text:
         raise UsageError("the prompt is empty", fix='llmctl run MODEL "PROMPT", or a terminal for a chat')
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a byte of the command line that Python kept as a surrogate
+        raise UsageError("the prompt is not UTF-8 text", fix="convert it") from None
     return text
 
 
@@ -262,26 +271,16 @@ def _named_server(settings: RunConfig) -> tuple[Endpoint, str]:
         LlmctlError: nothing answers there. UsageError: no URL, or the server has no such model.
     """
     from llmctl.bench.endpoint import make_endpoint
-    from llmctl.bench.readiness import Patience, await_server
+    from llmctl.bench.readiness import Patience, await_server, choose_model
     from llmctl.cli.chat.terminal import say
 
     assert settings.base_url is not None
     endpoint = make_endpoint(settings.base_url, None, "openai-chat", settings.api_key, (), not settings.insecure)
     try:
-        names = await_server(endpoint, Patience(endpoint.base_url, 0.0, say)).models
+        server = await_server(endpoint, Patience(endpoint.base_url, 0.0, say))
     except LlmctlError as error:
         raise LlmctlError(error.message, fix="start it, or correct --base-url", param="base_url") from error
-    if settings.model and (settings.model in names or not names):  # a server that does not tell may have any
-        return endpoint, settings.model
-    if not names:
-        raise UsageError(f"{endpoint.base_url}/v1/models: names no model", fix="--model NAME", param="model")
-    if settings.model:
-        raise UsageError(
-            f"{endpoint.base_url}: no model '{settings.model}': it has {', '.join(names[:5])}",
-            fix=f'llmctl run --base-url {settings.base_url} --model {names[0]} "PROMPT"',
-            param="model",
-        )
-    return endpoint, names[0]
+    return endpoint, choose_model(settings.model, server, endpoint.base_url)
 
 
 @contextmanager
@@ -294,16 +293,21 @@ def _own_server(serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
 
     from llmctl.artifact.builder import ensure_engine
     from llmctl.bench.endpoint import make_endpoint
-    from llmctl.bench.local_server import ServerError, running, serve_command
+    from llmctl.bench.local_server import ServerError, option_words, running, serve_command
+    from llmctl.cli.chat.terminal import say
     from llmctl.serving.launch import check_config, default_model_name
 
     check_config(serving)
     engine = ensure_engine(serving.model, serving)
     name, key = default_model_name(str(engine)), secrets.token_urlsafe()
-    signal.signal(signal.SIGHUP, _hang_up)  # a closed terminal must not leave the server behind
-    command = serve_command(str(engine), [*_words(serving), *_ONE_AT_A_TIME])
+    options = [word for name in _ENGINE for word in option_words(name, getattr(serving, name))]
+    command = serve_command(str(engine), [*options, *_ONE_AT_A_TIME])
     try:
-        with running(command, environment={"LLMCTL_API_KEY": key}) as server:
+        with (
+            _ended_by_hang_up(),
+            # However long it loads: who waits at the terminal sees that it does, and has Ctrl-C.
+            running(command, ready_timeout=math.inf, environment={"LLMCTL_API_KEY": key}, tell=say) as server,
+        ):
             yield make_endpoint(server.url, None, "openai-chat", key, (), True), name
     except ServerError as error:
         raise _as_the_server_said(error) from error
@@ -318,15 +322,17 @@ def _as_the_server_said(error: ServerError) -> LlmctlError:
     return LlmctlError(message, fix=fix.removesuffix(")") or None)
 
 
-def _words(serving: ServeConfig) -> list[str]:
-    """The options of ``serve`` that make these settings."""
-    words: list[str] = []
-    defaults = {field.name: field.default for field in fields(ServeConfig)}
-    for name in _ENGINE:
-        value = getattr(serving, name)
-        if value != defaults[name]:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
+@contextmanager
+def _ended_by_hang_up() -> Iterator[None]:
+    """A closed terminal ends this process as an error would, for its server not to be left behind; nohup's does not."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, _hang_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _hang_up(number: int, _: object) -> None:

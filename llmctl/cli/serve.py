@@ -90,7 +90,7 @@ def serve(
     if ctx.args:  # not shown: after a comma too many it is a key
         raise UsageError(
             "unexpected extra argument",
-            fix="one MODEL; several names are --served-model-name A --served-model-name B",
+            fix="one MODEL, with --model or without; several names are --served-model-name A --served-model-name B",
         )
     settings = ServeConfig(
         model=model,

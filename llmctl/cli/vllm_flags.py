@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from llmctl.cli.common import on_command_line
+from llmctl.cli.model_word import takes_word
 from llmctl.errors import UsageError
 
 PANEL = "vLLM's flags"
@@ -118,7 +118,7 @@ def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:
     def command(**values: Any) -> None:
         flags = {flag: values.pop(flag.parameter) for flag in FLAGS}
         words = values["ctx"].args
-        if words and not on_command_line(values["ctx"], "model"):
+        if words and takes_word(values["ctx"], words[0], values["model"]):
             values["model"] = words.pop(0)
         for line in settled(flags, values["model"]):
             print(line, file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,9 @@ import pytest
 from cli.scripted_chat_server import ScriptedServer, scripted_server
 from typer.testing import CliRunner, Result
 
+from llmctl.cli.chat.terminal import piped_text, say
 from llmctl.cli.main import app
+from llmctl.cli.run import _ended_by_hang_up
 
 
 @pytest.fixture
@@ -136,15 +140,107 @@ def test_a_stream_that_ends_early_is_an_error(server: ScriptedServer) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["nobody", "why?"], "no model 'nobody': it has first, second (fix: llmctl run --base-url"),
+        (["nobody", "why?"], "no model 'nobody': it has first, second (fix: --model first)"),
         (["first", "why?", "--target", "cpu"], "--target: is of an engine of this machine"),
         (["first", "why?", "--raw", "--system", "x"], "--system: with --raw"),
+        (["first", "why?", "--raw", "--chat-template", "x"], "--chat-template: with --raw"),
+        (["first", "why \udcff?"], "the prompt is not UTF-8 text"),
         (["first", "--json"], "the prompt is empty"),
     ],
 )
 def test_what_nothing_could_come_of_is_refused(args: list[str], said: str, server: ScriptedServer) -> None:
     assert said in run(server, *args, piped="", code=2).stderr
     assert server.bodies == []
+
+
+@pytest.mark.parametrize("piped", [b"\x89PNG", "é".encode("latin-1")])
+def test_what_is_piped_in_is_utf_8(piped: bytes, server: ScriptedServer) -> None:
+    made = CliRunner().invoke(app, ["run", "--base-url", server.url, "first", "what is this?"], input=piped)
+    assert (made.exit_code, "what is piped in is not UTF-8 text: found byte 0x" in made.stderr) == (2, True)
+    assert server.bodies == []
+
+
+def test_a_pipe_that_stays_open_is_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmctl.cli.chat.terminal._SILENT_SECONDS", 0.05)
+    reading, writing = os.pipe()
+    said = ""
+
+    def end_it() -> None:
+        nonlocal said
+        end = time.monotonic() + 10
+        while not said and time.monotonic() < end:
+            said += capsys.readouterr().err
+        os.close(writing)
+
+    with open(reading, encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        ending = threading.Thread(target=end_it)
+        ending.start()
+        assert piped_text(awaited=False) == ""
+        ending.join()
+    assert said.startswith("reading what is piped in")
+
+
+def test_the_word_wins_over_a_files_model(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: first\n")
+    run(server, "--config", str(tmp_path / "r.yaml"), "second", "hi")
+    run(server, "--config", str(tmp_path / "r.yaml"), piped="hi")
+    run(server, "--model", "second", "hi", "there")
+    asked = [(body["model"], body["messages"][-1]["content"]) for body in server.bodies]
+    assert asked == [("second", "hi"), ("first", "hi"), ("second", "hi there")]
+
+
+@pytest.mark.parametrize("file", ["api-key: sk-secret\n", None])
+def test_a_key_is_for_another_server(file: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.yaml").write_text(file or "")
+    options = ["--config", str(tmp_path / "r.yaml")] if file else ["--api-key", "sk-secret"]
+    made = CliRunner().invoke(app, ["run", "nowhere.gguf", "hi", *options])
+    assert made.stderr == "error: --api-key: is of --base-url (fix: leave it out)\n"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    assert "nowhere.gguf" in CliRunner().invoke(app, ["run", "nowhere.gguf", "hi"]).stderr
+
+
+def test_what_cannot_be_shown_is_not_the_servers_fault(server: ScriptedServer) -> None:
+    command = [sys.executable, "-m", "llmctl.cli.main", "run", "--base-url", server.url, "first", "why?"]
+    with open("/dev/full", "wb") as full:
+        made = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert made.returncode != 0
+    assert b"error: No space left on device\n" in made.stderr
+    assert b"http" not in made.stderr
+
+
+def test_an_answer_without_a_text_is_told(server: ScriptedServer) -> None:
+    server.pieces, server.usage = [], {"prompt_tokens": 7, "completion_tokens": 0}
+    made = run(server, "first", "why?")
+    assert (made.stdout, made.stderr) == ("", "0 tokens, prompt 7 tokens\n")
+
+
+def test_an_answer_that_ends_its_line_is_not_given_another(server: ScriptedServer) -> None:
+    server.pieces = ["Blue.", "\n"]
+    assert run(server, "first", "why?").stdout == "Blue.\n"
+
+
+def test_a_server_cannot_command_the_terminal(server: ScriptedServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.refusal = (400, json.dumps({"error": {"message": "\x1b]0;title\x07"}}))
+    assert run(server, "first", "why?", code=1).stderr == "error: \\x1b]0;title\\x07\n"
+    say("\x1b]0;title\x07")
+    assert capsys.readouterr().err == "\\x1b]0;title\\x07\n"
+
+
+def test_hanging_up_ends_only_who_does_not_ignore_it() -> None:
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _ended_by_hang_up():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit) as left, _ended_by_hang_up():
+            signal.raise_signal(signal.SIGHUP)
+        assert left.value.code == 128 + signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, was)
 
 
 def test_no_server_and_no_model() -> None:
@@ -173,11 +269,15 @@ class Terminal:
         os.close(theirs)
         self.shown = ""
 
-    def until(self, text: str, seconds: float = 30.0) -> str:
-        """Everything shown until there is ``text``, which is taken away."""
+    def until(self, text: str, seconds: float = 30.0, again: str = "") -> str:
+        """Everything shown until there is ``text``, which is taken away. ``again``: is typed every second till then."""
         end = time.monotonic() + seconds
+        typed = -math.inf
         while text not in self.shown:
             assert time.monotonic() < end, f"expected {text!r}, found {self.shown!r}"
+            if again and time.monotonic() > typed + 1:
+                self.type(again)
+                typed = time.monotonic()
             if select.select([self._end], [], [], 0.1)[0]:
                 self.shown += os.read(self._end, 4096).decode(errors="replace")
         before, _, self.shown = self.shown.partition(text)
@@ -230,9 +330,8 @@ def test_a_chat_at_a_terminal(server: ScriptedServer, tmp_path: Path) -> None:
         terminal.type("/nothing\n")
         terminal.until("no command /nothing")
         terminal.until(">>> ")
-        time.sleep(0.3)  # Python sees a signal at its prompt only once it waits there
-        terminal.type("\x03")
-        terminal.until("/bye or Ctrl-D leaves")
+        # A signal that comes before Python waits at its prompt is not seen there until another key is.
+        terminal.until("/bye or Ctrl-D leaves", again="\x03")
         terminal.type("/bye\n")
         assert terminal.process.wait(10) == 0
     finally:

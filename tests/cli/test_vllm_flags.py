@@ -59,9 +59,9 @@ def test_a_line_that_gives_them_as_vllm_has_them() -> None:
 
 
 def test_the_model_by_place_or_by_name() -> None:
-    for args in (["m"], ["--model", "m"], ["--served-model-name", "a", "--model", "m"]):
+    for args in (["m"], ["--model", "m"], ["--served-model-name", "a", "--model", "m"], ["m", "--model", "m"]):
         assert serve(*args).exit_code == 0
-    assert [config.model for config in GIVEN] == ["m"] * 3
+    assert [config.model for config in GIVEN] == ["m"] * 4
     for args in (["m", "more"], ["--model", "m", "more"], ["m", "--served-model-name", "a", "more"]):
         made = serve(*args)
         assert (made.exit_code, made.stderr.partition(" (")[0]) == (2, "error: unexpected extra argument")

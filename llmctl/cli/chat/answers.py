@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -112,19 +113,39 @@ class AnswerStream:
 
         Raises:
             LlmctlError: the server refuses the request, cannot be reached or ends without saying that it is done.
+            OSError: of ``show``.
             KeyboardInterrupt: ``answer`` then holds what had come.
         """
         self._runner.run(self._ask(path, body, answer, show))
 
     async def _ask(self, path: str, body: dict[str, Any], answer: Answer, show: Show) -> None:
+        answer.started = time.monotonic()
+        async with contextlib.aclosing(self._payloads(path, body, answer)) as payloads:
+            async for payload, now in payloads:
+                _take(payload, answer, now, show)  # not in there: errors of what shows it are not the server's
+
+    async def _payloads(
+        self, path: str, body: dict[str, Any], answer: Answer
+    ) -> AsyncGenerator[tuple[bytes, float], None]:
+        """The payloads of the answer's events, each with the time at which it came; all before are in ``answer``."""
         import aiohttp
 
-        answer.started = time.monotonic()
         try:
             async with self._opened().post(self._endpoint.base_url + path, json=body) as response:
                 if response.status != 200:
                     raise LlmctlError(_refusal(response.status, await response.text(errors="replace")))
-                await _read(response, answer, show)
+                lines = SseLines()
+                async for data in response.content.iter_any():
+                    now = time.monotonic()
+                    for payload in lines.feed(data):
+                        if payload == DONE:
+                            return
+                        yield payload, now
+                for payload in lines.flush():
+                    if payload != DONE:
+                        yield payload, time.monotonic()
+                if answer.finish_reason is None:
+                    raise _cut_short(response, answer)
         except (aiohttp.ClientError, OSError) as error:
             raise LlmctlError(
                 f"{self._endpoint.base_url}: {' '.join(str(error).split()) or type(error).__name__}"
@@ -143,22 +164,11 @@ class AnswerStream:
         return self._session
 
 
-async def _read(response: aiohttp.ClientResponse, answer: Answer, show: Show) -> None:
-    lines = SseLines()
-    async for data in response.content.iter_any():
-        now = time.monotonic()
-        for payload in lines.feed(data):
-            if payload == DONE:
-                return
-            _take(payload, answer, now, show)
-    for payload in lines.flush():
-        if payload != DONE:
-            _take(payload, answer, time.monotonic(), show)
-    if answer.finish_reason is None:
-        kind = response.headers.get("Content-Type", "none")
-        raise LlmctlError(
-            "the answer ended early: expected a finish_reason or [DONE]" + ("" if answer.pieces else f", found {kind}")
-        )
+def _cut_short(response: aiohttp.ClientResponse, answer: Answer) -> LlmctlError:
+    kind = response.headers.get("Content-Type", "none")
+    return LlmctlError(
+        "the answer ended early: expected a finish_reason or [DONE]" + ("" if answer.pieces else f", found {kind}")
+    )
 
 
 def _take(payload: bytes, answer: Answer, now: float, show: Show) -> None:

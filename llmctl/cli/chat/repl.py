@@ -17,12 +17,14 @@ def ask(stream: AnswerStream, chat: Conversation, text: str, *, show: bool = Tru
         LlmctlError: as ``AnswerStream.ask``. KeyboardInterrupt: what had come is taken in.
     """
     answer, printer = Answer(), AnswerPrinter()
+    whole = False
     try:
         stream.ask(chat.path, chat.body(text), answer, printer.show if show else _unseen)
+        whole = True
     finally:
         if show:
             printer.end()
-            if answer.pieces:
+            if whole or answer.pieces:  # an answer without a text is one, too
                 say(answer.speed_line())
         chat.add(text, answer.text)
     return answer

@@ -5,25 +5,40 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from llmctl.checkpoint.user_folders import state_dir
+from llmctl.errors import UsageError
 
 _PROMPT, _MORE = ">>> ", "... "
 _QUOTES = '"""'
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _HISTORY_LINES = 1000
+_SILENT_SECONDS = 1.0
+_STILL_READING = "reading what is piped in, until it ends; where nothing is: < /dev/null"
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Unicode's controls (Cc) but tab and line feed, overrides and isolates of direction, and surrogates."""
 
 
 def history_file() -> Path:
     """Where typed lines are kept: ``llmctl/run_history`` below ``$XDG_STATE_HOME``, else below ``~/.local/state``."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "llmctl" / "run_history"
+    return state_dir() / "run_history"
 
 
-def piped_text() -> str | None:
-    """What is piped into this process, or redirected from a file; None at a terminal, or where there is no input."""
+def piped_text(*, awaited: bool) -> str | None:
+    """What is piped into this process, or redirected from a file; None at a terminal, or where there is no input.
+
+    Args:
+        awaited: nothing else is there to go on with. Otherwise, a pipe that stays open is spoken of.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return None
     with contextlib.suppress(io.UnsupportedOperation, OSError):
@@ -31,14 +46,28 @@ def piped_text() -> str | None:
         # What is neither a pipe nor a file may stay open for ever and say nothing, such as a service's socket.
         if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
             return None
-    return sys.stdin.read()
+    notice = threading.Timer(_SILENT_SECONDS, say, (_STILL_READING,))
+    notice.daemon = True
+    if not awaited:
+        notice.start()
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"what is piped in is not UTF-8 text: found byte 0x{error.object[error.start]:02x} at {error.start}",
+            fix="convert it, or leave it out",
+        ) from None
+    finally:
+        notice.cancel()
+    return io.StringIO(text, newline=None).read()
 
 
 def printable(text: str) -> str:
-    """Text without what a terminal would obey: escapes and other controls are shown as such."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """Text without what a terminal would obey: escapes, other controls and what turns lines around are shown as such.
+
+    All else is the text's: spaces that do not break, joiners of letters and emojis.
+    """
+    return text if text.isprintable() else _OBEYED.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
 
 
 class LineReader:
@@ -101,26 +130,30 @@ class AnswerPrinter:
 
     def __init__(self) -> None:
         self._reasons = False
-        self._at_line_start = True
+        self._begun = False  # since the reasoning, if there was any
+        self._line_is_open = False
         self._terminal = sys.stdout.isatty()
 
     def show(self, piece: str, reasoning: bool) -> None:
         """A piece of it."""
         if reasoning != self._reasons:
             self._switch(reasoning)
+        if not reasoning and self._terminal:
+            piece = printable(piece if self._begun else piece.lstrip("\n"))
+        if not piece:
+            return
         if reasoning:
             print(printable(piece), end="", file=sys.stderr, flush=True)
         else:
-            if self._terminal:
-                piece = printable(piece.lstrip("\n") if self._at_line_start else piece)
             print(piece, end="", flush=True)
-        self._at_line_start = self._at_line_start and not piece
+            self._line_is_open = not piece.endswith("\n")
+        self._begun = True
 
     def end(self) -> None:
         """The answer is over, whole or not."""
         if self._reasons:
             self._switch(False)
-        if not self._at_line_start:
+        if self._line_is_open:
             print(flush=True)
 
     def _switch(self, reasoning: bool) -> None:
@@ -129,11 +162,11 @@ class AnswerPrinter:
             print(_DIM if dim else "", end="", file=sys.stderr)
         else:
             print(_PLAIN if dim else "", file=sys.stderr, flush=True)
-            self._at_line_start = True
+            self._begun = False
         self._reasons = reasoning
 
 
 def say(text: str) -> None:
     """A line about the chat, on stderr; dim at a terminal."""
-    dim = sys.stderr.isatty()
+    dim, text = sys.stderr.isatty(), printable(text)  # a server's names are in it
     print(f"{_DIM}{text}{_PLAIN}" if dim else text, file=sys.stderr, flush=True)

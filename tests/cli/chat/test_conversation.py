@@ -100,3 +100,9 @@ def test_raw_has_no_turns() -> None:
 
 def test_a_model_cannot_command_the_terminal() -> None:
     assert printable("a\x1b]0;title\x07b\n\tç🎉") == "a\\x1b]0;title\\x07b\n\tç🎉"
+    assert printable("a\x9b\u202e\u2066\ud800\r") == "a\\x9b\\u202e\\u2066\\ud800\\r"
+
+
+@pytest.mark.parametrize("text", ["Bonjour\xa0!", "l\u202feau", "می\u200cخواهم", "👨\u200d👩\u200d👧"])
+def test_what_languages_write_is_shown_as_it_is(text: str) -> None:
+    assert printable(text + "\x07") == text + "\\x07"
