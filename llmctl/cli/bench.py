@@ -81,7 +81,9 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
 
     from llmctl.bench.outcome import write_reports
     from llmctl.bench.sweep import run_sweep
-    from llmctl.bench.sweep_report import found_lines, to_csv, to_html, to_markdown, to_svg
+    from llmctl.bench.sweep_charts import to_svg
+    from llmctl.bench.sweep_page import to_html
+    from llmctl.bench.sweep_report import found_lines, to_csv, to_markdown
     from llmctl.bench.sweep_view import NOTE, SweepView, tables
 
     title = "llmctl bench sweep"
