@@ -136,8 +136,8 @@ def _growth_line(line: Mapping[str, float]) -> str:
 
 
 def _slope(line: Mapping[str, float], name: str) -> str:
-    """A slope that the step's is held against; no ratio to one that does not rise."""
-    ratio = f" (ratio {line['step'] / line[name]:.2f})" if line[name] > 0 else ""
+    """A slope that the step's is held against; no ratio to what does not rise, or by noise alone."""
+    ratio = f" (ratio {line['step'] / line[name]:.2f})" if min(line["predicted"], line[name]) > 0 else ""
     return f"{1e3 * line[name]:.0f}{ratio}"
 
 

@@ -112,7 +112,7 @@ def test_growth_fits_a_line() -> None:
 
 def test_growth_of_a_cache_that_does_not_grow() -> None:
     """Every context is longer than attention's window: there is nothing to predict from."""
-    still = {"step": 0.001, "attention": 0.0, "predicted": 0.0, "bound": 0.0, "worst": 0.01}
+    still = {"step": 0.001, "attention": 0.0, "predicted": 0.0, "bound": 1e-9, "worst": 0.01}
     said = profile_report._growth_line(still)
     assert "step 1, its attention 0, predicted from KV bytes 0, of the read bound 0 (no context makes them more" in said
     assert "predicted from KV bytes 1 (ratio 1.00)" in profile_report._growth_line({**still, "predicted": 0.001})
