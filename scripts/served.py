@@ -56,7 +56,7 @@ class Server:
 
 def get(url: str, headers: Mapping[str, str] | None = None) -> bytes:
     """A body; raises OSError unless the status is 200."""
-    with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=10) as answer:
+    with local_server.DIRECT.open(urllib.request.Request(url, headers=dict(headers or {})), timeout=10) as answer:
         return bytes(answer.read())
 
 

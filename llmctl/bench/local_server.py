@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from llmctl.errors import LlmctlError, UsageError
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 60.0
+_GRACE_SECONDS = 10.0
 _LAST_WORDS_SECONDS = 10.0
 _NEWS_EVERY_SECONDS = 10.0
 _LOG_CHARS = 3000
@@ -30,6 +32,8 @@ ADDRESS = frozenset({"host", "port", "root_path", "ssl_keyfile", "ssl_certfile"}
 """Fields of ``ServeConfig`` that are decided here: how the server is reached."""
 # A key of the environment would keep the bench itself out.
 _KEYS = ("LLMCTL_API_KEY", "LLMCTL_API_KEY_FILE", "LLMCTL_PRIORITY_KEYS")
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""For our own servers: ``urlopen`` asks a proxy of the environment, of 127.0.0.1 too."""
 
 
 class ServerError(LlmctlError):
@@ -148,6 +152,9 @@ def running(
 ) -> Iterator[LocalServer]:
     """``COMMAND --port N``, from the moment its ``/ready`` answers 200 until the context ends; then SIGTERM.
 
+    Whatever ends the context ends the server: a terminal that is closed and SIGTERM too, which end the program as
+    ``sys.exit`` does where nothing else was made of them.
+
     Args:
         ready_timeout: seconds from start to ready.
         environment: added to this process's, of which API keys of a server are taken away.
@@ -158,7 +165,7 @@ def running(
     """
     port = free_port()
     variables = {name: value for name, value in os.environ.items() if name not in _KEYS} | dict(environment or {})
-    with tempfile.TemporaryFile("w+b") as log:
+    with _ended_by_signals(), tempfile.TemporaryFile("w+b") as log:
         start = time.monotonic()
         process = subprocess.Popen(
             [*command, "--port", str(port)],
@@ -181,7 +188,29 @@ def running(
             why = f"exit code {process.returncode} ({type(error).__name__}: {error})"
             raise server.fail(f"the server ended by itself, {why}") from error
         finally:
-            _kill(process)
+            _end(server)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGHUP and SIGTERM as SystemExit: their default action would leave the server behind, in its own session.
+
+    A signal that is ignored (``nohup``) or handled stays so.
+    """
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    numbers: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [n for n in (signal.SIGHUP, signal.SIGTERM) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _await_ready(
@@ -208,7 +237,7 @@ def _last_line(text: str) -> str:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with DIRECT.open(url, timeout=10) as answer:
             return bool(answer.status == 200)
     except (OSError, http.client.HTTPException):  # urllib's own errors are OSErrors
         return False
@@ -231,8 +260,18 @@ def _await_end(server: LocalServer) -> None:
         raise server.fail(f"the server ended with exit code {code}")
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End its whole session: children that outlive it would take the next server's processors."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _end(server: LocalServer) -> None:
+    """End it and its whole session: children that outlive it would take the next server's processors.
+
+    One that was not told to end yet has a little time for it, unless another Ctrl-C ends that.
+    """
+    process = server.process
+    try:
+        if not server.terminated and process.poll() is None:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

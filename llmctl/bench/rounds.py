@@ -8,9 +8,8 @@ then, and no lasting difference between the sides; and at no time do two servers
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, groupby
 from typing import Any
@@ -70,7 +69,9 @@ class FailedRequestsError(Exception):
     """A visit in which more requests failed than are allowed; it carries the visits of its round so far."""
 
     def __init__(self, visits: Sequence[Visit]) -> None:
-        super().__init__("too many requests failed")
+        figures, failures = visits[-1].figures, visits[-1].failures
+        first = "".join(f": {row['messages'][0]}" for row in failures[:1])
+        super().__init__(f"{figures['failed']} of {figures['failed'] + figures['completed']} requests failed{first}")
         self.visits = tuple(visits)
 
 
@@ -99,14 +100,14 @@ class Player:
         busy = psutil.cpu_percent(interval=0.2) / 100
         visits: list[Visit] = []
         for letter, stretch in groupby(order.lower()):
-            with contextlib.closing(self._visits(letter, len(list(stretch)))) as played:
-                for visit in played:
-                    visits.append(visit)
-                    if visit.failed_ratio > self._plan.config.max_failed_ratio:
-                        raise FailedRequestsError(visits)
+            self._stretch(letter, len(list(stretch)), visits)
         return Round(order, busy, tuple(visits))
 
-    def _visits(self, letter: str, times: int) -> Generator[Visit]:
+    def _stretch(self, letter: str, times: int, visits: list[Visit]) -> None:
+        """Visits of one side, one after another, added to the round's.
+
+        Requests that failed are an error while the side is open: if its server has died, it tells why.
+        """
         config, side = self._plan.config, self.sides[letter]
         with side.opened(config.ready_timeout, self._progress.log) as url:
             plan = replace(
@@ -118,7 +119,9 @@ class Player:
             target = self._ready(letter, plan)
             counter = self._count_by(plan, target)
             for _ in range(times):
-                yield self._visit(letter, plan, target, counter)
+                visits.append(self._visit(letter, plan, target, counter))
+                if visits[-1].failed_ratio > config.max_failed_ratio:
+                    raise FailedRequestsError(visits)
 
     def _ready(self, letter: str, plan: Plan) -> Target:
         server, target = connect(plan, self._progress)

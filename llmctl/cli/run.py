@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -303,11 +301,8 @@ def _own_server(serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
     options = [word for name in _ENGINE for word in option_words(name, getattr(serving, name))]
     command = serve_command(str(engine), [*options, *_ONE_AT_A_TIME])
     try:
-        with (
-            _ended_by_hang_up(),
-            # However long it loads: who waits at the terminal sees that it does, and has Ctrl-C.
-            running(command, ready_timeout=math.inf, environment={"LLMCTL_API_KEY": key}, tell=say) as server,
-        ):
+        # However long it loads: who waits at the terminal sees that it does, and has Ctrl-C.
+        with running(command, ready_timeout=math.inf, environment={"LLMCTL_API_KEY": key}, tell=say) as server:
             yield make_endpoint(server.url, None, "openai-chat", key, (), True), name
     except ServerError as error:
         raise _as_the_server_said(error) from error
@@ -320,20 +315,3 @@ def _as_the_server_said(error: ServerError) -> LlmctlError:
         return error
     message, _, fix = line.removeprefix("error: ").partition(" (fix: ")
     return LlmctlError(message, fix=fix.removesuffix(")") or None)
-
-
-@contextmanager
-def _ended_by_hang_up() -> Iterator[None]:
-    """A closed terminal ends this process as an error would, for its server not to be left behind; nohup's does not."""
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGHUP, _hang_up)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def _hang_up(number: int, _: object) -> None:
-    sys.exit(128 + number)

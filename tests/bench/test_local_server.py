@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import sys
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from llmctl.bench import local_server
+from llmctl.bench.config import BenchCompareConfig
 from llmctl.bench.local_server import ServerError, running, serve_command, split_options
+from llmctl.bench.progress import Progress
+from llmctl.bench.rounds import Player, Visit
+from llmctl.bench.serve import make_plan
 from llmctl.cli import serve_options
 from llmctl.errors import UsageError
 
@@ -77,8 +83,9 @@ def wait_gone(pid: int) -> None:
 
 def test_from_ready_to_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCTL_API_KEY", "secret")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody there
     with running(STUB, environment={"READY_AFTER": "2"}) as server:
-        with urllib.request.urlopen(server.url + "/x", timeout=10) as answer:
+        with local_server.DIRECT.open(server.url + "/x", timeout=10) as answer:
             assert answer.read() == b"no key", "the bench would be kept out"
         assert server.ready_seconds > 0
         said = server.said()
@@ -133,6 +140,62 @@ def test_an_error_of_the_block_is_the_servers_only_if_it_died(dies: bool) -> Non
 
     with pytest.raises(ServerError if dies else LookupError, match="in the block"):
         block()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, LookupError])
+def test_whatever_ends_the_block_the_server_is_told_to_end_first(error: type[BaseException]) -> None:
+    with pytest.raises(error), running(STUB) as server:
+        raise error
+    assert server.process.returncode == 0, "SIGTERM, not SIGKILL"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_ends_the_server_too_unless_it_is_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with running(STUB):
+            assert signal.getsignal(number) == signal.SIG_IGN, "as under nohup"
+        signal.signal(number, signal.SIG_DFL)
+        with pytest.raises(SystemExit) as caught, running(STUB) as server:
+            assert signal.getsignal(number) != signal.SIG_DFL
+            os.kill(os.getpid(), number)
+            signal.pause()
+        assert caught.value.code == 128 + number
+        assert server.process.returncode == 0
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+
+
+class StubSide:
+    """The stub as a side of a comparison."""
+
+    shown, model, server = "stub", None, None
+
+    @contextlib.contextmanager
+    def opened(self, ready_timeout: float, tell: Callable[[str], None]) -> Iterator[str]:
+        with running(STUB, ready_timeout=ready_timeout, tell=tell) as self.server:
+            yield self.server.url
+
+
+def test_requests_that_failed_because_the_server_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison's visit: the server's end is told, and what it said last; not only that nobody answers."""
+    side = StubSide()
+
+    def visit(*_: object) -> Visit:
+        assert side.server is not None
+        side.server.process.kill()
+        figures = {"failed": 2, "completed": 0, "failed_ratio": 1.0}
+        return Visit("a", "", figures, [{"kind": "connect", "count": 2, "messages": ["cannot connect"]}])
+
+    for name in ("_ready", "_count_by"):
+        monkeypatch.setattr(Player, name, lambda *_: None)
+    monkeypatch.setattr(Player, "_visit", visit)
+    said = (
+        r"ended by itself, exit code -9 \(FailedRequestsError: 2 of 2 requests failed: cannot connect\); it said last"
+    )
+    with pytest.raises(ServerError, match=said):
+        Player(make_plan(BenchCompareConfig()), side, side, Progress()).play(0)
 
 
 def test_news_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
