@@ -8,8 +8,10 @@
 Records rounds of two kinds on this machine, the kinds in turns: a model against itself (A/A), and against itself with
 every step of the engine longer, so that it does --slowdown less in the same time. Then it makes 2,000 comparisons of
 rounds drawn from each kind's, with replacement, and counts their verdicts; --live N also plays N comparisons of each
-kind. Rounds and verdicts are kept in --work: a run that was ended goes on where it was. --simulate SD makes the rounds
-up instead, each anew, with normal noise of so large a standard deviation (a share). Markdown on stdout.
+kind. Rounds and verdicts are kept in --work: a run that was ended goes on where it was, if it is of the same version
+of the code, and its live comparisons of the same rules. --simulate SD makes the rounds up instead, each anew, with
+normal noise of so large a standard deviation (a share); also those of a B that is as slow as is just allowed.
+Markdown on stdout.
 
 A round is 3 starts of the server and 4 loads: with the demo model on two idle cores and the load below some 20 seconds,
 so that 30 rounds of each kind take 20 minutes, the resamplings ten more (on both cores), and 20 live comparisons of
@@ -34,6 +36,7 @@ from typing import Any
 import numpy as np
 from md_table import markdown_table
 
+from llmctl import __version__
 from llmctl.bench import local_server
 from llmctl.bench.compare import Look, Rules, round_document, rules_of, run_compare
 from llmctl.bench.config import BenchCompareConfig
@@ -209,16 +212,20 @@ def main() -> int:
     try:
         rules = rules_of(make_plan(config), config)
         if args.simulate is not None:
-            slowdowns = {"equal": 0.0, "slowed": args.slowdown}
-            ways = {kind: partial(simulate, rules, slowdowns[kind], args.simulate) for kind in KINDS}
+            # What is allowed of a latency, which becomes 1 / (1 - slowdown) as much.
+            slowdowns = {"equal": 0.0, "at the limit": rules.allowed / (1 + rules.allowed), "slowed": args.slowdown}
+            ways = {kind: partial(simulate, rules, share, args.simulate) for kind, share in slowdowns.items()}
             print(table("Simulated:", spread_out(ways, args.resamplings)))
             return 0
         work.mkdir(parents=True, exist_ok=True)
-        check_same(work, config, args)
+        check_kept(work / "experiment.json", experiment_document(config, args), "another experiment is kept there")
         rounds = record(config, work, args, progress)
         ways = {kind: partial(resample, rules, rounds[kind]) for kind in KINDS}
         tables = [spread(rounds, rules.metrics), table("Drawn from them:", spread_out(ways, args.resamplings))]
         if args.live:
+            check_kept(
+                work / "live.json", rules_document(rules, config), "live comparisons by other rules are kept there"
+            )
             tables.append(table("Live:", live(config, work, args, progress)))
     except LlmctlError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -256,20 +263,36 @@ def configured(args: argparse.Namespace) -> BenchCompareConfig:
     return replace(config, **more)
 
 
-def check_same(work: Path, config: BenchCompareConfig, args: argparse.Namespace) -> None:
-    """Refuse rounds of another experiment.
-
-    Raises:
-        LlmctlError: the folder holds one.
-    """
-    mine = {
+def experiment_document(config: BenchCompareConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """What rounds must have in common: the load, what is served, the code and the processor."""
+    environment = describe_environment()
+    return {
         **{name: getattr(config, name) for name in ("num_prompts", "max_concurrency", "input_len", "output_len")},
         **{"model": str(args.model), "serve_args": list(args.serve_args), "slowdown": args.slowdown},
-        "cpu": describe_environment()["cpu_model"],
+        **{"cpu": environment["cpu_model"], "version": __version__, "git_commit": environment["git_commit"]},
     }
-    path = work / "experiment.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != mine:
-        raise LlmctlError(f"{path}: another experiment is kept there", fix="another --work")
+
+
+def rules_document(rules: Rules, config: BenchCompareConfig) -> dict[str, Any]:
+    """What live comparisons must have in common as well."""
+    return {
+        **{"metrics": list(rules.metrics), "allowed": rules.allowed, "confidence": config.confidence},
+        "looks": list(rules.looks.rounds),
+    }
+
+
+def check_kept(path: Path, mine: Mapping[str, Any], said: str) -> None:
+    """Keep what this run is of beside its results.
+
+    Raises:
+        LlmctlError: the folder holds those of another; it names what differs.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mine
+    differing = [
+        f"{key} {kept.get(key)!r} there, {value!r} here" for key, value in mine.items() if kept.get(key) != value
+    ]
+    if differing:
+        raise LlmctlError(f"{path}: {said}: {'; '.join(differing)}", fix="another --work")
     path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
 
 

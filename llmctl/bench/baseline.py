@@ -29,7 +29,8 @@ class Delta:
         change: ``(current - baseline) / baseline``; worse: the same with the sign that means "worse" positive.
         noise: how far the change's confidence interval reaches towards no change, as a share of the baseline; None
             when neither side has repeats.
-        decision: what they make of it, as of any ratio (``ratios.Worsening.decide``). method: of the interval.
+        decision: what they make of it, as of any ratio (``ratios.Worsening.decide_at_once``).
+            method: of the interval.
     """
 
     metric: str
@@ -133,7 +134,7 @@ def compare_values(
     if ratio is not None:
         base, now = stats.geometric_mean(before), stats.geometric_mean(after)
         found = Worsening.of(ratio, better_up)
-        decision = found.decide(max_regression)
+        decision = found.decide_at_once(max_regression)
         return Delta(metric, base, now, ratio.value - 1, found.worse, ratio.noise, decision, ratio.method)
     # There is no ratio to a value of 0 (no good request a second, say): the difference, as a share of the baseline.
     change = (now - base) / abs(base) if base else 0.0 if now == 0 else math.copysign(math.inf, now)
@@ -141,7 +142,9 @@ def compare_values(
     noise = None if half is None else half / abs(base) if base else 0.0 if half == 0 else math.inf
     worse = -change if better_up else change
     within = Worsening(worse, None, None) if noise is None else Worsening(worse, worse - noise, worse + noise)
-    return Delta(metric, base, now, change, worse, noise, within.decide(max_regression), "student-t of differences")
+    return Delta(
+        metric, base, now, change, worse, noise, within.decide_at_once(max_regression), "student-t of differences"
+    )
 
 
 def regression_gates(deltas: Sequence[Delta], max_regression: float) -> list[Gate]:

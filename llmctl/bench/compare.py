@@ -29,16 +29,22 @@ STATISTICS = {
     f"Student's t below {ratios.BOOTSTRAP_FROM} rounds",
     "confidence": "1 - confidence is shared out over the compared metrics (Bonferroni) and over the looks (Lan and "
     "DeMets' spending function of Pocock's kind, union bound); an interval's level is what its look may spend",
-    "regression": "worse by more than allowed, and the interval has only changes for the worse",
+    "a, b": "of a ratio: geometric means of the rounds that were not trimmed; figures of a side are of all visits",
+    "regression": "the whole interval is beyond what is allowed",
     "passed": "the whole interval is within what is allowed",
 }
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One metric at a look: the ratio, and what it says of how much worse B is."""
+    """One metric at a look: the ratio, and what it says of how much worse B is.
+
+    ``a``, ``b``: geometric means of the rounds that the ratio is of, which is theirs.
+    """
 
     metric: str
+    a: float
+    b: float
     ratio: Ratio
     worsening: Worsening
     decision: Decision
@@ -81,14 +87,16 @@ class Rules:
         return [one for one in found if one is not None]
 
     def _compare(self, metric: str, rounds: Sequence[Round], confidence: float) -> Compared | None:
-        logs = [played.log_ratio(metric) for played in rounds]
-        known = [value for value in logs if value is not None]
-        if len(known) < len(logs) or not known:
+        sides = [(played.log_mean("a", metric), played.log_mean("b", metric)) for played in rounds]
+        known = [(a, b) for a, b in sides if a is not None and b is not None]
+        if len(known) < len(sides) or not known:
             return None
-        ratio = paired_ratio(known, confidence)
+        logs = [b - a for a, b in known]
+        ratio = paired_ratio(logs, confidence)
+        kept = [known[i] for i in ratios.kept(logs)]
+        a, b = (math.exp(math.fsum(side) / len(kept)) for side in zip(*kept, strict=True))
         worsening = Worsening.of(ratio, higher_is_better(metric))
-        decision = worsening.decide(self.allowed) if ratio.low is not None else Decision.UNDECIDED
-        return Compared(metric, ratio, worsening, decision)
+        return Compared(metric, a, b, ratio, worsening, worsening.decide(self.allowed))
 
 
 def _figures(rounds: Sequence[Round]) -> list[str]:
@@ -249,6 +257,8 @@ def _ratios(look: Look, others: Sequence[Compared]) -> dict[str, Any]:
     rows = [*look.compared.values(), *others]
     return {
         row.metric: {
+            "a": row.a,
+            "b": row.b,
             **ratio_row(row.ratio),
             "worse": row.worsening.worse,
             "noise": finite(row.ratio.noise),
@@ -272,7 +282,7 @@ def _judged(result: dict[str, Any], judge: Judge, ended: Ended, look: Look | Non
     """Add gates, notes and exit code."""
     gates = [_requests_gate(result, letter, judge.config) for letter in ("a", "b")]
     if look is not None and not ended.failed:
-        gates += [_ratio_gate(result, metric, found, judge.max_regression) for metric, found in look.compared.items()]
+        gates += [_ratio_gate(metric, found, judge.max_regression) for metric, found in look.compared.items()]
     result["notes"] = _notes(result, ended, look)
     result["gates"] = [one.as_dict() for one in gates]
     code = gate.exit_code(gates)
@@ -293,13 +303,12 @@ def _requests_gate(result: Mapping[str, Any], letter: str, config: Any) -> gate.
     return gate.Gate("requests", "failed_ratio", "<=", config.max_failed_ratio, ratio, passed, note)
 
 
-def _ratio_gate(result: Mapping[str, Any], metric: str, found: Compared | None, allowed: float) -> gate.Gate:
+def _ratio_gate(metric: str, found: Compared | None, allowed: float) -> gate.Gate:
     if found is None:
         note = "has no ratio: a visit gave no value above 0"
         return gate.Gate("inconclusive", metric, "<=", allowed, None, False, note)
-    before, after = (result[letter]["figures"][metric] for letter in ("a", "b"))
     noise = "unknown" if found.ratio.noise is None else f"±{percent(found.ratio.noise)}"
-    said = changed(metric, before, after, found.ratio.value - 1)
+    said = changed(metric, found.a, found.b, found.ratio.value - 1)
     undecided = found.decision == Decision.UNDECIDED
     note = f"{said}; allowed {percent(allowed)}, noise {noise}, {found.ratio.count} rounds)"
     kind = "inconclusive" if undecided else "regression"

@@ -46,8 +46,7 @@ def print_comparison(result: Mapping[str, Any], title: str, console: Console) ->
     for column in ("A", "B", "B/A", "interval"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in shown_ratios(result):
-        before, after = (result[letter]["figures"].get(name) for letter in ("a", "b"))
-        table.add_row(_with_unit(name), figure(before), figure(after), f"{row['ratio']:.3f}", interval(row))
+        table.add_row(_with_unit(name), figure(row["a"]), figure(row["b"]), f"{row['ratio']:.3f}", interval(row))
     console.print(table)
     console.print(_level(result), highlight=False)
 
@@ -72,7 +71,7 @@ def to_markdown(result: Mapping[str, Any], title: str) -> str:
     rows = [
         [
             name,
-            *(_quantity(name, result[letter]["figures"].get(name)) for letter in ("a", "b")),
+            *(quantity(name, row[letter]) for letter in ("a", "b")),
             f"{row['ratio']:.3f}",
             interval(row),
             row["decision"] or "",
@@ -92,10 +91,6 @@ def to_markdown(result: Mapping[str, Any], title: str) -> str:
             "",
         ]
     )
-
-
-def _quantity(metric: str, value: object) -> str:
-    return quantity(metric, value) if isinstance(value, int | float) else "none"
 
 
 def to_csv(result: Mapping[str, Any]) -> str:

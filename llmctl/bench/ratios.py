@@ -98,16 +98,33 @@ class Worsening:
         return cls(ratio.value - 1, low, high)
 
     def decide(self, allowed: float) -> Decision:
-        """A regression is more than is allowed and cannot be noise: the interval has only changes for the worse.
+        """What the interval says, where more can be measured: a regression is wholly beyond what is allowed.
 
-        It passes when the whole interval is within what is allowed. Without an interval the value alone decides.
+        It passes when the whole interval is within. Either is wrong no more often than the interval misses the truth,
+        whatever the truth is. Without an interval nothing is decided.
+        """
+        if self.least is None or self.most is None:
+            return Decision.UNDECIDED
+        if self.least > allowed:
+            return Decision.REGRESSION
+        return Decision.PASS if self.most <= allowed else Decision.UNDECIDED
+
+    def decide_at_once(self, allowed: float) -> Decision:
+        """What there is to say of values of which there will be no more: a regression needs less.
+
+        It is worse by more than is allowed, and the interval has only changes for the worse: of a B that is slower, but
+        by less than is allowed, that may be said too. Without an interval the value alone decides.
         """
         beyond = self.worse > allowed
         if self.least is None or self.most is None:
             return Decision.REGRESSION if beyond else Decision.PASS
-        if beyond and self.least > 0:
-            return Decision.REGRESSION
-        return Decision.PASS if self.most <= allowed else Decision.UNDECIDED
+        return Decision.REGRESSION if beyond and self.least > 0 else self.decide(allowed)
+
+
+def kept(logs: Sequence[float]) -> list[int]:
+    """Which rounds ``paired_ratio`` takes the mean of, in their order."""
+    cut = int(TRIMMED * len(logs)) if len(logs) >= BOOTSTRAP_FROM else 0
+    return sorted(sorted(range(len(logs)), key=logs.__getitem__)[cut : len(logs) - cut])
 
 
 def paired_ratio(logs: Sequence[float], confidence: float, resamplings: int = RESAMPLINGS) -> Ratio:

@@ -54,15 +54,17 @@ class Round:
         """The visits of one side."""
         return [visit for visit in self.visits if visit.side == side]
 
+    def log_mean(self, side: str, metric: str) -> float | None:
+        """Mean of the logarithms of a side's two visits; None where one has no positive value."""
+        values = [visit.figures.get(metric) for visit in self.of(side)]
+        if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+            return None
+        return math.fsum(math.log(float(value)) for value in values if value is not None) / len(values)
+
     def log_ratio(self, metric: str) -> float | None:
         """Logarithm of B's value over A's, means of two visits; None where a visit has no positive value."""
-        means = {}
-        for side in ("a", "b"):
-            values = [visit.figures.get(metric) for visit in self.of(side)]
-            if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
-                return None
-            means[side] = math.fsum(math.log(float(value)) for value in values if value is not None) / len(values)
-        return means["b"] - means["a"]
+        a, b = (self.log_mean(side, metric) for side in ("a", "b"))
+        return None if a is None or b is None else b - a
 
 
 class FailedRequestsError(Exception):

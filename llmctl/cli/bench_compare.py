@@ -33,7 +33,7 @@ COMPARE: Table = {
     ),
     **{name: SERVE[name] for name in _OF_SERVE},
     "max_regression": _gate(
-        "--max-regression", metavar="SHARE", help="How much worse than A B may be; counts only beyond the noise."
+        "--max-regression", metavar="SHARE", help="How much worse than A B may be; a regression is beyond it for sure."
     ),
     "regression_metrics": _gate("--regression-metrics", metavar="LIST", help="Metrics that decide."),
     "confidence": _gate(

@@ -88,6 +88,23 @@ def test_equal_sides_pass_and_a_faster_one_is_no_regression(
         assert {row["decision"] for row in doc["ratios"].values()} == {"pass"}
 
 
+def test_what_is_trimmed_is_not_in_the_sentence_either(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round with a busy neighbour: A, B and their ratio are of the same rounds."""
+
+    def play(self: Player, number: int) -> Round:
+        self.models, self.versions = {"a": "m", "b": "m"}, {"a": "1", "b": None}
+        speeds = {"a": 100.0 + number, "b": 90.0 + number if number != 4 else 9.0}
+        return Round("ABBA", 0.0, tuple(visit(side, speeds[side]) for side in "abba"))
+
+    monkeypatch.setattr(Player, "play", play)
+    _, doc, result = compare(bench, "http://a", "http://b")
+    row = doc["ratios"]["output_throughput"]
+    assert row["b"] / row["a"] == pytest.approx(row["ratio"])
+    assert row["b"] > 90 > doc["b"]["figures"]["output_throughput"]
+    assert re.search(r"output_throughput fell 9\.\d% \(10\d → 9\d\.?\d? tok/s; ", result.stderr)
+    assert re.search(r"output_throughput, tok/s +10\d +9\d", result.stderr)
+
+
 def test_noise_is_inconclusive(plays: Callable[[float, float], None], bench: Bench) -> None:
     plays(1.0, 0.3)
     code, doc, result = compare(bench, "http://a", "http://b", "--max-rounds", "20")

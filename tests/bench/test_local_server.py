@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import sys
@@ -157,9 +156,7 @@ def test_a_signal_ends_the_server_too_unless_it_is_ignored(number: signal.Signal
             assert signal.getsignal(number) == signal.SIG_IGN, "as under nohup"
         signal.signal(number, signal.SIG_DFL)
         with pytest.raises(SystemExit) as caught, running(STUB) as server:
-            assert signal.getsignal(number) != signal.SIG_DFL
-            os.kill(os.getpid(), number)
-            signal.pause()
+            signal.raise_signal(number)
         assert caught.value.code == 128 + number
         assert server.process.returncode == 0
         assert signal.getsignal(number) == signal.SIG_DFL

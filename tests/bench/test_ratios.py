@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmctl.bench.ratios import BOOTSTRAP_FROM, Decision, Ratio, Worsening, paired_ratio, unpaired_ratio
+from llmctl.bench.ratios import BOOTSTRAP_FROM, Decision, Ratio, Worsening, kept, paired_ratio, unpaired_ratio
 
 logs = st.lists(st.floats(-1, 1), min_size=1, max_size=20)
 positive = st.lists(st.floats(0.1, 1e4), min_size=1, max_size=12)
@@ -22,8 +22,9 @@ def test_the_inverse_ratio_has_the_inverse_interval(data: list[float], confidenc
     there, back = (paired_ratio([sign * x for x in data], confidence, FEW) for sign in (1, -1))
     assert there.value == pytest.approx(1 / back.value)
     cut = len(data) // 8
-    kept = sorted(data)[cut : len(data) - cut]
-    assert there.value == pytest.approx(math.exp(math.fsum(kept) / len(kept)))
+    inner = sorted(data)[cut : len(data) - cut]
+    assert there.value == pytest.approx(math.exp(math.fsum(inner) / len(inner)))
+    assert sorted(data[i] for i in kept(data)) == inner
     assert (there.low is None) == (there.high is None) == (len(data) == 1)
     if there.low is not None and there.high is not None and len(data) < BOOTSTRAP_FROM:
         assert there.low == pytest.approx(1 / back.high)
@@ -63,8 +64,13 @@ def test_a_decision_follows_from_the_interval(
     ratio = Ratio(value, value - below, value + above, 0.95, 9, "bootstrap-t")
     found = Worsening.of(ratio, up)
     strict, lax = sorted((x, y))
-    decision = found.decide(strict)
-    if decision == Decision.REGRESSION:
+    decision, at_once = found.decide(strict), found.decide_at_once(strict)
+    assert found.least is not None
+    assert found.most is not None
+    assert (decision == Decision.REGRESSION) == (found.least > strict)
+    assert (decision == Decision.PASS) == (found.most <= strict)
+    assert at_once in (decision, Decision.REGRESSION)
+    if at_once == Decision.REGRESSION:
         assert found.worse > strict
         assert ratio.noise is not None
         assert found.worse > ratio.noise
@@ -72,16 +78,19 @@ def test_a_decision_follows_from_the_interval(
         assert not no_change_inside
     if decision == Decision.PASS:
         assert found.decide(lax) == Decision.PASS, "what is within less is within more"
-    if found.decide(lax) == Decision.REGRESSION:
-        assert decision == Decision.REGRESSION
+    for decide in (found.decide, found.decide_at_once):
+        if decide(lax) == Decision.REGRESSION:
+            assert decide(strict) == Decision.REGRESSION
     # B in A's place: what was worse is better, and no regression is one both ways.
     swapped = Ratio(1 / value, 1 / (value + above), 1 / (value - below), 0.95, 9, "bootstrap-t")
-    assert not (decision == Worsening.of(swapped, up).decide(strict) == Decision.REGRESSION)
+    assert not (at_once == Worsening.of(swapped, up).decide_at_once(strict) == Decision.REGRESSION)
 
 
-def test_without_an_interval_the_value_decides() -> None:
+def test_without_an_interval_the_value_decides_if_there_will_be_no_other() -> None:
     for value, decision in ((0.9, Decision.REGRESSION), (0.96, Decision.PASS)):
-        assert Worsening.of(paired_ratio([math.log(value)], 0.95), True).decide(0.05) == decision
+        found = Worsening.of(paired_ratio([math.log(value)], 0.95), True)
+        assert found.decide_at_once(0.05) == decision
+        assert found.decide(0.05) == Decision.UNDECIDED
     for call in (lambda: paired_ratio([], 0.9), lambda: unpaired_ratio([], [1.0], 0.9)):
         with pytest.raises(ValueError, match="at least one"):
             call()

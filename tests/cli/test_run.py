@@ -23,7 +23,6 @@ from typer.testing import CliRunner, Result
 
 from llmctl.cli.chat.terminal import piped_text, say
 from llmctl.cli.main import app
-from llmctl.cli.run import _ended_by_hang_up
 
 
 @pytest.fixture
@@ -227,20 +226,6 @@ def test_a_server_cannot_command_the_terminal(server: ScriptedServer, capsys: py
     assert run(server, "first", "why?", code=1).stderr == "error: \\x1b]0;title\\x07\n"
     say("\x1b]0;title\x07")
     assert capsys.readouterr().err == "\\x1b]0;title\\x07\n"
-
-
-def test_hanging_up_ends_only_who_does_not_ignore_it() -> None:
-    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with _ended_by_hang_up():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with pytest.raises(SystemExit) as left, _ended_by_hang_up():
-            signal.raise_signal(signal.SIGHUP)
-        assert left.value.code == 128 + signal.SIGHUP
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, was)
 
 
 def test_no_server_and_no_model() -> None:

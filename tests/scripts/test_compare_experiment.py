@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ sys.path.insert(0, str(SCRIPTS))
 import compare_experiment as experiment  # noqa: E402
 
 from llmctl.bench.compare import Rules, round_document  # noqa: E402
+from llmctl.bench.config import BenchCompareConfig  # noqa: E402
 from llmctl.bench.looks import Looks  # noqa: E402
 from llmctl.bench.rounds import ORDERS, Round, Visit  # noqa: E402
 from llmctl.bench.sides import EngineSide  # noqa: E402
@@ -72,11 +74,23 @@ def test_the_slowed_side_does_so_much_less_in_the_same_time() -> None:
 def test_rounds_of_another_experiment_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["x", "--model", "m", "--work", str(tmp_path)])
     args = experiment.arguments()
+    config, path = experiment.configured(args), tmp_path / "x.json"
     for _ in range(2):
-        experiment.check_same(tmp_path, experiment.configured(args), args)
+        experiment.check_kept(path, experiment.experiment_document(config, args), "another")
+    monkeypatch.setattr(experiment, "__version__", "0.0.0")
     args.slowdown = 0.1
-    with pytest.raises(LlmctlError, match="another experiment is kept there"):
-        experiment.check_same(tmp_path, experiment.configured(args), args)
+    with pytest.raises(
+        LlmctlError, match=r"another: slowdown 0\.05 there, 0\.1 here; version '.*' there, '0\.0\.0' here"
+    ):
+        experiment.check_kept(path, experiment.experiment_document(config, args), "another")
+
+
+def test_live_comparisons_of_other_rules_are_not_mixed_in(tmp_path: Path) -> None:
+    config, path = BenchCompareConfig(), tmp_path / "x.json"
+    experiment.check_kept(path, experiment.rules_document(RULES, config), "other rules")
+    for rules in (replace(RULES, allowed=0.05), replace(RULES, looks=Looks(30, 0.01)), replace(RULES, metrics=("x",))):
+        with pytest.raises(LlmctlError, match=r"other rules: (allowed|looks|metrics) .* there"):
+            experiment.check_kept(path, experiment.rules_document(rules, config), "other rules")
 
 
 def test_steps_of_a_worker_are_slowed_and_of_nothing_else() -> None:
