@@ -47,8 +47,14 @@ def make_endpoint(
     """An Endpoint from options; ``http://host/v1`` is taken as ``http://host``.
 
     Raises:
-        UsageError: no http(s) URL, an unknown backend, or a header that is not KEY=VALUE.
+        UsageError: no http(s) URL, an unknown backend, a header that is not KEY=VALUE, or such a key.
     """
+    if api_key is not None and not api_key.isprintable():
+        raise UsageError(
+            "--api-key: expected printable characters, found others, such as the end of a line of a CRLF file",
+            fix="the key alone: tr -d '\\r\\n' < FILE",
+            param="api_key",
+        )
     if backend is not None and backend not in BACKENDS:
         raise UsageError(f"--backend '{backend}': expected one of {', '.join(BACKENDS)}", param="backend")
     root = base_url.rstrip("/").removesuffix("/v1")

@@ -80,7 +80,7 @@ def run_throughput(config: BenchThroughputConfig, progress: Progress) -> Outcome
     Raises:
         LlmctlError: options, model or engine that cannot be honoured.
     """
-    _at_least(config, num_prompts=1, num_warmups=0)
+    _at_least(config, num_prompts=1, num_warmups=0, seed=0)
     judge = _judge(config, config.regression_metrics)
     limits = _step_limits(config)
     inputs, outputs = _lengths(config, limits)
@@ -136,7 +136,7 @@ def run_latency(config: BenchLatencyConfig, progress: Progress) -> Outcome:
     Raises:
         LlmctlError: options, model or engine that cannot be honoured.
     """
-    _at_least(config, batch_size=1, num_iters=1, num_iters_warmup=0)
+    _at_least(config, batch_size=1, num_iters=1, num_iters_warmup=0, seed=0)
     judge = _judge(config, config.regression_metrics)
     percentiles = _percentiles(config.metric_percentiles)
     limits = _step_limits(config)

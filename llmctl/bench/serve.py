@@ -30,7 +30,7 @@ from llmctl.bench.workloads import (
     random_items,
     sharegpt_items,
 )
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 
 _WARMUP_STREAM = 1_000_000
 _WARMUP_OUTPUT = 8
@@ -70,7 +70,8 @@ def make_plan(config: BenchServeConfig) -> Plan:
         raise UsageError(
             "--min-goodput: needs --goodput to say which requests are good", fix="such as --goodput ttft:200"
         )
-    arrival_times(0, config.request_rate, config.burstiness, config.seed)
+    for repeat in range(config.num_repeats):
+        check_arrivals(config, repeat)
     plan = Plan(
         config=config,
         endpoint=make_endpoint(
@@ -93,8 +94,31 @@ def make_plan(config: BenchServeConfig) -> Plan:
     return plan
 
 
+def check_arrivals(config: BenchServeConfig, repeat: int) -> None:
+    """Whether a request arrives at all in one load.
+
+    Raises:
+        UsageError: none within ``--load-seconds``, or a rate or burstiness that is not positive.
+    """
+    times = arrival_times(config.num_prompts, config.request_rate, config.burstiness, config.seed + repeat)
+    if config.load_seconds is not None and times[0] >= config.load_seconds:
+        raise UsageError(
+            f"--load-seconds {config.load_seconds:g}: at --request-rate {config.request_rate:g} the first request "
+            f"arrives after {times[0]:.3g} s",
+            fix="a longer load, or a higher rate",
+            param="load_seconds",
+        )
+
+
 def _check_numbers(config: BenchServeConfig) -> None:
-    lows = (("num_prompts", 1), ("num_warmups", 0), ("max_concurrency", 1), ("prefix_len", 0), ("num_prefixes", 1))
+    lows = (
+        ("num_prompts", 1),
+        ("num_warmups", 0),
+        ("max_concurrency", 1),
+        ("prefix_len", 0),
+        ("num_prefixes", 1),
+        ("seed", 0),
+    )
     for name, low in lows:
         value = getattr(config, name)
         if value is not None and value < low:
@@ -211,20 +235,30 @@ def _run_all(
 
     Raises:
         KeyboardInterrupt: before a request had ended.
+        LlmctlError: none was sent before the time was up.
     """
     runs: list[RepeatRun] = []
+    interrupted = False
     try:
         for repeat in range(plan.config.num_repeats):
             items = make_items(plan, repeat, counter) if repeat else items
             runs.append(_run_once(plan, target, items, repeat, progress))
-            if runs[-1].load.interrupted:
+            interrupted = runs[-1].load.interrupted
+            if interrupted:
                 break
     except KeyboardInterrupt:
-        pass  # between two repeats: there are fewer than were asked for, which the result says
+        interrupted = True  # between two repeats: there are fewer than were asked for, which the result says
     kept = [run for run in runs if run.load.records]
     if not kept:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if interrupted else nothing_sent(plan.config)
     return kept
+
+
+def nothing_sent(config: BenchServeConfig) -> LlmctlError:
+    """The error to raise of a load whose time was up before its first request."""
+    return LlmctlError(
+        f"no request was sent within the {config.load_seconds:g} s of a load", fix="a longer --load-seconds"
+    )
 
 
 def find_counter(plan: Plan, model: str, progress: Progress) -> tuple[TokenCounter | None, str]:

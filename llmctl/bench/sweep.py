@@ -17,7 +17,7 @@ from llmctl.bench.outcome import SCHEMA_VERSION, Outcome, timestamp
 from llmctl.bench.sweep_measure import Serve, Sweep
 from llmctl.bench.sweep_plan import Axis, Level, SweepPlan, Variant, plan_sweep
 from llmctl.bench.sweep_view import SweepView
-from llmctl.errors import ExitCode
+from llmctl.errors import ExitCode, LlmctlError
 
 _LEAST_FOR_A_KNEE = 3
 SWEEP_DEFINITIONS = {
@@ -61,8 +61,16 @@ def run_sweep(config: BenchSweepConfig, view: SweepView, serve: Serve | None = N
     finally:
         view.close()
     if not sweep.points:
-        raise next(iter(sweep.refused.values()))
+        raise _why_nothing(sweep)
     return judged(sweep, environment, interrupted)
+
+
+def _why_nothing(sweep: Sweep) -> LlmctlError:
+    """The error to raise of a sweep without a point."""
+    for error in sweep.refused.values():
+        return error
+    seconds = sweep.plan.config.max_duration
+    return LlmctlError(f"--max-duration {seconds:g}: over before a request was sent", fix="a longer one")
 
 
 def _serve(view: SweepView, ready_timeout: float) -> Serve:

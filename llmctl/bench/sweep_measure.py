@@ -27,10 +27,11 @@ from llmctl.bench.serve import (
     make_items,
     make_result,
     note_chunks,
+    nothing_sent,
     run_once,
     warm_up,
 )
-from llmctl.bench.sweep_plan import Level, SweepPlan, Variant, ordered
+from llmctl.bench.sweep_plan import Level, SweepPlan, Variant, ordered, stream_of
 from llmctl.bench.sweep_view import SweepView
 from llmctl.bench.workloads import TokenCounter
 from llmctl.errors import LlmctlError
@@ -145,7 +146,7 @@ class Sweep:
                     return
                 for i in ordered(len(self.plan.axis.loads), repeat):
                     level = self.plan.axis.level(self.plan.axis.loads[i])
-                    self._load(variant, level, session, config.num_prompts, stream=repeat * 1000 + i)
+                    self._load(variant, level, session, config.num_prompts, stream=stream_of(repeat, i))
         except LlmctlError as error:
             self.refused[variant] = error
 
@@ -192,6 +193,8 @@ class Sweep:
         self.view.stop()
         if run.load.interrupted:
             raise KeyboardInterrupt
+        if not run.load.records:  # nothing was measured: no point
+            raise _TimeUpError if left <= min(limits) else nothing_sent(config)
         note_chunks([run], self.view)
         point = self.points.setdefault((variant, level), Point(variant, level, session))
         point.session = session

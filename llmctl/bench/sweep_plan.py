@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.decide import Objectives
 from llmctl.bench.local_server import ADDRESS, option_words
 from llmctl.bench.quality import read_settings
-from llmctl.bench.serve import Plan, make_plan
+from llmctl.bench.serve import Plan, check_arrivals, make_plan
 from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig, option_of
 from llmctl.errors import UsageError
 
@@ -190,6 +190,11 @@ def ordered(count: int, repeat: int) -> Sequence[int]:
     return range(count) if repeat % 2 == 0 else range(count - 1, -1, -1)
 
 
+def stream_of(repeat: int, load: int) -> int:
+    """Which words and arrivals a load has: other ones each time."""
+    return repeat * 1000 + load
+
+
 @dataclass(frozen=True)
 class SweepPlan:
     """Checked options: what can be refused before any server is asked anything."""
@@ -211,6 +216,9 @@ def plan_sweep(config: BenchSweepConfig) -> SweepPlan:
     """
     axis, variants = axis_of(config), variants_of(config)
     serve = make_plan(config)
+    if not config.find_max:
+        for repeat, (i, load) in product(range(config.num_repeats), enumerate(axis.loads)):
+            check_arrivals(replace(config, request_rate=axis.level(load).request_rate), stream_of(repeat, i))
     objectives = Objectives(serve.judge.slos, serve.options.goodput, config.max_failed_ratio)
     if config.base_url and any(variant.model(config.engine) for variant in variants):
         raise UsageError("--engine, --base-url: our own server or another one, not both", param="engine")

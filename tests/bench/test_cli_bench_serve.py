@@ -139,62 +139,6 @@ def test_objectives(start: Start, bench_serve: BenchServe, options: tuple[str, .
     assert all(g["observed"] is not None for g in doc["gates"])
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--slo", "p99_tfft_ms<=5"), "did you mean 'p99_ttft_ms'?"),
-        (("--slo", "request_goodput>=5"), "needs --goodput"),
-        (("--goodput", "itl:5"), "unknown metric"),
-        (("--goodput", "ttft:5", "stray"), "unexpected argument 'stray'"),
-        (("--min-goodput", "95%"), "needs --goodput"),
-        (("--num-prompts", "0"), "--num-prompts: expected at least 1"),
-        (("--max-concurrency", "0"), "--max-concurrency: expected at least 1"),
-        (("--load-seconds", "0"), "--load-seconds: expected seconds above 0"),
-        (("--num-prefixes", "2"), "--num-prefixes: needs --prefix-len"),
-        (("--prefix-len", "-1"), "--prefix-len: expected at least 0"),
-        (("--repeats", "0"), "--repeats: expected at least 1"),
-        (("--request-rate", "0"), "--request-rate: expected a positive"),
-        (("--burstiness", "-1"), "--burstiness: expected a positive"),
-        (("--input-len", "9-4"), "--input-len '9-4'"),
-        (("--dataset-name", "radnom"), "did you mean 'random'"),
-        (("--dataset-name", "file"), "needs --dataset-path"),
-        (("--dataset-path", "x.txt"), "takes no --dataset-path"),
-        (("--dataset-name", "file", "--dataset-path", "nowhere.txt"), "No such file"),
-        (("--percentile-metrics", "ttft,tptot"), "did you mean 'tpot'"),
-        (("--metric-percentiles", "50,200"), "numbers from 0 to 100"),
-        (("--metadata", "completed=7"), "results have already"),
-        (("--metadata", "x"), "KEY=VALUE"),
-        (("--extra-body", "[1]"), "JSON object"),
-        (("--header", "x"), "KEY=VALUE"),
-        (("--backend", "openapi"), "expected one of"),
-        (("--base-url", "localhost:8000"), "expected http://"),
-        (("--base-url", "http://"), "expected http://"),
-        (("--base-url", "http://127.0.0.1:99999"), "expected http://"),
-        (("--header", "a=b\nc"), "KEY=VALUE"),
-        (("--temperature", "nan"), "--temperature: expected a number"),
-        (("--ready-timeout", "inf"), "--ready-timeout: expected seconds"),
-        (("--junit", "."), "--junit .: expected a file, found a folder"),
-        (("--csv", f"{__file__}/x.csv"), "test_cli_bench_serve.py is not a folder"),
-        (("--save-result", "--result-dir", __file__), "test_cli_bench_serve.py is not a folder"),
-        (("--baseline", "nowhere.json"), "--update-baseline"),
-        (("--update-baseline",), "needs --baseline"),
-        (("--allow-missing-baseline",), "needs --baseline"),
-        (("--max-regression", "much"), "expected a share"),
-        (("--confidence", "95"), "expected a share in (0, 1)"),
-        (("--regression-metrics", "ttft"), "unknown metric 'ttft'"),
-        (("--tokenizer", "/nowhere/at/all"), "/nowhere/at/all"),
-    ],
-)
-def test_usage_errors_are_one_line(start: Start, bench_serve: BenchServe, options: tuple[str, ...], said: str) -> None:
-    fake = start()
-    code, _, result = bench_serve(fake, *options)
-    assert code == 2
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not result.stdout
-    assert not fake.seen, "load was sent before the options were checked"
-
-
 def test_no_server_is_a_run_time_error(bench: Bench) -> None:
     result = bench("serve", "--base-url", "http://127.0.0.1:9", "--model", "m", "--ready-timeout", "0")
     assert result.exit_code == 1

@@ -101,6 +101,7 @@ def test_words_of_settings() -> None:
         ({"price_per_hour": 0.0}, "--price-per-hour"),
         ({"max_duration": 0.0}, "--max-duration"),
         ({"load_seconds": -1.0}, "--load-seconds"),
+        ({"load_seconds": 1.0, "request_rates": "0.1,9"}, "at --request-rate 0.1 the first request arrives after"),
         ({"svg": "."}, "expected a file"),
         ({"quality": "nowhere.yaml", "engine": "e"}, "--quality nowhere.yaml"),
     ],
