@@ -293,7 +293,8 @@ def _own_server(serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
     from llmctl.bench.endpoint import make_endpoint
     from llmctl.bench.local_server import ServerError, option_words, running, serve_command
     from llmctl.cli.chat.terminal import say
-    from llmctl.serving.launch import check_config, default_model_name
+    from llmctl.serving.config_check import check_config
+    from llmctl.serving.model_names import default_model_name
 
     check_config(serving)
     engine = ensure_engine(serving.model, serving)

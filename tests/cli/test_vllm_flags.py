@@ -13,6 +13,7 @@ from llmctl.cli.vllm_flags import FLAGS, Flag
 from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
 from llmctl.serving import launch
+from llmctl.serving.config_check import check_quantization
 
 GIVEN: list[ServeConfig] = []
 
@@ -87,7 +88,7 @@ def test_they_are_keys_of_a_file_too(tmp_path: Path) -> None:
     ],
 )
 def test_the_quantization_that_the_model_has(asked: str | None, found: str) -> None:
-    launch.check_quantization(asked, found)
+    check_quantization(asked, found)
 
 
 @pytest.mark.parametrize(
@@ -102,4 +103,4 @@ def test_the_quantization_that_the_model_has(asked: str | None, found: str) -> N
 )
 def test_another_quantization(asked: str, found: str, said: str) -> None:
     with pytest.raises(UsageError, match=f"--quantization {asked}: the model's weights {said}"):
-        launch.check_quantization(asked, found)
+        check_quantization(asked, found)

@@ -13,7 +13,8 @@ import yaml
 
 from llmctl.cli.main import app
 from llmctl.config import ServeConfig
-from llmctl.serving.launch import FLUSH_SECONDS, check_config
+from llmctl.serving.config_check import check_config
+from llmctl.serving.launch import FLUSH_SECONDS
 from llmctl.serving.lifecycle import _WORKER_EXIT_SECONDS
 
 REPOSITORY = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What ``llmctl serve`` refuses before it starts anything, and what it is called."""
+"""How ``llmctl serve`` starts: its port, its worker, what it keeps to itself."""
 
 from __future__ import annotations
 
@@ -9,62 +9,18 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from llmctl.config import ServeConfig, load_yaml_options
+from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
 from llmctl.serving import launch, supervisor
 from llmctl.serving.keys import ServerKeys
-from llmctl.serving.launch import _Server, bind, check_config, default_model_name
+from llmctl.serving.launch import _Server, bind
 from llmctl.serving.redaction import Redactor
 from llmctl.serving.supervisor import SpawnedWorker, describe_exit
-
-RECIPES = sorted((Path(__file__).parents[2] / "configs" / "serve").glob("*.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model": ""}, "--model is required"),
-        ({"log_level": "loud"}, "--log-level: expected debug, info"),
-        ({"scheduling_policy": "lifo"}, "--scheduling-policy: expected fcfs, priority, fair"),
-        ({"pooling": "cls"}, "--pooling: expected last, mean, found 'cls'"),
-        ({"ssl_certfile": "cert.pem"}, "--ssl-certfile needs --ssl-keyfile"),
-        ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
-        ({"kv_cache_memory": "lots"}, "--kv-cache-memory: expected a size"),
-        ({"kv_cache_memory": ""}, "--kv-cache-memory: expected a size"),
-        ({"kv_cache_dtype": "int3"}, "--kv-cache-dtype: expected one of auto"),
-        ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization: expected a share above 0 and up to 1, found 1.1"),
-        ({"gpu_memory_utilization": -0.1}, "--gpu-memory-utilization: expected a share"),
-        ({"chat_template": "no-such-file"}, "--chat-template no-such-file: no such file"),
-        ({"itl_target": "soon"}, "--itl-target: expected auto, 0 or milliseconds, found 'soon'"),
-        ({"itl_target": "-1"}, "--itl-target: expected auto, 0 or milliseconds"),
-        ({"itl_target": "inf"}, "--itl-target: expected auto, 0 or milliseconds"),
-        ({"metrics_prefix": "2x"}, "--metrics-prefix: expected letters, digits and underscores, .* found '2x'"),
-        ({"metrics_prefix": "vllm:"}, "--metrics-prefix: .* found 'vllm:'"),
-        ({"metrics_prefix": ""}, "--metrics-prefix: .* found ''"),
-        ({"deadline": "soon"}, "--deadline: expected ttft:MS, itl:MS or ttft:MS,itl:MS .* found 'soon'"),
-        ({"deadline": ""}, "--deadline: expected"),
-        ({"deadline": "ttft:300", "scheduling_policy": "fcfs"}, "--deadline: the scheduling policy fcfs knows no"),
-        ({"shed": True, "scheduling_policy": "fcfs"}, "--shed: the scheduling policy fcfs knows no deadlines"),
-        ({"max_body": "0"}, "--max-body"),
-        ({"max_body": "lots"}, "--max-body: expected a size"),
-        ({"api_key": ""}, "--api-key is empty"),
-        ({"api_key": " , "}, "--api-key is empty"),
-        ({"priority_keys": ","}, "--priority-keys is empty"),
-        ({"request_log_text": True}, "--request-log-text needs --request-log"),
-        ({"otlp_traces_endpoint": "c:4317"}, "--otlp-traces-endpoint: expected the URL of an OTLP/HTTP collector"),
-    ],
-)
-def test_bad_settings(changes: dict[str, object], said: str) -> None:
-    good = ServeConfig(model="m")
-    check_config(good)
-    with pytest.raises(UsageError, match=said):
-        check_config(replace(good, **changes))  # type: ignore[arg-type]
 
 
 def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,16 +72,6 @@ def test_what_is_no_http_is_told_to_who_debugs(level: str, told: bool, monkeypat
     assert log.isEnabledFor(logging.ERROR)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_settings(recipe: Path) -> None:
-    options = load_yaml_options(recipe, [field.name for field in fields(ServeConfig)])
-    check_config(ServeConfig(model="m", **options))
-    defaults = ServeConfig()
-    for name, value in options.items():
-        default = getattr(defaults, name)
-        assert type(value) in ((int, float) if default is None else (type(default), int)), name
-
-
 def test_bind_refuses_a_taken_port_and_a_foreign_host() -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
@@ -142,17 +88,6 @@ def test_bind_takes_ipv6() -> None:
             assert listener.family == socket.AF_INET6
     except UsageError:
         pytest.skip("no IPv6 loopback here")
-
-
-def test_default_model_name(tmp_path: Path) -> None:
-    folder = tmp_path / "my-model"
-    folder.mkdir()
-    file = tmp_path / "tiny.Q4_1.gguf"
-    file.touch()
-    assert default_model_name(str(folder)) == default_model_name(f"{folder}/") == "my-model"
-    assert default_model_name(str(file)) == "tiny.Q4_1"
-    assert default_model_name("org/name") == "org/name"
-    assert default_model_name("demo:smollm2-135m") == "demo:smollm2-135m"
 
 
 def test_describe_exit() -> None:

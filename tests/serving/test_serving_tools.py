@@ -12,8 +12,8 @@ from fixtures import make_tokenizer
 
 from llmctl.config import ServeConfig
 from llmctl.errors import RequestError, UsageError
+from llmctl.serving.config_check import check_config
 from llmctl.serving.intake import Intake
-from llmctl.serving.launch import check_config
 from llmctl.serving.protocol import ChatCompletionRequest
 from llmctl.serving.tools.message import MessageReader, call_id
 from llmctl.serving.tools.support import ToolSupport
