@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole path on a real language model, on this machine: quantize, build, serve, ask, bench.
 
-Runs the same commands a user would type, prints each before it runs, and ends with a table of what was measured
+Runs the same commands a user would type, prints each, and ends with a table of what was measured
 (also written to ``demo/summary.json``). Needs llmctl installed in the running Python; ``make demo`` sees to that.
 """
 
@@ -12,8 +12,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +23,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from llmctl.bench.local_server import LocalServer, ServerError, running
 
 console = Console()
 QUESTION = "In one sentence: why is the sky blue?"
@@ -55,12 +55,6 @@ def run(*args: str) -> float:
     return time.perf_counter() - start
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def request(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
     """The JSON (or None) that ``url`` answers; POSTs ``body`` when given."""
     data = json.dumps(body).encode() if body else None
@@ -71,31 +65,15 @@ def request(url: str, body: dict[str, Any] | None = None, timeout: float = 120) 
 
 
 @contextmanager
-def server(engine: Path, port: int) -> Iterator[tuple[str, float, subprocess.Popen[bytes]]]:
-    """``llmctl serve`` on ``port``: yields its URL, seconds from start to ready, and the process."""
-    command = llmctl("serve", str(engine), "--port", str(port))
-    show(command, end=" &")
-    start = time.perf_counter()
-    process = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
+def server(engine: Path) -> Iterator[LocalServer]:
+    """``llmctl serve`` on a free port, ready; shown as it was started, with what it said. Exits when it fails."""
     try:
-        while True:
-            if process.poll() is not None:
-                sys.exit(f"the server ended with code {process.returncode} before it was ready")
-            if time.perf_counter() - start > 180:
-                sys.exit("the server was not ready within 180 s")
-            try:
-                request(f"{url}/ready", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield url, time.perf_counter() - start, process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        with running(llmctl("serve", str(engine)), tell=lambda line: console.print(line, markup=False)) as started:
+            show([str(word) for word in started.process.args], end=" &")
+            console.print(started.said().rstrip(), markup=False, highlight=False, soft_wrap=True)
+            yield started
+    except ServerError as error:
+        sys.exit(f"error: {error}")
 
 
 def peak_memory(pid: int) -> int:
@@ -202,12 +180,13 @@ def main() -> None:
     target = target_here()
     seconds["build"] = run("build", "--model", str(quantized), "--target", target, "--output", str(engine))
     run("inspect", str(engine))
-    with server(engine, free_port()) as (url, ready, process):
-        seconds["serve: start to ready"] = ready
+    with server(engine) as served:
+        url = served.url
+        seconds["serve: start to ready"] = served.ready_seconds
         answer = ask(url)
         model = request(f"{url}/v1/models")["data"][0]["id"]
         results = {c: bench(url, model, c, work / f"bench-c{c}.json") for c in args.concurrency}
-        peak = peak_memory(process.pid)
+        peak = peak_memory(served.process.pid)
     seconds["everything"] = time.perf_counter() - began
 
     sizes = {

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo import console, free_port, request, run, server
+from demo import console, request, run, server
 
 MODEL = "demo:smollm2-135m"
 SYSTEM = {"role": "system", "content": "You are a guide."}
@@ -91,7 +91,8 @@ def _batch(tokenizer: Any) -> dict[str, Any]:
 
 def answers(model: str) -> list[str]:
     """What a served model says to every question, at temperature 0."""
-    with server(Path(model), free_port()) as (url, _, _):
+    with server(Path(model)) as served:
+        url = served.url
         name = request(f"{url}/v1/models")["data"][0]["id"]
         found = []
         for question, _ in LINES:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import demo
 import pytest
+from bench.test_local_server import STUB, child_of, wait_gone
 from fixtures import ServerProcess
 
 LONG = ["run", "./a folder/with [brackets]", "--system", "x" * 200]
@@ -47,6 +48,27 @@ def test_llmctl_is_this_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "llmctl").touch()
     assert demo.llmctl("list") == ["venv/bin/llmctl", "list"]
+
+
+def test_the_server_that_is_shown_is_the_one_that_serves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "llmctl", lambda *args: [*STUB, *args])
+    monkeypatch.setattr(demo, "show", lambda command, **_: print("$", shlex.join(command[-4:])))
+    with demo.server(tmp_path) as served:
+        assert served.ready_seconds > 0
+        assert served.process.poll() is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"$ serve {tmp_path} --port {served.url.rpartition(':')[2]}\nloading weights\n")
+    assert served.process.returncode == 0
+    wait_gone(child_of(said))
+
+
+def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "llmctl", lambda *args: [*STUB, *args])
+    monkeypatch.setenv("END", "at once")
+    with pytest.raises(SystemExit, match="it said last: error: out of memory"), demo.server(Path()):
+        pytest.fail("entered")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
