@@ -167,11 +167,11 @@ def _note(delta: Delta, max_regression: float) -> str:
     if not math.isfinite(delta.change):
         now = "has no value any more" if math.isnan(delta.current) else f"is {quantity(delta.metric, delta.current)}"
         return f"{now} (it was {quantity(delta.metric, delta.baseline)})"
-    said = changed(delta.metric, delta.baseline, delta.current, delta.change) + f"; allowed {percent(max_regression)}, "
-    if delta.noise is None:
-        return said + "noise unknown: use --repeats)"
-    undecided = ": too noisy to tell, not counted" if delta.decision == Decision.UNDECIDED else ""
-    return f"{said}noise ±{percent(delta.noise)}){undecided}"
+    noise = "noise unknown: use --repeats" if delta.noise is None else f"noise ±{percent(delta.noise)}"
+    more = f"allowed {percent(max_regression)}", noise
+    said = changed(delta.metric, delta.baseline, delta.current, delta.change, *more)
+    undecided = delta.noise is not None and delta.decision == Decision.UNDECIDED
+    return said + ": too noisy to tell, not counted" * undecided
 
 
 def as_dict(path: Path, baseline: Mapping[str, Any], deltas: Sequence[Delta]) -> dict[str, object]:

@@ -308,9 +308,9 @@ def _ratio_gate(metric: str, found: Compared | None, allowed: float) -> gate.Gat
         note = "has no ratio: a visit gave no value above 0"
         return gate.Gate("inconclusive", metric, "<=", allowed, None, False, note)
     noise = "unknown" if found.ratio.noise is None else f"±{percent(found.ratio.noise)}"
-    said = changed(metric, found.a, found.b, found.ratio.value - 1)
+    more = f"allowed {percent(allowed)}", f"noise {noise}", f"{found.ratio.count} rounds"
+    note = changed(metric, found.a, found.b, found.ratio.value - 1, *more)
     undecided = found.decision == Decision.UNDECIDED
-    note = f"{said}; allowed {percent(allowed)}, noise {noise}, {found.ratio.count} rounds)"
     kind = "inconclusive" if undecided else "regression"
     passed = found.decision == Decision.PASS
     return gate.Gate(kind, metric, "<=", allowed, found.worsening.worse, passed, note)

@@ -60,7 +60,8 @@ def compare(settings: BenchCompareConfig, json_output: bool) -> None:
     from rich.console import Console
 
     from llmctl.bench.compare import run_compare
-    from llmctl.bench.compare_report import print_comparison, to_csv, to_markdown, to_svg
+    from llmctl.bench.compare_chart import to_svg
+    from llmctl.bench.compare_report import print_comparison, to_csv, to_markdown
     from llmctl.bench.outcome import write_reports
     from llmctl.bench.progress import Progress
 
