@@ -43,11 +43,16 @@ def install_command(extra: str, *options: str) -> str:
     what = [f"{DISTRIBUTION}[{extra}]"]
     if (clone / "pyproject.toml").is_file():
         what = ["-e", f"{_from_here(clone)}[{extra}]"]
-    return shlex.join([*_pip(), "install", *options, *what])
+    return pip_install(*options, *what)
+
+
+def pip_install(*words: str) -> str:
+    """The command of this Python's pip, to be typed in the current folder."""
+    return shlex.join([*_pip(), "install", *words])
 
 
 def missing(extra: str) -> str | None:
-    """The first module of an extra that is not installed; None when all are. Imports none of them."""
+    """The first module of an extra that is not installed; None when all are. Imports at most packages above them."""
     return next((name for name in MODULES[extra] if not _is_installed(name)), None)
 
 
@@ -84,7 +89,7 @@ def _error(what: str, module: str, extra: str) -> MissingPackageError:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
+    except ImportError:  # of a package above it, which is not there or cannot be imported
         return False
 
 

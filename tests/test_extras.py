@@ -16,7 +16,9 @@ from llmctl.extras import DISTRIBUTION, MODULES, install_command, missing, missi
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 WRITTEN = (".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".txt", ".service", ".conf", ".cff")
-OWN_HINTS = re.compile(r"\bllmctl\[|pip install [^\n]*\bllmctl(?![-\w/])|pip install [^\n]*\b(torch|cupy)\b")
+OWN_HINTS = re.compile(
+    r"\bllmctl\[|pip install [^\n]*\bllmctl(?![-\w/])|pip install [^\n]*\b(torch|cupy)\b|pip install \{"
+)
 
 
 @pytest.fixture
@@ -73,6 +75,14 @@ def test_what_is_missing_is_said_with_the_command(monkeypatch: pytest.MonkeyPatc
     assert missing("quantize") == "nowhere_at_all.inside"
 
 
+def test_a_package_that_cannot_be_imported_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken_at_import").mkdir()
+    (tmp_path / "broken_at_import" / "__init__.py").write_text("raise ImportError('a library is of another version')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODULES, "otel", ("broken_at_import.inside",))  # type: ignore[misc]
+    assert missing("otel") == "broken_at_import.inside"
+
+
 def test_an_import_that_fails_is_told_by_its_extra() -> None:
     for name, extra in {"torch.nn": "quantize", "cupy": "cuda", "opentelemetry.sdk": "otel"}.items():
         said = missing_package(ModuleNotFoundError(f"No module named {name!r}", name=name))
@@ -104,6 +114,7 @@ def test_every_hint_is_made_by_one_function() -> None:
         ("needs llmctl[cuda]", True),
         ("pip install llmctl", True),
         ("pip install -U torch", True),
+        ("pip install {name}", True),
         ("pip install 'llmctl-engine[cuda]'", False),
         ("pip install -e '.[cuda]'", False),
         ("/opt/llmctl/bin/pip install .", False),

@@ -18,7 +18,7 @@ from llmctl.artifact.cache import cache_entries
 from llmctl.artifact.memory import human_bytes
 from llmctl.bench.environment import cpu_model, git_commit
 from llmctl.checkpoint.resolve import cache_dir
-from llmctl.extras import DISTRIBUTION, MODULES, install_command, missing
+from llmctl.extras import DISTRIBUTION, MODULES, install_command, missing, pip_install
 from llmctl.targets.base import Finding
 from llmctl.targets.machine import available_memory, physical_cores, usable_cores
 from llmctl.targets.table import machine_findings
@@ -98,18 +98,19 @@ def _machine() -> list[Finding]:
 def _packages() -> list[Finding]:
     """Those that llmctl cannot do without, and what of the others is installed."""
     findings = []
-    for name in _required():
+    for name, requirement in _required().items():
         version = _version(name)
         if version is None:
-            findings.append(Finding(name, "not installed", "llmctl needs it", f"pip install {name}"))
+            findings.append(Finding(name, "not installed", "llmctl needs it", pip_install(requirement)))
         else:
             findings.append(Finding(name, version))
     named = {finding.name for finding in findings}
     return findings + [Finding(name, _version(name) or "not installed") for name in _OPTIONAL if name not in named]
 
 
-def _required() -> list[str]:
-    """Names of the packages that llmctl depends on: as a clone's pyproject.toml says, else as its own metadata does."""
+def _required() -> dict[str, str]:
+    """The packages that llmctl depends on, each with the versions that will do: as a clone's pyproject.toml or its own
+    metadata says."""
     try:
         declared = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     except OSError:
@@ -117,8 +118,8 @@ def _required() -> list[str]:
             declared = importlib.metadata.requires(DISTRIBUTION) or []
         except importlib.metadata.PackageNotFoundError:  # run out of a folder that nobody installed
             declared = []
-    plain = (line for line in declared if "extra ==" not in line and "win32" not in line)
-    return sorted(re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in plain)
+    plain = [line.partition(";")[0].strip() for line in declared if "extra ==" not in line and "win32" not in line]
+    return {re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0]: line for line in sorted(plain)}
 
 
 def _extras() -> list[Finding]:
@@ -137,13 +138,16 @@ def _version(package: str) -> str | None:
 
 def _caches() -> list[Finding]:
     root = cache_dir()
-    there = next(path for path in (root, *root.parents) if path.exists())
+    there = next(path for path in (root, *root.parents) if os.path.exists(path))  # Path's own raises in a closed folder
     problem = (
         "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to: nothing can be fetched or built"
     )
     sizes: dict[str, int] = {}
-    for entry in cache_entries():
-        sizes[entry.kind] = sizes.get(entry.kind, 0) + entry.size
+    try:
+        for entry in cache_entries():
+            sizes[entry.kind] = sizes.get(entry.kind, 0) + entry.size
+    except OSError as error:
+        problem = problem or f"{error.filename or root} cannot be read: {error.strerror}"
     free = shutil.disk_usage(there).free
     short = "" if free >= _LEAST_FREE else f"{human_bytes(free)} of disk are free: hardly an engine fits"
     return [

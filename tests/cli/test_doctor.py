@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shlex
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +17,18 @@ from typer.testing import CliRunner, Result
 
 from llmctl.cli import diagnosis
 from llmctl.cli.main import app
+from llmctl.extras import pip_install
 from llmctl.targets.cpu import findings as cpu_findings
 from llmctl.targets.cuda import findings as cuda_findings
 from llmctl.targets.cuda.device import CudaDevice
 
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of our own, a compiler, no GPU."""
+    """A home of our own, room on the disk, a compiler, no GPU."""
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**33))
     monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
     monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "somebody" / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -76,10 +84,40 @@ def test_a_package_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     version = diagnosis._version
     monkeypatch.setattr(diagnosis, "_version", lambda name: None if name == "aiohttp" else version(name))
     (problem,) = document(1)["problems"]
-    assert problem == {"problem": "aiohttp: llmctl needs it", "fix": "pip install aiohttp"}
+    assert problem["problem"] == "aiohttp: llmctl needs it"
+    wanted = next(line for line in PROJECT["dependencies"] if line.startswith("aiohttp"))
+    assert problem["fix"] == diagnosis._homeless(pip_install(wanted))
+    assert shlex.quote(wanted) in problem["fix"]
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis.os, "access", lambda *_: False)
     (problem,) = document(1)["problems"]
     assert "cannot be written to" in problem["problem"]
+
+
+def test_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+    (problem,) = document(1)["problems"]
+    assert problem["problem"].startswith("free disk: 9 B of disk are free")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+@pytest.mark.parametrize("closed", ["somebody/cache", "somebody"])
+def test_a_cache_that_cannot_be_entered(closed: str, tmp_path: Path) -> None:
+    (tmp_path / "somebody" / "cache" / "engines").mkdir(parents=True)
+    (tmp_path / closed).chmod(0)
+    try:
+        (problem,) = document(1)["problems"]
+    finally:
+        (tmp_path / closed).chmod(0o700)
+    assert "cannot be written to: nothing can be fetched or built" in problem["problem"]
+
+
+def test_a_cache_of_which_a_part_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed() -> None:
+        raise PermissionError(13, "Permission denied", "/cache/engines")
+
+    monkeypatch.setattr(diagnosis, "cache_entries", closed)
+    (problem,) = document(1)["problems"]
+    assert problem["problem"] == "folder: /cache/engines cannot be read: Permission denied"
