@@ -299,7 +299,7 @@ def _own_server(serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
     check_config(serving)
     engine = ensure_engine(serving.model, serving)
     name, key = default_model_name(str(engine)), secrets.token_urlsafe()
-    options = [word for name in _ENGINE for word in option_words(name, getattr(serving, name))]
+    options = [word for field in _ENGINE for word in option_words(field, getattr(serving, field))]
     command = serve_command(str(engine), [*options, *_ONE_AT_A_TIME])
     try:
         # However long it loads: who waits at the terminal sees that it does, and has Ctrl-C.

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from llmctl.cli.chat.terminal import piped_text, say
 from llmctl.cli.main import app
+from llmctl.errors import LlmctlError
 
 
 @pytest.fixture
@@ -208,6 +209,22 @@ def test_what_cannot_be_shown_is_not_the_servers_fault(server: ScriptedServer) -
     assert made.returncode != 0
     assert b"error: No space left on device\n" in made.stderr
     assert b"http" not in made.stderr
+
+
+def test_a_server_of_ours_may_load_for_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def running(command: list[str], **more: Any) -> None:
+        given.update(more, command=command)
+        raise LlmctlError("seen")
+
+    monkeypatch.setattr("llmctl.bench.local_server.running", running)
+    monkeypatch.setattr("llmctl.serving.launch.check_config", lambda _: None)
+    monkeypatch.setattr("llmctl.artifact.builder.ensure_engine", lambda model, _: Path(model))
+    made = CliRunner().invoke(app, ["run", "./engine", "hi", "--target", "cpu"])
+    assert made.stderr == "error: seen\n"
+    assert (given["ready_timeout"], given["tell"]) == (math.inf, say)
+    assert given["command"][3:8] == ["serve", "--model", "engine", "--target", "cpu"]
 
 
 def test_an_answer_without_a_text_is_told(server: ScriptedServer) -> None:
