@@ -18,7 +18,7 @@ from llmctl.bench.progress import Progress
 from llmctl.bench.ratios import Decision, Ratio, Worsening, finite, paired_ratio, ratio_row
 from llmctl.bench.rounds import FailedRequestsError, Player, Round, Visit
 from llmctl.bench.serve import Plan, make_plan, workload_of
-from llmctl.bench.sides import Side, parse_side
+from llmctl.bench.sides import Side, parse_sides
 from llmctl.bench.units import changed, percent
 from llmctl.errors import ExitCode, LlmctlError, UsageError
 
@@ -131,7 +131,7 @@ def run_compare(config: BenchCompareConfig, progress: Progress, sides: tuple[Sid
         UsageError: options that cannot be honoured.
         LlmctlError: a side cannot be started or reached, and no round was played.
     """
-    a, b = sides or (parse_side(config.a, config.a_args, "a"), parse_side(config.b, config.b_args, "b"))
+    a, b = sides or parse_sides(config)
     if config.max_rounds < 1:
         raise UsageError(f"--max-rounds: expected at least 1, found {config.max_rounds}", param="max_rounds")
     if config.max_duration is not None and not config.max_duration > 0:

@@ -94,6 +94,8 @@ class BenchCompareConfig(BenchServeConfig):
 
     a: str = ""
     b: str = ""
+    a_api_key: str | None = None
+    b_api_key: str | None = None
     a_args: str = ""
     b_args: str = ""
     max_rounds: int = 30

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from llmctl import __version__
+from llmctl.config import SECRET_OPTIONS, option_of
 from llmctl.targets.machine import usable_cores
 
 _PACKAGES = ("numpy", "aiohttp", "torch", "transformers", "tokenizers", "cupy-cuda13x")
@@ -91,7 +92,7 @@ def without_secrets(arguments: list[str]) -> list[str]:
     hide = False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        secret = name in ("--api-key", "--priority-keys", "--header")
+        secret = name == "--header" or name in map(option_of, SECRET_OPTIONS)
         shown.append("***" if hide else f"{name}=***" if secret and equals else argument)
         hide = secret and not equals
     return shown

@@ -115,7 +115,7 @@ class Player:
             plan = replace(
                 self._plan,
                 endpoint=make_endpoint(
-                    url, config.endpoint, config.backend, config.api_key, config.header, not config.insecure
+                    url, config.endpoint, config.backend, side.api_key, config.header, not config.insecure
                 ),
             )
             target = self._ready(letter, plan)

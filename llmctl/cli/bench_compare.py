@@ -20,10 +20,24 @@ _OF_SERVE = (
     *("temperature", "extra_body", "seed", "request_rate", "burstiness", "max_concurrency", "num_warmups"),
     *("percentile_metrics", "metric_percentiles", "goodput", "max_failed_ratio"),
 )
+
+
+def _key(side: str) -> object:
+    return _side(
+        f"--{side}-api-key",
+        kind=str | None,
+        metavar="KEY",
+        envvar=f"LLMCTL_{side.upper()}_API_KEY",
+        help=f"Sent to --{side} in place of --api-key, which is not sent to two hosts.",
+    )
+
+
 _SIDE_HELP = "A server's URL; or an engine, a checkpoint or demo:smollm2-135m, which is served here in its turns."
 COMPARE: Table = {
     "a": _side("--a", metavar="URL|MODEL", help=_SIDE_HELP),
     "b": _side("--b", metavar="URL|MODEL", help="What is compared with --a; likewise."),
+    "a_api_key": _key("a"),
+    "b_api_key": _key("b"),
     "a_args": _side("--a-args", metavar="OPTIONS", help="Options of 'llmctl serve' for --a, as one text."),
     "b_args": _side("--b-args", metavar="OPTIONS", help="Options of 'llmctl serve' for --b."),
     "ready_timeout": _side("--ready-timeout", kind=float, metavar="S", help="Wait so long for a side to be ready."),

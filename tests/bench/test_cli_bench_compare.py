@@ -18,6 +18,7 @@ from click.testing import Result
 from fake_openai_server import FakeServer, Reply, count_tokens
 
 from llmctl.bench import local_server
+from llmctl.bench.environment import without_secrets
 from llmctl.bench.local_server import ServerError
 from llmctl.bench.rounds import ORDERS, Player, Round, Visit
 
@@ -130,6 +131,31 @@ def test_what_is_sent(start: Start, bench: Bench) -> None:
     wanted = sorted(count_tokens(seen.body["prompt"]) for seen in a.seen)
     assert sorted(count_tokens(seen.body["prompt"]) for seen in b.seen) == wanted == sorted(4 * sorted(set(wanted)))
     assert doc["workload"]["prompt_length_source"] == "server"
+
+
+def test_keys_go_to_the_side_that_they_are_of(start: Start, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "shared")
+    for words, keys in (((), {"Bearer shared"}), (("--b-api-key", ""), {None}), (("--b-api-key", "b"), {"Bearer b"})):
+        a, b = start(), start()
+        compare(bench, a.url, b.url, "--max-rounds", "1", *words)
+        assert {seen.headers.get("authorization") for seen in a.seen} == {"Bearer shared"}
+        assert {seen.headers.get("authorization") for seen in b.seen} == keys
+
+
+def test_keys_are_not_in_a_result() -> None:
+    words = ["compare", "--a-api-key", "k1", "--b-api-key=k2", "--api-key", "k3", "--header", "X=k4", "--seed", "3"]
+    shown = without_secrets(words)
+    assert shown == [
+        "compare",
+        "--a-api-key",
+        "***",
+        "--b-api-key=***",
+        "--api-key",
+        "***",
+        "--header",
+        "***",
+        *words[-2:],
+    ]
 
 
 def test_too_few_rounds_are_inconclusive_and_the_files_say_why(
@@ -260,6 +286,10 @@ def test_a_server_that_never_starts_is_one_line(bench: Bench, started: Started, 
         (("--a", "http://x", "--b", "http://y", "--regression-metrics", ","), "expected at least one"),
         (("--a", "http://x", "--b", "http://y", "--svg", "."), "--svg .: expected a file, found a folder"),
         (("--a", "http:///v1", "--b", "http://x"), "expected http://HOST:PORT"),
+        (("--a", "http://x", "--b", "http://y", "--api-key", "k"), "would be sent to two hosts, x and y"),
+        (("--a", "http://x", "--b", "http://y", "--api-key", "k", "--a-api-key", "l"), "would be sent to two hosts"),
+        (("--a", "m", "--b", "http://y", "--a-api-key", "k"), "--a-api-key: m is started here"),
+        (("--a", "http://x", "--b", "http://y", "--b-api-key", "k\n"), "--api-key: expected printable characters"),
     ],
 )
 def test_usage_errors(bench: Bench, args: tuple[str, ...], said: str) -> None:

@@ -167,7 +167,7 @@ def test_a_signal_ends_the_server_too_unless_it_is_ignored(number: signal.Signal
 class StubSide:
     """The stub as a side of a comparison."""
 
-    shown, model, server = "stub", None, None
+    shown, model, api_key, server = "stub", None, None, None
 
     @contextlib.contextmanager
     def opened(self, ready_timeout: float, tell: Callable[[str], None]) -> Iterator[str]:
