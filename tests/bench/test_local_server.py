@@ -6,6 +6,7 @@ import contextlib
 import re
 import signal
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,6 +84,9 @@ def wait_gone(pid: int) -> None:
 def test_from_ready_to_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCTL_API_KEY", "secret")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody there
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen's own remembers the variables of its first call
     with running(STUB, environment={"READY_AFTER": "2"}) as server:
         with local_server.DIRECT.open(server.url + "/x", timeout=10) as answer:
             assert answer.read() == b"no key", "the bench would be kept out"
