@@ -19,6 +19,7 @@ from llmctl.artifact.plan import BuildPlan, check_fits, check_options, plan_buil
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.step_progress import step_progress
 from llmctl.artifact.writer import Progress, write_engine
+from llmctl.checkpoint.demo import DEMO_MODELS
 from llmctl.checkpoint.folder import check_parent
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import cache_dir, is_fetched, resolve_model
@@ -151,6 +152,8 @@ def _check_worth_fetching(model: str) -> None:
     try:
         resolve_model(model, allow_download=False)
     except ModelNotFoundError as error:
+        if model not in DEMO_MODELS and "/" not in model:  # most likely mistyped
+            raise
         check_torch(f"{error.message}; to fetch it and build an engine of it")
 
 

@@ -19,7 +19,7 @@ from llmctl.bench.ratios import Decision, Ratio, Worsening, finite, paired_ratio
 from llmctl.bench.rounds import FailedRequestsError, Player, Round, Visit
 from llmctl.bench.serve import Plan, make_plan, workload_of
 from llmctl.bench.sides import Side, parse_sides
-from llmctl.bench.units import changed, percent
+from llmctl.bench.units import changed, interval, percent
 from llmctl.errors import ExitCode, LlmctlError, UsageError
 
 STATISTICS = {
@@ -193,6 +193,10 @@ def _tell_round(rounds: Sequence[Round], rules: Rules, config: BenchCompareConfi
     progress.log(f"round {len(rounds)}/{config.max_rounds} {last.order}: {metric} {said}")
 
 
+_MOST_NOISE = 10.0
+"""Beyond it rounds say nothing, and figures mislead."""
+
+
 def _tell_look(look: Look, progress: Progress) -> None:
     for metric, found in look.compared.items():
         said = "no ratio" if found is None else f"B/A {interval_text(found.ratio)}: {found.decision}"
@@ -200,8 +204,8 @@ def _tell_look(look: Look, progress: Progress) -> None:
 
 
 def interval_text(ratio: Ratio) -> str:
-    """``0.951 (0.930-0.973)``."""
-    ends = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
+    """``0.951 (0.930–0.973)``."""
+    ends = "" if ratio.low is None else f" ({interval({'low': ratio.low, 'high': ratio.high})})"
     return f"{ratio.value:.3f}{ends}"
 
 
@@ -307,7 +311,7 @@ def _ratio_gate(metric: str, found: Compared | None, allowed: float) -> gate.Gat
     if found is None:
         note = "has no ratio: a visit gave no value above 0"
         return gate.Gate("inconclusive", metric, "<=", allowed, None, False, note)
-    noise = "unknown" if found.ratio.noise is None else f"±{percent(found.ratio.noise)}"
+    noise = "unknown" if found.ratio.noise is None else f"±{percent(min(found.ratio.noise, _MOST_NOISE))}"
     more = f"allowed {percent(allowed)}", f"noise {noise}", f"{found.ratio.count} rounds"
     note = changed(metric, found.a, found.b, found.ratio.value - 1, *more)
     undecided = found.decision == Decision.UNDECIDED

@@ -142,5 +142,7 @@ async def call(
             return response.status, answer, "" if response.status == 200 else f"HTTP {response.status}"
     except TimeoutError:
         return 0, None, f"no answer within {_PROBE_TIMEOUT:g} s"
+    except aiohttp.ClientConnectorError as error:  # its own words are long, and speak of TLS where there is none
+        return 0, None, (error.os_error.strerror or str(error.os_error)).lower()
     except (aiohttp.ClientError, OSError) as error:
         return 0, None, str(error) or type(error).__name__

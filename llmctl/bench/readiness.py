@@ -90,7 +90,7 @@ class Patience:
             )
         if time.monotonic() >= self._news:
             self._news = time.monotonic() + _NEWS_EVERY_SECONDS
-            self._tell(f"waiting up to {self.seconds:g} s for {self._what}: {reason}")
+            self._tell(f"waiting for {self._what}, {self.left:.0f} s more (--ready-timeout): {reason}")
         await asyncio.sleep(min(_POLL_SECONDS, self.left))
 
 

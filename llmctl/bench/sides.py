@@ -6,6 +6,7 @@ import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -130,6 +131,9 @@ def _parse_side(text: str, arguments: str, name: str, own_key: str | None, key: 
         return UrlSide(text, key)
     if own_key:
         raise UsageError(f"--{name}-api-key: {text} is started here, without a key", param=f"{name}_api_key")
+    path = Path(text).expanduser()
+    if text.startswith((".", "/", "~")) and not path.exists():
+        raise UsageError(f"--{name}: no such file or folder: {text}", param=name)
     options = local_server.split_options(arguments, f"{name}_args")
     local_server.serve_command(text, options)
     return EngineSide(text, options)

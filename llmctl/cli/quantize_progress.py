@@ -36,7 +36,7 @@ class ProgressLines:
         self._bar: Progress | None = None
         self._plain = PlainProgress()
         self._task: TaskID | None = None
-        self._seconds = 0.0  # of the layers so far, those of an interrupted run included
+        self._layers, self._seconds = 0, 0.0  # of this run
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -88,8 +88,9 @@ class ProgressLines:
         """A finished layer."""
         detail = f"error {report.error:.2e}"
         self._seconds += report.seconds
+        self._layers += 1
         if self._bar is None:
-            left = time_left(self._seconds / done * (total - done))
+            left = time_left(self._seconds / self._layers * (total - done))
             print(f"layer {done}/{total}  {detail}  {report.seconds:.1f} s{left}", file=sys.stderr, flush=True)
         self._update("quantizing layers", done, total, detail)
 
@@ -181,6 +182,12 @@ def _quality(report: QuantizeReport) -> list[tuple[str, str]]:
     ]
 
 
+def _sizes(report: QuantizeReport) -> str:
+    """At 16 bits, as the source came if that is less, and now."""
+    came = f" ({human_bytes(report.size_before)} as it came)" if report.size_before < 0.9 * report.size_16bit else ""
+    return f"{human_bytes(report.size_16bit)} at 16 bits{came} -> {human_bytes(report.size_after)}"
+
+
 def _summary(report: QuantizeReport, chart: Path | None) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -198,7 +205,7 @@ def _summary(report: QuantizeReport, chart: Path | None) -> Table:
         *([("KL predicted", f"{report.predicted_kl:.3g} nats a token")] if report.predicted_kl is not None else []),
         ("calibration", report.calibration),
         ("linears", f"{report.quantized_modules} quantized, at 16 bits: {', '.join(report.dense_modules) or 'none'}"),
-        ("size", f"{human_bytes(report.size_16bit)} at 16 bits -> {human_bytes(report.size_after)}"),
+        ("size", _sizes(report)),
         (
             "bits per weight",
             f"{report.bits_per_weight:.2f} in quantized linears, {report.bits_per_weight_model:.2f} over the model",

@@ -189,7 +189,7 @@ class _Job:
         done = work.finished()
         self.progress.note(f"quantizing {steps} layers with {self.plan.config.method}")
         if done:
-            self.progress.note(f"resuming after layer {done - 1}")
+            self.progress.note(f"resuming after layer {done}")
         hidden = work.load_hidden(done)
         for layer in range(steps):
             if layer >= done:
@@ -205,7 +205,8 @@ class _Job:
             report = LayerReport.from_json(result.report)
             reports.append(report)
             self._say(_few_tokens_note(report))
-            self.progress.layer(layer + 1, steps, report)
+            if layer >= done:
+                self.progress.layer(layer + 1, steps, report)
         return reports
 
     def _step(

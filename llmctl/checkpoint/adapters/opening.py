@@ -73,7 +73,7 @@ def open_merged(model: str, adapters: Sequence[str], param: str, as_family: str 
     named = [Named.parse(text, param) for text in adapters]
     base = open_checkpoint(resolve_model(model), widen=True, as_family=as_family)
     if not named:
-        return Merged(base, base)
+        return Merged(base, base, notes=tuple(_notes(base, ())))
     graph = checkpoint_graph(base)
     called = source_name(model, base.path)
     read = tuple(Weighted(read_adapter(one.folder, graph, called), one.weight) for one in named)
@@ -86,4 +86,5 @@ def _notes(base: Checkpoint, adapters: Sequence[Weighted]) -> Iterator[str]:
         yield from one.adapter.notes
     stored = open_checkpoint(base.path).quantization  # a GGUF file's base is opened widened
     if stored is not None:
-        yield f"{base.path} is quantized ({stored.method}): dequantized, then merged"
+        then = "merged" if adapters else "quantized a second time: what the first one lost stays lost"
+        yield f"{base.path} is quantized ({stored.method}): dequantized, then {then}"
