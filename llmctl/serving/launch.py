@@ -60,8 +60,11 @@ def run_server(config: ServeConfig) -> None:
     from llmctl.serving.supervisor import early_worker
 
     gc.disable()  # until the imports are over: what they make stays, and would be scanned again and again
-    with early_worker() as spawned:
-        _serve(config, spawned)
+    try:
+        with early_worker() as spawned:
+            _serve(config, spawned)
+    finally:
+        gc.enable()
 
 
 def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
