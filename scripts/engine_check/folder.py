@@ -77,8 +77,8 @@ def write_folder(model: Model, output: Path) -> None:
     sizing = Sizing(model.graph, options, target, EngineRequest(), tuple(model.planes.values()))
     plan = BuildPlan(
         name=model.name.replace(" ", "-"), as_family="", checkpoint=checkpoint, unused=(), graph=model.graph,
-        target=target, options=options, planes=planes, choices=target.choose_kernels(model.graph, options), sizing=sizing,
-        memory=sizing.plan(),
+        target=target, options=options, planes=planes, choices=target.choose_kernels(model.graph, options),
+        sizing=sizing, memory=sizing.plan(),
     )  # fmt: skip
     write_engine(plan, output)
 
