@@ -350,8 +350,7 @@ def warm_up(plan: Plan, target: Target, counter: TokenCounter | None, progress: 
 def _uncounted(
     target: Target, items: Sequence[WorkItem], max_concurrency: int | None, progress: Progress
 ) -> list[metrics.RequestRecord]:
-    done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
-    run = asyncio.run(run_load(target, items, [0.0] * len(items), max_concurrency, done))
+    run = asyncio.run(run_load(target, items, [0.0] * len(items), max_concurrency, _counted(progress)))
     if run.interrupted:
         raise KeyboardInterrupt
     return run.records
@@ -372,13 +371,20 @@ def _run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int
     return run_once(plan, target, items, repeat, progress)
 
 
+def _counted(progress: Progress) -> Callable[[metrics.RequestRecord], None]:
+    """Counts each request that has ended."""
+    return lambda record: progress.advance(failed=not record.ok)
+
+
 def run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int, progress: Progress) -> RepeatRun:
     """One load, of which ``repeat`` chooses the arrivals; ``progress`` has been started."""
     config = plan.config
     arrivals = arrival_times(len(items), config.request_rate, config.burstiness, config.seed + repeat)
-    done: Callable[[metrics.RequestRecord], None] = lambda record: progress.advance(not record.ok)  # noqa: E731
     date = timestamp()
-    load = asyncio.run(run_load(target, items, arrivals, config.max_concurrency, done, max_seconds=config.load_seconds))
+    loading = run_load(
+        target, items, arrivals, config.max_concurrency, _counted(progress), max_seconds=config.load_seconds
+    )
+    load = asyncio.run(loading)
     if config.tokenizer:
         _count_chunks(config.tokenizer, load.records)
     return RepeatRun(load, date, load_average())

@@ -124,7 +124,8 @@ def families_of(config: EvalConfig) -> tuple[str, str]:
     """What MODEL and --against are read as: ``--as`` is for those whose own family is not known, one at least.
 
     Raises:
-        UsageError: there is none, or an ``--as`` that is no family.
+        UsageError: there is none.
+        ModelNotFoundError, CheckpointError: as ``resolve_model`` and ``is_unknown``.
     """
     if not config.as_family:
         return "", ""
