@@ -29,6 +29,7 @@ BOOTSTRAP_FROM = 8
 TRIMMED = 1 / 8
 RESAMPLINGS = 20_000
 _SEED = 20_180_101  # the same data give the same interval
+_ROUNDING = 1e-12  # logarithms that differ by less are equal: a spread of 1e-17 would make a score of 1e17
 
 Floats = NDArray[np.float64]
 
@@ -199,11 +200,12 @@ def _studentized(mean: Floats, error: Floats, means: Floats, errors: Floats, tai
     """The interval whose ends are the quantiles of ``(mean* - mean) / error*``, turned round."""
     distance = means - mean
     # A resampling of one value over and over has no spread: as far away as can be, unless it is where the mean is.
-    scores = np.where(distance == 0, 0.0, np.copysign(np.inf, distance))
-    np.divide(distance, errors, out=scores, where=errors > 0)
+    scores = np.where(np.abs(distance) <= _ROUNDING, 0.0, np.copysign(np.inf, distance))
+    np.divide(distance, errors, out=scores, where=errors > _ROUNDING)
     lowest, highest = np.quantile(scores, [tail, 1 - tail], method="nearest")
     # Equal values have no error, and their resamplings none either.
-    low, high = (float(mean) - (float(score) * float(error) if error > 0 else 0.0) for score in (highest, lowest))
+    spread = float(error) if error > _ROUNDING else 0.0
+    low, high = (float(mean) - (float(score) * spread if spread else 0.0) for score in (highest, lowest))
     return Ratio(math.exp(mean), math.exp(low), _exp(high), 1 - 2 * tail, count, "bootstrap-t")
 
 
