@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.checkpoint.gguf_vocabulary import BYTE, SPECIAL, USER_DEFINED, Vocabulary
+from llmctl.checkpoint.gguf_vocabulary import BYTE, SPECIAL, UNUSED, USER_DEFINED, Vocabulary
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
 ROLES = {"bos": 1, "eos": 2, "unknown": 0}
@@ -114,9 +114,13 @@ def _merges(vocabulary: Vocabulary) -> list[Pair]:
 
 
 def _check_letters(vocabulary: Vocabulary, known: Iterable[str]) -> None:
-    """sentencepiece joins characters that are no tokens by themselves; BPE cannot: they are bytes by then."""
+    """sentencepiece joins characters that are no tokens by themselves; BPE cannot: they are bytes by then.
+
+    Unused tokens, with which a vocabulary is filled up, are joined by neither.
+    """
     letters = set(vocabulary.tokens)
-    odd = next((token for token in known if not letters.issuperset(token)), None)
+    unused = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == UNUSED}
+    odd = next((token for token in known if token not in unused and not letters.issuperset(token)), None)
     if odd is not None:
         raise UnsupportedModelError(f"{vocabulary.where}: token {odd!r} has a character that is no token: not read")
 

@@ -121,12 +121,15 @@ def model(**changes: Any) -> Edit:
     return lambda document: document["model"].update(changes)
 
 
+def word_pieces(document: dict[str, Any]) -> None:
+    given = {"unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    document["model"] = {"type": "WordPiece", **given, "vocab": document["model"]["vocab"]}
+
+
 def reordered(document: dict[str, Any]) -> None:
     merges = document["model"]["merges"]
     merges.remove(["▁q", "u"])
-    merges.append(["▁q", "u"])
-    merges.remove(["▁", "qu"])
-    merges.insert(0, ["▁", "qu"])
+    merges.insert(merges.index(["f", "o"]) + 1, ["▁q", "u"])
 
 
 def one_way_less(document: dict[str, Any]) -> None:
@@ -151,7 +154,7 @@ def without_a_byte(document: dict[str, Any]) -> None:
     [
         (metaspace, "Metaspace puts a space before the first word"),
         (model(ignore_merges=True), "ignore_merges True"),
-        (model(type="Unigram"), "its model is Unigram, not BPE"),
+        (word_pieces, "its model is WordPiece, not BPE"),
         (lambda d: d["normalizer"]["normalizers"].append({"type": "NFKC"}), r"\(Prepend, Replace, NFKC\) are not"),
         (lambda d: d.update(decoder={"type": "Fuse"}), "would be written out otherwise"),
         (reordered, "in an order that no scores stand for"),

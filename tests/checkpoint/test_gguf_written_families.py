@@ -15,6 +15,7 @@ from gguf_files import small_tokenizer, tokenizer_keys
 from runtime_stepping import paged_logits
 
 from llmctl.checkpoint.assemble import accounted_graph
+from llmctl.checkpoint.convert import convert_checkpoint
 from llmctl.checkpoint.gguf_families import ARCHITECTURES
 from llmctl.checkpoint.gguf_metadata import check_same_model, model_metadata
 from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
@@ -23,6 +24,7 @@ from llmctl.checkpoint.output_format import AS_STORED, OutputFormat
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.writer import write_quantized_checkpoint
+from llmctl.config import ConvertConfig
 from llmctl.errors import UsageError
 from llmctl.graph.graph import QuantScheme
 from llmctl.targets.reference.weights import checkpoint_runtime
@@ -91,6 +93,17 @@ def test_quantized_linears_are_read_back(row: str, tmp_path: Path) -> None:
         assert torch.equal(found.float() + shift, plain.float() + shift), name
 
 
+def test_norms_are_compared_as_they_are_multiplied_by(tmp_path: Path) -> None:
+    """1 + w - 1 is not w, and 1 + w is what is computed with."""
+    source = with_tokenizer(made("gemma3").checkpoint)
+    settings = OutputFormat("gptq", FOUR, dtype=AS_STORED)
+    folder = write_quantized_checkpoint(tmp_path / "gptq", source, quantized(source), {}, settings)
+    report = convert_checkpoint(ConvertConfig(str(folder), "gguf", str(tmp_path / "m.gguf")))
+    assert report.compared == len(source.names())
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(open_checkpoint(tmp_path / "m.gguf").weight(norm), source.weight(norm))  # type: ignore[arg-type]
+
+
 def test_experts_that_are_not_alike_are_refused(tmp_path: Path) -> None:
     source = with_tokenizer(made("qwen3moe").checkpoint)
     odd = "model.layers.1.mlp.experts.2.up_proj"
@@ -108,11 +121,12 @@ def test_a_gate_of_one_row_stays_dense(tmp_path: Path) -> None:
         written(tmp_path / "m.gguf", source, {name: random_weight(1, 64, symmetric=True)})
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "windows": ("Qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, "sliding-window"),
     "no rope here and there": ("SmolLM3", {"no_rope_layer_interval": 3}, "this model's ropes: None would be read as"),
-    "dense layers between": ("Qwen3Moe", {"decoder_sparse_step": 2, "num_experts": 4}, "mixture: .*layers"),
-    "shares of experts": ("Qwen3Moe", {"norm_topk_prob": False, "num_experts": 4}, "mixture: .*renormalise"),
+    "dense layers between": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}, "mixture: .*layers"),
+    "shares of experts": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False}, "mixture: .*renormalise"),
     "windows in no turn": (
         "Gemma3",
         {"layer_types": [*["full_attention", "sliding_attention"] * 1, *["sliding_attention"] * 2]},
