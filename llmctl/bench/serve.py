@@ -19,7 +19,7 @@ from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_tokenizer import chunk_lengths, load_tokenizer, local_counter
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
-from llmctl.bench.readiness import Patience, ServerFacts, await_answer, await_server, choose_model
+from llmctl.bench.readiness import Patience, ServerFacts, await_answer, await_server, choose_model, unknown_model
 from llmctl.bench.workloads import (
     DATASETS,
     LengthRange,
@@ -35,6 +35,8 @@ from llmctl.errors import LlmctlError, UsageError
 _WARMUP_STREAM = 1_000_000
 _WARMUP_OUTPUT = 8
 _DEFAULT_OUTPUT = "128"
+_UNKNOWN = ("http_400", "http_404")
+"""How servers refuse a model that they do not have."""
 
 
 @dataclass(frozen=True)
@@ -219,12 +221,16 @@ def connect(plan: Plan, progress: Progress) -> tuple[ServerFacts, Target]:
 
     Raises:
         LlmctlError: neither within ``--ready-timeout``.
-        UsageError: nobody names a model.
+        UsageError: nobody names a model, or one that the server neither lists nor knows.
     """
-    patience = Patience(plan.endpoint.base_url, plan.config.ready_timeout, progress.log)
+    url = plan.endpoint.base_url
+    patience = Patience(url, plan.config.ready_timeout, progress.log)
     server = await_server(plan.endpoint, patience)
-    target = make_target(plan, choose_model(plan.config.model, server, plan.endpoint.base_url))
-    await_answer(target, patience, progress.log)  # before it is asked to count tokens: some load after they answer
+    target = make_target(plan, choose_model(plan.config.model, server, url, progress.log))
+    # Before it is asked to count tokens: some load after they answer.
+    first = await_answer(target, patience, progress.log)
+    if first.error_kind in _UNKNOWN and server.models and target.model not in server.models:
+        raise unknown_model(target.model, server, url)
     return server, target
 
 
@@ -350,7 +356,8 @@ def warm_up(plan: Plan, target: Target, counter: TokenCounter | None, progress: 
 def _uncounted(
     target: Target, items: Sequence[WorkItem], max_concurrency: int | None, progress: Progress
 ) -> list[metrics.RequestRecord]:
-    run = asyncio.run(run_load(target, items, [0.0] * len(items), max_concurrency, _counted(progress)))
+    loading = run_load(target, items, [0.0] * len(items), max_concurrency, _counted(progress), on_sent=progress.sent)
+    run = asyncio.run(loading)
     if run.interrupted:
         raise KeyboardInterrupt
     return run.records
@@ -382,7 +389,13 @@ def run_once(plan: Plan, target: Target, items: Sequence[WorkItem], repeat: int,
     arrivals = arrival_times(len(items), config.request_rate, config.burstiness, config.seed + repeat)
     date = timestamp()
     loading = run_load(
-        target, items, arrivals, config.max_concurrency, _counted(progress), max_seconds=config.load_seconds
+        target,
+        items,
+        arrivals,
+        config.max_concurrency,
+        _counted(progress),
+        on_sent=progress.sent,
+        max_seconds=config.load_seconds,
     )
     load = asyncio.run(loading)
     if config.tokenizer:

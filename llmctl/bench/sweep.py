@@ -104,7 +104,7 @@ def judged(sweep: Sweep, environment: Mapping[str, object], interrupted: bool) -
     measured = [variant for variant in plan.variants if any(v == variant for v, _ in sweep.points)]
     gates = [g for variant in measured for g in _gates(sweep, variant, found)]
     gates += [g for _, mine in sweep.quality.values() for g in mine]
-    code = gate.exit_code(gates) or (ExitCode.RUNTIME if sweep.refused else ExitCode.OK)
+    code = gate.exit_code(gates) or next((error.exit_code for error in sweep.refused.values()), ExitCode.OK)
     if interrupted:
         code = ExitCode.INTERRUPTED
     result = {
