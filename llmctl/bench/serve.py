@@ -12,12 +12,13 @@ from typing import Any
 
 from llmctl.bench import gate, metrics
 from llmctl.bench.arrivals import arrival_times
+from llmctl.bench.baseline import load_baseline
 from llmctl.bench.client import LoadRun, Target, run_load
 from llmctl.bench.config import BenchServeConfig
 from llmctl.bench.endpoint import Endpoint, make_endpoint, server_counter
 from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_tokenizer import chunk_lengths, load_tokenizer, local_counter
-from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
+from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, ReadBaseline, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
 from llmctl.bench.readiness import Patience, ServerFacts, await_answer, await_server, choose_model, unknown_model
 from llmctl.bench.workloads import (
@@ -58,8 +59,11 @@ class Plan:
         return self.config.backend or ("openai-chat" if self.endpoint.chat else "openai")
 
 
-def make_plan(config: BenchServeConfig) -> Plan:
+def make_plan(config: BenchServeConfig, read: ReadBaseline = load_baseline) -> Plan:
     """Check the options.
+
+    Args:
+        read: reads the baseline.
 
     Raises:
         UsageError: on the first that cannot be honoured.
@@ -67,7 +71,7 @@ def make_plan(config: BenchServeConfig) -> Plan:
     _check_numbers(config)
     goodput = gate.parse_goodput(config.goodput)
     extra = [gate.parse_min_goodput(config.min_goodput)] if config.min_goodput is not None else []
-    judge = Judge.make(config, config.regression_metrics, metrics.is_known_metric, metrics.known_metrics(), extra)
+    judge = Judge.make(config, config.regression_metrics, metrics.is_known_metric, metrics.known_metrics(), extra, read)
     if not goodput and any("goodput" in slo.metric for slo in judge.slos):
         raise UsageError(
             "--min-goodput: needs --goodput to say which requests are good", fix="such as --goodput ttft:200"

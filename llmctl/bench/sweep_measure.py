@@ -31,6 +31,7 @@ from llmctl.bench.serve import (
     run_once,
     warm_up,
 )
+from llmctl.bench.sweep_baseline import identity_of
 from llmctl.bench.sweep_plan import Level, SweepPlan, Variant, ordered, stream_of
 from llmctl.bench.sweep_view import SweepView
 from llmctl.bench.workloads import TokenCounter
@@ -169,7 +170,13 @@ class Sweep:
         counter, counted_by = find_counter(plan, target.model, self.view)
         target = warm_up(plan, target, counter, self.view)
         self.session = Session(plan, server, target.model, counter, counted_by, target)
+        self._check_same_work(self.session.head)
         return self.session
+
+    def _check_same_work(self, head: Mapping[str, Any]) -> None:
+        judge = self.plan.serve.judge
+        if judge.previous is not None:
+            judge.check_same_work(identity_of(head, judge.previous, self.plan.variants))
 
     def _load(self, variant: Variant, level: Level, session: Session, requests: int, stream: int) -> Point:
         """One run of a load, added to its point."""
