@@ -19,18 +19,17 @@ from llmctl.bench.metrics import run_metrics
 from llmctl.bench.quality import quality_gates
 from llmctl.bench.readiness import ServerFacts
 from llmctl.bench.serve import (
-    Plan,
     RepeatRun,
     connect,
     find_counter,
     make_head,
-    make_items,
     make_result,
     note_chunks,
     nothing_sent,
     run_once,
     warm_up,
 )
+from llmctl.bench.serve_plan import Plan, make_items
 from llmctl.bench.sweep_baseline import identity_of
 from llmctl.bench.sweep_plan import Level, SweepPlan, Variant, ordered, stream_of
 from llmctl.bench.sweep_view import SweepView

@@ -16,7 +16,7 @@ from llmctl.bench.decide import Objectives
 from llmctl.bench.local_server import ADDRESS, option_words
 from llmctl.bench.outcome import ReadBaseline
 from llmctl.bench.quality import read_settings
-from llmctl.bench.serve import Plan, check_arrivals, make_plan
+from llmctl.bench.serve_plan import Plan, check_arrivals, make_plan
 from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig, option_of
 from llmctl.errors import UsageError
 

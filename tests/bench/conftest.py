@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from llmctl.bench import sweep_measure
 from llmctl.bench.client import LoadRun, Target
 from llmctl.bench.metrics import RequestRecord
-from llmctl.bench.serve import Plan, RepeatRun
+from llmctl.bench.serve import RepeatRun
+from llmctl.bench.serve_plan import Plan
 from llmctl.bench.workloads import WorkItem
 from llmctl.cli.main import app
 

@@ -19,7 +19,7 @@ from llmctl.bench.config import BenchCompareConfig
 from llmctl.bench.local_server import ServerError, running, serve_command, split_options
 from llmctl.bench.progress import Progress
 from llmctl.bench.rounds import Player, Visit
-from llmctl.bench.serve import make_plan
+from llmctl.bench.serve_plan import make_plan
 from llmctl.cli import serve_options
 from llmctl.errors import ExitCode, UsageError
 
