@@ -197,6 +197,12 @@ def test_a_server_without_models_needs_model(start: Start, bench_serve: BenchSer
     assert bench_serve(start(models=()), "--model", "m")[0] == 0
 
 
+def test_the_median_is_one_column(start: Start, bench: Callable[..., Result]) -> None:
+    made = bench("serve", "--base-url", start().url, "--num-prompts", "2", "--output-len", "3", "--num-warmups", "0")
+    header = next(line for line in made.stdout.splitlines() if line.split()[:1] == ["ms"])
+    assert header.split() == ["ms", "mean", "median", "std", "p90", "p99"]
+
+
 def test_a_gateways_unlisted_model_is_asked_for(start: Start, bench_serve: BenchServe) -> None:
     fake = start(models=("a", "b"))
     code, doc, made = bench_serve(fake, "--model", "hidden")
