@@ -220,6 +220,7 @@ class ServeConfig(EngineOptions):
     tool_template: str = "model"
     reasoning_parser: str | None = None
     trust_request_chat_template: bool = False
+    prefill_assistant: bool = True
     generation_config: str = "auto"
     pooling: str = "last"
     quantization: str | None = None

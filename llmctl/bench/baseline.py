@@ -48,14 +48,14 @@ class Delta:
         return self.decision == Decision.REGRESSION
 
 
-def read_result(path: Path) -> Any:
-    """What a file of ``--baseline`` holds.
+def load_baseline(path: Path) -> dict[str, Any]:
+    """A result written by ``bench`` (or by ``vllm bench serve``).
 
     Raises:
-        UsageError: unreadable, or not JSON.
+        UsageError: unreadable, not JSON, or not a result.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"--baseline {path}: {error.strerror or error}",
@@ -65,15 +65,6 @@ def read_result(path: Path) -> Any:
         ) from error
     except ValueError as error:
         raise UsageError(f"--baseline {path}: not JSON: {error}", param="baseline") from error
-
-
-def load_baseline(path: Path) -> dict[str, Any]:
-    """A result written by ``bench`` (or by ``vllm bench serve``).
-
-    Raises:
-        UsageError: unreadable, not JSON, or not a result.
-    """
-    loaded = read_result(path)
     if not isinstance(loaded, dict) or not isinstance(loaded.get("completed"), int):
         raise UsageError(f"--baseline {path}: expected a bench result, found no count of completed requests")
     if not loaded.get("completed"):

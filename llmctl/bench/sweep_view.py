@@ -39,7 +39,7 @@ class SweepView(Progress):
         if not sys.stderr.isatty():
             super().start(label, total)
             return
-        self._reset(label, total)
+        self._label, self._total, self._done, self._failed = label, total, 0, 0
         if self._live is None:
             from rich.console import Console
             from rich.live import Live
@@ -79,7 +79,8 @@ class SweepView(Progress):
         from rich.console import Group
         from rich.text import Text
 
-        under_way = Text(f"{self._label}: {self._done} of {self._total} requests{self._state}")
+        failed = f", {self._failed} failed" if self._failed else ""
+        under_way = Text(f"{self._label}: {self._done} of {self._total} requests{failed}")
         return Group(*tables(list(self._points.values())), under_way)
 
 

@@ -315,6 +315,4 @@ def _as_the_server_said(error: ServerError) -> LlmctlError:
     if not line.startswith("error: "):
         return error
     message, _, fix = line.removeprefix("error: ").partition(" (fix: ")
-    said = LlmctlError(message, fix=fix.removesuffix(")") or None)
-    said.exit_code = error.exit_code
-    return said
+    return LlmctlError(message, fix=fix.removesuffix(")") or None)

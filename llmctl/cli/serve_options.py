@@ -85,6 +85,15 @@ TrustRequestTemplate = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+PrefillAssistant = Annotated[
+    bool,
+    typer.Option(
+        "--prefill-assistant/--no-prefill-assistant",
+        help="The answer to a chat whose last message is the assistant's goes on with it, unless the request has "
+        "continue_final_message or add_generation_prompt; without, a new message is asked for.",
+        rich_help_panel=_MODEL,
+    ),
+]
 GenerationConfig = Annotated[
     str,
     typer.Option(

@@ -14,6 +14,7 @@ from llmctl.serving.context import context_of
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.embeddings import answer_embeddings, check_inputs
 from llmctl.serving.exchange import answer_chat, answer_completion, check_generating, counted
+from llmctl.serving.final_message import settle_prefill
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 
 router = APIRouter()
@@ -34,6 +35,7 @@ async def chat_completions(request: Request) -> Response:
     context = context_of(request)
     with counted(request, context) as seen:
         body = await parse(request, ChatCompletionRequest, partial(check_generating, context))
+        settle_prefill(body, prefills=context.config.prefill_assistant)
         return await answer_chat(seen, body, ChatAnswer)
 
 

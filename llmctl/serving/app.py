@@ -20,6 +20,7 @@ from llmctl.serving.addresses import Addresses, parse_origins
 from llmctl.serving.body import parse, parsed
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.exchange import RoomGate
+from llmctl.serving.final_message import settle_prefill
 from llmctl.serving.http_metrics import HttpMetrics
 from llmctl.serving.lifecycle import EngineState
 from llmctl.serving.messages_api import api as messages_api
@@ -186,6 +187,8 @@ async def tokenize(request: Request) -> Response:
         raise RequestError("expected either a prompt or messages, found both", param="messages")
     body: TokenizeRequest | TokenizeChatRequest
     body = parsed(data, outline, TokenizeChatRequest) if chat else parsed(data, outline, TokenizeRequest)
+    if isinstance(body, TokenizeChatRequest):
+        settle_prefill(body, prefills=context.config.prefill_assistant)
     context.check_name(body.model)
     ids = await intake.tokenize(body, len(data))
     answer: dict[str, object] = {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids}

@@ -101,7 +101,6 @@ class Generation:
     become an HTTP status.
 
     Attributes:
-        tenant: whose it is, see ``tenants``.
         request_id: of the HTTP request, which may be its client's; for who watches.
         deaths: workers in a row that died while one of these sequences was in a step.
 
@@ -109,9 +108,8 @@ class Generation:
         cancel: tells the engine to drop these sequences; called at most once, by ``abort``.
     """
 
-    def __init__(self, count: int, cancel: Callable[[Generation], None], tenant: str = "") -> None:
+    def __init__(self, count: int, cancel: Callable[[Generation], None]) -> None:
         self.arrival = time.monotonic()
-        self.tenant = tenant
         self.request_id = ""
         self.sequences: list[RunningSequence] = []
         self.deaths = 0

@@ -396,8 +396,10 @@ class Intake:
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
         params = await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)
+        if use.markers:
+            params = replace(params, shown_special_token_ids=use.markers)
         if use.grammar is None:
-            return replace(params, shown_special_token_ids=use.markers) if use.markers else params
+            return params
         # A response format is of the message's text, and a message of calls that must be made has none.
         if params.grammar is not None and params.grammar.param != "response_format":
             raise RequestError(
@@ -422,7 +424,7 @@ class Intake:
         made = self._max_tokens(wanted, len(prompt.token_ids), param)
         if wanted is None and self._default_max_tokens is not None:
             made = min(made, self._default_max_tokens)
-        return replace(params, max_tokens=made, grammar=use.held_grammar(prompt.text) or params.grammar)
+        return replace(params, max_tokens=made, grammar=use.answer_grammar(params.grammar, prompt.text))
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int, param: str) -> int:
         room = self.max_model_len - prompt_tokens

@@ -29,8 +29,7 @@ class RunningRequest(ResponseModel):
 
 
 class RunningRequests(ResponseModel):
-    """What the engine is working on: counts of all sequences, and a list of some hundred at most, those that run first.
-    Where keys tell clients apart, the list has those of the key that asks."""
+    """What the engine is working on. The list has some hundred sequences at most, those that run first."""
 
     running: Count
     queued: Count

@@ -320,7 +320,13 @@ class ChatRequest(ApiModel):
     tools: Annotated[list[Tool], _FAILS_FAST] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
-    continue_final_message: bool = False
+    continue_final_message: Annotated[
+        bool,
+        Field(
+            description="With neither this nor `add_generation_prompt` a last message of the assistant's is continued, "
+            "but on a server with `--no-prefill-assistant`."
+        ),
+    ] = False
     chat_template: Annotated[str | None, Field(description="Refused without `--trust-request-chat-template`.")] = None
     chat_template_kwargs: TemplateVariables | None = None
     documents: Objects | None = None

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +27,7 @@ from llmctl.structured.gbnf import gbnf_to_lark
 from llmctl.structured.matcher import STEP_SECONDS, TOO_SLOW, TokenMatcher
 from llmctl.structured.regex import quoted
 from llmctl.structured.repeated_keys import counts_repeated_keys
-from llmctl.structured.spec import GrammarSpec
+from llmctl.structured.spec import ANSWER, GrammarSpec
 from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -150,21 +150,15 @@ class GrammarCompiler:
         Raises:
             RequestError: see ``submit``.
         """
-        from llguidance import LLMatcher
-
         tokenizer, exact = self._tokenizer
-        grammar = _HEADERS[forcing and exact] + _llguidance_grammar(spec)
-        prototype = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
-        before = time.thread_time()
-        first = np.frombuffer(prototype.compute_bitmask(), np.uint8)
-        if prototype.is_error():
-            raise _refusal(spec, prototype.get_error())
-        if time.thread_time() - before > STEP_SECONDS:
-            raise _refusal(spec, TOO_SLOW)
-        allowed = np.flatnonzero(np.unpackbits(first, bitorder="little"))
-        if not len(np.setdiff1d(allowed, self._eos_token_ids)):
-            raise _refusal(spec, "it matches no text, or the empty text only")
-        return CompiledGrammar(prototype, len(first) // 4)
+        header = _HEADERS[forcing and exact]
+        grammar = header + _llguidance_grammar(spec)
+        made = _compiled(spec, grammar, tokenizer, self._eos_token_ids)
+        if not spec.before:
+            return made
+        # By itself first: what is wrong with it is told as if nothing came before it.
+        parts = [{"lark_grammar": header + spec.before}, {"name": ANSWER, "lark_grammar": grammar}]
+        return _compiled(spec, json.dumps({"grammars": parts}), tokenizer, self._eos_token_ids)
 
     @property
     def _tokenizer(self) -> tuple[LLTokenizer, bool]:
@@ -178,6 +172,22 @@ class GrammarCompiler:
 
         made: Any = _Vocabulary(self._model_tokenizer, self._vocab_size, self._eos_token_ids)
         return LLTokenizer(made, eos_token=self._eos_token_ids or None), made.exact
+
+
+def _compiled(spec: GrammarSpec, grammar: str, tokenizer: LLTokenizer, eos_token_ids: Sequence[int]) -> CompiledGrammar:
+    from llguidance import LLMatcher
+
+    prototype = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
+    before = time.thread_time()
+    first = np.frombuffer(prototype.compute_bitmask(), np.uint8)
+    if prototype.is_error():
+        raise _refusal(spec, prototype.get_error())
+    if time.thread_time() - before > STEP_SECONDS:
+        raise _refusal(spec, TOO_SLOW)
+    allowed = np.flatnonzero(np.unpackbits(first, bitorder="little"))
+    if not len(np.setdiff1d(allowed, eos_token_ids)):
+        raise _refusal(spec, "it matches no text, or the empty text only")
+    return CompiledGrammar(prototype, len(first) // 4)
 
 
 class _Vocabulary:

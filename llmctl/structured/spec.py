@@ -13,6 +13,8 @@ Kind = Literal["json_schema", "regex", "choice", "gbnf", "lark", "lark_json"]
 
 MAX_SOURCE_CHARS = 65536
 """The compiler's recursion is bounded by it (``compiler.STACK_BYTES``)."""
+ANSWER = "answer"
+"""What ``GrammarSpec.before`` calls the grammar that follows."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class GrammarSpec:
             ``lark_json``: as ``lark_with_schemas`` makes it.
         source: at most 65536 characters.
         param: the request's field that it comes from, for refusals.
+        before: what may come before it, as rules of Lark, of which ``start`` has it as ``@answer``; empty: nothing may.
 
     Raises:
         RequestError: a source that is too long, or not Unicode.
@@ -33,6 +36,7 @@ class GrammarSpec:
     kind: Kind
     source: str
     param: str = field(default="structured_outputs", compare=False)
+    before: str = ""
 
     def __post_init__(self) -> None:
         if len(self.source) > MAX_SOURCE_CHARS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -268,6 +269,25 @@ def test_content_parts(client: openai.OpenAI) -> None:
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
     with pytest.raises(openai.BadRequestError, match="only parts of type 'text'"):
         client.chat.completions.create(messages=image, **options)
+
+
+def test_a_last_message_of_the_assistant_is_continued(client: openai.OpenAI, server: ServerProcess) -> None:
+    """As llama.cpp does; vLLM's fields ask for a new one."""
+    messages: list[Any] = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "x é"}]
+    options: Any = {"model": MODEL, "messages": messages, "max_tokens": 6, "temperature": 0}
+    text = client.chat.completions.create(**options).choices[0].message.content
+    assert text is not None
+    assert text.startswith("日")
+    new = client.chat.completions.create(**options, extra_body={"add_generation_prompt": True})
+    assert new.choices[0].message.content != text
+    prompts = []
+    for fields in ({}, {"continue_final_message": True}, {"continue_final_message": False}):
+        _, tokens = server.post("/tokenize", {"messages": messages, **fields})
+        prompts.append(server.post("/detokenize", {"tokens": tokens["tokens"]})[1]["prompt"])
+    assert prompts[0] == prompts[1]
+    assert prompts[0].endswith("x é")
+    assert prompts[2].startswith(prompts[0])
+    assert prompts[2] != prompts[0]
 
 
 @pytest.mark.parametrize(

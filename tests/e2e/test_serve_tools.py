@@ -123,6 +123,30 @@ def test_reasoning_then_a_call(client: openai.OpenAI) -> None:
     assert calls_of(choice.message) == [("clock", {"z": 1})]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_format_is_of_the_answer_after_the_reasoning(client: openai.OpenAI, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    options = asked(THINK, response_format=wanted, max_tokens=40)
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+        reasoning = "".join(getattr(chunk.delta, "reasoning_content", None) or "" for chunk in chunks)
+        content, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+    else:
+        (choice,) = client.chat.completions.create(**options).choices
+        reasoning, content, reason = choice.message.reasoning_content, choice.message.content, choice.finish_reason
+    assert (reasoning, reason) == ("I wonder.", "stop")
+    assert json.loads(content)["a"] in (1, 2)
+
+
+def test_a_call_that_must_be_made_comes_after_the_reasoning(client: openai.OpenAI) -> None:
+    options = asked(THINK, tools=TOOLS, tool_choice="required", max_tokens=100, parallel_tool_calls=False)
+    (choice,) = client.chat.completions.create(**options).choices
+    assert choice.message.reasoning_content == "I wonder."  # type: ignore[attr-defined]
+    assert len(calls_of(choice.message)) == 1
+    assert choice.finish_reason == "tool_calls"
+
+
 def test_text_stays_text_and_what_is_cut_off_is_no_finished_call(client: openai.OpenAI) -> None:
     (choice,) = client.chat.completions.create(**asked(TEXT, tools=TOOLS)).choices
     assert (choice.message.content, choice.finish_reason) == ('Just <tool_call> text. {"name"', "stop")

@@ -1,4 +1,4 @@
-"""What a script of vLLM's quickstart does, against a tiny Phi-3, dense and GPTQ: its command line, curl, requests."""
+"""What a script of vLLM's quickstart does, against a tiny Phi, dense and GPTQ: its command line, curl, requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LINE = (
 @pytest.fixture(scope="module", params=["dense", "gptq"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("m")
-    model, method = write_model(folder / "dense", "phi3"), ()
+    model, method = write_model(folder / "dense", "phi"), ()
     if request.param == "gptq":
         model, method = _quantized(model, folder), ("--quantization", "gptq")
     with ServerProcess(

@@ -280,7 +280,7 @@ def test_what_cannot_be_held_is_said_with_its_reason() -> None:
         support = ToolSupport(tool_format(parser))
         support.traits = type(support.traits)(shows_tools=True)
         made = support.use(body)
-        return made.held_grammar("a"), support.warning(body, made)
+        return made.answer_grammar(None, "a"), support.warning(body, made)
 
     grammar, said = use("hermes")
     assert (grammar.param, said) == ("tools", None)

@@ -15,6 +15,7 @@ from llmctl.config import ServeConfig
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving import sampling_fields
 from llmctl.serving.context import Model
+from llmctl.serving.final_message import settle_prefill
 from llmctl.serving.intake import Intake
 from llmctl.serving.messages_api.protocol import MessagesRequest
 from llmctl.serving.messages_api.translate import chat_request
@@ -282,8 +283,30 @@ def test_the_final_message_is_continued_where_its_text_ends(tokenizer: Tokenizer
             rendered(tokenizer, template, last, **fields)
 
 
-def test_without_the_field_a_last_message_of_the_assistant_is_answered(tokenizer: Tokenizer) -> None:
-    assert rendered(tokenizer, KEEPS, "a", "b") == "[a][b]!"
+@pytest.mark.parametrize(
+    ("fields", "last", "goes_on"),
+    [
+        ({}, {"content": "b"}, True),
+        ({}, {"content": [{"type": "text", "text": ""}, {"type": "refusal", "refusal": "b"}]}, True),
+        ({}, {"content": [{"type": "text", "text": ""}]}, False),
+        ({}, {"content": ""}, False),
+        ({}, {"content": None}, False),
+        ({}, {"content": "b", "tool_calls": [{"function": {"name": "f"}}]}, False),
+        ({}, {"content": "b", "function_call": {"name": "f"}}, False),
+        ({}, {"role": "user", "content": "b"}, False),
+        ({"continue_final_message": False}, {"content": "b"}, False),
+        ({"add_generation_prompt": True}, {"content": "b"}, False),
+        ({"add_generation_prompt": False}, {"content": "b"}, False),
+    ],
+)
+def test_a_last_message_of_the_assistant_is_continued_where_nothing_says_otherwise(
+    fields: dict[str, Any], last: dict[str, Any], goes_on: bool
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", **last}]
+    for prefills in (True, False):
+        body = ChatCompletionRequest.model_validate({"messages": messages, **fields})
+        settle_prefill(body, prefills=prefills)
+        assert body.continue_final_message == (goes_on and prefills)
 
 
 def test_a_template_of_a_request_that_is_none(tokenizer: Tokenizer) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 from llmctl.serving.protocol import Tool
 from llmctl.serving.tools.enforced import arguments_schema
+from llmctl.serving.tools.thinking import BLANKS as _S
+from llmctl.serving.tools.thinking import opening_rules, thinking_rules
 from llmctl.structured.regex import quoted
 from llmctl.structured.spec import GrammarSpec, lark_with_schemas
 from llmctl.text.output_parser.formats import Layout, ReasoningFormat, ToolFormat
 
-_S = r"[\s\x{1C}-\x{1F}]*"  # what the parser takes for white space
 _ANY = "(?s:.*)"
 _STRING = r'"(\\.|[^"\\])*"'
 _SCALAR = r'[^\s\x{1C}-\x{1F},:"{}\[\]]+'
@@ -61,8 +62,7 @@ def held_calls(
 
 
 class _Answer:
-    """Lark of one answer. Names of terminals are in capitals. A lazy rule ends where it first matches, and nothing else
-    that might match on does: so no text goes on over a marker that may come there."""
+    """Lark of one answer. Names of terminals are in capitals."""
 
     def __init__(
         self,
@@ -107,26 +107,17 @@ class _Answer:
         if self._reasoning is None:
             self._add("start: body")
             return
-        begin, end = self._reasoning.markers
-        markers = ",".join(str(i) for text, i in self._special_ids.items() if text != end)
-        self._add(
-            "THOUGHT: /(?s:.+)/",
-            f"thought: (THOUGHT | <[{markers}]>)*" if markers else "thought: THOUGHT?",
-        )
-        self._opening("thought_end", f"/{_ANY}{quoted(end)}/", end, "THOUGHT")
-        self._add("thinking: thought thought_end body | thought")
+        self._add(*thinking_rules(self._reasoning, self._special_ids, "body", alone=True))
         if self._begun:
             self._add("start: thinking")
         else:
+            begin = self._reasoning.begin
             self._add(f"BLANK: /{_S}/")
             self._opening("thought_begin", f"/{_S}{quoted(begin)}/", begin, "BLANK")
             self._add("start: thought_begin thinking | body")
 
     def _opening(self, name: str, expression: str, marker: str, before: str) -> None:
-        """What ends with a marker, spelt out or as a special token after the terminal ``before``."""
-        self._add(f"{name}_spelt[lazy]: {expression}")
-        special = self._special_ids.get(marker)
-        self._add(f"{name}: {name}_spelt" + (f" | {before}? <[{special}]>" if special is not None else ""))
+        self._add(*opening_rules(name, expression, marker, before, self._special_ids))
 
     def _body(self) -> None:
         """Text, and sections of calls."""

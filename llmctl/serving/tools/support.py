@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmctl.errors import RequestError
+from llmctl.serving.final_message import continued_text
 from llmctl.serving.protocol import ChatCompletionRequest, ChatRequest, FunctionName, Tool
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.tools import generic_prompt
 from llmctl.serving.tools.enforced import calls_grammar
 from llmctl.serving.tools.held import held_calls, why_not_held
+from llmctl.serving.tools.thinking import after_thinking, standing
 from llmctl.serving.tools.traits import TemplateTraits
 from llmctl.structured.spec import GrammarSpec
 from llmctl.text.chat_template import ChatTemplate
@@ -42,6 +44,7 @@ class ToolSupport:
         row: how the model writes tool calls. reasoning: how it writes reasoning; None: that is content.
         traits: of the chat template. generic: tools are shown by a built-in prompt instead.
         tool_markers, reasoning_markers: special tokens that the parser must see, ids by their texts.
+        reasoning_opener: the token that is the marker of its beginning; None: it takes several.
     """
 
     row: ToolFormat = field(default_factory=lambda: tool_format("json"))
@@ -50,6 +53,7 @@ class ToolSupport:
     generic: bool = False
     tool_markers: Mapping[str, int] = field(default_factory=dict)
     reasoning_markers: Mapping[str, int] = field(default_factory=dict)
+    reasoning_opener: int | None = None
     _warned: bool = False
 
     @classmethod
@@ -80,6 +84,7 @@ class ToolSupport:
             generic,
             _special_ids(tokenizer, row.markers),
             _special_ids(tokenizer, reasoning.markers if reasoning else ()),
+            tokenizer.token_to_id(reasoning.begin) if reasoning else None,
         )
 
     def tools_shown(self, body: ChatRequest) -> list[dict[str, Any]] | None:
@@ -94,14 +99,15 @@ class ToolSupport:
         """
         tools = given_tools(body)
         param, wanted = _choice(body, [tool.function.name for tool in tools])
+        continued = continued_text(body)
         if wanted == "none":
-            return ToolUse(self, None)
+            return ToolUse(self, None, continued=continued)
         named = [tool for tool in tools if not isinstance(wanted, str) and tool.function.name == wanted[0]]
         legacy = bool(body.functions)
         single = legacy or bool(named) or body.parallel_tool_calls is False
         grammar = None if wanted == "auto" else calls_grammar(named or tools, param, single=single)
         schemas = {tool.function.name: _properties(tool) for tool in tools}
-        use = ToolUse(self, schemas, legacy=legacy, single=single, grammar=grammar)
+        use = ToolUse(self, schemas, legacy=legacy, single=single, grammar=grammar, continued=continued)
         if grammar is not None or not any(tool.function.strict for tool in tools):
             return use
         loose = why_not_held(self.row) or (_OTHER_GRAMMAR if grammar_of(body) is not None else None)
@@ -130,9 +136,10 @@ class ToolUse:
     Attributes:
         tools: functions that may be called; None: none, and calls are not looked for.
         legacy: asked with ``functions``, and answered with ``function_call``. single: only the first call counts.
-        grammar: of the calls that must be made, which are then the whole answer.
+        grammar: of the calls that must be made, which are then the whole answer after the reasoning.
         held: all tools, if those calls are held to them that may be made. loose: why they are not, though tools are
             strict.
+        continued: the text of the chat's last message, if the answer goes on with it.
     """
 
     support: ToolSupport
@@ -142,52 +149,55 @@ class ToolUse:
     grammar: GrammarSpec | None = None
     held: tuple[Tool, ...] = ()
     loose: str | None = None
+    continued: str | None = None
 
     @property
     def markers(self) -> tuple[int, ...]:
         """Special tokens that must not be left out of the text."""
-        if self.grammar is not None:
-            return ()
-        calls = self.support.tool_markers.values() if self.tools is not None else ()
+        calls = self.support.tool_markers.values() if self.tools is not None and self.grammar is None else ()
         return (*calls, *self.support.reasoning_markers.values())
 
-    def held_grammar(self, prompt: str | None) -> GrammarSpec | None:
-        """The grammar of an answer to a prompt, in which calls are held to the tools; None: they are not.
+    def answer_grammar(self, given: GrammarSpec | None, prompt: str | None) -> GrammarSpec | None:
+        """What an answer to a prompt is held to: ``given``, after its reasoning; or text in which calls are held to the
+        tools; None: nothing.
 
         Raises:
             RequestError: the tools' schemas are too long.
         """
-        if not self.held:
-            return None
-        support = self.support
+        support, reasoning = self.support, self.support.reasoning
         begun, closed = self._reasoning_in(prompt)
+        if closed:
+            reasoning = None
+        if not self.held:
+            if given is None or reasoning is None:
+                return given
+            begun = begun or reasoning.implied
+            markers, opener = support.reasoning_markers, support.reasoning_opener
+            return after_thinking(given, reasoning, markers, begun=begun, opener=opener)
         return held_calls(
             support.row,
             self.held,
             "functions" if self.legacy else "tools",
             single=self.single,
             special_ids={**support.tool_markers, **support.reasoning_markers},
-            reasoning=None if closed else support.reasoning,
+            reasoning=reasoning,
             begun=begun,
         )
 
     def parser(self, prompt: str | None) -> OutputParser | None:
         """A parser of one answer to a prompt; None where there is nothing to take apart."""
+        row, reasoning = self.support.row, self.support.reasoning
         if self.grammar is not None:
-            return OutputParser(tool_format("json"), self.tools)
-        reasoning = self.support.reasoning
-        if self.tools is None and reasoning is None:
+            row = tool_format("json")
+        elif self.tools is None and reasoning is None:
             return None
         begun, closed = self._reasoning_in(prompt)
-        return OutputParser(self.support.row, self.tools, reasoning, begun=begun, closed=closed)
+        return OutputParser(row, self.tools, reasoning, begun=begun, closed=closed)
 
     def _reasoning_in(self, prompt: str | None) -> tuple[bool, bool]:
-        """Whether a prompt has begun the answer's reasoning, and whether it has closed it."""
-        reasoning, text = self.support.reasoning, (prompt or "").rstrip()
-        return (
-            reasoning is not None and text.endswith(reasoning.begin),
-            reasoning is not None and text.endswith(reasoning.end),
-        )
+        """Whether the answer's reasoning has begun before the answer to a prompt, and whether it is over."""
+        reasoning = self.support.reasoning
+        return (False, False) if reasoning is None else standing(reasoning, prompt or "", self.continued)
 
 
 def given_tools(body: ChatRequest) -> list[Tool]:
