@@ -10,7 +10,12 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes, shared by all subcommands."""
+    """Process exit codes, shared by all subcommands.
+
+    ``USAGE``: what was typed can mean nothing here, be it an option or a name that no model has (nothing is there, or
+    no checkpoint and no engine). ``RUNTIME``: it was understood and failed, as a model does that is damaged or not
+    supported. A command that starts a server ends as that does.
+    """
 
     OK = 0
     RUNTIME = 1

@@ -27,6 +27,10 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 """Extra -> the modules that llmctl imports of it."""
 
 _SPOKEN = {"torch": "PyTorch"}
+_CPU_ALONE = (
+    "without a GPU, and gigabytes smaller: with --extra-index-url and the URL that PyTorch's installation page gives "
+    'for "CPU"'
+)
 _PACKAGE = Path(__file__).parent
 
 
@@ -44,6 +48,12 @@ def install_command(extra: str, *options: str) -> str:
     if (clone / "pyproject.toml").is_file():
         what = ["-e", f"{_from_here(clone)}[{extra}]"]
     return pip_install(*options, *what)
+
+
+def install_hint(extra: str) -> str:
+    """``install_command``, and for PyTorch alone how it comes without CUDA, which is in its usual build for Linux."""
+    more = f"; {_CPU_ALONE}" if MODULES[extra] == ("torch",) and sys.platform == "linux" else ""
+    return install_command(extra) + more
 
 
 def pip_install(*words: str) -> str:
@@ -83,7 +93,7 @@ def missing_package(error: BaseException) -> MissingPackageError | None:
 
 def _error(what: str, module: str, extra: str) -> MissingPackageError:
     name = _SPOKEN.get(module, module)
-    return MissingPackageError(f"{what} needs {name}, which is not installed", fix=install_command(extra))
+    return MissingPackageError(f"{what} needs {name}, which is not installed", fix=install_hint(extra))
 
 
 def _is_installed(module: str) -> bool:

@@ -44,7 +44,7 @@ from llmctl.bench.environment import describe_environment
 from llmctl.bench.progress import Progress
 from llmctl.bench.ratios import Decision
 from llmctl.bench.rounds import ORDERS, Player, Round, Visit
-from llmctl.bench.serve import make_plan
+from llmctl.bench.serve_plan import make_plan
 from llmctl.bench.sides import EngineSide, Side
 from llmctl.errors import ExitCode, LlmctlError
 

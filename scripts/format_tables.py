@@ -11,7 +11,7 @@ from pathlib import Path
 from md_table import markdown_table
 
 from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS
-from llmctl.checkpoint.gguf_families import ARCHITECTURES, gguf_architecture
+from llmctl.checkpoint.gguf_families import ARCHITECTURES, ROW_OF_FAMILY, gguf_architecture
 from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
 from llmctl.checkpoint.gguf_tokenizer import TOKENIZER_MODELS
 from llmctl.checkpoint.methods import METHODS, REFUSED
@@ -43,6 +43,7 @@ def gguf() -> str:
     """What else a GGUF file may be of."""
     rows = [
         ("architectures", ", ".join(sorted(set(map(gguf_architecture, ARCHITECTURES))))),
+        ("written from `model_type`", ", ".join(sorted(ROW_OF_FAMILY))),
         ("tokenizer models", ", ".join(f"{name} ({what})" for name, what in TOKENIZER_MODELS.items())),
         ("pre-tokenizers of byte-level BPE (`gpt2`)", ", ".join(PRE_TOKENIZERS)),
     ]

@@ -1,10 +1,12 @@
-"""Fixtures that several rooms' tests share: the tiny model, its engine, one real server."""
+"""What all tests share: a cache of their own, the tiny model, its engine, one real server."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 
 # Tests run in several processes: torch's threads would only wait for each other. Set before torch is imported.
@@ -18,7 +20,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import ServerProcess, make_tiny_llama
+from fixtures import ServerProcess, make_tiny_llama, share_compiled_kernels
+
+from llmctl.checkpoint.user_folders import cache_dir
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache for this run, with the compiled kernels and demo models of the user's, in which no engine is left behind.
+
+    What pytest-xdist starts inherits it.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    models = cache_dir() / "demo"
+    models.mkdir(parents=True, exist_ok=True)
+    cache = share_compiled_kernels(Path(tempfile.mkdtemp(prefix="llmctl-tests-")))
+    (cache / "demo").symlink_to(models)
+    os.environ["LLMCTL_CACHE"] = str(cache)
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 
 from llmctl.checkpoint.reader import Checkpoint
@@ -109,6 +110,17 @@ def add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
         writer.add_token_merges(facts["merges"])
     for key in facts.keys() - {"model", "pre", "list", "types", "merges"}:
         getattr(writer, f"add_{key}")(facts[key])
+
+
+def tokenizer_keys(facts: dict[str, Any]) -> dict[str, Any]:
+    """What ``small_tokenizer`` makes, as metadata that was read; None is left out."""
+    names = {"list": "tokens", "types": "token_type", "token_scores": "scores", "unk_token_id": "unknown_token_id"}
+    arrays = {"types": np.int32, "token_scores": np.float32}
+    return {
+        f"tokenizer.ggml.{names.get(key, key)}": np.array(value, arrays[key]) if key in arrays else value
+        for key, value in facts.items()
+        if value is not None and value != []
+    }
 
 
 def logits_of(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 from llmctl import extras
 from llmctl.errors import MissingPackageError
-from llmctl.extras import DISTRIBUTION, MODULES, install_command, missing, missing_package, require
+from llmctl.extras import DISTRIBUTION, MODULES, install_command, install_hint, missing, missing_package, require
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -50,6 +50,18 @@ def test_from_a_wheel_the_distribution_is(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert install_command("quantize") == f"pip install '{DISTRIBUTION}[quantize]'"
 
 
+def test_the_build_without_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words that need no page of ours, and that name no host."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    command, _, more = install_hint("quantize").partition("; ")
+    assert command == install_command("quantize")
+    assert "--extra-index-url" in more
+    assert not re.search(r"https?:|\.org|\.com", more)
+    assert install_hint("cuda") == install_command("cuda"), "which is there for CUDA"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert install_hint("quantize") == install_command("quantize"), "whose usual build has none"
+
+
 @pytest.mark.parametrize("found", [None, "/elsewhere/pip"])
 def test_the_pip_is_this_pythons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: str | None) -> None:
     monkeypatch.setattr(extras.shutil, "which", lambda _: found)
@@ -70,7 +82,7 @@ def test_what_is_missing_is_said_with_the_command(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingPackageError, match="llmctl quantize needs PyTorch, which is not installed") as caught:
         require("quantize", "llmctl quantize")
-    assert caught.value.fix == install_command("quantize")
+    assert caught.value.fix == install_hint("quantize")
     monkeypatch.setitem(MODULES, "quantize", ("nowhere_at_all.inside",))  # type: ignore[misc]
     assert missing("quantize") == "nowhere_at_all.inside"
 
@@ -87,7 +99,7 @@ def test_an_import_that_fails_is_told_by_its_extra() -> None:
     for name, extra in {"torch.nn": "quantize", "cupy": "cuda", "opentelemetry.sdk": "otel"}.items():
         said = missing_package(ModuleNotFoundError(f"No module named {name!r}", name=name))
         assert said is not None
-        assert said.fix == install_command(extra)
+        assert said.fix == install_hint(extra)
     assert missing_package(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
     assert missing_package(ImportError("cannot import name 'x' from 'torch'", name="torch")) is None
 

@@ -48,14 +48,14 @@ class Delta:
         return self.decision == Decision.REGRESSION
 
 
-def load_baseline(path: Path) -> dict[str, Any]:
-    """A result written by ``bench`` (or by ``vllm bench serve``).
+def read_result(path: Path) -> Any:
+    """What a file of ``--baseline`` holds.
 
     Raises:
-        UsageError: unreadable, not JSON, or not a result.
+        UsageError: unreadable, or not JSON.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"--baseline {path}: {error.strerror or error}",
@@ -65,6 +65,15 @@ def load_baseline(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UsageError(f"--baseline {path}: not JSON: {error}", param="baseline") from error
+
+
+def load_baseline(path: Path) -> dict[str, Any]:
+    """A result written by ``bench`` (or by ``vllm bench serve``).
+
+    Raises:
+        UsageError: unreadable, not JSON, or not a result.
+    """
+    loaded = read_result(path)
     if not isinstance(loaded, dict) or not isinstance(loaded.get("completed"), int):
         raise UsageError(f"--baseline {path}: expected a bench result, found no count of completed requests")
     if not loaded.get("completed"):

@@ -94,6 +94,7 @@ async def run_load(
     max_concurrency: int | None,
     on_done: Callable[[RequestRecord], None] | None = None,
     *,
+    on_sent: Callable[[], None] | None = None,
     max_seconds: float | None = None,
 ) -> LoadRun:
     """Send every item at its arrival time (seconds from now), at most ``max_concurrency`` under way at once.
@@ -116,6 +117,8 @@ async def run_load(
         async with slots:
             if time.perf_counter() >= stop:
                 return
+            if on_sent is not None:
+                on_sent()
             await send(session, target, bodies[record.index], record)
         if on_done is not None:
             on_done(record)

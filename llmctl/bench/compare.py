@@ -17,7 +17,8 @@ from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, timestamp
 from llmctl.bench.progress import Progress
 from llmctl.bench.ratios import Decision, Ratio, Worsening, finite, paired_ratio, ratio_row
 from llmctl.bench.rounds import FailedRequestsError, Player, Round, Visit
-from llmctl.bench.serve import Plan, make_plan, workload_of
+from llmctl.bench.serve import workload_of
+from llmctl.bench.serve_plan import Plan, make_plan
 from llmctl.bench.sides import Side, parse_sides
 from llmctl.bench.units import changed, interval, percent
 from llmctl.errors import ExitCode, LlmctlError, UsageError

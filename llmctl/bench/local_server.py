@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 from llmctl.config import ServeConfig, option_of
-from llmctl.errors import LlmctlError, UsageError
+from llmctl.errors import ExitCode, LlmctlError, UsageError
+from llmctl.serving.parent import ending_with_this
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 60.0
@@ -153,7 +154,8 @@ def running(
     """``COMMAND --port N``, from the moment its ``/ready`` answers 200 until the context ends; then SIGTERM.
 
     Whatever ends the context ends the server: a terminal that is closed and SIGTERM too, which end the program as
-    ``sys.exit`` does where nothing else was made of them.
+    ``sys.exit`` does where nothing else was made of them; and on Linux what nobody can handle, SIGKILL, where the
+    context is of the main thread.
 
     Args:
         ready_timeout: seconds from start to ready.
@@ -167,8 +169,10 @@ def running(
     variables = {name: value for name, value in os.environ.items() if name not in _KEYS} | dict(environment or {})
     with _ended_by_signals(), tempfile.TemporaryFile("w+b") as log:
         start = time.monotonic()
+        words = [*command, "--port", str(port)]
         process = subprocess.Popen(
-            [*command, "--port", str(port)],
+            # Another thread may end before its process, which the kernel would take for the end of both.
+            ending_with_this(words) if threading.current_thread() is threading.main_thread() else words,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -218,8 +222,11 @@ def _await_ready(
 ) -> None:
     news = time.monotonic() + _NEWS_EVERY_SECONDS
     while True:
-        if server.process.poll() is not None:
-            raise server.fail(f"the server ended with exit code {server.process.returncode} before it was ready")
+        if (code := server.process.poll()) is not None:
+            error = server.fail(f"the server ended with exit code {code} before it was ready")
+            if code == ExitCode.USAGE:  # a model or an option that it was given by us, who had it from the user
+                error.exit_code = ExitCode.USAGE
+            raise error
         if _answers(server.url + "/ready"):
             return
         now = time.monotonic()

@@ -44,6 +44,10 @@ RESERVED = frozenset(
 )
 
 
+ReadBaseline = Callable[[Path], dict[str, Any]]
+"""Reads an earlier result, or raises UsageError."""
+
+
 def timestamp() -> str:
     """Local time as ``vllm bench`` writes it."""
     return datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -80,8 +84,12 @@ class Judge:
         is_known: Callable[[str], bool],
         names: Sequence[str],
         extra: Sequence[gate.Slo] = (),
+        read: ReadBaseline = base.load_baseline,
     ) -> Judge:
         """Check every option that concerns the verdict and the files.
+
+        Args:
+            read: reads the baseline.
 
         Raises:
             UsageError: on the first that cannot be honoured.
@@ -107,7 +115,7 @@ class Judge:
         previous = None
         may_miss = config.update_baseline or config.allow_missing_baseline
         if config.baseline and not (may_miss and not Path(config.baseline).exists()):
-            previous = base.load_baseline(Path(config.baseline))
+            previous = read(Path(config.baseline))
         return cls(config, slos, max_regression, metrics, parse_metadata(config.metadata), previous)
 
     def check_same_work(self, identity: Mapping[str, Any]) -> None:
@@ -120,7 +128,7 @@ class Judge:
         gates = [*first_gates]
         gates += [gate.check(s, result, "goodput" if "goodput" in s.metric else "slo") for s in self.slos]
         result["baseline"] = None
-        result["notes"] = self._notes()
+        result["notes"] = self.notes()
         if self.previous is not None:
             deltas = base.compare(
                 self.previous, result, self.metrics, self.max_regression, confidence=self.config.confidence
@@ -133,7 +141,7 @@ class Judge:
         result["exit_code"] = int(code)
         return Outcome(result, code)
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What a person should know of the verdict and would not see in it."""
         if self.previous is None and self.config.baseline and not self.config.update_baseline:
             path = self.config.baseline

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmctl.bench.client import Target, run_load
 from llmctl.bench.endpoint import Endpoint, call, open_session
+from llmctl.bench.metrics import RequestRecord
 from llmctl.bench.workloads import WorkItem
 from llmctl.errors import LlmctlError, UsageError
 
@@ -39,8 +40,11 @@ class ServerFacts:
     ready_wait: float
 
 
-def choose_model(named: str | None, server: ServerFacts, base_url: str) -> str:
+def choose_model(named: str | None, server: ServerFacts, base_url: str, tell: Tell | None = None) -> str:
     """The model to ask for: the one that is named, else the server's first.
+
+    Args:
+        tell: is told of a named one that the server does not list: a gateway lists some of its names. None refuses it.
 
     Raises:
         UsageError: the server has no such model, or none is named and it names none.
@@ -50,12 +54,25 @@ def choose_model(named: str | None, server: ServerFacts, base_url: str) -> str:
             return named
         raise UsageError(f"{base_url}/v1/models: names no model", fix="give --model NAME", param="model")
     if named and named not in server.models:
-        raise UsageError(
-            f"{base_url}: no model '{named}': it has {', '.join(server.models[:5])}",
-            fix=f"--model {shlex.quote(server.models[0])}",
-            param="model",
+        if tell is None:
+            raise unknown_model(named, server, base_url)
+        tell(
+            f"warning: {base_url}/v1/models does not list '{named}': it has {_some(server.models)}; asked all the same"
         )
     return named or server.models[0]
+
+
+def unknown_model(named: str, server: ServerFacts, base_url: str) -> UsageError:
+    """The error to raise of a model that the server does not have."""
+    return UsageError(
+        f"{base_url}: no model '{named}': it has {_some(server.models)}",
+        fix=f"--model {shlex.quote(server.models[0])}",
+        param="model",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5])
 
 
 class Patience:
@@ -136,8 +153,11 @@ def _details(answer: Any) -> str:
     return f": {' '.join(str(reason).split())[:200]}" if reason else ""
 
 
-def await_answer(target: Target, patience: Patience, tell: Tell) -> None:
+def await_answer(target: Target, patience: Patience, tell: Tell) -> RequestRecord:
     """Send one request, of one token, until the server answers it; a refusal that waiting cannot mend is told.
+
+    Returns:
+        The request that was answered, or refused so.
 
     Raises:
         LlmctlError: no answer within the patience (0 seconds: one try).
@@ -153,3 +173,4 @@ def await_answer(target: Target, patience: Patience, tell: Tell) -> None:
         asyncio.run(patience.wait(f"the first request: {record.error}"))
     if record.error is not None:
         tell(f"warning: the first request failed: {record.error}")
+    return record

@@ -19,7 +19,8 @@ from llmctl.bench.client import Target
 from llmctl.bench.endpoint import make_endpoint
 from llmctl.bench.local_tokenizer import local_counter
 from llmctl.bench.progress import Progress
-from llmctl.bench.serve import Plan, connect, find_counter, make_items, run_once, warm_up
+from llmctl.bench.serve import connect, find_counter, run_once, warm_up
+from llmctl.bench.serve_plan import Plan, make_items
 from llmctl.bench.sides import Side
 from llmctl.bench.workloads import TokenCounter
 

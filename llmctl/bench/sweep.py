@@ -14,6 +14,7 @@ from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_server import serving
 from llmctl.bench.metrics import DEFINITIONS
 from llmctl.bench.outcome import SCHEMA_VERSION, Outcome, timestamp
+from llmctl.bench.sweep_baseline import check_same_loads, compare_sweeps, load_sweep
 from llmctl.bench.sweep_measure import Serve, Sweep
 from llmctl.bench.sweep_plan import Axis, Level, SweepPlan, Variant, plan_sweep
 from llmctl.bench.sweep_view import SweepView
@@ -47,7 +48,10 @@ def run_sweep(config: BenchSweepConfig, view: SweepView, serve: Serve | None = N
         LlmctlError: no server answers.
         KeyboardInterrupt: before anything was measured.
     """
-    plan = plan_sweep(config)
+    plan = plan_sweep(config, load_sweep)
+    judge = plan.serve.judge
+    if judge.previous is not None and not config.update_baseline:
+        check_same_loads(str(config.baseline), judge.previous, plan.points)
     environment = describe_environment()
     sweep = Sweep(plan, view, serve or _serve(view, config.ready_timeout))
     interrupted = False
@@ -104,7 +108,9 @@ def judged(sweep: Sweep, environment: Mapping[str, object], interrupted: bool) -
     measured = [variant for variant in plan.variants if any(v == variant for v, _ in sweep.points)]
     gates = [g for variant in measured for g in _gates(sweep, variant, found)]
     gates += [g for _, mine in sweep.quality.values() for g in mine]
-    code = gate.exit_code(gates) or (ExitCode.RUNTIME if sweep.refused else ExitCode.OK)
+    baseline, against = compare_sweeps(plan.serve.judge, points, plan.points)
+    gates += against
+    code = gate.exit_code(gates) or next((error.exit_code for error in sweep.refused.values()), ExitCode.OK)
     if interrupted:
         code = ExitCode.INTERRUPTED
     result = {
@@ -123,6 +129,8 @@ def judged(sweep: Sweep, environment: Mapping[str, object], interrupted: bool) -
         "price_per_hour": plan.config.price_per_hour,
         "environment": {**environment, "load_average_after": load_average()},
         "definitions": {**DEFINITIONS, **SWEEP_DEFINITIONS},
+        "baseline": baseline,
+        "notes": plan.serve.judge.notes(),
         "interrupted": interrupted,
         "time_up": sweep.time_up,
         "ended": timestamp(),

@@ -19,18 +19,18 @@ from llmctl.bench.metrics import run_metrics
 from llmctl.bench.quality import quality_gates
 from llmctl.bench.readiness import ServerFacts
 from llmctl.bench.serve import (
-    Plan,
     RepeatRun,
     connect,
     find_counter,
     make_head,
-    make_items,
     make_result,
     note_chunks,
     nothing_sent,
     run_once,
     warm_up,
 )
+from llmctl.bench.serve_plan import Plan, make_items
+from llmctl.bench.sweep_baseline import identity_of
 from llmctl.bench.sweep_plan import Level, SweepPlan, Variant, ordered, stream_of
 from llmctl.bench.sweep_view import SweepView
 from llmctl.bench.workloads import TokenCounter
@@ -169,7 +169,13 @@ class Sweep:
         counter, counted_by = find_counter(plan, target.model, self.view)
         target = warm_up(plan, target, counter, self.view)
         self.session = Session(plan, server, target.model, counter, counted_by, target)
+        self._check_same_work(self.session.head)
         return self.session
+
+    def _check_same_work(self, head: Mapping[str, Any]) -> None:
+        judge = self.plan.serve.judge
+        if judge.previous is not None:
+            judge.check_same_work(identity_of(head, judge.previous, self.plan.variants))
 
     def _load(self, variant: Variant, level: Level, session: Session, requests: int, stream: int) -> Point:
         """One run of a load, added to its point."""

@@ -10,11 +10,13 @@ from itertools import product
 from pathlib import Path
 
 from llmctl.bench import gate
+from llmctl.bench.baseline import load_baseline
 from llmctl.bench.config import BenchSweepConfig
 from llmctl.bench.decide import Objectives
 from llmctl.bench.local_server import ADDRESS, option_words
+from llmctl.bench.outcome import ReadBaseline
 from llmctl.bench.quality import read_settings
-from llmctl.bench.serve import Plan, check_arrivals, make_plan
+from llmctl.bench.serve_plan import Plan, check_arrivals, make_plan
 from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig, option_of
 from llmctl.errors import UsageError
 
@@ -207,15 +209,29 @@ class SweepPlan:
     objectives: Objectives
     quality: EvalConfig | None
 
+    @property
+    def points(self) -> list[tuple[Variant, Level]]:
+        """Every load on every variant; of a search, which makes up its loads, the first of each."""
+        return [(variant, self.axis.level(load)) for variant in self.variants for load in self.axis.loads]
 
-def plan_sweep(config: BenchSweepConfig) -> SweepPlan:
+
+def plan_sweep(config: BenchSweepConfig, read: ReadBaseline = load_baseline) -> SweepPlan:
     """Check the options.
+
+    Args:
+        read: reads the baseline.
 
     Raises:
         UsageError: on the first that cannot be honoured.
     """
+    if config.find_max and config.baseline:
+        raise UsageError(
+            "--find-max, --baseline: a search makes up its loads, and no two searches the same",
+            fix="sweep the loads of --request-rate or --max-concurrency",
+            param="baseline",
+        )
     axis, variants = axis_of(config), variants_of(config)
-    serve = make_plan(config)
+    serve = make_plan(config, read)
     if not config.find_max:
         for repeat, (i, load) in product(range(config.num_repeats), enumerate(axis.loads)):
             check_arrivals(replace(config, request_rate=axis.level(load).request_rate), stream_of(repeat, i))

@@ -39,7 +39,7 @@ class SweepView(Progress):
         if not sys.stderr.isatty():
             super().start(label, total)
             return
-        self._label, self._total, self._done, self._failed = label, total, 0, 0
+        self._reset(label, total)
         if self._live is None:
             from rich.console import Console
             from rich.live import Live
@@ -79,8 +79,7 @@ class SweepView(Progress):
         from rich.console import Group
         from rich.text import Text
 
-        failed = f", {self._failed} failed" if self._failed else ""
-        under_way = Text(f"{self._label}: {self._done} of {self._total} requests{failed}")
+        under_way = Text(f"{self._label}: {self._done} of {self._total} requests{self._state}")
         return Group(*tables(list(self._points.values())), under_way)
 
 

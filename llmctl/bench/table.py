@@ -73,6 +73,7 @@ def _latencies(result: Mapping[str, Any]) -> Table:
     suffixes = tuple(f"_{name}_ms" for name in present)
     keys = [key for key in result if present and key.endswith(suffixes)]
     percentiles = list(dict.fromkeys(key.split("_", 1)[0] for key in keys if key[0] == "p"))
+    percentiles = [word for word in percentiles if word != "p50"]  # the median
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("ms")
     for word in (*words, *percentiles):

@@ -45,7 +45,7 @@ def headline(result: Mapping[str, Any]) -> str:
     """passed, FAILED, or what else became of the run."""
     if result.get("interrupted"):
         return "interrupted"
-    failed = {"error"} if result.get("exit_code") == ExitCode.RUNTIME else set()
+    failed = {"error"} if result.get("exit_code") in (ExitCode.RUNTIME, ExitCode.USAGE) else set()
     failed |= {gate["kind"] for gate in result["gates"] if not gate["passed"]}
     return "FAILED" if failed - {"inconclusive"} else "inconclusive" if failed else "passed"
 

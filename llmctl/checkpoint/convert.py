@@ -117,6 +117,9 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, graph: Graph, unused: tuple[Unused, ...], to: str, show: Show) -> None:
         self.checkpoint, self._to, self._show = checkpoint, to, show
         self.left_out = names_of(unused)
+        # Norms that multiply by 1 + w, which is what GGUF has of them, and is compared.
+        shifted = {op.weights[0] for op in graph.ops if op.attrs.get("plus_one")} if to == "gguf" else set()
+        self._plus_one = {part.tensor for name in shifted for part in graph.weights[name].parts}
         linears = {
             part.tensor.removesuffix(".weight")
             for op in graph.products()
@@ -165,6 +168,8 @@ class _Job:
         for number, name in enumerate(names, 1):
             before, after = self.checkpoint.weight(name), made.weight(name)
             old, new = _dense(before), _dense(after)
+            if name in self._plus_one:
+                old, new = old + 1, new + 1
             if not torch.equal(old, new):
                 delta = float((old.double() - new.double()).abs().max())
                 module = name.removesuffix(".weight") if isinstance(before, QuantizedWeight) else name

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.gguf_families import ARCHITECTURES, TOP, ArchFacts, gguf_architecture, row_of
+from llmctl.checkpoint.gguf_families import ARCHITECTURES, EXPERT, TOP, ArchFacts, gguf_architecture, row_of
 from llmctl.checkpoint.gguf_keys import Keys, is_set
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
@@ -46,21 +46,23 @@ def hf_name(name: str, row: str, where: str) -> str | None:
     raise UnsupportedModelError(f"{where}: tensor '{name}' is none of architecture {gguf_architecture(row)}")
 
 
-def gguf_name(name: str, arch: str, where: str) -> str:
-    """The GGUF name of an HF tensor.
+def gguf_name(name: str, row: str, where: str) -> tuple[str, int | None]:
+    """The GGUF name of an HF tensor, and which expert of that tensor it is; None where the tensor is it alone.
 
     Args:
-        arch: one of ``ARCHITECTURES``.
+        row: of ``ARCHITECTURES``.
 
     Raises:
         UnsupportedModelError: a tensor that GGUF has no name for.
     """
-    theirs = {ours: gguf for gguf, ours in {**TOP, **ARCHITECTURES[arch].blocks}.items()}
-    found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    if not found or found[2] not in theirs:
+    theirs = {ours: gguf for gguf, ours in {**TOP, **ARCHITECTURES[row].blocks}.items()}
+    found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+?)(?:\.experts\.(\d+)\.(\w+))?\.(weight|bias)", name)
+    layer, module, expert, projection, kind = found.groups() if found else (None, "", None, None, None)
+    module = module if expert is None else f"{module}.experts.{EXPERT}.{projection}"
+    if module not in theirs:
         raise UnsupportedModelError(f"{where}: GGUF has no name for tensor '{name}'")
-    stem = f"blk.{found[1]}." if found[1] else ""
-    return f"{stem}{theirs[found[2]]}.{found[3]}"
+    stem = f"blk.{layer}." if layer else ""
+    return f"{stem}{theirs[module]}.{kind}", None if expert is None else int(expert)
 
 
 def synthesise_config(

@@ -1,4 +1,4 @@
-"""What is told of each GGUF architecture that is read: a row each, and its fields of config.json.
+"""What is told of each GGUF architecture: a row each, its fields of config.json, and the keys that say them in a file.
 
 Sources: llama.cpp's convert_hf_to_gguf.py (what it writes of each class), gguf-py's tensor name map, and llama.cpp's
 own models for what a file leaves out.
@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmctl.checkpoint.gguf_gemma import gemma2_fields, gemma3_fields
+from llmctl.checkpoint.gguf_gemma import gemma2_fields, gemma2_keys, gemma3_fields, gemma3_keys
 from llmctl.checkpoint.gguf_keys import Keys, is_set
-from llmctl.checkpoint.gguf_phi import phi3_fields
+from llmctl.checkpoint.gguf_phi import phi3_fields, phi3_keys
 from llmctl.errors import UnsupportedModelError
+from llmctl.graph.config_reader import ConfigReader
+from llmctl.graph.hf_config import Arch
 
 Fields = Callable[[Keys, Mapping[str, Any]], dict[str, Any]]
 """Fields of a family's config, of its keys and what is known already."""
+MakeKeys = Callable[[Arch, ConfigReader], dict[str, Any]]
+"""The other way round: keys, without the architecture's name, of a model and its config."""
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {
@@ -38,13 +42,15 @@ _GEMMA_NORMS = {
 }
 _OLMO_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+ROUTER = "ffn_gate_inp"
+"""GGUF's name of the module that chooses experts, whose weight is float32."""
 EXPERT = "{e}"
 """In a name: the stored tensor holds all experts, its first axis, and is seen as one an expert."""
 
 
 def _experts(router: str, gate: str, up: str, down: str) -> dict[str, str]:
     projections = {"gate": gate, "up": up, "down": down}
-    return {"ffn_gate_inp": router} | {f"ffn_{ours}_exps": theirs for ours, theirs in projections.items()}
+    return {ROUTER: router} | {f"ffn_{ours}_exps": theirs for ours, theirs in projections.items()}
 
 
 _OF_MLP, _SPARSE = f"mlp.experts.{EXPERT}.", f"block_sparse_moe.experts.{EXPERT}."
@@ -75,7 +81,7 @@ class ArchFacts:
         blocks: names of a layer's tensors, GGUF's to HF's.
         extra: config fields that are constants of the family.
         biased: whether linears have biases is said by config.json, and here by the tensors.
-        fields: of the family alone.
+        fields, keys: of the family alone; what ``keys`` cannot say, ``check_same_model`` refuses.
         windows, experts, partial: whether ``fields`` reads sliding windows, experts, a rotary embedding of some of the
             columns.
     """
@@ -88,19 +94,26 @@ class ArchFacts:
     extra: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
     biased: bool = False
     fields: Fields = lambda keys, config: {}  # noqa: ARG005
+    keys: MakeKeys = lambda arch, reader: {}  # noqa: ARG005
     windows: bool = False
     experts: bool = False
     partial: bool = False
 
 
+_GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
 def _granite_fields(keys: Keys, _: Mapping[str, Any]) -> dict[str, Any]:
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-    }
-    return {ours: keys.number(theirs) for theirs, ours in names.items() if keys.get(theirs) is not None}
+    return {ours: keys.number(theirs) for theirs, ours in _GRANITE.items() if keys.get(theirs) is not None}
+
+
+def _granite_keys(_: Arch, reader: ConfigReader) -> dict[str, Any]:
+    return {theirs: reader.factor(ours) for theirs, ours in _GRANITE.items()}
 
 
 def _smollm3_fields(_: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +132,25 @@ def _local_expert_counts(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any
 
 def _granite_moe_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_granite_fields(keys, config), **_local_expert_counts(keys, config)}
+
+
+def _expert_keys(arch: Arch, _: ConfigReader) -> dict[str, Any]:
+    assert arch.mixture is not None
+    return {"expert_count": arch.mixture.count, "expert_used_count": arch.mixture.chosen}
+
+
+def _granite_moe_keys(arch: Arch, reader: ConfigReader) -> dict[str, Any]:
+    return {**_granite_keys(arch, reader), **_expert_keys(arch, reader)}
+
+
+def _wide_expert_keys(arch: Arch, reader: ConfigReader) -> dict[str, Any]:
+    assert arch.mixture is not None
+    return {**_expert_keys(arch, reader), "expert_feed_forward_length": arch.mixture.width}
+
+
+def _shared_expert_keys(arch: Arch, reader: ConfigReader) -> dict[str, Any]:
+    assert arch.mixture is not None
+    return {**_wide_expert_keys(arch, reader), "expert_shared_feed_forward_length": arch.mixture.shared_width}
 
 
 def _expert_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +177,7 @@ ARCHITECTURES: dict[str, ArchFacts] = {
         permuted=True,
         blocks={**_ATTENTION, **_MIXTRAL},
         fields=_local_expert_counts,
+        keys=_expert_keys,
         experts=True,
     ),
     "qwen2": ArchFacts("Qwen2ForCausalLM", extra=_QWEN),
@@ -154,6 +187,7 @@ ARCHITECTURES: dict[str, ArchFacts] = {
         blocks={**_ATTENTION, **_EXPERTS, **_SHARED},
         extra={**_QWEN, "norm_topk_prob": False},
         fields=_shared_expert_fields,
+        keys=_shared_expert_keys,
         experts=True,
     ),
     "qwen3": ArchFacts("Qwen3ForCausalLM", extra={**_QWEN, "attention_bias": False}),
@@ -163,6 +197,7 @@ ARCHITECTURES: dict[str, ArchFacts] = {
         blocks={**_ATTENTION, **_EXPERTS},
         extra={**_QWEN, "attention_bias": False, "norm_topk_prob": True},
         fields=_expert_fields,
+        keys=_wide_expert_keys,
         experts=True,
     ),
     "gemma2": ArchFacts(
@@ -171,6 +206,7 @@ ARCHITECTURES: dict[str, ArchFacts] = {
         blocks=_BLOCK | _GEMMA_NORMS,
         extra={"attention_bias": False},
         fields=gemma2_fields,
+        keys=gemma2_keys,
         windows=True,
     ),
     "gemma3": ArchFacts(
@@ -180,15 +216,17 @@ ARCHITECTURES: dict[str, ArchFacts] = {
         blocks=_BLOCK | _GEMMA_NORMS,
         extra={"attention_bias": False},
         fields=gemma3_fields,
+        keys=gemma3_keys,
         windows=True,
     ),
-    "granite": ArchFacts("GraniteForCausalLM", permuted=True, biased=True, fields=_granite_fields),
+    "granite": ArchFacts("GraniteForCausalLM", permuted=True, biased=True, fields=_granite_fields, keys=_granite_keys),
     "granitemoe": ArchFacts(
         "GraniteMoeForCausalLM",
         permuted=True,
         blocks={**_ATTENTION, **_GRANITE_MOE},
         biased=True,
         fields=_granite_moe_fields,
+        keys=_granite_moe_keys,
         experts=True,
     ),
     "olmoe": ArchFacts(
@@ -196,11 +234,17 @@ ARCHITECTURES: dict[str, ArchFacts] = {
         blocks={**_ATTENTION, **_EXPERTS},
         extra={**_SILU, "attention_bias": False, "norm_topk_prob": False},
         fields=_expert_counts,
+        keys=_expert_keys,
         experts=True,
     ),
     "olmo2": ArchFacts("Olmo2ForCausalLM", blocks={**_BLOCK, **_OLMO_NORMS}, extra={**_SILU, "attention_bias": False}),
     "phi3": ArchFacts(
-        "Phi3ForCausalLM", blocks={**_ATTENTION, **_FUSED}, fields=phi3_fields, windows=True, partial=True
+        "Phi3ForCausalLM",
+        blocks={**_ATTENTION, **_FUSED},
+        fields=phi3_fields,
+        keys=phi3_keys,
+        windows=True,
+        partial=True,
     ),
     "smollm3": ArchFacts("SmolLM3ForCausalLM", permuted=True, fields=_smollm3_fields),
 }
@@ -219,6 +263,13 @@ def row_of(metadata: Mapping[str, Any], where: str) -> str:
         raise UnsupportedModelError(f"{where}: GGUF architecture '{name}' is not read; known: {known}")
     of_experts = f"{name}+experts"
     return of_experts if of_experts in ARCHITECTURES and is_set(metadata.get(f"{name}.expert_count")) else name
+
+
+ROW_OF_FAMILY: dict[str, str] = {
+    **{facts.model_type or row: row for row, facts in ARCHITECTURES.items()},
+    "mistral": "llama",
+}
+"""By HF's ``model_type``."""
 
 
 def gguf_architecture(row: str) -> str:

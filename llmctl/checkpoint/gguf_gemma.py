@@ -1,4 +1,4 @@
-"""What Gemma 2's and 3's config.json says beyond the other families', from a GGUF file's metadata.
+"""What Gemma 2's and 3's config.json says beyond the other families', from a GGUF file's metadata, and there.
 
 Sources: convert_hf_to_gguf.py's Gemma2Model and Gemma3Model, llama.cpp's models/gemma2.cpp and gemma3.cpp (for what the
 file leaves out) and transformers' Gemma2Config and Gemma3TextConfig.
@@ -13,6 +13,8 @@ import numpy as np
 
 from llmctl.checkpoint.gguf_keys import Keys, is_set
 from llmctl.errors import CheckpointError
+from llmctl.graph.config_reader import ConfigReader
+from llmctl.graph.hf_config import Arch
 
 _ACTIVATION = "gelu_pytorch_tanh"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -57,6 +59,31 @@ def gemma3_fields(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     if is_set(keys.get("final_logit_softcapping")):
         fields["final_logit_softcapping"] = keys.number("final_logit_softcapping")
     return fields
+
+
+def gemma2_keys(arch: Arch, _: ConfigReader) -> dict[str, Any]:
+    """Keys of a model's windows and caps."""
+    caps = {"attn_logit_softcapping": arch.attention_cap, "final_logit_softcapping": arch.logit_cap}
+    return {**_window(arch), **{key: cap for key, cap in caps.items() if cap}}
+
+
+def gemma3_keys(arch: Arch, _: ConfigReader) -> dict[str, Any]:
+    """Keys of a model's windows, the base of RoPE within them, and the cap of its logits.
+
+    llama.cpp reads of the layers that slide how many there are to one of full attention, and no list.
+    """
+    found = _window(arch)
+    if found:
+        local = next(rope for rope, window in zip(arch.ropes, arch.windows, strict=True) if window)
+        assert local is not None
+        full = [layer for layer, window in enumerate(arch.windows) if not window]
+        found["rope.freq_base_swa"] = local["theta"]
+        found["attention.sliding_window_pattern"] = full[0] + 1 if full else arch.num_layers + 1
+    return found | ({"final_logit_softcapping": arch.logit_cap} if arch.logit_cap else {})
+
+
+def _window(arch: Arch) -> dict[str, Any]:
+    return {"attention.sliding_window": max(arch.windows)} if any(arch.windows) else {}
 
 
 def _query_width(keys: Keys, config: Mapping[str, Any]) -> int:

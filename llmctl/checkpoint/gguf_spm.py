@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.checkpoint.gguf_vocabulary import BYTE, SPECIAL, USER_DEFINED, Vocabulary
+from llmctl.checkpoint.gguf_vocabulary import BYTE, SPECIAL, UNUSED, USER_DEFINED, Vocabulary
 from llmctl.errors import CheckpointError, UnsupportedModelError
 
 ROLES = {"bos": 1, "eos": 2, "unknown": 0}
 """llama.cpp's, of a file that does not say."""
-_SPACE = "▁"
+SPACE = "▁"
+"""What sentencepiece writes for a space."""
 MOST_CHARS, MOST_RUN, MOST_TIES = 512, 64, 10**6
 """Characters of a token, and of a run that shares its score; pairs that are compared because their scores are equal.
 The work grows with the second, fourth and first power. sentencepiece makes tokens of 16, Gemma's have runs of 31."""
@@ -42,8 +43,8 @@ def spm_parts(vocabulary: Vocabulary) -> dict[str, Any]:
     if vocabulary.flag("remove_extra_whitespaces", False):
         raise UnsupportedModelError(f"{where}: tokenizer.ggml.remove_extra_whitespaces is not read")
     prefix = vocabulary.flag("add_space_prefix", True)
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    before = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    before = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*before, spaces]},
@@ -51,7 +52,7 @@ def spm_parts(vocabulary: Vocabulary) -> dict[str, Any]:
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
                 *strip,
@@ -89,7 +90,7 @@ def _merges(vocabulary: Vocabulary) -> list[Pair]:
     apart = {
         token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind in (*SPECIAL, BYTE) or (kind == USER_DEFINED and _SPACE not in token)
+        if kind in (*SPECIAL, BYTE) or (kind == USER_DEFINED and SPACE not in token)
     }
     known = {token: i for i, token in enumerate(vocabulary.tokens) if token not in apart}
     _check_letters(vocabulary, known)
@@ -113,9 +114,13 @@ def _merges(vocabulary: Vocabulary) -> list[Pair]:
 
 
 def _check_letters(vocabulary: Vocabulary, known: Iterable[str]) -> None:
-    """sentencepiece joins characters that are no tokens by themselves; BPE cannot: they are bytes by then."""
+    """sentencepiece joins characters that are no tokens by themselves; BPE cannot: they are bytes by then.
+
+    Unused tokens, with which a vocabulary is filled up, are joined by neither.
+    """
     letters = set(vocabulary.tokens)
-    odd = next((token for token in known if not letters.issuperset(token)), None)
+    unused = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == UNUSED}
+    odd = next((token for token in known if token not in unused and not letters.issuperset(token)), None)
     if odd is not None:
         raise UnsupportedModelError(f"{vocabulary.where}: token {odd!r} has a character that is no token: not read")
 

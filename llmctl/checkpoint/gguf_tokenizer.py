@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from llmctl.checkpoint.gguf_header import shown
-from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS, byte_level
+from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer, byte_level
 from llmctl.checkpoint.gguf_spm import ROLES, spm_parts
 from llmctl.checkpoint.gguf_vocabulary import CONTROL, Vocabulary
 from llmctl.errors import CheckpointError
@@ -56,6 +57,11 @@ def synthesise_aux_files(
     }
 
 
+def end_ids(metadata: Mapping[str, Any], where: str) -> frozenset[int]:
+    """Ids that end a generation: the file's own, and those known by their text; errors as ``synthesise_aux_files``."""
+    return frozenset(_Documents(metadata, where).generation_config().get("eos_token_id", ()))
+
+
 class _Documents:
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
         model = _text(metadata, "tokenizer.ggml.model", where)
@@ -63,13 +69,14 @@ class _Documents:
             known = ", ".join(f"{name} ({what})" for name, what in TOKENIZER_MODELS.items())
             raise CheckpointError(f"{where}: tokenizer model '{model}' is not read from GGUF; known: {known}")
         self._metadata = metadata
-        self._vocabulary = Vocabulary(metadata, where, ROLES if model == "llama" else None)
-        if model == "llama":
-            self._parts, self._adds_bos = spm_parts(self._vocabulary), True
-        else:
-            pre = _text(metadata, "tokenizer.ggml.pre", where)
-            self._parts = _byte_level_parts(self._vocabulary, pre)
-            self._adds_bos = PRE_TOKENIZERS[str(pre)].add_bos
+        is_spm = model == "llama"
+        self._vocabulary = Vocabulary(metadata, where, ROLES if is_spm else None)
+        self._pre = None if is_spm else _pre_tokenizer(metadata, where)
+        self._adds_bos = self._pre is None or self._pre.add_bos
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        return spm_parts(self._vocabulary) if self._pre is None else _byte_level_parts(self._vocabulary, self._pre)
 
     def tokenizer(self) -> dict[str, Any]:
         return {
@@ -150,19 +157,24 @@ class _Documents:
         return {key: value for key, value in fields.items() if value is not None}
 
 
-def _byte_level_parts(vocabulary: Vocabulary, pre: str | None) -> dict[str, Any]:
-    """tokenizer.json's normalizer, pre_tokenizer, decoder and model.
-
-    Raises:
-        CheckpointError: an unknown pre-tokenizer, or merges that are no pairs.
-    """
-    where = vocabulary.where
+def _pre_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTokenizer:
+    """The file's; CheckpointError where it is not known."""
+    pre = _text(metadata, "tokenizer.ggml.pre", where)
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{where}: pre-tokenizer '{pre}' is not known; known: gpt-2, llama-bpe, qwen2 and "
             f"{len(PRE_TOKENIZERS) - 3} more (docs/formats.md)"
         )
-    row = PRE_TOKENIZERS[pre]
+    return PRE_TOKENIZERS[pre]
+
+
+def _byte_level_parts(vocabulary: Vocabulary, row: PreTokenizer) -> dict[str, Any]:
+    """tokenizer.json's normalizer, pre_tokenizer, decoder and model.
+
+    Raises:
+        CheckpointError: merges that are no pairs.
+    """
+    where = vocabulary.where
     merges = [tuple(merge.split(" ")) for merge in vocabulary.strings("merges")]
     wrong = next((merge for merge in merges if len(merge) != 2), None)
     if wrong is not None:

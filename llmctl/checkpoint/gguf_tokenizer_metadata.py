@@ -1,24 +1,27 @@
 """A Hugging Face tokenizer as a GGUF file's ``tokenizer.ggml.*``; the other way round is ``gguf_tokenizer.py``.
 
-Byte-level BPE only. GGUF names a pre-tokenizer and does not hold it: the name is that of the first known one whose
-stages are the tokenizer's own. What was made is read back and encodes the same texts to the same ids, or is refused.
+Byte-level BPE, and BPE over characters with bytes to fall back on, which is sentencepiece's. Of a byte-level one's
+pre-tokenizer GGUF has the name alone: that of the first known one whose stages are the tokenizer's own. What was made
+is read back and takes the same texts to the same ids, and these to the same texts, or is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as Backend
 
+from llmctl.checkpoint import gguf_spm_metadata as spm
 from llmctl.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
-from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
-from llmctl.errors import CheckpointError, UsageError
+from llmctl.checkpoint.gguf_tokenizer import end_ids, synthesise_aux_files
+from llmctl.checkpoint.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from llmctl.errors import CheckpointError, UnsupportedModelError, UsageError
 from llmctl.text.tokenizer import Tokenizer
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+Made = TypeVar("Made")
 _SPECIAL = {"bos": "bos_token", "padding": "pad_token", "unknown": "unk_token"}
 _ENDS = ("eos", "eot", "eom")
 _SAMPLING = {
@@ -52,20 +55,54 @@ def tokenizer_metadata(files: Mapping[str, Path | bytes], rows: int, where: str)
     tokenizer = Tokenizer.from_files(files, where=where)
     document, backend = _document(files), Backend.from_str(_text(files["tokenizer.json"]))
     vocabulary = _vocabulary(document, backend, rows)
+    is_spm = bool(document["model"].get("byte_fallback"))
     metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(document),
-        "tokenizer.ggml.tokens": [token for token, _ in vocabulary],
-        "tokenizer.ggml.token_type": [kind for _, kind in vocabulary],
-        "tokenizer.ggml.merges": _merges(document),
+        **(_spm_tables if is_spm else _byte_level_tables)(document, vocabulary),
         **_special_ids(tokenizer, backend),
         **_sampling(files),
     }
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template.source
     metadata |= _ends(tokenizer, metadata, where)
-    _check_same(tokenizer, backend, metadata, where)
+    made = _read_back(metadata, where)
+    if is_spm:
+        read = [(left, right) for left, right in _document(made)["model"]["merges"]]
+        try:
+            spm.check_same_merges(spm.live_merges(document), read)
+        except UnsupportedModelError as error:
+            raise _refused(error.message) from error
+    _check_same(tokenizer, backend, Tokenizer.from_files(made, where=where))
     return metadata
+
+
+def _tables(kind: str, pre: str, vocabulary: list[tuple[str, int]]) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [token for token, _ in vocabulary],
+        "tokenizer.ggml.token_type": [kind for _, kind in vocabulary],
+    }
+
+
+def _byte_level_tables(document: Mapping[str, Any], vocabulary: list[tuple[str, int]]) -> dict[str, Any]:
+    tables = _tables("gpt2", _pre_tokenizer(document), vocabulary)
+    return {**tables, "tokenizer.ggml.merges": _merges(document)}
+
+
+def _spm_tables(document: Mapping[str, Any], vocabulary: list[tuple[str, int]]) -> dict[str, Any]:
+    *stages, ignores_merges = _stages(document)
+    if ignores_merges:
+        raise _refused("its BPE has ignore_merges True")
+    try:
+        prefix = spm.has_prefix(stages)
+    except UnsupportedModelError as error:
+        raise _refused(error.message) from error
+    tables = _tables("llama", "default", spm.spm_kinds(vocabulary, document["model"].get("unk_token")))
+    return {
+        **tables,
+        "tokenizer.ggml.scores": spm.scores(spm.live_merges(document), tables["tokenizer.ggml.tokens"]),
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
 
 
 def _refused(what: str) -> UsageError:
@@ -79,12 +116,11 @@ def _text(source: Path | bytes) -> str:
 
 
 def _document(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
-    """tokenizer.json, of byte-level BPE."""
+    """tokenizer.json, of a BPE."""
     document: dict[str, Any] = json.loads(_text(files["tokenizer.json"]))
     model = document.get("model") or {}
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE over characters with bytes to fall back on" if model.get("byte_fallback") else model.get("type")
-        raise _refused(f"its model is {kind}, not byte-level BPE")
+    if model.get("type", "BPE") != "BPE":
+        raise _refused(f"its model is {model['type']}, not BPE")
     odd = next((key for key, known in _BPE.items() if model.get(key) not in known), None)
     if odd is not None:
         raise _refused(f"its BPE has {odd} {model[odd]!r}")
@@ -102,12 +138,12 @@ def _merges(document: Mapping[str, Any]) -> list[str]:
 def _vocabulary(document: Mapping[str, Any], backend: Backend, rows: int) -> list[tuple[str, int]]:
     """Token and type by id, one for every row of the embedding."""
     added = backend.get_added_tokens_decoder()
-    tokens = {i: (token, _NORMAL) for token, i in document["model"]["vocab"].items()}
-    tokens |= {i: (token.content, _CONTROL if token.special else _USER_DEFINED) for i, token in added.items()}
+    tokens = {i: (token, NORMAL) for token, i in document["model"]["vocab"].items()}
+    tokens |= {i: (token.content, CONTROL if token.special else USER_DEFINED) for i, token in added.items()}
     last = max(tokens)
     if last >= rows:
         raise _refused(f"token {tokens[last][0]!r} has id {last}, and the embedding has {rows} rows")
-    return [tokens.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(rows)]
+    return [tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(rows)]
 
 
 def _stages(document: Mapping[str, Any]) -> list[Any]:
@@ -168,7 +204,7 @@ def _ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], where: str) -> dict
     own = None if tokenizer.eos_token is None else metadata["tokenizer.ggml.tokens"].index(tokenizer.eos_token)
     ends = sorted(tokenizer.eos_token_ids, key=lambda i: (i != own, i))
     found = {f"tokenizer.ggml.{_ENDS[0]}_token_id": i for i in ends[:1]}
-    known = _read_back({**metadata, **found}, where).eos_token_ids
+    known = _understood(end_ids, {**metadata, **found}, where)
     rest = [i for i in ends[1:] if i not in known]
     if len(rest) > len(_ENDS) - 1:
         raise _refused(f"{len(ends)} tokens end a generation: {ends}; GGUF has keys for {len(_ENDS)}")
@@ -189,20 +225,32 @@ def _sampling(files: Mapping[str, Path | bytes]) -> dict[str, Any]:
     }
 
 
-def _read_back(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+def _read_back(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
+    """The tokenizer's files, as a reader makes them of the metadata."""
+    return _understood(synthesise_aux_files, metadata, where)
+
+
+def _understood(read: Callable[[Mapping[str, Any], str], Made], metadata: Mapping[str, Any], where: str) -> Made:
     import numpy as np
 
-    read = {**metadata, "tokenizer.ggml.token_type": np.array(metadata["tokenizer.ggml.token_type"], np.int32)}
+    arrays = {"token_type": np.int32, "scores": np.float32}
+    kept = {f"tokenizer.ggml.{key}": dtype for key, dtype in arrays.items()}
     try:
-        return Tokenizer.from_files(synthesise_aux_files(read, where), where=where)
-    except CheckpointError as error:
-        raise _refused(str(error)) from error
+        return read({k: np.array(v, kept[k]) if k in kept else v for k, v in metadata.items()}, where)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise _refused(error.message) from error
 
 
-def _check_same(tokenizer: Tokenizer, backend: Backend, metadata: Mapping[str, Any], where: str) -> None:
-    """Refuse what a reader of the metadata would tokenize otherwise."""
-    made = _read_back(metadata, where)
+def _check_same(tokenizer: Tokenizer, backend: Backend, made: Tokenizer) -> None:
+    """Refuse what a reader of the metadata would tokenize, or write out, otherwise."""
+    if tokenizer.bos_token != made.bos_token:
+        raise _refused(f"its BOS token is {tokenizer.bos_token}, and readers would take {made.bos_token!r} for it")
+    if made.eos_token_ids and not tokenizer.eos_token_ids:
+        raise _refused(f"no token ends a generation, and readers would take {made.eos_token!r} to end one")
     added = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
     for text in [*_TEXTS, *(f"x {token} y{token}z" for token in added)]:
-        if tokenizer.encode(text) != made.encode(text):
+        ids = tokenizer.encode(text)
+        if ids != made.encode(text):
             raise _refused(f"{text!r} would be tokenized otherwise")
+        if tokenizer.decode(ids) != made.decode(ids):
+            raise _refused(f"the tokens of {text!r} would be written out otherwise")

@@ -85,6 +85,7 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
     from llmctl.bench.sweep_page import to_html
     from llmctl.bench.sweep_report import found_lines, to_csv, to_markdown
     from llmctl.bench.sweep_view import NOTE, SweepView, tables
+    from llmctl.bench.table import print_verdict
 
     title = "llmctl bench sweep"
     _check_whose_server(ctx, settings)
@@ -96,6 +97,7 @@ def sweep(ctx: typer.Context, settings: BenchSweepConfig, json_output: bool) -> 
         console.print(table)
     for line in (NOTE, *found_lines(outcome.result)):
         console.print(line, markup=False, highlight=False)
+    print_verdict(outcome.result, console)
     more = [(settings.html, lambda: to_html(outcome.result, title)), (settings.svg, lambda: to_svg(outcome.result))]
     for path in write_reports(outcome, settings, title, "sweep", to_markdown=to_markdown, to_csv=to_csv, more=more):
         print(f"wrote {path}", file=sys.stderr)

@@ -46,6 +46,13 @@ COMPARE: Table = {
         "--max-duration", kind=float | None, metavar="S", help="Begin no round that would end later than this."
     ),
     **{name: SERVE[name] for name in _OF_SERVE},
+    "output_len": option(
+        "--output-len",
+        kind=str | None,
+        metavar="N|LO-HI",
+        panel="Workload",
+        help="Output tokens, or a uniform range: half of bench serve's, so that the sides take turns often.",
+    ),
     "max_regression": _gate(
         "--max-regression", metavar="SHARE", help="How much worse than A B may be; a regression is beyond it for sure."
     ),

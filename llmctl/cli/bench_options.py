@@ -280,10 +280,7 @@ SERVE: Table = {
     "save_detailed": _output("--save-detailed", kind=bool, help="Per-request lists in the result."),
 }
 
-_SERVE_ALONE = (
-    *("request_rate", "max_concurrency", "baseline", "max_regression", "regression_metrics", "update_baseline"),
-    *("save_detailed", "github_action_benchmark"),
-)
+_SERVE_ALONE = ("request_rate", "max_concurrency", "save_detailed", "github_action_benchmark")
 _FIND_MAX_HELP = "Search the highest load that meets every --slo; begins at the one load given."
 SWEEP: Table = {
     "engine": _server(

@@ -14,8 +14,8 @@ from llmctl.errors import UsageError
 if TYPE_CHECKING:
     from llmctl.artifact.cache import CacheEntry
 
-_WHOLE_NAME = 44
-"""Characters of a name up to which it is in one piece at 80 columns, and others give way."""
+_COLUMNS, _OTHERS = 80, 18
+"""Characters of a line, and of those what size and age take, with what is between the columns."""
 
 Names = Annotated[
     list[str], typer.Argument(metavar="NAME", help="As llmctl list shows it, or a pattern such as 'demo-*'.")
@@ -76,23 +76,33 @@ def remove(names: Names, yes: Yes = False, json_output: JsonOption = False) -> N
 def _print_table(entries: list[CacheEntry]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from llmctl.artifact.cache import ENGINE, HUB, KERNELS, LEFTOVER, MODEL
     from llmctl.artifact.memory import human_bytes
     from llmctl.checkpoint.resolve import cache_dir
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # names in one piece: they are copied
-    longest = max(len(entry.name) for entry in entries)
-    table.add_column("name", overflow="fold", no_wrap=longest <= _WHOLE_NAME)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("target", overflow="fold")
+    headings = {
+        ENGINE: "engines", MODEL: "demo models", HUB: "hub models", KERNELS: "compiled kernels", LEFTOVER: "leftovers",
+    }  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    targets = [entry.target.replace(",", ", ") for entry in entries]  # to be divided there, and nowhere else
+    part = max(len(part) for target in targets for part in target.split(" "))
+    longest = max(len(entry.name) for entry in entries)  # in one piece where there is room: names are copied
+    table.add_column("name", overflow="fold", no_wrap=longest + part + _OTHERS <= _COLUMNS)
+    table.add_column("target", min_width=part)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("age", justify="right", no_wrap=True)
     now = time.time()
-    for entry in entries:
-        table.add_row(entry.name, entry.kind, entry.target, human_bytes(entry.size), age(now - entry.modified))
-    console = Console(width=None if sys.stdout.isatty() else 80)
-    console.print(table, highlight=False, markup=False)
+    for kind, heading in headings.items():
+        of_kind = [row for row in zip(entries, targets, strict=True) if row[0].kind == kind]
+        if of_kind:
+            table.add_row(f"[bold]{heading}[/bold]")
+        for entry, target in of_kind:
+            table.add_row(escape(entry.name), target, human_bytes(entry.size), age(now - entry.modified))
+    console = Console(width=None if sys.stdout.isatty() else _COLUMNS)
+    console.print(table, highlight=False)
     for entry in entries:
         if entry.problem:
             console.print(f"{entry.name}: {entry.problem}", highlight=False, markup=False)

@@ -86,6 +86,11 @@ def _owners(group: Any, path: str) -> Iterator[tuple[str, list[str]]]:
 class WholeNames(TyperCommand):
     """A command whose help shows every option's whole name, in a terminal of 80 columns as well."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if self.help:  # Typer keeps the line breaks of all paragraphs but the first
+            self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in self.help.split("\n\n"))
+
     def format_help(self, *args: Any) -> None:
         """As Typer's, with an option's names in one column: in its four they are cut to make room for each other."""
         from rich.table import Table

@@ -18,7 +18,7 @@ from llmctl.artifact.cache import cache_entries
 from llmctl.artifact.memory import human_bytes
 from llmctl.bench.environment import cpu_model, git_commit
 from llmctl.checkpoint.resolve import cache_dir
-from llmctl.extras import DISTRIBUTION, MODULES, install_command, missing, pip_install
+from llmctl.extras import DISTRIBUTION, MODULES, install_command, install_hint, missing, pip_install
 from llmctl.targets.base import Finding
 from llmctl.targets.machine import available_memory, physical_cores, usable_cores
 from llmctl.targets.table import machine_findings
@@ -33,16 +33,19 @@ _VARIABLES = (
 _SECRET_VARIABLES = (
     *("LLMCTL_API_KEY", "LLMCTL_PRIORITY_KEYS", "LLMCTL_A_API_KEY", "LLMCTL_B_API_KEY", "OPENAI_API_KEY", "HF_TOKEN"),
 )
+NEED_TORCH = "quantize, build, convert, merge, eval, and serving what is no engine yet, need PyTorch"
 _LEAST_FREE = 1 << 30
 """Bytes of disk below which hardly an engine fits."""
 
 
 @dataclass
 class Diagnosis:
-    """Sections of lines (what, found), and what is missing: each with what to do about it."""
+    """Sections of lines (what, found), what is missing, and what some commands would need beside: each with what to do
+    about it."""
 
     sections: dict[str, dict[str, str]] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
+    needs: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, section: str, findings: Iterable[Finding]) -> None:
         """Take in what was found."""
@@ -55,7 +58,8 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON data."""
-        return {"llmctl": __version__, "healthy": not self.problems, **self.sections, "problems": self.problems}
+        head = {"llmctl": __version__, "healthy": not self.problems}
+        return {**head, **self.sections, "problems": self.problems, "needs": self.needs}
 
 
 def diagnose() -> Diagnosis:
@@ -67,6 +71,8 @@ def diagnose() -> Diagnosis:
         found.add(f"target {target}", findings)
     found.add("packages", _packages())
     found.add("extras", _extras())
+    if missing("quantize"):
+        found.needs.append({"needs": NEED_TORCH, "fix": _homeless(install_hint("quantize"))})
     found.add("caches", _caches())
     if variables := _variables():
         found.add("environment", variables)

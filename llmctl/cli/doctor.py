@@ -47,7 +47,9 @@ def _print(found: Diagnosis) -> None:
         console.print(section, style="bold", highlight=False, markup=False)
         console.print(table, highlight=False, markup=False)
     if not found.problems:
-        console.print("nothing is missing")
+        console.print("nothing is missing" + (" to serve and bench engines" if found.needs else ""))
+    for need in found.needs:
+        console.print(f"{need['needs']}: {need['fix']}", soft_wrap=True, highlight=False, markup=False)
     for problem in found.problems:
         fix = f" (fix: {problem['fix']})" if problem["fix"] else ""
         console.print(f"missing: {problem['problem']}{fix}", soft_wrap=True, highlight=False, markup=False)

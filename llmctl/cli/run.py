@@ -315,4 +315,6 @@ def _as_the_server_said(error: ServerError) -> LlmctlError:
     if not line.startswith("error: "):
         return error
     message, _, fix = line.removeprefix("error: ").partition(" (fix: ")
-    return LlmctlError(message, fix=fix.removesuffix(")") or None)
+    said = LlmctlError(message, fix=fix.removesuffix(")") or None)
+    said.exit_code = error.exit_code
+    return said

@@ -155,7 +155,7 @@ class AsyncEngineClient:
         """
         self.worker.check_admitting()
         assert self._texts is not None
-        generation = Generation(len(specs), self._cancel)
+        generation = Generation(len(specs), self._cancel, tenant)
         self._check_reachable(specs, generation.arrival, tenant)
         if not self._running:
             self._finished.begin(generation.arrival)

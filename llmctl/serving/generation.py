@@ -101,6 +101,7 @@ class Generation:
     become an HTTP status.
 
     Attributes:
+        tenant: whose it is, see ``tenants``.
         request_id: of the HTTP request, which may be its client's; for who watches.
         deaths: workers in a row that died while one of these sequences was in a step.
 
@@ -108,8 +109,9 @@ class Generation:
         cancel: tells the engine to drop these sequences; called at most once, by ``abort``.
     """
 
-    def __init__(self, count: int, cancel: Callable[[Generation], None]) -> None:
+    def __init__(self, count: int, cancel: Callable[[Generation], None], tenant: str = "") -> None:
         self.arrival = time.monotonic()
+        self.tenant = tenant
         self.request_id = ""
         self.sequences: list[RunningSequence] = []
         self.deaths = 0

@@ -13,6 +13,7 @@ from llmctl import __version__
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.generation import RunningSequence
 from llmctl.serving.openai_errors import json_response
+from llmctl.serving.tenants import tenant_of
 
 MOST_SHOWN = 128
 """Sequences of an answer. A queue has thousands, and each takes some microseconds of the event loop to write."""
@@ -26,13 +27,15 @@ def state_of(sequence: RunningSequence) -> str:
 
 
 async def requests(request: Request) -> Response:
-    """What each unfinished sequence is doing."""
+    """What each unfinished sequence is doing; where keys tell clients apart, each key's own, and the count of all."""
     context = context_of(request)
     found = [(state_of(sequence), sequence, tokens) for sequence, tokens in context.client.running()]
     running = [row for row in found if row[0] != "queued"]
     queued = [row for row in found if row[0] == "queued"]
+    own = tenant_of(request, None, context.keys) if context.keys.several else None
+    visible = [row for row in (*running, *queued) if own is None or row[1].generation.tenant == own]
     now = time.monotonic()
-    shown = [_document(context, now, *row) for row in (*running, *queued)[:MOST_SHOWN]]
+    shown = [_document(context, now, *row) for row in visible[:MOST_SHOWN]]
     return json_response({"running": len(running), "queued": len(queued), "requests": shown})
 
 

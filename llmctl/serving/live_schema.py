@@ -29,7 +29,8 @@ class RunningRequest(ResponseModel):
 
 
 class RunningRequests(ResponseModel):
-    """What the engine is working on. The list has some hundred sequences at most, those that run first."""
+    """What the engine is working on: counts of all sequences, and a list of some hundred at most, those that run first.
+    Where keys tell clients apart, the list has those of the key that asks."""
 
     running: Count
     queued: Count

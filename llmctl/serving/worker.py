@@ -8,7 +8,6 @@ whole group, and the worker must outlive the drain and a reload; the API process
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -21,13 +20,13 @@ import msgspec
 
 from llmctl.errors import HostMemoryError, LlmctlError, MissingPackageError, resource_error
 from llmctl.extras import missing_package
+from llmctl.serving.parent import end_with_parent
 from llmctl.serving.supervisor import FOR_ITS_PARENT, WorkerSettings
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
 
 log = logging.getLogger("llmctl.worker")
 
-_PR_SET_PDEATHSIG = 1
 _NO_MISTAKES = (HostMemoryError, MissingPackageError)
 """What is said in place of an exception of other code, whose traceback tells nobody anything."""
 
@@ -41,10 +40,9 @@ def ignore_signals() -> None:
 
 def die_with_parent(parent_pid: int) -> None:
     """Make sure that this process does not outlive its parent."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    lives = end_with_parent(signal.SIGKILL, parent_pid)
     threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
-    if os.getppid() != parent_pid:  # it died before the kernel was told
+    if not lives:
         os._exit(1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,8 +11,15 @@ import hypothesis
 import pytest
 from click.testing import Result
 from fake_openai_server import FakeServer, Reply, serve
+from played_loads import Played
 from typer.testing import CliRunner
 
+from llmctl.bench import sweep_measure
+from llmctl.bench.client import LoadRun, Target
+from llmctl.bench.metrics import RequestRecord
+from llmctl.bench.serve import RepeatRun
+from llmctl.bench.serve_plan import Plan
+from llmctl.bench.workloads import WorkItem
 from llmctl.cli.main import app
 
 # The machine may be busy: no example is failed for its duration.
@@ -61,3 +68,23 @@ def bench_serve(bench: Callable[..., Result]) -> Callable[..., tuple[int, dict[s
         return result.exit_code, json.loads(result.stdout) if result.stdout.strip() else {}, result
 
     return run
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Played:
+    """Loads are made up, not sent: TTFT is 10 ms up to 6 at once, or a second, else 100 ms. Their prompts."""
+    prompts = Played()
+
+    def run_once(plan: Plan, _: Target, items: Sequence[WorkItem], *__: Any) -> RepeatRun:
+        config = plan.config
+        load = config.max_concurrency or config.request_rate
+        prompts.loads += 1
+        times = prompts.slower * (1 + prompts.noise * (prompts.loads % 3))
+        ttft, gap = (0.01 if load <= 6 else 0.1) * times, 0.01 * times
+        prompts.extend(item.prompt for item in items)
+        chunks = [ttft, ttft + gap, ttft + 2 * gap]
+        records = [RequestRecord(i, 4, 3, 0.0, 0.0, chunks[-1], list(chunks)) for i in range(len(items))]
+        return RepeatRun(LoadRun(records, chunks[-1], 0.0, 0.0), "20260101-000000", None)
+
+    monkeypatch.setattr(sweep_measure, "run_once", run_once)
+    return prompts

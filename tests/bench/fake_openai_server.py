@@ -21,8 +21,8 @@ from llmctl.bench.readiness import FIRST_REQUEST
 class Reply:
     """How one request is answered.
 
-    ``kind``: ok, http_500, http_503, cut (transport), stop_early (clean end, no finish_reason), malformed, error_event,
-    empty, not_sse, hang, abort.
+    ``kind``: ok, http_404, http_500, http_503, cut (transport), stop_early (clean end, no finish_reason), malformed,
+    error_event, empty, not_sse, hang, abort.
     """
 
     kind: str = "ok"
@@ -99,7 +99,7 @@ class FakeServer:
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
 
     async def _answer(self, send: Any, seen: Seen, reply: Reply) -> None:
-        if reply.kind in ("http_500", "http_503"):
+        if reply.kind.startswith("http_"):
             await self._json(send, {"error": {"message": "out of cheese"}}, int(reply.kind[-3:]))
             return
         if reply.kind == "not_sse":

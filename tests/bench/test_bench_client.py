@@ -91,10 +91,14 @@ def test_ctrl_c_keeps_what_has_ended(start: Start) -> None:
     fake = start(Reply(), Reply(), Reply("hang"))
     target = Target(fake.url + "/v1/completions", "m", chat=False)
     ended: list[int] = []
+    sent: list[int] = []
 
     async def run() -> LoadRun:
         items = [WorkItem(f"prompt {i}", 2, 3) for i in range(6)]
-        task = asyncio.ensure_future(run_load(target, items, [0.0] * 6, 1, lambda record: ended.append(record.index)))
+        loading = run_load(
+            target, items, [0.0] * 6, 1, lambda record: ended.append(record.index), on_sent=lambda: sent.append(1)
+        )
+        task = asyncio.ensure_future(loading)
         while len(ended) < 2 or len(fake.seen) < 3:
             await asyncio.sleep(0.005)
         task.cancel()
@@ -103,6 +107,7 @@ def test_ctrl_c_keeps_what_has_ended(start: Start) -> None:
     found = asyncio.run(run())
     assert found.interrupted
     assert [record.index for record in found.records] == ended
+    assert len(sent) == len(ended) + 1, "one is under way"
     assert all(record.error is None and record.output_tokens == 3 for record in found.records)
 
 

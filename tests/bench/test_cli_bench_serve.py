@@ -197,6 +197,23 @@ def test_a_server_without_models_needs_model(start: Start, bench_serve: BenchSer
     assert bench_serve(start(models=()), "--model", "m")[0] == 0
 
 
+def test_the_median_is_one_column(start: Start, bench: Callable[..., Result]) -> None:
+    made = bench("serve", "--base-url", start().url, "--num-prompts", "2", "--output-len", "3", "--num-warmups", "0")
+    header = next(line for line in made.stdout.splitlines() if line.split()[:1] == ["ms"])
+    assert header.split() == ["ms", "mean", "median", "std", "p90", "p99"]
+
+
+def test_a_gateways_unlisted_model_is_asked_for(start: Start, bench_serve: BenchServe) -> None:
+    fake = start(models=("a", "b"))
+    code, doc, made = bench_serve(fake, "--model", "hidden")
+    assert (code, doc["model_id"], {seen.body["model"] for seen in fake.seen}) == (0, "hidden", {"hidden"})
+    assert f"warning: {fake.url}/v1/models does not list 'hidden': it has a, b; asked all the same" in made.stderr
+    fake = start(models=("a", "b"), first_script=[Reply("http_404")])
+    code, _, made = bench_serve(fake, "--model", "typo")
+    assert (code, fake.seen) == (2, [])
+    assert f"error: {fake.url}: no model 'typo': it has a, b (fix: --model a)" in made.stderr
+
+
 def test_short_outputs_and_counted_chunks_are_reported(start: Start, bench_serve: BenchServe) -> None:
     _, doc, _ = bench_serve(start(Reply(usage=False, tokens=3)))
     assert (doc["short_outputs"], doc["output_token_source"], doc["total_output_tokens"]) == (6, "chunks", 18)

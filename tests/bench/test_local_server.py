@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,9 +19,9 @@ from llmctl.bench.config import BenchCompareConfig
 from llmctl.bench.local_server import ServerError, running, serve_command, split_options
 from llmctl.bench.progress import Progress
 from llmctl.bench.rounds import Player, Visit
-from llmctl.bench.serve import make_plan
+from llmctl.bench.serve_plan import make_plan
 from llmctl.cli import serve_options
-from llmctl.errors import UsageError
+from llmctl.errors import ExitCode, UsageError
 
 # COMMAND --port N: refuses the first READY_AFTER probes; what it does when told to end is END.
 _STUB = """
@@ -107,10 +108,18 @@ def test_another_exit_code_than_0_is_an_error() -> None:
 
 def test_one_that_ends_before_it_is_ready() -> None:
     with (
-        pytest.raises(ServerError, match="exit code 1 before it was ready; it said last: error: out of memory"),
+        pytest.raises(ServerError, match="exit code 1 before it was ready; it said last: error: out of memory") as it,
         running(STUB, environment={"END": "at once"}),
     ):
         pytest.fail("entered")
+    assert it.value.exit_code == ExitCode.RUNTIME
+
+
+def test_a_model_or_option_that_the_server_refuses_is_the_users() -> None:
+    refuses = [sys.executable, "-c", "import sys; print('error: no such model'); sys.exit(2)"]
+    with pytest.raises(ServerError, match="exit code 2") as caught, running(refuses):
+        pytest.fail("entered")
+    assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_one_that_is_not_ready_in_time_is_ended() -> None:
@@ -166,6 +175,25 @@ def test_a_signal_ends_the_server_too_unless_it_is_ignored(number: signal.Signal
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word, of Linux alone")
+def test_a_server_does_not_outlive_a_killed_program() -> None:
+    code = (
+        "import sys, time\nfrom llmctl.bench.local_server import running\n"
+        "with running(sys.argv[1:]) as server:\n    print(server.process.pid, flush=True)\n    time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, *STUB], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        pid = int(program.stdout.readline())
+        assert not gone(pid)
+        program.kill()
+    wait_gone(pid)
+
+
+def test_a_command_that_there_is_not() -> None:
+    with pytest.raises(ServerError, match=r"it said last: error: /no/such/command: No such file"):
+        running(["/no/such/command"]).__enter__()
 
 
 class StubSide:

@@ -19,39 +19,16 @@ from fake_openai_server import FakeServer, Reply
 
 from llmctl.bench import sweep as sweep_module
 from llmctl.bench import sweep_measure
-from llmctl.bench.client import LoadRun, Target
-from llmctl.bench.metrics import RequestRecord
-from llmctl.bench.serve import Plan, RepeatRun
 from llmctl.bench.sweep import mark_knees
 from llmctl.bench.sweep_measure import costs
 from llmctl.bench.sweep_plan import Level, Variant
 from llmctl.bench.sweep_view import SweepView
-from llmctl.bench.workloads import WorkItem
 from llmctl.errors import LlmctlError
 
 Start = Callable[..., FakeServer]
 Bench = Callable[..., Result]
 
 SMALL = ("--num-prompts", "6", "--input-len", "4", "--output-len", "3", "--num-warmups", "0", "--json")
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Loads are made up, not sent: TTFT is 10 ms up to 6 at once, or a second, else 100 ms. Their prompts."""
-    prompts: list[str] = []
-
-    def run_once(plan: Plan, _: Target, items: Sequence[WorkItem], *__: Any) -> RepeatRun:
-        config = plan.config
-        load = config.max_concurrency or config.request_rate
-        ttft = 0.01 if load <= 6 else 0.1
-        prompts.extend(item.prompt for item in items)
-        records = [
-            RequestRecord(i, 4, 3, 0.0, 0.0, ttft + 0.02, [ttft, ttft + 0.01, ttft + 0.02]) for i in range(len(items))
-        ]
-        return RepeatRun(LoadRun(records, ttft + 0.02, 0.0, 0.0), "20260101-000000", None)
-
-    monkeypatch.setattr(sweep_measure, "run_once", run_once)
-    return prompts
 
 
 def document(result: Result, code: int = 0) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import tokenizer_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spm_vocabulary import LETTERS, PIECES, SPECIAL, USER_DEFINED, sentencepiece_tokens, spm_vocabulary
@@ -27,14 +28,7 @@ TEXTS = st.lists(
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
-    facts = spm_vocabulary(**changes)
-    names = {"list": "tokens", "types": "token_type", "token_scores": "scores", "unk_token_id": "unknown_token_id"}
-    arrays = {"types": np.int32, "token_scores": np.float32}
-    return {
-        f"tokenizer.ggml.{names.get(key, key)}": np.array(value, arrays[key]) if key in arrays else value
-        for key, value in facts.items()
-        if key != "merges" and value is not None
-    }
+    return tokenizer_keys(spm_vocabulary(**changes))
 
 
 def backend(**changes: Any) -> Backend:

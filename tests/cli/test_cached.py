@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -79,8 +81,22 @@ def test_the_list_names_everything(cache: Path) -> None:
     long = cache / "engines" / "a-model-of-a-very-long-name-0123456789abcdef"
     (cache / "engines" / "tiny-0123456789abcdef").rename(long)
     shown = run("list").stdout
-    assert long.name in shown
+    assert re.search(rf"^ ?{long.name} +reference ", shown, re.MULTILINE)
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_target_is_divided_between_its_parts_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a name that leaves it no room is folded."""
+    shutil.rmtree(cache / "engines" / "bad-0123456789abcdef")
+    (cache / "engines" / "tiny-0123456789abcdef").rename(cache / "engines" / f"{'a' * 44}-0123456789abcdef")
+    parts = ["cpu:x86_64-avx512bf16", "x86_64-avx512vnni"]
+    made = SimpleNamespace(source=SimpleNamespace(name="m"), target=",".join(parts))
+    monkeypatch.setattr(module, "read_manifest", lambda _: made)
+    shown = run("list").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert parts[0] + "," in shown
+    assert re.search(rf"(?<![\w-]){parts[1]}(?![\w-])", shown)
+    assert "a" * 30 in shown
 
 
 @pytest.mark.usefixtures("cache")

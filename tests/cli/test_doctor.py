@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from llmctl.cli import diagnosis
 from llmctl.cli.main import app
-from llmctl.extras import pip_install
+from llmctl.extras import install_hint, pip_install
 from llmctl.targets.cpu import findings as cpu_findings
 from llmctl.targets.cuda import findings as cuda_findings
 from llmctl.targets.cuda.device import CudaDevice
@@ -61,6 +61,17 @@ def test_a_machine_that_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "somebody" not in shown + json.dumps(found)
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.endswith("nothing is missing\n")
+    assert found["needs"] == []
+
+
+def test_a_base_install_is_healthy_and_says_what_more_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "missing", lambda extra: "torch" if extra == "quantize" else None)
+    (need,) = document()["needs"]
+    assert need["fix"] == diagnosis._homeless(install_hint("quantize"))
+    *_, last, more = run().stdout.splitlines()
+    assert last == "nothing is missing to serve and bench engines"
+    assert more == f"{need['needs']}: {need['fix']}"
+    assert all(word in more for word in ("quantize", "build", "PyTorch", "pip install"))
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

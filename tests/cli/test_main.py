@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -65,18 +66,32 @@ def test_help_cuts_nothing_at_80_columns(command: list[str]) -> None:
     assert options_of(command) <= shown
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_sentence_of_the_help_breaks_at_the_edge_alone(command: list[str]) -> None:
+    paragraphs = inspect.cleandoc(found_command(command).callback.__doc__).split("\n\n")
+    lines = [" ".join(line.split()) for line in help_of(command, 1000).splitlines()]
+    for paragraph in paragraphs:
+        assert " ".join(re.sub(r"\[/?bold\]", "", paragraph).split()) in lines
+
+
 def help_of(command: list[str], columns: int) -> str:
     made = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": str(columns)})
     assert made.exit_code == 0, made.output
     return made.stdout
 
 
-def options_of(command: list[str]) -> set[str]:
+def found_command(words: list[str]) -> Any:
     found: Any = typer.main.get_command(app)
     while hasattr(found, "commands"):
-        found = found.commands.get(" ".join(command)) or found.commands[command[0]]
-        command = command[1:]
-    return {name for p in found.params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
+        found = found.commands.get(" ".join(words)) or found.commands[words[0]]
+        words = words[1:]
+    return found
+
+
+def options_of(command: list[str]) -> set[str]:
+    return {
+        name for p in found_command(command).params for name in (*p.opts, *p.secondary_opts) if name.startswith("-")
+    }
 
 
 @pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)

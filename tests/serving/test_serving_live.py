@@ -28,14 +28,16 @@ from llmctl.serving.redaction import Redactor
 class Watched(Server):
     """A server of two seats and its app. ``asked``: what ``/requests`` says."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, keys: str = "the-secret-key", **config: Any
+    ) -> None:
         super().__init__(folder, monkeypatch, **config)
-        keys = ServerKeys("the-secret-key")
-        context = ServerContext(self.client._config, ("m",), self.client, self.metrics, keys, Redactor(keys))  # type: ignore[arg-type]
+        accepted = ServerKeys(keys)
+        context = ServerContext(self.client._config, ("m",), self.client, self.metrics, accepted, Redactor(accepted))  # type: ignore[arg-type]
         self.app = create_app(context)
 
-    def asked(self) -> RunningRequests:
-        start, body = ask(self.app, "GET", "/requests", headers=(("authorization", "Bearer the-secret-key"),))
+    def asked(self, key: str = "the-secret-key") -> RunningRequests:
+        start, body = ask(self.app, "GET", "/requests", headers=(("authorization", f"Bearer {key}"),))
         assert start["status"] == 200
         return RunningRequests.model_validate(json.loads(body["body"]))
 
@@ -76,6 +78,18 @@ def test_a_key_that_a_client_takes_for_an_id_is_not_shown(server: Watched) -> No
     (row,) = server.asked().requests
     assert "the-secret-key" not in row.id
     assert row.id
+
+
+def test_each_key_sees_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Watched(tmp_path, monkeypatch, keys="first-key,other-key,idle-key")
+    for number, count in ((0, 1), (1, 2)):
+        generation = server.client.generate([SequenceSpec([5], SamplingParams())] * count, f"key {number}")
+        generation.request_id = f"of-{number}"
+    first, other, idle = (server.asked(key) for key in ("first-key", "other-key", "idle-key"))
+    assert [row.id for row in first.requests] == ["of-0"]
+    assert [row.id for row in other.requests] == ["of-1", "of-1"]
+    assert idle.requests == []
+    assert {(found.running, found.queued) for found in (first, other, idle)} == {(0, 3)}
 
 
 def test_of_a_long_queue_a_part_is_shown_and_all_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from llmctl.config import EngineOptions, ServeConfig
 from llmctl.errors import DeviceLostError, EngineLoadError, ExitCode, LlmctlError, UsageError
-from llmctl.extras import install_command
+from llmctl.extras import install_hint
 from llmctl.serving import engine_loop, worker
 from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
 from llmctl.serving.supervisor import WorkerSettings
@@ -74,7 +74,7 @@ async def told(end: socket.socket) -> LlmctlError:
         (FileNotFoundError(2, "No such file", "f"), "No such file: f", ExitCode.RUNTIME),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch.nn"),
-            f"this needs PyTorch, which is not installed ({install_command('quantize')})",
+            f"this needs PyTorch, which is not installed ({install_hint('quantize')})",
             ExitCode.RUNTIME,
         ),
         (RuntimeError("a shape\nis wrong"), "the engine failed: RuntimeError: a shape is wrong", ExitCode.RUNTIME),

@@ -81,11 +81,11 @@ function replace(place, contents) {
 }
 
 function list({ running, queued, requests }) {
-  if (!requests.length) return h('p', { class: 'empty' }, 'No requests are being served.');
+  if (!running && !queued) return h('p', { class: 'empty' }, 'No requests are being served.');
   const hidden = running + queued - requests.length;
   return [
     h('p', null, `${whole(running)} running, ${whole(queued)} queued${hidden ? `; ${whole(requests.length)} of them shown` : ''}`),
-    table(['request', 'state', 'prompt', 'output', 'for', 'first token'], requests.map((request) => [
+    !requests.length ? h('p', { class: 'empty' }, 'None of them is of this key.') : table(['request', 'state', 'prompt', 'output', 'for', 'first token'], requests.map((request) => [
       h('code', { class: 'id', title: request.id }, request.id.length > 18 ? `${request.id.slice(0, 16)}…` : request.id || '–',
         request.index ? ` #${request.index}` : '', request.adapter ? ` (${request.adapter})` : ''),
       h('span', { class: `state ${request.state}` }, request.state),
