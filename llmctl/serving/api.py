@@ -13,7 +13,14 @@ from llmctl.serving.completion_answer import CompletionAnswer
 from llmctl.serving.context import context_of
 from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.embeddings import answer_embeddings, check_inputs
-from llmctl.serving.exchange import answer_chat, answer_completion, check_generating, counted
+from llmctl.serving.exchange import (
+    answer_chat,
+    answer_completion,
+    check_generating,
+    check_options,
+    check_scalars,
+    counted,
+)
 from llmctl.serving.final_message import settle_prefill
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 
@@ -25,7 +32,8 @@ async def completions(request: Request) -> Response:
     """Continue a text."""
     context = context_of(request)
     with counted(request, context) as seen:
-        body = await parse(request, CompletionRequest, partial(check_generating, context))
+        scalars = partial(check_scalars, request, context)
+        body = await parse(request, CompletionRequest, partial(check_generating, context), scalars)
         return await answer_completion(seen, body, CompletionAnswer)
 
 
@@ -34,7 +42,8 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
     with counted(request, context) as seen:
-        body = await parse(request, ChatCompletionRequest, partial(check_generating, context))
+        scalars = partial(check_scalars, request, context)
+        body = await parse(request, ChatCompletionRequest, partial(check_generating, context), scalars)
         settle_prefill(body, prefills=context.config.prefill_assistant)
         return await answer_chat(seen, body, ChatAnswer)
 
@@ -44,5 +53,6 @@ async def embeddings(request: Request) -> Response:
     """Texts as vectors."""
     context = context_of(request)
     with counted(request, context) as seen:
-        body = await parse(request, EmbeddingRequest, partial(check_inputs, context))
+        options = partial(check_options, request, context)
+        body = await parse(request, EmbeddingRequest, partial(check_inputs, context), options)
         return await answer_embeddings(seen, body)

@@ -17,7 +17,7 @@ from llmctl import __version__
 from llmctl.errors import RequestError
 from llmctl.serving import adapters_api, api, live
 from llmctl.serving.addresses import Addresses, parse_origins
-from llmctl.serving.body import parse, parsed
+from llmctl.serving.body import parse, parse_outlined
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.exchange import RoomGate
 from llmctl.serving.final_message import settle_prefill
@@ -186,9 +186,11 @@ async def tokenize(request: Request) -> Response:
     if chat and outline.has("prompt"):
         raise RequestError("expected either a prompt or messages, found both", param="messages")
     body: TokenizeRequest | TokenizeChatRequest
-    body = parsed(data, outline, TokenizeChatRequest) if chat else parsed(data, outline, TokenizeRequest)
-    if isinstance(body, TokenizeChatRequest):
+    if chat:
+        body = await parse_outlined(request, data, outline, TokenizeChatRequest)
         settle_prefill(body, prefills=context.config.prefill_assistant)
+    else:
+        body = await parse_outlined(request, data, outline, TokenizeRequest)
     context.check_name(body.model)
     ids = await intake.tokenize(body, len(data))
     answer: dict[str, object] = {"count": len(ids), "max_model_len": intake.max_model_len, "tokens": ids}
@@ -199,7 +201,7 @@ async def tokenize(request: Request) -> Response:
 
 def _check_outline(context: ServerContext, outline: Outline) -> None:
     context.check_name(outline.text("model"))
-    context.model().intake.check_outline(outline)
+    context.model().intake.limits.check(outline)
 
 
 async def tokenizer_info(request: Request) -> Response:

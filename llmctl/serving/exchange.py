@@ -89,7 +89,7 @@ def check_outline(
     model = context.model()
     context.client.check_room(sequences(outline), param)
     context.check_name(outline.text("model"))
-    model.intake.check_outline(outline)
+    model.intake.limits.check(outline)
 
 
 def check_generating(context: ServerContext, outline: Outline) -> None:
@@ -106,7 +106,17 @@ def check_single(context: ServerContext, outline: Outline) -> None:
     """The same of a request whose API knows neither lists of prompts nor ``n``, and maybe no names of models."""
     model = context.model()
     context.client.check_room(1)
-    model.intake.check_outline(outline)
+    model.intake.limits.check(outline)
+
+
+def check_scalars(request: Request, context: ServerContext, body: CompletionRequest | ChatCompletionRequest) -> None:
+    """Refuse a completion or a chat by those of its fields that are single values, whatever the others are.
+
+    Raises:
+        LlmctlError.
+    """
+    check_options(request, context, body)
+    context.model().intake.check_scalars(body)
 
 
 def check_options(request: Request, context: ServerContext, body: RequestFields) -> Deadline:

@@ -1,133 +1,294 @@
-"""The first fault of a long body, told without making objects of all that is before it.
+"""The first fault of a long body, told without making objects of all that is around it.
 
-pydantic takes about eight times as long for a list of messages as msgspec takes to look at what matters in it. So what
-msgspec stumbles over is given to the parser alone, in a body of just that: the parser says whether it is a fault, and
-in which words. What is no fault to it, and what msgspec lets pass, is for the parser of the whole body.
+pydantic takes about eight times as long for a list of messages as msgspec takes to look at what matters in it. So the
+short fields of a body are given to the parser by themselves; of each long one, what msgspec stumbles over
+(``body_shape``) is, in a body of just that: the parser says whether it is a fault, and in which words. What is no fault
+to it, and what msgspec lets pass, is for the parser of the whole body.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import msgspec
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from llmctl.serving.openai_errors import from_validation_error
-from llmctl.serving.outline import Outline
-from llmctl.serving.protocol import (
-    ApiModel,
-    ChatCompletionRequest,
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeChatRequest,
-)
+from llmctl.errors import RequestError
+from llmctl.serving.body_shape import shape_of, values_of
+from llmctl.serving.openai_errors import UNION_TAG, problem_told
+from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest
+from llmctl.serving.sampling_fields import logit_bias_of
 from llmctl.serving.tools.history import template_message
 
 LEAST_BYTES = 16 * 1024
 """Shorter bodies are parsed at once."""
+_SHORT = 512  # bytes of a value that is given to the parser as it is
+_KEPT = ("type", "role")  # of a long object: what says how the member is read that is a fault
 
-_Id = Annotated[int, msgspec.Meta(ge=0)]
 _PATH = re.compile(r" - at `\$([^`]*)`$")
-_STEP = re.compile(r"\[(\d+)\]|\.(\w+)")
+_STEP = re.compile(r"\[(\d+)\]|\.(\w+)|\[(\.\.\.)\]")
+_FIELD = re.compile(r"(?:required|unknown) field `([^`]*)`")
+_MOST = re.compile(r"`array` of length <= (\d+)")
+_GOT = re.compile(r"got `(array|object)`")
+_TAG = re.compile(rf"^{UNION_TAG}|^[A-Z]|[\[-]|^(str|int|float|bool|dict)$")  # in pydantic's paths: one of a union
+_SPACES = b" \t\r\n"
+_EMPTY = {b"[": b"[]", b"{": b"{}"}
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANY = msgspec.json.Decoder(msgspec.Raw)
 
 
-class _Part(msgspec.Struct, gc=False):
-    type: Literal["text"]
-    text: str
+class _FirstItem(msgspec.Struct, array_like=True):
+    item: msgspec.Raw
 
 
-class _Function(msgspec.Struct, gc=False):
-    name: str
+_FIRST = msgspec.json.Decoder(_FirstItem)
+_NO_PROMPT = {"messages": b'[{"role":"user","content":""}]', "prompt": b'""', "input": b'""'}
+"""Fields that a request cannot do without, and the least that they can be."""
+Body = TypeVar("Body", bound=ApiModel)
+Steps = Sequence[int | str]
+"""A path to a value: indices and names."""
 
 
-class _Call(msgspec.Struct, gc=False):
-    function: _Function
-    id: str | None = None
-    type: Literal["function"] = "function"
+def check_json(data: bytes, problem: str, model: type[ApiModel]) -> None:
+    """Refuse a long body that is no JSON object as the parser does; what is malformed is told in other words.
 
-
-_Message = msgspec.defstruct(
-    "_Message",
-    [
-        ("role", ChatMessage.model_fields["role"].annotation),
-        ("content", str | list[_Part] | None, None),
-        ("tool_calls", list[_Call] | None, None),
-    ],
-    gc=False,
-)
-_IDS = msgspec.json.Decoder(list[_Id])
-_MESSAGES = msgspec.json.Decoder(list[_Message])  # type: ignore[valid-type]
-_FIELDS: dict[type[ApiModel], tuple[str, msgspec.json.Decoder[Any]]] = {
-    CompletionRequest: ("prompt", _IDS),
-    DetokenizeRequest: ("tokens", _IDS),
-    ChatCompletionRequest: ("messages", _MESSAGES),
-    TokenizeChatRequest: ("messages", _MESSAGES),
-}
-"""Of a request, the field that may be a long list, and what is looked at in it."""
-
-
-def check_first_fault(outline: Outline, model: type[ApiModel]) -> None:
-    """Refuse a body for the first item of its long list that is a fault.
+    Args:
+        problem: of msgspec, with the body.
 
     Raises:
-        RequestError: as the parser of the whole body, but that faults of other fields are not looked for.
+        RequestError: always, if the body is long.
     """
-    if model not in _FIELDS:
+    if len(data) < LEAST_BYTES:
         return
-    name, decoder = _FIELDS[model]
-    data = outline.data(name)
-    if len(data) < LEAST_BYTES or (decoder is _IDS and not outline.ids(name)):
-        return
+    text = data.lstrip(_SPACES)
+    if text.startswith(b"{"):
+        raise RequestError(f"the request body is not valid JSON: {problem}")
     try:
-        decoder.decode(data)
-    except msgspec.ValidationError as error:
-        found = _PATH.search(str(error))
-        if found is not None:
-            steps: list[int | str] = [int(index) if index else key for index, key in _STEP.findall(found[1])]
-            _check(model, name, data, steps)
-    except (ValueError, RecursionError):
+        _ANY.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request body is not valid JSON: {error}") from None
+    _parse(model, {}, _EMPTY.get(text[:1], b"0"))
+
+
+def check_first_fault(data: bytes, model: type[Body], check_scalars: Callable[[Body], object] = lambda _: None) -> None:
+    """Refuse a long body for a fault of a short field, or the first in one of the long ones.
+
+    Args:
+        check_scalars: given the body with its short fields alone, and in place of a prompt an empty one; may refuse it.
+
+    Raises:
+        RequestError: as the parser of the whole body, but that it may be another one of its faults.
+    """
+    if len(data) < LEAST_BYTES:
         return
-
-
-def _alone(data: bytes, steps: list[int | str]) -> bytes:
-    """JSON in which of every list on a path only the item is left that the path goes through."""
-    if not steps:
-        return data
-    step, *rest = steps
-    if isinstance(step, int):
-        return b"[" + _alone(bytes(_ITEMS.decode(data)[step]), rest) + b"]"
-    members = _MEMBERS.decode(data)
-    if step in members:
-        members[step] = msgspec.Raw(_alone(bytes(members[step]), rest))
-    return msgspec.json.encode(members)
-
-
-def _is_flat(data: bytes) -> bool:
-    """Whether JSON is a list in which every comma is between two items."""
-    return data.count(b"[") == 1 and b"{" not in data and b'"' not in data
-
-
-def _number(data: bytes, index: Any) -> bytes:
-    """A flat list's item as a list; cut out from the nearer end, for to split all of it would take long."""
-    after = data.count(b",") - index
-    item = data.split(b",", index + 1)[index] if index < after else data.rsplit(b",", after + 1)[-1 - after]
-    return b"[" + item.strip(b"[] \t\r\n") + b"]"
-
-
-def _check(model: type[ApiModel], name: str, data: bytes, steps: list[int | str]) -> None:
+    shape = shape_of(model)
     try:
-        alone = _number(data, steps[0]) if _is_flat(data) else _alone(data, steps)
+        found = shape.given.decode(data)
+    except RecursionError:
+        return
+    given = {name: bytes(raw) for name, raw in zip(shape.fields, msgspec.structs.astuple(found), strict=True)}
+    short = {name: value for name, value in given.items() if 0 < len(value) <= _SHORT}
+    long = {name: value for name, value in given.items() if len(value) > _SHORT}
+    for name in shape.refused & long.keys():  # whatever is in them, unless it is nothing
+        value = long.pop(name)
+        short[name] = b"[0]" if value[1:].lstrip(_SPACES)[:1] not in (b"]", b"}") else _EMPTY[value[:1]]
+    stand_ins = {name: _NO_PROMPT[name] for name in _NO_PROMPT.keys() & long.keys()}
+    body = _parse(model, {**stand_ins, **short}, within=given.keys() - long.keys())
+    if body is not None:
+        check_scalars(body)
+    for name, value in long.items():
+        found = _looked_at(model, shape.fields[name], name, value)
+        if found is not None and name == "messages" and issubclass(model, ChatRequest):
+            _check_contents(value, found)
+        elif found and name == "logit_bias":
+            logit_bias_of(found)
+
+
+def _looked_at(model: type[ApiModel], decoders: Sequence[msgspec.json.Decoder[Any]], name: str, data: bytes) -> Any:
+    """What there is to see in a long field, which is refused for its first fault."""
+    furthest: tuple[Steps, str] | None = None
+    for decoder in decoders:
+        try:
+            return decoder.decode(data)
+        except msgspec.ValidationError as error:
+            steps = _steps(str(error), data, decoder)
+            if furthest is None or _index(steps) > _index(furthest[0]):
+                furthest = steps, str(error)
+        except (ValueError, RecursionError):
+            return None
+    if furthest is not None:
+        _confirm(model, name, data, *furthest, several=len(decoders) > 1)
+    return None
+
+
+def _steps(message: str, data: bytes, decoder: msgspec.json.Decoder[Any]) -> Steps:
+    """The path in a message of msgspec about some JSON; as far as it is said."""
+    found = _PATH.search(message)
+    steps: list[int | str] = []
+    for index, name, unsaid in _STEP.findall(found[1] if found is not None else ""):
+        if unsaid:
+            return steps or [_wrong_member(data, decoder)]
+        steps.append(int(index) if index else name)
+    return [*steps, *_FIELD.findall(message)[:1]]
+
+
+def _wrong_member(data: bytes, decoder: msgspec.json.Decoder[Any]) -> str:
+    """The first member of an object whose value is none that the decoder takes, which does not say which."""
+    wanted = values_of(decoder.type)
+    for name, value in msgspec.json.decode(data).items():
+        if wanted is float and type(value) in (int, float):
+            continue
+        try:
+            msgspec.convert(value, wanted)
+        except ValueError:
+            return str(name)
+    return ""
+
+
+def _index(steps: Steps) -> int:
+    return steps[0] if steps and isinstance(steps[0], int) else -1
+
+
+def _confirm(model: type[ApiModel], name: str, data: bytes, steps: Steps, message: str, *, several: bool) -> None:
+    """Refuse a field for the value on a path, if that is a fault to the parser, too.
+
+    Args:
+        several: the list may be of several kinds: of which it is, its first item says.
+    """
+    count: dict[str, str] = {}
+    leaf = _emptied if _GOT.search(message) else _whole
+    if most := _MOST.search(message):
+        leaf = partial(_begun, int(most[1]), count)
+    try:
+        alone = _alone(data, steps, leaf)
+        if several and steps and steps[0]:
+            first = _first(data)
+            if len(first) > _SHORT and first.startswith(b"["):
+                first = _alone(first, [0], _whole)
+            alone = b"[" + first + b"," + alone[1:]
     except (ValueError, LookupError):  # the fault is in a member that another of its name replaces
         return
     indices = [step for step in steps if isinstance(step, int)]
-    try:
-        body = model.model_validate_json(b'{"%s": %s}' % (name.encode(), alone))
-    except ValidationError as error:
-        raise from_validation_error(error, model.expected, indices) from None
-    if isinstance(body, ChatRequest):
+    under = [] if several else list(steps)
+    if under[-1:] == ["type"]:  # what tells kinds of objects apart is a fault of the object
+        under.pop()
+    body = _parse(model, {name: alone}, within=(name,), under=under, indices=indices, said=count)
+    if isinstance(body, ChatRequest) and indices:
         template_message(body.messages[0], indices[0], string_arguments=True)
+
+
+def _parse(
+    model: type[Body],
+    fields: Mapping[str, bytes],
+    whole: bytes | None = None,
+    *,
+    within: Collection[str] = (),
+    under: Steps = (),
+    indices: Sequence[int] = (),
+    said: Mapping[str, str] = MappingProxyType({}),
+) -> Body | None:
+    """What the parser makes of some fields; None: it refuses them for want of others.
+
+    Args:
+        whole: the body, in place of the fields. within: only faults of these count; empty: all. under: only those on
+            this path in them. indices: see ``problem_told``. said: words of a refusal, and those that it says instead.
+
+    Raises:
+        RequestError: for the first fault that counts.
+    """
+    if whole is None:
+        whole = b"{" + b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items()) + b"}"
+    steps = [0 if isinstance(step, int) else step for step in under]
+
+    def counts(problem: ErrorDetails) -> bool:
+        place = problem["loc"]
+        if not within:
+            return True
+        if not place or place[0] not in within:
+            return False
+        said = [part for part in place[1:] if isinstance(part, int) or not _TAG.search(part)]
+        return all(a == b for a, b in zip(said, steps, strict=False))  # either goes on where the other ends
+
+    try:
+        return model.model_validate_json(whole)
+    except ValidationError as error:
+        told = problem_told(error, model.expected, indices, counts)
+    if told is None:
+        return None
+    for words, others in said.items():
+        told.message = told.message.replace(words, others)
+    try:
+        raise told
+    finally:
+        del told  # it would hold its traceback, which holds this frame and the body
+
+
+def _whole(data: bytes) -> bytes:
+    return data
+
+
+def _emptied(data: bytes) -> bytes:
+    """JSON of the same kind; the same, if it is short."""
+    return _EMPTY.get(data[:1], data) if len(data) > _SHORT else data
+
+
+def _begun(most: int, count: dict[str, str], data: bytes) -> bytes:
+    """The beginning of a list that has more than ``most`` items: one more. ``count`` is told what a refusal of it says,
+    and what it is to say."""
+    items = _ITEMS.decode(data)
+    count[f"not {most + 1}"] = f"not {len(items)}"
+    return b"[" + b",".join(map(bytes, items[: most + 1])) + b"]"
+
+
+def _alone(data: bytes, steps: Steps, leaf: Callable[[bytes], bytes]) -> bytes:
+    """JSON in which of every list on a path only the item is left that the path goes through, and of every long object
+    only the member. ``leaf``: what is left of the value at its end.
+    """
+    if not steps:
+        return leaf(data)
+    step, *rest = steps
+    if isinstance(step, int):
+        return b"[" + _alone(_item(data, step), rest, leaf) + b"]"
+    if len(data) > _SHORT:
+        kept = (step, *(name for name in _KEPT if name != step))
+        fields = [(f"f{i}", msgspec.Raw, msgspec.field(name=name, default=_NONE)) for i, name in enumerate(kept)]
+        found = msgspec.json.decode(data, type=msgspec.defstruct("_Kept", fields))
+        members = dict(zip(kept, msgspec.structs.astuple(found), strict=True))
+        members = {name: raw for name, raw in members.items() if len(bytes(raw)) > 0}
+    else:
+        members = _MEMBERS.decode(data)
+    if step in members:
+        members[step] = msgspec.Raw(_alone(bytes(members[step]), rest, leaf))
+    return msgspec.json.encode(members)
+
+
+_NONE = msgspec.Raw(b"")
+
+
+def _item(data: bytes, index: int) -> bytes:
+    """An item of a list. All of them at once would take long."""
+    if not index:
+        return _first(data)
+    if data.count(b"[") > 1 or b"{" in data or b'"' in data:
+        return bytes(_ITEMS.decode(data)[index])
+    # Every comma is between two items: it is cut out from the nearer end.
+    after = data.count(b",") - index
+    item = data.split(b",", index + 1)[index] if index < after else data.rsplit(b",", after + 1)[-1 - after]
+    return item.strip(b"[]" + _SPACES)
+
+
+def _first(data: bytes) -> bytes:
+    return bytes(_FIRST.decode(data).item)
+
+
+def _check_contents(data: bytes, messages: Sequence[Any]) -> None:
+    """Refuse messages of which one has no content, and is not an assistant's."""
+    for index, one in enumerate(messages):
+        if one.content is None and one.role != "assistant":
+            template_message(ChatMessage.model_validate_json(_item(data, index)), index)

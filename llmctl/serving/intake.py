@@ -16,7 +16,7 @@ from llmctl.engine.sampling_params import (
 )
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving.final_message import mark_end, up_to_mark
-from llmctl.serving.outline import Outline
+from llmctl.serving.limits import Limits
 from llmctl.serving.protocol import (
     OWN_VARIABLES,
     ChatCompletionRequest,
@@ -24,13 +24,12 @@ from llmctl.serving.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     Prompts,
-    SamplingFields,
     TokenizeChatRequest,
     TokenizeRequest,
     given_prompts,
 )
 from llmctl.serving.sampling_defaults import DEFAULTABLE
-from llmctl.serving.sampling_fields import check_scores, check_template_variables, logit_bias_of
+from llmctl.serving.sampling_fields import check_scores, logit_bias_of
 from llmctl.serving.structured_fields import grammar_of
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
 from llmctl.serving.tools.generic_prompt import with_tools
@@ -69,7 +68,7 @@ class Intake:
         tools: how tools are shown and their calls found; by default the template's way.
 
     Attributes:
-        workers: do what takes long of this model's requests.
+        workers: do what takes long of this model's requests. limits: what is refused by its counts alone.
     """
 
     def __init__(
@@ -85,6 +84,7 @@ class Intake:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.limits = Limits(max_model_len, vocab_size)
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self._trust_request_template = trust_request_template
@@ -108,53 +108,19 @@ class Intake:
             **template,
         }
 
-    def check_outline(self, outline: Outline) -> None:
-        """Refuse what cannot fit the context by the number of its tokens, or of its messages: each is a token at least;
-        more token ids in a parameter than there are; and too much for the chat template's own variables.
-
-        Raises:
-            CapacityError, RequestError.
-        """
-        for name in ("prompt", "input", "tokens"):
-            self.check_items(name, outline.ids(name), "tokens")
-        self.check_items("messages", outline.count("messages"), "messages")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            self._check_count(name, outline.ids(name))
-        self._check_count("logit_bias", outline.members("logit_bias"))
-        check_template_variables(outline)
-
-    def check_items(self, param: str, count: int, items: str) -> None:
-        """Refuse more of something than the context has tokens, where each is a token at least.
-
-        Args:
-            items: what they are, for the refusal.
-
-        Raises:
-            CapacityError.
-        """
-        if count > self.max_model_len:
-            raise self._too_long(f"{count} {items}", param)
-
     def _check_fits(self, text: str, param: str) -> None:
         """Refuse by its bytes alone a text that has too many tokens."""
         if 4 * len(text) > self.max_model_len:
             least = self.tokenizer.bounds.least_tokens(text)
             if least > self.max_model_len:
-                raise self._too_long(f"at least {least} tokens", param)
-
-    def _too_long(self, found: str, param: str) -> CapacityError:
-        return CapacityError(
-            f"this model's maximum context length is {self.max_model_len} tokens; the prompt has {found}",
-            fix="shorten the prompt",
-            param=param,
-        )
+                raise self.limits.too_long(f"at least {least} tokens", param)
 
     def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text that fits the context."""
         self._check_fits(text, param)
         ids = self.tokenizer.encode_up_to(self.max_model_len, text, add_special_tokens)
         if isinstance(ids, int):
-            raise self._too_long(f"{ids} tokens", param)
+            raise self.limits.too_long(f"{ids} tokens", param)
         return ids
 
     async def tokenize(self, body: TokenizeRequest | TokenizeChatRequest, body_bytes: int) -> list[int]:
@@ -268,7 +234,7 @@ class Intake:
         if not ids:
             raise RequestError(f"{param}: expected at least one token, found none", param=param)
         if len(ids) > self.max_model_len:
-            raise self._too_long(f"{len(ids)} tokens", param)
+            raise self.limits.too_long(f"{len(ids)} tokens", param)
         if not self.known(ids):
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
             raise RequestError(
@@ -310,11 +276,7 @@ class Intake:
     def _template_of(self, body: ChatRequest) -> ChatTemplate:
         """The request's own template, where such are trusted, or the model's."""
         if body.chat_template is not None:
-            if not self._trust_request_template:
-                raise RequestError(
-                    "chat_template: the server was not started with --trust-request-chat-template",
-                    param="chat_template",
-                )
+            self._check_template_trusted()
             try:
                 return ChatTemplate(body.chat_template, self.tokenizer.special_tokens)
             except CheckpointError as error:
@@ -326,6 +288,12 @@ class Intake:
                 param="messages",
             )
         return self._chat_template
+
+    def _check_template_trusted(self) -> None:
+        if not self._trust_request_template:
+            raise RequestError(
+                "chat_template: the server was not started with --trust-request-chat-template", param="chat_template"
+            )
 
     async def chat_prompt(self, body: ChatRequest, body_bytes: int) -> Prompt:
         """The prompt of a chat, as text and ids.
@@ -361,9 +329,7 @@ class Intake:
         Raises:
             RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise RequestError("best_of: not supported; use n", param="best_of")
-        return await self._params(body, body.logprobs)
+        return await self._params(body)
 
     def fit_completion(
         self, params: SamplingParams, body: CompletionRequest, prompts: Sequence[Prompt]
@@ -393,9 +359,7 @@ class Intake:
         Raises:
             RequestError: a field that is out of range or cannot be honoured. QueueFullError.
         """
-        if body.top_logprobs and not body.logprobs:
-            raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
-        params = await self._params(body, (body.top_logprobs or 0) if body.logprobs else None)
+        params = await self._params(body)
         if use.markers:
             params = replace(params, shown_special_token_ids=use.markers)
         if use.grammar is None:
@@ -442,15 +406,31 @@ class Intake:
             )
         return needed
 
-    async def _params(self, body: SamplingFields, logprobs: int | None) -> SamplingParams:
-        grammar = grammar_of(body)
+    def check_scalars(self, body: CompletionRequest | ChatCompletionRequest) -> None:
+        """Refuse a request by those of its fields that are single values.
+
+        Raises:
+            RequestError: one is out of range, or cannot be honoured beside another.
+        """
+        self._scalars(body)
+        if isinstance(body, ChatCompletionRequest) and body.chat_template is not None:
+            self._check_template_trusted()
+
+    def _scalars(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
+        if isinstance(body, CompletionRequest):
+            if body.best_of is not None and body.best_of != (body.n or 1):
+                raise RequestError("best_of: not supported; use n", param="best_of")
+            logprobs = body.logprobs
+        else:
+            if body.top_logprobs and not body.logprobs:
+                raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
+            logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if body.prompt_logprobs is not None and body.stream:
             raise RequestError(
                 "prompt_logprobs: not available with stream",
                 fix="leave stream out; of completions, echo with logprobs has them in a stream, too",
                 param="prompt_logprobs",
             )
-        self._check_counts(body)
         values: dict[str, Any] = dict(self._defaults)
         plain = (*DEFAULTABLE, "n", "presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos")
         for name in (*plain, "skip_special_tokens", "include_stop_str_in_output"):
@@ -459,11 +439,16 @@ class Intake:
                 values[name] = value
         if values.get("top_k", 0) > self._vocab_size:
             values["top_k"] = self._vocab_size
+        return SamplingParams(**values, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+
+    async def _params(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
+        scalars = self._scalars(body)
+        grammar = grammar_of(body)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self.limits.check_ids(name, len(getattr(body, name) or ()))
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        params = SamplingParams(
-            **values,
-            logprobs=logprobs,
-            prompt_logprobs=body.prompt_logprobs,
+        params = replace(
+            scalars,
             stop=stop,
             stop_token_ids=tuple(body.stop_token_ids or ()),
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
@@ -472,16 +457,6 @@ class Intake:
         )
         params.check_vocab(self._vocab_size)
         return await self._without_bad_words(params, body.bad_words) if body.bad_words else params
-
-    def _check_counts(self, body: SamplingFields) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            self._check_count(name, len(getattr(body, name) or ()))
-
-    def _check_count(self, name: str, count: int) -> None:
-        if count > self._vocab_size:
-            raise RequestError(
-                f"{name}: expected at most {self._vocab_size} token ids (the vocabulary), found {count}", param=name
-            )
 
     async def _without_bad_words(self, params: SamplingParams, words: Sequence[str]) -> SamplingParams:
         check_bad_words(words)

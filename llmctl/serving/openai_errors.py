@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -78,8 +78,24 @@ def from_validation_error(
     Args:
         expected: of fields that are unions, what they accept. indices: in place of the first ones in the path.
     """
-    problems = error.errors(include_url=False)
-    first = problems[0]
+    made = problem_told(error, expected, indices)
+    assert made is not None
+    return made
+
+
+def problem_told(
+    error: ValidationError,
+    expected: Mapping[str, str],
+    indices: Sequence[int] = (),
+    counts: Callable[[ErrorDetails], bool] = lambda _: True,
+) -> RequestError | None:
+    """The same of the first problem that ``counts``; None: there is none."""
+    # What was found is made into objects of Python, be it the whole body: only where it is told.
+    problems = error.errors(include_url=False, include_input=False)
+    place = next((index for index, problem in enumerate(problems) if counts(problem)), None)
+    if place is None:
+        return None
+    first = problems[place]
     if first["type"] == "json_invalid":
         return RequestError(f"the request body is not valid JSON: {first['ctx']['error']}")
     param = str(first["loc"][0]) if first["loc"] else None
@@ -87,19 +103,30 @@ def from_validation_error(
         return RequestError(f"the request body: {first['msg']}")
     if param in expected and first["type"] != "missing":
         return RequestError(f"{param}: expected {expected[param]}", param=param)
+    if first["type"] not in _TELL_ALL and first.get("ctx", {}).get("field_type") not in _KINDS:
+        first = error.errors(include_url=False)[place]
     given = iter(indices)
     places = (next(given, place) if isinstance(place, int) else place for place in first["loc"])
     path = ".".join(part[:_MOST_NAME_SHOWN] for part in map(str, places) if not part.startswith(UNION_TAG))
     return RequestError(f"{path}: {_said(first)}", param=param)
 
 
+_KINDS = {"List": "list", "Dictionary": "dict"}
+"""What pydantic calls that of which there is too much or too little."""
+_TELL_ALL = ("missing", "not_number", NOT_SUPPORTED, "union_tag_invalid")
+"""Types of problems whose message and context say what was found."""
+
+
 def _said(problem: ErrorDetails) -> str:
     """What was expected and what was found; of a word that is none of some, the word."""
-    kind, found = problem["type"], problem["input"]
+    kind = problem["type"]
     if kind == "union_tag_invalid":
         return f"expected type {problem['ctx']['expected_tags']}, found '{problem['ctx']['tag'][:40]}'"
-    if kind in ("missing", "not_number", NOT_SUPPORTED):
+    if kind in _TELL_ALL:
         return problem["msg"]
+    if "input" not in problem:
+        return f"{problem['msg']}, found {_KINDS[problem['ctx']['field_type']]}"
+    found = problem["input"]
     named = kind == "literal_error" and isinstance(found, str)
     return f"{problem['msg']}, found {repr(found[:40]) if named else type(found).__name__}"
 

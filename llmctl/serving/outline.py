@@ -18,8 +18,8 @@ RANGED = (
 )  # fmt: skip
 """Fields that are numbers within a range."""
 NAMES = (
-    "allowed_token_ids", "bad_words", "chat_template_kwargs", "input", "logit_bias", "messages", "model", "n", "prompt",
-    "stop", "stop_token_ids", "tokens", *RANGED,
+    "allowed_token_ids", "bad_words", "chat_template_kwargs", "documents", "functions", "input", "logit_bias",
+    "messages", "model", "n", "prompt", "stop", "stop_token_ids", "system", "tokens", "tools", *RANGED,
 )  # fmt: skip
 """Fields that are looked at. Of others, as many as a body may have, nothing is made."""
 

@@ -32,7 +32,7 @@ Texts = Annotated[list[str], _FAILS_FAST]
 Objects = Annotated[list[dict[str, Any]], _FAILS_FAST]
 
 
-def _numbers(given: dict[str, Any]) -> dict[str, Any]:
+def only_numbers(given: dict[str, Any]) -> dict[str, Any]:
     """The same, if all are numbers; else the first that is not. pydantic's own would describe every one."""
     for name, value in given.items():
         if type(value) is not float and type(value) is not int:
@@ -45,7 +45,7 @@ TOKEN_ID_KEY = "0|[1-9][0-9]{0,18}"
 """A token id as a key of an object, as a regular expression for the whole of it."""
 LogitBias = Annotated[
     dict[str, Any],
-    AfterValidator(_numbers),
+    AfterValidator(only_numbers),
     WithJsonSchema(
         {
             "type": "object",

@@ -240,9 +240,9 @@ def test_lists_of_parameters_are_bounded(tokenizer: Watched, fields: dict[str, A
 )
 def test_counts_are_refused_by_the_outline(tokenizer: Watched, field: str, value: Any, found: str) -> None:
     made = intake(tokenizer)
-    made.check_outline(Outline(json.dumps({field: value[:-1]}).encode()))
+    made.limits.check(Outline(json.dumps({field: value[:-1]}).encode()))
     with pytest.raises(CapacityError, match=found) as caught:
-        made.check_outline(Outline(json.dumps({field: value}).encode()))
+        made.limits.check(Outline(json.dumps({field: value}).encode()))
     assert caught.value.param == field
 
 
@@ -254,9 +254,9 @@ def test_more_ids_than_the_vocabulary_are_refused_by_the_outline(tokenizer: Watc
         ids = list(range(count))
         return Outline(json.dumps({field: dict.fromkeys(ids, 1) if field == "logit_bias" else ids}).encode())
 
-    made.check_outline(outline(most))
+    made.limits.check(outline(most))
     with pytest.raises(RequestError, match=f"^{field}: expected at most {most} .*, found {most + 1}$") as caught:
-        made.check_outline(outline(most + 1))
+        made.limits.check(outline(most + 1))
     assert (caught.value.http_status, caught.value.param) == (400, field)
 
 
@@ -265,9 +265,9 @@ def test_variables_of_the_template_are_bounded_by_the_outline(tokenizer: Watched
         return Outline(json.dumps({"chat_template_kwargs": {"a": "x" * (size - len('{"a": ""}'))}}).encode())
 
     made = intake(tokenizer)
-    made.check_outline(outline(MAX_TEMPLATE_BYTES))
+    made.limits.check(outline(MAX_TEMPLATE_BYTES))
     with pytest.raises(RequestError, match=r"^chat_template_kwargs: .* found 65537 ") as caught:
-        made.check_outline(outline(MAX_TEMPLATE_BYTES + 1))
+        made.limits.check(outline(MAX_TEMPLATE_BYTES + 1))
     assert caught.value.param == "chat_template_kwargs"
 
 

@@ -52,7 +52,7 @@ async def count_tokens(request: Request) -> Response:
     """How many tokens the prompt of a conversation has."""
     context = context_of(request)
     intake = context.model().intake
-    body = await parse(request, CountTokensRequest, intake.check_outline)
+    body = await parse(request, CountTokensRequest, intake.limits.check)
     context.check_name(body.model)
     ids = await intake.tokenize(tokenize_request(body), len(await request.body()))
     return json_response({"input_tokens": len(ids)}, headers=MESSAGES.headers(request_id_of(request.scope)))

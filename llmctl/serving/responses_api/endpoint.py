@@ -36,4 +36,4 @@ async def create_response(request: Request) -> Response:
 
 def _check_outline(context: ServerContext, outline: Outline) -> None:
     check_single(context, outline)
-    context.model().intake.check_items("input", outline.count("input"), "items")
+    context.model().intake.limits.check_items("input", outline.count("input"), "items")
