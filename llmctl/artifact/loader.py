@@ -72,6 +72,7 @@ class LoadedEngine:
             bool(request.enforce_eager),
             GPU_MEMORY_UTILIZATION if share is None else share,
             request.lora,
+            plan.kv.groups,
         )
 
     @property
@@ -292,7 +293,7 @@ class EngineChecks:
         """Raise if the size asked for is at fault: too small for one sequence, or more than there is room for."""
         room, least = plan.room, plan.kv_bytes_of_one
         if size < least:
-            shorter = f", or --max-model-len {plan.kv_tokens}" if plan.kv_tokens else ""
+            shorter = f", or --max-model-len {plan.largest_max_model_len}" if plan.largest_max_model_len else ""
             fix = f"--kv-cache-memory {-(-least // 2**20)}MiB{shorter}"
             wanted = f"at least {human_bytes(least)} for one sequence of {plan.max_model_len} tokens"
         elif size > room:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmctl.artifact.kv_layout import KVLayout
 from llmctl.artifact.request import EngineRequest
 from llmctl.graph.graph import Graph
+from llmctl.graph.kv_groups import whole_context
 from llmctl.targets.base import BuildOptions, MemoryBudget, Target
 from llmctl.targets.lora import lora_graph
 from llmctl.targets.planes import Plane
@@ -27,8 +29,8 @@ class MemoryPlan:
         budget: what may be used in all. budget_source: where that comes from, for people.
         weights: all weights as they lie in memory. activations: peak of one step.
         context: what the device takes for running anything at all. adapters: their slots.
-        kv_per_token: KV cache of one token over all layers. block_size: tokens a KV block.
-        num_blocks: KV blocks that the plan allocates. max_model_len: longest sequence asked for, tokens.
+        kv: how the KV cache is cut into blocks. num_blocks: KV blocks that the plan allocates.
+        max_model_len: longest sequence asked for, tokens.
         largest_max_model_len: longest sequence the budget has room for (at most the model's own limit), tokens.
     """
 
@@ -37,22 +39,37 @@ class MemoryPlan:
     weights: int
     activations: int
     context: int
-    kv_per_token: int
-    block_size: int
+    kv: KVLayout
     num_blocks: int
     max_model_len: int
     largest_max_model_len: int
     adapters: int = 0
 
     @property
+    def kv_per_token(self) -> int:
+        """KV cache of one token over all layers."""
+        return self.kv.bytes_per_token
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a KV block."""
+        return self.kv.block_size
+
+    @property
     def kv_tokens(self) -> int:
-        """Tokens the KV cache holds."""
-        return self.num_blocks * self.block_size
+        """Tokens the KV cache holds, in sequences of ``max_model_len``; of shorter ones it holds fewer where layers
+        have a window."""
+        return self.kv.tokens_in(self.num_blocks, self.max_model_len)
 
     @property
     def kv_bytes(self) -> int:
         """Size of the KV cache."""
-        return self.kv_tokens * self.kv_per_token
+        return self.kv.size(self.num_blocks)
+
+    @property
+    def sequences(self) -> float:
+        """Sequences of ``max_model_len`` that the KV cache holds."""
+        return self.kv_tokens / self.max_model_len
 
     @property
     def fixed(self) -> int:
@@ -72,12 +89,17 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether one sequence of ``max_model_len`` fits."""
-        return self.kv_tokens >= self.max_model_len and self.total <= self.budget
+        return self.num_blocks >= self.kv.blocks_of(self.max_model_len) and self.total <= self.budget
 
     @property
     def kv_bytes_of_one(self) -> int:
         """KV cache of one sequence of ``max_model_len``, in whole blocks."""
-        return _ceil(self.max_model_len, self.block_size) * self.kv_per_token
+        return self.kv.size(self.kv.blocks_of(self.max_model_len))
+
+    @property
+    def kv_bytes_of_whole_context(self) -> int:
+        """What that would be if layers with a window kept every token."""
+        return -(-self.max_model_len // self.block_size) * self.block_size * self.kv_per_token
 
     def shortfall(self) -> str:
         """One line that itemises why ``max_model_len`` does not fit."""
@@ -88,8 +110,14 @@ class MemoryPlan:
             f"memory: expected at most {human_bytes(self.budget)} ({self.budget_source}), found "
             f"{human_bytes(self.fixed + needed)} needed: weights {human_bytes(self.weights)} + "
             f"activations {human_bytes(self.activations)} + {context}"
-            f"KV {human_bytes(needed)} ({self.max_model_len} tokens of {human_bytes(self.kv_per_token)})"
+            f"KV {human_bytes(needed)} ({self._of_one()})"
         )
+
+    def _of_one(self) -> str:
+        if not any(self.kv.windows):
+            return f"{self.max_model_len} tokens of {human_bytes(self.kv_per_token)}"
+        sliding = sum(len(group.layers) for group in self.kv.groups if group.window)
+        return f"{self.max_model_len} tokens, of which {sliding} layers keep their sliding window"
 
 
 @dataclass(frozen=True)
@@ -120,37 +148,41 @@ def plan_memory(
         planes: the stored tensors.
     """
     length = options.max_model_len if request.max_model_len is None else request.max_model_len
-    block_size, limits = options.block_size, request.step_limits(target)
-    per_token = target.kv_bytes_per_token(graph, options)
+    limits = request.step_limits(target)
     adapters, run = 0, graph
     if request.lora is not None:
         run = lora_graph(graph, request.lora)
         adapters = target.adapter_bytes(run, options, request.lora)
     activations = target.activation_bytes(run, options, limits.max_num_batched_tokens, limits.max_num_seqs)
     weights, context = target.resident_bytes(graph, options, planes), target.context_bytes()
-    block_bytes = max(1, per_token * block_size)
-    sequence_blocks = _ceil(length, block_size) // block_size
-    most_blocks = limits.max_num_seqs * sequence_blocks
     budget = _budget(target, request)
-    if budget.shared:
-        most_blocks = min(most_blocks, max(HOST_KV_BYTES // block_bytes, sequence_blocks))
-    room_blocks = max(0, budget.size - weights - activations - context - adapters) // block_bytes
+    room = max(0, budget.size - weights - activations - context - adapters)
     asked = request.kv_cache_bytes
-    num_blocks = min(room_blocks, most_blocks) if asked is None else asked // block_bytes
-    holds = room_blocks if asked is None else min(room_blocks, num_blocks)
+    layouts = _layouts(graph, options, target, request)
+    kv = min(layouts, key=lambda layout: layout.size(layout.blocks_of(length)))
+    most_blocks = kv.blocks_of(length, limits.max_num_seqs)
+    if budget.shared:
+        most_blocks = min(most_blocks, max(HOST_KV_BYTES // kv.block_bytes, kv.blocks_of(length)))
+    holds = room if asked is None else min(room, asked)
     return MemoryPlan(
         budget=budget.size,
         budget_source=budget.source,
         weights=weights,
         activations=activations,
         context=context,
-        kv_per_token=per_token,
-        block_size=block_size,
-        num_blocks=num_blocks,
+        kv=kv,
+        num_blocks=min(kv.blocks_in(room), most_blocks) if asked is None else kv.blocks_in(asked),
         max_model_len=length,
-        largest_max_model_len=min(holds * block_size, graph.max_position),
+        largest_max_model_len=max(layout.longest(layout.blocks_in(holds), graph.max_position) for layout in layouts),
         adapters=adapters,
     )
+
+
+def _layouts(graph: Graph, options: BuildOptions, target: Target, request: EngineRequest) -> tuple[KVLayout, ...]:
+    """One block table a sequence for all layers; and the target's groups, which take less from some length on."""
+    per_token, tokens = target.kv_bytes_per_token(graph, options), request.step_limits(target).max_num_batched_tokens
+    groups = dict.fromkeys((whole_context(graph), *(() if request.whole_context else (target.kv_groups(graph),))))
+    return tuple(KVLayout(one, per_token, options.block_size, tokens) for one in groups)
 
 
 def _budget(target: Target, request: EngineRequest) -> MemoryBudget:
@@ -166,7 +198,3 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
-
-
-def _ceil(tokens: int, block_size: int) -> int:
-    return -(-tokens // block_size) * block_size

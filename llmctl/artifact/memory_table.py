@@ -38,7 +38,8 @@ def memory_rows(sizing: Sizing, plan: MemoryPlan) -> list[Row]:
             [human_bytes(p.kv_bytes) if p.kv_bytes else "none" for p in plans],
         ),
         ("  tokens of it", [str(p.kv_tokens) for p in plans]),
-        (f"  sequences of {plan.max_model_len} tokens", [_sequences(p) for p in plans]),
+        (f"  sequences of {plan.max_model_len} tokens", [f"{p.sequences:.1f}" for p in plans]),
+        *_window_rows(sizing, plan, len(plans)),
         ("total", [human_bytes(p.total) for p in plans]),
         ("budget", [human_bytes(p.budget) for p in plans]),
         ("longest sequence that fits, tokens", [str(p.largest_max_model_len) for p in plans]),
@@ -80,7 +81,10 @@ def _figures(plan: MemoryPlan) -> dict[str, Any]:
         "kv_blocks": plan.num_blocks,
         "kv_tokens": plan.kv_tokens,
         "max_model_len": plan.max_model_len,
-        "sequences_of_max_model_len": round(plan.kv_tokens / plan.max_model_len, 2),
+        "sequences_of_max_model_len": round(plan.sequences, 2),
+        "kv_bytes_of_a_sequence": plan.kv_bytes_of_one,
+        "kv_bytes_of_a_whole_sequence": plan.kv_bytes_of_whole_context,
+        "kv_groups": [{"window": group.window, "layers": len(group.layers)} for group in plan.kv.groups],
         "largest_max_model_len": plan.largest_max_model_len,
         "total_bytes": plan.total,
         "memory_budget_bytes": plan.budget,
@@ -93,10 +97,11 @@ def _unquantized(sizing: Sizing, plan: MemoryPlan) -> list[MemoryPlan]:
     if all(weight.quant is None for weight in sizing.graph.weights.values()):
         return []
     dense = replace(plan, weights=_dense_bytes(sizing.graph, sizing.options.dtype))
-    block_bytes = max(1, plan.kv_per_token * plan.block_size)
-    blocks = dense.room // block_bytes
-    capped = plan.num_blocks < plan.room // block_bytes  # by what can be used, by a size, by what a runtime measured
-    largest = min(blocks * plan.block_size, sizing.graph.max_position)
+    blocks = plan.kv.blocks_in(dense.room)
+    capped = plan.num_blocks < plan.kv.blocks_in(
+        plan.room
+    )  # by what can be used, by a size, by what a runtime measured
+    largest = plan.kv.longest(blocks, sizing.graph.max_position)
     return [replace(dense, num_blocks=min(blocks, plan.num_blocks) if capped else blocks,
                     largest_max_model_len=largest)]  # fmt: skip
 
@@ -105,5 +110,14 @@ def _dense_bytes(graph: Graph, dtype: str) -> int:
     return sum(math.prod(weight.shape) for weight in graph.weights.values()) * DTYPES[dtype].nbytes
 
 
-def _sequences(plan: MemoryPlan) -> str:
-    return f"{plan.kv_tokens / plan.max_model_len:.1f}"
+def _window_rows(sizing: Sizing, plan: MemoryPlan, columns: int) -> list[tuple[str, list[str]]]:
+    """What a sequence takes where layers have a window, and what it would take if they kept every token."""
+    sliding = [layer.window for layer in sizing.graph.kv if 0 < layer.window < plan.max_model_len]
+    if not sliding:
+        return []
+    if not any(plan.kv.windows):
+        return [(f"  {len(sliding)} layers with a sliding window", ["keep every token"] * columns)]
+    return [
+        ("  a sequence of that length", [human_bytes(plan.kv_bytes_of_one)] * columns),
+        (f"  if {len(sliding)} sliding layers kept all of it", [human_bytes(plan.kv_bytes_of_whole_context)] * columns),
+    ]

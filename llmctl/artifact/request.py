@@ -28,6 +28,8 @@ class EngineRequest:
         budget: bytes for everything; None takes a share of the memory available.
         gpu_memory_utilization: that share, on a GPU. enforce_eager, threads: how a step is launched, CPU threads.
         lora: adapters that requests may run with; None: none.
+        whole_context: layers with a window keep every token as well, in one block table a sequence: for whoever makes
+            step plans without a scheduler.
     """
 
     max_model_len: int | None = None
@@ -43,6 +45,7 @@ class EngineRequest:
     enforce_eager: bool | None = None
     threads: int | None = None
     lora: LoraLimits | None = None
+    whole_context: bool = False
 
     @classmethod
     def of(cls, config: EngineOptions) -> EngineRequest:

@@ -328,6 +328,7 @@ def _loaded(path: Path, config: BenchProfileConfig, need: Need) -> LoadedEngine:
         max_model_len=need.length,
         max_num_batched_tokens=need.step_tokens,
         max_num_seqs=need.sequences,
+        whole_context=True,
     )
     engine = load_engine(path, request, kernels=not config.from_source)
     size = engine.plan.block_size

@@ -117,10 +117,6 @@ class BlockPool:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def missing(self, held: Sequence[int], num_tokens: int) -> int:
-        """Blocks that ``num_tokens`` tokens take beside those ``held``; 0 when they suffice."""
-        return max(0, self.blocks_for(num_tokens) - len(held))
-
     # -- handing out and taking back -------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.kv_blocks import KVBlocks, Prefix
 from llmctl.engine.request import Request
 
 
@@ -17,24 +17,34 @@ class Entry:
     """What a waiting request takes to enter a step.
 
     Attributes:
-        cached: blocks found in the prefix cache. start: tokens in them; remaining: known tokens after those.
+        cached: what the prefix cache has of it. start: tokens in that; remaining: known tokens after those.
         needed: further blocks. least_tokens: of ``remaining``, how many the step must compute at least.
     """
 
     request: Request
-    cached: list[int]
+    cached: Prefix
     start: int
     remaining: int
     needed: int
     least_tokens: int
 
-    def has_blocks(self, pool: BlockPool) -> bool:
+    def has_blocks(self, blocks: KVBlocks) -> bool:
         """Whether the free blocks hold it whole."""
-        return self.needed <= pool.num_free - pool.num_unheld(self.cached)
+        return self.needed <= self.free_beside(blocks)
+
+    def free_beside(self, blocks: KVBlocks) -> int:
+        """How many blocks are free beside those of its cached prefix."""
+        return blocks.pool.num_free - blocks.pool.num_unheld(self.cached.held)
 
 
 def num_staying(
-    entry: Entry, running: Sequence[Request], pool: BlockPool, *, seats: int, budget: int, admits: Sequence[bool] | None
+    entry: Entry,
+    running: Sequence[Request],
+    blocks: KVBlocks,
+    *,
+    seats: int,
+    budget: int,
+    admits: Sequence[bool] | None,
 ) -> int:
     """How many of ``running`` stay, from the front, for ``entry`` to be in the next step; the others make room.
 
@@ -53,16 +63,16 @@ def num_staying(
     if in_prompt < fewest:
         return everyone
     ends = (r.num_computed_tokens + count for r, count in zip(running, wants, strict=True))
-    growth = [0, *accumulate(pool.missing(r.block_ids, end) for r, end in zip(running, ends, strict=True))]
+    growth = [0, *accumulate(blocks.missing(r, end) for r, end in zip(running, ends, strict=True))]
     tokens = [0, *accumulate(wants)]
-    room = pool.num_free - pool.num_unheld(entry.cached)
+    room = entry.free_beside(blocks)
     let_go: Counter[int] = Counter()
-    cached = set(entry.cached)
+    cached = set(entry.cached.held)
     for staying in range(everyone, fewest - 1, -1):
         if staying < everyone:
-            for block in running[staying].block_ids:
+            for block in blocks.held(running[staying]):
                 let_go[block] += 1
-                room += let_go[block] == pool.num_holders(block) and block not in cached
+                room += let_go[block] == blocks.pool.num_holders(block) and block not in cached
         if staying >= seats or entry.needed + growth[staying] > room or not (admits is None or admits[staying]):
             continue
         if staying == everyone:

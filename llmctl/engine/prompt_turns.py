@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmctl.engine.block_pool import BlockPool
+from llmctl.engine.kv_blocks import KVBlocks
 from llmctl.engine.preemption import Entry
 from llmctl.engine.request import Request
 from llmctl.engine.step_cost import StepCost, StepLoad, chunk_context
@@ -80,7 +80,7 @@ def goes_on(request: Request, first: Request) -> bool:
 
 
 def may_enter(
-    entry: Entry, first: Request, running: Sequence[Request], pool: BlockPool, *, passed: Entry | None
+    entry: Entry, first: Request, running: Sequence[Request], blocks: KVBlocks, *, passed: Entry | None
 ) -> bool:
     """Whether a waiting request may enter in a turn: it is shorter than the first, of no larger priority value, and
     takes no block that a running one needs for its tokens, those in flight included.
@@ -91,7 +91,7 @@ def may_enter(
     """
     if not is_shorter(entry.remaining, first) or entry.request.sort_key[0] > first.sort_key[0]:
         return False
-    free = pool.num_free - pool.num_unheld(entry.cached)
-    if passed is not None and entry.needed + passed.needed > free + len(first.block_ids):
+    free = entry.free_beside(blocks)
+    if passed is not None and entry.needed + passed.needed > free + blocks.num_held(first):
         return False
-    return entry.needed <= free - sum(pool.missing(r.block_ids, len(r.token_ids) + r.num_in_flight) for r in running)
+    return entry.needed <= free - sum(blocks.missing(r, len(r.token_ids) + r.num_in_flight) for r in running)

@@ -92,7 +92,8 @@ class Request:
         num_forced: of the last known tokens, how many its grammar forced after a sampled one (``jump_ahead``).
         num_in_flight: tokens being sampled by steps in flight; they come after ``token_ids``.
         num_computed_tokens: leading tokens whose keys and values are cached or being computed by a step in flight.
-        block_ids: KV blocks, in order; block_hashes: hashes of the full blocks of ``token_ids`` known so far.
+        tables: while it runs, its KV blocks, in order, for each group of layers; gone: how many null blocks each begins
+            with (``kv_blocks``). block_hashes: hashes of the full blocks of ``token_ids`` known so far.
         max_length: known tokens at which it ends with ``length``.
         seed: what the sampler uses.
         num_cached_tokens: prompt tokens found in the prefix cache when first scheduled.
@@ -123,7 +124,8 @@ class Request:
     num_forced: int = field(default=0, init=False)
     num_in_flight: int = field(default=0, init=False)
     num_computed_tokens: int = field(default=0, init=False)
-    block_ids: tuple[int, ...] = field(default=(), init=False)
+    tables: tuple[tuple[int, ...], ...] = field(default=(), init=False)
+    gone: tuple[int, ...] = field(default=(), init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
     max_length: int = field(default=0, init=False)
     seed: int = field(default=0, init=False)
@@ -150,6 +152,11 @@ class Request:
     def num_tokens(self) -> int:
         """Known tokens: prompt and output."""
         return len(self.token_ids)
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        """The block table of the first group of layers, which sees most; empty: it holds nothing."""
+        return self.tables[0] if self.tables else ()
 
     @property
     def num_output_tokens(self) -> int:

@@ -50,8 +50,8 @@ from typing import Any
 
 from llmctl.engine.adapter_slots import AdapterSlots
 from llmctl.engine.admission import check_request
-from llmctl.engine.block_pool import BlockPool
 from llmctl.engine.itl_guard import DecodeOutlook, admitting_prefixes
+from llmctl.engine.kv_blocks import KVBlocks, Prefix
 from llmctl.engine.occupancy import Fill
 from llmctl.engine.preemption import Entry, num_staying
 from llmctl.engine.prompt_turns import PromptTurns, goes_on, is_shorter, may_enter, tokens_left
@@ -94,16 +94,20 @@ class Scheduler:
         self.config = config
         self.adapters = adapters
         self.limits = limits
-        self.pool = BlockPool(
-            limits.num_blocks, limits.block_size, enable_caching=config.enable_prefix_caching, key=cache_key
+        self.blocks = KVBlocks(
+            limits,
+            step_tokens=config.max_num_batched_tokens,
+            enable_caching=config.enable_prefix_caching,
+            key=cache_key,
         )
+        self.pool = self.blocks.pool
         self.max_num_seqs = config.max_num_seqs
         paced = config.enable_chunked_prefill and config.itl_target != 0
         self.pacer = PrefillPacer(config.itl_target) if paced else None
         self._turns = PromptTurns(self.pacer.cost, config.max_num_batched_tokens) if self.pacer else None
         self._num_itl = 0  # requests with an ITL deadline
         self._ranked = False  # whether there ever was a priority
-        self.max_length = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        self.max_length = self.blocks.longest
         self.counters = SchedulerCounters()
         self.requests: dict[str, Request] = {}
         self.waiting = WaitingQueue(config.policy, short=config.max_num_batched_tokens)
@@ -153,6 +157,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """The next step; its plan is empty when nothing can be computed before the step in flight is done."""
+        self.blocks.let_go(self.running)
         if self._ranked:
             self._make_way()
         budget = self.config.max_num_batched_tokens
@@ -240,7 +245,7 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for ``num_tokens`` tokens, preempting from the end; False if it fell itself."""
-        missing = self.pool.missing(request.block_ids, num_tokens)
+        missing = self.blocks.missing(request, num_tokens)
         if not missing:
             return True
         while missing > self.pool.num_free:
@@ -248,7 +253,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        request.block_ids += tuple(self.pool.allocate(missing))
+        self.blocks.grow(request, num_tokens)
         return True
 
     def _put_off(self, step: StepUnderWay, request: Request, behind: int) -> bool:
@@ -290,7 +295,7 @@ class Scheduler:
     def _proceed(self, step: StepUnderWay, request: Request) -> None:
         """Compute more of a running prompt, as far as free blocks hold it: whom it would preempt may be in the step."""
         start = request.num_computed_tokens
-        room = (len(request.block_ids) + self.pool.num_free) * self.pool.block_size - start
+        room = self.blocks.room(request) - start
         count = step.prefill(min(tokens_left(request), room), start)
         if count:
             self._grow(request, start + count)
@@ -311,7 +316,7 @@ class Scheduler:
             if request is None:
                 return None
             passed, entry = entry, self._entry(request)
-        if not may_enter(entry, first, self.running, self.pool, passed=passed):
+        if not may_enter(entry, first, self.running, self.blocks, passed=passed):
             return None
         return entry if not self._num_itl or self._within_itl(step, entry.request) else None
 
@@ -344,7 +349,7 @@ class Scheduler:
             if step.budget < entry.least_tokens:
                 step.kept_out_by = "token_budget"
                 return
-            if not entry.has_blocks(self.pool):
+            if not entry.has_blocks(self.blocks):
                 step.kept_out_by = "kv_full"
                 return
             if self._num_itl and not self._within_itl(step, entry.request):
@@ -366,9 +371,9 @@ class Scheduler:
     def _entry(self, request: Request) -> Entry:
         """What a waiting request takes."""
         cached = self._cached_prefix(request)
-        start = len(cached) * self.pool.block_size
+        start = cached.num_blocks * self.pool.block_size
         remaining = request.num_tokens - start
-        needed = self.pool.missing(cached, request.num_tokens + request.num_in_flight)
+        needed = self.blocks.missing_after(cached, request.num_tokens + request.num_in_flight)
         least_tokens = 1 if self._may_cut(remaining) else remaining
         return Entry(request, cached, start, remaining, needed, least_tokens)
 
@@ -390,25 +395,24 @@ class Scheduler:
             assert self.pacer is not None
             admits = admitting_prefixes(self.pacer.cost, self.running, entry.request)
         budget = self.config.max_num_batched_tokens
-        staying = num_staying(entry, self.running, self.pool, seats=self.max_num_seqs, budget=budget, admits=admits)
+        staying = num_staying(entry, self.running, self.blocks, seats=self.max_num_seqs, budget=budget, admits=admits)
         while len(self.running) > staying:
             self._preempt(self.running[-1])
 
     def _may_cut(self, remaining: int) -> bool:
         return self.config.enable_chunked_prefill or remaining > self.config.max_num_batched_tokens
 
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that begin this request, short of its last token: one at least must be computed."""
+    def _cached_prefix(self, request: Request) -> Prefix:
+        """What is cached of this request, short of its last token: one at least must be computed."""
         if not self.pool.enable_caching or request.computes_all:
-            return []
+            return self.blocks.nothing
         self._extend_hashes(request)
-        return self.pool.match(request.block_hashes[: (request.num_tokens - 1) // self.pool.block_size])
+        return self.blocks.match(request.block_hashes[: (request.num_tokens - 1) // self.pool.block_size])
 
-    def _admit(self, request: Request, cached: Sequence[int]) -> None:
+    def _admit(self, request: Request, cached: Prefix) -> None:
         self.waiting.pop(request)
-        self.pool.share(cached)
-        request.block_ids = tuple(cached)
-        request.num_computed_tokens = len(cached) * self.pool.block_size
+        self.blocks.start(request, cached)
+        request.num_computed_tokens = cached.num_blocks * self.pool.block_size
         if request.status is RequestStatus.WAITING and not request.computes_all and self.pool.enable_caching:
             self.counters.prefix_cache_queries += request.num_tokens
             self.counters.prefix_cache_hits += request.num_computed_tokens
@@ -432,12 +436,15 @@ class Scheduler:
         tokens = request.token_ids[start:end] if start < known else (IN_FLIGHT,)
         sample = end == known + request.num_in_flight and end < request.max_length
         pooled = 0 if request.pooling is None else request.pooling.rows(count, ends=end == request.num_prompt_tokens)
-        blocks, slot = request.block_ids, request.adapter_slot
-        step.add(request, SequenceSlice(request.request_id, tokens, start, blocks, sample, targets, top, pooled, slot))
+        (blocks, *more), slot = request.tables, request.adapter_slot
+        piece = SequenceSlice(
+            request.request_id, tokens, start, blocks, sample, targets, top, pooled, slot, tuple(more)
+        )
+        step.add(request, piece)
         request.num_computed_tokens = end
 
     def _preempt(self, request: Request) -> None:
-        self._drop_blocks(request)
+        self.blocks.release(request)
         self.running.pop()
         if self.adapters is not None:
             self.adapters.left(request)
@@ -470,8 +477,7 @@ class Scheduler:
         if not filled or not self.pool.enable_caching or epoch != request.num_preemptions:
             return
         self._extend_hashes(request)
-        for index in filled:
-            self.pool.cache(request.block_ids[index], request.block_hashes[index])
+        self.blocks.cache(request, filled)
 
     def withdraw(self, step: ScheduledStep) -> bool:
         """Take back a step that was not executed for want of memory: half of its requests run on, the later half waits.
@@ -497,7 +503,7 @@ class Scheduler:
             self.waiting.remove(request)
         self.waiting.ended(request)
         self._num_itl -= request.deadline.itl is not None
-        self._drop_blocks(request)
+        self.blocks.release(request)
         if self.adapters is not None:
             self.adapters.left(request)
         request.status = status
@@ -511,8 +517,8 @@ class Scheduler:
         """
         if len(self.running) + len(self.waiting) != len(self.requests):
             raise RuntimeError("scheduler: a request is neither waiting nor running, or both")
-        self.pool.check(r.block_ids for r in self.running)
-        if any(r.block_ids for r in self.waiting):
+        self.blocks.check(self.running)
+        if any(r.tables for r in self.waiting):
             raise RuntimeError("scheduler: a waiting request holds blocks")
         if self.adapters is not None:
             self.adapters.check()
@@ -527,10 +533,6 @@ class Scheduler:
         """
         if self.pool.num_free != self.pool.num_blocks:
             raise RuntimeError(f"scheduler: idle, yet {self.pool.num_blocks - self.pool.num_free} blocks are held")
-
-    def _drop_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_ids)
-        request.block_ids = ()
 
     def _extend_hashes(self, request: Request) -> None:
         self.pool.extend_hashes(request.block_hashes, request.token_ids, request.adapter_id, request.cache_salt)

@@ -30,7 +30,8 @@ class SequenceSlice(msgspec.Struct, frozen=True):
         token_ids: the tokens to compute, positions ``start .. start+len-1``; a single one may be ``IN_FLIGHT``.
         start: tokens of this request that are in the KV cache already, or are put there by the step before.
         block_ids: the request's block table, long enough to hold ``start + len(token_ids)`` tokens. A runtime may
-            keep what it made of a tuple for as long as it is given that very tuple again.
+            keep what it made of a tuple for as long as it is given that very tuple again. Where a window hides a block
+            from this token on, the table of its group may name ``RuntimeLimits.null_block``.
         sample: the logits of the last token are sampled (false inside a chunked prefill).
         score_targets: when set, the log-probability of ``score_targets[i]`` after ``token_ids[:i+1]`` is wanted
             (prompt log-probabilities, perplexity); at most ``len(token_ids)`` ids.
@@ -38,6 +39,7 @@ class SequenceSlice(msgspec.Struct, frozen=True):
         pool_rows: the hidden states (after the final norm, before the output head) of so many tokens from the end on
             are wanted, added up (embeddings); 0: none.
         adapter: slot of the LoRA adapter that it runs with; -1: none.
+        more_block_ids: the tables of the further KV groups (``RuntimeLimits.windows``); ``block_ids`` is the first's.
     """
 
     request_id: str
@@ -49,6 +51,12 @@ class SequenceSlice(msgspec.Struct, frozen=True):
     score_top: int = 0
     pool_rows: int = 0
     adapter: int = -1
+    more_block_ids: tuple[Sequence[int], ...] = ()
+
+    @property
+    def tables(self) -> tuple[Sequence[int], ...]:
+        """A block table for each KV group."""
+        return (self.block_ids, *self.more_block_ids)
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -193,12 +201,21 @@ class RuntimeLimits:
     Attributes:
         num_blocks: KV blocks in the pool. block_size: tokens a block.
         max_model_len: longest sequence, tokens. vocab_size: width of the logits.
+        windows: of each KV group, whose layers share a block table: how many positions they see, their own included;
+            0: all. A block is for one group; those that see most come first.
     """
 
     num_blocks: int
     block_size: int
     max_model_len: int
     vocab_size: int
+    windows: tuple[int, ...] = (0,)
+
+    @property
+    def null_block(self) -> int:
+        """What tables name in place of a block that a window hides for good: a block of zeros, beyond the pool's, which
+        kernels may read as long as nothing comes of it, and nobody writes."""
+        return self.num_blocks
 
 
 @dataclass(frozen=True)

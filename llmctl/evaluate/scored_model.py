@@ -136,6 +136,7 @@ class _Engine:
             max_num_batched_tokens=ROWS,
             max_num_seqs=ROWS,
             kv_cache_bytes=blocks * options.block_size * target.kv_bytes_per_token(self.manifest.graph, options),
+            whole_context=True,
         )
         runtime = open_runtime(load_engine(self.path, request))
         try:

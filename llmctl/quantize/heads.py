@@ -89,6 +89,7 @@ def compare_heads(
         max_num_batched_tokens=context,
         max_num_seqs=_ROWS,
         kv_cache_bytes=_SEQUENCES * -(-context // block) * block * plan.memory.kv_per_token,
+        whole_context=True,
     )
     if on_progress is not None:
         on_progress(heads[0], 0, len(heads) * len(windows))

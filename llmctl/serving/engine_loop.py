@@ -272,4 +272,5 @@ def _info(loaded: LoadedEngine, engine: LLMEngine) -> EngineInfo:
         memory_note=f"budget: {plan.budget_source}",
         kernels=engine.runtime.kernels,
         own_memory="gpu_memory_utilization" in loaded.target.run_options,
+        kv_tokens=plan.kv_tokens,
     )

@@ -61,7 +61,7 @@ async def engine(request: Request) -> Response:
     path = context.client.worker.engine_path
     assert path is not None, "a model is there once its engine is"
     info = structs.asdict(model.info)
-    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks")
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks", "kv_tokens")
     return json_response(
         {
             "version": __version__,

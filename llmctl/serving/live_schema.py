@@ -76,6 +76,7 @@ class EngineLimits(ResponseModel):
     max_num_batched_tokens: Count
     block_size: Count
     num_blocks: Count
+    kv_tokens: Count
 
 
 class EngineDocument(ResponseModel):

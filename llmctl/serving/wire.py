@@ -118,7 +118,8 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
 
     ``memory``: rows of the memory plan as it came to be (``artifact.memory_table``); ``memory_note``: where the budget
     comes from; ``own_memory``: the device has memory of its own. ``kernels``: which build of the target's kernels runs
-    and why not a faster one; empty where the target's name says it.
+    and why not a faster one; empty where the target's name says it. ``kv_tokens``: what the KV
+    cache holds, in sequences of ``max_model_len``.
     """
 
     model_name: str
@@ -140,6 +141,7 @@ class EngineInfo(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     memory_note: str = ""
     kernels: str = ""
     own_memory: bool = False
+    kv_tokens: int = 0
 
 
 class WorkerFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
 from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.graph.graph import Graph
+from llmctl.graph.kv_groups import KVGroup
 from llmctl.targets.planes import Describe, Plane, PlanesByWeight, WeightPlane
 from llmctl.targets.step_work import StepProfiler
 
@@ -138,6 +139,7 @@ class RuntimeSizes:
         enforce_eager: launch every kernel by itself, record no step for replay.
         gpu_memory_utilization: share of the device's memory that the engine may take in all.
         lora: adapters that requests may run with; None: none.
+        kv_groups: which layers share a block table; none given: all.
     """
 
     num_blocks: int
@@ -148,6 +150,7 @@ class RuntimeSizes:
     enforce_eager: bool = False
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     lora: LoraLimits | None = None
+    kv_groups: tuple[KVGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -330,6 +333,10 @@ class Target(Protocol):
 
     def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
         """Bytes of keys and values of one token over all layers, as the runtime lays them out."""
+        ...
+
+    def kv_groups(self, graph: Graph) -> tuple[KVGroup, ...]:
+        """Which layers share a block table in its runtimes; those with a window let go of blocks."""
         ...
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:

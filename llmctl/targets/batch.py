@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import msgspec
@@ -35,13 +35,15 @@ class Batch:
     Attributes:
         token_ids: i64 [T]; ``IN_FLIGHT`` (-1) only where the plan may feed. positions: i64 [T], index of each token in
             its sequence.
-        slot_mapping: i64 [T], KV slot of each token (``block_id * block_size + offset``); -1 is padding.
+        slot_mapping: i64 [T], KV slot of each token (``block_id * block_size + offset``) in the first KV group; -1 is
+            padding.
         query_start_loc: i64 [S + 1], where each sequence's tokens start.
         seq_lens: i64 [S], tokens of the sequence in the KV cache after this step.
-        block_tables: i64 [S, max blocks], rows padded with -1.
+        block_tables: i64 [S, max blocks], of the first KV group, rows padded with -1.
         logits_indices: i64 [R], rows whose logits are sampled, in SamplingBatch order.
         block_size: tokens a block.
         pooled: of each slice with ``pool_rows``.
+        more: slots and block tables of each further KV group.
     """
 
     token_ids: Ints
@@ -53,6 +55,14 @@ class Batch:
     logits_indices: Ints
     block_size: int
     pooled: tuple[PooledRows, ...] = ()
+    more: tuple[tuple[Ints, Ints], ...] = ()
+
+    def of_group(self, group: int) -> Batch:
+        """The same batch with a KV group's slots and block tables in place of the first's."""
+        if not group:
+            return self
+        slots, tables = self.more[group - 1]
+        return replace(self, slot_mapping=slots, block_tables=tables, more=())
 
     @property
     def num_tokens(self) -> int:
@@ -137,6 +147,30 @@ def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) ->
     return FlatPlan(token_ids, positions, slots, query_start, rows, scored, pooled)
 
 
+def further_slots(plan: StepPlan, limits: RuntimeLimits) -> list[list[int]]:
+    """The slots [T] of every KV group but the first; the plan is one that ``flatten`` took.
+
+    Raises:
+        ValueError: a table too few or too short, or a token without a block of its own; the message names the request.
+    """
+    if limits.windows == (0,):
+        return []
+    size, null = limits.block_size, limits.null_block
+    found: list[list[int]] = [[] for _ in limits.windows[1:]]
+    for piece in plan.slices:
+        start, end = piece.start, piece.start + len(piece.token_ids)
+        if len(piece.more_block_ids) != len(found):
+            raise ValueError(
+                f"request {piece.request_id}: expected {len(limits.windows)} block tables, found {len(piece.tables)}"
+            )
+        for blocks in piece.tables:
+            if len(blocks) * size < end or null in blocks[start // size :]:
+                raise ValueError(f"request {piece.request_id}: tokens {start} to {end - 1} have no block in a KV group")
+        for slots, blocks in zip(found, piece.more_block_ids, strict=True):
+            slots += _slots(blocks, start, end, size)
+    return found
+
+
 def token_adapters(plan: StepPlan) -> list[int]:
     """Each token's adapter slot, -1 for none; empty: no token has one."""
     if all(piece.adapter < 0 for piece in plan.slices):
@@ -154,15 +188,16 @@ def _slots(blocks: Sequence[int], start: int, end: int, size: int) -> list[int]:
 
 
 class BlockTables:
-    """Block tables as native code reads them, i32 [sequences, width]; beyond a sequence's blocks anything may stand.
+    """Block tables of one KV group as native code reads them, i32 [sequences, width]; beyond a sequence's blocks
+    anything may stand.
 
     A row is written only when the table of its sequence has changed: tables grow with the context, and a decode step
     changes one in ``block_size`` of them.
     """
 
-    def __init__(self, sequences: int, limits: RuntimeLimits) -> None:
+    def __init__(self, sequences: int, limits: RuntimeLimits, group: int = 0) -> None:
         self.width = -(-limits.max_model_len // limits.block_size)
-        self._limits = limits
+        self._limits, self._group = limits, group
         self._table = array("i", bytes(4 * sequences * self.width))
         self._rows: list[Sequence[int] | None] = [None] * sequences
 
@@ -181,16 +216,17 @@ class BlockTables:
             self._table.extend(array("i", bytes(4 * self.width)))
             self._rows.append(None)
         for row, piece in enumerate(plan.slices):
-            if self._rows[row] is not piece.block_ids:
-                self._write(row, piece)
+            table = piece.more_block_ids[self._group - 1] if self._group else piece.block_ids
+            if self._rows[row] is not table:
+                self._write(row, piece, table)
 
-    def _write(self, row: int, piece: SequenceSlice) -> None:
+    def _write(self, row: int, piece: SequenceSlice, table: Sequence[int]) -> None:
         self._rows[row] = None
-        check_blocks(piece, self._limits)
-        blocks = array("i", piece.block_ids[: self.width])
+        check_blocks(piece, self._limits, self._group)
+        blocks = array("i", table[: self.width])
         self._table[row * self.width : row * self.width + len(blocks)] = blocks
-        if isinstance(piece.block_ids, tuple):  # another kind might change and still be the same object
-            self._rows[row] = piece.block_ids
+        if isinstance(table, tuple):  # another kind might change and still be the same object
+            self._rows[row] = table
 
 
 def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) -> Batch:
@@ -200,18 +236,24 @@ def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False
         ValueError: as ``flatten``, or block ids out of range.
     """
     for piece in plan.slices:
-        check_blocks(piece, limits)
+        for group in range(len(piece.tables)):
+            check_blocks(piece, limits, group)
     flat = flatten(plan, limits, may_feed=may_feed)
+    slots = further_slots(plan, limits)
     return Batch(
         token_ids=np.array(flat.token_ids, np.int64),
         positions=np.array(flat.positions, np.int64),
         slot_mapping=np.array(flat.slots, np.int64),
         query_start_loc=np.array(flat.query_start, np.int64),
         seq_lens=np.array([s.start + len(s.token_ids) for s in plan.slices], np.int64),
-        block_tables=_block_tables(plan.slices),
+        block_tables=_block_tables([piece.block_ids for piece in plan.slices]),
         logits_indices=np.array(flat.rows, np.int64),
         block_size=limits.block_size,
         pooled=tuple(flat.pooled),
+        more=tuple(
+            (np.array(own, np.int64), _block_tables([piece.more_block_ids[i] for piece in plan.slices]))
+            for i, own in enumerate(slots)
+        ),
     )
 
 
@@ -251,19 +293,20 @@ def _check_slice(piece: SequenceSlice, limits: RuntimeLimits, may_feed: bool) ->
         raise ValueError(f"{who}: score targets must be in 0..{limits.vocab_size - 1}")
 
 
-def check_blocks(piece: SequenceSlice, limits: RuntimeLimits) -> None:
-    """Refuse block ids out of range.
+def check_blocks(piece: SequenceSlice, limits: RuntimeLimits, group: int = 0) -> None:
+    """Refuse block ids out of range in the table of a KV group, which a window lets have null blocks.
 
     Raises:
         ValueError: naming the request.
     """
-    if piece.block_ids and not 0 <= min(piece.block_ids) <= max(piece.block_ids) < limits.num_blocks:
+    table = piece.more_block_ids[group - 1] if group else piece.block_ids
+    last = limits.null_block if limits.windows[group] else limits.num_blocks - 1
+    if table and not 0 <= min(table) <= max(table) <= last:
         raise ValueError(f"request {piece.request_id}: block ids must be in 0..{limits.num_blocks - 1}")
 
 
-def _block_tables(slices: Sequence[SequenceSlice]) -> Ints:
-    widest = max((len(s.block_ids) for s in slices), default=0)
-    tables = np.full((len(slices), widest), -1, dtype=np.int64)
-    for row, piece in zip(tables, slices, strict=True):
-        row[: len(piece.block_ids)] = piece.block_ids
+def _block_tables(given: Sequence[Sequence[int]]) -> Ints:
+    tables = np.full((len(given), max(map(len, given), default=0)), -1, dtype=np.int64)
+    for row, blocks in zip(tables, given, strict=True):
+        row[: len(blocks)] = blocks
     return tables

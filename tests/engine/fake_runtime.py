@@ -2,7 +2,7 @@
 
 A wrong block table, a stale block, a slot written by another request or a wrong token fed from the step before changes
 the history that is read, and with it the tokens. ``expected_tokens`` says what a request must yield, whatever it is
-batched with.
+batched with. With KV groups the history is what each of them sees, one after the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llmctl.engine.step import (
     TokenScores,
 )
 
-EMPTY = (-1, -1)
+EMPTY = (-1, -1, -1)
 HIDDEN = 3
 
 
@@ -51,6 +51,11 @@ def next_token(history: Sequence[tuple[int, int]], sampling: SamplingBatch, row:
         if token not in forbidden and (mask is None or mask[row, token // 32] >> (token % 32) & 1):
             return token
     raise AssertionError("every token is forbidden")
+
+
+def seen(history: Sequence[tuple[int, int]], windows: Sequence[int]) -> list[tuple[int, int]]:
+    """What the KV groups see of a history, each through its window (0: all of it)."""
+    return [pair for window in windows for pair in (history[-window:] if window else history)]
 
 
 def score_of(history: Sequence[tuple[int, int]], target: int) -> float:
@@ -95,11 +100,12 @@ class FakeRuntime:
         vocab_size: int = 40,
         steps_in_flight: int = 1,
         seconds_a_token: float = 0.0,
+        windows: tuple[int, ...] = (0,),
     ) -> None:
-        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, vocab_size)
+        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, vocab_size, windows)
         self.steps_in_flight, self.kernels = steps_in_flight, ""
         self.seconds_a_token = seconds_a_token
-        self.store = [EMPTY] * (num_blocks * block_size)
+        self.store = [EMPTY] * ((num_blocks + 1) * block_size)  # the null block's stay empty
         self.queue: deque[_Pending | list[int]] = deque()
         self.sampled: dict[str, int] = {}  # by the last step executed
         self.plans: list[StepPlan] = []
@@ -142,14 +148,18 @@ class FakeRuntime:
     def close(self) -> None:
         self.closed = True
 
-    def _slot(self, piece: SequenceSlice, position: int) -> int:
+    def _slot(self, piece: SequenceSlice, group: int, position: int) -> int:
         size = self.limits.block_size
-        return piece.block_ids[position // size] * size + position % size
+        return piece.tables[group][position // size] * size + position % size
 
     def _history(self, piece: SequenceSlice, length: int) -> list[tuple[int, int]]:
-        history = [self.store[self._slot(piece, p)] for p in range(length)]
-        assert [position for _, position in history] == list(range(length)), "a slot was never written, or by another"
-        return history
+        found = []
+        for group, window in enumerate(self.limits.windows):
+            for position in range(max(0, length - window) if window else 0, length):
+                token, *written = self.store[self._slot(piece, group, position)]
+                assert written == [position, group], "a slot was never written, or by another"
+                found.append((token, position))
+        return found
 
     def _tokens(self, piece: SequenceSlice) -> Sequence[int]:
         if IN_FLIGHT not in piece.token_ids:
@@ -162,11 +172,14 @@ class FakeRuntime:
         written = set()
         for piece in plan.slices:
             assert len(piece.token_ids) > 0
+            assert len(piece.tables) == len(self.limits.windows)
             for offset, token in enumerate(self._tokens(piece)):
-                slot = self._slot(piece, piece.start + offset)
-                assert slot not in written, "two tokens of one step share a slot"
-                written.add(slot)
-                self.store[slot] = (token, piece.start + offset)
+                for group in range(len(piece.tables)):
+                    slot = self._slot(piece, group, piece.start + offset)
+                    assert slot not in written, "two tokens of one step share a slot"
+                    assert slot < self.limits.num_blocks * self.limits.block_size, "a token has no block"
+                    written.add(slot)
+                    self.store[slot] = (token, piece.start + offset, group)
         num_tokens = sum(len(piece.token_ids) for piece in plan.slices)
         self.computed_tokens += num_tokens
         sampled = [piece for piece in plan.slices if piece.sample]
@@ -192,17 +205,22 @@ class FakeRuntime:
         return StepResult(np.array(tokens, np.int32), given, scores, seconds, pooled=pooled)
 
 
-def expected_tokens(request: Request, seed: int, limits: RuntimeLimits, eos: frozenset[int]) -> list[int]:
-    """What a request yields when it runs alone: no blocks, no batching, no scheduler."""
+def expected_tokens(
+    request: Request, seed: int, limits: RuntimeLimits, eos: frozenset[int], longest: int | None = None
+) -> list[int]:
+    """What a request yields when it runs alone: no blocks, no batching, no scheduler.
+
+    ``longest``: tokens of the longest sequence, where that is not what all blocks hold."""
     alone = Request(request.request_id, request.prompt_token_ids, request.params)
     alone.seed = seed
     params = request.params
-    longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+    if longest is None:
+        longest = min(limits.max_model_len, limits.num_blocks * limits.block_size)
     end = longest if params.max_tokens is None else alone.num_prompt_tokens + params.max_tokens
     while alone.num_tokens < end:
         sampling = SamplingBatcher(limits.vocab_size, eos).batch((alone,), (alone.num_tokens,))
         history = [(token, position) for position, token in enumerate(alone.token_ids)]
-        token = next_token(history, sampling, 0, limits.vocab_size)
+        token = next_token(seen(history, limits.windows), sampling, 0, limits.vocab_size)
         alone.token_ids.append(token)
         if alone.num_output_tokens > params.min_tokens and (
             token in params.stop_token_ids or (token in eos and not params.ignore_eos)

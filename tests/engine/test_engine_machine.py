@@ -57,12 +57,16 @@ class EngineMachine(RuleBasedStateMachine):
         in_flight=st.integers(1, 2),
         itl_target=st.sampled_from([0.0, None, 0.005]),
         shed=st.booleans(),
+        windows=st.sampled_from([(0,), (0,), (0, 3), (0, 0, 5, 5, 5), (6,), (9, 1)]),
     )
     def start(
         self, blocks: int, block_size: int, budget: int, seats: int, caching: bool, chunking: bool, policy: str,
-        in_flight: int, itl_target: float | None, shed: bool,
+        in_flight: int, itl_target: float | None, shed: bool, windows: tuple[int, ...],
     ) -> None:  # fmt: skip
-        runtime = FakeRuntime(blocks, block_size, 30, VOCAB, steps_in_flight=in_flight, seconds_a_token=0.001)
+        blocks *= len(windows)
+        runtime = FakeRuntime(
+            blocks, block_size, 30, VOCAB, steps_in_flight=in_flight, seconds_a_token=0.001, windows=windows
+        )
         self.config = SchedulerConfig(seats, budget, caching, chunking, policy, 8, itl_target, shed)
         self.now = 0.0
         self.engine = LLMEngine(runtime, self.config, EOS, seed=3, clock=lambda: self.now)
@@ -97,7 +101,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.count += 1
         facts = {"priority": priority, "cache_salt": salt, "tenant": tenant, "deadline": deadline}
         requests = fan_out(Request(name, prompt, params, **facts))  # type: ignore[arg-type]
-        longest = min(30, self.engine.limits.num_blocks * self.engine.limits.block_size)
+        longest = self.engine.scheduler.max_length
         output = max(1, params.min_tokens) if params.max_tokens is None else params.max_tokens
         fits = len(prompt) + output <= longest and (
             self.config.enable_chunked_prefill or len(prompt) <= self.config.max_num_batched_tokens
@@ -182,7 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def expected(self, name: str) -> list[int]:
         request = self.requests[name]
-        return expected_tokens(request, request.seed, self.engine.limits, EOS)
+        return expected_tokens(request, request.seed, self.engine.limits, EOS, self.engine.scheduler.max_length)
 
     def end(self, name: str, reason: FinishReason) -> None:
         self.ended[name] = reason

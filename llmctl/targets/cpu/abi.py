@@ -143,7 +143,7 @@ class KvDesc(c.Structure):
     _fields_ = (
         ("base", c.c_void_p),
         *((name, c.c_int64) for name in ("kv_heads", "head_dim", "padded_dim")),
-        ("type", c.c_int32),
+        *((name, c.c_int32) for name in ("type", "group")),
     )
 
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.errors import HostMemoryError
 from llmctl.graph.graph import Graph, Op
+from llmctl.graph.kv_groups import group_of_layer, whole_context
 from llmctl.targets.base import RuntimeSizes
-from llmctl.targets.batch import BlockTables, FlatPlan, flatten, token_adapters
+from llmctl.targets.batch import BlockTables, FlatPlan, flatten, further_slots, token_adapters
 from llmctl.targets.cpu.abi import (
     ACT,
     DTYPE,
@@ -89,7 +90,9 @@ class CpuRuntime:
             raise ValueError(
                 f"the CPU kernels need a block size that is a multiple of {KEYS}, found {sizes.block_size}"
             )
-        self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size)
+        self._groups = sizes.kv_groups or whole_context(graph)
+        windows = tuple(group.window for group in self._groups)
+        self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size, windows)
         self.threads = threads
         self._library = open_library(library)
         self.variant = self._library.llmctl_variant().decode()
@@ -144,7 +147,7 @@ class CpuRuntime:
                 self.close()
                 raise HostMemoryError("no memory for the ops of adapters", fix="free memory")
         self._sampling = NativeSampling(graph.vocab_size)
-        self._tables = BlockTables(sizes.max_num_seqs, self.limits)
+        self._tables = [BlockTables(sizes.max_num_seqs, self.limits, group) for group in range(len(windows))]
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> DoneStep:
         """Run one step.
@@ -153,20 +156,24 @@ class CpuRuntime:
             ValueError: a plan that ``flatten`` or ``BlockTables`` refuses, one with more tokens than the runtime was
                 sized for, or sampling rows that do not match it.
         """
-        self._tables.update(plan)
         flat = flatten(plan, self.limits)
+        slots_by_group = [flat.slots, *further_slots(plan, self.limits)]
+        for tables in self._tables:
+            tables.update(plan)
         if len(flat.token_ids) > self._max_tokens:
             raise ValueError(f"{len(flat.token_ids)} tokens exceed the {self._max_tokens} this runtime was sized for")
         if len(sampling.temperature) != len(flat.rows):
             raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
         rows, targets, tops = _logits_rows(plan, flat)
         scores = TokenScores.zeros(len(targets), min(max(tops, default=0), self.limits.vocab_size))
-        arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", flat.slots)]
+        slots_of_all = [slot for slots in slots_by_group for slot in slots] if len(slots_by_group) > 1 else flat.slots
+        arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", slots_of_all)]
         adapters = token_adapters(plan)
         arrays += [array("i", values) for values in (flat.query_start, rows, targets, tops, adapters)]
         token_ids, positions, slots, query_start, rows_at, targets_at, tops_at, adapters_at = (
             a.buffer_info()[0] for a in arrays
         )
+        block_tables = (c.c_void_p * len(self._tables))(*[tables.address for tables in self._tables])
         step = StepDesc(
             tokens=len(flat.token_ids),
             seqs=len(plan.slices),
@@ -175,8 +182,8 @@ class CpuRuntime:
             positions=positions,
             slots=slots,
             query_start=query_start,
-            block_tables=self._tables.address,
-            max_blocks=self._tables.width,
+            block_tables=c.addressof(block_tables),
+            max_blocks=self._tables[0].width,
             logits_rows=rows_at,
             targets=targets_at if targets else None,
             target_tops=tops_at,
@@ -353,14 +360,21 @@ class CpuRuntime:
         return self._ropes[key]
 
     def _allocate_cache(self, graph: Graph, dtype: str) -> tuple[c.Array[KvDesc], int]:
-        descs, total = [], 0
-        tokens = self.limits.num_blocks * self.limits.block_size
-        for layer in graph.kv:
-            size = tokens * kv_layer_bytes(layer, dtype)
-            # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN.
-            base = self._pointer(_aligned(size))
-            descs.append(KvDesc(base, layer.kv_heads, layer.head_dim, padded_head(layer), KV_TYPE[dtype]))
-            total += size
+        blocks = self.limits.num_blocks + any(self.limits.windows)  # the null block
+        # Layers at the same place of their groups share their memory: a block is held for one group at a time.
+        places = {layer: place for group in self._groups for place, layer in enumerate(group.layers)}
+        bases: dict[int, int] = {}
+        descs, total, group_of = [], 0, group_of_layer(self._groups)
+        for index, layer in enumerate(graph.kv):
+            place = places[index]
+            if place not in bases:
+                size = blocks * self.limits.block_size * kv_layer_bytes(layer, dtype)
+                # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN. So does what
+                # a segment has before a window: the null block, or keys that this sequence wrote.
+                bases[place] = self._pointer(_aligned(size))
+                total += size
+            kind = KV_TYPE[dtype], group_of[index]
+            descs.append(KvDesc(bases[place], layer.kv_heads, layer.head_dim, padded_head(layer), *kind))
         return (KvDesc * len(descs))(*descs), total
 
     def _matrix(self, view: View) -> Matrix:

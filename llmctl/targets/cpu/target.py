@@ -13,6 +13,7 @@ from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
+from llmctl.graph.kv_groups import KVGroup, kv_groups
 from llmctl.graph.passes import DEFAULT_PASSES
 from llmctl.targets.base import (
     LM_HEADS,
@@ -117,6 +118,10 @@ class CpuTarget:
     def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
         """See ``layout.kv_layer_bytes``."""
         return sum(kv_layer_bytes(layer, DTYPES[options.kv_cache_dtype].tag) for layer in graph.kv)
+
+    def kv_groups(self, graph: Graph) -> tuple[KVGroup, ...]:
+        """Layers with a window apart."""
+        return kv_groups(graph)
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
         """Buffers are float32, whatever the weights are."""

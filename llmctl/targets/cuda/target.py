@@ -13,6 +13,7 @@ from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.errors import CompileError, DeviceError, UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph
+from llmctl.graph.kv_groups import KVGroup, whole_context
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
 from llmctl.targets.base import (
     BuildOptions,
@@ -136,6 +137,10 @@ class CudaTarget:
     def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
         """As the cache's dtype has it."""
         return kv_bytes_per_token(graph, options.kv_cache_dtype)
+
+    def kv_groups(self, graph: Graph) -> tuple[KVGroup, ...]:
+        """One: a step has one block table a sequence."""
+        return whole_context(graph)
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
         """What the runtime plans: activations, the kernels' scratch, logits."""

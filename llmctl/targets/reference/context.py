@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmctl.graph.graph import INPUT_IDS, POSITIONS, Graph
+from llmctl.graph.kv_groups import KVGroup
 from llmctl.targets.batch import Batch
 from llmctl.targets.reference import kernels
 from llmctl.targets.rope import cos_sin_table
@@ -39,20 +40,43 @@ def allocate_cache(
     }
 
 
-class StepContext:
-    """One batch on the device: what its ops share beyond their input buffers, each piece made once per step."""
+def allocate_shared_cache(
+    graph: Graph, groups: Sequence[KVGroup], num_blocks: int, block_size: int, dtype: torch.dtype, device: str
+) -> dict[int, Tensor]:
+    """KV caches by layer as ``allocate_cache`` makes them, for groups that take their blocks from one pool: one cache
+    for the first layer of every group, one for the second, …; ``num_blocks``: null block included."""
+    most = max((group.layers for group in groups), key=len)
+    own = list(allocate_cache(graph, num_blocks, block_size, dtype, most, device).values())
+    return {layer: cache for group in groups for layer, cache in zip(group.layers, own, strict=False)}
 
-    def __init__(self, batch: Batch, cache: Mapping[int, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+
+class StepContext:
+    """One batch on the device: what its ops share beyond their input buffers, each piece made once per step.
+
+    Args:
+        groups: the KV group of each layer; empty: there is one.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        cache: Mapping[int, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Sequence[int] = (),
+    ) -> None:
         self.batch = batch
+        self._group_of = groups
+        self._batches = [batch.of_group(group) for group in range(1 + len(batch.more))]
         self.cache = cache
         self.dtype = dtype
         self.device = device
-        self.slots = self.tensor(batch.slot_mapping)
+        self._slots = [self.tensor(one.slot_mapping) for one in self._batches]
         self.padded = bool((batch.slot_mapping < 0).any())
         self.rows = self.tensor(batch.logits_indices)
         self.adapters: Tensor | None = None  # i32 [T], each token's LoRA adapter, -1 for none; None: no token has one
         self.scratch = kernels.Scratch()
-        self._groups: dict[int, list[kernels.AttentionGroup]] = {}
+        self._groups: dict[tuple[int, int], list[kernels.AttentionGroup]] = {}
         self._factors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tensor(self, array: np.ndarray) -> Tensor:
@@ -63,11 +87,19 @@ class StepContext:
         """A fresh environment that holds the step's inputs."""
         return {INPUT_IDS: self.tensor(self.batch.token_ids), POSITIONS: self.tensor(self.batch.positions)}
 
-    def attention_groups(self, window: int) -> list[kernels.AttentionGroup]:
-        """How the batch attends under a sliding window (0 = none)."""
-        if window not in self._groups:
-            self._groups[window] = _attention_groups(self, window)
-        return self._groups[window]
+    def slots(self, layer: int) -> Tensor:
+        """KV slot of each token in a layer's cache, i64 [T]."""
+        return self._slots[self._group(layer)]
+
+    def attention_groups(self, layer: int, window: int) -> list[kernels.AttentionGroup]:
+        """How the batch attends in a layer under a sliding window (0 = none)."""
+        key = self._group(layer), window
+        if key not in self._groups:
+            self._groups[key] = _attention_groups(self, self._batches[key[0]], window)
+        return self._groups[key]
+
+    def _group(self, layer: int) -> int:
+        return self._group_of[layer] if self._group_of else 0
 
     def rope_factors(self, table: RopeTable) -> tuple[Tensor, Tensor]:
         """cos and sin factors of the batch's positions."""
@@ -94,12 +126,11 @@ class RopeTable:
         return spread[0].to(dtype), spread[1].to(dtype)
 
 
-def _attention_groups(ctx: StepContext, window: int) -> list[kernels.AttentionGroup]:
+def _attention_groups(ctx: StepContext, batch: Batch, window: int) -> list[kernels.AttentionGroup]:
     """One group per prefill slice; single-token slices in groups of like context length.
 
     Lengths within a factor of two go together, which bounds both the padding and the number of calls.
     """
-    batch = ctx.batch
     counts = np.diff(batch.query_start_loc)
     groups: list[kernels.AttentionGroup] = []
     decodes: dict[int, list[tuple[int, int]]] = {}
@@ -108,16 +139,15 @@ def _attention_groups(ctx: StepContext, window: int) -> list[kernels.AttentionGr
             length = min(int(batch.seq_lens[i]), window or int(batch.seq_lens[i]))
             decodes.setdefault(length.bit_length(), []).append((i, length))
         else:
-            groups.append(_prefill_group(ctx, i, int(counts[i]), window))
+            groups.append(_prefill_group(ctx, batch, i, int(counts[i]), window))
     row_bytes = max((c[0, 0, 0].nbytes for c in ctx.cache.values()), default=1)
     for members in decodes.values():
         size = max(1, _GROUP_BYTES // (max(length for _, length in members) * row_bytes))
-        groups += [_decode_group(ctx, members[i : i + size]) for i in range(0, len(members), size)]
+        groups += [_decode_group(ctx, batch, members[i : i + size]) for i in range(0, len(members), size)]
     return groups
 
 
-def _prefill_group(ctx: StepContext, sequence: int, count: int, window: int) -> kernels.AttentionGroup:
-    batch = ctx.batch
+def _prefill_group(ctx: StepContext, batch: Batch, sequence: int, count: int, window: int) -> kernels.AttentionGroup:
     end, row = int(batch.seq_lens[sequence]), int(batch.query_start_loc[sequence])
     first = max(0, end - count - window + 1) if window else 0
     slots = batch.context_slots(sequence, first)
@@ -137,8 +167,7 @@ def _prefill_group(ctx: StepContext, sequence: int, count: int, window: int) -> 
     )
 
 
-def _decode_group(ctx: StepContext, members: Sequence[tuple[int, int]]) -> kernels.AttentionGroup:
-    batch = ctx.batch
+def _decode_group(ctx: StepContext, batch: Batch, members: Sequence[tuple[int, int]]) -> kernels.AttentionGroup:
     longest = max(length for _, length in members)
     slots = np.empty((len(members), longest), dtype=np.int64)
     hidden = np.zeros((len(members), longest), dtype=bool)

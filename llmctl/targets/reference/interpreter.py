@@ -61,9 +61,9 @@ class Interpreter:
         self._overrides: dict[str, Bound] = {}
         self._tables: dict[tuple[Any, ...], RopeTable] = {}
 
-    def context(self, batch: Batch, cache: Mapping[int, Tensor]) -> StepContext:
-        """The step context of a batch over KV caches by layer."""
-        return StepContext(batch, cache, self.dtype, self.device)
+    def context(self, batch: Batch, cache: Mapping[int, Tensor], groups: Sequence[int] = ()) -> StepContext:
+        """The step context of a batch over KV caches by layer; ``groups`` as ``StepContext`` takes them."""
+        return StepContext(batch, cache, self.dtype, self.device, groups)
 
     def program(self, ops: Sequence[Op], keep: Iterable[str]) -> Program:
         """Ops of the graph as one callable; binds them (loads and converts their weights).
@@ -384,9 +384,8 @@ def _bind_rope_kv_write(interp: Interpreter, op: Op) -> Bound:
     table, dim, style, layer = interp.rope_table(op), op.attrs["head_dim"], op.attrs["style"], op.attrs["layer"]
 
     def run(env: Env, ctx: StepContext) -> None:
-        env[q_out] = kernels.rope_kv_write(
-            env[q], env[k], env[v], ctx.rope_factors(table), dim, style, ctx.cache[layer], ctx.slots, padded=ctx.padded
-        )
+        factors, cache, slots = ctx.rope_factors(table), ctx.cache[layer], ctx.slots(layer)
+        env[q_out] = kernels.rope_kv_write(env[q], env[k], env[v], factors, dim, style, cache, slots, padded=ctx.padded)
 
     return run
 
@@ -396,7 +395,7 @@ def _bind_kv_write(_: Interpreter, op: Op) -> Bound:
     layer = op.attrs["layer"]
 
     def run(env: Env, ctx: StepContext) -> None:
-        kernels.kv_write(ctx.cache[layer], env[k], env[v], ctx.slots, padded=ctx.padded)
+        kernels.kv_write(ctx.cache[layer], env[k], env[v], ctx.slots(layer), padded=ctx.padded)
 
     return run
 
@@ -407,7 +406,7 @@ def _bind_attention(_: Interpreter, op: Op) -> Bound:
     window, softcap = op.attrs["window"], op.attrs["softcap"]
 
     def run(env: Env, ctx: StepContext) -> None:
-        groups = ctx.attention_groups(window)
+        groups = ctx.attention_groups(layer, window)
         env[o] = kernels.paged_attention(env[q], ctx.cache[layer], groups, heads, scale, softcap, ctx.scratch)
 
     return run

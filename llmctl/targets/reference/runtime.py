@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import Tensor
 from llmctl.engine.step import DoneStep, LoraLimits, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import LOGITS, Graph
+from llmctl.graph.kv_groups import KVGroup, group_of_layer, whole_context
 from llmctl.targets.batch import Batch, build_batch, token_adapters
 from llmctl.targets.lora import lora_graph
 from llmctl.targets.reference.adapters import StackedAdapters
-from llmctl.targets.reference.context import StepContext, allocate_cache
+from llmctl.targets.reference.context import StepContext, allocate_shared_cache
 from llmctl.targets.reference.interpreter import Interpreter
 from llmctl.targets.reference.logprobs import describe
 from llmctl.targets.reference.sampler import sample
@@ -32,7 +33,8 @@ class ReferenceRuntime:
         limits: KV blocks, block size, longest sequence, vocabulary.
         adapters: those that it was sized for; None: none.
         interpreter: the bound graph.
-        cache: KV cache by layer, ``[2, num_blocks, block_size, kv_heads, head_dim]`` in the compute dtype.
+        cache: KV cache by layer, ``[2, num_blocks, block_size, kv_heads, head_dim]`` in the compute dtype, with a block
+            more, the null block, where a group has a window; layers of different groups share one.
     """
 
     steps_in_flight: int = 1
@@ -50,6 +52,7 @@ class ReferenceRuntime:
         threads: int | None = None,
         device: str = "cpu",
         lora: LoraLimits | None = None,
+        kv_groups: Sequence[KVGroup] = (),
     ) -> None:
         """Allocate the KV cache and convert every weight to ``dtype``.
 
@@ -59,6 +62,7 @@ class ReferenceRuntime:
             dtype: compute dtype: float32, bfloat16 or float16.
             threads: torch's intra-op threads for the whole process; None leaves them as they are.
             lora: adapters to have room for. Their ops are inserted into ``graph``.
+            kv_groups: which layers share a block table; none given: all.
 
         Raises:
             UsageError: as ``lora_graph``.
@@ -75,7 +79,10 @@ class ReferenceRuntime:
             raise ValueError(f"max_model_len must be in 1..{graph.max_position}, found {max_model_len}")
         if threads is not None:
             torch.set_num_threads(threads)
-        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size)
+        groups = tuple(kv_groups) or whole_context(graph)
+        windows = tuple(group.window for group in groups)
+        self.limits = RuntimeLimits(num_blocks, block_size, max_model_len, graph.vocab_size, windows)
+        self._group_of_layer = group_of_layer(groups)
         element = getattr(torch, DTYPES[dtype].torch)
         if lora is not None:
             graph = lora_graph(graph, lora)
@@ -83,7 +90,7 @@ class ReferenceRuntime:
         self.interpreter = Interpreter(graph, weights, element, device)
         if self.adapters is not None:
             self.interpreter.adapters.update(self.adapters.weights)
-        self.cache = allocate_cache(graph, num_blocks, block_size, element, device=device)
+        self.cache = allocate_shared_cache(graph, groups, num_blocks + any(windows), block_size, element, device)
         gather = graph.gather_index()
         self._hidden = graph.ops[gather].inputs[0]
         self._body = self.interpreter.program(graph.ops[:gather], keep=(self._hidden,))
@@ -128,7 +135,7 @@ class ReferenceRuntime:
         del self.interpreter, self.cache, self._body, self._head
 
     def _context(self, plan: StepPlan, batch: Batch) -> StepContext:
-        ctx = self.interpreter.context(batch, self.cache)
+        ctx = self.interpreter.context(batch, self.cache, self._group_of_layer)
         if adapters := token_adapters(plan):
             ctx.adapters = torch.tensor(adapters, dtype=torch.int32, device=ctx.device)
         return ctx

@@ -13,6 +13,7 @@ from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.errors import UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
 from llmctl.graph.graph import Graph
+from llmctl.graph.kv_groups import KVGroup, kv_groups
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
 from llmctl.targets.address_space import check_torch
 from llmctl.targets.base import (
@@ -116,6 +117,10 @@ class ReferenceTarget:
         """As the cache's dtype has it."""
         return kv_bytes_per_token(graph, options.kv_cache_dtype)
 
+    def kv_groups(self, graph: Graph) -> tuple[KVGroup, ...]:
+        """Layers with a window apart."""
+        return kv_groups(graph)
+
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
         """Buffers in the compute dtype."""
         return activation_bytes(graph, options.dtype, tokens, rows)
@@ -177,6 +182,7 @@ class ReferenceTarget:
             dtype=engine.options.dtype,
             threads=threads,
             lora=engine.sizes.lora,
+            kv_groups=engine.sizes.kv_groups,
         )
 
     def open_profiler(

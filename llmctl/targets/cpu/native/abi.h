@@ -116,7 +116,7 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap)
   LLMCTL_FIELD(OpDesc, choice) LLMCTL_FIELD(OpDesc, sorted) LLMCTL_SIZE(OpDesc)
   LLMCTL_FIELD(KvDesc, base) LLMCTL_FIELD(KvDesc, kv_heads) LLMCTL_FIELD(KvDesc, head_dim)
-  LLMCTL_FIELD(KvDesc, padded_dim) LLMCTL_FIELD(KvDesc, type) LLMCTL_SIZE(KvDesc)
+  LLMCTL_FIELD(KvDesc, padded_dim) LLMCTL_FIELD(KvDesc, type) LLMCTL_FIELD(KvDesc, group) LLMCTL_SIZE(KvDesc)
   LLMCTL_FIELD(LogprobsOut, width) LLMCTL_FIELD(LogprobsOut, logprobs) LLMCTL_FIELD(LogprobsOut, ranks)
   LLMCTL_FIELD(LogprobsOut, top_ids) LLMCTL_FIELD(LogprobsOut, top_logprobs) LLMCTL_SIZE(LogprobsOut)
   LLMCTL_FIELD(StepDesc, tokens) LLMCTL_FIELD(StepDesc, seqs) LLMCTL_FIELD(StepDesc, rows)

@@ -191,7 +191,7 @@ class Attention {
     }
     Keys keys(int64_t part) const {
       const int64_t begin = (segments.first + part) * kSegment;
-      return {of.step.block_tables + tile.seq * of.step.max_blocks, kv_head, begin,
+      return {of.step.block_tables[of.kv.group] + tile.seq * of.step.max_blocks, kv_head, begin,
               std::min(begin + kSegment, segments.end)};
     }
   };

@@ -20,6 +20,7 @@ struct KvLayer {
   int64_t kv_heads, dim, padded;  // padded: dim rounded up to 16
   KvType type;
   int64_t block_size;  // a multiple of kKeys
+  int32_t group = 0;   // of layers that share slots and block tables
   constexpr int64_t tile_codes() const { return kKeys * padded * (type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1); }
   constexpr int64_t half_bytes() const { return tile_codes() + (type == kKvS8 ? kKeys * 4 : 0); }  // one K or V tile
   uint8_t* tile(int64_t block, int64_t head, int64_t offset) const {

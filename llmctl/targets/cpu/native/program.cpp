@@ -60,7 +60,7 @@ struct llmctl_program {
         linear_scratch(size_t(pool.threads())) {
     for (int64_t i = 0; i < num_kv; i++)
       kv.push_back({kv_descs[i].base, kv_descs[i].kv_heads, kv_descs[i].head_dim, kv_descs[i].padded_dim,
-                    KvType(kv_descs[i].type), block_size});
+                    KvType(kv_descs[i].type), block_size, kv_descs[i].group});
     // Query tiles of two halves meet an int8 cache only.
     const bool tiled = have_tiles() && std::all_of(kv.begin(), kv.end(), [](const KvLayer& k) { return k.type == kKvS8; });
     for (const OpDesc& op : plain.ops) {
@@ -159,7 +159,8 @@ void rotate(const OpDesc& op, const Matrix& x, const Matrix& y, int64_t heads, i
   for (int64_t h = 0; h < heads; h++) rope_head(out + h * op.head_dim, cos, sin, op.rotary_dim, op.neox != 0);
 }
 
-void write_kv(const KvLayer& kv, const Matrix& k, const Matrix& v, int64_t row, int64_t slot) {
+void write_kv(const KvLayer& kv, const StepDesc& step, const Matrix& k, const Matrix& v, int64_t row) {
+  const int64_t slot = step.slots[kv.group * step.tokens + row];
   if (slot < 0) return;
   for (int64_t h = 0; h < kv.kv_heads; h++)
     kv_store(kv, slot, h, k.data + row * k.ld + h * kv.dim, v.data + row * v.ld + h * kv.dim);
@@ -191,9 +192,9 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
     case kRope:
       rotate(op, op.x, op.y, op.heads, row, step.positions[row]);
       rotate(op, op.x2, op.y2, op.kv_heads, row, step.positions[row]);
-      if (op.writes_kv) write_kv(p.kv[size_t(op.layer)], op.y2, op.x3, row, step.slots[row]);
+      if (op.writes_kv) write_kv(p.kv[size_t(op.layer)], step, op.y2, op.x3, row);
       return;
-    case kKvWrite: return write_kv(p.kv[size_t(op.layer)], op.x, op.x2, row, step.slots[row]);
+    case kKvWrite: return write_kv(p.kv[size_t(op.layer)], step, op.x, op.x2, row);
     case kGatherRows:
       std::memcpy(y, op.x.data + step.logits_rows[first_logits_row + row] * op.x.ld, size_t(op.width) * 4);
       return;

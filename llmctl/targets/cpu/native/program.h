@@ -101,16 +101,17 @@ struct OpDesc {
 struct KvDesc {
   uint8_t* base;
   int64_t kv_heads, head_dim, padded_dim;
-  int32_t type;  // KvType
+  int32_t type;   // KvType
+  int32_t group;  // which of a step's block tables and slots are the layer's
 };
 
 struct StepDesc {
   int64_t tokens, seqs, rows;
   const int32_t* token_ids;      // [tokens]
   const int32_t* positions;      // [tokens]
-  const int64_t* slots;          // [tokens]; -1 = padding
+  const int64_t* slots;          // [groups][tokens]; -1 = padding
   const int32_t* query_start;    // [seqs + 1]
-  const int32_t* block_tables;   // [seqs][max_blocks]
+  const int32_t* const* block_tables;  // [groups] of [seqs][max_blocks]
   int64_t max_blocks;
   const int32_t* logits_rows;    // [rows], ascending
   const int32_t* targets;        // [rows], -1: the row is sampled, else the log-probability of this id is wanted

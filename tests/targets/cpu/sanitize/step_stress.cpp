@@ -126,7 +126,7 @@ struct Layer {
     head.k = head.group = kWidth;
     head.w = (const uint8_t*)memory.floats(kVocab * kWidth, 0.2f);
     const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
-    kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0});
+    kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0, 0});
     adapt(behind_qkv, normed, {{q, kHeads * kDim}, {k, kKvHeads * kDim}, {v, kKvHeads * kDim}});
   }
 
@@ -199,7 +199,8 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
   desc.positions = positions.data();
   desc.slots = slots.data();
   desc.query_start = start.data();
-  desc.block_tables = tables.data();
+  const int32_t* const tables_of_groups[] = {tables.data()};
+  desc.block_tables = tables_of_groups;
   desc.max_blocks = blocks;
   desc.logits_rows = rows.data();
   desc.targets = targets.data();
