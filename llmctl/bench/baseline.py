@@ -13,7 +13,7 @@ from llmctl.bench import stats
 from llmctl.bench.gate import Gate
 from llmctl.bench.metrics import higher_is_better
 from llmctl.bench.ratios import Decision, Worsening, unpaired_ratio
-from llmctl.bench.units import changed, percent, quantity
+from llmctl.bench.units import changed, noise, percent, quantity
 from llmctl.errors import UsageError
 
 WORKLOAD_KEYS = ("model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency")
@@ -176,8 +176,8 @@ def _note(delta: Delta, max_regression: float) -> str:
     if not math.isfinite(delta.change):
         now = "has no value any more" if math.isnan(delta.current) else f"is {quantity(delta.metric, delta.current)}"
         return f"{now} (it was {quantity(delta.metric, delta.baseline)})"
-    noise = "noise unknown: use --repeats" if delta.noise is None else f"noise ±{percent(delta.noise)}"
-    more = f"allowed {percent(max_regression)}", noise
+    spread = "noise unknown: use --repeats" if delta.noise is None else noise(delta.noise)
+    more = f"allowed {percent(max_regression)}", spread
     said = changed(delta.metric, delta.baseline, delta.current, delta.change, *more)
     undecided = delta.noise is not None and delta.decision == Decision.UNDECIDED
     return said + ": too noisy to tell, not counted" * undecided

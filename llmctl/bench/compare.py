@@ -20,7 +20,7 @@ from llmctl.bench.rounds import FailedRequestsError, Player, Round, Visit
 from llmctl.bench.serve import workload_of
 from llmctl.bench.serve_plan import Plan, make_plan
 from llmctl.bench.sides import Side, parse_sides
-from llmctl.bench.units import changed, interval, percent
+from llmctl.bench.units import changed, interval, noise, percent
 from llmctl.errors import ExitCode, LlmctlError, UsageError
 
 STATISTICS = {
@@ -194,10 +194,6 @@ def _tell_round(rounds: Sequence[Round], rules: Rules, config: BenchCompareConfi
     progress.log(f"round {len(rounds)}/{config.max_rounds} {last.order}: {metric} {said}")
 
 
-_MOST_NOISE = 10.0
-"""Beyond it rounds say nothing, and figures mislead."""
-
-
 def _tell_look(look: Look, progress: Progress) -> None:
     for metric, found in look.compared.items():
         said = "no ratio" if found is None else f"B/A {interval_text(found.ratio)}: {found.decision}"
@@ -312,8 +308,8 @@ def _ratio_gate(metric: str, found: Compared | None, allowed: float) -> gate.Gat
     if found is None:
         note = "has no ratio: a visit gave no value above 0"
         return gate.Gate("inconclusive", metric, "<=", allowed, None, False, note)
-    noise = "unknown" if found.ratio.noise is None else f"±{percent(min(found.ratio.noise, _MOST_NOISE))}"
-    more = f"allowed {percent(allowed)}", f"noise {noise}", f"{found.ratio.count} rounds"
+    spread = "noise unknown" if found.ratio.noise is None else noise(found.ratio.noise)
+    more = f"allowed {percent(allowed)}", spread, f"{found.ratio.count} rounds"
     note = changed(metric, found.a, found.b, found.ratio.value - 1, *more)
     undecided = found.decision == Decision.UNDECIDED
     kind = "inconclusive" if undecided else "regression"

@@ -22,6 +22,8 @@ _UNITS = {
     "_seconds": "s",
     "_bytes": "B",
 }
+_MOST_NOISE = 10.0
+"""Beyond it values say nothing, and figures mislead."""
 
 
 def unit(metric: str) -> str:
@@ -53,6 +55,11 @@ def interval(row: Mapping[str, Any], digits: int = 3) -> str:
 def percent(share: float) -> str:
     """A share as a percentage of two digits, or all before the point."""
     return f"{100 * share:.0f}%" if abs(share) >= 0.0995 else f"{100 * share:.2g}%"
+
+
+def noise(share: float) -> str:
+    """How far an interval reaches, as ``noise ±2%``."""
+    return f"noise ±{percent(min(share, _MOST_NOISE))}"
 
 
 def quantity(metric: str, value: float) -> str:

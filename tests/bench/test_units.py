@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llmctl.bench.units import figure, interval
+from llmctl.bench.units import figure, interval, noise
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,7 @@ def test_intervals() -> None:
     assert interval({"low": 0.98, "high": 1.0249}, digits=2) == "0.98–1.02"
     assert interval({"low": 0.5, "high": None}) == "0.500–10 and more"
     assert interval({"low": None, "high": None}) == "-"
+
+
+def test_noise_beyond_all_measure_misleads_nobody() -> None:
+    assert [noise(share) for share in (0.021, 3e8, math.inf)] == ["noise ±2.1%", "noise ±1000%", "noise ±1000%"]
