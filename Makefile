@@ -41,11 +41,11 @@ sanitize: $(VENV)/.installed-dev
 
 # The page's figures from a GPU, out of docs/gpu. With RESULTS=folder: of a run of scripts/gpu_check.sh --engine, kept there.
 gpu-table: $(VENV)/.installed
-	PYTHONPATH=. $(BIN)/python scripts/gpu_figures.py $(if $(RESULTS),--results '$(RESULTS)')
+	PYTHONPATH=. $(BIN)/python scripts/gpu_figures.py $(if $(RESULTS),--results '$(RESULTS)' --processor '$(PROCESSOR)')
 
-# The page's tables of other servers and README's chart, out of docs/cpu. With RESULTS=report.json: of a run of bench_peers.py.
+# Tables of other servers and their charts, README's too, out of docs/cpu. With RESULTS=report.json PROCESSOR=amx: of a run of bench_peers.py on such a processor.
 peer-table: $(VENV)/.installed
-	PYTHONPATH=. $(BIN)/python scripts/peer_figures.py $(if $(RESULTS),--results '$(RESULTS)')
+	PYTHONPATH=. $(BIN)/python scripts/peer_figures.py $(if $(RESULTS),--results '$(RESULTS)' --processor '$(PROCESSOR)')
 
 # The pages that are made of the code and of results. A test says when one is not what they say.
 docs: $(VENV)/.installed-dev

@@ -216,8 +216,9 @@ def _header(
 ) -> list[str]:
     """Machine, method, versions and command lines."""
     model, cores = _shown_place(plan.setup, plan.setup.model), plan.setup.cores
+    kinds = ", ".join(Cpu.here().kinds) or "instructions unknown"
     lines = [
-        f"{model} on {cpu_model()}, {len(cores)} threads on cores {', '.join(map(str, cores))} of "
+        f"{model} on {cpu_model()} ({kinds}), {len(cores)} threads on cores {', '.join(map(str, cores))} of "
         f"{environment['cpu_cores']}; {plan.repeats} interleaved repeats: median (lowest–highest); "
         f"llmctl {environment['llmctl']}, commit {environment['git_commit']}.",
         "",

@@ -1,4 +1,4 @@
-"""The README's chart: output tokens a second of every server, a group of bars a workload."""
+"""The chart of a kind of processor: output tokens a second of every server, a group of bars a workload."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _BAR, _STEP, _GROUP = 14, 19, 34
 _OURS, _THEIRS, _LINE = "#1b6ca8", "#b9bfc6", "#333333"
 
 
-def chart(kept: Kept) -> str:
-    """An SVG document; the whiskers are the lowest and the highest of the repeats."""
+def chart(kept: Kept, where: str = "") -> str:
+    """An SVG document; the whiskers are the lowest and the highest of the repeats. ``where``: ends its title."""
     groups = [(work, [(name, kept.spread(name, work.name, RATE)) for name in kept.names]) for work in kept.workloads]
     most = max(spread.high for _, rows in groups for _, spread in rows)
     scale = (_WIDTH - _LEFT - _RIGHT) / most
-    parts = [svg.text(16, 24, "Output tokens a second, more is better", size=15)]
+    parts = [svg.text(16, 24, f"Output tokens a second, more is better{where}", size=15)]
     y = _TOP
     for work, rows in groups:
         parts.append(svg.text(16, y + 12, work.title, size=12))

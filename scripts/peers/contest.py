@@ -15,6 +15,9 @@ class StartError(PeerError):
     """A server ended before it was ready."""
 
 
+_KINDS = {"avx2": "AVX2", "avx512_vnni": "AVX-512 VNNI", "avx512_bf16": "AVX-512 bf16", "amx_int8": "AMX"}
+
+
 @dataclass(frozen=True)
 class Cpu:
     """What of the processor decides which configurations are worth measuring.
@@ -22,10 +25,12 @@ class Cpu:
     Attributes:
         vendor: ``AuthenticAMD``, ``GenuineIntel``; empty where it cannot be told.
         bf16: whether it multiplies bf16 numbers itself.
+        kinds: of its instructions for such work, as a report names them.
     """
 
     vendor: str
     bf16: bool
+    kinds: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, cpuinfo: str) -> Cpu:
@@ -35,7 +40,8 @@ class Cpu:
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
         flags = set(fields.get("flags", "").split()) | set(fields.get("Features", "").split())
-        return cls(fields.get("vendor_id", ""), bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}))
+        kinds = tuple(shown for flag, shown in _KINDS.items() if flag in flags)
+        return cls(fields.get("vendor_id", ""), bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}), kinds)
 
     @classmethod
     def here(cls) -> Cpu:

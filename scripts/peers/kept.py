@@ -17,6 +17,7 @@ class Kept:
 
     Attributes:
         header: machine and method, in a line. titles: by contestant's name. own: names of llmctl's contestants.
+        versions: of what was installed for each peer, if that was kept.
         workloads: those that were measured.
 
     Raises:
@@ -31,6 +32,7 @@ class Kept:
         self.header: str = document["header"]
         self.titles: dict[str, str] = document["titles"]
         self.own: list[str] = document["own"]
+        self.versions: dict[str, dict[str, str]] = document.get("versions", {})
         self.workloads: list[Workload] = [work for name, work in WORKLOADS.items() if name in document["summary"]]
         if not self.workloads:
             raise ValueError(f"expected figures of some of {', '.join(WORKLOADS)}, found {list(document['summary'])}")

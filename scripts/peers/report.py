@@ -152,14 +152,18 @@ def to_markdown(
 
 
 def tables(
-    results: Measured, workloads: Sequence[Workload], titles: Mapping[str, str], own: Sequence[str]
+    results: Measured,
+    workloads: Sequence[Workload],
+    titles: Mapping[str, str],
+    own: Sequence[str],
+    heading: str = "###",
 ) -> list[str]:
     """A table a workload, and one of start and memory, each below its heading."""
     lines: list[str] = []
     for work in workloads:
-        lines += [f"### {work.title}", "", *_workload_table(results, work, titles, own), ""]
+        lines += [f"{heading} {work.title}", "", *_workload_table(results, work, titles, own), ""]
         lines += [*_best_lines(results, work, titles, own), ""]
-    return [*lines, "### Start and memory", "", *_server_table(results, titles), ""]
+    return [*lines, f"{heading} Start and memory", "", *_server_table(results, titles), ""]
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -167,7 +171,7 @@ def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
 
 
-def _main_metric(work: Workload) -> Metric:
+def main_metric(work: Workload) -> Metric:
     """One stream is judged by its decode rate, many by the tokens of all."""
     return DECODE if work.concurrency == 1 else RATE
 
@@ -179,7 +183,7 @@ def _measured_own(results: Measured, own: Sequence[str]) -> str | None:
 def _workload_table(results: Measured, work: Workload, titles: Mapping[str, str], own: Sequence[str]) -> list[str]:
     shown = (DECODE, RATE, TTFT, ITL) if work.concurrency == 1 else (RATE, TTFT, ITL)
     ours = _measured_own(results, own)
-    main = _main_metric(work)
+    main = main_metric(work)
     head = ["server", *(m.heading for m in shown)]
     if ours:
         head += [f"llmctl ÷ it: {main.heading}", "llmctl ÷ it: TTFT"]
@@ -187,22 +191,23 @@ def _workload_table(results: Measured, work: Workload, titles: Mapping[str, str]
     for name in results.names:
         row = [titles[name], *(results.spread(name, work.name, m).show(m.decimals) for m in shown)]
         if ours:
-            row += ["" if name == ours else _show_ratio(results.ratio(ours, name, work.name, m)) for m in (main, TTFT)]
+            row += ["" if name == ours else show_ratio(results.ratio(ours, name, work.name, m)) for m in (main, TTFT)]
         rows.append(row)
     return _rows(head, rows)
 
 
-def _show_ratio(ratio: Spread | None) -> str:
+def show_ratio(ratio: Spread | None) -> str:
+    """``2.94 (2.78–3.41)×``; a dash where there is none."""
     return "–" if ratio is None else f"{ratio.show(2)}×"
 
 
 def _best_lines(results: Measured, work: Workload, titles: Mapping[str, str], own: Sequence[str]) -> list[str]:
     ours = _measured_own(results, own)
     lines = []
-    for metric in (_main_metric(work), TTFT):
+    for metric in (main_metric(work), TTFT):
         best = results.best_peer(own, work.name, metric)
         if ours and best:
-            ratio = _show_ratio(results.ratio(ours, best, work.name, metric))
+            ratio = show_ratio(results.ratio(ours, best, work.name, metric))
             lines.append(f"* {metric.heading} against the best peer ({titles[best]}): {ratio}")
     return lines
 
