@@ -177,7 +177,8 @@ def _runs_here(checks: EngineChecks) -> str:
         checks.target.check_runs_here()
     except (EngineLoadError, UsageError) as error:
         return f"no: {error.message.removeprefix(f'{checks.path}: ')}"
-    return "yes"
+    build = checks.target.kernel_build()
+    return f"yes, as {build}" if build else "yes"
 
 
 def _op_counts(graph: Graph) -> dict[str, int]:

@@ -171,6 +171,11 @@ class ServerMetrics:
         info = Gauge(self._prefix + "cache_config_info", "KV-cache settings.", names, registry=self.registry)
         info.labels(*values).set(1)
 
+    def set_engine(self, **fields: str) -> None:
+        """Export ``engine_info``: constant 1, what runs as labels."""
+        info = Gauge(self._prefix + "engine_info", "What runs.", (*LABELS, *fields), registry=self.registry)
+        info.labels(*self._label_values, *fields.values()).set(1)
+
     def engine(self, stats: EngineStats, busy_seconds: float) -> None:
         """Take in the engine's gauges and running totals."""
         if stats.num_steps > self._engine.stats.num_steps:

@@ -405,6 +405,10 @@ class Target(Protocol):
         """Hold an engine's modules against this machine: features, capability, driver, ABI. Loads nothing."""
         ...
 
+    def kernel_build(self) -> str:
+        """As ``Runtime.kernels``, of this machine and without a runtime; the machine has been checked."""
+        ...
+
     def covers(self, archs: Iterable[str]) -> bool:
         """Whether it is built for every one of these."""
         ...

@@ -22,6 +22,7 @@ def full_page(prefix: str = "llmctl") -> str:
     """The text of a server to which everything that has a series of its own has happened."""
     metrics = ServerMetrics("m", prefix=prefix)
     metrics.watch(lambda: 0, os.getpid)
+    metrics.set_engine(target="cpu:x86_64-amx", dtype="bfloat16", kernel_build="avx512bf16 (AMX: refused)")
     metrics.set_cache_config(block_size=16, num_gpu_blocks=8, enable_prefix_caching=True, cache_dtype="int8")
     metrics.watch_adapters(8, lambda: ({"sql", "chat"}, {"code"}))
     metrics.restarted("SIGKILL")

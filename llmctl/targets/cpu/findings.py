@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llmctl.errors import CompileError
 from llmctl.targets.base import Finding
 from llmctl.targets.cpu.features import cpu_features
+from llmctl.targets.cpu.tiles import NEXT, tile_refusal
 from llmctl.targets.cpu.toolchain import (
     INSTALL_HINT,
     VARIANTS,
@@ -24,7 +25,10 @@ def findings() -> tuple[Finding, ...]:
 
 def _findings() -> Iterator[Finding]:
     here = cpu_features()
-    yield Finding("kernels that run here", ", ".join(library_name(v) for v in supported_variants(here)))
+    supported = supported_variants(here)
+    yield Finding("kernels that run here", ", ".join(library_name(v) for v in supported))
+    if VARIANTS[0] in supported and (refusal := tile_refusal()):
+        yield Finding("AMX tiles", f"{refusal}; engines for them run the code of {NEXT}")
     wanted = sorted({feature for variant in VARIANTS for feature in variant.features})
     absent = [feature for feature in wanted if feature not in here]
     yield Finding(

@@ -39,6 +39,7 @@ from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import kv_layer_bytes
 from llmctl.targets.cpu.options import KV_DTYPES, cpu_options, cpu_passes, head_is_free
 from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, pack_planes
+from llmctl.targets.cpu.tiles import NEXT, tile_refusal
 from llmctl.targets.cpu.toolchain import (
     SOURCE,
     VARIANTS,
@@ -179,6 +180,12 @@ class CpuTarget:
         for path, module in modules.items():
             if module.abi != expected:
                 refuse(f"kernel_files.{path}.abi", expected, module.abi or "none")
+
+    def kernel_build(self) -> str:
+        """Another variant than the library's, where the system refuses what that needs."""
+        if self._library() != library_name(VARIANTS[0]) or not (refusal := tile_refusal()):
+            return ""
+        return f"{NEXT} ({refusal})"
 
     def covers(self, archs: Iterable[str]) -> bool:
         """A variant goes by its short name as well: avx2 for x86_64-avx2."""

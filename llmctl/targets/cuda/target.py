@@ -198,6 +198,10 @@ class CudaTarget:
         if not enough:
             refuse("driver", f"CUDA {needed[0]}.{needed[1]} or newer", f"CUDA {device.driver[0]}.{device.driver[1]}")
 
+    def kernel_build(self) -> str:
+        """The target says it."""
+        return ""
+
     def covers(self, archs: Iterable[str]) -> bool:
         """By architecture."""
         return set(archs) <= set(self.name.archs)

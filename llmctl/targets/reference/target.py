@@ -147,6 +147,10 @@ class ReferenceTarget:
     def check_machine(self, modules: Mapping[str, KernelFile], refuse: Refuse) -> None:
         """Any machine will do."""
 
+    def kernel_build(self) -> str:
+        """The target says it."""
+        return ""
+
     def covers(self, archs: Iterable[str]) -> bool:
         """It is built for no architecture in particular."""
         return not set(archs)

@@ -267,6 +267,21 @@ def test_a_refusal_leaves_the_next_variant() -> None:
     )
 
 
+ASK = """
+import ctypes
+from llmctl.targets.cpu.tiles import NEXT, tile_refusal
+"""
+
+
+@on_silicon
+@pytest.mark.parametrize("prepare", ["", SMALL_STACK])
+def test_who_loads_no_library_is_told_the_same(prepare: str) -> None:
+    """``inspect`` and ``doctor`` ask without one, in the library's words."""
+    loaded = said(KERNELS + prepare + "say()", str(library(ON_SILICON[0])))
+    asked = said(ASK + prepare + "refusal = tile_refusal()\nprint(NEXT if refusal else 'amx', refusal, sep='|')")
+    assert asked == loaded
+
+
 FORK = """
 import ctypes, os, sys, threading
 library = ctypes.CDLL(sys.argv[1])
