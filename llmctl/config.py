@@ -271,8 +271,6 @@ class RunConfig:
     stop: str | None = None
 
 
-SECRET_OPTIONS = frozenset({"api_key", "priority_keys", "a_api_key", "b_api_key"})
-"""Options whose values are shown nowhere."""
 _NAMED_OTHERWISE = {"as_family": "as"}
 
 

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from md_table import print_table
 from refusal_bodies import bodies
 
@@ -57,7 +57,7 @@ class Cost:
     objects: float
 
 
-def app_of(folder: Path) -> FastAPI:
+def app_of(folder: Path) -> Starlette:
     """The app of a server whose worker takes what it is sent, and never answers."""
     config, keys, metrics = ServeConfig(model=str(folder)), ServerKeys(None), ServerMetrics("m")
     client = AsyncEngineClient(config, metrics, stall_timeout=600.0)
@@ -72,7 +72,7 @@ def app_of(folder: Path) -> FastAPI:
     return create_app(context)
 
 
-async def post(app: FastAPI, path: str, data: bytes) -> tuple[int, bytes]:
+async def post(app: Starlette, path: str, data: bytes) -> tuple[int, bytes]:
     """Status and body of the answer."""
     scope = {
         **{"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""},
@@ -91,7 +91,7 @@ async def post(app: FastAPI, path: str, data: bytes) -> tuple[int, bytes]:
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
-async def measure(app: FastAPI, path: str, name: str, data: bytes, repeats: int) -> Cost:
+async def measure(app: Starlette, path: str, name: str, data: bytes, repeats: int) -> Cost:
     """The cost of one body."""
     status, answer = await post(app, path, data)
     times, least = [], []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmctl.artifact.loader import LoadedEngine, load_engine
 from llmctl.artifact.request import EngineRequest
@@ -18,16 +19,29 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import Runtime
 from llmctl.targets.address_space import check_torch
-from llmctl.text.tokenizer import Tokenizer
+from llmctl.text.end_tokens import end_token_ids
+
+if TYPE_CHECKING:
+    from llmctl.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class StartedEngine:
-    """A running engine, the tokenizer of its model, and the folder that it came from."""
+    """A running engine, and the folder that it came from."""
 
     engine: LLMEngine
-    tokenizer: Tokenizer
     loaded: LoadedEngine
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of its model; read when it is first asked for, which takes half a second for 128k entries.
+
+        Raises:
+            CheckpointError: as ``Tokenizer.from_folder``.
+        """
+        from llmctl.text.tokenizer import Tokenizer
+
+        return Tokenizer.from_folder(self.loaded.path)
 
 
 def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float] = time.monotonic) -> StartedEngine:
@@ -44,16 +58,12 @@ def start_engine(path: Path, config: EngineOptions, *, clock: Callable[[], float
     loaded = load_engine(path, EngineRequest.of(config), verify=config.verify)
     for line in loaded.request.without_effect(loaded.target):
         print(line, file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(1) as reader:  # a tokenizer of 128k entries takes half a second
-        reading = reader.submit(Tokenizer.from_folder, path)
-        runtime = open_runtime(loaded, threads=config.threads)
-        tokenizer = reading.result()
+    ends = end_token_ids(path)
+    runtime = open_runtime(loaded, threads=config.threads)
     sizes = loaded.sizes
     scheduler = SchedulerConfig.from_engine_config(config.sized(sizes.max_num_seqs, sizes.max_num_batched_tokens))
-    engine = LLMEngine(
-        runtime, scheduler, tokenizer.eos_token_ids, seed=config.seed, clock=clock, adapters=_adapters(loaded, runtime)
-    )
-    return StartedEngine(engine, tokenizer, loaded)
+    engine = LLMEngine(runtime, scheduler, ends, seed=config.seed, clock=clock, adapters=_adapters(loaded, runtime))
+    return StartedEngine(engine, loaded)
 
 
 def open_runtime(engine: LoadedEngine, *, threads: int | None = None) -> Runtime:

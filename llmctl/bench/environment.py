@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from llmctl import __version__
-from llmctl.config import SECRET_OPTIONS, option_of
+from llmctl.config import option_of
+from llmctl.secret_options import SECRET_OPTIONS
 from llmctl.targets.machine import usable_cores
 
 _PACKAGES = ("numpy", "aiohttp", "torch", "transformers", "tokenizers", "cupy-cuda13x")

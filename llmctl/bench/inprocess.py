@@ -89,7 +89,7 @@ def prepare_engine(config: EngineOptions, longest: int = 0, requests: int = 0) -
     start = time.perf_counter()
     started = start_engine(path, config, clock=time.perf_counter)
     seconds = time.perf_counter() - start
-    return BenchedEngine(started.engine, started.tokenizer, started.loaded, _threads(config, started.loaded), seconds)
+    return BenchedEngine(started.engine, started.loaded, _threads(config, started.loaded), seconds)
 
 
 def _threads(config: EngineOptions, loaded: LoadedEngine) -> int | None:

@@ -17,8 +17,9 @@ from llmctl.bench.local_server import ADDRESS, option_words
 from llmctl.bench.outcome import ReadBaseline
 from llmctl.bench.quality import read_settings
 from llmctl.bench.serve_plan import Plan, check_arrivals, make_plan
-from llmctl.config import SECRET_OPTIONS, EvalConfig, ServeConfig, option_of
+from llmctl.config import EvalConfig, ServeConfig, option_of
 from llmctl.errors import UsageError
+from llmctl.secret_options import SECRET_OPTIONS
 
 RATE, CONCURRENCY = "request_rate", "max_concurrency"
 _DEFAULT_CONCURRENCIES = "1,2,4,8,16,32"

@@ -13,9 +13,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llmctl.config import SECRET_OPTIONS, load_yaml_options, override_text
+from llmctl.config import load_yaml_options, override_text
 from llmctl.errors import ExitCode, LlmctlError, UsageError, resource_error
 from llmctl.extras import missing_package
+from llmctl.secret_options import SECRET_OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from llmctl import __version__
-from llmctl.cli import bench
-from llmctl.cli.build import build
-from llmctl.cli.cached import list_cached, remove
-from llmctl.cli.common import OneLineErrors, WholeNames
-from llmctl.cli.convert import convert
-from llmctl.cli.doctor import doctor
-from llmctl.cli.eval import evaluate
-from llmctl.cli.inspect import inspect
-from llmctl.cli.merge import merge
-from llmctl.cli.quantize import quantize
-from llmctl.cli.quantize_compare import compare
-from llmctl.cli.run import run
-from llmctl.cli.serve import serve
+from llmctl.cli.lazy import Later, LazyGroup
+
+if TYPE_CHECKING:
+    from llmctl.serving.spawned import SpawnedWorker
+
+
+class Commands(LazyGroup):
+    """All of llmctl's."""
+
+    later: ClassVar[Mapping[str, Later]] = {
+        "run": Later("run", "run"),
+        "chat": Later("run", "run", {"hidden": True}),
+        "build": Later("build", "build"),
+        "inspect": Later("inspect", "inspect"),
+        "show": Later("inspect", "inspect", {"hidden": True}),
+        "serve": Later(
+            "serve",
+            "serve",
+            {"context_settings": {"allow_extra_args": True}, "options_metavar": "[MODEL] [OPTIONS]"},
+        ),
+        "quantize": Later("quantize", "quantize"),
+        "quantize compare": Later("quantize_compare", "compare"),
+        "convert": Later("convert", "convert"),
+        "merge": Later("merge", "merge"),
+        "eval": Later("eval", "evaluate"),
+        "list": Later("cached", "list_cached"),
+        "rm": Later("cached", "remove"),
+        "doctor": Later("doctor", "doctor"),
+        "bench": Later("bench", "app"),
+    }
+
 
 app = typer.Typer(
     name="llmctl",
-    cls=OneLineErrors,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -50,38 +69,21 @@ def root(
     """Quantize, build, serve and bench language models over one engine core."""
 
 
-app.command("run", cls=WholeNames)(run)
-app.command("chat", cls=WholeNames, hidden=True)(run)
-app.command("build", cls=WholeNames)(build)
-app.command("inspect", cls=WholeNames)(inspect)
-app.command("show", cls=WholeNames, hidden=True)(inspect)
-app.add_typer(bench.app, name="bench")
-app.command(
-    "serve",
-    cls=WholeNames,
-    context_settings={"allow_extra_args": True},
-    options_metavar="[MODEL] [OPTIONS]",
-)(serve)
-app.command("quantize", cls=WholeNames)(quantize)
-app.command("quantize compare", cls=WholeNames)(compare)
-app.command("convert", cls=WholeNames)(convert)
-app.command("merge", cls=WholeNames)(merge)
-app.command("eval", cls=WholeNames)(evaluate)
-app.command("list", cls=WholeNames)(list_cached)
-app.command("rm", cls=WholeNames)(remove)
-app.command("doctor", cls=WholeNames)(doctor)
-
-
 def _terminate(number: int, _: object) -> None:
     print("terminated", file=sys.stderr)
     sys.exit(128 + number)
 
 
-def main() -> None:
-    """Entry point of the console script."""
+def run_command(worker: SpawnedWorker | None = None) -> None:
+    """The command of ``sys.argv``. ``worker``: one for ``serve`` that was started before, whose owner ends it."""
     # Without a handler SIGTERM would end the process where it stands and leave half-written folders behind.
     signal.signal(signal.SIGTERM, _terminate)
-    app()
+    app(obj=worker)
+
+
+def main() -> None:
+    """The command of ``sys.argv``, for who has imported this module anyway."""
+    run_command()
 
 
 if __name__ == "__main__":

@@ -156,4 +156,4 @@ def serve(
     )
     from llmctl.serving.launch import run_server
 
-    run_server(settings)
+    run_server(settings, ctx.obj)

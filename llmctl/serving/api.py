@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from llmctl.serving.body import parse
 from llmctl.serving.chat_answer import ChatAnswer
@@ -24,10 +25,7 @@ from llmctl.serving.exchange import (
 from llmctl.serving.final_message import settle_prefill
 from llmctl.serving.protocol import ChatCompletionRequest, CompletionRequest
 
-router = APIRouter()
 
-
-@router.post("/v1/completions", response_model=None)
 async def completions(request: Request) -> Response:
     """Continue a text."""
     context = context_of(request)
@@ -37,7 +35,6 @@ async def completions(request: Request) -> Response:
         return await answer_completion(seen, body, CompletionAnswer)
 
 
-@router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
@@ -48,7 +45,6 @@ async def chat_completions(request: Request) -> Response:
         return await answer_chat(seen, body, ChatAnswer)
 
 
-@router.post("/v1/embeddings", response_model=None)
 async def embeddings(request: Request) -> Response:
     """Texts as vectors."""
     context = context_of(request)
@@ -56,3 +52,11 @@ async def embeddings(request: Request) -> Response:
         options = partial(check_options, request, context)
         body = await parse(request, EmbeddingRequest, partial(check_inputs, context), options)
         return await answer_embeddings(seen, body)
+
+
+ROUTES = (
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/embeddings", embeddings, methods=["POST"]),
+)
+"""Of the endpoints that generate."""

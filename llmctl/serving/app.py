@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -17,7 +18,7 @@ from llmctl import __version__
 from llmctl.errors import RequestError
 from llmctl.serving import adapters_api, api, live
 from llmctl.serving.addresses import Addresses, parse_origins
-from llmctl.serving.body import parse, parse_outlined
+from llmctl.serving.body import build_models, parse, parse_outlined
 from llmctl.serving.context import ServerContext, context_of
 from llmctl.serving.exchange import RoomGate
 from llmctl.serving.final_message import settle_prefill
@@ -32,29 +33,13 @@ from llmctl.serving.protocol import DetokenizeRequest, TokenizeChatRequest, Toke
 from llmctl.serving.responses_api import endpoint as responses_api
 from llmctl.serving.tgi_api import api as tgi_api
 
-# FastAPI's own spans would hold the query of a URL, with whatever key stands in it. Older versions have none.
-_NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
-
-ROUTERS = (api.router, responses_api.router, messages_api.router, tgi_api.router)
-"""Of the endpoints that the engine serves."""
+GENERATING = (*api.ROUTES, *responses_api.ROUTES, *messages_api.ROUTES, *tgi_api.ROUTES)
+"""Routes of the endpoints that the engine serves."""
 
 
-def create_app(context: ServerContext) -> FastAPI:
+def create_app(context: ServerContext) -> Starlette:
     """The app of one server."""
-    app = FastAPI(
-        title="llmctl",
-        version=__version__,
-        redirect_slashes=False,
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-        telemetry=_NO_TELEMETRY,
-    )
-    app.state.context = context
     config = context.config
-    install_handlers(app)
-    for router in ROUTERS:
-        app.include_router(router)
     gets: dict[str, Callable[..., Any]] = {
         "/health": health,
         "/ready": ready,
@@ -68,8 +53,6 @@ def create_app(context: ServerContext) -> FastAPI:
         "/engine": live.engine,
         "/openapi.json": description,
     }
-    for path, endpoint in gets.items():
-        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], response_model=None)
     other_posts = {
         "/tokenize": tokenize,
         "/detokenize": detokenize,
@@ -77,15 +60,19 @@ def create_app(context: ServerContext) -> FastAPI:
         "/v1/load_lora_adapter": adapters_api.load,
         "/v1/unload_lora_adapter": adapters_api.unload,
     }
-    for path, endpoint in other_posts.items():
-        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
     page = Page() if config.ui else None
-    if page is not None:
-        app.router.routes.extend(page.routes)
-    routes = [*(route for router in ROUTERS for route in router.routes), *app.routes]
-    app.state.routes = routes
-    posts = frozenset(r.path for r in routes if isinstance(r, Route) and "POST" in (r.methods or ()))
-    generating = frozenset(r.path for router in ROUTERS for r in router.routes if isinstance(r, Route))
+    routes = [
+        *GENERATING,
+        *(Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()),  # and HEAD
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in other_posts.items()),
+        *(() if page is None else page.routes),
+    ]
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False
+    app.state.context = context
+    install_handlers(app)
+    posts = frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+    generating = frozenset(route.path for route in GENERATING)
     app.add_middleware(RoomGate, context=context, paths=generating)
     app.add_middleware(BodyGate, max_bytes=context.max_body_bytes, paths=posts)
     app.add_middleware(ApiKeyGate, keys=context.keys, public=frozenset() if page is None else page.paths)
@@ -107,6 +94,7 @@ async def description(request: Request) -> Response:
     context = context_of(request)
     async with context.describing:
         if context.description is None:
+            await build_models()
             context.description = await asyncio.to_thread(_describe, context)
     return Response(context.description, media_type="application/json")
 
@@ -135,7 +123,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": reason.partition(":")[0], "reason": reason}, 503, RETRY_SOON)
 
 
-async def version() -> Response:
+async def version(_: Request) -> Response:
     """The version of llmctl."""
     return json_response({"version": __version__})
 
@@ -168,9 +156,9 @@ async def models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_model_body(context, name) for name in names]})
 
 
-async def model(request: Request, name: str) -> Response:
+async def model(request: Request) -> Response:
     """The served model by one of its names, or an adapter."""
-    context = context_of(request)
+    context, name = context_of(request), request.path_params["name"]
     context.check_name(name)
     return json_response(_model_body(context, name))
 

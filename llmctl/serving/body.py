@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -9,8 +10,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TypeVar
 
-from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import Request
 
 from llmctl.errors import RequestError
 from llmctl.serving.context import context_of
@@ -22,6 +23,7 @@ from llmctl.serving.protocol import ApiModel
 log = logging.getLogger("llmctl.serving")
 
 Body = TypeVar("Body", bound=ApiModel)
+_built = False  # all models
 
 _BYTES_PER_TEXT = 32  # of a body, by the measure of ``TextWorkers``: to parse 128 KiB takes a few ms, a thread 0.3
 
@@ -58,6 +60,8 @@ async def parse_outlined(
     Raises:
         RequestError: not JSON, wrong types, missing fields.
     """
+    if not _built:
+        await build_models()
     loaded = context_of(request).loaded
     if loaded is None:
         return parsed(data, outline, model, check_scalars)
@@ -88,6 +92,24 @@ def parsed(
         shown = ", ".join(map(_shown, islice(body.model_extra, MOST_FIELDS_SHOWN)))
         log.debug("ignored %d unknown request fields: %s", len(body.model_extra), shown)
     return body
+
+
+async def build_models() -> None:
+    """Make what validates bodies, model by model, on the event loop: two threads must not make the same one, and bodies
+    are validated in threads."""
+    global _built
+    for model in models():
+        if not model.__pydantic_complete__:
+            model.model_rebuild()
+            await asyncio.sleep(0)
+    _built = True
+
+
+def models(base: type[ApiModel] = ApiModel) -> Iterator[type[ApiModel]]:
+    """All request bodies and what they are made of, as far as their modules are imported."""
+    for model in base.__subclasses__():
+        yield model
+        yield from models(model)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from llmctl.errors import (
     RequestError,
 )
 from llmctl.serving.adapters import Adapters, ServedAdapter
-from llmctl.serving.engine_loop import IDLE_SECONDS
 from llmctl.serving.finish_rate import FinishRate, whole_seconds
 from llmctl.serving.generation import Generation, RunningSequence, Samples, SequenceSpec
 from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
@@ -41,9 +40,7 @@ from llmctl.serving.wire import (
     StepMessage,
     WireRequest,
 )
-
-_SIGNS_PER_STALL = 4
-"""An idle worker gives so many signs of life within ``stall_timeout``, at least."""
+from llmctl.serving.worker_settings import idle_seconds
 
 
 class AsyncEngineClient:
@@ -67,8 +64,8 @@ class AsyncEngineClient:
         max_restarts: int = 0,
         log_level: str = "info",
     ) -> None:
-        idle_seconds = min(IDLE_SECONDS, stall_timeout / _SIGNS_PER_STALL)
-        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), idle_seconds)
+        signs = idle_seconds(stall_timeout)
+        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), signs)
         self.adapters = Adapters(lambda command: self.worker.send(command))
         self._config = config
         self._metrics = metrics

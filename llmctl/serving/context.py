@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fastapi import Request
+from starlette.requests import Request
 
 from llmctl.config import ServeConfig, parse_bytes
 from llmctl.engine.deadline import Deadline

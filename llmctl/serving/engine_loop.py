@@ -36,6 +36,7 @@ from llmctl.serving.wire import (
     decode_command,
     encode,
 )
+from llmctl.serving.worker_settings import IDLE_SECONDS
 from llmctl.structured.compiler import GrammarCompiler
 from llmctl.structured.matcher import TokenMatcher
 
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmctl.worker")
 
-IDLE_SECONDS = 10.0
-"""An idle worker reports at least this often."""
 _READING_WAIT_MS = 200
 """Requests that wait for an adapter to be read may have deadlines."""
 

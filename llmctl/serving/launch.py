@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llmctl.serving.lifecycle import WorkerLifecycle
     from llmctl.serving.observers import RequestObservers
     from llmctl.serving.redaction import Redactor
-    from llmctl.serving.supervisor import SpawnedWorker
+    from llmctl.serving.spawned import SpawnedWorker
 
 log = logging.getLogger("llmctl.serving")
 
@@ -51,24 +51,28 @@ SWITCH_SECONDS = 0.0005
 FLUSH_SECONDS = 5
 
 
-def run_server(config: ServeConfig) -> None:
+def run_server(config: ServeConfig, spawned: SpawnedWorker | None = None) -> None:
     """Serve until told to stop; returns after a drain.
+
+    Args:
+        spawned: a worker that was started before, for its imports to run beside ours; its owner ends it.
 
     Raises:
         LlmctlError: the port is taken, the engine did not start, or it died.
     """
-    from llmctl.serving.supervisor import early_worker
+    from llmctl.serving.spawned import early_worker
 
     gc.disable()  # until the imports are over: what they make stays, and would be scanned again and again
     try:
-        with early_worker() as spawned:
-            _serve(config, spawned)
+        with early_worker() if spawned is None else contextlib.nullcontext(spawned) as worker:
+            _serve(config, worker)
     finally:
         gc.enable()
 
 
 def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     from llmctl.serving.redaction import Redactor
+    from llmctl.serving.worker_settings import engine_options, idle_seconds
 
     check_config(config)
     keys = server_keys(config)
@@ -78,6 +82,7 @@ def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     if (warning := keys.warning()) is not None:
         log.warning("%s", warning)
     listener = bind(config.host, config.port)
+    spawned.tell(engine_options(config), config.log_level, idle_seconds(config.stall_timeout))
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_Server(config, listener, keys, redactor).run(spawned))
@@ -299,6 +304,7 @@ class _Server:
 
     async def _become_ready(self, context: ServerContext) -> None:
         from llmctl.serving.adapters import parse_modules
+        from llmctl.serving.body import build_models
         from llmctl.serving.context import Model
         from llmctl.serving.summary import print_summary
 
@@ -315,6 +321,7 @@ class _Server:
             enable_prefix_caching=config.enable_prefix_caching,
             cache_dtype=info.kv_cache_dtype,
         )
+        context.metrics.set_engine(target=info.target, dtype=info.dtype, kernel_build=info.kernels)
         for module in parse_modules(config.lora_modules):
             await client.adapters.load(module)
         gc.collect()
@@ -322,6 +329,7 @@ class _Server:
         client.admit()
         seconds, names = time.perf_counter() - self._began, [adapter.name for adapter in client.adapters]
         print_summary(config, context.loaded, worker.engine_path, seconds, keyed=bool(self._keys), adapters=names)
+        await build_models()
 
     async def _drain(self, client: AsyncEngineClient) -> None:
         try:

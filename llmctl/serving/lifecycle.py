@@ -7,17 +7,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import fields, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 from llmctl.config import EngineOptions
 from llmctl.errors import LlmctlError, NotReadyError
-from llmctl.serving.engine_loop import IDLE_SECONDS
+from llmctl.serving.api_channel import ApiChannel
 from llmctl.serving.restarts import RestartPolicy
-from llmctl.serving.supervisor import SpawnedWorker, WorkerProcess, describe_exit, exit_reason
-from llmctl.serving.transport import ApiChannel
+from llmctl.serving.spawned import SpawnedWorker
+from llmctl.serving.supervisor import WorkerProcess, describe_exit, exit_reason
 from llmctl.serving.wire import (
     AdapterLoaded,
     AdapterRefused,
@@ -32,6 +32,7 @@ from llmctl.serving.wire import (
     decode_event,
     encode,
 )
+from llmctl.serving.worker_settings import IDLE_SECONDS, engine_options
 from llmctl.text.tokenizer import Tokenizer
 
 log = logging.getLogger("llmctl.serving")
@@ -119,7 +120,7 @@ class WorkerLifecycle:
         self.tokenizer: Tokenizer | None = None
         self.engine_path: Path | None = None
         self.on_progress: Callable[[str], None] = lambda line: log.info("%s", line)
-        self._config = EngineOptions(**{f.name: getattr(config, f.name) for f in fields(EngineOptions)})
+        self._config = engine_options(config)
         self._requests = requests
         self._log_level = log_level
         self._restarts = restarts or RestartPolicy(0)
@@ -139,7 +140,7 @@ class WorkerLifecycle:
         self._delay: float | None = None  # before the next worker, once this one is known to be dead
 
     async def start(self, spawned: SpawnedWorker | None = None) -> None:
-        """Start the worker process, or tell one that waits for it; it reports by itself when it is ready."""
+        """Start the worker process, or take one that has been told; it reports by itself when it is ready."""
         await self._launch(spawned)
 
     async def until_ready(self) -> EngineInfo:
@@ -293,9 +294,11 @@ class WorkerLifecycle:
             config = self._config
             if self.engine_path is not None:  # what was resolved or built for the first worker
                 config = replace(config, model=str(self.engine_path))
-            spawned = spawned or SpawnedWorker()
+            if spawned is None:
+                spawned = SpawnedWorker()
+                spawned.tell(config, self._log_level, self._idle_seconds)
             self._channel = await ApiChannel.open(spawned.channel, self._on_message)
-            self._process = spawned.tell(config, self._log_level, self._idle_seconds)
+            self._process = spawned.watch()
             self._launched, self._delay, self._serving = time.monotonic(), None, False
             self._spawn(self._watch(self._process, self._channel))
             if self._admitted:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import Request
 from msgspec import structs
+from starlette.requests import Request
 from starlette.responses import Response
 
 from llmctl import __version__

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
@@ -132,12 +132,12 @@ def _said(problem: ErrorDetails) -> str:
 
 
 def _methods(request: Request, known: str) -> list[str]:
-    """What a path answers, by all its routes in ``app.state.routes``, and those that are ``known``."""
-    routes = [r for r in getattr(request.app.state, "routes", ()) if r.matches(request.scope)[0] is not Match.NONE]
+    """What a path answers, by all its routes, and those that are ``known``."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
     return sorted({*filter(None, known.split(", ")), *(m for route in routes for m in getattr(route, "methods", ()))})
 
 
-def install_handlers(app: FastAPI) -> None:
+def install_handlers(app: Starlette) -> None:
     """Make every error of ``app`` answer in the shape of its path."""
 
     async def on_llmctl_error(request: Request, error: Exception) -> Response:

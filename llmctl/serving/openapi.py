@@ -1,6 +1,6 @@
 """The OpenAPI document of one server, put together once from ``operations`` and the models that they name.
 
-FastAPI's own would know neither streams nor what the gates and the HTTP protocol answer, and would promise 422.
+One made of types alone would know neither streams nor what the gates and the HTTP protocol answer.
 """
 
 from __future__ import annotations

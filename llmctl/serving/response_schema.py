@@ -287,7 +287,7 @@ class DetokenizeResponse(ResponseModel):
 class TokenizerInfo(BaseModel):
     """The model's ``tokenizer_config.json``, with the special tokens and the chat template that are used."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", defer_build=True)
 
     tokenizer_class: str
     chat_template: str | Absent = None

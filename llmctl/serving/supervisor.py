@@ -1,44 +1,12 @@
-"""The worker as a child process: started, given its settings on stdin, watched, and never left behind.
-
-It is started before there is anything to tell it: its imports take as long as those of the API process, and run beside
-them on another core.
-
-The pipe to the worker's stdin stays open for as long as this process lives; its end is how the worker learns of our
-death on every platform (on Linux the kernel kills it as well, see ``llmctl.serving.worker``).
-"""
+"""The worker as a child process that runs: watched, ended, and what its end says."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Iterable, Iterator
-
-import msgspec
-
-from llmctl.config import SECRET_OPTIONS, EngineOptions
-from llmctl.serving.transport import socket_pair
-
-FOR_ITS_PARENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-"""Signals that a terminal and a service manager send to the whole group, and that no worker hears."""
-_SECRET_VARIABLES = frozenset(f"LLMCTL_{name.upper()}" for name in SECRET_OPTIONS)
-
-
-class WorkerSettings(msgspec.Struct, frozen=True):
-    """One JSON line on the worker's stdin.
-
-    ``channel`` is the descriptor of the worker's end of the channel; ``idle_seconds``: see ``EngineLoop``.
-    """
-
-    config: EngineOptions
-    channel: int
-    parent_pid: int
-    log_level: str = "info"
-    idle_seconds: float = 10.0
 
 
 def describe_exit(code: int) -> str:
@@ -56,59 +24,6 @@ def describe_exit(code: int) -> str:
 def exit_reason(code: int) -> str:
     """An exit status as one of few words, for a label: the signal's name, or ``exit``."""
     return describe_exit(code).removeprefix("killed by ").partition(";")[0] if code < 0 else "exit"
-
-
-@contextlib.contextmanager
-def _held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Signals to this thread wait meanwhile."""
-    was = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, was)
-
-
-class SpawnedWorker:
-    """A ``python -m llmctl.serving.worker`` that imports, and waits for its settings.
-
-    Attributes:
-        channel: the API process's end of the channel to it.
-    """
-
-    def __init__(self) -> None:
-        """Start it. Call from the main thread, whose death the kernel then reports to the worker."""
-        self.channel, theirs = socket_pair()
-        with theirs, _held_back(FOR_ITS_PARENT):  # in the child, which inherits it, until it can ignore them
-            self._end = theirs.fileno()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "llmctl.serving.worker"],
-                stdin=subprocess.PIPE,
-                stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-                pass_fds=[self._end],
-                env={name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES},
-            )
-
-    def tell(self, config: EngineOptions, log_level: str, idle_seconds: float) -> WorkerProcess:
-        """Give it its settings; call in the event loop."""
-        assert self.process.stdin is not None
-        settings = WorkerSettings(config, self._end, os.getpid(), log_level, idle_seconds)
-        with contextlib.suppress(ConnectionError):
-            self.process.stdin.write(msgspec.json.encode(settings) + b"\n")
-            self.process.stdin.flush()
-        return WorkerProcess(self.process)
-
-
-@contextlib.contextmanager
-def early_worker() -> Iterator[SpawnedWorker]:
-    """A worker for who will serve, ended at the latest when that is over."""
-    spawned = SpawnedWorker()
-    try:
-        yield spawned
-    finally:
-        spawned.channel.close()
-        if spawned.process.poll() is None:
-            spawned.process.kill()
-            spawned.process.wait()
 
 
 class WorkerProcess:

@@ -7,13 +7,11 @@ cores that the model runs on.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import select
 import socket
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Iterator
 
 _LENGTH_BYTES = 4
 _RECEIVE_BYTES = 1 << 18
@@ -32,11 +30,12 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-def _framed(message: bytes) -> bytes:
+def framed(message: bytes) -> bytes:
+    """A message behind its length."""
     return len(message).to_bytes(_LENGTH_BYTES, "little") + message
 
 
-class _Frames:
+class Frames:
     """Cuts a stream of bytes into messages."""
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class WorkerChannel:
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(True)
         self._socket = end
-        self._frames = _Frames()
+        self._frames = Frames()
         self._wakened, self._waker = os.pipe()
         os.set_blocking(self._waker, False)
         self._poll = select.poll()
@@ -75,7 +74,7 @@ class WorkerChannel:
         Raises:
             BrokenPipeError: the API process is gone.
         """
-        self._socket.sendall(_framed(message))
+        self._socket.sendall(framed(message))
 
     def receive(self, timeout_ms: int) -> list[bytes]:
         """Messages that have come; without any, wait up to ``timeout_ms`` for the first, or for ``wake``.
@@ -101,47 +100,3 @@ class WorkerChannel:
     def close(self) -> None:
         """Close this end; what was sent still arrives."""
         self._socket.close()
-
-
-class ApiChannel(asyncio.Protocol):
-    """The API process's end; ``on_message`` is called with each message, in the event loop."""
-
-    def __init__(self, on_message: Callable[[bytes], None]) -> None:
-        self._on_message = on_message
-        self._frames = _Frames()
-        self._transport: asyncio.WriteTransport | None = None
-        self._ended = asyncio.Event()
-
-    @classmethod
-    async def open(cls, end: socket.socket, on_message: Callable[[bytes], None]) -> ApiChannel:
-        """A channel on a connected socket, which it owns from now on."""
-        end.setblocking(False)
-        _, channel = await asyncio.get_running_loop().create_unix_connection(lambda: cls(on_message), sock=end)
-        return channel
-
-    def send(self, message: bytes) -> None:
-        """Hand over one message; it never waits, and after the end it does nothing."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(_framed(message))
-
-    async def ended(self) -> None:
-        """Wait until the other end is closed and everything that it had sent has been handled."""
-        await self._ended.wait()
-
-    def close(self) -> None:
-        """Close this end."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Part of ``asyncio.Protocol``."""
-        self._transport = cast(asyncio.WriteTransport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Part of ``asyncio.Protocol``."""
-        for message in self._frames.feed(data):
-            self._on_message(message)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Part of ``asyncio.Protocol``."""
-        self._ended.set()

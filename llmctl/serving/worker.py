@@ -21,9 +21,10 @@ import msgspec
 from llmctl.errors import HostMemoryError, LlmctlError, MissingPackageError, resource_error
 from llmctl.extras import missing_package
 from llmctl.serving.parent import end_with_parent
-from llmctl.serving.supervisor import FOR_ITS_PARENT, WorkerSettings
+from llmctl.serving.spawned import FOR_ITS_PARENT
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import ErrorInfo, Event, WorkerFailed, encode
+from llmctl.serving.worker_settings import WorkerSettings
 
 log = logging.getLogger("llmctl.worker")
 
@@ -105,7 +106,7 @@ def main() -> int:
 
         started = start(settings.config, send)
         engine = started.engine
-        compiler = GrammarCompiler(started.tokenizer, engine.limits.vocab_size, engine.eos_token_ids)
+        compiler = GrammarCompiler(lambda: started.tokenizer, engine.limits.vocab_size, engine.eos_token_ids)
         gc.collect()
         gc.freeze()  # what start-up allocated stays; do not scan it again in the middle of a step
         EngineLoop(engine, channel, compiler, settings.idle_seconds).run()

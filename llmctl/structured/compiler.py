@@ -28,10 +28,11 @@ from llmctl.structured.matcher import STEP_SECONDS, TOO_SLOW, TokenMatcher
 from llmctl.structured.regex import quoted
 from llmctl.structured.repeated_keys import counts_repeated_keys
 from llmctl.structured.spec import ANSWER, GrammarSpec
-from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    from llmctl.text.tokenizer import Tokenizer
 
 Made = TypeVar("Made")
 
@@ -85,10 +86,13 @@ class GrammarCompiler:
     """Compiles grammars off the thread that asks, and remembers the latest ones, those that were refused too.
 
     Args:
-        tokenizer: of the model. vocab_size: width of its logits. eos_token_ids: allowed when a grammar is complete.
+        tokenizer: of the model, or what reads it. vocab_size: width of its logits. eos_token_ids: allowed when a
+            grammar is complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | Callable[[], Tokenizer], vocab_size: int, eos_token_ids: Collection[int]
+    ) -> None:
         self._model_tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
@@ -170,7 +174,10 @@ class GrammarCompiler:
         """llguidance's, and whether it may force the spelling of a text."""
         from llguidance import LLTokenizer
 
-        made: Any = _Vocabulary(self._model_tokenizer, self._vocab_size, self._eos_token_ids)
+        tokenizer = self._model_tokenizer
+        made: Any = _Vocabulary(
+            tokenizer() if callable(tokenizer) else tokenizer, self._vocab_size, self._eos_token_ids
+        )
         return LLTokenizer(made, eos_token=self._eos_token_ids or None), made.exact
 
 

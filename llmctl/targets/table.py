@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmctl.errors import UsageError
 from llmctl.targets.base import Finding, Offer, Target, TargetName
-from llmctl.targets.cpu import findings as cpu_findings
-from llmctl.targets.cpu import target as cpu
-from llmctl.targets.cuda import findings as cuda_findings
-from llmctl.targets.cuda import readiness
-from llmctl.targets.cuda import target as cuda
-from llmctl.targets.reference import target as reference
 
 
 @dataclass(frozen=True)
@@ -30,11 +24,52 @@ class Room:
     findings: Callable[[], Sequence[Finding]] = tuple
 
 
-ROOMS = {
-    "cpu": Room(cpu.SPELLINGS, cpu.parse, cpu.named, cpu.offer, cpu_findings.findings),
-    "reference": Room(reference.SPELLINGS, reference.parse, reference.named),
-    "cuda": Room(cuda.SPELLINGS, cuda.parse, cuda.named, readiness.offer, cuda_findings.findings),
-}
+def _cpu() -> Room:
+    from llmctl.targets.cpu import findings, target
+
+    return Room(target.SPELLINGS, target.parse, target.named, target.offer, findings.findings)
+
+
+def _reference() -> Room:
+    from llmctl.targets.reference import target
+
+    return Room(target.SPELLINGS, target.parse, target.named)
+
+
+def _cuda() -> Room:
+    from llmctl.targets.cuda import findings, readiness, target
+
+    return Room(target.SPELLINGS, target.parse, target.named, readiness.offer, findings.findings)
+
+
+class Rooms(Mapping[str, Room]):
+    """Rooms by name, each imported when it is asked for: who serves an engine needs one of them."""
+
+    def __init__(self, **enter: Callable[[], Room]) -> None:
+        self._enter = enter
+
+    def __getitem__(self, name: str) -> Room:
+        """A room.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        return self._enter[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return iter(self._enter)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._enter)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is one of that name; none is imported for it."""
+        return name in self._enter
+
+
+ROOMS = Rooms(cpu=_cpu, reference=_reference, cuda=_cuda)
 BEST_FIRST = ("cuda", "cpu")
 """The rooms that are asked for an offer, in this order."""
 

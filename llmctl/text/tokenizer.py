@@ -6,8 +6,6 @@ Built on ``tokenizers`` alone. Reads ``tokenizer.json``, ``tokenizer_config.json
 
 from __future__ import annotations
 
-import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +18,18 @@ from llmctl.errors import CheckpointError, RequestError
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.text_bounds import TextBounds
 from llmctl.text.token_bytes import TokenBytes
-
-FILE_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
+from llmctl.text.tokenizer_files import (
+    files_of,
+    generation_eos,
+    json_of,
+    line_of,
+    special_tokens_of,
+    text_of,
 )
+
 # tokenizers holds Python's lock in `encode` and `decode`, and lets it go in their batch forms: worth it for large ones.
 _BATCH_CHARS = 4096
 _BATCH_TOKENS = 1024
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -75,8 +73,7 @@ class Tokenizer:
         Raises:
             CheckpointError: no ``tokenizer.json``, or a damaged file (its name is given).
         """
-        folder = Path(path)
-        return cls.from_files({n: folder / n for n in FILE_NAMES if (folder / n).is_file()}, where=str(folder))
+        return cls.from_files(files_of(Path(path)), where=str(path))
 
     @classmethod
     def from_files(cls, files: Mapping[str, Path | bytes], *, where: str = "the checkpoint") -> Tokenizer:
@@ -91,17 +88,17 @@ class Tokenizer:
                 fix="copy the model's tokenizer.json there, or save its tokenizer with transformers' save_pretrained",
             )
         try:
-            backend = _Backend.from_str(_text(files, "tokenizer.json", where))
+            backend = _Backend.from_str(text_of(files, "tokenizer.json", where))
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for whatever its parser dislikes
-            raise CheckpointError(f"{where}: tokenizer.json is not understood: {_line(error)}") from error
-        config = _json(files, "tokenizer_config.json", where)
-        special = _special_tokens({**_json(files, "special_tokens_map.json", where), **config})
+            raise CheckpointError(f"{where}: tokenizer.json is not understood: {line_of(error)}") from error
+        config = json_of(files, "tokenizer_config.json", where)
+        special = special_tokens_of({**json_of(files, "special_tokens_map.json", where), **config})
         return cls(
             backend,
             special_tokens=special,
-            eos_token_ids=_generation_eos(_json(files, "generation_config.json", where), where),
+            eos_token_ids=generation_eos(json_of(files, "generation_config.json", where), where),
             chat_template=_chat_template(files, config, special, where),
             config=config,
         )
@@ -193,61 +190,12 @@ def _check_unicode(text: str) -> None:
         raise RequestError(f"text: not valid Unicode at character {error.start}") from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _text(files: Mapping[str, Path | bytes], name: str, where: str) -> str:
-    source = files[name]
-    try:
-        return (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{where}: cannot read {name}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where}: {name} is not UTF-8 text") from error
-
-
-def _json(files: Mapping[str, Path | bytes], name: str, where: str) -> dict[str, Any]:
-    """A JSON object file; {} when absent."""
-    if name not in files:
-        return {}
-    try:
-        loaded = json.loads(_text(files, name, where))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _line(error)
-        raise CheckpointError(f"{where}: {name} is not valid JSON: {reason}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{where}: {name}: expected a JSON object, found {type(loaded).__name__}")
-    return loaded
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens; each is a string, or an object with its ``content``."""
-    found = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _generation_eos(config: Mapping[str, Any], where: str) -> frozenset[int]:
-    value = config.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        found = reprlib.repr(value)
-        raise CheckpointError(f"{where}: generation_config.json: eos_token_id: expected integers, found {found}")
-    return frozenset(ids)
-
-
 def _chat_template(
     files: Mapping[str, Path | bytes], config: Mapping[str, Any], special: Mapping[str, str], where: str
 ) -> ChatTemplate | None:
     """``chat_template.jinja`` wins over tokenizer_config's; of a list of named templates, ``default`` is taken."""
     if "chat_template.jinja" in files:
-        return ChatTemplate(_text(files, "chat_template.jinja", where), special)
+        return ChatTemplate(text_of(files, "chat_template.jinja", where), special)
     source = config.get("chat_template")
     if isinstance(source, list):
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}

@@ -18,8 +18,8 @@ from engine_check.models import Model
 from engine_check.supervise import Budget, Emit, LeftOut
 
 SERVER_PACKAGES = (
-    "aiohttp", "fastapi", "httptools", "jinja2", "msgspec", "prometheus_client", "psutil", "pydantic", "rich",
-    "safetensors", "tokenizers", "typer", "uvicorn", "uvloop", "yaml",
+    "aiohttp", "httptools", "jinja2", "msgspec", "prometheus_client", "psutil", "pydantic", "rich",
+    "safetensors", "starlette", "tokenizers", "typer", "uvicorn", "uvloop", "yaml",
 )  # fmt: skip
 
 

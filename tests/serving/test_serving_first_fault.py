@@ -14,9 +14,9 @@ from posixpath import normpath
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from msgspec import structs
 from serving.scripted_worker import INFO, admitting_client
+from starlette.applications import Starlette
 
 from llmctl.config import ServeConfig
 from llmctl.errors import RequestError
@@ -157,7 +157,7 @@ OUTLINES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module", params=[131072])
-def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starlette]:
     """A server with a long context, or another one, whose worker is not there."""
     folder = tmp_path_factory.mktemp("model")
     config, keys, metrics = ServeConfig(), ServerKeys(None), ServerMetrics("m")
@@ -170,7 +170,7 @@ def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield create_app(context)
 
 
-async def refused(app: FastAPI, path: str, fields: dict[str, Any]) -> float:
+async def refused(app: Starlette, path: str, fields: dict[str, Any]) -> float:
     """Posts a body that is to be refused; how many times its bytes were in use at once."""
     data = json.dumps(fields).encode()
     before, _ = tracemalloc.get_traced_memory()
@@ -179,7 +179,7 @@ async def refused(app: FastAPI, path: str, fields: dict[str, Any]) -> float:
     return (tracemalloc.get_traced_memory()[1] - before) / len(data)
 
 
-async def posted(app: FastAPI, where: str, data: bytes) -> None:
+async def posted(app: Starlette, where: str, data: bytes) -> None:
     """Posts a body that is to be refused."""
     scope: dict[str, Any] = {
         **{"type": "http", "method": "POST", "path": where, "raw_path": where.encode(), "query_string": b""},
@@ -200,7 +200,7 @@ async def posted(app: FastAPI, where: str, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_first_fault_is_told_in_a_few_times_the_bytes_of_the_body(app: FastAPI, name: str) -> None:
+def test_a_first_fault_is_told_in_a_few_times_the_bytes_of_the_body(app: Starlette, name: str) -> None:
     """pydantic's objects of such messages are 17 times as large, and take eight times as long to make."""
     asyncio.run(refused(app, *FAULTS[name]))
     tracemalloc.start()
@@ -215,7 +215,7 @@ def test_a_first_fault_is_told_in_a_few_times_the_bytes_of_the_body(app: FastAPI
 
 @pytest.mark.parametrize("name", OUTLINES)
 def test_what_the_outline_tells_is_refused_before_anything_is_parsed(
-    app: FastAPI, name: str, monkeypatch: pytest.MonkeyPatch
+    app: Starlette, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unparsed(*_: Any) -> None:
         raise AssertionError("parsed")
@@ -235,7 +235,7 @@ FORMS = {f"{path} {name}": (path, data) for path, name, data in bodies(SIZE) if 
 @pytest.mark.parametrize("app", [8192], indirect=True)
 @pytest.mark.parametrize("name", FORMS)
 def test_the_parser_is_given_little_of_any_body_that_is_refused(
-    app: FastAPI, name: str, monkeypatch: pytest.MonkeyPatch
+    app: Starlette, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, data = FORMS[name]
     given: list[int] = []
@@ -250,7 +250,7 @@ def test_the_parser_is_given_little_of_any_body_that_is_refused(
     assert sum(given) <= MOST_SHARE * len(data)
 
 
-def test_a_large_body_is_parsed_beside_the_event_loop(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_body_is_parsed_beside_the_event_loop(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[bool] = []
 
     def parsed(*_: Any) -> None:

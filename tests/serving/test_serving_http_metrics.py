@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from llmctl.config import ServeConfig
@@ -32,27 +34,29 @@ class Streamed(Response):
             await send({"type": "http.response.body", "body": b"xy", "more_body": more})
 
 
-router = APIRouter()
-
-
-@router.post("/stream")
-async def stream() -> Response:
+async def stream(_: Request) -> Response:
     return Streamed()
 
 
-@router.get("/items/{name:path}")
-async def item(name: str) -> Response:
-    return Response(name)
+async def item(request: Request) -> Response:
+    return Response(request.path_params.get("name", ""))
 
 
-@router.get("/refused")
-async def refused() -> Response:
+async def refused(_: Request) -> Response:
     raise RequestError("no")
 
 
-@router.get("/bug")
-async def bug() -> Response:
+async def bug(_: Request) -> Response:
     raise RuntimeError("bug")
+
+
+ROUTES = (
+    Route("/stream", stream, methods=["POST"]),
+    Route("/items/{name:path}", item),
+    Route("/refused", refused),
+    Route("/bug", bug),
+    Route("/health", item),
+)
 
 
 class Site:
@@ -60,12 +64,9 @@ class Site:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.app: Any = FastAPI()
+        self.app: Any = Starlette(routes=ROUTES)
         install_handlers(self.app)
-        self.app.include_router(router)
-        self.app.add_api_route("/health", item)
-        routes = [*router.routes, *self.app.routes]
-        self.app.add_middleware(HttpMetrics, series=HttpSeries(self.registry), routes=routes)
+        self.app.add_middleware(HttpMetrics, series=HttpSeries(self.registry), routes=ROUTES)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -106,7 +107,6 @@ def site() -> Site:
         ("DELETE", "/stream", "/stream", "DELETE", "4xx"),
         ("BREW", "/stream", "/stream", "other", "4xx"),
         ("GET", "/nowhere/1", "none", "GET", "4xx"),
-        ("GET", "/docs", "/docs", "GET", "2xx"),
     ],
 )
 def test_labels_are_of_a_few_values(

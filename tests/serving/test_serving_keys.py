@@ -15,7 +15,7 @@ import pytest
 from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
 from llmctl.serving.keys import ApiKey, ServerKeys, key_digest
-from llmctl.serving.supervisor import early_worker
+from llmctl.serving.spawned import early_worker
 
 SECRET = "sk-Tr0ub4dor"
 

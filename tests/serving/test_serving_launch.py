@@ -16,11 +16,12 @@ import pytest
 
 from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
-from llmctl.serving import launch, supervisor
+from llmctl.serving import launch, spawned
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.launch import _Server, bind
 from llmctl.serving.redaction import Redactor
-from llmctl.serving.supervisor import SpawnedWorker, describe_exit
+from llmctl.serving.spawned import FOR_ITS_PARENT, SpawnedWorker, early_worker
+from llmctl.serving.supervisor import describe_exit
 
 
 def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,11 +47,11 @@ def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_is_not_left_behind_where_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    spawned: list[SpawnedWorker] = []
-    monkeypatch.setattr(supervisor, "SpawnedWorker", lambda: spawned.append(SpawnedWorker()) or spawned[0])
+    made: list[SpawnedWorker] = []
+    monkeypatch.setattr(spawned, "SpawnedWorker", lambda: made.append(SpawnedWorker()) or made[0])
     with pytest.raises(UsageError, match="--log-level"):
         launch.run_server(ServeConfig(model="m", log_level="loud"))
-    assert spawned[0].process.poll() is not None
+    assert made[0].process.poll() is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says how many may wait")
@@ -100,14 +101,14 @@ def _signals(process: int, which: str) -> set[int]:
     """Signals that a process blocks (``SigBlk``) or ignores (``SigIgn``)."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     bits = next(int(line.split()[1], 16) for line in lines if line.startswith(f"{which}:"))
-    return {number for number in supervisor.FOR_ITS_PARENT if bits >> (number - 1) & 1}
+    return {number for number in FOR_ITS_PARENT if bits >> (number - 1) & 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a process ignores")
 def test_a_worker_ignores_what_is_for_its_parent() -> None:
-    with supervisor.early_worker() as spawned:
+    with early_worker() as spawned:
         end = time.monotonic() + 60
-        while _signals(spawned.process.pid, "SigIgn") != supervisor.FOR_ITS_PARENT:
+        while _signals(spawned.process.pid, "SigIgn") != FOR_ITS_PARENT:
             assert time.monotonic() < end
             time.sleep(0.01)
         while _signals(spawned.process.pid, "SigBlk"):
@@ -119,9 +120,9 @@ def test_a_worker_hears_no_signal_from_its_first_moment_and_needs_its_settings(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     spawned = SpawnedWorker()
-    for number in supervisor.FOR_ITS_PARENT:  # while Python itself starts
+    for number in FOR_ITS_PARENT:  # while Python itself starts
         spawned.process.send_signal(number)
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & supervisor.FOR_ITS_PARENT
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & FOR_ITS_PARENT
     spawned.process.communicate(timeout=60)  # the end of its stdin
     spawned.channel.close()
     assert spawned.process.returncode == 1

@@ -132,8 +132,10 @@ class Played:
         self.life = life
         self.channel, self.end = socket_pair()
 
-    def tell(self, config: EngineOptions, *_: Any) -> Worker:
+    def tell(self, config: EngineOptions, *_: Any) -> None:
         self.life.models.append(config.model)
+
+    def watch(self) -> Worker:
         self.life.workers.append(Worker(self.end))
         return self.life.workers[-1]
 

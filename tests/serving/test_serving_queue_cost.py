@@ -15,11 +15,12 @@ from llmctl.engine.llm_engine import EngineStats, LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler_config import SchedulerConfig
+from llmctl.serving.api_channel import ApiChannel
 from llmctl.serving.client import AsyncEngineClient
 from llmctl.serving.engine_loop import EngineLoop
 from llmctl.serving.generation import SequenceSpec
 from llmctl.serving.metrics import ServerMetrics
-from llmctl.serving.transport import ApiChannel, WorkerChannel
+from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import Shutdown, StepMessage, encode
 from llmctl.structured.compiler import GrammarCompiler
 

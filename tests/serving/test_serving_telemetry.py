@@ -1,4 +1,4 @@
-"""FastAPI's own telemetry stays off, whoever set up OpenTelemetry in the process: its spans hold the query of a URL."""
+"""The app makes no spans of its own, whoever set up OpenTelemetry in the process: a URL's query may hold a key."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from llmctl.engine.request import FinishReason, RequestTimes
 from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.step import TokenLogprobs, TokenScores
 from llmctl.errors import CapacityError, ExitCode, ModelNotFoundError, QueueFullError
-from llmctl.serving.transport import ApiChannel, WorkerChannel, socket_pair
+from llmctl.serving.api_channel import ApiChannel
+from llmctl.serving.transport import WorkerChannel, socket_pair
 from llmctl.serving.wire import (
     AddRequests,
     ErrorInfo,

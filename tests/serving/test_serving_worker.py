@@ -14,10 +14,11 @@ from llmctl.config import EngineOptions, ServeConfig
 from llmctl.errors import DeviceLostError, EngineLoadError, ExitCode, LlmctlError, UsageError
 from llmctl.extras import install_hint
 from llmctl.serving import engine_loop, worker
+from llmctl.serving.api_channel import ApiChannel
 from llmctl.serving.lifecycle import EngineDeadError, EngineState, WorkerLifecycle
-from llmctl.serving.supervisor import WorkerSettings
-from llmctl.serving.transport import ApiChannel, socket_pair
+from llmctl.serving.transport import socket_pair
 from llmctl.serving.wire import WorkerFailed, decode_event
+from llmctl.serving.worker_settings import WorkerSettings
 
 LOST = DeviceLostError("a kernel failed, and the GPU with it", fix="restart the server")
 

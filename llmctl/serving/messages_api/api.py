@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from llmctl.serving.body import parse
 from llmctl.serving.context import Model, context_of
@@ -21,11 +22,7 @@ from llmctl.serving.responses import UsageCount
 from llmctl.serving.tools.message import MessageReader
 from llmctl.serving.tools.support import ToolUse
 
-router = APIRouter()
-"""Of the endpoint that generates."""
 
-
-@router.post("/v1/messages", response_model=None)
 async def messages(request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
@@ -56,3 +53,7 @@ async def count_tokens(request: Request) -> Response:
     context.check_name(body.model)
     ids = await intake.tokenize(tokenize_request(body), len(await request.body()))
     return json_response({"input_tokens": len(ids)}, headers=MESSAGES.headers(request_id_of(request.scope)))
+
+
+ROUTES = (Route("/v1/messages", messages, methods=["POST"]),)
+"""Of the endpoint that generates."""

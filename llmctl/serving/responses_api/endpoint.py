@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from llmctl.serving.body import parse
 from llmctl.serving.context import ServerContext, context_of
@@ -16,10 +17,7 @@ from llmctl.serving.responses_api.translate import chat_of, own_names
 from llmctl.serving.responses_api.truncation import truncated
 from llmctl.serving.responses_api.writer import ResponseWriter
 
-router = APIRouter()
 
-
-@router.post("/v1/responses", response_model=None)
 async def create_response(request: Request) -> Response:
     """Answer the input."""
     context = context_of(request)
@@ -37,3 +35,7 @@ async def create_response(request: Request) -> Response:
 def _check_outline(context: ServerContext, outline: Outline) -> None:
     check_single(context, outline)
     context.model().intake.limits.check_items("input", outline.count("input"), "items")
+
+
+ROUTES = (Route("/v1/responses", create_response, methods=["POST"]),)
+"""Of the endpoint that generates."""

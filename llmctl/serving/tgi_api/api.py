@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from llmctl import __version__
 from llmctl.engine.sampling_params import MAX_SAMPLES, MAX_STOP_STRINGS
@@ -29,23 +30,17 @@ from llmctl.serving.tgi_api.translate import (
 )
 from llmctl.serving.tgi_api.writer import TgiWriter
 
-router = APIRouter()
-"""Of the endpoints that generate."""
 
-
-@router.post("/generate", response_model=None)
 async def generate(request: Request) -> Response:
     """Continue a text."""
     return await _generate(request, GenerateRequest)
 
 
-@router.post("/generate_stream", response_model=None)
 async def generate_stream(request: Request) -> Response:
     """Continue a text, as a stream."""
     return await _generate(request, GenerateStreamRequest)
 
 
-@router.post("/", response_model=None)
 async def compat_generate(request: Request) -> Response:
     """Continue a text, as a stream if the request says so."""
     return await _generate(request, CompatGenerateRequest)
@@ -97,3 +92,11 @@ async def info(request: Request) -> Response:
             "docker_label": None,
         }
     )
+
+
+ROUTES = (
+    Route("/generate", generate, methods=["POST"]),
+    Route("/generate_stream", generate_stream, methods=["POST"]),
+    Route("/", compat_generate, methods=["POST"]),
+)
+"""Of the endpoints that generate."""
