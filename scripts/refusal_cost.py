@@ -24,9 +24,9 @@ from statistics import median
 from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
 from md_table import print_table
 from refusal_bodies import bodies
+from starlette.applications import Starlette
 
 from llmctl.bench.environment import describe_environment
 from llmctl.config import ServeConfig
