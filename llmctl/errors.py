@@ -171,6 +171,14 @@ class NotReadyError(LlmctlError):
     code = "not_ready"
 
 
+class AdapterUnavailableError(LlmctlError):
+    """The files of an adapter that is offered cannot be read again, or are not those that were loaded."""
+
+    http_status = 503
+    type = "service_unavailable"
+    code = "adapter_unavailable"
+
+
 _MEMORY_FIX = "free memory, choose less of it, or raise the limit (ulimit -v, the container's)"
 # How libraries say it: a loader that cannot map them, an allocator, a C++ runtime.
 _OUT_OF_MEMORY = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc")

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.engine.step import AdapterHost, LoraLimits
-from llmctl.errors import CheckpointError, LlmctlError, resource_error
+from llmctl.errors import (
+    AdapterUnavailableError,
+    CheckpointError,
+    HostMemoryError,
+    LlmctlError,
+    ModelNotFoundError,
+    resource_error,
+)
 
 if TYPE_CHECKING:
     from llmctl.checkpoint.adapters.adapter import Adapter
@@ -141,11 +148,14 @@ class AdapterCache:
     def _taken(self, asked: _ToRead, result: Future[tuple[Adapter, Any]]) -> ReadAdapter:
         problem = result.exception()
         if problem is not None:
-            return ReadAdapter(asked.name, asked.adapter_id, None, _as_error(asked.path, problem))
+            error = _as_error(asked.path, problem)
+            if asked.adapter_id:
+                error = _not_again(asked.path, error)
+            return ReadAdapter(asked.name, asked.adapter_id, None, error)
         adapter, prepared = result.result()
         if asked.adapter_id and adapter.digest != asked.adapter_id:
-            error = CheckpointError(
-                f"adapter {asked.path}: its files have changed since it was loaded", fix="unload it, and load it again"
+            error = AdapterUnavailableError(
+                f"adapter {asked.path}: its files have changed since it was loaded", fix=_AGAIN
             )
             return ReadAdapter(asked.name, asked.adapter_id, None, error)
         if not asked.adapter_id:
@@ -162,6 +172,18 @@ class AdapterCache:
                 return
             if adapter_id not in claimed and adapter_id != newest:
                 del self._prepared[adapter_id]
+
+
+_AGAIN = "put its old files back, or load it again with load_inplace"
+
+
+def _not_again(path: Path, error: LlmctlError) -> LlmctlError:
+    """Why an adapter that was read before cannot be now: no fault of the request, nor one inside the server."""
+    if isinstance(error, HostMemoryError):
+        return error
+    if isinstance(error, ModelNotFoundError):
+        return ModelNotFoundError(f"adapter {path}: its files are gone since it was loaded", fix=_AGAIN, param="model")
+    return AdapterUnavailableError(error.message, fix=error.fix or _AGAIN)
 
 
 def _as_error(path: Path, problem: BaseException) -> LlmctlError:

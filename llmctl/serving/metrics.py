@@ -55,7 +55,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 PROMPT_SOURCES = ("local_compute", "local_cache_hit")
 REJECTION_REASONS = (
     "max_num_queued_reqs", "context_length_exceeded", "not_ready", "invalid_request",
-    "deadline_unreachable", "deadline_missed",
+    "deadline_unreachable", "deadline_missed", "adapter_unavailable",
 )  # fmt: skip
 RESTART_REASONS = ("failed", "exit", "not_ready", "SIGKILL", "SIGSEGV", "SIGABRT")
 PAGE_REST = 4.0

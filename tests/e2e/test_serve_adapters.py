@@ -16,6 +16,8 @@ import openai
 import psutil
 import pytest
 from fixtures import ServerProcess, fetch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from random_adapters import llama_shapes, random_products, write_random
 from safetensors.numpy import load_file, save_file
 
@@ -213,6 +215,91 @@ def test_requests_end_before_what_they_run_with_is_gone(server: ServerProcess) -
         assert server.post("/v1/completions", {**ASK, "model": "three"})[0] == 404
         status, answer = running.result()
     assert (status, answer["usage"]["completion_tokens"]) == (200, 300)
+
+
+NAMES = ("x", "y")
+FOLDERS = ("one", "two", "three")
+Operation = tuple[str, str, str]
+"""What is done (``ask``, ``load``, ``replace``, ``unload``), the name, and the folder that is loaded."""
+OPERATIONS: Any = st.tuples(
+    st.sampled_from(["ask", "ask", "ask", "load", "replace", "unload"]),
+    st.sampled_from(NAMES),
+    st.sampled_from(FOLDERS),
+)
+LANES = st.lists(st.lists(OPERATIONS, min_size=1, max_size=6), min_size=2, max_size=4)
+
+
+def check_lanes(server: ServerProcess, lanes: list[list[Operation]]) -> None:
+    """Lanes at once, requests of the base and of a fixed adapter beside them: whoever asks for a name is answered by an
+    adapter that had it, or is told that there is none; nothing else fails, and nothing is left."""
+    expected = {name: text_of(ask(server, name)) for name in ("one", "two", MODEL)}
+    assert load(server, "three", "three")[0] == 200
+    expected["three"] = text_of(ask(server, "three"))
+    assert unload(server, "three")[0] == 200
+    had: dict[str, set[str]] = {name: set() for name in NAMES}
+    for do, name, folder in (operation for lane in lanes for operation in lane):
+        if do in ("load", "replace"):
+            had[name].add(expected[folder])
+
+    def play(lane: list[Operation]) -> list[str]:
+        wrong = []
+        for do, name, folder in lane:
+            if do == "ask":
+                status, answer = server.post("/v1/completions", {**ASK, "model": name})
+                right = text_of(answer) in had[name] if status == 200 else status == 404
+            elif do == "unload":
+                status, answer = unload(server, name)
+                right = status in (200, 404)
+            else:
+                status, answer = load(server, name, folder, load_inplace=do == "replace")
+                right = status == 200 or (status == 400 and ("is loaded already" in answer or "being loaded" in answer))
+            if not right:
+                wrong.append(f"{do} {name} {folder}: {status} {answer}")
+        return wrong
+
+    def others(_: int) -> list[str]:
+        return [f"{name} differs" for name in ("one", MODEL, "two") if text_of(ask(server, name)) != expected[name]]
+
+    with ThreadPoolExecutor(len(lanes) + 2) as pool:
+        beside = pool.map(others, range(2))
+        wrong = [said for lane in pool.map(play, lanes) for said in lane] + [said for each in beside for said in each]
+    assert wrong == []
+    for name in NAMES:
+        unload(server, name)
+    assert [m["id"] for m in json.loads(server.get("/v1/models")[1])["data"]] == [MODEL, "one", "two"]
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(lanes=LANES)
+def test_load_and_unload_under_load(server: ServerProcess, lanes: list[list[Operation]]) -> None:
+    check_lanes(server, lanes)
+
+
+@pytest.mark.slow
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lanes=LANES)
+def test_load_and_unload_under_load_at_length(server: ServerProcess, lanes: list[list[Operation]]) -> None:
+    check_lanes(server, lanes)
+
+
+def test_files_that_are_gone_or_others_are_told_of(server: ServerProcess, folders: Path) -> None:
+    """Once they must be read again: three adapters fit into memory."""
+    for i, name in enumerate(("gone", "changed")):
+        write_random(folders / name, ATTENTION, rank=2, seed=10 + i)
+        assert load(server, name, name)[0] == 200
+    for name in ("one", "two"):
+        ask(server, name)
+    assert load(server, "three", "three")[0] == 200
+    shutil.rmtree(folders / "gone")
+    write_random(folders / "changed", ATTENTION, rank=2, seed=12)
+    for name, code, said in (("gone", 404, "its files are gone"), ("changed", 503, "its files have changed")):
+        status, answer = server.post("/v1/completions", {**ASK, "model": name})
+        assert (status, said in answer["error"]["message"]) == (code, True), answer
+        assert text_of(ask(server, "three"))
+    assert load(server, "changed", "changed", load_inplace=True)[0] == 200
+    assert text_of(ask(server, "changed"))
+    for name in ("gone", "changed", "three"):
+        assert unload(server, name)[0] == 200
 
 
 def test_a_new_worker_knows_them(server: ServerProcess) -> None:

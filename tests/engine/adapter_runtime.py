@@ -11,6 +11,7 @@ from engine.fake_runtime import FakeRuntime, _Pending
 
 from llmctl.checkpoint.adapters.adapter import Adapter
 from llmctl.engine.step import SequenceSlice
+from llmctl.errors import ModelNotFoundError
 
 
 class AdapterRuntime(FakeRuntime):
@@ -59,6 +60,7 @@ class Reader(Executor):
     def __init__(self) -> None:
         self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
         self.broken: set[str] = set()
+        self.gone: set[str] = set()
 
     def submit(self, work: Callable[..., Any], /, *arguments: Any) -> Future[Any]:  # type: ignore[override]
         future: Future[Any] = Future()
@@ -68,6 +70,8 @@ class Reader(Executor):
     def read(self, folder: Path) -> Adapter:
         if folder.name in self.broken:
             raise ValueError("broken")
+        if folder.name in self.gone:
+            raise ModelNotFoundError(f"{folder}: no adapter_config.json")
         return Adapter(folder, (), digest=folder.name)
 
     def work(self, count: int = 100) -> None:

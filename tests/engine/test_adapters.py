@@ -239,6 +239,23 @@ def test_an_adapter_is_asked_for_once_a_pass_however_many_of_its_requests_wait()
     assert asked == ["b", "b"]  # the next one's own, and those of a pass behind it
 
 
+def test_who_runs_has_a_token_in_every_step_while_adapters_are_read_and_put_beside_it() -> None:
+    """Two slots for five adapters, one that is read between the steps: none of that is waited for by the others."""
+    served = Served(LoraLimits(2, 8, 2), SchedulerConfig(max_num_seqs=4), num_blocks=200, max_model_len=400)
+    served.read("a")
+    served.add("base", None, [1], 80)
+    served.add("long", "a", [1], 80)
+    served.step()
+    for i in range(60):
+        served.add(f"r{i}", NAMES[1 + i % 4], [1], 1)
+        served.reader.work(i % 2)
+        before = [len(served.got[name]) for name in ("base", "long")]
+        served.step()
+        assert [len(served.got[name]) for name in ("base", "long")] == [count + 1 for count in before]
+    assert len({adapter for _, adapter in served.runtime.puts}) == 5
+    served.run()
+
+
 def test_as_many_make_room_as_adapters_wait() -> None:
     served = Served(LoraLimits(3, 8, 5), SchedulerConfig(max_num_seqs=3))
     served.read(*NAMES)
@@ -260,7 +277,17 @@ def test_one_that_cannot_be_read_again_fails_its_requests_alone() -> None:
     served.add("a", "a", [1])
     served.run()
     assert served.done == ["a"]
-    assert str(served.failed["b"]) == "adapter /adapters/b: cannot be read: ValueError: broken"
+    assert served.failed["b"].message == "adapter /adapters/b: cannot be read: ValueError: broken"
+    assert served.failed["b"].http_status == 503
+
+
+def test_one_whose_files_are_gone_is_not_found() -> None:
+    served = Served(LoraLimits(1, 8, 1))
+    served.reader.gone.add("b")
+    served.add("b", "b", [1])
+    served.run()
+    assert served.failed["b"].message == "adapter /adapters/b: its files are gone since it was loaded"
+    assert served.failed["b"].http_status == 404
 
 
 def test_files_that_have_changed_are_not_served_under_the_old_name() -> None:
@@ -269,6 +296,7 @@ def test_files_that_have_changed_are_not_served_under_the_old_name() -> None:
     served.add("a", "a", [1])
     served.run()
     assert "its files have changed since it was loaded" in str(served.failed["a"])
+    assert served.failed["a"].http_status == 503
 
 
 def test_what_is_not_loaded_is_refused_and_what_waits_for_it_is_served() -> None:
