@@ -30,10 +30,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_CHUNK = 8
-"""Tokens of a prompt that a step computes whatever the target, so that prompts proceed beside any number of decodes."""
-AUTO_SLOWDOWN = 4.6
+MIN_CHUNK = 4
+"""Tokens of a prompt that a step computes whatever the target, so that prompts proceed beside any number of decodes. On
+a CPU with AMX 1 to 4 of them at 7,500 positions take the same: 25 ms beside 4 chats, who alone take 5; 8 take 40."""
+AUTO_SLOWDOWN = 4.9
 """With the automatic target a step with prefill may take so many times as long as its decode rows alone."""
+QUANTILE, MOST_MARGIN, _PACE = 0.97, 2.0, 0.05
+"""Of steps with both decodes and prompts, the share that is to keep the target; how far what they take beyond the model
+is followed at most, and how fast."""
 _SAMPLES = 8  # kept of each class of steps
 # A chunk of a long prompt begins with this share of a step's tokens and grows by this factor: what lies far beyond the
 # samples is not believed at once. Short prompts attend to little, so that rows seen in any step vouch for theirs.
@@ -46,6 +50,8 @@ _LEAST_ERROR = 0.02  # relative; fits better than this leave no outliers
 # Where samples do not tell apart what took the time, it is put down to the rows of a prompt: chunks then begin too
 # small, not too large, and that tells them apart.
 _RIDGE = np.array([1e-3, 1e-3, 1e-4, 1e-7, 1e-4, 1e-4])
+_DECODES = [0, 2, 4]  # coefficients of steps without prompts
+_LEAST_ALONE = 8  # steps without prompts that tell what decodes cost
 
 
 class StepLoad(msgspec.Struct, frozen=True):
@@ -72,6 +78,7 @@ class StepCost:
 
     Attributes:
         known: whether there is anything to tell from. most_rows: the most ``prefill_rows`` of a step so far.
+        margin: times what is expected of a step with both decodes and prompts, within which ``QUANTILE`` of them stay.
     """
 
     def __init__(self) -> None:
@@ -79,9 +86,11 @@ class StepCost:
         self._seen: dict[tuple[int, int, int], int] = {}
         self._rows, self._when, self._steps = np.zeros((0, 6)), np.zeros(0), 0
         self._coefficients: NDArray[np.float64] = np.zeros(6)
+        self._apart = self._coefficients
         self._new = 0
         self._surprised = False
         self.most_rows = 0
+        self.margin = 1.0
 
     @property
     def known(self) -> bool:
@@ -109,19 +118,36 @@ class StepCost:
         self._new += 1
         expected = float(self._coefficients @ _features(load))
         self._surprised |= abs(expected - seconds) > _SURPRISE * seconds
+        if load.decode_rows and load.prefill_rows and expected > 0:
+            step = QUANTILE if seconds > self.margin * expected else QUANTILE - 1
+            self.margin = min(max(self.margin * (1 + _PACE * step), 1.0), MOST_MARGIN)
 
     def coefficients(self) -> NDArray[np.float64]:
         """base, prefill_base, decode_row, prefill_row, decode_context, prefill_context; seconds, none negative."""
         if self._new >= _REFIT or self._surprised:
             used = np.flatnonzero(self._when)
             fresh = np.maximum(0.5 ** ((self._steps - self._when[used]) / _HALF_LIFE), _LEAST_WEIGHT)
-            self._coefficients = _fit(self._rows[used], fresh)
+            rows = self._rows[used]
+            self._coefficients = self._apart = _fit(rows, fresh, _RIDGE)
+            alone = rows[:, 3] == 0
+            if alone.sum() >= _LEAST_ALONE:
+                self._apart = np.zeros(6)
+                self._apart[_DECODES] = _fit(rows[alone][:, _DECODES], fresh[alone], _RIDGE[_DECODES])
             self._new, self._surprised = 0, False
         return self._coefficients
 
     def seconds(self, load: StepLoad) -> float:
         """What a step of this load is expected to take."""
         return float(self.coefficients() @ _features(load))
+
+    def seconds_alone(self, decodes: StepLoad) -> float:
+        """What a step of these decode rows is expected to take without prompts, or less.
+
+        What the model does not know of prompts it puts down to decodes, whose contexts grow as a prompt's does; and
+        steps without prompts, seen by themselves, say little of contexts longer than theirs. The lower of both is not
+        too much.
+        """
+        return min(self.seconds(decodes), float(self._apart @ _features(decodes)))
 
 
 class PrefillAllowance:
@@ -180,8 +206,10 @@ class PrefillAllowance:
             return
         _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients().tolist()
         alone = self._cost.seconds(self._decodes)
-        target = AUTO_SLOWDOWN * (alone + decode_row * self.joining) if self._target is None else self._target
-        self._seconds = min(target, self._limit) - alone - prefill_base
+        target = self._target
+        if target is None:
+            target = AUTO_SLOWDOWN * (self._cost.seconds_alone(self._decodes) + decode_row * self.joining)
+        self._seconds = min(target, self._limit) / self._cost.margin - alone - prefill_base
 
     def _fitting(self, start: int) -> int:
         """The largest k with row·k + context·(k·start + k(k+1)/2) <= seconds."""
@@ -242,7 +270,7 @@ def _features(load: StepLoad) -> NDArray[np.float64]:
     )
 
 
-def _fit(rows: NDArray[np.float64], trust: NDArray[np.float64]) -> NDArray[np.float64]:
+def _fit(rows: NDArray[np.float64], trust: NDArray[np.float64], ridge: NDArray[np.float64]) -> NDArray[np.float64]:
     """Non-negative coefficients with ``rows @ coefficients`` near 1, by the trust in each row, whatever a few say."""
     scale = np.sqrt((rows * rows).mean(axis=0))
     scale[scale == 0] = 1.0
@@ -252,7 +280,7 @@ def _fit(rows: NDArray[np.float64], trust: NDArray[np.float64]) -> NDArray[np.fl
     for _ in range(3):
         weighted = columns * (weights / weights.sum())[:, None]
         gram = columns.T @ weighted
-        gram[np.diag_indices_from(gram)] += _RIDGE
+        gram[np.diag_indices_from(gram)] += ridge
         found = _non_negative(gram, weighted.sum(axis=0))
         errors = np.abs(columns @ found - 1.0)
         order = np.argsort(errors)

