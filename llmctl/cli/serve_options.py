@@ -382,7 +382,7 @@ ItlTarget = Annotated[
         "--itl-target",
         metavar="MS",
         help="How long a step may take in which prompts are computed beside requests that wait for their next token: "
-        "prompts are cut to fit, by what steps have cost so far. auto: 4.6 times a step without prompts, short ones "
+        "prompts are cut to fit, by what steps have cost so far. auto: 4.9 times a step without prompts, short ones "
         "that wait counted as running; 0: no limit.",
         rich_help_panel=_ENGINE,
     ),
