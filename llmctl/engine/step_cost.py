@@ -14,9 +14,9 @@ the tokens of a chunk; here its seconds are fixed.
 
 What a step may take with the automatic target is a multiple of what its decodes alone will take soon: those that run,
 and one more for every waiting prompt that has a seat and fits a step. So a burst of short prompts is let in at the pace
-that suits the batch it becomes; held to the pace of its first few, it would run thinly for long. What decodes take alone
-is told from steps without prompts, too, and the target divided by a margin in which 97 of 100 steps stay: kernels
-compute rows in tiles, which is not linear.
+that suits the batch it becomes; held to the pace of its first few, it would run thinly for long. What decodes take
+alone is told from steps without prompts, too, and the target divided by a margin in which 97 of 100 steps stay:
+kernels compute rows in tiles, which is not linear.
 
 The coefficients are those of a non-negative least squares fit (Lawson and Hanson 1974, "Solving Least Squares
 Problems", chapter 23) to relative errors, with Huber's weights (1964) against steps that something else delayed. The
