@@ -114,7 +114,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, facts: dict[str, Any]) -> None:
 
 def tokenizer_keys(facts: dict[str, Any]) -> dict[str, Any]:
     """What ``small_tokenizer`` makes, as metadata that was read; None is left out."""
-    names = {"list": "tokens", "types": "token_type", "token_scores": "scores", "unk_token_id": "unknown_token_id"}
+    names = {"list": "tokens", "types": "token_type", "token_scores": "scores"}
+    names |= {"unk_token_id": "unknown_token_id", "pad_token_id": "padding_token_id"}
     arrays = {"types": np.int32, "token_scores": np.float32}
     return {
         f"tokenizer.ggml.{names.get(key, key)}": np.array(value, arrays[key]) if key in arrays else value

@@ -31,7 +31,7 @@ To = Annotated[
         "--to",
         metavar="FORMAT",
         help="awq, gptq (version 2 where zero points are stored), gptq_v2, compressed-tensors, "
-        "compressed-tensors-w8a8 or gguf.",
+        "compressed-tensors-w8a8, bitsandbytes or gguf.",
         rich_help_panel="Output",
     ),
 ]

@@ -154,7 +154,7 @@ def test_transformers_reads_what_we_write(row: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     widths = {"qwen2moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}}
-    widths["qwen3moe"] = {"moe_intermediate_size": 768}
+    widths |= {"qwen3moe": {"moe_intermediate_size": 768}, "qwen3": {"head_dim": 128}}
     name, settings, _ = CASES[row]
     model = random_family_model(name, {**SIZES, **settings, **widths.get(row, {})}, seed=1)
     source = with_tokenizer(model.checkpoint)
