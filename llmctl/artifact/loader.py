@@ -93,19 +93,6 @@ def is_engine(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file()
 
 
-def source_of(engine: Path) -> str:
-    """What an engine was made from, by its manifest's word, which is checked where the engine is opened.
-
-    Raises:
-        EngineLoadError: a manifest that does not say it.
-    """
-    try:
-        name = json.loads((engine / MANIFEST_NAME).read_bytes())["source"]["name"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        name = None
-    return name if isinstance(name, str) else read_manifest(engine).source.name
-
-
 def check_no_family(engine: str, as_family: str) -> None:
     """Refuse ``--as`` where there is only an engine, whose graph is settled.
 

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmctl.artifact import engine_source
 from llmctl.artifact.strict import from_data, to_data
 from llmctl.checkpoint.demo import DEMO_PREFIX
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, KernelChoice, KernelFile, TargetName
 from llmctl.targets.table import target_of
 
+MANIFEST_NAME = engine_source.MANIFEST_NAME
+
 FORMAT_VERSION = 4
-MANIFEST_NAME = "engine.json"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llmctl.serving.acceptor import Acceptor
     from llmctl.serving.client import AsyncEngineClient
-    from llmctl.serving.context import ServerContext
+    from llmctl.serving.context import Model, ServerContext
     from llmctl.serving.keys import ServerKeys
     from llmctl.serving.lifecycle import WorkerLifecycle
     from llmctl.serving.observers import RequestObservers
@@ -306,7 +306,6 @@ class _Server:
         from llmctl.serving.adapters import parse_modules
         from llmctl.serving.body import build_models
         from llmctl.serving.context import Model
-        from llmctl.serving.summary import print_summary
 
         client, config = context.client, self._config
         worker = client.worker
@@ -327,9 +326,16 @@ class _Server:
         gc.collect()
         gc.freeze()
         client.admit()
-        seconds, names = time.perf_counter() - self._began, [adapter.name for adapter in client.adapters]
-        print_summary(config, context.loaded, worker.engine_path, seconds, keyed=bool(self._keys), adapters=names)
+        seconds = time.perf_counter() - self._began
+        names = [adapter.name for adapter in client.adapters]
+        await asyncio.to_thread(self._say_ready, context.loaded, worker.engine_path, seconds, names)
         await build_models()
+
+    def _say_ready(self, model: Model, engine: Path, seconds: float, adapters: list[str]) -> None:
+        """On the terminal. Requests are taken already: to draw it takes as long as some of them."""
+        from llmctl.serving.summary import print_summary
+
+        print_summary(self._config, model, engine, seconds, keyed=bool(self._keys), adapters=adapters)
 
     async def _drain(self, client: AsyncEngineClient) -> None:
         try:

@@ -12,7 +12,7 @@ from peers.contest import Contestant, Install, Launch, PeerError, Setup
 _VENV = "llama"
 _SLOTS = 32
 _CONTEXT_PER_SLOT = 512
-_CMAKE = "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF"
+_CMAKE = "-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
 
 
 def contestants() -> list[Contestant]:
