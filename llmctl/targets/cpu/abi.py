@@ -29,9 +29,11 @@ TILE_ROWS = 16
 """Rows of int8 activations that lie together in tile registers: ``kTileRows``."""
 TILE_BYTES = 64
 """Bytes of a row of a tile register: ``kTileBytes``."""
-SPLIT = 512
-"""Columns of x that a partial sum of adapters has: ``kSplit``."""
-MAX_KINDS = 24
+SPLIT = 128
+"""Fewest columns of x that a partial sum of adapters has: ``kSplit``."""
+MAX_SPLITS = 16
+"""Most partial sums: ``kMaxSplits``."""
+MAX_KINDS = 21
 """Entries of a profile, one a ``Kind``: ``kMaxKinds``."""
 
 
@@ -59,9 +61,6 @@ class Kind(IntEnum):
     GATHER_EXPERTS = 18
     GROUPED_LINEAR = 19
     WEIGHTED_SUM = 20
-    ACT_MUL = 21
-    SHRINK = 22
-    EXPAND = 23
 
 
 ACT = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
@@ -110,8 +109,7 @@ class LoraModule(c.Structure):
     """``struct LoraModule``."""
 
     _fields_ = (
-        ("y", Matrix),
-        *((name, c.c_int64) for name in ("rows", "stride")),
+        *((name, c.c_int64) for name in ("first", "stride", "panels")),
         *((name, c.c_void_p) for name in ("a", "b", "scales")),
     )
 
@@ -130,7 +128,9 @@ class OpDesc(c.Structure):
         *((name, c.c_void_p) for name in ("permutation", "x16")),
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),
         *((name, c.c_void_p) for name in ("cos", "sin", "lora")),
-        ("num_lora", c.c_int64),
+        *((name, c.c_int64) for name in ("num_lora", "lora_rank")),
+        ("low", Matrix),
+        ("lora_dtype", c.c_int32),
         *((name, c.c_float) for name in ("eps", "offset", "scale", "softcap")),
         ("choice", Choice),
         ("sorted", c.c_int32),
@@ -214,7 +214,7 @@ def abi_entries() -> dict[str, int]:
         entries[f"{struct.__name__}.size"] = c.sizeof(struct)
     entries |= {"tile": TILE, "lanes": LANES, "max_act_group": MAX_ACT_GROUP, "queries": QUERIES}
     entries |= {"max_head": MAX_HEAD, "keys": KEYS, "max_kinds": MAX_KINDS, "split": SPLIT}
-    entries |= {"tile_rows": TILE_ROWS, "tile_bytes": TILE_BYTES}
+    entries |= {"max_splits": MAX_SPLITS, "tile_rows": TILE_ROWS, "tile_bytes": TILE_BYTES}
     entries |= {f"weight_bits.{dtype}": bits for dtype, bits in WEIGHT_BITS.items()}
     entries |= {f"kv_tile_bytes.{dtype}": KEYS * kv_token_bytes(LANES, dtype) for dtype in KV_TYPE}
     return entries | {f"{name}.signature": _signature(*types) for name, types in FUNCTIONS.items()}

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from llmctl.checkpoint.adapters.adapter import Adapter
 from llmctl.engine.step import LoraLimits
-from llmctl.graph.graph import Graph, Op
+from llmctl.graph.graph import Graph
 from llmctl.targets.cpu.abi import LANES
-from llmctl.targets.cpu.binding import lora_rank
-from llmctl.targets.lora import AdapterPart, check_representable, lora_ops, parts_of
+from llmctl.targets.cpu.adapted import Place, places
+from llmctl.targets.lora import AdapterPart, check_representable, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SlotArrays:
-    """The slots of one op: a [slots, rank / 16, in, 16] and b [slots, rows / 16, rank, 16] in f32, or bf16 as u16;
-    scales f32 [slots], 0 where an adapter adds nothing."""
+    """The slots of one op: a [slots, rank / 16, in, 16] and b [slots, panels, rank, 16] in f32. In bf16, as u16, two
+    columns of an output lie together: a [slots, rank / 16, in / 2, 16, 2], b [slots, panels, rank / 2, 16, 2]. scales
+    f32 [slots], 0 where an adapter adds nothing."""
 
     a: NDArray[Any]
     b: NDArray[Any]
@@ -42,8 +43,8 @@ class PackedPart:
 def slot_bytes(graph: Graph, dtype: str) -> int:
     """Bytes of one slot over all ops of a ``lora_graph``. ``dtype``: ``f32`` or ``bf16``."""
     size = 0
-    for op in lora_ops(graph):
-        shapes = _shapes(graph, op)
+    for place in places(graph):
+        shapes = _shapes(graph, place, _STEP[dtype])
         size += sum(int(np.prod(shape)) for shape in shapes) * (4 if dtype == "f32" else 2) + 4
     return size
 
@@ -60,20 +61,20 @@ class CpuAdapters:
 
     def __init__(self, graph: Graph, lora: LoraLimits, dtype: str) -> None:
         self._graph, self._lora, self.dtype = graph, lora, dtype
-        self._ops = {op.name: op for op in lora_ops(graph)}
+        self._places = {place.op.name: place for place in places(graph)}
         element = np.float32 if dtype == "f32" else np.uint16
         self.slots: dict[str, SlotArrays] = {}
-        for op in self._ops.values():
-            a, b = _shapes(graph, op)
+        for name, place in self._places.items():
+            a, b = _shapes(graph, place, _STEP[dtype])
             scales = np.zeros(lora.slots, np.float32)
-            self.slots[op.name] = SlotArrays(
+            self.slots[name] = SlotArrays(
                 np.zeros((lora.slots, *a), element), np.zeros((lora.slots, *b), element), scales
             )
 
     def prepare(self, adapter: Adapter) -> Mapping[str, PackedPart]:
         """Part of ``AdapterHost``."""
         parts = parts_of(self._graph, adapter, self._lora)
-        return {name: self._packed(adapter, self._ops[name], part) for name, part in parts.items()}
+        return {name: self._packed(adapter, self._places[name], part) for name, part in parts.items()}
 
     def put(self, slot: int, prepared: Mapping[str, PackedPart]) -> None:
         """Part of ``AdapterHost``."""
@@ -83,26 +84,37 @@ class CpuAdapters:
             if part is not None:
                 arrays.a[slot], arrays.b[slot] = part.a, part.b
 
-    def _packed(self, adapter: Adapter, op: Op, part: AdapterPart) -> PackedPart:
+    def _packed(self, adapter: Adapter, place: Place, part: AdapterPart) -> PackedPart:
         import torch
 
         dtype = torch.float32 if self.dtype == "f32" else torch.bfloat16
-        (ranks, columns, _), (panels, rank, _) = _shapes(self._graph, op)
-        a, b = torch.zeros(rank, columns, dtype=dtype), torch.zeros(panels * LANES, rank, dtype=dtype)
-        a[: len(part.a)], b[: len(part.b), : part.b.shape[1]] = part.a, part.b
-        check_representable(adapter, str(op.attrs["module"]), a, b)
-        return PackedPart(_stored(a.view(ranks, LANES, columns)), _stored(b.view(panels, LANES, rank)), part.scale)
+        step = _STEP[self.dtype]
+        (_, lines, *_), (panels, *_) = _shapes(self._graph, place, step)
+        a, b = torch.zeros(place.rank, lines * step, dtype=dtype), torch.zeros(panels * LANES, place.rank, dtype=dtype)
+        rows, columns = part.a.shape
+        a[:rows, :columns] = part.a
+        b[place.lead : place.lead + len(part.b), :rows] = part.b
+        check_representable(adapter, str(place.op.attrs["module"]), a, b)
+        return PackedPart(_stored(a, step), _stored(b, step), part.scale)
 
 
-def _shapes(graph: Graph, op: Op) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+_STEP = {"f32": 1, "bf16": 2}
+"""Columns of an output that lie together: ``kLineStep``."""
+
+
+def _shapes(graph: Graph, place: Place, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of one slot's a and b."""
-    rank, columns, rows = lora_rank(op), graph.buffers[op.inputs[0]].width, int(op.attrs["rows"])
-    return (rank // LANES, columns, LANES), (-(-rows // LANES), rank, LANES)
+    columns = graph.buffers[place.op.inputs[0]].width
+    a, b = (place.rank // LANES, -(-columns // step), LANES), (place.panels, place.rank // step, LANES)
+    return (a, b) if step == 1 else ((*a, step), (*b, step))
 
 
-def _stored(tiles: Tensor) -> NDArray[Any]:
-    """[n, lanes, k] as [n, k, lanes]; bfloat16 as u16."""
+def _stored(matrix: Tensor, step: int) -> NDArray[Any]:
+    """[n * 16, k] as [n, k / step, 16, step], the last only where it is not 1; bfloat16 as u16."""
     import torch
 
-    turned = tiles.transpose(1, 2).contiguous()
+    n, k = len(matrix) // LANES, matrix.shape[1]
+    turned = matrix.view(n, LANES, k // step, step).transpose(1, 2).contiguous()
+    if step == 1:
+        turned = turned.view(n, k, LANES)
     return turned.numpy() if turned.dtype == torch.float32 else turned.view(torch.int16).numpy().view(np.uint16)

@@ -12,25 +12,24 @@ from typing import Any
 
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import INPUT_IDS, LOGITS, POSITIONS, Graph, Op
-from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, SPLIT, TILE, TILE_BYTES, TILE_ROWS, WEIGHT_BITS, Kind
+from llmctl.targets.cpu.abi import LANES, MAX_HEAD, QUERIES, TILE, TILE_BYTES, TILE_ROWS, WEIGHT_BITS, Kind
+from llmctl.targets.cpu.adapted import AdaptedLinear, adapted_linears, sum_bytes
 from llmctl.targets.cpu.layout import PackedLinear
-from llmctl.targets.cpu.operands import Adapted, Bound, IntOperand, Routing, Storage, View
+from llmctl.targets.cpu.operands import Bound, IntOperand, Routing, Storage, View
 
 
 class Lowering:
     """The first pass.
 
     Attributes:
-        linears: packed weight by weight name. gated: those that are packed for gating. opened: buffers that hold the
-            tiles of one.
+        linears: packed weight by weight name. adapted: linears that adapters act on, by op name.
         routings: by the buffer of a choice's experts. in_order: by buffers whose rows are in expert order.
     """
 
-    def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear], gated: frozenset[str] = frozenset()) -> None:
+    def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear]) -> None:
         self.graph = graph
         self.linears = linears
-        self.gated = gated
-        self.opened: set[str] = set()
+        self.adapted = {found.built.name: found for found in adapted_linears(graph)}
         self.views: dict[str, View] = {}
         self.storages: list[Storage] = []
         self.bound: list[Bound] = []
@@ -46,7 +45,10 @@ class Lowering:
         Raises:
             UnsupportedModelError: an op the CPU runtime has no kernel for.
         """
+        within = {op for found in self.adapted.values() for op in found.within}
         for op in self.graph.ops:
+            if op.name in within:
+                continue
             lower = LOWERINGS.get(op.kind)
             if lower is None:
                 raise _refused(op.kind, REFUSED_KINDS.get(op.kind, "it is unknown"))
@@ -86,7 +88,6 @@ class Lowering:
             used.append(bound.x16)
         if bound.routing:
             used += bound.routing.storages
-        used += [adapted.view.storage for adapted in bound.adapted]
         for storage in used:
             storage.first = index if storage.first < 0 else storage.first
             storage.last = index
@@ -120,7 +121,7 @@ class Lowering:
         # A query tile makes all heads of a group, or QUERIES of them when the group has more.
         whole = group <= QUERIES or group % QUERIES == 0
         per_tile = min(group, QUERIES) * int(op.attrs["head_dim"]) if whole else 0
-        self._result(bound, op.outputs, per_tile)
+        self._result(bound, op.outputs, self._direct_columns(op.outputs, per_tile))
         self._emit(bound)
 
     def _gather_rows(self, op: Op) -> None:
@@ -134,26 +135,22 @@ class Lowering:
         if len(op.inputs) == 2:
             bound.views["x2"] = self.views[op.inputs[1]]
             bound.views["y2"] = self._outputs(op.outputs[1:])[0]
-        self._row_result(bound, op.outputs[0])
+        self._result(bound, op.outputs[:1], self._direct_operand(op.outputs[0]))
         self._emit(bound)
 
-    def _row_result(self, bound: Bound, buffer: str) -> None:
-        """The result of an op on rows: as int8 where linears want that, as floats for whatever else reads it."""
-        adapters = sum(op.kind == "lora" for op in self.graph.consumers(buffer))
-        direct = self._direct_operand(buffer, beside=adapters)
+    def _result(self, bound: Bound, outputs: tuple[str, ...], direct: PackedLinear | None) -> None:
+        """What an op makes: as the int8 operand of ``direct``, as floats if that is None, as both where adapters read
+        it, too."""
         if direct is not None:
-            bound.operands["y8"] = self._int_operand(buffer, direct)
-        if direct is None or adapters:
-            bound.views["y"] = self._outputs((buffer,))[0]
+            bound.operands["y8"] = self._int_operand(outputs[0], direct)
+        if direct is None or any(op.kind == "lora" for op in self.graph.consumers(outputs[0])):
+            bound.views["y"] = self._outputs(outputs)[0]
 
-    def _direct_operand(self, buffer: str, beside: int = 0) -> PackedLinear | None:
-        """The weight whose int8 operand the op before it may write itself: when all readers want that same operand.
-
-        Args:
-            beside: readers for whom it writes floats as well.
-        """
+    def _direct_operand(self, buffer: str) -> PackedLinear | None:
+        """The weight whose int8 operand the op before it may write itself: when all linears that read it want that same
+        operand, and no other op reads it but adapters."""
         direct = [w for w in self._readers(buffer) if w.integer and w.permutation is None]
-        if not direct or len(direct) != len(self.graph.consumers(buffer)) - beside:
+        if not direct or len(direct) != sum(op.kind != "lora" for op in self.graph.consumers(buffer)):
             return None
         return direct[0] if len({(w.columns, w.act_group) for w in direct}) == 1 else None
 
@@ -181,6 +178,8 @@ class Lowering:
     def _linear(self, op: Op) -> None:
         for variant in sorted(REFUSED_VARIANTS.keys() & op.attrs.keys()):
             raise _refused(f"linear with {variant}", REFUSED_VARIANTS[variant])
+        adapted = self.adapted.get(op.name)
+        op = adapted.built if adapted else op
         packed, source = self.linears[op.weights[0]], op.inputs[0]
         bound = Bound(Kind.LINEAR, op, self.on_rows, packed=packed)
         if packed.integer:
@@ -189,76 +188,40 @@ class Lowering:
             bound.x16 = self._half(op, source, packed)
         else:
             bound.views["x"] = self.views[source]
-        if op.weights[0] in self.gated and not op.attrs.get("epilogue"):
-            self._open(bound, op.outputs[0], packed.rows)
-        else:
-            per_tile = LANES if op.attrs.get("epilogue") else TILE
-            self._result(bound, op.outputs, per_tile, many=True)
+        if adapted:
+            self._adapt(bound, adapted)
+        per_tile = LANES if op.attrs.get("epilogue") else TILE
+        self._result(bound, op.outputs, self._direct_columns(op.outputs, per_tile, many=True))
         self._emit(bound)
         if {"scale", "softcap"} & op.attrs.keys():
             y = bound.views["y"]
             self._emit(Bound(Kind.CAP, op, self.on_rows, {"x": y, "y": y}))
 
-    def _open(self, bound: Bound, output: str, rows: int) -> None:
-        """The tiles of a weight packed for gating, 16 rows of gate and 16 of up each, as they come."""
-        self.opened.add(output)
-        bound.opened = True
-        self.views[output] = bound.views["y"] = View(self._storage(output, 4 * rows), 0, rows)
-
-    def _act_mul(self, op: Op) -> None:
-        if op.inputs[0] not in self.opened:
-            raise _refused(
-                op.kind, "gating is a linear's epilogue, or an act and a mul; this is what adapters make of it"
-            )
-        bound = Bound(Kind.ACT_MUL, op, self.on_rows, {"x": self.views[op.inputs[0]]})
-        self._row_result(bound, op.outputs[0])
-        self._emit(bound)
-
     # adapters
 
-    def _lora(self, op: Op) -> None:
-        """Added where the linear's result lies. Those that follow each other and read one x are two native ops."""
-        x, y = op.inputs
-        if len(self.graph.consumers(y)) != 1:
-            raise _refused(op.kind, "what it adds to is read by another op, too")
-        view = self.views[op.outputs[0]] = self.views[y]
-        if y in self.opened:
-            self.opened.add(op.outputs[0])
-        adapted = self._adapted(op, view, opened=y in self.opened)
-        before = self.bound[-1]
-        if before.kind is Kind.EXPAND and before.op.inputs[0] == x:
-            shrink = self.bound[-2]
-            shrink.views["y"].storage.row_bytes += lora_row_bytes(self.graph, op)
-            ld = shrink.views["y"].storage.row_bytes // 4
-            shrink.views["y"] = before.views["x"] = View(shrink.views["y"].storage, 0, ld)
-            shrink.adapted.append(adapted)
-            before.adapted.append(adapted)
-            view.storage.last = len(self.bound) - 1
-            return
-        size = lora_row_bytes(self.graph, op)
-        low = View(self._storage(f"{op.name}.low", size), 0, size // 4)
-        self._emit(Bound(Kind.SHRINK, op, self.on_rows, {"x": self.views[x], "y": low}, adapted=[adapted]))
-        self._emit(Bound(Kind.EXPAND, op, self.on_rows, {"x": low}, adapted=[adapted]))
+    def _adapt(self, bound: Bound, adapted: AdaptedLinear) -> None:
+        """What adapters need beside a linear's own operands: its input as floats, and room for their sums."""
+        if adapted.shared:
+            raise _refused("lora", "what it adds to is read by another op, too")
+        if {"scale", "softcap"} & bound.op.attrs.keys():
+            raise _refused("lora", "its linear's result is scaled")
+        bound.places, source = adapted.places, bound.op.inputs[0]
+        bound.views["x"] = self.views[source]
+        size = sum_bytes(self.graph.buffers[source].width, adapted.places)
+        bound.views["low"] = View(self._storage(f"{bound.op.name}.low", size), 0, size // 4)
 
-    def _adapted(self, op: Op, view: View, *, opened: bool) -> Adapted:
-        column, width = int(op.attrs["column"]), self.graph.buffers[op.inputs[1]].width
-        if not opened:
-            return Adapted(op, View(view.storage, view.column + column, view.ld), LANES)
-        up, within = divmod(column, width // 2)
-        if within % LANES:
-            raise _refused(op.kind, f"it begins at column {within} of a gated linear, inside a tile")
-        return Adapted(op, View(view.storage, 2 * within + up * LANES, view.ld), 2 * LANES)
+    def _apart(self, op: Op) -> None:
+        """Adapters, and the gating that they leave behind them, are part of a linear."""
+        raise _refused(op.kind, "it does not follow a linear")
 
-    def _result(self, bound: Bound, outputs: tuple[str, ...], per_tile: int, *, many: bool = False) -> None:
-        """Outputs as int8 where their only readers want that and an activation group is made whole in one place:
-        inside the ``per_tile`` columns that a kernel makes at once, or (``many``) by several such tiles."""
+    def _direct_columns(self, outputs: tuple[str, ...], per_tile: int, *, many: bool = False) -> PackedLinear | None:
+        """As ``_direct_operand``, where an activation group is made whole in one place: inside the ``per_tile`` columns
+        that a kernel makes at once, or (``many``) by several such tiles."""
         direct = self._direct_operand(outputs[0]) if len(outputs) == 1 else None
-        if direct is not None and direct.columns == self.graph.buffers[outputs[0]].width and per_tile:
-            group = direct.act_group
-            if group % per_tile == 0 if many else per_tile % group == 0:
-                bound.operands["y8"] = self._int_operand(outputs[0], direct)
-                return
-        bound.views["y"] = self._outputs(outputs)[0]
+        if direct is None or direct.columns != self.graph.buffers[outputs[0]].width or not per_tile:
+            return None
+        whole = direct.act_group % per_tile == 0 if many else per_tile % direct.act_group == 0
+        return direct if whole else None
 
     def _int_operand(self, buffer: str, packed: PackedLinear, rows: int = 1, *, grouped: bool = False) -> IntOperand:
         """``rows``: of the operand, a token. ``grouped``: in expert order."""
@@ -401,8 +364,8 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Op], None]] = {
     "add_rms_norm": lambda lowering, op: lowering._norm(Kind.RMS_NORM, op),
     "add_layer_norm": lambda lowering, op: lowering._norm(Kind.LAYER_NORM, op),
     "rope_kv_write": Lowering._rope_kv_write,
-    "act_mul": Lowering._act_mul,
-    "lora": Lowering._lora,
+    "act_mul": Lowering._apart,
+    "lora": Lowering._apart,
 }
 """By op kind."""
 
@@ -424,16 +387,6 @@ REFUSED_VARIANTS: Mapping[str, str] = {
     "residual": "a residual is added by the norm that follows",
 }
 """Attribute of a linear -> why there is no kernel for linears that have it."""
-
-
-def lora_rank(op: Op) -> int:
-    """Rank of a slot in native memory."""
-    return -(-int(op.attrs["rank"]) // LANES) * LANES
-
-
-def lora_row_bytes(graph: Graph, op: Op) -> int:
-    """Partial sums of one token, bytes."""
-    return 4 * lora_rank(op) * -(-graph.buffers[op.inputs[0]].width // SPLIT)
 
 
 def _refused(what: str, reason: str) -> UnsupportedModelError:

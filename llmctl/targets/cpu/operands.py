@@ -10,6 +10,7 @@ import numpy as np
 
 from llmctl.graph.graph import Op
 from llmctl.targets.cpu.abi import Kind
+from llmctl.targets.cpu.adapted import Place
 from llmctl.targets.cpu.layout import PackedLinear
 
 _ALIGN = 64
@@ -91,23 +92,13 @@ class Routing:
         return self.experts, self.order, self.place
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """What adapters add to in one linear: ``op``, its first column in ``view``, and the step from 16 columns to 16."""
-
-    op: Op
-    view: View
-    stride: int
-
-
 @dataclass
 class Bound:
     """One native op: kind, the graph op it came from, fp32 and int8 operands by descriptor field.
 
     Attributes:
         routing: the choice of experts that it makes or follows. sorted: its input is in expert order.
-        opened: a linear whose weight is packed for gating, and whose tiles are stored as they are.
-        adapted: what one op for adapters adds to.
+        places: of a linear, where adapters add to it.
     """
 
     kind: Kind
@@ -120,8 +111,7 @@ class Bound:
     permutation: np.ndarray | None = None
     routing: Routing | None = None
     sorted: bool = False
-    opened: bool = False
-    adapted: list[Adapted] = field(default_factory=list)
+    places: tuple[Place, ...] = ()
 
 
 def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:

@@ -37,7 +37,7 @@ from llmctl.targets.cpu.abi import (
     open_library,
 )
 from llmctl.targets.cpu.adapters import CpuAdapters
-from llmctl.targets.cpu.binding import Lowering, hidden_view, logits_view, lora_rank
+from llmctl.targets.cpu.binding import Lowering, hidden_view, logits_view
 from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
 from llmctl.targets.cpu.operands import Bound, IntOperand, Routing, View, plan_arena
 from llmctl.targets.cpu.packing import CpuWeights
@@ -110,8 +110,7 @@ class CpuRuntime:
         if sizes.lora is not None:
             adapted = lora_graph(graph, sizes.lora)
             self.adapters = CpuAdapters(adapted, sizes.lora, lora_dtype)
-            gated = frozenset(op.weights[0] for op in graph.linears() if op.attrs.get("epilogue"))
-            plans.append(_Plan(Lowering(adapted, weights.linears, gated), self._max_tokens, max_rows))
+            plans.append(_Plan(Lowering(adapted, weights.linears), self._max_tokens, max_rows))
         self._starts = {
             name: self._pointer(np.zeros(2 * routing.count + 2, np.int32))
             for plan in plans
@@ -277,22 +276,6 @@ class CpuRuntime:
     def _fill_act(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         desc.act = ACT[str(bound.op.attrs["fn"])]
 
-    def _fill_act_mul(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:
-        self._fill_act(desc, bound, graph)
-        desc.width = graph.buffers[bound.op.outputs[0]].width
-
-    def _fill_lora(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
-        assert self.adapters is not None
-        desc.weight_dtype, desc.group = DTYPE[self.adapters.dtype], lora_rank(bound.op)
-        modules = (LoraModule * len(bound.adapted))()
-        for module, adapted in zip(modules, bound.adapted, strict=True):
-            slots = self.adapters.slots[adapted.op.name]
-            module.y, module.rows = self._matrix(adapted.view), int(adapted.op.attrs["rows"])
-            module.stride = adapted.stride
-            module.a, module.b, module.scales = (a.ctypes.data for a in (slots.a, slots.b, slots.scales))
-        self._keep.append(modules)
-        desc.lora, desc.num_lora = c.addressof(modules), len(modules)
-
     def _fill_rope(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         attrs = bound.op.attrs
         desc.cos, desc.sin = self._rope_table(bound.op)
@@ -304,11 +287,24 @@ class CpuRuntime:
         assert packed is not None
         epilogue = str(op.attrs.get("epilogue", ""))
         desc.act = ACT[epilogue.removesuffix("_mul")]
-        desc.n = packed.rows if bound.opened else sum(graph.buffers[o].width for o in op.outputs)
+        desc.n = sum(graph.buffers[o].width for o in op.outputs)
         self._fill_packed(desc, packed)
+        if bound.places:
+            self._fill_adapted(desc, bound)
         if len(op.weights) > 1 and op.weights[1]:
             bias = self._weights.vectors[op.weights[1]].astype(np.float32)
-            desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue) or bound.opened))
+            desc.bias = self._pointer(pack_bias(bias, packed.rows, bool(epilogue)))
+
+    def _fill_adapted(self, desc: OpDesc, bound: Bound) -> None:
+        assert self.adapters is not None
+        modules = (LoraModule * len(bound.places))()
+        for module, place in zip(modules, bound.places, strict=True):
+            slots = self.adapters.slots[place.op.name]
+            module.first, module.stride, module.panels = place.first, place.stride, place.panels
+            module.a, module.b, module.scales = (a.ctypes.data for a in (slots.a, slots.b, slots.scales))
+        self._keep.append(modules)
+        desc.lora, desc.num_lora = c.addressof(modules), len(modules)
+        desc.lora_rank, desc.lora_dtype = bound.places[0].rank, DTYPE[self.adapters.dtype]
 
     def _fill_route(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         if bound.op.weights[0]:
@@ -449,9 +445,6 @@ _FILLERS: Mapping[Kind, Callable[[CpuRuntime, OpDesc, Bound, Graph], None]] = {
     Kind.LINEAR: CpuRuntime._fill_linear,
     Kind.ACT: CpuRuntime._fill_act,
     Kind.CAP: CpuRuntime._fill_cap,
-    Kind.ACT_MUL: CpuRuntime._fill_act_mul,
-    Kind.SHRINK: CpuRuntime._fill_lora,
-    Kind.EXPAND: CpuRuntime._fill_lora,
     Kind.ROPE: CpuRuntime._fill_rope,
     Kind.ROUTE: CpuRuntime._fill_route,
     Kind.GATHER_EXPERTS: CpuRuntime._fill_gather,

@@ -12,15 +12,24 @@ import torch
 from cpu_engines import cpu_runtime
 from cpu_graphs import each_variant, greedy, library
 from random_adapters import random_adapter, with_products
+from random_models import write_model
 from tiny_checkpoint import dense_tensors, linear_shapes, write_arrays, write_dense, write_gptq
 
+from llmctl.artifact.builder import build_engine
+from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.adapters.adapter import Adapter
+from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
+from llmctl.config import BuildConfig
 from llmctl.engine.step import LoraLimits, SequenceSlice, StepPlan
 from llmctl.errors import UnsupportedModelError
+from llmctl.graph.graph import Graph
+from llmctl.targets.cpu.binding import Lowering
+from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.runtime import CpuRuntime
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
+from llmctl.targets.lora import lora_graph, lora_ops
 from llmctl.targets.reference.runtime import ReferenceRuntime
 from llmctl.targets.reference.weights import checkpoint_runtime
 
@@ -110,6 +119,45 @@ def test_in_float32_it_is_the_reference_and_the_merged_model(
     runtime.close()
 
 
+def graph_shapes(graph: Graph) -> dict[str, tuple[int, int]]:
+    """[out, in] of every module that adapters can act on."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for op in lora_ops(lora_graph(graph, LORA)):
+        name, rows = op.attrs["module"], op.attrs["first_row"] + op.attrs["rows"]
+        shapes[name] = max(rows, shapes.get(name, (0, 0))[0]), graph.buffers[op.inputs[0]].width
+    return shapes
+
+
+PLACES: dict[str, tuple[str, dict[str, int], tuple[str, ...] | None]] = {
+    "rows that begin inside half a tile": ("gpt2", {"n_embd": 60, "n_head": 4}, None),
+    "stored together, and gated": ("phi3", {}, None),
+    "wide, in sixteen sums": ("llama", {"intermediate_size": 2100}, None),
+    "gate and up of half a tile": ("llama", {"intermediate_size": 72}, None),
+    "not fused": ("llama", {"intermediate_size": 72}, ("none",)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 5e-5), ("bfloat16", 0.15)])
+def test_adapters_act_where_the_reference_has_them_act(place: str, dtype: str, within: float, tmp_path: Path) -> None:
+    """Rows of modules that meet inside 16 outputs; partial sums of another length; in both layouts of the matrices."""
+    family, changes, passes = PLACES[place]
+    model = write_model(tmp_path / "m", family, **changes)
+    reference = checkpoint_runtime(open_checkpoint(model), passes=(), num_blocks=8, lora=LORA)
+    adapter = random_adapter(graph_shapes(checkpoint_graph(open_checkpoint(model))), 20, seed=4, scale=0.5)
+    assert reference.adapters is not None
+    reference.adapters.put(0, reference.adapters.prepare(adapter))
+    sizes = EngineRequest(kv_cache_bytes=4 << 20, max_num_seqs=8, lora=LORA)
+    runtime = cpu_runtime(model, sizes=sizes, dtype=dtype, passes=passes)
+    assert runtime.adapters is not None
+    runtime.adapters.put(0, runtime.adapters.prepare(adapter))
+    for seed, count in ((1, 1), (2, 9)):
+        found = scores(runtime, (seed, count, 0))[0]
+        np.testing.assert_allclose(found, expected(reference, seed, count, 0), atol=within)
+        assert np.abs(found - expected(reference, seed, count, -1)).max() > 2 * within
+    runtime.close()
+
+
 def check_bits(model: Path, variant: Variant, **options: object) -> None:
     with_adapters = runtime_of(model, variant, **options)
     without = runtime_of(model, variant, None, **options)
@@ -145,6 +193,20 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("checkpoint", KINDS)
 def test_bits_of_other_kinds(variant: Variant, options: dict[str, object], checkpoint: str, tmp_path: Path) -> None:
     check_bits(write_gptq(tmp_path / "m", **KINDS[checkpoint]), variant, **options)
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "dense"])
+def test_adapters_have_no_phase_of_their_own(kind: str, tmp_path: Path) -> None:
+    """Each phase ends in a barrier: a step with adapters has those of one without."""
+    model = write_dense(tmp_path / "m") if kind == "dense" else write_gptq(tmp_path / "m")
+    build_engine(BuildConfig(model=str(model), target="cpu", output=str(tmp_path / "engine")))
+    engine = load_engine(tmp_path / "engine", EngineRequest(kv_cache_bytes=1 << 20, lora=LORA))
+    linears = engine_weights(engine.graph, engine.options, engine.weights).linears
+    without, within = (Lowering(graph, linears).run() for graph in (engine.graph, lora_graph(engine.graph, LORA)))
+    assert [bound.kind for bound in within] == [bound.kind for bound in without]
+    acted = [place.op.attrs["module"] for bound in within for place in bound.places]
+    assert sorted(acted) == sorted(SHAPES)
+    assert all("low" in bound.views for bound in within if bound.places)
 
 
 def test_a_slot_is_emptied_of_what_the_next_adapter_does_not_have(tmp_path: Path) -> None:

@@ -86,7 +86,6 @@ constexpr AbiEntry kAbi[] = {
   {"kind.attention", kAttention}, {"kind.gather_rows", kGatherRows}, {"kind.quantize", kQuantize},
   {"kind.to_bf16", kToBf16}, {"kind.cap", kCap}, {"kind.route", kRoute}, {"kind.sort_rows", kSortRows},
   {"kind.gather_experts", kGatherExperts}, {"kind.grouped_linear", kGroupedLinear}, {"kind.weighted_sum", kWeightedSum},
-  {"kind.act_mul", kActMul}, {"kind.shrink", kShrink}, {"kind.expand", kExpand},
   {"act.none", int64_t(Act::kNone)}, {"act.silu", int64_t(Act::kSilu)}, {"act.gelu", int64_t(Act::kGelu)},
   {"act.gelu_tanh", int64_t(Act::kGeluTanh)}, {"act.relu", int64_t(Act::kRelu)},
   {"dtype.f32", kF32}, {"dtype.bf16", kBf16}, {"dtype.f16", kF16}, {"dtype.w4", kW4}, {"dtype.w8", kW8},
@@ -100,7 +99,7 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(Choice, experts) LLMCTL_FIELD(Choice, order) LLMCTL_FIELD(Choice, place) LLMCTL_FIELD(Choice, starts)
   LLMCTL_FIELD(Choice, count) LLMCTL_FIELD(Choice, top_k) LLMCTL_FIELD(Choice, groups)
   LLMCTL_FIELD(Choice, top_groups) LLMCTL_FIELD(Choice, sigmoid) LLMCTL_FIELD(Choice, renormalise) LLMCTL_SIZE(Choice)
-  LLMCTL_FIELD(LoraModule, y) LLMCTL_FIELD(LoraModule, rows) LLMCTL_FIELD(LoraModule, stride)
+  LLMCTL_FIELD(LoraModule, first) LLMCTL_FIELD(LoraModule, stride) LLMCTL_FIELD(LoraModule, panels)
   LLMCTL_FIELD(LoraModule, a) LLMCTL_FIELD(LoraModule, b) LLMCTL_FIELD(LoraModule, scales) LLMCTL_SIZE(LoraModule)
   LLMCTL_FIELD(OpDesc, kind) LLMCTL_FIELD(OpDesc, act) LLMCTL_FIELD(OpDesc, weight_dtype) LLMCTL_FIELD(OpDesc, neox)
   LLMCTL_FIELD(OpDesc, writes_kv) LLMCTL_FIELD(OpDesc, on_rows) LLMCTL_FIELD(OpDesc, layer) LLMCTL_FIELD(OpDesc, x)
@@ -112,7 +111,8 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, permutation) LLMCTL_FIELD(OpDesc, x16) LLMCTL_FIELD(OpDesc, heads)
   LLMCTL_FIELD(OpDesc, kv_heads) LLMCTL_FIELD(OpDesc, head_dim) LLMCTL_FIELD(OpDesc, rotary_dim)
   LLMCTL_FIELD(OpDesc, window) LLMCTL_FIELD(OpDesc, cos) LLMCTL_FIELD(OpDesc, sin) LLMCTL_FIELD(OpDesc, lora)
-  LLMCTL_FIELD(OpDesc, num_lora) LLMCTL_FIELD(OpDesc, eps)
+  LLMCTL_FIELD(OpDesc, num_lora) LLMCTL_FIELD(OpDesc, lora_rank) LLMCTL_FIELD(OpDesc, low)
+  LLMCTL_FIELD(OpDesc, lora_dtype) LLMCTL_FIELD(OpDesc, eps)
   LLMCTL_FIELD(OpDesc, offset) LLMCTL_FIELD(OpDesc, scale) LLMCTL_FIELD(OpDesc, softcap)
   LLMCTL_FIELD(OpDesc, choice) LLMCTL_FIELD(OpDesc, sorted) LLMCTL_SIZE(OpDesc)
   LLMCTL_FIELD(KvDesc, base) LLMCTL_FIELD(KvDesc, kv_heads) LLMCTL_FIELD(KvDesc, head_dim)
@@ -135,8 +135,8 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(SamplingDesc, num_logprobs) LLMCTL_FIELD(SamplingDesc, token_ids) LLMCTL_FIELD(SamplingDesc, out)
   LLMCTL_SIZE(SamplingDesc)
   {"tile", kTile}, {"lanes", kLanes}, {"max_act_group", kMaxActGroup}, {"queries", kQueries},
-  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds}, {"split", kSplit}, {"tile_rows", kTileRows},
-  {"tile_bytes", kTileBytes},
+  {"max_head", kMaxHead}, {"keys", kKeys}, {"max_kinds", kMaxKinds}, {"split", kSplit},
+  {"max_splits", kMaxSplits}, {"tile_rows", kTileRows}, {"tile_bytes", kTileBytes},
   {"weight_bits.f32", weight_bits_of(kF32)}, {"weight_bits.bf16", weight_bits_of(kBf16)},
   {"weight_bits.w4", weight_bits_of(kW4)}, {"weight_bits.w8", weight_bits_of(kW8)},
   {"weight_bits.w4_min", weight_bits_of(kW4Min)}, {"weight_bits.w8_min", weight_bits_of(kW8Min)},

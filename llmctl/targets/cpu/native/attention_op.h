@@ -77,7 +77,7 @@ static inline void load_queries(const OpDesc& op, const StepDesc& step, const Kv
   }
 }
 
-// Normalises the queries' outputs into y, or as int8 into y8: a row's columns of one tile are whole activation groups.
+// Normalises the queries' outputs into y, or as int8 into y8 (and into y, if that is set): a row's columns of one tile are whole activation groups.
 static inline void store_outputs(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
                                  const RowTile& tile, int64_t kv_head, int64_t split, const Partial* totals) {
   const int64_t first = kv_head * packing.group + split * packing.heads_per;
@@ -97,6 +97,7 @@ static inline void store_outputs(const OpDesc& op, const StepDesc& step, const K
       for (; d < kv.dim; d++) y[d] = total.out[i][d] * inverse;
     }
     if (!op.y8.codes) continue;
+    if (op.y.data) std::memcpy(op.y.data + row * op.y.ld + column, line, size_t(width) * 4);
     const ActRow to = act_row_of(op.y8, row, step.tokens);
     for (int64_t g = 0; g < width; g += op.y8.group) quantize_group(line + g, op.y8.group, column + g, to);
   }

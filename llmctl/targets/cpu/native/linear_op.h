@@ -1,9 +1,10 @@
-// A linear op over all its tiles: micro-kernel, bias, gated epilogue, then fp32 or int8 output.
+// A linear op over all its tiles: micro-kernel, adapters (lora.h), bias, gated epilogue, then fp32 or int8 output.
 #pragma once
 #include <algorithm>
 #include <vector>
 
 #include "gemm_tiles.h"
+#include "lora.h"
 #include "pool.h"
 #include "program.h"
 #include "rowops.h"
@@ -16,10 +17,14 @@ constexpr int64_t kPatchBytes = 1 << 20;  // of their operands and outputs, half
 constexpr int64_t kPieces = 8;            // pieces of work a thread: whoever is done takes over others'
 constexpr int64_t kMaxActGroup = 128;     // columns an activation scale
 
-// Outputs of a block of rows: n columns, row stride ld.
+// Outputs of a block of rows: n columns, row stride ld. lora: what adapters add to them, or null; row: the first, of the
+// step.
 struct Outputs {
   float* data;
   int64_t ld, n;
+  LoraSums* lora;
+  int64_t row;
+  Outputs from(int64_t of_step) const { return {data + (of_step - row) * ld, ld, n, lora, of_step}; }
 };
 
 static inline void store_columns(float* y, int64_t column, int64_t n, f32x16 v) {
@@ -90,6 +95,7 @@ class LinearScratch {
     return (int8_t*)lines_.data()->bytes;
   }
   float* columns() { return columns_.data(); }
+  LoraSums lora;
   int64_t weight_bytes = 0;  // read by this thread, each once an op however many patches meet it
 
  private:
@@ -117,6 +123,14 @@ static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTil
   else if constexpr (kType == kBook4) book_tile<4, R>(w, op.x.data, op.x.ld, tile, row, total);
   else if constexpr (kType == kBf16) bf16_tile<R>(w, op.x16, w.k, tile, row, total);
   else f32_tile<R>(w, op.x.data, op.x.ld, tile, row, total);
+  if (y.lora) {
+    f32x16 sums[R][2];  // a copy: total would have to lie in memory from the start
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[r][0] = total[r][0], sums[r][1] = total[r][1];
+    y.lora->add(row, R, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) total[r][0] = sums[r][0], total[r][1] = sums[r][1];
+  }
   finish_tile<R>(op, tile, y, at, total);
 }
 
@@ -141,7 +155,7 @@ static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, in
     make_ready<int_bits(kType), has_minimums(kType)>(w, tile, op.x8.group, ready);
   }
   for (int64_t row = patch.row; row < patch.row_end; ahead.next += ahead.bytes) {
-    const Outputs here{y.data + (row - patch.row) * y.ld, y.ld, y.n};
+    const Outputs here = y.from(row);
     const int count = block_rows(row, patch.rows);
     switch (count) {
       case 8: block_tile<kType, kMany, 8>(op, w, ready, tile, row, ahead, here, at); break;
@@ -163,16 +177,16 @@ static void tile_rows_tiled(const OpDesc& op, const Weights& w, const Patch& pat
   const int64_t tile_bytes = w.k * kTile * kBits / 8;
   const Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, tile_bytes};
   int8_t* const room = scratch.tile(unpacked_bytes(op.x8, patch.row_end - patch.row));
-  const auto outputs_of = [&](int64_t row) { return Outputs{y.data + (row - patch.row) * y.ld, y.ld, y.n}; };
   multiply_tiles<kBits, kMin>(
       w, op.x8, tile, patch.row, patch.row_end, ahead, room,
       [&](int64_t row, int64_t rows, PairTotals& totals) {
-        fetch_outputs(op, outputs_of(row), at, rows);
+        fetch_outputs(op, y.from(row), at, rows);
+        if (y.lora) y.lora->add(row, rows, totals.at[0]);
         int64_t r = 0;
-        for (; r + 8 <= rows; r += 8) finish_tile<8>(op, tile, outputs_of(row + r), at, totals.at[r / 8]);
+        for (; r + 8 <= rows; r += 8) finish_tile<8>(op, tile, y.from(row + r), at, totals.at[r / 8]);
         for (; r < rows; r++) {
           f32x16 total[1][2] = {{totals.row(r)[0], totals.row(r)[1]}};
-          finish_tile<1>(op, tile, outputs_of(row + r), at, total);
+          finish_tile<1>(op, tile, y.from(row + r), at, total);
         }
       });
 }
@@ -182,11 +196,17 @@ template <int kType, Layout kLayout>
 static void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
   const Weights w = weights_of(op);
   const int64_t group = op.y8.group;
-  const Outputs y = op.y8.codes ? Outputs{scratch.columns(), group, group}
-                                : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n};
+  LoraSums* const lora = op.num_lora ? &scratch.lora : nullptr;
+  if (lora) lora->turn_to(patch.row, patch.row_end);
+  const Outputs y = op.y8.codes ? Outputs{scratch.columns(), group, group, lora, patch.row}
+                                : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n, lora, patch.row};
+  const bool floats = lora && op.y8.codes && op.y.data;  // of the rows whose adapters read them
   for (int64_t unit = patch.unit; unit < patch.unit_end; unit++) {
+    for (int64_t row = patch.row; floats && row < patch.row_end; row++)
+      if (lora->has(row)) prefetch_to_write(op.y.data + row * op.y.ld + unit * group, group * 4);
     for (int64_t i = 0; i < units.tiles_per; i++) {
       const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
+      if (lora) lora->turn_to_tile(tile);
 #if defined(LLMCTL_AMX)
       if constexpr (kLayout == Layout::kTiled) {
         tile_rows_tiled<kType>(op, w, patch, tile, y, at, scratch);
@@ -196,6 +216,8 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
       tile_rows<kType, kLayout>(op, w, patch, tile, y, at, scratch);
     }
     if (!op.y8.codes) continue;
+    for (int64_t row = patch.row; floats && row < patch.row_end; row++)
+      if (lora->has(row)) std::memcpy(op.y.data + row * op.y.ld + unit * group, y.from(row).data, size_t(group) * 4);
     quantize_columns(y.data, y.ld, unit * group, op.y8, {patch.row, patch.row_end, patch.rows});
   }
 }
@@ -252,8 +274,9 @@ struct Cut {
 // Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
 // in the cache of the core that made them (measured, 512 rows on 2 cores: linears 136 ms for 148); a patch is handed out
 // in pieces, for the last of which the threads would wait. after: weights that this thread reads next.
-static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const uint8_t* after,
-                             LinearScratch& scratch) {
+static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const Adapting& adapting,
+                             const uint8_t* after, LinearScratch& scratch) {
+  if (op.num_lora) scratch.lora.begin(op, adapting);
   const Units units(op);
   const bool by_rows = rows >= kRowsAThread * share.threads;
   const Cut cut(op, rows, by_rows ? share.threads : 1);

@@ -1,12 +1,19 @@
-// LoRA for several adapters in one batch (Hu et al. 2021), grouped by adapter as in Punica (Chen et al. 2023):
-//   shrink   h = x A^T, for every module that reads x, a partial sum for every kSplit columns
-//   expand   y += (scale * h) B^T
-// in fp32, over matrices of fp32 or bf16. Both are made of panels of 16 outputs, so that one loop serves them: a panel
-// [len][16] by a row of len. It takes up to kLoraRows rows of one adapter at once, for which it is read from memory once;
-// the order of additions depends on neither the rows at once nor their number, so that a row has the same bits in any
-// batch. Rows without an adapter are not looked at; modules that an adapter leaves alone (scale 0) are not read.
+// LoRA for several adapters in one batch (Hu et al. 2021), grouped by adapter as in Punica (Chen et al. 2023), inside the
+// phase of the linear that adapters act on:
+//   shrink   h = x A^T, the first work of the phase, shared by the threads: a partial sum for every few columns of x
+//   expand   y += (scale * h) B^T, part of the linear's epilogue: a tile's totals are still in registers
+// No barrier lies between: a thread waits for the partial sums of the others when its first tile is done, which takes
+// longer than they do.
+//
+// Matrices are fp32 or bf16, operands and sums fp32: bf16 is widened in registers, which is as fast as vdpbf16ps for one
+// row and faster for more (measured: 0.55 ns for that, 0.14 for a fused multiply-add of half as many products). Both
+// products are made of panels of 16 outputs, one loop for both. It takes up to kLoraRows rows of one adapter at once, for
+// which a panel is read and widened once. The order of additions depends on neither the rows at once nor their number, so that a row has the same
+// bits in any batch. Rows without an adapter are not looked at; modules that an adapter leaves alone (scale 0) are not
+// read.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -16,8 +23,9 @@
 namespace llmctl {
 
 constexpr int kLoraRows = 4;
-constexpr int64_t kSplit = 512;       // columns of x a partial sum: work for more threads than there are panels
-constexpr int64_t kPanelsAtOnce = 4;  // of an expand: a piece of work
+constexpr int64_t kWindow = 32;     // rows whose adapters are grouped: those that meet a tile of weights at once
+constexpr int64_t kSplit = 128;     // columns of x a partial sum, at least; even
+constexpr int64_t kMaxSplits = 16;  // partial sums: wider x has longer ones
 
 // Rows that have one adapter: indices [begin, begin + count) of AdapterRows::rows.
 struct AdapterTile {
@@ -26,150 +34,265 @@ struct AdapterTile {
 
 // The rows of a step that have adapters, grouped.
 struct AdapterRows {
+  const int32_t* slots = nullptr;  // of every row of the step, -1 for none
   std::vector<int32_t> rows;
   std::vector<AdapterTile> tiles;
+  std::vector<size_t> windows;  // the first tile of each window, and their end
 
-  // slots: [count], -1 for none.
-  void group(const int32_t* slots, int64_t count) {
+  void group(const int32_t* of_rows, int64_t count) {
+    slots = of_rows;
     rows.clear();
     tiles.clear();
-    for (int64_t row = 0; row < count; row++)
-      if (slots[row] >= 0) rows.push_back(int32_t(row));
-    std::stable_sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) { return slots[a] < slots[b]; });
-    for (size_t i = 0; i < rows.size(); i++) {
-      const int32_t slot = slots[rows[i]];
-      if (tiles.empty() || tiles.back().slot != slot || tiles.back().count == kLoraRows)
-        tiles.push_back({slot, int32_t(i), 0});
-      tiles.back().count++;
+    windows.clear();
+    for (int64_t first = 0; first < count; first += kWindow) {
+      const size_t begin = rows.size();
+      windows.push_back(tiles.size());
+      for (int64_t row = first; row < std::min(first + kWindow, count); row++)
+        if (slots[row] >= 0) rows.push_back(int32_t(row));
+      std::stable_sort(rows.begin() + int64_t(begin), rows.end(), [&](int32_t a, int32_t b) { return slots[a] < slots[b]; });
+      for (size_t i = begin; i < rows.size(); i++) {
+        const int32_t slot = slots[rows[i]];
+        if (tiles.size() == windows.back() || tiles.back().slot != slot || tiles.back().count == kLoraRows)
+          tiles.push_back({slot, int32_t(i), 0});
+        tiles.back().count++;
+      }
     }
+    windows.push_back(tiles.size());
   }
 };
 
-static inline int64_t panels_of(const LoraModule& module) { return (module.rows + kLanes - 1) / kLanes; }
-static inline int64_t pieces_of(const LoraModule& module) {
-  return (panels_of(module) + kPanelsAtOnce - 1) / kPanelsAtOnce;
+// What a thread needs of a step to let adapters act on a linear. share: of the shrink; done: pieces of it that are.
+struct Adapting {
+  const AdapterRows& adapters;
+  const Share share;
+  std::atomic<int64_t>& done;
+};
+
+// Columns of an output that lie together.
+template <class T>
+constexpr int kLineStep = sizeof(T) == 2 ? 2 : 1;
+
+// A line of a panel: its 16 outputs' columns, each as fp32.
+static inline __attribute__((always_inline)) void widen(const uint16_t* line, f32x16 (&columns)[2]) {
+  const u32x16 both = load<u32x16>(line);
+  columns[0] = (f32x16)(both << 16), columns[1] = (f32x16)(both & 0xffff0000u);
+}
+static inline __attribute__((always_inline)) void widen(const float* line, f32x16 (&columns)[2]) {
+  columns[0] = load<f32x16>(line), columns[1] = load<f32x16>(line + kLanes);
 }
 
-static inline f32x16 panel_line(const float* p) { return load<f32x16>(p); }
-static inline f32x16 panel_line(const uint16_t* p) { return bf16_to_f32(load<u16x16>(p)); }
+// The last column of an odd number; in bf16 a column of zeros lies beside it.
+static inline f32x16 last_column(const uint16_t* line) { return (f32x16)(load<u32x16>(line) << 16); }
+static inline f32x16 last_column(const float* line) { return load<f32x16>(line); }
 
-// total[r] = the panel [len][16] by x[r] [len]: even columns, then odd ones.
-template <class T, int R>
+// total[r] = the panel [len][16] by x[r] [len]: even columns, then odd ones; where kAhead, `ahead` is fetched meanwhile, as
+// many bytes as are read.
+template <class T, int R, bool kAhead>
 static inline __attribute__((always_inline)) void panel_rows(const T* panel, int64_t len, const float* const* x,
-                                                             f32x16 (&total)[R]) {
+                                                             const T* ahead, f32x16 (&total)[R]) {
   f32x16 even[R], odd[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) even[r] = odd[r] = f32x16{};
   int64_t k = 0;
-  for (; k + 2 <= len; k += 2, panel += 32) {
-    const f32x16 first = panel_line(panel), second = panel_line(panel + 16);
+  for (; k + 2 <= len; k += 2, panel += 2 * kLanes) {
+    f32x16 columns[2];
+    widen(panel, columns);
+    if (kAhead) {
+      __builtin_prefetch(ahead + k * kLanes);
+      if (sizeof(T) == 4) __builtin_prefetch(ahead + (k + 1) * kLanes);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      even[r] = fused(first, x[r][k], even[r]);
-      odd[r] = fused(second, x[r][k + 1], odd[r]);
+      even[r] = fused(columns[0], x[r][k], even[r]);
+      odd[r] = fused(columns[1], x[r][k + 1], odd[r]);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
-    if (k < len) even[r] = fused(panel_line(panel), x[r][k], even[r]);
+    if (k < len) even[r] = fused(last_column(panel), x[r][k], even[r]);
     total[r] = even[r] + odd[r];
   }
 }
 
-// The same for up to kLoraRows rows.
-template <class T>
-static inline void panel_product(const T* panel, int64_t len, const float* const* x, int count, f32x16* total) {
+// Calls f with the number of rows of a tile as a constant: loops over them are unrolled, and their sums stay in registers.
+template <class F>
+static inline __attribute__((always_inline)) void with_count(int count, F&& f) {
+  static_assert(kLoraRows == 4, "");
   switch (count) {
-    case 4: return panel_rows<T, 4>(panel, len, x, *(f32x16(*)[4])total);
-    case 3: return panel_rows<T, 3>(panel, len, x, *(f32x16(*)[3])total);
-    case 2: return panel_rows<T, 2>(panel, len, x, *(f32x16(*)[2])total);
-    default: return panel_rows<T, 1>(panel, len, x, *(f32x16(*)[1])total);
+    case 4: return f(std::integral_constant<int, 4>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 2: return f(std::integral_constant<int, 2>());
+    default: return f(std::integral_constant<int, 1>());
   }
 }
 
-// How the partial sums of a row lie in h: [modules][rank / 16][splits][16].
+// How the partial sums of a row lie in op.low: [modules][rank / 16][splits][16].
 struct LoraShape {
-  int64_t ranks, splits, modules;  // panels of 16 a rank
+  int64_t ranks, columns, split, splits;  // ranks: panels of 16; columns: as they lie; split: of them, the last less
   explicit LoraShape(const OpDesc& op)
-      : ranks(op.group / kLanes), splits((op.width + kSplit - 1) / kSplit), modules(op.num_lora) {}
+      : ranks(op.lora_rank / kLanes),
+        columns(op.lora_dtype == kBf16 ? (op.width + 1) / 2 * kLineStep<uint16_t> : op.width),
+        split(std::max(kSplit, (op.width + 2 * kMaxSplits - 1) / (2 * kMaxSplits) * 2)),
+        splits((op.width + split - 1) / split) {}
   int64_t at(int64_t module, int64_t rank, int64_t split) const {
     return ((module * ranks + rank) * splits + split) * kLanes;
   }
+  int64_t pieces(const AdapterRows& adapters) const { return splits * int64_t(adapters.tiles.size()); }
 };
 
+// The first work of an adapted linear's phase: pieces of one sum of one tile of rows.
 template <class T>
-static void shrink_op(const OpDesc& op, const AdapterRows& adapters, const Share& share) {
+static void shrink(const OpDesc& op, const Adapting& adapting) {
   const LoraShape shape(op);
-  const int64_t tiles = int64_t(adapters.tiles.size());
-  share.run(shape.modules * shape.ranks * shape.splits * tiles, 1, [&](int64_t item, int64_t) {
-    const AdapterTile& tile = adapters.tiles[size_t(item % tiles)];
-    const int64_t split = item / tiles % shape.splits, panel = item / tiles / shape.splits;
-    const LoraModule& module = op.lora[panel / shape.ranks];
-    if (module.scales[tile.slot] == 0.0f) return;
-    const int64_t begin = split * kSplit, len = std::min(kSplit, op.width - begin), rank = panel % shape.ranks;
-    const float* x[kLoraRows];
-    for (int r = 0; r < tile.count; r++) x[r] = op.x.data + adapters.rows[size_t(tile.begin + r)] * op.x.ld + begin;
-    f32x16 total[kLoraRows];
-    const T* a = (const T*)module.a + ((tile.slot * shape.ranks + rank) * op.width + begin) * kLanes;
-    panel_product(a, len, x, tile.count, total);
-    for (int r = 0; r < tile.count; r++)
-      store(op.y.data + adapters.rows[size_t(tile.begin + r)] * op.y.ld + shape.at(panel / shape.ranks, rank, split),
-            total[r]);
+  const AdapterRows& adapters = adapting.adapters;
+  const int64_t pieces = shape.pieces(adapters);
+  const auto panel = [&](int64_t item, int64_t m, int64_t rank) {
+    const int64_t slot = adapters.tiles[size_t(item / shape.splits)].slot, begin = item % shape.splits * shape.split;
+    return (const T*)op.lora[m].a + ((slot * shape.ranks + rank) * shape.columns + begin) * kLanes;
+  };
+  const int64_t first = adapting.share.begin(pieces, adapting.share.thread);
+  if (first < pieces)
+    for (int64_t m = 0; m < op.num_lora; m++) prefetch(panel(first, m, 0), shape.split * kLanes * int64_t(sizeof(T)));
+  int64_t made = 0;
+  adapting.share.run(pieces, 1, [&](int64_t item, int64_t) {
+    const AdapterTile& tile = adapters.tiles[size_t(item / shape.splits)];
+    const int64_t split = item % shape.splits, begin = split * shape.split, len = std::min(shape.split, op.width - begin);
+    const int32_t* rows = &adapters.rows[size_t(tile.begin)];
+    with_count(tile.count, [&](auto known) {
+      constexpr int R = decltype(known)::value;
+      const float* x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) x[r] = op.x.data + rows[r] * op.x.ld + begin;
+      for (int64_t m = 0; m < op.num_lora; m++) {
+        if (op.lora[m].scales[tile.slot] == 0.0f) continue;
+        for (int64_t rank = 0; rank < shape.ranks; rank++) {
+          f32x16 total[R];
+          const T* ahead = panel(std::min(item + 1, pieces - 1), m, rank);
+          panel_rows<T, R, true>(panel(item, m, rank), len, x, ahead, total);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++)
+            store(op.low.data + rows[r] * op.low.ld + shape.at(m, rank, split), total[r]);
+        }
+      }
+    });
+    made++;
   });
+  adapting.done.fetch_add(made, std::memory_order_release);
 }
 
-// scale * h of a row and module, all splits together: [ranks * 16].
-static inline void scaled_row(const OpDesc& op, const LoraShape& shape, int64_t module, float scale, int64_t row,
-                              float* out) {
-  for (int64_t rank = 0; rank < shape.ranks; rank++) {
-    const float* h = op.x.data + row * op.x.ld + shape.at(module, rank, 0);
-    f32x16 sum = load<f32x16>(h);
-    for (int64_t split = 1; split < shape.splits; split++) sum += load<f32x16>(h + split * kLanes);
-    store(out + rank * kLanes, sum * scale);
+// What a thread adds to the tiles of a linear, some rows at a time.
+class LoraSums {
+ public:
+  // Makes the thread's share of the shrink.
+  void begin(const OpDesc& op, const Adapting& adapting) {
+    op_ = &op, adapting_ = &adapting, first_ = end_ = 0, ready_ = false;
+    if (op.lora_dtype == kBf16) shrink<uint16_t>(op, adapting);
+    else shrink<float>(op, adapting);
   }
-}
-
-// y[0 .. n) += v
-static inline void add_columns(float* y, int64_t n, f32x16 v) {
-  if (n >= kLanes) return store(y, load<f32x16>(y) + v);
-  for (int64_t i = 0; i < n; i++) y[i] += v[i];
-}
-
-// line: a thread's scratch.
-template <class T>
-static void expand_op(const OpDesc& op, const AdapterRows& adapters, const Share& share, std::vector<float>& line) {
-  const LoraShape shape(op);
-  const int64_t tiles = int64_t(adapters.tiles.size()), rank = op.group;
-  if (int64_t(line.size()) < kLoraRows * rank) line.resize(size_t(kLoraRows * rank));
-  int64_t pieces = 0;
-  for (int64_t m = 0; m < shape.modules; m++) pieces += pieces_of(op.lora[m]);
-  share.run(pieces * tiles, 1, [&](int64_t item, int64_t) {
-    const AdapterTile& tile = adapters.tiles[size_t(item % tiles)];
-    int64_t m = 0, piece = item / tiles;
-    for (; piece >= pieces_of(op.lora[m]); m++) piece -= pieces_of(op.lora[m]);
-    const LoraModule& module = op.lora[m];
-    const float scale = module.scales[tile.slot];
-    if (scale == 0.0f) return;
-    const float* h[kLoraRows];
-    for (int r = 0; r < tile.count; r++) {
-      scaled_row(op, shape, m, scale, adapters.rows[size_t(tile.begin + r)], line.data() + r * rank);
-      h[r] = line.data() + r * rank;
+  // Rows [row, row_end) are next.
+  void turn_to(int64_t row, int64_t row_end) {
+    if (row != first_ || row_end != end_) first_ = row, end_ = row_end, ready_ = false;
+  }
+  // A tile is next: finds which modules have outputs in it, and fetches what they need.
+  void turn_to_tile(int64_t tile) {
+    parts_.clear();
+    for (int64_t m = 0; m < op_->num_lora; m++) {
+      const LoraModule& module = op_->lora[m];
+      for (int half = 0; half < 2; half++) {
+        const int64_t at = 2 * tile + half - module.first, panel = at / module.stride;
+        if (at >= 0 && at % module.stride == 0 && panel < module.panels) parts_.push_back({m, panel, half});
+      }
     }
-    const int64_t last = std::min((piece + 1) * kPanelsAtOnce, panels_of(module));
-    for (int64_t panel = piece * kPanelsAtOnce; panel < last; panel++) {
-      f32x16 total[kLoraRows];
-      panel_product((const T*)module.b + (tile.slot * panels_of(module) + panel) * rank * kLanes, rank, h, tile.count, total);
-      for (int r = 0; r < tile.count; r++)
-        add_columns(module.y.data + adapters.rows[size_t(tile.begin + r)] * module.y.ld + panel * module.stride,
-                    module.rows - panel * kLanes, total[r]);
+    int32_t last = -1;
+    for (const AdapterTile& of : adapting_->adapters.tiles) {
+      if (of.slot != last)
+        for (const Part& part : parts_)
+          if (op_->lora[part.module].scales[of.slot] != 0.0f) prefetch(panel(part, of.slot), panel_bytes());
+      last = of.slot;
     }
-  });
-}
+  }
 
-static inline void lora_op(const OpDesc& op, const AdapterRows& adapters, const Share& share, std::vector<float>& line) {
-  const bool half = op.weight_dtype == kBf16;
-  if (op.kind == kShrink) return half ? shrink_op<uint16_t>(op, adapters, share) : shrink_op<float>(op, adapters, share);
-  return half ? expand_op<uint16_t>(op, adapters, share, line) : expand_op<float>(op, adapters, share, line);
-}
+  // totals [rows][2]: outputs 0..15 and 16..31 of the tile, of rows [row, row + rows), at most kWindow of them.
+  __attribute__((noinline)) void add(int64_t row, int64_t rows, f32x16 (*totals)[2]) {
+    const AdapterRows& adapters = adapting_->adapters;
+    const size_t first = adapters.windows[size_t(row / kWindow)];
+    const size_t last = adapters.windows[size_t((row + rows - 1) / kWindow) + 1];
+    for (size_t i = first; i < last; i++) {
+      const AdapterTile& tile = adapters.tiles[i];
+      const int32_t* of_tile = &adapters.rows[size_t(tile.begin)];  // ascending
+      int begin = 0, end = tile.count;
+      while (begin < end && of_tile[begin] < row) begin++;
+      while (end > begin && of_tile[end - 1] >= row + rows) end--;
+      if (begin == end) continue;
+      if (!ready_) scale_sums();
+      with_count(end - begin, [&](auto known) {
+        constexpr int R = decltype(known)::value;
+        if (op_->lora_dtype == kBf16) add_panels<uint16_t, R>(tile.slot, row, of_tile + begin, totals);
+        else add_panels<float, R>(tile.slot, row, of_tile + begin, totals);
+      });
+    }
+  }
+
+  // Whether a row has an adapter.
+  bool has(int64_t row) const { return adapting_->adapters.slots[row] >= 0; }
+
+ private:
+  int64_t panel_bytes() const { return op_->lora_rank * kLanes * (op_->lora_dtype == kBf16 ? 2 : 4); }
+
+  // Outputs of a module in half a tile.
+  struct Part {
+    int64_t module, panel;
+    int half;
+  };
+  const uint8_t* panel(const Part& part, int32_t slot) const {
+    const LoraModule& module = op_->lora[part.module];
+    return module.b + (slot * module.panels + part.panel) * panel_bytes();
+  }
+
+  template <class T, int R>
+  void add_panels(int32_t slot, int64_t row, const int32_t* rows, f32x16 (*totals)[2]) const {
+    const int64_t rank = op_->lora_rank;
+    for (const Part& part : parts_) {
+      if (op_->lora[part.module].scales[slot] == 0.0f) continue;
+      const float* h[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) h[r] = sums_.data() + ((rows[r] - first_) * op_->num_lora + part.module) * rank;
+      f32x16 sum[R];
+      panel_rows<T, R, false>((const T*)panel(part, slot), rank, h, nullptr, sum);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) totals[rows[r] - row][part.half] += sum[r];
+    }
+  }
+
+  // scale * h of the rows at hand, all splits together: [row][module][rank].
+  void scale_sums() {
+    const LoraShape shape(*op_);
+    const AdapterRows& adapters = adapting_->adapters;
+    wait_until(adapting_->done, shape.pieces(adapters));
+    const int64_t row_sums = op_->num_lora * op_->lora_rank;
+    if (int64_t(sums_.size()) < (end_ - first_) * row_sums) sums_.resize(size_t((end_ - first_) * row_sums));
+    for (int64_t row = first_; row < end_; row++) {
+      if (adapters.slots[row] < 0) continue;
+      for (int64_t m = 0; m < op_->num_lora; m++) {
+        const float scale = op_->lora[m].scales[adapters.slots[row]];
+        if (scale == 0.0f) continue;
+        for (int64_t rank = 0; rank < shape.ranks; rank++) {
+          const float* low = op_->low.data + row * op_->low.ld + shape.at(m, rank, 0);
+          f32x16 sum = load<f32x16>(low);
+          for (int64_t split = 1; split < shape.splits; split++) sum += load<f32x16>(low + split * kLanes);
+          store(sums_.data() + (row - first_) * row_sums + m * op_->lora_rank + rank * kLanes, sum * scale);
+        }
+      }
+    }
+    ready_ = true;
+  }
+
+  const OpDesc* op_ = nullptr;
+  const Adapting* adapting_ = nullptr;
+  int64_t first_ = 0, end_ = 0;
+  bool ready_ = false;
+  std::vector<Part> parts_;
+  std::vector<float> sums_;
+};
 
 }  // namespace llmctl

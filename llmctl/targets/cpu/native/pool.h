@@ -6,6 +6,7 @@
 // steps workers sleep on a condition variable.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -145,6 +146,15 @@ class Pool {
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<int> asleep_{0};
 };
+
+// Waits until a counter has reached `count`. Those who are to raise it are at work, at nothing that waits for this thread.
+static inline void wait_until(const std::atomic<int64_t>& counter, int64_t count) {
+  for (int spins = 0; counter.load(std::memory_order_acquire) < count; spins++) {
+    if (spins < 4096) cpu_relax();
+    else if (spins < 8192) std::this_thread::yield();
+    else std::this_thread::sleep_for(std::chrono::microseconds(20));  // they may be waiting for this core
+  }
+}
 
 // How far one thread's share of a parallel phase is done; zeroed before the step.
 struct alignas(64) WorkCounter {

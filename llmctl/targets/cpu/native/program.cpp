@@ -12,7 +12,6 @@
 #include "abi.h"
 #include "attention_op.h"
 #include "experts.h"
-#include "lora.h"
 
 using namespace llmctl;
 
@@ -42,6 +41,7 @@ struct llmctl_program {
   Attention attention;
   std::vector<RowTile> tiles;
   std::unique_ptr<WorkCounter[]> counters;  // [op][2 phases][thread], then sampling
+  std::unique_ptr<WorkCounter[]> shrunk;    // [op] pieces of a shrink that are done
   std::vector<SamplingScratch> scratch;     // a thread
   std::vector<LinearScratch> linear_scratch;  // a thread
   std::vector<int32_t> sample_index;        // logits row -> sampling row, -1 for a target
@@ -56,6 +56,7 @@ struct llmctl_program {
         pool(threads),
         attention(pool.threads(), max_model_len),
         counters(new_counters(plain)),
+        shrunk(new WorkCounter[plain.ops.size()]),
         scratch(size_t(pool.threads()), SamplingScratch(vocab_size)),
         linear_scratch(size_t(pool.threads())) {
     for (int64_t i = 0; i < num_kv; i++)
@@ -80,7 +81,9 @@ struct llmctl_program {
   // The attention ops must be those of the first list.
   void adapt(const OpDesc* begin, int64_t num_ops) {
     adapted = std::make_unique<Walk>(begin, num_ops);
-    if (adapted->ops.size() > plain.ops.size()) counters = new_counters(*adapted);
+    if (adapted->ops.size() <= plain.ops.size()) return;
+    counters = new_counters(*adapted);
+    shrunk.reset(new WorkCounter[adapted->ops.size()]);
   }
 
   Share share(size_t phase, int thread) {
@@ -138,7 +141,6 @@ void int8_rows(const OpDesc& op, const RowRange& range, float* lines) {
   for (int64_t row = range.first; row < range.last; row++) {
     float* line = lines + (row - range.first) * k;
     if (op.kind == kQuantize) operand_row(op, row, line);
-    else if (op.kind == kActMul) act_mul_row(op.x.data + row * op.x.ld, line, op.width, Act(op.act));
     else norm_row(op, row, line);
     std::fill(line + op.width, line + k, 0.0f);
     if (op.y.data) std::memcpy(op.y.data + row * op.y.ld, line, size_t(op.width) * 4);
@@ -185,7 +187,6 @@ void row_op(const llmctl_program& p, const OpDesc& op, const StepDesc& step, int
     case kLayerNorm: return norm_row(op, row, y);
     case kHeadRmsNorm: return head_norm_row(op, row);
     case kAct: return act_row(x, y, op.width, Act(op.act));
-    case kActMul: return act_mul_row(x, y, op.width, Act(op.act));
     case kCap: return cap_row(x, y, op.width, op.scale, op.softcap);
     case kMul: return mul_row(x, op.x2.data + row * op.x2.ld, y, op.width);
     case kAdd: return add_row(x, op.x2.data + row * op.x2.ld, y, op.width);
@@ -211,7 +212,8 @@ void run_op(llmctl_program& p, const Walk& walk, size_t index, const StepDesc& s
   const Share share = p.share(2 * index, thread);
   if (op.kind == kLinear) {
     const Ahead after = first_weights(walk.ops[walk.next_linear[index]], thread, p.pool.threads());
-    linear_op(op, rows, share, after.next, p.linear_scratch[size_t(thread)]);
+    const Adapting adapting{p.adapters, p.share(2 * index + 1, thread), p.shrunk[index].next};
+    linear_op(op, rows, share, adapting, after.next, p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kAttention) {
     p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
   } else if (op.kind == kGroupedLinear) {
@@ -225,8 +227,6 @@ void run_op(llmctl_program& p, const Walk& walk, size_t index, const StepDesc& s
     share.run(rows * op.choice.top_k, unit, [&](int64_t begin, int64_t end) {
       for (int64_t place = begin; place < end; place++) gather_row(op, place, line.data());
     });
-  } else if (op.kind == kShrink || op.kind == kExpand) {
-    lora_op(op, p.adapters, share, line);
   } else {
     // A block of int8 rows shares cache lines: two threads writing them take 1.5 times as long as one (8 rows, measured).
     const int64_t unit = op.y8.codes || rows > 8 * p.pool.threads() ? 8 : 1;
@@ -302,6 +302,7 @@ struct Step {
     const size_t threads = size_t(p.pool.threads());
     for (size_t i = 2 * from * threads; i < (2 * walk.ops.size() + 1) * threads; i++)
       p.counters[i].next.store(0, std::memory_order_relaxed);
+    for (size_t i = from; i < walk.ops.size(); i++) p.shrunk[i].next.store(0, std::memory_order_relaxed);
   }
 };
 

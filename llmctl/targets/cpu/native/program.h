@@ -30,11 +30,8 @@ enum Kind : int32_t {
   kGatherExperts = 18,  // x -> the operand of grouped linears, rows in expert order: int8 codes, bf16 or fp32
   kGroupedLinear = 19,
   kWeightedSum = 20,    // rows x by shares x2 -> y
-  kActMul = 21,     // y = act(gate) * up of an opened gated linear, whose tiles x has: 16 of gate, 16 of up
-  kShrink = 22,     // x -> y: partial sums of adapters, see lora.h
-  kExpand = 23,     // x = what kShrink made; adds to the modules' y
 };
-constexpr int kMaxKinds = 24;
+constexpr int kMaxKinds = 21;
 
 // kW4Min, kW8Min: integers with a minimum a group. kE4m3: float8_e4m3 codes. kBook4: 4-bit codes of w_book.
 enum DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kW4 = 3, kW8 = 4, kW4Min = 5, kW8Min = 6, kE4m3 = 7, kBook4 = 8 };
@@ -55,11 +52,12 @@ struct Choice {
   int32_t sigmoid, renormalise;  // sigmoid: of scores, of shares
 };
 
-// What adapters add to in one linear: `rows` outputs from y on, 16 of them every `stride` columns. Of slot s: a is
-// [rank / 16][k][16] and b [ceil(rows / 16)][rank][16], one slot behind the other; scales[s] 0: it adds nothing here.
+// What adapters add to in one linear: `panels` halves of its tiles, of 16 outputs each, from half number `first` on,
+// every `stride`. Of slot s: a is [rank / 16][columns][16] and b [panels][rank][16], one slot behind the other; bf16: two
+// columns of an output lie together, [columns / 2][16][2] and [rank / 2][16][2], with a column of zeros behind an odd
+// number. scales[s] 0: it adds nothing here.
 struct LoraModule {
-  Matrix y;
-  int64_t rows, stride;
+  int64_t first, stride, panels;
   const uint8_t* a;
   const uint8_t* b;
   const float* scales;
@@ -75,10 +73,10 @@ struct OpDesc {
   int64_t layer;         // KV layer
   Matrix x, x2, x3, y, y2;
   IntActs x8;            // int8 operand of a linear
-  IntActs y8;            // when codes is set, norms, linears and attention write this instead of y
+  IntActs y8;            // when codes is set, norms, linears and attention write this, and y only if that is set too
   int64_t width;         // columns of x
   int64_t n;             // valid outputs of a linear (of the epilogue)
-  int64_t n_padded, k, group;  // group of kShrink and kExpand: rank, a multiple of 16; width: columns of the linear's x
+  int64_t n_padded, k, group;
   const uint8_t* w;      // linear: packed; embeddings: packed, or [V][width]; norms: fp32
   const uint16_t* w_scales;
   const uint8_t* w_zeros;
@@ -91,8 +89,10 @@ struct OpDesc {
   int64_t heads, kv_heads, head_dim, rotary_dim, window;
   const float* cos;      // [positions][rotary_dim / 2]
   const float* sin;
-  const LoraModule* lora;      // [num_lora], those that read one x; weight_dtype: of their matrices, kF32 or kBf16
-  int64_t num_lora;
+  const LoraModule* lora;  // [num_lora] of a linear, which then has the floats of its operand as x, too
+  int64_t num_lora, lora_rank;  // rank of a slot, a multiple of 16
+  Matrix low;              // partial sums, see lora.h
+  int32_t lora_dtype;      // of their matrices, kF32 or kBf16
   float eps, offset, scale, softcap;
   Choice choice;
   int32_t sorted;        // x of kGatherExperts is in expert order

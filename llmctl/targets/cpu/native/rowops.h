@@ -103,15 +103,6 @@ static inline void act_row(const float* x, float* y, int64_t n, Act act) {
   }
 }
 
-// y = act(gate) * up [n] of an opened gated linear: of every 32 columns of x, 16 of gate and 16 of up.
-static inline void act_mul_row(const float* x, float* y, int64_t n, Act act) {
-  for (int64_t i = 0; i < n; i += 16, x += 32) {
-    const f32x16 v = activate(load<f32x16>(x), act) * load<f32x16>(x + 16);
-    if (i + 16 <= n) store(y + i, v);
-    else for (int64_t j = i; j < n; j++) y[j] = v[j - i];
-  }
-}
-
 // y = scale * x, then cap * tanh(y / cap) unless that is 0; y may be x.
 static inline void cap_row(const float* x, float* y, int64_t n, float scale, float cap) {
   const auto capped = [&](f32x16 v) { return cap > 0 ? vtanh(v * (scale / cap)) * cap : v * scale; };

@@ -91,7 +91,7 @@ struct Layer {
       op.k = op.group = kWidth;
       op.w = (const uint8_t*)memory.floats(part.second * kWidth, 0.2f);
     }
-    const size_t behind_qkv = ops.size();
+    const size_t behind_qkv = ops.size();  // three linears
     OpDesc& rope = add(kRope, q, q, kHeads * kDim);
     rope.x2 = rope.y2 = k;
     rope.x3 = v;
@@ -127,33 +127,35 @@ struct Layer {
     head.w = (const uint8_t*)memory.floats(kVocab * kWidth, 0.2f);
     const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
     kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0, 0});
-    adapt(behind_qkv, normed, {{q, kHeads * kDim}, {k, kKvHeads * kDim}, {v, kKvHeads * kDim}});
+    adapt(behind_qkv - 3, behind_qkv + 1, behind_qkv + 2);
   }
 
-  // The same ops with kAdapters adapters of q, k and v, of which the last one leaves k alone.
-  void adapt(size_t at, Matrix x, const std::vector<std::pair<Matrix, int64_t>>& results) {
+  // The same ops with kAdapters adapters of q, k and v, of which the last one leaves k alone, and of gate and up.
+  void adapt(size_t qkv, size_t attention, size_t gated) {
+    adapted = ops;
+    modules.reserve(5);  // pointers into it are kept
+    for (size_t i = qkv; i < qkv + 3; i++) act_on(adapted[i], adapted[i].x, {{0, 1, adapted[i].n / kLanes, 0, 0, 0}});
+    const Matrix floats = adapted[attention].y = memory.rows(kHeads * kDim);
+    const int64_t panels = adapted[gated].n / kLanes;
+    act_on(adapted[gated], floats, {{0, 2, panels, 0, 0, 0}, {1, 2, panels, 0, 0, 0}});
+  }
+
+  void act_on(OpDesc& op, Matrix x, const std::vector<LoraModule>& of) {
     constexpr int64_t kRank = 16;
-    for (const auto& [y, rows] : results) {
+    op.lora = modules.data() + modules.size();
+    for (LoraModule module : of) {
       float* scales = memory.floats(kAdapters, 0);
       for (int64_t slot = 0; slot < kAdapters; slot++) scales[slot] = slot + 1 == kAdapters && modules.size() == 1 ? 0 : 0.5f;
-      modules.push_back({y, rows, kLanes, (uint8_t*)memory.floats(kAdapters * kRank * kWidth, 0.2f),
-                         (uint8_t*)memory.floats(kAdapters * kRank * rows, 0.2f), scales});
+      module.scales = scales;
+      module.a = (uint8_t*)memory.floats(kAdapters * kRank * kWidth, 0.2f);
+      module.b = (uint8_t*)memory.floats(kAdapters * kRank * module.panels * kLanes, 0.2f);
+      modules.push_back(module);
     }
-    OpDesc op{};
-    op.kind = kShrink;
     op.x = x;
-    op.y = memory.rows(int64_t(results.size()) * kRank);
-    op.width = kWidth;
-    op.group = kRank;
-    op.weight_dtype = kF32;
-    op.lora = modules.data();
-    op.num_lora = int64_t(modules.size());
-    OpDesc expand = op;
-    expand.kind = kExpand;
-    expand.x = op.y;
-    expand.y = {};
-    adapted = ops;
-    adapted.insert(adapted.begin() + int64_t(at), {op, expand});
+    op.num_lora = int64_t(of.size());
+    op.lora_rank = kRank;
+    op.lora_dtype = kF32;
+    op.low = memory.rows(op.num_lora * kRank);
   }
 };
 
