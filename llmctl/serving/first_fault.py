@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from llmctl.errors import RequestError
 from llmctl.serving.body_shape import shape_of, values_of
 from llmctl.serving.openai_errors import UNION_TAG, problem_told
+from llmctl.serving.outline import TOO_DEEP
 from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest
 from llmctl.serving.sampling_fields import logit_bias_of
 from llmctl.serving.tools.history import template_message
@@ -72,7 +73,8 @@ def check_json(data: bytes, problem: str, model: type[ApiModel]) -> None:
     try:
         _ANY.decode(data)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the request body is not valid JSON: {error}") from None
+        said = TOO_DEEP if isinstance(error, RecursionError) else error
+        raise RequestError(f"the request body is not valid JSON: {said}") from None
     _parse(model, {}, _EMPTY.get(text[:1], b"0"))
 
 

@@ -23,6 +23,8 @@ NAMES = (
 )  # fmt: skip
 """Fields that are looked at. Of others, as many as a body may have, nothing is made."""
 
+TOO_DEEP = "recursion limit exceeded"
+"""The parser's words for JSON that is nested too deeply."""
 _MISSING = msgspec.field(default_factory=msgspec.Raw)
 _Given = msgspec.defstruct("_Given", [(name, msgspec.Raw, _MISSING) for name in NAMES])
 _FIELDS = msgspec.json.Decoder(_Given)
@@ -41,8 +43,10 @@ class Outline:
         self.problem: str | None = None
         try:
             self._given = _FIELDS.decode(body)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             self.problem = str(error)
+        except RecursionError:
+            self.problem = TOO_DEEP
 
     def has(self, name: str) -> bool:
         """Whether the field is given."""

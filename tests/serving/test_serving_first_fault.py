@@ -122,6 +122,13 @@ def test_a_short_body_is_left_to_the_parser() -> None:
     check_first_fault(data, ChatCompletionRequest)
 
 
+@pytest.mark.parametrize("data", [b'{"a":' * 10**5, b"[" * 10**5])
+def test_a_long_body_that_is_nested_too_deeply_is_refused_in_the_parsers_words(data: bytes) -> None:
+    found = refusal(CompletionRequest, data)
+    assert found is not None
+    assert "recursion limit exceeded" in found[0]
+
+
 def test_the_garbage_collector_runs_again_after_a_refusal() -> None:
     for data in (b"{", b'{"prompt": "a"}'):
         refusal(CompletionRequest, data)
