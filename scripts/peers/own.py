@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peers.contest import Contestant, Launch, PeerError, Setup
 
-LLMCTL = (sys.executable, "-m", "llmctl.cli.main")
+LLMCTL = (sys.executable, "-m", "llmctl")
 
 
 def contestant(
