@@ -206,6 +206,5 @@ def plan_document(plan: BuildPlan) -> dict[str, Any]:
         "target": str(plan.target.name),
         "dtype": plan.options.dtype,
         "weights_stored_bytes": plan.weights_bytes,
-        "kv_bytes_max_model_len": memory.kv_per_token * memory.max_model_len,
         **memory_document(plan.sizing, memory),
     }

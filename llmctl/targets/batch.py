@@ -147,27 +147,30 @@ def flatten(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False) ->
     return FlatPlan(token_ids, positions, slots, query_start, rows, scored, pooled)
 
 
-def further_slots(plan: StepPlan, limits: RuntimeLimits) -> list[list[int]]:
-    """The slots [T] of every KV group but the first; the plan is one that ``flatten`` took.
+def further_slots(plan: StepPlan, limits: RuntimeLimits, first: Sequence[int]) -> list[list[int]]:
+    """The slots [T] of every KV group but the first, whose slots ``flatten`` gave.
 
     Raises:
-        ValueError: a table too few or too short, or a token without a block of its own; the message names the request.
+        ValueError: a table too few or too short (the message names the request), or a token without a block of its own.
     """
     if limits.windows == (0,):
         return []
-    size, null = limits.block_size, limits.null_block
+    size, end = limits.block_size, limits.num_blocks * limits.block_size
     found: list[list[int]] = [[] for _ in limits.windows[1:]]
     for piece in plan.slices:
-        start, end = piece.start, piece.start + len(piece.token_ids)
-        if len(piece.more_block_ids) != len(found):
+        start, count, tables = piece.start, len(piece.token_ids), piece.more_block_ids
+        if len(tables) != len(found) or min(map(len, tables), default=count + start) * size < start + count:
             raise ValueError(
-                f"request {piece.request_id}: expected {len(limits.windows)} block tables, found {len(piece.tables)}"
+                f"request {piece.request_id}: expected {len(limits.windows)} block tables for {start + count} tokens"
             )
-        for blocks in piece.tables:
-            if len(blocks) * size < end or null in blocks[start // size :]:
-                raise ValueError(f"request {piece.request_id}: tokens {start} to {end - 1} have no block in a KV group")
-        for slots, blocks in zip(found, piece.more_block_ids, strict=True):
-            slots += _slots(blocks, start, end, size)
+        index, offset = divmod(start, size)
+        for slots, blocks in zip(found, tables, strict=True):
+            if count == 1:
+                slots.append(blocks[index] * size + offset)
+            else:
+                slots += _slots(blocks, start, start + count, size)
+    if any(slots and max(slots) >= end for slots in (first, *found)):
+        raise ValueError("a token has the null block for its own")
     return found
 
 
@@ -215,10 +218,11 @@ class BlockTables:
         while len(plan.slices) > len(self._rows):
             self._table.extend(array("i", bytes(4 * self.width)))
             self._rows.append(None)
-        for row, piece in enumerate(plan.slices):
-            table = piece.more_block_ids[self._group - 1] if self._group else piece.block_ids
+        at = self._group - 1
+        tables = [s.block_ids for s in plan.slices] if at < 0 else [s.more_block_ids[at] for s in plan.slices]
+        for row, table in enumerate(tables):
             if self._rows[row] is not table:
-                self._write(row, piece, table)
+                self._write(row, plan.slices[row], table)
 
     def _write(self, row: int, piece: SequenceSlice, table: Sequence[int]) -> None:
         self._rows[row] = None
@@ -239,7 +243,7 @@ def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False
         for group in range(len(piece.tables)):
             check_blocks(piece, limits, group)
     flat = flatten(plan, limits, may_feed=may_feed)
-    slots = further_slots(plan, limits)
+    slots = further_slots(plan, limits, flat.slots)
     return Batch(
         token_ids=np.array(flat.token_ids, np.int64),
         positions=np.array(flat.positions, np.int64),

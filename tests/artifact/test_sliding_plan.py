@@ -107,8 +107,8 @@ def test_the_table_and_the_document_say_it() -> None:
     assert rows["a sequence of that length"] == ["108.8 MiB"]
     assert rows["if 22 sliding layers kept all of it"] == ["416.0 MiB"]
     document = memory_document(found, found.plan())
-    assert document["kv_bytes_of_a_sequence"] == 1740 * BLOCK
-    assert document["kv_bytes_of_a_whole_sequence"] == 26 * 8192 * TOKEN
+    assert document["kv_bytes_max_model_len"] == 1740 * BLOCK
+    assert document["kv_bytes_max_model_len_without_windows"] == 26 * 8192 * TOKEN
     assert document["kv_groups"] == [{"window": 0, "layers": 2}] * 2 + [{"window": 512, "layers": 2}] * 11
     whole = sizing(WholeContext)
     rows = {row[0].strip(): list(row[1:]) for row in memory_rows(whole, whole.plan())}

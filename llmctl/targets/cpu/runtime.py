@@ -156,7 +156,9 @@ class CpuRuntime:
                 sized for, or sampling rows that do not match it.
         """
         flat = flatten(plan, self.limits)
-        slots_by_group = [flat.slots, *further_slots(plan, self.limits)]
+        all_slots = array("q", flat.slots)
+        for further in further_slots(plan, self.limits, flat.slots):
+            all_slots.fromlist(further)
         for tables in self._tables:
             tables.update(plan)
         if len(flat.token_ids) > self._max_tokens:
@@ -165,8 +167,7 @@ class CpuRuntime:
             raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
         rows, targets, tops = _logits_rows(plan, flat)
         scores = TokenScores.zeros(len(targets), min(max(tops, default=0), self.limits.vocab_size))
-        slots_of_all = [slot for slots in slots_by_group for slot in slots] if len(slots_by_group) > 1 else flat.slots
-        arrays = [array("i", flat.token_ids), array("i", flat.positions), array("q", slots_of_all)]
+        arrays = [array("i", flat.token_ids), array("i", flat.positions), all_slots]
         adapters = token_adapters(plan)
         arrays += [array("i", values) for values in (flat.query_start, rows, targets, tops, adapters)]
         token_ids, positions, slots, query_start, rows_at, targets_at, tops_at, adapters_at = (
