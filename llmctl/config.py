@@ -30,7 +30,7 @@ class QuantizeConfig:
 
     ``symmetric`` None: by method, as ``is_symmetric``; ``bits``, ``group_size`` None: by method, as its row in
     ``quantize.methods`` says. ``max_kl``, ``max_size``: what several are chosen among by. ``merge_adapter``: each
-    ``DIR`` or ``DIR=WEIGHT``, merged before anything else.
+    ``DIR`` or ``DIR=WEIGHT``, merged before anything else. ``device``: torch's name of where layers are quantized.
     """
 
     model: str = ""
@@ -60,6 +60,7 @@ class QuantizeConfig:
     eval_text: str = "builtin"
     resume: bool = False
     threads: int | None = None
+    device: str = "cpu"
     merge_adapter: tuple[str, ...] = ()
     as_family: str = ""
 

@@ -31,6 +31,7 @@ from trial_options import chosen, work_folder
 
 from llmctl.config import QuantizeConfig
 from llmctl.errors import ExitCode, LlmctlError
+from llmctl.quantize.methods import method_of
 from llmctl.quantize.workfolder import code_version
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ CASES = {
     for bits, grid in ((4, "asymmetric"), (4, "symmetric"), (3, "asymmetric"), (8, "symmetric"))
     for method in ("rtn", "awq", "gptq", "awq+gptq")
 }
+CASES |= {method: QuantizeConfig(method=method) for method in ("w8a8", "fp8", "nf4")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def main() -> int:
     try:
         wanted = trials(args)
         with work_folder(args.keep, "llmctl-quantize-table-") as folder:
-            print(f"{args.model}; {Path(args.text).name}, {args.windows} windows of {args.context}; {_machine()}\n")
+            print(f"{args.model}; {Path(args.text).name}, {args.windows} windows of {args.context}; {machine()}\n")
             print_table(HEAD, map(cells, measure(wanted, args, folder)))
     except LlmctlError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -87,9 +89,11 @@ def trials(args: argparse.Namespace) -> list[list[Trial]]:
     protocol = (Path(args.text).name, args.windows, args.context)
     found = []
     for case, config in chosen(args.only, {case: (case, config) for case, config in CASES.items()}):
-        settings = replace(config, group_size=args.group_size, calib_length=args.calib_length, threads=args.threads)
+        settings = replace(config, calib_length=args.calib_length, threads=args.threads)
         settings = replace(settings, model=args.model, calib_samples=args.calib_samples)
-        if config.method == "rtn":
+        if config.group_size is not None:
+            settings = replace(settings, group_size=args.group_size)
+        if not (method_of(config).calibrated or config.has_budget):
             found.append([Trial(case, replace(settings, calib="", calib_samples=0, calib_length=0), protocol)])
             continue
         found += [
@@ -117,7 +121,7 @@ def measure(
     tokenizer = Tokenizer.from_files(original.aux_files(), where=str(original.path))
     text = Path(args.text).read_text(encoding="utf-8")
     windows = spread_windows(tokenizer.encode(text, add_special_tokens=False), args.context, args.windows)
-    known = {json.dumps(row["key"]): row for row in _kept(args.results)}
+    known = {json.dumps(row["key"]): row for row in kept(args.results)}
     reference = None
     for row in wanted:
         found = []
@@ -125,7 +129,7 @@ def measure(
             if (result := known.get(json.dumps(trial.key))) is None:
                 reference = reference or CheckpointDistributions(original, windows)
                 result = _measured(trial, original, reference, windows, folder / f"{trial.case}-{trial.config.seed}")
-                _keep(args.results, result)
+                keep(args.results, result)
                 said = f"{trial.case}, {trial.config.calib or 'no text'}: KL {result['kl']:.4f}"
                 print(said, file=sys.stderr, flush=True)
             found.append(result)
@@ -141,6 +145,8 @@ def _measured(
     from llmctl.evaluate.distributions import CheckpointDistributions
     from llmctl.evaluate.divergence import divergence
     from llmctl.quantize.driver import quantize_checkpoint
+    from llmctl.quantize.quality import INT8_FORMAT
+    from llmctl.targets.options import INT8_PASS
 
     usual = QuantizeConfig()
     config = trial.config
@@ -149,9 +155,12 @@ def _measured(
     started = time.monotonic()
     report = quantize_checkpoint(replace(config, model=str(original.path), output=str(output)))
     seconds = time.monotonic() - started
-    found = divergence(reference, CheckpointDistributions(open_checkpoint(output), windows), windows)
+    passes = (INT8_PASS,) if report.format == INT8_FORMAT else ()
+    made = CheckpointDistributions(open_checkpoint(output), windows, passes=passes)
+    found = divergence(reference, made, windows)
     shutil.rmtree(output)
     row = {"key": trial.key, "case": trial.case, "calibration": Path(trial.config.calib).name or "none"}
+    row["machine"] = machine()
     return {**row, "seconds": seconds, "bits_per_weight": report.bits_per_weight, **found.to_json()}
 
 
@@ -172,19 +181,22 @@ def cells(group: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _kept(path: Path | None) -> list[dict[str, Any]]:
+def kept(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, none where there is no file."""
     if path is None or not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _keep(path: Path | None, row: dict[str, Any]) -> None:
+def keep(path: Path | None, row: dict[str, Any]) -> None:
+    """Add a row to it."""
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Its processor and how many cores may be used."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else platform.processor()
     return f"{name}, {len(os.sched_getaffinity(0))} cores"

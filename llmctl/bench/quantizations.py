@@ -279,22 +279,25 @@ class _Job:
         return found.divergence
 
     def _speed(self, model: str) -> float | None:
-        """Tokens a second of an engine, which is removed again."""
-        engine = self.folder / "engine"
-        as_family = self.config.base.as_family
-        build_engine(
-            BuildConfig(
-                model=model, as_family=as_family, output=str(engine), target=self.config.target, eval_text="none"
-            )
-        )
-        try:
-            threads = self.config.base.threads
-            settings = BenchThroughputConfig(model=str(engine), threads=threads, **WORKLOAD)  # type: ignore[arg-type]
-            result = run_throughput(settings, self.shown.running()).result
-        finally:
-            shutil.rmtree(engine)
-        speed = result["decode_tokens_per_second"]
-        return None if speed is None else float(speed)
+        build = BuildConfig(model=model, as_family=self.config.base.as_family, target=self.config.target)
+        return decode_speed(build, self.folder / "engine", self.config.base.threads, self.shown.running())
+
+
+def decode_speed(
+    build: BuildConfig, engine: Path, threads: int | None, progress: bench_progress.Progress
+) -> float | None:
+    """Tokens a second of an engine under ``WORKLOAD``, which is built at ``engine`` and removed again.
+
+    Raises:
+        UsageError, LlmctlError: a model that cannot be built or run.
+    """
+    build_engine(replace(build, output=str(engine), eval_text="none"))
+    try:
+        settings = BenchThroughputConfig(model=str(engine), threads=threads, **WORKLOAD)  # type: ignore[arg-type]
+        speed = run_throughput(settings, progress).result["decode_tokens_per_second"]
+    finally:
+        shutil.rmtree(engine)
+    return None if speed is None else float(speed)
 
 
 def _settings(config: CompareConfig, output: str) -> list[QuantizeConfig]:

@@ -213,6 +213,16 @@ EvalText = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.", rich_help_panel=_GENERAL)]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where layers are quantized: cpu, cuda or cuda:N. On a GPU not tried yet; self-written calibration text "
+        "and the measurement at the end are the CPU's.",
+        rich_help_panel=_GENERAL,
+    ),
+]
 
 
 @guarded
@@ -249,6 +259,7 @@ def quantize(
     eval_text: EvalText = _D.eval_text,
     resume: Resume = _D.resume,
     threads: Threads = _D.threads,
+    device: Device = _D.device,
     json_output: JsonOption = False,
 ) -> None:
     """Quantize a model to 3, 4 or 8 bits, layer by layer, into a checkpoint that others read.
@@ -296,6 +307,7 @@ def quantize(
         eval_text=eval_text,
         resume=resume,
         threads=threads,
+        device=device,
     )
     text = read_text(settings.eval_text)
     with ProgressLines() as progress:

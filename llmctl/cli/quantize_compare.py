@@ -102,6 +102,7 @@ def compare(
     output: options.Output = _D.output,
     result_dir: ResultDir = _C.result_dir,
     threads: options.Threads = _D.threads,
+    device: options.Device = _D.device,
     json_output: JsonOption = False,
 ) -> None:
     """Quantize a model in several ways, and compare them: size, KL from the original, tokens a second of an engine.
@@ -135,6 +136,7 @@ def compare(
         max_kl=max_kl,
         max_size=max_size,
         threads=threads,
+        device=device,
     )
     widths = None if bits is None else _numbers(bits)
     settings = CompareConfig(base, _words(methods), widths, text, context, windows, target, result_dir)

@@ -88,7 +88,7 @@ def _candidates(
 ) -> Iterator[tuple[float, Tensor]]:
     """``mean|x|**a / mean|w|**(1-a)`` for a in (0, 1], where w is taken relative to its group's largest."""
     size_x = stats.mean_abs
-    size_w = torch.zeros(len(size_x), dtype=torch.float64)
+    size_w = torch.zeros_like(size_x, dtype=torch.float64)
     for part in _parts(weights):
         groups = split_groups(part.abs(), scheme.group_size)
         peaks = groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -107,8 +107,8 @@ def _candidates(
 def tie(values: Tensor, columns: Tensor) -> Tensor:
     """Each channel's value replaced by the mean over the channels of the same producer row."""
     rows = int(columns.max()) + 1
-    sums = torch.zeros(rows).index_add_(0, columns, values)
-    counts = torch.zeros(rows).index_add_(0, columns, torch.ones_like(values))
+    sums = values.new_zeros(rows).index_add_(0, columns, values)
+    counts = values.new_zeros(rows).index_add_(0, columns, torch.ones_like(values))
     return (sums / counts.clamp(min=1))[columns]
 
 

@@ -129,6 +129,8 @@ def _check_autoawq(config: QuantizeConfig) -> None:
             )
     if config.rotate:
         raise UsageError("--backend autoawq: has no --rotate", fix=_NATIVE, param="rotate")
+    if config.device != "cpu":
+        raise UsageError("--backend autoawq: has no --device", fix=_NATIVE, param="device")
     if config.merge_adapter:
         raise UsageError("--backend autoawq: has no --merge-adapter", fix=_NATIVE, param="merge_adapter")
     if config.override or config.has_budget:

@@ -23,7 +23,7 @@ def quantize_book(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     groups = split_groups(weight, scheme.group_size)
     quantize = _fp8 if scheme.book == "fp8_e4m3" else _sorted_book
     codes, scales = quantize(groups, scheme.book)
-    zeros = torch.zeros(scales.shape, dtype=torch.uint8)
+    zeros = torch.zeros_like(scales, dtype=torch.uint8)
     return QuantizedWeight(codes.reshape(weight.shape), scales, zeros, scheme)
 
 
@@ -36,7 +36,7 @@ def _fp8(groups: Tensor, _: str) -> tuple[Tensor, Tensor]:
 
 def _sorted_book(groups: Tensor, book: str) -> tuple[Tensor, Tensor]:
     """As bitsandbytes 0.50 (quantize_4bit), to the bit: times the reciprocal, midpoints to the lower code."""
-    values = torch.tensor(CODE_BOOKS[book].values)
+    values = torch.tensor(CODE_BOOKS[book].values, device=groups.device)
     scales = groups.abs().amax(dim=-1)
     scaled = (groups * (1.0 / scales.clamp(min=_SMALLEST)).unsqueeze(-1)).clamp(-1, 1)
     return torch.bucketize(scaled, (values[:-1] + values[1:]) / 2).to(torch.uint8), scales

@@ -135,18 +135,20 @@ def spend(
     source: Checkpoint,
     tokens: Tensor,
     on_progress: OnProgress,
+    device: str = "cpu",
 ) -> Allocation:
     """Measure the groups and choose.
 
     Args:
         tokens: i32 ``[samples, length]``; as many of them are used as ``_MAX_WORK`` allows, of the first sample alone
             where that is less than one.
+        device: where they are measured.
     """
     keys = [(i, bits) for i, group in enumerate(budget.groups) if len(group.bits) > 1 for bits in _measured(group)]
     candidates = [_candidate(budget.groups[i], bits, schemes) for i, bits in keys]
     count = _affordable(graph, candidates)
     text = tokens[: max(1, count // tokens.shape[1]), :count]
-    measured = measure_sensitivity(LayerwisePass(graph, source, text), candidates, on_progress)
+    measured = measure_sensitivity(LayerwisePass(graph, source, text, device), candidates, on_progress)
     losses = dict(zip(keys, measured, strict=True))
     options = [_options(i, group, losses) for i, group in enumerate(budget.groups)]
     chosen = choose(options, budget.limit)

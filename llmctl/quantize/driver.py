@@ -135,7 +135,7 @@ class _Job:
             tokens = self._tokens(work)
             if self.plan.budget is not None:
                 self._allocate(work, self.plan.budget, tokens)
-            reports = self._quantize(work, LayerwisePass(self.graph, self.checkpoint, tokens))
+            reports = self._quantize(work, LayerwisePass(self.graph, self.checkpoint, tokens, self.config.device))
             self._write(output, work)
         except LlmctlError:
             if not work.resumed:
@@ -174,7 +174,8 @@ class _Job:
         """Choose the bits of every linear, and settle the plan anew."""
         found = work.load_allocation()
         if found is None:
-            found = spend(budget, self.plan.schemes, self.graph, self.checkpoint, tokens, self.progress.measuring)
+            schemes, measuring = self.plan.schemes, self.progress.measuring
+            found = spend(budget, schemes, self.graph, self.checkpoint, tokens, measuring, self.config.device)
             work.save_allocation(found)
         self.plan, self.predicted_kl = (
             make_plan(self.config, self.checkpoint, self.graph, found.bits),
@@ -190,7 +191,7 @@ class _Job:
         self.progress.note(f"quantizing {steps} layers with {self.plan.config.method}")
         if done:
             self.progress.note(f"resuming after layer {done}")
-        hidden = work.load_hidden(done)
+        hidden = _on(self.config.device, work.load_hidden(done))
         for layer in range(steps):
             if layer >= done:
                 if hidden is None:
@@ -228,6 +229,10 @@ class _Job:
             self.plan.output,
             left_out=[name for unused in self.unused for name in unused.names],
         )
+
+
+def _on(device: str, hidden: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    return None if hidden is None else {name: value.to(device) for name, value in hidden.items()}
 
 
 def _few_tokens_note(report: LayerReport) -> list[str]:

@@ -34,9 +34,9 @@ class FoldPoint:
     source: Op
     columns: tuple[int, ...] | None = None
 
-    def column_index(self) -> Tensor | None:
+    def column_index(self, device: torch.device | str = "cpu") -> Tensor | None:
         """``columns`` as an i64 tensor."""
-        return None if self.columns is None else torch.tensor(self.columns)
+        return None if self.columns is None else torch.tensor(self.columns, device=device)
 
 
 def find_fold(graph: Graph, buffer: str) -> FoldPoint | None:
@@ -108,9 +108,9 @@ def fold_scales(point: FoldPoint, scales: Tensor, weights: MutableMapping[str, T
     for op in point.linears:
         weights[op.weights[0]] = weights[op.weights[0]] * scales
     divisor = scales
-    columns = point.column_index()
+    columns = point.column_index(scales.device)
     if columns is not None:
-        divisor = torch.ones(int(columns.max()) + 1).index_copy_(0, columns, scales)
+        divisor = scales.new_ones(int(columns.max()) + 1).index_copy_(0, columns, scales)
     weight, *bias = point.source.weights
     if point.source.kind == "linear":
         weights[weight] = weights[weight] / divisor.unsqueeze(1)

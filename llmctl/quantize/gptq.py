@@ -66,7 +66,8 @@ class Factored:
     def of(cls, gram: Tensor, options: GptqOptions) -> Factored:
         """Raises LlmctlError: it cannot be factored even with strong damping."""
         width, diagonal = len(gram), gram.diagonal()
-        order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else torch.arange(width)
+        natural = torch.arange(width, device=gram.device)
+        order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else natural
         return cls(gram, order, inverse_factor(gram[order][:, order], options.damp_percent).float())
 
     @property
@@ -114,13 +115,14 @@ def _quantize_columns(weight: Tensor, factored: Factored, scheme: QuantScheme, o
     size = width if scheme.group_size == -1 else scheme.group_size
     # Rounding column i wrongly by e costs e² over its pivot's square, once the columns after it have made up for it.
     costs = factor.diagonal().square().reciprocal() if options.search else None
-    grids = _Grids(rows, width, scheme, size, costs)
+    grids = _Grids(rows, width, scheme, size, costs, weight.device)
+    natural = torch.arange(width, device=weight.device) // size
     if options.static_groups:
         grids.fit_all(weight, inverse)
         group_of = order // size
     else:
-        group_of = torch.arange(width) // size
-    codes = torch.empty(width, rows)  # in processing order, one column of the weight per row
+        group_of = natural
+    codes = weight.new_empty(width, rows)  # in processing order, one column of the weight per row
     work = weight.T[order].contiguous()
     block = size * (_BLOCK // size) if size <= _BLOCK else size if width % _BLOCK or size % _BLOCK else _BLOCK
     for start in range(0, width, block):
@@ -128,7 +130,7 @@ def _quantize_columns(weight: Tensor, factored: Factored, scheme: QuantScheme, o
         errors = _quantize_block(work, codes, factor, grids, group_of, start, stop)
         work[stop:] -= factor[start:stop, stop:].T @ errors
     groups = group_of[inverse]
-    in_order = torch.equal(groups, torch.arange(width) // size)
+    in_order = torch.equal(groups, natural)
     return assemble(grids.grid(), codes[inverse].T, scheme, None if in_order else groups.to(torch.int32))
 
 
@@ -138,10 +140,11 @@ class _Grids:
     ``costs``: f32 ``[K]`` of the columns in processing order; None: grids span their groups' ranges.
     """
 
-    def __init__(self, rows: int, width: int, scheme: QuantScheme, size: int, costs: Tensor | None) -> None:
+    def __init__(
+        self, rows: int, width: int, scheme: QuantScheme, size: int, costs: Tensor | None, device: torch.device
+    ) -> None:
         self.scheme, self.size, self.costs = scheme, size, costs
-        self.scales = torch.empty(width // size, rows)
-        self.zeros = torch.empty(width // size, rows)
+        self.scales, self.zeros = (torch.empty(width // size, rows, device=device) for _ in range(2))
         self.fitted = -1
 
     def fit_all(self, weight: Tensor, inverse: Tensor) -> None:
@@ -169,7 +172,7 @@ def _quantize_block(
     work: Tensor, codes: Tensor, factor: Tensor, grids: _Grids, group_of: Tensor, start: int, stop: int
 ) -> Tensor:
     """Quantize columns ``start .. stop-1`` in place of ``work``; their scaled errors ``[stop - start, N]``."""
-    errors = torch.empty(stop - start, work.shape[1])
+    errors = work.new_empty(stop - start, work.shape[1])
     inner = math.gcd(_INNER, grids.size)  # a group's grid is fitted between two, when its columns are up to date
     for first in range(start, stop, inner):
         last = min(first + inner, stop)
@@ -239,4 +242,5 @@ def _try_factor(hessian: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed or not torch.isfinite(lower).all():
         return None
-    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(hessian), dtype=lower.dtype), upper=True)
+    one = torch.eye(len(hessian), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)

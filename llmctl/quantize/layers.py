@@ -156,7 +156,7 @@ class _LayerRun:
         def search(stage: Stage, x: Tensor) -> None:
             point = points[stage.name]
             if point is not None and not self._has_few(stage, x):
-                found[stage.name] = self._search(stage, x, point.column_index())
+                found[stage.name] = self._search(stage, x, point.column_index(x.device))
 
         self.calibration.run(self.layer, hidden, stages, search, outputs=False)
         weights = self.calibration.weights

@@ -8,7 +8,6 @@ spreads the same term column by column; to correct the weight beforehand is QEP'
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmctl.quantize.gptq import Factored
@@ -23,7 +22,7 @@ def cross_gram(original: Tensor, inputs: Tensor, scales: Tensor | None = None) -
         scales: f32 ``[K]`` by which the channels of Z are divided, and those of X are not; None: neither.
     """
     tokens, width = inputs.shape
-    total = torch.zeros(width, width)
+    total = inputs.new_zeros(width, width)
     for x, z in zip(original.split(_CHUNK), inputs.split(_CHUNK), strict=True):
         total.addmm_(((x if scales is None else x / scales) - z).T, z)
     return total.div_(max(tokens, 1))

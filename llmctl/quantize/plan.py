@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmctl.checkpoint import awq
 from llmctl.checkpoint.output_format import FORMATS as WRITTEN
 from llmctl.checkpoint.output_format import OutputFormat, gptq_format
@@ -83,6 +85,8 @@ class Plan:
         if self.reads_text:
             common |= {"calib": c.calib, "calib_samples": c.calib_samples, "calib_length": c.calib_length}
             common |= {"calib_sha256": source_digest(c.calib), "seed": c.seed}
+        if c.device != "cpu":
+            common["device"] = c.device
         if c.rotate:
             common |= {"rotate": True, "seed": c.seed}
         if "gptq" in c.steps:
@@ -118,6 +122,7 @@ def check_options(config: QuantizeConfig) -> None:
             f"--original-targets {config.original_targets}: expected a share from 0 to 1", param="original_targets"
         )
     check_threads(config.threads)
+    _check_device(config.device)
     if not config.output:
         raise UsageError("--output: the folder to write is missing", param="output")
     if config.has_budget:
@@ -244,6 +249,19 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
             fix="quantize the 16-bit checkpoint it was made from",
             param="model",
         )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not here, or that nothing was written for."""
+    name, _, index = device.partition(":")
+    if name not in ("cpu", "cuda") or (index and not (name == "cuda" and index.isascii() and index.isdigit())):
+        raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N", param="device")
+    if name == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        found = "torch finds no GPU" if not count else f"torch finds {count}, counted from 0"
+        raise UsageError(f"--device {device}: {found}", fix="--device cpu", param="device")
 
 
 def _tied_head(selection: Selection) -> set[str]:

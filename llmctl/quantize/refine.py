@@ -42,7 +42,7 @@ def _move_codes(weight: Tensor, start: QuantizedWeight, metric: Tensor) -> Quant
     width = len(codes)
     for begin in range(0, width, _BLOCK):
         end = min(begin + _BLOCK, width)
-        moves = torch.empty(end - begin, codes.shape[1])
+        moves = codes.new_empty(end - begin, codes.shape[1])
         for first in range(begin, end, _INNER):
             some = slice(first, min(first + _INNER, end))
             made = moves[first - begin : some.stop - begin]
@@ -85,7 +85,7 @@ def _fitted(weight: Tensor, start: QuantizedWeight, order: Tensor | None, metric
     scales = start.scales.float()
     rows, count = scales.shape
     size = points.shape[1] // count
-    normal = torch.zeros(rows, count, count)  # its lower half
+    normal = scales.new_zeros(rows, count, count)  # its lower half
     for g in range(count):
         own, below = slice(g * size, (g + 1) * size), slice(g * size, None)
         product = (points[:, own] @ metric[own, below]).mul_(points[:, below])

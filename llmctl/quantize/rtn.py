@@ -61,7 +61,7 @@ def _importance(weight: Tensor, group_size: int) -> Tensor:
 def _nearest(grid: Grid, weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     """The codes are made by parts, as no copy of the weight is in memory."""
     groups = split_groups(weight, scheme.group_size)
-    codes = torch.empty(groups.shape, dtype=torch.uint8)
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_parts(*weight.shape):
         codes[rows] = Grid(grid.scales[rows], grid.zeros[rows], grid.bits).encode(groups[rows])
     return assemble(grid, codes, scheme)

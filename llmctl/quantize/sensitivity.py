@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from llmctl.evaluate.divergence import kl_sum
@@ -57,18 +56,18 @@ def measure_sensitivity(
         calibration.forget(layer)
         done += len(streams)
         on_progress(done, total)
-    found = torch.zeros(len(candidates), dtype=torch.float64)
+    found = [0.0] * len(candidates)
     tokens = len(next(iter(hidden.values())))
     for start in range(0, tokens, _ROWS):
         rows = slice(start, start + _ROWS)
         expected = _log_probs(calibration, hidden, rows)
         for index, stream in streams.items():
-            found[index] += kl_sum(expected, _log_probs(calibration, stream, rows))
+            found[index] += float(kl_sum(expected, _log_probs(calibration, stream, rows)))
         for index, candidate in _of_layer(candidates, last):
             with _rounded(calibration, candidate):
-                found[index] += kl_sum(expected, _log_probs(calibration, hidden, rows))
+                found[index] += float(kl_sum(expected, _log_probs(calibration, hidden, rows)))
     calibration.forget(last)
-    return [float(value) for value in (found / tokens).clamp(min=0)]
+    return [max(value / tokens, 0.0) for value in found]
 
 
 def _of_layer(candidates: Sequence[Candidate], layer: int) -> list[tuple[int, Candidate]]:

@@ -42,7 +42,7 @@ def search_smoothing(
         rounded = quantize_rtn(rows * scales, scheme).dequantize()
         return float((_as_int8(some / scales) @ rounded.T).sub_(wanted).square().sum() / len(some))
 
-    ones = torch.ones(inputs.shape[1])
+    ones = inputs.new_ones(inputs.shape[1])
     baseline = error(ones)
     best = ScaleChoice(ones, None, baseline, baseline)
     for size_x, size_w in product(_sizes([inputs], columns), _sizes(weights, columns)):

@@ -36,8 +36,8 @@ class InputStats:
         A matrix of this size is the largest thing that a wide linear takes: in float64 one of 11008 columns is 970 MB.
         """
         tokens, width = inputs.shape
-        gram = torch.zeros(width, width)
-        mean_abs = torch.zeros(width, dtype=torch.float64)
+        gram = torch.zeros(width, width, device=inputs.device)
+        mean_abs = torch.zeros(width, dtype=torch.float64, device=inputs.device)
         for start in range(0, tokens, chunk):
             part = inputs[start : start + chunk].float()
             for columns in _block_columns(width):
@@ -54,7 +54,7 @@ class InputStats:
 
 def output_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """Mean squared output error of each row, ``diag(D @ gram @ D.T)``: f32 ``[N]`` of a weight error D ``[N, K]``."""
-    total = torch.zeros(len(delta))
+    total = delta.new_zeros(len(delta))
     for columns in _block_columns(len(gram)):
         own, before = delta[:, columns], delta[:, : columns.start]
         product = own @ gram[columns, columns]
@@ -78,7 +78,7 @@ def gram_blocks(gram: Tensor, group_size: int) -> Tensor:
     width = gram.shape[0]
     size = width if group_size == -1 else group_size
     blocks = split_groups(gram, size).reshape(width // size, size, width // size, size)
-    index = torch.arange(width // size)
+    index = torch.arange(width // size, device=gram.device)
     return blocks[index, :, index, :]
 
 

@@ -94,12 +94,12 @@ class WorkFolder:
     def save_layer(self, index: int, result: LayerResult, hidden: Mapping[str, Tensor]) -> None:
         """Keep step ``index``'s result and the activations after it; drop the activations before it."""
         planes = {
-            f"{name}.{plane}": tensor_spec(getattr(weight, plane))
+            f"{name}.{plane}": tensor_spec(getattr(weight, plane).cpu())
             for name, weight in result.quantized.items()
             for plane in _PLANES
             if getattr(weight, plane) is not None
         }
-        planes |= {f"{name}.dense": tensor_spec(value) for name, value in result.dense.items()}
+        planes |= {f"{name}.dense": tensor_spec(value.cpu()) for name, value in result.dense.items()}
         write_text(self._layer(index).with_suffix(".json"), json.dumps(result.report))
         schemes = {name: scheme_to_dict(weight.scheme) for name, weight in result.quantized.items()}
         write_safetensors(self._layer(index), planes, {"schemes": json.dumps(schemes)})
@@ -108,7 +108,7 @@ class WorkFolder:
 
     def save_hidden(self, index: int, hidden: Mapping[str, Tensor]) -> None:
         """Keep the activations entering step ``index``, f32 by buffer name."""
-        write_safetensors(self._hidden(index), {name: tensor_spec(value) for name, value in hidden.items()})
+        write_safetensors(self._hidden(index), {name: tensor_spec(value.cpu()) for name, value in hidden.items()})
 
     def load_hidden(self, index: int) -> dict[str, Tensor] | None:
         """The activations entering step ``index``, None if they were not kept."""

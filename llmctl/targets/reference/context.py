@@ -151,16 +151,16 @@ def _prefill_group(ctx: StepContext, batch: Batch, sequence: int, count: int, wi
     end, row = int(batch.seq_lens[sequence]), int(batch.query_start_loc[sequence])
     first = max(0, end - count - window + 1) if window else 0
     slots = batch.context_slots(sequence, first)
-    query = torch.arange(end - count, end)[:, None]
-    key = torch.arange(first, end)[None, :]
+    query = torch.arange(end - count, end, device=ctx.device)[:, None]
+    key = torch.arange(first, end, device=ctx.device)[None, :]
     hidden = key > query
     if window:
         hidden |= key <= query - window
-    mask = torch.zeros(hidden.shape, dtype=ctx.dtype).masked_fill_(hidden, -torch.inf)
+    mask = torch.zeros(hidden.shape, dtype=ctx.dtype, device=ctx.device).masked_fill_(hidden, -torch.inf)
     return kernels.AttentionGroup(
         rows=slice(row, row + count),
         slots=ctx.tensor(slots),
-        mask=mask[None, None].to(ctx.device),
+        mask=mask[None, None],
         batch=1,
         queries=count,
         context=len(slots),

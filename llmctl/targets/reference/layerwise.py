@@ -52,17 +52,18 @@ OnStage = Callable[[Stage, Tensor], None]
 class LayerWeights(MutableMapping[str, Tensor]):
     """The graph's weights as f32 tensors, loaded when first asked for; a replaced one is what the next run uses."""
 
-    def __init__(self, graph: Graph, source: WeightSource) -> None:
+    def __init__(self, graph: Graph, source: WeightSource, device: torch.device | str = "cpu") -> None:
         self._graph = graph
         self._source = source
+        self._device = torch.device(device)
         self._loaded: dict[str, Tensor] = {}
         self.on_change: Callable[[str], None] = lambda _: None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._loaded:
             found = assemble(self._graph.weights[name], self._source)
-            dense = found.dequantize() if isinstance(found, QuantizedWeight) else found.float()
-            self._loaded[name] = dense.contiguous()
+            dense = found.dequantize() if isinstance(found, QuantizedWeight) else found.to(self._device).float()
+            self._loaded[name] = dense.to(self._device).contiguous()
         return self._loaded[name]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
@@ -89,15 +90,22 @@ class LayerwisePass:
         weights: the weights in use; assign to change what the next run computes.
     """
 
-    def __init__(self, graph: Graph, source: WeightSource, tokens: Tensor | Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        source: WeightSource,
+        tokens: Tensor | Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Prepare a pass.
 
         Args:
             tokens: independent sequences; of one length as i32 ``[samples, length]``.
+            device: where weights and activations are.
         """
         self.graph = graph
-        self.weights = LayerWeights(graph, source)
-        self._interpreter = Interpreter(graph, self.weights)
+        self.weights = LayerWeights(graph, source, device)
+        self._interpreter = Interpreter(graph, self.weights, device=device)
         self.weights.on_change = self._interpreter.release_weight
         sequences = tokens.tolist() if isinstance(tokens, Tensor) else tokens
         self._chunks: list[_Chunk] = []
@@ -175,7 +183,7 @@ class LayerwisePass:
         """f32 ``[R, vocab]`` of any R rows of the activations that leave the last layer."""
         ops = self.graph.layer_ops(self.graph.num_layers)
         context = copy.copy(self._chunks[0].context)
-        context.rows = torch.arange(len(next(iter(hidden.values()))))
+        context.rows = torch.arange(len(next(iter(hidden.values()))), device=context.device)
         return self._interpreter.program(ops, (LOGITS,))(dict(hidden), context)[LOGITS]
 
     def _show(self, stages: Sequence[Stage], envs: Sequence[Env], on_stage: OnStage) -> None:
@@ -201,7 +209,7 @@ class LayerwisePass:
         if len(envs) == 1:
             return envs[0][name]
         rows = self._chunks[-1].rows.stop
-        whole = torch.empty(rows, *envs[0][name].shape[1:], dtype=envs[0][name].dtype)
+        whole = envs[0][name].new_empty(rows, *envs[0][name].shape[1:])
         for chunk, env in zip(self._chunks, envs, strict=True):
             whole[chunk.rows] = env[name]
             env[name] = whole[chunk.rows]
@@ -221,16 +229,17 @@ class _Chunk:
         self._cache: dict[int, Tensor] = {}
         self.rows = slice(start, start + self._batch.num_tokens)
         self.context = interpreter.context(self._batch, self._cache)
-        self.context.rows = torch.arange(self._batch.num_tokens)  # the head is calibrated on the rows of all tokens
+        # The head is calibrated on the rows of all tokens.
+        self.context.rows = torch.arange(self._batch.num_tokens, device=interpreter.device)
 
     def take(self, whole: Env) -> Env:
         return {name: value[self.rows] for name, value in whole.items()}
 
     def run(self, program: Program, env: Env, ops: Iterable[Op], *, keep_cache: bool) -> None:
         """Run ``ops`` over ``env``; the KV cache lives until nothing after them attends."""
-        blocks = int(self._batch.block_tables.max()) + 1
+        blocks, device = int(self._batch.block_tables.max()) + 1, self.context.device
         for layer in {int(op.attrs["layer"]) for op in ops if op.kind == "kv_write"} - self._cache.keys():
-            self._cache |= allocate_cache(self._graph, blocks, self._batch.block_size, torch.float32, [layer])
+            self._cache |= allocate_cache(self._graph, blocks, self._batch.block_size, torch.float32, [layer], device)
         program(env, self.context)
         if not keep_cache:
             self._cache.clear()
