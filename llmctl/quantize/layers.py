@@ -23,8 +23,8 @@ from llmctl.quantize.folding import FoldPoint, find_fold, fold_scales
 from llmctl.quantize.gptq import Factored, quantize_gptq
 from llmctl.quantize.original_targets import cross_gram, original_target
 from llmctl.quantize.plan import Plan
-from llmctl.quantize.rtn import quantize_rtn, quantize_searched
-from llmctl.quantize.smooth import search_smoothing, w8a8_error
+from llmctl.quantize.rtn import quantize_searched
+from llmctl.quantize.smooth import search_smoothing, w8a8_error, w8a8_rounding
 from llmctl.quantize.stats import InputStats, relative_error
 from llmctl.quantize.workfolder import LayerResult
 from llmctl.targets.reference.context import Env
@@ -228,7 +228,7 @@ class _LayerRun:
     def _algorithm(self, stage: Stage, inputs: Tensor, gram: Tensor) -> Algorithm:
         """From a weight of the stage to its quantization."""
         if self.rounds_activations:
-            return quantize_rtn
+            return w8a8_rounding(inputs)
         if "gptq" not in self.plan.config.steps:
             return lambda weight, scheme: quantize_awq(weight, gram, scheme)
         options, share = self.plan.gptq, self.plan.config.original_targets

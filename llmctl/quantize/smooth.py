@@ -3,23 +3,34 @@
 W8A8 rounds a token's activations on one grid, whose step its largest channel decides. Dividing channels by ``s`` and
 multiplying the weight's columns by it leaves the product as it is. SmoothQuant takes ``s = max|x|**a / max|w|**(1-a)``
 with one exponent for a model; here it is searched for every activation, by the error of the outputs with both rounded,
-and so is whether a channel's largest value or its root mean square counts.
+and so is whether a channel's largest value or its root mean square counts. A search of every channel's own scale (the
+model of that error is convex in the scales' logarithms) was no better on other tokens than those it saw.
+
+A third to a half of the error is the weights', whose rows have one scale each. GPTQ on the rounded activations' Gram
+matrix takes part of it away where the tokens are many: on tokens not seen, the whole error of SmolLM2-135M's linears
+fell by 13 to 26% of those of three layers that read norms or attention, and went from 1% up to 16% down of those of
+1536 inputs, with 5120 tokens; with 2048 the latter's rose by half. So the last tokens decide. Sweeps took nothing more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.graph import QuantScheme
 from llmctl.quantize.awq import ScaleChoice, tie
+from llmctl.quantize.gptq import Factored, GptqOptions, quantize_gptq
 from llmctl.quantize.rtn import quantize_rtn
+from llmctl.quantize.stats import InputStats
 from llmctl.targets.reference.kernels import dequantize_rows, quantize_rows
 
 _SAMPLE = 256  # tokens, evenly spaced, and as many rows: the search multiplies them once for every candidate
+_GPTQ = GptqOptions(sweeps=0)
+_HELD = 8  # of so many tokens one, at the end, is not seen by GPTQ
 _STEPS = 10
 _LEAST = 1e-5
 
@@ -61,6 +72,27 @@ def _sizes(values: Sequence[Tensor], columns: Tensor | None) -> list[Tensor]:
     squares = torch.stack([value.square().sum(dim=0) for value in values]).sum(dim=0)
     found = (largest, (squares / sum(map(len, values))).sqrt())
     return [(size if columns is None else tie(size, columns)).clamp(min=_LEAST) for size in found]
+
+
+def w8a8_rounding(inputs: Tensor) -> Callable[[Tensor, QuantScheme], QuantizedWeight]:
+    """What rounds a weight f32 ``[N, K]`` that reads these inputs, f32 ``[T, K]``: GPTQ, or to nearest.
+
+    GPTQ sees the rounded inputs but for the last eighth of the tokens, on which the lesser error decides.
+
+    Raises:
+        LlmctlError: as ``Factored.of``.
+    """
+    held = len(inputs) // _HELD
+    if not held:
+        return quantize_rtn
+    seen, unseen = inputs.split([len(inputs) - held, held])
+    factored = Factored.of(InputStats.of(_as_int8(seen)).gram, _GPTQ)
+
+    def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+        found = (quantize_rtn(weight, scheme), quantize_gptq(weight, factored, scheme, _GPTQ))
+        return min(found, key=lambda one: w8a8_error(weight, one.dequantize(), unseen))
+
+    return rounded
 
 
 def w8a8_error(weight: Tensor, quantized: Tensor, inputs: Tensor) -> float:

@@ -19,7 +19,7 @@ from llmctl.quantize import driver
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.rtn import quantize_rtn
-from llmctl.quantize.smooth import search_smoothing, w8a8_error
+from llmctl.quantize.smooth import search_smoothing, w8a8_error, w8a8_rounding
 from llmctl.targets.options import INT8_PASS
 from llmctl.targets.reference.kernels import dequantize_rows, quantize_rows
 from llmctl.targets.reference.weights import CheckpointWeights
@@ -51,6 +51,34 @@ def test_the_error_is_that_of_rounded_weights_and_activations() -> None:
     plain = quantize_rtn(weight, SCHEME).dequantize()
     expected = choice.baseline * len(inputs) / float((inputs @ weight.T).square().sum())
     assert w8a8_error(weight, plain, inputs) == pytest.approx(expected, rel=1e-4)
+
+
+def related(tokens: int, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight with a large value in every row, and inputs that depend on one another."""
+    generator = torch.Generator().manual_seed(1)
+    mixed = torch.randn(width // 4, width, generator=generator)
+    inputs = torch.randn(tokens, width // 4, generator=generator) @ mixed
+    weight = torch.randn(48, width, generator=generator)
+    weight[:, 5] *= 20
+    return weight, inputs + 0.3 * torch.randn(tokens, width, generator=generator)
+
+
+def test_weights_make_up_for_one_another_where_tokens_are_many() -> None:
+    weight, inputs = related(1200)
+    seen, unseen = inputs[:600], inputs[600:]
+    nearest = w8a8_error(weight, quantize_rtn(weight, SCHEME).dequantize(), unseen)
+    assert w8a8_error(weight, w8a8_rounding(seen)(weight, SCHEME).dequantize(), unseen) < 0.7 * nearest
+
+
+@pytest.mark.parametrize("tokens", [3, 96])
+def test_few_tokens_are_rounded_to_nearest(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(tokens, 256, generator=generator)  # unrelated: what GPTQ learns of them is noise
+    weight = torch.randn(32, 256, generator=generator)
+    nearest = quantize_rtn(weight, SCHEME)
+    found = w8a8_rounding(inputs)(weight, SCHEME)
+    assert torch.equal(found.codes, nearest.codes)
+    assert torch.equal(found.scales, nearest.scales)
 
 
 def test_even_inputs_are_left_as_they_are() -> None:
