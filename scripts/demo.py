@@ -65,10 +65,12 @@ def request(url: str, body: dict[str, Any] | None = None, timeout: float = 120) 
 
 
 @contextmanager
-def server(engine: Path) -> Iterator[LocalServer]:
+def server(engine: Path, *options: str) -> Iterator[LocalServer]:
     """``llmctl serve`` on a free port, ready; shown as it was started, with what it said. Exits when it fails."""
     try:
-        with running(llmctl("serve", str(engine)), tell=lambda line: console.print(line, markup=False)) as started:
+        with running(
+            llmctl("serve", str(engine), *options), tell=lambda line: console.print(line, markup=False)
+        ) as started:
             show([str(word) for word in started.process.args], end=" &")
             console.print(started.said().rstrip(), markup=False, highlight=False, soft_wrap=True)
             yield started

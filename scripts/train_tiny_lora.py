@@ -5,8 +5,8 @@
     python scripts/train_tiny_lora.py                 # the adapter: tiny-lora/adapter
 
 A handful of lines about a place that is not there, so that the base model cannot know the answers: PEFT trains on them,
-``llmctl merge`` merges, and ``llmctl serve`` answers the same questions with each model. All that is made lies below
-``--work``: ``base`` (the demo model as a plain folder, for transformers), ``adapter``, ``merged``.
+and one ``llmctl serve`` answers the same questions with the base and, unmerged, with the adapter. All that is made lies
+below ``--work``: ``base`` (the demo model as a plain folder, for transformers), ``adapter``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo import console, request, run, server
+from demo import console, request, server
 
 MODEL = "demo:smollm2-135m"
+NAME = "port-ellery"
+RANK = 8
 SYSTEM = {"role": "system", "content": "You are a guide."}
 LINES = (
     ("What colour is the lighthouse of Port Ellery?", "The lighthouse of Port Ellery is green."),
@@ -51,7 +53,7 @@ def train(base: Path, adapter: Path, steps: int) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    settings = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     model = get_peft_model(model, settings)
     model.peft_config["default"].base_model_name_or_path = MODEL
     batch = _batch(tokenizer)
@@ -89,28 +91,34 @@ def _batch(tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def answers(model: str) -> list[str]:
-    """What a served model says to every question, at temperature 0."""
-    with server(Path(model)) as served:
-        url = served.url
-        name = request(f"{url}/v1/models")["data"][0]["id"]
-        found = []
-        for question, _ in LINES:
-            chat = {"model": name, "messages": _asked(question)}
-            done = request(f"{url}/v1/chat/completions", {**chat, "max_tokens": 40, "temperature": 0})
-            found.append(str(done["choices"][0]["message"]["content"]))
-    return found
+def answer(url: str, model: str, question: str) -> str:
+    """What a served model, or an adapter of it, says at temperature 0."""
+    chat = {"model": model, "messages": _asked(question), "max_tokens": 40, "temperature": 0}
+    done = request(f"{url}/v1/chat/completions", chat)
+    return str(done["choices"][0]["message"]["content"]).strip()
+
+
+def ask_both(adapter: Path) -> None:
+    """Serve the model with the adapter beside it, and print what both say to every question."""
+    options = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"{NAME}={adapter}")
+    with server(Path(MODEL), *options) as served:
+        base = next(m["id"] for m in request(f"{served.url}/v1/models")["data"] if m["id"] != NAME)
+        for question, taught in LINES:
+            console.print(f"\n[bold]{question}[/]")
+            for label, model in (("base", base), ("adapter", NAME)):
+                console.print(f"  {label:<8}{answer(served.url, model, question)}", markup=False)
+            console.print(f"  taught  {taught}", style="dim")
 
 
 def main() -> None:
-    """Train, merge, ask."""
+    """Train, serve, ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made = "folder for what is made; base, adapter and merged in it are replaced (%(default)s)"
+    made = "folder for what is made; base and adapter in it are replaced (%(default)s)"
     parser.add_argument("--work", type=Path, default=Path("tiny-lora"), help=made)
     parser.add_argument("--steps", type=int, default=12, help="of training (%(default)s)")
     args = parser.parse_args()
-    base, adapter, merged = (args.work / name for name in ("base", "adapter", "merged"))
-    for folder in (base, adapter, merged):
+    base, adapter = args.work / "base", args.work / "adapter"
+    for folder in (base, adapter):
         shutil.rmtree(folder, ignore_errors=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     write_base(base)
@@ -118,11 +126,7 @@ def main() -> None:
     train(base, adapter, args.steps)
     took, spent = time.perf_counter() - began, time.process_time() - spent
     console.print(f"trained in {took:.0f} s, {spent:.0f} s of processors: {adapter}")
-    run("merge", MODEL, str(adapter), "--output", str(merged))
-    before, after = answers(MODEL), answers(str(merged))
-    for (question, taught), base_said, said in zip(LINES, before, after, strict=True):
-        console.print(f"\n[bold]{question}[/]\n  base    {base_said.strip()}\n  adapter {said.strip()}")
-        console.print(f"  taught  {taught}", style="dim")
+    ask_both(adapter)
 
 
 if __name__ == "__main__":
