@@ -22,9 +22,9 @@ from llmctl.errors import RequestError
 from llmctl.serving.body_shape import shape_of, values_of
 from llmctl.serving.openai_errors import UNION_TAG, problem_told
 from llmctl.serving.outline import TOO_DEEP
-from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest
+from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest, ContentPart
 from llmctl.serving.sampling_fields import logit_bias_of
-from llmctl.serving.tools.history import template_message
+from llmctl.serving.tools.history import joined, template_message
 
 LEAST_BYTES = 16 * 1024
 """Shorter bodies are parsed at once."""
@@ -99,7 +99,8 @@ def check_first_fault(data: bytes, model: type[Body], check_scalars: Callable[[B
     long = {name: value for name, value in given.items() if len(value) > _SHORT}
     for name in shape.refused & long.keys():  # whatever is in them, unless it is nothing
         value = long.pop(name)
-        short[name] = b"[0]" if value[1:].lstrip(_SPACES)[:1] not in (b"]", b"}") else _EMPTY[value[:1]]
+        nothing = _EMPTY.get(value[:1], b"")
+        short[name] = nothing if nothing and value[1:].lstrip(_SPACES)[:1] == nothing[1:] else b"[0]"
     stand_ins = {name: _NO_PROMPT[name] for name in _NO_PROMPT.keys() & long.keys()}
     body = _parse(model, {**stand_ins, **short}, within=given.keys() - long.keys())
     if body is not None:
@@ -120,7 +121,7 @@ def _looked_at(model: type[ApiModel], decoders: Sequence[msgspec.json.Decoder[An
             return decoder.decode(data)
         except msgspec.ValidationError as error:
             steps = _steps(str(error), data, decoder)
-            if furthest is None or _index(steps) > _index(furthest[0]):
+            if furthest is None or _reach(steps) > _reach(furthest[0]):
                 furthest = steps, str(error)
         except (ValueError, RecursionError):
             return None
@@ -141,9 +142,14 @@ def _steps(message: str, data: bytes, decoder: msgspec.json.Decoder[Any]) -> Ste
 
 
 def _wrong_member(data: bytes, decoder: msgspec.json.Decoder[Any]) -> str:
-    """The first member of an object whose value is none that the decoder takes, which does not say which."""
+    """The first member of an object whose value is none that the decoder takes, which does not say which; "": what
+    comes after it is no JSON."""
     wanted = values_of(decoder.type)
-    for name, value in msgspec.json.decode(data).items():
+    try:
+        members = msgspec.json.decode(data)
+    except (ValueError, RecursionError):  # the decoder went no further than that value
+        return ""
+    for name, value in members.items():
         if wanted is float and type(value) in (int, float):
             continue
         try:
@@ -153,8 +159,9 @@ def _wrong_member(data: bytes, decoder: msgspec.json.Decoder[Any]) -> str:
     return ""
 
 
-def _index(steps: Steps) -> int:
-    return steps[0] if steps and isinstance(steps[0], int) else -1
+def _reach(steps: Steps) -> tuple[int, bool]:
+    """How far a decoder has come: to which item, and into it, or only to see that it is of another kind."""
+    return steps[0] if steps and isinstance(steps[0], int) else -1, list(steps[1:]) != ["type"]
 
 
 def _confirm(model: type[ApiModel], name: str, data: bytes, steps: Steps, message: str, *, several: bool) -> None:
@@ -163,6 +170,11 @@ def _confirm(model: type[ApiModel], name: str, data: bytes, steps: Steps, messag
     Args:
         several: the list may be of several kinds: of which it is, its first item says.
     """
+    at = [*steps]  # of a fault: in what tells kinds of objects apart, that is the object
+    if at[-1:] == ["type"]:
+        at.pop()
+        if several or not _FIELD.search(message):  # of another kind all may be right, or of the one that is not said
+            steps = at
     count: dict[str, str] = {}
     leaf = _emptied if _GOT.search(message) else _whole
     if most := _MOST.search(message):
@@ -177,12 +189,22 @@ def _confirm(model: type[ApiModel], name: str, data: bytes, steps: Steps, messag
     except (ValueError, LookupError):  # the fault is in a member that another of its name replaces
         return
     indices = [step for step in steps if isinstance(step, int)]
-    under = [] if several else list(steps)
-    if under[-1:] == ["type"]:  # what tells kinds of objects apart is a fault of the object
-        under.pop()
+    items_only = several and not any(isinstance(step, str) for step in at)
+    under = [] if items_only else [0 if isinstance(step, int) else step for step in at]
+    if several and under and steps[0]:  # behind the first
+        under[0] = 1
     body = _parse(model, {name: alone}, within=(name,), under=under, indices=indices, said=count)
     if isinstance(body, ChatRequest) and indices:
         template_message(body.messages[0], indices[0], string_arguments=True)
+    elif body is not None and len(steps) > 2:
+        _check_parts(getattr(body, name), str(steps[1]), f"{name}[{indices[0] if indices else 0}]")
+
+
+def _check_parts(items: Any, field: str, where: str) -> None:
+    """Refuse a content of the last item whose part is no text; if it is a content's that is read so."""
+    parts = getattr(items[-1], field, None) if isinstance(items, list) else None
+    if isinstance(parts, list) and parts and isinstance(parts[0], ContentPart):
+        joined(parts, f"{where}.{field}")
 
 
 def _parse(
@@ -206,7 +228,6 @@ def _parse(
     """
     if whole is None:
         whole = b"{" + b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items()) + b"}"
-    steps = [0 if isinstance(step, int) else step for step in under]
 
     def counts(problem: ErrorDetails) -> bool:
         place = problem["loc"]
@@ -215,7 +236,7 @@ def _parse(
         if not place or place[0] not in within:
             return False
         said = [part for part in place[1:] if isinstance(part, int) or not _TAG.search(part)]
-        return all(a == b for a, b in zip(said, steps, strict=False))  # either goes on where the other ends
+        return all(a == b for a, b in zip(said, under, strict=False))  # either goes on where the other ends
 
     try:
         return model.model_validate_json(whole)

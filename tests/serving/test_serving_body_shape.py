@@ -27,8 +27,10 @@ from llmctl.serving.protocol import (
     TokenizeRequest,
 )
 from llmctl.serving.responses_api.protocol import ResponsesRequest
+from llmctl.serving.responses_api.translate import chat_of
 from llmctl.serving.tgi_api.protocol import CompatGenerateRequest, GenerateRequest
 from llmctl.serving.tools.history import template_message
+from llmctl.serving.tools.traits import TemplateTraits
 
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "more": [1]}]
 CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
@@ -103,6 +105,7 @@ VALID: list[tuple[type[ApiModel], dict[str, Any]]] = [
     (CountTokensRequest, {**CONVERSATION, "system": "a"}),
     (ResponsesRequest, {"input": ITEMS, "include": ["file_search_call.results"], "metadata": {"a": "b"}}),
     (ResponsesRequest, {"input": ITEMS[:1] * 3, "text": {"format": {"type": "text"}}, "tool_choice": "required"}),
+    *((ResponsesRequest, {"input": items}) for items in (ITEMS[:1] + ITEMS[3:], ITEMS[3:] + ITEMS[:2])),
     (
         ResponsesRequest,
         {
@@ -124,8 +127,9 @@ VALID: list[tuple[type[ApiModel], dict[str, Any]]] = [
     (LoadAdapterRequest, {"lora_name": "a", "lora_path": "b", "load_inplace": True}),
 ]
 VALUES = (
-    None, True, False, 0, 1, -1, 5.0, 0.5, 10**30, -(10**30), "", "a", "text", "user", "x" * 2000, [], {}, [5], ["a"],
-    [[5]], [None], {"a": 1}, {"type": "text"}, {"type": "x"}, {"role": "x"}, [{}], [[]], [-1], {"type": "image"},
+    None, True, False, 0, 1, -1, 5.0, 0.5, 10**30, -(10**30), "", "a", "text", "user", "x" * 2000, "]" * 2000,
+    "}" * 2000, [], {}, [5], ["a"], [[5]], [None], {"a": 1}, {"type": "text"}, {"type": "x"}, {"role": "x"}, [{}], [[]],
+    [-1], {"type": "image"},
 )  # fmt: skip
 
 
@@ -142,6 +146,8 @@ def refusal(model: type[ApiModel], data: bytes) -> RequestError | None:
         if isinstance(made, ChatCompletionRequest | TokenizeChatRequest):
             for index, message in enumerate(made.messages):
                 template_message(message, index, string_arguments=True)
+        elif isinstance(made, ResponsesRequest):
+            chat_of(made, TemplateTraits())
     except RequestError as error:
         return error
     return None
@@ -192,6 +198,29 @@ def test_what_is_refused_is_the_parsers_to_say(
     for data, early in zip(bodies, found, strict=True):
         late = refusal(model, data)
         assert (early is None) == (late is None), (data, early, late)
+
+
+REFUSED = {"messages": [{"role": "user", "content": "a"}], "guided_decoding_backend": 0}
+
+
+@pytest.mark.parametrize("value", ["]" * 2000, "}" * 2000, " ]" * 2000, [0] * 2000, [[]] * 2000, {"a": "}" * 2000}])
+def test_a_long_value_of_a_refused_field_is_refused(value: Any) -> None:
+    error = refusal(ChatCompletionRequest, json.dumps(REFUSED | {"guided_decoding_backend": value}).encode())
+    assert error is not None
+    assert error.param == "guided_decoding_backend"
+
+
+@pytest.mark.parametrize("broken", [b'"\xff"', b'"\xed\xa0\x80"', b'"\x01"', b"[" * 5000, b"1" * 5000, b"nul"])
+@pytest.mark.parametrize("faults", [{"logit_bias": {"1": "x"}}, {"metadata": {"a": 1}}, {"stop": [1]}])
+def test_what_is_no_json_behind_a_fault_is_refused_too(faults: dict[str, Any], broken: bytes) -> None:
+    """The decoder of a field stops at its first fault, and has not seen what follows."""
+    for model, fields in ((ChatCompletionRequest, REFUSED), (ResponsesRequest, {"input": "a"})):
+        fields = {name: value for name, value in fields.items() if value != 0}
+        data = json.dumps(fields | faults).encode()
+        for end in (b"}}", b"]}"):
+            if data.endswith(end):
+                more = b', "2": ' if end == b"}}" else b", "
+                assert refusal(model, data.removesuffix(end) + more + broken + end) is not None
 
 
 def test_every_field_but_any_has_a_type_and_any_is_skipped() -> None:

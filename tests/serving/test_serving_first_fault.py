@@ -35,7 +35,10 @@ from llmctl.serving.protocol import (
     TokenizeChatRequest,
 )
 from llmctl.serving.redaction import Redactor
+from llmctl.serving.responses_api.protocol import ResponsesRequest
+from llmctl.serving.responses_api.translate import chat_of
 from llmctl.serving.tools.history import template_message
+from llmctl.serving.tools.traits import TemplateTraits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from refusal_bodies import bodies
@@ -72,6 +75,8 @@ def refusal(model: type[ApiModel], data: bytes) -> tuple[str, str | None] | None
         if isinstance(made, ChatCompletionRequest | TokenizeChatRequest):
             for index, message in enumerate(made.messages):
                 template_message(message, index)
+        elif isinstance(made, ResponsesRequest):
+            chat_of(made, TemplateTraits())
     except RequestError as error:
         return str(error), error.param
     return None
@@ -97,6 +102,58 @@ def test_the_words_are_the_parsers(
     found = refusal(model, data)
     monkeypatch.setattr(body, "check_first_fault", lambda *_: None)
     assert found == refusal(model, data)
+
+
+LONG = "a" * 1000
+ITEM = {"type": "message", "role": "user", "content": "a"}
+OTHER_KINDS = [
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": json.dumps({"a": LONG})},
+    {"content": 5, "type": "function_call", "call_id": "c", "name": "f", "arguments": json.dumps({"a": LONG})},
+    {"type": "function_call_output", "call_id": "c", "output": LONG},
+    {"type": "reasoning", "content": [{"text": LONG, "type": "reasoning_text"}], "summary": []},
+    {"type": "reasoning", "summary": [{"text": LONG, "type": "summary_text"}]},
+    {"role": "assistant", "content": [{"type": "refusal", "refusal": LONG}]},
+]
+WRONG_ITEMS = [
+    {"type": "function_call", "call_id": "c", "name": "f", "more": LONG},
+    {"type": "function_call", "call_id": 5, "name": "f", "arguments": "{}", "more": LONG},
+    {"type": "x", "more": LONG}, {"role": "x", "content": LONG}, {"role": "user", "more": LONG},
+    {"role": "user", "content": [{"type": "input_text", "more": LONG}]},
+    {"role": "user", "content": [PART] * 700 + [{"type": "input_image", "more": LONG}]},
+    {"type": "function_call_output", "call_id": "c", "output": [PART] * 700 + [{"type": "input_file"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("item", OTHER_KINDS)
+def test_items_of_all_kinds_stand_beside_one_that_does_not_say_its_kind(item: dict[str, Any]) -> None:
+    for first in (MESSAGE, ITEM):
+        for items in ([item], [OTHER_KINDS[0], item], [item, item]):
+            data = json.dumps({"input": [first] * 600 + items}).encode()
+            check_first_fault(data, ResponsesRequest)
+            ResponsesRequest.model_validate_json(data)
+
+
+@pytest.mark.parametrize("item", WRONG_ITEMS)
+@pytest.mark.parametrize("first", [MESSAGE, ITEM, OTHER_KINDS[0]])
+def test_of_items_of_several_kinds_the_words_are_the_parsers(
+    first: dict[str, Any], item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for data in (
+        json.dumps({"input": [*items]}).encode() for items in ([first] * 600 + [item], [item] + [first] * 600)
+    ):
+        with monkeypatch.context() as patch:
+            found.append((data, refusal(ResponsesRequest, data)))
+            patch.setattr(body, "check_first_fault", lambda *_: None)
+            parsers = refusal(ResponsesRequest, data)
+        assert found[-1][1] == parsers, (found[-1][1], parsers)
+        assert parsers is not None
+
+
+def test_a_long_part_of_another_kind_is_no_fault() -> None:
+    part = {"type": "refusal", "refusal": LONG}
+    data = json.dumps({"messages": [MESSAGE] * 600 + [{"role": "assistant", "content": [part]}]}).encode()
+    assert refusal(ChatCompletionRequest, data) is None
 
 
 @pytest.mark.parametrize(
