@@ -15,7 +15,8 @@ def main() -> None:
         if starts:
             from llmctl.serving.spawned import early_worker
 
-            worker = stack.enter_context(early_worker())
+            with contextlib.suppress(OSError):  # no room for a process: the command tries again, and says so
+                worker = stack.enter_context(early_worker())
         from llmctl.cli.main import run_command
 
         run_command(worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,18 @@ def test_a_worker_for_serve_alone(given: list[str], starts: bool, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["llmctl", *given])
     entry.main()
     assert events == (["started", "worker", "ended"] if starts else [None])
+
+
+def test_a_worker_that_cannot_be_started_is_for_the_command_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    events: list[object] = []
+    monkeypatch.setattr(spawned, "SpawnedWorker", none)
+    monkeypatch.setattr(main, "run_command", events.append)
+    monkeypatch.setattr(sys, "argv", ["llmctl", "serve", "m"])
+    entry.main()
+    assert events == [None]
 
 
 def test_the_worker_waits_for_no_import() -> None:
