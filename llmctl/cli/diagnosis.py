@@ -19,6 +19,7 @@ from llmctl.artifact.memory import human_bytes
 from llmctl.bench.environment import cpu_model, git_commit
 from llmctl.checkpoint.resolve import cache_dir
 from llmctl.extras import DISTRIBUTION, MODULES, install_command, install_hint, missing, pip_install
+from llmctl.secret_options import SECRET_VARIABLES
 from llmctl.targets.base import Finding
 from llmctl.targets.machine import available_memory, physical_cores, usable_cores
 from llmctl.targets.table import machine_findings
@@ -30,9 +31,7 @@ _VARIABLES = (
     "LLMCTL_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "CXX", "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS", "COLUMNS",
 )  # fmt: skip
-_SECRET_VARIABLES = (
-    *("LLMCTL_API_KEY", "LLMCTL_PRIORITY_KEYS", "LLMCTL_A_API_KEY", "LLMCTL_B_API_KEY", "OPENAI_API_KEY", "HF_TOKEN"),
-)
+_SECRETS = (*sorted(SECRET_VARIABLES), "OPENAI_API_KEY", "HF_TOKEN")
 NEED_TORCH = "quantize, build, convert, merge, eval, and serving what is no engine yet, need PyTorch"
 _LEAST_FREE = 1 << 30
 """Bytes of disk below which hardly an engine fits."""
@@ -168,7 +167,7 @@ def _caches() -> list[Finding]:
 def _variables() -> list[Finding]:
     """Those that change what llmctl does. Of secrets only that they are set."""
     shown = [Finding(name, os.environ[name]) for name in _VARIABLES if name in os.environ]
-    return shown + [Finding(name, "set (not shown)") for name in _SECRET_VARIABLES if name in os.environ]
+    return shown + [Finding(name, "set (not shown)") for name in _SECRETS if name in os.environ]
 
 
 def _homeless(text: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from llmctl.secret_options import SECRET_OPTIONS
+from llmctl.secret_options import SECRET_VARIABLES
 from llmctl.serving.transport import socket_pair
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FOR_ITS_PARENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """Signals that a terminal and a service manager send to the whole group, and that no worker hears."""
-_SECRET_VARIABLES = frozenset(f"LLMCTL_{name.upper()}" for name in SECRET_OPTIONS)
 
 
 @contextlib.contextmanager
@@ -56,7 +55,7 @@ class SpawnedWorker:
                 stdin=subprocess.PIPE,
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
                 pass_fds=[self._end],
-                env={name: value for name, value in os.environ.items() if name not in _SECRET_VARIABLES},
+                env={name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES},
             )
 
     def tell(self, config: EngineOptions, log_level: str, idle_seconds: float) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from llmctl.cli import diagnosis
 from llmctl.cli.main import app
 from llmctl.extras import install_hint, pip_install
+from llmctl.secret_options import SECRET_OPTIONS
 from llmctl.targets.cpu import findings as cpu_findings
 from llmctl.targets.cuda import findings as cuda_findings
 from llmctl.targets.cuda.device import CudaDevice
@@ -47,7 +48,9 @@ def document(code: int = 0) -> dict[str, Any]:
 
 
 def test_a_machine_that_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    secrets = ["OPENAI_API_KEY", *(f"LLMCTL_{name.upper()}" for name in SECRET_OPTIONS)]
+    for name in secrets:
+        monkeypatch.setenv(name, "sk-secret")
     found = document()
     assert found["healthy"]
     assert found["problems"] == []
@@ -55,7 +58,7 @@ def test_a_machine_that_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Python" in found["target cpu"]["C++ compiler"]
     assert found["target cuda"]["GPU"].startswith("none: ")
     assert found["caches"]["folder"] == "~/cache"
-    assert found["environment"]["OPENAI_API_KEY"] == "set (not shown)"
+    assert {found["environment"][name] for name in secrets} == {"set (not shown)"}
     shown = run().stdout
     assert "secret" not in shown + json.dumps(found)
     assert "somebody" not in shown + json.dumps(found)
