@@ -40,7 +40,7 @@ async def parse(
     ``check_scalars``, which is given a body of its single values, if it is long.
 
     Raises:
-        RequestError: not JSON, wrong types, missing fields.
+        RequestError: not JSON, wrong types, missing fields. QueueFullError: too many long bodies are waiting.
     """
     data = await request.body()
     outline = Outline(data)
@@ -58,7 +58,7 @@ async def parse_outlined(
     """The same of a body whose outline is checked; off the event loop, if it is large.
 
     Raises:
-        RequestError: not JSON, wrong types, missing fields.
+        RequestError: not JSON, wrong types, missing fields. QueueFullError: too many long bodies are waiting.
     """
     if not _built:
         await build_models()
@@ -66,7 +66,7 @@ async def parse_outlined(
     if loaded is None:
         return parsed(data, outline, model, check_scalars)
     size = len(data) // _BYTES_PER_TEXT
-    return await loaded.intake.workers.finish(size, lambda: parsed(data, outline, model, check_scalars))
+    return await loaded.intake.workers.run(size, lambda: parsed(data, outline, model, check_scalars))
 
 
 def parsed(

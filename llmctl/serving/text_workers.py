@@ -1,4 +1,4 @@
-"""Threads for long texts: tokenizing, chat templates, detokenizing, answers. The event loop has streams to feed."""
+"""Threads for long texts: parsing, tokenizing, chat templates, detokenizing, answers. The event loop has streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class TextWorkers:
         if size <= INLINE_BYTES:
             return work()
         if not self._places.acquire(blocking=False):
-            error = QueueFullError(f"{self._waiting} long texts are waiting to be tokenized", fix="try again later")
+            error = QueueFullError(
+                f"{self._waiting} long texts are waiting to be parsed or tokenized", fix="try again later"
+            )
             error.retry_after = self._rate.seconds_until(1)
             raise error
         future = self._pool.submit(work)

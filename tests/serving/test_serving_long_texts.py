@@ -6,16 +6,19 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from small_tokenizers import byte_level_backend
+from starlette.requests import Request
 
 from llmctl.engine.output import TextOutput
 from llmctl.engine.request import FinishReason
 from llmctl.engine.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS
 from llmctl.engine.step import TokenScores
 from llmctl.errors import CapacityError, QueueFullError, RequestError
+from llmctl.serving import body
 from llmctl.serving.completion_answer import CompletionAnswer
 from llmctl.serving.context import Model
 from llmctl.serving.generation import Generation
@@ -277,6 +280,25 @@ def test_more_strings_than_are_taken_are_refused_by_the_outline(field: str, most
     with pytest.raises(RequestError, match=f"^{field}: expected at most {most} .*, found {most + 1}$") as caught:
         check_sampling(Outline(json.dumps({field: ["a, b"] * (most + 1)}).encode()))
     assert (caught.value.http_status, caught.value.param) == (400, field)
+
+
+def test_a_long_body_beyond_the_queue_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = json.dumps({"prompt": "a" * 200_000}).encode()
+
+    async def run() -> None:
+        workers, go = TextWorkers(threads=1, waiting=0), threading.Event()
+        context = SimpleNamespace(loaded=SimpleNamespace(intake=SimpleNamespace(workers=workers)))
+        monkeypatch.setattr(body, "context_of", lambda _: context)
+        taken = asyncio.create_task(workers.run(INLINE_BYTES + 1, lambda: go.wait(20)))
+        await asyncio.sleep(0)
+        request = Request({"type": "http"})
+        with pytest.raises(QueueFullError, match="waiting to be parsed"):
+            await body.parse_outlined(request, data, Outline(data), CompletionRequest)
+        go.set()
+        assert await taken
+        assert (await body.parse_outlined(request, data, Outline(data), CompletionRequest)).prompt == "a" * 200_000
+
+    asyncio.run(run())
 
 
 def test_work_beyond_the_queue_is_refused_with_a_time() -> None:
