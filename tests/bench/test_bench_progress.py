@@ -10,14 +10,13 @@ from llmctl.bench import progress as module
 from llmctl.bench.progress import Progress
 
 
-def lines(capsys: pytest.CaptureFixture[str], count: int) -> list[str]:
-    """At least so many lines of stderr, which come by themselves."""
+def await_line(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    """Until it is on stderr twice, where lines come by themselves; before it there may be some of earlier states."""
     said, deadline = "", time.monotonic() + 10
-    while said.count("\n") < count:
+    while said.splitlines().count(line) < 2:
         assert time.monotonic() < deadline, said
         time.sleep(0.005)
         said += capsys.readouterr().err
-    return said.splitlines()
 
 
 def test_lines_come_while_nothing_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,13 +25,13 @@ def test_lines_come_while_nothing_ends(monkeypatch: pytest.MonkeyPatch, capsys: 
     progress.start("requests", 5)
     for _ in range(3):
         progress.sent()
-    assert lines(capsys, 2)[-1] == "requests: 3 sent, 0/5 done, 3 running"
+    await_line(capsys, "requests: 3 sent, 0/5 done, 3 running")
     progress.advance()
     progress.advance(failed=True)
-    assert lines(capsys, 2)[-1] == "requests: 3 sent, 2/5 done, 1 running, 1 failed"
+    await_line(capsys, "requests: 3 sent, 2/5 done, 1 running, 1 failed")
     progress.start("iterations", 2)  # none of which runs beside another
     progress.advance()
-    assert lines(capsys, 2)[-1] == "iterations: 1/2 done"
+    await_line(capsys, "iterations: 1/2 done")
     progress.stop()
     capsys.readouterr()
     time.sleep(0.06)
