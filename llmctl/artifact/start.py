@@ -34,7 +34,8 @@ class StartedEngine:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Of its model; read when it is first asked for, which takes half a second for 128k entries.
+        """Of its model; read when it is first asked for, which takes half a second for 128k entries: no start waits for
+        it. In the worker, grammars ask for it right after the start, in a thread beside the first requests.
 
         Raises:
             CheckpointError: as ``Tokenizer.from_folder``.
