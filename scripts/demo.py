@@ -34,7 +34,7 @@ def llmctl(*args: str) -> list[str]:
     """The command ``llmctl ARGS`` of this Python: the script beside it, as it is reached from the current folder."""
     script = Path(sys.executable).parent / "llmctl"
     if not script.exists():
-        return [sys.executable, "-m", "llmctl.cli.main", *args]
+        return [sys.executable, "-m", "llmctl", *args]
     here = Path.cwd()
     return [str(script.relative_to(here) if script.is_relative_to(here) else script), *args]
 

@@ -72,7 +72,7 @@ def main() -> int:
             words = shlex.split(command)
             name = "curl …" if words[0] == "curl" else f"llmctl {words[1]} …"
             print(name, file=sys.stderr, flush=True)
-            program = [sys.executable, "-m", "llmctl.cli.main"] if words[0] == "llmctl" else ["curl", "-fsS"]
+            program = [sys.executable, "-m", "llmctl"] if words[0] == "llmctl" else ["curl", "-fsS"]
             if words[:2] == ["llmctl", "serve"]:
                 server = stack.enter_context(running([*program, *words[1:]], environment=_WIDTH))
                 url, output = server.url, server.said()

@@ -162,7 +162,7 @@ class ServerProcess:
         *args: str,
         env: dict[str, str] | None = None,
         scheme: str = "http",
-        llmctl: Sequence[str] = (sys.executable, "-m", "llmctl.cli.main"),
+        llmctl: Sequence[str] = (sys.executable, "-m", "llmctl"),
     ) -> None:
         """``llmctl``: the command. ``env``: beside this process's own."""
         self.port = free_port()

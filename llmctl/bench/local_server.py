@@ -19,6 +19,7 @@ from dataclasses import fields
 
 from llmctl.config import ServeConfig, option_of
 from llmctl.errors import ExitCode, LlmctlError, UsageError
+from llmctl.secret_options import SECRET_VARIABLES
 from llmctl.serving.parent import ending_with_this
 
 READY_SECONDS = 300.0
@@ -31,8 +32,8 @@ _POLL_SECONDS = 0.05
 
 ADDRESS = frozenset({"host", "port", "root_path", "ssl_keyfile", "ssl_certfile"})
 """Fields of ``ServeConfig`` that are decided here: how the server is reached."""
-# A key of the environment would keep the bench itself out.
-_KEYS = ("LLMCTL_API_KEY", "LLMCTL_API_KEY_FILE", "LLMCTL_PRIORITY_KEYS")
+# A key of the environment would keep the bench itself out; those of other servers are not for this one to know.
+_KEYS = SECRET_VARIABLES | {"LLMCTL_API_KEY_FILE"}
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """For our own servers: ``urlopen`` asks a proxy of the environment, of 127.0.0.1 too."""
 
@@ -96,7 +97,7 @@ def serve_command(model: str, options: Sequence[str] = ()) -> list[str]:
     for option in options:
         if option.partition("=")[0] in ours:
             raise UsageError(f"{option}: a server that is started here gets its address here", fix="leave it out")
-    return [sys.executable, "-m", "llmctl.cli.main", "serve", "--model", model, *options]
+    return [sys.executable, "-m", "llmctl", "serve", "--model", model, *options]
 
 
 def option_words(name: str, value: object) -> list[str]:

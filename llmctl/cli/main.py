@@ -79,12 +79,3 @@ def run_command(worker: SpawnedWorker | None = None) -> None:
     # Without a handler SIGTERM would end the process where it stands and leave half-written folders behind.
     signal.signal(signal.SIGTERM, _terminate)
     app(obj=worker)
-
-
-def main() -> None:
-    """The command of ``sys.argv``, for who has imported this module anyway."""
-    run_command()
-
-
-if __name__ == "__main__":
-    main()

@@ -68,7 +68,7 @@ class Trials:
     dense: Path
     say: Callable[[str], None]
     seconds: float = 900
-    llmctl: tuple[str, ...] = (sys.executable, "-m", "llmctl.cli.main")
+    llmctl: tuple[str, ...] = (sys.executable, "-m", "llmctl")
     _made: set[str] = field(default_factory=set)
 
     def of(self, tool: Tool) -> tuple[dict[str, str], list[Trial]]:

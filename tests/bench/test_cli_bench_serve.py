@@ -381,7 +381,7 @@ def test_as_a_process(start: Start, tmp_path: Path) -> None:
     """stdout of the real command is one JSON document, stderr has no traceback, the exit code is the verdict's."""
     fake = start(Reply(), Reply("cut"))
     environment = {**os.environ, "GITHUB_STEP_SUMMARY": str(tmp_path / "s.md")}
-    command = [sys.executable, "-m", "llmctl.cli.main", "bench", "serve", "--base-url", fake.url, "--json"]
+    command = [sys.executable, "-m", "llmctl", "bench", "serve", "--base-url", fake.url, "--json"]
     done = subprocess.run(
         [*command, "--num-prompts", "4", "--output-len", "4", "--input-len", "4"],
         capture_output=True,
@@ -401,7 +401,7 @@ def test_as_a_process(start: Start, tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_measured(start: Start, tmp_path: Path) -> None:
     fake = start(Reply(first_delay=0.05))
-    command = [sys.executable, "-m", "llmctl.cli.main", "bench", "serve", "--base-url", fake.url, "--json"]
+    command = [sys.executable, "-m", "llmctl", "bench", "serve", "--base-url", fake.url, "--json"]
     options = ["--num-prompts", "5000", "--max-concurrency", "4", "--output-len", "4", "--input-len", "4"]
     files = ["--junit", str(tmp_path / "j.xml"), "--baseline", str(tmp_path / "b.json"), "--update-baseline"]
     process = subprocess.Popen(

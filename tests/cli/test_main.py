@@ -35,7 +35,7 @@ ALIASES = [["chat"], ["show"]]
 
 def run(*args: str, columns: str = "120") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "llmctl.cli.main", *args],
+        [sys.executable, "-m", "llmctl", *args],
         capture_output=True,
         text=True,
         timeout=60,
@@ -244,7 +244,7 @@ def test_sigterm_lets_a_command_clean_up() -> None:
         "        time.sleep(30)\n"
         "    finally:\n"
         "        print('cleaned up')\n"
-        "main.main()\n"
+        "main.run_command()\n"
     )
     result = subprocess.run([sys.executable, "-c", code, "wait"], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (143, "cleaned up\n", "terminated\n")

@@ -64,7 +64,7 @@ def test_a_word_of_another_tool_names_ours(args: list[str], said: str) -> None:
 
 @pytest.mark.parametrize(("args", "said"), [(["pull", "m"], "llmctl run MODEL"), (["run", "-c", "1"], "-model-len")])
 def test_whatever_the_program_is_called(args: list[str], said: str) -> None:
-    code = f"from llmctl.cli.main import app; app({args!r}, prog_name='python -m llmctl.cli.main')"
+    code = f"from llmctl.cli.main import app; app({args!r}, prog_name='python -m llmctl')"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (made.returncode, said in made.stderr) == (2, True), made.stderr
     assert made.stderr.count("\n") == 1

@@ -203,7 +203,7 @@ def test_a_key_is_for_another_server(file: str | None, tmp_path: Path, monkeypat
 
 
 def test_what_cannot_be_shown_is_not_the_servers_fault(server: ScriptedServer) -> None:
-    command = [sys.executable, "-m", "llmctl.cli.main", "run", "--base-url", server.url, "first", "why?"]
+    command = [sys.executable, "-m", "llmctl", "run", "--base-url", server.url, "first", "why?"]
     with open("/dev/full", "wb") as full:
         made = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, check=False)
     assert made.returncode != 0
@@ -260,7 +260,7 @@ class Terminal:
         self._end, theirs = pty.openpty()
         environment = {**os.environ, "HOME": str(home), "TERM": "dumb", "COLUMNS": "80", "XDG_STATE_HOME": ""}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmctl.cli.main", "run", *args],
+            [sys.executable, "-m", "llmctl", "run", *args],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

@@ -90,7 +90,7 @@ def test_in_this_process(wrong: dict[str, str], offline: dict[str, str], tmp_pat
 )
 def test_in_a_server(name: str, what: str, wrong: dict[str, str], offline: dict[str, str], tmp_path: Path) -> None:
     command = words(name, SERVERS[name], wrong[what], tmp_path)
-    done = run(offline, "-m", "llmctl.cli.main", *command)
+    done = run(offline, "-m", "llmctl", *command)
     assert (done.returncode, done.stdout) == (ExitCode.USAGE, ""), done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")

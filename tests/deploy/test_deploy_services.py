@@ -130,7 +130,7 @@ _DENY = (
 def test_a_cpu_engine_needs_no_writable_code(tiny_llama: Path, tmp_path: Path) -> None:
     """Built and run as the unit's MemoryDenyWriteExecute= has it."""
     assert unit(UNIT)["Service"]["MemoryDenyWriteExecute"] == "yes"
-    deny = [sys.executable, "-c", _DENY, sys.executable, "-m", "llmctl.cli.main"]
+    deny = [sys.executable, "-c", _DENY, sys.executable, "-m", "llmctl"]
     if subprocess.run([*deny, "--version"], capture_output=True, check=False).returncode:
         pytest.skip("a kernel without PR_SET_MDWE (Linux 6.3)")
     env = {**os.environ, "LLMCTL_CACHE": str(tmp_path / "cache")}

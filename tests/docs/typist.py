@@ -38,7 +38,7 @@ class Typist:
         programs = folder / ".bin"
         programs.mkdir(parents=True)
         shim = programs / "llmctl"
-        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llmctl.cli.main "$@"\n')
+        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llmctl "$@"\n')
         shim.chmod(0o755)
         path = f"{programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **(variables or {})}

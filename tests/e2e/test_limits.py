@@ -21,7 +21,7 @@ def run(*args: str, address_space: int | None = None) -> tuple[int, str]:
             resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
 
     done = subprocess.run(
-        [sys.executable, "-m", "llmctl.cli.main", *args],
+        [sys.executable, "-m", "llmctl", *args],
         capture_output=True,
         text=True,
         timeout=120,

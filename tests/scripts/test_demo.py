@@ -44,7 +44,7 @@ def test_what_is_shown_is_what_runs(capsys: pytest.CaptureFixture[str], monkeypa
 def test_llmctl_is_this_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
-    assert demo.llmctl("list")[1:] == ["-m", "llmctl.cli.main", "list"]
+    assert demo.llmctl("list")[1:] == ["-m", "llmctl", "list"]
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "llmctl").touch()
     assert demo.llmctl("list") == ["venv/bin/llmctl", "list"]
