@@ -10,7 +10,7 @@ using namespace llmctl;
 
 namespace {
 
-constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 80, kGroup = 32;
+constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 260, kGroup = 32;
 constexpr int64_t kAdapters = 3;
 constexpr int64_t kBlock = 16, kBlocks = 56, kLength = 640;
 
@@ -241,6 +241,8 @@ std::vector<int32_t> walk(int threads) {
   run({{0, 40, 0, 0}, {0, 11, 40, 1}, {0, 2, 43}});
   for (int32_t at = 40; at < 50; at++)
     run({{at, 1, 0, 0}, {at - 29, 1, 40, 1}, {at - 38, 1, 43}, {at - 40, 1, 46, 0}, {at - 40, 1, 49, 2}});
+  // So many rows that threads share the rows, up to four of them: a thread goes on with another's patch of rows.
+  run({{0, 90, 0, 0}, {0, 80, 8, 1}, {0, 70, 16, 2}, {0, 20, 24}});
   llmctl_destroy(program);
   return found;
 }
