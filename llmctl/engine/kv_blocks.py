@@ -94,7 +94,10 @@ class KVBlocks:
     def missing(self, request: Request, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens take at most beside those that a running request holds."""
         new = self.pool.blocks_for(num_tokens) - len(request.tables[0])
-        return self._taken(new, self.nothing) if new > 0 else 0
+        if new <= 0 or not self.slides:
+            return max(0, new)
+        held = (len(table) - gone for table, gone in zip(request.tables, request.gone, strict=True))
+        return sum(new if most is None else min(new, most - now) for most, now in zip(self._most, held, strict=True))
 
     def missing_after(self, prefix: Prefix, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens take at most beside a cached prefix, those of it that are free included."""
