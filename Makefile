@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed-dev
 
 # The page's figures from a GPU, out of docs/gpu. With RESULTS=folder: of a run of scripts/gpu_check.sh --engine, kept there.
 gpu-table: $(VENV)/.installed
-	PYTHONPATH=. $(BIN)/python scripts/gpu_figures.py $(if $(RESULTS),--results '$(RESULTS)' --processor '$(PROCESSOR)')
+	PYTHONPATH=. $(BIN)/python scripts/gpu_figures.py $(if $(RESULTS),--results '$(RESULTS)')
 
 # Tables of other servers and their charts, README's too, out of docs/cpu. With RESULTS=report.json PROCESSOR=amx: of a run of bench_peers.py on such a processor.
 peer-table: $(VENV)/.installed

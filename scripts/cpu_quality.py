@@ -259,7 +259,11 @@ class Bench:
         if read_manifest(path).quantization.method == "none":
             raise UsageError(f"{self._checkpoint}: is not quantized", fix="llmctl quantize it first", param="model")
         request = EngineRequest(
-            max_model_len=self.context, max_num_batched_tokens=self.context, max_num_seqs=_BATCH, budget=1 << 33
+            max_model_len=self.context,
+            max_num_batched_tokens=self.context,
+            max_num_seqs=_BATCH,
+            budget=1 << 33,
+            whole_context=True,
         )
         return load_engine(path, request)
 

@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
     lora = LoraLimits(options.adapters, options.rank, options.adapters)
-    request = EngineRequest(max_num_seqs=max(BATCHES), kv_cache_bytes=256 << 20, lora=lora)
+    request = EngineRequest(max_num_seqs=max(BATCHES), kv_cache_bytes=256 << 20, lora=lora, whole_context=True)
     engine = load_engine(options.engine, request)
     graph = lora_graph(engine.graph, lora)
     adapters = [random_adapter(graph, options.rank, options.modules, seed) for seed in range(options.adapters)]

@@ -134,6 +134,10 @@ class Sizing:
         """The plan."""
         return plan_memory(self.graph, self.options, self.target, self.request, self.planes)
 
+    def longest_in(self, room: int) -> int:
+        """``MemoryPlan.largest_max_model_len`` where the budget leaves so many bytes for a KV cache."""
+        return _longest(_layouts(self.graph, self.options, self.target, self.request), room, self.request, self.graph)
+
 
 def plan_memory(
     graph: Graph, options: BuildOptions, target: Target, request: EngineRequest, planes: Iterable[Plane]
@@ -163,7 +167,6 @@ def plan_memory(
     most_blocks = kv.blocks_of(length, limits.max_num_seqs)
     if budget.shared:
         most_blocks = min(most_blocks, max(HOST_KV_BYTES // kv.block_bytes, kv.blocks_of(length)))
-    holds = room if asked is None else min(room, asked)
     return MemoryPlan(
         budget=budget.size,
         budget_source=budget.source,
@@ -173,7 +176,7 @@ def plan_memory(
         kv=kv,
         num_blocks=min(kv.blocks_in(room), most_blocks) if asked is None else kv.blocks_in(asked),
         max_model_len=length,
-        largest_max_model_len=max(layout.longest(layout.blocks_in(holds), graph.max_position) for layout in layouts),
+        largest_max_model_len=_longest(layouts, room, request, graph),
         adapters=adapters,
     )
 
@@ -183,6 +186,12 @@ def _layouts(graph: Graph, options: BuildOptions, target: Target, request: Engin
     per_token, tokens = target.kv_bytes_per_token(graph, options), request.step_limits(target).max_num_batched_tokens
     groups = dict.fromkeys((whole_context(graph), *(() if request.whole_context else (target.kv_groups(graph),))))
     return tuple(KVLayout(one, per_token, options.block_size, tokens) for one in groups)
+
+
+def _longest(layouts: Iterable[KVLayout], room: int, request: EngineRequest, graph: Graph) -> int:
+    """Tokens of the longest sequence that fits in any of the layouts."""
+    size = room if request.kv_cache_bytes is None else min(room, request.kv_cache_bytes)
+    return max(layout.longest(layout.blocks_in(size), graph.max_position) for layout in layouts)
 
 
 def _budget(target: Target, request: EngineRequest) -> MemoryBudget:

@@ -101,7 +101,7 @@ def _unquantized(sizing: Sizing, plan: MemoryPlan) -> list[MemoryPlan]:
     capped = plan.num_blocks < plan.kv.blocks_in(
         plan.room
     )  # by what can be used, by a size, by what a runtime measured
-    largest = plan.kv.longest(blocks, sizing.graph.max_position)
+    largest = sizing.longest_in(dense.room)
     return [replace(dense, num_blocks=min(blocks, plan.num_blocks) if capped else blocks,
                     largest_max_model_len=largest)]  # fmt: skip
 

@@ -19,6 +19,10 @@ from llmctl.errors import UsageError
 WORKLOAD_KEYS = ("model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency")
 
 
+class OtherWorkError(UsageError):
+    """An earlier result measured other work."""
+
+
 @dataclass(frozen=True)
 class Delta:
     """Change of one metric against the baseline.
@@ -52,10 +56,10 @@ def read_result(path: Path) -> Any:
     """What a file of ``--baseline`` holds.
 
     Raises:
-        UsageError: unreadable, or not JSON.
+        UsageError: unreadable, not JSON, or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"--baseline {path}: {error.strerror or error}",
@@ -65,6 +69,11 @@ def read_result(path: Path) -> Any:
         ) from error
     except ValueError as error:
         raise UsageError(f"--baseline {path}: not JSON: {error}", param="baseline") from error
+    for name in ("workload", "environment"):
+        found = loaded.get(name) if isinstance(loaded, dict) else None
+        if found is not None and not isinstance(found, dict):
+            raise UsageError(f"--baseline {path}: damaged: its '{name}' is no object", param="baseline")
+    return loaded
 
 
 def load_baseline(path: Path) -> dict[str, Any]:
@@ -87,14 +96,14 @@ def check_same_work(path: Path, baseline: Mapping[str, Any], current: Mapping[st
     Keys that the baseline does not have (a vLLM result has no ``workload``) are not compared.
 
     Raises:
-        UsageError: naming every setting that differs.
+        OtherWorkError: naming every setting that differs.
     """
     pairs = {key: (baseline[key], current.get(key)) for key in WORKLOAD_KEYS if key in baseline}
     theirs, ours = baseline.get("workload") or {}, current.get("workload") or {}
     pairs |= {key: (theirs[key], ours.get(key)) for key in theirs}
     differing = [f"{key} {old!r} there, {new!r} here" for key, (old, new) in pairs.items() if old != new]
     if differing:
-        raise UsageError(
+        raise OtherWorkError(
             f"--baseline {path}: it measured other work: " + "; ".join(differing),
             fix="run the same settings, or replace it with --update-baseline",
             param="baseline",

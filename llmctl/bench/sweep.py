@@ -14,7 +14,7 @@ from llmctl.bench.environment import describe_environment, load_average
 from llmctl.bench.local_server import serving
 from llmctl.bench.metrics import DEFINITIONS
 from llmctl.bench.outcome import SCHEMA_VERSION, Outcome, timestamp
-from llmctl.bench.sweep_baseline import check_same_loads, compare_sweeps, load_sweep
+from llmctl.bench.sweep_baseline import check_same_loads, compare_sweeps, known_identity, load_sweep
 from llmctl.bench.sweep_measure import Serve, Sweep
 from llmctl.bench.sweep_plan import Axis, Level, SweepPlan, Variant, plan_sweep
 from llmctl.bench.sweep_view import SweepView
@@ -52,6 +52,7 @@ def run_sweep(config: BenchSweepConfig, view: SweepView, serve: Serve | None = N
     judge = plan.serve.judge
     if judge.previous is not None and not config.update_baseline:
         check_same_loads(str(config.baseline), judge.previous, plan.points)
+        judge.check_same_work(known_identity(plan.serve, judge.previous, plan.variants))
     environment = describe_environment()
     sweep = Sweep(plan, view, serve or _serve(view, config.ready_timeout))
     interrupted = False
@@ -108,9 +109,9 @@ def judged(sweep: Sweep, environment: Mapping[str, object], interrupted: bool) -
     measured = [variant for variant in plan.variants if any(v == variant for v, _ in sweep.points)]
     gates = [g for variant in measured for g in _gates(sweep, variant, found)]
     gates += [g for _, mine in sweep.quality.values() for g in mine]
-    baseline, against = compare_sweeps(plan.serve.judge, points, plan.points)
+    baseline, against = compare_sweeps(plan.serve.judge, points, plan.points, sweep.refused)
     gates += against
-    code = gate.exit_code(gates) or next((error.exit_code for error in sweep.refused.values()), ExitCode.OK)
+    code = next((error.exit_code for error in sweep.refused.values()), ExitCode.OK) or gate.exit_code(gates)
     if interrupted:
         code = ExitCode.INTERRUPTED
     result = {

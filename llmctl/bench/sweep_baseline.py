@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from llmctl.bench import baseline as base
 from llmctl.bench.gate import Gate
 from llmctl.bench.outcome import Judge
+from llmctl.bench.readiness import ServerFacts
+from llmctl.bench.serve import make_head
+from llmctl.bench.serve_plan import Plan
 from llmctl.bench.sweep_plan import Level, Variant
 from llmctl.bench.sweep_view import level_of, variant_of
 from llmctl.errors import UsageError
@@ -29,7 +32,7 @@ def load_sweep(path: Path) -> dict[str, Any]:
     loaded = base.read_result(path)
     points = loaded.get("points") if isinstance(loaded, dict) and loaded.get("kind") == "sweep" else None
     try:
-        completed = [int(point["completed"]) for point in points or () if key_of(point)]
+        completed = [int(point["completed"]) for point in points or () if {key_of(point)}]  # hashable
     except (AttributeError, KeyError, TypeError, ValueError):
         completed = []
     if not completed:
@@ -76,18 +79,28 @@ def identity_of(head: Mapping[str, Any], previous: Mapping[str, Any], variants: 
     return {**head, "workload": workload} | ({"model_id": previous.get("model_id")} if varies else {})
 
 
+def known_identity(plan: Plan, previous: Mapping[str, Any], variants: Sequence[Variant]) -> dict[str, Any]:
+    """``identity_of`` before a server is asked anything: what it alone can say, the model's name and how prompts are
+    counted, is taken to be as in the earlier one."""
+    found = identity_of(make_head(plan, "", ServerFacts((), None, 0.0), ""), previous, variants)
+    counted_by = (previous.get("workload") or {}).get("prompt_length_source")
+    workload = {**found["workload"], "prompt_length_source": counted_by}
+    return {**found, "workload": workload, "model_id": previous.get("model_id")}
+
+
 def compare_sweeps(
-    judge: Judge, points: Sequence[Mapping[str, Any]], planned: Sequence[At]
+    judge: Judge, points: Sequence[Mapping[str, Any]], planned: Sequence[At], refused: Collection[Variant] = ()
 ) -> tuple[dict[str, Any] | None, list[Gate]]:
     """The ``baseline`` member of a sweep's result, and its gates: one a load and metric, and one of what is missing.
 
-    The confidence is shared out over loads and metrics (Bonferroni).
+    The confidence is shared out over loads and metrics (Bonferroni). Loads of ``refused`` variants, which are errors
+    of their own, are not counted as missing.
     """
     config, previous = judge.config, judge.previous
     if not config.baseline:
         return None, []
     now = {key_of(point): point for point in points}
-    gates = _all_measured(now, planned)
+    gates = _all_measured(now, [at for at in planned if at[0] not in refused])
     if previous is None:
         return None, gates
     before = {key_of(point): point for point in previous["points"]}

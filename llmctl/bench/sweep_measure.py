@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmctl.artifact.step_progress import step_progress
+from llmctl.bench.baseline import OtherWorkError
 from llmctl.bench.capacity import Search, Verdict
 from llmctl.bench.client import Target
 from llmctl.bench.decide import LOOKS, Round
@@ -148,6 +149,8 @@ class Sweep:
                     level = self.plan.axis.level(self.plan.axis.loads[i])
                     self._load(variant, level, session, config.num_prompts, stream=stream_of(repeat, i))
         except LlmctlError as error:
+            if isinstance(error, OtherWorkError) and not self.points:
+                raise  # so it would be with every other variant
             self.refused[variant] = error
 
     @contextmanager
@@ -167,9 +170,9 @@ class Sweep:
             plan = replace(plan, endpoint=endpoint)
         server, target = connect(plan, self.view)
         counter, counted_by = find_counter(plan, target.model, self.view)
+        self._check_same_work(make_head(plan, target.model, server, counted_by))
         target = warm_up(plan, target, counter, self.view)
         self.session = Session(plan, server, target.model, counter, counted_by, target)
-        self._check_same_work(self.session.head)
         return self.session
 
     def _check_same_work(self, head: Mapping[str, Any]) -> None:

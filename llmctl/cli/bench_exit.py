@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = (
     "Exit codes: 0 pass, 1 run-time error, 2 usage, 3 failed requests, 4 objective missed, 5 regression, "
-    "6 inconclusive (bench compare; a sweep with --baseline that was cut short)."
+    "6 inconclusive (bench compare, bench sweep --baseline)."
 )
 INTERRUPTED = "interrupted: what was measured until then is in the result"
 
@@ -36,8 +36,9 @@ def finish(outcome: Outcome, exit_zero: bool, title: str) -> None:
     if code == ExitCode.INTERRUPTED:
         print(INTERRUPTED, file=sys.stderr)
     elif code in (ExitCode.RUNTIME, ExitCode.USAGE):
-        for note in result.get("notes", ())[:1]:
-            print(f"error: {note}", file=sys.stderr)
+        reasons = [each["reason"] for each in result.get("refused", ())] or result.get("notes", ())  # a sweep's, first
+        for reason in reasons[:1]:
+            print(f"error: {reason}", file=sys.stderr)
     elif exit_zero:
         return
     if code:

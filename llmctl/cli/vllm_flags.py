@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +50,8 @@ class Flag:
 
 
 _ONE = "an engine runs on one device"
-_LOCAL = "hf download MODEL --revision R --local-dir DIR, then serve DIR"
+_LOCAL = "main is loaded; hf download MODEL --revision R --local-dir DIR, then serve DIR"
+_METHODS = ('["*"]', '["GET", "HEAD", "POST"]')
 
 FLAGS = (
     Flag(("--tensor-parallel-size", "-tp"), "N", _ONE, ("1",)),
@@ -60,13 +64,13 @@ FLAGS = (
     Flag(("--revision",), "R", _LOCAL, ("main",)),
     Flag(("--tokenizer-revision",), "R", _LOCAL, ("main",)),
     Flag(("--download-dir",), "DIR", "set HF_HUB_CACHE=DIR in the environment", ()),
-    Flag(("--hf-overrides",), "JSON", "--max-model-len, or an edited config.json in a copy of the model", ("{}",)),
+    Flag(("--hf-overrides",), "JSON", "config.json is read as it is; edit a copy, or use --max-model-len", ("{}",)),
     Flag(("--cpu-offload-gb",), "N", "weights are on one device; quantize them, or --target cpu", ("0",)),
     Flag(("--runner",), "KIND", "any model generates and embeds", ("auto", "generate", "pooling")),
     Flag(("--task",), "TASK", "any model generates and embeds, nothing else", ("auto", "generate", "embed")),
     Flag(("--convert",), "KIND", "any model embeds, as it is", ("auto", "none", "embed")),
-    Flag(("--pooler-config",), "JSON", "--pooling last or mean; normalize and dimensions are a request's", ()),
-    Flag(("--enable-log-requests",), None, "--request-log FILE, and --request-log-text for what they say", ()),
+    Flag(("--pooler-config",), "JSON", "use --pooling last or mean; normalize and dimensions are a request's", ()),
+    Flag(("--enable-log-requests",), None, "use --request-log FILE; --request-log-text logs texts", ()),
     Flag(("--no-enable-log-requests",), None, "requests are logged by --request-log alone"),
     Flag(("--disable-log-requests",), None, "requests are logged by --request-log alone"),
     Flag(("--max-log-len",), "N", "texts are logged by --request-log-text alone, and whole"),
@@ -81,19 +85,24 @@ FLAGS = (
     Flag(("--distributed-executor-backend",), "NAME", _ONE),
     Flag(("--async-scheduling",), None, "steps overlap where the target can run ahead"),
     Flag(("--compilation-config", "-O"), "CONFIG", "kernels are compiled by llmctl build"),
-    Flag(("--num-gpu-blocks-override",), "N", "--kv-cache-memory SIZE", ()),
+    Flag(("--num-gpu-blocks-override",), "N", "the memory says how many there are; --kv-cache-memory SIZE sets it", ()),
     Flag(("--speculative-config",), "JSON", "no tokens are drafted", ()),
     Flag(("--guided-decoding-backend",), "NAME", "grammars are llguidance's, whichever is named"),
     Flag(("--enable-reasoning",), None, "--reasoning-parser alone finds reasoning"),
     Flag(("--chat-template-content-format",), "FORMAT", "templates get texts", ("auto", "string")),
     Flag(("--response-role",), "ROLE", "answers are the assistant's", ("assistant",)),
-    Flag(("--override-generation-config",), "JSON", "--generation-config FILE, with these values in it", ("{}",)),
+    Flag(
+        ("--override-generation-config",),
+        "JSON",
+        "values are read from a file; write these into one for --generation-config FILE",
+        ("{}",),
+    ),
     Flag(("--max-logprobs",), "N", "a token has at most 20 log-probabilities", ("20",)),
-    Flag(("--return-tokens-as-token-ids",), None, "return_tokens_as_token_ids is a request's", ()),
+    Flag(("--return-tokens-as-token-ids",), None, "requests ask for it: return_tokens_as_token_ids", ()),
     Flag(("--limit-mm-per-prompt",), "JSON", "prompts are texts alone"),
     Flag(("--allow-credentials",), None, "keys are in headers, not in cookies", ()),
-    Flag(("--allowed-methods",), "JSON", "--allowed-origins may GET, HEAD and POST"),
-    Flag(("--allowed-headers",), "JSON", "--allowed-origins may send any header"),
+    Flag(("--allowed-methods",), "JSON", "pages of --allowed-origins may GET, HEAD and POST", _METHODS),
+    Flag(("--allowed-headers",), "JSON", "pages of --allowed-origins may send any header", ('["*"]',)),
     Flag(("--disable-uvicorn-access-log",), None, "only --log-level debug has an access log"),
     Flag(("--disable-frontend-multiprocessing",), None, "the engine is always a process of its own"),
     Flag(("--enable-request-id-headers",), None, "every answer has its X-Request-Id"),
@@ -113,14 +122,23 @@ def settled(flags: Mapping[Flag, str | bool | None], model: str) -> Iterator[str
         name = flag.names[0]
         if flag.same is None:
             yield f"{name} has no effect: {flag.words}"
-        elif value not in flag.same and not ("MODEL" in flag.same and value == model):
+        elif _plain(flag, value) not in flag.same and not ("MODEL" in flag.same and value == model):
             shown = name if value is True else f"{name} {value}"
             fix = f"leave it out{_instead(flag)}"
             raise UsageError(f"{shown}: not supported: {flag.words}", fix=fix, param=name[2:].replace("-", "_"))
 
 
+def _plain(flag: Flag, value: str | bool) -> str | bool:
+    """A value; of a JSON text, as ``same`` is written, whatever its blanks."""
+    if flag.metavar != "JSON":
+        return value
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.dumps(json.loads(str(value)))
+    return value
+
+
 def _instead(flag: Flag) -> str:
-    return f", or {flag.names[0]} {flag.same[0]}" if flag.same else ""
+    return f", or {flag.names[0]} {shlex.quote(flag.same[0])}" if flag.same else ""
 
 
 def with_vllm_flags(function: Callable[..., None]) -> Callable[..., None]:

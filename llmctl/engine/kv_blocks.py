@@ -94,7 +94,10 @@ class KVBlocks:
     def missing(self, request: Request, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens take at most beside those that a running request holds."""
         new = self.pool.blocks_for(num_tokens) - len(request.tables[0])
-        return self._taken(new, self.nothing) if new > 0 else 0
+        if new <= 0 or not self.slides:
+            return max(0, new)
+        held = (len(table) - gone for table, gone in zip(request.tables, request.gone, strict=True))
+        return sum(new if most is None else min(new, most - now) for most, now in zip(self._most, held, strict=True))
 
     def missing_after(self, prefix: Prefix, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens take at most beside a cached prefix, those of it that are free included."""
@@ -189,13 +192,14 @@ class KVBlocks:
 
     def _seen_by_next(self, hashes: Sequence[bytes], count: int, group: int) -> int:
         """The most blocks, up to ``count``, such that the token after them finds all that it sees in a group."""
+        known = count  # blocks from here up to count are cached
         while True:
             first = self._first_seen(self._windows[group], count * self.pool.block_size)
-            lacking = (i for i in range(count - 1, first - 1, -1) if not self.pool.match((_key(hashes[i], group),)))
-            shorter = next(lacking, None)
-            if shorter is None:
+            lacking = first + len(self.pool.match(_key(digest, group) for digest in hashes[first:known]))
+            if lacking == known:
                 return count
-            count = shorter
+            # Of a token whose window this block is in, all up to it: whole windows are skipped where little is cached.
+            known, count = first, lacking
 
     def cache(self, request: Request, indices: Iterable[int]) -> None:
         """Make full, computed blocks of a request findable, but for those that it has let go of meanwhile."""

@@ -154,11 +154,6 @@ class Request:
         return len(self.token_ids)
 
     @property
-    def block_ids(self) -> tuple[int, ...]:
-        """The block table of the first group of layers, which sees most; empty: it holds nothing."""
-        return self.tables[0] if self.tables else ()
-
-    @property
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens

@@ -103,8 +103,9 @@ def _chosen(plan: Plan, layer: int) -> set[str]:
     return {name for module in plan.selection.of_layer(layer) for name in module.weights}
 
 
-def _check_inputs(layer: int, stage: Stage, stats: InputStats) -> None:
-    if not bool(stats.gram.diagonal().isfinite().all()):
+def _check_inputs(layer: int, stage: Stage, sizes: Tensor) -> None:
+    """``sizes``: of every column, of its squares' sum."""
+    if not bool(sizes.isfinite().all()):
         raise _overflow(layer, f"the inputs of {', '.join(op.name for op in stage.linears)} are")
 
 
@@ -176,7 +177,7 @@ class _LayerRun:
         if self.rounds_activations:
             return search_smoothing(weights, inputs, scheme, columns)
         stats = InputStats.of(inputs)
-        _check_inputs(self.layer, stage, stats)
+        _check_inputs(self.layer, stage, stats.gram.diagonal())
         return search_scales(weights, stats, scheme, columns)
 
     def _fold_point(self, stage: Stage) -> FoldPoint | None:
@@ -195,9 +196,10 @@ class _LayerRun:
         if self._has_few(stage, inputs):
             self._round(stage, len(inputs))
             return
-        stats = InputStats.of(inputs)
-        _check_inputs(self.layer, stage, stats)
-        algorithm = self._algorithm(stage, inputs, stats.gram)
+        gram = None if self.rounds_activations else InputStats.of(inputs).gram  # w8a8 has its own, of rounded inputs
+        sizes = torch.linalg.vector_norm(inputs, dim=0) if gram is None else gram.diagonal()
+        _check_inputs(self.layer, stage, sizes)
+        algorithm = self._algorithm(stage, inputs, gram)
         self.errors |= {op.name: math.nan for op in stage.linears}  # in their order, whatever the schemes' is
         for scheme, alike in self._by_scheme(stage):
             for linears in self._stacks(alike):
@@ -208,9 +210,7 @@ class _LayerRun:
                     part = whole.take_rows(slice(start, start := start + len(weight)))
                     dense = part.dequantize()
                     self.errors[op.name] = (
-                        w8a8_error(weight, dense, inputs)
-                        if self.rounds_activations
-                        else relative_error(weight, dense, stats.gram)
+                        w8a8_error(weight, dense, inputs) if gram is None else relative_error(weight, dense, gram)
                     )
                     self.quantized[op.weights[0]], self.calibration.weights[op.weights[0]] = part, dense
 
@@ -225,9 +225,9 @@ class _LayerRun:
             self.few_tokens[op.name] = tokens
             self.calibration.weights[name] = dense
 
-    def _algorithm(self, stage: Stage, inputs: Tensor, gram: Tensor) -> Algorithm:
+    def _algorithm(self, stage: Stage, inputs: Tensor, gram: Tensor | None) -> Algorithm:
         """From a weight of the stage to its quantization."""
-        if self.rounds_activations:
+        if gram is None:
             return w8a8_rounding(inputs)
         if "gptq" not in self.plan.config.steps:
             return lambda weight, scheme: quantize_awq(weight, gram, scheme)

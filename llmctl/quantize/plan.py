@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -253,11 +254,11 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
 
 def _check_device(device: str) -> None:
     """Refuse a device that is not here, or that nothing was written for."""
-    name, _, index = device.partition(":")
-    if name not in ("cpu", "cuda") or (index and not (name == "cuda" and index.isascii() and index.isdigit())):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", device):
         raise UsageError(f"--device {device}: expected cpu, cuda or cuda:N", param="device")
-    if name == "cpu":
+    if device == "cpu":
         return
+    index = device.partition(":")[2]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
         found = "torch finds no GPU" if not count else f"torch finds {count}, counted from 0"

@@ -6,10 +6,9 @@ with one exponent for a model; here it is searched for every activation, by the 
 and so is whether a channel's largest value or its root mean square counts. A search of every channel's own scale (the
 model of that error is convex in the scales' logarithms) was no better on other tokens than those it saw.
 
-A third to a half of the error is the weights', whose rows have one scale each. GPTQ on the rounded activations' Gram
-matrix takes part of it away where the tokens are many: on tokens not seen, the whole error of SmolLM2-135M's linears
-fell by 13 to 26% of those of three layers that read norms or attention, and went from 1% up to 16% down of those of
-1536 inputs, with 5120 tokens; with 2048 the latter's rose by half. So the last tokens decide. Sweeps took nothing more.
+Part of the error is the weights', whose rows have one scale each. GPTQ on the rounded activations' Gram matrix takes
+some of it away where tokens are many times as many as columns; with fewer it fits these tokens alone, and the error of
+others rises. So the last tokens decide. Sweeps took nothing more.
 """
 
 from __future__ import annotations
@@ -80,13 +79,13 @@ def w8a8_rounding(inputs: Tensor) -> Callable[[Tensor, QuantScheme], QuantizedWe
     GPTQ sees the rounded inputs but for the last eighth of the tokens, on which the lesser error decides.
 
     Raises:
-        LlmctlError: as ``Factored.of``.
+        LlmctlError: as ``Factored.of``: never where the inputs' squares are finite.
     """
     held = len(inputs) // _HELD
     if not held:
         return quantize_rtn
     seen, unseen = inputs.split([len(inputs) - held, held])
-    factored = Factored.of(InputStats.of(_as_int8(seen)).gram, _GPTQ)
+    factored = Factored.of(InputStats.of(seen, as_read=_as_int8).gram, _GPTQ)
 
     def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
         found = (quantize_rtn(weight, scheme), quantize_gptq(weight, factored, scheme, _GPTQ))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,8 @@ class InputStats:
     tokens: int
 
     @classmethod
-    def of(cls, inputs: Tensor, chunk: int = 2048) -> InputStats:
-        """Statistics of ``[T, K]`` inputs, ``chunk`` tokens at a time.
+    def of(cls, inputs: Tensor, chunk: int = 2048, as_read: Callable[[Tensor], Tensor] = Tensor.float) -> InputStats:
+        """Statistics of ``as_read``, f32, of ``[T, K]`` inputs, ``chunk`` tokens at a time.
 
         A matrix of this size is the largest thing that a wide linear takes: in float64 one of 11008 columns is 970 MB.
         """
@@ -39,7 +39,7 @@ class InputStats:
         gram = torch.zeros(width, width, device=inputs.device)
         mean_abs = torch.zeros(width, dtype=torch.float64, device=inputs.device)
         for start in range(0, tokens, chunk):
-            part = inputs[start : start + chunk].float()
+            part = as_read(inputs[start : start + chunk])
             for columns in _block_columns(width):
                 gram[: columns.stop, columns].addmm_(part[:, : columns.stop].T, part[:, columns])
             mean_abs += part.abs().sum(dim=0, dtype=torch.float64)

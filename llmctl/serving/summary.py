@@ -50,8 +50,7 @@ def print_summary(
         **({"kernels": info.kernels} if info.kernels else {}),
         "weights": _mib(info.weight_bytes),
         "context": f"{info.max_model_len} tokens",
-        "KV cache": f"{info.kv_tokens} tokens in {info.num_blocks} blocks of {info.block_size}, "
-        f"{_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
+        "KV cache": f"{info.kv_tokens} tokens, {_mib(info.kv_cache_bytes)} of {info.kv_cache_dtype}",
         "batch": f"up to {info.max_num_seqs} requests, {info.max_num_batched_tokens} tokens a step",
         **({"adapters": _adapters(config, adapters)} if config.enable_lora else {}),
         "sampling": str(model.defaults),

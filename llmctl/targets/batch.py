@@ -6,6 +6,7 @@ full of weights, so that what costs is the code that must be fetched.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ def further_slots(plan: StepPlan, limits: RuntimeLimits, first: Sequence[int]) -
     """The slots [T] of every KV group but the first, whose slots ``flatten`` gave.
 
     Raises:
-        ValueError: a table too few or too short (the message names the request), or a token without a block of its own.
+        ValueError: a table too few or too short, or a token without a block of its own; the message names the request.
     """
     if limits.windows == (0,):
         return []
@@ -169,9 +170,16 @@ def further_slots(plan: StepPlan, limits: RuntimeLimits, first: Sequence[int]) -
                 slots.append(blocks[index] * size + offset)
             else:
                 slots += _slots(blocks, start, start + count, size)
-    if any(slots and max(slots) >= end for slots in (first, *found)):
-        raise ValueError("a token has the null block for its own")
+    for own in (first, *found):
+        if own and (highest := max(own)) >= end:
+            raise ValueError(f"{_request_at(plan, own.index(highest))}: a token has the null block for its own")
     return found
+
+
+def _request_at(plan: StepPlan, row: int) -> str:
+    """Whose token a row of a step is."""
+    names = (f"request {piece.request_id}" for piece in plan.slices for _ in piece.token_ids)
+    return next(itertools.islice(names, row, None))
 
 
 def token_adapters(plan: StepPlan) -> list[int]:
@@ -218,9 +226,7 @@ class BlockTables:
         while len(plan.slices) > len(self._rows):
             self._table.extend(array("i", bytes(4 * self.width)))
             self._rows.append(None)
-        at = self._group - 1
-        tables = [s.block_ids for s in plan.slices] if at < 0 else [s.more_block_ids[at] for s in plan.slices]
-        for row, table in enumerate(tables):
+        for row, table in enumerate(_tables(plan, self._group)):
             if self._rows[row] is not table:
                 self._write(row, plan.slices[row], table)
 
@@ -240,7 +246,7 @@ def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False
         ValueError: as ``flatten``, or block ids out of range.
     """
     for piece in plan.slices:
-        for group in range(len(piece.tables)):
+        for group in range(min(len(piece.tables), len(limits.windows))):  # as many as must be: further_slots says it
             check_blocks(piece, limits, group)
     flat = flatten(plan, limits, may_feed=may_feed)
     slots = further_slots(plan, limits, flat.slots)
@@ -250,13 +256,12 @@ def build_batch(plan: StepPlan, limits: RuntimeLimits, *, may_feed: bool = False
         slot_mapping=np.array(flat.slots, np.int64),
         query_start_loc=np.array(flat.query_start, np.int64),
         seq_lens=np.array([s.start + len(s.token_ids) for s in plan.slices], np.int64),
-        block_tables=_block_tables([piece.block_ids for piece in plan.slices]),
+        block_tables=_block_tables(_tables(plan, 0)),
         logits_indices=np.array(flat.rows, np.int64),
         block_size=limits.block_size,
         pooled=tuple(flat.pooled),
         more=tuple(
-            (np.array(own, np.int64), _block_tables([piece.more_block_ids[i] for piece in plan.slices]))
-            for i, own in enumerate(slots)
+            (np.array(own, np.int64), _block_tables(_tables(plan, group))) for group, own in enumerate(slots, 1)
         ),
     )
 
@@ -303,10 +308,15 @@ def check_blocks(piece: SequenceSlice, limits: RuntimeLimits, group: int = 0) ->
     Raises:
         ValueError: naming the request.
     """
-    table = piece.more_block_ids[group - 1] if group else piece.block_ids
+    table = piece.tables[group]
     last = limits.null_block if limits.windows[group] else limits.num_blocks - 1
     if table and not 0 <= min(table) <= max(table) <= last:
         raise ValueError(f"request {piece.request_id}: block ids must be in 0..{limits.num_blocks - 1}")
+
+
+def _tables(plan: StepPlan, group: int) -> list[Sequence[int]]:
+    """The tables of a KV group; those of the first without a tuple of all, which a step has no time for."""
+    return [piece.tables[group] for piece in plan.slices] if group else [piece.block_ids for piece in plan.slices]
 
 
 def _block_tables(given: Sequence[Sequence[int]]) -> Ints:

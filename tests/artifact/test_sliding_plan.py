@@ -12,7 +12,7 @@ from llmctl.artifact.memory import MemoryPlan, Sizing
 from llmctl.artifact.memory_table import memory_document, memory_rows
 from llmctl.artifact.request import EngineRequest
 from llmctl.graph.families import build_graph
-from llmctl.graph.graph import Graph
+from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.graph.kv_groups import KVGroup, whole_context
 from llmctl.targets.base import BuildOptions, TargetName
 from llmctl.targets.reference.target import ReferenceTarget
@@ -99,6 +99,19 @@ def test_short_sequences_keep_one_table() -> None:
     for length in (100, 512, 1000):
         assert plan(max_model_len=length).kv.groups == whole_context(GEMMA)
     assert plan(whole_context=True).kv.groups == whole_context(GEMMA)
+
+
+def test_the_longest_without_quantization_is_of_all_layouts_too() -> None:
+    """Of a plan in one table and of one in groups: what is left for the KV cache is the same."""
+    name, weight = next(iter(GEMMA.weights.items()))
+    quantized = replace(GEMMA, weights={**GEMMA.weights, name: replace(weight, quant=QuantScheme(4, 32, True))})
+    documents = []
+    for length in (1000, 8192):
+        found = replace(sizing(budget=plan().fixed + 10**8, max_model_len=length), graph=quantized)
+        documents.append(memory_document(found, found.plan()))
+    assert len(documents[0]["kv_groups"]) == 1 < len(documents[1]["kv_groups"])
+    short, long = (document["unquantized"]["largest_max_model_len"] for document in documents)
+    assert 512 < short == long
 
 
 def test_the_table_and_the_document_say_it() -> None:

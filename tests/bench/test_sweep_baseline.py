@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ from click.testing import Result
 from fake_openai_server import FakeServer
 from played_loads import Played
 
+from llmctl.bench import sweep as sweep_module
 from llmctl.bench import sweep_measure
+from llmctl.errors import LlmctlError
 
 Start = Callable[..., FakeServer]
 Sweep = Callable[..., tuple[int, dict[str, Any], Result]]
@@ -96,10 +99,22 @@ def test_what_is_no_sweep_is_refused(sweep: Sweep, earlier: str, tmp_path: Path)
     assert (code, doc["baseline"]) == (0, None)
     assert doc["notes"][0].startswith("no baseline yet")
     whole = json.loads(Path(earlier).read_text())
-    for broken in ({"completed": 5}, {"kind": "sweep"}, {"kind": "sweep", "points": [{}]}, [], whole | {"points": 5}):
+    unhashable = whole | {"points": [whole["points"][0] | {"variant": {"x": []}}]}
+    none = (
+        {"completed": 5},
+        {"kind": "sweep"},
+        {"kind": "sweep", "points": [{}]},
+        [],
+        whole | {"points": 5},
+        unhashable,
+    )
+    for broken in none:
         Path(missing).write_text(json.dumps(broken))
         code, _, made = sweep("--baseline", missing)
         assert (code, "expected a result of bench sweep" in made.stderr) == (2, True), broken
+    for name in ("workload", "environment"):
+        Path(missing).write_text(json.dumps(whole | {name: [1]}))
+        assert f"damaged: its '{name}' is no object" in sweep("--baseline", missing)[2].stderr
     Path(missing).write_text(json.dumps(whole | {"interrupted": True}))
     assert "it is no baseline" in sweep("--baseline", missing)[2].stderr
 
@@ -116,3 +131,73 @@ def test_a_load_for_which_the_time_was_too_short_decides_nothing(
         assert (code, doc["time_up"]) == (6, True), made.stderr
         assert "undecided: points" in made.stderr
     assert Path(earlier).read_text() == before
+
+
+class Servers(list[str]):
+    """Models that were served, in order. ``dying``: how often each of some is served before it starts no more."""
+
+    def __init__(self) -> None:
+        self.dying: dict[str, int] = {}
+
+
+@pytest.fixture
+def servers(start: Start, monkeypatch: pytest.MonkeyPatch) -> Servers:
+    served = Servers()
+
+    @contextlib.contextmanager
+    def serving(model: str, *_: Any, **__: Any) -> Iterator[Any]:
+        if served.count(model) >= served.dying.get(model, 99):
+            raise LlmctlError(f"the server of {model} ended")
+        served.append(model)
+        yield SimpleNamespace(url=start().url)
+
+    monkeypatch.setattr(sweep_module, "serving", serving)
+    return served
+
+
+@pytest.fixture
+def vary(servers: Servers, bench: Callable[..., Result], played: Played) -> Sweep:
+    """``bench sweep`` of two models of ours."""
+    played.noise = 0.005
+
+    def run(*args: str) -> tuple[int, dict[str, Any], Result]:
+        small = ("--num-prompts", "6", "--input-len", "4", "--output-len", "3", "--num-warmups", "0", "--json")
+        servers.clear()
+        made = bench("sweep", "--vary", "model=a,b", "--max-concurrency", "1,4", *small, *args)
+        return made.exit_code, json.loads(made.stdout) if made.stdout.strip() else {}, made
+
+    return run
+
+
+def test_a_server_that_ends_is_an_error_and_no_doubt(
+    vary: Sweep, servers: Servers, played: Played, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "both.json")
+    assert vary("--baseline", path, "--update-baseline")[0] == 0
+    servers.dying = {"b": 0}
+    for slower, more in ((1.0, ()), (1.0, ("--exit-zero",)), (1.2, ("--exit-zero",))):
+        played.slower = slower
+        code, doc, made = vary("--baseline", path, *more)
+        assert (code, doc["exit_code"]) == (1, 1)
+        assert not [gate for gate in doc["gates"] if gate["kind"] == "inconclusive"]
+        assert made.stderr.splitlines()[-1] == "error: the server of b ended"
+    servers.dying = {"b": 1}  # in its second visit
+    code, doc, made = vary("--baseline", str(tmp_path / "none.json"), "--allow-missing-baseline", "--repeats", "2")
+    assert (code, len(doc["points"])) == (1, 4)
+    assert doc["notes"][0].startswith("no baseline yet")
+    assert made.stderr.splitlines()[-1] == "error: the server of b ended"
+
+
+def test_other_work_is_found_before_a_server_is_started_or_at_the_first(
+    vary: Sweep, servers: Servers, tmp_path: Path
+) -> None:
+    path = tmp_path / "both.json"
+    assert vary("--baseline", str(path), "--update-baseline")[0] == 0
+    code, _, made = vary("--baseline", str(path), "--output-len", "4")
+    assert (code, list(servers)) == (2, [])
+    assert "output_len '3' there, '4' here" in made.stderr
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"workload": whole["workload"] | {"prompt_length_source": "tokenizer"}}))
+    code, _, made = vary("--baseline", str(path))
+    assert (code, list(servers)) == (2, ["a"])
+    assert "prompt_length_source 'tokenizer' there, 'server' here" in made.stderr

@@ -29,6 +29,11 @@ from llmctl.errors import UsageError
 from llmctl.graph.graph import QuantScheme
 from llmctl.targets.reference.weights import checkpoint_runtime
 
+# The other rows have every table of names, permuted rows and biases, norms + 1, keys of experts, windows and scales.
+_COVERED = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "olmoe")
+each_row = pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row in _COVERED)) for row in CASES]
+)
 FOUR = QuantScheme(4, 32, True)
 Weights = dict[str, QuantizedWeight]
 
@@ -54,7 +59,7 @@ def quantized(source: Checkpoint) -> Weights:
     return found
 
 
-@pytest.mark.parametrize("row", CASES)
+@each_row
 def test_a_model_is_written_as_the_converter_does(row: str, tmp_path: Path) -> None:
     model = made(row)
     source = with_tokenizer(model.checkpoint)
@@ -70,7 +75,7 @@ def test_a_model_is_written_as_the_converter_does(row: str, tmp_path: Path) -> N
     assert float((model.logits(tokens) - found).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("row", CASES)
+@each_row
 def test_quantized_linears_are_read_back(row: str, tmp_path: Path) -> None:
     source = with_tokenizer(made(row).checkpoint)
     weights = quantized(source)

@@ -21,7 +21,7 @@ GIVEN: list[ServeConfig] = []
 @pytest.fixture(autouse=True)
 def run_server(monkeypatch: pytest.MonkeyPatch) -> None:
     GIVEN.clear()
-    monkeypatch.setattr(launch, "run_server", GIVEN.append)
+    monkeypatch.setattr(launch, "run_server", lambda config, _worker: GIVEN.append(config))
 
 
 def serve(*args: str) -> Result:
@@ -45,6 +45,22 @@ def test_no_flag_is_passed_over_in_silence(flag: Flag) -> None:
         said = " ".join(words(flag, "7"))
         assert made.stderr.startswith(f"error: {said}: not supported: {flag.words} (fix: leave it out")
     assert len(GIVEN) == (1 if flag.same is None else len(flag.same))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--allowed-methods", '["GET","HEAD","POST"]'), ""),
+        (("--allowed-methods", '["GET"]'), "(fix: leave it out, or --allowed-methods '[\"*\"]')"),
+        (("--allowed-methods", "[" * 100_000), "not supported"),
+        (("--allowed-headers", '["X-Mine"]'), "pages of --allowed-origins may send any header"),
+        (("--num-gpu-blocks-override", "100"), "the memory says how many there are; --kv-cache-memory SIZE sets it"),
+        (("--override-generation-config", "{ }"), ""),
+    ],
+)
+def test_what_is_narrower_or_other_is_refused_in_words(args: tuple[str, str], said: str) -> None:
+    made = serve("m", "--allowed-origins", "https://a.example", *args)
+    assert (made.exit_code, said in made.stderr) == (2 if said else 0, True), made.stderr
 
 
 def test_a_line_that_gives_them_as_vllm_has_them() -> None:

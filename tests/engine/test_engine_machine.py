@@ -159,7 +159,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert step.budget
         for r in scheduler.running:
             fed = r.num_in_flight if r.num_tokens + 1 < r.max_length else 0
-            assert len(r.block_ids) == scheduler.pool.blocks_for(r.num_tokens + max(0, fed - (r in step.sampled)))
+            assert len(r.tables[0]) == scheduler.pool.blocks_for(r.num_tokens + max(0, fed - (r in step.sampled)))
         self.admit(step)
         assert self.made_way_for is None or self.made_way_for in step.requests
         self.made_way_for = None

@@ -3,6 +3,7 @@ promised. The whole engine over KV groups: test_engine_machine.py."""
 
 from __future__ import annotations
 
+import pytest
 from fake_runtime import FakeRuntime
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,6 +90,28 @@ def test_a_prefix_needs_all_blocks_of_groups_that_see_all() -> None:
     assert found(blocks, tokens) == 3
 
 
+@given(st.sampled_from([1, 2, 5, 9, 30]), st.integers(1, 4), st.sets(st.integers(0, 19)), st.integers(0, 20))
+@settings(deadline=None)
+def test_the_longest_prefix_whose_window_is_whole(window: int, size: int, lost: set[int], length: int) -> None:
+    blocks = kv((window,), size=size)
+    request = running(blocks, list(range(length * size)), length * size)
+    for index in lost & set(range(length)):
+        blocks.pool._forget(blocks.pool._blocks[request.tables[0][index]])
+    whole = [
+        count for count in range(length + 1) if lost.isdisjoint(range(max(0, count * size - window + 1) // size, count))
+    ]
+    assert blocks.match(request.block_hashes).num_blocks == max(whole)
+
+
+def test_a_prompt_that_is_not_cached_is_not_looked_up_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = kv((80,))
+    asked: list[bytes] = []
+    match = blocks.pool.match
+    monkeypatch.setattr(blocks.pool, "match", lambda keys: match(asked.append(key) or key for key in keys))  # type: ignore[func-returns-value]
+    assert found(blocks, list(range(2000))) == 0
+    assert len(asked) < 40  # of 1000: one a window
+
+
 @given(WINDOWS, st.integers(1, 5), st.integers(1, 9), st.integers(1, 60), st.data())
 @settings(deadline=None)
 def test_a_sequence_holds_no_more_than_was_promised(
@@ -103,7 +126,7 @@ def test_a_sequence_holds_no_more_than_was_promised(
     while request.num_computed_tokens < length:
         blocks.let_go([request])
         count = min(data.draw(st.integers(1, step)), length - request.num_computed_tokens)
-        assert blocks.missing(request, length) <= promised
+        assert blocks.num_held(request) + blocks.missing(request, length) <= promised
         blocks.grow(request, request.num_computed_tokens + count)  # raises when the pool is empty
         request.num_computed_tokens += count
         blocks.check([request])

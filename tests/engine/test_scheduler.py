@@ -103,7 +103,7 @@ def test_the_latest_arrival_is_preempted_and_comes_back_first() -> None:
         step(engine)
     assert late.status is RequestStatus.PREEMPTED
     assert early.status is RequestStatus.RUNNING
-    assert late.block_ids == ()
+    assert late.tables == ()
     assert late.num_computed_tokens == 0
     engine.add_request(request("c", 1, 1, arrival_time=3.0))
     step(engine)
@@ -315,7 +315,7 @@ def test_a_slice_of_before_a_preemption_makes_nothing_findable() -> None:
     assert (b.status, second.plan.slices[0].block_ids) == (RequestStatus.PREEMPTED, (0, 1))
     scheduler.finish(a, RequestStatus.FINISHED_ABORTED)
     third = scheduler.schedule()
-    assert (shape(third.plan), b.block_ids) == ([("b", 0, 4, False)], (0,))
+    assert (shape(third.plan), b.tables) == ([("b", 0, 4, False)], ((0,),))
     scheduler.computed(b, first.plan.slices[1], first.epochs[1])  # into block 1
     assert scheduler.pool.match(b.block_hashes) == []
     scheduler.computed(b, third.plan.slices[0], third.epochs[0])

@@ -101,7 +101,10 @@ def test_sensitivity_makes_nothing_there_either(models: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("tpu", "expected cpu, cuda or cuda:N"), ("cpu:1", "expected cpu"), ("cuda", "torch finds no GPU")],
+    [
+        *[("tpu", "expected cpu, cuda or cuda:N"), ("cpu:1", "expected cpu"), ("cuda", "torch finds no GPU")],
+        *[(device, "expected cpu, cuda or cuda:N") for device in ("cpu:", "cuda:", "cuda:01")],
+    ],
 )
 def test_a_device_that_is_not_here_is_refused(
     device: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 import torch
 from random_models import CALIBRATION_TEXT, logits_of, random_tokens, write_model
+from test_driver import with_value
 
 from llmctl.checkpoint.assemble import checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.config import QuantizeConfig
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 from llmctl.graph.graph import QuantScheme
 from llmctl.graph.passes import apply_passes
-from llmctl.quantize import driver
+from llmctl.quantize import driver, layers, smooth
 from llmctl.quantize.driver import quantize_checkpoint
 from llmctl.quantize.folding import find_fold, fold_scales
 from llmctl.quantize.rtn import quantize_rtn
 from llmctl.quantize.smooth import search_smoothing, w8a8_error, w8a8_rounding
+from llmctl.quantize.stats import InputStats
 from llmctl.targets.options import INT8_PASS
 from llmctl.targets.reference.kernels import dequantize_rows, quantize_rows
 from llmctl.targets.reference.weights import CheckpointWeights
@@ -79,6 +81,22 @@ def test_few_tokens_are_rounded_to_nearest(tokens: int) -> None:
     found = w8a8_rounding(inputs)(weight, SCHEME)
     assert torch.equal(found.codes, nearest.codes)
     assert torch.equal(found.scales, nearest.scales)
+
+
+def test_the_inputs_are_rounded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no second whole matrix of them."""
+    weight, inputs = related(5000)
+    whole = InputStats.of(dequantize_rows(*quantize_rows(inputs))).gram
+    counts = []
+
+    def counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(len(x))
+        return quantize_rows(x)
+
+    monkeypatch.setattr(smooth, "quantize_rows", counted)
+    assert torch.equal(InputStats.of(inputs, as_read=smooth._as_int8).gram, whole)
+    w8a8_rounding(inputs)(weight, SCHEME)
+    assert max(counts) <= 2048
 
 
 def test_even_inputs_are_left_as_they_are() -> None:
@@ -148,6 +166,19 @@ def test_what_is_written_is_read_as_w8a8(config: QuantizeConfig) -> None:
 def test_what_it_has_no_choice_of_is_refused(changes: dict[str, object], config: QuantizeConfig) -> None:
     with pytest.raises(UsageError, match="--method w8a8"):
         quantize_checkpoint(replace(config, **changes))  # type: ignore[arg-type]
+
+
+def test_no_gram_matrix_of_unrounded_inputs(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(layers.InputStats, "of")
+    monkeypatch.setattr(layers, "w8a8_rounding", lambda _: quantize_rtn)
+    quantize_checkpoint(config)
+
+
+@pytest.mark.parametrize("value", [1e37, 1e22])  # infinite inputs, and those whose squares are
+def test_inputs_that_overflow_are_named(value: float, config: QuantizeConfig, tmp_path: Path) -> None:
+    folder = with_value(Path(config.model), tmp_path / "bad", "model.layers.1.mlp.up_proj.weight", value)
+    with pytest.raises(LlmctlError, match=r"layer 1: the inputs of layers\.1\.down_proj are not finite"):
+        quantize_checkpoint(replace(config, model=str(folder), ignore=("up_proj",)))
 
 
 def test_resume_gives_the_same_bytes(config: QuantizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

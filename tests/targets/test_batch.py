@@ -101,6 +101,40 @@ def test_slots_and_positions_of_any_slices(cases: list[tuple[list[int], int, int
     assert build_batch(StepPlan(slices), LIMITS).slot_mapping.tolist() == flat.slots
 
 
+GROUPS = RuntimeLimits(num_blocks=64, block_size=4, max_model_len=40, vocab_size=30, windows=(0, 6, 6))
+
+
+def of_groups(*more: tuple[int, ...], token_ids: tuple[int, ...] = (5, 6)) -> StepPlan:
+    """Two tokens at 6 and 7 of "r", behind another request's."""
+    other = SequenceSlice("a", [5], 0, (9,), False, more_block_ids=((10,), (11,)))
+    return StepPlan((other, SequenceSlice("r", token_ids, 6, (1, 2), True, more_block_ids=more)))
+
+
+@pytest.mark.parametrize("token_ids", [(5, 6), (5,)])
+def test_every_group_has_slots_and_tables_of_its_own(token_ids: tuple[int, ...]) -> None:
+    batch = build_batch(of_groups((64, 3), (64, 4), token_ids=token_ids), GROUPS)
+    for group, (own, table, first) in enumerate([(9, [1, 2], 2), (10, [64, 3], 3), (11, [64, 4], 4)]):
+        found = batch.of_group(group)
+        expected = [own * 4, *(first * 4 + offset for offset in (2, 3)[: len(token_ids)])]
+        assert found.slot_mapping.tolist() == expected
+        assert found.block_tables.tolist() == [[own, -1], table]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (((64, 3),), "expected 3 block tables for 8 tokens"),
+        (((64, 3), (64, 4), (64, 5)), "expected 3 block tables for 8 tokens"),
+        (((64, 3), (4,)), "expected 3 block tables for 8 tokens"),
+        (((64, 3), (4, 64)), "a token has the null block for its own"),
+        (((64, 3), (4, 65)), r"block ids must be in 0\.\.63"),
+    ],
+)
+def test_tables_of_groups_that_are_refused(more: tuple[tuple[int, ...], ...], said: str) -> None:
+    with pytest.raises(ValueError, match=f"request r: {said}"):
+        build_batch(of_groups(*more), GROUPS)
+
+
 def fed(token_ids: list[int]) -> StepPlan:
     return StepPlan((SequenceSlice("a", [5, 6], 0, (0,), True), SequenceSlice("r", token_ids, 6, (1, 2, 3), True)))
 

@@ -32,7 +32,7 @@ function card(engine) {
       ['kernels', engine.kernel_build],
       ['context', `${whole(limits.max_model_len)} tokens`],
       ['batch', `up to ${whole(limits.max_num_seqs)} requests, ${whole(limits.max_num_batched_tokens)} tokens a step`],
-      ['KV cache', `${whole(limits.kv_tokens)} tokens in ${whole(limits.num_blocks)} blocks of ${limits.block_size}, ${bytes(engine.kv_cache_bytes)} of ${engine.kv_cache_dtype}`],
+      ['KV cache', `${whole(limits.kv_tokens)} tokens, ${bytes(engine.kv_cache_bytes)} of ${engine.kv_cache_dtype}`],
       ['sampling defaults', Object.entries(engine.sampling_defaults).map(([name, value]) => `${name} ${value}`).join(', ') || 'OpenAI’s'],
       ['chat template', engine.chat ? 'yes' : 'none: texts are continued'],
       ['built', `by llmctl ${engine.llmctl_version}, ${engine.size}; served by ${engine.version}`],

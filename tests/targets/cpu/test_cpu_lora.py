@@ -88,6 +88,8 @@ MIXED: Sequence[Piece] = (
     *[(10, 1, 1), (11, 1, 0), (12, 1, 0), (13, 1, 0)],
 )
 """Rows of one token and of many; five of one adapter, one of others; an empty slot."""
+PREFILL: Sequence[Piece] = ((20, 60, 0), (21, 50, 1), (22, 20, -1), (23, 25, 2))
+"""So many rows that the threads share them, in patches: more than 64 a thread."""
 
 
 @each_variant
@@ -140,7 +142,8 @@ PLACES: dict[str, tuple[str, dict[str, int], tuple[str, ...] | None]] = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("dtype", "within"), [("float32", 5e-5), ("bfloat16", 0.15)])
 def test_adapters_act_where_the_reference_has_them_act(place: str, dtype: str, within: float, tmp_path: Path) -> None:
-    """Rows of modules that meet inside 16 outputs; partial sums of another length; in both layouts of the matrices."""
+    """Rows of modules that meet inside 16 outputs; partial sums of another length; in both layouts of the matrices; and
+    rows of several patches (of 64 rows at most, where outputs are wide), whose sums are made anew for each."""
     family, changes, passes = PLACES[place]
     model = write_model(tmp_path / "m", family, **changes)
     reference = checkpoint_runtime(open_checkpoint(model), passes=(), num_blocks=8, lora=LORA)
@@ -155,6 +158,9 @@ def test_adapters_act_where_the_reference_has_them_act(place: str, dtype: str, w
         found = scores(runtime, (seed, count, 0))[0]
         np.testing.assert_allclose(found, expected(reference, seed, count, 0), atol=within)
         assert np.abs(found - expected(reference, seed, count, -1)).max() > 2 * within
+    prefill = [(seed, count, min(slot, 0)) for seed, count, slot in PREFILL]
+    for piece, found in zip(prefill, scores(runtime, *prefill), strict=True):
+        np.testing.assert_allclose(found, expected(reference, *piece), atol=within)
     runtime.close()
 
 
@@ -162,7 +168,8 @@ def check_bits(model: Path, variant: Variant, **options: object) -> None:
     with_adapters = runtime_of(model, variant, **options)
     without = runtime_of(model, variant, None, **options)
     together = scores(with_adapters, *MIXED)
-    for piece, got in zip(MIXED, together, strict=True):
+    prefill = scores(with_adapters, *PREFILL)
+    for piece, got in zip((*MIXED, *PREFILL), (*together, *prefill), strict=True):
         assert np.array_equal(got, scores(with_adapters, piece)[0]), piece
         if piece[2] in (-1, 3):
             assert np.array_equal(got, scores(without, (*piece[:2], -1))[0]), piece

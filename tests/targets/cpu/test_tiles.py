@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,9 +15,9 @@ import pytest
 
 from llmctl.artifact import describe
 from llmctl.artifact.loader import EngineChecks
-from llmctl.targets.cpu import findings, target
+from llmctl.targets.cpu import findings, target, tiles
 from llmctl.targets.cpu.target import CpuTarget, parse
-from llmctl.targets.cpu.toolchain import VARIANTS
+from llmctl.targets.cpu.toolchain import SOURCE_DIR, VARIANTS
 
 REFUSAL = "AMX: the system refused the use of tiles: Operation not permitted"
 SAID = f"avx512bf16 ({REFUSAL})"
@@ -46,3 +51,27 @@ def test_doctor_says_it() -> None:
     found = {finding.name: finding for finding in findings.findings()}
     assert found["AMX tiles"].found == f"{REFUSAL}; engines for them run the code of avx512bf16"
     assert not found["AMX tiles"].problem
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPERM])
+def test_the_library_asks_the_same_in_the_same_words(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``amx.h`` as it is written: only a CPU with AMX runs it (``test_cpu_amx``)."""
+    asked: list[int] = []
+
+    def refuse(*request: int) -> int:
+        asked.extend(request[1:])
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(tiles.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syscall=refuse))
+    refusal = tiles.tile_refusal()
+    source = (SOURCE_DIR / "amx.h").read_text()
+    constants = re.search(r"kRequestPermission = (\w+), kTileData = (\w+);", source)
+    why = re.search(r'why = errno == ENOSPC \? "(.+)" : std::strerror\(errno\);', source)
+    words = re.search(r'snprintf\(answer.refusal, sizeof answer.refusal, "(.+)", why\)', source)
+    assert constants
+    assert why
+    assert words
+    assert asked == [int(constant, 0) for constant in constants.groups()]
+    assert refusal == words[1] % (why[1] if number == errno.ENOSPC else os.strerror(number))

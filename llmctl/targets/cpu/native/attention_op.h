@@ -77,7 +77,8 @@ static inline void load_queries(const OpDesc& op, const StepDesc& step, const Kv
   }
 }
 
-// Normalises the queries' outputs into y, or as int8 into y8 (and into y, if that is set): a row's columns of one tile are whole activation groups.
+// Normalises the queries' outputs into y, or as int8 into y8 (and into y, if that is set): a row's columns of one tile
+// are whole activation groups.
 static inline void store_outputs(const OpDesc& op, const StepDesc& step, const KvLayer& kv, const HeadPacking& packing,
                                  const RowTile& tile, int64_t kv_head, int64_t split, const Partial* totals) {
   const int64_t first = kv_head * packing.group + split * packing.heads_per;

@@ -7,10 +7,10 @@
 //
 // Matrices are fp32 or bf16, operands and sums fp32: bf16 is widened in registers, which is as fast as vdpbf16ps for one
 // row and faster for more (measured: 0.55 ns for that, 0.14 for a fused multiply-add of half as many products). Both
-// products are made of panels of 16 outputs, one loop for both. It takes up to kLoraRows rows of one adapter at once, for
-// which a panel is read and widened once. The order of additions depends on neither the rows at once nor their number, so that a row has the same
-// bits in any batch. Rows without an adapter are not looked at; modules that an adapter leaves alone (scale 0) are not
-// read.
+// products are made of panels of 16 outputs, one loop for both. It takes up to kLoraRows rows of one adapter at once,
+// for which a panel is read and widened once. The order of additions depends on neither the rows at once nor their
+// number, so that a row has the same bits in any batch. Rows without an adapter are not looked at; modules that an
+// adapter leaves alone (scale 0) are not read.
 #pragma once
 #include <algorithm>
 #include <type_traits>

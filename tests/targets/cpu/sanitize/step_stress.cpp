@@ -10,8 +10,8 @@ using namespace llmctl;
 
 namespace {
 
-constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 80, kGroup = 32;
-constexpr int64_t kAdapters = 3;
+constexpr int64_t kWidth = 64, kHeads = 4, kKvHeads = 2, kDim = 16, kVocab = 96, kTokens = 260, kGroup = 32;
+constexpr int64_t kAdapters = 3, kOdd = 131;  // columns, in two sums
 constexpr int64_t kBlock = 16, kBlocks = 56, kLength = 640;
 
 struct Memory {
@@ -116,6 +116,11 @@ struct Layer {
     linear(gated, kWidth, kW8).y = projected;
     add(kAct, projected, activated, kWidth).act = int32_t(Act::kGeluTanh);
     add(kQuantize, activated, {}, kWidth).y8 = own;
+    const Matrix odd = memory.rows(kOdd);
+    OpDesc& embed_odd = add(kEmbed, {}, odd, kOdd);
+    embed_odd.w = (const uint8_t*)memory.floats(kVocab * kOdd, 1);
+    embed_odd.weight_dtype = kF32;
+    const size_t behind_odd = ops.size();
     linear(own, kWidth, kW4).y = again;
     add(kAdd, x, sum, kWidth).x2 = again;
     add(kGatherRows, sum, gathered, kWidth).on_rows = 1;
@@ -126,36 +131,49 @@ struct Layer {
     head.k = head.group = kWidth;
     head.w = (const uint8_t*)memory.floats(kVocab * kWidth, 0.2f);
     const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
-    kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0, 0});
+    kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0, 1});  // of the second KV group
     adapt(behind_qkv - 3, behind_qkv + 1, behind_qkv + 2);
+    act_on(adapted[behind_odd], odd, kOdd, kBf16, {{0, 1, kWidth / kLanes, 0, 0, 0}});
   }
 
   // The same ops with kAdapters adapters of q, k and v, of which the last one leaves k alone, and of gate and up.
   void adapt(size_t qkv, size_t attention, size_t gated) {
     adapted = ops;
-    modules.reserve(5);  // pointers into it are kept
-    for (size_t i = qkv; i < qkv + 3; i++) act_on(adapted[i], adapted[i].x, {{0, 1, adapted[i].n / kLanes, 0, 0, 0}});
+    modules.reserve(6);  // pointers into it are kept
+    for (size_t i = qkv; i < qkv + 3; i++) {
+      const int64_t panels = adapted[i].n / kLanes;
+      act_on(adapted[i], adapted[i].x, kWidth, kF32, {{0, 1, panels, 0, 0, 0}});
+    }
     const Matrix floats = adapted[attention].y = memory.rows(kHeads * kDim);
     const int64_t panels = adapted[gated].n / kLanes;
-    act_on(adapted[gated], floats, {{0, 2, panels, 0, 0, 0}, {1, 2, panels, 0, 0, 0}});
+    act_on(adapted[gated], floats, kWidth, kF32, {{0, 2, panels, 0, 0, 0}, {1, 2, panels, 0, 0, 0}});
   }
 
-  void act_on(OpDesc& op, Matrix x, const std::vector<LoraModule>& of) {
+  // Panels of adapters. In bf16 of values one after the other in place: no value is written before it is read.
+  const uint8_t* matrices(int64_t count, DType type) {
+    auto* start = (uint8_t*)memory.floats(count, 0.2f);
+    for (int64_t i = 0; type == kBf16 && i < count; i++) std::memmove(start + 2 * i, start + 4 * i + 2, 2);
+    return start;
+  }
+
+  void act_on(OpDesc& op, Matrix x, int64_t width, DType type, const std::vector<LoraModule>& of) {
     constexpr int64_t kRank = 16;
     op.lora = modules.data() + modules.size();
+    op.x = x;
+    op.width = width;
+    op.num_lora = int64_t(of.size());
+    op.lora_rank = kRank;
+    op.lora_dtype = type;
+    const LoraShape shape(op);
+    op.low = memory.rows(op.num_lora * kRank * shape.splits);
     for (LoraModule module : of) {
       float* scales = memory.floats(kAdapters, 0);
       for (int64_t slot = 0; slot < kAdapters; slot++) scales[slot] = slot + 1 == kAdapters && modules.size() == 1 ? 0 : 0.5f;
       module.scales = scales;
-      module.a = (uint8_t*)memory.floats(kAdapters * kRank * kWidth, 0.2f);
-      module.b = (uint8_t*)memory.floats(kAdapters * kRank * module.panels * kLanes, 0.2f);
+      module.a = matrices(kAdapters * kRank * shape.columns, type);
+      module.b = matrices(kAdapters * kRank * module.panels * kLanes, type);
       modules.push_back(module);
     }
-    op.x = x;
-    op.num_lora = int64_t(of.size());
-    op.lora_rank = kRank;
-    op.lora_dtype = kF32;
-    op.low = memory.rows(op.num_lora * kRank);
   }
 };
 
@@ -186,6 +204,8 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
     targets.push_back(-1);
     tops.push_back(0);
   }
+  // Nobody has the first KV group: its slots are padding, and its tables name no block.
+  slots.insert(slots.begin(), slots.size(), -1);
   const int64_t count = int64_t(pieces.size());
   const size_t scored = rows.size();
   std::vector<float> temperature(size_t(count), 0.7f), logprobs(scored, 0), top_logprobs(3 * scored, 0);
@@ -201,7 +221,8 @@ std::vector<int32_t> step(llmctl_program* program, const std::vector<Piece>& pie
   desc.positions = positions.data();
   desc.slots = slots.data();
   desc.query_start = start.data();
-  const int32_t* const tables_of_groups[] = {tables.data()};
+  const std::vector<int32_t> none(tables.size(), 1 << 30);
+  const int32_t* const tables_of_groups[] = {none.data(), tables.data()};
   desc.block_tables = tables_of_groups;
   desc.max_blocks = blocks;
   desc.logits_rows = rows.data();
@@ -241,6 +262,8 @@ std::vector<int32_t> walk(int threads) {
   run({{0, 40, 0, 0}, {0, 11, 40, 1}, {0, 2, 43}});
   for (int32_t at = 40; at < 50; at++)
     run({{at, 1, 0, 0}, {at - 29, 1, 40, 1}, {at - 38, 1, 43}, {at - 40, 1, 46, 0}, {at - 40, 1, 49, 2}});
+  // So many rows that threads share the rows, up to four of them: a thread goes on with another's patch of rows.
+  run({{0, 90, 0, 0}, {0, 80, 8, 1}, {0, 70, 16, 2}, {0, 20, 24}});
   llmctl_destroy(program);
   return found;
 }
