@@ -169,7 +169,8 @@ def _then_round(op: Op, write: Bound, rounding: Any) -> Bound:
         write(env, ctx)
         for part in ctx.cache[op.attrs["layer"]]:
             rows = part.flatten(0, 1)
-            rows[ctx.slots] = rounding(rows[ctx.slots].float()).to(rows.dtype)
+            slots = ctx.slots(op.attrs["layer"])
+            rows[slots] = rounding(rows[slots].float()).to(rows.dtype)
 
     return run
 

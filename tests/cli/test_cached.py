@@ -96,7 +96,7 @@ def test_a_target_is_divided_between_its_parts_alone(cache: Path, monkeypatch: p
     assert max(map(len, shown.splitlines())) <= 80
     assert parts[0] + "," in shown
     assert re.search(rf"(?<![\w-]){parts[1]}(?![\w-])", shown)
-    assert "a" * 30 in shown
+    assert "a" * 20 in shown  # how many a line has depends on the other columns: "1 minute ago" is wider than "now"
 
 
 @pytest.mark.usefixtures("cache")

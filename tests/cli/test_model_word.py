@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -95,5 +96,6 @@ def test_no_file_has_a_key_for_the_place(command: Any, tmp_path: Path) -> None:
 
 def test_completion_is_typers_own() -> None:
     code = "import sys; from llmctl.cli.main import app; app(['--show-completion', 'bash'], prog_name='llmctl')"
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    env = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # the suite's own shell may be any
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
     assert "_LLMCTL_COMPLETE=complete_bash" in made.stdout, made.stderr

@@ -92,8 +92,8 @@ def choose_adapters(runtime: ReferenceRuntime, graph: Graph, chosen: Sequence[in
     runtime.interpreter.adapters.update(weights_of(graph))
     plain = runtime.interpreter.context
 
-    def context(batch: Any, cache: Any) -> Any:
-        made = plain(batch, cache)
+    def context(batch: Any, *places: Any) -> Any:
+        made = plain(batch, *places)
         made.adapters = torch.from_numpy(np.repeat(chosen, np.diff(batch.query_start_loc))).int()
         return made
 

@@ -133,8 +133,8 @@ def test_unmerged_it_computes_what_peft_does(name: str, after_passes: bool, tmp_
     runtime.interpreter.adapters.update(lora_weights(graph, adapter))
     plain = runtime.interpreter.context
 
-    def context(batch: Any, cache: Any) -> Any:
-        made = plain(batch, cache)
+    def context(batch: Any, *places: Any) -> Any:
+        made = plain(batch, *places)
         made.adapters = torch.zeros(len(batch.positions), dtype=torch.int32)
         return made
 

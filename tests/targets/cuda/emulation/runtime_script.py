@@ -180,8 +180,8 @@ class Oracle:
             return runtime.logits(plan, all_rows=True)
         plain = type(runtime.interpreter).context
 
-        def context(batch: Any, cache: Any) -> Any:
-            ctx = plain(runtime.interpreter, batch, cache)
+        def context(batch: Any, *places: Any) -> Any:
+            ctx = plain(runtime.interpreter, batch, *places)
             ctx.adapters = torch.full((batch.num_tokens,), adapter, dtype=torch.int32)
             return ctx
 
@@ -198,8 +198,8 @@ def _round_cache(runtime: ReferenceRuntime, dtype: str) -> None:
 
             def run(env: Any, ctx: Any, plain: Any = plain, layer: int = op.attrs["layer"]) -> None:
                 plain(env, ctx)
-                slots = ctx.cache[layer].flatten(1, 2)
-                slots[:, ctx.slots] = _stored(slots[:, ctx.slots].float(), dtype).to(slots.dtype)
+                rows, slots = ctx.cache[layer].flatten(1, 2), ctx.slots(layer)
+                rows[:, slots] = _stored(rows[:, slots].float(), dtype).to(rows.dtype)
 
             interpreter.override(op.name, run)
 

@@ -151,8 +151,8 @@ def _adapt(runtime, adapters):
     """Sequence i of a step's prompts uses adapter i - 1."""
     plain = runtime.interpreter.context
 
-    def context(batch, cache):
-        ctx = plain(batch, cache)
+    def context(batch, *places):
+        ctx = plain(batch, *places)
         # A block table starts with block 4 i of prompt i.
         chosen = torch.from_numpy(batch.block_tables[:, 0] // 4 - 1)
         ctx.adapters = chosen.repeat_interleave(torch.from_numpy(np.diff(batch.query_start_loc))).int()
