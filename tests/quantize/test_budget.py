@@ -139,9 +139,9 @@ def test_only_as_much_text_is_measured_on_as_there_is_time_for(
     seen: list[int] = []
     inner = budget.LayerwisePass
 
-    def spy(graph: Graph, source: Checkpoint, tokens: Tensor) -> budget.LayerwisePass:
+    def spy(graph: Graph, source: Checkpoint, tokens: Tensor, device: str) -> budget.LayerwisePass:
         seen.append(tokens.numel())
-        return inner(graph, source, tokens)
+        return inner(graph, source, tokens, device)
 
     monkeypatch.setattr(budget, "LayerwisePass", spy)
     monkeypatch.setattr(budget, "_MIN_TOKENS", 64)
