@@ -72,7 +72,7 @@ def server(engine: Path, *options: str) -> Iterator[LocalServer]:
             llmctl("serve", str(engine), *options), tell=lambda line: console.print(line, markup=False)
         ) as started:
             show([str(word) for word in started.process.args], end=" &")
-            console.print(started.said().rstrip(), markup=False, highlight=False, soft_wrap=True)
+            console.print(started.announced().rstrip(), markup=False, highlight=False, soft_wrap=True)
             yield started
     except ServerError as error:
         sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ Of each command the lines that a reader looks for are kept; the rest is what the
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -64,6 +65,7 @@ def section(printed: list[tuple[str, list[str]]]) -> str:
 
 def main() -> int:
     """Run everything; 0."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     readme = README.read_text(encoding="utf-8")
     printed = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack, contextlib.chdir(folder):
@@ -75,7 +77,7 @@ def main() -> int:
             program = [sys.executable, "-m", "llmctl"] if words[0] == "llmctl" else ["curl", "-fsS"]
             if words[:2] == ["llmctl", "serve"]:
                 server = stack.enter_context(running([*program, *words[1:]], environment=_WIDTH))
-                url, output = server.url, server.said()
+                url, output = server.url, server.announced()
             else:
                 arguments = [word.replace("http://127.0.0.1:8000", url) for word in words[1:]]
                 done = subprocess.run([*program, *arguments], capture_output=True, text=True, env=os.environ | _WIDTH)

@@ -69,6 +69,14 @@ class LocalServer:
         # Not by seek and read: the server writes at the offset of the same open file.
         return os.pread(self._log, os.fstat(self._log).st_size, 0).decode(errors="replace")
 
+    def announced(self, seconds: float = 5.0) -> str:
+        """All that it has printed once the last of what ``llmctl serve`` says when ready is there, which it draws beside
+        its first requests; after ``seconds``, what there is."""
+        end = time.monotonic() + seconds
+        while "\ntry: " not in self.said() and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.said()
+
     def terminate(self) -> None:
         """SIGTERM, once: a second one would have it end at once."""
         if not self.terminated:
