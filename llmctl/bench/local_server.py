@@ -70,8 +70,10 @@ class LocalServer:
         return os.pread(self._log, os.fstat(self._log).st_size, 0).decode(errors="replace")
 
     def announced(self, seconds: float = 5.0) -> str:
-        """All that it has printed once the last of what ``llmctl serve`` says when ready is there, which it draws beside
-        its first requests; after ``seconds``, what there is."""
+        """All that it has printed once the last line of ``llmctl serve``'s readiness is there, or after ``seconds``.
+
+        That is drawn beside the first requests.
+        """
         end = time.monotonic() + seconds
         while "\ntry: " not in self.said() and self.process.poll() is None and time.monotonic() < end:
             time.sleep(0.01)

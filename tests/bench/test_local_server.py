@@ -40,6 +40,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         global asked
         asked += 1
         loading = asked <= int(os.environ.get("READY_AFTER", "0"))
+        if asked == 1 + int(os.environ.get("READY_AFTER", "0")):
+            threading.Timer(0.3, print, ("try: me",), {"flush": True}).start()
         self.send_response(503 if loading else 200)
         self.end_headers()
         self.wfile.write(os.environ.get("LLMCTL_API_KEY", "no key").encode())
@@ -93,7 +95,8 @@ def test_from_ready_to_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) 
         with local_server.DIRECT.open(server.url + "/x", timeout=10) as answer:
             assert answer.read() == b"no key", "the bench would be kept out"
         assert server.ready_seconds > 0
-        said = server.said()
+        said = server.announced()
+        assert "try: me" in said, "what is said beside the first requests is waited for"
     assert server.process.returncode == 0
     wait_gone(child_of(said))
 
