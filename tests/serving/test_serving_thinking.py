@@ -134,7 +134,7 @@ def test_what_is_over_has_an_answer_that_matches(markers: str) -> None:
 @pytest.mark.parametrize("markers", MARKERS)
 @pytest.mark.parametrize("parser", ["qwen3", "deepseek_r1"])
 def test_many_outputs_that_are_over_have_answers_that_match(markers: str, parser: str) -> None:
-    assert _fuzz(markers, parser, count=150)["reasoned"] > 500
+    assert _fuzz(markers, parser, count=150)["reasoned"] > 300
 
 
 @pytest.mark.parametrize("markers", MARKERS)

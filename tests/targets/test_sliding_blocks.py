@@ -100,7 +100,9 @@ def test_tokens_are_those_of_whole_contexts(name: str, target: str) -> None:
         found.append(outputs(engine, conversations(vocab, [70, 3, 41, 20, 9], 30, shared=50)))
         counters = engine.scheduler.counters
         assert counters.prefix_cache_hits > 0
-        assert (counters.preemptions > 0) == (case.plan is small)
+        # Where all layers slide, whoever runs never grows out of the small cache: others enter later instead.
+        grows = any(not group.window for group in sliding.plan.kv.groups)
+        assert (counters.preemptions > 0) == (case.plan is small and grows)
         engine.close()
     assert found[0] == found[1] == found[2]
 
