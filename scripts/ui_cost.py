@@ -1,35 +1,63 @@
 #!/usr/bin/env python3
-"""What the page costs a server: output tokens per second of its streams with an open page and without, in turns.
+"""What the page costs a server: how long its streams take with an open page and without, in turns.
 
     python scripts/ui_cost.py --model ./engine
-    python scripts/ui_cost.py --model ./engine --streams 32 --seconds 30 --rounds 6 -- --threads 2
+    python scripts/ui_cost.py --model ./engine --pages 1 --streams 32 --tokens 320 --rounds 24 -- --threads 2
 
 An open page is played by what it asks and how often (``/metrics``, ``/requests``, ``/ready``; the intervals are read
-from its own files), so that no browser takes the machine's time. Every round is a window without the page and one with
-it, their order changing from round to round; a ratio is one within a round. Exit code 1: the median is below
-``--least``. Options after ``--`` are the server's.
+from its own files), so that no browser takes the machine's time. One page's share is far below a machine's noise:
+several are open at once (``--pages``), and what one costs is that root of the ratio. A window is the same streams from
+their start to the end of the last one, so that nothing but their pace differs. Every round is three of them, in an
+order that changes: two without pages, whose ratio shows what the machine's noise alone does, and one with them, held
+against the mean of the two. Ratios are of output tokens per second, with their 95% intervals by ``bench compare``'s
+statistics. Exit code 5: the interval of one page lies below ``--least``; 6: it reaches below, so that more rounds or a
+quieter machine are wanted. Options after ``--`` are the server's.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from statistics import median
+from dataclasses import dataclass
+from statistics import median, stdev
 
 import aiohttp
 from md_table import print_table
 from served import Server, client_session, prompts, serving, stream
 
+from llmctl.bench.ratios import Decision, Ratio, Worsening, paired_ratio
+from llmctl.errors import ExitCode
 from llmctl.serving.page import FOLDER
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 64, 256
-SETTLE_SECONDS = 3.0
-TOKENS = "generation_tokens_total"
+PROMPT_TOKENS = 64
+WARM_UP = 2  # windows; their prompts are in the prefix cache from the first one on
+CONFIDENCE = 0.95
+ORDERS = (("without", "open", "again"), ("open", "without", "again"), ("without", "again", "open"))
+
+
+@dataclass(frozen=True)
+class Round:
+    """Output tokens per second of three windows: without pages, without it once more, and with pages."""
+
+    without: float
+    again: float
+    open: float
+
+    @property
+    def cost(self) -> float:
+        """The logarithm of with / without."""
+        return math.log(self.open) - (math.log(self.without) + math.log(self.again)) / 2
+
+    @property
+    def noise(self) -> float:
+        """The logarithm of again / without."""
+        return math.log(self.again / self.without)
 
 
 def interval(file: str, name: str) -> float:
@@ -47,17 +75,9 @@ def asked() -> dict[str, float]:
     }
 
 
-async def keep_streaming(session: aiohttp.ClientSession, server: Server, prompt: Sequence[int], first: int) -> None:
-    """One stream after another, until cancelled; the ``first`` tokens of the first one, so that they do not all end at
-    once."""
-    tokens = first
-    while True:
-        await stream(session, server, prompt, tokens)
-        tokens = OUTPUT_TOKENS
-
-
-async def poll(session: aiohttp.ClientSession, url: str, seconds: float) -> None:
-    """Ask as the page does: now, and so many seconds after each answer."""
+async def poll(session: aiohttp.ClientSession, url: str, seconds: float, delay: float) -> None:
+    """Ask as the page does: after ``delay``, and so many seconds after each answer."""
+    await asyncio.sleep(delay)
     while True:
         async with session.get(url) as answer:
             answer.raise_for_status()
@@ -79,60 +99,70 @@ async def running(*work: asyncio.Task[None]) -> AsyncIterator[None]:
         await asyncio.gather(*work, return_exceptions=True)
 
 
-async def rate(server: Server, seconds: float) -> float:
-    """Output tokens per second of the next ``seconds``."""
-    await asyncio.sleep(SETTLE_SECONDS)
-    began, before = time.perf_counter(), (await asyncio.to_thread(server.metrics))[TOKENS]
-    await asyncio.sleep(seconds)
-    after, ended = (await asyncio.to_thread(server.metrics))[TOKENS], time.perf_counter()
-    return (after - before) / (ended - began)
+async def window(session: aiohttp.ClientSession, server: Server, streams: int, tokens: int) -> float:
+    """Output tokens per second of so many streams begun at once, until the last one has ended."""
+    began = time.perf_counter()
+    await asyncio.gather(*(stream(session, server, prompt, tokens) for prompt in prompts(streams, PROMPT_TOKENS)))
+    return streams * tokens / (time.perf_counter() - began)
 
 
-async def measure(server: Server, streams: int, seconds: float, rounds: int) -> list[tuple[float, float]]:
-    """Rates (without, with) of each round."""
-    found: list[tuple[float, float]] = []
+async def measure(server: Server, pages: int, streams: int, tokens: int, rounds: int) -> list[Round]:
+    """Rates of each round."""
+    found: list[Round] = []
     async with client_session(headers=server.headers) as session, client_session(headers=server.headers) as page:
-        work = [
-            asyncio.create_task(keep_streaming(session, server, prompt, 1 + OUTPUT_TOKENS * i // streams))
-            for i, prompt in enumerate(prompts(streams, PROMPT_TOKENS))
-        ]
-        async with running(*work):
-            await rate(server, seconds)  # warms up
-            for turn in range(rounds):
-                rates: dict[bool, float] = {}
-                for is_open in (turn % 2 == 1, turn % 2 == 0):
-                    polls = asked() if is_open else {}
-                    async with running(*(asyncio.create_task(poll(page, server.url + p, s)) for p, s in polls.items())):
-                        rates[is_open] = await rate(server, seconds)
-                found.append((rates[False], rates[True]))
-                print(f"round {turn + 1}: {rates[False]:.1f} without, {rates[True]:.1f} with", file=sys.stderr)
+        for _ in range(WARM_UP):
+            await window(session, server, streams, tokens)
+        for turn in range(rounds):
+            rates: dict[str, float] = {}
+            for kind in ORDERS[turn % len(ORDERS)]:
+                polls = [
+                    asyncio.create_task(poll(page, server.url + path, seconds, i / pages * seconds))
+                    for path, seconds in asked().items()
+                    for i in range(pages if kind == "open" else 0)
+                ]
+                async with running(*polls):
+                    rates[kind] = await window(session, server, streams, tokens)
+            found.append(Round(rates["without"], rates["again"], rates["open"]))
+            print(f"round {turn + 1}/{rounds}: {pages} pages / without {math.exp(found[-1].cost):.4f}", file=sys.stderr)
     return found
+
+
+def verdict(cost: Ratio, least: float) -> ExitCode:
+    """What the interval of the ratio says of the least that is wanted."""
+    decision = Worsening.of(cost, higher_is_better=True).decide(1 - least)
+    return {Decision.PASS: ExitCode.OK, Decision.REGRESSION: ExitCode.REGRESSION}.get(decision, ExitCode.INCONCLUSIVE)
 
 
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="an engine, or what serve makes one of")
+    parser.add_argument("--pages", type=int, default=20, help="open at once")
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a window")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--least", type=float, default=0.99, help="of the median ratio; below it the exit code is 1")
+    parser.add_argument("--tokens", type=int, default=320, help="of each stream")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--least", type=float, default=0.99, help="of the ratio of one page")
     parser.add_argument("options", nargs="*", help="of the server, after --")
     args = parser.parse_args()
     with serving(args.model, args.options) as server:
-        found = asyncio.run(measure(server, args.streams, args.seconds, args.rounds))
-    ratios = [with_page / without for without, with_page in found]
+        found = asyncio.run(measure(server, args.pages, args.streams, args.tokens, args.rounds))
+    logs = {
+        "without / without": [one.noise for one in found],
+        f"{args.pages} pages / without": [one.cost for one in found],
+        "1 page / without": [one.cost / args.pages for one in found],
+    }
+    ratios = {name: paired_ratio(values, CONFIDENCE) for name, values in logs.items()}
     rows = [
-        [str(i + 1), f"{a:.1f}", f"{b:.1f}", f"{r:.4f}"]
-        for i, ((a, b), r) in enumerate(zip(found, ratios, strict=True))
+        [name, f"{ratio.value:.4f}", f"{ratio.low:.4f}–{ratio.high:.4f}", f"{stdev(logs[name]):.2%}"]
+        for name, ratio in ratios.items()
     ]
-    rows.append(
-        ["median", f"{median(a for a, _ in found):.1f}", f"{median(b for _, b in found):.1f}", f"{median(ratios):.4f}"]
-    )
-    print_table(["round", "tok/s without the page", "with it", "ratio"], rows)
+    print_table(["output tok/s", "ratio", "95% interval", "standard deviation of a round"], rows)
+    rate = median(one.without for one in found)
     said = ", ".join(f"{path} every {seconds:g} s" for path, seconds in asked().items())
-    print(f"\n{args.streams} streams, windows of {args.seconds:g} s; the page: {said}")
-    return int(median(ratios) < args.least)
+    print(
+        f"\n{args.rounds} rounds, {args.streams} streams of {args.tokens} tokens at {rate:.0f} tok/s; the page: {said}"
+    )
+    return int(verdict(ratios["1 page / without"], args.least))
 
 
 if __name__ == "__main__":
