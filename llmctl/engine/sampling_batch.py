@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -84,12 +84,13 @@ class SamplingBatcher:
             found["bias_ids"] = np.array(ids, np.int32)
             found["bias_values"] = np.array(values, np.float32)
         if self._constrained:
-            found["allowed_mask"] = self._grammar_masks(requests, positions)
+            found["grammar_mask"] = partial(self._grammar_masks, requests, positions, self._columns["allowed_mask"])
         return found
 
-    def _grammar_masks(self, requests: Sequence[Request], positions: Sequence[int]) -> NDArray[np.uint32]:
+    def _grammar_masks(
+        self, requests: Sequence[Request], positions: Sequence[int], fixed: NDArray[np.uint32] | None
+    ) -> NDArray[np.uint32]:
         """The masks of this step: what each row's grammar allows of what its parameters do."""
-        fixed = self._columns["allowed_mask"]
         free = _allowed_row(None, self._vocab_size)
         masks = np.empty((len(requests), len(free)), np.uint32)
         for row, (request, position) in enumerate(zip(requests, positions, strict=True)):

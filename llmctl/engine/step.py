@@ -6,7 +6,7 @@ token is a msgspec struct: a frozen dataclass takes about five times as long to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -81,8 +81,8 @@ class SamplingBatch:
         presence_penalty, frequency_penalty: f32 [R], 0 = off, over output.
         prompt_ids / output_ids: per row i32 [n], given when any penalty is.
         bias_rows, bias_ids: i32 [n]; bias_values: f32 [n]: additive logit bias in coordinate form (-inf forbids).
-        allowed_mask: u32 [R, ceil(V/32)], bit v%32 of word v//32 set when token v may be sampled (grammars,
-            allowed_token_ids).
+        allowed_mask: u32 [R, ceil(V/32)], bit v%32 of word v//32 set when token v may be sampled (allowed_token_ids).
+        grammar_mask: makes the mask that holds in its place where a grammar restricts some row. See ``mask``.
         num_logprobs: i32 [R]; -1 = none, 0 = the sampled token's only, n = the n most likely as well.
             Log-probabilities are of the model's raw distribution (before bias, penalties and temperature), as OpenAI
             and vLLM report them.
@@ -106,6 +106,17 @@ class SamplingBatch:
     bias_values: NDArray[np.float32] | None = None
     allowed_mask: NDArray[np.uint32] | None = None
     num_logprobs: NDArray[np.int32] | None = None
+    grammar_mask: Callable[[], NDArray[np.uint32]] | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask."""
+        return self.allowed_mask is not None or self.grammar_mask is not None
+
+    def mask(self) -> NDArray[np.uint32] | None:
+        """The mask of the step's rows. To be asked for once, in ``execute``, as late as may be: a grammar takes some
+        ten µs a row to say what comes next, which pass unnoticed while a device computes the logits."""
+        return self.allowed_mask if self.grammar_mask is None else self.grammar_mask()
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -80,7 +81,8 @@ def scores_of(histories: Sequence[Sequence[tuple[int, int]]], targets: Sequence[
 
 class _Pending:
     def __init__(self, runtime: FakeRuntime, plan: StepPlan, sampling: SamplingBatch) -> None:
-        self.runtime, self.plan, self.sampling = runtime, plan, sampling
+        self.runtime, self.plan = runtime, plan
+        self.sampling = replace(sampling, allowed_mask=sampling.mask(), grammar_mask=None)
         self.value: StepResult | None = None
 
     def result(self) -> StepResult:

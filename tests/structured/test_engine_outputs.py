@@ -22,6 +22,7 @@ from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.errors import LlmctlError, RequestError
 from llmctl.structured.compiler import GrammarCompiler
+from llmctl.structured.matcher import TokenMatcher
 from llmctl.structured.spec import GrammarSpec, json_schema
 
 TOKENIZER = byte_level()
@@ -206,7 +207,7 @@ def test_rows_without_a_grammar_have_no_mask() -> None:
     execute = run.runtime.execute
 
     def watched(plan: Any, sampling: Any) -> Any:
-        masks.append(sampling.allowed_mask is not None)
+        masks.append(sampling.masked)
         return execute(plan, sampling)
 
     run.runtime.execute = watched  # type: ignore[method-assign]
@@ -214,3 +215,24 @@ def test_rows_without_a_grammar_have_no_mask() -> None:
     assert masks[0]
     assert not masks[-1]
     assert masks == sorted(masks, reverse=True)
+
+
+def test_masks_are_filled_when_the_runtime_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, filled = Run(), []
+    run.add("a", constrained(GrammarSpec("regex", "abc|def")))
+    execute, fill = run.runtime.execute, TokenMatcher.fill
+
+    def counted(self: TokenMatcher, row: Any) -> None:
+        filled.append(1)
+        fill(self, row)
+
+    def watched(plan: Any, sampling: Any) -> Any:
+        assert not filled
+        found = execute(plan, sampling)
+        assert filled == [1]
+        filled.clear()
+        return found
+
+    monkeypatch.setattr(TokenMatcher, "fill", counted)
+    run.runtime.execute = watched  # type: ignore[method-assign]
+    run.outputs()

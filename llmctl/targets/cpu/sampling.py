@@ -44,7 +44,7 @@ class NativeSampling:
         """The struct for one step's batch, valid until the next call."""
         desc = self._desc
         for name, dtype in _FIELDS.items():
-            value = getattr(batch, name)
+            value = batch.mask() if name == "allowed_mask" else getattr(batch, name)
             if value is not self._given[name]:
                 self._given[name] = value
                 self._point(name, None if value is None else np.ascontiguousarray(value, dtype))

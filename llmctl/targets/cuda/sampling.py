@@ -74,7 +74,7 @@ class DeviceSampler:
             to: i32 [R or more], page-locked, where the tokens go; nobody else's until the step's end is passed.
         """
         rows = len(batch.temperature)
-        if not _adjusts(batch) and batch.allowed_mask is None:
+        if not _adjusts(batch) and not batch.masked:
             self._sample_plain(logits)
         else:
             self._sample_adjusted(batch, logits, rows)
@@ -117,7 +117,8 @@ class DeviceSampler:
                    bias_ids=upload(batch.bias_ids), bias_values=upload(batch.bias_values))  # fmt: skip
         if _penalises(batch):
             self._penalise(batch, adjusted, rows)
-        allowed = None if batch.allowed_mask is None else upload(batch.allowed_mask.view(np.int32))
+        mask = batch.mask()  # the model's kernels run meanwhile
+        allowed = None if mask is None else upload(mask.view(np.int32))
         self._sample(machine, adjusted, rows, allowed)
 
     def _sample(self, machine: Machine, logits: Tensor, rows: int, allowed: Tensor | None) -> None:

@@ -47,8 +47,9 @@ def _restricted(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.bias_rows is not None and batch.bias_ids is not None and batch.bias_values is not None:
         where = (_index(batch.bias_rows, logits), _index(batch.bias_ids, logits))
         logits = logits.index_put(where, torch.from_numpy(batch.bias_values).to(logits), accumulate=True)
-    if batch.allowed_mask is not None:
-        octets = np.ascontiguousarray(batch.allowed_mask, dtype="<u4").view(np.uint8)
+    mask = batch.mask()
+    if mask is not None:
+        octets = np.ascontiguousarray(mask, dtype="<u4").view(np.uint8)
         allowed = np.unpackbits(octets, axis=1, bitorder="little")[:, : logits.shape[1]].astype(bool)
         logits = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
     return logits

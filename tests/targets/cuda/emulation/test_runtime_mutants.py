@@ -122,7 +122,7 @@ MUTANTS: dict[str, Mutant] = {
         _logits(kv="fp8_e4m3")),
     # sampling
     "logits are changed": (DeviceSampler, "_widened", "wide.copy_(logits[:rows])", "wide", _sampled),
-    "masks are ignored": (DeviceSampler, "_sample_adjusted", "None if batch.allowed_mask is None", "None if True",
+    "masks are ignored": (DeviceSampler, "_sample_adjusted", "None if mask is None", "None if True",
         _sampled),
     "biases are ignored": (DeviceSampler, "_sample_adjusted", "if batch.bias_rows is not None and",
         "if False and", _sampled),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cuda_model import EmulatedRuntime, emulated_runtime
 from emulator import missing
+from numpy.typing import NDArray
 from runtime_script import SIZES, plan_of, poison_activations, poison_cache, tables, texts
 from runtime_stepping import greedy
 from scored_tokens import check_scores
@@ -154,6 +155,26 @@ def test_arrays_that_come_again() -> None:
         plan = _plan(" ".join(f"{name}0:1" for name in names))
         result = runtime.execute(plan, batch).result()
         check_sampled(result, _logits(runtime, len(names)), batch)
+
+
+def test_a_grammars_mask_is_made_while_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, compute = _runtime(), EmulatedRuntime._compute
+    calls = []
+
+    def started(self: EmulatedRuntime, *args: Any) -> Any:
+        calls.append("model")
+        return compute(self, *args)
+
+    def mask() -> NDArray[np.uint32]:
+        calls.append("mask")
+        words = np.zeros((2, VOCAB // 32), np.uint32)
+        words[:, 0] = 1 << 9
+        return words
+
+    monkeypatch.setattr(EmulatedRuntime, "_compute", started)
+    batch = replace(greedy(2), grammar_mask=mask)
+    assert runtime.execute(_plan("A0:1 B0:1"), batch).result().token_ids.tolist() == [9, 9]
+    assert calls == ["model", "mask"]
 
 
 def test_a_forbidden_token_is_never_sampled() -> None:
