@@ -172,8 +172,8 @@ SseKeepalive = Annotated[
         "--sse-keepalive",
         metavar="SECONDS",
         min=0,
-        help="How long a stream may wait for its first token in silence: then its status line is sent, and a comment, "
-        "and another one every so often until the token comes; 0: in silence for ever.",
+        help="How often a stream that waits for its first token is sent a comment, the first with its status line: as "
+        "soon as it is sure not to be refused, or after this time; 0: nothing before its first token.",
         rich_help_panel=_SERVER,
     ),
 ]

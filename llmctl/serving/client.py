@@ -336,6 +336,9 @@ class AsyncEngineClient:
                 self._on_late_times(aborted)
         if aborts:
             self.worker.send(AbortRequests(aborts))
+        for request_id in message.waiting:
+            if (waiting := self._running.get(request_id)) is not None:
+                waiting.generation.taken_in()
         if message.refused:
             self._end_rest([g for r in message.refused for g in self._on_refused(r.request_ids, r.error.error())])
         if self._survivors.holding:

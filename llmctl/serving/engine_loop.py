@@ -74,6 +74,7 @@ class EngineLoop:
         if engine.adapters is not None:
             engine.adapters.wake = channel.wake
         self._refused: list[Refused] = []
+        self._new: list[Request] = []
         self._grammars = GrammarQueue(compiler, channel.wake)
         self._began = time.perf_counter()
         self._idle_seconds = 0.0
@@ -125,11 +126,27 @@ class EngineLoop:
 
     def _report(self, outputs: list[TokenOutput]) -> None:
         busy_seconds = time.perf_counter() - self._began - self._idle_seconds
-        message = encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused))
+        waiting = self._waiting(outputs) if self._new else []
+        message = encode(StepMessage(outputs, self._engine.stats(), busy_seconds, self._refused, waiting))
         before = time.perf_counter()
         self._channel.send(message)
         self._engine.occupancy.sent(time.perf_counter() - before)
         self._refused = []
+
+    def _waiting(self, outputs: list[TokenOutput]) -> list[str]:
+        """Of the requests that came in this turn, those whose clients are to be told that they were taken in: no token
+        of theirs is there or under way, and what still refuses a request in the queue cannot hit them."""
+        new, self._new = self._new, []
+        said = {output.request_id for output in outputs}
+        silent = [r for r in new if r.request_id not in said and not r.status.finished and not r.num_in_flight]
+        return [request.request_id for request in silent if not self._may_be_refused(request)]
+
+    def _may_be_refused(self, request: Request) -> bool:
+        """Whether it is in the queue and may miss its deadline there, or its adapter's file be found unreadable."""
+        if request.times.first_scheduled is not None:
+            return False
+        sheds = self._engine.scheduler.config.shed and request.deadline.ttft is not None
+        return sheds or request.adapter_id is not None
 
     def _take_commands(self, timeout_ms: int) -> list[TokenOutput]:
         """Apply every command that has come, waiting for the first up to ``timeout_ms``. Returns outputs of aborts."""
@@ -196,6 +213,8 @@ class EngineLoop:
             self._engine.add_requests(requests)
         except LlmctlError as error:
             self._refuse([request.request_id for request in requests], error)
+        else:
+            self._new += requests
 
     def _refuse(self, request_ids: list[str], error: LlmctlError) -> None:
         self._refused.append(Refused(request_ids, ErrorInfo.of(error)))

@@ -21,17 +21,20 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 async def started(generation: Generation, seconds: float) -> bool:
-    """Whether there is output, waited for up to ``seconds``; 0: without end.
+    """Whether there is output, waited for until the engine has taken the request in, and no longer than ``seconds``; 0:
+    until there is.
 
     Raises:
         LlmctlError: the engine refused the request or died.
     """
+    if not seconds:
+        await generation.started()
+        return True
     try:
-        async with asyncio.timeout(seconds or None):
-            await generation.started()
+        async with asyncio.timeout(seconds):
+            return await generation.accepted()
     except TimeoutError:
         return False
-    return True
 
 
 class EventStream(Response):
@@ -76,7 +79,10 @@ class EventStream(Response):
         while True:
             await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
             try:
-                if await started(self._generation, seconds):
-                    return
+                async with asyncio.timeout(seconds):
+                    await self._generation.started()
+                return
+            except TimeoutError:
+                continue
             except LlmctlError:  # the events tell it
                 return

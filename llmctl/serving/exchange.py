@@ -224,8 +224,8 @@ async def _respond(seen: Observation, body: SamplingFields, specs: list[Sequence
     seen.usage, seen.params = answer.usage, specs[0].params
     with submitted(seen, body, specs) as (generation, watcher):
         if body.stream:
-            # The status line waits for the first output, so that a refusal by the scheduler has its own status; but
-            # not for long, or a proxy takes the silence for a dead server.
+            # The status line waits until the engine does not refuse the request any more, so that a refusal has its own
+            # status; but not for long, or a proxy takes the silence for a dead server.
             seconds = context.config.sse_keepalive
             keep_alive = None if await started(generation, seconds) else seconds
             return EventStream(answer.stream(generation), generation, watcher, seen.end, keep_alive, answer.headers)

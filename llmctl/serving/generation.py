@@ -97,8 +97,8 @@ class Generation:
     """Output of the sequences of one HTTP request, merged per sequence while nobody takes it.
 
     Iterate it for a stream of ``[(index, output), …]``; or await ``result`` for everything at once, which wakes up
-    only when all sequences are done. ``started`` waits for the first output, so that a refusal by the engine can still
-    become an HTTP status.
+    only when all sequences are done. ``started`` waits for the first output, ``accepted`` for that or the engine's word
+    that it will not refuse the request, so that a refusal can still become an HTTP status.
 
     Attributes:
         tenant: whose it is, see ``tenants``.
@@ -122,6 +122,7 @@ class Generation:
         self._aborted = False
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_all = False
+        self._taken_in = False
 
     @property
     def done(self) -> bool:
@@ -156,6 +157,11 @@ class Generation:
         if not self._waits_for_all or self._unfinished == 0:
             self._wake()
 
+    def taken_in(self) -> None:
+        """The engine will not refuse it any more; its first output takes a while."""
+        self._taken_in = True
+        self._wake()
+
     def fail(self, error: Exception) -> None:
         """End with an error; the consumer raises it."""
         if self._error is None and not self.done:
@@ -174,14 +180,15 @@ class Generation:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def _wait(self, *, for_all: bool) -> None:
-        """Until there is output that nobody has taken (``for_all``: until nothing more will come).
+    async def _wait(self, *, for_all: bool, or_taken_in: bool = False) -> None:
+        """Until there is output that nobody has taken (``for_all``: until nothing more will come; ``or_taken_in``: or
+        the engine has taken it in).
 
         Raises:
             LlmctlError: the engine refused the request or died, and all output before that is taken.
         """
         self._waits_for_all = for_all
-        while not self.done and (for_all or not self._pending):
+        while not (self.done or (self._pending and not for_all) or (or_taken_in and self._taken_in)):
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -197,6 +204,16 @@ class Generation:
             LlmctlError: the engine refused the request or died.
         """
         await self._wait(for_all=False)
+
+    async def accepted(self) -> bool:
+        """Wait for the first output of any sequence, or until the engine has taken the request in: whether there is
+        output.
+
+        Raises:
+            LlmctlError: the engine refused the request or died.
+        """
+        await self._wait(for_all=False, or_taken_in=True)
+        return bool(self._pending) or self.done
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
         while True:

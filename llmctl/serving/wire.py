@@ -161,12 +161,14 @@ class StepMessage(msgspec.Struct, tag="step", array_like=True, frozen=True):
     """Everything that happened since the last one, and the engine's state after: a step or a wait, aborts, refusals.
 
     ``busy_seconds``: total wall time, since the start, in which the worker did not wait for requests.
+    ``waiting``: of the requests that came since, those that will not be refused any more and have no output yet.
     """
 
     outputs: list[TokenOutput]
     stats: EngineStats
     busy_seconds: float
     refused: list[Refused] = []
+    waiting: list[str] = []
 
 
 class Scheduled(msgspec.Struct, tag="scheduled", array_like=True, frozen=True):

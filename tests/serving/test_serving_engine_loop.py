@@ -158,3 +158,27 @@ def test_what_missed_its_deadline_in_the_queue_is_refused() -> None:
     assert (error.http_status, error.code, error.param) == (429, "deadline_missed", "deadline")
     assert "longer than its TTFT deadline of 250 ms" in str(error)
     assert channel.scheduled == [["a"]]
+
+
+def test_a_request_without_a_token_is_said_to_wait_once() -> None:
+    """``b`` finds no seat, and the prompt of ``c`` takes two steps."""
+    long = AddRequests([WireRequest("c", list(range(1, 13)), GREEDY, 0, None, 0.0)])
+    channel = Channel([add("a"), add("b")], [], [], [], [], [], [], [], [long], [], [])
+    run(LLMEngine(FakeRuntime(), SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8)), channel)
+    waiting = [message.waiting for message in channel.sent]
+    assert waiting[0] == ["b"]
+    assert [ids for ids in waiting if ids] == [["b"], ["c"]]
+
+
+def test_what_may_still_be_refused_is_not_said_to_wait() -> None:
+    late = WireRequest("late", [1, 2, 3], GREEDY, 0, None, time.monotonic(), deadline=Deadline(100))
+    config = SchedulerConfig(max_num_seqs=1, policy="fair", shed=True)
+    channel = Channel([add("a"), AddRequests([late])], [])
+    run(LLMEngine(FakeRuntime(), config), channel)
+    assert not any(message.waiting for message in channel.sent)
+
+
+def test_a_token_under_way_is_not_waited_for() -> None:
+    channel = Channel([add("a")], [add("b")], [], [])
+    run(LLMEngine(FakeRuntime(steps_in_flight=2), SchedulerConfig()), channel)
+    assert not any(message.waiting for message in channel.sent)

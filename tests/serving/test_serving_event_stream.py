@@ -81,6 +81,11 @@ class Call:
         output = TokenOutput(sequence.request_id, (40,), finish_reason=FinishReason.LENGTH)
         self.client.on_step(StepMessage([output], NO_STATS, 0.0))
 
+    def take_in(self, generation: Generation) -> None:
+        """The worker says that it waits."""
+        (sequence,) = generation.sequences
+        self.client.on_step(StepMessage([], NO_STATS, 0.0, waiting=[sequence.request_id, "of another"]))
+
     def refuse(self, generation: Generation) -> None:
         (sequence,) = generation.sequences
         error = ErrorInfo.of(QueueFullError("no room"))
@@ -116,6 +121,36 @@ def test_a_token_in_time_needs_no_comment(tmp_path: Path, monkeypatch: pytest.Mo
         await task
         assert len(call.bodies) == 3
         assert KEEP_ALIVE not in call.bodies
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_was_taken_in_has_its_status_line_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        call = Call(tmp_path, monkeypatch, sse_keepalive=60)
+        task = call.begin()
+        generation = await call.generation()
+        call.take_in(generation)
+        await call.messages(2)
+        assert (call.sent[0]["status"], call.bodies) == (200, [KEEP_ALIVE])
+        call.token(generation)
+        await task
+        assert call.bodies.count(KEEP_ALIVE) == 1
+
+    asyncio.run(run())
+
+
+def test_without_comments_the_status_line_waits_for_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        call = Call(tmp_path, monkeypatch, sse_keepalive=0)
+        task = call.begin()
+        generation = await call.generation()
+        call.take_in(generation)
+        call.refuse(generation)
+        await task
+        assert call.sent[0]["status"] == 429
 
     asyncio.run(run())
 
