@@ -20,7 +20,7 @@ class DecodeOutlook:
     """
 
     def __init__(self, cost: StepCost, requests: Iterable[Request] = ()) -> None:
-        self._base, _, self._row, _, self._context, _ = cost.coefficients().tolist()
+        self._base, _, self._row, _, self._context, _ = cost.coefficients()
         self._seconds = self._base
         self.tightest = math.inf
         for request in requests:

@@ -54,7 +54,7 @@ class PromptTurns:
         """
         if self._first != first.request_id:
             self._first, self._seconds = first.request_id, 0.0
-        base, prefill_base, _, row, _, context = self._cost.coefficients().tolist()
+        base, prefill_base, _, row, _, context = self._cost.coefficients()
         begun = first.num_computed_tokens - computed
         own = (base + prefill_base) * computed / self._budget + row * computed
         own += context * chunk_context(begun, computed)

@@ -27,6 +27,7 @@ not make the fit forget what prompts cost. Nothing here reads a clock: equal tim
 from __future__ import annotations
 
 import math
+from operator import mul
 
 import msgspec
 import numpy as np
@@ -54,6 +55,10 @@ _LEAST_ERROR = 0.02  # relative; fits better than this leave no outliers
 _RIDGE = np.array([1e-3, 1e-3, 1e-4, 1e-7, 1e-4, 1e-4])
 _DECODES = [0, 2, 4]  # coefficients of steps without prompts
 _LEAST_ALONE = 8  # steps without prompts that tell what decodes cost
+
+
+Six = tuple[float, ...]
+"""base, prefill_base, decode_row, prefill_row, decode_context, prefill_context."""
 
 
 class StepLoad(msgspec.Struct, frozen=True):
@@ -87,8 +92,8 @@ class StepCost:
         self._slots: dict[tuple[int, int, int], int] = {}  # class of steps -> its first row
         self._seen: dict[tuple[int, int, int], int] = {}
         self._rows, self._when, self._steps = np.zeros((0, 6)), np.zeros(0), 0
-        self._coefficients: NDArray[np.float64] = np.zeros(6)
-        self._apart = self._coefficients
+        self._coefficients: Six = (0.0,) * 6
+        self._apart: Six = self._coefficients
         self._new = 0
         self._surprised = False
         self.most_rows = 0
@@ -113,34 +118,37 @@ class StepCost:
                 self._rows = np.concatenate([self._rows, np.zeros((more, 6))])
                 self._when = np.concatenate([self._when, np.zeros(more)])
         row = self._slots[kind] + seen % _SAMPLES
-        self._rows[row] = _features(load) / seconds  # of a system whose right side is 1: errors are relative
+        features = _features(load)
+        # Of a system whose right side is 1: errors are relative.
+        self._rows[row] = [value / seconds for value in features]
         self._steps += 1
         self._when[row] = self._steps
         self._seen[kind] = seen + 1
         self._new += 1
-        expected = float(self._coefficients @ _features(load))
+        expected = _dot(self._coefficients, features)
         self._surprised |= abs(expected - seconds) > _SURPRISE * seconds
         if load.decode_rows and load.prefill_rows and expected > 0:
             step = QUANTILE if seconds > self.margin * expected else QUANTILE - 1
             self.margin = min(max(self.margin * (1 + _PACE * step), 1.0), MOST_MARGIN)
 
-    def coefficients(self) -> NDArray[np.float64]:
-        """base, prefill_base, decode_row, prefill_row, decode_context, prefill_context; seconds, none negative."""
+    def coefficients(self) -> Six:
+        """Seconds, none negative."""
         if self._new >= _REFIT or self._surprised:
             used = np.flatnonzero(self._when)
             fresh = np.maximum(0.5 ** ((self._steps - self._when[used]) / _HALF_LIFE), _LEAST_WEIGHT)
             rows = self._rows[used]
-            self._coefficients = self._apart = _fit(rows, fresh, _RIDGE)
+            self._coefficients = self._apart = tuple(_fit(rows, fresh, _RIDGE).tolist())
             alone = rows[:, 3] == 0
             if alone.sum() >= _LEAST_ALONE:
-                self._apart = np.zeros(6)
-                self._apart[_DECODES] = _fit(rows[alone][:, _DECODES], fresh[alone], _RIDGE[_DECODES])
+                apart = np.zeros(6)
+                apart[_DECODES] = _fit(rows[alone][:, _DECODES], fresh[alone], _RIDGE[_DECODES])
+                self._apart = tuple(apart.tolist())
             self._new, self._surprised = 0, False
         return self._coefficients
 
     def seconds(self, load: StepLoad) -> float:
         """What a step of this load is expected to take."""
-        return float(self.coefficients() @ _features(load))
+        return _dot(self.coefficients(), _features(load))
 
     def seconds_alone(self, decodes: StepLoad) -> float:
         """What a step of these decode rows is expected to take without prompts, or less.
@@ -149,7 +157,7 @@ class StepCost:
         steps without prompts, seen by themselves, say little of contexts longer than theirs. The lower of both is not
         too much.
         """
-        return min(self.seconds(decodes), float(self._apart @ _features(decodes)))
+        return min(self.seconds(decodes), _dot(self._apart, _features(decodes)))
 
 
 class PrefillAllowance:
@@ -206,7 +214,7 @@ class PrefillAllowance:
         if not self._cost.known:
             self._seconds = math.inf
             return
-        _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients().tolist()
+        _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients()
         alone = self._cost.seconds(self._decodes)
         target = self._target
         if target is None:
@@ -265,11 +273,14 @@ class PrefillPacer:
         return self._last
 
 
-def _features(load: StepLoad) -> NDArray[np.float64]:
+def _features(load: StepLoad) -> Six:
+    """Plain numbers: six are a tenth of the work that numpy makes of them, in every step."""
     prefills = 1.0 if load.prefill_rows else 0.0
-    return np.array(
-        [1.0, prefills, load.decode_rows, load.prefill_rows, load.decode_context, load.prefill_context], np.float64
-    )
+    return 1.0, prefills, load.decode_rows, load.prefill_rows, load.decode_context, load.prefill_context
+
+
+def _dot(coefficients: Six, features: Six) -> float:
+    return sum(map(mul, coefficients, features))
 
 
 def _fit(rows: NDArray[np.float64], trust: NDArray[np.float64], ridge: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -293,7 +293,7 @@ def test_no_samples_make_a_cost_negative_or_unknown(samples: list[tuple[int, int
     cost = StepCost()
     for decodes, context, rows, seconds in samples:
         cost.observe(load(decodes, context, rows, context), seconds)
-    found = cost.coefficients()
+    found = np.array(cost.coefficients())
     assert np.isfinite(found).all()
     assert (found >= 0).all()
     assert cost.known == any(seconds > 0 for *_, seconds in samples)

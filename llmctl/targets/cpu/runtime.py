@@ -49,6 +49,10 @@ _MAX_LOGITS_BYTES = 32 * 2**20
 logger = logging.getLogger(__name__)
 
 
+_NO_SCORES = TokenScores.zeros(0), logprobs_out(TokenScores.zeros(0))
+"""Of steps that score nothing, which most are: native code writes nothing there."""
+
+
 class CpuRuntime:
     """Implements ``engine.step.Runtime`` on a native kernel library; ``execute`` returns when the step is done.
 
@@ -166,7 +170,10 @@ class CpuRuntime:
         if len(sampling.temperature) != len(flat.rows):
             raise ValueError(f"expected {len(flat.rows)} sampling rows, found {len(sampling.temperature)}")
         rows, targets, tops = _logits_rows(plan, flat)
-        scores = TokenScores.zeros(len(targets), min(max(tops, default=0), self.limits.vocab_size))
+        scores, out = _NO_SCORES
+        if targets:
+            scores = TokenScores.zeros(len(targets), min(max(tops), self.limits.vocab_size))
+            out = logprobs_out(scores)
         arrays = [array("i", flat.token_ids), array("i", flat.positions), all_slots]
         adapters = token_adapters(plan)
         arrays += [array("i", values) for values in (flat.query_start, rows, targets, tops, adapters)]
@@ -187,7 +194,7 @@ class CpuRuntime:
             logits_rows=rows_at,
             targets=targets_at if targets else None,
             target_tops=tops_at,
-            out=logprobs_out(scores),
+            out=out,
             adapters=adapters_at if adapters else None,
         )
         desc = self._sampling.prepare(sampling)
@@ -197,7 +204,8 @@ class CpuRuntime:
         sampled, logprobs = self._sampling.results()
         hidden = self._hidden[1 if adapters else 0]
         pooled = {request: hidden[start:end].sum(0) for request, start, end in flat.pooled}
-        return DoneStep(StepResult(sampled, logprobs, _split_scores(plan, scores), seconds, pooled=pooled))
+        split = _split_scores(plan, scores) if targets else {}
+        return DoneStep(StepResult(sampled, logprobs, split, seconds, pooled=pooled))
 
     def profile(self) -> dict[str, float]:
         """Microseconds per op kind since the last call (as seen by the first thread, waiting included)."""
