@@ -333,6 +333,22 @@ def test_the_engine_at_work_and_a_hidden_page(served: ServerProcess, new_page: C
     assert {url.rpartition("/")[2] for url in asked} == {"metrics", "requests", "ready"}
 
 
+def test_requests_of_other_keys_are_counted_and_not_listed(
+    served: ServerProcess, new_page: Callable[..., Page]
+) -> None:
+    page = new_page(served.url + "/#live")
+    page.evaluate(
+        """() => {
+          const real = window.fetch;
+          const found = JSON.stringify({running: 2, queued: 1, requests: []});
+          window.fetch = async (url, options) => String(url).endsWith('requests')
+            ? new Response(found, {headers: {'Content-Type': 'application/json'}}) : real(url, options);
+        }"""
+    )
+    page.get_by_text("2 running, 1 queued; 0 of them shown").wait_for()
+    page.get_by_text("None of them is of this key.").wait_for()
+
+
 def test_the_engines_card(served: ServerProcess, new_page: Callable[..., Page]) -> None:
     page = new_page(served.url + "/#engine")
     page.get_by_role("heading", name="Memory").wait_for()
