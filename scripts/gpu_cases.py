@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import Op
 from llmctl.targets.cuda.call import Machine
 from llmctl.targets.cuda.gemm import GEMM_ROWS
@@ -67,6 +68,7 @@ def all_cases() -> Iterator[Case]:
     yield from _rowwise()
     yield from _sampling()
     yield from _linears("Llama-3-8B", 8)
+    yield from _linears("Llama-3-8B", 4, "nf4")
     yield from _int8_linears()
     yield from _adapters()
 
@@ -94,14 +96,15 @@ def _shapes(model: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def _linears(model: str, bits: int) -> Iterator[Case]:
+def _linears(model: str, bits: int, book: str = "") -> Iterator[Case]:
+    """Integers with zeros in groups of 128, or codes of a book in groups of 64."""
     for name, (n, k) in _shapes(model).items():
-        fmt = CudaFormat(bits, (n, k), group=128)
-        weight = n * k * bits // 8 + n * k // 128 * 3
+        fmt = CudaFormat(bits, (n, k), group=64 if book else 128, symmetric=bool(book), book=book)
+        weight = n * k * bits // 8 + n * k // fmt.group_size * (2 if book else 3)
         for m in ROWS:
             nbytes = weight + 2 * m * (n + k)
             yield Case(
-                f"w{bits}a16", f"{model} {name} {n}x{k}", m, nbytes, 2 * m * n * k, _linear_maker(fmt, m, weight)
+                f"{fmt.kind}a16", f"{model} {name} {n}x{k}", m, nbytes, 2 * m * n * k, _linear_maker(fmt, m, weight)
             )
 
 
@@ -109,7 +112,9 @@ def _planes(fmt: CudaFormat, device: str) -> PackedWeight:
     kinds = {"U8": torch.uint8, "F16": torch.float16}
     planes = {}
     for suffix, (dtype, shape) in fmt.planes().items():
-        if dtype == "F16":
+        if suffix == "tile_book":
+            planes[suffix] = torch.tensor(CODE_BOOKS[fmt.book].values, device=device)
+        elif dtype == "F16":
             planes[suffix] = torch.rand(shape, device=device, dtype=kinds[dtype]) * 0.004 + 0.001
         else:
             top = 256 if suffix == "tiles" else 2**fmt.bits
@@ -137,7 +142,7 @@ def _linear_maker(fmt: CudaFormat, m: int, weight_bytes: int) -> Callable[[Machi
         op = Op("linear", "linear", ("x",), ("y",), ("w", ""))
 
         def run(i: int) -> None:
-            EXECUTORS[f"w{fmt.bits}a16"](machine, Job(op, [x], [y], [weights[i], None], step))
+            EXECUTORS[f"{fmt.kind}a16"](machine, Job(op, [x], [y], [weights[i], None], step))
 
         dense_count = copies_of(2 * n * k)
         dense = [random(device, n, k) for _ in range(dense_count)]

@@ -54,6 +54,7 @@ QUANTS: dict[str, QuantScheme | None] = {
     "w4_act_order": QuantScheme(4, 64, symmetric=False, act_order=True),
     "w8": QuantScheme(8, -1, symmetric=False),
     "w8a8": QuantScheme(8, -1, symmetric=True),
+    "nf4": QuantScheme(4, 64, symmetric=True, book="nf4"),
 }
 
 

@@ -50,7 +50,7 @@ class GemmPlan:
 
 
 def weight_format(weight: Weight, *, gated: bool, table: bool = False) -> CudaFormat:
-    """How a quantized weight is stored for the kernels; codes of fewer bits than 4 take 4, with their zeros.
+    """How a quantized weight is stored for the kernels; integers of fewer bits than 4 take 4, with their zeros.
 
     Args:
         table: it is looked up by row as well, which needs it dense.
@@ -60,12 +60,11 @@ def weight_format(weight: Weight, *, gated: bool, table: bool = False) -> CudaFo
     """
     scheme = weight.quant
     if scheme is None:
-        raise ValueError("the weight is dense; the kernel reads integer codes")
+        raise ValueError("the weight is dense; the kernel reads codes")
     if table:
         raise ValueError("the weight is an embedding table as well, which is kept dense")
-    if scheme.book or scheme.minimum:
-        what = f"codes of {scheme.book}" if scheme.book else "a float minimum a group"
-        raise ValueError(f"the weight has {what}; the kernels read integers with integer zeros")
+    if scheme.minimum:
+        raise ValueError("the weight has a float minimum a group; the kernels read integers with integer zeros")
     return CudaFormat(
         bits=max(scheme.bits, 4),
         shape=(weight.shape[0], weight.shape[1]),
@@ -73,6 +72,7 @@ def weight_format(weight: Weight, *, gated: bool, table: bool = False) -> CudaFo
         group=scheme.group_size,
         symmetric=scheme.symmetric and scheme.bits >= 4,
         permuted=scheme.act_order,
+        book=scheme.book,
     )
 
 
@@ -81,12 +81,12 @@ def gemm_entries(fmt: CudaFormat, dtype: str) -> tuple[str, ...]:
     tag = DTYPES[dtype].tag
     plans = [plan_gemm(fmt, dtype, m).entry for m in (1, STREAM_ROWS, STREAM_ROWS + 1, GEMM_ROWS)]
     permute = (f"permute_columns_{tag}",) if fmt.permuted else ()
-    return (*plans, f"dequantize_w{fmt.bits}_{tag}", *permute)
+    return (*plans, f"dequantize_{fmt.kind}_{tag}", *permute)
 
 
 def gemm_sources(fmt: CudaFormat) -> tuple[str, ...]:
     """The files of ``gemm_entries``."""
-    return (f"w{fmt.bits}a16_stream.cu", f"w{fmt.bits}a16_gemm.cu", "dequantize.cu")
+    return (f"{fmt.kind}a16_stream.cu", f"{fmt.kind}a16_gemm.cu", "dequantize.cu")
 
 
 def int8_entries(dtype: str) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> Gem
     stage = chunks * 128 * fmt.bits + chunks // inner * TILE * 3
     rows = 8 if m <= 8 else 16
     return GemmPlan(
-        entry=f"w{fmt.bits}a16_stream_{DTYPES[dtype].tag}_g{32 * inner}_m{rows}",
+        entry=f"{fmt.kind}a16_stream_{DTYPES[dtype].tag}_g{32 * inner}_m{rows}",
         grid=(tiles, splits, 1),
         threads=32 * warps,
         shared=warps * _STREAM_STAGES * stage,
@@ -132,7 +132,7 @@ def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: i
     halves = 2 if paired else 1
     splits = shares // halves
     return GemmPlan(
-        entry=f"w{fmt.bits}a{8 if int8 else 16}_gemm_{DTYPES[dtype].tag}_t{tokens}",
+        entry=f"{fmt.kind}a{8 if int8 else 16}_gemm_{DTYPES[dtype].tag}_t{tokens}",
         grid=(columns, rows, splits),
         threads=_HALF_THREADS * halves,
         shared=shared * halves,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llmctl.targets.cuda.call import Call, Geometry, Signature
+from llmctl.targets.cuda.call import Array, Call, Geometry, Signature
 from llmctl.targets.cuda.gemm import ACTIVATION, STREAM_ROWS, GemmPlan
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.signatures import TAGS, blocks, ints, maybe, prepare, read, register, update, write
 
-_GROUPS = {4: (32, 64, 128), 8: (32, 64)}
+_GROUPS = {"w4": (32, 64, 128), "w8": (32, 64), "book4": (32, 64, 128)}
+"""Columns a group that the streaming kernels of a kind of codes are made for."""
 _PLANE = "tiles groups 32"
 
 
@@ -46,7 +47,7 @@ def gemm_call(
         Geometry(plan.grid, plan.threads, plan.shared),
         codes=planes["tiles"],
         scales=planes["tile_scales"],
-        **({} if fmt.symmetric else {"zeros": planes["tile_zeros"]}),
+        **_values(fmt, planes),
         workspace=workspace if plan.workspace else None,
         counters=counters if plan.counters else None,
         n=rows,
@@ -64,19 +65,30 @@ def dequantize_call(fmt: CudaFormat, tag: str, planes: dict[str, Any], w: Any) -
         ValueError: as ``call.bind``.
     """
     return prepare(
-        f"dequantize_w{fmt.bits}_{tag}",
+        f"dequantize_{fmt.kind}_{tag}",
         codes=planes["tiles"],
         scales=planes["tile_scales"],
-        zeros=None if fmt.symmetric else planes["tile_zeros"],
+        **_values(fmt, planes),
         w=w,
         group_size=fmt.group_size,
         gated=int(fmt.gated),
     )
 
 
+def _values(fmt: CudaFormat, planes: dict[str, Any]) -> dict[str, Any]:
+    """What says which numbers the codes are, as the kernels' arguments."""
+    if fmt.book:
+        return {"book": planes["tile_book"]}
+    return {} if fmt.symmetric else {"zeros": planes["tile_zeros"]}
+
+
+def _values_of(kind: str) -> Array:
+    return read("book", "f32", "16") if kind == "book4" else maybe(read("zeros", "u8", _PLANE))
+
+
 def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 0) -> Signature:
     x = [read("x", "s8", "m k"), read("token_scales", "f32", "m", align=4)] if int8 else [read("x", tag, "m k")]
-    zeros = () if int8 else (maybe(read("zeros", "u8", _PLANE)),)
+    values = () if int8 else (_values_of(entry.partition("a16")[0]),)
     return Signature(
         entry,
         source,
@@ -84,7 +96,7 @@ def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 
             *x,
             read("codes", "u8", "code_bytes"),
             read("scales", "f16", _PLANE),
-            *zeros,
+            *values,
             maybe(read("bias", tag, "n", align=2)),
             maybe(read("residual", tag, "m outputs", align=2)),
             write("y", tag, "m outputs", align=2),
@@ -97,14 +109,14 @@ def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 
     )
 
 
-def _dequantize(bits: int, tag: str) -> Signature:
+def _dequantize(kind: str, tag: str) -> Signature:
     return Signature(
-        f"dequantize_w{bits}_{tag}",
+        f"dequantize_{kind}_{tag}",
         "dequantize.cu",
         (
             read("codes", "u8", "code_bytes"),
             read("scales", "f16", _PLANE),
-            maybe(read("zeros", "u8", _PLANE)),
+            _values_of(kind),
             write("w", tag, "n k"),
             *ints("n k group_size gated"),
         ),
@@ -123,14 +135,14 @@ def _permute(tag: str) -> Signature:
 
 
 def _signatures(tag: str) -> Iterator[Signature]:
-    for bits, groups in _GROUPS.items():
-        name = f"w{bits}a16"
+    for kind, groups in _GROUPS.items():
+        name = f"{kind}a16"
         for rows in (8, STREAM_ROWS):
             for group in groups:
                 yield _gemm(f"{name}_stream_{tag}_g{group}_m{rows}", f"{name}_stream.cu", tag, rows=rows)
         for tokens in (32, 64):
             yield _gemm(f"{name}_gemm_{tag}_t{tokens}", f"{name}_gemm.cu", tag)
-        yield _dequantize(bits, tag)
+        yield _dequantize(kind, tag)
     for tokens in (8, 16, 32, 64):
         yield _gemm(f"w8a8_gemm_{tag}_t{tokens}", "w8a8_gemm.cu", tag, int8=True)
     yield _permute(tag)

@@ -3,7 +3,7 @@
 Tiles of 32 rows by chunks of 32 columns, stored in the order in which the lanes of a warp take them as ``mma.sync``
 operands, 16 bytes a lane. The same bytes serve every kernel: streaming, tensor-core, int8 and dequantising. A gated
 weight (gate rows first, up rows second) is interleaved by eights. Rows are padded to whole tiles and columns to whole
-steps of 128; padded groups have the scale 0.
+steps of 128; padded groups have the scale 0. Codes may be integers or those of a code book of 16 values.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.graph.code_books import CODE_BOOKS
+
 TILE = 32
 STEP = 128
 _EIGHT = 8
@@ -25,12 +27,12 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class CudaFormat:
-    """How one integer weight [N, K] is stored for the CUDA kernels.
+    """How one weight [N, K] of codes is stored for the CUDA kernels.
 
     Attributes:
         bits: width of a code, 4 or 8. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a group, -1 = all. symmetric: every zero is ``2**(bits-1)``, and not stored.
-        permuted: columns are sorted by group (act-order).
+        permuted: columns are sorted by group (act-order). book: what codes stand for; "" for integers.
     """
 
     bits: int
@@ -39,12 +41,18 @@ class CudaFormat:
     group: int = -1
     symmetric: bool = False
     permuted: bool = False
+    book: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what the kernels cannot take."""
         reason = refuse_format(self)
         if reason:
             raise ValueError(reason)
+
+    @property
+    def kind(self) -> str:
+        """What the codes are, as entry points and their files begin."""
+        return f"{'book' if self.book else 'w'}{self.bits}"
 
     @functools.cached_property
     def rows(self) -> int:
@@ -75,6 +83,8 @@ class CudaFormat:
         }
         if not self.symmetric:
             planes["tile_zeros"] = ("U8", shape)
+        if self.book:
+            planes["tile_book"] = ("F32", (2**self.bits,))
         if self.permuted:
             planes["permutation"] = ("I32", (self.shape[1],))
         return planes
@@ -86,6 +96,10 @@ def refuse_format(fmt: CudaFormat) -> str | None:
     group = fmt.group
     if fmt.bits not in (4, 8):
         return f"{fmt.bits}-bit codes; the kernels read 4 or 8 bits"
+    if fmt.book and fmt.bits != 4:
+        return f"{fmt.bits}-bit codes of {fmt.book}; the kernels read code books of 4 bits"
+    if fmt.book and not fmt.symmetric:
+        return f"zeros beside the code book {fmt.book}, which has its own"
     if columns % 8:
         return f"{columns} columns are not a multiple of 8 (one 16-byte load of activations)"
     if group not in (-1, 32, 64) and (group <= 0 or group % STEP):
@@ -115,6 +129,8 @@ class CudaLinear:
         planes: dict[str, NDArray[Any]] = {"tiles": self.tiles, "tile_scales": self.scales}
         if self.zeros is not None:
             planes["tile_zeros"] = self.zeros
+        if self.format.book:
+            planes["tile_book"] = np.array(CODE_BOOKS[self.format.book].values, np.float32)
         if self.permutation is not None:
             planes["permutation"] = self.permutation
         return planes
@@ -137,10 +153,10 @@ def row_order(rows: int, gated: bool) -> NDArray[np.int64]:
 def pack(
     codes: Bytes, scales: NDArray[Any], zeros: Bytes | None, fmt: CudaFormat, g_idx: NDArray[np.int32] | None = None
 ) -> CudaLinear:
-    """Pack integer codes.
+    """Pack codes.
 
     Args:
-        codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]; None when symmetric.
+        codes: u8 [N, K], one code each. scales: f16/f32 [N, G], rounded to f16. zeros: u8 [N, G]; None when symmetric.
         g_idx: i32 [K], each column's group, with act-order: columns are sorted by group.
 
     Raises:
@@ -167,7 +183,7 @@ def pack(
 def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes]:
     """(codes u8 [N, K], scales f16 [N, groups], zeros u8 [N, groups]) in logical rows and packed column order.
 
-    ``groups`` counts padding; stored column k belongs to group ``k // format.group_size``.
+    Zeros of a code book are 0. ``groups`` counts padding; stored column k belongs to group ``k // format.group_size``.
     """
     fmt = linear.format
     order = row_order(fmt.shape[0], fmt.gated)
@@ -179,7 +195,8 @@ def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes]:
         lanes = plane.reshape(-1, fmt.groups, _EIGHT, 4).transpose(0, 3, 2, 1)  # [tile, j, g, group]
         return np.ascontiguousarray(lanes.reshape(fmt.rows, fmt.groups)[packed_row])
 
-    zeros = np.full_like(linear.scales, 2 ** (fmt.bits - 1), np.uint8) if linear.zeros is None else linear.zeros
+    middle = 0 if fmt.book else 2 ** (fmt.bits - 1)
+    zeros = np.full_like(linear.scales, middle, np.uint8) if linear.zeros is None else linear.zeros
     return codes, natural(linear.scales).view(np.float16), natural(zeros)
 
 

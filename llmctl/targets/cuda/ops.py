@@ -61,7 +61,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One integer weight on the device, packed: its planes by suffix, as ``format.planes()`` names them."""
+    """One weight of codes on the device, packed: its planes by suffix, as ``format.planes()`` names them."""
 
     format: CudaFormat
     planes: dict[str, Tensor]
@@ -352,6 +352,7 @@ EXECUTORS: dict[str, Executor] = {
     "rope_kv": _rope_kv,
     "w4a16": _capped(_gemm),
     "w8a16": _capped(_gemm),
+    "book4a16": _capped(_gemm),
     "w8a8": _capped(_gemm_int8),
     "quantize_rows": _quantize,
     "lora": _lora,

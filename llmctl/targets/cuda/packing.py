@@ -1,5 +1,6 @@
 """How weights lie in an engine for the CUDA kernels: ``W.tiles``, ``W.tile_scales``, ``W.tile_zeros`` (absent when
-symmetric) and ``W.permutation`` (only with act-order) of a quantized one; see ``layout.py``.
+symmetric), ``W.tile_book`` (only of a code book) and ``W.permutation`` (only with act-order) of a quantized one; see
+``layout.py``.
 
 Every quantized linear is stored so, unless the kernels cannot take its format: then its planes are plain ones
 (``targets/plain.py``), as those of dense weights are, in the compute dtype.

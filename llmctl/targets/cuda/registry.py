@@ -137,15 +137,20 @@ def _gemm_format(facts: OpFacts) -> CudaFormat:
     return weight_format(facts.graph.weights[name], gated=gated, table=table)
 
 
-def _refuse_gemm(bits: int) -> Callable[[OpFacts], str | None]:
+_CODES = {"w4": "4-bit integers", "w8": "8-bit integers", "book4": "4-bit codes of a code book"}
+
+
+def _refuse_gemm(kind: str) -> Callable[[OpFacts], str | None]:
     def refuse(facts: OpFacts) -> str | None:
         try:
-            stored = _gemm_format(facts).bits
+            stored = _gemm_format(facts).kind
         except ValueError as error:
             return str(error)
         if "activations" in facts.op.attrs:
             return "activations are int8; the kernel takes 16-bit ones"
-        return refuse_dtype(facts) if stored == bits else f"the weight has {stored}-bit codes; the kernel reads {bits}"
+        if stored != kind:
+            return f"the weight has {_CODES[stored]}; the kernel reads {_CODES[kind]}"
+        return refuse_dtype(facts)
 
     return refuse
 
@@ -204,13 +209,13 @@ def _elementwise_entries(facts: OpFacts) -> tuple[str, ...]:
     return (f"{name}_{facts.tag}",)
 
 
-def _gemm(bits: int) -> Kernel:
-    """Integer weights by 16-bit activations; beyond ``max_rows`` torch multiplies weights dequantized into scratch."""
+def _gemm(kind: str) -> Kernel:
+    """Weights of codes by 16-bit activations; beyond ``max_rows`` torch multiplies weights dequantized into scratch."""
     return Kernel(
-        f"w{bits}a16",
+        f"{kind}a16",
         lambda facts: gemm_sources(_gemm_format(facts)),
         frozenset({"linear"}),
-        _refuse_gemm(bits),
+        _refuse_gemm(kind),
         lambda facts: gemm_entries(_gemm_format(facts), facts.dtype),
         GEMM_ROWS,
     )
@@ -236,8 +241,9 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("elementwise", "elementwise.cu", "act act_mul mul add", _refuse_width, _elementwise_entries),
     _cuda("quantize_rows", "quantize_rows.cu", "quantize act_mul_s8", _refuse_width,
           lambda f: (f"{quantizer(f.op)}_{f.tag}",)),
-    _gemm(4),
-    _gemm(8),
+    _gemm("w4"),
+    _gemm("w8"),
+    _gemm("book4"),
     _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),
     _cuda("lora", LORA_SOURCE, "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,

@@ -34,6 +34,9 @@ _MACROS = {
     "LLMCTL_TILE_GEMM": r"\1_\2_t\4",
     "LLMCTL_INT8_GEMM": r"\1_\2_t\3",
     "LLMCTL_DEQUANTIZE": r"dequantize_w\2_\1",
+    "LLMCTL_BOOK_STREAM": r"\1_\2_g\3_m\4",
+    "LLMCTL_BOOK_GEMM": r"\1_\2_t\3",
+    "LLMCTL_DEQUANTIZE_BOOK": r"dequantize_book4_\1",
     "LLMCTL_PERMUTE": r"permute_columns_\1",
 }
 
@@ -51,9 +54,16 @@ def entries_in(source: str) -> set[str]:
     return found
 
 
+def fitted(bits: int, symmetric: bool, book: str, **facts: Any) -> CudaFormat:
+    """A format; a code book only of 4 bits, and without zeros."""
+    book = book if bits == 4 else ""
+    return CudaFormat(bits, symmetric=symmetric or bool(book), book=book, **facts)
+
+
 formats = st.builds(
-    CudaFormat,
+    fitted,
     bits=st.sampled_from([4, 8]),
+    book=st.sampled_from(["", "nf4", "fp4"]),
     shape=st.tuples(st.integers(1, 40000).map(lambda n: 2 * n), st.integers(1, 2048).map(lambda k: 8 * k)),
     gated=st.booleans(),
     group=st.sampled_from([-1, 32, 64, 128, 256]),
@@ -148,7 +158,32 @@ def test_formats_of_weights() -> None:
     assert weight_format(weight, gated=True) == CudaFormat(4, (64, 256), True, 64, True)
     three = replace(weight, quant=QuantScheme(3, 64, symmetric=True, act_order=True))
     assert weight_format(three, gated=False) == CudaFormat(4, (64, 256), False, 64, False, True)
+    book = replace(weight, quant=QuantScheme(4, 64, symmetric=True, book="nf4"))
+    assert weight_format(book, gated=True) == CudaFormat(4, (64, 256), True, 64, True, book="nf4")
+    assert weight_format(book, gated=True).planes()["tile_book"] == ("F32", (16,))
+    with pytest.raises(ValueError, match="8-bit codes of fp8_e4m3; the kernels read code books of 4 bits"):
+        weight_format(replace(weight, quant=QuantScheme(8, -1, symmetric=True, book="fp8_e4m3")), gated=False)
+    with pytest.raises(ValueError, match="a float minimum a group"):
+        weight_format(replace(weight, quant=QuantScheme(4, 32, symmetric=False, minimum=True)), gated=False)
     with pytest.raises(ValueError, match="dense"):
         weight_format(replace(weight, quant=None), gated=False)
     with pytest.raises(ValueError, match="groups of 48"):
         weight_format(replace(weight, quant=QuantScheme(4, 48, symmetric=True)), gated=False)
+
+
+def test_a_book_is_not_optional() -> None:
+    fmt = CudaFormat(4, (64, 2048), True, 128, symmetric=True, book="nf4")
+    plan = plan_stream(fmt, "float16", 3)
+    assert plan.entry == "book4a16_stream_f16_g128_m8"
+    planes = {"tiles": torch.zeros(fmt.planes()["tiles"][1], dtype=torch.uint8),
+              "tile_scales": torch.zeros(fmt.planes()["tile_scales"][1], dtype=torch.float16),
+              "tile_book": torch.zeros(8)}  # fmt: skip
+    with pytest.raises(ValueError, match=r"tile_book: expected F32 \(16,\)"):
+        gemm_call(plan, fmt, planes, epilogue="silu_mul")
+    planes["tile_book"] = torch.zeros(16, dtype=torch.float16)
+    with pytest.raises(ValueError, match="book: expected float32"):
+        gemm_call(
+            plan, fmt, planes, epilogue="silu_mul", workspace=torch.zeros(plan.workspace),
+            counters=torch.zeros(plan.counters, dtype=torch.int32), x=torch.zeros(3, 2048, dtype=torch.float16),
+            y=torch.zeros(3, 32, dtype=torch.float16),
+        )  # fmt: skip

@@ -31,23 +31,27 @@ def planes_of(fmt: CudaFormat, seed: int) -> tuple[NDArray[Any], NDArray[Any], N
     group=st.sampled_from([-1, 32, 64, 128, 256]),
     gated=st.booleans(),
     symmetric=st.booleans(),
+    book=st.sampled_from(["", "nf4"]),
     seed=st.integers(0, 99),
 )
 def test_unpack_inverts_pack(
-    bits: int, rows: int, eights: int, group: int, gated: bool, symmetric: bool, seed: int
+    bits: int, rows: int, eights: int, group: int, gated: bool, symmetric: bool, book: str, seed: int
 ) -> None:
-    fmt = CudaFormat(bits, (rows * 2 if gated else rows, eights * 8), gated, group, symmetric)
+    book = book if bits == 4 else ""
+    symmetric = symmetric or bool(book)
+    fmt = CudaFormat(bits, (rows * 2 if gated else rows, eights * 8), gated, group, symmetric, book=book)
     codes, scales, zeros = planes_of(fmt, seed)
     packed = pack(codes, scales, None if symmetric else zeros, fmt)
     assert {name: (array.shape, array.dtype.itemsize) for name, array in packed.planes().items()} == {
-        name: (shape, 2 if dtype == "F16" else 1) for name, (dtype, shape) in fmt.planes().items()
+        name: (shape, {"F32": 4, "F16": 2, "U8": 1}[dtype]) for name, (dtype, shape) in fmt.planes().items()
     }
     found_codes, found_scales, found_zeros = unpack(from_planes(fmt, packed.planes()))
     groups = scales.shape[1]
     assert np.array_equal(found_codes, codes)
     assert np.array_equal(found_scales[:, :groups], scales)
     assert not found_scales[:, groups:].any()
-    assert np.array_equal(found_zeros[:, :groups], np.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros)
+    middle = 0 if book else 2 ** (bits - 1)
+    assert np.array_equal(found_zeros[:, :groups], np.full_like(zeros, middle) if symmetric else zeros)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -105,6 +109,15 @@ def test_act_order_sorts_columns_by_group() -> None:
 def test_refusals(bits: int, shape: tuple[int, int], gated: bool, group: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         CudaFormat(bits, shape, gated, group)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "book", "reason"),
+    [(8, True, "fp8_e4m3", "8-bit codes of fp8_e4m3"), (4, False, "nf4", "zeros beside the code book nf4")],
+)
+def test_books_that_are_refused(bits: int, symmetric: bool, book: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        CudaFormat(bits, (32, 128), symmetric=symmetric, book=book)
 
 
 def test_scales_beyond_float16_are_refused() -> None:

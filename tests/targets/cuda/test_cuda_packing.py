@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quantized_files import FORMATS, write_pair
 from tiny_checkpoint import write_gptq
 
 from llmctl.artifact import builder
@@ -15,6 +16,7 @@ from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.targets.cuda import target
 from llmctl.targets.cuda.layout import unpack
 from llmctl.targets.cuda.packing import cuda_formats, packed_linears
@@ -46,6 +48,28 @@ def test_codes_are_the_checkpoints(
         np.testing.assert_array_equal(codes, expected.codes.numpy())
         np.testing.assert_array_equal(scales[:, :groups], expected.scales.numpy())
         np.testing.assert_array_equal(zeros[:, :groups], expected.zeros.numpy())
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4-double", "bnb-fp4"])
+def test_codes_of_a_book_stay_at_their_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model, _, size = write_pair(tmp_path, FORMATS[name])
+    engine = build(model, tmp_path / "e", monkeypatch)
+    graph, source = read_manifest(engine).graph, open_checkpoint(model)
+    file = SafetensorsFile(engine / "weights-00001-of-00001.safetensors")
+    planes = {name: file.plane(name) for name in file.tensors}
+    packed = packed_linears(graph, planes)
+    assert len(packed) == 2 * 4
+    for module, linear in packed.items():
+        expected = assemble(graph.weights[module], source)
+        assert isinstance(expected, QuantizedWeight)
+        codes, scales, zeros = unpack(linear)
+        groups = expected.scales.shape[1]
+        np.testing.assert_array_equal(codes, expected.codes.numpy())
+        np.testing.assert_array_equal(scales[:, :groups], expected.scales.half().numpy())
+        assert not zeros.any()
+        book = CODE_BOOKS[expected.scheme.book].values
+        np.testing.assert_array_equal(planes[f"{module}.tile_book"], np.array(book, np.float32))
+    assert sum(planes[f"{m}.{s}"].nbytes for m, linear in packed.items() for s in linear.planes()) <= 1.03 * size
 
 
 def test_a_refused_format_keeps_its_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from llmctl.targets.cuda.compile import compile_modules
 from llmctl.targets.cuda.registry import OpFacts, choose, choose_all, sources_of
 
 W4 = QuantScheme(4, 64, symmetric=False)
+NF4 = QuantScheme(4, 64, symmetric=True, book="nf4")
 
 
 def facts(op: Op, graph: Graph, dtype: str, kv_dtype: str = "auto", block_size: int = 16) -> OpFacts:
@@ -56,6 +57,8 @@ def chosen(graph: Graph, dtype: str = "bfloat16", kv_dtype: str = "auto") -> tup
         (linear(replace(W4, bits=8)), "w8a16"),
         (linear(replace(W4, act_order=True)), "w4a16"),
         (linear(epilogue="silu_mul"), "w4a16"),
+        (linear(NF4), "book4a16"),
+        (linear(replace(NF4, book="fp4"), epilogue="silu_mul"), "book4a16"),
     ],
 )
 def test_quantized_linears_have_kernels_for_every_number_of_rows(graph: Graph, kernel: str) -> None:
@@ -113,6 +116,10 @@ def test_norms(kind: str) -> None:
         (linear(replace(W4, group_size=48)), "float16", "groups of 48"),
         (linear(replace(W4, bits=8, group_size=16)), "float16", "groups of 16"),
         (linear(W4, columns=100), "float16", "100 columns"),
+        (linear(replace(NF4, group_size=16)), "float16", "groups of 16"),
+        (linear(NF4), "float32", "activations are float32"),
+        (linear(NF4), "float32", "the weight has 4-bit codes of a code book; the kernel reads 8-bit integers"),
+        (linear(replace(NF4, bits=8, book="fp8_e4m3")), "float16", "8-bit codes of fp8_e4m3"),
         (linear(), "float32", "activations are float32"),
         (int8_linear(columns=136), "float16", "136 columns are not a multiple of 16"),
         (int8_linear(replace(W8, group_size=48)), "float16", "groups of 48"),
@@ -226,6 +233,7 @@ def test_chosen_entry_points_exist_in_the_compiled_module() -> None:
         choice
         for graph in (
             linear(),
+            linear(NF4),
             int8_linear(),
             lora(),
             lora(64),

@@ -21,6 +21,10 @@
 // Run", 2022, as in FasterTransformer and Marlin): a code in the low mantissa bits of 1024 (f16), 128 (bf16) or 2^23
 // (float) is that number plus the code; one subtraction takes away bias and zero point. The result, code - zero, is an
 // exact integer; the scale is applied to fp32 sums, once a group.
+//
+// Codes of a code book become its 16 values, rounded to T: two byte tables in eight registers, of low and of high bytes,
+// looked up four codes at a time by byte permutes (a permute reaches eight entries, so that two and a choice are a
+// lookup). A table of 16 in shared memory has no bank conflicts either, but costs a load for every code.
 #pragma once
 #include "device.cuh"
 
@@ -47,6 +51,35 @@ struct Codes {
     static constexpr int kBytes = kVectors * 16 * kWarp;  // of the whole chunk
     Vec16 vector[kVectors];
 };
+
+// Codes are integers: nothing to look up.
+struct NoBook {};
+
+// The values of a code book of 16 as T: bytes 4 i .. 4 i + 3 are in word i.
+template <typename T>
+struct Book {
+    u32 low[4], high[4];
+};
+
+// From f32 [16]; every thread has its own.
+template <typename T>
+LLMCTL_DEVICE Book<T> read_book(const float* values) {
+    Book<T> book;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 first = pack16<T>(values[4 * i], values[4 * i + 1]);
+        const u32 second = pack16<T>(values[4 * i + 2], values[4 * i + 3]);
+        book.low[i] = byte_permute(first, second, 0x6420u);
+        book.high[i] = byte_permute(first, second, 0x7531u);
+    }
+    return book;
+}
+
+// Bytes of a table for the four codes in the lower half of a word. `codes`: less their bits 3; `halves`: nibble i is i,
+// plus 4 where code i has bit 3.
+LLMCTL_DEVICE u32 look_up(const u32 (&table)[4], u32 codes, u32 halves) {
+    return byte_permute(byte_permute(table[0], table[1], codes), byte_permute(table[2], table[3], codes), halves);
+}
 
 // What is subtracted from the codes of rows g (low) and g + 8 (high) of a fragment.
 struct ZeroPair {
@@ -88,7 +121,7 @@ LLMCTL_DEVICE u32 pair8(u32 word, int first, u32 zero) {
 
 // The A operand (r, s) of a chunk: code - zero, as T.
 template <typename T, int kBits>
-LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s, const ZeroPair& zero) {
+LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s, const ZeroPair& zero, NoBook) {
     if constexpr (kBits == 8) {
         const u32 low = codes.vector[r].w[2 * s], high = codes.vector[r].w[2 * s + 1];
         a[0] = pair8<T>(low, 0, zero.low);
@@ -110,6 +143,35 @@ LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s
             a[i] = packed_sub<bf16>(biased, i % 2 ? zero.high : zero.low);
         }
     }
+}
+
+// The A operand (r, s) of a chunk of 4-bit codes: the book's values.
+template <typename T, int kBits>
+LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s, const ZeroPair&,
+                            const Book<T>& book) {
+    static_assert(kBits == 4, "a book has 16 values");
+    const u32 word = codes.vector[0].w[2 * r + s];
+    const u32 index = word & 0x77777777u, halves = (word >> 1 & 0x44444444u) | 0x32103210u;
+    // Nibbles 0 .. 3 are the lower halves of a[0 .. 3], 4 .. 7 the upper ones.
+    u32 low[2], high[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        low[i] = look_up(book.low, index >> (16 * i), halves >> (16 * i));
+        high[i] = look_up(book.high, index >> (16 * i), halves >> (16 * i));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 pairs = i ? 0x7362u : 0x5140u;  // the values of nibbles 2 i and 2 i + 1
+        const u32 lower = byte_permute(low[0], high[0], pairs), upper = byte_permute(low[1], high[1], pairs);
+        a[2 * i] = byte_permute(lower, upper, 0x5410u);
+        a[2 * i + 1] = byte_permute(lower, upper, 0x7632u);
+    }
+}
+
+// The 4-bit code of row 16 r + 8 h + g, column 8t + c.
+LLMCTL_DEVICE u32 code_at(const Codes<4>& codes, int r, int h, int c) {
+    const int nibble = h + 2 * (c / 2 % 2) + 4 * (c % 2);
+    return codes.vector[0].w[2 * r + c / 4] >> (4 * nibble) & 15u;
 }
 
 // A lane's four scales of a group: rows g + 8 j.

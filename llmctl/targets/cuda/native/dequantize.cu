@@ -4,6 +4,7 @@
 // dequantize_w<bits>_<T>   w[n, k] = (code - zero) * scale, rounded once; w [N, K] in logical rows (gate, then up) and
 //                          packed column order. Grid (tiles, steps), 128 threads: a warp a chunk of 32 x 32.
 //                          k % 8 == 0; w a multiple of 16 bytes.
+// dequantize_book4_<T>     the same of w[n, k] = book[code] * scale; book f32 [16].
 // permute_columns_<T>      y[m, k] = x[m, permutation[k]]. Grid ceil(m k / 256), 256 threads.
 //
 // A lane holds eight neighbouring columns of four rows: 16-byte stores, 64 bytes a row and warp, 256 a row and block.
@@ -17,9 +18,10 @@ namespace gemm {
 constexpr int kDequantThreads = kStepChunks * kWarp;
 constexpr int kPermuteThreads = 256;
 
-template <typename T, int kBits>
-LLMCTL_DEVICE void dequantize(const u8* codes, const f16* scales, const u8* zeros, T* w, int n, int k, int group_size,
-                              int gated) {
+// book: f32 [16], where codes are of one; else null, and kBook false.
+template <typename T, int kBits, bool kBook>
+LLMCTL_DEVICE void dequantize(const u8* codes, const f16* scales, const u8* zeros, const float* book, T* w, int n,
+                              int k, int group_size, int gated) {
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
     const int chunks = (k + kStepColumns - 1) / kStepColumns * kStepChunks;
     const int groups = (chunks * kChunkColumns + group_size - 1) / group_size;
@@ -39,18 +41,26 @@ LLMCTL_DEVICE void dequantize(const u8* codes, const f16* scales, const u8* zero
     unpack_scales(scale, load8(scales + at));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        u32 a[2][4];
-        const ZeroPair zero = zero_pair<T, kBits>(zero_word, r);
+        u32 a[2][4] = {};
+        if constexpr (!kBook) {
+            const ZeroPair zero = zero_pair<T, kBits>(zero_word, r);
 #pragma unroll
-        for (int s = 0; s < 2; ++s) fragment<T, kBits>(a[s], mine, r, s, zero);
+            for (int s = 0; s < 2; ++s) fragment<T, kBits>(a[s], mine, r, s, zero, NoBook{});
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const Vec16 exact{{a[0][h], a[0][h + 2], a[1][h], a[1][h + 2]}};
+            const auto value = [&](int i) {
+                if constexpr (kBook) {
+                    return book[code_at(mine, r, h, i)];  // not the tables of the products, which round to T
+                } else {
+                    return lane16<T>(exact, i);
+                }
+            };
             Vec16 out;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                out.w[i] = pack16<T>(lane16<T>(exact, 2 * i) * scale[2 * r + h],
-                                     lane16<T>(exact, 2 * i + 1) * scale[2 * r + h]);
+                out.w[i] = pack16<T>(value(2 * i) * scale[2 * r + h], value(2 * i + 1) * scale[2 * r + h]);
             }
             const int half = block_index() * (kTileRows / 2) + 8 * r + g;
             const int row = gated ? half + h * (n / 2) : block_index() * kTileRows + 16 * r + 8 * h + g;
@@ -74,7 +84,14 @@ LLMCTL_DEVICE void permute_columns(const T* x, const int* permutation, T* y, int
     LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
     dequantize_w##BITS##_##T(const u8* codes, const llmctl::f16* scales, const u8* zeros, llmctl::T* w, int n, int k, \
                              int group_size, int gated) {                                                             \
-        llmctl::gemm::dequantize<llmctl::T, BITS>(codes, scales, zeros, w, n, k, group_size, gated);                  \
+        llmctl::gemm::dequantize<llmctl::T, BITS, false>(codes, scales, zeros, nullptr, w, n, k, group_size, gated);  \
+    }
+
+#define LLMCTL_DEQUANTIZE_BOOK(T)                                                                                     \
+    LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
+    dequantize_book4_##T(const u8* codes, const llmctl::f16* scales, const float* book, llmctl::T* w, int n, int k,   \
+                         int group_size, int gated) {                                                                 \
+        llmctl::gemm::dequantize<llmctl::T, 4, true>(codes, scales, nullptr, book, w, n, k, group_size, gated);       \
     }
 
 #define LLMCTL_PERMUTE(T)                                                                                             \
@@ -87,5 +104,7 @@ LLMCTL_DEQUANTIZE(f16, 4)
 LLMCTL_DEQUANTIZE(f16, 8)
 LLMCTL_DEQUANTIZE(bf16, 4)
 LLMCTL_DEQUANTIZE(bf16, 8)
+LLMCTL_DEQUANTIZE_BOOK(f16)
+LLMCTL_DEQUANTIZE_BOOK(bf16)
 LLMCTL_PERMUTE(f16)
 LLMCTL_PERMUTE(bf16)

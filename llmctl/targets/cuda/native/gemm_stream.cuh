@@ -59,9 +59,9 @@ LLMCTL_DEVICE void copy_step(u8* stage, const StreamSource& from, int step) {
     }
 }
 
-template <typename T, int kBits, int kGroupChunks, int kTokenTiles>
+template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values>
 LLMCTL_DEVICE void multiply_step(float (&total)[kTokenTiles][2][4], const u8* stage, bool has_zeros,
-                                 const Vec16 (&x)[kTokenTiles][16 / kBits]) {
+                                 const Vec16 (&x)[kTokenTiles][16 / kBits], const Values& book) {
     using Stage = StreamStage<kBits, kGroupChunks>;
     const int lane = lane_index(), g = lane / 4;
 #pragma unroll
@@ -83,7 +83,7 @@ LLMCTL_DEVICE void multiply_step(float (&total)[kTokenTiles][2][4], const u8* st
 #pragma unroll
                 for (int s = 0; s < 2; ++s) {
                     u32 a[4];
-                    fragment<T, kBits>(a, codes, r, s, zero[r]);
+                    fragment<T, kBits>(a, codes, r, s, zero[r], book);
 #pragma unroll
                     for (int j = 0; j < kTokenTiles; ++j) {
                         const u32 b[2] = {x[j][chunk].w[2 * s], x[j][chunk].w[2 * s + 1]};
@@ -106,9 +106,9 @@ LLMCTL_DEVICE void multiply_step(float (&total)[kTokenTiles][2][4], const u8* st
 }
 
 // The sums of steps begin .. end - 1. A lane's tokens are g and g + 8; those past m, like columns past k, are zeros.
-template <typename T, int kBits, int kGroupChunks, int kTokenTiles>
+template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values>
 LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, int m, int k, const StreamSource& source,
-                               u8* ring, int begin, int end) {
+                               const Values& book, u8* ring, int begin, int end) {
     using Stage = StreamStage<kBits, kGroupChunks>;
     const int g = lane_index() / 4, t = lane_index() % 4;
     const T* row[kTokenTiles];
@@ -142,15 +142,15 @@ LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, in
         }
         cp_async_commit();
         const u8* const stage = ring + slot * Stage::kBytes;
-        multiply_step<T, kBits, kGroupChunks, kTokenTiles>(total, stage, source.zeros != nullptr, fragment_x);
+        multiply_step<T, kBits, kGroupChunks, kTokenTiles>(total, stage, source.zeros != nullptr, fragment_x, book);
         slot = slot == kStreamStages - 1 ? 0 : slot + 1;
     }
     warp_sync();
 }
 
-template <typename T, int kBits, int kGroupChunks, int kTokenTiles>
-LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const u8* zeros, const Tail<T>& tail, int k,
-                          int group_size, u8* shared) {
+template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values>
+LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const u8* zeros, const Values& book,
+                          const Tail<T>& tail, int k, int group_size, u8* shared) {
     using Stage = StreamStage<kBits, kGroupChunks>;
     const int warps = block_size() / kWarp, warp = warp_index();
     const int padded = (k + kStepColumns - 1) / kStepColumns * kStepColumns;
@@ -163,7 +163,7 @@ LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const 
                               group_size / (Stage::kChunks * kChunkColumns)};
     u8* const ring = shared + warp * Stage::kRing;
     float total[kTokenTiles][2][4] = {};
-    stream_sums<T, kBits, kGroupChunks, kTokenTiles>(total, x, tail.m, k, source, ring, steps * worker / workers,
+    stream_sums<T, kBits, kGroupChunks, kTokenTiles>(total, x, tail.m, k, source, book, ring, steps * worker / workers,
                                                      steps * (worker + 1) / workers);
     float* const part = reinterpret_cast<float*>(ring);
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -191,6 +191,20 @@ LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const 
                                     u32* counters, int m, int n, int k, int group_size, int activation) {             \
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
-        llmctl::gemm::stream<llmctl::T, BITS, GROUP / 32, ROWS / 8>(x, codes, scales, zeros, tail, k, group_size,     \
-                                                                    shared);                                          \
+        llmctl::gemm::stream<llmctl::T, BITS, GROUP / 32, ROWS / 8>(x, codes, scales, zeros, llmctl::gemm::NoBook{},  \
+                                                                    tail, k, group_size, shared);                     \
+    }
+
+// Of 4-bit codes of a code book; book: its values, f32 [16].
+#define LLMCTL_BOOK_STREAM(NAME, T, GROUP, ROWS)                                                                      \
+    LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, GROUP == 32 && ROWS == 16 ? 1 : 2)                                    \
+    NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales,                   \
+                                    const float* book, const llmctl::T* bias, const llmctl::T* residual,              \
+                                    llmctl::T* y, float* workspace, u32* counters, int m, int n, int k,               \
+                                    int group_size, int activation) {                                                 \
+        LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
+        const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
+        llmctl::gemm::stream<llmctl::T, 4, GROUP / 32, ROWS / 8>(x, codes, scales, nullptr,                           \
+                                                                 llmctl::gemm::read_book<llmctl::T>(book), tail, k,   \
+                                                                 group_size, shared);                                 \
     }

@@ -76,8 +76,9 @@ LLMCTL_DEVICE void copy_stage(u8* stage, const TileSource<X>& from, int step) {
 }
 
 // The sums of one chunk: sum[j] += (code - zero) of the tile times token tile j.
-template <typename X, int kBits, int kTokenTiles, typename Sum>
-LLMCTL_DEVICE void multiply_chunk(Sum (&sum)[kTokenTiles][2][4], const Codes<kBits>& codes, const u8* x, u32 zeros) {
+template <typename X, int kBits, int kTokenTiles, typename Sum, typename Values>
+LLMCTL_DEVICE void multiply_chunk(Sum (&sum)[kTokenTiles][2][4], const Codes<kBits>& codes, const u8* x, u32 zeros,
+                                  const Values& book) {
     using Shape = TileShape<X, kBits, kTokenTiles>;
     const int lane = lane_index();
     if constexpr (Shape::kInt8) {
@@ -96,7 +97,7 @@ LLMCTL_DEVICE void multiply_chunk(Sum (&sum)[kTokenTiles][2][4], const Codes<kBi
         for (int r = 0; r < 2; ++r) {
             const ZeroPair zero = zero_pair<X, kBits>(zeros, r);
 #pragma unroll
-            for (int s = 0; s < 2; ++s) fragment<X, kBits>(a[r][s], codes, r, s, zero);
+            for (int s = 0; s < 2; ++s) fragment<X, kBits>(a[r][s], codes, r, s, zero, book);
         }
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
@@ -134,9 +135,9 @@ LLMCTL_DEVICE void scale_sums(float (&total)[kTokenTiles][2][4], Sum (&sum)[kTok
     }
 }
 
-template <typename X, int kBits, int kTokenTiles>
-LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource<X>& source, u8* ring, int begin,
-                             int end, int rounds) {
+template <typename X, int kBits, int kTokenTiles, typename Values>
+LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource<X>& source, const Values& book,
+                             u8* ring, int begin, int end, int rounds) {
     using Shape = TileShape<X, kBits, kTokenTiles>;
     const int lane = lane_index(), g = lane / 4;
 #pragma unroll
@@ -176,7 +177,7 @@ LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource
                                                           group * kTileRows + g * 4);
                 }
                 multiply_chunk<X, kBits, kTokenTiles>(sum, codes, x + chunk * Shape::kTokens * Shape::kRowBytes,
-                                                      zeros);
+                                                      zeros, book);
                 if (--left == 0 || (chunk == kStageChunks - 1 && step + 1 == end)) {
                     scale_sums(total, sum, load8(mine + Shape::kCodeBytes + (group * kTileRows + g * 4) * 2));
                     left = source.group_chunks;
@@ -189,9 +190,9 @@ LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource
     block_sync();
 }
 
-template <typename T, typename X, int kBits, int kTokenTiles>
-LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, const u8* zeros, const Tail<T>& tail,
-                             int k, int group_size, u8* shared) {
+template <typename T, typename X, int kBits, int kTokenTiles, typename Values>
+LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, const u8* zeros, const Values& book,
+                             const Tail<T>& tail, int k, int group_size, u8* shared) {
     using Shape = TileShape<X, kBits, kTokenTiles>;
     const int halves = block_size() / kHalfThreads, half = warp_index() / kTileWarps;
     const int padded = (k + kStepColumns - 1) / kStepColumns * kStepColumns;
@@ -214,7 +215,7 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
                                k,
                                group_size / kChunkColumns};
     float total[kTokenTiles][2][4] = {};
-    tile_sums<X, kBits, kTokenTiles>(total, source, shared + half * Shape::kRing, begin, end,
+    tile_sums<X, kBits, kTokenTiles>(total, source, book, shared + half * Shape::kRing, begin, end,
                                      (steps + workers - 1) / workers);
     float* const part = reinterpret_cast<float*>(shared + half * Shape::kRing);
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -247,8 +248,20 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
                            u32* counters, int m, int n, int k, int group_size, int activation) {                      \
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
-        llmctl::gemm::tile_gemm<llmctl::T, llmctl::T, BITS, TOKENS / 8>(x, codes, scales, zeros, tail, k, group_size, \
-                                                                        shared);                                      \
+        llmctl::gemm::tile_gemm<llmctl::T, llmctl::T, BITS, TOKENS / 8>(                                              \
+            x, codes, scales, zeros, llmctl::gemm::NoBook{}, tail, k, group_size, shared);                            \
+    }
+
+// Of 4-bit codes of a code book; book: its values, f32 [16].
+#define LLMCTL_BOOK_GEMM(NAME, T, TOKENS)                                                                             \
+    LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, 1)                                                                  \
+    NAME##_##T##_t##TOKENS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const float* book,         \
+                           const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace,          \
+                           u32* counters, int m, int n, int k, int group_size, int activation) {                      \
+        LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
+        const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
+        llmctl::gemm::tile_gemm<llmctl::T, llmctl::T, 4, TOKENS / 8>(                                                 \
+            x, codes, scales, nullptr, llmctl::gemm::read_book<llmctl::T>(book), tail, k, group_size, shared);        \
     }
 
 #define LLMCTL_INT8_GEMM(NAME, T, TOKENS)                                                                             \
@@ -259,6 +272,6 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, token_scales, y, workspace, counters, m, n,          \
                                                  activation};                                                         \
-        llmctl::gemm::tile_gemm<llmctl::T, s8, 8, TOKENS / 8>(x, codes, scales, nullptr, tail, k, group_size,         \
-                                                              shared);                                                \
+        llmctl::gemm::tile_gemm<llmctl::T, s8, 8, TOKENS / 8>(x, codes, scales, nullptr, llmctl::gemm::NoBook{},      \
+                                                              tail, k, group_size, shared);                           \
     }

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from emulator import kernels, read, update, write
 
+from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cuda.call import Call, Pointer
 from llmctl.targets.cuda.gemm import GemmPlan
 from llmctl.targets.cuda.gemm_signatures import gemm_call
@@ -23,8 +25,15 @@ class Case:
     dense: torch.Tensor
 
 
+def any_format(codes: int | str, shape: tuple[int, int], group: int, *, symmetric: bool) -> CudaFormat:
+    """A format of integers by their bits, or of a code book by its name."""
+    if isinstance(codes, str):
+        return CudaFormat(4, shape, group=group, symmetric=True, book=codes)
+    return CudaFormat(codes, shape, group=group, symmetric=symmetric)
+
+
 def make_case(fmt: CudaFormat, seed: int = 0) -> Case:
-    """Random codes, scales and zeros of a format."""
+    """Random codes, scales and zeros of a format, every code among them."""
     rng = np.random.default_rng(seed)
     rows, columns = fmt.shape
     group = columns if fmt.group == -1 else fmt.group
@@ -33,9 +42,10 @@ def make_case(fmt: CudaFormat, seed: int = 0) -> Case:
     scales = (rng.random((rows, groups)) * 0.02 + 0.001).astype(np.float16)
     zeros = rng.integers(0, 2**fmt.bits, (rows, groups), np.uint8)
     if fmt.symmetric:
-        zeros[:] = 2 ** (fmt.bits - 1)
-    dense = reference.dequantize(*map(torch.from_numpy, (codes, scales, zeros)), torch.arange(columns) // group)
-    return Case(pack(codes, scales, zeros, fmt), dense)
+        zeros[:] = 0 if fmt.book else 2 ** (fmt.bits - 1)
+    scheme = QuantScheme(fmt.bits, fmt.group, fmt.symmetric, book=fmt.book)
+    weight = QuantizedWeight(*map(torch.from_numpy, (codes, scales, zeros)), scheme)
+    return Case(pack(codes, scales, zeros, fmt), weight.dequantize())
 
 
 def planes_of(linear: CudaLinear) -> dict[str, torch.Tensor]:

@@ -38,6 +38,18 @@ def test_dequantised_weights_equal_the_reference(tag, bits, shape, group, symmet
 
 
 @pytest.mark.parametrize("tag", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("book", "shape", "group", "gated"), [("nf4", (45, 136), 64, False), ("fp4", (44, 264), 32, True)]
+)
+def test_values_of_a_book_are_rounded_once(tag, book, shape, group, gated):
+    fmt = CudaFormat(4, shape, gated, group, symmetric=True, book=book)
+    case = make_case(fmt)
+    w = torch.empty(shape, dtype=DTYPES[tag])
+    run(dequantize_call(fmt, tag, planes_of(case.linear), w))
+    assert torch.equal(w, case.dense.to(w.dtype))
+
+
+@pytest.mark.parametrize("tag", ["f16", "bf16"])
 def test_act_order_is_a_permutation_of_columns(tag):
     rows, columns, group = 40, 256, 64
     rng = np.random.default_rng(1)

@@ -1,11 +1,11 @@
-"""w4a16_stream.cu and w8a16_stream.cu under emulation, against the dequantised product."""
+"""w4a16_stream.cu, w8a16_stream.cu and book4a16_stream.cu under emulation, against the dequantised product."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from emulator import missing
-from gemm_cases import Case, expected, make_case, multiply
+from gemm_cases import Case, any_format, expected, make_case, multiply
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.targets.cuda.gemm import plan_stream
@@ -51,6 +51,21 @@ def test_stream_equals_the_dequantised_product(tag, m, bits, shape, group, symme
     _check(tag, m, CudaFormat(bits, shape, group=group, symmetric=symmetric), sms, bias=m % 2 == 1)
 
 
+@pytest.mark.parametrize("tag", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("m", "book", "shape", "group", "sms"),
+    [
+        (1, "nf4", (40, 136), 64, 1),
+        (3, "nf4", (33, 1032), 32, 4),
+        (8, "fp4", (64, 384), 128, 1),
+        (13, "nf4", (33, 264), -1, 1),
+        (16, "fp4", (40, 1032), 64, 4),
+    ],
+)
+def test_codes_of_a_book(tag, m, book, shape, group, sms):
+    _check(tag, m, CudaFormat(4, shape, group=group, symmetric=True, book=book), sms, bias=m % 2 == 1)
+
+
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
 def test_gated_epilogues(epilogue):
     _check("f16", 3, CudaFormat(4, (44, 256), True, 128), 1, bias=True, epilogue=epilogue)
@@ -76,9 +91,9 @@ def _run(case: Case, x: torch.Tensor, tag: str) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tag", ["f16", "bf16"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, "nf4"])
 @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize("shape", [(1, 8), (17, 136), (130, 576), (64, 2056)])
 @pytest.mark.parametrize("m", [1, 3, 7, 8, 9, 16])
 def test_stream_sweep(tag, bits, group, shape, m):
-    _check(tag, m, CudaFormat(bits, shape, group=group, symmetric=m == 3), sms=8, bias=m == 7, residual=m == 8)
+    _check(tag, m, any_format(bits, shape, group, symmetric=m == 3), sms=8, bias=m == 7, residual=m == 8)

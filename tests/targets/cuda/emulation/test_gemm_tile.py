@@ -1,11 +1,11 @@
-"""w4a16_gemm.cu, w8a16_gemm.cu and w8a8_gemm.cu under emulation, against the dequantised product."""
+"""The GEMM kernels on tensor cores under emulation, against the dequantised product."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from emulator import missing
-from gemm_cases import expected, make_case, multiply
+from gemm_cases import any_format, expected, make_case, multiply
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.targets.cuda.gemm import plan_tile
@@ -45,6 +45,19 @@ def _check(tag: str, m: int, fmt: CudaFormat, sms: int, bias: bool = False, resi
 )
 def test_gemm_equals_the_dequantised_product(tag, m, bits, shape, group, symmetric, sms):
     _check(tag, m, CudaFormat(bits, shape, group=group, symmetric=symmetric), sms, bias=m % 2 == 1)
+
+
+@pytest.mark.parametrize("tag", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("m", "book", "shape", "group", "sms"),
+    [
+        (17, "nf4", (133, 1032), 64, 3),
+        (33, "fp4", (32, 512), 256, 4),
+        (65, "nf4", (40, 200), 32, 1),
+    ],
+)
+def test_codes_of_a_book(tag, m, book, shape, group, sms):
+    _check(tag, m, CudaFormat(4, shape, group=group, symmetric=True, book=book), sms, bias=m == 17)
 
 
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
@@ -92,12 +105,12 @@ def test_int8_gated():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tag", ["f16", "bf16"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, "nf4"])
 @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])
 @pytest.mark.parametrize("shape", [(1, 8), (130, 576), (264, 1032)])
 @pytest.mark.parametrize("m", [1, 3, 7, 8, 9, 17, 65])
 def test_gemm_sweep(tag, bits, group, shape, m):
-    _check(tag, m, CudaFormat(bits, shape, group=group, symmetric=m == 3), sms=4, bias=m == 7, residual=m == 8)
+    _check(tag, m, any_format(bits, shape, group, symmetric=m == 3), sms=4, bias=m == 7, residual=m == 8)
 
 
 @pytest.mark.slow

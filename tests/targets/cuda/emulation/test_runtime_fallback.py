@@ -27,9 +27,9 @@ READS_NONE = "no CUDA kernel reads 8 weights as they are quantized"
         (LLAMA, QuantScheme(3, 16, symmetric=True), READS_NONE, True),
         (LLAMA, QuantScheme(4, 32, symmetric=False, minimum=True), READS_NONE, True),
         (LLAMA, QuantScheme(8, 16, symmetric=True, book="fp8_e4m3", block_rows=32), READS_NONE, True),
-        (LLAMA, QuantScheme(4, 64, symmetric=True, book="nf4"), READS_NONE, True),
+        (LLAMA, QuantScheme(4, 16, symmetric=True, book="nf4"), READS_NONE, True),
     ],
-    ids=["attention", "groups of 16", "minimums", "fp8 blocks", "nf4"],
+    ids=["attention", "groups of 16", "minimums", "fp8 blocks", "nf4 of 16"],
 )
 def test_torch_executes_it_and_a_line_says_so(config, quant, said, captured, caplog):
     graph, weights = tiny_model(config, quant, CUDA_PASSES)

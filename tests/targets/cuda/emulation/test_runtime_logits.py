@@ -30,6 +30,7 @@ COVERING: tuple[Case, ...] = (
     ("qwen3", "w8a8", "int8", "float16"),
     ("phi", "w4_act_order", "bfloat16", "bfloat16"),
     ("gpt2", "w8a8", "fp8_e4m3", "bfloat16"),
+    ("llama", "nf4", "bfloat16", "bfloat16"),
 )
 """Family, weights, KV cache, dtype: every value of each at least once."""
 ALL: list[Case] = [
