@@ -18,6 +18,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 FUNCTION = {"name": "f"}
 TOOL = {"type": "function", "function": FUNCTION}
 ITEM = {"type": "message", "role": "user", "content": "a"}
+UNTAGGED = {"role": "user", "content": "a"}
+CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "a"}
 
 Case = tuple[str, str, bytes]
@@ -101,7 +103,8 @@ def _texts(size: int) -> Iterator[Case]:
             "ids": many(5, size),
             "ids, the last below 0": many(5, 40_000, -1),
             "ids, the last a text": many(5, 40_000, "a"),
-            "ids, the last not the model's": many(49_000, 65_000, 10**6),
+            "ids, the last not the model's": many(49_000, 50_000, 10**6),
+            "lists of ids, the last not the model's": [many(5, 20_000)] * 4 + [many(5, 20_000, 10**6)],
             "an object": wide(1, size),
             "lists of lists": many([[5]], size),
         }.items():
@@ -114,9 +117,13 @@ def _texts(size: int) -> Iterator[Case]:
     yield completion("bad words", bad_words=many("a", size))
     yield completion("bad words as lists", bad_words=many([5], size))
     yield completion("stop ids, the last wrong", stop_token_ids=many(5, size, -1))
+    yield completion("stop ids, the last not the model's", stop_token_ids=many(5, size, 10**6))
     yield completion("stop ids as lists", stop_token_ids=many([5], size))
+    yield completion("allowed ids, the last not the model's", allowed_token_ids=many(5, size, 10**6))
     yield completion("allowed ids, the last wrong", allowed_token_ids=many(5, size, -1))
     yield completion("biases, the last wrong", logit_bias=numbered(1, size, x="x"))
+    yield completion("biases, the last not the model's", logit_bias=numbered(1, size, **{"1000000": 1}))
+    yield completion("biases, the last out of range", logit_bias=numbered(1, size, **{"5": 101}))
     yield completion("biases, a name wrong", logit_bias=numbered(1, size, x=1))
     yield completion("biases of lists", logit_bias=numbered([5], size))
     yield completion("biases, n wrong", logit_bias=numbered(1, size), n="x")
@@ -173,6 +180,10 @@ def _responses(size: int) -> Iterator[Case]:
 
     yield response("items, the last wrong", input=many(ITEM, size, {"role": "x", "content": "a"}))
     yield response("items, the last of no known type", input=many(ITEM, size, {"type": "x"}))
+    yield response("items of several kinds, the last wrong", input=many(CALLED, size, ITEM, {"role": "x"}))
+    yield response(
+        "items of several kinds, a part wrong", input=many(UNTAGGED, size, CALLED, {**UNTAGGED, "content": [5]})
+    )
     yield response("items, n", input=many(ITEM, size), n=2)
     yield response("items, temperature wrong", input=many(ITEM, size), temperature="x")
     yield response("items as lists", input=many([5], size))

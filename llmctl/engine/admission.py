@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmctl.engine.request import Request, RequestStatus
+from llmctl.engine.sampling_params import unknown_id
 from llmctl.engine.step import RuntimeLimits
 from llmctl.errors import CapacityError, RequestError
 
@@ -32,7 +33,7 @@ def check_request(
     if not request.num_prompt_tokens:
         raise RequestError("prompt: expected at least one token, found none", param="prompt")
     vocab = limits.vocab_size
-    bad = next((t for t in request.token_ids if not 0 <= t < vocab), None)
+    bad = unknown_id(request.token_ids, vocab)
     if bad is not None:
         raise RequestError(f"prompt: token id {bad} is outside the vocabulary (0 to {vocab - 1})", param="prompt")
     request.params.check_vocab(vocab)

@@ -168,7 +168,7 @@ async def tokenize(request: Request) -> Response:
     context = context_of(request)
     intake = context.model().intake
     data = await request.body()
-    outline = Outline(data)
+    outline = Outline(data, TokenizeRequest, TokenizeChatRequest)
     _check_outline(context, outline)
     chat = outline.has("messages")
     if chat and outline.has("prompt"):

@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from llmctl.errors import RequestError
 from llmctl.serving.context import context_of
-from llmctl.serving.first_fault import check_first_fault, check_json
+from llmctl.serving.first_fault import CheckIds, check_first_fault, check_json
 from llmctl.serving.openai_errors import from_validation_error
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import ApiModel
@@ -40,10 +40,11 @@ async def parse(
     ``check_scalars``, which is given a body of its single values, if it is long.
 
     Raises:
-        RequestError: not JSON, wrong types, missing fields. QueueFullError: too many long bodies are waiting.
+        RequestError: not JSON, wrong types, missing fields. CapacityError: a long one, by its token ids.
+        QueueFullError: too many long bodies are waiting.
     """
     data = await request.body()
-    outline = Outline(data)
+    outline = Outline(data, model)
     check(outline)
     return await parse_outlined(request, data, outline, model, check_scalars)
 
@@ -58,29 +59,34 @@ async def parse_outlined(
     """The same of a body whose outline is checked; off the event loop, if it is large.
 
     Raises:
-        RequestError: not JSON, wrong types, missing fields. QueueFullError: too many long bodies are waiting.
+        RequestError: not JSON, wrong types, missing fields. CapacityError: a long one, by its token ids.
+        QueueFullError: too many long bodies are waiting.
     """
     if not _built:
         await build_models()
     loaded = context_of(request).loaded
     if loaded is None:
         return parsed(data, outline, model, check_scalars)
-    size = len(data) // _BYTES_PER_TEXT
-    return await loaded.intake.workers.run(size, lambda: parsed(data, outline, model, check_scalars))
+    size, check_ids = len(data) // _BYTES_PER_TEXT, loaded.intake.check_ids
+    return await loaded.intake.workers.run(size, lambda: parsed(data, outline, model, check_scalars, check_ids))
 
 
 def parsed(
-    data: bytes, outline: Outline, model: type[Body], check_scalars: Callable[[Body], object] = lambda _: None
+    data: bytes,
+    outline: Outline,
+    model: type[Body],
+    check_scalars: Callable[[Body], object] = lambda _: None,
+    check_ids: CheckIds = lambda *_: None,
 ) -> Body:
     """A body as ``model``.
 
     Raises:
-        RequestError: not JSON, wrong types, missing fields.
+        RequestError: not JSON, wrong types, missing fields. CapacityError: a long one, by ``check_ids``.
     """
     if outline.problem is not None:
         check_json(data, outline.problem, model)
     else:
-        check_first_fault(data, model, check_scalars)
+        check_first_fault(outline, model, check_scalars, check_ids)
     try:
         with _no_collection():
             body = model.model_validate_json(data)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llmctl.serving.protocol import ApiModel, ContentPart, only_numbers
+from llmctl.serving.protocol import PART_TEXTS, ApiModel, ContentPart, only_numbers
 from llmctl.serving.refused_fields import Only
 
 _INT64 = range(-(2**63), 2**63)
@@ -29,15 +29,34 @@ class _Object(msgspec.Struct, gc=False):
     """Any object; nothing is made of its members."""
 
 
-class _TextPart(msgspec.Struct, gc=False):
-    """The part of a content that all APIs honour. Others are perhaps refused, when the rest of the request is read."""
-
-    type: Literal["text", "input_text", "output_text"]
-    text: str
+def _any_of(types: Iterable[Any]) -> Any:
+    return Union[tuple(types)]  # noqa: UP007
 
 
-_NARROWER: Mapping[Any, Any] = {ContentPart: _TextPart}
-"""Models that are read more strictly than pydantic does."""
+_NARROWER: Mapping[Any, Any] = {
+    ContentPart: _any_of(
+        msgspec.defstruct(f"_{kind}", [(name, str)], gc=False, tag_field="type", tag=kind)
+        for kind, name in PART_TEXTS.items()
+    )
+}
+"""Models that are read more strictly than pydantic does: parts that are no text are perhaps refused, when the rest of
+the request is read."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The kinds of objects in a list, of which some may leave out their ``type``, as msgspec has it of all or of none.
+
+    Attributes:
+        typed: a decoder of the list, if all have their type; untyped: if all are of the kind that may leave it out.
+        types: a decoder of the list, of whose objects it looks at the type alone.
+        decoders: of an object, by its type.
+    """
+
+    typed: msgspec.json.Decoder[Any]
+    untyped: msgspec.json.Decoder[Any]
+    types: msgspec.json.Decoder[Any]
+    decoders: Mapping[str, msgspec.json.Decoder[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +65,12 @@ class Shape:
 
     Attributes:
         fields: of each name in a body, decoders that look at it; several where it is a list of one of several kinds.
-        given: a decoder of a body to the JSON of each field, in the order of ``fields``.
+        kinds: of fields that are lists of several kinds at once.
         refused: fields that are refused whatever they are, but for a few short values.
     """
 
     fields: Mapping[str, tuple[msgspec.json.Decoder[Any], ...]]
-    given: msgspec.json.Decoder[Any]
+    kinds: Mapping[str, Kinds]
     refused: frozenset[str]
 
 
@@ -59,28 +78,39 @@ class Shape:
 def shape_of(model: type[ApiModel]) -> Shape:
     """The shape of a model's bodies."""
     names = {info.alias or name: info for name, info in model.model_fields.items()}
-    raw = [(f"f{i}", msgspec.Raw, msgspec.field(name=name, default=_NOTHING)) for i, name in enumerate(names)]
     return Shape(
         {name: tuple(map(msgspec.json.Decoder, _alternatives(info))) for name, info in names.items()},
-        msgspec.json.Decoder(msgspec.defstruct(f"_Given{model.__name__}", raw)),
+        {name: kinds for name, info in names.items() if (kinds := _kinds(info)) is not None},
         frozenset(n for n, i in names.items() if i.annotation is Any and any(isinstance(m, Only) for m in i.metadata)),
     )
 
 
-_NOTHING = msgspec.Raw(b"")
-
-
 def _alternatives(info: FieldInfo) -> Sequence[Any]:
     """A field's types: msgspec takes no union with two kinds of list."""
+    lists, others = _lists(info)
+    return [_union([_type(one), *others]) for one in lists] if len(lists) > 1 else [_of_field(info)]
+
+
+def _lists(info: FieldInfo) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The lists that a field may be, and the types of what else."""
     members = _members(info.annotation)
     lists = [one for one in members if get_origin(_bare(one)) is list]
-    others = [_type(one) for one in members if one not in lists]
-    if len(lists) > 1:
-        return [_union([_type(one), *others]) for one in lists]
-    untagged = [one for one in _models(get_args(_bare(lists[0]))[0]) if not _is_tagged(one)] if lists else []
-    # Items whose type may be left out are of that type alone: msgspec takes it from all items of a list or from none.
-    structs = [_struct(one) for one in untagged]
-    return [_of_field(info), *(_union([list[struct], *others]) for struct in structs)]  # type: ignore[valid-type]
+    return lists, [_type(one) for one in members if one not in lists]
+
+
+def _kinds(info: FieldInfo) -> Kinds | None:
+    """Those of a field that is one list, if one of them may be left out."""
+    lists, others = _lists(info)
+    models = _models(get_args(_bare(lists[0]))[0]) if len(lists) == 1 else ()
+    default = next((one for one in models if not _is_tagged(one)), None)
+    if default is None:
+        return None
+    return Kinds(
+        msgspec.json.Decoder(_of_field(info)),
+        msgspec.json.Decoder(_union([list[_struct(default)], *others])),  # type: ignore[misc]
+        msgspec.json.Decoder(list[msgspec.defstruct("_Kind", [("type", str, _tag(default))], gc=False)]),  # type: ignore[misc]
+        {_tag(one): msgspec.json.Decoder(_struct(one)) for one in models},
+    )
 
 
 def _of_field(info: FieldInfo) -> Any:
@@ -167,8 +197,16 @@ def values_of(found: Any) -> Any:
     return next((get_args(one)[1] for one in members if get_origin(one) is dict), None)
 
 
-def _any_of(types: Iterable[Any]) -> Any:
-    return Union[tuple(types)]  # noqa: UP007
+def depth_of_scalars(found: Any) -> int:
+    """How deep in lists, be they in a union, strings or integers are; 0: that is something else."""
+    lists = [one for one in map(_bare, _members(found)) if get_origin(one) is list]
+    if not lists:
+        return 0
+    item = get_args(lists[0])[0]
+    if _bare(item) in (str, int) or get_origin(item) is Literal:
+        return 1
+    depth = depth_of_scalars(item)
+    return depth + 1 if depth else 0
 
 
 def _is_object(found: Any) -> bool:

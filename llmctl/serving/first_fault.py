@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -19,16 +21,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmctl.errors import RequestError
-from llmctl.serving.body_shape import shape_of, values_of
+from llmctl.serving.body_shape import Kinds, depth_of_scalars, shape_of, values_of
 from llmctl.serving.openai_errors import UNION_TAG, problem_told
-from llmctl.serving.outline import TOO_DEEP
-from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest, ContentPart
-from llmctl.serving.sampling_fields import logit_bias_of
+from llmctl.serving.outline import TOO_DEEP, Outline, count_texts
+from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest, ContentPart, are_tool_names
+from llmctl.serving.sampling_fields import bias_ids
 from llmctl.serving.tools.history import joined, template_message
 
 LEAST_BYTES = 16 * 1024
 """Shorter bodies are parsed at once."""
 _SHORT = 512  # bytes of a value that is given to the parser as it is
+_BEGINNING = 2048  # bytes of an object in which a wrong member is looked for before it is decoded as a whole
+_MOST_CUTS = 8
 _KEPT = ("type", "role")  # of a long object: what says how the member is read that is a fault
 
 _PATH = re.compile(r" - at `\$([^`]*)`$")
@@ -39,8 +43,10 @@ _GOT = re.compile(r"got `(array|object)`")
 _TAG = re.compile(rf"^{UNION_TAG}|^[A-Z]|[\[-]|^(str|int|float|bool|dict)$")  # in pydantic's paths: one of a union
 _SPACES = b" \t\r\n"
 _EMPTY = {b"[": b"[]", b"{": b"{}"}
+_LEAST_ITEM = {b"[": b"[]", b'"': b'""'}
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OBJECT: msgspec.json.Decoder[Mapping[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 _ANY = msgspec.json.Decoder(msgspec.Raw)
 
 
@@ -51,7 +57,10 @@ class _FirstItem(msgspec.Struct, array_like=True):
 _FIRST = msgspec.json.Decoder(_FirstItem)
 _NO_PROMPT = {"messages": b'[{"role":"user","content":""}]', "prompt": b'""', "input": b'""'}
 """Fields that a request cannot do without, and the least that they can be."""
+T = TypeVar("T")
 Body = TypeVar("Body", bound=ApiModel)
+CheckIds = Callable[[str, Any], object]
+"""Given a field's name, and what it holds: token ids, lists of them, a list of ids and one of biases, or what else."""
 Steps = Sequence[int | str]
 """A path to a value: indices and names."""
 
@@ -78,55 +87,101 @@ def check_json(data: bytes, problem: str, model: type[ApiModel]) -> None:
     _parse(model, {}, _EMPTY.get(text[:1], b"0"))
 
 
-def check_first_fault(data: bytes, model: type[Body], check_scalars: Callable[[Body], object] = lambda _: None) -> None:
+def check_first_fault(
+    outline: Outline,
+    model: type[Body],
+    check_scalars: Callable[[Body], object] = lambda _: None,
+    check_ids: CheckIds = lambda *_: None,
+) -> None:
     """Refuse a long body for a fault of a short field, or the first in one of the long ones.
 
     Args:
         check_scalars: given the body with its short fields alone, and in place of a prompt an empty one; may refuse it.
+        check_ids: given the name of each long field that has no fault of its own, and what it holds; may refuse it.
 
     Raises:
         RequestError: as the parser of the whole body, but that it may be another one of its faults.
+        CapacityError: by ``check_ids``.
     """
-    if len(data) < LEAST_BYTES:
+    if len(outline.body) < LEAST_BYTES:
         return
-    shape = shape_of(model)
-    try:
-        found = shape.given.decode(data)
-    except RecursionError:
-        return
-    given = {name: bytes(raw) for name, raw in zip(shape.fields, msgspec.structs.astuple(found), strict=True)}
-    short = {name: value for name, value in given.items() if 0 < len(value) <= _SHORT}
+    shape, given = shape_of(model), outline.of_model(model)
+    short = {name: value for name, value in given.items() if len(value) <= _SHORT}
     long = {name: value for name, value in given.items() if len(value) > _SHORT}
     for name in shape.refused & long.keys():  # whatever is in them, unless it is nothing
         value = long.pop(name)
         nothing = _EMPTY.get(value[:1], b"")
         short[name] = nothing if nothing and value[1:].lstrip(_SPACES)[:1] == nothing[1:] else b"[0]"
     stand_ins = {name: _NO_PROMPT[name] for name in _NO_PROMPT.keys() & long.keys()}
-    body = _parse(model, {**stand_ins, **short}, within=given.keys() - long.keys())
+    body = _parse(model, {**stand_ins, **short}, within=shape.fields.keys() - long.keys())
     if body is not None:
         check_scalars(body)
     for name, value in long.items():
-        found = _looked_at(model, shape.fields[name], name, value)
-        if found is not None and name == "messages" and issubclass(model, ChatRequest):
+        found = _looked_at(model, name, value)
+        if found is None:
+            continue
+        if name == "messages" and issubclass(model, ChatRequest):
             _check_contents(value, found)
-        elif found and name == "logit_bias":
-            logit_bias_of(found)
+        elif name in ("tools", "functions"):
+            _check_names(model, name, value, found)
+        elif name == "logit_bias" and found:
+            found = bias_ids(found), [*found.values()]
+        check_ids(name, found)
 
 
-def _looked_at(model: type[ApiModel], decoders: Sequence[msgspec.json.Decoder[Any]], name: str, data: bytes) -> Any:
+def _looked_at(model: type[ApiModel], name: str, data: bytes) -> Any:
     """What there is to see in a long field, which is refused for its first fault."""
+    shape = shape_of(model)
+    if name in shape.kinds:
+        return _of_kinds(model, shape.kinds[name], name, data)
+    decoders = shape.fields[name]
+    if values_of(decoders[0].type) is float and data.startswith(b"{"):
+        return _numbers(model, name, data)
     furthest: tuple[Steps, str] | None = None
+    plain = 0
     for decoder in decoders:
         try:
             return decoder.decode(data)
         except msgspec.ValidationError as error:
             steps = _steps(str(error), data, decoder)
             if furthest is None or _reach(steps) > _reach(furthest[0]):
-                furthest = steps, str(error)
+                furthest, plain = (steps, str(error)), depth_of_scalars(decoder.type)
         except (ValueError, RecursionError):
             return None
     if furthest is not None:
-        _confirm(model, name, data, *furthest, several=len(decoders) > 1)
+        _confirm(model, name, data, *furthest, several=len(decoders) > 1, plain=plain == len(steps))
+    return None
+
+
+def _of_kinds(model: type[ApiModel], kinds: Kinds, name: str, data: bytes) -> Any:
+    """The same of a list of objects of several kinds."""
+    begin = 0
+    for decoder in (kinds.typed, kinds.untyped):
+        try:
+            return decoder.decode(data)
+        except msgspec.ValidationError as error:
+            message = str(error)
+            steps = _steps(message, data, decoder)
+            other = list(steps[1:]) == ["type"]  # perhaps of a kind that this decoder does not know
+            if not other or (decoder is kinds.typed and not _FIELD.search(message)):
+                return _confirm(model, name, data, steps, message)
+            begin = max(begin, int(steps[0]))
+        except (ValueError, RecursionError):
+            return None
+    try:
+        items, types = _ITEMS.decode(data), [one.type for one in kinds.types.decode(data)]
+    except msgspec.ValidationError as error:
+        return _confirm(model, name, data, _steps(str(error), data, kinds.types), str(error))
+    except (ValueError, RecursionError):
+        return None
+    for index in range(begin, len(items)):
+        if types[index] not in kinds.decoders:
+            return _confirm(model, name, data, [index], "")
+        decoder = kinds.decoders[types[index]]
+        try:
+            decoder.decode(items[index])
+        except msgspec.ValidationError as error:
+            return _confirm(model, name, data, [index, *_steps(str(error), bytes(items[index]), decoder)], str(error))
     return None
 
 
@@ -136,27 +191,59 @@ def _steps(message: str, data: bytes, decoder: msgspec.json.Decoder[Any]) -> Ste
     steps: list[int | str] = []
     for index, name, unsaid in _STEP.findall(found[1] if found is not None else ""):
         if unsaid:
-            return steps or [_wrong_member(data, decoder)]
+            return steps or [_wrong_member(data, values_of(decoder.type))]
         steps.append(int(index) if index else name)
     return [*steps, *_FIELD.findall(message)[:1]]
 
 
-def _wrong_member(data: bytes, decoder: msgspec.json.Decoder[Any]) -> str:
-    """The first member of an object whose value is none that the decoder takes, which does not say which; "": what
-    comes after it is no JSON."""
-    wanted = values_of(decoder.type)
+def _wrong_member(data: bytes, wanted: Any) -> str:
+    """The first member of an object whose value is none that is ``wanted``; "": what comes after it is no JSON."""
+    wrong = _first_unlike(_beginning(data, _OBJECT, b"}") or {}, wanted)
+    if wrong is None:
+        with suppress(ValueError, RecursionError):  # the decoder went no further than that value
+            wrong = _first_unlike(_OBJECT.decode(data), wanted)
+    return wrong or ""
+
+
+def _first_unlike(members: Mapping[str, Any], wanted: Any) -> str | None:
+    """The name of the first member whose value is none that is ``wanted``."""
     try:
-        members = msgspec.json.decode(data)
-    except (ValueError, RecursionError):  # the decoder went no further than that value
-        return ""
-    for name, value in members.items():
-        if wanted is float and type(value) in (int, float):
-            continue
-        try:
-            msgspec.convert(value, wanted)
-        except ValueError:
-            return str(name)
-    return ""
+        msgspec.convert([*members.values()], list[wanted])
+    except msgspec.ValidationError as error:
+        index = _STEP.search(str(error))
+        return next(islice(members, int(index[1]), None)) if index is not None else None
+    return None
+
+
+def _numbers(model: type[ApiModel], name: str, data: bytes) -> Any:
+    """The members of an object of numbers. Which one is wrong takes as long to find out as to decode them, so it is
+    looked for at once."""
+    wrong = _first_unlike(_beginning(data, _OBJECT, b"}") or {}, float)
+    if wrong is not None:
+        return _confirm(model, name, data, [wrong], "")
+    try:
+        members = _OBJECT.decode(data)
+    except (ValueError, RecursionError):
+        return None
+    wrong = _first_unlike(members, float)
+    if wrong is None:
+        return members
+    value = members[wrong]  # of which the type is told
+    value = value if value is None or isinstance(value, bool | int) else type(value)()
+    return _confirm(model, name, msgspec.json.encode({wrong: value}), [wrong], "")
+
+
+def _beginning(data: bytes, decoder: msgspec.json.Decoder[T], end: bytes) -> T | None:
+    """What is in the first few KB of a long array or object, to whose ``end`` they are brought, as far as it is easily
+    told; None: it is not."""
+    data = data[:_BEGINNING]
+    for _ in range(_MOST_CUTS):
+        data, comma, _ = data.rpartition(b",")
+        if not comma:
+            break
+        with suppress(ValueError, RecursionError):
+            return decoder.decode(data + end)
+    return None
 
 
 def _reach(steps: Steps) -> tuple[int, bool]:
@@ -164,11 +251,21 @@ def _reach(steps: Steps) -> tuple[int, bool]:
     return steps[0] if steps and isinstance(steps[0], int) else -1, list(steps[1:]) != ["type"]
 
 
-def _confirm(model: type[ApiModel], name: str, data: bytes, steps: Steps, message: str, *, several: bool) -> None:
+def _confirm(
+    model: type[ApiModel],
+    name: str,
+    data: bytes,
+    steps: Steps,
+    message: str,
+    *,
+    several: bool = False,
+    plain: bool = False,
+) -> None:
     """Refuse a field for the value on a path, if that is a fault to the parser, too.
 
     Args:
-        several: the list may be of several kinds: of which it is, its first item says.
+        several: the list may be of several kinds: of which it is, its first item says. plain: all that is before the
+            value in its list are strings or integers.
     """
     at = [*steps]  # of a fault: in what tells kinds of objects apart, that is the object
     if at[-1:] == ["type"]:
@@ -180,12 +277,9 @@ def _confirm(model: type[ApiModel], name: str, data: bytes, steps: Steps, messag
     if most := _MOST.search(message):
         leaf = partial(_begun, int(most[1]), count)
     try:
-        alone = _alone(data, steps, leaf)
-        if several and steps and steps[0]:
-            first = _first(data)
-            if len(first) > _SHORT and first.startswith(b"["):
-                first = _alone(first, [0], _whole)
-            alone = b"[" + first + b"," + alone[1:]
+        alone = _alone(data, steps, leaf, plain=plain)
+        if several and steps and steps[0]:  # any value of its kind says as much as the first
+            alone = b"[" + _LEAST_ITEM.get(data[1:].lstrip(_SPACES)[:1], b"0") + b"," + alone[1:]
     except (ValueError, LookupError):  # the fault is in a member that another of its name replaces
         return
     indices = [step for step in steps if isinstance(step, int)]
@@ -212,7 +306,7 @@ def _parse(
     fields: Mapping[str, bytes],
     whole: bytes | None = None,
     *,
-    within: Collection[str] = (),
+    within: Collection[str] | None = None,
     under: Steps = (),
     indices: Sequence[int] = (),
     said: Mapping[str, str] = MappingProxyType({}),
@@ -220,7 +314,7 @@ def _parse(
     """What the parser makes of some fields; None: it refuses them for want of others.
 
     Args:
-        whole: the body, in place of the fields. within: only faults of these count; empty: all. under: only those on
+        whole: the body, in place of the fields. within: only faults of these count; None: all. under: only those on
             this path in them. indices: see ``problem_told``. said: words of a refusal, and those that it says instead.
 
     Raises:
@@ -231,7 +325,7 @@ def _parse(
 
     def counts(problem: ErrorDetails) -> bool:
         place = problem["loc"]
-        if not within:
+        if within is None:
             return True
         if not place or place[0] not in within:
             return False
@@ -264,20 +358,29 @@ def _emptied(data: bytes) -> bytes:
 def _begun(most: int, count: dict[str, str], data: bytes) -> bytes:
     """The beginning of a list that has more than ``most`` items: one more. ``count`` is told what a refusal of it says,
     and what it is to say."""
-    items = _ITEMS.decode(data)
-    count[f"not {most + 1}"] = f"not {len(items)}"
+    items = _beginning(data, _ITEMS, b"]") or []
+    if len(items) <= most or not data.startswith(b'["'):
+        items = _ITEMS.decode(data)
+        found = len(items)
+    else:
+        found = count_texts(data)
+    count[f"not {most + 1}"] = f"not {found}"
     return b"[" + b",".join(map(bytes, items[: most + 1])) + b"]"
 
 
-def _alone(data: bytes, steps: Steps, leaf: Callable[[bytes], bytes]) -> bytes:
+def _alone(data: bytes, steps: Steps, leaf: Callable[[bytes], bytes], *, plain: bool = False) -> bytes:
     """JSON in which of every list on a path only the item is left that the path goes through, and of every long object
-    only the member. ``leaf``: what is left of the value at its end.
+    only the member.
+
+    Args:
+        leaf: what is left of the value at its end. plain: as ``_confirm``.
     """
     if not steps:
         return leaf(data)
     step, *rest = steps
     if isinstance(step, int):
-        return b"[" + _alone(_item(data, step), rest, leaf) + b"]"
+        item = _behind_scalars(data, step) if plain and not rest else _item(data, step)
+        return b"[" + _alone(item, rest, leaf, plain=plain) + b"]"
     if len(data) > _SHORT:
         kept = (step, *(name for name in _KEPT if name != step))
         fields = [(f"f{i}", msgspec.Raw, msgspec.field(name=name, default=_NONE)) for i, name in enumerate(kept)]
@@ -295,15 +398,23 @@ _NONE = msgspec.Raw(b"")
 
 
 def _item(data: bytes, index: int) -> bytes:
-    """An item of a list. All of them at once would take long."""
-    if not index:
-        return _first(data)
-    if data.count(b"[") > 1 or b"{" in data or b'"' in data:
-        return bytes(_ITEMS.decode(data)[index])
-    # Every comma is between two items: it is cut out from the nearer end.
-    after = data.count(b",") - index
-    item = data.split(b",", index + 1)[index] if index < after else data.rsplit(b",", after + 1)[-1 - after]
-    return item.strip(b"[]" + _SPACES)
+    """An item of a list."""
+    return bytes(_ITEMS.decode(data)[index]) if index else _first(data)
+
+
+def _behind_scalars(data: bytes, index: int) -> bytes:
+    """An item of a list that has nothing but strings before it, or nothing but integers. To cut at quotes or commas
+    takes half of what it takes to decode all items, and next to nothing near an end."""
+    mark, each = (b'"', 2) if data[1:].lstrip(_SPACES).startswith(b'"') else (b",", 1)
+    if not index or (each == 2 and b"\\" in data):
+        return _item(data, index)
+    before = each * index
+    after = data.count(mark) - before
+    if before < after:
+        rest = data.split(mark, before)[-1]
+    else:
+        rest = data[data.rsplit(mark, after)[0].rindex(mark) + 1 :]
+    return _first(b"[" + (rest if each == 1 else rest.lstrip(_SPACES)[1:]))  # behind a string there is the comma
 
 
 def _first(data: bytes) -> bytes:
@@ -315,3 +426,11 @@ def _check_contents(data: bytes, messages: Sequence[Any]) -> None:
     for index, one in enumerate(messages):
         if one.content is None and one.role != "assistant":
             template_message(ChatMessage.model_validate_json(_item(data, index)), index)
+
+
+def _check_names(model: type[ApiModel], name: str, data: bytes, tools: Sequence[Any]) -> None:
+    """Refuse tools, or functions, of which one has a name that no tool has."""
+    names = [getattr(one, "function", one).name for one in tools]
+    if names and not are_tool_names(names):
+        index = next(index for index, one in enumerate(names) if not are_tool_names([one]))
+        _confirm(model, name, data, [index, *(["function"] if hasattr(tools[0], "function") else []), "name"], "")

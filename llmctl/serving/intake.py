@@ -13,6 +13,9 @@ from llmctl.engine.sampling_params import (
     SamplingParams,
     bad_word_ids,
     check_bad_words,
+    check_biases,
+    check_known,
+    unknown_id,
 )
 from llmctl.errors import CapacityError, CheckpointError, RequestError
 from llmctl.serving.final_message import mark_end, up_to_mark
@@ -164,8 +167,7 @@ class Intake:
         Raises:
             RequestError: an id outside the vocabulary. QueueFullError.
         """
-        if not self.known(body.tokens):
-            raise RequestError("tokens: an id is outside the vocabulary", param="tokens")
+        self._check_tokens(body.tokens)
         size = len(body.tokens) * _BYTES_PER_TOKEN
         return await self.workers.run(size, lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))
 
@@ -221,9 +223,33 @@ class Intake:
         self.check_prompt(item, param)
         return len(item) * _BYTES_PER_TOKEN if with_texts else 0
 
-    def known(self, ids: Sequence[int]) -> bool:
-        """Whether the model has all these ids."""
-        return not ids or (min(ids) >= 0 and max(ids) < self._vocab_size)
+    def check_ids(self, name: str, found: Any) -> None:
+        """Refuse a field of a body that holds token ids which the model does not have, before more is made of it.
+
+        Args:
+            found: as ``CheckIds``.
+
+        Raises:
+            RequestError, CapacityError: as the methods that make something of the field.
+        """
+        if not found:
+            return
+        if name in ("prompt", "input") and isinstance(found, list):
+            if isinstance(found[0], int | list):
+                for ids in given_prompts(found):
+                    self.check_prompt(ids, name)
+        elif name == "tokens":
+            self._check_tokens(found)
+        elif name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            if name == "logit_bias":
+                found, biases = found
+                check_biases(found, biases)
+            self.limits.check_ids(name, len(found))
+            check_known(name, found, self._vocab_size)
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        if unknown_id(ids, self._vocab_size) is not None:
+            raise RequestError("tokens: an id is outside the vocabulary", param="tokens")
 
     def check_prompt(self, ids: Sequence[int], param: str) -> None:
         """Refuse an empty prompt, ids that the model does not have, and what does not fit the context.
@@ -235,8 +261,8 @@ class Intake:
             raise RequestError(f"{param}: expected at least one token, found none", param=param)
         if len(ids) > self.max_model_len:
             raise self.limits.too_long(f"{len(ids)} tokens", param)
-        if not self.known(ids):
-            bad = next(i for i in ids if not 0 <= i < self._vocab_size)
+        bad = unknown_id(ids, self._vocab_size)
+        if bad is not None:
             raise RequestError(
                 f"{param}: token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
             )

@@ -42,7 +42,8 @@ class Limits:
             CapacityError, RequestError.
         """
         for name, (measure, items) in _OF_CONTEXT.items():
-            self.check_items(name, measure(outline, name), items)
+            if outline.may_have(name, self.max_model_len):
+                self.check_items(name, measure(outline, name), items)
         for name, count in _OF_VOCABULARY.items():
             self.check_ids(name, count(outline, name))
         check_template_variables(outline)

@@ -7,9 +7,11 @@ words by the parser of the fields; what that one would let pass, by ``body.parse
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 
 from llmctl.engine.sampling_params import MAX_SAMPLES
 
@@ -21,28 +23,40 @@ NAMES = (
     "allowed_token_ids", "bad_words", "chat_template_kwargs", "documents", "functions", "input", "logit_bias",
     "messages", "model", "n", "prompt", "stop", "stop_token_ids", "system", "tokens", "tools", *RANGED,
 )  # fmt: skip
-"""Fields that are looked at. Of others, as many as a body may have, nothing is made."""
+"""Fields that are looked at, beside a model's. Of others, as many as a body may have, nothing is made."""
 
 TOO_DEEP = "recursion limit exceeded"
 """The parser's words for JSON that is nested too deeply."""
-_MISSING = msgspec.field(default_factory=msgspec.Raw)
-_Given = msgspec.defstruct("_Given", [(name, msgspec.Raw, _MISSING) for name in NAMES])
-_FIELDS = msgspec.json.Decoder(_Given)
+_NOTHING = msgspec.Raw(b"")
 _ITEMS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
+@cache
+def _fields(*models: type[BaseModel]) -> msgspec.json.Decoder[Any]:
+    """A decoder of a body to the JSON of ``NAMES`` and of the models' fields. To look for both at once takes half."""
+    names = dict.fromkeys([*NAMES, *(info.alias or name for one in models for name, info in one.model_fields.items())])
+    fields = [(name, msgspec.Raw, msgspec.field(default=_NOTHING)) for name in names]
+    return msgspec.json.Decoder(msgspec.defstruct("_Given", fields))
+
+
 class Outline:
-    """The top-level fields ``NAMES`` of a JSON object, undecoded, the last of each name. Nothing for any other body.
+    """The top-level fields of a JSON object that are looked at, undecoded, the last of each name. Nothing for any other
+    body.
+
+    Args:
+        models: whose fields are looked at, too, to have them when the body is parsed as one.
 
     Attributes:
         problem: why it is nothing; None when it is an object.
     """
 
-    def __init__(self, body: bytes) -> None:
-        self._given: msgspec.Struct = _Given()
+    def __init__(self, body: bytes, *models: type[BaseModel]) -> None:
+        self.body = body
+        decoder = _fields(*models)
+        self._given: msgspec.Struct = decoder.type()
         self.problem: str | None = None
         try:
-            self._given = _FIELDS.decode(body)
+            self._given = decoder.decode(body)
         except ValueError as error:
             self.problem = str(error)
         except RecursionError:
@@ -58,6 +72,11 @@ class Outline:
             return len(_ITEMS.decode(self.data(name)))
         except (ValueError, RecursionError):
             return 0
+
+    def may_have(self, name: str, count: int) -> bool:
+        """Whether a field that is an array may have more items than ``count``; no, where even its commas are not so
+        many."""
+        return self.data(name).count(b",") >= count
 
     def text(self, name: str) -> str | None:
         """A field that is a string; None for anything else."""
@@ -82,11 +101,7 @@ class Outline:
     def strings(self, name: str) -> int:
         """Strings of a field that is an array of strings; 0 for anything that begins otherwise."""
         data = self.data(name)
-        if _first_item(data) != '"':
-            return 0
-        if b"\\" in data:
-            data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-        return data.count(b'"') // 2
+        return count_texts(data) if _first_item(data) == '"' else 0
 
     def members(self, name: str) -> int:
         """Members of a field that is an object of numbers; no less for any other object, and 0 for anything else."""
@@ -110,8 +125,21 @@ class Outline:
         return (n if 1 <= n <= MAX_SAMPLES else 1) * self.prompts()
 
     def data(self, name: str) -> bytes:
-        """The JSON of one of ``NAMES``; empty: it is not given."""
+        """The JSON of one of ``NAMES`` or of the models' fields; empty: it is not given."""
         return bytes(getattr(self._given, name))
+
+    def of_model(self, model: type[BaseModel]) -> dict[str, bytes]:
+        """The JSON of each field of a model that is given."""
+        names = [info.alias or name for name, info in model.model_fields.items()]
+        found = self if all(hasattr(self._given, name) for name in names) else Outline(self.body, model)
+        return {name: data for name in names if (data := found.data(name))}
+
+
+def count_texts(array: bytes) -> int:
+    """Items of an array of strings."""
+    if b"\\" in array:
+        array = array.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return array.count(b'"') // 2
 
 
 def _first_item(array: bytes) -> str:

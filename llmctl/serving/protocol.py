@@ -7,7 +7,8 @@ that are never honoured are refused here (``refused_fields``), others by ``intak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
@@ -43,6 +44,8 @@ def only_numbers(given: dict[str, Any]) -> dict[str, Any]:
 
 TOKEN_ID_KEY = "0|[1-9][0-9]{0,18}"
 """A token id as a key of an object, as a regular expression for the whole of it."""
+MAX_TOKEN_IDS = 10**19
+"""Any id that is such a key is below."""
 LogitBias = Annotated[
     dict[str, Any],
     AfterValidator(only_numbers),
@@ -289,7 +292,15 @@ class ChatMessage(ApiModel):
     function_call: FunctionCallMade | None = None
 
 
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
+_TOOL_NAME = "[a-zA-Z0-9_.:/-]{1,128}"
+_TOOL_NAMES = re.compile(rf"(?:{_TOOL_NAME}\n)*")
+ToolName = Annotated[str, Field(pattern=f"^{_TOOL_NAME}$")]
+
+
+def are_tool_names(names: Sequence[str]) -> bool:
+    """Whether all are names that a tool may have, in one pass over all."""
+    text = "\n".join([*names, ""])
+    return text.count("\n") == len(names) and _TOOL_NAMES.fullmatch(text) is not None
 
 
 class FunctionDefinition(ApiModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import random
 import sys
 import threading
 import tracemalloc
@@ -129,7 +130,7 @@ def test_items_of_all_kinds_stand_beside_one_that_does_not_say_its_kind(item: di
     for first in (MESSAGE, ITEM):
         for items in ([item], [OTHER_KINDS[0], item], [item, item]):
             data = json.dumps({"input": [first] * 600 + items}).encode()
-            check_first_fault(data, ResponsesRequest)
+            check_first_fault(Outline(data), ResponsesRequest)
             ResponsesRequest.model_validate_json(data)
 
 
@@ -176,7 +177,7 @@ def test_of_members_of_one_name_the_last_counts(message: str, accepted: bool, mo
 
 def test_a_short_body_is_left_to_the_parser() -> None:
     data = json.dumps({"messages": [{"role": "x"}]}).encode()
-    check_first_fault(data, ChatCompletionRequest)
+    check_first_fault(Outline(data), ChatCompletionRequest)
 
 
 @pytest.mark.parametrize("data", [b'{"a":' * 10**5, b"[" * 10**5])
@@ -243,8 +244,8 @@ async def refused(app: Starlette, path: str, fields: dict[str, Any]) -> float:
     return (tracemalloc.get_traced_memory()[1] - before) / len(data)
 
 
-async def posted(app: Starlette, where: str, data: bytes) -> None:
-    """Posts a body that is to be refused."""
+async def posted(app: Starlette, where: str, data: bytes) -> tuple[int, bytes]:
+    """Posts a body that is to be refused; status and body of the answer."""
     scope: dict[str, Any] = {
         **{"type": "http", "method": "POST", "path": where, "raw_path": where.encode(), "query_string": b""},
         **{"root_path": "", "scheme": "http", "http_version": "1.1", "state": {}},
@@ -261,6 +262,7 @@ async def posted(app: Starlette, where: str, data: bytes) -> None:
     async with asyncio.timeout(20):
         await app(scope, incoming.get, send)
     assert sent[0]["status"] in (400, 404)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -291,9 +293,7 @@ def test_what_the_outline_tells_is_refused_before_anything_is_parsed(
 # -- every form, on every endpoint --------------------------------------------------------------------------------
 
 MOST_SHARE = 0.15
-# What msgspec does not look at: patterns of names, and how many tokens the model has.
-LATE = ("its name wrong", "not the model's")
-FORMS = {f"{path} {name}": (path, data) for path, name, data in bodies(SIZE) if not name.endswith(LATE)}
+FORMS = {f"{path} {name}": (path, data) for path, name, data in bodies(SIZE)}
 
 
 @pytest.mark.parametrize("app", [8192], indirect=True)
@@ -312,6 +312,70 @@ def test_the_parser_is_given_little_of_any_body_that_is_refused(
     monkeypatch.setattr(ApiModel, "model_validate_json", classmethod(watched))
     asyncio.run(posted(app, path, data))
     assert sum(given) <= MOST_SHARE * len(data)
+
+
+OUTSIDE = INFO.vocab_size
+WRONG_IDS: list[list[Any]] = [
+    [OUTSIDE], [-1], [10**30], [OUTSIDE + 7, OUTSIDE], [5.5], ["5"], [True], [None], [[5]], [{}],
+]  # fmt: skip
+WRONG_BIASES: list[dict[str, Any]] = [
+    {str(OUTSIDE): 1}, {"5": 101}, {"5": -100.5}, {"5": 10**400}, {"5": "1"}, {"5": None}, {"5": [1]}, {"5": True},
+    {"05": 1}, {"-5": 1}, {"+5": 1}, {"5.0": 1}, {"5e0": 1}, {" 5": 1}, {"5\n": 1}, {"5,6": 1}, {"": 1}, {"x": 1},
+    {"\u0665": 1}, {str(10**19): 1}, {str(10**18): 1}, {"5_0": 1}, {"-0": 1}, {"\ud7ff": 1},
+]  # fmt: skip
+
+
+def bodies_of_ids(draws: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Long bodies that are refused for one of their ids, which is at the front, at the end or anywhere."""
+
+    def among(wrong: list[Any]) -> list[Any]:
+        found = [draws.randrange(INFO.vocab_size) for _ in range(6000)]
+        place = draws.choice((0, len(found), draws.randrange(len(found))))
+        return found[:place] + wrong + found[place:]
+
+    for wrong in WRONG_IDS:
+        for path, field in (("completions", "prompt"), ("embeddings", "input")):
+            yield path, {field: among(wrong)}
+            lists = [among([]), among([])]
+            yield path, {field: [*lists[: draws.randrange(3)], among(wrong), *lists]}
+        for field in ("stop_token_ids", "allowed_token_ids"):
+            yield "completions", {"prompt": "a", field: among(wrong)}
+        yield "../detokenize", {"tokens": among(wrong)}
+    yield "completions", {"prompt": [among([]), []]}
+    for biases in WRONG_BIASES:
+        pairs = [(str(i), draws.choice((1, -0.5))) for i in range(10, INFO.vocab_size)]
+        place = draws.choice((0, len(pairs), draws.randrange(len(pairs))))
+        yield (
+            "completions",
+            {"prompt": "a" * 20_000, "logit_bias": dict([*pairs[:place], *biases.items(), *pairs[place:]])},
+        )
+
+
+@pytest.mark.parametrize("app", [131072], indirect=True)
+def test_ids_are_refused_in_the_words_of_what_makes_something_of_them(
+    app: Starlette, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, fields in bodies_of_ids(random.Random(7)):
+        data = json.dumps(fields).encode()
+        early, late = with_and_without(app, normpath(f"/v1/{path}"), data, monkeypatch)
+        assert early == late, data[-200:]
+
+
+@pytest.mark.parametrize("app", [8192], indirect=True)
+def test_every_form_is_refused_in_the_words_of_the_parser(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (path, data) in FORMS.items():
+        early, late = with_and_without(app, path, data, monkeypatch)
+        assert early == late, name
+
+
+def with_and_without(
+    app: Starlette, path: str, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> tuple[tuple[int, bytes], tuple[int, bytes]]:
+    """The refusal of a body that is looked at before it is parsed, and of the same when it is not."""
+    early = asyncio.run(posted(app, path, data))
+    with monkeypatch.context() as patch:
+        patch.setattr(body, "check_first_fault", lambda *_: None)
+        return early, asyncio.run(posted(app, path, data))
 
 
 def test_a_large_body_is_parsed_beside_the_event_loop(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,9 @@ def test_a_long_body_beyond_the_queue_is_not_parsed(monkeypatch: pytest.MonkeyPa
 
     async def run() -> None:
         workers, go = TextWorkers(threads=1, waiting=0), threading.Event()
-        context = SimpleNamespace(loaded=SimpleNamespace(intake=SimpleNamespace(workers=workers)))
+        context = SimpleNamespace(
+            loaded=SimpleNamespace(intake=SimpleNamespace(workers=workers, check_ids=lambda *_: None))
+        )
         monkeypatch.setattr(body, "context_of", lambda _: context)
         taken = asyncio.create_task(workers.run(INLINE_BYTES + 1, lambda: go.wait(20)))
         await asyncio.sleep(0)
