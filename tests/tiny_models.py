@@ -47,6 +47,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT2, "n_inner": 128},
 }  # fmt: skip
 """One of every family: biases, tied heads, windows on some layers or all, and as little work as the kernels allow."""
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **{**_SMALL, "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 48, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    },
+    "glm4_moe": {
+        **{**_SMALL, "model_type": "glm4_moe", "n_routed_experts": 6, "num_experts_per_tok": 3, "n_group": 3},
+        **{"topk_group": 2, "moe_intermediate_size": 48, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    },
+    "qwen2_moe": {
+        **{**_SMALL, "model_type": "qwen2_moe", "num_experts": 5, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 40, "shared_expert_intermediate_size": 64},
+    },
+}
+"""Of experts: dense layers among them, a shared one, one behind a switch; softmax, and sigmoid in groups."""
 
 QUANTS: dict[str, QuantScheme | None] = {
     "dense": None,
@@ -73,9 +88,10 @@ MIXED: Mapping[str, QuantScheme | None] = {
 
 
 def tiny_graph(config: dict[str, Any], quant: Quant, passes: tuple[str, ...] | None = None) -> Graph:
-    """A graph after its passes."""
+    """A graph after its passes; what chooses among experts is dense, as the head is."""
     graph = build_graph(config)
-    names = {op.weights[0]: op.name for op in graph.linears() if op.name != "lm_head"}
+    kept = ("lm_head", "router", "switch")
+    names = {op.weights[0]: op.name for op in graph.products() if not op.name.endswith(kept)}
     weights = {n: replace(w, quant=_own(quant, names[n]) if n in names else None) for n, w in graph.weights.items()}
     return apply_passes(replace(graph, weights=weights), passes)
 

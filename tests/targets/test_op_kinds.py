@@ -13,7 +13,7 @@ from llmctl.graph.shapes import ACTIVATIONS
 from llmctl.targets.cpu import abi, binding
 from llmctl.targets.cuda import gemm, signatures
 from llmctl.targets.cuda.ops import EXECUTORS
-from llmctl.targets.cuda.registry import KERNELS, REFUSED_KINDS, SAMPLER_OPS
+from llmctl.targets.cuda.registry import KERNELS, SAMPLER_OPS
 from llmctl.targets.reference import kernels
 from llmctl.targets.reference.interpreter import BINDERS
 
@@ -23,7 +23,7 @@ CUDA_KINDS = {kind for kernel in KERNELS for kind in kernel.kinds}
 TARGETS: dict[str, tuple[Collection[str], Collection[str]]] = {
     "reference": (BINDERS, ()),
     "cpu": (binding.LOWERINGS, binding.REFUSED_KINDS),
-    "cuda": (CUDA_KINDS - SAMPLING, REFUSED_KINDS),
+    "cuda": (CUDA_KINDS - SAMPLING, ()),
 }
 
 

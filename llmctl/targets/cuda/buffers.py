@@ -17,6 +17,7 @@ from llmctl.graph.graph import Graph, Op
 from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.base import RuntimeSizes
 from llmctl.targets.cuda.attention import DECODE_SPLIT, max_splits
+from llmctl.targets.cuda.experts import SLOTS, max_blocks
 from llmctl.targets.cuda.gemm import GEMM_ROWS, H200_SMS, INT8_TOKENS, plan_gemm, plan_tile
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import lora_splits
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 SCRATCH_DTYPES = {
     "workspace": "float32", "counters": "int32", "parts": "float32", "part_stats": "float32", "lora": "float32",
+    "slot_order": "int32", "slot_blocks": "int32",
 }  # fmt: skip
 """Of the buffers by purpose that are not of the compute dtype."""
 
@@ -174,7 +176,7 @@ class _Planner:
 
 def output_dtypes(op: Op, dtype: str) -> tuple[str, ...]:
     """What each of an op's outputs is made of, when activations are ``dtype``."""
-    first = ("int8", "float32") if OP_KINDS[op.kind].int8_rows else (dtype,)
+    first = ("int8", "float32") if OP_KINDS[op.kind].int8_rows else ("int32",) if op.kind == "route" else (dtype,)
     return (*first, *(dtype,) * len(op.outputs))[: len(op.outputs)]
 
 
@@ -211,6 +213,10 @@ def _needs(graph: Graph, dtype: str, sizes: RuntimeSizes, sms: int) -> Iterator[
             heads = sizes.max_num_seqs * op.attrs["heads"] * splits
             yield "parts", heads * op.attrs["head_dim"]
             yield "part_stats", heads * 2
+        elif op.kind == "grouped_linear":
+            slots, count = most * graph.buffers[op.inputs[1]].width, op.attrs["count"]
+            yield "slot_order", slots
+            yield "slot_blocks", 4 * max_blocks(slots, count, SLOTS[0])
         elif op.kind == "lora":
             yield "lora", lora_splits(graph.buffers[op.inputs[0]].width) * tokens * op.attrs["rank"]
         elif op.kind == "rms_norm" and _is_slice(graph, op.inputs[0]):

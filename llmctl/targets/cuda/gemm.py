@@ -12,7 +12,7 @@ import functools
 from dataclasses import dataclass
 
 from llmctl.graph.dtypes import DTYPES
-from llmctl.graph.graph import Weight
+from llmctl.graph.graph import Graph, Op, Weight
 from llmctl.targets.cuda.layout import TILE, CudaFormat
 
 ACTIVATION = {"": 0, "silu_mul": 1, "gelu_mul": 2, "gelu_tanh_mul": 3, "relu_mul": 4}
@@ -49,11 +49,11 @@ class GemmPlan:
     counters: int
 
 
-def weight_format(weight: Weight, *, gated: bool, table: bool = False) -> CudaFormat:
+def weight_format(weight: Weight, *, gated: bool, table: bool = False, experts: int = 1) -> CudaFormat:
     """How a quantized weight is stored for the kernels; integers of fewer bits than 4 take 4, with their zeros.
 
     Args:
-        table: it is looked up by row as well, which needs it dense.
+        table: it is looked up by row as well, which needs it dense. experts: whose rows lie one below the other.
 
     Raises:
         ValueError: why the kernels cannot take it.
@@ -73,6 +73,19 @@ def weight_format(weight: Weight, *, gated: bool, table: bool = False) -> CudaFo
         symmetric=scheme.symmetric and scheme.bits >= 4,
         permuted=scheme.act_order,
         book=scheme.book,
+        experts=experts,
+    )
+
+
+def product_format(op: Op, graph: Graph) -> CudaFormat:
+    """``weight_format`` of what a linear or a grouped linear of a graph multiplies by.
+
+    Raises:
+        ValueError: as ``weight_format``.
+    """
+    name, count = op.weights[0], op.attrs.get("count", 1)
+    return weight_format(
+        graph.weights[name], gated="epilogue" in op.attrs, table=name in graph.tables(), experts=count
     )
 
 

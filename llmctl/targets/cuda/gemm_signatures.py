@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmctl.targets.cuda.call import Array, Call, Geometry, Signature
@@ -10,9 +10,10 @@ from llmctl.targets.cuda.gemm import ACTIVATION, STREAM_ROWS, GemmPlan
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.signatures import TAGS, blocks, ints, maybe, prepare, read, register, update, write
 
-_GROUPS = {"w4": (32, 64, 128), "w8": (32, 64), "book4": (32, 64, 128)}
+STREAM_GROUPS = {"w4": (32, 64, 128), "w8": (32, 64), "book4": (32, 64, 128)}
 """Columns a group that the streaming kernels of a kind of codes are made for."""
-_PLANE = "tiles groups 32"
+PLANE = "tiles groups 32"
+"""The shape of a plane of scales or zeros."""
 
 
 def gemm_call(
@@ -47,7 +48,7 @@ def gemm_call(
         Geometry(plan.grid, plan.threads, plan.shared),
         codes=planes["tiles"],
         scales=planes["tile_scales"],
-        **_values(fmt, planes),
+        **code_values(fmt, planes),
         workspace=workspace if plan.workspace else None,
         counters=counters if plan.counters else None,
         n=rows,
@@ -68,34 +69,35 @@ def dequantize_call(fmt: CudaFormat, tag: str, planes: dict[str, Any], w: Any) -
         f"dequantize_{fmt.kind}_{tag}",
         codes=planes["tiles"],
         scales=planes["tile_scales"],
-        **_values(fmt, planes),
+        **code_values(fmt, planes),
         w=w,
         group_size=fmt.group_size,
         gated=int(fmt.gated),
     )
 
 
-def _values(fmt: CudaFormat, planes: dict[str, Any]) -> dict[str, Any]:
+def code_values(fmt: CudaFormat, planes: Mapping[str, Any]) -> dict[str, Any]:
     """What says which numbers the codes are, as the kernels' arguments."""
     if fmt.book:
         return {"book": planes["tile_book"]}
     return {} if fmt.symmetric else {"zeros": planes["tile_zeros"]}
 
 
-def _values_of(kind: str) -> Array:
-    return read("book", "f32", "16") if kind == "book4" else maybe(read("zeros", "u8", _PLANE))
+def code_array(kind: str) -> Array:
+    """The parameter that ``code_values`` gives."""
+    return read("book", "f32", "16") if kind == "book4" else maybe(read("zeros", "u8", PLANE))
 
 
 def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 0) -> Signature:
     x = [read("x", "s8", "m k"), read("token_scales", "f32", "m", align=4)] if int8 else [read("x", tag, "m k")]
-    values = () if int8 else (_values_of(entry.partition("a16")[0]),)
+    values = () if int8 else (code_array(entry.partition("a16")[0]),)
     return Signature(
         entry,
         source,
         (
             *x,
             read("codes", "u8", "code_bytes"),
-            read("scales", "f16", _PLANE),
+            read("scales", "f16", PLANE),
             *values,
             maybe(read("bias", tag, "n", align=2)),
             maybe(read("residual", tag, "m outputs", align=2)),
@@ -115,8 +117,8 @@ def _dequantize(kind: str, tag: str) -> Signature:
         "dequantize.cu",
         (
             read("codes", "u8", "code_bytes"),
-            read("scales", "f16", _PLANE),
-            _values_of(kind),
+            read("scales", "f16", PLANE),
+            code_array(kind),
             write("w", tag, "n k"),
             *ints("n k group_size gated"),
         ),
@@ -135,7 +137,7 @@ def _permute(tag: str) -> Signature:
 
 
 def _signatures(tag: str) -> Iterator[Signature]:
-    for kind, groups in _GROUPS.items():
+    for kind, groups in STREAM_GROUPS.items():
         name = f"{kind}a16"
         for rows in (8, STREAM_ROWS):
             for group in groups:

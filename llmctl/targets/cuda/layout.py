@@ -33,6 +33,7 @@ class CudaFormat:
         bits: width of a code, 4 or 8. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a group, -1 = all. symmetric: every zero is ``2**(bits-1)``, and not stored.
         permuted: columns are sorted by group (act-order). book: what codes stand for; "" for integers.
+        experts: whose rows lie one below the other, each padded, and interleaved, by itself.
     """
 
     bits: int
@@ -42,6 +43,7 @@ class CudaFormat:
     symmetric: bool = False
     permuted: bool = False
     book: str = ""
+    experts: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for what the kernels cannot take."""
@@ -57,7 +59,11 @@ class CudaFormat:
     @functools.cached_property
     def rows(self) -> int:
         """N in whole tiles."""
-        return len(row_order(self.shape[0], self.gated))
+        return len(self.order())
+
+    def order(self) -> NDArray[np.int64]:
+        """Source row of every packed row, -1 for padding."""
+        return row_order(self.shape[0], self.gated, self.experts)
 
     @property
     def columns(self) -> int:
@@ -104,8 +110,10 @@ def refuse_format(fmt: CudaFormat) -> str | None:
         return f"{columns} columns are not a multiple of 8 (one 16-byte load of activations)"
     if group not in (-1, 32, 64) and (group <= 0 or group % STEP):
         return f"groups of {group}; the kernels take 32, 64, multiples of {STEP}, and whole rows"
-    if fmt.gated and rows % 2:
-        return f"{rows} rows are not gate and up rows"
+    if rows % fmt.experts:
+        return f"{rows} rows are not those of {fmt.experts} experts"
+    if fmt.gated and rows // fmt.experts % 2:
+        return f"{rows // fmt.experts} rows are not gate and up rows"
     return None
 
 
@@ -141,8 +149,12 @@ def from_planes(fmt: CudaFormat, planes: Mapping[str, NDArray[Any]]) -> CudaLine
     return CudaLinear(fmt, planes["tiles"], planes["tile_scales"], planes.get("tile_zeros"), planes.get("permutation"))
 
 
-def row_order(rows: int, gated: bool) -> NDArray[np.int64]:
+def row_order(rows: int, gated: bool, experts: int = 1) -> NDArray[np.int64]:
     """Source row of every packed row, -1 for padding."""
+    if experts > 1:
+        one = row_order(rows // experts, gated)
+        first = np.arange(experts)[:, None] * (rows // experts)
+        return np.where(one < 0, -1, one + first).reshape(-1)
     if not gated:
         return np.concatenate([np.arange(rows), np.full(-rows % TILE, -1)])
     half = rows // 2
@@ -170,7 +182,7 @@ def pack(
         half = scales.astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError("weight scales do not fit float16")
-    order = row_order(fmt.shape[0], fmt.gated)
+    order = fmt.order()
     return CudaLinear(
         fmt,
         _interleave(_placed(codes, order, fmt.columns), fmt.bits),
@@ -186,7 +198,7 @@ def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes]:
     Zeros of a code book are 0. ``groups`` counts padding; stored column k belongs to group ``k // format.group_size``.
     """
     fmt = linear.format
-    order = row_order(fmt.shape[0], fmt.gated)
+    order = fmt.order()
     place = np.argsort(order[order >= 0])
     packed_row = np.flatnonzero(order >= 0)[place]
     codes = _deinterleave(linear.tiles, fmt)[packed_row, : fmt.shape[1]]

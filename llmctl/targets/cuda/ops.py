@@ -19,6 +19,8 @@ from llmctl.graph.ops import OP_KINDS
 from llmctl.targets.cuda.attention import DECODE_SPLIT, AttentionShape, max_splits
 from llmctl.targets.cuda.attention_signatures import planned
 from llmctl.targets.cuda.call import Machine
+from llmctl.targets.cuda.experts import plan_grouped
+from llmctl.targets.cuda.experts_signatures import grouped_call
 from llmctl.targets.cuda.gemm import GEMM_ROWS, GemmPlan, plan_gemm, plan_tile
 from llmctl.targets.cuda.gemm_signatures import dequantize_call, gemm_call
 from llmctl.targets.cuda.layout import CudaFormat, CudaLinear
@@ -342,6 +344,36 @@ def _attention(machine: Machine, job: Job) -> None:
                value_unit=shape.value_unit(1.0))  # fmt: skip
 
 
+def _route(machine: Machine, job: Job) -> None:
+    numbers = {name: job.attrs[name] for name in ("top_k", "groups", "top_groups", "scale")}
+    launch(machine, f"route_{job.tag}", logits=job.inputs[0], bias=job.weights[0], chosen=job.outputs[0],
+           shares=job.outputs[1], softmax=int(job.attrs["scores"] == "softmax"),
+           renormalise=int(job.attrs["renormalise"]), **numbers)  # fmt: skip
+
+
+def _grouped(machine: Machine, job: Job) -> None:
+    (x, chosen), weight, count, scratch = job.inputs, job.weights[0], job.attrs["count"], job.step.scratch
+    assert weight is not None
+    (tokens, each), epilogue = chosen.shape, job.attrs.get("epilogue", "")
+    fmt, planes = (weight.format, weight.planes) if isinstance(weight, PackedWeight) else (None, {"w": weight})
+    rows, columns = weight.shape if isinstance(weight, Tensor) else weight.format.shape
+    plan = plan_grouped((rows, columns), count, _DTYPE[x.dtype].name, tokens, each, fmt, gated=bool(epilogue))
+    machine.launch(
+        grouped_call(
+            machine, plan, fmt, planes, experts=count, epilogue=epilogue, x=x.view(-1, columns), chosen=chosen.view(-1),
+            y=job.outputs[0].view(tokens * each, -1), n=rows // count,
+            order=scratch.take("slot_order", torch.int32, tokens * each) if plan.group else None,
+            blocks=scratch.take("slot_blocks", torch.int32, plan.grid[2], 4) if plan.group else None,
+        )
+    )  # fmt: skip
+
+
+def _weighted_sum(machine: Machine, job: Job) -> None:
+    x, shares = job.inputs
+    launch(machine, f"weighted_sum_{job.tag}", x=x, shares=shares, y=job.outputs[0],
+           sigmoid=int(job.attrs.get("sigmoid", False)))  # fmt: skip
+
+
 EXECUTORS: dict[str, Executor] = {
     "embed": _embed,
     "pos_embed": _pos_embed,
@@ -358,5 +390,11 @@ EXECUTORS: dict[str, Executor] = {
     "lora": _lora,
     "dense_gated": dense,
     "paged_attention": _attention,
+    "route": _route,
+    "grouped_w4a16": _grouped,
+    "grouped_w8a16": _grouped,
+    "grouped_book4a16": _grouped,
+    "grouped_dense": _grouped,
+    "weighted_sum": _weighted_sum,
 }
 """By the registry's kernel name."""

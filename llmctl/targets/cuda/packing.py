@@ -2,7 +2,7 @@
 symmetric), ``W.tile_book`` (only of a code book) and ``W.permutation`` (only with act-order) of a quantized one; see
 ``layout.py``.
 
-Every quantized linear is stored so, unless the kernels cannot take its format: then its planes are plain ones
+Every quantized linear, and stack of experts, is stored so, unless the kernels cannot take its format: then its planes are plain ones
 (``targets/plain.py``), as those of dense weights are, in the compute dtype.
 """
 
@@ -17,7 +17,7 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, PlaneContent, Read
-from llmctl.targets.cuda.gemm import weight_format
+from llmctl.targets.cuda.gemm import product_format
 from llmctl.targets.cuda.layout import CudaFormat, CudaLinear, from_planes, pack
 from llmctl.targets.plain import pack_plain, plain_planes
 from llmctl.targets.planes import Describe, Plane
@@ -26,18 +26,18 @@ from llmctl.targets.planes import Describe, Plane
 def cuda_format(name: str, graph: Graph) -> CudaFormat | None:
     """The packed format of a weight; None where the kernels do not take it (the registry records why)."""
     weight = graph.weights[name]
-    op = next((op for op in graph.linears() if op.weights[0] == name), None)
+    op = next((op for op in graph.products() if op.weights[0] == name), None)
     if op is None or weight.quant is None:
         return None
     try:
-        return weight_format(weight, gated="epilogue" in op.attrs, table=name in graph.tables())
+        return product_format(op, graph)
     except ValueError:
         return None
 
 
 def cuda_formats(graph: Graph) -> dict[str, CudaFormat]:
     """Stored format by weight name, for every quantized weight that the kernels take."""
-    names = dict.fromkeys(op.weights[0] for op in graph.linears())
+    names = dict.fromkeys(op.weights[0] for op in graph.products())
     return {name: fmt for name in names if (fmt := cuda_format(name, graph)) is not None}
 
 

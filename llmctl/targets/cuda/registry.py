@@ -6,14 +6,15 @@ recorded in the engine's manifest, so that "why is this layer slow?" has an answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llmctl.graph.dtypes import DTYPES, HALF_DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import FALLBACK, KernelChoice, Refusal
 from llmctl.targets.cuda.attention import AttentionShape
-from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, weight_format
+from llmctl.targets.cuda.experts import EXPERTS_SOURCE, MAX_EXPERTS, grouped_entries, grouped_source
+from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, product_format
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK, RANK_MULTIPLE, lora_entries
 
@@ -23,11 +24,6 @@ SAMPLER_OPS = (
     Op("logprobs", "logprobs", (LOGITS, "tokens"), ("logprobs",)),
 )
 """What a runtime does with a step's logits: no part of any graph, but a part of every engine."""
-
-
-_EXPERTS = "its layers choose among experts, for which there are no CUDA kernels"
-REFUSED_KINDS: Mapping[str, str] = dict.fromkeys(("route", "grouped_linear", "weighted_sum"), _EXPERTS)
-"""Op kind -> why no engine is built of a model that has it."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,7 @@ def _refuse_gated(facts: OpFacts) -> str | None:
 
 
 def _gemm_format(facts: OpFacts) -> CudaFormat:
-    name = facts.op.weights[0]
-    gated, table = "epilogue" in facts.op.attrs, name in facts.graph.tables()
-    return weight_format(facts.graph.weights[name], gated=gated, table=table)
+    return product_format(facts.op, facts.graph)
 
 
 _CODES = {"w4": "4-bit integers", "w8": "8-bit integers", "book4": "4-bit codes of a code book"}
@@ -180,6 +174,16 @@ def _refuse_lora(facts: OpFacts) -> str | None:
     return refuse_dtype(facts)
 
 
+def _refuse_grouped_dense(facts: OpFacts) -> str | None:
+    columns = facts.graph.weights[facts.op.weights[0]].shape[1]
+    return f"{columns} columns are not a multiple of 8 (one 16-byte load)" if columns % 8 else refuse_dtype(facts)
+
+
+def _refuse_route(facts: OpFacts) -> str | None:
+    experts = facts.graph.buffers[facts.op.inputs[0]].width
+    return f"{experts} experts; the kernel takes up to {MAX_EXPERTS}" if experts > MAX_EXPERTS else refuse_dtype(facts)
+
+
 def _refuse_sample(facts: OpFacts) -> str | None:
     if facts.graph.vocab_size > 2**23:
         return f"vocabulary of {facts.graph.vocab_size}; the kernel sums exactly up to {2**23}"
@@ -221,6 +225,29 @@ def _gemm(kind: str) -> Kernel:
     )
 
 
+def _grouped(kind: str) -> Kernel:
+    """A product of experts: of a kind of codes, or (``dense``) dense, as weights are kept that no kernel reads packed."""
+    coded = kind != "dense"
+
+    def packed(facts: OpFacts) -> CudaFormat | None:
+        return _gemm_format(facts) if coded else None
+
+    def entries(facts: OpFacts) -> tuple[str, ...]:
+        shape, chosen = facts.graph.weights[facts.op.weights[0]].shape, facts.graph.buffers[facts.op.inputs[1]].width
+        return grouped_entries(
+            (shape[0], shape[1]), facts.op.attrs["count"], facts.dtype, chosen, packed(facts),
+            gated="epilogue" in facts.op.attrs,
+        )  # fmt: skip
+
+    return Kernel(
+        f"grouped_{kind}a16" if coded else f"grouped_{kind}",
+        lambda facts: (grouped_source(packed(facts)), EXPERTS_SOURCE),
+        frozenset({"grouped_linear"}),
+        _refuse_gemm(kind) if coded else _refuse_grouped_dense,
+        entries,
+    )
+
+
 def _cuda(
     name: str, source: str, kinds: str, refuse: Callable[[OpFacts], str | None],
     entries: Callable[[OpFacts], tuple[str, ...]],
@@ -248,6 +275,12 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("lora", LORA_SOURCE, "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
           lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
+    _cuda("route", EXPERTS_SOURCE, "route", _refuse_route, _kind_entries),
+    _grouped("w4"),
+    _grouped("w8"),
+    _grouped("book4"),
+    _grouped("dense"),
+    _cuda("weighted_sum", EXPERTS_SOURCE, "weighted_sum", _refuse_width, _kind_entries),
     _cuda("sample", "sampling.cu", "sample", _refuse_sample,
           lambda f: (f"sample_{f.tag}", "sample_f32", "feed_tokens")),
     _cuda("adjust_logits", "logits.cu", "adjust_logits", refuse_dtype, lambda _: ("add_bias", "penalise")),

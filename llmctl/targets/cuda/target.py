@@ -38,7 +38,7 @@ from llmctl.targets.cuda.device import best_arch, cuda_device, held_bytes, why_n
 from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK
 from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
 from llmctl.targets.cuda.readiness import GIB, arch_here, missing_here, unknown_arch
-from llmctl.targets.cuda.registry import REFUSED_KINDS, choose_all, sources_of
+from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.lora import slot_elements
 from llmctl.targets.machine import host_budget
 from llmctl.targets.options import (
@@ -79,9 +79,6 @@ class CudaTarget:
 
     def options(self, config: BuildConfig, graph: Graph, checkpoint_dtype: str) -> BuildOptions:
         """float16 where the checkpoint is, else bfloat16; a KV cache of the same, int8 or fp8."""
-        refused = next((REFUSED_KINDS[op.kind] for op in graph.ops if op.kind in REFUSED_KINDS), None)
-        if refused is not None:
-            raise UsageError(f"--target cuda: {graph.family}: {refused}", fix="--target cpu", param="target")
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float16" if checkpoint_dtype == "float16" else "bfloat16"

@@ -106,9 +106,9 @@ LLMCTL_DEVICE void multiply_step(float (&total)[kTokenTiles][2][4], const u8* st
 }
 
 // The sums of steps begin .. end - 1. A lane's tokens are g and g + 8; those past m, like columns past k, are zeros.
-template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values>
-LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, int m, int k, const StreamSource& source,
-                               const Values& book, u8* ring, int begin, int end) {
+template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values, typename Rows>
+LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, int m, int k, const Rows& rows,
+                               const StreamSource& source, const Values& book, u8* ring, int begin, int end) {
     using Stage = StreamStage<kBits, kGroupChunks>;
     const int g = lane_index() / 4, t = lane_index() % 4;
     const T* row[kTokenTiles];
@@ -116,7 +116,7 @@ LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, in
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
         const int token = g + 8 * j;
-        row[j] = x + static_cast<long long>(token < m ? token : 0) * k + t * 8;
+        row[j] = x + rows.x(token < m ? token : 0) * k + t * 8;
         limit[j] = token < m ? k - t * 8 : 0;
     }
 #pragma unroll
@@ -148,35 +148,42 @@ LLMCTL_DEVICE void stream_sums(float (&total)[kTokenTiles][2][4], const T* x, in
     warp_sync();
 }
 
-template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values>
-LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const u8* zeros, const Values& book,
-                          const Tail<T>& tail, int k, int group_size, u8* shared) {
-    using Stage = StreamStage<kBits, kGroupChunks>;
-    const int warps = block_size() / kWarp, warp = warp_index();
-    const int padded = (k + kStepColumns - 1) / kStepColumns * kStepColumns;
-    const int steps = padded / (Stage::kChunks * kChunkColumns);
-    const int groups = (padded + group_size - 1) / group_size;
-    const int workers = warps * grid_size_y(), worker = block_index_y() * warps + warp;
-    const long long tile = block_index();
-    const StreamSource source{codes + tile * steps * Stage::kCodeBytes, scales + tile * groups * kTileRows,
-                              zeros ? zeros + tile * groups * kTileRows : nullptr,
-                              group_size / (Stage::kChunks * kChunkColumns)};
-    u8* const ring = shared + warp * Stage::kRing;
-    float total[kTokenTiles][2][4] = {};
-    stream_sums<T, kBits, kGroupChunks, kTokenTiles>(total, x, tail.m, k, source, book, ring, steps * worker / workers,
-                                                     steps * (worker + 1) / workers);
-    float* const part = reinterpret_cast<float*>(ring);
+// A lane's sums as part of a tile, f32 [8 * kTokenTiles][kStreamStride]; see mma16816 for who holds what.
+template <int kTokenTiles>
+LLMCTL_DEVICE void store_sums(float* part, const float (&total)[kTokenTiles][2][4]) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int i = 0; i < 8 * kTokenTiles; ++i) {
         const int token = i / 8 * 8 + 2 * t + i % 2, row = g + 8 * (i / 2 % 4);
         part[token * kStreamStride + row] = total[i / 8][i / 4 % 2][i % 4];
     }
+}
+
+// y = tail(x @ w.T) for tail.m tokens of the rows that `rows` says; `first_tile`: of the weight's tiles, this product's.
+template <typename T, int kBits, int kGroupChunks, int kTokenTiles, typename Values, typename Rows = InOrder>
+LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const u8* zeros, const Values& book,
+                          const Tail<T>& tail, int k, int group_size, u8* shared, long long first_tile = 0,
+                          const Rows& rows = Rows()) {
+    using Stage = StreamStage<kBits, kGroupChunks>;
+    const int warps = block_size() / kWarp, warp = warp_index();
+    const int padded = (k + kStepColumns - 1) / kStepColumns * kStepColumns;
+    const int steps = padded / (Stage::kChunks * kChunkColumns);
+    const int groups = (padded + group_size - 1) / group_size;
+    const int workers = warps * grid_size_y(), worker = block_index_y() * warps + warp;
+    const long long tile = first_tile + block_index();
+    const StreamSource source{codes + tile * steps * Stage::kCodeBytes, scales + tile * groups * kTileRows,
+                              zeros ? zeros + tile * groups * kTileRows : nullptr,
+                              group_size / (Stage::kChunks * kChunkColumns)};
+    u8* const ring = shared + warp * Stage::kRing;
+    float total[kTokenTiles][2][4] = {};
+    stream_sums<T, kBits, kGroupChunks, kTokenTiles>(total, x, tail.m, k, rows, source, book, ring,
+                                                     steps * worker / workers, steps * (worker + 1) / workers);
+    store_sums<kTokenTiles>(reinterpret_cast<float*>(ring), total);
     block_sync();
     const TilePlace place{block_index() * kTileRows, 0,           tail.m,         block_index(),
                           grid_size(),               block_index_y(), grid_size_y()};
     finish<T, kTileRows, 8 * kTokenTiles, kStreamStride>(tail, place, reinterpret_cast<float*>(shared), warps,
-                                                       Stage::kRing / 4);
+                                                         Stage::kRing / 4, rows);
 }
 
 }  // namespace gemm

@@ -43,8 +43,14 @@ struct TilePlace {
     int row0, token0, tokens, index, count, split, splits;
 };
 
-template <typename T, int kRows, typename Sum>
-LLMCTL_DEVICE void write_outputs(const Tail<T>& tail, const TilePlace& place, Sum sum) {
+// Which row of x and y a token is: itself.
+struct InOrder {
+    LLMCTL_METHOD long long x(int token) const { return token; }
+    LLMCTL_METHOD long long y(int token) const { return token; }
+};
+
+template <typename T, int kRows, typename Sum, typename Rows>
+LLMCTL_DEVICE void write_outputs(const Tail<T>& tail, const TilePlace& place, Sum sum, const Rows& rows) {
     const bool gated = tail.activation != kPlain;
     const int width = gated ? kRows / 2 : kRows;  // a power of two
     const int shift = population_count(static_cast<u32>(width - 1));
@@ -64,7 +70,7 @@ LLMCTL_DEVICE void write_outputs(const Tail<T>& tail, const TilePlace& place, Su
             if (tail.bias) up += to_float(tail.bias[n + outputs]);
             v = activate(tail.activation, v) * up;
         }
-        const long long at = static_cast<long long>(place.token0 + token) * outputs + n;
+        const long long at = rows.y(place.token0 + token) * outputs + n;
         if (tail.residual) v += to_float(tail.residual[at]);
         tail.y[at] = from_float<T>(v);
     }
@@ -72,16 +78,16 @@ LLMCTL_DEVICE void write_outputs(const Tail<T>& tail, const TilePlace& place, Su
 
 // From the parts in shared memory, f32 [kTokens][kStride] every part_stride floats, to y. All threads of the block come
 // here, the parts written and a block_sync behind them.
-template <typename T, int kRows, int kTokens, int kStride>
-LLMCTL_DEVICE void finish(const Tail<T>& tail, const TilePlace& place, float* parts, int count,
-                          int part_stride) {
+template <typename T, int kRows, int kTokens, int kStride, typename Rows = InOrder>
+LLMCTL_DEVICE void finish(const Tail<T>& tail, const TilePlace& place, float* parts, int count, int part_stride,
+                          const Rows& rows = Rows()) {
     const auto local = [&](int token, int row) {
         float v = parts[token * kStride + row];
         for (int part = 1; part < count; ++part) v += parts[part * part_stride + token * kStride + row];
         return v;
     };
     if (place.splits == 1) {
-        write_outputs<T, kRows>(tail, place, local);
+        write_outputs<T, kRows>(tail, place, local, rows);
         return;
     }
     constexpr int kTile = kRows * kTokens;
@@ -104,7 +110,7 @@ LLMCTL_DEVICE void finish(const Tail<T>& tail, const TilePlace& place, float* pa
         float v = 0.0f;
         for (int split = 0; split < place.splits; ++split) v += all[split * stride + token * kRows + row];
         return v;
-    });
+    }, rows);
 }
 
 }  // namespace gemm

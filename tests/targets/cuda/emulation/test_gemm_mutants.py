@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 
 import gemm_cases
+import machine
 import pytest
+import test_experts_kernels
 import test_gemm_stream
 import test_gemm_tile
-from emulator import EmulationError, kernels_from_text, missing
+from emulator import EmulationError, kernels, kernels_from_text, missing
 
 from llmctl.targets.cuda.compile import SOURCE_DIR
 from llmctl.targets.cuda.layout import CudaFormat
@@ -30,10 +32,15 @@ def _tile() -> None:
     test_gemm_tile._check("f16", 17, CudaFormat(4, (133, 2056), group=64), 3)
 
 
+def _grouped() -> None:
+    test_experts_kernels.test_a_slot_has_the_same_bits_in_any_batch("f16", "dense_gated")
+
+
 _CHECKS = {
     ("w4a16_stream.cu", "gemm_stream.cuh"): _stream,
     ("w4a16_stream.cu", "gemm_tail.cuh"): _stream,
     ("w4a16_gemm.cu", "gemm_tile.cuh"): _tile,
+    ("grouped_dense.cu", "grouped.cuh"): _grouped,
 }
 
 
@@ -51,19 +58,22 @@ def _inlined(name: str, header: str, at: int) -> str:
     if name == header:
         text = text[:at] + text[at:].partition(";")[2]
     text = text.replace("#pragma once", "")
-    return re.sub(r'#include "(gemm_\w+\.cuh)"', lambda include: _inlined(include[1], header, at), text)
+    return re.sub(r'#include "((?:gemm_\w+|grouped)\.cuh)"', lambda include: _inlined(include[1], header, at), text)
+
+
+def _launch_from(made, source, monkeypatch):
+    for module in (gemm_cases, machine):
+        monkeypatch.setattr(module, "kernels", lambda name: made if name == source else kernels(name))
 
 
 @pytest.mark.parametrize(("source", "header", "at"), _places())
 def test_a_gemm_without_one_of_its_barriers_fails(source, header, at, monkeypatch):
-    mutant = kernels_from_text(_inlined(source, header, at), source)
-    monkeypatch.setattr(gemm_cases, "kernels", lambda _: mutant)
+    _launch_from(kernels_from_text(_inlined(source, header, at), source), source, monkeypatch)
     with pytest.raises(EmulationError):
         _CHECKS[source, header]()
 
 
-@pytest.mark.parametrize("source", ["w4a16_stream.cu", "w4a16_gemm.cu"])
+@pytest.mark.parametrize("source", ["w4a16_stream.cu", "w4a16_gemm.cu", "grouped_dense.cu"])
 def test_the_unchanged_kernel_passes(source, monkeypatch):
-    inlined = kernels_from_text(_inlined(source, "", 0), source)
-    monkeypatch.setattr(gemm_cases, "kernels", lambda _: inlined)
+    _launch_from(kernels_from_text(_inlined(source, "", 0), source), source, monkeypatch)
     next(check for (name, _), check in _CHECKS.items() if name == source)()

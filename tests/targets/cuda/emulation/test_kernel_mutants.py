@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import machine
 import pytest
+import test_experts_kernels
 import test_rope_kv_kernels
 import test_sampling_kernels
 from emulator import EmulationError, kernels_from_text, missing
@@ -25,7 +26,13 @@ def _rope() -> None:
     test_rope_kv_kernels.test_only_the_cache_and_only_q_in_place("f16")
 
 
-_CHECKS: dict[str, Callable[[], None]] = {"sampling.cu": _sampling, "rope_kv.cu": _rope}
+def _experts() -> None:
+    test_experts_kernels.test_slots_by_expert(8, 70, 2, 3)
+    for top_groups in (4, 2):
+        test_experts_kernels.test_routes_are_the_reference_s("f16", "softmax", True, 12, 4, top_groups, True)
+
+
+_CHECKS: dict[str, Callable[[], None]] = {"sampling.cu": _sampling, "rope_kv.cu": _rope, "experts.cu": _experts}
 
 
 def _barriers() -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ import pytest
 from emulator import kernels, missing
 
 import llmctl.targets.cuda.attention_signatures
+import llmctl.targets.cuda.experts_signatures
 import llmctl.targets.cuda.gemm_signatures
 import llmctl.targets.cuda.lora_signatures  # noqa: F401  (they register their entries)
 from llmctl.targets.cuda.call import Array

@@ -11,7 +11,7 @@ import torch
 from cuda_model import emulated_runtime
 from emulator import missing
 from machine import launch
-from tiny_models import FAMILIES, GPT2, LLAMA, PHI, QWEN3, tiny_model
+from tiny_models import FAMILIES, GPT2, LLAMA, MIXTURES, PHI, QWEN3, tiny_model
 
 from llmctl.engine.step import SequenceSlice, StepPlan
 from llmctl.graph.graph import QuantScheme
@@ -93,6 +93,26 @@ MORE: dict[str, dict[str, Any]] = {
 def test_more_families(family: str) -> None:
     """Soft caps, norms of whole rows of a merged linear, layers without RoPE, interleaved pairs, scaled logits."""
     _check(*tiny_model(MORE[family], None))
+
+
+_NF4 = QuantScheme(4, 32, symmetric=True, book="nf4")
+_EXPERTS_IN_NF4 = {"": None, **{f"layers.{i}.experts.{r}_proj": _NF4 for i in (0, 1) for r in ("gate", "up", "down")}}
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "product"),
+    [
+        ("qwen3_moe", QuantScheme(4, 32, symmetric=False), "w4a16_f16_g32"),
+        pytest.param("qwen3_moe", None, "dense_f16", marks=pytest.mark.slow),
+        pytest.param("glm4_moe", None, "dense_f16", marks=pytest.mark.slow),
+        pytest.param("glm4_moe", QuantScheme(8, -1, symmetric=True), "w8a16_f16_g64", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", QuantScheme(4, -1, symmetric=True), "w4a16_f16_g128", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", _EXPERTS_IN_NF4, "book4a16_f16_g32", marks=pytest.mark.slow),
+    ],
+)
+def test_mixtures_of_experts(family: str, quant: Any, product: str) -> None:
+    launched = _check(*tiny_model(MIXTURES[family], quant))
+    assert {"route_f16", "weighted_sum_f16", "group_slots_m8", f"grouped_{product}_m8"} <= launched
 
 
 def test_act_order_and_many_rows(monkeypatch):
