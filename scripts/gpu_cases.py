@@ -108,7 +108,8 @@ def _linears(model: str, bits: int, book: str = "") -> Iterator[Case]:
             )
 
 
-def _planes(fmt: CudaFormat, device: str) -> PackedWeight:
+def random_planes(fmt: CudaFormat, device: str) -> PackedWeight:
+    """A packed weight of random codes."""
     kinds = {"U8": torch.uint8, "F16": torch.float16}
     planes = {}
     for suffix, (dtype, shape) in fmt.planes().items():
@@ -122,7 +123,8 @@ def _planes(fmt: CudaFormat, device: str) -> PackedWeight:
     return PackedWeight(fmt, planes)
 
 
-def _step(device: str, scratch: Scratch, **fields: Any) -> StepTensors:
+def step_tensors(device: str, scratch: Scratch, **fields: Any) -> StepTensors:
+    """What the ops of a step share, and no more of it than ``fields``."""
     none = torch.zeros(0, dtype=torch.int64, device=device)
     sms = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 132
     base: dict[str, Any] = {
@@ -136,9 +138,9 @@ def _linear_maker(fmt: CudaFormat, m: int, weight_bytes: int) -> Callable[[Machi
     def make(machine: Machine, device: str) -> Prepared:
         n, k = fmt.shape
         count = copies_of(weight_bytes)
-        weights = [_planes(fmt, device) for _ in range(count)]
+        weights = [random_planes(fmt, device) for _ in range(count)]
         x, y = random(device, m, k), torch.empty(m, n, device=device, dtype=BF16)
-        step = _step(device, Scratch(device))
+        step = step_tensors(device, Scratch(device))
         op = Op("linear", "linear", ("x",), ("y",), ("w", ""))
 
         def run(i: int) -> None:
@@ -190,8 +192,8 @@ def _int8_linears() -> Iterator[Case]:
 def _int8_maker(fmt: CudaFormat, m: int) -> Callable[[Machine, str], Prepared]:
     def make(machine: Machine, device: str) -> Prepared:
         n, k = fmt.shape
-        count, step = copies_of(n * k), _step(device, Scratch(device))
-        weights = [_planes(fmt, device) for _ in range(count)]
+        count, step = copies_of(n * k), step_tensors(device, Scratch(device))
+        weights = [random_planes(fmt, device) for _ in range(count)]
         x = torch.randint(-127, 128, (m, k), device=device, dtype=torch.int8)
         scales, y = torch.rand(m, 1, device=device) * 0.02, torch.empty(m, n, device=device, dtype=BF16)
         op = Op("linear", "linear", ("q", "scale"), ("y",), ("w", ""), {"activations": "int8"})
@@ -231,7 +233,7 @@ def _adapter_maker(n: int, k: int, rows: int, adapters: int, rank: int) -> Calla
         x = [random(device, rows, k) for _ in range(count)]
         y, z = random(device, rows, n), [torch.empty(rows, n, device=device, dtype=BF16) for _ in range(count)]
         chosen = (torch.arange(rows, device=device) % adapters).int()
-        steps = [_step(device, Scratch(device), adapters=chosen, lora={"lora": w}) for w in weights]
+        steps = [step_tensors(device, Scratch(device), adapters=chosen, lora={"lora": w}) for w in weights]
         op = Op("lora", "lora", ("x", "y"), ("z",), (), {"column": 0, "rows": n, "rank": rank})
         last = [0]
 
@@ -310,8 +312,10 @@ def _attention_maker(
         scales = torch.rand(2, blocks * 16, kv_heads, device=device) * 0.02 if kv == torch.int8 else None
         attrs = {"layer": 0, "heads": heads, "kv_heads": kv_heads, "head_dim": 128, "scale": 128**-0.5, "window": 0,
                  "softcap": 0.0}  # fmt: skip
-        step = _step(device, Scratch(device), block_tables=tables, seq_lens=lens, query_start=starts, longest=context,
-                     most_rows=rows, fewest_rows=rows, kv_scales={} if scales is None else {0: scales})  # fmt: skip
+        step = step_tensors(
+            device, Scratch(device), block_tables=tables, seq_lens=lens, query_start=starts, longest=context,
+            most_rows=rows, fewest_rows=rows, kv_scales={} if scales is None else {0: scales},
+        )  # fmt: skip
         op = Op("attention", "attention", ("q",), ("o",), (), attrs)
 
         def run(i: int) -> None:

@@ -198,6 +198,7 @@ def _missing() -> str | None:
 def _check(options: argparse.Namespace, began: float) -> int:
     import torch
     from gpu_cases import all_cases
+    from gpu_expert_cases import expert_cases
 
     from llmctl.checkpoint.resolve import cache_dir
     from llmctl.targets.cuda.compile import SOURCE_DIR
@@ -217,7 +218,7 @@ def _check(options: argparse.Namespace, began: float) -> int:
     rows: list[Row] = []
     failures = [f"tests/gpu {tests}"] if tests.startswith("failed") else []
     left_out = 0
-    for case in all_cases():
+    for case in (*all_cases(), *expert_cases()):
         if time.monotonic() - began > options.seconds:
             left_out += 1
             continue

@@ -13,13 +13,11 @@ import torch
 from family_models import family_model
 from random_models import CONFIGS, write_model
 
-from llmctl.artifact.builder import build_engine
 from llmctl.checkpoint.assemble import assemble, checkpoint_graph
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
 from llmctl.checkpoint.tensor_info import TensorInfo
-from llmctl.config import BuildConfig
-from llmctl.errors import CheckpointError, UnsupportedModelError, UsageError
+from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.check import check_graph
 from llmctl.graph.experts import apart, linears
 from llmctl.graph.families import build_graph
@@ -237,12 +235,3 @@ def test_an_expert_that_is_stored_twice_is_named(tmp_path: Path) -> None:
         CheckpointError, match=re.escape("holds 'model.layers.0.mlp.experts.0.down_proj.weight', which")
     ):
         open_checkpoint(tmp_path / "model")
-
-
-def test_the_cuda_target_refuses_before_anything_is_written(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", "qwen3_moe")
-    with pytest.raises(UsageError) as caught:
-        build_engine(BuildConfig(model=str(model), target="cuda:sm_80", output=str(tmp_path / "engine")))
-    words = "--target cuda: qwen3_moe: its layers choose among experts, for which there are no CUDA kernels"
-    assert (caught.value.message, caught.value.fix) == (words, "--target cpu")
-    assert not (tmp_path / "engine").exists()

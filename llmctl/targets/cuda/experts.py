@@ -1,7 +1,7 @@
 """Launches of the kernels of a mixture's experts: blocks of slots, entries, geometry. Plain arithmetic over shapes.
 
-A slot is one token's choice of one expert. Tokens that are decoded alone need no order; others are sorted by expert into
-blocks of up to 8 slots, or 16 where experts get more than 8 slots each, and a block reads its expert's weights once.
+A slot is one token's choice of one expert. A token alone needs no order; slots of several are sorted by expert into
+blocks of up to 8, or 16 where experts get more than 8 each, and a block reads its expert's weights once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signatures of the kernels of a mixture's experts, and the call of a grouped product. Importing this registers them."""
+"""Signatures of the kernels of a mixture's experts, and calls of grouped products. Importing this registers them."""
 
 from __future__ import annotations
 

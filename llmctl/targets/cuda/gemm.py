@@ -84,9 +84,7 @@ def product_format(op: Op, graph: Graph) -> CudaFormat:
         ValueError: as ``weight_format``.
     """
     name, count = op.weights[0], op.attrs.get("count", 1)
-    return weight_format(
-        graph.weights[name], gated="epilogue" in op.attrs, table=name in graph.tables(), experts=count
-    )
+    return weight_format(graph.weights[name], gated="epilogue" in op.attrs, table=name in graph.tables(), experts=count)
 
 
 def gemm_entries(fmt: CudaFormat, dtype: str) -> tuple[str, ...]:

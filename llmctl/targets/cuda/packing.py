@@ -2,8 +2,8 @@
 symmetric), ``W.tile_book`` (only of a code book) and ``W.permutation`` (only with act-order) of a quantized one; see
 ``layout.py``.
 
-Every quantized linear, and stack of experts, is stored so, unless the kernels cannot take its format: then its planes are plain ones
-(``targets/plain.py``), as those of dense weights are, in the compute dtype.
+Every quantized linear, and stack of experts, is stored so, unless the kernels cannot take its format: then its planes
+are plain ones (``targets/plain.py``), as those of dense weights are, in the compute dtype.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def _gemm(kind: str) -> Kernel:
 
 
 def _grouped(kind: str) -> Kernel:
-    """A product of experts: of a kind of codes, or (``dense``) dense, as weights are kept that no kernel reads packed."""
+    """A product of experts: of a kind of codes, or dense, as weights are kept that no kernel reads packed."""
     coded = kind != "dense"
 
     def packed(facts: OpFacts) -> CudaFormat | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from meta_runtime import meta_runtime
-from tiny_models import FAMILIES, LLAMA, QUANTS, tiny_graph
+from tiny_models import FAMILIES, LLAMA, MIXTURES, QUANTS, tiny_graph
 
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
@@ -100,6 +100,14 @@ def test_buffers_that_are_alive_do_not_overlap(family: str) -> None:
     check_plan(_with_adapters(tiny_graph(FAMILIES[family], None, ())))
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_nor_do_those_of_mixtures(family: str) -> None:
+    for passes in ((), CUDA_PASSES):
+        graph = tiny_graph(MIXTURES[family], QUANTS["w4"], passes)
+        plan = check_plan(graph)
+        assert {plan.placements[op.outputs[0]].dtype for op in graph.ops if op.kind == "route"} == {"int32"}
+
+
 def test_adapters_add_in_place_only_where_nothing_else_reads() -> None:
     graph = _with_adapters(tiny_graph(FAMILIES["llama"], None, ()))
     plain = next(op for op in graph.ops if op.kind == "lora")
@@ -156,6 +164,7 @@ SCRATCH: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "llama-w8a8-int8": (FAMILIES["llama"], "w8a8", INT8),
     "llama-unfused": (FAMILIES["llama"], "w4", ("merge_qkv", "merge_gate_up")),
     "phi-w4_act_order": (FAMILIES["phi"], "w4_act_order", CUDA_PASSES),
+    **{f"{family}-{quant}": (MIXTURES[family], quant, CUDA_PASSES) for family in MIXTURES for quant in ("w4", "dense")},
     "olmo2-w4": (OLMO2, "w4", CUDA_PASSES),
     "llama-8b-w4": (LLAMA_8B, "w4", CUDA_PASSES),
     "llama-8b-w8a8": (LLAMA_8B, "w8a8", INT8),

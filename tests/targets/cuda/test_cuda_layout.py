@@ -83,6 +83,23 @@ def test_gate_and_up_rows_alternate_by_eights() -> None:
     assert order[32:48].tolist() == [*range(16, 20), -1, -1, -1, -1, *range(36, 40), -1, -1, -1, -1]
 
 
+@pytest.mark.parametrize(("rows", "gated"), [(40, True), (33, False)])
+def test_experts_lie_one_below_the_other_as_each_would_alone(rows: int, gated: bool) -> None:
+    fmt = CudaFormat(4, (3 * rows, 256), gated, 64, experts=3)
+    codes, scales, zeros = planes_of(fmt, 7)
+    packed = pack(codes, scales, zeros, fmt)
+    assert zeros is not None
+    each = [
+        pack(codes[part], scales[part], zeros[part], CudaFormat(4, (rows, 256), gated, 64))
+        for part in (slice(e * rows, e * rows + rows) for e in range(3))
+    ]
+    for name, plane in packed.planes().items():
+        assert np.array_equal(plane, np.concatenate([one.planes()[name] for one in each]))
+    found = unpack(packed)
+    assert np.array_equal(found[0], codes)
+    assert np.array_equal(found[1], scales)
+
+
 def test_act_order_sorts_columns_by_group() -> None:
     fmt = CudaFormat(4, (32, 256), group=64, permuted=True)
     codes, scales, zeros = planes_of(fmt, 5)

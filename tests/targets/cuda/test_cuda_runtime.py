@@ -13,7 +13,7 @@ import pytest
 import torch
 from meta_runtime import DeviceAllocations, MetaRuntime, meta_runtime
 from runtime_stepping import greedy
-from tiny_models import FAMILIES, QUANTS, VOCAB, tiny_graph
+from tiny_models import FAMILIES, MIXTURES, QUANTS, VOCAB, tiny_graph
 
 from llmctl.engine.step import IN_FLIGHT, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import DeviceMemoryError
@@ -72,6 +72,21 @@ def test_launches_of_every_family(family: str, dtype: str, monkeypatch: pytest.M
     first, layer = LAUNCHES[family]
     for sequences in (1, 8):
         assert len(_decode_step(runtime, sequences)) == first + 2 * layer + 1
+
+
+@pytest.mark.parametrize("quant", ["w4", "dense"])
+def test_a_mixture_takes_two_more_where_several_tokens_meet(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's product, what it chooses, two products of experts and their sum; before each product the slots are
+    sorted, but for a token alone."""
+    runtime = meta_runtime(monkeypatch, tiny_graph(MIXTURES["glm4_moe"], QUANTS[quant], CUDA_PASSES))
+    for sequences, sorted_first in ((1, []), (8, ["group_slots_m8"])):
+        started = list(runtime.step_launches(sequences, sequences))
+        at = started.index("route_f16")
+        product = "grouped_w4a16_f16_g64_m8" if quant == "w4" else "grouped_dense_f16_m8"
+        assert started[at - 1] == "torch.mm"
+        mixed = ["route_f16", *sorted_first, product, *sorted_first, product, "weighted_sum_f16"]
+        assert started[at : at + len(mixed)] == mixed
+        assert started.count("route_f16") == 1  # the first layer is dense
 
 
 def test_executing_a_decode_step_starts_that_and_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:

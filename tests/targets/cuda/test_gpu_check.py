@@ -29,6 +29,7 @@ def script(name: str) -> ModuleType:
 
 
 cases, targets, check = script("gpu_cases"), script("gpu_targets"), script("gpu_check")
+experts = script("gpu_expert_cases")
 
 
 class Recorder:
@@ -58,7 +59,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
 
 def test_every_case_launches_what_its_kernel_takes() -> None:
     made = {}
-    for case in cases.all_cases():
+    for case in (*cases.all_cases(), *experts.expert_cases()):
         key = case.kernel, case.shape, case.rows
         assert key not in made
         machine = Recorder()

@@ -96,6 +96,35 @@ def test_int8_activations_have_their_own_kernel() -> None:
     assert "int8_activations was not asked for" in {r.kernel: r.reason for r in refused}["w8a8"]
 
 
+def grouped(quant: QuantScheme | None = W4, columns: int = 128, experts: int = 4) -> Graph:
+    weight = Weight("w", (experts * 64, columns), (WeightPart("w"),), quant)
+    graph = graph_of(Op("grouped_linear", "experts", ("x", "chosen"), ("y",), ("w",), {"count": experts}), weight)
+    return replace(graph, buffers={**graph.buffers, "chosen": Buffer("chosen", 2)})
+
+
+def route(experts: int) -> Graph:
+    attrs = {"top_k": 2, "scores": "softmax", "renormalise": True, "scale": 1.0, "groups": 1, "top_groups": 1}
+    return graph_of(Op("route", "route", ("x",), ("chosen", "shares"), ("",), attrs), width=experts)
+
+
+@pytest.mark.parametrize(
+    ("graph", "kind"),
+    [
+        (grouped(), "w4a16"),
+        (grouped(W8), "w8a16"),
+        (grouped(NF4), "book4a16"),
+        (grouped(None), "dense"),
+        (grouped(replace(W4, group_size=16)), "dense"),  # dequantized once, as a linear of such a format is
+    ],
+)
+def test_products_of_experts(graph: Graph, kind: str) -> None:
+    choice = choose(facts(graph.ops[0], graph, "float16"))
+    assert (choice.kernel, choice.sources) == (f"grouped_{kind}", (f"grouped_{kind}.cu", "experts.cu"))
+    products = [entry for entry in choice.entries if entry.startswith(f"grouped_{kind}_f16")]
+    assert sorted(entry.rpartition("_")[2] for entry in products) == ["m16", "m8"]
+    assert {*choice.entries} - {*products} == {"group_slots_m8", "group_slots_m16"}
+
+
 @pytest.mark.parametrize(("rank", "ranks"), [(8, 16), (16, 16), (24, 64), (64, 64)])
 def test_adapters(rank: int, ranks: int) -> None:
     graph = lora(rank)
@@ -124,6 +153,9 @@ def test_norms(kind: str) -> None:
         (int8_linear(columns=136), "float16", "136 columns are not a multiple of 16"),
         (int8_linear(replace(W8, group_size=48)), "float16", "groups of 48"),
         (int8_linear(), "float32", "activations are float32"),
+        (grouped(None, columns=100), "float16", "100 columns are not a multiple of 8"),
+        (grouped(), "float32", "activations are float32"),
+        (route(5000), "float16", "5000 experts; the kernel takes up to 4096"),
         (lora(65), "float16", "rank 65; the kernels take multiples of 8 up to 64"),
         (lora(20), "float16", "rank 20; the kernels take multiples of 8 up to 64"),
         (lora(rows=60), "float16", "width 60"),

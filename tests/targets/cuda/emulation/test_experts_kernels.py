@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -191,12 +190,14 @@ def test_a_row_that_is_not_finite_chooses_experts_that_there_are() -> None:
 
 
 @TAGS
-@pytest.mark.parametrize(("rows", "parts", "width", "sigmoid"), [(1, 1, 8, True), (5, 3, 72, False), (3, 8, 1032, False)])
+@pytest.mark.parametrize(
+    ("rows", "parts", "width", "sigmoid"), [(1, 1, 8, True), (5, 3, 72, False), (3, 8, 1032, False)]
+)
 def test_sums_of_parts(tag: str, rows: int, parts: int, width: int, sigmoid: bool) -> None:
     x, shares = draw(tag, rows, parts * width), draw(tag, rows, parts, seed=1)
     y = torch.empty(rows, width, dtype=x.dtype)
     launch(f"weighted_sum_{tag}", x=x, shares=shares, y=y, sigmoid=int(sigmoid))
-    exact = (x.double().view(rows, parts, width) * (shares.double().sigmoid() if sigmoid else shares.double())[..., None])
+    exact = x.double().view(rows, parts, width) * (shares.double().sigmoid() if sigmoid else shares.double())[..., None]
     assert_as_good_as_torch(y, exact.sum(1), reference.weighted_sum(x, shares, sigmoid))
 
 

@@ -28,11 +28,13 @@ def _script(name: str) -> ModuleType:
 
 
 cases = _script("gpu_cases")
+experts = _script("gpu_expert_cases")
 _W8 = CudaFormat(8, (64, 128), symmetric=True)
 MAKERS = {
     "w4a16": cases._linear_maker(CudaFormat(4, (64, 128), group=64), 3, 2**28),
     "book4a16": cases._linear_maker(CudaFormat(4, (64, 128), group=64, symmetric=True, book="nf4"), 3, 2**28),
     "w8a8": cases._int8_maker(_W8, 3),
+    "experts": experts.grouped_maker((4, 48, 64), 3, 2, 16, True),
     "lora": cases._adapter_maker(40, 64, 5, 2, 16),
     "add_rms_norm_s8": cases._int8_norm_maker(3, 256),
     "silu_mul": cases._gated_maker(3, 64),

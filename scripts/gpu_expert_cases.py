@@ -1,0 +1,67 @@
+"""More cases of gpu_check.py: the products of a mixture's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from gpu_cases import BF16, Case, Prepared, copies_of, random, random_planes, step_tensors
+from torch import Tensor
+
+from llmctl.graph.graph import Op
+from llmctl.targets.cuda.call import Machine
+from llmctl.targets.cuda.layout import CudaFormat
+from llmctl.targets.cuda.ops import EXECUTORS, Job, PackedWeight, Scratch
+from llmctl.targets.reference import kernels as reference
+
+
+def expert_cases() -> Iterator[Case]:
+    """The two products of a layer of Qwen3-30B-A3B, 4-bit and dense, and its router."""
+    experts, chosen, hidden, inner = 128, 8, 2048, 768
+    for tokens in (1, 8, 32, 256, 2048):
+        met = round(experts * (1 - (1 - chosen / experts) ** tokens))  # of routes at random
+        for name, n, k, gated in (("gate_up", 2 * inner, hidden, True), ("down", hidden, inner, False)):
+            for bits in (4, 16):
+                nbytes = met * n * k * bits // 8 + 2 * tokens * chosen * (n // (1 + gated) + k)
+                label = f"Qwen3-30B-A3B {name} {n}x{k}, {chosen} of {experts}"
+                make = grouped_maker((experts, n, k), tokens, chosen, bits, gated)
+                kernel = "grouped_dense" if bits == 16 else f"grouped_w{bits}a16"
+                yield Case(kernel, label, tokens, nbytes, 2 * tokens * chosen * n * k, make)
+
+
+def grouped_maker(
+    shape: tuple[int, int, int], tokens: int, chosen: int, bits: int, gated: bool
+) -> Callable[[Machine, str], Prepared]:
+    """``bits`` 16: dense."""
+    experts, n, k = shape
+
+    def make(machine: Machine, device: str) -> Prepared:
+        fmt = (
+            None if bits == 16 else CudaFormat(bits, (experts * n, k), gated, group=-1, symmetric=True, experts=experts)
+        )
+        count = min(4, copies_of(experts * n * k * bits // 8))
+        weights: list[Tensor | PackedWeight] = [
+            random(device, experts * n, k) * k**-0.5 if fmt is None else random_planes(fmt, device)
+            for _ in range(count)
+        ]
+        own = not gated  # what goes down is a row for every choice
+        x = random(device, tokens, k * (chosen if own else 1))
+        picked = torch.rand(tokens, experts, device=device).topk(chosen, -1)[1].int()
+        y = torch.empty(tokens, chosen * (n // 2 if gated else n), device=device, dtype=BF16)
+        step = step_tensors(device, Scratch(device))
+        attrs = {"count": experts, **({"epilogue": "silu_mul"} if gated else {})}
+        op = Op("grouped_linear", "experts", ("x", "chosen"), ("y",), ("w",), attrs)
+        name = "grouped_dense" if fmt is None else f"grouped_{fmt.kind}a16"
+
+        def run(i: int) -> None:
+            EXECUTORS[name](machine, Job(op, [x, picked], [y], [weights[i]], step))
+
+        def expected(i: int) -> Tensor:
+            weight = weights[i]
+            assert isinstance(weight, Tensor)
+            each = weight.view(experts, n, k).float()
+            return reference.grouped_linear(x.float(), picked, list(each), str(attrs.get("epilogue", "")))
+
+        return Prepared(run, count, (lambda: y) if fmt is None else None, expected if fmt is None else None)
+
+    return make
