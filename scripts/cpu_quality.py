@@ -221,9 +221,10 @@ class Bench:
         head_weight = assemble(graph.weights[name], open_checkpoint(self._checkpoint))
         assert not isinstance(head_weight, QuantizedWeight), "a dense head was checked"
         dense = head_weight.float().numpy()
-        codes, scales, zeros = quantize_symmetric(dense, LM_HEAD_BITS[head], group)
+        codes, scales = quantize_symmetric(dense, LM_HEAD_BITS[head], group)
         rows, columns = dense.shape
-        steps = (codes.reshape(rows, scales.shape[1], -1).astype(np.float32) - zeros[:, :, None]) * scales[:, :, None]
+        zero = 1 << (LM_HEAD_BITS[head] - 1)
+        steps = (codes.reshape(rows, scales.shape[1], -1).astype(np.float32) - zero) * scales[:, :, None]
         planes = to_planes(pack_dense(steps.reshape(rows, columns).astype(np.float32), "f32", gated=False))
         replaced = {f"{name}.{suffix}": WeightPlane("U8", array.shape, array) for suffix, array in planes.items()}
         return replace(engine, weights={**engine.weights, **replaced})

@@ -123,7 +123,7 @@ class OpDesc(c.Structure):
         ("layer", c.c_int64),
         *((name, Matrix) for name in ("x", "x2", "x3", "y", "y2")),
         *((name, IntActs) for name in ("x8", "y8")),
-        *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group")),
+        *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group", "zero_step")),
         *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "w_minimums", "w_scales32", "w_book", "bias")),
         *((name, c.c_void_p) for name in ("permutation", "x16")),
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),

@@ -30,8 +30,9 @@ class PackedLinear:
 
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``.
-        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32. zeros: u8 [tiles, groups, 32], of
-            w4 and w8. minimums: f16, likewise, of w4_min and w8_min. book: f32 [16], of book4.
+        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32. zeros: u8 [tiles, groups, 32], or
+            [32] of one zero for all, of w4 and w8. minimums: f16 [tiles, groups, 32], of w4_min and w8_min. book: f32
+            [16], of book4.
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
@@ -51,6 +52,11 @@ class PackedLinear:
     def integer(self) -> bool:
         """Whether activations are quantised to int8 for it."""
         return self.dtype in INTEGER
+
+    @property
+    def one_zero(self) -> bool:
+        """Whether all codes have the same zero."""
+        return self.zeros is not None and self.zeros.ndim == 1
 
     @property
     def act_group(self) -> int:
@@ -107,7 +113,7 @@ def padded_columns(columns: int, group: int) -> tuple[int, int]:
 def pack_int(
     codes: Bytes,
     scales: NDArray[Any],
-    zeros: Bytes,
+    zeros: Bytes | None,
     *,
     bits: int,
     group: int,
@@ -119,8 +125,8 @@ def pack_int(
     """Pack integer codes. Scales and minimums are rounded to float16.
 
     Args:
-        codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]. minimums: as the scales; in place of
-            the zeros.
+        codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]; None: 2^(bits - 1) for all.
+            minimums: as the scales; in place of the zeros.
         bits: 8, or anything up to 4. group: columns a group, -1 = all.
         gated: rows are gate then up, to be interleaved.
         g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
@@ -145,13 +151,17 @@ def pack_int(
         dtype=int_dtype(bits, minimum=minimums is not None),
         data=np.ascontiguousarray(data).reshape(-1),
         scales=_arrange(half, order),
-        zeros=None if minimums is not None else _arrange(zeros, order),
+        zeros=None if minimums is not None else _zeros(zeros, bits, order),
         rows=len(order),
         columns=padded,
         group=size,
         permutation=permutation,
         minimums=None if minimums is None else _arrange(_half(minimums, "minimums"), order),
     )
+
+
+def _zeros(zeros: Bytes | None, bits: int, order: NDArray[np.int64]) -> Bytes:
+    return np.full(TILE, 1 << (bits - 1), np.uint8) if zeros is None else _arrange(zeros, order)
 
 
 def int_dtype(bits: int, *, minimum: bool) -> str:
@@ -221,14 +231,14 @@ def pack_dense(weight: NDArray[Any], dtype: str, *, gated: bool, experts: int = 
     return PackedLinear(dtype, data, None, None, len(order), padded, padded)
 
 
-def quantize_symmetric(weight: NDArray[np.float32], bits: int, group: int) -> tuple[Bytes, NDArray[np.float16], Bytes]:
+def quantize_symmetric(weight: NDArray[np.float32], bits: int, group: int) -> tuple[Bytes, NDArray[np.float16]]:
     """Round-to-nearest codes of a dense weight [N, K] around the constant zero ``2**(bits-1)``.
 
     Args:
         group: columns a scale, dividing K; -1 = all.
 
     Returns:
-        codes u8 [N, K], scales f16 [N, G], zeros u8 [N, G].
+        codes u8 [N, K], scales f16 [N, G].
     """
     rows, columns = weight.shape
     parts = weight.reshape(rows, -1, columns if group == -1 else group)
@@ -236,7 +246,7 @@ def quantize_symmetric(weight: NDArray[np.float32], bits: int, group: int) -> tu
     scales = (np.abs(parts).max(axis=2) / (middle - 1)).astype(np.float16)
     safe = np.where(scales == 0, np.float16(1), scales).astype(np.float32)
     codes = np.clip(np.rint(parts / safe[:, :, None]) + middle, 0, 2 * middle - 1)
-    return codes.astype(np.uint8).reshape(rows, columns), scales, np.full(scales.shape, middle, np.uint8)
+    return codes.astype(np.uint8).reshape(rows, columns), scales
 
 
 def pack_bias(bias: NDArray[np.float32], rows: int, gated: bool) -> NDArray[np.float32]:
@@ -253,7 +263,7 @@ class LinearFormat:
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
-        book: its code book. experts: whose rows lie one below the other.
+        book: its code book. experts: whose rows lie one below the other. one_zero: all codes have the same zero.
     """
 
     dtype: str
@@ -263,6 +273,7 @@ class LinearFormat:
     permuted: bool = False
     book: str = ""
     experts: int = 1
+    one_zero: bool = False
 
     @property
     def integer(self) -> bool:
@@ -287,9 +298,11 @@ class LinearFormat:
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
         if self.integer:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
-            minimum = self.dtype.endswith("_min")
             planes["tile_scales"] = ("F16", shape)
-            planes["tile_minimums" if minimum else "tile_zeros"] = ("F16" if minimum else "U8", shape)
+            if self.dtype.endswith("_min"):
+                planes["tile_minimums"] = ("F16", shape)
+            else:
+                planes["tile_zeros"] = ("U8", (TILE,) if self.one_zero else shape)
         if self.book:
             size = self.columns if self.group == -1 else self.group
             planes["tile_scales"] = ("F32", (self.rows // TILE, -(-self.columns // size), TILE))

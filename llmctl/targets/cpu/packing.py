@@ -142,16 +142,19 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
         return pack_dense(bits, "bf16", gated=fmt.gated, experts=fmt.experts)
     if not isinstance(weight, QuantizedWeight):
         bits_wanted = 8 if fmt.dtype == "w8" else 4
-        codes, scales, zeros = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
-        return pack_int(codes, scales, zeros, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
+        codes, scales = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
+        return pack_int(codes, scales, None, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
     weight = weight.by_row()
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
     if fmt.book:
         return pack_book(
             codes, scales.astype(np.float32), book=fmt.book, group=fmt.group, gated=fmt.gated, experts=fmt.experts
         )
+    zeros = weight.zeros.numpy()
+    assert not fmt.one_zero or (zeros == 1 << (weight.scheme.bits - 1)).all(), "symmetric weights have one zero"
     return pack_int(
-        codes, scales, weight.zeros.numpy(), bits=weight.scheme.bits, group=fmt.group, gated=fmt.gated,
+        codes, scales, None if fmt.one_zero else zeros, bits=weight.scheme.bits, group=fmt.group,
+        gated=fmt.gated,
         g_idx=None if weight.g_idx is None else weight.g_idx.numpy(),
         minimums=None if weight.minimums is None else weight.minimums.numpy(), experts=fmt.experts,
     )  # fmt: skip
@@ -197,10 +200,12 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
         if scheme.book or _group_refusal(columns, scheme.group_size):
             return dense
         kind = int_dtype(scheme.bits, minimum=scheme.minimum)
-        return replace(dense, dtype=kind, group=scheme.group_size, permuted=scheme.act_order)
+        order = scheme.act_order
+        return replace(dense, dtype=kind, group=scheme.group_size, permuted=order, one_zero=scheme.symmetric)
     if op is not None and LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
         kind = "w8" if options.lm_head == "int8" else "w4"
-        return LinearFormat(kind, (rows, columns), gated, _HEAD_GROUP if columns % _HEAD_GROUP == 0 else -1)
+        group = _HEAD_GROUP if columns % _HEAD_GROUP == 0 else -1
+        return LinearFormat(kind, (rows, columns), gated, group, one_zero=True)
     return dense
 
 

@@ -33,7 +33,7 @@ def step_work(
     """The least work of a step on packed weights; see ``least_work``."""
     storage = Storage(
         {
-            name: sum(a.nbytes for a in (packed.data, packed.scales, packed.zeros) if a is not None)
+            name: sum(a.nbytes for a in (packed.data, packed.scales, packed.zeros, packed.minimums) if a is not None)
             for name, packed in linears.items()
         },
         frozenset(name for name, packed in linears.items() if packed.integer),

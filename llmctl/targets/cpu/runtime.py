@@ -26,6 +26,7 @@ from llmctl.targets.cpu.abi import (
     KEYS,
     KV_TYPE,
     MAX_KINDS,
+    TILE,
     Choice,
     IntActs,
     Kind,
@@ -349,6 +350,7 @@ class CpuRuntime:
     def _fill_packed(self, desc: OpDesc, packed: PackedLinear) -> None:
         desc.weight_dtype = DTYPE[packed.dtype]
         desc.n_padded, desc.k, desc.group = packed.rows, packed.columns, packed.group
+        desc.zero_step = 0 if packed.one_zero else TILE
         desc.w = self._pointer(packed.data)
         scales = "w_scales" if packed.integer else "w_scales32"
         planes = {"w_zeros": packed.zeros, "w_minimums": packed.minimums, "w_book": packed.book, scales: packed.scales}

@@ -142,13 +142,11 @@ def without_tiles() -> Variant:
 def real_linear(bits: int, group: int, n: int, k: int, *, gated: bool, minimum: bool, symmetric: bool) -> PackedLinear:
     rng = np.random.default_rng(bits * n + k)
     groups = 1 if group == -1 else k // group
-    zeros = rng.integers(0, 2**bits, (n, groups))
-    if symmetric:
-        zeros[:] = 2 ** (bits - 1)
+    zeros = rng.integers(0, 2**bits, (n, groups)).astype(np.uint8)
     scales = rng.uniform(0.001, 0.02, (n, groups)).astype(np.float16)
     return pack_int(
-        rng.integers(0, 2**bits, (n, k)).astype(np.uint8), scales, zeros.astype(np.uint8), bits=bits, group=group,
-        gated=gated, minimums=(rng.normal(size=(n, groups)) / 50).astype(np.float16) if minimum else None,
+        rng.integers(0, 2**bits, (n, k)).astype(np.uint8), scales, None if symmetric else zeros, bits=bits,
+        group=group, gated=gated, minimums=(rng.normal(size=(n, groups)) / 50).astype(np.float16) if minimum else None,
     )  # fmt: skip
 
 

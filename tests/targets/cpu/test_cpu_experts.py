@@ -72,7 +72,11 @@ class Mixture:
         dtype = self.dtype.removesuffix("_whole")
         group, book = (scheme.group_size, scheme.book) if scheme else (-1, "")
         shape = (weight.shape[0], weight.shape[1])
-        return pack_linear(weight, LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS))
+        one_zero = scheme is not None and scheme.symmetric and not book
+        fmt = LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS, one_zero=one_zero)
+        packed = pack_linear(weight, fmt)
+        assert packed.one_zero == one_zero
+        return packed
 
     def sketch(self) -> tuple[Sketch, str]:
         sketch = Sketch()

@@ -78,7 +78,7 @@ def integer_linear(case: Case) -> IntLinear:
     if case.act_order:
         group_of = rng.permutation(group_of)
     packed = pack_int(
-        codes.astype(np.uint8), (2.0**shifts).astype(np.float16), zeros.astype(np.uint8),
+        codes.astype(np.uint8), (2.0**shifts).astype(np.float16), None if case.symmetric else zeros.astype(np.uint8),
         bits=case.bits, group=case.group, gated=case.gated,
         g_idx=group_of.astype(np.int32) if case.act_order else None,
         minimums=-zeros * 2.0**shifts if case.minimum else None,
@@ -247,11 +247,14 @@ def test_every_code_of_a_book_is_decoded(variant: Variant, book: str) -> None:
 
 
 @each_variant
-@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("offsets", ["zeros", "one_zero", "minimums"])
 @pytest.mark.parametrize(("bits", "group", "width"), [(4, 32, 96), (8, 16, 80), (4, -1, 60)])
-def test_embeddings_are_looked_up_in_tiles(variant: Variant, bits: int, group: int, width: int, minimum: bool) -> None:
+def test_embeddings_are_looked_up_in_tiles(variant: Variant, bits: int, group: int, width: int, offsets: str) -> None:
     """Of a table that is packed as an output head is; columns of padding are not written."""
-    made = integer_linear(Case(bits, group, width, width, minimum=minimum))
+    made = integer_linear(
+        Case(bits, group, width, width, symmetric=offsets == "one_zero", minimum=offsets == "minimums")
+    )
+    assert made.packed.one_zero == (offsets == "one_zero")
     sketch = Sketch()
     sketch.max_position = width
     native = Native(sketch, sketch.packed_embed(made.packed, width, scale=0.5), variant)

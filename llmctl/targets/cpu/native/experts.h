@@ -123,7 +123,7 @@ static inline OpDesc expert_linear(const OpDesc& op, int64_t expert, int64_t fir
   const int64_t groups = (op.k + op.group - 1) / op.group * op.n_padded;
   one.w += expert * op.n_padded * op.k * weight_bits(op) / 8;
   if (op.w_scales) one.w_scales += expert * groups;
-  if (op.w_zeros) one.w_zeros += expert * groups;
+  if (op.w_zeros) one.w_zeros += expert * groups / kTile * op.zero_step;
   if (op.w_minimums) one.w_minimums += expert * groups;
   if (op.w_scales32) one.w_scales32 += expert * groups;
   if (op.x.data) one.x.data += first * op.x.ld;

@@ -9,8 +9,9 @@
 //   e4m3   per column 32 bytes of 32 outputs
 //   book4  per column 16 bytes: outputs 0..15 (low nibbles), then 16..31 (high)
 // w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
-// in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. e4m3 and book4 come with
-// scales fp32 [tiles][groups][32]: w = float8(code) * scale, w = book[code] * scale.
+// in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. Where all codes have one zero
+// it is stored once, 32 times over, and zero_step is 0. e4m3 and book4 come with scales fp32 [tiles][groups][32]:
+// w = float8(code) * scale, w = book[code] * scale.
 //
 // Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
@@ -28,6 +29,8 @@ struct Weights {
   const uint16_t* minimums;
   const float *scales32, *book;
   int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
+  int64_t zero_step;    // from the zeros of a group to those of the next: kTile, or 0
+  const uint8_t* zeros_of(int64_t tile) const { return zeros + tile * (k / group) * zero_step; }
 };
 
 // One tile made ready for many rows. Products of unsigned activations code + 128 with signed weights need no work on zero
@@ -41,15 +44,15 @@ struct ReadyTile {
 template <int kBits, bool kMin>
 static inline void make_ready(const Weights& w, int64_t tile, int64_t act_group, const ReadyTile& out) {
   const u8x64 one = u8x64{} + 1;
-  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = kMin ? nullptr : w.zeros + tile * (w.k / w.group) * kTile;
+  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = kMin ? nullptr : w.zeros_of(tile);
   int8_t* to = out.codes;
   int32_t* offsets = out.offsets;
   for (int64_t k = 0; k < w.k; offsets += kTile) {
     // A zero point in each byte of its output's lane.
     u8x64 zero0{}, zero1{};
     if constexpr (!kMin) {
-      zero0 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile) * 0x01010101);
-      zero1 = (u8x64)(u8_to_i32(zeros + k / w.group * kTile + kLanes) * 0x01010101);
+      zero0 = (u8x64)(u8_to_i32(zeros + k / w.group * w.zero_step) * 0x01010101);
+      zero1 = (u8x64)(u8_to_i32(zeros + k / w.group * w.zero_step + kLanes) * 0x01010101);
     }
     i32x16 sum0{}, sum1{};
     for (const int64_t end = k + act_group; k < end; k += 4, codes += kBits * 16, to += 128) {
@@ -156,7 +159,7 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
   constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
   const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
   const uint16_t* scales = w.scales + tile * groups * kTile;
-  const uint8_t* zeros = kMin ? nullptr : w.zeros + tile * groups * kTile;
+  const uint8_t* zeros = kMin ? nullptr : w.zeros_of(tile);
   const uint16_t* minimums = kMin ? w.minimums + tile * groups * kTile : nullptr;
   const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.data + tile * w.k * kTile * kBits / 8;
   const NextTile next{ahead.next, (w.k / 4 * kLine / 4 + kLine - 1) / kLine * kLine};
@@ -201,7 +204,7 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
       if (R == 8) asm volatile("" : : "r"(&total) : "memory");
     }
     if constexpr (kMin) minimums += kTile;
-    else zeros += kTile;
+    else zeros += w.zero_step;
   }
 }
 
@@ -285,10 +288,11 @@ static inline void unpack_row(const Weights& w, int64_t row, int64_t n, float* y
   const uint8_t* codes = w.data + tile * w.k * kTile * kBits / 8 + (kBits == 8 ? half * 64 : 0) + 4 * lane;
   for (int64_t k = 0; k < n; k++) {
     const int64_t at = (tile * (w.k / w.group) + k / w.group) * kTile + row % kTile;
+    const uint8_t* const zero = kMin ? nullptr : w.zeros_of(tile) + k / w.group * w.zero_step + row % kTile;
     const uint8_t byte = codes[k / 4 * kBits * 16 + k % 4];
     const int code = kBits == 8 ? byte : half ? byte >> 4 : byte & 15;
     const float scale = f16_to_f32(w.scales[at]);
-    y[k] = kMin ? fused(float(code), scale, f16_to_f32(w.minimums[at])) : float(code - w.zeros[at]) * scale;
+    y[k] = kMin ? fused(float(code), scale, f16_to_f32(w.minimums[at])) : float(code - *zero) * scale;
   }
 }
 

@@ -33,21 +33,22 @@ static inline void configure_for(int64_t act_group) {
 template <int kBits, bool kMin>
 struct Unpacker {
   const uint8_t *codes, *zeros;
-  int64_t act_group, half_bytes, ratio, part = 0;
+  int64_t act_group, half_bytes, ratio, zero_step, part = 0;
 
   Unpacker(const Weights& w, int64_t tile, int64_t act_group)
       : codes(w.data + tile * w.k * kTile * kBits / 8),
-        zeros(kMin ? nullptr : w.zeros + tile * (w.k / w.group) * kTile),
+        zeros(kMin ? nullptr : w.zeros_of(tile)),
         act_group(act_group),
         half_bytes(TileGroup(act_group).row_bytes() * kLanes),
-        ratio(w.group / act_group) {}
+        ratio(w.group / act_group),
+        zero_step(w.zero_step) {}
 
   void next(int8_t* to) {
     u8x64 zero0{}, zero1{};
     if constexpr (kBits == 4 && !kMin) {
       zero0 = (u8x64)(u8_to_i32(zeros) * 0x01010101);
       zero1 = (u8x64)(u8_to_i32(zeros + kLanes) * 0x01010101);
-      if (++part == ratio) part = 0, zeros += kTile;
+      if (++part == ratio) part = 0, zeros += zero_step;
     }
     for (int64_t k = 0; k < act_group; k += 4, codes += kBits * 16, to += 64) {
       const u8x64 packed = load<u8x64>(codes);
@@ -62,8 +63,8 @@ template <int kBits, bool kMin>
 static inline bool zeros_in_codes(const Weights& w, int64_t tile) {
   if (kBits == 4) return true;
   if (kMin) return false;
-  const int64_t count = w.k / w.group * kTile;
-  const uint8_t* zeros = w.zeros + tile * count;
+  const int64_t count = w.zero_step ? w.k / w.group * kTile : kTile;
+  const uint8_t* zeros = w.zeros_of(tile);
   bool all = true;
   for (int64_t i = 0; i < count; i++) all &= zeros[i] == 128;
   return all;
@@ -131,7 +132,7 @@ static void multiply_tiles(const Weights& w, const IntActs& x, int64_t tile, int
   // What ends, two steps later.
   const int64_t first_scales = tile * (w.k / w.group) * kTile;
   GroupScales of{w.scales + first_scales, kMin ? w.minimums + first_scales : nullptr,
-                 kMin ? nullptr : w.zeros + first_scales, x.scales + row / kTileRows * block_scales,
+                 kMin ? nullptr : w.zeros_of(tile), x.scales + row / kTileRows * block_scales,
                  x.negated_sums + row / kTileRows * block_scales};
   const GroupScales first = of;
   int64_t ended_row = row, ended_group = 0, part = 0;
@@ -190,7 +191,7 @@ static void multiply_tiles(const Weights& w, const IntActs& x, int64_t tile, int
     if (++part == ratio) {
       part = 0, of.scales += kTile;
       if (kMin) of.minimums += kTile;
-      else of.zeros += kTile;
+      else of.zeros += w.zero_step;
     }
     if (++ended_group < groups) continue;
     finish(ended_row, std::min(row_end - ended_row, kPairRows), totals);

@@ -70,7 +70,7 @@ static inline bool in_tiles(const OpDesc& op, int64_t rows) {
 }
 
 static inline Weights weights_of(const OpDesc& op) {
-  return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book, op.n_padded, op.k, op.group};
+  return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book, op.n_padded, op.k, op.group, op.zero_step};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.

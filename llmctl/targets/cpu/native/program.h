@@ -77,6 +77,7 @@ struct OpDesc {
   int64_t width;         // columns of x
   int64_t n;             // valid outputs of a linear (of the epilogue)
   int64_t n_padded, k, group;
+  int64_t zero_step;     // see Weights
   const uint8_t* w;      // linear: packed; embeddings: packed, or [V][width]; norms: fp32
   const uint16_t* w_scales;
   const uint8_t* w_zeros;

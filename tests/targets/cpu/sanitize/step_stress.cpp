@@ -66,6 +66,7 @@ struct Layer {
     op.n = op.n_padded = n;
     op.k = x8.k;
     op.group = kGroup;
+    op.zero_step = kTile;
     op.w = memory.bytes(n * x8.k, 8);
     op.w_zeros = memory.bytes(n * x8.k / kGroup, type == kW4 ? 4 : 8);
     auto* scales = (uint16_t*)memory.bytes(2 * n * x8.k / kGroup, 8);
