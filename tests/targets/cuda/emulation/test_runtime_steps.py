@@ -12,10 +12,11 @@ from cuda_model import EmulatedRuntime, emulated_runtime
 from emulator import missing
 from runtime_script import SIZES, Row, plan_of, play, poison_activations, poison_cache
 from runtime_stepping import greedy
-from tiny_models import FAMILIES, VOCAB, tiny_model
+from tiny_models import FAMILIES, MIXTURES, VOCAB, tiny_model
 from torch import Tensor
 
 from llmctl.engine.step import IN_FLIGHT, SamplingBatch, SequenceSlice, StepPlan
+from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cuda import buckets
 from llmctl.targets.cuda import buffers as cuda_buffers
 from llmctl.targets.cuda import ops as cuda_ops
@@ -205,6 +206,22 @@ def test_eager_steps_give_the_same_bits() -> None:
     assert not eager._graphs
     poison_cache(eager)
     assert _equal(play(eager), captured)
+
+
+@pytest.mark.slow
+def test_rows_that_pad_a_step_of_a_mixture_do_no_harm() -> None:
+    """Three sequences run as four: whatever lies in the fourth row is routed, to experts that there are."""
+    graph, weights = tiny_model(MIXTURES["glm4_moe"], QuantScheme(4, 32, symmetric=True), CUDA_PASSES)
+    plans = ("A0:4 B0:3 D0:1", "A4:5 B3:4 D1:2", "A5:6 B4:5 D2:3")
+    found = []
+    for eager in (False, True):
+        runtime = emulated_runtime(graph, weights, "float16", **SIZES, enforce_eager=eager)
+        poison_cache(runtime)
+        found.append(play(runtime, plans))
+        kinds = _executions(runtime, "A6:7 B5:6 D3:4")
+        assert kinds == ["eager" if eager else "graph"]
+    assert _equal(*found)
+    assert all(row.logits.isfinite().all() for row in found[0])
 
 
 def test_longer_contexts_are_captured_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
