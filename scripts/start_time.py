@@ -27,11 +27,11 @@ def said_seconds(said: str) -> float:
     """What the server's line of readiness says.
 
     Raises:
-        ValueError: there is none.
+        LlmctlError: there is none.
     """
     found = re.search(r"ready in ([\d.]+) s", said)
     if found is None:
-        raise ValueError(f"expected 'ready in N s' of the server, found {said[-200:]!r}")
+        raise LlmctlError(f"expected 'ready in N s' of the server, found {said[-200:]!r}")
     return float(found[1])
 
 
@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=10)
     parser.add_argument("options", nargs="*", help="of the server, after --")
     args = parser.parse_args()
+    if args.starts < 1:
+        parser.error(f"--starts: expected at least 1, found {args.starts}")
     try:
         found = [start(args.model, args.options) for _ in range(args.starts + 1)][1:]
     except LlmctlError as error:

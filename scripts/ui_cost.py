@@ -144,6 +144,8 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=0.99, help="of the ratio of one page")
     parser.add_argument("options", nargs="*", help="of the server, after --")
     args = parser.parse_args()
+    if args.rounds < 2 or args.pages < 1:
+        parser.error("expected at least 2 rounds, which differ, and 1 page")
     with serving(args.model, args.options) as server:
         found = asyncio.run(measure(server, args.pages, args.streams, args.tokens, args.rounds))
     logs = {

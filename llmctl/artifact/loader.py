@@ -247,6 +247,8 @@ class EngineChecks:
         if request.block_size not in (None, built.block_size):
             self.refuse("block_size", built.block_size, request.block_size, block_size=request.block_size)
         if request.dtype not in (None, built.dtype):
+            wanted = BuildConfig(dtype=request.dtype, block_size=built.block_size)
+            self.target.options(wanted, self.manifest.graph, built.dtype)  # refuses what no build of this target has
             self.refuse("dtype", built.dtype, request.dtype, dtype=request.dtype)
         if request.target is not None and not _covers(self.target, request.target):
             parse_target(request.target).check_runs_here()  # or the rebuilt engine would be refused as well

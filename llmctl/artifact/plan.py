@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from llmctl.artifact.fit import advice
 from llmctl.artifact.manifest import QuantizationRecord
 from llmctl.artifact.memory import MemoryPlan, Sizing
-from llmctl.artifact.request import EngineRequest
+from llmctl.artifact.request import EngineRequest, check_dtype
 from llmctl.checkpoint.accounting import Unused
 from llmctl.checkpoint.assemble import accounted_graph
 from llmctl.checkpoint.methods import NOTES
@@ -19,7 +19,7 @@ from llmctl.checkpoint.resolve import resolve_model, source_name
 from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.graph.check import check_graph
-from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_SPELLINGS
+from llmctl.graph.dtypes import KV_SPELLINGS
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.base import LM_HEADS, BuildOptions, KernelChoice, Target
@@ -124,10 +124,7 @@ def check_options(config: BuildConfig) -> None:
     """
     if not config.model:
         raise UsageError("--model is required", param="model")
-    if config.dtype not in ("auto", *COMPUTE_DTYPES):
-        raise UsageError(
-            f"--dtype: expected one of auto, {', '.join(COMPUTE_DTYPES)}, found '{config.dtype}'", param="dtype"
-        )
+    check_dtype(config.dtype)
     if config.kv_cache_dtype not in ("auto", *KV_SPELLINGS):
         known = ", ".join(KV_SPELLINGS)
         raise UsageError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmctl.config import EngineOptions, parse_bytes
 from llmctl.engine.step import LoraLimits
 from llmctl.errors import UsageError
-from llmctl.graph.dtypes import KV_SPELLINGS
+from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_SPELLINGS
 from llmctl.targets.machine import check_threads
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class EngineRequest:
         """The request that a command's settings make.
 
         Raises:
-            UsageError: ``kv_cache_memory`` is no size, ``kv_cache_dtype`` no dtype, ``gpu_memory_utilization`` no
-                share, ``threads`` more than there are processors, or numbers of adapters that cannot be.
+            UsageError: ``kv_cache_memory`` is no size, ``dtype`` or ``kv_cache_dtype`` none, ``gpu_memory_utilization``
+                no share, ``threads`` more than there are processors, or numbers of adapters that cannot be.
         """
         check_threads(config.threads)
         size, share = config.kv_cache_memory, config.gpu_memory_utilization
@@ -66,7 +66,7 @@ class EngineRequest:
         return cls(
             max_model_len=config.max_model_len,
             block_size=config.block_size,
-            dtype=None if config.dtype == "auto" else config.dtype,
+            dtype=None if check_dtype(config.dtype) == "auto" else config.dtype,
             target=None if config.target == "auto" else config.target,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -135,6 +135,18 @@ def _lora(config: EngineOptions) -> LoraLimits | None:
             param="max_cpu_loras",
         )
     return LoraLimits(config.max_loras, config.max_lora_rank, cached)
+
+
+def check_dtype(name: str) -> str:
+    """The same ``--dtype``, if it is one.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if name not in ("auto", *COMPUTE_DTYPES):
+        known = ", ".join(COMPUTE_DTYPES)
+        raise UsageError(f"--dtype: expected one of auto, {known}, found '{name}'", param="dtype")
+    return name
 
 
 def _kv_cache_dtype(name: str) -> str | None:

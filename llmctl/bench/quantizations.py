@@ -306,7 +306,11 @@ def _settings(config: CompareConfig, output: str) -> list[QuantizeConfig]:
     unknown = [method for method in config.methods if method not in CHOOSES_BITS]
     if unknown or not config.methods:
         found = unknown[0] if unknown else "nothing"
-        raise UsageError(f"--methods: expected some of {', '.join(CHOOSES_BITS)}, found {found}", param="methods")
+        raise UsageError(
+            f"--methods: expected some of {', '.join(CHOOSES_BITS)}, whose bits can be chosen; found {found}",
+            fix="leave it out, and compare others by 'llmctl eval MODEL --against BASE'",
+            param="methods",
+        )
     if base.max_kl is not None and not base.max_kl > 0:
         raise UsageError(f"--max-kl {base.max_kl:g}: expected a positive number", param="max_kl")
     _max_size(base)

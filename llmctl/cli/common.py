@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -229,6 +230,15 @@ def _check_address_space() -> None:
     check_address_space()
 
 
+_ELSEWHERE = "write elsewhere: --output DIR for what is made, LLMCTL_CACHE=DIR for what is kept between runs"
+_PLACE_FIXES = {
+    errno.ENOSPC: f"free space there, or {_ELSEWHERE}",
+    errno.EDQUOT: f"free space there, or {_ELSEWHERE}",
+    errno.EROFS: _ELSEWHERE,
+}
+"""What to do where a folder takes nothing."""
+
+
 def guarded(function: F) -> F:
     """Decorate a subcommand: a user-visible error becomes one line and its exit code, never a traceback.
 
@@ -260,7 +270,10 @@ def guarded(function: F) -> F:
         except OSError as error:
             if os.environ.get("LLMCTL_TRACEBACK"):
                 raise
-            report(LlmctlError(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")))
+            where, fix = "", None
+            if error.filename:  # what has no name may be stdout
+                where, fix = f": {error.filename}", _PLACE_FIXES.get(error.errno or 0)
+            report(LlmctlError(f"{error.strerror or error}{where}", fix=fix))
             raise typer.Exit(int(ExitCode.RUNTIME)) from None
 
     return wrapper  # type: ignore[return-value]

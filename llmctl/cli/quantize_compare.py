@@ -34,7 +34,12 @@ Model = Annotated[
 ]
 Methods = Annotated[
     str,
-    typer.Option("--methods", metavar="NAMES", help="Those to compare, with commas between.", rich_help_panel=_METHOD),
+    typer.Option(
+        "--methods",
+        metavar="NAMES",
+        help="Those to compare, with commas between: some of rtn, awq, gptq, awq+gptq.",
+        rich_help_panel=_METHOD,
+    ),
 ]
 Bits = Annotated[
     str | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmctl.engine.request import Request, RequestStatus
-from llmctl.engine.sampling_params import unknown_id
+from llmctl.engine.sampling_params import check_known
 from llmctl.engine.step import RuntimeLimits
 from llmctl.errors import CapacityError, RequestError
 
@@ -32,11 +32,8 @@ def check_request(
         raise RequestError("max_tokens: expected 0 with pooling, which generates nothing", param="max_tokens")
     if not request.num_prompt_tokens:
         raise RequestError("prompt: expected at least one token, found none", param="prompt")
-    vocab = limits.vocab_size
-    bad = unknown_id(request.token_ids, vocab)
-    if bad is not None:
-        raise RequestError(f"prompt: token id {bad} is outside the vocabulary (0 to {vocab - 1})", param="prompt")
-    request.params.check_vocab(vocab)
+    check_known("prompt", request.token_ids, limits.vocab_size)
+    request.params.check_vocab(limits.vocab_size)
     if request.deadline and policy == "fcfs":
         raise RequestError("deadline: the policy fcfs knows none", param="deadline")
     _check_capacity(request, limits, max_length, max_uncut)

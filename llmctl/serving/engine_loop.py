@@ -134,11 +134,11 @@ class EngineLoop:
         self._refused = []
 
     def _waiting(self, outputs: list[TokenOutput]) -> list[str]:
-        """Of the requests that came in this turn, those whose clients are to be told that they were taken in: no token
-        of theirs is there or under way, and what still refuses a request in the queue cannot hit them."""
-        new, self._new = self._new, []
+        """Of the requests that came, those whose clients are to be told that they were taken in: no token of theirs is
+        there or under way, and what refuses a request in the queue cannot hit them. It is asked again of the others."""
         said = {output.request_id for output in outputs}
-        silent = [r for r in new if r.request_id not in said and not r.status.finished and not r.num_in_flight]
+        silent = [r for r in self._new if r.request_id not in said and not r.status.finished and not r.num_in_flight]
+        self._new = [request for request in silent if self._may_be_refused(request)]
         return [request.request_id for request in silent if not self._may_be_refused(request)]
 
     def _may_be_refused(self, request: Request) -> bool:

@@ -182,6 +182,8 @@ def _of_kinds(model: type[ApiModel], kinds: Kinds, name: str, data: bytes) -> An
             decoder.decode(items[index])
         except msgspec.ValidationError as error:
             return _confirm(model, name, data, [index, *_steps(str(error), bytes(items[index]), decoder)], str(error))
+        except (ValueError, RecursionError):  # no UTF-8: nobody has looked into the items before
+            return None
     return None
 
 

@@ -261,11 +261,7 @@ class Intake:
             raise RequestError(f"{param}: expected at least one token, found none", param=param)
         if len(ids) > self.max_model_len:
             raise self.limits.too_long(f"{len(ids)} tokens", param)
-        bad = unknown_id(ids, self._vocab_size)
-        if bad is not None:
-            raise RequestError(
-                f"{param}: token id {bad} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
-            )
+        check_known(param, ids, self._vocab_size)
 
     def render_chat(self, body: ChatRequest) -> str:
         """The prompt text of a chat.

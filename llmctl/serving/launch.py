@@ -85,7 +85,10 @@ def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     spawned.tell(engine_options(config), config.log_level, idle_seconds(config.stall_timeout))
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_Server(config, listener, keys, redactor).run(spawned))
+        server = _Server(config, listener, keys, redactor)
+        runner.run(server.run(spawned))
+    if server.ended_early:
+        sys.exit(128 + server.ended_early)
 
 
 def server_keys(config: ServeConfig) -> ServerKeys:
@@ -142,7 +145,11 @@ def _loop_factory() -> Any:
 
 
 class _Server:
-    """One run of the server."""
+    """One run of the server.
+
+    Attributes:
+        ended_early: the signal that ended it before it was ready; 0: none did.
+    """
 
     def __init__(self, config: ServeConfig, listener: socket.socket, keys: ServerKeys, redactor: Redactor) -> None:
         self._config = config
@@ -151,6 +158,8 @@ class _Server:
         self._redactor = redactor
         self._began = time.perf_counter()
         self._stop = asyncio.Event()
+        self._admits = False
+        self.ended_early = 0
 
     async def run(self, spawned: SpawnedWorker) -> None:
         from llmctl.serving.client import AsyncEngineClient
@@ -250,11 +259,11 @@ class _Server:
                 worker.kill()
                 os._exit(128 + number)
             name = signal.Signals(number).name
-            print(
-                f"{name}: finishing running requests (up to {self._config.drain_timeout:g} s); again to stop at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            if self._admits:
+                what = f"finishing running requests (up to {self._config.drain_timeout:g} s)"
+            else:
+                self.ended_early, what = number, "ending before the server is ready"
+            print(f"{name}: {what}; again to stop at once", file=sys.stderr, flush=True)
             worker.drain()
             self._stop.set()
 
@@ -326,6 +335,7 @@ class _Server:
         gc.collect()
         gc.freeze()
         client.admit()
+        self._admits = True
         seconds = time.perf_counter() - self._began
         names = [adapter.name for adapter in client.adapters]
         await asyncio.to_thread(self._say_ready, context.loaded, worker.engine_path, seconds, names)

@@ -46,6 +46,11 @@ def check_threads(threads: int | None) -> None:
         )
 
 
+SPACE_ASIDE = 384 << 20
+"""Of an address space with a limit, for stacks of threads and the allocator's arenas, which reserve tens of MiB each:
+without it a server was ready, and aborted when its threads started."""
+
+
 def host_budget(note: str = "") -> MemoryBudget:
     """What an engine may take of the machine's memory. ``note``: more about where the budget comes from."""
     source = f"{HOST_SHARE:.0%} of the memory available now"
@@ -59,6 +64,6 @@ def available_memory() -> int:
     available = int(psutil.virtual_memory().available)
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
-        available = min(available, max(0, space - psutil.Process().memory_info().vms))
+        available = min(available, max(0, space - psutil.Process().memory_info().vms - SPACE_ASIDE))
     left = memory_left()
     return available if left is None else min(available, left)

@@ -109,7 +109,7 @@ def test_a_target_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = write_gptq(tmp_path / "tiny")
     said = run("build", "--model", model, "--target", "cuda", "--output", tmp_path / "e", code=2)
     assert said.startswith("error: --target cuda: expected some of sm_80, sm_86, ")
-    assert said.rstrip().endswith("(fix: --target cuda:sm_80)")
+    assert said.rstrip().endswith("(fix: --target cpu; or, to build for another machine, --target cuda:sm_80)")
 
 
 def test_inspect_shows_the_plan(tmp_path: Path) -> None:

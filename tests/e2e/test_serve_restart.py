@@ -52,7 +52,7 @@ class Call:
         self.thread.join(60)
         assert not self.thread.is_alive(), "never answered"
         text = self.text
-        if text.startswith("data: "):
+        if text.startswith(("data: ", ": keep-alive")):
             events = text.strip().split("\n\n")
             assert events[-1] == "data: [DONE]"
             text = events[-2].removeprefix("data: ")

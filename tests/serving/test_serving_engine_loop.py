@@ -178,6 +178,17 @@ def test_what_may_still_be_refused_is_not_said_to_wait() -> None:
     assert not any(message.waiting for message in channel.sent)
 
 
+def test_what_cannot_be_refused_any_more_is_said_to_wait() -> None:
+    """``late`` has a seat once ``a`` is done, and a prompt of two steps."""
+    late = WireRequest("late", list(range(1, 13)), GREEDY, 0, None, time.monotonic(), deadline=Deadline(100))
+    config = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8, policy="fair", shed=True)
+    channel = Channel([add("a"), AddRequests([late])], [], [], [], [], [])
+    run(LLMEngine(FakeRuntime(), config), channel)
+    waiting = [message.waiting for message in channel.sent]
+    assert [ids for ids in waiting if ids] == [["late"]]
+    assert not waiting[0]
+
+
 def test_a_token_under_way_is_not_waited_for() -> None:
     channel = Channel([add("a")], [add("b")], [], [])
     run(LLMEngine(FakeRuntime(steps_in_flight=2), SchedulerConfig()), channel)

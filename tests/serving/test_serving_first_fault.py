@@ -175,6 +175,19 @@ def test_of_members_of_one_name_the_last_counts(message: str, accepted: bool, mo
     assert found == refusal(ChatCompletionRequest, data)
 
 
+@pytest.mark.parametrize("item", OTHER_KINDS)
+def test_bytes_that_are_no_text_are_the_parsers_to_refuse(
+    item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untyped = {"role": "user", "content": "a"}
+    whole = json.dumps({"input": [untyped] * 300 + [item] * 300 + [{"role": "user", "content": "?"}]}).encode()
+    data = whole.replace(b'"?"', b'"\xff"')
+    found = refusal(ResponsesRequest, data)
+    assert found is not None
+    monkeypatch.setattr(body, "check_first_fault", lambda *_: None)
+    assert found == refusal(ResponsesRequest, data)
+
+
 def test_a_short_body_is_left_to_the_parser() -> None:
     data = json.dumps({"messages": [{"role": "x"}]}).encode()
     check_first_fault(Outline(data), ChatCompletionRequest)

@@ -105,7 +105,7 @@ def test_cuda_alone_without_a_gpu_of_ours(monkeypatch: pytest.MonkeyPatch) -> No
     on_machine(monkeypatch, None)
     with pytest.raises(UsageError, match=r"or a GPU whose architecture to take, found neither: .*") as caught:
         parse_target("cuda")
-    assert caught.value.fix == "--target cuda:sm_80"
+    assert caught.value.fix == "--target cpu; or, to build for another machine, --target cuda:sm_80"
     on_machine(monkeypatch, CudaDevice((7, 5), (13, 0), 2**34))
     with pytest.raises(UsageError, match=r"--target cuda: expected a GPU of sm_80, .*, found sm_75") as caught:
         parse_target("cuda")

@@ -18,8 +18,10 @@ def set_limit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def test_a_limit_on_address_space_bounds_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     free = machine.available_memory()
     used = psutil.Process().memory_info().vms
-    set_limit(monkeypatch, used + (64 << 20))
+    set_limit(monkeypatch, used + machine.SPACE_ASIDE + (64 << 20))
     assert 0 < machine.available_memory() <= 64 << 20
+    set_limit(monkeypatch, used + machine.SPACE_ASIDE // 2)
+    assert machine.available_memory() == 0
     set_limit(monkeypatch, used // 2)
     assert machine.available_memory() == 0
     set_limit(monkeypatch, resource.RLIM_INFINITY)

@@ -42,7 +42,10 @@ def piped_text(*, awaited: bool) -> str | None:
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return None
     with contextlib.suppress(io.UnsupportedOperation, OSError):
-        mode = os.fstat(sys.stdin.fileno()).st_mode
+        is_of = os.fstat(sys.stdin.fileno())
+        if os.path.samestat(is_of, os.stat(os.devnull)):
+            return ""
+        mode = is_of.st_mode
         # What is neither a pipe nor a file may stay open for ever and say nothing, such as a service's socket.
         if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
             return None

@@ -138,7 +138,7 @@ class CpuTarget:
         variants = [v for v in VARIANTS if library_name(v) in self.name.archs]
         modules: list[Module] = []
         if progress is not None:
-            progress(f"compiling {variants[0].name}", 0, len(variants))
+            progress(f"compiling {variants[0].name}, up to a minute the first time", 0, len(variants))
         with ThreadPoolExecutor() as pool:
             for library in pool.map(lambda variant: compile_library(variant, cache=cache), variants):
                 arch = library_name(library.variant)

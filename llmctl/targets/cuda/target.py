@@ -289,7 +289,7 @@ def _arch_of_this_machine() -> str:
         raise UsageError(
             f"--target cuda: expected some of {', '.join(ARCHITECTURES)}, or a GPU whose architecture to take, found "
             f"neither: {why_no_device()}",
-            fix=f"--target cuda:{ARCHITECTURES[0]}",
+            fix=f"--target cpu; or, to build for another machine, --target cuda:{ARCHITECTURES[0]}",
             param="target",
         )
     arch = arch_here(device)
