@@ -21,7 +21,8 @@ Sizes = Mapping[str, int]
 
 _SIGNED = {"u32": "int32", "u64": "int64"}  # older torch makes no unsigned tensors of these
 _SCALARS: dict[str, type[np.generic]] = {"i32": np.int32, "f32": np.float32}
-_MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_GRID = (2**31 - 1, 65535, 65535)
+"""Blocks of a launch in x, y and z."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,8 @@ def _checked(signature: Signature, arguments: Mapping[str, Any], geometry: Geome
     planned = signature.geometry(check.sizes) if signature.geometry else geometry
     if planned is None:
         raise ValueError(f"{signature.entry}: the launch geometry is the caller's to give")
-    if any(not 0 <= n <= most for n, most in zip(planned.grid, _MAX_GRID, strict=True)):
-        raise ValueError(f"{signature.entry}: a grid of {planned.grid} blocks is beyond {_MAX_GRID}")
+    if any(not 0 <= n <= most for n, most in zip(planned.grid, MAX_GRID, strict=True)):
+        raise ValueError(f"{signature.entry}: a grid of {planned.grid} blocks is beyond {MAX_GRID}")
     return _Checked(signature, planned, numbers)
 
 

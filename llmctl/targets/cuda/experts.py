@@ -6,9 +6,11 @@ blocks of up to 8, or 16 where experts get more than 8 each, and a block reads i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from llmctl.graph.dtypes import DTYPES
+from llmctl.targets.cuda.call import MAX_GRID
 from llmctl.targets.cuda.gemm import plan_stream
 from llmctl.targets.cuda.layout import TILE, CudaFormat, row_order
 
@@ -16,7 +18,7 @@ EXPERTS_SOURCE = "experts.cu"
 SLOTS = (8, 16)
 """Slots a block."""
 MAX_EXPERTS = 4096
-"""What the router's scores in 48 KiB of shared memory allow."""
+"""What the router's scores in 48 KiB of shared memory allow; no fewer than a config may have."""
 _WARPS = 8
 _STRIDE = TILE + 4  # kStreamStride of gemm_stream.cuh
 
@@ -42,6 +44,12 @@ def max_blocks(slots: int, experts: int, size: int) -> int:
     return min(slots, experts + slots // size)
 
 
+def most_tokens(experts: int, chosen: int) -> int:
+    """Tokens of the largest step, of which each chooses ``chosen`` of the experts: blocks of slots are the grid's z."""
+    return (SLOTS[-1] * (MAX_GRID[2] - experts + 1) - 1) // chosen
+
+
+@functools.lru_cache(maxsize=4096)
 def plan_grouped(
     shape: tuple[int, int], experts: int, dtype: str, tokens: int, chosen: int, fmt: CudaFormat | None, *, gated: bool
 ) -> GroupedPlan:
@@ -60,7 +68,8 @@ def plan_grouped(
             f"grouped_dense_{tag}_m{size}", (tiles, 1, blocks), 32 * _WARPS, 4 * _WARPS * size * _STRIDE, group
         )
     tiles = fmt.rows // experts // TILE
-    # Ring, warps and group as the linear of one expert has them; its shares of K over blocks are left out.
+    # Ring, warps and group as a linear of all experts' rows has them, whose tiles are many: four warps from 64 experts
+    # of the usual widths on, however few are chosen. Its shares of K over blocks are left out.
     stream = plan_stream(fmt, dtype, size)
     entry = f"grouped_{stream.entry.replace('_stream', '')}"
     return GroupedPlan(entry, (tiles, 1, blocks), stream.threads, stream.shared, group)

@@ -8,6 +8,7 @@ are plain ones (``targets/plain.py``), as those of dense weights are, in the com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,13 @@ def cuda_formats(graph: Graph) -> dict[str, CudaFormat]:
     """Stored format by weight name, for every quantized weight that the kernels take."""
     names = dict.fromkeys(op.weights[0] for op in graph.products())
     return {name: fmt for name in names if (fmt := cuda_format(name, graph)) is not None}
+
+
+def dequantized_bytes(graph: Graph, dtype: str) -> int:
+    """What ``fallback.dequantized`` makes at the start of the quantized weights that the kernels do not take."""
+    formats, element = cuda_formats(graph), DTYPES[dtype].nbytes
+    packed = (w for name, w in graph.weights.items() if w.quant is not None and name not in formats)
+    return sum(math.prod(weight.shape) * element for weight in packed)
 
 
 def cuda_planes(graph: Graph, options: BuildOptions, describe: Describe | None) -> dict[str, tuple[Plane, ...]]:

@@ -35,8 +35,9 @@ from llmctl.targets.base import (
 from llmctl.targets.cuda.buffers import step_bytes
 from llmctl.targets.cuda.compile import ARCHITECTURES, PTX_FALLBACK, compile_modules, source_hash
 from llmctl.targets.cuda.device import best_arch, cuda_device, held_bytes, why_no_device
+from llmctl.targets.cuda.experts import most_tokens
 from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK
-from llmctl.targets.cuda.packing import cuda_planes, pack_cuda
+from llmctl.targets.cuda.packing import cuda_planes, dequantized_bytes, pack_cuda
 from llmctl.targets.cuda.readiness import GIB, arch_here, missing_here, unknown_arch
 from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.lora import slot_elements
@@ -128,8 +129,8 @@ class CudaTarget:
         return pack_cuda(name, read, planes, graph)
 
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:
-        """The planes as they are stored."""
-        return total_bytes(planes)
+        """The planes as they are stored, and dense beside them what no kernel reads packed."""
+        return total_bytes(planes) + dequantized_bytes(graph, options.dtype)
 
     def kv_bytes_per_token(self, graph: Graph, options: BuildOptions) -> int:
         """As the cache's dtype has it."""
@@ -140,7 +141,12 @@ class CudaTarget:
         return whole_context(graph)
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
-        """What the runtime plans: activations, the kernels' scratch, logits."""
+        """What the runtime plans: activations, the kernels' scratch, logits.
+
+        Raises:
+            UsageError: more tokens than the kernels of a mixture's experts take in a step.
+        """
+        _check_slots(graph, tokens)
         sizes = RuntimeSizes(0, options.block_size, options.max_model_len, tokens, rows)
         return step_bytes(graph, options.dtype, sizes)
 
@@ -296,6 +302,21 @@ def _arch_of_this_machine() -> str:
     if arch is None:
         raise UsageError(f"--target cuda: {unknown_arch(device)}", fix="--target cpu", param="target")
     return arch
+
+
+def _check_slots(graph: Graph, tokens: int) -> None:
+    """Refuse a step whose choices of experts are more than a grid has blocks for."""
+    for op in graph.products():
+        if op.kind == "grouped_linear":
+            chosen = graph.buffers[op.inputs[1]].width
+            most = most_tokens(op.attrs["count"], chosen)
+            if tokens > most:
+                raise UsageError(
+                    f"--max-num-batched-tokens: expected at most {most} for a cuda target and {chosen} experts a "
+                    f"token, found {tokens}",
+                    fix=f"--max-num-batched-tokens {most}",
+                    param="max_num_batched_tokens",
+                )
 
 
 def _sources(choices: Sequence[KernelChoice]) -> tuple[str, ...]:
