@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmctl.engine.step import SamplingBatch, StepPlan
 from llmctl.graph.dtypes import DTYPES
+from llmctl.graph.graph import Graph
 from llmctl.targets.base import RuntimeEngine
 from llmctl.targets.cuda.runtime import CudaRuntime
 from llmctl.targets.planes import PlanesByWeight
@@ -24,7 +25,7 @@ _PROFILED = 5
 
 
 class CudaProfiler:
-    """A ``StepProfiler`` on a CudaRuntime. ``parts`` are kernels. Experts count as all read.
+    """A ``StepProfiler`` on a CudaRuntime. ``parts`` are kernels.
 
     A step's time is the wall time from its start to its result; kernels are those of steps run before it under the
     profiler, which slows the host and not the device. What is in no kernel is gaps and the host.
@@ -46,9 +47,11 @@ class CudaProfiler:
         )
         self._seen: list[tuple[StepPlan, dict[str, float]]] = []
 
-    def work(self, spans: Sequence[Span], plan: StepPlan, sampling: SamplingBatch) -> Work:  # noqa: ARG002
-        """See ``StepProfiler``: the engine's packed weights, the cache as it lies on the device."""
-        return least_work(self.engine.graph, self._storage, spans)
+    def work(self, spans: Sequence[Span], plan: StepPlan, sampling: SamplingBatch) -> Work:
+        """See ``StepProfiler``: the engine's packed weights, the cache as it lies on the device; runs the step where
+        the graph has experts."""
+        share = experts_read(self.engine.graph, self._storage, self.runtime, plan, sampling)
+        return least_work(self.engine.graph, self._storage, spans, share)
 
     def bounds(self, work: Work) -> Bounds:
         """By a sum over as many bytes, and a product of large matrices in the compute dtype on tensor cores."""
@@ -80,6 +83,18 @@ class CudaProfiler:
             for _ in range(_PROFILED):
                 self.runtime.execute(plan, sampling).result()
         return {event.key: event.self_device_time_total / _PROFILED for event in found.key_averages()}
+
+
+def experts_read(
+    graph: Graph, storage: Storage, runtime: CudaRuntime, plan: StepPlan, sampling: SamplingBatch
+) -> float:
+    """The share of the experts' weights that is of experts that some token of a step chose."""
+    grouped = [op for op in graph.products() if op.kind == "grouped_linear"]
+    if not grouped:
+        return 1.0
+    met = runtime.chosen_experts(plan, sampling)
+    read = sum(storage.weights[op.weights[0]] * met[op.inputs[1]] / op.attrs["count"] for op in grouped)
+    return read / sum(storage.weights[op.weights[0]] for op in grouped)
 
 
 def _read(size: int) -> float:

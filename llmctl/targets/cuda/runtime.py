@@ -244,6 +244,20 @@ class CudaRuntime:
 
         return run
 
+    def chosen_experts(self, plan: StepPlan, sampling: SamplingBatch) -> dict[str, int]:
+        """How many experts a step's tokens, padding left out, choose together, by ``chosen`` buffer; runs it twice."""
+        self.execute(plan, sampling).result()
+        flat = flatten(plan, self.limits)
+        routes, found = (op.outputs[0] for op in self._graph.ops if op.kind == "route"), {}
+        with self._queue.active(), torch.inference_mode():
+            program = self._body(self._shape(plan, flat)[0])
+            for start, entry in zip(program.launches, program.entries, strict=True):
+                start()
+                if entry.startswith("route_"):  # the next layer's choices may lie in the same place
+                    name = next(routes)
+                    found[name] = len(self._model.buffers.view(name, len(flat.token_ids)).unique())
+        return found
+
     def step_launches(self, tokens: int, sequences: int) -> tuple[str, ...]:
         """What a step starts, in order: entry points, and ``torch.<operator>``; a decode step where both are equal."""
         width, seats = context_width(1, self.limits), self._padded(sequences, self._buckets)

@@ -20,8 +20,10 @@ from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cuda import buckets
 from llmctl.targets.cuda import buffers as cuda_buffers
 from llmctl.targets.cuda import ops as cuda_ops
+from llmctl.targets.cuda.profiling import experts_read
 from llmctl.targets.cuda.runtime import CudaStep
 from llmctl.targets.cuda.target import CUDA_PASSES
+from llmctl.targets.step_work import Storage
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -222,6 +224,23 @@ def test_rows_that_pad_a_step_of_a_mixture_do_no_harm() -> None:
         assert kinds == ["eager" if eager else "graph"]
     assert _equal(*found)
     assert all(row.logits.isfinite().all() for row in found[0])
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_experts_that_a_step_reads_are_counted(eager: bool) -> None:
+    """Of three alike sequences, run as four, those of one; of a prompt more, and those of no layer twice."""
+    graph, weights = tiny_model(MIXTURES["qwen3_moe"], None, CUDA_PASSES)
+    runtime = emulated_runtime(graph, weights, "float16", num_blocks=12, enforce_eager=eager)
+    alike = StepPlan(tuple(SequenceSlice(str(i), (7,), 0, (i,), True) for i in range(3)))
+    routes = [op.outputs[0] for op in graph.ops if op.kind == "route"]
+    assert runtime.chosen_experts(alike, greedy(3)) == dict.fromkeys(routes, 2)
+    prompt = StepPlan((SequenceSlice("p", tuple(range(3, 16)), 0, (0,), True),))
+    met = runtime.chosen_experts(prompt, greedy(1))
+    assert list(met) == routes
+    assert all(2 < count <= 6 for count in met.values())
+    products = {op.weights[0]: 3 for op in graph.products()}
+    share = experts_read(graph, Storage(products, frozenset(), lambda _: 0), runtime, alike, greedy(3))
+    assert share == pytest.approx(2 / 6)
 
 
 def test_longer_contexts_are_captured_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
