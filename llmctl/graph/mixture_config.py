@@ -13,7 +13,8 @@ from llmctl.errors import CheckpointError
 from llmctl.graph.config_reader import ConfigReader
 from llmctl.graph.graph import Attr
 
-_MOST_EXPERTS = 4096
+MOST_EXPERTS = 4096
+"""Experts a layer."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def read_mixture(reader: ConfigReader, layers: int) -> Mixture | None:
     if facts is None:
         return None
     count, chosen, width = (reader.size(key) for key in ("num_experts", "num_experts_per_tok", facts.width))
-    if count > _MOST_EXPERTS:
-        raise CheckpointError(f"config.json: expected at most {_MOST_EXPERTS} experts, found {count}")
+    if count > MOST_EXPERTS:
+        raise CheckpointError(f"config.json: expected at most {MOST_EXPERTS} experts, found {count}")
     if chosen > count:
         raise CheckpointError(f"config.json: num_experts_per_tok: expected at most {count} experts, found {chosen}")
     return Mixture(

@@ -29,7 +29,7 @@ def grouped_call(
         ValueError: as ``call.bind``; slots that are no multiple of x's rows.
     """
     slots, rows = tensors["chosen"].shape[0], tensors["x"].shape[0]
-    if slots % rows:
+    if not rows or slots % rows:
         raise ValueError(f"{plan.entry}: {slots} slots are not those of {rows} rows")
     outputs = tensors["n"] // 2 if epilogue else tensors["n"]
     if tensors["y"].shape[-1] != outputs:

@@ -84,6 +84,9 @@ def product_format(op: Op, graph: Graph) -> CudaFormat:
         ValueError: as ``weight_format``.
     """
     name, count = op.weights[0], op.attrs.get("count", 1)
+    scheme = graph.weights[name].quant
+    if op.kind == "grouped_linear" and scheme is not None and scheme.act_order:
+        raise ValueError("the experts have act-order groups; the kernel reads columns in order")
     return weight_format(graph.weights[name], gated="epilogue" in op.attrs, table=name in graph.tables(), experts=count)
 
 

@@ -355,6 +355,8 @@ def _grouped(machine: Machine, job: Job) -> None:
     (x, chosen), weight, count, scratch = job.inputs, job.weights[0], job.attrs["count"], job.step.scratch
     assert weight is not None
     (tokens, each), epilogue = chosen.shape, job.attrs.get("epilogue", "")
+    if not tokens:
+        return
     fmt, planes = (weight.format, weight.planes) if isinstance(weight, PackedWeight) else (None, {"w": weight})
     rows, columns = weight.shape if isinstance(weight, Tensor) else weight.format.shape
     plan = plan_grouped((rows, columns), count, _DTYPE[x.dtype].name, tokens, each, fmt, gated=bool(epilogue))

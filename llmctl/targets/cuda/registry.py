@@ -13,7 +13,7 @@ from llmctl.graph.dtypes import DTYPES, HALF_DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import FALLBACK, KernelChoice, Refusal
 from llmctl.targets.cuda.attention import AttentionShape
-from llmctl.targets.cuda.experts import EXPERTS_SOURCE, MAX_EXPERTS, grouped_entries, grouped_source
+from llmctl.targets.cuda.experts import EXPERTS_SOURCE, grouped_entries, grouped_source
 from llmctl.targets.cuda.gemm import GEMM_ROWS, gemm_entries, gemm_sources, int8_entries, product_format
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK, RANK_MULTIPLE, lora_entries
@@ -179,11 +179,6 @@ def _refuse_grouped_dense(facts: OpFacts) -> str | None:
     return f"{columns} columns are not a multiple of 8 (one 16-byte load)" if columns % 8 else refuse_dtype(facts)
 
 
-def _refuse_route(facts: OpFacts) -> str | None:
-    experts = facts.graph.buffers[facts.op.inputs[0]].width
-    return f"{experts} experts; the kernel takes up to {MAX_EXPERTS}" if experts > MAX_EXPERTS else refuse_dtype(facts)
-
-
 def _refuse_sample(facts: OpFacts) -> str | None:
     if facts.graph.vocab_size > 2**23:
         return f"vocabulary of {facts.graph.vocab_size}; the kernel sums exactly up to {2**23}"
@@ -275,7 +270,7 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("lora", LORA_SOURCE, "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
           lambda f: (f"{f.op.attrs['epilogue']}_{f.tag}",)),
-    _cuda("route", EXPERTS_SOURCE, "route", _refuse_route, _kind_entries),
+    _cuda("route", EXPERTS_SOURCE, "route", refuse_dtype, _kind_entries),
     _grouped("w4"),
     _grouped("w8"),
     _grouped("book4"),

@@ -8,8 +8,10 @@ import pytest
 
 from llmctl.errors import CompileError
 from llmctl.graph.graph import LOGITS, Buffer, Graph, KVLayer, Op, QuantScheme, Weight, WeightPart
+from llmctl.graph.mixture_config import MOST_EXPERTS
 from llmctl.targets.base import FALLBACK
 from llmctl.targets.cuda.compile import compile_modules
+from llmctl.targets.cuda.experts import MAX_EXPERTS
 from llmctl.targets.cuda.registry import OpFacts, choose, choose_all, sources_of
 
 W4 = QuantScheme(4, 64, symmetric=False)
@@ -114,6 +116,8 @@ def route(experts: int) -> Graph:
         (grouped(W8), "w8a16"),
         (grouped(NF4), "book4a16"),
         (grouped(None), "dense"),
+        (grouped(replace(W4, act_order=True)), "dense"),
+        (grouped(replace(W4, act_order=True), experts=1), "dense"),
         (grouped(replace(W4, group_size=16)), "dense"),  # dequantized once, as a linear of such a format is
     ],
 )
@@ -123,6 +127,10 @@ def test_products_of_experts(graph: Graph, kind: str) -> None:
     products = [entry for entry in choice.entries if entry.startswith(f"grouped_{kind}_f16")]
     assert sorted(entry.rpartition("_")[2] for entry in products) == ["m16", "m8"]
     assert {*choice.entries} - {*products} == {"group_slots_m8", "group_slots_m16"}
+
+
+def test_the_kernels_take_as_many_experts_as_a_config_may_have() -> None:
+    assert MAX_EXPERTS >= MOST_EXPERTS
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(8, 16), (16, 16), (24, 64), (64, 64)])
@@ -155,7 +163,7 @@ def test_norms(kind: str) -> None:
         (int8_linear(), "float32", "activations are float32"),
         (grouped(None, columns=100), "float16", "100 columns are not a multiple of 8"),
         (grouped(), "float32", "activations are float32"),
-        (route(5000), "float16", "5000 experts; the kernel takes up to 4096"),
+        (route(8), "float32", "activations are float32"),
         (lora(65), "float16", "rank 65; the kernels take multiples of 8 up to 64"),
         (lora(20), "float16", "rank 20; the kernels take multiples of 8 up to 64"),
         (lora(rows=60), "float16", "width 60"),

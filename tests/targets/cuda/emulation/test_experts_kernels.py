@@ -11,9 +11,11 @@ from gemm_cases import make_case, planes_of
 from machine import EmulatedMachine, launch
 from tolerance import DTYPES, assert_as_good_as_torch
 
+from llmctl.graph.graph import Op
 from llmctl.targets.cuda.experts import MAX_EXPERTS, SLOTS, grouped_entries, max_blocks, plan_grouped
 from llmctl.targets.cuda.experts_signatures import grouped_call
 from llmctl.targets.cuda.layout import CudaFormat
+from llmctl.targets.cuda.ops import EXECUTORS, Job, Scratch, StepTensors
 from llmctl.targets.reference import kernels as reference
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -207,6 +209,7 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     tensors = {"planes": {"w": w}, "x": x, "chosen": chosen, "y": torch.zeros(3, 32).half(), "n": 32}
     for changes, words in (
         ({}, "3 slots are not those of 2 rows"),
+        ({"x": x[:0]}, "3 slots are not those of 0 rows"),
         ({"x": x[:1], "y": torch.zeros(3, 16).half()}, "y: expected 32 columns, found 16"),
         ({"x": x[:1], "planes": {"w": w[:, :32]}}, "w"),
         ({"x": x[:1], "chosen": chosen.float()}, "chosen"),
@@ -217,3 +220,13 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="experts"):
         launch("route_f16", logits=many, chosen=torch.zeros(1, 2, dtype=torch.int32), shares=torch.zeros(1, 2).half(),
                softmax=1, top_k=2, renormalise=1, scale=1.0, groups=1, top_groups=1)  # fmt: skip
+
+
+def test_no_tokens_launch_nothing() -> None:
+    emulated = EmulatedMachine()
+    x, chosen, y = torch.zeros(0, 64).half(), torch.zeros(0, 2, dtype=torch.int32), torch.zeros(0, 64).half()
+    op = Op("grouped_linear", "experts", ("x", "chosen"), ("y",), ("w",), {"count": 2})
+    none = torch.zeros(0, dtype=torch.int64)
+    step = StepTensors(none, none, none, none, none, none, 0, 0, 0, {}, lambda _: (none, none), Scratch("cpu"))
+    EXECUTORS["grouped_dense"](emulated, Job(op, [x, chosen], [y], [torch.zeros(64, 64).half()], step))
+    assert emulated.launched == []
