@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from gpu_cases import BF16, Case, Prepared, copies_of, random, random_planes, step_tensors
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from llmctl.graph.graph import Op
 from llmctl.targets.cuda.call import Machine
+from llmctl.targets.cuda.gemm_signatures import dequantize_call
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.ops import EXECUTORS, Job, PackedWeight, Scratch
 from llmctl.targets.reference import kernels as reference
 
 
 def expert_cases() -> Iterator[Case]:
-    """The two products of a layer of Qwen3-30B-A3B, 4-bit and dense, and its router."""
+    """The two products of a layer of Qwen3-30B-A3B, 4-bit and dense."""
     experts, chosen, hidden, inner = 128, 8, 2048, 768
     for tokens in (1, 8, 32, 256, 2048):
         met = round(experts * (1 - (1 - chosen / experts) ** tokens))  # of routes at random
@@ -58,10 +60,20 @@ def grouped_maker(
 
         def expected(i: int) -> Tensor:
             weight = weights[i]
-            assert isinstance(weight, Tensor)
-            each = weight.view(experts, n, k).float()
-            return reference.grouped_linear(x.float(), picked, list(each), str(attrs.get("epilogue", "")))
+            each = weight.view(experts, n, k) if isinstance(weight, Tensor) else _dequantized(machine, weight)
+            return reference.grouped_linear(x.float(), picked, list(each.float()), str(attrs.get("epilogue", "")))
 
-        return Prepared(run, count, (lambda: y) if fmt is None else None, expected if fmt is None else None)
+        return Prepared(run, count, lambda: y, expected)
 
     return make
+
+
+def _dequantized(machine: Machine, weight: PackedWeight) -> Tensor:
+    """[experts, n, k], by the kernel for linears, which tests/gpu hold to the reference."""
+    experts, (rows, k) = weight.format.experts, weight.format.shape
+    one = replace(weight.format, shape=(rows // experts, k), experts=1)
+    dense = torch.empty(experts, *one.shape, device=weight.planes["tiles"].device, dtype=BF16)
+    for i in range(experts):
+        planes = {name: plane.chunk(experts)[i] for name, plane in weight.planes.items()}
+        machine.launch(dequantize_call(one, "bf16", planes, dense[i]))
+    return dense

@@ -5,6 +5,7 @@ those of the reference runtime over the same checkpoint, each request alone.
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,9 +100,8 @@ def test_every_family_is_served() -> None:
 @pytest.mark.parametrize(("case", "method"), SERVED)
 def test_quantized_families_generate_what_the_reference_does(case: str, method: str, tmp_path: Path) -> None:
     model = quantized(case, method, tmp_path)
-    engine = start_engine(model.engine, OPTIONS).engine
-    found = generate(engine, model.tokenizer, model.prompts, GREEDY)
-    engine.close()
+    with closing(start_engine(model.engine, OPTIONS).engine) as engine:
+        found = generate(engine, model.tokenizer, model.prompts, GREEDY)
     assert [c.token_ids for c in found] == [c.token_ids for c in model.wanted]
     assert len({c.token_ids for c in found}) == len(LENGTHS)  # the prompts count
 

@@ -35,6 +35,8 @@ MAKERS = {
     "book4a16": cases._linear_maker(CudaFormat(4, (64, 128), group=64, symmetric=True, book="nf4"), 3, 2**28),
     "w8a8": cases._int8_maker(_W8, 3),
     "experts": experts.grouped_maker((4, 48, 64), 3, 2, 16, True),
+    "experts w4 gated": experts.grouped_maker((4, 48, 64), 3, 2, 4, True),
+    "experts w4": experts.grouped_maker((4, 40, 136), 3, 2, 4, False),
     "lora": cases._adapter_maker(40, 64, 5, 2, 16),
     "add_rms_norm_s8": cases._int8_norm_maker(3, 256),
     "silu_mul": cases._gated_maker(3, 64),
