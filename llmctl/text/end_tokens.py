@@ -54,9 +54,11 @@ def _id_of(token: str, file: Path) -> int | None:
     vocab, added = stored.model.vocab, stored.added_tokens
     if token in vocab:
         return vocab[token]
-    # The library numbers those that the vocabulary has not itself, behind it, and passes over what a file says.
+    # The library numbers those that the vocabulary has not itself, behind it and each once, whatever a file says.
     new = [each for each in added if each.content not in vocab]
     if [each.id for each in new] != list(range(len(vocab), len(vocab) + len(new))) or any(not e.content for e in new):
+        return None
+    if len({each.content for each in new}) < len(new):
         return None
     return next((each.id for each in new if each.content == token), None)
 

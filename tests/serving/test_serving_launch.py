@@ -26,6 +26,8 @@ from llmctl.serving.supervisor import describe_exit
 
 def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
     class Server:
+        ended_early = 0
+
         def __init__(self, config: ServeConfig, _: object, keys: ServerKeys, __: object) -> None:
             assert "sk-" not in str(vars(config))
             assert [bool(keys.find(key)) for key in (b"sk-one", b"sk-two", b"sk-")] == [True, True, False]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fixtures import make_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmctl.errors import CheckpointError
@@ -53,6 +53,7 @@ def test_they_are_read_without_the_tokenizer(folder: Path, monkeypatch: pytest.M
 
 
 @settings(max_examples=60, deadline=None)
+@example(tokens=[("<b>", 0), ("<b>", 0), ("<a>", 0)], consecutive=True, eos="<a>")
 @given(
     tokens=st.lists(st.tuples(st.sampled_from(WORDS), st.integers(0, 6)), max_size=5),
     consecutive=st.booleans(),
