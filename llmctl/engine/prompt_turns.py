@@ -45,6 +45,11 @@ class PromptTurns:
         """Whether shorter prompts than this one, the first in order, may go first."""
         return self._first == first.request_id and self._seconds > 0
 
+    def seconds(self, start: int, count: int) -> float:
+        """What ``count`` tokens of a prompt from position ``start`` on take, in steps full of prompts; 0: not known."""
+        base, prefill_base, _, row, _, context = self._cost.coefficients()
+        return (base + prefill_base) * count / self._budget + row * count + context * chunk_context(start, count)
+
     def charge(self, first: Request, computed: int, load: StepLoad, *, pays: bool) -> None:
         """A step was scheduled.
 
@@ -54,10 +59,7 @@ class PromptTurns:
         """
         if self._first != first.request_id:
             self._first, self._seconds = first.request_id, 0.0
-        base, prefill_base, _, row, _, context = self._cost.coefficients()
-        begun = first.num_computed_tokens - computed
-        own = (base + prefill_base) * computed / self._budget + row * computed
-        own += context * chunk_context(begun, computed)
+        own = self.seconds(first.num_computed_tokens - computed, computed)
         self._seconds += SHARE * own
         if pays:
             self._seconds -= max(0.0, self._cost.seconds(load) - own)

@@ -4,6 +4,7 @@ comes, enters, is sent back or ends. When one is to, the ``Scheduler`` decides.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class SchedulerCounters:
     scheduled_tokens: int = 0
 
 
-class Roster:
+class Roster(ABC):
     """The requests, from when they are added until they end; each waits or runs.
 
     Attributes:
@@ -81,6 +82,10 @@ class Roster:
             request.batch = batch
             self._enqueue(request, now)
 
+    @abstractmethod
+    def _prompt_seconds(self, request: Request) -> float:
+        """What a new request's prompt takes, as far as it gives way to shorter ones for it."""
+
     def _enqueue(self, request: Request, now: float) -> None:
         arrival = now if request.arrival_time is None else request.arrival_time
         request.times.arrival = request.arrival_time = arrival
@@ -89,7 +94,7 @@ class Roster:
         self.requests[request.request_id] = request
         if request.deadline.itl is not None:
             self._num_itl += 1
-        self.waiting.add(request, arrival)
+        self.waiting.add(request, arrival, self._prompt_seconds(request))
         if self.adapters is not None:
             self.adapters.added(request)
 

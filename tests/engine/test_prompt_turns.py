@@ -373,3 +373,50 @@ def test_whatever_comes_all_yield_what_they_yield_alone(
         engine.scheduler.check()
     for each in made:
         assert each.output_token_ids == expected_tokens(each, each.seed, engine.limits, frozenset())
+
+
+def burst(policy: str, lengths: list[int], **config: Any) -> Run:
+    """Prompts that come at once while chats decode, until all have answered."""
+    run = Run(cpu, policy=policy, **config)
+    warm(run, 2)
+    run.add(*(request(f"burst{i}", length, 32) for i, length in enumerate(lengths)))
+    while sum(name.startswith("burst") for name in run.answered) < len(lengths):
+        run.step()
+    return run
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_burst_waits_less_when_its_shortest_prompts_go_first(depth: int) -> None:
+    lengths = [32 + 97 * i % 225 for i in range(32)]
+    fair, fcfs = (burst(policy, lengths, depth=depth) for policy in ("fair", "fcfs"))
+    middle, last = 16, -1
+    assert fair.waits("burst")[middle] < 0.8 * fcfs.waits("burst")[middle]
+    assert fair.waits("burst")[last] < 1.1 * fcfs.waits("burst")[last]
+
+
+def test_prompts_that_do_not_fit_a_step_count_as_one_that_does() -> None:
+    run = Run(cpu)
+    assert run.engine.scheduler._prompt_seconds(request("unknown", 64, 1)) == 0  # nothing was timed yet
+    warm(run, 2)
+    seconds = [run.engine.scheduler._prompt_seconds(request(f"r{n}", n, 1)) for n in (64, 512, 4096)]
+    assert 0 < 4 * seconds[0] < seconds[1] == seconds[2]
+
+
+def test_what_the_prefix_cache_has_of_a_prompt_does_not_count() -> None:
+    run = Run(cpu, enable_prefix_caching=True)
+    warm(run, 2)
+    again = request("prompt", 1500, 1)
+    assert run.engine.scheduler._prompt_seconds(again) < run.engine.scheduler._prompt_seconds(request("new", 64, 1))
+
+
+def test_a_prompt_does_not_wait_for_shorter_ones_that_come_late() -> None:
+    """Two come with every step, more than it holds, for ever; seats and blocks are enough."""
+    run = Run(cpu, max_num_batched_tokens=64)
+    warm(run, 2)
+    run.add(*(request(name, 64, 32, arrival_time=0.0) for name in ("all", "patient")))
+    began, count = run.now, 0
+    while "patient" not in run.answered:
+        run.add(*(request(f"short{count}.{i}", 40, 1, arrival_time=run.now - began) for i in range(2)))
+        run.step()
+        count += 1
+    assert 4 < count < 40
