@@ -65,8 +65,10 @@ def logits(folder: Path, tokens: list[list[int]]) -> torch.Tensor:
 
 
 def distance(folder: Path, other: Path) -> float:
-    tokenizer = Tokenizer.from_folder(folder)
-    tokens = [tokenizer.encode(TEXT)[start : start + 100] for start in (0, 500, 1000)]
+    """Mean KL divergence over 2,000 tokens: a few in which attention turns from one near tie to the other have most of
+    it, and outweigh in 300 tokens what a method gains in all others."""
+    encoded = Tokenizer.from_folder(folder).encode(TEXT)
+    tokens = [encoded[start : start + 100] for start in range(0, 2000, 100)]
     p, q = (logits(f, tokens).log_softmax(dim=-1) for f in (folder, other))
     return float((p.exp() * (p - q)).sum(dim=-1).mean())
 
@@ -119,7 +121,7 @@ def test_methods_beat_rounding_on_more_families(family: str, config: QuantizeCon
         made = replace(config, model=str(source), output=str(tmp_path / method), method=method, bits=8, ignore=ignore)
         quantize_checkpoint(made)
         found[method] = distance(source, tmp_path / method)
-    assert max(found["awq"], found["gptq"]) < found["rtn"] < 0.1
+    assert max(found["awq"], found["gptq"]) < 0.95 * found["rtn"] < 0.1
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def _stream() -> None:
 
 
 def _tile() -> None:
-    test_gemm_tile._check("f16", 17, CudaFormat(4, (133, 2056), group=64), 3)
+    # 9 and 10 steps: the last of them read the two slots that the sums are written over, so that the barrier between
+    # is missed. With 11 steps the last one reads a slot behind the sums.
+    test_gemm_tile._check("f16", 17, CudaFormat(4, (133, 1800), group=64), 3)
 
 
 def _grouped() -> None:
