@@ -31,15 +31,21 @@ def _prepare(setup: Setup, *, name: str, checkpoint: str | None, engine: str | N
     """The engine; always built anew (seconds, kernels cached) so that it is this commit's."""
     if engine is not None:
         return Path(engine)
-    quantized = Path(checkpoint) if checkpoint else setup.models / "awq-4bit-g64"
-    if not checkpoint and not quantized.exists():
+    quantized = Path(checkpoint) if checkpoint else awq_checkpoint(setup)
+    built = setup.models / f"engine-{name}"
+    _llmctl("build", "--model", str(quantized), "--target", "cpu", "--output", str(built))
+    return built
+
+
+def awq_checkpoint(setup: Setup) -> Path:
+    """The model in AWQ 4-bit groups of 64, quantized by llmctl; made unless it is there."""
+    quantized = setup.models / "awq-4bit-g64"
+    if not quantized.exists():
         _llmctl(
             *("quantize", "--model", setup.model, "--method", "awq", "--bits", "4", "--group-size", "64"),
             *("--output", str(quantized)),
         )
-    built = setup.models / f"engine-{name}"
-    _llmctl("build", "--model", str(quantized), "--target", "cpu", "--output", str(built))
-    return built
+    return quantized
 
 
 def _llmctl(*args: str) -> None:

