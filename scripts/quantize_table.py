@@ -46,6 +46,7 @@ CASES = {
     for method in ("rtn", "awq", "gptq", "awq+gptq")
 }
 CASES |= {method: QuantizeConfig(method=method) for method in ("w8a8", "fp8", "nf4")}
+CASES |= {f"{m}-3.5bpw-asymmetric": replace(_BASE, method=m, bits=None, target_bpw=3.5) for m in ("gptq", "awq+gptq")}
 
 
 @dataclass(frozen=True)
