@@ -23,7 +23,7 @@ from llmctl.targets.table import target_of
 
 MANIFEST_NAME = engine_source.MANIFEST_NAME
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class QuantizationRecord:
     book: str = ""
     minimum: bool = False
     block_rows: int = 1
+    nested: int = 0
     ignored_layers: tuple[str, ...] = ()
 
 

@@ -1,7 +1,8 @@
 """ggml's quantized blocks as codes with a float scale, and perhaps a float minimum, a group of 16 or 32 columns.
 
-Nothing is rounded: a K type's scales are those of its super-block multiplied out, in float32 (11 bits by 6 or 8). Codes
-of 5 and 6 bits take 8. ``w = (code - 2**(bits-1)) * scale`` or ``w = code * scale + minimum``.
+Nothing is rounded: a K type's scales are those of its super-block multiplied out, in float32 (11 bits by 6 or 8), or,
+of Q4_K and Q5_K, beside that as they are (``QuantScheme.nested``). Codes of 5 and 6 bits take 8.
+``w = (code - 2**(bits-1)) * scale`` or ``w = code * scale + minimum``.
 
 Source: ggml-common.h (block_q4_0 … block_q6_K), ggml-quants.c (dequantize_row_*), gguf-py's quants.py.
 """
@@ -18,7 +19,17 @@ from numpy.typing import NDArray
 from llmctl.graph.graph import QuantScheme
 
 Bytes = NDArray[np.uint8]
-Decoded = tuple[Bytes, NDArray[Any], NDArray[Any] | None]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Scales, or minimums, u8 [n, groups of a block], times the block's float16 [n, 1]."""
+
+    codes: Bytes
+    super_scale: NDArray[np.float16]
+
+
+Decoded = tuple[Bytes, "NDArray[Any] | Nested", "NDArray[Any] | Nested | None"]
 """Codes [n, columns of a block], scales [n, groups of a block], minimums likewise."""
 
 
@@ -97,12 +108,12 @@ def _q3_k(blocks: Bytes) -> Decoded:
     return codes, _products(blocks[:, 108:110], scales.astype(np.int8) - 32), None
 
 
-def _k_scales(blocks: Bytes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _k_scales(blocks: Bytes) -> tuple[Nested, Nested]:
     """Scales and minimums of Q4_K's and Q5_K's 8 groups: 6 bits each in 12 bytes."""
     low, middle, high = np.split(blocks[:, 4:16], 3, axis=1)
     scales = np.concatenate([low & 63, high & 15 | low >> 2 & 48], axis=1)
     minimums = np.concatenate([middle & 63, high >> 4 | middle >> 2 & 48], axis=1)
-    return _products(blocks[:, :2], scales), -_products(blocks[:, 2:4], minimums)
+    return Nested(scales, _half(blocks[:, :2])), Nested(minimums, -_half(blocks[:, 2:4]))
 
 
 def _q4_k(blocks: Bytes) -> Decoded:
@@ -124,8 +135,8 @@ def _symmetric(bits: int, group: int) -> QuantScheme:
     return QuantScheme(bits, group, symmetric=True)
 
 
-def _with_minimums(bits: int, group: int) -> QuantScheme:
-    return QuantScheme(bits, group, symmetric=False, minimum=True)
+def _with_minimums(bits: int, group: int, nested: int = 0) -> QuantScheme:
+    return QuantScheme(bits, group, symmetric=False, minimum=True, nested=nested)
 
 
 BLOCK_FORMATS: Mapping[str, BlockFormat] = {
@@ -136,8 +147,8 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = {
     "Q8_0": BlockFormat(_symmetric(8, 32), "F16", _q8_0),
     "Q2_K": BlockFormat(_with_minimums(2, 16), "F32", _q2_k),
     "Q3_K": BlockFormat(_symmetric(3, 16), "F32", _q3_k),
-    "Q4_K": BlockFormat(_with_minimums(4, 32), "F32", _q4_k),
-    "Q5_K": BlockFormat(_with_minimums(8, 32), "F32", _q5_k),
+    "Q4_K": BlockFormat(_with_minimums(4, 32, 8), "F32", _q4_k),
+    "Q5_K": BlockFormat(_with_minimums(8, 32, 8), "F32", _q5_k),
     "Q6_K": BlockFormat(_symmetric(8, 16), "F32", _q6_k),
 }
 """By ggml's name."""

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.demo import card_sampling
-from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat
+from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat, Nested
 from llmctl.checkpoint.gguf_config import ROPE_FACTORS, hf_name, synthesise_config
 from llmctl.checkpoint.gguf_families import ARCHITECTURES, EXPERT, ONE_ROW, row_of
 from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
 from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
 from llmctl.checkpoint.quant_config import QuantizationInfo
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import as_tensor
 from llmctl.checkpoint.tensor_info import TensorInfo
@@ -143,20 +143,27 @@ def decode(raw: NDArray[np.uint8], shape: tuple[int, ...], name: str) -> Quantiz
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     size = GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]
-    made = BLOCK_FORMATS[name].decode(raw.reshape(-1, size))
-    codes, scales, minimums = (None if part is None else torch.from_numpy(part) for part in made)
-    assert codes is not None
-    assert scales is not None
+    codes, *floats = BLOCK_FORMATS[name].decode(raw.reshape(-1, size))
     scheme, rows = BLOCK_FORMATS[name].scheme, shape[0]
-    scales = scales.reshape(rows, -1)
+    nested = [_nested(part, rows) for part in floats if isinstance(part, Nested)]
+    plain = [torch.from_numpy(part).reshape(rows, -1) for part in floats if isinstance(part, np.ndarray)]
+    scales, *minimums = [part.floats() for part in nested] or plain
     middle = 0 if scheme.minimum else 1 << (scheme.bits - 1)
     return QuantizedWeight(
-        codes.reshape(shape),
+        torch.from_numpy(codes).reshape(shape),
         scales,
         torch.full(scales.shape, middle, dtype=torch.uint8),
         scheme,
-        minimums=None if minimums is None else minimums.reshape(rows, -1),
+        minimums=minimums[0] if minimums else None,
+        nested=(nested[0], nested[1]) if nested else None,
     )
+
+
+def _nested(part: Nested, rows: int) -> NestedFloats:
+    import torch
+
+    codes, supers = (torch.from_numpy(array).reshape(rows, -1) for array in (part.codes, part.super_scale))
+    return NestedFloats(codes, supers)
 
 
 def _indices(count: int) -> Tensor:

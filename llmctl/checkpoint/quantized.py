@@ -15,6 +15,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class NestedFloats:
+    """Scales, or minimums, as they are stored where a scheme is ``nested``: integers times a float that some share.
+
+    Attributes:
+        codes: uint8 [N, G]. supers: float16 [N, G / nested].
+    """
+
+    codes: Tensor
+    supers: Tensor
+
+    def floats(self) -> Tensor:
+        """float32 [N, G], exact: 11 bits by 8."""
+        shared = self.codes.shape[1] // self.supers.shape[1]
+        return self.supers.float().repeat_interleave(shared, 1) * self.codes.float()
+
+    def rows(self, rows: slice | Tensor) -> NestedFloats:
+        """Some rows, in any order."""
+        return NestedFloats(self.codes[rows], self.supers[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A linear weight ``[N, K]`` (out, in) as codes: ``w[n, k] = value(codes[n, k]) * scales[b, g] + minimums[b, g]``.
 
@@ -29,6 +50,7 @@ class QuantizedWeight:
         scheme: how the codes are to be read.
         g_idx: int32 [K], given exactly when ``scheme.act_order``.
         minimums: as ``scales``, given exactly when ``scheme.minimum``.
+        nested: what ``scales`` and ``minimums`` are the floats of, given exactly when ``scheme.nested``.
 
     Raises:
         ValueError: shapes or dtypes that contradict one another.
@@ -40,6 +62,7 @@ class QuantizedWeight:
     scheme: QuantScheme
     g_idx: Tensor | None = None
     minimums: Tensor | None = None
+    nested: tuple[NestedFloats, NestedFloats] | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2:
@@ -59,6 +82,17 @@ class QuantizedWeight:
             if str(plane.dtype) not in dtypes:
                 raise ValueError(f"{name}: expected dtype {' or '.join(dtypes)}, found {plane.dtype}")
         self._check_g_idx(columns)
+        self._check_nested(expected)
+
+    def _check_nested(self, expected: tuple[int, int]) -> None:
+        if bool(self.scheme.nested) != (self.nested is not None):
+            raise ValueError(f"nested must be given exactly when the scheme is; it says {self.scheme.nested}")
+        for part in self.nested or ():
+            found = (tuple(part.codes.shape), str(part.codes.dtype), tuple(part.supers.shape), str(part.supers.dtype))
+            supers = (expected[0], expected[1] // self.scheme.nested)
+            wanted = (expected, "torch.uint8", supers, "torch.float16")
+            if found != wanted or expected[1] % self.scheme.nested:
+                raise ValueError(f"nested: expected codes and supers {wanted}, found {found}")
 
     def _check_g_idx(self, columns: int) -> None:
         if self.scheme.act_order != (self.g_idx is not None):
@@ -97,12 +131,14 @@ class QuantizedWeight:
         """Some rows, in any order; each then has its own scale."""
         all_rows = self.by_row()
         minimums = None if all_rows.minimums is None else all_rows.minimums[rows]
+        nested = all_rows.nested and (all_rows.nested[0].rows(rows), all_rows.nested[1].rows(rows))
         return replace(
             all_rows,
             codes=all_rows.codes[rows],
             scales=all_rows.scales[rows],
             zeros=all_rows.zeros[rows],
             minimums=minimums,
+            nested=nested,
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -140,4 +176,17 @@ def stack_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     if any(part.shape[0] % part.scheme.block_rows for part in parts[:-1]):
         parts = [part.by_row() for part in parts]
     names = ("codes", "scales", "zeros", *(("minimums",) if first.scheme.minimum else ()))
-    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    planes = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **planes, nested=_stack_nested([part.nested for part in parts if part.nested is not None]))
+
+
+def _stack_nested(parts: Sequence[tuple[NestedFloats, NestedFloats]]) -> tuple[NestedFloats, NestedFloats] | None:
+    import torch
+
+    if not parts:
+        return None
+    scales, minimums = (
+        NestedFloats(torch.cat([part.codes for part in kind]), torch.cat([part.supers for part in kind]))
+        for kind in zip(*parts, strict=True)
+    )
+    return scales, minimums

@@ -48,6 +48,8 @@ class QuantScheme:
         book: name in ``code_books.CODE_BOOKS``; "" for integers.
         minimum: a float minimum a group in place of an integer zero.
         block_rows: rows sharing one scale; the last block may have fewer.
+        nested: 0, or groups of a row whose scales are stored as integers of 8 bits times a float16 that they share,
+            their minimums likewise.
 
     Raises:
         ValueError: attributes that contradict one another.
@@ -60,6 +62,7 @@ class QuantScheme:
     book: str = ""
     minimum: bool = False
     block_rows: int = 1
+    nested: int = 0
 
     def __post_init__(self) -> None:
         if self.book and (self.book not in CODE_BOOKS or CODE_BOOKS[self.book].bits != self.bits):
@@ -70,6 +73,8 @@ class QuantScheme:
             raise ValueError(f"code book '{self.book}' has its own zero: symmetric must be true")
         if self.block_rows < 1 or (self.block_rows > 1 and not self.symmetric):
             raise ValueError(f"block_rows: expected 1, or more of a symmetric weight, found {self.block_rows}")
+        if self.nested < 0 or (self.nested and (not self.minimum or self.act_order)):
+            raise ValueError(f"nested: expected 0, or more of a weight with minimums in order, found {self.nested}")
 
     @property
     def has_zeros(self) -> bool:

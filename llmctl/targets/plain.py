@@ -3,7 +3,8 @@
 A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8; up to 4 bits: two codes a byte, the low
 nibble is the even column, [N, ceil(K/2)]; 8 bits: [N, K]), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block
 of rows), ``W.zeros`` (u8 [N, G]; only where the scheme has them), ``W.minimums`` (as the scales; likewise) and
-``W.g_idx`` (I32 [K]; only with act-order).
+``W.g_idx`` (I32 [K]; only with act-order). Nested scales are ``W.scale_codes`` (u8 [N, G]) and ``W.scale_supers`` (F16
+[N, G / nested]), in place of ``W.scales``; minimums likewise.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmctl.checkpoint.quantized import QuantizedWeight
 
 _SCALES = ("F32", "F16", "BF16")
+_NESTED = ("scale", "minimum")
 
 
 def plain_planes(graph: Graph, dense: tuple[str, ...], describe: Describe | None) -> dict[str, tuple[Plane, ...]]:
@@ -50,10 +52,13 @@ def weight_planes(weight: Weight, dense: tuple[str, ...], scales: tuple[str, ...
         return (Plane(weight.name, weight.shape, dense),)
     rows, columns = weight.shape
     scheme, groups = weight.quant, weight.quant.groups(columns)
-    planes = [
-        Plane(f"{weight.name}.codes", (rows, code_bytes(scheme, columns)), ("U8",)),
-        Plane(f"{weight.name}.scales", (scheme.row_blocks(rows), groups), scales),
-    ]
+    planes = [Plane(f"{weight.name}.codes", (rows, code_bytes(scheme, columns)), ("U8",))]
+    if scheme.nested:
+        for kind in _NESTED:
+            planes.append(Plane(f"{weight.name}.{kind}_codes", (rows, groups), ("U8",)))
+            planes.append(Plane(f"{weight.name}.{kind}_supers", (rows, groups // scheme.nested), ("F16",)))
+        return tuple(planes)
+    planes.append(Plane(f"{weight.name}.scales", (scheme.row_blocks(rows), groups), scales))
     if scheme.has_zeros:
         planes.append(Plane(f"{weight.name}.zeros", (rows, groups), ("U8",)))
     if scheme.minimum:
@@ -86,6 +91,8 @@ def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, 
     """
     codes = weight.codes.contiguous().numpy()
     planes: dict[str, PlaneContent] = {"codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes)}
+    for kind, part in zip(_NESTED, weight.nested or (), strict=False):
+        planes |= {f"{kind}_codes": part.codes.contiguous(), f"{kind}_supers": part.supers.contiguous()}
     for suffix in dtypes.keys() - planes.keys():
         planes[suffix] = _cast(getattr(weight, suffix).contiguous(), dtypes[suffix])
     return {suffix: planes[suffix] for suffix in dtypes}
@@ -96,20 +103,25 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     import torch
 
     from llmctl.checkpoint.awq import widened
-    from llmctl.checkpoint.quantized import QuantizedWeight
+    from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
 
     scheme = weight.quant
     assert scheme is not None
     codes = planes["codes"]
     if scheme.bits != 8:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
+    nested = None
+    if scheme.nested:
+        of_scales, of_minimums = (NestedFloats(planes[f"{k}_codes"], planes[f"{k}_supers"]) for k in _NESTED)
+        nested = of_scales, of_minimums
+        planes = {**planes, "scales": nested[0].floats(), "minimums": nested[1].floats()}
     scales, minimums = widened(planes["scales"]), planes.get("minimums")
     zeros = planes.get("zeros")
     if zeros is None:
         middle = 0 if scheme.book or scheme.minimum else 2 ** (scheme.bits - 1)
         zeros = torch.full(scales.shape, middle, dtype=torch.uint8, device=scales.device)
     return QuantizedWeight(
-        codes, scales, zeros, scheme, planes.get("g_idx"), None if minimums is None else widened(minimums)
+        codes, scales, zeros, scheme, planes.get("g_idx"), None if minimums is None else widened(minimums), nested
     )
 
 

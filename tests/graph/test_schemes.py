@@ -18,6 +18,7 @@ from llmctl.targets.cuda.target import CUDA_PASSES
 from llmctl.targets.table import parse_target
 
 FP8 = QuantScheme(8, 64, True, book="fp8_e4m3", block_rows=64)
+NESTED = QuantScheme(4, 32, False, minimum=True, nested=8)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,9 @@ FP8 = QuantScheme(8, 64, True, book="fp8_e4m3", block_rows=64)
         ({"minimum": True}, "a symmetric weight has no minimum"),
         ({"block_rows": 0}, "block_rows: expected 1, or more"),
         ({"block_rows": 2, "symmetric": False}, "block_rows: expected 1, or more of a symmetric weight"),
+        ({"nested": 8}, "nested: expected 0, or more of a weight with minimums in order, found 8"),
+        ({"nested": -1, "symmetric": False, "minimum": True}, "nested: expected 0, or more"),
+        ({"nested": 8, "symmetric": False, "minimum": True, "act_order": True}, "nested: expected 0, or more"),
     ],
 )
 def test_attributes_that_contradict_one_another(changes: dict[str, Any], reason: str) -> None:
@@ -39,7 +43,9 @@ def test_attributes_that_contradict_one_another(changes: dict[str, Any], reason:
         scheme_from_dict(fields, "graph.weights[0].quant")
 
 
-@pytest.mark.parametrize("scheme", [FP8, QuantScheme(4, 32, False, minimum=True), QuantScheme(3, -1, False, True)])
+@pytest.mark.parametrize(
+    "scheme", [FP8, QuantScheme(4, 32, False, minimum=True), QuantScheme(3, -1, False, True), NESTED]
+)
 def test_schemes_are_written_whole(scheme: QuantScheme) -> None:
     fields = scheme_to_dict(scheme)
     assert scheme_from_dict(fields) == scheme

@@ -7,7 +7,7 @@ rows and the 16 up rows that go with them. Rows are padded with zero weights to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from llmctl.graph.graph import KVLayer
 from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS, kv_token_bytes
 
 Bytes = NDArray[np.uint8]
+Stored = tuple[Bytes, NDArray[np.float16]]
+"""Of nested scales: codes, and what those are multiplied by."""
 INTEGER = ("w4", "w8", "w4_min", "w8_min")
 """The dtypes that meet int8 activations."""
 BOOK_DTYPES = {8: "e4m3", 4: "book4"}
@@ -32,7 +34,8 @@ class PackedLinear:
         dtype: one of ``abi.WEIGHT_BITS``.
         data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32. zeros: u8 [tiles, groups, 32], or
             [32] of one zero for all, of w4 and w8. minimums: f16 [tiles, groups, 32], of w4_min and w8_min. book: f32
-            [16], of book4.
+            [16], of book4. scale_codes: u8 [tiles, groups, 2, 32], in place of scales and minimums: what they are the
+            products of with scale_supers, f16 [tiles, groups / nested, 2, 32].
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
@@ -47,6 +50,21 @@ class PackedLinear:
     permutation: NDArray[np.int32] | None = None
     minimums: NDArray[np.uint16] | None = None
     book: NDArray[np.float32] | None = None
+    scale_codes: Bytes | None = None
+    scale_supers: NDArray[np.uint16] | None = None
+
+    @property
+    def nested(self) -> int:
+        """Groups whose scales share a float; 0: each has its own."""
+        if self.scale_codes is None or self.scale_supers is None:
+            return 0
+        return int(self.scale_codes.shape[1] // self.scale_supers.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the codes, their scales and offsets."""
+        scales = (self.scales, self.zeros, self.minimums, self.scale_codes, self.scale_supers)
+        return self.data.nbytes + sum(plane.nbytes for plane in scales if plane is not None)
 
     @property
     def integer(self) -> bool:
@@ -121,8 +139,9 @@ def pack_int(
     g_idx: NDArray[np.int32] | None = None,
     minimums: NDArray[Any] | None = None,
     experts: int = 1,
+    nested: tuple[Stored, Stored] | None = None,
 ) -> PackedLinear:
-    """Pack integer codes. Scales and minimums are rounded to float16.
+    """Pack integer codes. Scales and minimums are rounded to float16; nested ones are when they are read.
 
     Args:
         codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]; None: 2^(bits - 1) for all.
@@ -131,6 +150,8 @@ def pack_int(
         gated: rows are gate then up, to be interleaved.
         g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
         experts: whose rows lie one below the other.
+        nested: of the scales and of the minimums, the codes u8 [N, G] and the float16 [N, G / shared] that they are the
+            products of.
 
     Raises:
         ValueError: a group size that the kernels cannot take, or scales or minimums beyond float16.
@@ -147,7 +168,7 @@ def pack_int(
     wide[order >= 0, :columns] = codes[order[order >= 0]]
     lines = wide.reshape(-1, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
     data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else lines
-    return PackedLinear(
+    packed = PackedLinear(
         dtype=int_dtype(bits, minimum=minimums is not None),
         data=np.ascontiguousarray(data).reshape(-1),
         scales=_arrange(half, order),
@@ -158,6 +179,11 @@ def pack_int(
         permutation=permutation,
         minimums=None if minimums is None else _arrange(_half(minimums, "minimums"), order),
     )
+    if nested is None:
+        return packed
+    codes = np.stack([_arrange(part[0], order) for part in nested], axis=2)
+    supers = np.stack([_arrange(part[1], order) for part in nested], axis=2)
+    return replace(packed, scales=None, minimums=None, scale_codes=codes, scale_supers=supers.view(np.uint16))
 
 
 def _zeros(zeros: Bytes | None, bits: int, order: NDArray[np.int64]) -> Bytes:
@@ -264,6 +290,7 @@ class LinearFormat:
         dtype: one of ``abi.WEIGHT_BITS``. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
         book: its code book. experts: whose rows lie one below the other. one_zero: all codes have the same zero.
+        nested: groups whose scales and minimums share a float; 0: each has its own.
     """
 
     dtype: str
@@ -274,6 +301,7 @@ class LinearFormat:
     book: str = ""
     experts: int = 1
     one_zero: bool = False
+    nested: int = 0
 
     @property
     def integer(self) -> bool:
@@ -298,6 +326,10 @@ class LinearFormat:
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
         if self.integer:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
+            if self.nested:
+                planes["tile_scale_codes"] = ("U8", (*shape[:2], 2, TILE))
+                planes["tile_scale_supers"] = ("F16", (shape[0], shape[1] // self.nested, 2, TILE))
+                return planes
             planes["tile_scales"] = ("F16", shape)
             if self.dtype.endswith("_min"):
                 planes["tile_minimums"] = ("F16", shape)
@@ -324,6 +356,8 @@ class LinearFormat:
             planes.get("permutation"),
             planes.get("tile_minimums"),
             _book_values(self.book),
+            planes.get("tile_scale_codes"),
+            planes.get("tile_scale_supers"),
         )
 
 
@@ -334,6 +368,8 @@ def to_planes(packed: PackedLinear) -> dict[str, NDArray[Any]]:
         "tile_scales": packed.scales,
         "tile_zeros": packed.zeros,
         "tile_minimums": packed.minimums,
+        "tile_scale_codes": packed.scale_codes,
+        "tile_scale_supers": packed.scale_supers,
         "permutation": packed.permutation,
     }
     return planes | {suffix: plane for suffix, plane in found.items() if plane is not None}

@@ -1,7 +1,8 @@
 """How a Graph's weights lie in an engine for the native CPU kernels: formats, planes, packing, kernel choices.
 
 A linear weight ``W`` is stored as ``W.tiles`` and, for integer formats, ``W.tile_scales``, ``W.tile_zeros`` or
-``W.tile_minimums``, and (only with act-order) ``W.permutation``; see ``layout.py``. Norm weights and biases are F32.
+``W.tile_minimums`` (nested: ``W.tile_scale_codes``, ``W.tile_scale_supers``), and (only with act-order)
+``W.permutation``; see ``layout.py``. Norm weights and biases are F32.
 Embedding tables are F32, or BF16 in a bfloat16 engine; one that is also the output head is stored both ways, unless the
 checkpoint has it quantized: then its rows are looked up in the tiles.
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
 from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
 from llmctl.graph.graph import LOGITS, PRODUCTS, Graph, Op, Weight
 from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
@@ -27,6 +28,7 @@ from llmctl.targets.cpu.layout import (
     BOOK_DTYPES,
     LinearFormat,
     PackedLinear,
+    Stored,
     int_dtype,
     pack_book,
     pack_dense,
@@ -157,6 +159,7 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
         gated=fmt.gated,
         g_idx=None if weight.g_idx is None else weight.g_idx.numpy(),
         minimums=None if weight.minimums is None else weight.minimums.numpy(), experts=fmt.experts,
+        nested=weight.nested and (_stored(weight.nested[0]), _stored(weight.nested[1])),
     )  # fmt: skip
 
 
@@ -201,7 +204,9 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
             return dense
         kind = int_dtype(scheme.bits, minimum=scheme.minimum)
         order = scheme.act_order
-        return replace(dense, dtype=kind, group=scheme.group_size, permuted=order, one_zero=scheme.symmetric)
+        return replace(
+            dense, dtype=kind, group=scheme.group_size, permuted=order, one_zero=scheme.symmetric, nested=scheme.nested
+        )
     if op is not None and LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
         kind = "w8" if options.lm_head == "int8" else "w4"
         group = _HEAD_GROUP if columns % _HEAD_GROUP == 0 else -1
@@ -229,6 +234,10 @@ def _refusals(graph: Graph, op: Op, options: BuildOptions) -> tuple[Refusal, ...
         return (Refusal(kernel, "the engine computes in float32: weights are dequantized"),)
     reason = _group_refusal(graph.weights[op.weights[0]].shape[1], scheme.group_size)
     return (Refusal(kernel, f"{reason}: weights are dequantized"),) if reason else ()
+
+
+def _stored(part: NestedFloats) -> Stored:
+    return part.codes.numpy(), part.supers.numpy()
 
 
 def _dense(weight: Tensor | QuantizedWeight) -> Tensor:

@@ -32,10 +32,7 @@ def step_work(
 ) -> Work:
     """The least work of a step on packed weights; see ``least_work``."""
     storage = Storage(
-        {
-            name: sum(a.nbytes for a in (packed.data, packed.scales, packed.zeros, packed.minimums) if a is not None)
-            for name, packed in linears.items()
-        },
+        {name: packed.nbytes for name, packed in linears.items()},
         frozenset(name for name, packed in linears.items() if packed.integer),
         lambda layer: kv_layer_bytes(layer, DTYPES[kv_dtype].tag),
         kv_dtype == "int8",

@@ -353,7 +353,9 @@ class CpuRuntime:
         desc.zero_step = 0 if packed.one_zero else TILE
         desc.w = self._pointer(packed.data)
         scales = "w_scales" if packed.integer else "w_scales32"
+        desc.nested = packed.nested
         planes = {"w_zeros": packed.zeros, "w_minimums": packed.minimums, "w_book": packed.book, scales: packed.scales}
+        planes |= {"w_scale_codes": packed.scale_codes, "w_scale_supers": packed.scale_supers}
         for field, plane in planes.items():
             if plane is not None:
                 setattr(desc, field, self._pointer(plane))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpu_graphs import VARIANTS, Floats, Native, Sketch, each_variant, run
 
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
 from llmctl.engine.step import SequenceSlice
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
@@ -38,6 +38,7 @@ SCHEMES = {
     "w4_whole": QuantScheme(4, -1, symmetric=True),
     "w8": QuantScheme(8, 16, symmetric=True),
     "w4_min": QuantScheme(4, 16, symmetric=False, minimum=True),
+    "w4_min_nested": QuantScheme(4, 8, symmetric=False, minimum=True, nested=2),
     "e4m3": QuantScheme(8, -1, symmetric=True, book="fp8_e4m3"),
     "book4": QuantScheme(4, 16, symmetric=True, book="nf4"),
 }
@@ -54,7 +55,14 @@ def _weight(seed: int, rows: int, columns: int, scheme: QuantScheme | None) -> t
     if scheme.has_zeros:
         zeros = torch.from_numpy(rng.integers(2, 2**scheme.bits - 2, shape, np.uint8))
     minimums = -scales * 2 ** (scheme.bits - 1) if scheme.minimum else None
-    return QuantizedWeight(codes, scales.half(), zeros, scheme, None, minimums)
+    if not scheme.nested:
+        return QuantizedWeight(codes, scales.half(), zeros, scheme, None, minimums)
+    stored = torch.from_numpy(rng.integers(20, 64, shape, np.uint8))
+    supers = torch.from_numpy(rng.uniform(0.01, 0.02, (rows, shape[1] // scheme.nested)).astype(np.float16)) / 16
+    of_scales, of_minimums = NestedFloats(stored, supers), NestedFloats(stored, -8 * supers)
+    return QuantizedWeight(
+        codes, of_scales.floats(), zeros, scheme, None, of_minimums.floats(), (of_scales, of_minimums)
+    )
 
 
 @dataclass(frozen=True)
@@ -69,12 +77,14 @@ class Mixture:
 
     def packed(self, weight: torch.Tensor | QuantizedWeight, gated: bool) -> PackedLinear:
         scheme = weight.scheme if isinstance(weight, QuantizedWeight) else None
-        dtype = self.dtype.removesuffix("_whole")
+        dtype = self.dtype.removesuffix("_whole").removesuffix("_nested")
         group, book = (scheme.group_size, scheme.book) if scheme else (-1, "")
         shape = (weight.shape[0], weight.shape[1])
         one_zero = scheme is not None and scheme.symmetric and not book
-        fmt = LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS, one_zero=one_zero)
+        nested = scheme.nested if scheme else 0
+        fmt = LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS, one_zero=one_zero, nested=nested)
         packed = pack_linear(weight, fmt)
+        assert packed.nested == nested
         assert packed.one_zero == one_zero
         return packed
 

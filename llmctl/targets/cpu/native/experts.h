@@ -125,6 +125,7 @@ static inline OpDesc expert_linear(const OpDesc& op, int64_t expert, int64_t fir
   if (op.w_scales) one.w_scales += expert * groups;
   if (op.w_zeros) one.w_zeros += expert * groups / kTile * op.zero_step;
   if (op.w_minimums) one.w_minimums += expert * groups;
+  if (op.nested) one.w_scale_codes += expert * groups * 2, one.w_scale_supers += expert * groups / op.nested * 2;
   if (op.w_scales32) one.w_scales32 += expert * groups;
   if (op.x.data) one.x.data += first * op.x.ld;
   if (op.x16) one.x16 += first * op.k;

@@ -10,13 +10,14 @@
 //   book4  per column 16 bytes: outputs 0..15 (low nibbles), then 16..31 (high)
 // w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
 // in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. Where all codes have one zero
-// it is stored once, 32 times over, and zero_step is 0. e4m3 and book4 come with scales fp32 [tiles][groups][32]:
+// it is stored once, 32 times over, and zero_step is 0. Scales and minimums may be nested (nested.h). e4m3 and book4 come with scales fp32 [tiles][groups][32]:
 // w = float8(code) * scale, w = book[code] * scale.
 //
 // Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
 #pragma once
 #include "acts.h"
+#include "nested.h"
 
 namespace llmctl {
 
@@ -30,6 +31,10 @@ struct Weights {
   const float *scales32, *book;
   int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
   int64_t zero_step;    // from the zeros of a group to those of the next: kTile, or 0
+  NestedScales nested;
+  int64_t tile_step;    // from the scales of a tile to those of the next; 0: they are of the tile at hand alone
+  const uint16_t* scales_of(int64_t tile) const { return scales + tile * tile_step; }
+  const uint16_t* minimums_of(int64_t tile) const { return minimums + tile * tile_step; }
   const uint8_t* zeros_of(int64_t tile) const { return zeros + tile * (k / group) * zero_step; }
 };
 
@@ -158,9 +163,9 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
   constexpr int kLine = kMany ? 128 : kBits * 16;  // bytes of four columns
   constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
   const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
-  const uint16_t* scales = w.scales + tile * groups * kTile;
+  const uint16_t* scales = w.scales_of(tile);
   const uint8_t* zeros = kMin ? nullptr : w.zeros_of(tile);
-  const uint16_t* minimums = kMin ? w.minimums + tile * groups * kTile : nullptr;
+  const uint16_t* minimums = kMin ? w.minimums_of(tile) : nullptr;
   const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.data + tile * w.k * kTile * kBits / 8;
   const NextTile next{ahead.next, (w.k / 4 * kLine / 4 + kLine - 1) / kLine * kLine};
   int64_t line = 0;
@@ -287,12 +292,18 @@ static inline void unpack_row(const Weights& w, int64_t row, int64_t n, float* y
   const int64_t tile = row / kTile, lane = row % kTile % kLanes, half = row % kTile / kLanes;
   const uint8_t* codes = w.data + tile * w.k * kTile * kBits / 8 + (kBits == 8 ? half * 64 : 0) + 4 * lane;
   for (int64_t k = 0; k < n; k++) {
-    const int64_t at = (tile * (w.k / w.group) + k / w.group) * kTile + row % kTile;
+    const int64_t group = k / w.group, at = group * kTile + row % kTile;
     const uint8_t* const zero = kMin ? nullptr : w.zeros_of(tile) + k / w.group * w.zero_step + row % kTile;
     const uint8_t byte = codes[k / 4 * kBits * 16 + k % 4];
     const int code = kBits == 8 ? byte : half ? byte >> 4 : byte & 15;
-    const float scale = f16_to_f32(w.scales[at]);
-    y[k] = kMin ? fused(float(code), scale, f16_to_f32(w.minimums[at])) : float(code - *zero) * scale;
+    if (kMin && w.nested.shared) {
+      const int64_t groups = w.k / w.group;
+      y[k] = fused(float(code), w.nested.one<0>(tile, groups, group, row % kTile),
+                   w.nested.one<1>(tile, groups, group, row % kTile));
+      continue;
+    }
+    const float scale = f16_to_f32(w.scales_of(tile)[at]);
+    y[k] = kMin ? fused(float(code), scale, f16_to_f32(w.minimums_of(tile)[at])) : float(code - *zero) * scale;
   }
 }
 

@@ -130,8 +130,7 @@ static void multiply_tiles(const Weights& w, const IntActs& x, int64_t tile, int
   int64_t begun_row = row, begun_group = 0;
   bool two = row + kTileRows < row_end, was_two = false;
   // What ends, two steps later.
-  const int64_t first_scales = tile * (w.k / w.group) * kTile;
-  GroupScales of{w.scales + first_scales, kMin ? w.minimums + first_scales : nullptr,
+  GroupScales of{w.scales_of(tile), kMin ? w.minimums_of(tile) : nullptr,
                  kMin ? nullptr : w.zeros_of(tile), x.scales + row / kTileRows * block_scales,
                  x.negated_sums + row / kTileRows * block_scales};
   const GroupScales first = of;

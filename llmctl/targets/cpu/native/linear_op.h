@@ -70,7 +70,9 @@ static inline bool in_tiles(const OpDesc& op, int64_t rows) {
 }
 
 static inline Weights weights_of(const OpDesc& op) {
-  return {op.w, op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book, op.n_padded, op.k, op.group, op.zero_step};
+  const NestedScales nested{op.w_scale_codes, op.w_scale_supers, op.nested};
+  return {op.w,       op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book,
+          op.n_padded, op.k,        op.group,   op.zero_step,  nested,        op.k / op.group * kTile};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
@@ -94,6 +96,16 @@ class LinearScratch {
     if (lines_.size() < lines) lines_.resize(lines);
     return (int8_t*)lines_.data()->bytes;
   }
+  // w as it is read for one tile: with the tile's scales multiplied out.
+  Weights of_tile(const Weights& w, int64_t tile) {
+    const int64_t groups = w.k / w.group;
+    if (scales_.size() < size_t(groups * 2)) scales_.resize(size_t(groups * 2));
+    uint16_t* const scales = (uint16_t*)scales_.data()->bytes;
+    w.nested.multiply_out(tile, groups, scales);
+    Weights one = w;
+    one.scales = scales, one.minimums = one.scales + groups * kTile, one.tile_step = 0;
+    return one;
+  }
   float* columns() { return columns_.data(); }
   LoraSums lora;
   int64_t weight_bytes = 0;  // read by this thread, each once an op however many patches meet it
@@ -102,7 +114,7 @@ class LinearScratch {
   struct alignas(64) Line {  // the micro-kernel loads whole cache lines
     uint8_t bytes[64];
   };
-  std::vector<Line> lines_;
+  std::vector<Line> lines_, scales_;
   std::vector<float> columns_ = std::vector<float>(size_t(8 * kMaxPatch * kMaxActGroup));
 };
 
@@ -194,7 +206,7 @@ static void tile_rows_tiled(const OpDesc& op, const Weights& w, const Patch& pat
 
 template <int kType, Layout kLayout>
 static void linear_patch(const OpDesc& op, const Units& units, const Patch& patch, LinearScratch& scratch) {
-  const Weights w = weights_of(op);
+  const Weights all = weights_of(op);
   const int64_t group = op.y8.group;
   LoraSums* const lora = op.num_lora ? &scratch.lora : nullptr;
   if (lora) lora->turn_to(patch.row, patch.row_end);
@@ -207,6 +219,7 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
     for (int64_t i = 0; i < units.tiles_per; i++) {
       const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
       if (lora) lora->turn_to_tile(tile);
+      const Weights w = has_minimums(kType) && op.nested ? scratch.of_tile(all, tile) : all;
 #if defined(LLMCTL_AMX)
       if constexpr (kLayout == Layout::kTiled) {
         tile_rows_tiled<kType>(op, w, patch, tile, y, at, scratch);
