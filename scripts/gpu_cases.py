@@ -303,6 +303,7 @@ def _attention_maker(
             for _ in range(count)
         ]  # fmt: skip
         tables = torch.randperm(blocks, device=device).int().view(batch, -1)
+        one_group = tables.unsqueeze(1)
         lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * rows
         q, out = (
@@ -313,7 +314,7 @@ def _attention_maker(
         attrs = {"layer": 0, "heads": heads, "kv_heads": kv_heads, "head_dim": 128, "scale": 128**-0.5, "window": 0,
                  "softcap": 0.0}  # fmt: skip
         step = step_tensors(
-            device, Scratch(device), block_tables=tables, seq_lens=lens, query_start=starts, longest=context,
+            device, Scratch(device), block_tables=one_group, seq_lens=lens, query_start=starts, longest=context,
             most_rows=rows, fewest_rows=rows, kv_scales={} if scales is None else {0: scales},
         )  # fmt: skip
         op = Op("attention", "attention", ("q",), ("o",), (), attrs)

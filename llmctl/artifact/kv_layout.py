@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmctl.engine.kv_blocks import longest_sequence, sequence_blocks
-from llmctl.graph.kv_groups import KVGroup
+from llmctl.graph.kv_groups import KVGroup, block_bytes
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class KVLayout:
     @property
     def block_bytes(self) -> int:
         """Size of a block."""
-        layers = [len(group.layers) for group in self.groups]
-        return max(1, self.bytes_per_token * max(layers) * self.block_size // max(1, sum(layers)))
+        return max(1, block_bytes(self.groups, self.bytes_per_token, self.block_size))
 
     @property
     def _null_blocks(self) -> int:

@@ -29,6 +29,13 @@ def group_of_layer(groups: Sequence[KVGroup]) -> tuple[int, ...]:
     return tuple(found[layer] for layer in range(len(found)))
 
 
+def block_bytes(groups: Sequence[KVGroup], bytes_per_token: int, block_size: int) -> int:
+    """Of a block, which holds ``block_size`` tokens of one group; ``bytes_per_token``: of one token over all layers,
+    which take the same where there are several groups."""
+    layers = [len(group.layers) for group in groups]
+    return bytes_per_token * max(layers) * block_size // max(1, sum(layers))
+
+
 def whole_context(graph: Graph) -> tuple[KVGroup, ...]:
     """One group of all layers, which keeps every token."""
     return (KVGroup(0, tuple(range(len(graph.kv)))),)

@@ -29,7 +29,7 @@ BLOCK = 2 * 16 * TOKEN  # of two layers
 
 
 class WholeContext(ReferenceTarget):
-    """A target whose runtimes take one block table a sequence, as cuda's."""
+    """A target whose runtimes take one block table a sequence."""
 
     def kv_groups(self, graph: Graph) -> tuple[KVGroup, ...]:
         return whole_context(graph)

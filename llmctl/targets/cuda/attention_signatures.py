@@ -19,7 +19,7 @@ def _cache(kv: str, dim: int) -> tuple[Array, ...]:
     return (
         *(read(name, kv, f"cells kv_heads {dim}") for name in ("keys", "values")),
         *(scales if kv == "s8" else map(maybe, scales)),
-        read("block_tables", "i32", "sequences table_stride", align=4),
+        read("block_tables", "i32", "sequences blocks", align=4, stride="table_stride"),
         read("seq_lens", "i32", "sequences", align=4),
     )
 

@@ -6,7 +6,7 @@ A quantized linear of a format without a kernel is dequantized once instead, and
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,9 +69,9 @@ class Fallbacks:
         self._context: StepContext | None = None
         self.executors: dict[str, Executor] = {op.name: self._execute for op in self._ops}
 
-    def begin(self, batch: Batch, caches: Mapping[int, Tensor]) -> None:
-        """What the ops of the next step share."""
-        self._context = self._interpreter.context(batch, caches)
+    def begin(self, batch: Batch, caches: Mapping[int, Tensor], group_of: Sequence[int]) -> None:
+        """What the ops of the next step share; ``group_of``: the KV group of each layer."""
+        self._context = self._interpreter.context(batch, caches, group_of)
 
     def _check(self, choices: Mapping[str, KernelChoice], options: BuildOptions) -> None:
         reasons: dict[str, str] = {}

@@ -67,38 +67,39 @@ def _regions(start: int, arrays: Sequence[tuple[str, Any, int]]) -> dict[str, _R
     return found
 
 
-def _step_arrays(tokens: int, sequences: int) -> list[tuple[str, Any, int]]:
+def _step_arrays(tokens: int, sequences: int, groups: int) -> list[tuple[str, Any, int]]:
     return [
-        ("ids", np.int64, tokens), ("positions", np.int64, tokens), ("slots", np.int64, tokens),
+        ("ids", np.int64, tokens), ("positions", np.int64, tokens), ("slots", np.int64, groups * tokens),
         ("source", np.int32, tokens), ("adapters", np.int32, tokens), ("seq_lens", np.int32, sequences),
         ("query_start", np.int32, sequences + 1),
     ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def _step_regions(start: int, tokens: int, sequences: int) -> dict[str, _Region]:
-    return _regions(start, _step_arrays(tokens, sequences))
+def _step_regions(start: int, tokens: int, sequences: int, groups: int) -> dict[str, _Region]:
+    return _regions(start, _step_arrays(tokens, sequences, groups))
 
 
 class InputArena:
     """The device's side: one block of memory for arrays, one for block tables.
 
     Arrays of the sampled rows lie first, at the same place in every step; those of tokens and sequences follow, packed
-    for the step's shape.
+    for the step's shape. A sequence has a block table for each KV group, one behind the other.
 
     Attributes:
-        held: width and rows of the block tables that were sent last; None where that is not known.
+        groups: KV groups. held: width and rows of the block tables that were sent last, a row for each group of each
+            sequence; None where that is not known.
     """
 
     def __init__(self, tokens: int, sequences: int, limits: RuntimeLimits, device: torch.device | str) -> None:
         """``tokens``, ``sequences``: of the largest step."""
-        self.limits = limits
+        self.limits, self.groups = limits, len(limits.windows)
         self.row_regions = _regions(0, [(name, dtype, sequences) for name, (dtype, _) in _ROW_ARRAYS.items()])
         self._start = max(r.stop + -r.stop % _ALIGN for r in self.row_regions.values())
         self.size = self.step_bytes(StepShape(tokens, sequences, 1, True, True))
         self.table_width = -(-limits.max_model_len // limits.block_size)
         self.memory = torch.zeros(self.size, dtype=torch.uint8, device=device)
-        self.tables = torch.zeros(sequences * self.table_width, dtype=torch.int32, device=device)
+        self.tables = torch.zeros(sequences * self.groups * self.table_width, dtype=torch.int32, device=device)
         self.held: tuple[int, list[Sequence[int]]] | None = None
 
     def holds(self, width: int, tables: Sequence[Sequence[int]]) -> bool:
@@ -109,16 +110,19 @@ class InputArena:
 
     def step_regions(self, tokens: int, sequences: int) -> dict[str, _Region]:
         """Where a shape's arrays lie."""
-        return _step_regions(self._start, tokens, sequences)
+        return _step_regions(self._start, tokens, sequences, self.groups)
 
     def step_bytes(self, shape: StepShape) -> int:
         """Bytes from the arena's start that a step of a shape uses."""
         return next(reversed(self.step_regions(shape.tokens, shape.sequences).values())).stop
 
     def views(self, shape: StepShape) -> dict[str, Tensor]:
-        """The step's arrays on the device by name, ``block_tables`` [S, width] included."""
+        """The step's arrays on the device by name, ``slots`` as [groups, T], ``block_tables`` [S, groups, width]
+        included."""
         found = {n: self._view(r) for n, r in self.step_regions(shape.tokens, shape.sequences).items()}
-        found["block_tables"] = self.tables[: shape.sequences * shape.width].view(shape.sequences, shape.width)
+        found["slots"] = found["slots"].view(self.groups, shape.tokens)
+        tables = self.tables[: shape.sequences * self.groups * shape.width]
+        found["block_tables"] = tables.view(shape.sequences, self.groups, shape.width)
         return found
 
     def row_view(self, name: str, rows: int) -> Tensor:
@@ -148,10 +152,18 @@ class Staging:
         self._tables_of: list[Sequence[int] | None] = []
         self._given: dict[str, tuple[int, NDArray[Any] | None]] = {}
 
-    def tokens(self, shape: StepShape, flat: FlatPlan, source: dict[int, int], adapters: Sequence[int] = ()) -> None:
+    def tokens(
+        self,
+        shape: StepShape,
+        flat: FlatPlan,
+        further: Sequence[Sequence[int]],
+        source: dict[int, int],
+        adapters: Sequence[int] = (),
+    ) -> None:
         """Write the arrays of tokens and sequences; padding reads token 0 at position 0 and stores nothing.
 
         Args:
+            further: slots in each KV group but the first, ``flat``'s.
             source: index of a token -> row of the step before whose token it is.
             adapters: each token's LoRA adapter, -1 for none; empty: no token has one.
         """
@@ -164,7 +176,9 @@ class Staging:
             ids[at], feed[at] = 0, row
         views["adapters"][: len(adapters)], views["adapters"][len(adapters) :] = adapters, -1
         views["positions"][:count], views["positions"][count:] = flat.positions, 0
-        views["slots"][:count], views["slots"][count:] = flat.slots, -1
+        for group, own in enumerate((flat.slots, *further)):
+            slots = views["slots"][group * shape.tokens : (group + 1) * shape.tokens]
+            slots[:count], slots[count:] = own, -1
         starts, lens = views["query_start"], views["seq_lens"]
         starts[: sequences + 1], starts[sequences + 1 :] = flat.query_start, flat.query_start[-1]
         ends = np.asarray(flat.query_start[1:]) - 1
@@ -187,22 +201,23 @@ class Staging:
         Raises:
             ValueError: a block id out of range; the message names the request.
         """
-        tables = [piece.block_ids for piece in plan.slices]
+        groups = self.arena.groups
+        tables = [table for piece in plan.slices for table in (piece.tables if groups > 1 else (piece.block_ids,))]
         if self.arena.holds(shape.width, tables):
             self._table_rows = 0
             return
         if self._width != shape.width:
             self._width, self._tables_of = shape.width, []
         self._tables_of += [None] * (len(tables) - len(self._tables_of))
-        for row, piece in enumerate(plan.slices):
-            if self._tables_of[row] is piece.block_ids:
+        for row, table in enumerate(tables):
+            if self._tables_of[row] is table:
                 continue
             self._tables_of[row] = None
-            check_blocks(piece, self.arena.limits)
-            blocks = array("i", piece.block_ids[: shape.width])
+            check_blocks(plan.slices[row // groups], self.arena.limits, row % groups)
+            blocks = array("i", table[: shape.width])
             self._table[row * shape.width : row * shape.width + len(blocks)] = blocks
-            if isinstance(piece.block_ids, tuple):  # another kind might change and still be the same object
-                self._tables_of[row] = piece.block_ids
+            if isinstance(table, tuple):  # another kind might change and still be the same object
+                self._tables_of[row] = table
         self._table_rows = len(tables)
         self._staged = (shape.width, tables) if all(isinstance(table, tuple) for table in tables) else None
 

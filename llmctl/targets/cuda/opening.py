@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmctl.engine.kv_blocks import longest_sequence, sequence_blocks
 from llmctl.errors import EngineLoadError
+from llmctl.graph.kv_groups import block_bytes, whole_context
 from llmctl.targets.base import RuntimeEngine, RuntimeSizes
 from llmctl.targets.cuda.device import best_arch, cuda_device
 from llmctl.targets.cuda.launch import CudaMachine
@@ -85,8 +87,9 @@ def fitted(engine: RuntimeEngine, planes: Mapping[str, Tensor], machine: CudaMac
     Raises:
         EngineLoadError: fewer than one sequence of the longest length needs.
     """
-    sizes = engine.sizes
-    block_bytes = sizes.block_size * kv_bytes_per_token(engine.graph, engine.options.kv_cache_dtype)
+    sizes, block_size = engine.sizes, engine.sizes.block_size
+    groups = sizes.kv_groups or whole_context(engine.graph)
+    windows = tuple(group.window for group in groups)
     probe = CudaRuntime(engine.graph, engine.options, planes, replace(sizes, num_blocks=1, enforce_eager=True), machine)
     try:
         if not probe.run_largest():
@@ -96,17 +99,19 @@ def fitted(engine: RuntimeEngine, planes: Mapping[str, Tensor], machine: CudaMac
     except BaseException:
         probe.close()
         raise
-    # What the probe holds the runtime will hold again, all but the one block.
+    # What the probe holds the runtime will hold again, the null block too, all but the one block.
     room = int(total * sizes.gpu_memory_utilization) - (total - free) - _MARGIN
     probe.close()
-    blocks = min(sizes.num_blocks, room // block_bytes)
-    needed = -(-sizes.max_model_len // sizes.block_size)
-    if blocks < needed:
+    per_token = kv_bytes_per_token(engine.graph, engine.options.kv_cache_dtype)
+    blocks = min(sizes.num_blocks, room // block_bytes(groups, per_token, block_size))
+    step = sizes.max_num_batched_tokens
+    if blocks < sequence_blocks(windows, block_size, step, sizes.max_model_len):
+        longest = longest_sequence(windows, block_size, step, max(0, blocks), sizes.max_model_len)
         raise EngineLoadError(
             f"{engine.path}: KV cache: expected room for {sizes.max_model_len} tokens, found {max(0, blocks)} blocks "
-            f"of {sizes.block_size} beside weights and a step ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free, "
+            f"of {block_size} beside weights and a step ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free, "
             f"--gpu-memory-utilization {sizes.gpu_memory_utilization:g})",
-            fix=f"--max-model-len {max(1, blocks * sizes.block_size)}" if blocks > 0 else "free memory on the device",
+            fix=f"--max-model-len {longest}" if longest else "free memory on the device",
         )
     if blocks < sizes.num_blocks:
         log.warning(

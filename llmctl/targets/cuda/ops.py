@@ -81,12 +81,13 @@ class StepTensors:
     """What the ops of one step share.
 
     Attributes:
-        positions, slots: i64 [T]. rows: i64 [R], whose logits are wanted.
-        block_tables: i32 [S, blocks]. seq_lens: i32 [S]. query_start: i32 [S + 1].
+        positions: i64 [T]. slots: i64 [groups, T]. rows: i64 [R], whose logits are wanted.
+        block_tables: i32 [S, groups, blocks]. seq_lens: i32 [S]. query_start: i32 [S + 1].
         longest: largest of seq_lens. most_rows: most rows of a sequence. fewest_rows: fewest.
         caches: [2, blocks, block size, kv heads, head dim] by layer. rope: cos and sin f32 [positions, R / 2] of an op.
         sms: multiprocessors of the device. kv_scales: f32 [2, slots, kv heads] by layer, of int8 caches.
         adapters: i32 [T], each token's LoRA adapter, -1 for none; None: no token has one. lora: their weights by op.
+        group_of: the KV group of each layer; empty: there is one.
     """
 
     positions: Tensor
@@ -105,6 +106,18 @@ class StepTensors:
     kv_scales: Mapping[int, Tensor] = field(default_factory=dict)
     adapters: Tensor | None = None
     lora: Mapping[str, AdapterWeights] = field(default_factory=dict)
+    group_of: Sequence[int] = ()
+
+    def slots_of(self, layer: int) -> Tensor:
+        """i64 [T], where a layer stores the step's keys and values."""
+        return self.slots[self._group(layer)]
+
+    def tables_of(self, layer: int) -> Tensor:
+        """i32 [S, blocks], a layer's block tables."""
+        return self.block_tables[:, self._group(layer)]
+
+    def _group(self, layer: int) -> int:
+        return self.group_of[layer] if self.group_of else 0
 
     def cache_scales(self, layer: int) -> dict[str, Tensor]:
         """``key_scales`` and ``value_scales`` of an int8 cache; nothing for others."""
@@ -207,7 +220,7 @@ def _rope_kv(machine: Machine, job: Job) -> None:
         return
     keys, values = (part.flatten(0, 1) for part in job.step.caches[job.attrs["layer"]])
     numbers["head_dim"] = keys.shape[2]
-    store = {"slots": job.step.slots, "keys": keys, "values": values, "kv_heads": keys.shape[1]}
+    store = {"slots": job.step.slots_of(job.attrs["layer"]), "keys": keys, "values": values, "kv_heads": keys.shape[1]}
     store |= job.step.cache_scales(job.attrs["layer"])
     tag = f"{_DTYPE[job.inputs[0].dtype].tag}_{_DTYPE[keys.dtype].tag}"
     if job.op.kind == "kv_write":
@@ -322,9 +335,9 @@ def _attention(machine: Machine, job: Job) -> None:
     shape = AttentionShape(job.tag, _DTYPE[cache.dtype].tag, heads, cache.shape[3], cache.shape[4], cache.shape[2])
     sequences = len(step.seq_lens)
     shared = {
-        "q": q, "keys": keys, "values": values, "block_tables": step.block_tables, "seq_lens": step.seq_lens,
-        "heads": heads, "block_size": shape.block_size, "window": window, "scale": job.attrs["scale"],
-        "softcap": job.attrs["softcap"], "key_scale": 1.0, "value_scale": 1.0,
+        "q": q, "keys": keys, "values": values, "block_tables": step.tables_of(job.attrs["layer"]),
+        "seq_lens": step.seq_lens, "heads": heads, "block_size": shape.block_size, "window": window,
+        "scale": job.attrs["scale"], "softcap": job.attrs["softcap"], "key_scale": 1.0, "value_scale": 1.0,
         **step.cache_scales(job.attrs["layer"]),
     }  # fmt: skip
     if step.most_rows > 1:

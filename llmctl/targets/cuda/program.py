@@ -86,7 +86,7 @@ class Model:
 
     Attributes:
         choices: kernel choice by op. weights: on the device, "" is None. buffers: activations.
-        caches, kv_scales, rope, lora: as ``ops.StepTensors`` has them.
+        caches, kv_scales, rope, lora, group_of: as ``ops.StepTensors`` has them.
         foreign: by op name, what executes an op that no kernel takes.
     """
 
@@ -102,6 +102,7 @@ class Model:
     sms: int
     foreign: Mapping[str, Executor]
     lora: Mapping[str, AdapterWeights]
+    group_of: Sequence[int]
 
     def bind(
         self,
@@ -155,7 +156,7 @@ class Model:
             inputs["positions"], inputs["slots"], rows, inputs["block_tables"], inputs["seq_lens"],
             inputs["query_start"], shape.width * self.limits.block_size, 2 if shape.prefill else 1,
             1 if shape.decode else 2, self.caches, self.rope, self.scratch, sms=self.sms, kv_scales=self.kv_scales,
-            adapters=inputs["adapters"] if self.lora else None, lora=self.lora,
+            adapters=inputs["adapters"] if self.lora else None, lora=self.lora, group_of=self.group_of,
         )  # fmt: skip
 
     def _run(self, machine: Recorder, ops: Sequence[Op], env: dict[str, Tensor], step: StepTensors, rows: int) -> None:

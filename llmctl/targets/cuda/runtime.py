@@ -26,12 +26,13 @@ from llmctl.engine.step import (
     StepResult,
     TokenScores,
 )
-from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import LOGITS, Graph, Op
+from llmctl.graph.kv_groups import group_of_layer, whole_context
 from llmctl.targets.base import BuildOptions, KernelChoice, RuntimeSizes
-from llmctl.targets.batch import FlatPlan, PooledRows, build_batch, flatten
+from llmctl.targets.batch import FlatPlan, PooledRows, build_batch, flatten, further_slots
 from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
 from llmctl.targets.cuda.buffers import SCRATCH_DTYPES, plan_buffers, scratch_sizes
+from llmctl.targets.cuda.caches import allocate_caches
 from llmctl.targets.cuda.errors import device_errors
 from llmctl.targets.cuda.fallback import Fallbacks, dequantized
 from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
@@ -111,7 +112,7 @@ class CudaRuntime:
         limits: KV blocks, block size, longest sequence, vocabulary.
         adapters: those that it was sized for; None: none.
         steps_in_flight: steps that may be started before the first one's result is asked for.
-        caches: KV cache by layer, [2, blocks, block size, kv heads, head dim].
+        caches: KV cache by layer, as ``caches.Caches`` has them.
     """
 
     def __init__(
@@ -147,7 +148,9 @@ class CudaRuntime:
         # A step has no more sequences than tokens.
         sizes = replace(sizes, max_num_seqs=min(sizes.max_num_seqs, sizes.max_num_batched_tokens))
         self._graph, self._options, self._sizes = graph, options, sizes
-        self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size)
+        self._groups = sizes.kv_groups or whole_context(graph)
+        windows = tuple(group.window for group in self._groups)
+        self.limits = RuntimeLimits(sizes.num_blocks, sizes.block_size, sizes.max_model_len, graph.vocab_size, windows)
         self.steps_in_flight, self.kernels = STEPS_IN_FLIGHT, ""
         self._ropes: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._programs: OrderedDict[StepShape, Program] = OrderedDict()
@@ -188,13 +191,15 @@ class CudaRuntime:
         """
         flat = flatten(plan, self.limits, may_feed=True)
         self._check(plan, flat, sampling)
+        further = further_slots(plan, self.limits, flat.slots)
         staging, turn = self._next_staging()
         shape, decode = self._shape(plan, flat)
         rows = self._padded(len(flat.rows), self._buckets) if flat.rows else 0
         if self._fallbacks.executors:
-            self._fallbacks.begin(build_batch(plan, self.limits, may_feed=True), self._model.caches)
+            batch = build_batch(plan, self.limits, may_feed=True)
+            self._fallbacks.begin(batch, self._model.caches, self._model.group_of)
         staging.block_tables(shape, plan)
-        staging.tokens(shape, flat, self._fed(plan, flat), self._adapters(plan))
+        staging.tokens(shape, flat, further, self._fed(plan, flat), self._adapters(plan))
         staging.rows(flat, sampling, rows)
         with device_errors(), self._abandoning(), self._queue.active(), torch.inference_mode():
             began = self._queue.mark()
@@ -227,11 +232,14 @@ class CudaRuntime:
         Args:
             context: tokens of each sequence. Where the pool is too small for all of them they share blocks.
         """
-        blocks, limits = -(-context // self.limits.block_size), self.limits
-        tables = [tuple((i * blocks + j) % limits.num_blocks for j in range(blocks)) for i in range(batch)]
-        plan = StepPlan(
-            tuple(SequenceSlice(str(i), (i % limits.vocab_size,), context - 1, t, True) for i, t in enumerate(tables))
-        )
+        blocks, limits, groups = -(-context // self.limits.block_size), self.limits, len(self._groups)
+        tables = [tuple((i * blocks + j) % limits.num_blocks for j in range(blocks)) for i in range(batch * groups)]
+        pieces = []
+        for i in range(batch):
+            first, *more = tables[i * groups : (i + 1) * groups]
+            ids = (i % limits.vocab_size,)
+            pieces.append(SequenceSlice(str(i), ids, context - 1, first, True, more_block_ids=tuple(more)))
+        plan = StepPlan(tuple(pieces))
         greedy = _greedy(batch)
         self.execute(plan, greedy).result()
         shape, _ = self._shape(plan, flatten(plan, limits))
@@ -481,26 +489,13 @@ class CudaRuntime:
         for name, size in scratch_sizes(graph, options.dtype, sizes, self._queue.sms).items():
             scratch.take(name, torch_dtype(SCRATCH_DTYPES.get(name, options.dtype)), size)
         scratch.freeze()
-        caches, scales = self._allocate_cache(options.kv_cache_dtype)
+        caches = allocate_caches(graph, self._groups, self.limits, options.kv_cache_dtype, device)
         return Model(
             graph, choices, weights, plan_buffers(graph, options.dtype).allocate(
                 sizes.max_num_batched_tokens, sizes.max_num_seqs, device
-            ), scratch, caches, scales, self._rope, self.limits, self._queue.sms, self._fallbacks.executors, self._lora,
+            ), scratch, caches.values, caches.scales, self._rope, self.limits, self._queue.sms,
+            self._fallbacks.executors, self._lora, group_of_layer(self._groups),
         )  # fmt: skip
-
-    def _allocate_cache(self, dtype: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Caches and, of int8, their scales f32 [2, slots, kv heads], by layer."""
-        blocks, size = self.limits.num_blocks, self.limits.block_size
-        element, device = torch_dtype(DTYPES[dtype].torch), self._queue.device
-        caches, scales = {}, {}
-        for i, kv in enumerate(self._graph.kv):
-            raw = torch.zeros(
-                (2, blocks, size, kv.kv_heads, kv.head_dim * element.itemsize), dtype=torch.uint8, device=device
-            )
-            caches[i] = raw.view(element)
-            if dtype == "int8":
-                scales[i] = torch.zeros(2, blocks * size, kv.kv_heads, device=device)
-        return caches, scales
 
     def _rope(self, op: Op) -> tuple[Tensor, Tensor]:
         """cos and sin f32 [positions, R / 2] of an op; one table for all ops that turn alike."""

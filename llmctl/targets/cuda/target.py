@@ -13,7 +13,7 @@ from llmctl.engine.step import LoraLimits, Runtime
 from llmctl.errors import CompileError, DeviceError, UsageError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES, KV_DTYPES
 from llmctl.graph.graph import Graph
-from llmctl.graph.kv_groups import KVGroup, whole_context
+from llmctl.graph.kv_groups import KVGroup, kv_groups
 from llmctl.graph.passes import DEFAULT_PASSES, PASSES
 from llmctl.targets.base import (
     BuildOptions,
@@ -137,8 +137,8 @@ class CudaTarget:
         return kv_bytes_per_token(graph, options.kv_cache_dtype)
 
     def kv_groups(self, graph: Graph) -> tuple[KVGroup, ...]:
-        """One: a step has one block table a sequence."""
-        return whole_context(graph)
+        """By window: sliding layers let go of blocks."""
+        return kv_groups(graph)
 
     def activation_bytes(self, graph: Graph, options: BuildOptions, tokens: int, rows: int) -> int:
         """What the runtime plans: activations, the kernels' scratch, logits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from runtime_stepping import greedy
 
 from llmctl.engine.step import RuntimeLimits, SequenceSlice, StepPlan
-from llmctl.targets.batch import flatten
+from llmctl.targets.batch import flatten, further_slots
 from llmctl.targets.cuda import buckets
 from llmctl.targets.cuda.buckets import context_width, padded, sequence_buckets
 from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
 
 LIMITS = RuntimeLimits(num_blocks=9, block_size=4, max_model_len=24, vocab_size=50)
+GROUPS = replace(LIMITS, windows=(0, 7, 5))
 TOKENS, SEQUENCES, WIDTH = 16, 4, 6
 
 
@@ -28,8 +30,14 @@ def _staging(arena: InputArena) -> Staging:
     return Staging(arena, torch.full((arena.size,), 0x55, dtype=torch.uint8), tables)
 
 
-def _plan(rng: np.random.Generator, tables: list[Any]) -> StepPlan:
-    """Up to four slices; each has one of the tables."""
+def _further(rng: np.random.Generator, length: int, start: int) -> tuple[int, ...]:
+    """A table of another KV group, which has let go of blocks before ``start``."""
+    gone = int(rng.integers(0, start + 1))
+    return (GROUPS.null_block,) * gone + tuple(rng.integers(0, 9, length - gone).tolist())
+
+
+def _plan(rng: np.random.Generator, tables: list[Any], further: int = 0) -> StepPlan:
+    """Up to four slices; each has one of the tables, and so many of further KV groups."""
     slices, left = [], TOKENS
     for i in range(int(rng.integers(1, SEQUENCES + 1))):
         table = tables[int(rng.integers(len(tables)))]
@@ -37,7 +45,8 @@ def _plan(rng: np.random.Generator, tables: list[Any]) -> StepPlan:
         start = int(rng.integers(0, len(table) * LIMITS.block_size - count + 1))
         left -= count
         ids = rng.integers(0, 50, count).tolist()
-        slices.append(SequenceSlice(str(i), ids, start, table, bool(rng.random() < 0.7)))
+        more = tuple(_further(rng, len(table), start // LIMITS.block_size) for _ in range(further))
+        slices.append(SequenceSlice(str(i), ids, start, table, bool(rng.random() < 0.7), more_block_ids=more))
     return StepPlan(tuple(slices))
 
 
@@ -54,29 +63,30 @@ def _filled(values: Any, size: int, padding: int) -> list[int]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_arrays_of_tokens_and_sequences(seed: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.sampled_from([LIMITS, GROUPS]))
+def test_arrays_of_tokens_and_sequences(seed: int, limits: RuntimeLimits) -> None:
     """Padding is token 0 at position 0, stores nothing, and belongs to sequences of no rows and no context."""
     rng = np.random.default_rng(seed)
-    arena = InputArena(TOKENS, SEQUENCES, LIMITS, "cpu")
+    arena = InputArena(TOKENS, SEQUENCES, limits, "cpu")
     staging = _staging(arena)
     tables = [tuple(rng.integers(0, 9, rng.integers(1, 7)).tolist()) for _ in range(4)]
     tables += [list(tables[0])]
     for _ in range(4):
-        plan = _plan(rng, tables)
+        plan = _plan(rng, tables, len(limits.windows) - 1)
         tables[-1] = list(tables[int(rng.integers(4))])
-        shape, flat = _shape(plan, rng), flatten(plan, LIMITS)
+        shape, flat = _shape(plan, rng), flatten(plan, limits)
+        further = further_slots(plan, limits, flat.slots)
         count, seats = len(flat.token_ids), shape.sequences
         source = {0: 3} if len(plan.slices[0].token_ids) == 1 else {}
         adapters = rng.integers(-1, 3, count).tolist() if rng.random() < 0.5 else []
         staging.block_tables(shape, plan)
-        staging.tokens(shape, flat, source, adapters)
+        staging.tokens(shape, flat, further, source, adapters)
         staging.send(shape)
         found = {name: view.tolist() for name, view in arena.views(shape).items()}
         expected = {
             "ids": _filled([0] * len(source) + flat.token_ids[len(source) :], shape.tokens, 0),
             "positions": _filled(flat.positions, shape.tokens, 0),
-            "slots": _filled(flat.slots, shape.tokens, -1),
+            "slots": [_filled(own, shape.tokens, -1) for own in (flat.slots, *further)],
             "source": _filled([3] * len(source), shape.tokens, -1),
             "adapters": _filled(adapters, shape.tokens, -1),
             "seq_lens": _filled([p.start + len(p.token_ids) for p in plan.slices], seats, 0),
@@ -84,9 +94,9 @@ def test_arrays_of_tokens_and_sequences(seed: int) -> None:
         }
         rows = found.pop("block_tables")
         assert found == expected
-        for row, piece in zip(rows, plan.slices, strict=False):
+        for groups, piece in zip(rows, plan.slices, strict=False):
             used = min(shape.width, len(piece.block_ids))
-            assert row[:used] == list(piece.block_ids[:used])
+            assert [row[:used] for row in groups] == [list(table[:used]) for table in piece.tables]
 
 
 def test_a_list_that_grows_is_read_again() -> None:
@@ -96,7 +106,7 @@ def test_a_list_that_grows_is_read_again() -> None:
     for expected in ([3], [3, 5]):
         staging.block_tables(shape, StepPlan((SequenceSlice("a", [1], 0, blocks, True),)))
         staging.send(shape)
-        assert arena.views(shape)["block_tables"][0, : len(expected)].tolist() == expected
+        assert arena.views(shape)["block_tables"][0, 0, : len(expected)].tolist() == expected
         blocks.append(5)
 
 
@@ -113,7 +123,7 @@ def test_a_table_that_comes_back_is_written_again(between: Any) -> None:
         else:
             staging.block_tables(shape, plan)
     staging.send(shape)
-    assert arena.views(shape)["block_tables"][0, :2].tolist() == [1, 2]
+    assert arena.views(shape)["block_tables"][0, 0, :2].tolist() == [1, 2]
 
 
 def test_tables_are_sent_when_they_change() -> None:
@@ -128,7 +138,7 @@ def test_tables_are_sent_when_they_change() -> None:
         stagings[turn].block_tables(shape, StepPlan(slices))
         if sent:
             stagings[turn].send(shape)
-        rows = arena.views(shape)["block_tables"].tolist()
+        rows = arena.views(shape)["block_tables"][:, 0].tolist()
         return [row[: len(table)] for row, table in zip(rows, tables, strict=False)]
 
     nothing = [[-5, -5], [-5]]
@@ -156,10 +166,10 @@ def test_rows_that_ask_for_nothing_fill_up() -> None:
     assert staging.sent_rows(4).tolist() == [1, 3, 0, 0]
 
 
-@given(st.integers(1, 40), st.integers(1, 9))
-def test_arrays_lie_apart_and_aligned(tokens: int, sequences: int) -> None:
+@given(st.integers(1, 40), st.integers(1, 9), st.sampled_from([LIMITS, GROUPS]))
+def test_arrays_lie_apart_and_aligned(tokens: int, sequences: int, limits: RuntimeLimits) -> None:
     """Of any shape, in the same memory; those of sampled rows where they are in every step."""
-    arena = InputArena(40, 9, LIMITS, "cpu")
+    arena = InputArena(40, 9, limits, "cpu")
     regions = [*arena.row_regions.values(), *arena.step_regions(tokens, sequences).values()]
     assert all(region.start % 16 == 0 for region in regions)
     ordered = sorted(regions, key=lambda region: region.start)

@@ -19,6 +19,7 @@ from tiny_models import FAMILIES, QUANTS, tiny_graph
 
 from llmctl.errors import EngineLoadError
 from llmctl.graph.graph import Graph, QuantScheme
+from llmctl.graph.kv_groups import KVGroup
 from llmctl.targets.base import BuildOptions, RuntimeSizes
 from llmctl.targets.cuda import opening, weights
 from llmctl.targets.cuda.compile import PTX_FALLBACK
@@ -170,6 +171,21 @@ def test_no_room_for_one_sequence(blocks: int, monkeypatch: pytest.MonkeyPatch) 
     assert raised.value.fix == f"--max-model-len {16 * blocks}"
     assert device.log[-1] == "closed"
     assert Device(monkeypatch, 10 * GIB, used, GIB).fitted(max_model_len=16 * blocks).num_blocks == blocks
+
+
+def test_groups_that_let_go_of_blocks_fit_where_a_whole_context_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is of one layer then; a window of 20 and steps of 24 hold four blocks of it, whatever the length."""
+    groups = (KVGroup(0, (0,)), KVGroup(20, (1,)))
+    used, changes = 9 * GIB - 256 * MIB - GIB, {"max_num_batched_tokens": 24, "kv_groups": groups}
+    enough = Device(monkeypatch, 10 * GIB, used - 12 * BLOCK_BYTES // 2, GIB)
+    assert enough.fitted(**changes).num_blocks == 8 + 4
+    assert enough.log[0].kv_groups == groups
+    short = Device(monkeypatch, 10 * GIB, used - 11 * BLOCK_BYTES // 2, GIB)
+    with pytest.raises(EngineLoadError, match="expected room for 128 tokens, found 11 blocks of 16") as raised:
+        short.fitted(**changes)
+    assert raised.value.fix == "--max-model-len 112"
+    with pytest.raises(EngineLoadError, match="found 6 blocks of 16"):
+        Device(monkeypatch, 10 * GIB, used - 12 * BLOCK_BYTES // 2, GIB).fitted()
 
 
 def test_no_room_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

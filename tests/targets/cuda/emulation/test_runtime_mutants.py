@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_runtime_logits
 import test_runtime_sampling
+import test_runtime_sliding
 import test_runtime_steps
 from emulator import missing
 
@@ -68,14 +69,22 @@ def _few_tokens(_: Any) -> None:
     test_runtime_steps.test_more_sequences_than_tokens()
 
 
+def _sliding(_: Any) -> None:
+    test_runtime_sliding.test_tokens_are_those_of_whole_contexts("int8", eager=False)
+
+
+def _tables_refused(_: Any) -> None:
+    test_runtime_sliding.test_a_table_too_few_is_refused()
+
+
 Mutant = tuple[Any, str, str, str, Callable[[Any], None]]
 MUTANTS: dict[str, Mutant] = {
     # what a step is told
-    "padding stores keys": (Staging, "tokens", "flat.slots, -1", "flat.slots, 0", _logits()),
+    "padding stores keys": (Staging, "tokens", "own, -1", "own, 0", _logits()),
     "positions start at each chunk": (Staging, "tokens", "flat.positions, 0",
         "[p - flat.positions[0] for p in flat.positions], 0", _logits()),
     "contexts a token short": (Staging, "tokens", "[ends] + 1", "[ends]", _logits()),
-    "tables written once": (Staging, "block_tables", "is piece.block_ids", "is not None", _logits()),
+    "tables written once": (Staging, "block_tables", "[row] is table", "[row] is not None", _logits()),
     "tables of another width kept": (Staging, "block_tables", "self._width != shape.width", "not self._width",
         _longer),
     "tables held before they are sent": (Staging, "block_tables", "self._staged = (",
@@ -84,8 +93,16 @@ MUTANTS: dict[str, Mutant] = {
     "tables held of fewer sequences": (InputArena, "holds", "len(self.held[1]) < len(tables)", "False", _logits()),
     "tables held by their length": (InputArena, "holds", "a is b", "len(a) == len(b)", _logits()),
     "tables cut short": (Staging, "block_tables", "[: shape.width]", "[: shape.width - 1]", _longer),
-    "tables at another width": (InputArena, "views", "view(shape.sequences, shape.width)",
-        "view(shape.width, shape.sequences).t().contiguous()", _logits()),
+    "tables at another width": (InputArena, "views", "view(shape.sequences, self.groups, shape.width)",
+        "view(shape.width, self.groups, shape.sequences).permute(2, 1, 0).contiguous()", _logits()),
+    "tables of the first group": (StepTensors, "tables_of", "self._group(layer)", "0", _sliding),
+    "slots of the first group": (StepTensors, "slots_of", "self._group(layer)", "0", _sliding),
+    "slots of groups in one place": (Staging, "tokens", "[group * shape.tokens : (group + 1) * shape.tokens]",
+        "[: shape.tokens]", _sliding),
+    "tables of groups are not checked": (Staging, "block_tables", "row % groups", "0", _tables_refused),
+    "tables of other sequences are checked": (Staging, "block_tables", "row // groups", "0", _tables_refused),
+    "further tables are taken as they come": (CudaRuntime, "execute", "further_slots(plan, self.limits, flat.slots)",
+        "[flat.slots]", _tables_refused),
     "rows of the step before": (Staging, "rows", "np.array(flat.rows, np.int64)",
         "np.maximum(np.array(flat.rows, np.int64) - 1, 0)", _logits()),
     "parameters staged once": (Staging, "rows", "given[1] is not value", "False", _kept),
