@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _INDEX = re.compile(r"\$\[(\d+)\]")
 """Where msgspec found the first fault of a list, as it says."""
 
+MAX_INT = 2**63 - 1
+"""Of counts that nothing else bounds."""
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS = 64
@@ -53,7 +55,7 @@ _BIAS = Annotated[float, msgspec.Meta(ge=LOGIT_BIAS.low, le=LOGIT_BIAS.high)]
 RANGES = {
     "n": Range(1, MAX_SAMPLES),
     "temperature": Range(0),
-    "top_k": Range(-1),
+    "top_k": Range(-1, MAX_INT),
     "top_p": Range(0, 1),
     "min_p": Range(0, 1),
     "repetition_penalty": Range(0, open_low=True),
@@ -188,7 +190,7 @@ def check_known(name: str, ids: Collection[int], vocab_size: int) -> None:
     token = unknown_id(ids, vocab_size)
     if token is not None:
         raise RequestError(
-            f"{name}: token id {_shown(token)} is outside the vocabulary (0 to {vocab_size - 1})", param=name
+            f"{name}: token id {short_value(token)} is outside the vocabulary (0 to {vocab_size - 1})", param=name
         )
 
 
@@ -213,8 +215,8 @@ def _first_unlike(values: list[Any], wanted: Any) -> int | None:
     return None
 
 
-def _shown(value: object) -> str:
-    """A value in a message; the middle of a number of hundreds of digits says nothing."""
+def short_value(value: object) -> str:
+    """A value in a message. The middle of a number of hundreds of digits says nothing."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:16]}…{text[-8:]} ({len(text)} characters)"
 
@@ -241,7 +243,7 @@ def _check_range(params: SamplingParams, name: str, allowed: Range) -> None:
     if (_is_int(value) or (not whole and isinstance(value, float))) and value in allowed:
         return
     expected = "an integer" if whole else "a number"
-    raise RequestError(f"{name}: expected {expected} {allowed}, found {_shown(value)}", param=name)
+    raise RequestError(f"{name}: expected {expected} {allowed}, found {short_value(value)}", param=name)
 
 
 def _check_ranges(params: SamplingParams) -> None:
@@ -249,7 +251,8 @@ def _check_ranges(params: SamplingParams) -> None:
         _check_range(params, name, allowed)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(
-            f"min_tokens: expected at most max_tokens ({params.max_tokens}), found {_shown(params.min_tokens)}",
+            f"min_tokens: expected at most max_tokens ({short_value(params.max_tokens)}), "
+            f"found {short_value(params.min_tokens)}",
             param="min_tokens",
         )
 
@@ -260,7 +263,9 @@ def _check_collections(params: SamplingParams) -> None:
     check_num_stops(len(params.stop))
     _check_lengths("stop", params.stop, MAX_STOP_CHARS)
     if params.logit_bias:
-        check_biases([*params.logit_bias], [*params.logit_bias.values()])
+        tokens, biases = [*params.logit_bias], [*params.logit_bias.values()]
+        _refuse_bias(tokens, biases, _first_unlike(tokens, int))
+        check_biases(tokens, biases)
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         raise RequestError("allowed_token_ids: expected at least one token id, found none", param="allowed_token_ids")
     for name in ("stop_token_ids", "allowed_token_ids"):
@@ -271,17 +276,20 @@ def _check_collections(params: SamplingParams) -> None:
 
 
 def check_biases(tokens: Sequence[int], biases: Sequence[float]) -> None:
-    """Refuse biases of tokens that are out of their range, or of what are no token ids.
+    """Refuse biases of tokens that are out of their range.
 
     Raises:
         RequestError.
     """
-    wrong = (_first_unlike([*tokens], int), _first_unlike([*biases], _BIAS))
-    index = min((one for one in wrong if one is not None), default=None)
-    if index is not None:
+    _refuse_bias(tokens, biases, _first_unlike([*biases], _BIAS))
+
+
+def _refuse_bias(tokens: Sequence[int], biases: Sequence[float], wrong: int | None) -> None:
+    """Refuse the bias at an index, if there is one."""
+    if wrong is not None:
         raise RequestError(
-            f"logit_bias: expected token ids with values {LOGIT_BIAS}, found {_shown(tokens[index])}: "
-            f"{_shown(biases[index])}",
+            f"logit_bias: expected token ids with values {LOGIT_BIAS}, found {short_value(tokens[wrong])}: "
+            f"{short_value(biases[wrong])}",
             param="logit_bias",
         )
 

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from llmctl.errors import RequestError
 from llmctl.serving.body_shape import Kinds, depth_of_scalars, shape_of, values_of
+from llmctl.serving.number_members import behind_plain_members, plain_members
 from llmctl.serving.openai_errors import UNION_TAG, problem_told
 from llmctl.serving.outline import TOO_DEEP, Outline, count_texts
 from llmctl.serving.protocol import ApiModel, ChatMessage, ChatRequest, ContentPart, are_tool_names
@@ -124,8 +125,6 @@ def check_first_fault(
             _check_contents(value, found)
         elif name in ("tools", "functions"):
             _check_names(model, name, value, found)
-        elif name == "logit_bias" and found:
-            found = bias_ids(found), [*found.values()]
         check_ids(name, found)
 
 
@@ -136,7 +135,7 @@ def _looked_at(model: type[ApiModel], name: str, data: bytes) -> Any:
         return _of_kinds(model, shape.kinds[name], name, data)
     decoders = shape.fields[name]
     if values_of(decoders[0].type) is float and data.startswith(b"{"):
-        return _numbers(model, name, data)
+        return _biases(model, name, data)
     furthest: tuple[Steps, str] | None = None
     plain = 0
     for decoder in decoders:
@@ -217,22 +216,31 @@ def _first_unlike(members: Mapping[str, Any], wanted: Any) -> str | None:
     return None
 
 
-def _numbers(model: type[ApiModel], name: str, data: bytes) -> Any:
-    """The members of an object of numbers. Which one is wrong takes as long to find out as to decode them, so it is
-    looked for at once."""
-    wrong = _first_unlike(_beginning(data, _OBJECT, b"}") or {}, float)
-    if wrong is not None:
-        return _confirm(model, name, data, [wrong], "")
-    try:
-        members = _OBJECT.decode(data)
-    except (ValueError, RecursionError):
-        return None
+def _biases(model: type[ApiModel], name: str, data: bytes) -> Any:
+    """Token ids and biases of an object of these. Which member is wrong takes as long to find out as to decode all, so
+    it is looked for at the beginning, and where one is unlike numbers."""
+    _check_numbers(model, name, _beginning(data, _OBJECT, b"}") or {})
+    found = plain_members(data)
+    if found is not None:
+        return found
+    for part in dict.fromkeys((behind_plain_members(data), data)):
+        try:
+            members = _OBJECT.decode(part)
+        except (ValueError, RecursionError):
+            found = None
+            continue
+        _check_numbers(model, name, members)
+        found = (bias_ids(members), [*members.values()]) if members else None
+    return found
+
+
+def _check_numbers(model: type[ApiModel], name: str, members: Mapping[str, Any]) -> None:
+    """Refuse members of an object of which one is no number."""
     wrong = _first_unlike(members, float)
-    if wrong is None:
-        return members
-    value = members[wrong]  # of which the type is told
-    value = value if value is None or isinstance(value, bool | int) else type(value)()
-    return _confirm(model, name, msgspec.json.encode({wrong: value}), [wrong], "")
+    if wrong is not None:
+        value = members[wrong]  # of which the type is told
+        value = value if value is None or isinstance(value, bool | int) else type(value)()
+        _confirm(model, name, msgspec.json.encode({wrong: value}), [wrong], "")
 
 
 def _beginning(data: bytes, decoder: msgspec.json.Decoder[T], end: bytes) -> T | None:

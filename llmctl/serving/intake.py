@@ -15,6 +15,7 @@ from llmctl.engine.sampling_params import (
     check_bad_words,
     check_biases,
     check_known,
+    short_value,
     unknown_id,
 )
 from llmctl.errors import CapacityError, CheckpointError, RequestError
@@ -421,8 +422,9 @@ class Intake:
         needed = 1 if wanted is None else wanted
         if needed > room:
             raise CapacityError(
-                f"this model's maximum context length is {self.max_model_len} tokens, but {prompt_tokens + needed} "
-                f"were requested ({prompt_tokens} in the prompt, {needed} in the completion)",
+                f"this model's maximum context length is {self.max_model_len} tokens, but "
+                f"{short_value(prompt_tokens + needed)} were requested ({prompt_tokens} in the prompt, "
+                f"{short_value(needed)} in the completion)",
                 fix=f"shorten the prompt or lower {param}",
                 param=param,
             )
@@ -459,9 +461,8 @@ class Intake:
             value = getattr(body, name)
             if value is not None:
                 values[name] = value
-        if values.get("top_k", 0) > self._vocab_size:
-            values["top_k"] = self._vocab_size
-        return SamplingParams(**values, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+        params = SamplingParams(**values, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+        return replace(params, top_k=min(params.top_k, self._vocab_size))
 
     async def _params(self, body: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
         scalars = self._scalars(body)

@@ -44,8 +44,6 @@ def only_numbers(given: dict[str, Any]) -> dict[str, Any]:
 
 TOKEN_ID_KEY = "0|[1-9][0-9]{0,18}"
 """A token id as a key of an object, as a regular expression for the whole of it."""
-MAX_TOKEN_IDS = 10**19
-"""Any id that is such a key is below."""
 LogitBias = Annotated[
     dict[str, Any],
     AfterValidator(only_numbers),

@@ -15,18 +15,13 @@ from posixpath import normpath
 from typing import Any
 
 import pytest
-from msgspec import structs
-from serving.scripted_worker import INFO, admitting_client
+from serving.posting import answer_of, app_without_worker
+from serving.scripted_worker import INFO
 from starlette.applications import Starlette
 
-from llmctl.config import ServeConfig
 from llmctl.errors import RequestError
 from llmctl.serving import body, first_fault
-from llmctl.serving.app import create_app
-from llmctl.serving.context import Model, ServerContext
 from llmctl.serving.first_fault import check_first_fault
-from llmctl.serving.keys import ServerKeys
-from llmctl.serving.metrics import ServerMetrics
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
     ApiModel,
@@ -35,7 +30,6 @@ from llmctl.serving.protocol import (
     DetokenizeRequest,
     TokenizeChatRequest,
 )
-from llmctl.serving.redaction import Redactor
 from llmctl.serving.responses_api.protocol import ResponsesRequest
 from llmctl.serving.responses_api.translate import chat_of
 from llmctl.serving.tools.history import template_message
@@ -237,15 +231,8 @@ OUTLINES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=[131072])
 def app(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starlette]:
     """A server with a long context, or another one, whose worker is not there."""
-    folder = tmp_path_factory.mktemp("model")
-    config, keys, metrics = ServeConfig(), ServerKeys(None), ServerMetrics("m")
-    info = structs.replace(INFO, max_model_len=request.param, num_blocks=9000)
-    with pytest.MonkeyPatch.context() as patch:
-        client = admitting_client(folder, metrics, config, patch)
-        patch.setattr(client.worker, "info", info)
-        context = ServerContext(config, ("m",), client, metrics, keys, Redactor(keys))
-        context.loaded = Model.from_folder("m", folder, client.worker.tokenizer, info, config)
-        yield create_app(context)
+    with app_without_worker(tmp_path_factory.mktemp("model"), request.param) as made:
+        yield made
 
 
 async def refused(app: Starlette, path: str, fields: dict[str, Any]) -> float:
@@ -259,23 +246,9 @@ async def refused(app: Starlette, path: str, fields: dict[str, Any]) -> float:
 
 async def posted(app: Starlette, where: str, data: bytes) -> tuple[int, bytes]:
     """Posts a body that is to be refused; status and body of the answer."""
-    scope: dict[str, Any] = {
-        **{"type": "http", "method": "POST", "path": where, "raw_path": where.encode(), "query_string": b""},
-        **{"root_path": "", "scheme": "http", "http_version": "1.1", "state": {}},
-        **{"client": ("10.0.0.1", 1), "server": ("10.0.0.2", 1)},
-        "headers": [(b"content-type", b"application/json")],
-    }
-    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    incoming.put_nowait({"type": "http.request", "body": data, "more_body": False})
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async with asyncio.timeout(20):
-        await app(scope, incoming.get, send)
-    assert sent[0]["status"] in (400, 404)
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+    found = await answer_of(app, where, data)
+    assert found[0] in (400, 404)
+    return found
 
 
 @pytest.mark.parametrize("name", FAULTS)

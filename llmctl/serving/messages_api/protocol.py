@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from llmctl.engine.sampling_params import MAX_INT
 from llmctl.serving.protocol import MOST, ApiModel, StopStrings, ToolName
 from llmctl.serving.refused_fields import Only, not_here
 
@@ -134,7 +135,9 @@ class ThinkingEnabled(MessagesModel):
     """Reasoning, as far as the chat template can ask for it."""
 
     type: Literal["enabled"]
-    budget_tokens: Annotated[int | None, Field(ge=0, description="Without effect: `max_tokens` bounds all.")] = None
+    budget_tokens: Annotated[
+        int | None, Field(ge=0, le=MAX_INT, description="Without effect: `max_tokens` bounds all.")
+    ] = None
     display: Display = None
 
 
@@ -207,7 +210,7 @@ class MessagesRequest(Conversation):
     stream: bool | None = False
     temperature: Annotated[float, Field(ge=0, le=MOST)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     metadata: Metadata | None = None
     service_tier: Annotated[
         Literal["auto", "standard_only"] | None, Field(description="Without effect: there is one.")

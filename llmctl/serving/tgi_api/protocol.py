@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmctl.engine.sampling_params import MAX_LOGPROBS, MAX_SAMPLES
+from llmctl.engine.sampling_params import MAX_INT, MAX_LOGPROBS, MAX_SAMPLES
 from llmctl.serving.protocol import MOST, ApiModel, JsonSchema, StopStrings
 from llmctl.serving.refused_fields import Only, not_here
 
@@ -54,7 +54,7 @@ class GenerateParameters(TgiModel):
 
     do_sample: bool | None = False
     temperature: Annotated[float, Field(ge=0, le=MOST)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=MOST)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

@@ -1,0 +1,111 @@
+"""Numbers that no field of a request holds: refused in the API's own words, by every endpoint that has numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from serving.posting import answer_of, app_without_worker
+from starlette.applications import Starlette
+
+from llmctl.serving.openapi import describe
+
+MESSAGES = [{"role": "user", "content": "a"}]
+TGI = {"inputs": "a"}
+LEAST: Mapping[str, Mapping[str, Any]] = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": MESSAGES, "logprobs": True},
+    "/v1/embeddings": {"input": "a"},
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 5},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
+    "/generate": TGI,
+    "/generate_stream": TGI,
+    "/": TGI,
+    "/detokenize": {},
+}
+"""Of each endpoint that has numbers, what it cannot do without."""
+BESIDE = {"thinking": {"type": "enabled"}}
+HUGE = [sign + digits for sign in ("", "-") for digits in ("1" + 400 * "0", "1e400", "1e4000000", "9" * 5000)]
+DOCUMENT = describe("m", with_keys=False)
+
+
+def resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    while "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/components/schemas/")
+        schema = DOCUMENT["components"]["schemas"][name]
+    return schema
+
+
+def numbers_of(
+    schema: Mapping[str, Any], at: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Any]]]:
+    """Each number in a body, by its path, and its schema."""
+    schema = resolved(schema)
+    if schema.get("type") in ("integer", "number"):
+        yield at, schema
+    for one in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        yield from numbers_of(one, at)
+    if schema.get("type") == "array":
+        yield from numbers_of(schema["items"], (*at, 0))
+    for name, one in schema.get("properties", {}).items():
+        yield from numbers_of(one, (*at, name))
+    for one in schema.get("patternProperties", {}).values():
+        yield from numbers_of(one, (*at, "5"))
+
+
+def fields() -> Iterator[tuple[str, tuple[str | int, ...], Mapping[str, Any]]]:
+    for path, item in DOCUMENT["paths"].items():
+        content = item.get("post", {}).get("requestBody", {}).get("content", {})
+        for at, schema in numbers_of(content["application/json"]["schema"]) if content else ():
+            yield path, at, schema
+
+
+FIELDS = list(fields())
+
+
+def with_number(path: str, at: tuple[str | int, ...], number: str) -> bytes:
+    """A body of which all is right but for a number, perhaps."""
+    value: Any = "the number"
+    for step in reversed(at[1:]):
+        value = [value] if isinstance(step, int) else {step: value}
+    if at[0] in BESIDE:
+        value |= BESIDE[str(at[0])]
+    return json.dumps({**LEAST[path], at[0]: value}).replace('"the number"', number).encode()
+
+
+def beyond(schema: Mapping[str, Any]) -> Iterator[str]:
+    """What is just outside the bounds that are described."""
+    step = 1 if schema["type"] == "integer" else 0.5
+    yield from (str(schema[name] - step) for name in ("minimum",) if name in schema)
+    yield from (str(schema[name] + step) for name in ("maximum",) if abs(schema.get(name, 1e300)) < 1e300)
+    yield from (str(schema[name]) for name in ("exclusiveMinimum", "exclusiveMaximum") if name in schema)
+    yield from ("true", '"5"', "[]", "{}", "NaN", "Infinity")
+    if schema["type"] == "integer":
+        yield from ("5.5", "1e0")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starlette]:
+    with app_without_worker(tmp_path_factory.mktemp("model"), 64) as made:
+        yield made
+
+
+def test_all_endpoints_with_numbers_are_here() -> None:
+    assert {path for path, _, _ in FIELDS} == set(LEAST)
+
+
+@pytest.mark.parametrize(("path", "at", "schema"), FIELDS, ids=[f"{path} {at}" for path, at, _ in FIELDS])
+def test_a_number_that_no_field_holds_is_refused(
+    app: Starlette, path: str, at: tuple[str | int, ...], schema: Mapping[str, Any]
+) -> None:
+    for number in (*HUGE, *beyond(schema)):
+        if number == '"5"' and at[0] in ("prompt", "input"):
+            continue  # a list of texts
+        status, answer = asyncio.run(answer_of(app, path, with_number(path, at, number)))
+        assert status in (400, 422), (number[:40], status, answer[:200])
+        assert json.loads(answer)["error"], number[:40]
+        assert len(answer) < 1000, number[:40]
