@@ -18,30 +18,42 @@ from llmctl.targets.reference import kernels as reference
 
 
 def expert_cases() -> Iterator[Case]:
-    """The two products of a layer of Qwen3-30B-A3B, 4-bit and dense."""
+    """The two products of a layer of Qwen3-30B-A3B: 4-bit and dense; 8-bit and NF4 at two sizes of step."""
     experts, chosen, hidden, inner = 128, 8, 2048, 768
     for tokens in (1, 8, 32, 256, 2048):
         met = round(experts * (1 - (1 - chosen / experts) ** tokens))  # of routes at random
         for name, n, k, gated in (("gate_up", 2 * inner, hidden, True), ("down", hidden, inner, False)):
-            for bits in (4, 16):
-                nbytes = met * n * k * bits // 8 + 2 * tokens * chosen * (n // (1 + gated) + k)
+            for codes in (4, 16, *((8, "nf4") if tokens in (1, 32) else ())):
+                fmt = _format(codes, (experts * n, k), gated, experts)
+                bits, groups = (16, 0) if fmt is None else (fmt.bits, -(-k // fmt.group_size))
+                nbytes = met * n * (k * bits // 8 + 2 * groups) + 2 * tokens * chosen * (n // (1 + gated) + k)
                 label = f"Qwen3-30B-A3B {name} {n}x{k}, {chosen} of {experts}"
-                make = grouped_maker((experts, n, k), tokens, chosen, bits, gated)
-                kernel = "grouped_dense" if bits == 16 else f"grouped_w{bits}a16"
-                yield Case(kernel, label, tokens, nbytes, 2 * tokens * chosen * n * k, make)
+                make = grouped_maker((experts, n, k), tokens, chosen, codes, gated)
+                yield Case(_kernel(fmt), label, tokens, nbytes, 2 * tokens * chosen * n * k, make)
+
+
+def _format(codes: int | str, shape: tuple[int, int], gated: bool, experts: int) -> CudaFormat | None:
+    if codes == 16:
+        return None
+    if isinstance(codes, str):
+        return CudaFormat(4, shape, gated, group=64, symmetric=True, book=codes, experts=experts)
+    return CudaFormat(codes, shape, gated, group=-1, symmetric=True, experts=experts)
+
+
+def _kernel(fmt: CudaFormat | None) -> str:
+    return "grouped_dense" if fmt is None else f"grouped_{fmt.kind}a16"
 
 
 def grouped_maker(
-    shape: tuple[int, int, int], tokens: int, chosen: int, bits: int, gated: bool
+    shape: tuple[int, int, int], tokens: int, chosen: int, codes: int | str, gated: bool
 ) -> Callable[[Machine, str], Prepared]:
-    """``bits`` 16: dense."""
+    """``codes``: integers by their bits, a code book by its name; 16: dense. The gated product, a layer's first, sorts
+    its slots each time; what goes down finds them sorted."""
     experts, n, k = shape
 
     def make(machine: Machine, device: str) -> Prepared:
-        fmt = (
-            None if bits == 16 else CudaFormat(bits, (experts * n, k), gated, group=-1, symmetric=True, experts=experts)
-        )
-        count = min(4, copies_of(experts * n * k * bits // 8))
+        fmt = _format(codes, (experts * n, k), gated, experts)
+        count = min(4, copies_of(experts * n * k * (16 if fmt is None else fmt.bits) // 8))
         weights: list[Tensor | PackedWeight] = [
             random(device, experts * n, k) * k**-0.5 if fmt is None else random_planes(fmt, device)
             for _ in range(count)
@@ -53,10 +65,11 @@ def grouped_maker(
         step = step_tensors(device, Scratch(device))
         attrs = {"count": experts, **({"epilogue": "silu_mul"} if gated else {})}
         op = Op("grouped_linear", "experts", ("x", "chosen"), ("y",), ("w",), attrs)
-        name = "grouped_dense" if fmt is None else f"grouped_{fmt.kind}a16"
 
         def run(i: int) -> None:
-            EXECUTORS[name](machine, Job(op, [x, picked], [y], [weights[i]], step))
+            if gated:
+                step.sorted_slots = None
+            EXECUTORS[_kernel(fmt)](machine, Job(op, [x, picked], [y], [weights[i]], step))
 
         def expected(i: int) -> Tensor:
             weight = weights[i]
@@ -74,6 +87,8 @@ def _dequantized(machine: Machine, weight: PackedWeight) -> Tensor:
     one = replace(weight.format, shape=(rows // experts, k), experts=1)
     dense = torch.empty(experts, *one.shape, device=weight.planes["tiles"].device, dtype=BF16)
     for i in range(experts):
-        planes = {name: plane.chunk(experts)[i] for name, plane in weight.planes.items()}
+        planes = {
+            name: plane if name == "tile_book" else plane.chunk(experts)[i] for name, plane in weight.planes.items()
+        }
         machine.launch(dequantize_call(one, "bf16", planes, dense[i]))
     return dense

@@ -15,14 +15,15 @@ from llmctl.targets.cuda.signatures import TAGS, blocks, floats, ints, launch, m
 
 def grouped_call(
     machine: Machine, plan: GroupedPlan, fmt: CudaFormat | None, planes: Mapping[str, Any], *, experts: int,
-    epilogue: str = "", order: Any = None, blocks: Any = None, **tensors: Any,
+    epilogue: str = "", order: Any = None, blocks: Any = None, is_sorted: bool = False, **tensors: Any,
 ) -> Call:  # fmt: skip
     """A planned grouped product, after the slots are sorted where the plan asks for it.
 
     Args:
         fmt, planes: a packed weight's, as ``gemm_call`` has them; None and ``w`` [experts * n, K] of a dense one.
         experts: how many there are. epilogue: ``silu_mul`` and the like, or "".
-        order, blocks: scratch, i32 [slots] and [blocks, 4] of the plan; None where its ``group`` is "".
+        order, blocks: scratch, i32 [slots] and [blocks, 4] of the plan; None where its ``group`` is "". is_sorted: a
+            product of the same slots by the same plan's ``group`` has left them sorted there.
         tensors: x [rows, K], chosen i32 [slots], y [slots, outputs], n (rows of one expert).
 
     Raises:
@@ -34,7 +35,7 @@ def grouped_call(
     outputs = tensors["n"] // 2 if epilogue else tensors["n"]
     if tensors["y"].shape[-1] != outputs:
         raise ValueError(f"{plan.entry}: y: expected {outputs} columns, found {tensors['y'].shape[-1]}")
-    if plan.group:
+    if plan.group and not is_sorted:
         launch(machine, plan.group, chosen=tensors["chosen"], order=order, blocks=blocks, experts=experts)
     weight = {"w": planes["w"]} if fmt is None else {
         "codes": planes["tiles"], "scales": planes["tile_scales"], "group_size": fmt.group_size,
@@ -101,7 +102,7 @@ def _route(tag: str) -> Signature:
         EXPERTS_SOURCE,
         (
             read("logits", tag, "rows experts", align=2),
-            maybe(read("bias", tag, "experts", align=2)),
+            maybe(read("bias", "f32", "experts", align=4)),
             write("chosen", "i32", "rows top_k", align=4),
             write("shares", tag, "rows top_k", align=2),
             *ints("experts top_k softmax renormalise groups top_groups"),

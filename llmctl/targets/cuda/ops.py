@@ -88,6 +88,7 @@ class StepTensors:
         sms: multiprocessors of the device. kv_scales: f32 [2, slots, kv heads] by layer, of int8 caches.
         adapters: i32 [T], each token's LoRA adapter, -1 for none; None: no token has one. lora: their weights by op.
         group_of: the KV group of each layer; empty: there is one.
+        sorted_slots: what scratch holds of a mixture's slots by expert: whose choices, sorted by which kernel, blocks.
     """
 
     positions: Tensor
@@ -107,6 +108,7 @@ class StepTensors:
     adapters: Tensor | None = None
     lora: Mapping[str, AdapterWeights] = field(default_factory=dict)
     group_of: Sequence[int] = ()
+    sorted_slots: tuple[str, str, int] | None = None
 
     def slots_of(self, layer: int) -> Tensor:
         """i64 [T], where a layer stores the step's keys and values."""
@@ -365,6 +367,7 @@ def _route(machine: Machine, job: Job) -> None:
 
 
 def _grouped(machine: Machine, job: Job) -> None:
+    """Slots are sorted by the first of a layer's products: those after it find them in scratch."""
     (x, chosen), weight, count, scratch = job.inputs, job.weights[0], job.attrs["count"], job.step.scratch
     assert weight is not None
     (tokens, each), epilogue = chosen.shape, job.attrs.get("epilogue", "")
@@ -373,12 +376,16 @@ def _grouped(machine: Machine, job: Job) -> None:
     fmt, planes = (weight.format, weight.planes) if isinstance(weight, PackedWeight) else (None, {"w": weight})
     rows, columns = weight.shape if isinstance(weight, Tensor) else weight.format.shape
     plan = plan_grouped((rows, columns), count, _DTYPE[x.dtype].name, tokens, each, fmt, gated=bool(epilogue))
+    slots = (job.op.inputs[1], plan.group, plan.grid[2]) if plan.group else None
+    is_sorted = slots is not None and slots == job.step.sorted_slots
+    job.step.sorted_slots = slots or job.step.sorted_slots
     machine.launch(
         grouped_call(
             machine, plan, fmt, planes, experts=count, epilogue=epilogue, x=x.view(-1, columns), chosen=chosen.view(-1),
             y=job.outputs[0].view(tokens * each, -1), n=rows // count,
             order=scratch.take("slot_order", torch.int32, tokens * each) if plan.group else None,
             blocks=scratch.take("slot_blocks", torch.int32, plan.grid[2], 4) if plan.group else None,
+            is_sorted=is_sorted,
         )
     )  # fmt: skip
 

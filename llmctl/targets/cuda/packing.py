@@ -3,13 +3,15 @@ symmetric), ``W.tile_book`` (only of a code book) and ``W.permutation`` (only wi
 ``layout.py``.
 
 Every quantized linear, and stack of experts, is stored so, unless the kernels cannot take its format: then its planes
-are plain ones (``targets/plain.py``), as those of dense weights are, in the compute dtype.
+are plain ones (``targets/plain.py``), as those of dense weights are, in the compute dtype; the biases that correct a
+router's scores are float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -51,13 +53,18 @@ def dequantized_bytes(graph: Graph, dtype: str) -> int:
 
 def cuda_planes(graph: Graph, options: BuildOptions, describe: Describe | None) -> dict[str, tuple[Plane, ...]]:
     """Planes by weight name; ``describe`` as for ``plain_planes``."""
-    formats = cuda_formats(graph)
-    return {
-        name: tuple(Plane(f"{name}.{s}", shape, (dtype,)) for s, (dtype, shape) in formats[name].planes().items())
-        if name in formats
-        else plain
-        for name, plain in plain_planes(graph, (DTYPES[options.dtype].safetensors,), describe).items()
-    }
+    formats, biases = cuda_formats(graph), _router_biases(graph)
+    found = plain_planes(graph, (DTYPES[options.dtype].safetensors,), describe)
+    for name, fmt in formats.items():
+        found[name] = tuple(Plane(f"{name}.{s}", shape, (dtype,)) for s, (dtype, shape) in fmt.planes().items())
+    for name in biases:
+        found[name] = tuple(replace(plane, dtypes=("F32",)) for plane in found[name])
+    return found
+
+
+def _router_biases(graph: Graph) -> set[str]:
+    """What corrects a router's scores: in 16 bits it would make ties, which the first expert wins."""
+    return {op.weights[0] for op in graph.ops if op.kind == "route" and op.weights[0]}
 
 
 def pack_cuda(name: str, read: Read, planes: Sequence[Plane], graph: Graph) -> dict[str, PlaneContent]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from quantized_files import FORMATS, write_pair
 from tiny_checkpoint import write_gptq
+from tiny_models import MIXTURES, tiny_graph
 
 from llmctl.artifact import builder
 from llmctl.artifact.loader import read_manifest
@@ -17,9 +18,11 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
 from llmctl.graph.code_books import CODE_BOOKS
+from llmctl.targets.base import BuildOptions
 from llmctl.targets.cuda import target
 from llmctl.targets.cuda.layout import unpack
-from llmctl.targets.cuda.packing import cuda_formats, packed_linears
+from llmctl.targets.cuda.packing import cuda_formats, cuda_planes, packed_linears
+from llmctl.targets.cuda.target import CUDA_PASSES
 
 
 def build(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -78,3 +81,14 @@ def test_a_refused_format_keeps_its_planes(tmp_path: Path, monkeypatch: pytest.M
     assert cuda_formats(read_manifest(engine).graph) == {}
     names = SafetensorsFile(engine / "weights-00001-of-00001.safetensors").tensors
     assert "layers.0.qkv_proj.weight.codes" in names
+
+
+def test_a_router_s_bias_stays_float32() -> None:
+    """Whatever the checkpoint's dtype and the engine's."""
+    graph = tiny_graph(MIXTURES["glm4_moe"], None, CUDA_PASSES)
+    biases = {op.weights[0] for op in graph.ops if op.kind == "route"}
+    planes = cuda_planes(graph, BuildOptions("bfloat16", 128, 16, "bfloat16", graph.passes), None)
+    assert len(biases) == 1
+    assert {plane.dtypes for name in biases for plane in planes[name]} == {("F32",)}
+    others = {plane.dtypes for name in planes.keys() - biases for plane in planes[name]}
+    assert others == {("BF16",)}

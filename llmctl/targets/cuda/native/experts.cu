@@ -1,8 +1,8 @@
 // What surrounds the products of a mixture of experts: which experts a token takes, slots by expert, the sum of parts.
 //
 //   route_<T>         logits T [rows, experts] -> chosen i32 [rows, top_k], shares T [rows, top_k]
-//       scores = softmax or sigmoid of the logits in fp32; chosen: the top_k highest of score + bias (T [experts], may be
-//       null), within the top_groups of `groups` whose two best add up to the most (DeepSeek-AI 2024, DeepSeek-V3,
+//       scores = softmax or sigmoid of the logits in fp32; chosen: the top_k highest of score + bias (f32 [experts], may
+//       be null), within the top_groups of `groups` whose two best add up to the most (DeepSeek-AI 2024, DeepSeek-V3,
 //       section 2.1.2); of equal ones the first. shares = score, renormalised by their sum, * scale. A row of NaN chooses
 //       experts that there are. Grid: rows blocks of 32 threads; dynamic shared memory 4 * (2 experts + groups) bytes.
 //   group_slots_m<R>  chosen i32 [slots] -> order i32 [slots], blocks i32 [count][4], as grouped.cuh has them, up to R
@@ -68,7 +68,7 @@ LLMCTL_DEVICE float score(const T* logits, int i, bool softmax, float most) {
 }
 
 template <typename T>
-LLMCTL_DEVICE void route(const T* all_logits, const T* bias, int* chosen, T* shares, int count, int top_k, bool softmax,
+LLMCTL_DEVICE void route(const T* all_logits, const float* bias, int* chosen, T* shares, int count, int top_k, bool softmax,
                          bool renormalise, int groups, int top_groups, float scale, u8* shared) {
     const long long row = block_index();
     const T* const logits = all_logits + row * count;
@@ -84,7 +84,7 @@ LLMCTL_DEVICE void route(const T* all_logits, const T* bias, int* chosen, T* sha
     }
     for (int i = lane_index(); i < count; i += kWarp) {
         const float found = score(logits, i, softmax, most) / (softmax ? sum : 1.0f);
-        wanted[i] = bias ? found + to_float(bias[i]) : found;
+        wanted[i] = bias ? found + bias[i] : found;
         ranks[i] = rank(wanted[i]);
     }
     warp_sync();
@@ -190,7 +190,7 @@ LLMCTL_DEVICE void weighted_sum(const T* x, const T* shares, T* y, int rows, int
 
 #define LLMCTL_EXPERTS(T)                                                                                             \
     LLMCTL_KERNEL(llmctl::kWarp, 16)                                                                                  \
-    route_##T(const llmctl::T* logits, const llmctl::T* bias, int* chosen, llmctl::T* shares, int experts, int top_k, \
+    route_##T(const llmctl::T* logits, const float* bias, int* chosen, llmctl::T* shares, int experts, int top_k, \
               int softmax, int renormalise, int groups, int top_groups, float scale) {                                \
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         llmctl::experts::route<llmctl::T>(logits, bias, chosen, shares, experts, top_k, softmax != 0,                 \

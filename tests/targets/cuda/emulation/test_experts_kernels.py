@@ -168,7 +168,7 @@ def test_routes_are_the_reference_s(
     """Many ties: of equal scores the first expert is chosen, of equal groups the first group."""
     rng = torch.Generator().manual_seed(experts)
     logits = torch.randint(-2, 3, (9, experts), generator=rng).to(DTYPES[tag])
-    bias = (torch.randint(-2, 3, (experts,), generator=rng) / 4).to(DTYPES[tag]) if biased else None
+    bias = torch.randint(-2, 3, (experts,), generator=rng) / 4 if biased else None
     attrs = {"top_k": 4, "renormalise": renormalise, "groups": groups, "top_groups": top_groups, "scale": 1.5}
     chosen, shares = torch.empty(9, 4, dtype=torch.int32), torch.empty(9, 4, dtype=logits.dtype)
     launch(f"route_{tag}", logits=logits, bias=bias, chosen=chosen, shares=shares, softmax=int(scores == "softmax"),
@@ -176,6 +176,17 @@ def test_routes_are_the_reference_s(
     expected, wanted = reference.route(logits, bias, scores=scores, **attrs)  # type: ignore[arg-type]
     assert torch.equal(chosen, expected)
     torch.testing.assert_close(shares, wanted, rtol=2e-2 if tag == "bf16" else 2e-3, atol=0)
+
+
+@TAGS
+def test_a_bias_of_float32_decides(tag: str) -> None:
+    """Biases that no 16 bits tell apart: the last expert has the highest of them, the first would win a tie."""
+    bias = 0.5 + torch.arange(6) * 1e-6
+    assert len(bias.to(DTYPES[tag]).unique()) == 1
+    chosen, shares = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, 2, dtype=DTYPES[tag])
+    launch(f"route_{tag}", logits=torch.zeros(2, 6).to(DTYPES[tag]), bias=bias, chosen=chosen, shares=shares, softmax=0,
+           top_k=2, renormalise=0, groups=1, top_groups=1, scale=1.0)  # fmt: skip
+    assert chosen.tolist() == [[5, 4]] * 2
 
 
 def test_a_row_that_is_not_finite_chooses_experts_that_there_are() -> None:

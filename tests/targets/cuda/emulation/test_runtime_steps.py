@@ -243,6 +243,17 @@ def test_experts_that_a_step_reads_are_counted(eager: bool) -> None:
     assert share == pytest.approx(2 / 6)
 
 
+@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 1), ("qwen2_moe", 2)])
+def test_slots_are_sorted_once_a_layer(family: str, layers: int) -> None:
+    """Both products of a layer's experts read them; a token alone has none to sort."""
+    graph, weights = tiny_model(MIXTURES[family], QuantScheme(4, 32, symmetric=True), CUDA_PASSES)
+    runtime = emulated_runtime(graph, weights, "float16", num_blocks=12, once=True)
+    for tokens, expected in ((3, layers), (1, 0)):
+        launched = runtime.step_launches(tokens, tokens)
+        assert sum(entry.startswith("grouped_") for entry in launched) == 2 * layers
+        assert sum(entry.startswith("group_slots_") for entry in launched) == expected
+
+
 def test_longer_contexts_are_captured_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs for a block of context at first; splits of a block, so that wider tables mean more splits too."""
     expected = play(_fresh())
