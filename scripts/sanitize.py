@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "targets" / "cpu" / "sanitize"
 ADDRESS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-fsanitize=thread")
-KERNEL_TESTS = ("attention", "linear", "amx", "lora", "row_ops", "sampler")  # those that take longest first
+KERNEL_TESTS = ("attention", "linear", "amx", "lora", "row_ops", "nested", "sampler")  # those that take longest first
 RUNTIME_TESTS = "any_batch_and_chunking or long_contexts or penalties_bias or act_order or threads_does_not"
 PROBE_TEST = "tests/targets/cpu/test_cpu_linear.py::test_zero_rows_and_zero_scales"
 FAULTS = {
