@@ -17,10 +17,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.layout import Load, Modules, find_modules, total_bytes
+from llmctl.checkpoint.nested import MappedFloats, nested_map
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.graph.code_books import CODE_BOOKS
@@ -34,6 +35,8 @@ BOOKS = ("nf4", "fp4")
 INT8_SCHEME = QuantScheme(8, -1, True)
 STATE = "weight.quant_state.bitsandbytes__"
 ABSMAX, MAP = "weight.absmax", "weight.quant_map"
+NESTED_BLOCK = 256
+"""Scales that share a float where they are doubly quantized, as bitsandbytes writes them."""
 NESTED, NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
 
 
@@ -45,6 +48,13 @@ class _State:
     scheme: QuantScheme
     nested_block: int
     offset: float
+
+    def described(self, stored_map: Tensor | None) -> QuantScheme:
+        """The scheme, whose scales are kept as they are stored if that is by the usual map in the usual blocks."""
+        if stored_map is None or self.nested_block != NESTED_BLOCK:
+            return self.scheme
+        usual = bool((stored_map.reshape(-1) == nested_map()).all())
+        return replace(self.scheme, nested=NESTED_BLOCK) if usual else self.scheme
 
     @property
     def blocks(self) -> int:
@@ -70,10 +80,11 @@ class FourBitLayout:
             raise ValueError(f"{suffix}: expected dtype U8, found {planes[suffix].dtype}")
         state = _read_state(suffix, load(suffix))
         _check_planes(planes, state)
-        return TensorInfo(state.shape, "F32", state.scheme, total_bytes(planes))
+        scheme = state.described(load(NESTED_MAP) if state.nested_block else None)
+        return TensorInfo(state.shape, "F32", scheme, total_bytes(planes))
 
     def unpack(self, module: str, planes: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedWeight:  # noqa: ARG002
-        """Codes one a byte; scales of double quantization multiplied out, in float32."""
+        """Codes one a byte; scales of double quantization multiplied out, in float32, beside what is stored of them."""
         import torch
 
         suffix = _state_name(planes)
@@ -83,7 +94,8 @@ class FourBitLayout:
         codes = torch.stack((octets >> 4, octets & 15), dim=-1).flatten()[: math.prod(state.shape)]
         scales = _absmax(planes, state).reshape(state.shape[0], -1)
         zeros = torch.zeros(scales.shape, dtype=torch.uint8)
-        return QuantizedWeight(codes.reshape(state.shape), scales, zeros, scheme)
+        nested = (_mapped(planes, state),) if scheme.nested else None
+        return QuantizedWeight(codes.reshape(state.shape), scales, zeros, scheme, nested=nested)
 
 
 class EightBitLayout:
@@ -191,3 +203,12 @@ def _absmax(planes: Mapping[str, Tensor], state: _State) -> Tensor:
     together = min(state.nested_block, state.blocks)
     largest = planes[NESTED].reshape(-1).repeat_interleave(together)[: state.blocks]
     return planes[NESTED_MAP].reshape(-1)[stored.int()] * largest + state.offset
+
+
+def _mapped(planes: Mapping[str, Tensor], state: _State) -> MappedFloats:
+    import torch
+
+    codes = planes[ABSMAX].reshape(state.shape[0], -1)
+    largest = planes[NESTED].reshape(-1)
+    starts = torch.arange(state.shape[0], dtype=torch.int32) * codes.shape[1]
+    return MappedFloats(codes, largest, torch.full_like(largest, state.offset), starts, state.nested_block)

@@ -11,12 +11,12 @@ Source: bitsandbytes.functional (quantize_4bit, create_dynamic_map, QuantState.a
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmctl.checkpoint.bitsandbytes import ABSMAX, BOOKS, MAP, METHOD, NESTED, NESTED_MAP, STATE
+from llmctl.checkpoint.bitsandbytes import ABSMAX, BOOKS, MAP, METHOD, NESTED, NESTED_BLOCK, NESTED_MAP, STATE
+from llmctl.checkpoint.nested import nested_map
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import QuantScheme
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_NESTED_BLOCK = 256
 _SMALLEST = 1e-38
 
 
@@ -48,7 +47,7 @@ class NestedScales:
     """Doubly quantized scales of one weight: ``map[codes] * largest + offset``.
 
     Attributes:
-        codes: uint8 [blocks]. largest: float32, one for ``_NESTED_BLOCK`` of them. offset: exact in float32.
+        codes: uint8 [blocks]. largest: float32, one for ``NESTED_BLOCK`` of them. offset: exact in float32.
     """
 
     codes: Tensor
@@ -58,7 +57,7 @@ class NestedScales:
     def dequantize(self) -> Tensor:
         """float32 [blocks]."""
         blocks = len(self.codes)
-        largest = self.largest.repeat_interleave(min(_NESTED_BLOCK, blocks))[:blocks]
+        largest = self.largest.repeat_interleave(min(NESTED_BLOCK, blocks))[:blocks]
         return nested_map()[self.codes.int()] * largest + self.offset
 
 
@@ -68,7 +67,7 @@ def nest_scales(scales: Tensor) -> NestedScales:
 
     flat = scales.reshape(-1).float()
     offset = flat.mean()
-    blocks = torch.nn.functional.pad(flat - offset, (0, -len(flat) % _NESTED_BLOCK)).reshape(-1, _NESTED_BLOCK)
+    blocks = torch.nn.functional.pad(flat - offset, (0, -len(flat) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(dim=-1).clamp(min=_SMALLEST)
     scaled = (blocks * (1.0 / largest).unsqueeze(-1)).clamp(-1, 1).reshape(-1)
     values = nested_map()
@@ -79,19 +78,6 @@ def nest_scales(scales: Tensor) -> NestedScales:
 def with_nested_scales(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight that a reader has of what ``pack(double=True)`` writes."""
     return replace(weight, scales=nest_scales(weight.scales).dequantize().reshape(weight.scales.shape))
-
-
-@functools.cache
-def nested_map() -> Tensor:
-    """float32 [256], ascending: 0, 1, and of both signs 2**i values between 10**(i-7) and 10**(i-6), i = 0 … 6."""
-    import torch
-
-    values = [0.0, 1.0]
-    for power in range(7):
-        bounds = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32)
-        middles = 10.0 ** (power - 6) * ((bounds[:-1] + bounds[1:]) / 2)
-        values += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def plane_specs(weight: QuantizedWeight, *, double: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -105,7 +91,7 @@ def plane_specs(weight: QuantizedWeight, *, double: bool = False) -> dict[str, t
         STATE + weight.scheme.book: ("U8", (len(_state(weight, nested)),)),
     }
     if double:
-        specs |= {NESTED: ("F32", (-(-blocks // _NESTED_BLOCK),)), NESTED_MAP: ("F32", (256,))}
+        specs |= {NESTED: ("F32", (-(-blocks // NESTED_BLOCK),)), NESTED_MAP: ("F32", (256,))}
     return specs
 
 
@@ -148,7 +134,7 @@ def _state(weight: QuantizedWeight, nested: NestedScales | None) -> bytes:
         "shape": list(weight.shape),
     }
     if nested is not None:
-        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nested.offset}
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nested.offset}
     return json.dumps(state).encode()
 
 

@@ -17,8 +17,9 @@ from llmctl.checkpoint.gguf_config import ROPE_FACTORS, hf_name, synthesise_conf
 from llmctl.checkpoint.gguf_families import ARCHITECTURES, EXPERT, ONE_ROW, row_of
 from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
 from llmctl.checkpoint.gguf_tokenizer import synthesise_aux_files
+from llmctl.checkpoint.nested import NestedFloats
 from llmctl.checkpoint.quant_config import QuantizationInfo
-from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
+from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.safetensors_io import as_tensor
 from llmctl.checkpoint.tensor_info import TensorInfo

@@ -6,33 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llmctl.checkpoint.nested import Nested, stack_nested, take_nested
 from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class NestedFloats:
-    """Scales, or minimums, as they are stored where a scheme is ``nested``: integers times a float that some share.
-
-    Attributes:
-        codes: uint8 [N, G]. supers: float16 [N, G / nested].
-    """
-
-    codes: Tensor
-    supers: Tensor
-
-    def floats(self) -> Tensor:
-        """float32 [N, G], exact: 11 bits by 8."""
-        shared = self.codes.shape[1] // self.supers.shape[1]
-        return self.supers.float().repeat_interleave(shared, 1) * self.codes.float()
-
-    def rows(self, rows: slice | Tensor) -> NestedFloats:
-        """Some rows, in any order."""
-        return NestedFloats(self.codes[rows], self.supers[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +42,7 @@ class QuantizedWeight:
     scheme: QuantScheme
     g_idx: Tensor | None = None
     minimums: Tensor | None = None
-    nested: tuple[NestedFloats, NestedFloats] | None = None
+    nested: Nested | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2:
@@ -88,11 +68,9 @@ class QuantizedWeight:
         if bool(self.scheme.nested) != (self.nested is not None):
             raise ValueError(f"nested must be given exactly when the scheme is; it says {self.scheme.nested}")
         for part in self.nested or ():
-            found = (tuple(part.codes.shape), str(part.codes.dtype), tuple(part.supers.shape), str(part.supers.dtype))
-            supers = (expected[0], expected[1] // self.scheme.nested)
-            wanted = (expected, "torch.uint8", supers, "torch.float16")
-            if found != wanted or expected[1] % self.scheme.nested:
-                raise ValueError(f"nested: expected codes and supers {wanted}, found {found}")
+            fault = part.fault(expected, self.scheme.nested)
+            if fault:
+                raise ValueError(f"nested: {fault}")
 
     def _check_g_idx(self, columns: int) -> None:
         if self.scheme.act_order != (self.g_idx is not None):
@@ -131,7 +109,7 @@ class QuantizedWeight:
         """Some rows, in any order; each then has its own scale."""
         all_rows = self.by_row()
         minimums = None if all_rows.minimums is None else all_rows.minimums[rows]
-        nested = all_rows.nested and (all_rows.nested[0].rows(rows), all_rows.nested[1].rows(rows))
+        nested = all_rows.nested and take_nested(all_rows.nested, rows)
         return replace(
             all_rows,
             codes=all_rows.codes[rows],
@@ -177,16 +155,5 @@ def stack_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         parts = [part.by_row() for part in parts]
     names = ("codes", "scales", "zeros", *(("minimums",) if first.scheme.minimum else ()))
     planes = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], **planes, nested=_stack_nested([part.nested for part in parts if part.nested is not None]))
-
-
-def _stack_nested(parts: Sequence[tuple[NestedFloats, NestedFloats]]) -> tuple[NestedFloats, NestedFloats] | None:
-    import torch
-
-    if not parts:
-        return None
-    scales, minimums = (
-        NestedFloats(torch.cat([part.codes for part in kind]), torch.cat([part.supers for part in kind]))
-        for kind in zip(*parts, strict=True)
-    )
-    return scales, minimums
+    nested = [part.nested for part in parts if part.nested is not None]
+    return replace(parts[0], **planes, nested=stack_nested(nested) if nested else None)

@@ -48,8 +48,9 @@ class QuantScheme:
         book: name in ``code_books.CODE_BOOKS``; "" for integers.
         minimum: a float minimum a group in place of an integer zero.
         block_rows: rows sharing one scale; the last block may have fewer.
-        nested: 0, or groups of a row whose scales are stored as integers of 8 bits times a float16 that they share,
-            their minimums likewise.
+        nested: 0, or how many scales that follow one another are stored as codes of 8 bits and floats that they share:
+            with minimums, integers times a float16, of groups of a row, and minimums likewise; with a code book of 4
+            bits, as bitsandbytes' double quantization.
 
     Raises:
         ValueError: attributes that contradict one another.
@@ -73,8 +74,11 @@ class QuantScheme:
             raise ValueError(f"code book '{self.book}' has its own zero: symmetric must be true")
         if self.block_rows < 1 or (self.block_rows > 1 and not self.symmetric):
             raise ValueError(f"block_rows: expected 1, or more of a symmetric weight, found {self.block_rows}")
-        if self.nested < 0 or (self.nested and (not self.minimum or self.act_order)):
-            raise ValueError(f"nested: expected 0, or more of a weight with minimums in order, found {self.nested}")
+        nestable = (self.minimum or (self.book and self.bits == 4)) and not self.act_order and self.block_rows == 1
+        if self.nested < 0 or (self.nested and not nestable):
+            raise ValueError(
+                f"nested: expected 0, or more of minimums or a book of 4 bits, columns in order, found {self.nested}"
+            )
 
     @property
     def has_zeros(self) -> bool:

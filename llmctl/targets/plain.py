@@ -4,17 +4,20 @@ A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8; up
 nibble is the even column, [N, ceil(K/2)]; 8 bits: [N, K]), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block
 of rows), ``W.zeros`` (u8 [N, G]; only where the scheme has them), ``W.minimums`` (as the scales; likewise) and
 ``W.g_idx`` (I32 [K]; only with act-order). Nested scales are ``W.scale_codes`` (u8 [N, G]) and ``W.scale_supers`` (F16
-[N, G / nested]), in place of ``W.scales``; minimums likewise.
+[N, G / nested]), in place of ``W.scales``; minimums likewise. Those of a code book are ``W.scale_codes``,
+``W.scale_supers`` and ``W.scale_offsets`` (F32 [S], the last ones unused) and ``W.scale_starts`` (I32 [N]), as
+``checkpoint.nested.MappedFloats`` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.checkpoint.nested import MappedFloats, Nested, NestedFloats
 from llmctl.graph.dtypes import BY_SAFETENSORS
 from llmctl.graph.graph import Graph, QuantScheme, Weight
 from llmctl.targets.base import PlaneContent, Read
@@ -54,10 +57,7 @@ def weight_planes(weight: Weight, dense: tuple[str, ...], scales: tuple[str, ...
     scheme, groups = weight.quant, weight.quant.groups(columns)
     planes = [Plane(f"{weight.name}.codes", (rows, code_bytes(scheme, columns)), ("U8",))]
     if scheme.nested:
-        for kind in _NESTED:
-            planes.append(Plane(f"{weight.name}.{kind}_codes", (rows, groups), ("U8",)))
-            planes.append(Plane(f"{weight.name}.{kind}_supers", (rows, groups // scheme.nested), ("F16",)))
-        return tuple(planes)
+        return (*planes, *_nested_planes(weight, scheme))
     planes.append(Plane(f"{weight.name}.scales", (scheme.row_blocks(rows), groups), scales))
     if scheme.has_zeros:
         planes.append(Plane(f"{weight.name}.zeros", (rows, groups), ("U8",)))
@@ -66,6 +66,21 @@ def weight_planes(weight: Weight, dense: tuple[str, ...], scales: tuple[str, ...
     if scheme.act_order:
         planes.append(Plane(f"{weight.name}.g_idx", (columns,), ("I32",)))
     return tuple(planes)
+
+
+def _nested_planes(weight: Weight, scheme: QuantScheme) -> Iterator[Plane]:
+    rows, groups = weight.shape[0], scheme.groups(weight.shape[1])
+    if scheme.book:
+        # A part begins and ends within a super: one more than it has whole ones, and another.
+        supers = (rows * groups // scheme.nested + 2 * len(weight.parts),)
+        yield Plane(f"{weight.name}.scale_codes", (rows, groups), ("U8",))
+        yield Plane(f"{weight.name}.scale_supers", supers, ("F32",))
+        yield Plane(f"{weight.name}.scale_offsets", supers, ("F32",))
+        yield Plane(f"{weight.name}.scale_starts", (rows,), ("I32",))
+        return
+    for kind in _NESTED:
+        yield Plane(f"{weight.name}.{kind}_codes", (rows, groups), ("U8",))
+        yield Plane(f"{weight.name}.{kind}_supers", (rows, groups // scheme.nested), ("F16",))
 
 
 def code_bytes(scheme: QuantScheme, columns: int) -> int:
@@ -80,7 +95,16 @@ def pack_plain(weight: Weight, read: Read, planes: Sequence[Plane]) -> dict[str,
         return {plane.name: lambda: _dense(read, plane.dtype)}
     dtypes = {plane.name.removeprefix(f"{weight.name}."): plane.dtype for plane in planes}
     quantized: Any = read()
-    return {f"{weight.name}.{suffix}": array for suffix, array in pack_codes(quantized, dtypes).items()}
+    packed = pack_codes(quantized, dtypes)
+    return {p.name: _filled(packed[p.name.removeprefix(f"{weight.name}.")], p.shape) for p in planes}
+
+
+def _filled(content: PlaneContent, shape: tuple[int, ...]) -> PlaneContent:
+    """With zeros behind it, where a plane is longer than what is in it."""
+    import torch
+
+    missing = shape[0] - len(content)
+    return torch.nn.functional.pad(content, (0, missing)) if missing else content
 
 
 def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, PlaneContent]:
@@ -93,6 +117,8 @@ def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, 
     planes: dict[str, PlaneContent] = {"codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes)}
     for kind, part in zip(_NESTED, weight.nested or (), strict=False):
         planes |= {f"{kind}_codes": part.codes.contiguous(), f"{kind}_supers": part.supers.contiguous()}
+        if isinstance(part, MappedFloats):
+            planes |= {"scale_offsets": part.offsets, "scale_starts": part.starts.contiguous()}
     for suffix in dtypes.keys() - planes.keys():
         planes[suffix] = _cast(getattr(weight, suffix).contiguous(), dtypes[suffix])
     return {suffix: planes[suffix] for suffix in dtypes}
@@ -103,18 +129,16 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     import torch
 
     from llmctl.checkpoint.awq import widened
-    from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
+    from llmctl.checkpoint.quantized import QuantizedWeight
 
     scheme = weight.quant
     assert scheme is not None
     codes = planes["codes"]
     if scheme.bits != 8:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
-    nested = None
-    if scheme.nested:
-        of_scales, of_minimums = (NestedFloats(planes[f"{k}_codes"], planes[f"{k}_supers"]) for k in _NESTED)
-        nested = of_scales, of_minimums
-        planes = {**planes, "scales": nested[0].floats(), "minimums": nested[1].floats()}
+    nested = _unpack_nested(scheme, planes) if scheme.nested else None
+    for kind, part in zip(_NESTED, nested or (), strict=False):
+        planes = {**planes, f"{kind}s": part.floats()}
     scales, minimums = widened(planes["scales"]), planes.get("minimums")
     zeros = planes.get("zeros")
     if zeros is None:
@@ -123,6 +147,15 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     return QuantizedWeight(
         codes, scales, zeros, scheme, planes.get("g_idx"), None if minimums is None else widened(minimums), nested
     )
+
+
+def _unpack_nested(scheme: QuantScheme, planes: Mapping[str, Tensor]) -> Nested:
+    if scheme.book:
+        names = ("codes", "supers", "offsets", "starts")
+        codes, supers, offsets, starts = (planes[f"scale_{name}"] for name in names)
+        return (MappedFloats(codes, supers, offsets, starts, scheme.nested),)
+    scales, minimums = (NestedFloats(planes[f"{kind}_codes"], planes[f"{kind}_supers"]) for kind in _NESTED)
+    return scales, minimums
 
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

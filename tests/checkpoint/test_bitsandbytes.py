@@ -115,6 +115,30 @@ def test_blocks_of_scales_may_be_longer_than_all_of_them(tmp_path: Path, nested_
     assert torch.equal(found.dequantize(), meant)
 
 
+@pytest.mark.parametrize(("usual_map", "nested_block"), [(True, 256), (False, 256), (True, 64)])
+def test_doubly_quantized_scales_are_kept_where_map_and_blocks_are_the_usual_ones(
+    tmp_path: Path, usual_map: bool, nested_block: int
+) -> None:
+    planes, meant = FORMATS["bnb-nf4-double"].make(WEIGHT)
+    values = planes["weight.nested_quant_map"] if usual_map else planes["weight.nested_quant_map"] * 1.5
+    changes = {"weight.nested_quant_map": values, STATE: state(nested_blocksize=nested_block)}
+    opened = open_checkpoint(folder(tmp_path, "bnb-nf4-double", {**planes, **changes}))
+    found = opened.weight(f"{MODULE}.weight")
+    assert isinstance(found, QuantizedWeight)
+    usual = usual_map and nested_block == 256
+    described = opened.describe(f"{MODULE}.weight").quant
+    assert described == found.scheme == QuantScheme(4, 64, True, book="nf4", nested=256 * usual)
+    largest, offset = planes["weight.nested_absmax"], json.loads(bytes(state().numpy()))["nested_offset"]
+    expected = values[planes["weight.absmax"].int()] * largest + offset
+    assert torch.equal(found.scales.flatten(), expected)
+    assert torch.equal(found.dequantize(), meant) == usual_map
+    if usual:
+        assert found.nested is not None
+        assert torch.equal(found.nested[0].floats(), found.scales)
+    else:
+        assert found.nested is None
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
 def test_codes_may_be_stored_as_any_dtype(tmp_path: Path, storage: torch.dtype) -> None:
     """``bnb_4bit_quant_storage``; bytes are not to be taken for numbers of it."""

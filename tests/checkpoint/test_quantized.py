@@ -6,7 +6,8 @@ import pytest
 import torch
 from checkpoint_samples import random_weight
 
-from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight, stack_rows
+from llmctl.checkpoint.nested import MappedFloats, NestedFloats, nested_map, stack_nested
+from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.graph.graph import QuantScheme
 
 
@@ -63,6 +64,7 @@ def test_nested_scales_are_products_and_follow_their_rows() -> None:
     first, second = nested_weight(5), nested_weight(3)
     assert first.nested is not None
     part = first.nested[0]
+    assert isinstance(part, NestedFloats)
     assert part.floats()[4, 3] == part.codes[4, 3].float() * part.supers[4, 1].float()
     whole = stack_rows([first, second])
     turned = whole.take_rows(torch.tensor([6, 0, 4]))
@@ -78,6 +80,7 @@ def test_nested_scales_that_contradict_the_scheme_are_refused(what: str) -> None
     weight = nested_weight(4)
     assert weight.nested is not None
     part = weight.nested[0]
+    assert isinstance(part, NestedFloats)
     changes = {
         "none": {"nested": None},
         "shape": {"nested": (NestedFloats(part.codes[:2], part.supers), part)},
@@ -86,3 +89,46 @@ def test_nested_scales_that_contradict_the_scheme_are_refused(what: str) -> None
     }
     with pytest.raises(ValueError, match="nested"):
         replace(weight, **changes[what])
+
+
+def mapped(rows: int, groups: int, shared: int) -> MappedFloats:
+    """As a file's tensor of ``rows`` has them."""
+    supers = -(-rows * groups // shared)
+    starts = torch.arange(rows, dtype=torch.int32) * groups
+    codes = torch.randint(0, 256, (rows, groups), dtype=torch.uint8)
+    return MappedFloats(codes, torch.rand(supers), torch.rand(1).expand(supers), starts, shared)
+
+
+@pytest.mark.parametrize("shared", [1, 4, 7, 20, 1000])
+def test_mapped_scales_follow_their_rows(shared: int) -> None:
+    """Of file tensors whose supers end within a row or hold several, stacked, sliced and turned."""
+    first, second = mapped(9, 5, shared), mapped(6, 5, shared)
+    at = torch.arange(45) // shared
+    flat = nested_map()[first.codes.flatten().int()] * first.supers[at] + first.offsets[at]
+    assert torch.equal(first.floats(), flat.reshape(9, 5))
+    whole = torch.cat([first.floats(), second.floats()])
+    (stacked,) = stack_nested([(first,), (second,)])
+    assert torch.equal(stacked.floats(), whole)
+    for rows in (slice(3, 8), slice(14, 15), torch.tensor([12, 1, 2, 9])):
+        some = stacked.rows(rows)
+        assert isinstance(some, MappedFloats)
+        assert torch.equal(some.floats(), whole[rows])
+    (again,) = stack_nested([(first.rows(slice(2, 5)),), (second.rows(slice(1, 6)),)])
+    assert isinstance(again, MappedFloats)
+    assert torch.equal(again.floats(), torch.cat([first.floats()[2:5], second.floats()[1:6]]))
+    assert len(again.supers) <= 8 * 5 // shared + 2 * 2  # what a plane has room for
+
+
+def test_mapped_scales_that_contradict_the_scheme_are_refused() -> None:
+    part = mapped(4, 2, 4)
+    scheme = QuantScheme(4, 8, True, book="nf4", nested=4)
+    zeros = torch.zeros(4, 2, dtype=torch.uint8)
+    codes = torch.zeros(4, 16, dtype=torch.uint8)
+    assert QuantizedWeight(codes, part.floats(), zeros, scheme, nested=(part,)).nested == (part,)
+    for other in (
+        replace(part, shared=8),
+        replace(part, starts=part.starts[:3]),
+        replace(part, codes=part.codes[:, :1]),
+    ):
+        with pytest.raises(ValueError, match="nested: expected codes, starts and shared"):
+            QuantizedWeight(codes, part.floats(), zeros, scheme, nested=(other,))

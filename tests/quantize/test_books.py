@@ -16,7 +16,8 @@ from llmctl.artifact.loader import load_engine
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint import compressed_tensors_planes
-from llmctl.checkpoint.bitsandbytes_planes import nest_scales, nested_map
+from llmctl.checkpoint.bitsandbytes_planes import nest_scales
+from llmctl.checkpoint.nested import nested_map
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.cli.main import app

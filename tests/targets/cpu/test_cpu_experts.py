@@ -14,7 +14,8 @@ import pytest
 import torch
 from cpu_graphs import VARIANTS, Floats, Native, Sketch, each_variant, run
 
-from llmctl.checkpoint.quantized import NestedFloats, QuantizedWeight
+from llmctl.checkpoint.nested import NestedFloats
+from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
