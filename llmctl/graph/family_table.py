@@ -1,4 +1,5 @@
-"""The families as facts: one row per Hugging Face ``model_type``, those with experts in ``mixture_table.py``.
+"""The families as facts: one row per Hugging Face ``model_type``, those with experts in
+``mixture_table.py``, those with LayerNorm in ``layer_norm_table.py``.
 ``families.py`` builds any row into a Graph.
 
 A new model is a new row; a fact that no row can state yet is a new field of ``Family`` and a branch in the builder,
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmctl.graph import family_names as names
-from llmctl.graph.family import Family, TensorNames
+from llmctl.graph.family import Family
+from llmctl.graph.layer_norm_table import LAYER_NORMS
 from llmctl.graph.mixture_table import MIXTURES
 
 _QWEN_DEFAULTS = {
@@ -44,22 +46,6 @@ _GEMMA3_SIZES = {
 _LEGACY_ACT: Mapping[str, tuple[Any, ...]] = {"hidden_act": (None, "gelu", "gelu_pytorch_tanh")}
 _CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _OLMO = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
-_COHERE = {
-    "hidden_act": "silu",
-    "layer_norm_eps": 1e-5,
-    "max_position_embeddings": 8192,
-    "logit_scale": 0.0625,
-    "tie_word_embeddings": True,
-}
-# Keys of Cohere's own code, which transformers' has as constants.
-_COHERE2_KEYS: Mapping[str, tuple[Any, ...]] = {
-    "layer_switch": (None, 4),
-    "order_of_interleaved_layers": (None, "local_attn_first"),
-    "position_embedding_type": (None, "rope_gptj"),
-    "rotary_pct": (None, 1, 1.0),
-    "use_gated_activation": (None, True),
-    "use_parallel_block": (None, True),
-}
 _GLM = {
     "hidden_act": "silu",
     "rms_norm_eps": 1.5625e-07,
@@ -114,28 +100,6 @@ _ROWS = (
         window="by_layer",
     ),
     Family(
-        "phi",
-        ("PhiForCausalLM", "PhiModel"),
-        models="Phi-1, 1.5, 2",
-        names=names.PHI_NAMES,
-        defaults={
-            "hidden_act": "gelu_new",
-            "layer_norm_eps": 1e-5,
-            "partial_rotary_factor": 0.5,
-            "max_position_embeddings": 2048,
-        },
-        norm="layer",
-        eps_key="layer_norm_eps",
-        partial_rotary=True,
-        gated=False,
-        parallel=True,
-        bias_qkv=True,
-        bias_o=True,
-        bias_mlp=True,
-        bias_head=True,
-    ),
-    # transformers reads a rope_type "yarn" of this family as its own "longrope".
-    Family(
         "phi3",
         ("Phi3ForCausalLM", "Phi3Model"),
         models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
@@ -151,34 +115,6 @@ _ROWS = (
         rope_types=("default", "longrope"),
         window="all",
         neutral={"full_attn_mod": (None, 1), "interpolate_factor": (None, 1)},
-    ),
-    Family(
-        "gpt2",
-        ("GPT2LMHeadModel", "GPT2Model"),
-        models="GPT-2",
-        names=names.GPT2_NAMES,
-        keys={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-            "intermediate_size": "n_inner",
-        },
-        defaults={
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "n_positions": 1024,
-            "tie_word_embeddings": True,
-        },
-        norm="layer",
-        eps_key="layer_norm_epsilon",
-        act_key="activation_function",
-        positions="learned",
-        gated=False,
-        bias_qkv=True,
-        bias_o=True,
-        bias_mlp=True,
-        conv1d=True,
     ),
     Family(
         "ministral3",
@@ -227,28 +163,6 @@ _ROWS = (
         bias_qkv="attention_bias",
         bias_o="attention_out_bias",
         bias_mlp="mlp_bias",
-    ),
-    Family(
-        "starcoder2",
-        ("Starcoder2ForCausalLM", "Starcoder2Model"),
-        models="StarCoder2",
-        names=names.STARCODER2_NAMES,
-        defaults={
-            "hidden_act": "gelu_pytorch_tanh",
-            "num_key_value_heads": 2,
-            "norm_epsilon": 1e-5,
-            "max_position_embeddings": 4096,
-            "use_bias": True,
-            "tie_word_embeddings": True,
-        },
-        norm="layer",
-        eps_key="norm_epsilon",
-        gated=False,
-        bias_qkv="use_bias",
-        bias_o="use_bias",
-        bias_mlp="use_bias",
-        window="all",
-        neutral={"mlp_type": (None, "default"), "norm_type": (None, "layer_norm")},
     ),
     Family(
         "arcee",
@@ -375,41 +289,6 @@ _ROWS = (
     ),
     # Command R says in max_position_embeddings what fitted into memory, in model_max_length what it was trained on.
     Family(
-        "cohere",
-        ("CohereForCausalLM", "CohereModel"),
-        models="Command R",
-        limits="use_qk_norm (Command R+): refused",
-        names=TensorNames(mlp_norm=""),
-        keys={"max_position_embeddings": "model_max_length"},
-        defaults={**_COHERE, "rope_theta": 500_000.0},
-        norm="layer",
-        norm_bias=False,
-        eps_key="layer_norm_eps",
-        rope_style="gptj",
-        parallel=True,
-        bias_qkv="attention_bias",
-        bias_o="attention_bias",
-        factors=("logit_scale",),
-    ),
-    Family(
-        "cohere2",
-        ("Cohere2ForCausalLM", "Cohere2Model"),
-        models="Command R7B, Command A",
-        names=TensorNames(mlp_norm=""),
-        defaults={**_COHERE, "sliding_window": 4096, "sliding_window_pattern": 4},
-        norm="layer",
-        norm_bias=False,
-        eps_key="layer_norm_eps",
-        rope_style="gptj",
-        rope_layers="sliding",
-        parallel=True,
-        bias_qkv="attention_bias",
-        bias_o="attention_bias",
-        window="typed",
-        factors=("logit_scale",),
-        neutral=_COHERE2_KEYS,
-    ),
-    Family(
         "exaone4",
         ("Exaone4ForCausalLM", "Exaone4Model"),
         models="EXAONE 4",
@@ -465,51 +344,6 @@ _ROWS = (
         bias_mlp="use_bias",
         neutral={"compression_ratio": (None, 1, 1.0), "use_rmsnorm": (None, True)},
     ),
-    Family(
-        "gpt_neox",
-        ("GPTNeoXForCausalLM", "GPTNeoXModel"),
-        models="Pythia, GPT-NeoX",
-        limits="`llmctl quantize` leaves q, k and v dense, which take turns in one tensor (`--ignore query_key_value`)",
-        names=names.NEOX_NAMES,
-        keys={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-        defaults={
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "rotary_pct": 0.25,
-            "max_position_embeddings": 2048,
-            "use_parallel_residual": True,
-            "attention_bias": True,
-        },
-        norm="layer",
-        eps_key="layer_norm_eps",
-        partial_rotary=True,
-        gated=False,
-        parallel="use_parallel_residual",
-        bias_qkv="attention_bias",
-        bias_o="attention_bias",
-        bias_mlp=True,
-        heads_in_qkv=True,
-    ),
-    Family(
-        "nemotron",
-        ("NemotronForCausalLM", "NemotronModel"),
-        models="Nemotron-4, Minitron",
-        limits="cuda: norms by torch's operators",
-        defaults={
-            "hidden_act": "relu2",
-            "norm_eps": 1e-5,
-            "partial_rotary_factor": 0.5,
-            "max_position_embeddings": 4096,
-        },
-        norm="layer",
-        plus_one=True,
-        eps_key="norm_eps",
-        partial_rotary=True,
-        gated=False,
-        bias_qkv="attention_bias",
-        bias_o="attention_bias",
-        bias_mlp="mlp_bias",
-    ),
 )
 
-FAMILIES: Mapping[str, Family] = {row.name: row for row in (*_ROWS, *MIXTURES)}
+FAMILIES: Mapping[str, Family] = {row.name: row for row in (*_ROWS, *LAYER_NORMS, *MIXTURES)}

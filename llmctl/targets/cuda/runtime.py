@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,6 @@ from llmctl.engine.step import (
     SamplingBatch,
     SequenceSlice,
     StepPlan,
-    StepResult,
-    TokenScores,
 )
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.graph.kv_groups import group_of_layer, whole_context
@@ -37,72 +35,20 @@ from llmctl.targets.cuda.errors import device_errors
 from llmctl.targets.cuda.fallback import Fallbacks, dequantized
 from llmctl.targets.cuda.inputs import InputArena, Staging, StepShape
 from llmctl.targets.cuda.ops import Scratch
+from llmctl.targets.cuda.pending import CudaStep, Execution, Scores
 from llmctl.targets.cuda.program import LaunchMachine, Model, Program, Weights, torch_dtype
-from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Mark, Queue
+from llmctl.targets.cuda.queue import CudaQueue, HostQueue, Queue
 from llmctl.targets.cuda.registry import choose_all
-from llmctl.targets.cuda.sampling import Described, DeviceSampler, Sampled
+from llmctl.targets.cuda.sampling import DeviceSampler
 from llmctl.targets.cuda.weights import device_weights
 from llmctl.targets.lora import lora_graph
 from llmctl.targets.reference.adapters import StackedAdapters
 from llmctl.targets.reference.kernels import AdapterWeights
 from llmctl.targets.rope import cos_sin_table
 
-Execution = Literal["graph", "eager"]
 STEPS_IN_FLIGHT = 2
 _PROGRAMS = 256
 """Bound programs that are kept, the latest used: about half a megabyte each for 32 layers."""
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """A request's score targets, in order."""
-
-    request_id: str
-    count: int
-    top: int
-    parts: tuple[Described, ...]
-
-    def result(self) -> TokenScores:
-        """Once the step's end is passed."""
-        joined, at = TokenScores.zeros(self.count, self.top), 0
-        for part in self.parts:
-            scores = part.result()
-            joined.put(at, scores)
-            at += len(scores)
-        return joined
-
-
-class CudaStep:
-    """A step that the device may still be running; an ``engine.step.PendingStep``."""
-
-    def __init__(
-        self,
-        sampled: Sampled | None,
-        scores: list[_Scores],
-        pooled: Mapping[str, Tensor],
-        began: Mark,
-        ended: Mark,
-        execution: Execution,
-    ) -> None:
-        self._sampled, self._scores, self._pooled, self._execution = sampled, scores, pooled, execution
-        self._began, self._ended = began, ended
-        self._value: StepResult | None = None
-
-    def result(self) -> StepResult:
-        """Block until the step is done.
-
-        Raises:
-            DeviceError: the device failed.
-        """
-        if self._value is None:
-            with device_errors():
-                self._ended.wait()
-            tokens, logprobs = (np.zeros(0, np.int32), None) if self._sampled is None else self._sampled.result()
-            scores = {s.request_id: s.result() for s in self._scores}
-            seconds = self._ended.seconds_since(self._began)
-            pooled = {request: tensor.numpy() for request, tensor in self._pooled.items()}
-            self._value = StepResult(tokens, logprobs, scores, seconds, self._execution, pooled)
-        return self._value
 
 
 class CudaRuntime:
@@ -379,7 +325,7 @@ class CudaRuntime:
     def _logits(self, rows: int) -> Tensor:
         return self._model.buffers.view(LOGITS, rows)
 
-    def _score(self, plan: StepPlan, flat: FlatPlan) -> list[_Scores]:
+    def _score(self, plan: StepPlan, flat: FlatPlan) -> list[Scores]:
         """Log-probabilities of every score target, as many rows at a time as logits have room for."""
         most = self._sizes.max_num_seqs
         found = []
@@ -398,7 +344,7 @@ class CudaRuntime:
                 logits = self._head(count, every=False)
                 parts.append(self._sampler.describe(logits, self._queue.upload(wanted), piece.score_top))
             top = min(piece.score_top, self.limits.vocab_size)
-            found.append(_Scores(piece.request_id, len(targets), top, tuple(parts)))
+            found.append(Scores(piece.request_id, len(targets), top, tuple(parts)))
         return found
 
     def _pool(self, pooled: Sequence[PooledRows]) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from llmctl.engine.step import IN_FLIGHT, SamplingBatch, SequenceSlice, StepPlan
 from llmctl.errors import DeviceMemoryError
 from llmctl.targets.cuda import runtime as cuda_runtime
 from llmctl.targets.cuda.inputs import StepShape
-from llmctl.targets.cuda.runtime import STEPS_IN_FLIGHT, CudaStep
+from llmctl.targets.cuda.pending import CudaStep
+from llmctl.targets.cuda.runtime import STEPS_IN_FLIGHT
 from llmctl.targets.cuda.target import CUDA_PASSES
 
 INT8 = (*CUDA_PASSES, "int8_activations")
@@ -75,18 +76,26 @@ def test_launches_of_every_family(family: str, dtype: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("quant", ["w4", "dense"])
-def test_a_mixture_takes_two_more_where_several_tokens_meet(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router's product, what it chooses, two products of experts and their sum; before each product the slots are
-    sorted, but for a token alone."""
+def test_a_mixture_takes_one_more_where_several_tokens_meet(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's product, what it chooses, two products of experts and their sum; before the first product the slots
+    are sorted, but for a token alone."""
     runtime = meta_runtime(monkeypatch, tiny_graph(MIXTURES["glm4_moe"], QUANTS[quant], CUDA_PASSES))
     for sequences, sorted_first in ((1, []), (8, ["group_slots_m8"])):
         started = list(runtime.step_launches(sequences, sequences))
         at = started.index("route_f16")
         product = "grouped_w4a16_f16_g64_m8" if quant == "w4" else "grouped_dense_f16_m8"
         assert started[at - 1] == "torch.mm"
-        mixed = ["route_f16", *sorted_first, product, *sorted_first, product, "weighted_sum_f16"]
+        mixed = ["route_f16", *sorted_first, product, product, "weighted_sum_f16"]
         assert started[at : at + len(mixed)] == mixed
         assert started.count("route_f16") == 1  # the first layer is dense
+
+
+def test_every_layer_s_slots_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the layer before lie in the same place."""
+    runtime = meta_runtime(monkeypatch, tiny_graph(MIXTURES["qwen2_moe"], None, CUDA_PASSES))
+    launched = runtime.step_launches(8, 8)
+    assert sum(entry.startswith("grouped_") for entry in launched) == 4
+    assert launched.count("group_slots_m8") == 2
 
 
 def test_executing_a_decode_step_starts_that_and_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from llmctl.engine.llm_engine import LLMEngine
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import SamplingBatch, SequenceSlice, StepPlan
 from llmctl.graph.kv_groups import KVGroup, kv_groups
-from llmctl.targets.cuda.runtime import CudaStep
+from llmctl.targets.cuda.pending import CudaStep
 from llmctl.targets.cuda.target import CUDA_PASSES
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))

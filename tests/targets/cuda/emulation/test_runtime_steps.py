@@ -20,8 +20,8 @@ from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cuda import buckets
 from llmctl.targets.cuda import buffers as cuda_buffers
 from llmctl.targets.cuda import ops as cuda_ops
+from llmctl.targets.cuda.pending import CudaStep
 from llmctl.targets.cuda.profiling import experts_read
-from llmctl.targets.cuda.runtime import CudaStep
 from llmctl.targets.cuda.target import CUDA_PASSES
 from llmctl.targets.step_work import Storage
 
@@ -241,17 +241,6 @@ def test_experts_that_a_step_reads_are_counted(eager: bool) -> None:
     products = {op.weights[0]: 3 for op in graph.products()}
     share = experts_read(graph, Storage(products, frozenset(), lambda _: 0), runtime, alike, greedy(3))
     assert share == pytest.approx(2 / 6)
-
-
-@pytest.mark.parametrize(("family", "layers"), [("qwen3_moe", 1), ("qwen2_moe", 2)])
-def test_slots_are_sorted_once_a_layer(family: str, layers: int) -> None:
-    """Both products of a layer's experts read them; a token alone has none to sort."""
-    graph, weights = tiny_model(MIXTURES[family], QuantScheme(4, 32, symmetric=True), CUDA_PASSES)
-    runtime = emulated_runtime(graph, weights, "float16", num_blocks=12, once=True)
-    for tokens, expected in ((3, layers), (1, 0)):
-        launched = runtime.step_launches(tokens, tokens)
-        assert sum(entry.startswith("grouped_") for entry in launched) == 2 * layers
-        assert sum(entry.startswith("group_slots_") for entry in launched) == expected
 
 
 def test_longer_contexts_are_captured_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
