@@ -12,9 +12,9 @@ from enum import IntEnum
 class ExitCode(IntEnum):
     """Process exit codes, shared by all subcommands.
 
-    ``USAGE``: what was typed can mean nothing here, be it an option or a name that no model has (nothing is there, or
-    no checkpoint and no engine). ``RUNTIME``: it was understood and failed, as a model does that is damaged or not
-    supported. A command that starts a server ends as that does.
+    ``USAGE``: what was typed can mean nothing here, be it an option, one that the model or engine does not honour among
+    them, or a name that no model has (nothing is there, or no checkpoint and no engine). ``RUNTIME``: it was understood
+    and failed, as a model does that is damaged or not supported. A command that starts a server ends as that does.
     """
 
     OK = 0
@@ -99,6 +99,12 @@ class UnsupportedModelError(CheckpointError):
 
 class EngineLoadError(LlmctlError, ValueError):
     """An engine folder that must not be loaded here; ``fix`` names the rebuild command."""
+
+
+class EngineOptionError(EngineLoadError):
+    """An option that an engine does not honour, as it was built; ``fix`` names the rebuild command, if that helps."""
+
+    exit_code = ExitCode.USAGE
 
 
 class MissingPackageError(LlmctlError):

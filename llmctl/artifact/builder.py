@@ -56,7 +56,7 @@ def plan_output(config: BuildConfig) -> BuildPlan:
     """The plan of ``build_engine``, everything that can be refused before the work checked; errors as that."""
     check_options(config)
     if not config.output:
-        raise UsageError("--output is required", param="output")
+        raise UsageError("--output: the folder to write is missing", fix="--output ./engine", param="output")
     check_replaceable(Path(config.output))
     plan = plan_build(config)
     if config.memory_budget is not None:  # without one it may be for another machine

@@ -22,7 +22,14 @@ from llmctl.artifact.memory import MemoryPlan, Sizing, human_bytes
 from llmctl.artifact.request import EngineRequest
 from llmctl.checkpoint.safetensors_io import SafetensorsFile, TensorEntry, read_header
 from llmctl.config import GPU_MEMORY_UTILIZATION, BuildConfig
-from llmctl.errors import CheckpointError, CompileError, EngineLoadError, ModelNotFoundError, UsageError
+from llmctl.errors import (
+    CheckpointError,
+    CompileError,
+    EngineLoadError,
+    EngineOptionError,
+    ModelNotFoundError,
+    UsageError,
+)
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import FALLBACK, BuildOptions, KernelChoice, RuntimeSizes, Target
 from llmctl.targets.planes import Plane, WeightPlane, flat
@@ -162,8 +169,17 @@ class EngineChecks:
 
     def refuse(self, field: str, expected: object, found: object, **changes: Any) -> NoReturn:
         """Raise: ``field`` was not as expected; ``changes`` are the build options that mend it."""
+        self._refuse(EngineLoadError, field, expected, found, changes)
+
+    def refuse_option(self, field: str, expected: object, found: object, **changes: Any) -> NoReturn:
+        """The same of what was asked for."""
+        self._refuse(EngineOptionError, field, expected, found, changes)
+
+    def _refuse(
+        self, kind: type[EngineLoadError], field: str, expected: object, found: object, changes: dict[str, Any]
+    ) -> NoReturn:
         fix = self.manifest.rebuild_command(str(self.path), **changes)
-        raise EngineLoadError(f"{self.path}: {field}: expected {expected}, found {found}", fix=fix)
+        raise kind(f"{self.path}: {field}: expected {expected}, found {found}", fix=fix)
 
     def files(self, verify: bool) -> None:
         """Every file that is used is recorded; every recorded one is there, of its size (with ``verify``, content)."""
@@ -237,22 +253,22 @@ class EngineChecks:
             longest = self.manifest.graph.max_position
             if request.max_model_len > longest:
                 message = f"expected at most {longest}, the model's own limit, found {request.max_model_len}"
-                raise EngineLoadError(f"--max-model-len: {message}", fix=f"--max-model-len {built.max_model_len}")
-            self.refuse(
+                raise EngineOptionError(f"--max-model-len: {message}", fix=f"--max-model-len {built.max_model_len}")
+            self.refuse_option(
                 "max_model_len", f"at most {built.max_model_len}", request.max_model_len,
                 max_model_len=request.max_model_len,
             )  # fmt: skip
         if request.max_model_len is not None and request.max_model_len < 1:
-            self.refuse("max_model_len", "at least 1", request.max_model_len)
+            self.refuse_option("max_model_len", "at least 1", request.max_model_len)
         if request.block_size not in (None, built.block_size):
-            self.refuse("block_size", built.block_size, request.block_size, block_size=request.block_size)
+            self.refuse_option("block_size", built.block_size, request.block_size, block_size=request.block_size)
         if request.dtype not in (None, built.dtype):
             wanted = BuildConfig(dtype=request.dtype, block_size=built.block_size)
             self.target.options(wanted, self.manifest.graph, built.dtype)  # refuses what no build of this target has
-            self.refuse("dtype", built.dtype, request.dtype, dtype=request.dtype)
+            self.refuse_option("dtype", built.dtype, request.dtype, dtype=request.dtype)
         if request.target is not None and not _covers(self.target, request.target):
             parse_target(request.target).check_runs_here()  # or the rebuilt engine would be refused as well
-            self.refuse("target", self.target.name, request.target, target=request.target)
+            self.refuse_option("target", self.target.name, request.target, target=request.target)
         self._check_cache_dtype(request)
         stored = tuple(Plane(name, entry.shape, (entry.dtype,)) for name, entry in self._entries().items())
         return Sizing(self.manifest.graph, run_options(built, request), self.target, request, stored)
@@ -275,7 +291,7 @@ class EngineChecks:
         if asked not in self.target.kv_cache_dtypes(built):
             wanted = BuildConfig(dtype=built.dtype, block_size=built.block_size, kv_cache_dtype=asked)
             self.target.options(wanted, graph, built.dtype)  # a dtype that no build of this target has is its to refuse
-            self.refuse("kv_cache_dtype", built.kv_cache_dtype, asked, kv_cache_dtype=asked)
+            self.refuse_option("kv_cache_dtype", built.kv_cache_dtype, asked, kv_cache_dtype=asked)
         self._check_entries(self.target.choose_kernels(graph, run_options(built, request)))
 
     def _refuse_cache_size(self, plan: MemoryPlan, size: int) -> None:
@@ -289,7 +305,7 @@ class EngineChecks:
             fix, wanted = f"--kv-cache-memory {room // 2**20}MiB or less", f"at most {human_bytes(room)} that are free"
         else:
             return
-        raise EngineLoadError(f"--kv-cache-memory: expected {wanted}, found {human_bytes(size)}", fix=fix)
+        raise EngineOptionError(f"--kv-cache-memory: expected {wanted}, found {human_bytes(size)}", fix=fix)
 
     def _check_hash(self, name: str) -> None:
         with (self.path / name).open("rb") as file:

@@ -19,7 +19,7 @@ from llmctl.checkpoint.resolve import resolve_model, source_name
 from llmctl.config import BuildConfig, parse_bytes
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.graph.check import check_graph
-from llmctl.graph.dtypes import KV_SPELLINGS
+from llmctl.graph.dtypes import KV_NAMES, KV_SPELLINGS
 from llmctl.graph.graph import Graph
 from llmctl.graph.passes import apply_passes
 from llmctl.targets.base import LM_HEADS, BuildOptions, KernelChoice, Target
@@ -126,7 +126,7 @@ def check_options(config: BuildConfig) -> None:
         raise UsageError("--model is required", param="model")
     check_dtype(config.dtype)
     if config.kv_cache_dtype not in ("auto", *KV_SPELLINGS):
-        known = ", ".join(KV_SPELLINGS)
+        known = ", ".join(KV_NAMES)
         raise UsageError(
             f"--kv-cache-dtype: expected one of auto, {known}, found '{config.kv_cache_dtype}'", param="kv_cache_dtype"
         )
@@ -162,5 +162,6 @@ def _check_length(length: int | None, graph: Graph) -> None:
     if length is not None and length > graph.max_position:
         raise UsageError(
             f"--max-model-len: expected at most {graph.max_position}, the model's own limit, found {length}",
+            fix=f"--max-model-len {graph.max_position}",
             param="max_model_len",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmctl.config import EngineOptions, parse_bytes
 from llmctl.engine.step import LoraLimits
 from llmctl.errors import UsageError
-from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_SPELLINGS
+from llmctl.graph.dtypes import COMPUTE_DTYPES, KV_NAMES, KV_SPELLINGS
 from llmctl.targets.machine import check_threads
 
 if TYPE_CHECKING:
@@ -153,6 +153,6 @@ def _kv_cache_dtype(name: str) -> str | None:
     if name == "auto":
         return None
     if name not in KV_SPELLINGS:
-        known = ", ".join(KV_SPELLINGS)
+        known = ", ".join(KV_NAMES)
         raise UsageError(f"--kv-cache-dtype: expected one of auto, {known}, found '{name}'", param="kv_cache_dtype")
     return KV_SPELLINGS[name]

@@ -39,6 +39,10 @@ class ServerFacts:
     version: str | None
     ready_wait: float
 
+    def lacks(self, model: str) -> bool:
+        """Whether it names its models, and this is none of them."""
+        return bool(self.models) and model not in self.models
+
 
 def choose_model(named: str | None, server: ServerFacts, base_url: str, tell: Tell | None = None) -> str:
     """The model to ask for: the one that is named, else the server's first.
@@ -53,7 +57,7 @@ def choose_model(named: str | None, server: ServerFacts, base_url: str, tell: Te
         if named:
             return named
         raise UsageError(f"{base_url}/v1/models: names no model", fix="give --model NAME", param="model")
-    if named and named not in server.models:
+    if named and server.lacks(named):
         if tell is None:
             raise unknown_model(named, server, base_url)
         tell(

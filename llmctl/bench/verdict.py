@@ -12,6 +12,19 @@ _WORST_FIRST = ("FAIL", "OPEN", "pass")
 _WORDS = {"<=": "at most", ">=": "at least", "<": "less than", ">": "more than", "==": "exactly"}
 
 
+_LOADS = {
+    "points_without_failures": tuple(
+        f"{word} kept to the failed requests that are allowed" for word in ("load", "loads")
+    ),
+    "points_that_meet": ("load meets the objectives", "loads meet the objectives"),
+}
+"""Of a sweep: what a count of loads says, of one and of others."""
+
+
+def _noted(gate: Mapping[str, Any]) -> str:
+    return f" ({gate['note']})" if gate["note"] else ""
+
+
 def sentence(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """One gate of a result's ``gates``: what was found and what was allowed."""
     kind, metric, observed = gate["kind"], gate["metric"], gate["observed"]
@@ -24,7 +37,9 @@ def sentence(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if kind == "requests" and metric == "failed_ratio" and observed is not None:
         failed, total = result.get("failed", 0), result.get("failed", 0) + result.get("completed", 0)
         return f"{brief(failed)} of {brief(total)} requests failed ({observed:.1%}; allowed {gate['limit']:.1%})"
-    limit, note = quantity(metric, gate["limit"]), f" ({gate['note']})" if gate["note"] else ""
+    if metric in _LOADS:
+        return f"{brief(observed) if observed else 'no'} {_LOADS[metric][observed != 1]}{_noted(gate)}"
+    limit, note = quantity(metric, gate["limit"]), _noted(gate)
     found = "has no value" if observed is None else f"is {quantity(metric, observed)}"
     if found == f"is {limit}" and observed != gate["limit"]:
         found = f"is {observed:.10g}"  # told apart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
 import shutil
@@ -14,6 +15,7 @@ from llmctl.errors import UsageError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_parent(output: Path) -> None:
@@ -68,6 +70,10 @@ def _beside(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:  # written to an open file: it does not say where
+            error.filename = str(final)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from llmctl.errors import LlmctlError, UsageError
 if TYPE_CHECKING:
     from llmctl.bench.endpoint import Endpoint
     from llmctl.bench.local_server import ServerError
+    from llmctl.bench.readiness import ServerFacts
     from llmctl.cli.chat.conversation import Conversation
 
 _D, _R = ServeConfig(), RunConfig()
@@ -73,7 +75,8 @@ BaseUrl = Annotated[
     typer.Option(
         "--base-url",
         metavar="URL",
-        help="Ask this server; MODEL is then one of its names, its first where no word stands here.",
+        help="Ask this server; MODEL is then one of its names. A single word or text that is none of them is the "
+        "prompt, of its first model.",
         rich_help_panel=_SERVER,
     ),
 ]
@@ -159,6 +162,9 @@ def run(
         stop=stop,
     )
     _check(settings, [name for name in ("as_family", *_ENGINE, "api_key") if is_given(ctx, name, environment=False)])
+    there = _server_there(settings) if base_url is not None else None
+    if there is not None and model and not (words or on_command_line(ctx, "model")) and there[1].lacks(model):
+        settings, words = replace(settings, model=""), [model]
     prompt = _prompt(words)
     if json_output and prompt is None:
         raise UsageError("--json: is of one answer", fix='llmctl run MODEL "PROMPT" --json', param="json_output")
@@ -182,7 +188,7 @@ def run(
     from llmctl.cli.chat.repl import ask, converse
     from llmctl.cli.chat.terminal import say
 
-    with _server(settings, serving) as (endpoint, name), AnswerStream(endpoint) as stream:
+    with _server(settings, serving, there) as (endpoint, name), AnswerStream(endpoint) as stream:
         chat = _conversation(settings, name)
         if prompt is None:
             say(f"{name}: /help lists what can be typed, /bye leaves")
@@ -253,32 +259,40 @@ def _conversation(settings: RunConfig, name: str) -> Conversation:
 
 
 @contextmanager
-def _server(settings: RunConfig, serving: ServeConfig) -> Iterator[tuple[Endpoint, str]]:
-    """The server to ask and the model's name there: one that runs, or our own for as long as this lasts."""
-    if settings.base_url is not None:
-        yield _named_server(settings)
-        return
-    with _own_server(serving) as found:
-        yield found
-
-
-def _named_server(settings: RunConfig) -> tuple[Endpoint, str]:
-    """``--base-url``.
+def _server(
+    settings: RunConfig, serving: ServeConfig, there: tuple[Endpoint, ServerFacts] | None
+) -> Iterator[tuple[Endpoint, str]]:
+    """The server to ask and the model's name there: one that runs, or our own for as long as this lasts.
 
     Raises:
-        LlmctlError: nothing answers there. UsageError: no URL, or the server has no such model.
+        UsageError: the one that runs has no such model.
+    """
+    if there is None:
+        with _own_server(serving) as found:
+            yield found
+        return
+    from llmctl.bench.readiness import choose_model
+
+    endpoint, server = there
+    yield endpoint, choose_model(settings.model, server, endpoint.base_url)
+
+
+def _server_there(settings: RunConfig) -> tuple[Endpoint, ServerFacts]:
+    """``--base-url``, and what the server there says of itself.
+
+    Raises:
+        LlmctlError: nothing answers there. UsageError: no URL.
     """
     from llmctl.bench.endpoint import make_endpoint
-    from llmctl.bench.readiness import Patience, await_server, choose_model
+    from llmctl.bench.readiness import Patience, await_server
     from llmctl.cli.chat.terminal import say
 
     assert settings.base_url is not None
     endpoint = make_endpoint(settings.base_url, None, "openai-chat", settings.api_key, (), not settings.insecure)
     try:
-        server = await_server(endpoint, Patience(endpoint.base_url, 0.0, say))
+        return endpoint, await_server(endpoint, Patience(endpoint.base_url, 0.0, say))
     except LlmctlError as error:
         raise LlmctlError(error.message, fix="start it, or correct --base-url", param="base_url") from error
-    return endpoint, choose_model(settings.model, server, endpoint.base_url)
 
 
 @contextmanager

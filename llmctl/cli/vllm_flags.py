@@ -56,6 +56,7 @@ _METHODS = ('["*"]', '["GET", "HEAD", "POST"]')
 FLAGS = (
     Flag(("--tensor-parallel-size", "-tp"), "N", _ONE, ("1",)),
     Flag(("--pipeline-parallel-size", "-pp"), "N", _ONE, ("1",)),
+    Flag(("--api-server-count", "-asc"), "N", "one process answers; start servers side by side, and a proxy", ("1",)),
     Flag(("--data-parallel-size", "-dp"), "N", "start a server for each device, and a proxy before them", ("1",)),
     Flag(("--trust-remote-code",), None, "no code of a checkpoint is ever run; families are built in", ()),
     Flag(("--tokenizer",), "MODEL", "the model's own; put other tokenizer files into a copy of the model", ("MODEL",)),
@@ -88,6 +89,12 @@ FLAGS = (
     Flag(("--num-gpu-blocks-override",), "N", "the memory says how many there are; --kv-cache-memory SIZE sets it", ()),
     Flag(("--speculative-config",), "JSON", "no tokens are drafted", ()),
     Flag(("--guided-decoding-backend",), "NAME", "grammars are llguidance's, whichever is named"),
+    Flag(
+        ("--structured-outputs-config",),
+        "JSON",
+        "grammars are llguidance's; --reasoning-parser is an option of its own",
+        ("{}", '{"backend": "auto"}', '{"backend": "guidance"}'),
+    ),
     Flag(("--enable-reasoning",), None, "--reasoning-parser alone finds reasoning"),
     Flag(("--chat-template-content-format",), "FORMAT", "templates get texts", ("auto", "string")),
     Flag(("--response-role",), "ROLE", "answers are the assistant's", ("assistant",)),

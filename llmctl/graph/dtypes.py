@@ -56,3 +56,10 @@ KV_DTYPES = (*COMPUTE_DTYPES, "int8", "fp8_e4m3")
 """What a KV cache may be made of."""
 KV_SPELLINGS = {**{name: name for name in KV_DTYPES}, "fp8": "fp8_e4m3"}
 """A KV cache's dtype by every name that options have for it."""
+KV_NAMES = (*(name for name in KV_DTYPES if name != "fp8_e4m3"), "fp8")
+"""The shortest name of each."""
+
+
+def kv_name(dtype: str) -> str:
+    """The shortest name that options have for a KV cache's dtype."""
+    return KV_NAMES[KV_DTYPES.index(dtype)]

@@ -119,7 +119,10 @@ def check_scheme(scheme: QuantScheme, widths: dict[str, int]) -> None:
         UsageError: bits not among 3, 4, 8; or a group size that does not divide a width, with the sizes that do.
     """
     if scheme.bits not in BITS:
-        raise UsageError(f"--bits {scheme.bits}: expected one of {', '.join(map(str, BITS))}", param="bits")
+        nearest = min(BITS, key=lambda bits: abs(bits - scheme.bits))
+        raise UsageError(
+            f"--bits {scheme.bits}: expected one of {', '.join(map(str, BITS))}", fix=f"--bits {nearest}", param="bits"
+        )
     size = scheme.group_size
     if size != -1 and size <= 0:
         raise UsageError(f"--group-size {size}: expected a positive number, or -1 for one group a row")

@@ -44,6 +44,13 @@ METHODS: Mapping[str, Method] = {
 }
 CHOOSES_BITS = tuple(name for name, method in METHODS.items() if "bits" not in method.fixed)
 """Those that quantize to the bits that one asks for."""
+_OTHER_NAMES = {
+    **dict.fromkeys(("int4", "w4a16", "4bit", "4-bit"), "--method awq --bits 4"),
+    **dict.fromkeys(("int8", "w8a16", "8bit", "8-bit"), "--method rtn --bits 8"),
+    **dict.fromkeys(("smoothquant", "int8-w8a8"), "--method w8a8"),
+    **dict.fromkeys(("bitsandbytes", "bnb"), "--method nf4"),
+}
+"""What others call by these words, in options."""
 
 
 def method_of(config: QuantizeConfig) -> Method:
@@ -53,7 +60,11 @@ def method_of(config: QuantizeConfig) -> Method:
         UsageError: there is none.
     """
     if config.method not in METHODS:
-        raise UsageError(f"--method {config.method}: expected auto or one of {', '.join(METHODS)}", param="method")
+        raise UsageError(
+            f"--method {config.method}: expected auto or one of {', '.join(METHODS)}",
+            fix=_OTHER_NAMES.get(config.method.lower(), "--method auto"),
+            param="method",
+        )
     return METHODS[config.method]
 
 

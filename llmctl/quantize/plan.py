@@ -125,7 +125,7 @@ def check_options(config: QuantizeConfig) -> None:
     check_threads(config.threads)
     _check_device(config.device)
     if not config.output:
-        raise UsageError("--output: the folder to write is missing", param="output")
+        raise UsageError("--output: the folder to write is missing", fix="--output ./quantized", param="output")
     if config.has_budget:
         _check_budget(config)
     if method.calibrated or config.has_budget:

@@ -45,7 +45,6 @@ def print_summary(
     info = model.info
     rows = {
         "model": model.name,
-        "engine": str(engine),
         "runs": f"{info.family}, {info.quantization}, {info.dtype}, target {info.target}",
         **({"kernels": info.kernels} if info.kernels else {}),
         "weights": _mib(info.weight_bytes),
@@ -72,8 +71,9 @@ def print_summary(
         from llmctl.artifact.memory_table import render
 
         console.print(render(info.memory, note=info.memory_note), highlight=False)
-    # Printed as it is: a wrapped command line could not be copied.
-    console.print(f"try: {curl_line(config, model, keyed=keyed)}", soft_wrap=True, markup=False, highlight=False)
+    # Printed as they are: a wrapped path or command line could not be copied.
+    for line in (f"engine: {engine}", f"try: {curl_line(config, model, keyed=keyed)}"):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _adapters(config: ServeConfig, names: Sequence[str]) -> str:

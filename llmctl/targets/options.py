@@ -8,7 +8,7 @@ from typing import Any
 
 from llmctl.config import BuildConfig
 from llmctl.errors import UsageError
-from llmctl.graph.dtypes import KV_SPELLINGS
+from llmctl.graph.dtypes import KV_SPELLINGS, kv_name
 from llmctl.graph.family_table import FAMILIES
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions
@@ -73,8 +73,8 @@ def check_kv_cache_dtype(name: str, kind: str, dtype: str, known: Sequence[str])
     found = {"auto": dtype, **KV_SPELLINGS}.get(name, name)
     if found not in known:
         raise UsageError(
-            f"--kv-cache-dtype: expected one of auto, {', '.join(known)} for a {kind} target that computes in "
-            f"{dtype}, found '{name}'",
+            f"--kv-cache-dtype: expected one of auto, {', '.join(map(kv_name, known))} for a {kind} target that "
+            f"computes in {dtype}, found '{name}'",
             param="kv_cache_dtype",
         )
     return found

@@ -263,7 +263,7 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ({"lm_head": "int8", "dtype": "float32"}, "--lm-head: expected auto or dense for a float32 engine"),
         (
             {"target": "cuda:sm_80", "dtype": "bfloat16", "kv_cache_dtype": "float16"},
-            "bfloat16, int8, fp8_e4m3 for a cuda target that computes in bfloat16, found 'float16'",
+            "bfloat16, int8, fp8 for a cuda target that computes in bfloat16, found 'float16'",
         ),
         ({"activations": "int4"}, "--activations: expected auto or int8, found 'int4'"),
         ({"activations": "int8"}, "--activations: expected auto for a cpu target"),
@@ -271,7 +271,7 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ({"passes": ("int8_activations",)}, "--passes: expected none, or some of merge_qkv"),
         ({"passes": ("fuse_all",)}, "--passes: expected none, or some of"),
         ({"memory_budget": "lots"}, "--memory-budget: expected a size"),
-        ({"output": ""}, "--output is required"),
+        ({"output": ""}, "--output: the folder to write is missing"),
         ({"model": ""}, "--model is required"),
     ],
 )

@@ -32,7 +32,7 @@ Edit = Callable[..., None]
 def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Load, expecting a refusal; any mapping of a file on the way fails the test. Returns the message and the fix."""
 
-    def load(engine: Path, *, verify: bool = False, **request: object) -> str:
+    def load(engine: Path, *, verify: bool = False, code: ExitCode = ExitCode.RUNTIME, **request: object) -> str:
         def forbidden(*_: object, **__: object) -> None:
             raise AssertionError("a weight file was mapped before the checks had passed")
 
@@ -41,7 +41,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             patch.setattr(np, "empty", forbidden)
             with pytest.raises(EngineLoadError) as error:
                 load_engine(engine, EngineRequest(**request), verify=verify)  # type: ignore[arg-type]
-        assert error.value.exit_code == ExitCode.RUNTIME
+        assert error.value.exit_code == code
         assert error.value.fix
         assert "llmctl build --model" in error.value.fix
         assert "\n" not in str(error.value)
@@ -332,14 +332,14 @@ def test_an_engine_for_another_target_than_asked(built: Path, native: Path, refu
         with pytest.raises(UsageError, match=r"--target.*: expected (one|some) of") as error:
             load_engine(native, EngineRequest(target=wanted))
         assert "llmctl build" not in str(error.value)
-    message = refused(native, target="reference")
+    message = refused(native, target="reference", code=ExitCode.USAGE)
     assert f"target: expected cpu:{arch}, found reference" in message
     assert "--target reference" in message
     with pytest.raises(UsageError, match=r"--target cuda:sm_90: .*NVIDIA"):  # as a rebuilt engine would be
         load_engine(native, EngineRequest(target="cuda:sm_90"))
     for wanted in (None, "cpu", f"cpu:{arch}", f"cpu:{arch.rpartition('-')[2]}"):
         assert load_engine(native, EngineRequest(target=wanted)).manifest.target.archs == (arch,)
-    assert "target: expected cpu, found cpu:avx2" in refused(built, target="cpu:avx2")
+    assert "target: expected cpu, found cpu:avx2" in refused(built, target="cpu:avx2", code=ExitCode.USAGE)
 
 
 def test_missing_tensor(engine: Path, edit_manifest: Edit, refused: Callable[..., str]) -> None:
@@ -377,11 +377,11 @@ def test_path_outside_the_folder(engine: Path, edit_manifest: Edit, refused: Cal
 
 
 def test_requested_limits(engine: Path, refused: Callable[..., str]) -> None:
-    message = refused(engine, max_model_len=512)
+    message = refused(engine, max_model_len=512, code=ExitCode.USAGE)
     assert "max_model_len: expected at most 256, found 512" in message
     assert "--max-model-len 512" in message
-    assert "block_size: expected 16, found 32" in refused(engine, block_size=32)
-    assert "dtype: expected float32, found bfloat16" in refused(engine, dtype="bfloat16")
+    assert "block_size: expected 16, found 32" in refused(engine, block_size=32, code=ExitCode.USAGE)
+    assert "dtype: expected float32, found bfloat16" in refused(engine, dtype="bfloat16", code=ExitCode.USAGE)
     assert load_engine(engine, EngineRequest(max_model_len=100)).sizes.max_model_len == 100
 
 
@@ -417,7 +417,7 @@ def test_checks_come_in_the_stated_order(engine: Path, edit_manifest: Edit, refu
     rewrite_weights(
         engine, edit_manifest, lambda t: t.update({"final_norm.weight": ("F32", (64,), np.ones(64, np.float32))})
     )
-    assert "max_model_len" in refused(engine, **arguments)
+    assert "max_model_len" in refused(engine, code=ExitCode.USAGE, **arguments)
     with pytest.raises(LlmctlError, match="memory: expected at most 1 B"):
         load_engine(engine, EngineRequest(budget=1))
 

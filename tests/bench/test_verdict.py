@@ -26,6 +26,19 @@ def test_a_regression_in_words() -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "observed", "sentence"),
+    [
+        ("points_without_failures", 0, "no loads kept to the failed requests that are allowed (model=x)"),
+        ("points_that_meet", 0, "no loads meet the objectives (model=x)"),
+        ("points_that_meet", 1, "1 load meets the objectives (model=x)"),
+        ("points_that_meet", 3, "3 loads meet the objectives (model=x)"),
+    ],
+)
+def test_loads_of_a_sweep_in_words(metric: str, observed: int, sentence: str) -> None:
+    assert said(Gate("slo", metric, ">=", 1, observed, observed >= 1, "model=x")) == sentence
+
+
+@pytest.mark.parametrize(
     ("slo", "figures", "sentence"),
     [
         (Slo("p99_ttft_ms", "<=", 200), {"p99_ttft_ms": 350.44}, "p99_ttft_ms is 350 ms; it must be at most 200 ms"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,17 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
         publish(final, "new")
     assert (final / "file").read_text() == "good"
     assert list(tmp_path.iterdir()) == [final]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    final = tmp_path / "engine"
+    with pytest.raises(OSError, match="No space left on device") as caught, published_folder(final):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(final)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="Broken pipe") as caught, published_folder(final):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    assert caught.value.filename is None
 
 
 def test_outputs_below_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

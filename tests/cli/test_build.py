@@ -227,7 +227,7 @@ def test_a_build_keeps_to_its_memory_budget(run: Run, model: Path, tmp_path: Pat
     ("args", "code", "text"),
     [
         (("build",), 2, "--model is required"),
-        (("build", "--model", "tiny"), 2, "--output is required"),
+        (("build", "--model", "tiny"), 2, "--output: the folder to write is missing (fix: --output ./engine)"),
         (("build", "--model", "./nothing", "--output", "e"), 2, "no such file or folder"),
         (("build", "--model", "tiny", "--output", "e", "--target", "tpu"), 2, "--target: expected one of"),
         (("build", "--model", "tiny", "--output", "tiny"), 2, "is not an llmctl engine; it is left alone"),

@@ -53,6 +53,17 @@ def test_the_answer_is_alone_on_stdout(server: ScriptedServer) -> None:
     }
 
 
+def test_a_single_word_that_is_no_model_of_the_server_is_the_question(server: ScriptedServer) -> None:
+    run(server, "why is the sky blue?")
+    run(server, "sum this up", piped="it is blue")
+    asked = [(body["model"], body["messages"][0]["content"]) for body in server.bodies]
+    assert asked == [("first", "why is the sky blue?"), ("first", "sum this up\n\nit is blue")]
+    run(server, "second", piped="why?")
+    assert (server.bodies[2]["model"], server.bodies[2]["messages"][0]["content"]) == ("second", "why?")
+    for args in (("third", "why?"), ("--model", "third", "why?")):  # nothing says that this is no model
+        assert "no model 'third'" in run(server, *args, code=2).stderr
+
+
 def test_chat_is_another_name(server: ScriptedServer) -> None:
     made = CliRunner().invoke(app, ["chat", "--base-url", server.url, "--model", "first", "hello"])
     assert (made.exit_code, made.stdout) == (0, "Blue light scatters.\n")

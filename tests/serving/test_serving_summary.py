@@ -104,7 +104,7 @@ def test_it_says_where_page_api_and_metrics_are_and_cuts_nothing(
     info = info_of(model, "reference", EngineOptions())
     engine = "/a/folder/with[brackets]/" + "long" * 30
     text = shown(info, capsys, monkeypatch, engine=engine)
-    assert engine in "".join(line.strip("│ ").removeprefix("engine").strip() for line in text.splitlines())
+    assert f"engine: {engine}" in text.splitlines()  # whole, to be copied
     assert "…" not in text
     for address in ("http://127.0.0.1:8000/, to chat", "http://127.0.0.1:8000/docs", "http://127.0.0.1:8000/metrics"):
         assert address in text

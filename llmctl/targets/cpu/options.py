@@ -37,7 +37,11 @@ def cpu_options(config: BuildConfig, graph: Graph) -> BuildOptions:
     """
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     if dtype == "float16":
-        raise UsageError("--dtype: expected bfloat16 or float32 for a cpu target, found 'float16'", param="dtype")
+        raise UsageError(
+            "--dtype: expected bfloat16 or float32 for a cpu target, found 'float16'",
+            fix="--dtype bfloat16",
+            param="dtype",
+        )
     if config.block_size % KEYS:
         raise UsageError(
             f"--block-size: expected a multiple of {KEYS} for a cpu target, found {config.block_size}",

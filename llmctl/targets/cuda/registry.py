@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from llmctl.graph.dtypes import DTYPES, HALF_DTYPES
+from llmctl.graph.dtypes import DTYPES, HALF_DTYPES, kv_name
 from llmctl.graph.graph import LOGITS, Graph, Op
 from llmctl.targets.base import FALLBACK, KernelChoice, Refusal
 from llmctl.targets.cuda.attention import AttentionShape
@@ -98,7 +98,7 @@ def _refuse_rope_kv(facts: OpFacts) -> str | None:
     if dim % 4 or dim > 256:
         return f"head size {dim}; the kernel takes multiples of 4 up to 256"
     if facts.op.kind != "rope" and facts.dtype in HALF_DTYPES and facts.kv_tag not in (facts.tag, "s8", "e4m3"):
-        return f"the KV cache is {facts.kv_dtype}; the kernel stores {facts.dtype}, int8 or fp8_e4m3"
+        return f"the KV cache is {kv_name(facts.kv_dtype)}; the kernel stores {facts.dtype}, int8 or fp8"
     return refuse_dtype(facts)
 
 
@@ -111,7 +111,7 @@ def _refuse_attention(facts: OpFacts) -> str | None:
     if facts.dtype not in HALF_DTYPES:
         return refuse_dtype(facts)
     if facts.kv_tag not in (facts.tag, "s8", "e4m3"):
-        return f"the KV cache is {facts.kv_dtype}; the kernels read {facts.dtype}, int8 or fp8_e4m3"
+        return f"the KV cache is {kv_name(facts.kv_dtype)}; the kernels read {facts.dtype}, int8 or fp8"
     try:
         _attention_shape(facts)
     except ValueError as error:
