@@ -20,7 +20,8 @@ class DecodeOutlook:
     """
 
     def __init__(self, cost: StepCost, requests: Iterable[Request] = ()) -> None:
-        self._base, _, self._row, _, self._context, _ = cost.coefficients()
+        each = cost.coefficients()
+        self._base, self._row, self._context = each.base, each.decode_row, each.decode_context
         self._seconds = self._base
         self.tightest = math.inf
         for request in requests:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from operator import mul
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -57,8 +58,20 @@ _DECODES = [0, 2, 4]  # coefficients of steps without prompts
 _LEAST_ALONE = 8  # steps without prompts that tell what decodes cost
 
 
-Six = tuple[float, ...]
-"""base, prefill_base, decode_row, prefill_row, decode_context, prefill_context."""
+class Six(NamedTuple):
+    """How much a step has of each thing that costs time, or the seconds that one of each takes.
+
+    Attributes:
+        base: the step. prefill_base: that it has prompts. decode_row, prefill_row, decode_context, prefill_context:
+            as ``StepLoad`` counts them.
+    """
+
+    base: float = 0.0
+    prefill_base: float = 0.0
+    decode_row: float = 0.0
+    prefill_row: float = 0.0
+    decode_context: float = 0.0
+    prefill_context: float = 0.0
 
 
 class StepLoad(msgspec.Struct, frozen=True):
@@ -92,8 +105,7 @@ class StepCost:
         self._slots: dict[tuple[int, int, int], int] = {}  # class of steps -> its first row
         self._seen: dict[tuple[int, int, int], int] = {}
         self._rows, self._when, self._steps = np.zeros((0, 6)), np.zeros(0), 0
-        self._coefficients: Six = (0.0,) * 6
-        self._apart: Six = self._coefficients
+        self._coefficients = self._apart = Six()
         self._new = 0
         self._surprised = False
         self.most_rows = 0
@@ -137,12 +149,12 @@ class StepCost:
             used = np.flatnonzero(self._when)
             fresh = np.maximum(0.5 ** ((self._steps - self._when[used]) / _HALF_LIFE), _LEAST_WEIGHT)
             rows = self._rows[used]
-            self._coefficients = self._apart = tuple(_fit(rows, fresh, _RIDGE).tolist())
+            self._coefficients = self._apart = Six(*_fit(rows, fresh, _RIDGE).tolist())
             alone = rows[:, 3] == 0
             if alone.sum() >= _LEAST_ALONE:
                 apart = np.zeros(6)
                 apart[_DECODES] = _fit(rows[alone][:, _DECODES], fresh[alone], _RIDGE[_DECODES])
-                self._apart = tuple(apart.tolist())
+                self._apart = Six(*apart.tolist())
             self._new, self._surprised = 0, False
         return self._coefficients
 
@@ -214,12 +226,13 @@ class PrefillAllowance:
         if not self._cost.known:
             self._seconds = math.inf
             return
-        _, prefill_base, decode_row, self._row, _, self._context = self._cost.coefficients()
+        each = self._cost.coefficients()
+        self._row, self._context = each.prefill_row, each.prefill_context
         alone = self._cost.seconds(self._decodes)
         target = self._target
         if target is None:
-            target = AUTO_SLOWDOWN * (self._cost.seconds_alone(self._decodes) + decode_row * self.joining)
-        self._seconds = min(target, self._limit) / self._cost.margin - alone - prefill_base
+            target = AUTO_SLOWDOWN * (self._cost.seconds_alone(self._decodes) + each.decode_row * self.joining)
+        self._seconds = min(target, self._limit) / self._cost.margin - alone - each.prefill_base
 
     def _fitting(self, start: int) -> int:
         """The largest k with row·k + context·(k·start + k(k+1)/2) <= seconds."""
@@ -276,7 +289,7 @@ class PrefillPacer:
 def _features(load: StepLoad) -> Six:
     """Plain numbers: six are a tenth of the work that numpy makes of them, in every step."""
     prefills = 1.0 if load.prefill_rows else 0.0
-    return 1.0, prefills, load.decode_rows, load.prefill_rows, load.decode_context, load.prefill_context
+    return Six(1.0, prefills, load.decode_rows, load.prefill_rows, load.decode_context, load.prefill_context)
 
 
 def _dot(coefficients: Six, features: Six) -> float:
