@@ -36,14 +36,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to create")
     for name, default in (
-        ("hidden", 1024),
-        ("width", 384),
-        ("layers", 4),
-        ("experts", 64),
-        ("chosen", 8),
-        ("vocab", 32000),
+        ("--hidden", 1024),
+        ("--width", 384),
+        ("--layers", 4),
+        ("--experts", 64),
+        ("--chosen", 8),
+        ("--vocab", 32000),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args()
     if args.vocab < _BYTES:
         parser.error(f"--vocab: expected {_BYTES} or more, a token for each byte, found {args.vocab}")
