@@ -110,7 +110,7 @@ class LoraModule(c.Structure):
 
     _fields_ = (
         *((name, c.c_int64) for name in ("first", "stride", "panels")),
-        *((name, c.c_void_p) for name in ("a", "b", "scales")),
+        *((name, c.c_void_p) for name in ("a", "b", "scales", "ranks", "a_scales", "b_scales")),
     )
 
 

@@ -15,11 +15,12 @@ class Place:
     """Where one op adds to a linear whose packed tiles are halves of 16 outputs.
 
     Attributes:
-        op: the op of adapters. first: half that its rows begin in, ``lead`` outputs from the half's start.
+        op: the op of adapters. weight: name of the linear's. first: half that its rows begin in, ``lead`` outputs from the half's start.
         stride: from half to half: 2 where gate and up lie side by side.
     """
 
     op: Op
+    weight: str
     first: int
     lead: int
     stride: int
@@ -64,9 +65,9 @@ def places(graph: Graph) -> Iterator[Place]:
         yield from linear.places
 
 
-def sum_bytes(columns: int, of: tuple[Place, ...]) -> int:
-    """Partial sums of one token's row of ``columns``: ``LoraShape`` of ``native/lora.h``."""
-    split = max(SPLIT, -(-columns // (2 * MAX_SPLITS)) * 2)
+def sum_bytes(columns: int, unit: int, of: tuple[Place, ...]) -> int:
+    """Partial sums of one token's row of ``columns``, each of whole units: ``LoraShape`` of ``native/lora.h``."""
+    split = -(-max(SPLIT, -(-columns // MAX_SPLITS)) // unit) * unit
     return 4 * -(-columns // split) * sum(place.rank for place in of)
 
 
@@ -88,7 +89,7 @@ def _adapted(graph: Graph, index: int) -> AdaptedLinear:
         attrs["epilogue"], results = f"{gating.attrs['fn']}_mul", list(gating.outputs)
     within = frozenset(op.name for op, _ in adapters) | ({gating.name} if gating else set())
     built = linear.with_(outputs=tuple(results), attrs=attrs)
-    return AdaptedLinear(built, tuple(_place(op, column, half) for op, column in adapters), within, shared)
+    return AdaptedLinear(built, tuple(_place(op, linear.weights[0], column, half) for op, column in adapters), within, shared)
 
 
 def _gating(graph: Graph, results: list[str]) -> Op | None:
@@ -97,9 +98,9 @@ def _gating(graph: Graph, results: list[str]) -> Op | None:
     return readers[0] if len(results) == len(readers) == 1 and readers[0].kind == "act_mul" else None
 
 
-def _place(op: Op, column: int, half: int) -> Place:
+def _place(op: Op, weight: str, column: int, half: int) -> Place:
     """``half``: rows of gate, as many as of up; 0: the linear is not gated."""
     if not half:
-        return Place(op, column // LANES, column % LANES, 1)
+        return Place(op, weight, column // LANES, column % LANES, 1)
     up, within = divmod(column, half)
-    return Place(op, 2 * (within // LANES) + up, within % LANES, 2)
+    return Place(op, weight, 2 * (within // LANES) + up, within % LANES, 2)

@@ -1,4 +1,5 @@
-"""Adapters in slots, as the native kernels read them (``native/lora.h``): panels of 16 outputs, bfloat16 or float32."""
+"""Adapters in slots, as the native kernels read them (``native/lora.h``): panels of 16 outputs, int8 behind a linear that
+reads int8 activations, else bfloat16 or float32."""
 
 from __future__ import annotations
 
@@ -14,107 +15,179 @@ from llmctl.engine.step import LoraLimits
 from llmctl.graph.graph import Graph
 from llmctl.targets.cpu.abi import LANES
 from llmctl.targets.cpu.adapted import Place, places
+from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
 from llmctl.targets.lora import AdapterPart, check_representable, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_STEP = {"f32": 1, "bf16": 2, "w8": 4}
+"""Columns of an output that lie together."""
+_ELEMENT: dict[str, type[np.generic]] = {"f32": np.float32, "bf16": np.uint16, "w8": np.uint8}
+
 
 @dataclass(frozen=True)
 class SlotArrays:
-    """The slots of one op: a [slots, rank / 16, in, 16] and b [slots, panels, rank, 16] in f32. In bf16, as u16, two
-    columns of an output lie together: a [slots, rank / 16, in / 2, 16, 2], b [slots, panels, rank / 2, 16, 2]. scales
-    f32 [slots], 0 where an adapter adds nothing."""
+    """The slots of one op, or (without the first axis) what one adapter puts into a slot.
+
+    Attributes:
+        a, b: [slots, rank / 16, in / s, 16, s] and [slots, panels, rank / s, 16, s]: s columns of an output lie
+            together, 1 in f32, 2 in bf16 (as u16), 4 in int8 (as u8, 128 more).
+        a_scales, b_scales: of int8: f32 [slots, rank], and bf16 (as u16) [slots, panels, 16]; else empty.
+        ranks: i32 [slots], those that an adapter has, a multiple of 16. scales: f32 [slots], 0 where it adds nothing.
+    """
 
     a: NDArray[Any]
     b: NDArray[Any]
+    a_scales: NDArray[np.float32]
+    b_scales: NDArray[np.uint16]
+    ranks: NDArray[np.int32]
     scales: NDArray[np.float32]
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(int(array.nbytes) for array in vars(self).values())
+
+    @classmethod
+    def zeros(cls, form: _Form, slots: int) -> SlotArrays:
+        """Empty slots."""
+        integer, shape = form.dtype == "w8", (slots,)
+        return cls(
+            np.zeros(shape + form.a, _ELEMENT[form.dtype]),
+            np.zeros(shape + form.b, _ELEMENT[form.dtype]),
+            np.zeros((slots, form.rank if integer else 0), np.float32),
+            np.zeros((slots, form.b[0] * LANES if integer else 0), np.uint16),
+            np.zeros(shape, np.int32),
+            np.zeros(shape, np.float32),
+        )
+
+    def put(self, slot: int, part: SlotArrays | None) -> None:
+        """What an adapter adds, None: nothing."""
+        self.scales[slot] = 0.0
+        if part is not None:
+            for name, array in vars(self).items():
+                array[slot] = getattr(part, name)
 
 
 @dataclass(frozen=True)
-class PackedPart:
-    """What one adapter adds in one op, as a slot of ``SlotArrays``."""
+class _Form:
+    """How one op's matrices lie: ``dtype`` of ``abi.DTYPE``; ``columns``: of a, with the linear's padding."""
 
-    a: NDArray[Any]
-    b: NDArray[Any]
-    scale: float
+    dtype: str
+    rank: int
+    columns: int
+    panels: int
+
+    @property
+    def a(self) -> tuple[int, ...]:
+        """Shape of one slot's."""
+        return self._shape(self.rank // LANES, self.columns)
+
+    @property
+    def b(self) -> tuple[int, ...]:
+        """Shape of one slot's."""
+        return self._shape(self.panels, self.rank)
+
+    def _shape(self, panels: int, columns: int) -> tuple[int, ...]:
+        return panels, -(-columns // _STEP[self.dtype]), LANES, _STEP[self.dtype]
 
 
-def slot_bytes(graph: Graph, dtype: str) -> int:
-    """Bytes of one slot over all ops of a ``lora_graph``. ``dtype``: ``f32`` or ``bf16``."""
-    size = 0
-    for place in places(graph):
-        shapes = _shapes(graph, place, _STEP[dtype])
-        size += sum(int(np.prod(shape)) for shape in shapes) * (4 if dtype == "f32" else 2) + 4
-    return size
+def slot_bytes(graph: Graph, linears: Mapping[str, LinearFormat], dtype: str) -> int:
+    """Bytes of one slot over all ops of a ``lora_graph``.
+
+    Args:
+        linears: by weight. dtype: ``f32`` or ``bf16``, of matrices whose linear reads floats.
+    """
+    forms = (_form(graph, place, linears[place.weight], dtype) for place in places(graph))
+    return sum(SlotArrays.zeros(form, 1).bytes for form in forms)
 
 
 class CpuAdapters:
     """Implements ``engine.step.AdapterHost``.
 
     Attributes:
-        slots: by op. dtype: of the matrices.
+        slots: by op.
 
     Args:
-        graph: a ``lora_graph``.
+        graph: a ``lora_graph``. linears: by weight. dtype: ``f32`` or ``bf16``, of matrices whose linear reads floats.
     """
 
-    def __init__(self, graph: Graph, lora: LoraLimits, dtype: str) -> None:
-        self._graph, self._lora, self.dtype = graph, lora, dtype
+    def __init__(self, graph: Graph, linears: Mapping[str, PackedLinear], lora: LoraLimits, dtype: str) -> None:
+        self._graph, self._lora, self._linears = graph, lora, linears
         self._places = {place.op.name: place for place in places(graph)}
-        element = np.float32 if dtype == "f32" else np.uint16
-        self.slots: dict[str, SlotArrays] = {}
-        for name, place in self._places.items():
-            a, b = _shapes(graph, place, _STEP[dtype])
-            scales = np.zeros(lora.slots, np.float32)
-            self.slots[name] = SlotArrays(
-                np.zeros((lora.slots, *a), element), np.zeros((lora.slots, *b), element), scales
-            )
+        self._forms = {n: _form(graph, place, linears[place.weight], dtype) for n, place in self._places.items()}
+        self.slots = {name: SlotArrays.zeros(form, lora.slots) for name, form in self._forms.items()}
 
-    def prepare(self, adapter: Adapter) -> Mapping[str, PackedPart]:
+    def kept_as(self, place: Place) -> str:
+        """The dtype of its matrices, of ``abi.DTYPE``."""
+        return self._forms[place.op.name].dtype
+
+    def prepare(self, adapter: Adapter) -> Mapping[str, SlotArrays]:
         """Part of ``AdapterHost``."""
         parts = parts_of(self._graph, adapter, self._lora)
-        return {name: self._packed(adapter, self._places[name], part) for name, part in parts.items()}
+        return {name: self._packed(adapter, name, part) for name, part in parts.items()}
 
-    def put(self, slot: int, prepared: Mapping[str, PackedPart]) -> None:
+    def put(self, slot: int, prepared: Mapping[str, SlotArrays]) -> None:
         """Part of ``AdapterHost``."""
         for name, arrays in self.slots.items():
-            part = prepared.get(name)
-            arrays.scales[slot] = 0.0 if part is None else part.scale
-            if part is not None:
-                arrays.a[slot], arrays.b[slot] = part.a, part.b
+            arrays.put(slot, prepared.get(name))
 
-    def _packed(self, adapter: Adapter, place: Place, part: AdapterPart) -> PackedPart:
+    def _packed(self, adapter: Adapter, name: str, part: AdapterPart) -> SlotArrays:
         import torch
 
-        dtype = torch.float32 if self.dtype == "f32" else torch.bfloat16
-        step = _STEP[self.dtype]
-        (_, lines, *_), (panels, *_) = _shapes(self._graph, place, step)
-        a, b = torch.zeros(place.rank, lines * step, dtype=dtype), torch.zeros(panels * LANES, place.rank, dtype=dtype)
+        place, form = self._places[name], self._forms[name]
+        permutation = self._linears[place.weight].permutation
+        dtype = torch.bfloat16 if form.dtype == "bf16" else torch.float32
+        step = _STEP[form.dtype]
+        a = torch.zeros(form.rank, form.a[1] * step, dtype=dtype)
+        b = torch.zeros(form.panels * LANES, form.rank, dtype=dtype)
         rows, columns = part.a.shape
-        a[:rows, :columns] = part.a
+        a[:rows, :columns] = part.a if permutation is None or form.dtype != "w8" else part.a[:, permutation]
         b[place.lead : place.lead + len(part.b), :rows] = part.b
-        check_representable(adapter, str(place.op.attrs["module"]), a, b)
-        return PackedPart(_stored(a, step), _stored(b, step), part.scale)
+        a_scales, b_scales = np.zeros(0, np.float32), np.zeros(0, np.uint16)
+        if form.dtype == "w8":
+            a, b, of_a, of_b = _rounded(a, b)
+            check_representable(adapter, str(place.op.attrs["module"]), of_a, of_b)
+            a_scales, b_scales = of_a.numpy(), of_b.view(torch.int16).numpy().view(np.uint16)
+        else:
+            check_representable(adapter, str(place.op.attrs["module"]), a, b)
+        ranks, scale = np.array(-(-rows // LANES) * LANES, np.int32), np.array(part.scale, np.float32)
+        return SlotArrays(_stored(a, step), _stored(b, step), a_scales, b_scales, ranks, scale)
 
 
-_STEP = {"f32": 1, "bf16": 2}
-"""Columns of an output that lie together: ``kLineStep``."""
+def _form(graph: Graph, place: Place, linear: LinearFormat | PackedLinear, dtype: str) -> _Form:
+    if linear.integer:
+        return _Form("w8", place.rank, linear.columns, place.panels)
+    return _Form(dtype, place.rank, graph.buffers[place.op.inputs[0]].width, place.panels)
 
 
-def _shapes(graph: Graph, place: Place, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of one slot's a and b."""
-    columns = graph.buffers[place.op.inputs[0]].width
-    a, b = (place.rank // LANES, -(-columns // step), LANES), (place.panels, place.rank // step, LANES)
-    return (a, b) if step == 1 else ((*a, step), (*b, step))
+def _rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of a [rank, in] and b [rows, rank], u8 with 128 added; scales of a's rows in float32, of b's in bfloat16.
+
+    Ranks are made equally large in b first, by a's scales: what x makes of a is rounded with one scale for all ranks,
+    which is then fair to each of them.
+    """
+    import torch
+
+    size = b.abs().amax(0)
+    size = torch.where(size > 0, size, 1.0)
+    b = b / size
+    a_scales, b_scales = a.abs().amax(1) / 127, (b.abs().amax(1) / 127).bfloat16()
+    return _codes(a, a_scales), _codes(b, b_scales.float()), a_scales * size, b_scales
+
+
+def _codes(matrix: Tensor, scales: Tensor) -> Tensor:
+    import torch
+
+    units = matrix / torch.where(scales > 0, scales, 1.0)[:, None]
+    return (units.round().clamp(-127, 127) + 128).to(torch.uint8)
 
 
 def _stored(matrix: Tensor, step: int) -> NDArray[Any]:
-    """[n * 16, k] as [n, k / step, 16, step], the last only where it is not 1; bfloat16 as u16."""
+    """[n * 16, k] as [n, k / step, 16, step]; bfloat16 as u16."""
     import torch
 
     n, k = len(matrix) // LANES, matrix.shape[1]
     turned = matrix.view(n, LANES, k // step, step).transpose(1, 2).contiguous()
-    if step == 1:
-        turned = turned.view(n, k, LANES)
-    return turned.numpy() if turned.dtype == torch.float32 else turned.view(torch.int16).numpy().view(np.uint16)
+    return turned.view(torch.int16).numpy().view(np.uint16) if turned.dtype == torch.bfloat16 else turned.numpy()

@@ -139,16 +139,15 @@ class Lowering:
         self._emit(bound)
 
     def _result(self, bound: Bound, outputs: tuple[str, ...], direct: PackedLinear | None) -> None:
-        """What an op makes: as the int8 operand of ``direct``, as floats if that is None, as both where adapters read
-        it, too."""
+        """What an op makes: as the int8 operand of ``direct``, as floats if that is None."""
         if direct is not None:
             bound.operands["y8"] = self._int_operand(outputs[0], direct)
-        if direct is None or any(op.kind == "lora" for op in self.graph.consumers(outputs[0])):
+        else:
             bound.views["y"] = self._outputs(outputs)[0]
 
     def _direct_operand(self, buffer: str) -> PackedLinear | None:
         """The weight whose int8 operand the op before it may write itself: when all linears that read it want that same
-        operand, and no other op reads it but adapters."""
+        operand, and no other op reads it but their adapters."""
         direct = [w for w in self._readers(buffer) if w.integer and w.permutation is None]
         if not direct or len(direct) != sum(op.kind != "lora" for op in self.graph.consumers(buffer)):
             return None
@@ -200,14 +199,19 @@ class Lowering:
     # adapters
 
     def _adapt(self, bound: Bound, adapted: AdaptedLinear) -> None:
-        """What adapters need beside a linear's own operands: its input as floats, and room for their sums."""
+        """What adapters need beside a linear's own operands: room for their sums; its input as floats, unless it is an
+        int8 operand, which they read, too."""
         if adapted.shared:
             raise _refused("lora", "what it adds to is read by another op, too")
         if {"scale", "softcap"} & bound.op.attrs.keys():
             raise _refused("lora", "its linear's result is scaled")
         bound.places, source = adapted.places, bound.op.inputs[0]
-        bound.views["x"] = self.views[source]
-        size = sum_bytes(self.graph.buffers[source].width, adapted.places)
+        if "x8" in bound.operands:
+            operand = bound.operands["x8"]
+            size = sum_bytes(operand.columns, operand.group, adapted.places)
+        else:
+            bound.views["x"] = self.views[source]
+            size = sum_bytes(self.graph.buffers[source].width, 2, adapted.places)
         bound.views["low"] = View(self._storage(f"{bound.op.name}.low", size), 0, size // 4)
 
     def _apart(self, op: Op) -> None:

@@ -83,7 +83,8 @@ class CpuRuntime:
 
         Args:
             library: the compiled kernels. sizes: of cache and steps. kv_dtype: ``bf16``, ``f32`` or ``s8``.
-            threads: native threads, the caller's included. lora_dtype: of adapters' matrices, ``bf16`` or ``f32``.
+            threads: native threads, the caller's included. lora_dtype: of adapters' matrices where operands are floats,
+                ``bf16`` or ``f32``.
 
         Raises:
             ValueError: a block size that is not a multiple of ``KEYS``.
@@ -114,7 +115,7 @@ class CpuRuntime:
         self.adapters: CpuAdapters | None = None
         if sizes.lora is not None:
             adapted = lora_graph(graph, sizes.lora)
-            self.adapters = CpuAdapters(adapted, sizes.lora, lora_dtype)
+            self.adapters = CpuAdapters(adapted, weights.linears, sizes.lora, lora_dtype)
             plans.append(_Plan(Lowering(adapted, weights.linears), self._max_tokens, max_rows))
         self._starts = {
             name: self._pointer(np.zeros(2 * routing.count + 2, np.int32))
@@ -311,10 +312,11 @@ class CpuRuntime:
         for module, place in zip(modules, bound.places, strict=True):
             slots = self.adapters.slots[place.op.name]
             module.first, module.stride, module.panels = place.first, place.stride, place.panels
-            module.a, module.b, module.scales = (a.ctypes.data for a in (slots.a, slots.b, slots.scales))
+            for name in ("a", "b", "scales", "ranks", "a_scales", "b_scales"):
+                setattr(module, name, getattr(slots, name).ctypes.data)
         self._keep.append(modules)
         desc.lora, desc.num_lora = c.addressof(modules), len(modules)
-        desc.lora_rank, desc.lora_dtype = bound.places[0].rank, DTYPE[self.adapters.dtype]
+        desc.lora_rank, desc.lora_dtype = bound.places[0].rank, DTYPE[self.adapters.kept_as(bound.places[0])]
 
     def _fill_route(self, desc: OpDesc, bound: Bound, graph: Graph) -> None:  # noqa: ARG002
         if bound.op.weights[0]:

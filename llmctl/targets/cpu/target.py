@@ -193,7 +193,9 @@ class CpuTarget:
 
     def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
         """See ``adapters.slot_bytes``."""
-        return lora.slots * slot_bytes(graph, _lora_dtype(options))
+        from llmctl.targets.cpu.packing import linear_formats
+
+        return lora.slots * slot_bytes(graph, linear_formats(graph, options), _lora_dtype(options))
 
     def context_bytes(self) -> int:
         """Nothing."""
@@ -270,7 +272,7 @@ def named(name: TargetName) -> Target:
 
 
 def _lora_dtype(options: BuildOptions) -> str:
-    """Of adapters' matrices: exact in an exact engine."""
+    """Of adapters' matrices where operands are floats: exact in an exact engine."""
     return "f32" if options.dtype == "float32" else "bf16"
 
 

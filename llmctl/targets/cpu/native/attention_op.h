@@ -98,7 +98,6 @@ static inline void store_outputs(const OpDesc& op, const StepDesc& step, const K
       for (; d < kv.dim; d++) y[d] = total.out[i][d] * inverse;
     }
     if (!op.y8.codes) continue;
-    if (op.y.data) std::memcpy(op.y.data + row * op.y.ld + column, line, size_t(width) * 4);
     const ActRow to = act_row_of(op.y8, row, step.tokens);
     for (int64_t g = 0; g < width; g += op.y8.group) quantize_group(line + g, op.y8.group, column + g, to);
   }

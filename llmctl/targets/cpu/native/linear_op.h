@@ -212,10 +212,7 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
   if (lora) lora->turn_to(patch.row, patch.row_end);
   const Outputs y = op.y8.codes ? Outputs{scratch.columns(), group, group, lora, patch.row}
                                 : Outputs{op.y.data + patch.row * op.y.ld, op.y.ld, op.n, lora, patch.row};
-  const bool floats = lora && op.y8.codes && op.y.data;  // of the rows whose adapters read them
   for (int64_t unit = patch.unit; unit < patch.unit_end; unit++) {
-    for (int64_t row = patch.row; floats && row < patch.row_end; row++)
-      if (lora->has(row)) prefetch_to_write(op.y.data + row * op.y.ld + unit * group, group * 4);
     for (int64_t i = 0; i < units.tiles_per; i++) {
       const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
       if (lora) lora->turn_to_tile(tile);
@@ -229,8 +226,6 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
       tile_rows<kType, kLayout>(op, w, patch, tile, y, at, scratch);
     }
     if (!op.y8.codes) continue;
-    for (int64_t row = patch.row; floats && row < patch.row_end; row++)
-      if (lora->has(row)) std::memcpy(op.y.data + row * op.y.ld + unit * group, y.from(row).data, size_t(group) * 4);
     quantize_columns(y.data, y.ld, unit * group, op.y8, {patch.row, patch.row_end, patch.rows});
   }
 }
@@ -289,7 +284,7 @@ struct Cut {
 // in pieces, for the last of which the threads would wait. after: weights that this thread reads next.
 static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const Adapting& adapting,
                              const uint8_t* after, LinearScratch& scratch) {
-  if (op.num_lora) scratch.lora.begin(op, adapting);
+  if (op.num_lora) scratch.lora.begin(op, rows, adapting);
   const Units units(op);
   const bool by_rows = rows >= kRowsAThread * share.threads;
   const Cut cut(op, rows, by_rows ? share.threads : 1);

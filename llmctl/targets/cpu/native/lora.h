@@ -5,12 +5,14 @@
 // No barrier lies between: a thread waits for the partial sums of the others when its first tile is done, which takes
 // longer than they do.
 //
-// Matrices are fp32 or bf16, operands and sums fp32: bf16 is widened in registers, which is as fast as vdpbf16ps for one
-// row and faster for more (measured: 0.55 ns for that, 0.14 for a fused multiply-add of half as many products). Both
-// products are made of panels of 16 outputs, one loop for both. It takes up to kLoraRows rows of one adapter at once,
-// for which a panel is read and widened once. The order of additions depends on neither the rows at once nor their
-// number, so that a row has the same bits in any batch. Rows without an adapter are not looked at; modules that an
-// adapter leaves alone (scale 0) are not read.
+// Behind a linear with an int8 operand matrices are of 8 bits, too (LLM.int8() has vectors' scales likewise, Dettmers et al.
+// 2022): the shrink reads the linear's own operand, and h is rounded to int8 for the expand, a scale a row and module.
+// Integer sums are exact. Elsewhere matrices are fp32 or bf16, operands and sums fp32: bf16 is widened in registers, which
+// is as fast as vdpbf16ps for one row and faster for more (measured: 0.55 ns for that, 0.14 for a fused multiply-add of
+// half as many products). Both products are made of panels of 16 outputs. A loop takes up to kLoraRows rows of one adapter
+// at once, for which a panel is read and widened once. The order of additions depends on neither the rows at once nor
+// their number, so that a row has the same bits in any batch. Rows without an adapter are not looked at; modules that an
+// adapter leaves alone (scale 0) are not read, nor are ranks that it does not have.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -24,7 +26,7 @@ namespace llmctl {
 
 constexpr int kLoraRows = 4;
 constexpr int64_t kWindow = 32;     // rows whose adapters are grouped: those that meet a tile of weights at once
-constexpr int64_t kSplit = 128;     // columns of x a partial sum, at least; even
+constexpr int64_t kSplit = 128;     // columns of x a partial sum, at least; whole activation groups, or even
 constexpr int64_t kMaxSplits = 16;  // partial sums: wider x has longer ones
 
 // Rows that have one adapter: indices [begin, begin + count) of AdapterRows::rows.
@@ -126,23 +128,73 @@ static inline __attribute__((always_inline)) void with_count(int count, F&& f) {
   }
 }
 
+static inline bool of_codes(const OpDesc& op) { return op.lora_dtype == kW8; }
+
+// total[r] = the panel [len / 4][16][4] of codes + 128 by activation groups [group, group_end) of x[r]; `ahead` is fetched
+// meanwhile. kFlip: x holds codes + 128, too.
+template <bool kFlip, int R>
+static inline __attribute__((always_inline)) void panel_groups(const uint8_t* panel, const IntActs& acts, int64_t group,
+                                                               int64_t group_end, const ActRow (&x)[R],
+                                                               const uint8_t* ahead, f32x16 (&total)[R]) {
+  const TileGroup tile(acts.group);
+  const bool tiled = x[0].tiled;
+  const int64_t parts = tiled ? tile.parts : 1, columns = tiled ? tile.columns : acts.group;
+  int64_t step[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) total[r] = f32x16{}, step[r] = tiled ? 4 : 4 * x[r].in_block;
+  for (int64_t g = group; g < group_end; g++) {
+    i32x16 sum[R];
+    const int8_t* codes[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      codes[r] = x[r].codes + g * (tiled ? tile.row_bytes() : acts.group) * x[r].in_block;
+      sum[r] = 128 * x[r].negated_sums[g * x[r].in_block] - i32x16{};
+    }
+    for (int64_t part = 0; part < parts; part++) {
+      for (int64_t left = std::min(columns, acts.group - part * columns); left > 0; left -= 4, panel += 64, ahead += 64) {
+        const u8x64 line = load<u8x64>(panel);
+        __builtin_prefetch(ahead);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          i8x64 four = splat4<i8x64>(codes[r]);
+          if constexpr (kFlip) four ^= int8_t(0x80);
+          sum[r] = dot4<false>(sum[r], line, four);
+          codes[r] += step[r];
+        }
+      }
+      // The next part is a tile of 16 rows further on.
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) codes[r] += tiled ? columns * (kTileRows - 1) : 0;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) total[r] = fused(to_f32(sum[r]), x[r].scales[g * x[r].in_block], total[r]);
+  }
+}
+
 // How the partial sums of a row lie in op.low: [modules][rank / 16][splits][16].
 struct LoraShape {
-  int64_t ranks, columns, split, splits;  // ranks: panels of 16; columns: as they lie; split: of them, the last less
+  int64_t ranks, width, columns, split, splits;  // ranks: panels of 16; columns: as they lie; split: of width, the last less
   explicit LoraShape(const OpDesc& op)
       : ranks(op.lora_rank / kLanes),
-        columns(op.lora_dtype == kBf16 ? (op.width + 1) / 2 * kLineStep<uint16_t> : op.width),
-        split(std::max(kSplit, (op.width + 2 * kMaxSplits - 1) / (2 * kMaxSplits) * 2)),
-        splits((op.width + split - 1) / split) {}
+        width(of_codes(op) ? op.k : op.width),
+        columns(op.lora_dtype == kBf16 ? (width + 1) / 2 * kLineStep<uint16_t> : width) {
+    const int64_t unit = of_codes(op) ? op.x8.group : 2;
+    split = (std::max(kSplit, (width + kMaxSplits - 1) / kMaxSplits) + unit - 1) / unit * unit;
+    splits = (width + split - 1) / split;
+  }
   int64_t at(int64_t module, int64_t rank, int64_t split) const {
     return ((module * ranks + rank) * splits + split) * kLanes;
   }
   int64_t pieces(const AdapterRows& adapters) const { return splits * int64_t(adapters.tiles.size()); }
 };
 
-// The first work of an adapted linear's phase: pieces of one sum of one tile of rows.
 template <class T>
-static void shrink(const OpDesc& op, const Adapting& adapting) {
+constexpr int count_of = int(std::extent_v<std::remove_reference_t<T>>);
+
+// The first work of an adapted linear's phase: pieces of one sum of one tile of rows. T: of a matrix's elements.
+// make(panel, ahead, rows, begin, len, total) is the product of a panel and columns [begin, begin + len) of the rows.
+template <class T, class F>
+static inline void shrink(const OpDesc& op, const Adapting& adapting, F&& make) {
   const LoraShape shape(op);
   const AdapterRows& adapters = adapting.adapters;
   const int64_t pieces = shape.pieces(adapters);
@@ -156,19 +208,15 @@ static void shrink(const OpDesc& op, const Adapting& adapting) {
   int64_t made = 0;
   adapting.share.run(pieces, 1, [&](int64_t item, int64_t) {
     const AdapterTile& tile = adapters.tiles[size_t(item / shape.splits)];
-    const int64_t split = item % shape.splits, begin = split * shape.split, len = std::min(shape.split, op.width - begin);
+    const int64_t split = item % shape.splits, begin = split * shape.split, len = std::min(shape.split, shape.width - begin);
     const int32_t* rows = &adapters.rows[size_t(tile.begin)];
     with_count(tile.count, [&](auto known) {
       constexpr int R = decltype(known)::value;
-      const float* x[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) x[r] = op.x.data + rows[r] * op.x.ld + begin;
       for (int64_t m = 0; m < op.num_lora; m++) {
         if (op.lora[m].scales[tile.slot] == 0.0f) continue;
-        for (int64_t rank = 0; rank < shape.ranks; rank++) {
+        for (int64_t rank = 0; rank < op.lora[m].ranks[tile.slot] / kLanes; rank++) {
           f32x16 total[R];
-          const T* ahead = panel(std::min(item + 1, pieces - 1), m, rank);
-          panel_rows<T, R, true>(panel(item, m, rank), len, x, ahead, total);
+          make(panel(item, m, rank), panel(std::min(item + 1, pieces - 1), m, rank), rows, begin, len, total);
 #pragma GCC unroll 4
           for (int r = 0; r < R; r++)
             store(op.low.data + rows[r] * op.low.ld + shape.at(m, rank, split), total[r]);
@@ -180,14 +228,40 @@ static void shrink(const OpDesc& op, const Adapting& adapting) {
   adapting.done.fetch_add(made, std::memory_order_release);
 }
 
+template <class T>
+static void shrink_floats(const OpDesc& op, const Adapting& adapting) {
+  shrink<T>(op, adapting, [&](const T* panel, const T* ahead, const int32_t* rows, int64_t begin, int64_t len,
+                              auto& total) {
+    constexpr int R = count_of<decltype(total)>;
+    const float* x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) x[r] = op.x.data + rows[r] * op.x.ld + begin;
+    panel_rows<T, R, true>(panel, len, x, ahead, total);
+  });
+}
+
+// count: rows of the step.
+template <bool kFlip>
+static void shrink_codes(const OpDesc& op, int64_t count, const Adapting& adapting) {
+  shrink<uint8_t>(op, adapting, [&](const uint8_t* panel, const uint8_t* ahead, const int32_t* rows, int64_t begin,
+                                    int64_t len, auto& total) {
+    constexpr int R = count_of<decltype(total)>;
+    ActRow x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) x[r] = act_row_of(op.x8, rows[r], count);
+    panel_groups<kFlip, R>(panel, op.x8, begin / op.x8.group, (begin + len) / op.x8.group, x, ahead, total);
+  });
+}
+
 // What a thread adds to the tiles of a linear, some rows at a time.
 class LoraSums {
  public:
   // Makes the thread's share of the shrink.
-  void begin(const OpDesc& op, const Adapting& adapting) {
+  void begin(const OpDesc& op, int64_t rows, const Adapting& adapting) {
     op_ = &op, adapting_ = &adapting, first_ = end_ = 0, ready_ = false;
-    if (op.lora_dtype == kBf16) shrink<uint16_t>(op, adapting);
-    else shrink<float>(op, adapting);
+    if (!of_codes(op)) return op.lora_dtype == kBf16 ? shrink_floats<uint16_t>(op, adapting) : shrink_floats<float>(op, adapting);
+    if (layout_of(op.x8, rows) == Layout::kUnsigned) shrink_codes<true>(op, rows, adapting);
+    else shrink_codes<false>(op, rows, adapting);
   }
   // Rows [row, row_end) are next.
   void turn_to(int64_t row, int64_t row_end) {
@@ -199,15 +273,19 @@ class LoraSums {
     for (int64_t m = 0; m < op_->num_lora; m++) {
       const LoraModule& module = op_->lora[m];
       for (int half = 0; half < 2; half++) {
-        const int64_t at = 2 * tile + half - module.first, panel = at / module.stride;
-        if (at >= 0 && at % module.stride == 0 && panel < module.panels) parts_.push_back({m, panel, half});
+        const int64_t at = 2 * tile + half - module.first, panel = at >> (module.stride - 1);  // the stride is 1 or 2
+        if (at >= 0 && (at & (module.stride - 1)) == 0 && panel < module.panels) parts_.push_back({m, panel, half});
       }
     }
     int32_t last = -1;
     for (const AdapterTile& of : adapting_->adapters.tiles) {
       if (of.slot != last)
-        for (const Part& part : parts_)
-          if (op_->lora[part.module].scales[of.slot] != 0.0f) prefetch(panel(part, of.slot), panel_bytes());
+        for (const Part& part : parts_) {
+          const LoraModule& module = op_->lora[part.module];
+          if (module.scales[of.slot] == 0.0f) continue;
+          prefetch(panel(part, of.slot), module.ranks[of.slot] * kLanes * element_bytes());
+          if (of_codes(*op_)) __builtin_prefetch(panel_scales(part, of.slot));
+        }
       last = of.slot;
     }
   }
@@ -227,17 +305,15 @@ class LoraSums {
       if (!ready_) scale_sums();
       with_count(end - begin, [&](auto known) {
         constexpr int R = decltype(known)::value;
-        if (op_->lora_dtype == kBf16) add_panels<uint16_t, R>(tile.slot, row, of_tile + begin, totals);
+        if (of_codes(*op_)) add_codes<R>(tile.slot, row, of_tile + begin, totals);
+        else if (op_->lora_dtype == kBf16) add_panels<uint16_t, R>(tile.slot, row, of_tile + begin, totals);
         else add_panels<float, R>(tile.slot, row, of_tile + begin, totals);
       });
     }
   }
 
-  // Whether a row has an adapter.
-  bool has(int64_t row) const { return adapting_->adapters.slots[row] >= 0; }
-
  private:
-  int64_t panel_bytes() const { return op_->lora_rank * kLanes * (op_->lora_dtype == kBf16 ? 2 : 4); }
+  int64_t element_bytes() const { return of_codes(*op_) ? 1 : op_->lora_dtype == kBf16 ? 2 : 4; }
 
   // Outputs of a module in half a tile.
   struct Part {
@@ -246,45 +322,102 @@ class LoraSums {
   };
   const uint8_t* panel(const Part& part, int32_t slot) const {
     const LoraModule& module = op_->lora[part.module];
-    return module.b + (slot * module.panels + part.panel) * panel_bytes();
+    return module.b + (slot * module.panels + part.panel) * op_->lora_rank * kLanes * element_bytes();
+  }
+  const uint16_t* panel_scales(const Part& part, int32_t slot) const {
+    const LoraModule& module = op_->lora[part.module];
+    return module.b_scales + (slot * module.panels + part.panel) * kLanes;
+  }
+
+  template <int R>
+  void add_codes(int32_t slot, int64_t row, const int32_t* rows, f32x16 (*totals)[2]) const {
+    for (const Part& part : parts_) {
+      const LoraModule& module = op_->lora[part.module];
+      if (module.scales[slot] == 0.0f) continue;
+      const int8_t* h[R];
+      const LowScale* of[R];
+      i32x16 sum[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const int64_t at = (rows[r] - first_) * op_->num_lora + part.module;
+        h[r] = codes_.data() + at * op_->lora_rank, of[r] = &scales_[size_t(at)];
+        sum[r] = of[r]->offset - i32x16{};
+      }
+      const uint8_t* line = panel(part, slot);
+      for (int64_t k = 0; k < module.ranks[slot]; k += 4, line += 64) {
+        const u8x64 four = load<u8x64>(line);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r] = dot4<false>(sum[r], four, splat4<i8x64>(h[r] + k));
+      }
+      const f32x16 scale = bf16_to_f32(load<u16x16>(panel_scales(part, slot)));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        f32x16& total = totals[rows[r] - row][part.half];
+        total = fused(to_f32(sum[r]), scale * of[r]->scale, total);
+      }
+    }
   }
 
   template <class T, int R>
   void add_panels(int32_t slot, int64_t row, const int32_t* rows, f32x16 (*totals)[2]) const {
     const int64_t rank = op_->lora_rank;
     for (const Part& part : parts_) {
-      if (op_->lora[part.module].scales[slot] == 0.0f) continue;
+      const LoraModule& module = op_->lora[part.module];
+      if (module.scales[slot] == 0.0f) continue;
       const float* h[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) h[r] = sums_.data() + ((rows[r] - first_) * op_->num_lora + part.module) * rank;
       f32x16 sum[R];
-      panel_rows<T, R, false>((const T*)panel(part, slot), rank, h, nullptr, sum);
+      panel_rows<T, R, false>((const T*)panel(part, slot), module.ranks[slot], h, nullptr, sum);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) totals[rows[r] - row][part.half] += sum[r];
     }
   }
 
-  // scale * h of the rows at hand, all splits together: [row][module][rank].
+  // scale * h of the rows at hand, all splits together: [row][module][rank], as floats or as codes.
   void scale_sums() {
     const LoraShape shape(*op_);
     const AdapterRows& adapters = adapting_->adapters;
     wait_until(adapting_->done, shape.pieces(adapters));
     const int64_t row_sums = op_->num_lora * op_->lora_rank;
-    if (int64_t(sums_.size()) < (end_ - first_) * row_sums) sums_.resize(size_t((end_ - first_) * row_sums));
+    const bool codes = of_codes(*op_);
+    const size_t count = size_t((end_ - first_) * row_sums);
+    if (sums_.size() < count) sums_.resize(count);
+    if (codes && codes_.size() < count) codes_.resize(count), scales_.resize(count);
     for (int64_t row = first_; row < end_; row++) {
       if (adapters.slots[row] < 0) continue;
       for (int64_t m = 0; m < op_->num_lora; m++) {
-        const float scale = op_->lora[m].scales[adapters.slots[row]];
-        if (scale == 0.0f) continue;
-        for (int64_t rank = 0; rank < shape.ranks; rank++) {
+        const LoraModule& module = op_->lora[m];
+        const int64_t slot = adapters.slots[row], at = (row - first_) * op_->num_lora + m;
+        if (module.scales[slot] == 0.0f) continue;
+        float* const h = sums_.data() + at * op_->lora_rank;
+        for (int64_t rank = 0; rank < module.ranks[slot] / kLanes; rank++) {
           const float* low = op_->low.data + row * op_->low.ld + shape.at(m, rank, 0);
           f32x16 sum = load<f32x16>(low);
           for (int64_t split = 1; split < shape.splits; split++) sum += load<f32x16>(low + split * kLanes);
-          store(sums_.data() + (row - first_) * row_sums + m * op_->lora_rank + rank * kLanes, sum * scale);
+          if (codes) sum *= load<f32x16>(module.a_scales + slot * op_->lora_rank + rank * kLanes);
+          store(h + rank * kLanes, sum * module.scales[slot]);
         }
+        if (codes) scales_[size_t(at)] = to_codes(h, module.ranks[slot], codes_.data() + at * op_->lora_rank);
       }
     }
     ready_ = true;
+  }
+
+  // h as codes of a common scale. offset: -128 times their sum, for the 128 that codes of a panel have too much.
+  struct LowScale {
+    float scale;
+    int32_t offset;
+  };
+  static LowScale to_codes(const float* h, int64_t rank, int8_t* codes) {
+    const float largest = max_abs(h, rank), inverse = inverse_scale(largest, 127.0f);
+    i32x16 total{};
+    for (int64_t k = 0; k < rank; k += kLanes) {
+      const i32x16 code = round_to_i32(load<f32x16>(h + k) * inverse);
+      total += code;
+      store(codes + k, i32_to_i8(code));
+    }
+    return {largest / 127.0f, -128 * reduce_add(total)};
   }
 
   const OpDesc* op_ = nullptr;
@@ -293,6 +426,8 @@ class LoraSums {
   bool ready_ = false;
   std::vector<Part> parts_;
   std::vector<float> sums_;
+  std::vector<int8_t> codes_;
+  std::vector<LowScale> scales_;
 };
 
 }  // namespace llmctl

@@ -143,7 +143,6 @@ void int8_rows(const OpDesc& op, const RowRange& range, float* lines) {
     if (op.kind == kQuantize) operand_row(op, row, line);
     else norm_row(op, row, line);
     std::fill(line + op.width, line + k, 0.0f);
-    if (op.y.data) std::memcpy(op.y.data + row * op.y.ld, line, size_t(op.width) * 4);
   }
   for (int64_t g = 0; g < k; g += op.y8.group) quantize_columns(lines + g, k, g, op.y8, range);
 }

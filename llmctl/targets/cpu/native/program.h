@@ -55,12 +55,17 @@ struct Choice {
 // What adapters add to in one linear: `panels` halves of its tiles, of 16 outputs each, from half number `first` on,
 // every `stride`. Of slot s: a is [rank / 16][columns][16] and b [panels][rank][16], one slot behind the other; bf16: two
 // columns of an output lie together, [columns / 2][16][2] and [rank / 2][16][2], with a column of zeros behind an odd
-// number. scales[s] 0: it adds nothing here.
+// number; kW8: four lie together, [k / 4][16][4] and [rank / 4][16][4], codes + 128 of int8 in the order of the columns of
+// the linear's weight, with a_scales [rank] and, bf16, b_scales [panels][16]. scales[s] 0: it adds nothing here; ranks[s]:
+// those that it has, rounded up to 16.
 struct LoraModule {
   int64_t first, stride, panels;
   const uint8_t* a;
   const uint8_t* b;
   const float* scales;
+  const int32_t* ranks;
+  const float* a_scales;
+  const uint16_t* b_scales;
 };
 
 struct OpDesc {
@@ -73,7 +78,7 @@ struct OpDesc {
   int64_t layer;         // KV layer
   Matrix x, x2, x3, y, y2;
   IntActs x8;            // int8 operand of a linear
-  IntActs y8;            // when codes is set, norms, linears and attention write this, and y only if that is set too
+  IntActs y8;            // when codes is set, norms, linears and attention write this in place of y
   int64_t width;         // columns of x
   int64_t n;             // valid outputs of a linear (of the epilogue)
   int64_t n_padded, k, group;
@@ -93,10 +98,10 @@ struct OpDesc {
   int64_t heads, kv_heads, head_dim, rotary_dim, window;
   const float* cos;      // [positions][rotary_dim / 2]
   const float* sin;
-  const LoraModule* lora;  // [num_lora] of a linear, which then has the floats of its operand as x, too
+  const LoraModule* lora;  // [num_lora] of a linear, which then has the floats of its operand as x, too, but for kW8
   int64_t num_lora, lora_rank;  // rank of a slot, a multiple of 16
   Matrix low;              // partial sums, see lora.h
-  int32_t lora_dtype;      // of their matrices, kF32 or kBf16
+  int32_t lora_dtype;      // of their matrices: kW8 where the operand is int8, else kF32 or kBf16
   float eps, offset, scale, softcap;
   Choice choice;
   int32_t sorted;        // x of kGatherExperts is in expert order
