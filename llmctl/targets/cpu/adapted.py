@@ -89,7 +89,9 @@ def _adapted(graph: Graph, index: int) -> AdaptedLinear:
         attrs["epilogue"], results = f"{gating.attrs['fn']}_mul", list(gating.outputs)
     within = frozenset(op.name for op, _ in adapters) | ({gating.name} if gating else set())
     built = linear.with_(outputs=tuple(results), attrs=attrs)
-    return AdaptedLinear(built, tuple(_place(op, linear.weights[0], column, half) for op, column in adapters), within, shared)
+    return AdaptedLinear(
+        built, tuple(_place(op, linear.weights[0], column, half) for op, column in adapters), within, shared
+    )
 
 
 def _gating(graph: Graph, results: list[str]) -> Op | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from llmctl.graph.graph import Graph
 from llmctl.targets.cpu.abi import LANES
 from llmctl.targets.cpu.adapted import Place, places
 from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
+from llmctl.targets.cpu.operands import aligned
 from llmctl.targets.lora import AdapterPart, check_representable, parts_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 _STEP = {"f32": 1, "bf16": 2, "w8": 4}
 """Columns of an output that lie together."""
+_LINE = 64
+"""Bytes of a cache line."""
 _ELEMENT: dict[str, type[np.generic]] = {"f32": np.float32, "bf16": np.uint16, "w8": np.uint8}
 
 
@@ -43,24 +47,6 @@ class SlotArrays:
     b_scales: NDArray[np.uint16]
     ranks: NDArray[np.int32]
     scales: NDArray[np.float32]
-
-    @property
-    def bytes(self) -> int:
-        """Of all of them."""
-        return sum(int(array.nbytes) for array in vars(self).values())
-
-    @classmethod
-    def zeros(cls, form: _Form, slots: int) -> SlotArrays:
-        """Empty slots."""
-        integer, shape = form.dtype == "w8", (slots,)
-        return cls(
-            np.zeros(shape + form.a, _ELEMENT[form.dtype]),
-            np.zeros(shape + form.b, _ELEMENT[form.dtype]),
-            np.zeros((slots, form.rank if integer else 0), np.float32),
-            np.zeros((slots, form.b[0] * LANES if integer else 0), np.uint16),
-            np.zeros(shape, np.int32),
-            np.zeros(shape, np.float32),
-        )
 
     def put(self, slot: int, part: SlotArrays | None) -> None:
         """What an adapter adds, None: nothing."""
@@ -92,15 +78,39 @@ class _Form:
     def _shape(self, panels: int, columns: int) -> tuple[int, ...]:
         return panels, -(-columns // _STEP[self.dtype]), LANES, _STEP[self.dtype]
 
+    def arrays(self, slots: int) -> tuple[tuple[tuple[int, ...], type[np.generic]], ...]:
+        """Shapes and dtypes of a ``SlotArrays`` of so many slots."""
+        integer, element = self.dtype == "w8", _ELEMENT[self.dtype]
+        a_scales, b_scales = (self.rank, self.panels * LANES) if integer else (0, 0)
+        shapes = (self.a, element), (self.b, element), ((a_scales,), np.float32), ((b_scales,), np.uint16)
+        return tuple(((slots, *shape), dtype) for shape, dtype in (*shapes, ((), np.int32), ((), np.float32)))
 
-def slot_bytes(graph: Graph, linears: Mapping[str, LinearFormat], dtype: str) -> int:
-    """Bytes of one slot over all ops of a ``lora_graph``.
+    def bytes(self, slots: int) -> int:
+        """Of these arrays, each from a cache line's start."""
+        return sum(_line(shape, dtype) for shape, dtype in self.arrays(slots))
+
+    def cut(self, arena: NDArray[np.uint8], slots: int) -> SlotArrays:
+        """These arrays in ``bytes(slots)`` of memory."""
+        found, at = [], 0
+        for shape, dtype in self.arrays(slots):
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            found.append(arena[at : at + size].view(dtype).reshape(shape))
+            at += _line(shape, dtype)
+        return SlotArrays(*found)
+
+
+def _line(shape: tuple[int, ...], dtype: type[np.generic]) -> int:
+    """Bytes of an array in whole cache lines."""
+    return -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _LINE) * _LINE
+
+
+def slots_bytes(graph: Graph, linears: Mapping[str, LinearFormat], slots: int, dtype: str) -> int:
+    """Bytes of all slots over all ops of a ``lora_graph``.
 
     Args:
         linears: by weight. dtype: ``f32`` or ``bf16``, of matrices whose linear reads floats.
     """
-    forms = (_form(graph, place, linears[place.weight], dtype) for place in places(graph))
-    return sum(SlotArrays.zeros(form, 1).bytes for form in forms)
+    return sum(_form(graph, place, linears[place.weight], dtype).bytes(slots) for place in places(graph))
 
 
 class CpuAdapters:
@@ -117,7 +127,13 @@ class CpuAdapters:
         self._graph, self._lora, self._linears = graph, lora, linears
         self._places = {place.op.name: place for place in places(graph)}
         self._forms = {n: _form(graph, place, linears[place.weight], dtype) for n, place in self._places.items()}
-        self.slots = {name: SlotArrays.zeros(form, lora.slots) for name, form in self._forms.items()}
+        # One piece: large pages hold it, and panels begin with cache lines.
+        sizes = [form.bytes(lora.slots) for form in self._forms.values()]
+        arena, ends = aligned(sum(sizes)), list(accumulate(sizes))
+        self.slots = {
+            name: form.cut(arena[end - size : end], lora.slots)
+            for (name, form), size, end in zip(self._forms.items(), sizes, ends, strict=True)
+        }
 
     def kept_as(self, place: Place) -> str:
         """The dtype of its matrices, of ``abi.DTYPE``."""
@@ -137,13 +153,14 @@ class CpuAdapters:
         import torch
 
         place, form = self._places[name], self._forms[name]
-        permutation = self._linears[place.weight].permutation
+        order = self._linears[place.weight].permutation
         dtype = torch.bfloat16 if form.dtype == "bf16" else torch.float32
         step = _STEP[form.dtype]
         a = torch.zeros(form.rank, form.a[1] * step, dtype=dtype)
         b = torch.zeros(form.panels * LANES, form.rank, dtype=dtype)
         rows, columns = part.a.shape
-        a[:rows, :columns] = part.a if permutation is None or form.dtype != "w8" else part.a[:, permutation]
+        in_order = order is None or form.dtype != "w8"
+        a[:rows, :columns] = part.a if in_order else part.a[:, torch.from_numpy(np.array(order, np.int64))]
         b[place.lead : place.lead + len(part.b), :rows] = part.b
         a_scales, b_scales = np.zeros(0, np.float32), np.zeros(0, np.uint16)
         if form.dtype == "w8":

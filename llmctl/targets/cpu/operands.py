@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmctl.graph.graph import Op
 from llmctl.targets.cpu.abi import Kind
@@ -112,6 +113,13 @@ class Bound:
     routing: Routing | None = None
     sorted: bool = False
     places: tuple[Place, ...] = ()
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """Zeroed bytes on a cache line's boundary; pages are touched only when used."""
+    raw = np.zeros(size + _ALIGN, np.uint8)
+    start = -raw.ctypes.data % _ALIGN
+    return raw[start : start + size]
 
 
 def plan_arena(storages: list[Storage], max_tokens: int, max_rows: int) -> int:

@@ -40,7 +40,7 @@ from llmctl.targets.cpu.abi import (
 from llmctl.targets.cpu.adapters import CpuAdapters
 from llmctl.targets.cpu.binding import Lowering, hidden_view, logits_view
 from llmctl.targets.cpu.layout import PackedLinear, kv_layer_bytes, pack_bias, padded_head
-from llmctl.targets.cpu.operands import Bound, IntOperand, Routing, View, plan_arena
+from llmctl.targets.cpu.operands import Bound, IntOperand, Routing, View, aligned, plan_arena
 from llmctl.targets.cpu.packing import CpuWeights
 from llmctl.targets.cpu.sampling import NativeSampling, logprobs_out
 from llmctl.targets.lora import lora_graph
@@ -123,7 +123,7 @@ class CpuRuntime:
             for name, routing in plan.lowering.routings.items()
         }
         self.arena_bytes = max(plan.size for plan in plans)
-        self._arena = _aligned(self.arena_bytes)
+        self._arena = aligned(self.arena_bytes)
         ops = self._descriptors(plans[0])
         # Of steps without adapters, and of those with some.
         self._hidden = [self._rows_of(hidden_view(plan.lowering), graph.hidden_size) for plan in plans]
@@ -382,7 +382,7 @@ class CpuRuntime:
                 size = blocks * self.limits.block_size * kv_layer_bytes(layer, dtype)
                 # Zero pages: a never-written lane of a tile meets a weight of 0, and 0 * NaN would be NaN. So does what
                 # a segment has before a window: the null block, or keys that this sequence wrote.
-                bases[place] = self._pointer(_aligned(size))
+                bases[place] = self._pointer(aligned(size))
                 total += size
             kind = KV_TYPE[dtype], group_of[index]
             descs.append(KvDesc(bases[place], layer.kv_heads, layer.head_dim, padded_head(layer), *kind))
@@ -419,13 +419,6 @@ class _Plan:
     def __init__(self, lowering: Lowering, max_tokens: int, max_rows: int) -> None:
         self.lowering, self.bound = lowering, lowering.run()
         self.size = plan_arena(lowering.storages, max_tokens, max_rows)
-
-
-def _aligned(size: int) -> NDArray[np.uint8]:
-    """Zeroed bytes on a 64-byte boundary; pages are touched only when used."""
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size]
 
 
 def _logits_rows(plan: StepPlan, flat: FlatPlan) -> tuple[list[int], list[int], list[int]]:

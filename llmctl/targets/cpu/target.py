@@ -34,11 +34,11 @@ from llmctl.targets.base import (
     TargetName,
 )
 from llmctl.targets.cpu.abi import current_digest
-from llmctl.targets.cpu.adapters import slot_bytes
+from llmctl.targets.cpu.adapters import slots_bytes
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import kv_layer_bytes
 from llmctl.targets.cpu.options import KV_DTYPES, cpu_options, cpu_passes, head_is_free
-from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, pack_planes
+from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, linear_formats, pack_planes
 from llmctl.targets.cpu.tiles import NEXT, tile_refusal
 from llmctl.targets.cpu.toolchain import (
     SOURCE,
@@ -192,10 +192,8 @@ class CpuTarget:
         return set(archs) <= {name for arch in self.name.archs for name in (arch, arch.rpartition("-")[2])}
 
     def adapter_bytes(self, graph: Graph, options: BuildOptions, lora: LoraLimits) -> int:
-        """See ``adapters.slot_bytes``."""
-        from llmctl.targets.cpu.packing import linear_formats
-
-        return lora.slots * slot_bytes(graph, linear_formats(graph, options), _lora_dtype(options))
+        """See ``adapters.slots_bytes``."""
+        return slots_bytes(graph, linear_formats(graph, options), lora.slots, _lora_dtype(options))
 
     def context_bytes(self) -> int:
         """Nothing."""

@@ -194,6 +194,27 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["4 bits", *KINDS])
+def test_behind_int8_activations_adapters_of_8_bits_add_less_error_than_those(kind: str, tmp_path: Path) -> None:
+    """Against the reference, which keeps both in float32: with an adapter as near as without, though it changes more."""
+    model = write_gptq(tmp_path / "m", **KINDS.get(kind, {}))
+    reference = checkpoint_runtime(open_checkpoint(model), passes=(), num_blocks=8, lora=LORA)
+    runtime = runtime_of(model, None)
+    assert reference.adapters is not None
+    off: dict[int, list[np.ndarray]] = {-1: [], 0: [], 2: []}
+    for slot, adapter in enumerate(ADAPTERS):
+        reference.adapters.put(slot, reference.adapters.prepare(adapter))
+    for seed in range(8):
+        base = expected(reference, seed, 30, -1)
+        for slot, errors in off.items():
+            wanted = expected(reference, seed, 30, slot)
+            errors.append(scores(runtime, (seed, 30, slot))[0] - wanted)
+            assert slot or np.abs(wanted - base).mean() > 10 * np.abs(errors[-1]).mean()
+    without, *having = (np.square(errors).mean() ** 0.5 for errors in off.values())
+    assert max(having) < 2 * without
+    runtime.close()
+
+
 @pytest.mark.slow
 @each_variant
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"passes": ("none",)}, {"kv_cache_dtype": "int8"}])

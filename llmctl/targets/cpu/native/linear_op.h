@@ -281,11 +281,12 @@ struct Cut {
 
 // Few rows: threads share the weight. Many: they share the rows, as they do in every other op, so that activations stay
 // in the cache of the core that made them (measured, 512 rows on 2 cores: linears 136 ms for 148); a patch is handed out
-// in pieces, for the last of which the threads would wait. after: weights that this thread reads next.
+// in pieces, for the last of which the threads would wait. next: the linear behind this one.
 static inline void linear_op(const OpDesc& op, int64_t rows, const Share& share, const Adapting& adapting,
-                             const uint8_t* after, LinearScratch& scratch) {
-  if (op.num_lora) scratch.lora.begin(op, rows, adapting);
+                             const OpDesc& next, LinearScratch& scratch) {
   const Units units(op);
+  const uint8_t* const after = first_weights(next, share.thread, share.threads).next;
+  if (op.num_lora) scratch.lora.begin(op, rows, adapting, next, units.tiles / share.threads);
   const bool by_rows = rows >= kRowsAThread * share.threads;
   const Cut cut(op, rows, by_rows ? share.threads : 1);
 #if defined(LLMCTL_AMX)

@@ -210,9 +210,8 @@ void run_op(llmctl_program& p, const Walk& walk, size_t index, const StepDesc& s
   const OpDesc& op = walk.ops[index];
   const Share share = p.share(2 * index, thread);
   if (op.kind == kLinear) {
-    const Ahead after = first_weights(walk.ops[walk.next_linear[index]], thread, p.pool.threads());
     const Adapting adapting{p.adapters, p.share(2 * index + 1, thread), p.shrunk[index].next};
-    linear_op(op, rows, share, adapting, after.next, p.linear_scratch[size_t(thread)]);
+    linear_op(op, rows, share, adapting, walk.ops[walk.next_linear[index]], p.linear_scratch[size_t(thread)]);
   } else if (op.kind == kAttention) {
     p.attention.run(op, step, p.kv[size_t(op.layer)], p.tiles, p.pool, share, p.share(2 * index + 1, thread));
   } else if (op.kind == kGroupedLinear) {

@@ -133,32 +133,32 @@ struct Layer {
     head.w = (const uint8_t*)memory.floats(kVocab * kWidth, 0.2f);
     const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
     kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0, 1});  // of the second KV group
-    adapt(behind_qkv - 3, behind_qkv + 1, behind_qkv + 2);
-    act_on(adapted[behind_odd], odd, kOdd, kBf16, {{0, 1, kWidth / kLanes, 0, 0, 0}});
+    adapt(behind_qkv - 3, behind_qkv + 2);
+    act_on(adapted[behind_odd], odd, kOdd, kBf16, {{0, 1, kWidth / kLanes}});
   }
 
   // The same ops with kAdapters adapters of q, k and v, of which the last one leaves k alone, and of gate and up.
-  void adapt(size_t qkv, size_t attention, size_t gated) {
+  void adapt(size_t qkv, size_t gated) {
     adapted = ops;
     modules.reserve(6);  // pointers into it are kept
     for (size_t i = qkv; i < qkv + 3; i++) {
       const int64_t panels = adapted[i].n / kLanes;
-      act_on(adapted[i], adapted[i].x, kWidth, kF32, {{0, 1, panels, 0, 0, 0}});
+      act_on(adapted[i], adapted[i].x, kWidth, kF32, {{0, 1, panels}});
     }
-    const Matrix floats = adapted[attention].y = memory.rows(kHeads * kDim);
     const int64_t panels = adapted[gated].n / kLanes;
-    act_on(adapted[gated], floats, kWidth, kF32, {{0, 2, panels, 0, 0, 0}, {1, 2, panels, 0, 0, 0}});
+    act_on(adapted[gated], {}, 0, kW8, {{0, 2, panels}, {1, 2, panels}});
   }
 
-  // Panels of adapters. In bf16 of values one after the other in place: no value is written before it is read.
+  // Panels of adapters. Codes are random bytes. In bf16 of values one after the other in place: no value is written before it is read.
   const uint8_t* matrices(int64_t count, DType type) {
+    if (type == kW8) return memory.bytes(count, 8);
     auto* start = (uint8_t*)memory.floats(count, 0.2f);
     for (int64_t i = 0; type == kBf16 && i < count; i++) std::memmove(start + 2 * i, start + 4 * i + 2, 2);
     return start;
   }
 
   void act_on(OpDesc& op, Matrix x, int64_t width, DType type, const std::vector<LoraModule>& of) {
-    constexpr int64_t kRank = 16;
+    constexpr int64_t kRank = 32;
     op.lora = modules.data() + modules.size();
     op.x = x;
     op.width = width;
@@ -171,6 +171,15 @@ struct Layer {
       float* scales = memory.floats(kAdapters, 0);
       for (int64_t slot = 0; slot < kAdapters; slot++) scales[slot] = slot + 1 == kAdapters && modules.size() == 1 ? 0 : 0.5f;
       module.scales = scales;
+      auto* ranks = (int32_t*)memory.floats(kAdapters, 0);
+      for (int64_t slot = 0; slot < kAdapters; slot++) ranks[slot] = slot ? kRank : kRank / 2;
+      module.ranks = ranks;
+      float* a_scales = memory.floats(kAdapters * kRank, 0);
+      std::fill(a_scales, a_scales + kAdapters * kRank, 1e-3f);
+      module.a_scales = a_scales;
+      auto* b_scales = (uint16_t*)memory.floats(kAdapters * module.panels * kLanes, 0);
+      std::fill(b_scales, b_scales + kAdapters * module.panels * kLanes, uint16_t(0x3b00));  // 2^-9
+      module.b_scales = b_scales;
       module.a = matrices(kAdapters * kRank * shape.columns, type);
       module.b = matrices(kAdapters * kRank * module.panels * kLanes, type);
       modules.push_back(module);
