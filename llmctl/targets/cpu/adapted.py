@@ -15,7 +15,8 @@ class Place:
     """Where one op adds to a linear whose packed tiles are halves of 16 outputs.
 
     Attributes:
-        op: the op of adapters. weight: name of the linear's. first: half that its rows begin in, ``lead`` outputs from the half's start.
+        op: the op of adapters. weight: the linear's, by name. first: half that its rows begin in, ``lead`` outputs from
+            the half's start.
         stride: from half to half: 2 where gate and up lie side by side.
     """
 
@@ -89,9 +90,8 @@ def _adapted(graph: Graph, index: int) -> AdaptedLinear:
         attrs["epilogue"], results = f"{gating.attrs['fn']}_mul", list(gating.outputs)
     within = frozenset(op.name for op, _ in adapters) | ({gating.name} if gating else set())
     built = linear.with_(outputs=tuple(results), attrs=attrs)
-    return AdaptedLinear(
-        built, tuple(_place(op, linear.weights[0], column, half) for op, column in adapters), within, shared
-    )
+    found = tuple(_place(op, linear.weights[0], column, half) for op, column in adapters)
+    return AdaptedLinear(built, found, within, shared)
 
 
 def _gating(graph: Graph, results: list[str]) -> Op | None:

@@ -1,5 +1,5 @@
-"""Adapters in slots, as the native kernels read them (``native/lora.h``): panels of 16 outputs, int8 behind a linear that
-reads int8 activations, else bfloat16 or float32."""
+"""Adapters in slots, as the native kernels read them (``native/lora.h``): panels of 16 outputs, int8 behind a linear
+that reads int8 activations, else bfloat16 or float32."""
 
 from __future__ import annotations
 

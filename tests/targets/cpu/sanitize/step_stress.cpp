@@ -134,7 +134,7 @@ struct Layer {
     const int64_t cache = 2 * kBlocks * kBlock * kKvHeads * kDim;
     kv.push_back({(uint8_t*)memory.floats(cache, 0), kKvHeads, kDim, kDim, 0, 1});  // of the second KV group
     adapt(behind_qkv - 3, behind_qkv + 2);
-    act_on(adapted[behind_odd], odd, kOdd, kBf16, {{0, 1, kWidth / kLanes}});
+    act_on(adapted[behind_odd], odd, kOdd, kBf16, {{0, 1, kWidth / kLanes, 0, 0, 0, 0, 0, 0}});
   }
 
   // The same ops with kAdapters adapters of q, k and v, of which the last one leaves k alone, and of gate and up.
@@ -143,10 +143,10 @@ struct Layer {
     modules.reserve(6);  // pointers into it are kept
     for (size_t i = qkv; i < qkv + 3; i++) {
       const int64_t panels = adapted[i].n / kLanes;
-      act_on(adapted[i], adapted[i].x, kWidth, kF32, {{0, 1, panels}});
+      act_on(adapted[i], adapted[i].x, kWidth, kF32, {{0, 1, panels, 0, 0, 0, 0, 0, 0}});
     }
     const int64_t panels = adapted[gated].n / kLanes;
-    act_on(adapted[gated], {}, 0, kW8, {{0, 2, panels}, {1, 2, panels}});
+    act_on(adapted[gated], {}, 0, kW8, {{0, 2, panels, 0, 0, 0, 0, 0, 0}, {1, 2, panels, 0, 0, 0, 0, 0, 0}});
   }
 
   // Panels of adapters. Codes are random bytes. In bf16 of values one after the other in place: no value is written before it is read.
