@@ -47,8 +47,9 @@ class PromptTurns:
 
     def seconds(self, start: int, count: int) -> float:
         """What ``count`` tokens of a prompt from position ``start`` on take, in steps full of prompts; 0: not known."""
-        base, prefill_base, _, row, _, context = self._cost.coefficients()
-        return (base + prefill_base) * count / self._budget + row * count + context * chunk_context(start, count)
+        each = self._cost.coefficients()
+        shared = (each.base + each.prefill_base) * count / self._budget
+        return shared + each.prefill_row * count + each.prefill_context * chunk_context(start, count)
 
     def charge(self, first: Request, computed: int, load: StepLoad, *, pays: bool) -> None:
         """A step was scheduled.
