@@ -15,7 +15,7 @@ from llmctl import __version__
 from llmctl.artifact.build_lock import build_lock
 from llmctl.artifact.loader import check_no_family, is_engine, read_manifest
 from llmctl.artifact.manifest import MANIFEST_NAME, canonical_json
-from llmctl.artifact.plan import BuildPlan, check_fits, check_options, plan_build
+from llmctl.artifact.plan import BuildPlan, check_fits, check_length, check_options, plan_build
 from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.step_progress import step_progress
 from llmctl.artifact.writer import Progress, write_engine
@@ -177,6 +177,7 @@ def _plan_to_run(model: str, config: EngineOptions) -> BuildPlan:
         model=model, as_family=config.as_family, target=spelling, dtype=config.dtype, block_size=block_size
     )
     plan = plan_build(wanted)
+    check_length(config.max_model_len, plan.graph)  # before it is built
     cache = request.kv_cache_dtype
     if cache is not None and cache not in target.kv_cache_dtypes(plan.options):
         plan = plan_build(replace(wanted, kv_cache_dtype=cache))

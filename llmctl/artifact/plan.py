@@ -81,7 +81,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
             fix=f"llmctl quantize --model {config.model} --bits 8 --symmetric --output DIR, and build that",
             param="activations",
         )
-    _check_length(config.max_model_len, graph)
+    check_length(config.max_model_len, graph)
     options = target.options(config, graph, checkpoint.dtype)
     planes = target.planes(graph, options, checkpoint.describe)
     budget = None if config.memory_budget is None else parse_bytes(config.memory_budget, param="memory_budget")
@@ -158,7 +158,12 @@ def _say_what_differs(checkpoint: Checkpoint) -> None:
         log.warning("%s: %s", checkpoint.path, note)
 
 
-def _check_length(length: int | None, graph: Graph) -> None:
+def check_length(length: int | None, graph: Graph) -> None:
+    """Refuse a context that is longer than a model's own limit.
+
+    Raises:
+        UsageError: it is.
+    """
     if length is not None and length > graph.max_position:
         raise UsageError(
             f"--max-model-len: expected at most {graph.max_position}, the model's own limit, found {length}",

@@ -429,6 +429,17 @@ class TestEnsureEngine:
         monkeypatch.setattr(ReferenceTarget, "kv_cache_dtypes", lambda *_: ("float32", "bfloat16"))
         assert ensure_engine(model, EngineOptions(target="reference", kv_cache_dtype="bfloat16")) == first
 
+    def test_a_context_beyond_the_models_is_refused_before_anything_is_built(
+        self, checkpoints: dict[str, Path], cache: Path
+    ) -> None:
+        options = EngineOptions(target="reference", max_model_len=10**6)
+        with pytest.raises(
+            UsageError, match="--max-model-len: expected at most [0-9]+, the model's own limit"
+        ) as error:
+            ensure_engine(str(checkpoints["dense"]), options)
+        assert (error.value.fix or "").startswith("--max-model-len ")
+        assert not cache.exists()
+
     def test_what_would_be_refused_is_not_built(
         self, checkpoints: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
