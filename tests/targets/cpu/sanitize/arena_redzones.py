@@ -18,7 +18,7 @@ from llmctl.targets.cpu import runtime as cpu
 _GAP = 256
 _poison = ctypes.CDLL(None)["__asan_poison_memory_region"]
 _poison.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_plan, _allocate = cpu.plan_arena, cpu._aligned
+_plan, _allocate = cpu.plan_arena, cpu.aligned
 _gaps: list[tuple[int, int]] = []  # of the arena that is being planned: offset, bytes
 
 
@@ -49,4 +49,4 @@ def _allocate_poisoned(size: int) -> NDArray[np.uint8]:
 
 
 cpu.plan_arena = _plan_apart
-cpu._aligned = _allocate_poisoned
+cpu.aligned = _allocate_poisoned
