@@ -370,9 +370,9 @@ Policy = Annotated[
         "--scheduling-policy",
         metavar="POLICY",
         help="Which waiting request is next. fcfs: the oldest. priority: that with the lowest priority, for which "
-        "running ones with larger values make room; within one value the first due; without deadlines the oldest, of a "
-        "burst the shortest prompt. fair: the same, and within one value tenants take turns by tokens served; a tenant "
-        "is an API key if there are several, else the request's 'user', else the client's address.",
+        "running ones with larger values make room; within one value the first due, without deadlines the oldest. "
+        "fair: the same, and within one value tenants take turns by tokens served; a tenant is an API key if there are "
+        "several, else the request's 'user', else the client's address.",
         rich_help_panel=_ENGINE,
     ),
 ]

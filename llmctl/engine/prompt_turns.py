@@ -45,12 +45,6 @@ class PromptTurns:
         """Whether shorter prompts than this one, the first in order, may go first."""
         return self._first == first.request_id and self._seconds > 0
 
-    def seconds(self, start: int, count: int) -> float:
-        """What ``count`` tokens of a prompt from position ``start`` on take, in steps full of prompts; 0: not known."""
-        each = self._cost.coefficients()
-        shared = (each.base + each.prefill_base) * count / self._budget
-        return shared + each.prefill_row * count + each.prefill_context * chunk_context(start, count)
-
     def charge(self, first: Request, computed: int, load: StepLoad, *, pays: bool) -> None:
         """A step was scheduled.
 
@@ -60,7 +54,10 @@ class PromptTurns:
         """
         if self._first != first.request_id:
             self._first, self._seconds = first.request_id, 0.0
-        own = self.seconds(first.num_computed_tokens - computed, computed)
+        each = self._cost.coefficients()
+        begun = first.num_computed_tokens - computed
+        own = (each.base + each.prefill_base) * computed / self._budget + each.prefill_row * computed
+        own += each.prefill_context * chunk_context(begun, computed)
         self._seconds += SHARE * own
         if pays:
             self._seconds -= max(0.0, self._cost.seconds(load) - own)

@@ -4,7 +4,6 @@ comes, enters, is sent back or ends. When one is to, the ``Scheduler`` decides.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class SchedulerCounters:
     scheduled_tokens: int = 0
 
 
-class Roster(ABC):
+class Roster:
     """The requests, from when they are added until they end; each waits or runs.
 
     Attributes:
@@ -82,10 +81,6 @@ class Roster(ABC):
             request.batch = batch
             self._enqueue(request, now)
 
-    @abstractmethod
-    def _prompt_seconds(self, request: Request) -> float:
-        """What a new request's prompt takes, as far as it gives way to shorter ones for it."""
-
     def _enqueue(self, request: Request, now: float) -> None:
         arrival = now if request.arrival_time is None else request.arrival_time
         request.times.arrival = request.arrival_time = arrival
@@ -94,7 +89,7 @@ class Roster(ABC):
         self.requests[request.request_id] = request
         if request.deadline.itl is not None:
             self._num_itl += 1
-        self.waiting.add(request, arrival, self._prompt_seconds(request))
+        self.waiting.add(request, arrival)
         if self.adapters is not None:
             self.adapters.added(request)
 

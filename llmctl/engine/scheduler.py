@@ -88,13 +88,6 @@ class Scheduler(Roster):
             self.pacer = self.pacer or PrefillPacer(self.config.itl_target)
         self._ranked |= request.sort_key[0] != 0
 
-    def _prompt_seconds(self, request: Request) -> float:
-        """Of a prompt that does not fit a step no more counts than fits one: in turns it gives way anyhow."""
-        if self._turns is None:
-            return 0.0
-        start = self._cached_prefix(request).num_blocks * self.pool.block_size
-        return self._turns.seconds(start, min(request.num_tokens - start, self.config.max_num_batched_tokens))
-
     # -- scheduling -------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep:

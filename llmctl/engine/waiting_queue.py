@@ -11,17 +11,15 @@ Policies:
   there last), so that nobody saves up turns by being idle. Two tenants that both keep waiting differ in service by a
   bounded number of tokens, and a newcomer's request is passed by at most one request of each other tenant.
 
-A request with a TTFT deadline is due then, any other ``PATIENCE`` after its arrival and, but under ``fcfs``, ``WAY``
-times what its prompt takes later: so of those that come together the shortest prompt is first, which has the least mean
-wait (Smith 1956, "Various Optimizers for Single-Stage Production"), and who comes that much later than a long one does
-not pass it. With deadlines the order is earliest deadline first (Liu and Layland 1973, "Scheduling Algorithms for
+A request with a TTFT deadline is due then, any other ``PATIENCE`` after its arrival: without deadlines the order is
+that of arrival, with them it is earliest deadline first (Liu and Layland 1973, "Scheduling Algorithms for
 Multiprogramming in a Hard-Real-Time Environment"). Under overload that alone meets few deadlines, for each late request
 makes the next one late. So a request that misses its deadline while it waits, and cannot be saved, is due a second and
 last time ``LATE`` times the deadline after its arrival: those that can be saved pass it meanwhile.
 
-Nothing starves within a priority: both due times follow from the arrival and the request itself, so who arrives later
-than the second is due later. Where the overload lasts longer than that, those that became late first are served first,
-late: then only refusing some (``shed``) keeps others in time.
+Nothing starves within a priority: both due times follow from the arrival, so who arrives later than the second is due
+later. Where the overload lasts longer than that, those that became late first are served first, late: then only
+refusing some (``shed``) keeps others in time.
 
 A preempted request comes back before any that never ran, but for earlier arrivals of the same tenant.
 
@@ -48,8 +46,6 @@ from llmctl.engine.request import Request, RequestStatus
 from llmctl.engine.tenants import Account, Accounts
 
 POLICIES = ("fcfs", "priority", "fair")
-WAY = 4.0
-"""Times what its prompt takes that a request gives way to shorter ones which come after it."""
 LATE = 10.0
 """A request that missed its TTFT deadline is due so many times the deadline after its arrival."""
 
@@ -88,12 +84,11 @@ class WaitingQueue:
                 yield from line.hopeful
                 yield from line.settled
 
-    def add(self, request: Request, arrival: float, prompt_seconds: float = 0.0) -> None:
-        """Take in a new request. ``prompt_seconds``: what computing its prompt takes, as far as it gives way for it."""
+    def add(self, request: Request, arrival: float) -> None:
+        """Take in a new request."""
         account = request.account = self._accounts.open(request.tenant if self._by_tenant else "")
         request.sort_key = (request.priority if self._by_priority else 0, 0, arrival, self._arrivals)
-        gives_way = WAY * prompt_seconds if self._by_priority and request.deadline.ttft is None else 0.0
-        request.due = (request.deadline.due(arrival) + gives_way, arrival, self._arrivals)
+        request.due = (request.deadline.due(arrival), arrival, self._arrivals)
         self._arrivals += 1
         waiting = self._class(request.sort_key[0])
         if not account.waiting:

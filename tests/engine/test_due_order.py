@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from llmctl.engine.deadline import PATIENCE, Deadline
 from llmctl.engine.request import Request
 from llmctl.engine.sampling_params import SamplingParams
-from llmctl.engine.waiting_queue import LATE, WAY, WaitingQueue
+from llmctl.engine.waiting_queue import LATE, WaitingQueue
 
 
 def request(name: str, ttft: float | None = None, **fields: Any) -> Request:
@@ -55,26 +55,6 @@ def test_without_deadlines_the_order_is_that_of_arrival_to_the_last_bit() -> Non
     for arrival in arrivals:
         queue.add(request(str(arrival)), arrival)
     assert drained(queue) == [str(arrival) for arrival in sorted(arrivals)]
-
-
-def test_of_those_that_come_together_the_shortest_is_next_and_a_long_one_gives_way_for_a_while() -> None:
-    queue = WaitingQueue("fair")
-    for name, arrival, prompt in (
-        ("long", 0.0, 1.0),
-        ("short", 0.125, 0.25),
-        ("middle", 0.25, 0.5),
-        ("too late", WAY + 0.5, 0.0),
-    ):
-        queue.add(request(name), arrival, prompt)
-    queue.add(request("promised", PATIENCE + 2.0), 0.0, 9.0)  # a deadline is not put off
-    assert drained(queue) == ["short", "promised", "middle", "long", "too late"]
-
-
-def test_fcfs_is_by_arrival_whatever_prompts_take() -> None:
-    queue = WaitingQueue("fcfs")
-    for arrival, name in enumerate(("long", "short")):
-        queue.add(request(name), float(arrival), 9.0 - arrival)
-    assert drained(queue) == ["long", "short"]
 
 
 def test_a_deadline_too_small_to_be_told_from_the_arrival() -> None:
@@ -151,14 +131,13 @@ class DueOrder(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         tenant=st.sampled_from("abc"),
         late=st.sampled_from([0.0, 0.0, 1.0, 3.0]),
-        prompt=st.sampled_from([0.0, 0.25, 0.5, 2.0]),
     )
-    def add(self, ttft: float | None, priority: int, tenant: str, late: float, prompt: float) -> None:
+    def add(self, ttft: float | None, priority: int, tenant: str, late: float) -> None:
         made = request(str(self.count), ttft, priority=priority, tenant=tenant)
         arrival = self.now - late
-        self.queue.add(made, arrival, prompt)
+        self.queue.add(made, arrival)
         self.waiting[made.request_id] = made
-        self.due[made.request_id] = arrival + (PATIENCE + WAY * prompt if ttft is None else ttft)
+        self.due[made.request_id] = arrival + (PATIENCE if ttft is None else ttft)
         made.arrival_time = arrival
         self.count += 1
 
