@@ -33,11 +33,16 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What the server says of itself. ``ready_wait``: seconds until it was ready."""
+    """What the server says of itself.
+
+    Attributes:
+        ready_wait: seconds until it was ready. untold: why it did not say which models it has; None: it did.
+    """
 
     models: tuple[str, ...]
     version: str | None
     ready_wait: float
+    untold: str | None = None
 
     def lacks(self, model: str) -> bool:
         """Whether it names its models, and this is none of them."""
@@ -136,7 +141,8 @@ async def _await_server(endpoint: Endpoint, patience: Patience) -> ServerFacts:
     rows = models.get("data") if status == 200 and isinstance(models, dict) else None
     names = tuple(str(row["id"]) for row in rows or () if isinstance(row, dict) and "id" in row)
     said = version.get("version") if isinstance(version, dict) else None
-    return ServerFacts(names, str(said) if said is not None else None, waited)
+    untold = None if status == 200 else f"{endpoint.base_url}/v1/models: HTTP {status}{_details(models)}"
+    return ServerFacts(names, str(said) if said is not None else None, waited, untold)
 
 
 async def _why_not(session: aiohttp.ClientSession, base_url: str) -> str | None:
@@ -154,6 +160,8 @@ async def _why_not(session: aiohttp.ClientSession, base_url: str) -> str | None:
 
 def _details(answer: Any) -> str:
     reason = answer.get("reason") or answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(reason, dict):  # OpenAI's
+        reason = reason.get("message")
     return f": {' '.join(str(reason).split())[:200]}" if reason else ""
 
 

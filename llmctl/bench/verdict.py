@@ -13,8 +13,9 @@ _WORDS = {"<=": "at most", ">=": "at least", "<": "less than", ">": "more than",
 
 
 _LOADS = {
-    "points_without_failures": tuple(
-        f"{word} kept to the failed requests that are allowed" for word in ("load", "loads")
+    "points_without_failures": (
+        "load stayed within the failed requests that are allowed",
+        "loads stayed within the failed requests that are allowed",
     ),
     "points_that_meet": ("load meets the objectives", "loads meet the objectives"),
 }

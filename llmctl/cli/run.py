@@ -142,7 +142,8 @@ def run(
     Example: [bold]git diff | llmctl run ./engine "Summarize this change."[/bold]
     """
     words = list(words or ())
-    if words and not on_command_line(ctx, "model"):
+    typed = bool(words) and not on_command_line(ctx, "model")
+    if typed:
         model = words.pop(0)
     settings = RunConfig(
         model=model,
@@ -163,9 +164,17 @@ def run(
     )
     _check(settings, [name for name in ("as_family", *_ENGINE, "api_key") if is_given(ctx, name, environment=False)])
     there = _server_there(settings) if base_url is not None else None
-    if there is not None and model and not (words or on_command_line(ctx, "model")) and there[1].lacks(model):
-        settings, words = replace(settings, model=""), [model]
-    prompt = _prompt(words)
+    untold = None
+    if there is not None and typed and not words:
+        server = there[1]
+        if server.lacks(model):
+            if len(model.split()) == 1:  # it may have been meant as one
+                from llmctl.cli.chat.terminal import say
+
+                say(f"'{model}' is none of the server's models: taken as a prompt, for '{server.models[0]}'")
+            settings, words = replace(settings, model=""), [model]
+        untold = server.untold
+    prompt = _prompt(words, untold)
     if json_output and prompt is None:
         raise UsageError("--json: is of one answer", fix='llmctl run MODEL "PROMPT" --json', param="json_output")
     serving = ServeConfig(
@@ -229,11 +238,14 @@ def _check(settings: RunConfig, given: list[str]) -> None:
         )
 
 
-def _prompt(words: list[str]) -> str | None:
+def _prompt(words: list[str], untold: str | None) -> str | None:
     """The question: the words, and below them what is piped in; None: there is none, and a chat is wanted.
 
+    Args:
+        untold: why it is not known whether the text taken for the model's name is one.
+
     Raises:
-        UsageError: an empty one, or not UTF-8 text.
+        UsageError: an empty one, or not UTF-8 text. LlmctlError: none, unless that text is it.
     """
     from llmctl.cli.chat.terminal import piped_text
 
@@ -241,6 +253,11 @@ def _prompt(words: list[str]) -> str | None:
     if piped is None and not words:
         return None
     text = "\n\n".join(part for part in (" ".join(words), (piped or "").strip()) if part)
+    if not text and untold is not None:
+        raise LlmctlError(
+            f"{untold}; so a single text may be a model or the prompt",
+            fix='--api-key KEY where one is wanted, the URL of a server, or MODEL before "PROMPT"',
+        )
     if not text:
         raise UsageError("the prompt is empty", fix='llmctl run MODEL "PROMPT", or a terminal for a chat')
     try:

@@ -81,7 +81,7 @@ FLAGS = (
     Flag(("--max-seq-len-to-capture",), "N", "recorded steps serve every length of context"),
     Flag(("--disable-custom-all-reduce",), None, _ONE),
     Flag(("--fully-sharded-loras",), None, _ONE),
-    Flag(("--lora-dtype",), "DTYPE", "adapters are kept in the engine's dtype", ("auto",)),
+    Flag(("--lora-dtype",), "DTYPE", "adapters are kept as their linears read them", ("auto",)),
     Flag(("--lora-extra-vocab-size",), "N", "adapters add no tokens", ("0",)),
     Flag(("--distributed-executor-backend",), "NAME", _ONE),
     Flag(("--async-scheduling",), None, "steps overlap where the target can run ahead"),

@@ -99,6 +99,7 @@ _ROWS = (
         bias_o="attention_bias",
         window="by_layer",
     ),
+    # transformers reads a rope_type "yarn" of this family as its own "longrope".
     Family(
         "phi3",
         ("Phi3ForCausalLM", "Phi3Model"),

@@ -46,7 +46,6 @@ LAYER_NORMS = (
         bias_mlp=True,
         bias_head=True,
     ),
-    # transformers reads a rope_type "yarn" of this family as its own "longrope".
     Family(
         "gpt2",
         ("GPT2LMHeadModel", "GPT2Model"),

@@ -60,9 +60,10 @@ def method_of(config: QuantizeConfig) -> Method:
         UsageError: there is none.
     """
     if config.method not in METHODS:
+        named = config.method.lower()
         raise UsageError(
             f"--method {config.method}: expected auto or one of {', '.join(METHODS)}",
-            fix=_OTHER_NAMES.get(config.method.lower(), "--method auto"),
+            fix=f"--method {named}" if named in METHODS else _OTHER_NAMES.get(named, "--method auto"),
             param="method",
         )
     return METHODS[config.method]

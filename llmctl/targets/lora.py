@@ -102,7 +102,7 @@ def check_representable(adapter: Adapter, module: str, *matrices: Tensor) -> Non
             dtype = str(matrix.dtype).removeprefix("torch.")
             raise UnsupportedModelError(
                 f"adapter {adapter.path}: '{module}' has values too large for {dtype}, which the engine computes in",
-                fix="build the engine with --dtype float32",
+                fix=adapter.merge_fix if dtype == "float32" else "build the engine with --dtype float32",
             )
 
 

@@ -28,7 +28,7 @@ def test_a_regression_in_words() -> None:
 @pytest.mark.parametrize(
     ("metric", "observed", "sentence"),
     [
-        ("points_without_failures", 0, "no loads kept to the failed requests that are allowed (model=x)"),
+        ("points_without_failures", 0, "no loads stayed within the failed requests that are allowed (model=x)"),
         ("points_that_meet", 0, "no loads meet the objectives (model=x)"),
         ("points_that_meet", 1, "1 load meets the objectives (model=x)"),
         ("points_that_meet", 3, "3 loads meet the objectives (model=x)"),

@@ -16,8 +16,9 @@ from typing import Any
 class ScriptedServer:
     """``pieces``: the next answers' text; ``gap``: seconds between pieces. ``bodies``: what was asked, in order.
 
-    ``refusal``: status and body instead of answers. ``cut``: streams end before their finish_reason. ``usage``: of
-    the answers; None: the server does not count. ``broken``: set when a client has gone away in the middle.
+    ``refusal``: status and body instead of answers; ``untold``: instead of the list of models. ``cut``: streams end
+    before their finish_reason. ``usage``: of the answers; None: the server does not count. ``broken``: set when a
+    client has gone away in the middle.
     """
 
     pieces: list[str] = field(default_factory=lambda: ["Blue ", "light ", "scatters."])
@@ -25,6 +26,7 @@ class ScriptedServer:
     gap: float = 0.01
     names: tuple[str, ...] = ("first", "second")
     refusal: tuple[int, str] | None = None
+    untold: tuple[int, str] | None = None
     cut: bool = False
     usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 7, "completion_tokens": 3})
     finish: str = "stop"
@@ -42,7 +44,8 @@ def scripted_server() -> Iterator[ScriptedServer]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._document(200, json.dumps({"object": "list", "data": [{"id": name} for name in script.names]}))
+            listed = json.dumps({"object": "list", "data": [{"id": name} for name in script.names]})
+            self._document(*(script.untold or (200, listed)))
 
         def do_POST(self) -> None:
             script.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))

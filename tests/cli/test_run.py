@@ -64,6 +64,16 @@ def test_a_single_word_that_is_no_model_of_the_server_is_the_question(server: Sc
         assert "no model 'third'" in run(server, *args, code=2).stderr
 
 
+def test_a_single_text_for_a_server_that_does_not_tell_its_models(server: ScriptedServer) -> None:
+    server.untold = (401, json.dumps({"error": {"message": "wrong API key"}}))
+    said = run(server, "why is the sky blue?", piped="", code=1).stderr
+    assert said.startswith(f"error: {server.url}/v1/models: HTTP 401: wrong API key; so a single text may be a model")
+    assert "--api-key KEY" in said
+    assert not server.bodies
+    run(server, "second", piped="why?")
+    assert server.bodies[0]["model"] == "second"
+
+
 def test_chat_is_another_name(server: ScriptedServer) -> None:
     made = CliRunner().invoke(app, ["chat", "--base-url", server.url, "--model", "first", "hello"])
     assert (made.exit_code, made.stdout) == (0, "Blue light scatters.\n")
@@ -192,6 +202,17 @@ def test_a_pipe_that_stays_open_is_spoken_of(
         assert piped_text(awaited=False) == ""
         ending.join()
     assert said.startswith("reading what is piped in")
+
+
+def test_a_files_model_that_the_server_lacks_is_no_prompt(server: ScriptedServer, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: third\n")
+    assert "no model 'third'" in run(server, "--config", str(tmp_path / "r.yaml"), piped="hi", code=2).stderr
+
+
+def test_a_word_that_may_have_been_meant_as_a_model_is_said_to_be_taken_as_the_prompt(server: ScriptedServer) -> None:
+    said = "'thrid' is none of the server's models: taken as a prompt, for 'first'\n"
+    assert run(server, "thrid", piped="hi").stderr.startswith(said)
+    assert "none of the server's" not in run(server, "why is it blue?", piped="").stderr
 
 
 def test_the_word_wins_over_a_files_model(server: ScriptedServer, tmp_path: Path) -> None:

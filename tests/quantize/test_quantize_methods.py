@@ -13,7 +13,12 @@ from llmctl.quantize.methods import METHODS, method_of
 
 @pytest.mark.parametrize(
     ("method", "fix"),
-    [("int4", "--method awq --bits 4"), ("INT8", "--method rtn --bits 8"), ("magic", "--method auto")],
+    [
+        ("int4", "--method awq --bits 4"),
+        ("INT8", "--method rtn --bits 8"),
+        ("AWQ", "--method awq"),
+        ("magic", "--method auto"),
+    ],
 )
 def test_an_unknown_method_is_met_with_one_that_works(method: str, fix: str) -> None:
     with pytest.raises(UsageError, match=f"--method {method}: expected auto or one of rtn") as caught:

@@ -183,13 +183,12 @@ def _rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes of a [rank, in] and b [rows, rank], u8 with 128 added; scales of a's rows in float32, of b's in bfloat16.
 
     Ranks are made equally large in b first, by a's scales: what x makes of a is rounded with one scale for all ranks,
-    which is then fair to each of them.
+    which is then fair to each of them. A rank that b has nothing of counts for nothing in it.
     """
     import torch
 
     size = b.abs().amax(0)
-    size = torch.where(size > 0, size, 1.0)
-    b = b / size
+    b = b / torch.where(size > 0, size, 1.0)
     a_scales, b_scales = a.abs().amax(1) / 127, (b.abs().amax(1) / 127).bfloat16()
     return _codes(a, a_scales), _codes(b, b_scales.float()), a_scales * size, b_scales
 

@@ -26,6 +26,10 @@ BOOK_DTYPES = {8: "e4m3", 4: "book4"}
 """By the bits of a code book: float8_e4m3 is decoded by what it is, one of 4 bits through its table."""
 
 
+class ScaleRangeError(ValueError):
+    """A weight's scales or minimums are beyond what they are stored in."""
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """One linear weight in tiles.
@@ -231,12 +235,13 @@ def _half(plane: NDArray[Any], what: str) -> NDArray[np.uint16]:
     """The bits of a plane in float16. ``what``: it holds, of a weight.
 
     Raises:
-        ValueError: it does not fit.
+        ScaleRangeError: it does not fit.
     """
     with np.errstate(over="ignore"):
         half = plane.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError(f"weight {what} do not fit float16")
+        largest = np.abs(plane).max()
+        raise ScaleRangeError(f"expected {what} of at most 65504, for they are stored in float16, found {largest:g}")
     return half.view(np.uint16)
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from llmctl.checkpoint.nested import Nested, NestedFloats
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
 from llmctl.graph.graph import LOGITS, PRODUCTS, Graph, Op, Weight
 from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
@@ -29,6 +30,7 @@ from llmctl.targets.cpu.layout import (
     BOOK_DTYPES,
     LinearFormat,
     PackedLinear,
+    ScaleRangeError,
     Stored,
     int_dtype,
     pack_book,
@@ -122,13 +124,20 @@ def cpu_choices(graph: Graph, options: BuildOptions) -> tuple[KernelChoice, ...]
 
 
 def pack_planes(weight: Tensor | QuantizedWeight, name: str, graph: Graph, options: BuildOptions) -> dict[str, Any]:
-    """The planes of one weight, by plane name: arrays, or a tensor where the stored dtype is BF16."""
+    """The planes of one weight, by plane name: arrays, or a tensor where the stored dtype is BF16.
+
+    Raises:
+        CheckpointError: scales that the target cannot store.
+    """
     fmt = linear_format(name, graph, options)
     planes: dict[str, Any] = {}
     if name in dense_tables(graph, options):
         planes[name] = _dense(weight) if options.dtype == "float32" else _dense(weight).bfloat16()
     if fmt is not None:
-        packed = pack_linear(weight, fmt)
+        try:
+            packed = pack_linear(weight, fmt)
+        except ScaleRangeError as error:
+            raise CheckpointError(f"tensor '{name}': {error}", fix="--target reference") from None
         planes |= {f"{name}.{suffix}": array for suffix, array in to_planes(packed).items()}
     return planes or {name: _dense(weight)}
 

@@ -6,6 +6,7 @@ a compiler on PATH, the ``ziglang`` wheel's ``zig c++`` serves.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import platform
@@ -185,7 +186,9 @@ def _compile(command: tuple[str, ...], flags: tuple[str, ...], source: Path) -> 
 
 
 def _fix_of(message: str) -> str | None:
-    """For a compiler that does not know a variant's flags."""
+    """For a full disk, and a compiler that does not know a variant's flags."""
+    if os.strerror(errno.ENOSPC) in message:
+        return f"free space in {tempfile.gettempdir()}, or name another folder: TMPDIR=DIR"
     if not re.search(r"(unrecognized|unknown|unsupported).*-m(amx|avx)", message):
         return None
     return "take a newer compiler (for amx GCC 11 or clang 12), or name another variant: --target cpu:avx512vnni"

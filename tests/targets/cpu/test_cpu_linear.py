@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from llmctl.engine.step import SequenceSlice
 from llmctl.graph.code_books import CODE_BOOKS
-from llmctl.targets.cpu.layout import INTEGER, PackedLinear, pack_book, pack_dense, pack_int, padded_columns
+from llmctl.targets.cpu.layout import (
+    INTEGER,
+    PackedLinear,
+    ScaleRangeError,
+    pack_book,
+    pack_dense,
+    pack_int,
+    padded_columns,
+)
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 
 pytestmark = [
@@ -375,5 +383,5 @@ def test_what_float16_cannot_hold_is_named(what: str) -> None:
     planes = {"scales": np.ones((32, 1), np.float32), "minimums": np.ones((32, 1), np.float32)}
     planes[what][0] = 1e6
     codes, zeros = np.zeros((32, 32), np.uint8), np.zeros((32, 1), np.uint8)
-    with pytest.raises(ValueError, match=f"weight {what} do not fit float16"):
+    with pytest.raises(ScaleRangeError, match=f"expected {what} of at most 65504, .* found 1e\\+06"):
         pack_int(codes, planes["scales"], zeros, bits=4, group=-1, gated=False, minimums=planes["minimums"])

@@ -25,6 +25,7 @@ from llmctl.config import BuildConfig
 from llmctl.engine.step import LoraLimits, SequenceSlice, StepPlan
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import Graph
+from llmctl.targets.cpu.adapters import _rounded
 from llmctl.targets.cpu.binding import Lowering
 from llmctl.targets.cpu.packing import engine_weights
 from llmctl.targets.cpu.runtime import CpuRuntime
@@ -192,6 +193,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8, "symmetric": True},
     "groups of 16": {"group_size": 16},
 }
+
+
+def test_a_rank_that_an_output_does_not_use_takes_no_bits_from_the_others() -> None:
+    """Half of B's columns are zero, as where a fused adapter's blocks lie on a diagonal; the rest is small."""
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(16, 64, generator=random), 0.01 * torch.randn(32, 16, generator=random)
+    x = torch.randn(64, 40, generator=random)
+    b[:, ::2] = 0
+    codes_a, codes_b, a_scales, b_scales = _rounded(a, b)
+    low = a_scales[:, None] * (codes_a.float() - 128) @ x
+    unit = low.abs().amax(0) / 127  # one for all ranks of a row
+    made = b_scales.float()[:, None] * (codes_b.float() - 128) @ ((low / unit).round() * unit)
+    assert (made - b @ a @ x).norm() < 0.03 * (b @ a @ x).norm()
 
 
 @pytest.mark.parametrize("kind", ["4 bits", *KINDS])

@@ -7,7 +7,7 @@ import pytest
 from cpu_graphs import Floats, Native, Sketch, each_variant, run
 
 from llmctl.engine.step import SequenceSlice
-from llmctl.targets.cpu.layout import PackedLinear, pack_int
+from llmctl.targets.cpu.layout import PackedLinear, ScaleRangeError, pack_int
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 
 pytestmark = [
@@ -81,7 +81,7 @@ def test_nested_scales_beyond_float16_are_refused() -> None:
     codes, one = np.zeros((32, 64), np.uint8), np.ones((32, 2), np.uint8)
     supers = np.full((32, 1), 60000, np.float16)
     floats = supers.astype(np.float32) * 2 * one
-    with pytest.raises(ValueError, match="weight scales do not fit float16"):
+    with pytest.raises(ScaleRangeError, match=r"expected scales of at most 65504, .* found 120000"):
         pack_int(
             codes, floats, None, bits=4, group=32, gated=False, minimums=floats,
             nested=((2 * one, supers), (2 * one, supers)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -150,6 +151,17 @@ def test_a_compiler_too_old_for_a_variant_is_told_of_others(empty_path: Path) ->
     assert error.value.fix == (
         "take a newer compiler (for amx GCC 11 or clang 12), or name another variant: --target cpu:avx512vnni"
     )
+
+
+def test_a_compiler_on_a_full_disk_is_given_another(empty_path: Path) -> None:
+    (empty_path / "c++").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\n'
+        'echo "fatal error: error writing to /tmp/cc.s: No space left on device" >&2\nexit 1\n'
+    )
+    (empty_path / "c++").chmod(0o755)
+    with pytest.raises(CompileError) as error:
+        compile_library(PORTABLE)
+    assert re.fullmatch("free space in .*, or name another folder: TMPDIR=DIR", error.value.fix or "")
 
 
 def test_emulation_is_tested_and_never_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
