@@ -71,9 +71,11 @@ def run_server(config: ServeConfig, spawned: SpawnedWorker | None = None) -> Non
 
 
 def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
+    from llmctl.serving.allocator import give_freed_memory_back
     from llmctl.serving.redaction import Redactor
     from llmctl.serving.worker_settings import engine_options, idle_seconds
 
+    give_freed_memory_back()
     check_config(config)
     keys = server_keys(config)
     redactor = Redactor(keys)
