@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from llmctl.engine.kv_blocks import KVBlocks
 from llmctl.engine.preemption import Entry
 from llmctl.engine.request import Request
-from llmctl.engine.step_cost import StepCost, StepLoad, chunk_context
+from llmctl.engine.step_cost import StepCost, StepLoad
 
 SHARE = 0.2
 """Of the seconds that a prompt's own tokens take, what turns of shorter ones may take beside."""
@@ -45,22 +45,23 @@ class PromptTurns:
         """Whether shorter prompts than this one, the first in order, may go first."""
         return self._first == first.request_id and self._seconds > 0
 
-    def charge(self, first: Request, computed: int, load: StepLoad, *, pays: bool) -> None:
+    def charge(self, first: Request, own: StepLoad, load: StepLoad, *, pays: bool) -> None:
         """A step was scheduled.
 
         Args:
-            first: its first prompt in order. computed: how many tokens of it, the last that are scheduled.
-            pays: whether what the step costs beside them is paid for.
+            first: its first prompt in order. own: what the step computes of it. load: all that the step computes.
+            pays: whether what the step costs beside it is paid for.
         """
         if self._first != first.request_id:
             self._first, self._seconds = first.request_id, 0.0
         each = self._cost.coefficients()
-        begun = first.num_computed_tokens - computed
-        own = (each.base + each.prefill_base) * computed / self._budget + each.prefill_row * computed
-        own += each.prefill_context * chunk_context(begun, computed)
-        self._seconds += SHARE * own
+        computed = own.decode_rows + own.prefill_rows
+        seconds = (each.base + each.prefill_base) * computed / self._budget + each.prefill_row * computed
+        seconds += each.prefill_context * (own.decode_context + own.prefill_context)
+        seconds += each.prefill_logits * own.prefill_logits
+        self._seconds += SHARE * seconds
         if pays:
-            self._seconds -= max(0.0, self._cost.seconds(load) - own)
+            self._seconds -= max(0.0, self._cost.seconds(load) - seconds)
 
 
 def tokens_left(request: Request) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from llmctl.engine.itl_guard import DecodeOutlook
@@ -58,10 +60,14 @@ class StepUnderWay:
         """Whether it takes more of prompts."""
         return self.budget > 0 and (self.allowance is None or not self.allowance.cut)
 
-    def prefill(self, wanted: int, start: int) -> int:
-        """How many of ``wanted`` tokens from position ``start`` on it takes."""
+    def prefill(self, request: Request, wanted: int, start: int) -> int:
+        """How many of a request's ``wanted`` next tokens, from position ``start`` on, it takes."""
         count = min(wanted, self.budget)
-        return count if self.allowance is None else self.allowance.take(count, start)
+        if self.allowance is None:
+            return count
+        end = start + count
+        ends = end == len(request.token_ids) and end < request.max_length and request.pooling is None
+        return self.allowance.take(count, start, ends=ends, scored=not request.scores_done)
 
     def chunk(self, request: Request, wanted: int, behind: int) -> int:
         """How many of a running request's ``wanted`` next tokens, more than one, it takes; ``behind``: requests after.
@@ -69,7 +75,7 @@ class StepUnderWay:
         What a grammar forced are no prompt's tokens: they come beside the sampled one that each of the others gets.
         """
         if wanted > 1 + request.num_forced:
-            return self.prefill(wanted, request.num_computed_tokens)
+            return self.prefill(request, wanted, request.num_computed_tokens)
         return min(wanted, max(1, self.budget - behind))
 
     def add(self, request: Request, piece: SequenceSlice) -> None:
@@ -81,19 +87,24 @@ class StepUnderWay:
             request.num_in_flight += 1
         self.budget -= len(piece.token_ids)
 
-    def computed_of(self, request: Request) -> int:
-        """How many of a request's tokens it computes."""
-        return sum(len(p.token_ids) for p, r in zip(self.slices, self.requests, strict=True) if r is request)
+    def load_of(self, request: Request) -> StepLoad:
+        """What that of a request's tokens costs depends on."""
+        return _load(p for p, r in zip(self.slices, self.requests, strict=True) if r is request)
 
     def load(self) -> StepLoad:
         """What it costs depends on."""
-        decodes = decode_context = rows = context = 0
-        for piece in self.slices:
-            count = len(piece.token_ids)
-            if count == 1:
-                decodes += 1
-                decode_context += piece.start + 1
-            else:
-                rows += count
-                context += chunk_context(piece.start, count)
-        return StepLoad(decodes, decode_context, rows, context)
+        return _load(self.slices)
+
+
+def _load(pieces: Iterable[SequenceSlice]) -> StepLoad:
+    decodes = decode_context = rows = context = logits = 0
+    for piece in pieces:
+        count = len(piece.token_ids)
+        if count == 1:
+            decodes += 1
+            decode_context += piece.start + 1
+        else:
+            rows += count
+            context += chunk_context(piece.start, count)
+            logits += piece.logits_rows
+    return StepLoad(decodes, decode_context, rows, context, logits)

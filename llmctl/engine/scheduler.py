@@ -108,7 +108,7 @@ class Scheduler(Roster):
         load = step.load()
         if self._turns is not None and step.first is not None:
             pays = bool(step.put_off) or not step.behind_decodes
-            self._turns.charge(step.first, step.computed_of(step.first), load, pays=pays)
+            self._turns.charge(step.first, step.load_of(step.first), load, pays=pays)
         return ScheduledStep(
             StepPlan(tuple(step.slices)),
             tuple(step.requests),
@@ -224,14 +224,14 @@ class Scheduler(Roster):
             elif entry is None:
                 self._proceed(step, first)
                 return
-            elif count := step.prefill(entry.remaining, entry.start):
+            elif count := step.prefill(entry.request, entry.remaining, entry.start):
                 self._enter(step, entry, count)
 
     def _proceed(self, step: StepUnderWay, request: Request) -> None:
         """Compute more of a running prompt, as far as free blocks hold it: whom it would preempt may be in the step."""
         start = request.num_computed_tokens
         room = self.blocks.room(request) - start
-        count = step.prefill(min(tokens_left(request), room), start)
+        count = step.prefill(request, min(tokens_left(request), room), start)
         if count:
             self._grow(request, start + count)
             self._take(step, request, count)
@@ -290,7 +290,7 @@ class Scheduler(Roster):
             if self._num_itl and not self._within_itl(step, entry.request):
                 step.kept_out_by = "deadline"
                 return
-            count = step.prefill(entry.remaining, entry.start)
+            count = step.prefill(entry.request, entry.remaining, entry.start)
             if not count:
                 return
             self._enter(step, entry, count)

@@ -58,6 +58,11 @@ class SequenceSlice(msgspec.Struct, frozen=True):
         """A block table for each KV group."""
         return (self.block_ids, *self.more_block_ids)
 
+    @property
+    def logits_rows(self) -> int:
+        """Rows of logits that it takes: one for each target, and one if it is sampled."""
+        return (0 if self.score_targets is None else len(self.score_targets)) + self.sample
+
 
 class StepPlan(msgspec.Struct, frozen=True):
     """One step: slices in batch order. ``SamplingBatch`` row i belongs to the i-th slice with ``sample`` true."""

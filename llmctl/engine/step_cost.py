@@ -3,10 +3,14 @@
 A step's seconds are taken to be
 
     base + prefill_base·[it prefills] + decode_row·D + prefill_row·P + decode_context·C_D + prefill_context·C_P
+        + prefill_logits·L
 
 with D and P the rows (tokens) of either kind, and C the sum over rows of the positions each one attends to. That is
 the arithmetic of a transformer's step: weights are read once, matrix products grow with rows, attention with rows ×
 context. Decode rows stand apart: they are bound by reading the KV cache, and often run other kernels than a prompt's.
+L are the rows of prompts that go through the output head as well: the last of a prompt, and all of one whose tokens are
+scored. Each decode row does, so that its share of the head is a part of decode_row, and L is told apart by steps with
+more and with fewer ends of prompts.
 A chunk of k tokens from position s on has P = k and C_P = k·s + k(k+1)/2, so that the largest chunk that fits a number
 of seconds is the root of a quadratic: chunks shrink as a long prompt proceeds. To chunk a prompt so that decodes need
 not wait is of Agrawal et al. 2024, "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", who fix
@@ -52,18 +56,20 @@ _HUBER = 1.345  # in standard deviations: 95% efficiency under normal errors
 _HALF_LIFE, _LEAST_WEIGHT = 2048, 0.1  # of a sample, in steps since then; of one of long ago
 _LEAST_ERROR = 0.02  # relative; fits better than this leave no outliers
 # Where samples do not tell apart what took the time, it is put down to the rows of a prompt: chunks then begin too
-# small, not too large, and that tells them apart.
-_RIDGE = np.array([1e-3, 1e-3, 1e-4, 1e-7, 1e-4, 1e-4])
+# small, not too large, and that tells them apart. To ends of prompts least of all, one of which is in many a step with
+# prompts: a prompt that is scored has hundreds. They count once samples have so many rows of logits in all.
+_RIDGE = np.array([1e-3, 1e-3, 1e-4, 1e-7, 1e-4, 1e-4, 1e-2])
+_LEAST_LOGITS = 8
 _DECODES = [0, 2, 4]  # coefficients of steps without prompts
 _LEAST_ALONE = 8  # steps without prompts that tell what decodes cost
 
 
-class Six(NamedTuple):
+class Terms(NamedTuple):
     """How much a step has of each thing that costs time, or the seconds that one of each takes.
 
     Attributes:
-        base: the step. prefill_base: that it has prompts. decode_row, prefill_row, decode_context, prefill_context:
-            as ``StepLoad`` counts them.
+        base: the step. prefill_base: that it has prompts. decode_row, prefill_row, decode_context, prefill_context,
+            prefill_logits: as ``StepLoad`` counts them.
     """
 
     base: float = 0.0
@@ -72,6 +78,10 @@ class Six(NamedTuple):
     prefill_row: float = 0.0
     decode_context: float = 0.0
     prefill_context: float = 0.0
+    prefill_logits: float = 0.0
+
+
+_TERMS = len(Terms._fields)
 
 
 class StepLoad(msgspec.Struct, frozen=True):
@@ -80,12 +90,14 @@ class StepLoad(msgspec.Struct, frozen=True):
     Attributes:
         decode_rows: slices of one token. decode_context: sum of their lengths, the token included.
         prefill_rows: tokens of longer slices. prefill_context: sum over them of the positions each attends to.
+            prefill_logits: those of them whose logits are computed.
     """
 
     decode_rows: int = 0
     decode_context: int = 0
     prefill_rows: int = 0
     prefill_context: int = 0
+    prefill_logits: int = 0
 
 
 def chunk_context(start: int, count: int) -> int:
@@ -97,18 +109,19 @@ class StepCost:
     """Seconds of a step by its load, learned from the steps that were timed.
 
     Attributes:
-        known: whether there is anything to tell from. most_rows: the most ``prefill_rows`` of a step so far.
+        known: whether there is anything to tell from. most_rows, most_logits: the most ``prefill_rows`` and
+            ``prefill_logits`` of a step so far.
         margin: times what is expected of a step with both decodes and prompts, within which ``QUANTILE`` of them stay.
     """
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[int, int, int], int] = {}  # class of steps -> its first row
-        self._seen: dict[tuple[int, int, int], int] = {}
-        self._rows, self._when, self._steps = np.zeros((0, 6)), np.zeros(0), 0
-        self._coefficients = self._apart = Six()
+        self._slots: dict[tuple[int, int, int, int], int] = {}  # class of steps -> its first row
+        self._seen: dict[tuple[int, int, int, int], int] = {}
+        self._rows, self._when, self._steps = np.zeros((0, _TERMS)), np.zeros(0), 0
+        self._coefficients = self._apart = Terms()
         self._new = 0
         self._surprised = False
-        self.most_rows = 0
+        self.most_rows = self.most_logits = 0
         self.margin = 1.0
 
     @property
@@ -117,17 +130,20 @@ class StepCost:
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """A step of this load took so long; one without a timing (0 seconds) tells nothing. O(1)."""
-        self.most_rows = max(self.most_rows, load.prefill_rows)
+        if load.prefill_rows:
+            self.most_rows = max(self.most_rows, load.prefill_rows)
+            self.most_logits = max(self.most_logits, load.prefill_logits)
         if seconds < 1e-9:
             return
         rows, context = load.decode_rows + load.prefill_rows, load.decode_context + load.prefill_context
-        kind = (load.prefill_rows.bit_length(), rows.bit_length(), (context // max(rows, 1)).bit_length())
+        logits = (load.prefill_logits.bit_length() + 1) // 2  # by powers of four: ends of prompts are few
+        kind = (load.prefill_rows.bit_length(), rows.bit_length(), (context // max(rows, 1)).bit_length(), logits)
         seen = self._seen.get(kind, 0)
         if not seen:
             self._slots[kind] = len(self._slots) * _SAMPLES
             if len(self._slots) * _SAMPLES > len(self._rows):
                 more = max(len(self._rows), 16 * _SAMPLES)
-                self._rows = np.concatenate([self._rows, np.zeros((more, 6))])
+                self._rows = np.concatenate([self._rows, np.zeros((more, _TERMS))])
                 self._when = np.concatenate([self._when, np.zeros(more)])
         row = self._slots[kind] + seen % _SAMPLES
         features = _features(load)
@@ -143,18 +159,20 @@ class StepCost:
             step = QUANTILE if seconds > self.margin * expected else QUANTILE - 1
             self.margin = min(max(self.margin * (1 + _PACE * step), 1.0), MOST_MARGIN)
 
-    def coefficients(self) -> Six:
+    def coefficients(self) -> Terms:
         """Seconds, none negative."""
         if self._new >= _REFIT or self._surprised:
             used = np.flatnonzero(self._when)
             fresh = np.maximum(0.5 ** ((self._steps - self._when[used]) / _HALF_LIFE), _LEAST_WEIGHT)
             rows = self._rows[used]
-            self._coefficients = self._apart = Six(*_fit(rows, fresh, _RIDGE).tolist())
+            if (rows[:, 6] / rows[:, 0]).sum() < _LEAST_LOGITS:
+                rows[:, 6] = 0.0
+            self._coefficients = self._apart = Terms(*_fit(rows, fresh, _RIDGE).tolist())
             alone = rows[:, 3] == 0
             if alone.sum() >= _LEAST_ALONE:
-                apart = np.zeros(6)
+                apart = np.zeros(_TERMS)
                 apart[_DECODES] = _fit(rows[alone][:, _DECODES], fresh[alone], _RIDGE[_DECODES])
-                self._apart = Six(*apart.tolist())
+                self._apart = Terms(*apart.tolist())
             self._new, self._surprised = 0, False
         return self._coefficients
 
@@ -183,7 +201,7 @@ class PrefillAllowance:
     Args:
         cost: what steps take. decodes: the step's decode rows, at least one.
         budget: at most so many tokens, whatever they cost; at least 1. cautious: the same, for prompts of which more
-            is left than ``budget``.
+            is left than ``budget``. scored: at most so many whose logits are computed.
         target: seconds that the step may take; None: ``AUTO_SLOWDOWN`` times what its decodes, and ``joining`` rows
             beside them, take alone. limit: seconds that it may not exceed, whatever the target.
     """
@@ -196,18 +214,25 @@ class PrefillAllowance:
         target: float | None,
         *,
         cautious: int | None = None,
+        scored: int | None = None,
         joining: int = 0,
         limit: float = math.inf,
     ) -> None:
         self._cost, self._decodes, self._target, self.joining = cost, decodes, target, joining
         self._limit = limit
         self._tokens, self._cautious = budget, budget if cautious is None else cautious
-        self._seconds = self._row = self._context = 0.0
+        self._scored = budget if scored is None else scored
+        self._seconds = self._row = self._context = self._logits = 0.0
         self._begun = self.cut = False
         self.taken = 0
 
-    def take(self, wanted: int, start: int) -> int:
-        """How many of ``wanted`` tokens from position ``start`` on to compute now; for the first prompt at least 1."""
+    def take(self, wanted: int, start: int, *, ends: bool = False, scored: bool = False) -> int:
+        """How many of ``wanted`` tokens from position ``start`` on to compute now; for the first prompt at least 1.
+
+        Args:
+            ends: the last of them is sampled. No token is put off for what that takes, but the next prompt has less.
+            scored: the logits of each of them are computed.
+        """
         if self.cut:
             return 0
         least = 0
@@ -215,10 +240,15 @@ class PrefillAllowance:
             self._begin()
             least = MIN_CHUNK
         tokens = self._tokens if wanted <= self._tokens else self._cautious
-        count = min(wanted, max(tokens - self.taken, 0), max(least, self._fitting(start)))
+        row = self._row
+        if scored:
+            tokens, row = min(tokens, self._scored), row + self._logits
+        count = min(wanted, max(tokens - self.taken, 0), max(least, self._fitting(start, row)))
         self.cut = count < wanted
         self.taken += count
-        self._seconds -= self._row * count + self._context * chunk_context(start, count)
+        self._seconds -= row * count + self._context * chunk_context(start, count)
+        if ends and not self.cut and not scored:
+            self._seconds -= self._logits
         return count
 
     def _begin(self) -> None:
@@ -227,18 +257,18 @@ class PrefillAllowance:
             self._seconds = math.inf
             return
         each = self._cost.coefficients()
-        self._row, self._context = each.prefill_row, each.prefill_context
+        self._row, self._context, self._logits = each.prefill_row, each.prefill_context, each.prefill_logits
         alone = self._cost.seconds(self._decodes)
         target = self._target
         if target is None:
             target = AUTO_SLOWDOWN * (self._cost.seconds_alone(self._decodes) + each.decode_row * self.joining)
         self._seconds = min(target, self._limit) / self._cost.margin - alone - each.prefill_base
 
-    def _fitting(self, start: int) -> int:
+    def _fitting(self, start: int, row: float) -> int:
         """The largest k with row·k + context·(k·start + k(k+1)/2) <= seconds."""
         if self._seconds <= 0 or self._seconds == math.inf:
             return 0 if self._seconds <= 0 else self._tokens
-        linear = self._row + self._context * (start + 0.5)
+        linear = row + self._context * (start + 0.5)
         root = linear + math.sqrt(linear * linear + 2 * self._context * self._seconds)
         most = 2 * self._seconds / root if root > 0 else math.inf
         return int(min(most, self._tokens))
@@ -280,19 +310,28 @@ class PrefillPacer:
             max(1, min(room, believed)),
             self._target,
             cautious=max(1, min(room, self._most)),
+            scored=max(1, min(room, max(MIN_CHUNK, int(_FIRST * budget), int(_GROWTH * self.cost.most_logits)))),
             joining=joining,
             limit=limit,
         )
         return self._last
 
 
-def _features(load: StepLoad) -> Six:
-    """Plain numbers: six are a tenth of the work that numpy makes of them, in every step."""
+def _features(load: StepLoad) -> Terms:
+    """Plain numbers: so few are a tenth of the work that numpy makes of them, in every step."""
     prefills = 1.0 if load.prefill_rows else 0.0
-    return Six(1.0, prefills, load.decode_rows, load.prefill_rows, load.decode_context, load.prefill_context)
+    return Terms(
+        1.0,
+        prefills,
+        load.decode_rows,
+        load.prefill_rows,
+        load.decode_context,
+        load.prefill_context,
+        load.prefill_logits,
+    )
 
 
-def _dot(coefficients: Six, features: Six) -> float:
+def _dot(coefficients: Terms, features: Terms) -> float:
     return sum(map(mul, coefficients, features))
 
 

@@ -12,37 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from timed_runtime import Machine, TimedRuntime, cpu, gpu, tiled
+from timed_runtime import Machine, TimedRuntime, cpu, engine_of, gpu, load, noise, request, tiled, wide
 
 from llmctl.engine import step_cost
-from llmctl.engine.llm_engine import LLMEngine
-from llmctl.engine.request import Request
-from llmctl.engine.sampling_params import SamplingParams
 from llmctl.engine.scheduler import Scheduler
 from llmctl.engine.scheduler_config import SchedulerConfig
 from llmctl.engine.step import RuntimeLimits
 from llmctl.engine.step_cost import MIN_CHUNK, PrefillAllowance, StepCost, StepLoad, chunk_context
 
-MACHINES = {"cpu": (cpu, 512), "gpu": (gpu, 2048), "tiled": (tiled, 512)}
-LONGER = {"cpu": (1.3, 1.35), "gpu": (1.3, 1.3), "tiled": (1.4, 1.6)}
+MACHINES = {"cpu": (cpu, 512), "gpu": (gpu, 2048), "tiled": (tiled, 512), "wide": (wide, 512)}
+LONGER = {"cpu": (1.3, 1.35), "gpu": (1.3, 1.3), "tiled": (1.4, 1.6), "wide": (1.3, 1.35)}
 """What a target may cost a long prompt, undisturbed and disturbed. A tile at 8,000 positions, beside decodes, takes 1.3
 times as long as without them; chunks that are no whole tiles do the rest."""
 CHATS, CONTEXT = 4, 8000
-
-
-def noise(seed: int = 3, outliers: float = 0.02) -> Callable[[int, float], float]:
-    """5% of noise, and now and then a step that something else delayed."""
-    draws = random.Random(seed)
-    return lambda _, s: s * (1 + draws.gauss(0, 0.05)) * (4 if draws.random() < outliers else 1)
-
-
-def engine_of(runtime: TimedRuntime, budget: int = 512, **config: Any) -> LLMEngine:
-    config = {"itl_target": None, "enable_prefix_caching": False, **config}
-    return LLMEngine(runtime, SchedulerConfig(max_num_batched_tokens=budget, **config))
-
-
-def request(name: str, prompt: int, tokens: int) -> Request:
-    return Request(name, [1] * prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
 
 
 def beside(runtime: TimedRuntime, budget: int, *, warm: int = 100, **config: Any) -> tuple[list[StepLoad], list[float]]:
@@ -239,10 +221,6 @@ def test_equal_timings_give_equal_chunks() -> None:
 # -- the fit ----------------------------------------------------------------------------------------------------
 
 
-def load(decodes: int, context: int, rows: int = 0, start: int = 0) -> StepLoad:
-    return StepLoad(decodes, decodes * context, rows, chunk_context(start, rows))
-
-
 def learned(machine: Machine, disturb: Callable[[int, float], float] = lambda _, s: s) -> StepCost:
     cost = StepCost()
     grid = itertools.product((1, 4, 16), (100, 1000, 4000), (0, 24, 64, 300), (0, 500, 4000))
@@ -284,15 +262,19 @@ def test_a_machine_that_became_slower_is_learned_anew() -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 64), st.integers(1, 8000), st.integers(0, 600), st.one_of(st.just(0.0), st.floats(1e-6, 10))
+            st.integers(0, 64),
+            st.integers(1, 8000),
+            st.integers(0, 600),
+            st.integers(0, 600),
+            st.one_of(st.just(0.0), st.floats(1e-6, 10)),
         ),
         max_size=40,
     ),
 )
-def test_no_samples_make_a_cost_negative_or_unknown(samples: list[tuple[int, int, int, float]]) -> None:
+def test_no_samples_make_a_cost_negative_or_unknown(samples: list[tuple[int, int, int, int, float]]) -> None:
     cost = StepCost()
-    for decodes, context, rows, seconds in samples:
-        cost.observe(load(decodes, context, rows, context), seconds)
+    for decodes, context, rows, logits, seconds in samples:
+        cost.observe(load(decodes, context, rows, context, min(rows, logits)), seconds)
     found = np.array(cost.coefficients())
     assert np.isfinite(found).all()
     assert (found >= 0).all()

@@ -1,13 +1,20 @@
-"""A runtime that computes nothing and says how long it would have taken: machines to size chunks of prompts for."""
+"""A runtime that computes nothing and says how long it would have taken: machines to size chunks of prompts for, and
+engines on them."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult
+from llmctl.engine.llm_engine import LLMEngine
+from llmctl.engine.request import Request
+from llmctl.engine.sampling_params import SamplingParams
+from llmctl.engine.scheduler_config import SchedulerConfig
+from llmctl.engine.step import DoneStep, RuntimeLimits, SamplingBatch, StepPlan, StepResult, TokenScores
 from llmctl.engine.step_cost import StepLoad, chunk_context
 
 Machine = Callable[[StepLoad], float]
@@ -36,6 +43,12 @@ def tiled(load: StepLoad) -> float:
     return rows + 2.4e-6 * last * math.ceil(load.prefill_rows / 5)
 
 
+def wide(load: StepLoad) -> float:
+    """The first with a vocabulary as large as its layers: a row of logits takes as long as all else of a row. What
+    decodes take is theirs included."""
+    return cpu(load) + 0.265e-3 * load.prefill_logits
+
+
 def load_of(plan: StepPlan) -> StepLoad:
     """The load of a plan, counted apart from the scheduler."""
     decodes = [piece for piece in plan.slices if len(piece.token_ids) == 1]
@@ -45,6 +58,7 @@ def load_of(plan: StepPlan) -> StepLoad:
         sum(piece.start + 1 for piece in decodes),
         sum(len(piece.token_ids) for piece in prompts),
         sum(chunk_context(piece.start, len(piece.token_ids)) for piece in prompts),
+        sum(len(piece.score_targets or ()) + piece.sample for piece in prompts),
     )
 
 
@@ -69,7 +83,31 @@ class TimedRuntime:
         seconds = self.disturb(len(self.loads), self.machine(load))
         self.loads.append(load)
         self.seconds.append(seconds)
-        return DoneStep(StepResult(np.zeros(len(sampling.temperature), np.int32), compute_seconds=seconds))
+        scored = [piece for piece in plan.slices if piece.score_targets is not None]
+        scores = {piece.request_id: TokenScores.zeros(len(piece.score_targets or ())) for piece in scored}
+        tokens = np.zeros(len(sampling.temperature), np.int32)
+        return DoneStep(StepResult(tokens, scores=scores, compute_seconds=seconds))
 
     def close(self) -> None:
         pass
+
+
+def noise(seed: int = 3, outliers: float = 0.02) -> Callable[[int, float], float]:
+    """5% of noise, and now and then a step that something else delayed."""
+    draws = random.Random(seed)
+    return lambda _, s: s * (1 + draws.gauss(0, 0.05)) * (4 if draws.random() < outliers else 1)
+
+
+def engine_of(runtime: TimedRuntime, budget: int = 512, **config: Any) -> LLMEngine:
+    config = {"itl_target": None, "enable_prefix_caching": False, **config}
+    return LLMEngine(runtime, SchedulerConfig(max_num_batched_tokens=budget, **config))
+
+
+def request(name: str, prompt: int, tokens: int, *, scored: bool = False) -> Request:
+    scores = 0 if scored else None
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, prompt_logprobs=scores)
+    return Request(name, [1] * prompt, params)
+
+
+def load(decodes: int, context: int, rows: int = 0, start: int = 0, logits: int = 0) -> StepLoad:
+    return StepLoad(decodes, decodes * context, rows, chunk_context(start, rows), logits)
