@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -26,6 +27,10 @@ Body = TypeVar("Body", bound=ApiModel)
 _built = False  # all models
 
 _BYTES_PER_TEXT = 32  # of a body, by the measure of ``TextWorkers``: to parse 128 KiB takes a few ms, a thread 0.3
+
+_LONG_BYTES = 2**20
+# Parsers do not let go of Python's lock: several long bodies at once would hold it in turns, and the event loop waits.
+_ONE_AT_A_TIME = threading.Lock()
 
 MOST_FIELDS_SHOWN, MOST_NAME_SHOWN = 20, 80  # in the log, of those that a request has and no one knows
 
@@ -68,7 +73,12 @@ async def parse_outlined(
     if loaded is None:
         return parsed(data, outline, model, check_scalars)
     size, check_ids = len(data) // _BYTES_PER_TEXT, loaded.intake.check_ids
-    return await loaded.intake.workers.run(size, lambda: parsed(data, outline, model, check_scalars, check_ids))
+
+    def work() -> Body:
+        with _ONE_AT_A_TIME if len(data) > _LONG_BYTES else contextlib.nullcontext():
+            return parsed(data, outline, model, check_scalars, check_ids)
+
+    return await loaded.intake.workers.run(size, work)
 
 
 def parsed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmctl.errors import CapacityError, RequestError
@@ -20,6 +21,8 @@ _OF_CONTEXT = {
 }
 """Fields of which a request has no more than the context has tokens, for each is one at least: how they are counted,
 and what they are."""
+_TEXTS = ("prompt", "input")
+"""Fields that are a prompt where they are a single text."""
 _OF_VOCABULARY = {
     "stop_token_ids": Outline.ids,
     "allowed_token_ids": Outline.ids,
@@ -30,10 +33,12 @@ _OF_VOCABULARY = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the requests to one model. max_model_len: tokens of its context. vocab_size: how many tokens it knows."""
+    """Of the requests to one model. max_model_len: tokens of its context. vocab_size: how many tokens it knows.
+    least_tokens: of any text of so many bytes, 0 where nothing is known."""
 
     max_model_len: int
     vocab_size: int
+    least_tokens: Callable[[int], int] = lambda _: 0
 
     def check(self, outline: Outline) -> None:
         """Refuse by its outline what has more of something than the model has room for.
@@ -41,6 +46,11 @@ class Limits:
         Raises:
             CapacityError, RequestError.
         """
+        for name in _TEXTS:
+            # Before anything is made of it: to decode 10 MB of escapes takes 0.2 s, in which nobody else is answered.
+            size = outline.least_bytes(name)
+            if size > self.max_model_len and (least := self.least_tokens(size)) > self.max_model_len:
+                raise self.too_long(f"at least {least} tokens", name)
         for name, (measure, items) in _OF_CONTEXT.items():
             # Ids are counted by their commas; to count other items takes several times as long as to count commas.
             if measure is Outline.ids or outline.may_have(name, self.max_model_len):

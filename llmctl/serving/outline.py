@@ -85,6 +85,14 @@ class Outline:
         except ValueError:
             return None
 
+    def least_bytes(self, name: str) -> int:
+        """Of UTF-8 that the text of a field surely has; 0 for what is no string. No escape of JSON takes more than six
+        bytes for one."""
+        data = self.data(name)
+        if not data.startswith(b'"'):
+            return 0
+        return -(-(len(data) - 2) // (6 if b"\\" in data else 1))
+
     def numbers(self) -> dict[str, Any]:
         """Those of ``RANGED`` that are numbers."""
         found: dict[str, float] = {}

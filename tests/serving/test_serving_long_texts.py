@@ -249,6 +249,21 @@ def test_counts_are_refused_by_the_outline(tokenizer: Watched, field: str, value
     assert caught.value.param == field
 
 
+@pytest.mark.parametrize("field", ["prompt", "input"])
+@pytest.mark.parametrize("letter", ["a", "\n", "é", "\N{GRINNING FACE}"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_long_texts_are_refused_by_the_outline(tokenizer: Watched, field: str, letter: str, ascii_only: bool) -> None:
+    """And none that has room."""
+    made = intake(tokenizer)
+    longest = max(len(tokenizer.decode([i], False).encode()) for i in range(tokenizer.vocab_size))
+    many = letter * (12 * longest * CONTEXT)
+    with pytest.raises(CapacityError, match=r"at least [0-9]+ tokens") as caught:
+        made.limits.check(Outline(json.dumps({field: many}, ensure_ascii=ascii_only).encode()))
+    assert caught.value.param == field
+    few = letter * (longest * CONTEXT // len(letter.encode()))
+    made.limits.check(Outline(json.dumps({field: few}, ensure_ascii=ascii_only).encode()))
+
+
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])
 def test_more_ids_than_the_vocabulary_are_refused_by_the_outline(tokenizer: Watched, field: str) -> None:
     made, most = intake(tokenizer), tokenizer.vocab_size
