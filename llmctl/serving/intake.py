@@ -88,7 +88,7 @@ class Intake:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
-        self.limits = Limits(max_model_len, vocab_size, lambda size: tokenizer.bounds.least_tokens_of(size))
+        self.limits = Limits(max_model_len, vocab_size, lambda: tokenizer.bounds)
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self._trust_request_template = trust_request_template

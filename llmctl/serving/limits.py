@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmctl.errors import CapacityError, RequestError
 from llmctl.serving.outline import Outline
 from llmctl.serving.sampling_fields import check_template_variables
+from llmctl.text.text_bounds import TextBounds
 
 _OF_CONTEXT = {
     "prompt": (Outline.ids, "tokens"),
@@ -34,11 +35,11 @@ _OF_VOCABULARY = {
 @dataclass(frozen=True)
 class Limits:
     """Of the requests to one model. max_model_len: tokens of its context. vocab_size: how many tokens it knows.
-    least_tokens: of any text of so many bytes, 0 where nothing is known."""
+    bounds: what is known of its tokens' lengths."""
 
     max_model_len: int
     vocab_size: int
-    least_tokens: Callable[[int], int] = lambda _: 0
+    bounds: Callable[[], TextBounds | None] = lambda: None
 
     def check(self, outline: Outline) -> None:
         """Refuse by its outline what has more of something than the model has room for.
@@ -47,10 +48,7 @@ class Limits:
             CapacityError, RequestError.
         """
         for name in _TEXTS:
-            # Before anything is made of it: to decode 10 MB of escapes takes 0.2 s, in which nobody else is answered.
-            size = outline.least_bytes(name)
-            if size > self.max_model_len and (least := self.least_tokens(size)) > self.max_model_len:
-                raise self.too_long(f"at least {least} tokens", name)
+            self._check_text(outline, name)
         for name, (measure, items) in _OF_CONTEXT.items():
             # Ids are counted by their commas; to count other items takes several times as long as to count commas.
             if measure is Outline.ids or outline.may_have(name, self.max_model_len):
@@ -58,6 +56,20 @@ class Limits:
         for name, count in _OF_VOCABULARY.items():
             self.check_ids(name, count(outline, name))
         check_template_variables(outline)
+
+    def _check_text(self, outline: Outline, name: str) -> None:
+        """Refuse a text whose beginning alone has too many tokens.
+
+        To decode 20 MB of escapes takes 0.2 s, in which nobody else is answered: parsers keep Python's lock.
+        """
+        if outline.size(name) <= self.max_model_len or (bounds := self.bounds()) is None:
+            return
+        if (needed := bounds.bytes_of(self.max_model_len + 1)) is None:
+            return
+        for size in (needed, 6 * needed):  # no escape of JSON takes more than six bytes for one
+            least = bounds.least_tokens(outline.beginning(name, size))
+            if least > self.max_model_len:
+                raise self.too_long(f"at least {least} tokens", name)
 
     def check_items(self, param: str, count: int, items: str) -> None:
         """Refuse more of something than the context has tokens, where each is a token at least.

@@ -6,6 +6,7 @@ words by the parser of the fields; what that one would let pass, by ``body.parse
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -85,13 +86,20 @@ class Outline:
         except ValueError:
             return None
 
-    def least_bytes(self, name: str) -> int:
-        """Of UTF-8 that the text of a field surely has; 0 for what is no string. No escape of JSON takes more than six
-        bytes for one."""
-        data = self.data(name)
-        if not data.startswith(b'"'):
-            return 0
-        return -(-(len(data) - 2) // (6 if b"\\" in data else 1))
+    def size(self, name: str) -> int:
+        """Bytes of a field's JSON."""
+        return memoryview(getattr(self._given, name)).nbytes
+
+    def beginning(self, name: str, size: int) -> str:
+        """What the first ``size`` bytes, or a few less, of a field's JSON say, where it is a string that is longer;
+        else nothing."""
+        data = bytes(memoryview(getattr(self._given, name))[: size + 1])
+        if len(data) <= size or not data.startswith(b'"'):
+            return ""
+        try:
+            return msgspec.json.decode(data[: _whole(data, size)] + b'"', type=str)
+        except ValueError:
+            return ""
 
     def numbers(self) -> dict[str, Any]:
         """Those of ``RANGED`` that are numbers."""
@@ -141,6 +149,19 @@ class Outline:
         names = [info.alias or name for name, info in model.model_fields.items()]
         found = self if all(hasattr(self._given, name) for name in names) else Outline(self.body, model)
         return {name: data for name in names if (data := found.data(name))}
+
+
+def _whole(data: bytes, size: int) -> int:
+    """Where a string's JSON can be cut, at ``size`` or a little before it, so that no character is cut."""
+    while data[size] & 0xC0 == 0x80:  # within UTF-8
+        size -= 1
+    escape = data.rfind(b"\\", max(0, size - 6), size)
+    if escape < 0:
+        return size
+    while data[escape - 1 : escape] == b"\\":  # the first of a run: it is no escaped one
+        escape -= 1
+    high = data[escape - 6 : escape]  # the first half of a pair is not left alone
+    return escape - 6 if re.fullmatch(rb"\\u[dD][89abAB][0-9a-fA-F]{2}", high) else escape
 
 
 def count_texts(array: bytes) -> int:

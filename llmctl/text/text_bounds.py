@@ -46,9 +46,10 @@ class TextBounds:
             data = data.translate(None, self._uncounted)
         return -(-len(data) // self._longest)
 
-    def least_tokens_of(self, size: int) -> int:
-        """The same of any text of so many bytes of UTF-8, whatever they are."""
-        return 0 if not self._longest or self._uncounted else -(-size // self._longest)
+    def bytes_of(self, tokens: int) -> int | None:
+        """The most bytes of UTF-8 that so many tokens can stand for, those that are dropped aside; None when nothing is
+        known."""
+        return self._longest * tokens or None
 
 
 def _state(part: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmctl.serving.outline import Outline
 
@@ -64,3 +66,24 @@ def test_what_is_nested_too_deep_counts_as_nothing() -> None:
     outline = Outline(b'{"prompt": [[' + b"[" * 400 + b"]" * 400 + b"]]}")
     assert outline.count("messages") == 0
     assert outline.sequences() >= 1
+
+
+LETTERS = st.text(st.sampled_from('a\\"\n\x04éÿ\u20ac\U0001f600\ud7ff')).map(lambda text: text * 3)
+
+
+@given(LETTERS, st.integers(1, 80), st.booleans())
+def test_the_beginning_of_a_text_is_one(text: str, size: int, ascii_only: bool) -> None:
+    data = json.dumps(text, ensure_ascii=ascii_only).encode()
+    found = Outline(b'{"prompt": ' + data + b"}").beginning("prompt", size)
+    assert text.startswith(found)
+    if len(data) <= size:
+        assert found == ""
+    elif "\\" not in text:
+        assert len(json.dumps(found, ensure_ascii=ascii_only).encode()) - 2 > size - 14
+
+
+def test_what_is_no_text_has_no_beginning() -> None:
+    for value in (b"[1, 2, 3]", b"null", b"12345", b'{"a": "bcd"}'):
+        assert Outline(b'{"prompt": ' + value + b"}").beginning("prompt", 2) == ""
+    assert Outline(b"{}").beginning("prompt", 2) == ""
+    assert Outline(b'{"prompt": "ab\\q-------"}').beginning("prompt", 10) == ""
