@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from format_sizes import sizes
 from md_table import markdown_table
 
 from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS
@@ -56,7 +57,7 @@ def written() -> str:
     return markdown_table(("format", "holds", "read by"), rows)
 
 
-TABLES = {"methods": methods, "refused": refused, "blocks": blocks, "gguf": gguf, "written": written}
+TABLES = {"methods": methods, "refused": refused, "blocks": blocks, "gguf": gguf, "sizes": sizes, "written": written}
 
 
 def with_tables(page: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from tiny_checkpoint import HEADS, KV_HEADS, LAYERS, VOCAB
 from torch import Tensor
 
-from llmctl.checkpoint.nested import nested_map
+from llmctl.checkpoint.nested import usual_values
 from llmctl.checkpoint.safetensors_io import tensor_spec, write_safetensors
 from llmctl.graph.code_books import CODE_BOOKS
 
@@ -268,7 +268,7 @@ def _bnb4(book: str, nested: bool) -> Callable[[Tensor], Made]:
         planes = {"weight": (codes[::2] << 4 | codes[1::2])[:, None], "weight.quant_map": book_values}
         planes["weight.absmax"] = absmax
         if nested:
-            offset, steps = float(absmax.mean()), nested_map()
+            offset, steps = float(absmax.mean()), usual_values()
             parts = (absmax - offset).split(256)
             largest = torch.stack([part.abs().max() for part in parts])
             small = torch.cat([(p[:, None] / m - steps).abs().argmin(1) for p, m in zip(parts, largest, strict=True)])

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.layout import Load, Modules, find_modules, total_bytes
-from llmctl.checkpoint.nested import MappedFloats, nested_map
+from llmctl.checkpoint.nested import MappedFloats, is_usual, of_tensor
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.graph.code_books import CODE_BOOKS
@@ -53,8 +53,7 @@ class _State:
         """The scheme, whose scales are kept as they are stored if that is by the usual map in the usual blocks."""
         if stored_map is None or self.nested_block != NESTED_BLOCK:
             return self.scheme
-        usual = bool((stored_map.reshape(-1) == nested_map()).all())
-        return replace(self.scheme, nested=NESTED_BLOCK) if usual else self.scheme
+        return replace(self.scheme, nested=NESTED_BLOCK) if is_usual(stored_map) else self.scheme
 
     @property
     def blocks(self) -> int:
@@ -92,9 +91,10 @@ class FourBitLayout:
         _check_book(planes[MAP], scheme.book)
         octets = planes["weight"].reshape(-1).view(torch.uint8)
         codes = torch.stack((octets >> 4, octets & 15), dim=-1).flatten()[: math.prod(state.shape)]
-        scales = _absmax(planes, state).reshape(state.shape[0], -1)
+        mapped = _mapped(planes, state) if state.nested_block else None
+        scales = planes[ABSMAX].reshape(state.shape[0], -1) if mapped is None else mapped.floats()
         zeros = torch.zeros(scales.shape, dtype=torch.uint8)
-        nested = (_mapped(planes, state),) if scheme.nested else None
+        nested = (mapped,) if mapped is not None and scheme.nested else None
         return QuantizedWeight(codes.reshape(state.shape), scales, zeros, scheme, nested=nested)
 
 
@@ -195,20 +195,14 @@ def _check_book(stored: Tensor, book: str) -> None:
         raise ValueError(f"{MAP}: not the values of {book}")
 
 
-def _absmax(planes: Mapping[str, Tensor], state: _State) -> Tensor:
-    """float32 [blocks]."""
-    stored = planes[ABSMAX].reshape(-1)
-    if not state.nested_block:
-        return stored
-    together = min(state.nested_block, state.blocks)
-    largest = planes[NESTED].reshape(-1).repeat_interleave(together)[: state.blocks]
-    return planes[NESTED_MAP].reshape(-1)[stored.int()] * largest + state.offset
-
-
 def _mapped(planes: Mapping[str, Tensor], state: _State) -> MappedFloats:
     import torch
 
-    codes = planes[ABSMAX].reshape(state.shape[0], -1)
     largest = planes[NESTED].reshape(-1)
-    starts = torch.arange(state.shape[0], dtype=torch.int32) * codes.shape[1]
-    return MappedFloats(codes, largest, torch.full_like(largest, state.offset), starts, state.nested_block)
+    return of_tensor(
+        planes[ABSMAX].reshape(state.shape[0], -1),
+        largest,
+        torch.full_like(largest, state.offset),
+        min(state.nested_block, max(state.blocks, NESTED_BLOCK)),
+        planes[NESTED_MAP].reshape(-1),
+    )

@@ -12,11 +12,11 @@ Source: bitsandbytes.functional (quantize_4bit, create_dynamic_map, QuantState.a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmctl.checkpoint.bitsandbytes import ABSMAX, BOOKS, MAP, METHOD, NESTED, NESTED_BLOCK, NESTED_MAP, STATE
-from llmctl.checkpoint.nested import nested_map
+from llmctl.checkpoint.nested import MappedFloats, of_tensor, usual_values
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import QuantScheme
@@ -42,27 +42,8 @@ def check_packable(shape: tuple[int, int], scheme: QuantScheme) -> None:
         raise ValueError(f"blocks of {scheme.group_size} do not divide the input width {shape[1]}")
 
 
-@dataclass(frozen=True)
-class NestedScales:
-    """Doubly quantized scales of one weight: ``map[codes] * largest + offset``.
-
-    Attributes:
-        codes: uint8 [blocks]. largest: float32, one for ``NESTED_BLOCK`` of them. offset: exact in float32.
-    """
-
-    codes: Tensor
-    largest: Tensor
-    offset: float
-
-    def dequantize(self) -> Tensor:
-        """float32 [blocks]."""
-        blocks = len(self.codes)
-        largest = self.largest.repeat_interleave(min(NESTED_BLOCK, blocks))[:blocks]
-        return nested_map()[self.codes.int()] * largest + self.offset
-
-
-def nest_scales(scales: Tensor) -> NestedScales:
-    """Double quantization of float32 scales of any shape, in row-major order."""
+def nest_scales(scales: Tensor) -> MappedFloats:
+    """Double quantization of float32 scales [N, G], in row-major order; all have one offset."""
     import torch
 
     flat = scales.reshape(-1).float()
@@ -70,14 +51,14 @@ def nest_scales(scales: Tensor) -> NestedScales:
     blocks = torch.nn.functional.pad(flat - offset, (0, -len(flat) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(dim=-1).clamp(min=_SMALLEST)
     scaled = (blocks * (1.0 / largest).unsqueeze(-1)).clamp(-1, 1).reshape(-1)
-    values = nested_map()
-    codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2).to(torch.uint8)
-    return NestedScales(codes[: len(flat)], largest, float(offset))
+    values = usual_values()
+    codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2).to(torch.uint8)[: len(flat)]
+    return of_tensor(codes.reshape(scales.shape), largest, offset.expand(len(largest)), NESTED_BLOCK, values)
 
 
 def with_nested_scales(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight that a reader has of what ``pack(double=True)`` writes."""
-    return replace(weight, scales=nest_scales(weight.scales).dequantize().reshape(weight.scales.shape))
+    return replace(weight, scales=nest_scales(weight.scales).floats())
 
 
 def plane_specs(weight: QuantizedWeight, *, double: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -111,7 +92,7 @@ def pack(weight: QuantizedWeight, *, double: bool = False) -> dict[str, Tensor]:
     planes = {"weight": (codes[:, :1] << 4 | codes[:, 1:]).contiguous(), **small_planes(weight, double=double)}
     nested = nest_scales(weight.scales) if double else None
     if nested is not None:
-        planes[ABSMAX] = nested.codes
+        planes[ABSMAX] = nested.codes.reshape(-1)
     planes[STATE + weight.scheme.book] = torch.tensor(list(_state(weight, nested)), dtype=torch.uint8)
     return planes
 
@@ -122,11 +103,12 @@ def small_planes(weight: QuantizedWeight, *, double: bool = False) -> dict[str, 
 
     book = {MAP: torch.tensor(CODE_BOOKS[weight.scheme.book].values)}
     if double:
-        return {**book, NESTED: nest_scales(weight.scales).largest, NESTED_MAP: nested_map()}
+        nested = nest_scales(weight.scales)
+        return {**book, NESTED: nested.supers, NESTED_MAP: nested.values}
     return {**book, ABSMAX: weight.scales.reshape(-1).float()}
 
 
-def _state(weight: QuantizedWeight, nested: NestedScales | None) -> bytes:
+def _state(weight: QuantizedWeight, nested: MappedFloats | None) -> bytes:
     state: dict[str, Any] = {
         "quant_type": weight.scheme.book,
         "blocksize": weight.scheme.group_size,
@@ -134,7 +116,8 @@ def _state(weight: QuantizedWeight, nested: NestedScales | None) -> bytes:
         "shape": list(weight.shape),
     }
     if nested is not None:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": nested.offset}
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        state["nested_offset"] = float(nested.offsets[0])
     return json.dumps(state).encode()
 
 

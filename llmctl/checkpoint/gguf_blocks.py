@@ -1,7 +1,7 @@
 """ggml's quantized blocks as codes with a float scale, and perhaps a float minimum, a group of 16 or 32 columns.
 
-Nothing is rounded: a K type's scales are those of its super-block multiplied out, in float32 (11 bits by 6 or 8), or,
-of Q4_K and Q5_K, beside that as they are (``QuantScheme.nested``). Codes of 5 and 6 bits take 8.
+Nothing is rounded: a K type's scales are those of its super-block as they are (``QuantScheme.nested``). Codes of 5 and
+6 bits take 8.
 ``w = (code - 2**(bits-1)) * scale`` or ``w = code * scale + minimum``.
 
 Source: ggml-common.h (block_q4_0 … block_q6_K), ggml-quants.c (dequantize_row_*), gguf-py's quants.py.
@@ -22,14 +22,14 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Nested:
-    """Scales, or minimums, u8 [n, groups of a block], times the block's float16 [n, 1]."""
+class SuperBlock:
+    """Scales, or minimums: u8 [n, groups of a block], less ``nested_zero``, times the block's float16 [n, 1]."""
 
     codes: Bytes
     super_scale: NDArray[np.float16]
 
 
-Decoded = tuple[Bytes, "NDArray[Any] | Nested", "NDArray[Any] | Nested | None"]
+Decoded = tuple[Bytes, "NDArray[Any] | SuperBlock", "NDArray[Any] | SuperBlock | None"]
 """Codes [n, columns of a block], scales [n, groups of a block], minimums likewise."""
 
 
@@ -89,14 +89,9 @@ def _pairs(packed: Bytes, run: int) -> Bytes:
     return (runs & np.uint8(3)).reshape(len(packed), -1)
 
 
-def _products(super_scale: Bytes, scales: NDArray[Any]) -> NDArray[np.float32]:
-    return _half(super_scale).astype(np.float32) * scales.astype(np.float32)
-
-
 def _q2_k(blocks: Bytes) -> Decoded:
-    scales = blocks[:, :16]
-    minimums = -_products(blocks[:, 82:84], scales >> 4)
-    return _pairs(blocks[:, 16:80], 32), _products(blocks[:, 80:82], scales & 15), minimums
+    scales = SuperBlock(blocks[:, :16] & np.uint8(15), _half(blocks[:, 80:82]))
+    return _pairs(blocks[:, 16:80], 32), scales, SuperBlock(blocks[:, :16] >> np.uint8(4), -_half(blocks[:, 82:84]))
 
 
 def _q3_k(blocks: Bytes) -> Decoded:
@@ -105,15 +100,15 @@ def _q3_k(blocks: Bytes) -> Decoded:
     scales = _nibbles(packed[:, None, :8]) | _pairs(packed[:, 8:], 4) << 4
     masks = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
     codes = _pairs(blocks[:, 32:96], 32) | (masks & np.uint8(1)).reshape(len(blocks), -1) << np.uint8(2)
-    return codes, _products(blocks[:, 108:110], scales.astype(np.int8) - 32), None
+    return codes, SuperBlock((scales + 128 - 32).astype(np.uint8), _half(blocks[:, 108:110])), None
 
 
-def _k_scales(blocks: Bytes) -> tuple[Nested, Nested]:
+def _k_scales(blocks: Bytes) -> tuple[SuperBlock, SuperBlock]:
     """Scales and minimums of Q4_K's and Q5_K's 8 groups: 6 bits each in 12 bytes."""
     low, middle, high = np.split(blocks[:, 4:16], 3, axis=1)
     scales = np.concatenate([low & 63, high & 15 | low >> 2 & 48], axis=1)
     minimums = np.concatenate([middle & 63, high >> 4 | middle >> 2 & 48], axis=1)
-    return Nested(scales, _half(blocks[:, :2])), Nested(minimums, -_half(blocks[:, 2:4]))
+    return SuperBlock(scales, _half(blocks[:, :2])), SuperBlock(minimums, -_half(blocks[:, 2:4]))
 
 
 def _q4_k(blocks: Bytes) -> Decoded:
@@ -128,11 +123,12 @@ def _q5_k(blocks: Bytes) -> Decoded:
 
 def _q6_k(blocks: Bytes) -> Decoded:
     codes = _nibbles(blocks[:, :128].reshape(-1, 2, 64)) | _pairs(blocks[:, 128:192], 32) << np.uint8(4)
-    return codes + np.uint8(128 - 32), _products(blocks[:, 208:210], blocks[:, 192:208].view(np.int8)), None
+    scales = SuperBlock(blocks[:, 192:208] ^ np.uint8(128), _half(blocks[:, 208:210]))
+    return codes + np.uint8(128 - 32), scales, None
 
 
-def _symmetric(bits: int, group: int) -> QuantScheme:
-    return QuantScheme(bits, group, symmetric=True)
+def _symmetric(bits: int, group: int, nested: int = 0) -> QuantScheme:
+    return QuantScheme(bits, group, symmetric=True, nested=nested)
 
 
 def _with_minimums(bits: int, group: int, nested: int = 0) -> QuantScheme:
@@ -145,10 +141,10 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = {
     "Q5_0": BlockFormat(_symmetric(8, 32), "F16", _q5_0),
     "Q5_1": BlockFormat(_with_minimums(8, 32), "F16", _q5_1),
     "Q8_0": BlockFormat(_symmetric(8, 32), "F16", _q8_0),
-    "Q2_K": BlockFormat(_with_minimums(2, 16), "F32", _q2_k),
-    "Q3_K": BlockFormat(_symmetric(3, 16), "F32", _q3_k),
+    "Q2_K": BlockFormat(_with_minimums(2, 16, 16), "F32", _q2_k),
+    "Q3_K": BlockFormat(_symmetric(3, 16, 16), "F32", _q3_k),
     "Q4_K": BlockFormat(_with_minimums(4, 32, 8), "F32", _q4_k),
     "Q5_K": BlockFormat(_with_minimums(8, 32, 8), "F32", _q5_k),
-    "Q6_K": BlockFormat(_symmetric(8, 16), "F32", _q6_k),
+    "Q6_K": BlockFormat(_symmetric(8, 16, 16), "F32", _q6_k),
 }
 """By ggml's name."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.demo import card_sampling
-from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat, Nested
+from llmctl.checkpoint.gguf_blocks import BLOCK_FORMATS, BlockFormat, SuperBlock
 from llmctl.checkpoint.gguf_config import ROPE_FACTORS, hf_name, synthesise_config
 from llmctl.checkpoint.gguf_families import ARCHITECTURES, EXPERT, ONE_ROW, row_of
 from llmctl.checkpoint.gguf_header import GgufFile, GgufTensor
@@ -25,6 +25,7 @@ from llmctl.checkpoint.safetensors_io import as_tensor
 from llmctl.checkpoint.tensor_info import TensorInfo
 from llmctl.errors import CheckpointError, UnsupportedModelError
 from llmctl.graph.dtypes import COMPUTE_DTYPES, DTYPES
+from llmctl.graph.graph import QuantScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +147,7 @@ def decode(raw: NDArray[np.uint8], shape: tuple[int, ...], name: str) -> Quantiz
     size = GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]
     codes, *floats = BLOCK_FORMATS[name].decode(raw.reshape(-1, size))
     scheme, rows = BLOCK_FORMATS[name].scheme, shape[0]
-    nested = [_nested(part, rows) for part in floats if isinstance(part, Nested)]
+    nested = tuple(_nested(part, rows, scheme) for part in floats if isinstance(part, SuperBlock))
     plain = [torch.from_numpy(part).reshape(rows, -1) for part in floats if isinstance(part, np.ndarray)]
     scales, *minimums = [part.floats() for part in nested] or plain
     middle = 0 if scheme.minimum else 1 << (scheme.bits - 1)
@@ -156,15 +157,15 @@ def decode(raw: NDArray[np.uint8], shape: tuple[int, ...], name: str) -> Quantiz
         torch.full(scales.shape, middle, dtype=torch.uint8),
         scheme,
         minimums=minimums[0] if minimums else None,
-        nested=(nested[0], nested[1]) if nested else None,
+        nested=nested or None,
     )
 
 
-def _nested(part: Nested, rows: int) -> NestedFloats:
+def _nested(part: SuperBlock, rows: int, scheme: QuantScheme) -> NestedFloats:
     import torch
 
     codes, supers = (torch.from_numpy(array).reshape(rows, -1) for array in (part.codes, part.super_scale))
-    return NestedFloats(codes, supers)
+    return NestedFloats(codes, supers, scheme.nested_zero)
 
 
 def _indices(count: int) -> Tensor:

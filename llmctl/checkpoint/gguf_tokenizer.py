@@ -47,7 +47,7 @@ def synthesise_aux_files(
     """
     made = _Documents(metadata, where)
     documents = {
-        "generation_config.json": {**sampling, **made.generation_config()},
+        "generation_config.json": _sampled({**sampling, **made.generation_config()}),
         "tokenizer.json": made.tokenizer(),
         "tokenizer_config.json": made.tokenizer_config(),
     }
@@ -155,6 +155,11 @@ class _Documents:
             if isinstance(value, int | float) and math.isfinite(value):
                 fields[ours] = float(f"{value:.6g}") if isinstance(value, float) else value  # 0.7 is kept as float32
         return {key: value for key, value in fields.items() if value is not None}
+
+
+def _sampled(config: dict[str, Any]) -> dict[str, Any]:
+    """With the ``do_sample`` without which transformers refuses to save one that has, say, a temperature."""
+    return config | ({"do_sample": True} if config.keys() & set(_SAMPLING.values()) else {})
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTokenizer:

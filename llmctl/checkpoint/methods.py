@@ -108,7 +108,7 @@ METHODS: Mapping[str, Method] = {
     ),
     bnb.METHOD: Method(
         "NF4 and FP4, doubly quantized or not, in blocks that divide rows; LLM.int8()",
-        "the same codes; scales of double quantization as stored, or (cpu, cuda) multiplied out",
+        "the same codes; scales of double quantization as stored, or (cuda) multiplied out",
         _bitsandbytes,
     ),
 }

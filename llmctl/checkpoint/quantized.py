@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llmctl.checkpoint.nested import Nested, stack_nested, take_nested
+from llmctl.checkpoint.nested import NestedParts, nested_fault, stack_nested, take_nested
 from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import QuantScheme
 
@@ -30,10 +30,10 @@ class QuantizedWeight:
         scheme: how the codes are to be read.
         g_idx: int32 [K], given exactly when ``scheme.act_order``.
         minimums: as ``scales``, given exactly when ``scheme.minimum``.
-        nested: what ``scales`` and ``minimums`` are the floats of, given exactly when ``scheme.nested``.
+        nested: what ``scales`` and ``minimums`` are the floats of, to the bit, given exactly when ``scheme.nested``.
 
     Raises:
-        ValueError: shapes or dtypes that contradict one another.
+        ValueError: shapes, dtypes or nested scales that contradict one another.
     """
 
     codes: Tensor
@@ -42,7 +42,7 @@ class QuantizedWeight:
     scheme: QuantScheme
     g_idx: Tensor | None = None
     minimums: Tensor | None = None
-    nested: Nested | None = None
+    nested: NestedParts | None = None
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2:
@@ -62,14 +62,15 @@ class QuantizedWeight:
             if str(plane.dtype) not in dtypes:
                 raise ValueError(f"{name}: expected dtype {' or '.join(dtypes)}, found {plane.dtype}")
         self._check_g_idx(columns)
-        self._check_nested(expected)
+        self._check_nested()
 
-    def _check_nested(self, expected: tuple[int, int]) -> None:
+    def _check_nested(self) -> None:
         if bool(self.scheme.nested) != (self.nested is not None):
             raise ValueError(f"nested must be given exactly when the scheme is; it says {self.scheme.nested}")
-        for part in self.nested or ():
-            fault = part.fault(expected, self.scheme.nested)
-            if fault:
+        if self.nested is not None:
+            floats = (self.scales,) if self.minimums is None else (self.scales, self.minimums)
+            fault = nested_fault(self.nested, floats, self.scheme)
+            if fault is not None:
                 raise ValueError(f"nested: {fault}")
 
     def _check_g_idx(self, columns: int) -> None:

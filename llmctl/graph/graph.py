@@ -49,8 +49,8 @@ class QuantScheme:
         minimum: a float minimum a group in place of an integer zero.
         block_rows: rows sharing one scale; the last block may have fewer.
         nested: 0, or how many scales that follow one another are stored as codes of 8 bits and floats that they share:
-            with minimums, integers times a float16, of groups of a row, and minimums likewise; with a code book of 4
-            bits, as bitsandbytes' double quantization.
+            of integers times a float16, of groups of a row, and minimums likewise; with a code book of 4 bits, as
+            bitsandbytes' double quantization.
 
     Raises:
         ValueError: attributes that contradict one another.
@@ -74,16 +74,22 @@ class QuantScheme:
             raise ValueError(f"code book '{self.book}' has its own zero: symmetric must be true")
         if self.block_rows < 1 or (self.block_rows > 1 and not self.symmetric):
             raise ValueError(f"block_rows: expected 1, or more of a symmetric weight, found {self.block_rows}")
-        nestable = (self.minimum or (self.book and self.bits == 4)) and not self.act_order and self.block_rows == 1
-        if self.nested < 0 or (self.nested and not nestable):
+        nestable = not self.has_zeros and not (self.book and self.bits == 8)
+        if self.nested < 0 or (self.nested and not (nestable and not self.act_order and self.block_rows == 1)):
             raise ValueError(
-                f"nested: expected 0, or more of minimums or a book of 4 bits, columns in order, found {self.nested}"
+                "nested: expected 0, or more of integers without a zero a group or a book of 4 bits, columns in order, "
+                f"found {self.nested}"
             )
 
     @property
     def has_zeros(self) -> bool:
         """Whether an integer zero is stored for every group."""
         return not self.symmetric and not self.minimum
+
+    @property
+    def nested_zero(self) -> int:
+        """The code of a nested scale of 0, of integers: scales have signs where there are no minimums."""
+        return 0 if self.minimum else 128
 
     def stacked(self, out_features: int) -> QuantScheme:
         """Of matrices of ``out_features`` rows stacked: blocks that a seam would cut become a scale a row."""

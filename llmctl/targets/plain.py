@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.nested import MappedFloats, Nested, NestedFloats
+from llmctl.checkpoint.nested import MappedFloats, NestedFloats, NestedParts, mapped_supers, usual_values
 from llmctl.graph.dtypes import BY_SAFETENSORS
 from llmctl.graph.graph import Graph, QuantScheme, Weight
 from llmctl.targets.base import PlaneContent, Read
@@ -71,16 +71,20 @@ def weight_planes(weight: Weight, dense: tuple[str, ...], scales: tuple[str, ...
 def _nested_planes(weight: Weight, scheme: QuantScheme) -> Iterator[Plane]:
     rows, groups = weight.shape[0], scheme.groups(weight.shape[1])
     if scheme.book:
-        # A part begins and ends within a super: one more than it has whole ones, and another.
-        supers = (rows * groups // scheme.nested + 2 * len(weight.parts),)
+        supers = (mapped_supers(rows, groups, scheme.nested, len(weight.parts)),)
         yield Plane(f"{weight.name}.scale_codes", (rows, groups), ("U8",))
         yield Plane(f"{weight.name}.scale_supers", supers, ("F32",))
         yield Plane(f"{weight.name}.scale_offsets", supers, ("F32",))
         yield Plane(f"{weight.name}.scale_starts", (rows,), ("I32",))
         return
-    for kind in _NESTED:
+    for kind in _kinds(scheme):
         yield Plane(f"{weight.name}.{kind}_codes", (rows, groups), ("U8",))
         yield Plane(f"{weight.name}.{kind}_supers", (rows, groups // scheme.nested), ("F16",))
+
+
+def _kinds(scheme: QuantScheme) -> tuple[str, ...]:
+    """What of a weight is nested: nothing, scales, or minimums too."""
+    return _NESTED[: 1 + scheme.minimum] if scheme.nested else ()
 
 
 def code_bytes(scheme: QuantScheme, columns: int) -> int:
@@ -115,7 +119,7 @@ def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, 
     """
     codes = weight.codes.contiguous().numpy()
     planes: dict[str, PlaneContent] = {"codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes)}
-    for kind, part in zip(_NESTED, weight.nested or (), strict=False):
+    for kind, part in zip(_kinds(weight.scheme), weight.nested or (), strict=True):
         planes |= {f"{kind}_codes": part.codes.contiguous(), f"{kind}_supers": part.supers.contiguous()}
         if isinstance(part, MappedFloats):
             planes |= {"scale_offsets": part.offsets, "scale_starts": part.starts.contiguous()}
@@ -137,7 +141,7 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     if scheme.bits != 8:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
     nested = _unpack_nested(scheme, planes) if scheme.nested else None
-    for kind, part in zip(_NESTED, nested or (), strict=False):
+    for kind, part in zip(_kinds(scheme), nested or (), strict=True):
         planes = {**planes, f"{kind}s": part.floats()}
     scales, minimums = widened(planes["scales"]), planes.get("minimums")
     zeros = planes.get("zeros")
@@ -149,13 +153,14 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     )
 
 
-def _unpack_nested(scheme: QuantScheme, planes: Mapping[str, Tensor]) -> Nested:
+def _unpack_nested(scheme: QuantScheme, planes: Mapping[str, Tensor]) -> NestedParts:
     if scheme.book:
         names = ("codes", "supers", "offsets", "starts")
         codes, supers, offsets, starts = (planes[f"scale_{name}"] for name in names)
-        return (MappedFloats(codes, supers, offsets, starts, scheme.nested),)
-    scales, minimums = (NestedFloats(planes[f"{kind}_codes"], planes[f"{kind}_supers"]) for kind in _NESTED)
-    return scales, minimums
+        return (MappedFloats(codes, supers, offsets, starts, scheme.nested, usual_values()),)
+    return tuple(
+        NestedFloats(planes[f"{kind}_codes"], planes[f"{kind}_supers"], scheme.nested_zero) for kind in _kinds(scheme)
+    )
 
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -168,7 +168,7 @@ def test_what_its_card_samples_with_goes_with_the_file(tmp_path: Path, monkeypat
     model = replace(demo.DEMO_MODELS["demo:smollm2-135m"], file="tiny.gguf")
     path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(tmp_path / "hf"))
     monkeypatch.setitem(demo.DEMO_MODELS, "demo:smollm2-135m", replace(model, size=path.stat().st_size))
-    assert sampling_of(path) == {"temperature": 0.2, "top_p": 0.9}
+    assert sampling_of(path) == {"temperature": 0.2, "top_p": 0.9, "do_sample": True}
     assert sampling_of(path.rename(tmp_path / "other.gguf")) == {}
 
 

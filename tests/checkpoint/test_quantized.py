@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoint_samples import random_weight
 
-from llmctl.checkpoint.nested import MappedFloats, NestedFloats, nested_map, stack_nested
+from llmctl.checkpoint.nested import MappedFloats, NestedFloats, stack_nested, usual_values
 from llmctl.checkpoint.quantized import QuantizedWeight, stack_rows
 from llmctl.graph.graph import QuantScheme
 
@@ -47,35 +47,37 @@ def test_weights_are_compared_by_identity() -> None:
     assert weight != random_weight(4, 32)
 
 
-def nested_weight(rows: int, groups: int = 4, shared: int = 2) -> QuantizedWeight:
+def nested_weight(rows: int, groups: int = 4, shared: int = 2, *, minimum: bool = True) -> QuantizedWeight:
     """Codes of 4 bits in groups of 8."""
+    scheme = QuantScheme(4, 8, not minimum, minimum=minimum, nested=shared)
     parts = []
-    for sign in (1, -1):
+    for sign in (1, -1)[: 1 + minimum]:
         codes = torch.randint(0, 256, (rows, groups), dtype=torch.uint8)
-        parts.append(NestedFloats(codes, (sign * torch.rand(rows, groups // shared)).half()))
+        supers = (sign * torch.rand(rows, groups // shared)).half()
+        parts.append(NestedFloats(codes, supers, scheme.nested_zero))
     codes = torch.randint(0, 16, (rows, 8 * groups), dtype=torch.uint8)
-    scheme = QuantScheme(4, 8, False, minimum=True, nested=shared)
-    zeros = torch.zeros(rows, groups, dtype=torch.uint8)
+    zeros = torch.full((rows, groups), 0 if minimum else 8, dtype=torch.uint8)
     floats = [part.floats() for part in parts]
-    return QuantizedWeight(codes, floats[0], zeros, scheme, None, floats[1], (parts[0], parts[1]))
+    return QuantizedWeight(codes, floats[0], zeros, scheme, None, floats[1] if minimum else None, tuple(parts))
 
 
-def test_nested_scales_are_products_and_follow_their_rows() -> None:
-    first, second = nested_weight(5), nested_weight(3)
+@pytest.mark.parametrize("minimum", [True, False])
+def test_nested_scales_are_products_and_follow_their_rows(minimum: bool) -> None:
+    first, second = nested_weight(5, minimum=minimum), nested_weight(3, minimum=minimum)
     assert first.nested is not None
     part = first.nested[0]
     assert isinstance(part, NestedFloats)
-    assert part.floats()[4, 3] == part.codes[4, 3].float() * part.supers[4, 1].float()
+    assert part.floats()[4, 3] == (int(part.codes[4, 3]) - (0 if minimum else 128)) * part.supers[4, 1].float()
     whole = stack_rows([first, second])
     turned = whole.take_rows(torch.tensor([6, 0, 4]))
     for weight in (whole, turned):
         assert weight.nested is not None
-        for floats, kept in zip((weight.scales, weight.minimums), weight.nested, strict=True):
+        for floats, kept in zip((weight.scales, weight.minimums)[: 1 + minimum], weight.nested, strict=True):
             assert torch.equal(floats, kept.floats())
     assert torch.equal(turned.dequantize(), torch.cat([first.dequantize(), second.dequantize()])[[6, 0, 4]])
 
 
-@pytest.mark.parametrize("what", ["none", "shape", "dtype", "groups"])
+@pytest.mark.parametrize("what", ["none", "count", "kind", "shape", "dtype", "zero", "groups", "scales", "minimums"])
 def test_nested_scales_that_contradict_the_scheme_are_refused(what: str) -> None:
     weight = nested_weight(4)
     assert weight.nested is not None
@@ -83,9 +85,14 @@ def test_nested_scales_that_contradict_the_scheme_are_refused(what: str) -> None
     assert isinstance(part, NestedFloats)
     changes = {
         "none": {"nested": None},
-        "shape": {"nested": (NestedFloats(part.codes[:2], part.supers), part)},
-        "dtype": {"nested": (part, NestedFloats(part.codes, part.supers.float()))},
+        "count": {"nested": (part,)},
+        "kind": {"nested": (part, mapped(4, 4, 2))},
+        "shape": {"nested": (replace(part, codes=part.codes[:2]), part)},
+        "dtype": {"nested": (part, replace(part, supers=part.supers.float()))},
+        "zero": {"nested": (replace(part, zero=128), weight.nested[1])},
         "groups": {"scheme": replace(weight.scheme, nested=3)},
+        "scales": {"scales": weight.scales * 2},
+        "minimums": {"nested": (part, part)},
     }
     with pytest.raises(ValueError, match="nested"):
         replace(weight, **changes[what])
@@ -96,7 +103,7 @@ def mapped(rows: int, groups: int, shared: int) -> MappedFloats:
     supers = -(-rows * groups // shared)
     starts = torch.arange(rows, dtype=torch.int32) * groups
     codes = torch.randint(0, 256, (rows, groups), dtype=torch.uint8)
-    return MappedFloats(codes, torch.rand(supers), torch.rand(1).expand(supers), starts, shared)
+    return MappedFloats(codes, torch.rand(supers), torch.rand(1).expand(supers), starts, shared, usual_values())
 
 
 @pytest.mark.parametrize("shared", [1, 4, 7, 20, 1000])
@@ -104,7 +111,7 @@ def test_mapped_scales_follow_their_rows(shared: int) -> None:
     """Of file tensors whose supers end within a row or hold several, stacked, sliced and turned."""
     first, second = mapped(9, 5, shared), mapped(6, 5, shared)
     at = torch.arange(45) // shared
-    flat = nested_map()[first.codes.flatten().int()] * first.supers[at] + first.offsets[at]
+    flat = usual_values()[first.codes.flatten().int()] * first.supers[at] + first.offsets[at]
     assert torch.equal(first.floats(), flat.reshape(9, 5))
     whole = torch.cat([first.floats(), second.floats()])
     (stacked,) = stack_nested([(first,), (second,)])
@@ -125,10 +132,11 @@ def test_mapped_scales_that_contradict_the_scheme_are_refused() -> None:
     zeros = torch.zeros(4, 2, dtype=torch.uint8)
     codes = torch.zeros(4, 16, dtype=torch.uint8)
     assert QuantizedWeight(codes, part.floats(), zeros, scheme, nested=(part,)).nested == (part,)
-    for other in (
-        replace(part, shared=8),
-        replace(part, starts=part.starts[:3]),
-        replace(part, codes=part.codes[:, :1]),
-    ):
+    changes = {"shared": 8, "starts": part.starts[:3], "codes": part.codes[:, :1]}
+    for name, value in changes.items():
         with pytest.raises(ValueError, match="nested: expected codes, starts and shared"):
-            QuantizedWeight(codes, part.floats(), zeros, scheme, nested=(other,))
+            QuantizedWeight(codes, part.floats(), zeros, scheme, nested=(replace(part, **{name: value}),))
+    with pytest.raises(ValueError, match="expected codes of the usual map"):
+        QuantizedWeight(codes, part.floats(), zeros, scheme, nested=(replace(part, values=part.values * 2),))
+    with pytest.raises(ValueError, match="expected scales and minimums to be what the codes multiply out to"):
+        QuantizedWeight(codes, part.floats() + 1, zeros, scheme, nested=(part,))

@@ -30,7 +30,7 @@ NESTED = QuantScheme(4, 32, False, minimum=True, nested=8)
         ({"minimum": True}, "a symmetric weight has no minimum"),
         ({"block_rows": 0}, "block_rows: expected 1, or more"),
         ({"block_rows": 2, "symmetric": False}, "block_rows: expected 1, or more of a symmetric weight"),
-        ({"nested": 8}, "nested: expected 0, or more of minimums or a book of 4 bits, columns in order, found 8"),
+        ({"nested": 8, "symmetric": False}, "nested: expected 0, or more of integers without a zero a group or a book"),
         ({"nested": -1, "symmetric": False, "minimum": True}, "nested: expected 0, or more"),
         ({"nested": 8, "symmetric": False, "minimum": True, "act_order": True}, "nested: expected 0, or more"),
     ],

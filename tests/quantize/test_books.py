@@ -1,5 +1,6 @@
 """Code books: fp8 and NF4 as methods, from the nearest value to what an engine computes with."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from llmctl.artifact.request import EngineRequest
 from llmctl.artifact.start import open_runtime
 from llmctl.checkpoint import compressed_tensors_planes
 from llmctl.checkpoint.bitsandbytes_planes import nest_scales
-from llmctl.checkpoint.nested import nested_map
+from llmctl.checkpoint.nested import usual_values
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.cli.main import app
@@ -81,16 +82,25 @@ def test_every_float8_is_itself() -> None:
     assert torch.equal(made.dequantize()[0], values)
 
 
+def test_the_map_of_nested_scales_is_bitsandbytes_own() -> None:
+    """To the bit, whatever torch's linspace rounds to on this machine; and what that says, at most a step away."""
+    values = usual_values()
+    digest = hashlib.sha256(values.numpy().astype("<f4").tobytes()).hexdigest()
+    assert digest == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+    positive = [10.0 ** (i - 6) * (b[:-1] + b[1:]) / 2 for i in range(7) for b in [torch.linspace(0.1, 1, 2**i + 1)]]
+    meant = torch.cat([*positive, *(-p for p in positive), torch.tensor([0.0, 1.0])]).sort().values
+    torch.testing.assert_close(values, meant, rtol=2.0**-23, atol=0)
+
+
 def test_nested_scales_are_the_nearest_of_the_map() -> None:
-    values = nested_map()
-    assert torch.equal(values, values.sort().values)
-    assert len(values.unique()) == 256
-    scales = torch.rand(700, generator=torch.Generator().manual_seed(1)) ** 4
+    values = usual_values()
+    scales = torch.rand(100, 7, generator=torch.Generator().manual_seed(1)) ** 4
     nested = nest_scales(scales)
-    assert nested.largest.shape == (3,)
-    points = values.double() * nested.largest.repeat_interleave(256)[:700].double()[:, None] + nested.offset
-    nearest = (scales.double()[:, None] - points).abs().amin(dim=1)
-    assert torch.all((nested.dequantize().double() - scales).abs() <= nearest + 1e-7)
+    assert nested.supers.shape == (3,)
+    flat, at = scales.flatten().double(), torch.arange(700) // 256
+    points = values.double() * nested.supers[at].double()[:, None] + nested.offsets[0]
+    nearest = (flat[:, None] - points).abs().amin(dim=1)
+    assert torch.all((nested.floats().flatten().double() - flat).abs() <= nearest + 1e-7)
 
 
 @pytest.mark.parametrize("kind", WRITTEN)

@@ -125,6 +125,7 @@ class OpDesc(c.Structure):
         *((name, IntActs) for name in ("x8", "y8")),
         *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group", "zero_step", "nested")),
         *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "w_minimums", "w_scale_codes", "w_scale_supers")),
+        *((name, c.c_void_p) for name in ("w_scale_supers32", "w_scale_starts", "w_scale_map")),
         *((name, c.c_void_p) for name in ("w_scales32", "w_book", "bias")),
         *((name, c.c_void_p) for name in ("permutation", "x16")),
         *((name, c.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "window")),

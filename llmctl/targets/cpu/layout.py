@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.checkpoint.nested import mapped_supers, nested_map
 from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import KVLayer
 from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS, kv_token_bytes
 
 Bytes = NDArray[np.uint8]
-Stored = tuple[Bytes, NDArray[np.float16]]
-"""Of nested scales: codes, and what those are multiplied by."""
 INTEGER = ("w4", "w8", "w4_min", "w8_min")
 """The dtypes that meet int8 activations."""
 BOOK_DTYPES = {8: "e4m3", 4: "book4"}
@@ -31,6 +30,30 @@ class ScaleRangeError(ValueError):
 
 
 @dataclass(frozen=True)
+class NestedPlane:
+    """Scales, or minimums, of integers [N, G], as ``(code - zero) * super``; see ``checkpoint.nested.NestedFloats``."""
+
+    codes: Bytes
+    supers: NDArray[np.float16]
+    zero: int
+
+
+@dataclass(frozen=True)
+class MappedPlane:
+    """Scales of a code book [N, G], as ``nested_map()[code] * super + offset``; see ``checkpoint.nested.MappedFloats``.
+
+    ``room``: supers that are stored, zeros behind those that there are; a row of padding has some of them.
+    """
+
+    codes: Bytes
+    supers: NDArray[np.float32]
+    offsets: NDArray[np.float32]
+    starts: NDArray[np.int32]
+    shared: int
+    room: int
+
+
+@dataclass(frozen=True)
 class PackedLinear:
     """One linear weight in tiles.
 
@@ -38,8 +61,12 @@ class PackedLinear:
         dtype: one of ``abi.WEIGHT_BITS``.
         data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32. zeros: u8 [tiles, groups, 32], or
             [32] of one zero for all, of w4 and w8. minimums: f16 [tiles, groups, 32], of w4_min and w8_min. book: f32
-            [16], of book4. scale_codes: u8 [tiles, groups, 2, 32], in place of scales and minimums: what they are the
-            products of with scale_supers, f16 [tiles, groups / nested, 2, 32].
+            [16], of book4. nested: how many groups' scales share a float; 0: each has its own. scale_codes, of
+            integers: u8 [tiles, groups, P, 32], in place of scales and minimums (P = 2) or of scales whose sign is
+            above 128 (P = 1): what they are the products of with scale_supers, f16 [tiles, groups / nested, P, 32]. Of
+            book4: u8 [tiles, groups, 32], values of scale_map, f32 [256], which are multiplied by the first and added
+            to the second of scale_supers, f32 [supers, 2]; group ``g`` of a row has number ``(start + g) // nested`` of
+            those, of scale_starts, i32 [rows].
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
@@ -55,19 +82,20 @@ class PackedLinear:
     minimums: NDArray[np.uint16] | None = None
     book: NDArray[np.float32] | None = None
     scale_codes: Bytes | None = None
-    scale_supers: NDArray[np.uint16] | None = None
+    scale_supers: NDArray[Any] | None = None
+    scale_starts: NDArray[np.int32] | None = None
+    nested: int = 0
 
     @property
-    def nested(self) -> int:
-        """Groups whose scales share a float; 0: each has its own."""
-        if self.scale_codes is None or self.scale_supers is None:
-            return 0
-        return int(self.scale_codes.shape[1] // self.scale_supers.shape[1])
+    def scale_map(self) -> NDArray[np.float32] | None:
+        """What codes of nested scales of book4 stand for."""
+        return None if self.scale_starts is None else nested_map()
 
     @property
     def nbytes(self) -> int:
         """Size of the codes, their scales and offsets."""
-        scales = (self.scales, self.zeros, self.minimums, self.scale_codes, self.scale_supers)
+        nested = (self.scale_codes, self.scale_supers, self.scale_starts)
+        scales = (self.scales, self.zeros, self.minimums, *nested)
         return self.data.nbytes + sum(plane.nbytes for plane in scales if plane is not None)
 
     @property
@@ -134,28 +162,25 @@ def padded_columns(columns: int, group: int) -> tuple[int, int]:
 
 def pack_int(
     codes: Bytes,
-    scales: NDArray[Any],
+    scales: NDArray[Any] | NestedPlane,
     zeros: Bytes | None,
     *,
     bits: int,
     group: int,
     gated: bool,
     g_idx: NDArray[np.int32] | None = None,
-    minimums: NDArray[Any] | None = None,
+    minimums: NDArray[Any] | NestedPlane | None = None,
     experts: int = 1,
-    nested: tuple[Stored, Stored] | None = None,
 ) -> PackedLinear:
     """Pack integer codes. Scales and minimums are rounded to float16; nested ones are when they are read.
 
     Args:
         codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]; None: 2^(bits - 1) for all.
-            minimums: as the scales; in place of the zeros.
+            minimums: as the scales, nested where those are; in place of the zeros.
         bits: 8, or anything up to 4. group: columns a group, -1 = all.
         gated: rows are gate then up, to be interleaved.
         g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
         experts: whose rows lie one below the other.
-        nested: of the scales and of the minimums, the codes u8 [N, G] and the float16 [N, G / shared] that they are the
-            products of.
 
     Raises:
         ValueError: a group size that the kernels cannot take, or scales or minimums beyond float16.
@@ -166,7 +191,6 @@ def pack_int(
     if g_idx is not None:
         permutation = np.argsort(g_idx, kind="stable").astype(np.int32)
         codes = codes[:, permutation]
-    half = _half(scales, "scales")
     order = row_order(rows, gated, experts)
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
@@ -175,19 +199,34 @@ def pack_int(
     packed = PackedLinear(
         dtype=int_dtype(bits, minimum=minimums is not None),
         data=np.ascontiguousarray(data).reshape(-1),
-        scales=_arrange(half, order),
+        scales=None,
         zeros=None if minimums is not None else _zeros(zeros, bits, order),
         rows=len(order),
         columns=padded,
         group=size,
         permutation=permutation,
-        minimums=None if minimums is None else _arrange(_half(minimums, "minimums"), order),
     )
-    if nested is None:
-        return packed
-    codes = np.stack([_arrange(part[0], order) for part in nested], axis=2)
-    supers = np.stack([_arrange(part[1], order) for part in nested], axis=2)
-    return replace(packed, scales=None, minimums=None, scale_codes=codes, scale_supers=supers.view(np.uint16))
+    floats = {"scales": scales, "minimums": minimums}
+    nested = {what: plane for what, plane in floats.items() if isinstance(plane, NestedPlane)}
+    if nested:
+        return replace(packed, **_arrange_nested(nested, order))
+    plain = {w: _arrange(_half(p, w), order) for w, p in floats.items() if isinstance(p, np.ndarray)}
+    return replace(packed, scales=plain["scales"], minimums=plain.get("minimums"))
+
+
+def _arrange_nested(parts: Mapping[str, NestedPlane], order: NDArray[np.int64]) -> dict[str, Any]:
+    """Fields of a PackedLinear, by name.
+
+    Raises:
+        ScaleRangeError: as ``_half``, of what they multiply out to.
+    """
+    for what, part in parts.items():
+        by_super = part.codes.reshape(*part.supers.shape, -1).astype(np.float32) - part.zero
+        _half(np.abs(by_super).max(axis=-1) * part.supers.astype(np.float32), what)
+    codes = np.stack([_arrange(part.codes, order, part.zero) for part in parts.values()], axis=2)
+    supers = np.stack([_arrange(part.supers, order) for part in parts.values()], axis=2)
+    nested = codes.shape[1] // supers.shape[1]
+    return {"scale_codes": codes, "scale_supers": supers.view(np.uint16), "nested": nested}
 
 
 def _zeros(zeros: Bytes | None, bits: int, order: NDArray[np.int64]) -> Bytes:
@@ -200,12 +239,12 @@ def int_dtype(bits: int, *, minimum: bool) -> str:
 
 
 def pack_book(
-    codes: Bytes, scales: NDArray[np.float32], *, book: str, group: int, gated: bool, experts: int = 1
+    codes: Bytes, scales: NDArray[np.float32] | MappedPlane, *, book: str, group: int, gated: bool, experts: int = 1
 ) -> PackedLinear:
     """Pack codes of a code book.
 
     Args:
-        codes: u8 [N, K]. scales: f32 [N, G]. group: columns a group, -1 = all; the last may have fewer.
+        codes: u8 [N, K]. scales: f32 [N, G], or nested. group: columns a group, -1 = all; the last may have fewer.
     """
     columns, order = codes.shape[1], row_order(len(codes), gated, experts)
     wide = np.zeros((len(order), columns), np.uint8)
@@ -216,7 +255,26 @@ def pack_book(
         lines = np.bitwise_or(lines[:, :, :LANES], np.left_shift(lines[:, :, LANES:], 4), dtype=np.uint8)
     data = np.ascontiguousarray(lines).reshape(-1)
     size = columns if group == -1 else group
-    return PackedLinear(dtype, data, _arrange(scales, order), None, len(order), columns, size, book=values)
+    packed = PackedLinear(dtype, data, None, None, len(order), columns, size, book=values)
+    if isinstance(scales, MappedPlane):
+        return replace(packed, **_arrange_mapped(scales, order))
+    return replace(packed, scales=_arrange(scales, order))
+
+
+def _arrange_mapped(part: MappedPlane, order: NDArray[np.int64]) -> dict[str, Any]:
+    """Fields of a PackedLinear, by name: padding's scales are of zeros behind the supers."""
+    count = len(part.supers)
+    assert count + _supers_of_padding(part.codes.shape[1], part.shared) <= part.room
+    supers = np.zeros((part.room, 2), np.float32)
+    supers[:count, 0], supers[:count, 1] = part.supers, part.offsets
+    starts = np.where(order < 0, count * part.shared, part.starts[np.maximum(order, 0)]).astype(np.int32)
+    codes = _arrange(part.codes, order)
+    return {"scale_codes": codes, "scale_supers": supers, "scale_starts": starts, "nested": part.shared}
+
+
+def _supers_of_padding(groups: int, shared: int) -> int:
+    """Of one row."""
+    return -(-groups // shared)
 
 
 def _book_values(book: str) -> NDArray[np.float32] | None:
@@ -224,10 +282,10 @@ def _book_values(book: str) -> NDArray[np.float32] | None:
     return np.array(CODE_BOOKS[book].values, np.float32) if book and CODE_BOOKS[book].bits == 4 else None
 
 
-def _arrange(plane: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
+def _arrange(plane: NDArray[Any], order: NDArray[np.int64], padding: int = 0) -> NDArray[Any]:
     """A plane [N, G] as [tiles, groups, 32], rows in ``order``."""
     picked = plane[np.maximum(order, 0)]
-    picked[order < 0] = 0
+    picked[order < 0] = padding
     return np.ascontiguousarray(picked.reshape(-1, TILE, plane.shape[1]).transpose(0, 2, 1))
 
 
@@ -295,7 +353,8 @@ class LinearFormat:
         dtype: one of ``abi.WEIGHT_BITS``. shape: (N, K), logical. gated: interleaved gate and up rows.
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
         book: its code book. experts: whose rows lie one below the other. one_zero: all codes have the same zero.
-        nested: groups whose scales and minimums share a float; 0: each has its own.
+        nested: groups whose scales and minimums share a float; 0: each has its own. parts: tensors of the checkpoint
+            that it is made of.
     """
 
     dtype: str
@@ -307,6 +366,7 @@ class LinearFormat:
     experts: int = 1
     one_zero: bool = False
     nested: int = 0
+    parts: int = 1
 
     @property
     def integer(self) -> bool:
@@ -331,21 +391,36 @@ class LinearFormat:
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
         if self.integer:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
+            minimum = self.dtype.endswith("_min")
             if self.nested:
-                planes["tile_scale_codes"] = ("U8", (*shape[:2], 2, TILE))
-                planes["tile_scale_supers"] = ("F16", (shape[0], shape[1] // self.nested, 2, TILE))
-                return planes
-            planes["tile_scales"] = ("F16", shape)
-            if self.dtype.endswith("_min"):
-                planes["tile_minimums"] = ("F16", shape)
+                planes["tile_scale_codes"] = ("U8", (*shape[:2], 1 + minimum, TILE))
+                planes["tile_scale_supers"] = ("F16", (shape[0], shape[1] // self.nested, 1 + minimum, TILE))
             else:
+                planes["tile_scales"] = ("F16", shape)
+            if minimum and not self.nested:
+                planes["tile_minimums"] = ("F16", shape)
+            if not minimum:
                 planes["tile_zeros"] = ("U8", (TILE,) if self.one_zero else shape)
         if self.book:
             size = self.columns if self.group == -1 else self.group
-            planes["tile_scales"] = ("F32", (self.rows // TILE, -(-self.columns // size), TILE))
+            planes |= self._book_scales((self.rows // TILE, -(-self.columns // size), TILE))
         if self.permuted:
             planes["permutation"] = ("I32", (self.shape[1],))
         return planes
+
+    def room(self, groups: int) -> int:
+        """Supers that are stored of nested scales of a code book, for rows of ``groups``."""
+        supers = mapped_supers(self.shape[0], groups, self.nested, self.parts)
+        return supers + _supers_of_padding(groups, self.nested)
+
+    def _book_scales(self, shape: tuple[int, int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        if not self.nested:
+            return {"tile_scales": ("F32", shape)}
+        return {
+            "tile_scale_codes": ("U8", shape),
+            "tile_scale_supers": ("F32", (self.room(shape[1]), 2)),
+            "tile_scale_starts": ("I32", (self.rows,)),
+        }
 
     def from_planes(self, planes: Mapping[str, NDArray[Any]]) -> PackedLinear:
         """The packed weight over stored planes (suffix -> array)."""
@@ -363,6 +438,8 @@ class LinearFormat:
             _book_values(self.book),
             planes.get("tile_scale_codes"),
             planes.get("tile_scale_supers"),
+            planes.get("tile_scale_starts"),
+            self.nested,
         )
 
 
@@ -375,6 +452,7 @@ def to_planes(packed: PackedLinear) -> dict[str, NDArray[Any]]:
         "tile_minimums": packed.minimums,
         "tile_scale_codes": packed.scale_codes,
         "tile_scale_supers": packed.scale_supers,
+        "tile_scale_starts": packed.scale_starts,
         "permutation": packed.permutation,
     }
     return planes | {suffix: plane for suffix, plane in found.items() if plane is not None}

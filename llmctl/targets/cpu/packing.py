@@ -1,7 +1,8 @@
 """How a Graph's weights lie in an engine for the native CPU kernels: formats, planes, packing, kernel choices.
 
 A linear weight ``W`` is stored as ``W.tiles`` and, for integer formats, ``W.tile_scales``, ``W.tile_zeros`` or
-``W.tile_minimums`` (nested: ``W.tile_scale_codes``, ``W.tile_scale_supers``), and (only with act-order)
+``W.tile_minimums`` (nested: ``W.tile_scale_codes``, ``W.tile_scale_supers``, of a code book ``W.tile_scale_starts``;
+``layout.PackedLinear``), and (only with act-order)
 ``W.permutation``; see ``layout.py``. Norm weights and biases are F32.
 Embedding tables are F32, or BF16 in a bfloat16 engine; one that is also the output head is stored both ways, unless the
 checkpoint has it quantized: then its rows are looked up in the tiles.
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.nested import Nested, NestedFloats
+from llmctl.checkpoint.nested import MappedFloats, NestedFloats
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import BY_SAFETENSORS, DTYPES
@@ -29,9 +30,10 @@ from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
     BOOK_DTYPES,
     LinearFormat,
+    MappedPlane,
+    NestedPlane,
     PackedLinear,
     ScaleRangeError,
-    Stored,
     int_dtype,
     pack_book,
     pack_dense,
@@ -157,19 +159,18 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
         codes, scales = quantize_symmetric(_dense(weight).numpy(), bits_wanted, fmt.group)
         return pack_int(codes, scales, None, bits=bits_wanted, group=fmt.group, gated=fmt.gated)
     weight = weight.by_row()
-    codes, scales = weight.codes.numpy(), weight.scales.numpy()
+    codes = weight.codes.numpy()
     if fmt.book:
         return pack_book(
-            codes, scales.astype(np.float32), book=fmt.book, group=fmt.group, gated=fmt.gated, experts=fmt.experts
+            codes, _book_scales(weight, fmt), book=fmt.book, group=fmt.group, gated=fmt.gated, experts=fmt.experts
         )
     zeros = weight.zeros.numpy()
     assert not fmt.one_zero or (zeros == 1 << (weight.scheme.bits - 1)).all(), "symmetric weights have one zero"
+    floats, minimums = _int_scales(weight)
     return pack_int(
-        codes, scales, None if fmt.one_zero else zeros, bits=weight.scheme.bits, group=fmt.group,
-        gated=fmt.gated,
+        codes, floats, None if fmt.one_zero else zeros, bits=weight.scheme.bits, group=fmt.group,
+        gated=fmt.gated, experts=fmt.experts, minimums=minimums,
         g_idx=None if weight.g_idx is None else weight.g_idx.numpy(),
-        minimums=None if weight.minimums is None else weight.minimums.numpy(), experts=fmt.experts,
-        nested=None if weight.nested is None else _stored(weight.nested),
     )  # fmt: skip
 
 
@@ -206,9 +207,9 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
     dense = LinearFormat(DTYPES[options.dtype].tag, (rows, columns), gated, experts=experts)
     scheme = weight.quant
     if scheme is not None and scheme.book and not scheme.act_order:
-        # Nested scales are multiplied out: looked up in their map as they are read, a step of one row took 1.05 to 1.07
-        # of its time (NF4, AMX machine; gathers, once a tile).
-        return replace(dense, dtype=BOOK_DTYPES[scheme.bits], group=scheme.group_size, book=scheme.book)
+        kind, parts = BOOK_DTYPES[scheme.bits], len(weight.parts)
+        of_book = replace(dense, dtype=kind, group=scheme.group_size, book=scheme.book)
+        return replace(of_book, nested=scheme.nested, parts=parts)
     if options.dtype == "float32":
         return dense
     if scheme is not None:
@@ -248,9 +249,22 @@ def _refusals(graph: Graph, op: Op, options: BuildOptions) -> tuple[Refusal, ...
     return (Refusal(kernel, f"{reason}: weights are dequantized"),) if reason else ()
 
 
-def _stored(nested: Nested) -> tuple[Stored, Stored]:
-    scales, minimums = ((part.codes.numpy(), part.supers.numpy()) for part in nested if isinstance(part, NestedFloats))
-    return scales, minimums
+def _int_scales(weight: QuantizedWeight) -> tuple[NDArray[Any] | NestedPlane, NDArray[Any] | NestedPlane | None]:
+    """Scales and minimums, as they are stored."""
+    if weight.nested is None:
+        return weight.scales.numpy(), None if weight.minimums is None else weight.minimums.numpy()
+    parts = [p for p in weight.nested if isinstance(p, NestedFloats)]
+    planes = [NestedPlane(part.codes.numpy(), part.supers.numpy(), part.zero) for part in parts]
+    return planes[0], planes[1] if weight.scheme.minimum else None
+
+
+def _book_scales(weight: QuantizedWeight, fmt: LinearFormat) -> NDArray[np.float32] | MappedPlane:
+    """Scales of a code book, as they are stored."""
+    for part in weight.nested or ():
+        if isinstance(part, MappedFloats):
+            supers, offsets, starts = part.supers.numpy(), part.offsets.numpy(), part.starts.numpy()
+            return MappedPlane(part.codes.numpy(), supers, offsets, starts, part.shared, fmt.room(part.codes.shape[1]))
+    return weight.scales.numpy().astype(np.float32)
 
 
 def _dense(weight: Tensor | QuantizedWeight) -> Tensor:

@@ -357,7 +357,9 @@ class CpuRuntime:
         scales = "w_scales" if packed.integer else "w_scales32"
         desc.nested = packed.nested
         planes = {"w_zeros": packed.zeros, "w_minimums": packed.minimums, "w_book": packed.book, scales: packed.scales}
-        planes |= {"w_scale_codes": packed.scale_codes, "w_scale_supers": packed.scale_supers}
+        supers = "w_scale_supers" if packed.integer else "w_scale_supers32"
+        planes |= {"w_scale_codes": packed.scale_codes, supers: packed.scale_supers}
+        planes |= {"w_scale_starts": packed.scale_starts, "w_scale_map": packed.scale_map}
         for field, plane in planes.items():
             if plane is not None:
                 setattr(desc, field, self._pointer(plane))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpu_graphs import VARIANTS, Floats, Native, Sketch, each_variant, run
 
-from llmctl.checkpoint.nested import NestedFloats
+from llmctl.checkpoint.nested import NestedFloats, of_tensor, usual_values
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice
 from llmctl.errors import UnsupportedModelError
@@ -40,6 +40,8 @@ SCHEMES = {
     "w8": QuantScheme(8, 16, symmetric=True),
     "w4_min": QuantScheme(4, 16, symmetric=False, minimum=True),
     "w4_min_nested": QuantScheme(4, 8, symmetric=False, minimum=True, nested=2),
+    "w8_nested": QuantScheme(8, 8, symmetric=True, nested=2),
+    "book4_nested": QuantScheme(4, 8, symmetric=True, book="nf4", nested=3),
     "e4m3": QuantScheme(8, -1, symmetric=True, book="fp8_e4m3"),
     "book4": QuantScheme(4, 16, symmetric=True, book="nf4"),
 }
@@ -58,12 +60,16 @@ def _weight(seed: int, rows: int, columns: int, scheme: QuantScheme | None) -> t
     minimums = -scales * 2 ** (scheme.bits - 1) if scheme.minimum else None
     if not scheme.nested:
         return QuantizedWeight(codes, scales.half(), zeros, scheme, None, minimums)
-    stored = torch.from_numpy(rng.integers(20, 64, shape, np.uint8))
+    if scheme.book:
+        stored, count = torch.from_numpy(rng.integers(0, 256, shape, np.uint8)), -(-rows * shape[1] // scheme.nested)
+        supers = torch.from_numpy(rng.uniform(0.01, 0.02, count).astype(np.float32))
+        mapped = of_tensor(stored, supers, torch.full((count,), 0.03), scheme.nested, usual_values())
+        return QuantizedWeight(codes, mapped.floats(), zeros, scheme, nested=(mapped,))
+    stored = torch.from_numpy(rng.integers(20, 64, shape, np.uint8)) + 2 * scheme.nested_zero // 3
     supers = torch.from_numpy(rng.uniform(0.01, 0.02, (rows, shape[1] // scheme.nested)).astype(np.float16)) / 16
-    of_scales, of_minimums = NestedFloats(stored, supers), NestedFloats(stored, -8 * supers)
-    return QuantizedWeight(
-        codes, of_scales.floats(), zeros, scheme, None, of_minimums.floats(), (of_scales, of_minimums)
-    )
+    parts = [NestedFloats(stored, factor * supers, scheme.nested_zero) for factor in (1, -8)[: 1 + scheme.minimum]]
+    floats = [part.floats() for part in parts]
+    return QuantizedWeight(codes, floats[0], zeros, scheme, None, floats[1] if scheme.minimum else None, tuple(parts))
 
 
 @dataclass(frozen=True)

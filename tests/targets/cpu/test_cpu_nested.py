@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from cpu_graphs import Floats, Native, Sketch, each_variant, run
 
+from llmctl.checkpoint.nested import of_tensor, usual_values
+from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice
-from llmctl.targets.cpu.layout import PackedLinear, ScaleRangeError, pack_int
+from llmctl.graph.graph import QuantScheme
+from llmctl.targets.cpu.layout import LinearFormat, NestedPlane, PackedLinear, ScaleRangeError, pack_int, to_planes
+from llmctl.targets.cpu.packing import pack_linear
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 
 pytestmark = [
@@ -17,24 +22,64 @@ pytestmark = [
 ROWS = (1, 2, 7, 8, 16, 33, 120)
 
 
-def both(bits: int, group: int, shared: int, n: int, k: int, gated: bool = False) -> tuple[PackedLinear, PackedLinear]:
-    """A weight whose scales and minimums are float16, and the same nested: every code, float16's denormals too."""
+def both(
+    bits: int, group: int, shared: int, n: int, k: int, *, minimum: bool, gated: bool = False
+) -> tuple[PackedLinear, PackedLinear]:
+    """A weight whose scales (and minimums) are float16, and the same nested: every code, float16's denormals too."""
     rng = np.random.default_rng(bits * n + k)
     codes, groups = rng.integers(0, 2**bits, (n, k), dtype=np.uint8), k // group
-    stored, floats = [], []
-    for sign in (1, -1):
-        scales = rng.permutation(np.resize(np.arange(256, dtype=np.uint8), n * groups)).reshape(n, groups)
+    zero = 0 if minimum else 128
+    nested, floats = [], []
+    for sign in (1, -1)[: 1 + minimum]:
+        scales = np.resize(rng.permutation(256).astype(np.uint8), (n, groups))
         size = 10.0 ** rng.uniform(-7, -3, (n, groups // shared))
         supers = (sign * size * 1.37).astype(np.float16)
-        stored.append((scales, supers))
-        floats.append(np.repeat(supers.astype(np.float32), shared, 1) * scales.astype(np.float32))
-    assert ((floats[0] > 0) & (floats[0] < 2.0**-14)).any()
+        nested.append(NestedPlane(scales, supers, zero))
+        floats.append(np.repeat(supers.astype(np.float32), shared, 1) * (scales.astype(np.float32) - zero))
+    assert ((floats[0] != 0) & (np.abs(floats[0]) < 2.0**-14)).any()
     made = [
-        pack_int(codes, floats[0], None, bits=bits, group=group, gated=gated, minimums=floats[1], nested=nested)
-        for nested in (None, (stored[0], stored[1]))
+        pack_int(codes, planes[0], None, bits=bits, group=group, gated=gated, minimums=planes[1] if minimum else None)
+        for planes in (floats, nested)
     ]
     assert (made[0].nested, made[1].nested) == (0, shared)
     return made[0], made[1]
+
+
+def both_mapped(group: int, shared: int, n: int, k: int, gated: bool) -> tuple[PackedLinear, PackedLinear]:
+    """The same of NF4, with supers of two files' tensors, read through an engine's planes."""
+    generator = torch.Generator().manual_seed(n + k)
+    groups, nf4 = k // group, QuantScheme(4, group, True, book="nf4", nested=shared)
+    count = -(-n * groups // shared)
+    codes = torch.randperm(n * groups, generator=generator).reshape(n, groups).to(torch.uint8)
+    supers = torch.rand(count, generator=generator) * torch.logspace(-4, 0, count)
+    mapped = of_tensor(codes, supers, torch.rand(count, generator=generator), shared, usual_values())
+    values = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    nested = QuantizedWeight(values, mapped.floats(), torch.zeros_like(codes), nf4, nested=(mapped,))
+    nested = nested.take_rows(torch.randperm(n, generator=generator))
+    plain = QuantizedWeight(nested.codes, nested.scales, nested.zeros, QuantScheme(4, group, True, book="nf4"))
+    made = []
+    for weight in (plain, nested):
+        fmt = LinearFormat("book4", (n, k), gated, group, book="nf4", nested=weight.scheme.nested, parts=2)
+        planes = to_planes(pack_linear(weight, fmt))
+        assert {name: plane.shape for name, plane in planes.items()} == {n: s for n, (_, s) in fmt.planes().items()}
+        made.append(fmt.from_planes(planes))
+    assert made[1].nested == shared
+    return made[0], made[1]
+
+
+def outputs(packed: PackedLinear, n: int, k: int, gated: bool, variant: Variant, threads: int) -> list[Floats]:
+    x = np.random.default_rng(9).normal(size=(max(ROWS), k)).astype(np.float32)
+    sketch = Sketch()
+    out = sketch.linear(sketch.rows(x), packed, n * (1 + gated), epilogue="silu_mul" if gated else "")[0]
+    return run(sketch, out, variant, ROWS, threads=threads)
+
+
+def assert_same(made: tuple[PackedLinear, PackedLinear], n: int, k: int, gated: bool, variant: Variant) -> None:
+    for threads in (1, 2):
+        plain, nested = (outputs(packed, n, k, gated, variant, threads) for packed in made)
+        for expected, found in zip(plain, nested, strict=True):
+            assert np.any(expected)
+            assert found.tobytes() == expected.tobytes()
 
 
 @each_variant
@@ -42,27 +87,31 @@ def both(bits: int, group: int, shared: int, n: int, k: int, gated: bool = False
     ("bits", "group", "shared", "n", "k"),
     [(4, 32, 8, 83, 512), (8, 32, 8, 33, 256), (4, 16, 3, 70, 144), (8, 128, 1, 32, 256), (4, 256, 2, 40, 512)],
 )
+@pytest.mark.parametrize("minimum", [True, False], ids=["minimums", "signed"])
 @pytest.mark.parametrize("output", ["plain", "gated"])
 def test_linears_give_the_bits_of_scales_multiplied_out(
-    variant: Variant, bits: int, group: int, shared: int, n: int, k: int, output: str
+    variant: Variant, bits: int, group: int, shared: int, n: int, k: int, minimum: bool, output: str
 ) -> None:
     gated = output == "gated"
-    x = np.random.default_rng(9).normal(size=(max(ROWS), k)).astype(np.float32)
-
-    def outputs(packed: PackedLinear, threads: int) -> list[Floats]:
-        sketch = Sketch()
-        out = sketch.linear(sketch.rows(x), packed, n * (1 + gated), epilogue="silu_mul" if gated else "")[0]
-        return run(sketch, out, variant, ROWS, threads=threads)
-
-    plain, nested = both(bits, group, shared, n * (1 + gated), k, gated)
-    for threads in (1, 2):
-        for expected, found in zip(outputs(plain, threads), outputs(nested, threads), strict=True):
-            assert np.any(expected)
-            assert found.tobytes() == expected.tobytes()
+    assert_same(both(bits, group, shared, n * (1 + gated), k, minimum=minimum, gated=gated), n, k, gated, variant)
 
 
 @each_variant
-def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Variant) -> None:
+@pytest.mark.parametrize(
+    ("group", "shared", "n", "k"),
+    [(64, 256, 83, 576), (64, 256, 40, 1024), (32, 16, 33, 672), (64, 7, 70, 832)],
+)
+@pytest.mark.parametrize("output", ["plain", "gated"])
+def test_doubly_quantized_code_books_give_the_bits_of_scales_multiplied_out(
+    variant: Variant, group: int, shared: int, n: int, k: int, output: str
+) -> None:
+    gated = output == "gated"
+    assert_same(both_mapped(group, shared, n * (1 + gated), k, gated), n, k, gated, variant)
+
+
+@each_variant
+@pytest.mark.parametrize("minimum", [True, False], ids=["minimums", "signed"])
+def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Variant, minimum: bool) -> None:
     width = 256
 
     def rows(packed: PackedLinear) -> Floats:
@@ -73,16 +122,12 @@ def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Vari
         native.runtime.close()
         return found
 
-    plain, nested = both(4, 32, 8, width, width)
+    plain, nested = both(4, 32, 8, width, width, minimum=minimum)
     assert rows(nested).tobytes() == rows(plain).tobytes()
 
 
-def test_nested_scales_beyond_float16_are_refused() -> None:
-    codes, one = np.zeros((32, 64), np.uint8), np.ones((32, 2), np.uint8)
-    supers = np.full((32, 1), 60000, np.float16)
-    floats = supers.astype(np.float32) * 2 * one
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nested_scales_beyond_float16_are_refused(sign: int) -> None:
+    codes, two = np.zeros((32, 64), np.uint8), np.full((32, 2), 128 + 2 * sign, np.uint8)
     with pytest.raises(ScaleRangeError, match=r"expected scales of at most 65504, .* found 120000"):
-        pack_int(
-            codes, floats, None, bits=4, group=32, gated=False, minimums=floats,
-            nested=((2 * one, supers), (2 * one, supers)),
-        )  # fmt: skip
+        pack_int(codes, NestedPlane(two, np.full((32, 1), 60000, np.float16), 128), None, bits=4, group=32, gated=False)

@@ -111,6 +111,7 @@ constexpr AbiEntry kAbi[] = {
   LLMCTL_FIELD(OpDesc, zero_step) LLMCTL_FIELD(OpDesc, nested) LLMCTL_FIELD(OpDesc, w)
   LLMCTL_FIELD(OpDesc, w_scales) LLMCTL_FIELD(OpDesc, w_zeros) LLMCTL_FIELD(OpDesc, w_minimums)
   LLMCTL_FIELD(OpDesc, w_scale_codes) LLMCTL_FIELD(OpDesc, w_scale_supers)
+  LLMCTL_FIELD(OpDesc, w_scale_supers32) LLMCTL_FIELD(OpDesc, w_scale_starts) LLMCTL_FIELD(OpDesc, w_scale_map)
   LLMCTL_FIELD(OpDesc, w_scales32) LLMCTL_FIELD(OpDesc, w_book) LLMCTL_FIELD(OpDesc, bias)
   LLMCTL_FIELD(OpDesc, permutation) LLMCTL_FIELD(OpDesc, x16) LLMCTL_FIELD(OpDesc, heads)
   LLMCTL_FIELD(OpDesc, kv_heads) LLMCTL_FIELD(OpDesc, head_dim) LLMCTL_FIELD(OpDesc, rotary_dim)

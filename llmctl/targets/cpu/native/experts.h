@@ -125,7 +125,12 @@ static inline OpDesc expert_linear(const OpDesc& op, int64_t expert, int64_t fir
   if (op.w_scales) one.w_scales += expert * groups;
   if (op.w_zeros) one.w_zeros += expert * groups / kTile * op.zero_step;
   if (op.w_minimums) one.w_minimums += expert * groups;
-  if (op.nested) one.w_scale_codes += expert * groups * 2, one.w_scale_supers += expert * groups / op.nested * 2;
+  if (op.nested) {
+    const int64_t planes = has_minimums(op.weight_dtype) ? 2 : 1;
+    one.w_scale_codes += expert * groups * planes;
+    if (op.w_scale_supers) one.w_scale_supers += expert * groups / op.nested * planes;
+    if (op.w_scale_starts) one.w_scale_starts += expert * op.n_padded;
+  }
   if (op.w_scales32) one.w_scales32 += expert * groups;
   if (op.x.data) one.x.data += first * op.x.ld;
   if (op.x16) one.x16 += first * op.k;

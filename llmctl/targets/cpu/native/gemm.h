@@ -10,8 +10,8 @@
 //   book4  per column 16 bytes: outputs 0..15 (low nibbles), then 16..31 (high)
 // w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
 // in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. Where all codes have one zero
-// it is stored once, 32 times over, and zero_step is 0. Scales and minimums may be nested (nested.h). e4m3 and book4 come with scales fp32 [tiles][groups][32]:
-// w = float8(code) * scale, w = book[code] * scale.
+// it is stored once, 32 times over, and zero_step is 0. e4m3 and book4 come with scales fp32 [tiles][groups][32]:
+// w = float8(code) * scale, w = book[code] * scale. Scales and minimums may be nested (nested.h), but for e4m3.
 //
 // Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
@@ -32,8 +32,10 @@ struct Weights {
   int64_t n, k, group;  // n padded to kTile; k padded to the group (integer) or to 2 (bf16)
   int64_t zero_step;    // from the zeros of a group to those of the next: kTile, or 0
   NestedScales nested;
+  MappedScales mapped;
   int64_t tile_step;    // from the scales of a tile to those of the next; 0: they are of the tile at hand alone
   const uint16_t* scales_of(int64_t tile) const { return scales + tile * tile_step; }
+  const float* scales32_of(int64_t tile) const { return scales32 + tile * tile_step; }
   const uint16_t* minimums_of(int64_t tile) const { return minimums + tile * tile_step; }
   const uint8_t* zeros_of(int64_t tile) const { return zeros + tile * (k / group) * zero_step; }
 };
@@ -256,7 +258,7 @@ static inline __attribute__((always_inline)) void book_tile(const Weights& w, co
   constexpr int kLine = kTile * kBits / 8;
   const uint8_t* line = w.data + tile * w.k * kLine;
   const f32x16 book = kBits == 4 ? load<f32x16>(w.book) : f32x16{};
-  const float* scales = w.scales32 + tile * ((w.k + w.group - 1) / w.group) * kTile;
+  const float* scales = w.scales32_of(tile);
   const float* xp = x + row * ldx;
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) total[r][0] = total[r][1] = f32x16{};
@@ -267,7 +269,7 @@ static inline __attribute__((always_inline)) void book_tile(const Weights& w, co
       f32x16 first, second;
       if constexpr (kBits == 4) {
         const i32x16 codes = u8_to_i32(line);
-        first = look_up(book, codes & 15), second = look_up(book, codes >> 4);
+        first = look_up(book, codes), second = look_up(book, codes >> 4);
       } else {
         first = e4m3_to_f32x16(line), second = e4m3_to_f32x16(line + kLanes);
       }
@@ -296,14 +298,15 @@ static inline void unpack_row(const Weights& w, int64_t row, int64_t n, float* y
     const uint8_t* const zero = kMin ? nullptr : w.zeros_of(tile) + k / w.group * w.zero_step + row % kTile;
     const uint8_t byte = codes[k / 4 * kBits * 16 + k % 4];
     const int code = kBits == 8 ? byte : half ? byte >> 4 : byte & 15;
-    if (kMin && w.nested.shared) {
-      const int64_t groups = w.k / w.group;
-      y[k] = fused(float(code), w.nested.one<0>(tile, groups, group, row % kTile),
-                   w.nested.one<1>(tile, groups, group, row % kTile));
-      continue;
+    float scale, minimum = 0;
+    if (w.nested.shared) {
+      scale = w.nested.one<kMin, 0>(tile * (w.k / w.group) + group, row % kTile);
+      if constexpr (kMin) minimum = w.nested.one<kMin, 1>(tile * (w.k / w.group) + group, row % kTile);
+    } else {
+      scale = f16_to_f32(w.scales_of(tile)[at]);
+      if constexpr (kMin) minimum = f16_to_f32(w.minimums_of(tile)[at]);
     }
-    const float scale = f16_to_f32(w.scales_of(tile)[at]);
-    y[k] = kMin ? fused(float(code), scale, f16_to_f32(w.minimums_of(tile)[at])) : float(code - *zero) * scale;
+    y[k] = kMin ? fused(float(code), scale, minimum) : float(code - *zero) * scale;
   }
 }
 

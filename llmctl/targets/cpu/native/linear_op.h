@@ -71,8 +71,10 @@ static inline bool in_tiles(const OpDesc& op, int64_t rows) {
 
 static inline Weights weights_of(const OpDesc& op) {
   const NestedScales nested{op.w_scale_codes, op.w_scale_supers, op.nested};
-  return {op.w,       op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book,
-          op.n_padded, op.k,        op.group,   op.zero_step,  nested,        op.k / op.group * kTile};
+  const MappedScales mapped{op.w_scale_codes, op.w_scale_supers32, op.w_scale_starts, op.w_scale_map, op.nested};
+  return {op.w,        op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book,
+          op.n_padded, op.k,        op.group,   op.zero_step,  nested,        mapped,
+          (op.k + op.group - 1) / op.group * kTile};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
@@ -97,13 +99,21 @@ class LinearScratch {
     return (int8_t*)lines_.data()->bytes;
   }
   // w as it is read for one tile: with the tile's scales multiplied out.
+  template <int kType>
   Weights of_tile(const Weights& w, int64_t tile) {
-    const int64_t groups = w.k / w.group;
+    const int64_t groups = w.tile_step / kTile;
     if (scales_.size() < size_t(groups * 2)) scales_.resize(size_t(groups * 2));
-    uint16_t* const scales = (uint16_t*)scales_.data()->bytes;
-    w.nested.multiply_out(tile, groups, scales);
+    uint8_t* const room = scales_.data()->bytes;
     Weights one = w;
-    one.scales = scales, one.minimums = one.scales + groups * kTile, one.tile_step = 0;
+    one.tile_step = 0;
+    if constexpr (is_int(kType)) {
+      w.nested.multiply_out<has_minimums(kType)>(tile, groups, (uint16_t*)room);
+      one.scales = (const uint16_t*)room;
+      if (has_minimums(kType)) one.minimums = one.scales + groups * kTile;
+    } else {
+      w.mapped.multiply_out(tile, groups, (float*)room);
+      one.scales32 = (const float*)room;
+    }
     return one;
   }
   float* columns() { return columns_.data(); }
@@ -216,7 +226,7 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
     for (int64_t i = 0; i < units.tiles_per; i++) {
       const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
       if (lora) lora->turn_to_tile(tile);
-      const Weights w = has_minimums(kType) && op.nested ? scratch.of_tile(all, tile) : all;
+      const Weights w = (is_int(kType) || kType == kBook4) && op.nested ? scratch.of_tile<kType>(all, tile) : all;
 #if defined(LLMCTL_AMX)
       if constexpr (kLayout == Layout::kTiled) {
         tile_rows_tiled<kType>(op, w, patch, tile, y, at, scratch);

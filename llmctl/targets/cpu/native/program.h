@@ -83,13 +83,16 @@ struct OpDesc {
   int64_t n;             // valid outputs of a linear (of the epilogue)
   int64_t n_padded, k, group;
   int64_t zero_step;     // see Weights
-  int64_t nested;        // groups that share a super, see NestedScales; 0: scales are not nested
+  int64_t nested;        // groups that share a super, see NestedScales and MappedScales; 0: scales are not nested
   const uint8_t* w;      // linear: packed; embeddings: packed, or [V][width]; norms: fp32
   const uint16_t* w_scales;
   const uint8_t* w_zeros;
   const uint16_t* w_minimums;
   const uint8_t* w_scale_codes;
   const uint16_t* w_scale_supers;
+  const float* w_scale_supers32;  // kBook4, with the two below
+  const int32_t* w_scale_starts;
+  const float* w_scale_map;  // [256], see MappedScales
   const float* w_scales32;  // kE4m3, kBook4
   const float* w_book;      // kBook4: [16]
   const float* bias;     // linear: fp32 in tile order, padded; layer norm: b

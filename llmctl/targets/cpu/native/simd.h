@@ -228,7 +228,7 @@ static inline f32x16 e4m3_to_f32x16(const uint8_t* p) {
 #endif
 }
 
-// Sixteen entries of a table of sixteen, by codes 0 .. 15.
+// Sixteen entries of a table of sixteen, by the lowest four bits of each code.
 static inline f32x16 look_up(f32x16 table, i32x16 codes) {
 #if defined(LLMCTL_AVX512)
   return (f32x16)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)codes, (__m512)table);
@@ -243,7 +243,18 @@ static inline f32x16 look_up(f32x16 table, i32x16 codes) {
   return load<f32x16>(halves);
 #else
   f32x16 r;
-  for (int i = 0; i < 16; i++) r[i] = table[codes[i]];
+  for (int i = 0; i < 16; i++) r[i] = table[codes[i] & 15];
+  return r;
+#endif
+}
+
+// table[at[i]].
+static inline f32x16 gather(const float* table, i32x16 at) {
+#if defined(LLMCTL_AVX512)
+  return (f32x16)_mm512_mask_i32gather_ps(__m512{}, 0xffff, (__m512i)at, table, 4);
+#else
+  f32x16 r;
+  for (int i = 0; i < 16; i++) r[i] = table[at[i]];
   return r;
 #endif
 }
