@@ -188,34 +188,33 @@ class OutputProcessor:
         return processed
 
     def _process(self, text: _Text, output: TokenOutput) -> TextOutput:
-        pieces: list[str] = []
+        released = ""
         offsets: list[int] = []
         stop: str | None = None
-        used = 0
+        left = len(output.new_token_ids)
         for token_id in output.new_token_ids:
-            used += 1
+            left -= 1
             offsets.append(text.num_chars)
-            last = used == len(output.new_token_ids)
-            ends = last and output.finish_reason is FinishReason.STOP and not output.ends_in_text
+            ends = not left and output.finish_reason is FinishReason.STOP and not output.ends_in_text
             piece, stop = text.push(token_id, ends=ends)
-            pieces.append(piece)
+            released += piece
             if stop is not None:
                 break
         if stop is None and output.finish_reason is not None:
             piece, stop = text.flush()
-            pieces.append(piece)
+            released += piece
         return TextOutput(
-            request_id=output.request_id,
-            text="".join(pieces),
-            token_ids=output.new_token_ids[:used],
-            logprobs=self._logprobs(output, offsets),
-            finish_reason=FinishReason.STOP if stop is not None else output.finish_reason,
-            stop_reason=stop if stop is not None else output.stop_reason,
-            num_output_tokens=text.num_tokens,
-            num_cached_tokens=output.num_cached_tokens,
-            prompt_scores=output.prompt_scores,
-            times=output.times,
-            embedding=output.embedding,
+            output.request_id,
+            released,
+            output.new_token_ids[: len(offsets)] if left else output.new_token_ids,
+            self._logprobs(output, offsets),
+            output.finish_reason if stop is None else FinishReason.STOP,
+            output.stop_reason if stop is None else stop,
+            text.num_tokens,
+            output.num_cached_tokens,
+            output.prompt_scores,
+            output.times,
+            output.embedding,
         )
 
     def _logprobs(self, output: TokenOutput, offsets: Sequence[int]) -> tuple[PositionLogprobs, ...] | None:

@@ -40,6 +40,9 @@ async def started(generation: Generation, seconds: float) -> bool:
 class EventStream(Response):
     """Server-sent events of one generation, which is aborted when the client goes away or the response fails.
 
+    Events go to what the scope's state has as ``send_body``, if it has it: the connection's own, past the layers
+    between, of which each looks at the start of a response only and would cost every token a coroutine.
+
     Args:
         keep_alive: send a comment now, and every so many seconds until there is output; None: there is some already.
         headers: beside those of every stream.
@@ -67,13 +70,17 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self._head})
             if self._keep_alive is not None:
                 await self._wait(send, self._keep_alive)
-            async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            # For every token a task is resumed through all its frames: this one has few, not those of the layers above.
+            await asyncio.create_task(self._send_events(scope.get("state", {}).get("send_body", send)))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._watcher.cancel()
             self._generation.abort()
             self._on_end()
+
+    async def _send_events(self, send: Send) -> None:
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _wait(self, send: Send, seconds: float) -> None:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmctl.engine.deadline import NO_DEADLINE, Deadline
@@ -215,13 +215,15 @@ class Generation:
         await self._wait(for_all=False, or_taken_in=True)
         return bool(self._pending) or self.done
 
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, TextOutput]]]:
-        while True:
-            await self._wait(for_all=False)
-            pending, self._pending = self._pending, {}
-            if not pending:
-                return
-            yield [(index, _merged(parts)) for index, parts in sorted(pending.items())]
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, TextOutput]]:
+        await self._wait(for_all=False)
+        pending, self._pending = self._pending, {}
+        if not pending:
+            raise StopAsyncIteration
+        return [(index, _merged(parts)) for index, parts in sorted(pending.items())]
 
     async def result(self) -> list[TextOutput]:
         """Everything, one output per sequence, once all are done (fewer after ``abort``).

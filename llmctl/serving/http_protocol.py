@@ -127,6 +127,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         name = self._request_id()
         # Before anything of the answer: its task is made, and has not run.
         self.scope["state"]["request_id"] = name
+        self.scope["state"]["send_body"] = self.cycle.send  # see EventStream
         self.cycle.default_headers = [*self.cycle.default_headers, (REQUEST_ID, name.encode())]
         if self.cycle.access_log:
             self.cycle.access_logger = _WithId(self.access_logger, {"id": name})  # type: ignore[assignment]

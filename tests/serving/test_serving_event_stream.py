@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmctl.engine.request import FinishReason
 from llmctl.errors import QueueFullError
 from llmctl.serving.app import create_app
 from llmctl.serving.context import Model, ServerContext
-from llmctl.serving.event_stream import KEEP_ALIVE
+from llmctl.serving.event_stream import KEEP_ALIVE, EventStream
 from llmctl.serving.generation import Generation
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.metrics import NO_STATS, ServerMetrics
@@ -193,5 +194,67 @@ def test_a_client_that_leaves_while_it_waits_is_dropped(tmp_path: Path, monkeypa
         call.leave()
         await task
         assert generation.done
+
+    asyncio.run(run())
+
+
+async def nothing() -> dict[str, Any]:
+    return await asyncio.Future()
+
+
+async def output_of(batches: int) -> AsyncIterator[bytes]:
+    for number in range(batches):
+        yield b"%d" % number
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_events_go_past_the_layers_where_the_connection_lets_them(direct: bool) -> None:
+    """Start and end do not: they are what layers look at."""
+
+    async def run() -> None:
+        ways: list[tuple[str, Any]] = []
+
+        def way(name: str) -> Any:
+            async def send(message: dict[str, Any]) -> None:
+                ways.append((name, message.get("body")))
+
+            return send
+
+        generation, ended = Generation(1, lambda _: None), []
+        watcher = asyncio.create_task(asyncio.sleep(60))
+        stream = EventStream(output_of(2), generation, watcher, lambda: ended.append(True), None, {})
+        state = {"send_body": way("connection")} if direct else {}
+        await stream({"type": "http", "state": state}, nothing, way("layers"))
+        past = "connection" if direct else "layers"
+        assert ways == [("layers", None), (past, b"0"), (past, b"1"), ("layers", b"")]
+        assert ended == [True]
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_is_cancelled_drops_its_generation() -> None:
+    async def run() -> None:
+        dropped: list[Generation] = []
+        generation = Generation(1, dropped.append)
+
+        async def endless() -> AsyncIterator[bytes]:
+            async for _ in generation:
+                yield b""
+
+        async def send(_: Any) -> None:
+            pass
+
+        watcher = asyncio.create_task(asyncio.sleep(60))
+        stream = EventStream(endless(), generation, watcher, lambda: None, None, {})
+        running = asyncio.create_task(stream({"type": "http"}, nothing, send))
+        await asyncio.sleep(0.01)
+        before = asyncio.all_tasks()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert dropped == [generation]
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == len(before) - 3  # its own, that of its events, the watcher
 
     asyncio.run(run())

@@ -392,3 +392,22 @@ def test_what_is_no_http_does_not_cut_into_an_answer() -> None:
             assert rest.count(b"HTTP/1.1") <= 1
 
     asyncio.run(run())
+
+
+def test_a_body_may_be_sent_past_the_layers_between() -> None:
+    async def run() -> None:
+        async def answer(scope: Any, _receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+            assert scope["state"]["send_body"] != send
+            await scope["state"]["send_body"]({"type": "http.response.body", "body": b"ab", "more_body": True})
+            await send({"type": "http.response.body", "body": b"cd"})
+
+        async def layer(scope: Any, receive: Any, send: Any) -> None:
+            await answer(scope, receive, lambda message: send(message))
+
+        async with serving(layer) as port:
+            client = await connect(port)
+            await client.send(GET + b"\r\n")
+            assert await client.answer() == (200, b"abcd")
+
+    asyncio.run(run())
