@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from llmctl.artifact.describe import describe_model
 from llmctl.artifact.plan import plan_build
+from llmctl.checkpoint.assemble import check_finite
 from llmctl.checkpoint.methods import NOTES
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
@@ -181,3 +183,12 @@ def test_what_is_not_done_as_llm_int8_does_it_is_said(tmp_path: Path, caplog: py
         assert len(plan.graph.weights) > len(linear_shapes()) // 2
         assert ("outlying activations" in caplog.text) is bool(said)
         assert describe_model(model)["quantization"]["note"] == said
+
+
+def test_doubly_quantized_scales_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """NaN is what codes with it multiply out to: no contradiction, but nothing to build from."""
+    made = folder(tmp_path, "bnb-nf4-double", {"weight.nested_absmax": torch.tensor([math.nan])})
+    weight = open_checkpoint(made).weight(f"{MODULE}.weight")
+    assert isinstance(weight, QuantizedWeight)
+    with pytest.raises(CheckpointError, match=r"up_proj\.scales': \d+ of 48 values are not finite"):
+        check_finite(f"{MODULE}.weight", weight)

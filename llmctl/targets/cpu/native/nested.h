@@ -119,7 +119,9 @@ static inline f32x16 rounded(f32x16 x) {
 }
 
 // Of a code book. codes u8 [tiles][groups][32], supers fp32 [][2], starts [tiles][32], map [256]. The scale of group g of
-// an output is map[code] * super[0] + super[1], each rounded, of the super of number (start + g) / shared.
+// an output is map[code] * super[0] + super[1], each rounded, of the super of number (start + g) / shared (measured, NF4,
+// AMX, one core of a busy machine, in turns: a step of one row takes 0.95 of its time with fp32 scales where rows have
+// 4096 columns, 1.01 to 1.04 with 2048, 1.06 to 1.09 with 576; of 8 and 32 rows 1.00 to 1.04).
 struct MappedScales {
   const uint8_t* codes;
   const float* supers;
