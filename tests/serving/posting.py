@@ -22,10 +22,10 @@ from llmctl.serving.redaction import Redactor
 
 
 @contextmanager
-def app_without_worker(folder: Path, max_model_len: int) -> Iterator[Starlette]:
+def app_without_worker(folder: Path, max_model_len: int, vocab_size: int = INFO.vocab_size) -> Iterator[Starlette]:
     """A server with so long a context, whose worker takes what it is sent, and never answers."""
     config, keys, metrics = ServeConfig(), ServerKeys(None), ServerMetrics("m")
-    info = structs.replace(INFO, max_model_len=max_model_len, num_blocks=9000)
+    info = structs.replace(INFO, max_model_len=max_model_len, num_blocks=9000, vocab_size=vocab_size)
     with pytest.MonkeyPatch.context() as patch:
         client = admitting_client(folder, metrics, config, patch)
         patch.setattr(client.worker, "info", info)

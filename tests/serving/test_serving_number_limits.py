@@ -1,4 +1,5 @@
-"""Numbers that no field of a request holds: refused in the API's own words, by every endpoint that has numbers."""
+"""Numbers that no field of a request holds: refused in the API's own words, by every endpoint that has numbers. Those
+that a field holds, its bounds among them, are taken: so nothing but the number is what the others are refused for."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 from serving.posting import answer_of, app_without_worker
 from starlette.applications import Starlette
 
+from llmctl.errors import LlmctlError
 from llmctl.serving.openapi import describe
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -28,7 +30,9 @@ LEAST: Mapping[str, Mapping[str, Any]] = {
     "/detokenize": {},
 }
 """Of each endpoint that has numbers, what it cannot do without."""
-BESIDE = {"thinking": {"type": "enabled"}}
+BESIDE = {"thinking": {"type": "enabled"}, "parameters": {"details": True, "do_sample": True}}
+ONLY_ONE = {("/v1/completions", "best_of"), ("/generate_stream", "best_of")}
+"""More than one is refused whatever the limit."""
 HUGE = [sign + digits for sign in ("", "-") for digits in ("1" + 400 * "0", "1e400", "1e4000000", "9" * 5000)]
 DOCUMENT = describe("m", with_keys=False)
 
@@ -88,9 +92,28 @@ def beyond(schema: Mapping[str, Any]) -> Iterator[str]:
         yield from ("5.5", "1e0")
 
 
+def within(schema: Mapping[str, Any]) -> Iterator[str]:
+    """A number that is held, and the bounds."""
+    yield "1"
+    if schema["type"] == "number":
+        yield "0.5"
+    yield from (str(schema[name]) for name in ("minimum", "maximum") if name in schema)
+
+
+class TakenError(LlmctlError):
+    """The engine would have it now."""
+
+    http_status = 503
+
+
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starlette]:
-    with app_without_worker(tmp_path_factory.mktemp("model"), 64) as made:
+    with app_without_worker(tmp_path_factory.mktemp("model"), 8000, 384) as made, pytest.MonkeyPatch.context() as patch:
+
+        def generate(*_: Any) -> None:
+            raise TakenError("taken")
+
+        patch.setattr(made.state.context.client, "generate", generate)
         yield made
 
 
@@ -109,3 +132,14 @@ def test_a_number_that_no_field_holds_is_refused(
         assert status in (400, 422), (number[:40], status, answer[:200])
         assert json.loads(answer)["error"], number[:40]
         assert len(answer) < 1000, number[:40]
+
+
+@pytest.mark.parametrize(("path", "at", "schema"), FIELDS, ids=[f"{path} {at}" for path, at, _ in FIELDS])
+def test_a_number_that_its_field_holds_is_taken(
+    app: Starlette, path: str, at: tuple[str | int, ...], schema: Mapping[str, Any]
+) -> None:
+    for number in within(schema):
+        if (path, at[-1]) in ONLY_ONE and number != "1":
+            continue
+        status, answer = asyncio.run(answer_of(app, path, with_number(path, at, number)))
+        assert (status == 503 and b"taken" in answer) or status == 200, (number, status, answer[:200])

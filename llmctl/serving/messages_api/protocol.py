@@ -205,7 +205,7 @@ class CountTokensRequest(Conversation):
 class MessagesRequest(Conversation):
     """``POST /v1/messages``."""
 
-    max_tokens: Annotated[int, Field(ge=0)]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)]
     stop_sequences: StopStrings | None = None
     stream: bool | None = False
     temperature: Annotated[float, Field(ge=0, le=MOST)] | None = None

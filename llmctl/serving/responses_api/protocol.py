@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from llmctl.engine.sampling_params import MAX_INT
 from llmctl.serving.openai_errors import UNION_TAG
 from llmctl.serving.protocol import (
     EXPECTED,
@@ -248,7 +249,7 @@ class ResponsesRequest(SamplingFields):
     ] = None
     store: Annotated[bool | None, Field(description="Accepted; nothing is stored, and the answer says so.")] = None
     max_tool_calls: Annotated[
-        int | None, Field(ge=0, description="Of hosted tools, of which there are none: it always holds.")
+        int | None, Field(ge=0, le=MAX_INT, description="Of hosted tools, of which there are none: it always holds.")
     ] = None
     safety_identifier: Annotated[str | None, Field(description="As `user`, which counts where both are given.")] = None
     prompt_cache_key: Annotated[str | None, Field(description="Prefixes are cached without one.")] = None

@@ -64,7 +64,8 @@ class GenerateParameters(TgiModel):
     ] = 100
     stop: StopStrings | None = None
     truncate: Annotated[
-        Annotated[int, Field(ge=1)] | None, Field(description="Only so many tokens of `inputs`, from the end.")
+        Annotated[int, Field(ge=1, le=MAX_INT)] | None,
+        Field(description="Only so many tokens of `inputs`, from the end."),
     ] = None
     return_full_text: Annotated[bool | None, Field(description="`generated_text` begins with `inputs`.")] = None
     best_of: Annotated[
