@@ -33,6 +33,10 @@ LEAST: Mapping[str, Mapping[str, Any]] = {
 BESIDE = {"thinking": {"type": "enabled"}, "parameters": {"details": True, "do_sample": True}}
 ONLY_ONE = {("/v1/completions", "best_of"), ("/generate_stream", "best_of")}
 """More than one is refused whatever the limit."""
+OF_THE_MODEL = {"dimensions", "input", "max_completion_tokens", "max_new_tokens", "max_output_tokens", "max_tokens"} | {
+    *("allowed_token_ids", "min_tokens", "prompt", "stop_token_ids", "tokens"),
+}
+"""How large these may be the model says, not the API."""
 HUGE = [sign + digits for sign in ("", "-") for digits in ("1" + 400 * "0", "1e400", "1e4000000", "9" * 5000)]
 DOCUMENT = describe("m", with_keys=False)
 
@@ -119,6 +123,14 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starlette]:
 
 def test_all_endpoints_with_numbers_are_here() -> None:
     assert {path for path, _, _ in FIELDS} == set(LEAST)
+
+
+def test_every_number_has_bounds() -> None:
+    """What is tried beyond them comes from the description, and would go with a bound that is deleted."""
+    for path, at, schema in FIELDS:
+        name = [step for step in at if isinstance(step, str)][-1]
+        assert schema.keys() & {"minimum", "exclusiveMinimum"}, (path, at)
+        assert name in OF_THE_MODEL or schema.keys() & {"maximum", "exclusiveMaximum"}, (path, at)
 
 
 @pytest.mark.parametrize(("path", "at", "schema"), FIELDS, ids=[f"{path} {at}" for path, at, _ in FIELDS])
