@@ -16,6 +16,7 @@ LARGE_BYTES = 1 << 20
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _OF_OPERATORS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold")
 
 
 def give_freed_memory_back() -> bool:
@@ -23,9 +24,10 @@ def give_freed_memory_back() -> bool:
 
     Returns:
         Whether that was done: not where the C library has no such limits, nor where an operator has set his own by
-        ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` (see mallopt(3)) or ``GLIBC_TUNABLES``.
+        ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` (see mallopt(3)), or as ``GLIBC_TUNABLES``.
     """
-    if any(name in os.environ for name in _OF_OPERATORS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(name in os.environ for name in _OF_OPERATORS) or any(name in tunables for name in _TUNABLES):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(

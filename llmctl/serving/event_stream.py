@@ -40,8 +40,8 @@ async def started(generation: Generation, seconds: float) -> bool:
 class EventStream(Response):
     """Server-sent events of one generation, which is aborted when the client goes away or the response fails.
 
-    Events go to what the scope's state has as ``send_body``, if it has it: the connection's own, past the layers
-    between, of which each looks at the start of a response only and would cost every token a coroutine.
+    Events go to what the scope's state has as ``send_body``, a weak reference, if it has it: the connection's own, past
+    the layers between, of which each looks at the start of a response only and would cost every token a coroutine.
 
     Args:
         keep_alive: send a comment now, and every so many seconds until there is output; None: there is some already.
@@ -71,7 +71,8 @@ class EventStream(Response):
             if self._keep_alive is not None:
                 await self._wait(send, self._keep_alive)
             # For every token a task is resumed through all its frames: this one has few, not those of the layers above.
-            await asyncio.create_task(self._send_events(scope.get("state", {}).get("send_body", send)))
+            connection = scope.get("state", {}).get("send_body", lambda: None)()
+            await asyncio.create_task(self._send_events(connection or send))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._watcher.cancel()

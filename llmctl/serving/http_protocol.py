@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 import uuid
+import weakref
 from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any
@@ -127,7 +128,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         name = self._request_id()
         # Before anything of the answer: its task is made, and has not run.
         self.scope["state"]["request_id"] = name
-        self.scope["state"]["send_body"] = self.cycle.send  # see EventStream
+        # See EventStream. Weakly: the cycle has the scope, and would keep its body until the collector comes.
+        self.scope["state"]["send_body"] = weakref.WeakMethod(self.cycle.send)
         self.cycle.default_headers = [*self.cycle.default_headers, (REQUEST_ID, name.encode())]
         if self.cycle.access_log:
             self.cycle.access_logger = _WithId(self.access_logger, {"id": name})  # type: ignore[assignment]

@@ -156,10 +156,9 @@ def _whole(data: bytes, size: int) -> int:
     while data[size] & 0xC0 == 0x80:  # within UTF-8
         size -= 1
     escape = data.rfind(b"\\", max(0, size - 6), size)
-    if escape < 0:
+    run = data[: escape + 1]
+    if (len(run) - len(run.rstrip(b"\\"))) % 2 == 0:  # none, or the second of a pair, which is whole
         return size
-    while data[escape - 1 : escape] == b"\\":  # the first of a run: it is no escaped one
-        escape -= 1
     high = data[escape - 6 : escape]  # the first half of a pair is not left alone
     return escape - 6 if re.fullmatch(rb"\\u[dD][89abAB][0-9a-fA-F]{2}", high) else escape
 

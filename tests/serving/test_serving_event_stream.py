@@ -221,10 +221,11 @@ def test_events_go_past_the_layers_where_the_connection_lets_them(direct: bool) 
 
             return send
 
+        connection = way("connection")
         generation, ended = Generation(1, lambda _: None), []
         watcher = asyncio.create_task(asyncio.sleep(60))
         stream = EventStream(output_of(2), generation, watcher, lambda: ended.append(True), None, {})
-        state = {"send_body": way("connection")} if direct else {}
+        state = {"send_body": lambda: connection} if direct else {}
         await stream({"type": "http", "state": state}, nothing, way("layers"))
         past = "connection" if direct else "layers"
         assert ways == [("layers", None), (past, b"0"), (past, b"1"), ("layers", b"")]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -398,8 +400,9 @@ def test_a_body_may_be_sent_past_the_layers_between() -> None:
     async def run() -> None:
         async def answer(scope: Any, _receive: Any, send: Any) -> None:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
-            assert scope["state"]["send_body"] != send
-            await scope["state"]["send_body"]({"type": "http.response.body", "body": b"ab", "more_body": True})
+            past = scope["state"]["send_body"]()
+            assert past != send
+            await past({"type": "http.response.body", "body": b"ab", "more_body": True})
             await send({"type": "http.response.body", "body": b"cd"})
 
         async def layer(scope: Any, receive: Any, send: Any) -> None:
@@ -409,5 +412,28 @@ def test_a_body_may_be_sent_past_the_layers_between() -> None:
             client = await connect(port)
             await client.send(GET + b"\r\n")
             assert await client.answer() == (200, b"abcd")
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_over_is_not_kept_until_the_collector_comes() -> None:
+    async def run() -> None:
+        gone: list[weakref.ref[Any]] = []
+
+        async def answer(_scope: Any, receive: Any, send: Any) -> None:
+            gone.append(weakref.ref(receive.__self__))  # the request's cycle, whose body nobody reads
+            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+        async with serving(answer) as port:
+            client = await connect(port)
+            gc.disable()
+            try:
+                for _ in range(3):
+                    await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n" + b"x" * 9)
+                    assert await client.answer() == (401, b"")
+                assert [ref() is None for ref in gone] == [True, True, False]
+            finally:
+                gc.enable()
 
     asyncio.run(run())

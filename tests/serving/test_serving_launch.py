@@ -16,7 +16,7 @@ import pytest
 
 from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
-from llmctl.serving import launch, spawned
+from llmctl.serving import allocator, launch, spawned
 from llmctl.serving.keys import ServerKeys
 from llmctl.serving.launch import _Server, bind
 from llmctl.serving.redaction import Redactor
@@ -50,10 +50,13 @@ def test_what_runs_has_no_plain_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_is_not_left_behind_where_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[SpawnedWorker] = []
+    settled: list[bool] = []
     monkeypatch.setattr(spawned, "SpawnedWorker", lambda: made.append(SpawnedWorker()) or made[0])
+    monkeypatch.setattr(allocator, "give_freed_memory_back", lambda: settled.append(True))
     with pytest.raises(UsageError, match="--log-level"):
         launch.run_server(ServeConfig(model="m", log_level="loud"))
     assert made[0].process.poll() is not None
+    assert settled == [True]  # before any option is looked at, and any thread is begun
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says how many may wait")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -250,7 +251,7 @@ def test_counts_are_refused_by_the_outline(tokenizer: Watched, field: str, value
 
 
 @pytest.mark.parametrize("field", ["prompt", "input"])
-@pytest.mark.parametrize("letter", ["a", "\n", "é", "\N{GRINNING FACE}"])
+@pytest.mark.parametrize("letter", ["a", "\n", "\\", "é", "\N{GRINNING FACE}"])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_long_texts_are_refused_by_the_outline(tokenizer: Watched, field: str, letter: str, ascii_only: bool) -> None:
     """And none that has room."""
@@ -262,6 +263,7 @@ def test_long_texts_are_refused_by_the_outline(tokenizer: Watched, field: str, l
     assert caught.value.param == field
     few = letter * (longest * CONTEXT // len(letter.encode()))
     made.limits.check(Outline(json.dumps({field: few}, ensure_ascii=ascii_only).encode()))
+    made.limits.check(Outline(json.dumps({field: many, "messages": []}, ensure_ascii=ascii_only).encode()))  # ignored
 
 
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])
@@ -316,6 +318,31 @@ def test_a_long_body_beyond_the_queue_is_not_parsed(monkeypatch: pytest.MonkeyPa
         assert (await body.parse_outlined(request, data, Outline(data), CompletionRequest)).prompt == "a" * 200_000
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(2**19, 2), (2**20, 1)])
+def test_very_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch, size: int, at_once: int) -> None:
+    """Each keeps Python's lock from the event loop."""
+    inside: list[int] = []
+    parsing: list[int] = []
+
+    def parsed(*_: Any) -> Any:
+        parsing.append(1)
+        inside.append(len(parsing))
+        time.sleep(0.05 if at_once == 1 else 0.5)
+        parsing.pop()
+
+    async def run() -> None:
+        intake = SimpleNamespace(workers=TextWorkers(threads=2, waiting=2), check_ids=lambda *_: None)
+        monkeypatch.setattr(body, "context_of", lambda _: SimpleNamespace(loaded=SimpleNamespace(intake=intake)))
+        monkeypatch.setattr(body, "parsed", parsed)
+        data = json.dumps({"prompt": "a" * size}).encode()
+        request = Request({"type": "http"})
+        one = [body.parse_outlined(request, data, Outline(data), CompletionRequest) for _ in range(2)]
+        await asyncio.gather(*one)
+
+    asyncio.run(run())
+    assert max(inside) == at_once
 
 
 def test_work_beyond_the_queue_is_refused_with_a_time() -> None:
