@@ -37,6 +37,7 @@ STATE = "weight.quant_state.bitsandbytes__"
 ABSMAX, MAP = "weight.absmax", "weight.quant_map"
 NESTED_BLOCK = 256
 """Scales that share a float where they are doubly quantized, as bitsandbytes writes them."""
+_MOST = 3.4028234663852886e38  # a finite float32
 NESTED, NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
 
 
@@ -152,8 +153,8 @@ def _read_state(suffix: str, stored: Tensor) -> _State:
         )
     nested = "nested_blocksize" in found
     offset = found.get("nested_offset") if nested else 0.0
-    if type(offset) is not float or not math.isfinite(offset):
-        raise ValueError(f"{suffix}: nested_offset: expected a finite float, found {offset!r:.80}")
+    if type(offset) is not float or not abs(offset) <= _MOST:
+        raise ValueError(f"{suffix}: nested_offset: expected a finite float of 32 bits, found {offset!r:.80}")
     nested_block = _positive(found, "nested_blocksize", suffix) if nested else 0
     return _State((shape[0], shape[1]), QuantScheme(4, block, True, book=book), nested_block, offset)
 
@@ -203,6 +204,8 @@ def _mapped(planes: Mapping[str, Tensor], state: _State) -> MappedFloats:
         planes[ABSMAX].reshape(state.shape[0], -1),
         largest,
         torch.full_like(largest, state.offset),
-        min(state.nested_block, max(state.blocks, NESTED_BLOCK)),
+        min(
+            state.nested_block, max(state.blocks, NESTED_BLOCK)
+        ),  # one that is larger is no other, and may be of any size
         planes[NESTED_MAP].reshape(-1),
     )

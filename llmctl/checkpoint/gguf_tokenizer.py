@@ -25,6 +25,8 @@ _SAMPLING = {
     **{"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"},
     "penalty_repeat": "repetition_penalty",
 }
+_OF_SAMPLED = frozenset({"temperature", "top_p", "top_k", "min_p"})
+"""What transformers takes of a model that samples only."""
 
 # Token texts that llama.cpp takes as end of generation whatever eos says (llama-vocab.cpp, special_eog_ids).
 _END_TEXTS = frozenset(
@@ -158,8 +160,11 @@ class _Documents:
 
 
 def _sampled(config: dict[str, Any]) -> dict[str, Any]:
-    """With the ``do_sample`` without which transformers refuses to save one that has, say, a temperature."""
-    return config | ({"do_sample": True} if config.keys() & set(_SAMPLING.values()) else {})
+    """With the ``do_sample`` without which transformers refuses to save one that has, say, a temperature. One of 0 is
+    its way to say greedy, which transformers has no temperature for; a penalty alone says nothing of it."""
+    if config.get("temperature") == 0:
+        return {name: value for name, value in config.items() if name not in _OF_SAMPLED} | {"do_sample": False}
+    return config | ({"do_sample": True} if config.keys() & _OF_SAMPLED else {})
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTokenizer:

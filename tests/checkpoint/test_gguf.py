@@ -238,6 +238,22 @@ def test_metadata_of_another_type_is_refused_in_one_line_or_harmless(
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("temp", 0.7, {"temperature": 0.7, "do_sample": True}),
+        ("temp", 0.0, {"do_sample": False}),
+        ("penalty_repeat", 1.5, {"repetition_penalty": 1.5}),
+    ],
+)
+def test_a_model_is_sampled_where_its_file_says_so(
+    tmp_path: Path, small_gguf: Path, key: str, value: float, expected: dict[str, Any]
+) -> None:
+    path = with_field(tmp_path / "x.gguf", small_gguf, f"general.sampling.{key}", value)
+    found = json.loads(open_checkpoint(path).aux_files()["generation_config.json"])
+    assert {name: value for name, value in found.items() if not name.endswith("_id")} == expected
+
+
 @pytest.mark.parametrize("value", ["32", [32], 32.0, 0, -32, True])
 def test_an_alignment_that_is_none(tmp_path: Path, small_gguf: Path, value: Any) -> None:
     path = with_field(tmp_path / "x.gguf", small_gguf, "general.alignment", 32)
