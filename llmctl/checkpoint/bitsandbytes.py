@@ -204,8 +204,6 @@ def _mapped(planes: Mapping[str, Tensor], state: _State) -> MappedFloats:
         planes[ABSMAX].reshape(state.shape[0], -1),
         largest,
         torch.full_like(largest, state.offset),
-        min(
-            state.nested_block, max(state.blocks, NESTED_BLOCK)
-        ),  # one that is larger is no other, and may be of any size
+        min(state.nested_block, max(state.blocks, NESTED_BLOCK)),  # a file may say any size beyond all blocks
         planes[NESTED_MAP].reshape(-1),
     )

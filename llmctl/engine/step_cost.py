@@ -3,14 +3,14 @@
 A step's seconds are taken to be
 
     base + prefill_base·[it prefills] + decode_row·D + prefill_row·P + decode_context·C_D + prefill_context·C_P
-        + prefill_logits·L
+        + prefill_logits·(L - 1)
 
 with D and P the rows (tokens) of either kind, and C the sum over rows of the positions each one attends to. That is
 the arithmetic of a transformer's step: weights are read once, matrix products grow with rows, attention with rows ×
 context. Decode rows stand apart: they are bound by reading the KV cache, and often run other kernels than a prompt's.
 L are the rows of prompts that go through the output head as well: the last of a prompt, and all of one whose tokens are
-scored. Each decode row does, so that its share of the head is a part of decode_row, and L is told apart by steps with
-more and with fewer ends of prompts.
+scored. Each decode row does, so that its share of the head is a part of decode_row; and where prompts come one by one,
+one row is of each step that ends one, so that it is a part of prefill_base. L is told apart by steps with more of them.
 A chunk of k tokens from position s on has P = k and C_P = k·s + k(k+1)/2, so that the largest chunk that fits a number
 of seconds is the root of a quadratic: chunks shrink as a long prompt proceeds. To chunk a prompt so that decodes need
 not wait is of Agrawal et al. 2024, "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", who fix
@@ -60,7 +60,6 @@ _LEAST_ERROR = 0.02  # relative; fits better than this leave no outliers
 # prompts: a prompt that is scored has hundreds. They count once samples have so many rows of logits in all.
 _RIDGE = np.array([1e-3, 1e-3, 1e-4, 1e-7, 1e-4, 1e-4, 1e-2])
 _LEAST_LOGITS = 8
-_DECODES = [0, 2, 4]  # coefficients of steps without prompts
 _LEAST_ALONE = 8  # steps without prompts that tell what decodes cost
 
 
@@ -82,6 +81,8 @@ class Terms(NamedTuple):
 
 
 _TERMS = len(Terms._fields)
+_BASE, _PREFILL_ROW, _LOGITS = map(Terms._fields.index, ("base", "prefill_row", "prefill_logits"))
+_DECODES = list(map(Terms._fields.index, ("base", "decode_row", "decode_context")))  # of steps without prompts
 
 
 class StepLoad(msgspec.Struct, frozen=True):
@@ -165,10 +166,10 @@ class StepCost:
             used = np.flatnonzero(self._when)
             fresh = np.maximum(0.5 ** ((self._steps - self._when[used]) / _HALF_LIFE), _LEAST_WEIGHT)
             rows = self._rows[used]
-            if (rows[:, 6] / rows[:, 0]).sum() < _LEAST_LOGITS:
-                rows[:, 6] = 0.0
+            if (rows[:, _LOGITS] / rows[:, _BASE]).sum() < _LEAST_LOGITS:
+                rows[:, _LOGITS] = 0.0
             self._coefficients = self._apart = Terms(*_fit(rows, fresh, _RIDGE).tolist())
-            alone = rows[:, 3] == 0
+            alone = rows[:, _PREFILL_ROW] == 0
             if alone.sum() >= _LEAST_ALONE:
                 apart = np.zeros(_TERMS)
                 apart[_DECODES] = _fit(rows[alone][:, _DECODES], fresh[alone], _RIDGE[_DECODES])
@@ -224,7 +225,7 @@ class PrefillAllowance:
         self._scored = budget if scored is None else scored
         self._seconds = self._row = self._context = self._logits = 0.0
         self._begun = self.cut = False
-        self.taken = 0
+        self.taken = self._scored_before = 0
 
     def take(self, wanted: int, start: int, *, ends: bool = False, scored: bool = False) -> int:
         """How many of ``wanted`` tokens from position ``start`` on to compute now; for the first prompt at least 1.
@@ -240,12 +241,13 @@ class PrefillAllowance:
             self._begin()
             least = MIN_CHUNK
         tokens = self._tokens if wanted <= self._tokens else self._cautious
-        row = self._row
+        room, row = max(tokens - self.taken, 0), self._row
         if scored:
-            tokens, row = min(tokens, self._scored), row + self._logits
-        count = min(wanted, max(tokens - self.taken, 0), max(least, self._fitting(start, row)))
+            room, row = min(room, max(self._scored - self._scored_before, 0)), row + self._logits
+        count = min(wanted, room, max(least, self._fitting(start, row)))
         self.cut = count < wanted
         self.taken += count
+        self._scored_before += count if scored else 0
         self._seconds -= row * count + self._context * chunk_context(start, count)
         if ends and not self.cut and not scored:
             self._seconds -= self._logits
@@ -327,7 +329,7 @@ def _features(load: StepLoad) -> Terms:
         load.prefill_rows,
         load.decode_context,
         load.prefill_context,
-        load.prefill_logits,
+        max(load.prefill_logits - 1, 0),
     )
 
 

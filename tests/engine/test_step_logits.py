@@ -49,13 +49,23 @@ def test_rows_of_logits_that_take_nothing_cost_nothing() -> None:
     assert learned_logits(0.0).coefficients().prefill_logits < 0.05 * 0.265e-3
 
 
-def test_the_first_ends_of_prompts_tell_nothing() -> None:
-    """One is in each of the first steps with prompts: what such a step takes is not put down to it."""
+@pytest.mark.parametrize("times", [1, 2, 40])
+def test_prompts_that_come_one_by_one_tell_nothing_of_logits(times: int) -> None:
+    """One row of them is in each step with prompts: what such a step takes is not put down to it."""
     cost = StepCost()
-    for rows in (16, 32, 64, 128, 256, 512, 1024):
-        for seen in (load(4, 300), load(4, 300, rows, 0, 1)):
-            cost.observe(seen, gpu(seen))
+    for _ in range(times):
+        for rows in (16, 32, 64, 128, 256, 512, 1024):
+            for seen in (load(4, 300), load(4, 300, rows, 0, 1)):
+                cost.observe(seen, gpu(seen))
     assert cost.coefficients().prefill_logits == 0.0
+
+
+def test_a_scored_prompt_has_its_own_room_beside_others() -> None:
+    allowance = PrefillAllowance(StepCost(), load(4, 200), 512, None, scored=32)
+    assert [allowance.take(100, 0), allowance.take(20, 0, scored=True)] == [100, 20]
+    assert [allowance.take(100, 0), allowance.take(20, 0, scored=True), allowance.cut] == [100, 12, True]
+    allowance = PrefillAllowance(StepCost(), load(4, 200), 110, None, scored=32)
+    assert [allowance.take(100, 0), allowance.take(20, 0, scored=True), allowance.cut] == [100, 10, True]
 
 
 def test_hours_of_prompts_do_not_make_it_forget_scored_ones() -> None:
