@@ -22,8 +22,8 @@ _OF_CONTEXT = {
 }
 """Fields of which a request has no more than the context has tokens, for each is one at least: how they are counted,
 and what they are."""
-_PROMPTS = ("messages", "prompt", "input")
-"""Fields of which the first that is given is the prompt; it may be a single text."""
+_TEXTS = ("prompt", "input")
+"""Fields that are a prompt where they are a single text, of what takes them."""
 _OF_VOCABULARY = {
     "stop_token_ids": Outline.ids,
     "allowed_token_ids": Outline.ids,
@@ -47,8 +47,8 @@ class Limits:
         Raises:
             CapacityError, RequestError.
         """
-        if text := next(filter(outline.has, _PROMPTS), None):
-            self._check_text(outline, text)
+        for name in filter(outline.takes, _TEXTS):
+            self._check_text(outline, name)
         for name, (measure, items) in _OF_CONTEXT.items():
             # Ids are counted by their commas; to count other items takes several times as long as to count commas.
             if measure is Outline.ids or outline.may_have(name, self.max_model_len):

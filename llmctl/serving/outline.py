@@ -53,6 +53,7 @@ class Outline:
 
     def __init__(self, body: bytes, *models: type[BaseModel]) -> None:
         self.body = body
+        self._models = models
         decoder = _fields(*models)
         self._given: msgspec.Struct = decoder.type()
         self.problem: str | None = None
@@ -66,6 +67,10 @@ class Outline:
     def has(self, name: str) -> bool:
         """Whether the field is given."""
         return bool(self.data(name))
+
+    def takes(self, name: str) -> bool:
+        """Whether one of the models that were named has the field; all ignore others."""
+        return any(name in model.model_fields for model in self._models)
 
     def count(self, name: str) -> int:
         """Items of a field that is an array; 0 for anything else."""

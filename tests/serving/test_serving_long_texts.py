@@ -22,19 +22,24 @@ from llmctl.errors import CapacityError, QueueFullError, RequestError
 from llmctl.serving import body
 from llmctl.serving.completion_answer import CompletionAnswer
 from llmctl.serving.context import Model
+from llmctl.serving.embedding_schema import EmbeddingRequest
 from llmctl.serving.generation import Generation
 from llmctl.serving.intake import Intake, Prompt
+from llmctl.serving.messages_api.protocol import MessagesRequest
 from llmctl.serving.outline import Outline
 from llmctl.serving.protocol import (
+    ApiModel,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeChatRequest,
     TokenizeRequest,
 )
+from llmctl.serving.responses_api.protocol import ResponsesRequest
 from llmctl.serving.sampling_defaults import SamplingDefaults
 from llmctl.serving.sampling_fields import MAX_TEMPLATE_BYTES, check_sampling
 from llmctl.serving.text_workers import INLINE_BYTES, TextWorkers
+from llmctl.serving.tgi_api.protocol import GenerateRequest
 from llmctl.text.chat_template import ChatTemplate
 from llmctl.text.tokenizer import Tokenizer
 
@@ -250,20 +255,46 @@ def test_counts_are_refused_by_the_outline(tokenizer: Watched, field: str, value
     assert caught.value.param == field
 
 
-@pytest.mark.parametrize("field", ["prompt", "input"])
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        (CompletionRequest, "prompt"),
+        (TokenizeRequest, "prompt"),
+        (EmbeddingRequest, "input"),
+        (ResponsesRequest, "input"),
+    ],
+)
 @pytest.mark.parametrize("letter", ["a", "\n", "\\", "é", "\N{GRINNING FACE}"])
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_long_texts_are_refused_by_the_outline(tokenizer: Watched, field: str, letter: str, ascii_only: bool) -> None:
+def test_long_texts_are_refused_by_the_outline(
+    tokenizer: Watched, model: type[ApiModel], field: str, letter: str, ascii_only: bool
+) -> None:
     """And none that has room."""
     made = intake(tokenizer)
     longest = max(len(tokenizer.decode([i], False).encode()) for i in range(tokenizer.vocab_size))
-    many = letter * (12 * longest * CONTEXT)
+
+    def outline(text: str) -> Outline:
+        return Outline(json.dumps({field: text}, ensure_ascii=ascii_only).encode(), model)
+
     with pytest.raises(CapacityError, match=r"at least [0-9]+ tokens") as caught:
-        made.limits.check(Outline(json.dumps({field: many}, ensure_ascii=ascii_only).encode()))
+        made.limits.check(outline(letter * (12 * longest * CONTEXT)))
     assert caught.value.param == field
-    few = letter * (longest * CONTEXT // len(letter.encode()))
-    made.limits.check(Outline(json.dumps({field: few}, ensure_ascii=ascii_only).encode()))
-    made.limits.check(Outline(json.dumps({field: many, "messages": []}, ensure_ascii=ascii_only).encode()))  # ignored
+    made.limits.check(outline(letter * (longest * CONTEXT // len(letter.encode()))))
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        *((model, "prompt") for model in (ChatCompletionRequest, EmbeddingRequest, MessagesRequest, GenerateRequest)),
+        *(
+            (model, "input")
+            for model in (ChatCompletionRequest, CompletionRequest, MessagesRequest, TokenizeChatRequest)
+        ),
+    ],
+)
+def test_a_long_text_that_is_ignored_is_no_prompt(tokenizer: Watched, model: type[ApiModel], field: str) -> None:
+    made = intake(tokenizer)
+    made.limits.check(Outline(json.dumps({field: "a" * 10**6}).encode(), model))
 
 
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])
