@@ -112,16 +112,9 @@ class Intake:
             **template,
         }
 
-    def _check_fits(self, text: str, param: str) -> None:
-        """Refuse by its bytes alone a text that has too many tokens."""
-        if 4 * len(text) > self.max_model_len:
-            least = self.tokenizer.bounds.least_tokens(text)
-            if least > self.max_model_len:
-                raise self.limits.too_long(f"at least {least} tokens", param)
-
     def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text that fits the context."""
-        self._check_fits(text, param)
+        self.limits.check_fits(text, param)
         ids = self.tokenizer.encode_up_to(self.max_model_len, text, add_special_tokens)
         if isinstance(ids, int):
             raise self.limits.too_long(f"{ids} tokens", param)
@@ -134,7 +127,7 @@ class Intake:
             CapacityError: too long by its bytes. RequestError: as ``render_chat``. QueueFullError.
         """
         if isinstance(body, TokenizeRequest):
-            self._check_fits(body.prompt, "prompt")
+            self.limits.check_fits(body.prompt, "prompt")
             return await self.workers.run(body_bytes, lambda: self._tokenize(body))
         return await self._run_chat(body_bytes, lambda: self._tokenize(body))
 
@@ -142,7 +135,7 @@ class Intake:
         if isinstance(body, TokenizeRequest):
             return self.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         text = self.render_chat(body)
-        self._check_fits(text, "messages")
+        self.limits.check_fits(text, "messages")
         return self.tokenizer.encode(text, add_special_tokens=body.add_special_tokens)
 
     async def last_tokens(self, text: str, count: int) -> list[int]:
@@ -152,7 +145,7 @@ class Intake:
             RequestError: none. CapacityError: more than the context. QueueFullError.
         """
         if count > self.max_model_len:
-            self._check_fits(text, "prompt")
+            self.limits.check_fits(text, "prompt")
         ids = (await self.workers.run(len(text), lambda: self.tokenizer.encode(text)))[-count:]
         self.check_prompt(ids, "prompt")
         return ids
@@ -219,7 +212,7 @@ class Intake:
     def _check_given(self, item: str | list[int], param: str, *, with_texts: bool) -> int:
         """Refuse what needs no tokenizer to be refused; how many bytes of text it is for the tokenizer."""
         if isinstance(item, str):
-            self._check_fits(item, param)
+            self.limits.check_fits(item, param)
             return len(item)
         self.check_prompt(item, param)
         return len(item) * _BYTES_PER_TOKEN if with_texts else 0

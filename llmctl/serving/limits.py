@@ -67,9 +67,18 @@ class Limits:
         if (needed := bounds.bytes_of(self.max_model_len + 1)) is None:
             return
         for size in (needed, 6 * needed):  # no escape of JSON takes more than six bytes for one
-            least = bounds.least_tokens(outline.beginning(name, size))
+            self.check_fits(outline.beginning(name, size), name)
+
+    def check_fits(self, text: str, param: str) -> None:
+        """Refuse by its bytes alone a text that has too many tokens.
+
+        Raises:
+            CapacityError.
+        """
+        if 4 * len(text) > self.max_model_len and (bounds := self.bounds()) is not None:
+            least = bounds.least_tokens(text)
             if least > self.max_model_len:
-                raise self.too_long(f"at least {least} tokens", name)
+                raise self.too_long(f"at least {least} tokens", param)
 
     def check_items(self, param: str, count: int, items: str) -> None:
         """Refuse more of something than the context has tokens, where each is a token at least.

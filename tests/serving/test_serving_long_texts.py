@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -354,14 +353,16 @@ def test_a_long_body_beyond_the_queue_is_not_parsed(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("size", "at_once"), [(2**19, 2), (2**20, 1)])
 def test_very_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPatch, size: int, at_once: int) -> None:
     """Each keeps Python's lock from the event loop."""
-    inside: list[int] = []
-    parsing: list[int] = []
+    both = threading.Barrier(2)
+    met: list[bool] = []
 
     def parsed(*_: Any) -> Any:
-        parsing.append(1)
-        inside.append(len(parsing))
-        time.sleep(0.05 if at_once == 1 else 0.5)
-        parsing.pop()
+        try:
+            both.wait(20 if at_once == 2 else 0.2)
+        except threading.BrokenBarrierError:
+            met.append(False)
+        else:
+            met.append(True)
 
     async def run() -> None:
         intake = SimpleNamespace(workers=TextWorkers(threads=2, waiting=2), check_ids=lambda *_: None)
@@ -373,7 +374,7 @@ def test_very_long_bodies_are_parsed_one_at_a_time(monkeypatch: pytest.MonkeyPat
         await asyncio.gather(*one)
 
     asyncio.run(run())
-    assert max(inside) == at_once
+    assert met == [at_once == 2] * 2
 
 
 def test_work_beyond_the_queue_is_refused_with_a_time() -> None:

@@ -18,6 +18,7 @@
 #pragma once
 #include "acts.h"
 #include "nested.h"
+#include "tables.h"
 
 namespace llmctl {
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "simd.h"
+#include "tables.h"
 
 namespace llmctl {
 
