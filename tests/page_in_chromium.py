@@ -69,7 +69,8 @@ def new_page(browser: Any) -> Iterator[Callable[..., Page]]:
     yield made
     for context in contexts:
         context.close()
-    assert complaints == []
+    if complaints:
+        pytest.fail("\n".join(complaints))
 
 
 def say(page: Page, text: str) -> None:

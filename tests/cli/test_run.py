@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -181,18 +182,16 @@ def test_what_is_piped_in_is_utf_8(piped: bytes, server: ScriptedServer) -> None
     assert server.bodies == []
 
 
-def test_a_pipe_that_stays_open_is_spoken_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pipe_that_stays_open_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmctl.cli.chat.terminal._SILENT_SECONDS", 0.05)
     reading, writing = os.pipe()
-    said = ""
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
 
     def end_it() -> None:
-        nonlocal said
-        end = time.monotonic() + 10
-        while not said and time.monotonic() < end:
-            said += capsys.readouterr().err
+        end = time.monotonic() + 30
+        while not said.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
         os.close(writing)
 
     with open(reading, encoding="utf-8") as stdin:
@@ -201,7 +200,7 @@ def test_a_pipe_that_stays_open_is_spoken_of(
         ending.start()
         assert piped_text(awaited=False) == ""
         ending.join()
-    assert said.startswith("reading what is piped in")
+    assert said.getvalue().startswith("reading what is piped in")
 
 
 def test_a_files_model_that_the_server_lacks_is_no_prompt(server: ScriptedServer, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_a_model_without_a_chat_template_continues_a_text(
         setting(page, "schema").fill('{"enum": ["yes", "no"]}')
         setting(page, "use_schema").check()
         assert json.loads(run_program(copied(page, "Python"), tmp_path)) in ("yes", "no")
+        page.context.close()  # before its server: the page asks it for its state every few seconds
 
 
 def test_the_description_offline(served: ServerProcess, new_page: Callable[..., Page]) -> None:
