@@ -129,7 +129,7 @@ async def run_load(
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, headers={"Content-Type": "application/json", **target.headers}
     ) as session:
-        with _quiet_collector():
+        with quiet_collector():
             cpu, start = time.process_time(), time.perf_counter()
             stop = math.inf if max_seconds is None else start + max_seconds
             try:
@@ -255,7 +255,7 @@ def _shorten(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
+def quiet_collector() -> Iterator[None]:
     """Keep what exists already out of garbage collections while timestamps are taken."""
     gc.collect()
     gc.freeze()

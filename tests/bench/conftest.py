@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import hypothesis
@@ -25,6 +25,13 @@ from llmctl.cli.main import app
 # The machine may be busy: no example is failed for its duration.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of many tests has objects by the million: to look at them all before each load took half of the suite's
+    time for bench."""
+    monkeypatch.setattr("llmctl.bench.client.quiet_collector", nullcontext)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import statistics
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from fake_openai_server import FakeServer, Reply
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmctl.bench.client import LoadRun, Target, run_load
+from llmctl.bench.client import LoadRun, Target, quiet_collector, run_load
 from llmctl.bench.sse import Choice, Delta, SseLines, decode_event, token_text
 from llmctl.bench.workloads import WorkItem
 
@@ -38,6 +39,15 @@ def load(
     )
     items = [WorkItem(f"prompt {i}", 2, tokens) for i in range(count)]
     return asyncio.run(run_load(target, items, arrivals or [0.0] * count, concurrency, max_seconds=max_seconds))
+
+
+def test_what_exists_is_not_collected_while_a_load_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmctl.bench.client.quiet_collector", quiet_collector)  # not the tests' own
+    frozen: list[int] = []
+    target = Target(start().url + "/v1/completions", "m", False)
+    asyncio.run(run_load(target, [WorkItem("p", 1, 2)], [0.0], None, lambda _: frozen.append(gc.get_freeze_count())))
+    assert frozen[0] > 1_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("arrivals", [[0.0] * 5, [0.0, 0.01, 0.02, 30.0, 60.0]])
