@@ -67,7 +67,7 @@ def places(graph: Graph) -> Iterator[Place]:
 
 
 def sum_bytes(columns: int, unit: int, of: tuple[Place, ...]) -> int:
-    """Partial sums of one token's row of ``columns``, each of whole units: ``LoraShape`` of ``native/lora.h``."""
+    """Partial sums of one token's row of ``columns``, in whole units: ``LoraShape`` in ``native/lora_shrink.h``."""
     split = -(-max(SPLIT, -(-columns // MAX_SPLITS)) // unit) * unit
     return 4 * -(-columns // split) * sum(place.rank for place in of)
 

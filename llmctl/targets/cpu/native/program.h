@@ -103,7 +103,7 @@ struct OpDesc {
   const float* sin;
   const LoraModule* lora;  // [num_lora] of a linear, which then has the floats of its operand as x, too, but for kW8
   int64_t num_lora, lora_rank;  // rank of a slot, a multiple of 16
-  Matrix low;              // partial sums, see lora.h
+  Matrix low;              // partial sums, see lora_shrink.h
   int32_t lora_dtype;      // of their matrices: kW8 where the operand is int8, else kF32 or kBf16
   float eps, offset, scale, softcap;
   Choice choice;
