@@ -44,10 +44,14 @@ def load(
 def test_what_exists_is_not_collected_while_a_load_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmctl.bench.client.quiet_collector", quiet_collector)  # not the tests' own
     frozen: list[int] = []
-    target = Target(start().url + "/v1/completions", "m", False)
-    asyncio.run(run_load(target, [WorkItem("p", 1, 2)], [0.0], None, lambda _: frozen.append(gc.get_freeze_count())))
-    assert frozen[0] > 1_000
-    assert gc.get_freeze_count() == 0
+    target, item = Target(start().url + "/v1/completions", "m", False), WorkItem("p", 1, 2)
+    gc.unfreeze()
+    try:
+        asyncio.run(run_load(target, [item], [0.0], None, lambda _: frozen.append(gc.get_freeze_count())))
+        assert frozen[0] > 1_000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()  # as all tests find it, see tests/conftest.py
 
 
 @pytest.mark.parametrize("arrivals", [[0.0] * 5, [0.0, 0.01, 0.02, 30.0, 60.0]])

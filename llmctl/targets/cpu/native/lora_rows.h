@@ -16,13 +16,12 @@ struct AdapterTile {
 
 // The rows of a step that have adapters, grouped.
 struct AdapterRows {
-  const int32_t* slots = nullptr;  // of every row of the step, -1 for none
   std::vector<int32_t> rows;
   std::vector<AdapterTile> tiles;
   std::vector<size_t> windows;  // the first tile of each window, and their end
 
-  void group(const int32_t* of_rows, int64_t count) {
-    slots = of_rows;
+  // slots: of every row of the step, -1 for none.
+  void group(const int32_t* slots, int64_t count) {
     rows.clear();
     tiles.clear();
     windows.clear();
