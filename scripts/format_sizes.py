@@ -35,14 +35,10 @@ class Stored:
     scales: float
     dtype: str = "F32"
 
-    @property
-    def own(self) -> float:
-        """Bits a weight of its codes as engines keep them, in 4 or 8 bits, and of the file's scales."""
-        return (4 if self.scheme.bits <= 4 else 8) + self.scales
 
-
-def _ggml(name: str, codes: int) -> Stored:
+def _ggml(name: str) -> Stored:
     columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    codes = BLOCK_FORMATS[name].scheme.bits
     return Stored(BLOCK_FORMATS[name].scheme, codes, 8 * size / columns - codes, BLOCK_FORMATS[name].scales)
 
 
@@ -50,7 +46,7 @@ FORMATS: Mapping[str, Stored] = {
     "float8, 128 x 128 blocks": Stored(_FP8, 8, 32 / 128**2),
     "NF4": Stored(_NF4, 4, 32 / 64),
     "NF4, doubly quantized": Stored(replace(_NF4, nested=NESTED_BLOCK), 4, (8 + 32 / NESTED_BLOCK) / _NF4.group_size),
-    **{name: _ggml(name, 8 if name == "Q8_0" else int(name[1])) for name in BLOCK_FORMATS},
+    **{name: _ggml(name) for name in BLOCK_FORMATS},
 }
 
 
@@ -60,8 +56,8 @@ def sizes() -> str:
     for name, stored in FORMATS.items():
         file = stored.codes + stored.scales
         bits = [engine_bits(stored, target) for target in TARGETS.values()]
-        rows.append((name, f"{file:.2f}", *(f"{b:.2f}, {b / file:.2f}" for b in bits), f"{max(bits) / stored.own:.2f}"))
-    return markdown_table(("format", "file", *TARGETS, "of its storage"), rows)
+        rows.append((name, f"{file:.2f}", *(f"{b:.2f}, {b / file:.2f}" for b in bits)))
+    return markdown_table(("format", "file", *TARGETS), rows)
 
 
 def engine_bits(stored: Stored, target: str) -> float:

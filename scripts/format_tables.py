@@ -71,7 +71,7 @@ def with_tables(page: str) -> str:
 
 def _codes(scheme: QuantScheme) -> str:
     offset = "a minimum" if scheme.minimum else f"the zero {1 << (scheme.bits - 1)}"
-    return f"{4 if scheme.bits < 8 else 8}-bit codes, {offset}"
+    return f"{scheme.bits}-bit codes, {offset}"
 
 
 if __name__ == "__main__":

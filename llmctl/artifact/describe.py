@@ -21,8 +21,9 @@ from llmctl.checkpoint.safetensors_io import read_header
 from llmctl.config import BuildConfig
 from llmctl.errors import EngineLoadError, UnsupportedModelError, UsageError
 from llmctl.graph.graph import Graph, QuantScheme
-from llmctl.targets.base import BuildOptions, KernelChoice
+from llmctl.targets.base import BuildOptions, KernelChoice, Target
 from llmctl.targets.planes import flat
+from llmctl.targets.table import target_of
 
 
 def describe_model(model: str, *, verify: bool = False, as_family: str = "") -> dict[str, Any]:
@@ -69,7 +70,9 @@ def describe_manifest(manifest: Manifest) -> dict[str, Any]:
         "target": str(manifest.target),
         "size": human_bytes(sum(record.size for record in manifest.files.values())),
         "checksum": manifest.checksum,
-        **_common(manifest.options, manifest.quantization, manifest.graph, manifest.kernels),
+        **_common(
+            target_of(manifest.target), manifest.options, manifest.quantization, manifest.graph, manifest.kernels
+        ),
     }
 
 
@@ -84,7 +87,9 @@ def _describe_plan(model: str, as_family: str) -> dict[str, Any]:
         "source": plan.name,
         "target": str(plan.target.name),
         "size": human_bytes(plan.weights_bytes),
-        **_common(plan.options, quantization_record(plan.graph, plan.checkpoint), plan.graph, plan.choices),
+        **_common(
+            plan.target, plan.options, quantization_record(plan.graph, plan.checkpoint), plan.graph, plan.choices
+        ),
         "memory": _memory(plan.sizing),
         "modules": {},
         "unused": [to_data(unused) for unused in plan.unused],
@@ -96,13 +101,17 @@ def _describe_plan(model: str, as_family: str) -> dict[str, Any]:
 
 
 def _common(
-    options: BuildOptions, quantization: QuantizationRecord, graph: Graph, choices: Iterable[KernelChoice]
+    target: Target,
+    options: BuildOptions,
+    quantization: QuantizationRecord,
+    graph: Graph,
+    choices: Iterable[KernelChoice],
 ) -> dict[str, Any]:
     choices = tuple(choices)
     kernel = {choice.op: choice.kernel for choice in choices}
     return {
         "options": to_data(options),
-        "quantization": {**quantization_document(quantization), "schemes": _schemes(graph)},
+        "quantization": {**quantization_document(quantization), "schemes": _schemes(target, graph, options)},
         "graph": {
             "family": graph.family,
             "num_layers": graph.num_layers,
@@ -129,14 +138,17 @@ def _common(
     }
 
 
-def _schemes(graph: Graph) -> dict[str, int]:
+def _schemes(target: Target, graph: Graph, options: BuildOptions) -> dict[str, int]:
     """What quantized weights are stored as -> how many of the graph's, which passes may have merged, are."""
-    schemes = [weight.quant for weight in graph.weights.values() if weight.quant is not None]
-    return dict(Counter(describe_scheme(scheme) + _widened(scheme) for scheme in schemes))
+    schemes = {name: weight.quant for name, weight in graph.weights.items() if weight.quant is not None}
+    stored = {name: target.code_bits(name, graph, options) for name in schemes}
+    return dict(Counter(describe_scheme(scheme) + _widened(scheme, stored[name]) for name, scheme in schemes.items()))
 
 
-def _widened(scheme: QuantScheme) -> str:
-    return ", stored as 4 bits" if scheme.bits < 4 else ""  # as targets.plain lays codes out, and every target
+def _widened(scheme: QuantScheme, stored: int | None) -> str:
+    if stored == scheme.bits:
+        return ""
+    return ", stored dense" if stored is None else f", stored as {stored} bits"
 
 
 def _kernel_rows(graph: Graph, choices: tuple[KernelChoice, ...]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from llmctl.checkpoint.gguf_encode import minimums
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.output_format import AS_STORED, FORMATS, OutputFormat, describe_scheme, gptq_format
 from llmctl.checkpoint.quant_config import QuantizationInfo
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import QuantizedWeight, in_eight_bits
 from llmctl.checkpoint.reader import Checkpoint
 from llmctl.checkpoint.resolve import resolve_model
 from llmctl.checkpoint.writer import check_new, check_writable, write_quantized_checkpoint
@@ -61,6 +61,9 @@ class ConvertReport:
         """The report as JSON data."""
         return asdict(self)
 
+
+_ONLY_GGUF = (5, 6)
+"""Widths of codes that are read of GGUF, and written as 8."""
 
 CONVERTED = tuple(name for name, row in FORMATS.items() if row.rounded is None)
 """What ``--to`` may be: the formats that keep every number."""
@@ -224,7 +227,7 @@ class _Modules(Mapping[str, QuantizedWeight]):
     def __getitem__(self, name: str) -> QuantizedWeight:
         weight = self._checkpoint.weight(f"{name}.weight")
         assert isinstance(weight, QuantizedWeight)
-        return weight
+        return in_eight_bits(weight) if weight.scheme.bits in _ONLY_GGUF else weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._schemes)
@@ -237,7 +240,8 @@ def _schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, QuantScheme]]:
     for name in checkpoint.names():
         scheme = checkpoint.describe(name).quant
         if scheme is not None:
-            yield name.removesuffix(".weight"), scheme
+            wide = replace(scheme, bits=8) if scheme.bits in _ONLY_GGUF else scheme
+            yield name.removesuffix(".weight"), wide
 
 
 def _widened(checkpoint: Checkpoint, module: str) -> Tensor:

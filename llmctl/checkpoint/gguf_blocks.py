@@ -1,7 +1,6 @@
 """ggml's quantized blocks as codes with a float scale, and perhaps a float minimum, a group of 16 or 32 columns.
 
-Nothing is rounded: a K type's scales are those of its super-block as they are (``QuantScheme.nested``). Codes of 5 and
-6 bits take 8.
+Nothing is rounded: a K type's scales are those of its super-block as they are (``QuantScheme.nested``).
 ``w = (code - 2**(bits-1)) * scale`` or ``w = code * scale + minimum``.
 
 Source: ggml-common.h (block_q4_0 … block_q6_K), ggml-quants.c (dequantize_row_*), gguf-py's quants.py.
@@ -71,7 +70,7 @@ def _q4_1(blocks: Bytes) -> Decoded:
 
 def _q5_0(blocks: Bytes) -> Decoded:
     codes = _nibbles(blocks[:, None, 6:]) | _fifth_bits(blocks[:, 2:6])
-    return codes + np.uint8(128 - 16), _half(blocks[:, :2]), None
+    return codes, _half(blocks[:, :2]), None
 
 
 def _q5_1(blocks: Bytes) -> Decoded:
@@ -124,7 +123,7 @@ def _q5_k(blocks: Bytes) -> Decoded:
 def _q6_k(blocks: Bytes) -> Decoded:
     codes = _nibbles(blocks[:, :128].reshape(-1, 2, 64)) | _pairs(blocks[:, 128:192], 32) << np.uint8(4)
     scales = SuperBlock(blocks[:, 192:208] ^ np.uint8(128), _half(blocks[:, 208:210]))
-    return codes + np.uint8(128 - 32), scales, None
+    return codes, scales, None
 
 
 def _symmetric(bits: int, group: int, nested: int = 0) -> QuantScheme:
@@ -138,13 +137,13 @@ def _with_minimums(bits: int, group: int, nested: int = 0) -> QuantScheme:
 BLOCK_FORMATS: Mapping[str, BlockFormat] = {
     "Q4_0": BlockFormat(_symmetric(4, 32), "F16", _q4_0),
     "Q4_1": BlockFormat(_with_minimums(4, 32), "F16", _q4_1),
-    "Q5_0": BlockFormat(_symmetric(8, 32), "F16", _q5_0),
-    "Q5_1": BlockFormat(_with_minimums(8, 32), "F16", _q5_1),
+    "Q5_0": BlockFormat(_symmetric(5, 32), "F16", _q5_0),
+    "Q5_1": BlockFormat(_with_minimums(5, 32), "F16", _q5_1),
     "Q8_0": BlockFormat(_symmetric(8, 32), "F16", _q8_0),
     "Q2_K": BlockFormat(_with_minimums(2, 16, 16), "F32", _q2_k),
     "Q3_K": BlockFormat(_symmetric(3, 16, 16), "F32", _q3_k),
     "Q4_K": BlockFormat(_with_minimums(4, 32, 8), "F32", _q4_k),
-    "Q5_K": BlockFormat(_with_minimums(8, 32, 8), "F32", _q5_k),
-    "Q6_K": BlockFormat(_symmetric(8, 16, 16), "F32", _q6_k),
+    "Q5_K": BlockFormat(_with_minimums(5, 32, 8), "F32", _q5_k),
+    "Q6_K": BlockFormat(_symmetric(6, 16, 16), "F32", _q6_k),
 }
 """By ggml's name."""

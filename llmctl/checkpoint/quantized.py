@@ -137,6 +137,13 @@ class QuantizedWeight:
         return result if dtype is None else result.to(dtype)
 
 
+def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same numbers in codes of 8 bits, for what has none of 5 and 6."""
+    added = 0 if not weight.scheme.symmetric or weight.scheme.book else 128 - (1 << (weight.scheme.bits - 1))
+    scheme = replace(weight.scheme, bits=8)
+    return replace(weight, codes=weight.codes + added, zeros=weight.zeros + added, scheme=scheme)
+
+
 def stack_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights one below the other; blocks of rows are kept where no seam cuts one.
 

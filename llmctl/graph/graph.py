@@ -41,7 +41,7 @@ class QuantScheme:
     and ``w = code * scale + minimum``.
 
     Attributes:
-        bits: width of a code: 2, 3, 4 or 8.
+        bits: width of a code: 2, 3, 4, 5, 6 or 8.
         group_size: columns sharing one scale (and zero or minimum); -1 means the whole row.
         symmetric: nothing is stored for the zero, which is the constant ``2**(bits-1)``, or in the code book.
         act_order: columns belong to groups through a ``g_idx`` table rather than ``k // group_size``.

@@ -181,7 +181,7 @@ DEFAULT_PASSES: tuple[str, ...] = (
 
 
 def _takes_int8(scheme: QuantScheme) -> bool:
-    return scheme.bits == 8 and scheme.symmetric and not scheme.act_order and not scheme.book
+    return scheme.bits > 4 and scheme.symmetric and not scheme.act_order and not scheme.book
 
 
 def _qkv_groups(graph: Graph) -> list[tuple[Op, ...]]:

@@ -325,6 +325,10 @@ class Target(Protocol):
         """The planes of one weight, by plane name."""
         ...
 
+    def code_bits(self, name: str, graph: Graph, options: BuildOptions) -> int | None:
+        """What a code of a quantized weight takes in an engine; None where its numbers are stored, not its codes."""
+        ...
+
     # what it takes to run
 
     def resident_bytes(self, graph: Graph, options: BuildOptions, planes: Iterable[Plane]) -> int:

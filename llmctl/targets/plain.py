@@ -1,7 +1,8 @@
 """How a Graph's weights lie in an engine as plain planes: dense tensors, and quantized ones code by code.
 
-A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8; up to 4 bits: two codes a byte, the low
-nibble is the even column, [N, ceil(K/2)]; 8 bits: [N, K]), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block
+A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8 [N, bytes of a row]; a row has the codes'
+fields of 8, 4, 2 and 1 bits, of those that the width is the sum of, one kind after the other, the lowest bits in the
+widest; the first column in a byte's lowest bits), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block
 of rows), ``W.zeros`` (u8 [N, G]; only where the scheme has them), ``W.minimums`` (as the scales; likewise) and
 ``W.g_idx`` (I32 [K]; only with act-order). Nested scales are ``W.scale_codes`` (u8 [N, G]) and ``W.scale_supers`` (F16
 [N, G / nested]), in place of ``W.scales``; minimums likewise. Those of a code book are ``W.scale_codes``,
@@ -87,9 +88,19 @@ def _kinds(scheme: QuantScheme) -> tuple[str, ...]:
     return _NESTED[: 1 + scheme.minimum] if scheme.nested else ()
 
 
+def plain_code_bits(weight: Weight) -> int | None:
+    """``Target.code_bits`` of a weight that is stored so."""
+    return None if weight.quant is None else weight.quant.bits
+
+
 def code_bytes(scheme: QuantScheme, columns: int) -> int:
     """Bytes of one row of codes."""
-    return columns if scheme.bits == 8 else (columns + 1) // 2
+    return sum(-(-columns * width // 8) for width in _fields(scheme.bits))
+
+
+def _fields(bits: int) -> tuple[int, ...]:
+    """Widths of the fields that a code is cut into."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def pack_plain(weight: Weight, read: Read, planes: Sequence[Plane]) -> dict[str, PlaneContent]:
@@ -118,7 +129,7 @@ def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, 
         dtypes: suffix -> safetensors dtype of the planes wanted.
     """
     codes = weight.codes.contiguous().numpy()
-    planes: dict[str, PlaneContent] = {"codes": codes if weight.scheme.bits == 8 else pack_nibbles(codes)}
+    planes: dict[str, PlaneContent] = {"codes": pack_fields(codes, weight.scheme.bits)}
     for kind, part in zip(_kinds(weight.scheme), weight.nested or (), strict=True):
         planes |= {f"{kind}_codes": part.codes.contiguous(), f"{kind}_supers": part.supers.contiguous()}
         if isinstance(part, MappedFloats):
@@ -137,9 +148,7 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
 
     scheme = weight.quant
     assert scheme is not None
-    codes = planes["codes"]
-    if scheme.bits != 8:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : weight.shape[1]].contiguous()
+    codes = unpack_fields(planes["codes"], scheme.bits, weight.shape[1])
     nested = _unpack_nested(scheme, planes) if scheme.nested else None
     for kind, part in zip(_kinds(scheme), nested or (), strict=True):
         planes = {**planes, f"{kind}s": part.floats()}
@@ -163,11 +172,34 @@ def _unpack_nested(scheme: QuantScheme, planes: Mapping[str, Tensor]) -> NestedP
     )
 
 
-def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Codes 0..15 [N, K] -> two a byte [N, ceil(K/2)], the low nibble the even column."""
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    return np.bitwise_or(codes[:, 0::2], np.left_shift(codes[:, 1::2], 4), dtype=np.uint8)
+def pack_fields(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes of so many bits [N, K] as a row's bytes have them, u8 [N, bytes]."""
+    if bits == 8:
+        return codes
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8)))
+    parts, at = [], 0
+    for width in _fields(bits):
+        field = padded >> np.uint8(at) & np.uint8((1 << width) - 1)
+        by_byte = field.reshape(len(codes), -1, 8 // width) << np.arange(0, 8, width, dtype=np.uint8)
+        parts.append(np.bitwise_or.reduce(by_byte, axis=2)[:, : -(-codes.shape[1] * width // 8)])
+        at += width
+    return np.concatenate(parts, axis=1)
+
+
+def unpack_fields(stored: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of ``pack_fields``, on the same device."""
+    import torch
+
+    if bits == 8:
+        return stored
+    codes, at, start = torch.zeros((), dtype=torch.uint8, device=stored.device), 0, 0
+    for width in _fields(bits):
+        end = start + -(-columns * width // 8)
+        part = stored[:, start:end]
+        field = torch.stack([part >> shift & (1 << width) - 1 for shift in range(0, 8, width)], dim=-1)
+        codes = field.flatten(1)[:, :columns] << at | codes
+        at, start = at + width, end
+    return codes.contiguous()
 
 
 def _dense(read: Read, dtype: str) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fixtures import share_compiled_kernels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +28,9 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import plane_bytes
 from llmctl.config import BuildConfig, EngineOptions
 from llmctl.errors import CheckpointError, ModelNotFoundError, UsageError
+from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cpu.toolchain import INSTALL_HINT, find_compiler
-from llmctl.targets.plain import pack_nibbles
+from llmctl.targets.plain import code_bytes, pack_fields, unpack_fields
 from llmctl.targets.reference.target import ReferenceTarget
 from llmctl.targets.table import DefaultTarget, parse_target
 
@@ -95,9 +97,17 @@ def test_without_a_compiler_a_cpu_engine_is_for_torch(
     assert plane.data.tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def unpack_nibbles(packed: np.ndarray, columns: int) -> np.ndarray:
-    """[N, ceil(K/2)] -> [N, K], the low nibble the even column."""
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)[:, :columns]
+def unpacked(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Fields of 8, 4, 2 and 1 bits, one kind after the other -> [N, K]."""
+    codes, at, start = np.zeros((len(packed), columns), np.uint8), 0, 0
+    for width in (width for width in (8, 4, 2, 1) if bits & width):
+        size = -(-columns * width // 8)
+        stream = np.unpackbits(packed[:, start : start + size], axis=1, bitorder="little")[:, : columns * width]
+        field = stream.reshape(len(packed), columns, width) @ (1 << np.arange(width))
+        codes |= (field << at).astype(np.uint8)
+        at, start = at + width, start + size
+    assert start == packed.shape[1]
+    return codes
 
 
 @pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (3, 64, True), (8, -1, False)])
@@ -111,20 +121,24 @@ def test_quantized_planes(tmp_path: Path, bits: int, group_size: int, symmetric:
         expected = assemble(weight, source)
         assert isinstance(expected, QuantizedWeight)
         codes = engine.weights[f"{weight.name}.codes"].data
-        codes = codes if bits == 8 else unpack_nibbles(codes, weight.shape[1])
-        np.testing.assert_array_equal(codes, expected.codes.numpy())
+        assert codes.shape[1] * 8 == weight.shape[1] * bits
+        np.testing.assert_array_equal(unpacked(codes, bits, weight.shape[1]), expected.codes.numpy())
         np.testing.assert_array_equal(engine.weights[f"{weight.name}.scales"].data, expected.scales.numpy())
         assert (f"{weight.name}.zeros" in engine.weights) == (not symmetric)
         if not symmetric:
             np.testing.assert_array_equal(engine.weights[f"{weight.name}.zeros"].data, expected.zeros.numpy())
 
 
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 15)))
-def test_nibbles_round_trip(codes: np.ndarray) -> None:
-    packed = pack_nibbles(codes)
-    assert packed.shape == (codes.shape[0], -(-codes.shape[1] // 2))
-    np.testing.assert_array_equal(unpack_nibbles(packed, codes.shape[1]), codes)
-    assert packed[0, 0] & 15 == codes[0, 0]
+@given(
+    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=19), elements=st.integers(0, 255)),
+    st.sampled_from((2, 3, 4, 5, 6, 8)),
+)
+def test_codes_are_stored_by_their_bits(codes: np.ndarray, bits: int) -> None:
+    codes = codes & np.uint8((1 << bits) - 1)
+    packed, columns = pack_fields(codes, bits), codes.shape[1]
+    assert packed.shape == (len(codes), code_bytes(QuantScheme(bits, -1, symmetric=True), columns))
+    np.testing.assert_array_equal(unpacked(packed, bits, columns), codes)
+    np.testing.assert_array_equal(unpack_fields(torch.from_numpy(packed), bits, columns).numpy(), codes)
 
 
 def test_an_engine_is_replaced(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -28,15 +28,12 @@ from llmctl.targets.cuda import target as cuda_target
 
 GROWTH = {
     "fp8-blocks": {"cpu": 1.04},
-    "Q5_0": {"reference": 1.55, "cpu": 1.55, "cuda": 1.55},
-    "Q5_1": {"reference": 1.51, "cpu": 1.51, "cuda": 1.51},
-    "Q2_K": {"reference": 1.96, "cpu": 1.96, "cuda": 1.96},
-    "Q3_K": {"reference": 1.33, "cpu": 1.33, "cuda": 1.33},
-    "Q5_K": {"reference": 1.57, "cpu": 1.57, "cuda": 1.57},
-    "Q6_K": {"reference": 1.31, "cpu": 1.31, "cuda": 1.31},
+    "Q5_0": {"cuda": 1.55},
+    "Q2_K": {"reference": 1.20, "cpu": 1.20, "cuda": 1.20},
+    "Q3_K": {"reference": 1.04, "cpu": 1.04, "cuda": 1.04},
 }
 """Engine over checkpoint, by target, where it is more than 1.03 on one: a cpu target has a scale for every row of a
-block, and codes of 2 and 3 bits take 4, of 5 and 6 bits 8."""
+block, CUDA's kernels read codes of 4 and 8 bits, and codes of nested scales take 8, which a file has in 4 and 6."""
 COVERING = ("ct-w4-g32-asym", "ct-w8a8-static", "ct-fp8-tensor", "fp8-blocks", "bnb-nf4-double", "Q4_1", "Q4_K", "Q6_K")
 """In the default suite: integers with either zero, minimums, a code book; every shape of scales."""
 NAMES = [pytest.param(n, marks=() if n in COVERING else pytest.mark.slow) for n in (*FORMATS, *BLOCK_FORMATS)]

@@ -23,6 +23,9 @@ INTEGER = ("w4", "w8", "w4_min", "w8_min")
 """The dtypes that meet int8 activations."""
 BOOK_DTYPES = {8: "e4m3", 4: "book4"}
 """By the bits of a code book: float8_e4m3 is decoded by what it is, one of 4 bits through its table."""
+FIELD_BITS = (2, 3, 5, 6)
+"""Widths of codes that are stored by their bits, in fields of 4, 2 and 1; see ``native/fields.h``."""
+_UNIT_COLUMNS = 16
 
 
 class ScaleRangeError(ValueError):
@@ -66,7 +69,7 @@ class PackedLinear:
             above 128 (P = 1): what they are the products of with scale_supers, f16 [tiles, groups / nested, P, 32]. Of
             book4: u8 [tiles, groups, 32], values of scale_map, f32 [256], which are multiplied by the first and added
             to the second of scale_supers, f32 [supers, 2]; group ``g`` of a row has number ``(start + g) // nested`` of
-            those, of scale_starts, i32 [rows].
+            those, of scale_starts, i32 [rows]. code_bits: of codes stored by their bits, ``FIELD_BITS``; else 0.
         rows: tiles * 32. columns: K, padded. group: columns a weight group. permutation: i32 [K], the input column
             that stored column k multiplies (act-order); None when they are in order.
     """
@@ -85,6 +88,7 @@ class PackedLinear:
     scale_supers: NDArray[Any] | None = None
     scale_starts: NDArray[np.int32] | None = None
     nested: int = 0
+    code_bits: int = 0
 
     @property
     def scale_map(self) -> NDArray[np.float32] | None:
@@ -160,6 +164,15 @@ def padded_columns(columns: int, group: int) -> tuple[int, int]:
     return columns, group
 
 
+def field_bits(bits: int, columns: int, group: int) -> int:
+    """Width of codes of ``bits`` that are stored by their bits; 0 where they take 4 or 8.
+
+    Args:
+        columns, group: as ``padded_columns`` has them: activations meet whole units.
+    """
+    return bits if bits in FIELD_BITS and columns % _UNIT_COLUMNS == act_group(group) % _UNIT_COLUMNS == 0 else 0
+
+
 def pack_int(
     codes: Bytes,
     scales: NDArray[Any] | NestedPlane,
@@ -177,7 +190,7 @@ def pack_int(
     Args:
         codes: u8 [N, K], one code each. scales: f16/f32 [N, G]. zeros: u8 [N, G]; None: 2^(bits - 1) for all.
             minimums: as the scales, nested where those are; in place of the zeros.
-        bits: 8, or anything up to 4. group: columns a group, -1 = all.
+        bits: 2 to 6, or 8. group: columns a group, -1 = all.
         gated: rows are gate then up, to be interleaved.
         g_idx: i32 [K], each column's group (act-order): columns are sorted by group.
         experts: whose rows lie one below the other.
@@ -195,16 +208,23 @@ def pack_int(
     wide = np.zeros((len(order), padded), np.uint8)
     wide[order >= 0, :columns] = codes[order[order >= 0]]
     lines = wide.reshape(-1, 2, LANES, padded // 4, 4).transpose(0, 3, 1, 2, 4)  # [tile, k/4, half, lane, 4]
-    data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else lines
+    stored = field_bits(bits, padded, size)
+    data: NDArray[Any]
+    bias = np.uint8(0) if minimums is not None else _bias(bits)
+    if stored:
+        data = _fields(lines, stored)
+    else:
+        data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else np.add(lines, bias, dtype=np.uint8)
     packed = PackedLinear(
         dtype=int_dtype(bits, minimum=minimums is not None),
         data=np.ascontiguousarray(data).reshape(-1),
         scales=None,
-        zeros=None if minimums is not None else _zeros(zeros, bits, order),
+        zeros=None if minimums is not None else np.add(_zeros(zeros, bits, order), bias, dtype=np.uint8),
         rows=len(order),
         columns=padded,
         group=size,
         permutation=permutation,
+        code_bits=stored,
     )
     floats = {"scales": scales, "minimums": minimums}
     nested = {what: plane for what, plane in floats.items() if isinstance(plane, NestedPlane)}
@@ -227,6 +247,27 @@ def _arrange_nested(parts: Mapping[str, NestedPlane], order: NDArray[np.int64]) 
     supers = np.stack([_arrange(part.supers, order) for part in parts.values()], axis=2)
     nested = codes.shape[1] // supers.shape[1]
     return {"scale_codes": codes, "scale_supers": supers.view(np.uint16), "nested": nested}
+
+
+def _bias(bits: int) -> np.uint8:
+    """What codes of 5 and 6 bits, and their zeros, have more as lines of 8: the middle is 128 there."""
+    return np.uint8(128 - (1 << (bits - 1)) if bits > 4 else 0)
+
+
+def _fields(lines: Bytes, bits: int) -> Bytes:
+    """Codes [tiles, K / 4, 2, LANES, 4] by their bits, as ``native/fields.h`` has them."""
+    tiles = lines.shape[0]
+    units = lines.reshape(tiles, -1, 8, LANES * 4)  # eight lines of a byte a code
+    found, at = [], 0
+    for width in (4, 2, 1):
+        if not bits & width:
+            continue
+        part = units >> np.uint8(at) & np.uint8((1 << width) - 1)
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        by_byte = part.reshape(tiles, units.shape[1], -1, len(shifts), LANES * 4) << shifts[:, None]
+        found.append(np.bitwise_or.reduce(by_byte, axis=3))
+        at += width
+    return np.concatenate(found, axis=2)
 
 
 def _zeros(zeros: Bytes | None, bits: int, order: NDArray[np.int64]) -> Bytes:
@@ -354,7 +395,7 @@ class LinearFormat:
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
         book: its code book. experts: whose rows lie one below the other. one_zero: all codes have the same zero.
         nested: groups whose scales and minimums share a float; 0: each has its own. parts: tensors of the checkpoint
-            that it is made of.
+            that it is made of. bits: of integer codes, where they are not ``abi.WEIGHT_BITS``'; else 0.
     """
 
     dtype: str
@@ -367,6 +408,7 @@ class LinearFormat:
     one_zero: bool = False
     nested: int = 0
     parts: int = 1
+    bits: int = 0
 
     @property
     def integer(self) -> bool:
@@ -385,9 +427,14 @@ class LinearFormat:
             return padded_columns(self.shape[1], self.group)[0]
         return self.shape[1] + (self.shape[1] % 2 if self.dtype == "bf16" else 0)
 
+    @property
+    def code_bits(self) -> int:
+        """``PackedLinear.code_bits``."""
+        return field_bits(self.bits, *padded_columns(self.shape[1], self.group)) if self.integer else 0
+
     def planes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored planes: suffix -> (safetensors dtype, shape)."""
-        size = WEIGHT_BITS[self.dtype] * self.rows * self.columns // 8
+        size = (self.code_bits or WEIGHT_BITS[self.dtype]) * self.rows * self.columns // 8
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"tiles": ("U8", (size,))}
         if self.integer:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
@@ -440,6 +487,7 @@ class LinearFormat:
             planes.get("tile_scale_supers"),
             planes.get("tile_scale_starts"),
             self.nested,
+            self.code_bits,
         )
 
 

@@ -217,9 +217,8 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
             return dense
         kind = int_dtype(scheme.bits, minimum=scheme.minimum)
         order = scheme.act_order
-        return replace(
-            dense, dtype=kind, group=scheme.group_size, permuted=order, one_zero=scheme.symmetric, nested=scheme.nested
-        )
+        of_codes = replace(dense, dtype=kind, bits=scheme.bits, nested=scheme.nested)
+        return replace(of_codes, group=scheme.group_size, permuted=order, one_zero=scheme.symmetric)
     if op is not None and LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
         kind = "w8" if options.lm_head == "int8" else "w4"
         group = _HEAD_GROUP if columns % _HEAD_GROUP == 0 else -1
@@ -242,7 +241,7 @@ def _refusals(graph: Graph, op: Op, options: BuildOptions) -> tuple[Refusal, ...
     if scheme.book:
         refused = Refusal(BOOK_DTYPES[scheme.bits], "its columns are out of order: weights are dequantized")
         return (refused,) if scheme.act_order else ()
-    kernel = "w8a8" if scheme.bits == 8 else "w4a8"
+    kernel = _KERNEL[int_dtype(scheme.bits, minimum=False)]
     if options.dtype == "float32":
         return (Refusal(kernel, "the engine computes in float32: weights are dequantized"),)
     reason = _group_refusal(graph.weights[op.weights[0]].shape[1], scheme.group_size)

@@ -33,12 +33,12 @@ from llmctl.targets.base import (
     Target,
     TargetName,
 )
-from llmctl.targets.cpu.abi import current_digest
+from llmctl.targets.cpu.abi import WEIGHT_BITS, current_digest
 from llmctl.targets.cpu.adapters import slots_bytes
 from llmctl.targets.cpu.features import cpu_features
 from llmctl.targets.cpu.layout import kv_layer_bytes
 from llmctl.targets.cpu.options import KV_DTYPES, cpu_options, cpu_passes, head_is_free
-from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, linear_formats, pack_planes
+from llmctl.targets.cpu.packing import cpu_choices, cpu_planes, linear_format, linear_formats, pack_planes
 from llmctl.targets.cpu.tiles import NEXT, tile_refusal
 from llmctl.targets.cpu.toolchain import (
     SOURCE,
@@ -87,6 +87,13 @@ class CpuTarget:
     def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
         """Any: one library has the kernels of all."""
         return KV_DTYPES
+
+    def code_bits(self, name: str, graph: Graph, options: BuildOptions) -> int | None:
+        """The checkpoint's own, unless rows are not whole units."""
+        fmt = linear_format(name, graph, options)
+        if fmt is None or not (fmt.integer or fmt.book):
+            return None
+        return fmt.code_bits or WEIGHT_BITS[fmt.dtype]
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """All, unless the engine is exact or the checkpoint quantizes the head."""

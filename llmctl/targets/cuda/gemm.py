@@ -66,7 +66,7 @@ def weight_format(weight: Weight, *, gated: bool, table: bool = False, experts: 
     if scheme.minimum:
         raise ValueError("the weight has a float minimum a group; the kernels read integers with integer zeros")
     return CudaFormat(
-        bits=max(scheme.bits, 4),
+        bits=4 if scheme.bits <= 4 else 8,
         shape=(weight.shape[0], weight.shape[1]),
         gated=gated,
         group=scheme.group_size,

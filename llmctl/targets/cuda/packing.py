@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.checkpoint.quantized import QuantizedWeight, in_eight_bits
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, PlaneContent, Read
@@ -80,6 +80,8 @@ def pack_cuda(name: str, read: Read, planes: Sequence[Plane], graph: Graph) -> d
 def pack_weight(weight: QuantizedWeight, fmt: CudaFormat) -> dict[str, NDArray[Any]]:
     """The packed planes of one weight, by suffix."""
     weight = weight.by_row()
+    if weight.scheme.bits > 4:
+        weight = in_eight_bits(weight)
     g_idx = None if weight.g_idx is None else weight.g_idx.numpy()
     return pack(weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(), fmt, g_idx).planes()
 

@@ -37,7 +37,7 @@ from llmctl.targets.cuda.compile import ARCHITECTURES, PTX_FALLBACK, compile_mod
 from llmctl.targets.cuda.device import best_arch, cuda_device, held_bytes, why_no_device
 from llmctl.targets.cuda.experts import most_tokens
 from llmctl.targets.cuda.lora import LORA_SOURCE, MAX_RANK
-from llmctl.targets.cuda.packing import cuda_planes, dequantized_bytes, pack_cuda
+from llmctl.targets.cuda.packing import cuda_format, cuda_planes, dequantized_bytes, pack_cuda
 from llmctl.targets.cuda.readiness import GIB, arch_here, missing_here, unknown_arch
 from llmctl.targets.cuda.registry import choose_all, sources_of
 from llmctl.targets.lora import slot_elements
@@ -50,6 +50,7 @@ from llmctl.targets.options import (
     max_model_len,
     plain_rebuild_options,
 )
+from llmctl.targets.plain import plain_code_bits
 from llmctl.targets.planes import Describe, Plane, total_bytes
 from llmctl.targets.step_memory import kv_bytes_per_token
 from llmctl.targets.step_work import StepProfiler
@@ -106,6 +107,11 @@ class CudaTarget:
     def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
         """The compute dtype, int8, fp8: a module has the entries of all."""
         return _caches(options.dtype)
+
+    def code_bits(self, name: str, graph: Graph, options: BuildOptions) -> int | None:
+        """What the kernels read, of a weight that they take; of others the checkpoint's own."""
+        fmt = cuda_format(name, graph)
+        return plain_code_bits(graph.weights[name]) if fmt is None else fmt.bits
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """None: a dense head stays dense."""

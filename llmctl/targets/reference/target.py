@@ -43,7 +43,7 @@ from llmctl.targets.options import (
     max_model_len,
     plain_rebuild_options,
 )
-from llmctl.targets.plain import pack_plain, plain_planes
+from llmctl.targets.plain import pack_plain, plain_code_bits, plain_planes
 from llmctl.targets.planes import Describe, Plane
 from llmctl.targets.step_memory import activation_bytes, kv_bytes_per_token
 from llmctl.targets.step_work import StepProfiler
@@ -87,6 +87,10 @@ class ReferenceTarget:
     def kv_cache_dtypes(self, options: BuildOptions) -> tuple[str, ...]:
         """The one that it was built for."""
         return (options.kv_cache_dtype,)
+
+    def code_bits(self, name: str, graph: Graph, options: BuildOptions) -> int | None:
+        """The checkpoint's own."""
+        return plain_code_bits(graph.weights[name])
 
     def lm_heads(self, graph: Graph, options: BuildOptions) -> tuple[str, ...]:
         """None: the head is stored as the checkpoint has it."""

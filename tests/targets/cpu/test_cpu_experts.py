@@ -6,6 +6,7 @@ that were chosen are read.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -19,7 +20,6 @@ from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.engine.step import SequenceSlice
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
-from llmctl.targets.cpu.abi import WEIGHT_BITS
 from llmctl.targets.cpu.binding import Lowering
 from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
 from llmctl.targets.cpu.packing import pack_linear
@@ -41,6 +41,9 @@ SCHEMES = {
     "w4_min": QuantScheme(4, 16, symmetric=False, minimum=True),
     "w4_min_nested": QuantScheme(4, 8, symmetric=False, minimum=True, nested=2),
     "w8_nested": QuantScheme(8, 8, symmetric=True, nested=2),
+    "w8_of_6": QuantScheme(6, 16, symmetric=True),
+    "w8_min_of_5": QuantScheme(5, 16, symmetric=False, minimum=True),
+    "w4_of_3": QuantScheme(3, 16, symmetric=True),
     "book4_nested": QuantScheme(4, 8, symmetric=True, book="nf4", nested=3),
     "e4m3": QuantScheme(8, -1, symmetric=True, book="fp8_e4m3"),
     "book4": QuantScheme(4, 16, symmetric=True, book="nf4"),
@@ -84,14 +87,15 @@ class Mixture:
 
     def packed(self, weight: torch.Tensor | QuantizedWeight, gated: bool) -> PackedLinear:
         scheme = weight.scheme if isinstance(weight, QuantizedWeight) else None
-        dtype = self.dtype.removesuffix("_whole").removesuffix("_nested")
+        dtype = re.sub(r"_whole|_nested|_of_\d", "", self.dtype)
         group, book = (scheme.group_size, scheme.book) if scheme else (-1, "")
         shape = (weight.shape[0], weight.shape[1])
         one_zero = scheme is not None and scheme.symmetric and not book
         nested = scheme.nested if scheme else 0
         fmt = LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS, one_zero=one_zero, nested=nested)
+        fmt = replace(fmt, bits=scheme.bits if scheme is not None and fmt.integer else 0)
         packed = pack_linear(weight, fmt)
-        assert packed.nested == nested
+        assert (packed.nested, packed.code_bits) == (nested, fmt.code_bits)
         assert packed.one_zero == one_zero
         return packed
 
@@ -153,12 +157,13 @@ def test_experts_compute_what_the_reference_does_alike_in_any_batch(dtype: str, 
     native.runtime.close()
 
 
-def test_weights_of_experts_that_are_not_chosen_are_not_read() -> None:
-    case = mixture("w4")
+@pytest.mark.parametrize(("dtype", "bits"), [("w4", 4), ("w8_of_6", 6)])
+def test_weights_of_experts_that_are_not_chosen_are_not_read(dtype: str, bits: int) -> None:
+    case = mixture(dtype)
     sketch, output = case.sketch()
     native = Native(sketch, output, VARIANTS[0])
     one = sum(len(packed.data) for packed in sketch.linears.values()) // EXPERTS
-    assert one == sum(p.rows * p.columns * WEIGHT_BITS[p.dtype] // 8 for p in sketch.linears.values()) // EXPERTS
+    assert one == sum(p.rows * p.columns * bits // 8 for p in sketch.linears.values()) // EXPERTS
     native.first_rows(1)
     assert native.runtime.weight_bytes() == CHOSEN * one
     assert native.runtime.weight_bytes() == 0

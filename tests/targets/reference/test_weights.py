@@ -17,12 +17,13 @@ from llmctl.targets.reference.weights import EngineWeights
 
 def planes_of(weight: QuantizedWeight, name: str) -> dict[str, WeightPlane]:
     """The engine's storage of a quantized weight, written out from its definition."""
-    codes = weight.codes.numpy()
-    if weight.scheme.bits != 8:
-        even, odd = codes[:, ::2], codes[:, 1::2]
-        odd = np.pad(odd, ((0, 0), (0, even.shape[1] - odd.shape[1])))
-        codes = even | odd << 4
-    planes = {"codes": ("U8", codes), "scales": ("F16", weight.scales.numpy())}
+    bits = np.unpackbits(weight.codes.numpy()[:, :, None], axis=2, bitorder="little")
+    fields, at = [], 0
+    for width in (width for width in (8, 4, 2, 1) if weight.scheme.bits & width):
+        row = bits[:, :, at : at + width].reshape(len(bits), -1)
+        fields.append(np.packbits(row, axis=1, bitorder="little"))
+        at += width
+    planes = {"codes": ("U8", np.concatenate(fields, axis=1)), "scales": ("F16", weight.scales.numpy())}
     if not weight.scheme.symmetric:
         planes["zeros"] = ("U8", weight.zeros.numpy())
     if weight.g_idx is not None:
@@ -37,7 +38,10 @@ def single(name: str, shape: tuple[int, ...], quant: QuantScheme | None, *parts:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("bits", "columns", "group"), [(4, 33, 11), (3, 32, -1), (8, 33, 11), (4, 1, 1)])
+@pytest.mark.parametrize(
+    ("bits", "columns", "group"),
+    [(4, 33, 11), (3, 33, -1), (6, 33, 11), (5, 33, 11), (2, 33, 11), (8, 33, 11), (4, 1, 1)],
+)
 def test_planes_round_trip(bits: int, columns: int, group: int, symmetric: bool, act_order: bool) -> None:
     scheme = QuantScheme(bits, group, symmetric, act_order)
     weight = random_weight(5, columns, scheme)

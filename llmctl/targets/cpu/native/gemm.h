@@ -8,6 +8,7 @@
 //   fp32   per column two lines of 16 outputs
 //   e4m3   per column 32 bytes of 32 outputs
 //   book4  per column 16 bytes: outputs 0..15 (low nibbles), then 16..31 (high)
+// Codes of 2 and 3 bits are w4, of 5 and 6 bits w8, that lie by their bits (fields.h).
 // w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
 // in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. Where all codes have one zero
 // it is stored once, 32 times over, and zero_step is 0. e4m3 and book4 come with scales fp32 [tiles][groups][32]:
@@ -17,6 +18,7 @@
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
 #pragma once
 #include "acts.h"
+#include "fields.h"
 #include "nested.h"
 #include "tables.h"
 
@@ -35,6 +37,9 @@ struct Weights {
   NestedScales nested;
   MappedScales mapped;
   int64_t tile_step;    // from the scales of a tile to those of the next; 0: they are of the tile at hand alone
+  int64_t code_bits;    // of codes that lie in fields; 0: they lie in lines
+  int64_t code_step;    // from the codes of a tile to those of the next; 0: they are of the tile at hand alone
+  const uint8_t* codes_of(int64_t tile) const { return data + tile * code_step; }
   const uint16_t* scales_of(int64_t tile) const { return scales + tile * tile_step; }
   const float* scales32_of(int64_t tile) const { return scales32 + tile * tile_step; }
   const uint16_t* minimums_of(int64_t tile) const { return minimums + tile * tile_step; }
@@ -52,7 +57,7 @@ struct ReadyTile {
 template <int kBits, bool kMin>
 static inline void make_ready(const Weights& w, int64_t tile, int64_t act_group, const ReadyTile& out) {
   const u8x64 one = u8x64{} + 1;
-  const uint8_t *codes = w.data + tile * w.k * kTile * kBits / 8, *zeros = kMin ? nullptr : w.zeros_of(tile);
+  const uint8_t *codes = w.codes_of(tile), *zeros = kMin ? nullptr : w.zeros_of(tile);
   int8_t* to = out.codes;
   int32_t* offsets = out.offsets;
   for (int64_t k = 0; k < w.k; offsets += kTile) {
@@ -109,19 +114,10 @@ struct NextTile {
   }
 };
 
-// acc[r][half] += the products of four columns. codes: one line of w4 or two of w8; many rows: two lines of a ReadyTile.
-// xp: four activations a row.
-template <int kBits, bool kMany, int R>
-static inline __attribute__((always_inline)) void add_products(const uint8_t* codes, const int8_t* xp,
-                                                               i32x16 (&acc)[R][2]) {
-  constexpr bool kSmall = kBits == 4;
-  u8x64 first = load<u8x64>(codes), second;
-  if (kBits == 4 && !kMany) {
-    second = high_nibbles(first);
-    first = first & 15;
-  } else {
-    second = load<u8x64>(codes + 64);
-  }
+// acc[r][half] += the products of four columns, codes of the outputs of either half. xp: four activations a row.
+template <bool kSmall, bool kMany, int R>
+static inline __attribute__((always_inline)) void add_halves(u8x64 first, u8x64 second, const int8_t* xp,
+                                                             i32x16 (&acc)[R][2]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     if constexpr (kMany) {
@@ -136,15 +132,25 @@ static inline __attribute__((always_inline)) void add_products(const uint8_t* co
   }
 }
 
+// The same of one line of w4 or two of w8; many rows: two lines of a ReadyTile.
+template <int kBits, bool kMany, int R>
+static inline __attribute__((always_inline)) void add_products(const uint8_t* codes, const int8_t* xp,
+                                                               i32x16 (&acc)[R][2]) {
+  const u8x64 first = load<u8x64>(codes);
+  if (kBits == 4 && !kMany) return add_halves<true, kMany>(first & 15, high_nibbles(first), xp, acc);
+  add_halves<kBits == 4, kMany>(first, load<u8x64>(codes + 64), xp, acc);
+}
+
 // What the sums of an activation group start from: what makes them sums of (code - zero) * x, or of code * x.
-// offsets: of a ReadyTile's group, for many rows.
-template <int kBits, bool kMany, bool kMin, int R>
+// offsets: of a ReadyTile's group, for many rows. kFields: see int_tile.
+template <int kBits, int kFields, bool kMany, bool kMin, int R>
 static inline __attribute__((always_inline)) void start_sums(const int32_t* offsets, const uint8_t* zeros,
                                                              const int32_t* negated_sums, i32x16 (&acc)[R][2]) {
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
     i32x16 zero{}, offset{};
-    if (!kMin && (!kMany || kBits == 8)) zero = u8_to_i32(zeros + half * kLanes) - (kMany ? 128 : 0);
+    if (!kMin && (!kMany || kBits == 8))
+      zero = u8_to_i32(zeros + half * kLanes) - (kMany ? 128 : kFields ? field_bias(kBits, kMin, kFields) : 0);
     if (kMin && kMany && kBits == 8) zero -= 128;
     if (kMany) offset = load<i32x16>(offsets + half * kLanes);
 #pragma GCC unroll 8
@@ -159,18 +165,20 @@ static inline __attribute__((always_inline)) void start_sums(const int32_t* offs
 // With integer sums s = sum of (code - zero) * x over an activation group, exact in 32 bits,
 // total = sum over groups of s * (weight scale * activation scale), and with minimums of minimum * sum of x.
 // Meanwhile `ahead` is fetched: the tile to be read next; many rows: bytes of it, `ready` being the tile at hand.
-template <int kBits, bool kMany, bool kMin, int R>
+// kFields: width of codes that are read by their bits (few rows), whole units an activation group; 0: of lines.
+template <int kBits, int kFields, bool kMany, bool kMin, int R>
 static inline __attribute__((always_inline)) void int_tile(const Weights& w, const ReadyTile& ready, const IntActs& x,
                                                            int64_t tile, int64_t row, Ahead ahead,
                                                            f32x16 (&total)[R][2]) {
-  constexpr int kLine = kMany ? 128 : kBits * 16;  // bytes of four columns
+  constexpr int kLine = kFields ? 64 : kMany ? 128 : kBits * 16;  // bytes of four columns; of a line of a unit
   constexpr int kChains = !kManyRegisters ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight, to cover their latency
   const int64_t groups = w.k / w.group, ratio = w.group / x.group;  // activation groups never span weight groups
   const uint16_t* scales = w.scales_of(tile);
   const uint8_t* zeros = kMin ? nullptr : w.zeros_of(tile);
   const uint16_t* minimums = kMin ? w.minimums_of(tile) : nullptr;
-  const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.data + tile * w.k * kTile * kBits / 8;
-  const NextTile next{ahead.next, (w.k / 4 * kLine / 4 + kLine - 1) / kLine * kLine};
+  const uint8_t* codes = kMany ? (const uint8_t*)ready.codes : w.codes_of(tile);
+  const int64_t lines = kFields ? w.k / kUnitColumns * kFields : w.k / 4;
+  const NextTile next{ahead.next, (lines * kLine / 4 + kLine - 1) / kLine * kLine};
   int64_t line = 0;
   const int32_t* offsets = ready.offsets;
   const int8_t* xp = x.codes + row * x.k;
@@ -182,9 +190,19 @@ static inline __attribute__((always_inline)) void int_tile(const Weights& w, con
     if (kMany) ahead.fetch(groups);
     for (int64_t part = 0; part < ratio; part++, xs += R, sums += R) {
       i32x16 acc[kChains][R][2] = {};
-      start_sums<kBits, kMany, kMin, R>(offsets, zeros, sums, acc[0]);
+      start_sums<kBits, kFields, kMany, kMin, R>(offsets, zeros, sums, acc[0]);
       if (kMany) offsets += kTile;
       const int8_t* end = xp + x.group * R;
+      if constexpr (kFields) {
+        for (; xp != end; xp += kUnitColumns * R, codes += 64 * kFields) {
+          const Unit<kFields> unit(codes);
+#pragma GCC unroll 6
+          for (int i = 0; i < kFields; i++) next.fetch<kLine>(line++);
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; c++)
+            add_halves<true, false>(unit.codes(2 * c), unit.codes(2 * c + 1), xp + 4 * R * c, acc[c % kChains]);
+        }
+      }
       for (; xp + 4 * R * kChains <= end; xp += 4 * R * kChains) {
 #pragma GCC unroll 4
         for (int c = 0; c < kChains; c++, codes += kLine) {
@@ -293,12 +311,18 @@ static inline __attribute__((always_inline)) void book_tile(const Weights& w, co
 template <int kBits, bool kMin>
 static inline void unpack_row(const Weights& w, int64_t row, int64_t n, float* y) {
   const int64_t tile = row / kTile, lane = row % kTile % kLanes, half = row % kTile / kLanes;
-  const uint8_t* codes = w.data + tile * w.k * kTile * kBits / 8 + (kBits == 8 ? half * 64 : 0) + 4 * lane;
+  const uint8_t* const codes = w.codes_of(tile);
+  const uint8_t* const lines = codes + (kBits == 8 ? half * 64 : 0) + 4 * lane;
   for (int64_t k = 0; k < n; k++) {
     const int64_t group = k / w.group, at = group * kTile + row % kTile;
     const uint8_t* const zero = kMin ? nullptr : w.zeros_of(tile) + k / w.group * w.zero_step + row % kTile;
-    const uint8_t byte = codes[k / 4 * kBits * 16 + k % 4];
-    const int code = kBits == 8 ? byte : half ? byte >> 4 : byte & 15;
+    int code;
+    if (w.code_bits) {
+      code = joined_code(int(w.code_bits), codes, k, row % kTile) + field_bias(kBits, kMin, w.code_bits);
+    } else {
+      const uint8_t byte = lines[k / 4 * kBits * 16 + k % 4];
+      code = kBits == 8 ? byte : half ? byte >> 4 : byte & 15;
+    }
     float scale, minimum = 0;
     if (w.nested.shared) {
       scale = w.nested.one<kMin, 0>(tile * (w.k / w.group) + group, row % kTile);

@@ -36,7 +36,7 @@ struct Unpacker {
   int64_t act_group, half_bytes, ratio, zero_step, part = 0;
 
   Unpacker(const Weights& w, int64_t tile, int64_t act_group)
-      : codes(w.data + tile * w.k * kTile * kBits / 8),
+      : codes(w.codes_of(tile)),
         zeros(kMin ? nullptr : w.zeros_of(tile)),
         act_group(act_group),
         half_bytes(TileGroup(act_group).row_bytes() * kLanes),

@@ -53,6 +53,7 @@ static inline __attribute__((always_inline)) void finish_tile(const OpDesc& op, 
 }
 
 static constexpr int weight_bits(const OpDesc& op) {
+  if (op.code_bits) return int(op.code_bits);
   switch (op.weight_dtype) {
     case kW4: case kW4Min: case kBook4: return 4;
     case kW8: case kW8Min: case kE4m3: return 8;
@@ -74,7 +75,7 @@ static inline Weights weights_of(const OpDesc& op) {
   const MappedScales mapped{op.w_scale_codes, op.w_scale_supers32, op.w_scale_starts, op.w_scale_map, op.nested};
   return {op.w,        op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book,
           op.n_padded, op.k,        op.group,   op.zero_step,  nested,        mapped,
-          (op.k + op.group - 1) / op.group * kTile};
+          (op.k + op.group - 1) / op.group * kTile, op.code_bits, op.k * kTile * weight_bits(op) / 8};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
@@ -93,27 +94,14 @@ class LinearScratch {
     int8_t* const codes = tile(ReadyTile::bytes(k, act_group));
     return {codes, (int32_t*)(codes + k * kTile)};
   }
-  int8_t* tile(int64_t bytes) {
-    const size_t lines = size_t(bytes + 63) / 64;
-    if (lines_.size() < lines) lines_.resize(lines);
-    return (int8_t*)lines_.data()->bytes;
-  }
-  // w as it is read for one tile: with the tile's scales multiplied out.
-  template <int kType>
+  int8_t* tile(int64_t bytes) { return (int8_t*)room(lines_, bytes); }
+  // w as it is read for one tile: with its scales multiplied out and, where lines are read, its codes in lines.
+  template <int kType, bool kLines>
   Weights of_tile(const Weights& w, int64_t tile) {
-    const int64_t groups = w.tile_step / kTile;
-    if (scales_.size() < size_t(groups * 2)) scales_.resize(size_t(groups * 2));
-    uint8_t* const room = scales_.data()->bytes;
     Weights one = w;
-    one.tile_step = 0;
-    if constexpr (is_int(kType)) {
-      w.nested.multiply_out<has_minimums(kType)>(tile, groups, (uint16_t*)room);
-      one.scales = (const uint16_t*)room;
-      if (has_minimums(kType)) one.minimums = one.scales + groups * kTile;
-    } else {
-      w.mapped.multiply_out(tile, groups, (float*)room);
-      one.scales32 = (const float*)room;
-    }
+    if constexpr (is_int(kType) && kLines)
+      if (w.code_bits) join<kType>(w, tile, one);
+    if (w.nested.shared) multiply_out<kType>(w, tile, one);
     return one;
   }
   float* columns() { return columns_.data(); }
@@ -124,7 +112,34 @@ class LinearScratch {
   struct alignas(64) Line {  // the micro-kernel loads whole cache lines
     uint8_t bytes[64];
   };
-  std::vector<Line> lines_, scales_;
+  static uint8_t* room(std::vector<Line>& lines, int64_t bytes) {
+    const size_t count = size_t(bytes + 63) / 64;
+    if (lines.size() < count) lines.resize(count);
+    return lines.data()->bytes;
+  }
+  template <int kType>
+  void join(const Weights& w, int64_t tile, Weights& one) {
+    constexpr int kBits = int_bits(kType);
+    uint8_t* const to = room(codes_, w.k * kTile * kBits / 8);
+    const uint8_t bias = field_bias(kBits, has_minimums(kType), w.code_bits);
+    join_codes(int(w.code_bits), w.codes_of(tile), w.k, bias, to);
+    one.data = to, one.code_bits = one.code_step = 0;
+  }
+  template <int kType>
+  void multiply_out(const Weights& w, int64_t tile, Weights& one) {
+    const int64_t groups = w.tile_step / kTile;
+    uint8_t* const to = room(scales_, groups * 128);
+    one.tile_step = 0;
+    if constexpr (is_int(kType)) {
+      w.nested.multiply_out<has_minimums(kType)>(tile, groups, (uint16_t*)to);
+      one.scales = (const uint16_t*)to;
+      if (has_minimums(kType)) one.minimums = one.scales + groups * kTile;
+    } else {
+      w.mapped.multiply_out(tile, groups, (float*)to);
+      one.scales32 = (const float*)to;
+    }
+  }
+  std::vector<Line> lines_, codes_, scales_;
   std::vector<float> columns_ = std::vector<float>(size_t(8 * kMaxPatch * kMaxActGroup));
 };
 
@@ -134,13 +149,13 @@ static inline void fetch_outputs(const OpDesc& op, const Outputs& y, int64_t at,
     prefetch_to_write(y.data + r * y.ld + at * (op.act ? kLanes : kTile), op.act ? 64 : 128);
 }
 
-template <int kType, bool kMany, int R>
+template <int kType, int kFields, bool kMany, int R>
 static inline void block_tile(const OpDesc& op, const Weights& w, const ReadyTile& ready, int64_t tile, int64_t row,
                               const Ahead& ahead, const Outputs& y, int64_t at) {
   fetch_outputs(op, y, at, R);
   f32x16 total[R][2];
   if constexpr (is_int(kType))
-    int_tile<int_bits(kType), kMany, has_minimums(kType), R>(w, ready, op.x8, tile, row, ahead, total);
+    int_tile<int_bits(kType), kFields, kMany, has_minimums(kType), R>(w, ready, op.x8, tile, row, ahead, total);
   else if constexpr (kType == kE4m3) book_tile<8, R>(w, op.x.data, op.x.ld, tile, row, total);
   else if constexpr (kType == kBook4) book_tile<4, R>(w, op.x.data, op.x.ld, tile, row, total);
   else if constexpr (kType == kBf16) bf16_tile<R>(w, op.x16, w.k, tile, row, total);
@@ -164,13 +179,13 @@ struct Patch {
 };
 
 // One tile for the rows of a patch; y: outputs of the patch's first row, at: the tile's place in them.
-template <int kType, Layout kLayout>
+template <int kType, int kFields, Layout kLayout>
 static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y, int64_t at,
                       LinearScratch& scratch) {
   constexpr bool kMany = kLayout == Layout::kUnsigned;
   ReadyTile ready{};
   const int64_t tile_bytes = w.k * kTile * weight_bits(op) / 8;
-  Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, 0};
+  Ahead ahead{tile + 1 == patch.own_end ? patch.after : op.w + (tile + 1) * tile_bytes, 0};
   if constexpr (kMany) {
     ahead.bytes = tile_bytes / ((patch.row_end - patch.row + 7) / 8);
     ready = scratch.ready(w.k, op.x8.group);
@@ -180,13 +195,25 @@ static void tile_rows(const OpDesc& op, const Weights& w, const Patch& patch, in
     const Outputs here = y.from(row);
     const int count = block_rows(row, patch.rows);
     switch (count) {
-      case 8: block_tile<kType, kMany, 8>(op, w, ready, tile, row, ahead, here, at); break;
-      case 4: block_tile<kType, kMany, 4>(op, w, ready, tile, row, ahead, here, at); break;
-      case 2: block_tile<kType, kMany, 2>(op, w, ready, tile, row, ahead, here, at); break;
-      default: block_tile<kType, kMany, 1>(op, w, ready, tile, row, ahead, here, at);
+      case 8: block_tile<kType, kFields, kMany, 8>(op, w, ready, tile, row, ahead, here, at); break;
+      case 4: block_tile<kType, kFields, kMany, 4>(op, w, ready, tile, row, ahead, here, at); break;
+      case 2: block_tile<kType, kFields, kMany, 2>(op, w, ready, tile, row, ahead, here, at); break;
+      default: block_tile<kType, kFields, kMany, 1>(op, w, ready, tile, row, ahead, here, at);
     }
     row += count;
   }
+}
+
+// Few rows, of codes in lines or by their bits.
+template <int kType>
+static inline void few_rows(const OpDesc& op, const Weights& w, const Patch& patch, int64_t tile, const Outputs& y,
+                            int64_t at, LinearScratch& scratch) {
+  if constexpr (is_int(kType)) {
+    constexpr int kShort = int_bits(kType) == 4 ? 2 : 5, kLong = kShort + 1;
+    if (w.code_bits == kShort) return tile_rows<kType, kShort, Layout::kSigned>(op, w, patch, tile, y, at, scratch);
+    if (w.code_bits == kLong) return tile_rows<kType, kLong, Layout::kSigned>(op, w, patch, tile, y, at, scratch);
+  }
+  tile_rows<kType, 0, Layout::kSigned>(op, w, patch, tile, y, at, scratch);
 }
 
 #if defined(LLMCTL_AMX)
@@ -196,8 +223,8 @@ static void tile_rows_tiled(const OpDesc& op, const Weights& w, const Patch& pat
                             int64_t at, LinearScratch& scratch) {
   constexpr int kBits = int_bits(kType);
   constexpr bool kMin = has_minimums(kType);
-  const int64_t tile_bytes = w.k * kTile * kBits / 8;
-  const Ahead ahead{tile + 1 == patch.own_end ? patch.after : w.data + (tile + 1) * tile_bytes, tile_bytes};
+  const int64_t tile_bytes = w.k * kTile * weight_bits(op) / 8;
+  const Ahead ahead{tile + 1 == patch.own_end ? patch.after : op.w + (tile + 1) * tile_bytes, tile_bytes};
   int8_t* const room = scratch.tile(unpacked_bytes(op.x8, patch.row_end - patch.row));
   multiply_tiles<kBits, kMin>(
       w, op.x8, tile, patch.row, patch.row_end, ahead, room,
@@ -226,14 +253,17 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
     for (int64_t i = 0; i < units.tiles_per; i++) {
       const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
       if (lora) lora->turn_to_tile(tile);
-      const Weights w = (is_int(kType) || kType == kBook4) && op.nested ? scratch.of_tile<kType>(all, tile) : all;
+      constexpr bool kLines = kLayout != Layout::kSigned;
+      const bool made = (is_int(kType) || kType == kBook4) && (op.nested || (kLines && op.code_bits));
+      const Weights w = made ? scratch.of_tile<kType, kLines>(all, tile) : all;
 #if defined(LLMCTL_AMX)
       if constexpr (kLayout == Layout::kTiled) {
         tile_rows_tiled<kType>(op, w, patch, tile, y, at, scratch);
         continue;
       }
 #endif
-      tile_rows<kType, kLayout>(op, w, patch, tile, y, at, scratch);
+      if constexpr (kLines) tile_rows<kType, 0, kLayout>(op, w, patch, tile, y, at, scratch);
+      else few_rows<kType>(op, w, patch, tile, y, at, scratch);
     }
     if (!op.y8.codes) continue;
     quantize_columns(y.data, y.ld, unit * group, op.y8, {patch.row, patch.row_end, patch.rows});
