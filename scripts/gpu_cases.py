@@ -68,6 +68,7 @@ def all_cases() -> Iterator[Case]:
     yield from _rowwise()
     yield from _sampling()
     yield from _linears("Llama-3-8B", 8)
+    yield from _linears("Llama-3-8B", 8, "fp8_e4m3")
     yield from _linears("Llama-3-8B", 4, "nf4")
     yield from _int8_linears()
     yield from _adapters()
@@ -97,9 +98,10 @@ def _shapes(model: str) -> dict[str, tuple[int, int]]:
 
 
 def _linears(model: str, bits: int, book: str = "") -> Iterator[Case]:
-    """Integers with zeros in groups of 128, or codes of a book in groups of 64."""
+    """Integers with zeros, or float8, in groups of 128, or codes of a book of 16 in groups of 64."""
     for name, (n, k) in _shapes(model).items():
-        fmt = CudaFormat(bits, (n, k), group=64 if book else 128, symmetric=bool(book), book=book)
+        group = 64 if book and bits == 4 else 128
+        fmt = CudaFormat(bits, (n, k), group=group, symmetric=bool(book), book=book)
         weight = n * k * bits // 8 + n * k // fmt.group_size * (2 if book else 3)
         for m in ROWS:
             nbytes = weight + 2 * m * (n + k)
@@ -118,7 +120,7 @@ def random_planes(fmt: CudaFormat, device: str) -> PackedWeight:
         elif dtype == "F16":
             planes[suffix] = torch.rand(shape, device=device, dtype=kinds[dtype]) * 0.004 + 0.001
         else:
-            top = 256 if suffix == "tiles" else 2**fmt.bits
+            top = 2**fmt.bits if suffix != "tiles" else 256 if fmt.kind != "fp8" else 0x7F  # float8's NaN
             planes[suffix] = torch.randint(0, top, shape, device=device, dtype=kinds[dtype])
     return PackedWeight(fmt, planes)
 

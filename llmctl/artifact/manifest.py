@@ -23,7 +23,7 @@ from llmctl.targets.table import target_of
 
 MANIFEST_NAME = engine_source.MANIFEST_NAME
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class QuantizationRecord:
     minimum: bool = False
     block_rows: int = 1
     nested: int = 0
+    nested_bits: int = 8
     ignored_layers: tuple[str, ...] = ()
 
 

@@ -96,10 +96,10 @@ def _q2_k(blocks: Bytes) -> Decoded:
 def _q3_k(blocks: Bytes) -> Decoded:
     """2 low bits, a mask of high bits, and 16 scales of 6 bits: low nibbles of 8 bytes, high pairs of 4."""
     packed = blocks[:, 96:108]
-    scales = _nibbles(packed[:, None, :8]) | _pairs(packed[:, 8:], 4) << 4
+    scales = _nibbles(packed[:, None, :8]) | _pairs(packed[:, 8:], 4) << np.uint8(4)
     masks = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
     codes = _pairs(blocks[:, 32:96], 32) | (masks & np.uint8(1)).reshape(len(blocks), -1) << np.uint8(2)
-    return codes, SuperBlock((scales + 128 - 32).astype(np.uint8), _half(blocks[:, 108:110])), None
+    return codes, SuperBlock(scales, _half(blocks[:, 108:110])), None
 
 
 def _k_scales(blocks: Bytes) -> tuple[SuperBlock, SuperBlock]:
@@ -126,12 +126,12 @@ def _q6_k(blocks: Bytes) -> Decoded:
     return codes, scales, None
 
 
-def _symmetric(bits: int, group: int, nested: int = 0) -> QuantScheme:
-    return QuantScheme(bits, group, symmetric=True, nested=nested)
+def _symmetric(bits: int, group: int, nested: int = 0, of: int = 8) -> QuantScheme:
+    return QuantScheme(bits, group, symmetric=True, nested=nested, nested_bits=of)
 
 
-def _with_minimums(bits: int, group: int, nested: int = 0) -> QuantScheme:
-    return QuantScheme(bits, group, symmetric=False, minimum=True, nested=nested)
+def _with_minimums(bits: int, group: int, nested: int = 0, of: int = 8) -> QuantScheme:
+    return QuantScheme(bits, group, symmetric=False, minimum=True, nested=nested, nested_bits=of)
 
 
 BLOCK_FORMATS: Mapping[str, BlockFormat] = {
@@ -140,10 +140,10 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = {
     "Q5_0": BlockFormat(_symmetric(5, 32), "F16", _q5_0),
     "Q5_1": BlockFormat(_with_minimums(5, 32), "F16", _q5_1),
     "Q8_0": BlockFormat(_symmetric(8, 32), "F16", _q8_0),
-    "Q2_K": BlockFormat(_with_minimums(2, 16, 16), "F32", _q2_k),
-    "Q3_K": BlockFormat(_symmetric(3, 16, 16), "F32", _q3_k),
-    "Q4_K": BlockFormat(_with_minimums(4, 32, 8), "F32", _q4_k),
-    "Q5_K": BlockFormat(_with_minimums(5, 32, 8), "F32", _q5_k),
-    "Q6_K": BlockFormat(_symmetric(6, 16, 16), "F32", _q6_k),
+    "Q2_K": BlockFormat(_with_minimums(2, 16, 16, 4), "F32", _q2_k),
+    "Q3_K": BlockFormat(_symmetric(3, 16, 16, 6), "F32", _q3_k),
+    "Q4_K": BlockFormat(_with_minimums(4, 32, 8, 6), "F32", _q4_k),
+    "Q5_K": BlockFormat(_with_minimums(5, 32, 8, 6), "F32", _q5_k),
+    "Q6_K": BlockFormat(_symmetric(6, 16, 16, 8), "F32", _q6_k),
 }
 """By ggml's name."""

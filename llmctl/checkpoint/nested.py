@@ -22,7 +22,7 @@ class NestedFloats:
 
     Attributes:
         codes: uint8 [N, G]. supers: float16 [N, G / nested].
-        zero: ``QuantScheme.nested_zero``, 0 with minimums, else 128.
+        zero: ``QuantScheme.nested_zero``, 0 with minimums, else the middle of their codes.
     """
 
     codes: Tensor

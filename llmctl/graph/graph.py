@@ -48,9 +48,9 @@ class QuantScheme:
         book: name in ``code_books.CODE_BOOKS``; "" for integers.
         minimum: a float minimum a group in place of an integer zero.
         block_rows: rows sharing one scale; the last block may have fewer.
-        nested: 0, or how many scales that follow one another are stored as codes of 8 bits and floats that they share:
+        nested: 0, or how many scales that follow one another are stored as codes and floats that they share:
             of integers times a float16, of groups of a row, and minimums likewise; with a code book of 4 bits, as
-            bitsandbytes' double quantization.
+            bitsandbytes' double quantization. nested_bits: width of those codes, 4, 6 or 8; a code book's are 8.
 
     Raises:
         ValueError: attributes that contradict one another.
@@ -64,6 +64,7 @@ class QuantScheme:
     minimum: bool = False
     block_rows: int = 1
     nested: int = 0
+    nested_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.book and (self.book not in CODE_BOOKS or CODE_BOOKS[self.book].bits != self.bits):
@@ -80,6 +81,10 @@ class QuantScheme:
                 "nested: expected 0, or more of integers without a zero a group or a book of 4 bits, columns in order, "
                 f"found {self.nested}"
             )
+        if self.nested_bits not in ((4, 6, 8) if self.nested and not self.book else (8,)):
+            raise ValueError(
+                f"nested_bits: expected 8, or 4 or 6 of nested scales of integers, found {self.nested_bits}"
+            )
 
     @property
     def has_zeros(self) -> bool:
@@ -89,7 +94,7 @@ class QuantScheme:
     @property
     def nested_zero(self) -> int:
         """The code of a nested scale of 0, of integers: scales have signs where there are no minimums."""
-        return 0 if self.minimum else 128
+        return 0 if self.minimum else 1 << (self.nested_bits - 1)
 
     def stacked(self, out_features: int) -> QuantScheme:
         """Of matrices of ``out_features`` rows stacked: blocks that a seam would cut become a scale a row."""

@@ -62,6 +62,7 @@ def scheme_to_dict(scheme: QuantScheme) -> dict[str, Any]:
         "minimum": scheme.minimum,
         "block_rows": scheme.block_rows,
         "nested": scheme.nested,
+        "nested_bits": scheme.nested_bits,
     }
 
 
@@ -69,12 +70,12 @@ def scheme_from_dict(data: Mapping[str, Any], where: str = "scheme") -> QuantSch
     """The QuantScheme that ``scheme_to_dict`` wrote; ValueError as ``graph_from_dict``."""
     r = _Reader(data, where)
     bits, group_size = (r.integer(name) for name in ("bits", "group_size"))
-    block_rows, nested = (r.integer(name) for name in ("block_rows", "nested"))
+    block_rows, nested, nested_bits = (r.integer(name) for name in ("block_rows", "nested", "nested_bits"))
     symmetric, act_order, minimum = (r.flag(name) for name in ("symmetric", "act_order", "minimum"))
     book = r.text("book")
     r.done()
     try:
-        return QuantScheme(bits, group_size, symmetric, act_order, book, minimum, block_rows, nested)
+        return QuantScheme(bits, group_size, symmetric, act_order, book, minimum, block_rows, nested, nested_bits)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -2,12 +2,12 @@
 
 A dense Weight ``W`` is one tensor ``W``. A quantized one is ``W.codes`` (u8 [N, bytes of a row]; a row has the codes'
 fields of 8, 4, 2 and 1 bits, of those that the width is the sum of, one kind after the other, the lowest bits in the
-widest; the first column in a byte's lowest bits), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block
-of rows), ``W.zeros`` (u8 [N, G]; only where the scheme has them), ``W.minimums`` (as the scales; likewise) and
-``W.g_idx`` (I32 [K]; only with act-order). Nested scales are ``W.scale_codes`` (u8 [N, G]) and ``W.scale_supers`` (F16
-[N, G / nested]), in place of ``W.scales``; minimums likewise. Those of a code book are ``W.scale_codes``,
-``W.scale_supers`` and ``W.scale_offsets`` (F32 [S], the last ones unused) and ``W.scale_starts`` (I32 [N]), as
-``checkpoint.nested.MappedFloats`` says.
+widest; the first column in a byte's lowest bits), ``W.scales`` (F32, F16 or BF16 [B, G], a row for every block of
+rows), ``W.zeros`` (u8 [N, G]; only where the scheme has them), ``W.minimums`` (as the scales; likewise) and ``W.g_idx``
+(I32 [K]; only with act-order). Nested scales are ``W.scale_codes`` (u8 [N, bytes of a row], fields as of the codes) and
+``W.scale_supers`` (F16 [N, G / nested]), in place of ``W.scales``; minimums likewise. Those of a code book are
+``W.scale_codes`` (u8 [N, G]), ``W.scale_supers`` and ``W.scale_offsets`` (F32 [S], the last ones unused) and
+``W.scale_starts`` (I32 [N]), as ``checkpoint.nested.MappedFloats`` says.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _nested_planes(weight: Weight, scheme: QuantScheme) -> Iterator[Plane]:
         yield Plane(f"{weight.name}.scale_starts", (rows,), ("I32",))
         return
     for kind in _kinds(scheme):
-        yield Plane(f"{weight.name}.{kind}_codes", (rows, groups), ("U8",))
+        yield Plane(f"{weight.name}.{kind}_codes", (rows, field_bytes(scheme.nested_bits, groups)), ("U8",))
         yield Plane(f"{weight.name}.{kind}_supers", (rows, groups // scheme.nested), ("F16",))
 
 
@@ -95,7 +95,12 @@ def plain_code_bits(weight: Weight) -> int | None:
 
 def code_bytes(scheme: QuantScheme, columns: int) -> int:
     """Bytes of one row of codes."""
-    return sum(-(-columns * width // 8) for width in _fields(scheme.bits))
+    return field_bytes(scheme.bits, columns)
+
+
+def field_bytes(bits: int, count: int) -> int:
+    """Bytes of so many codes of one row, by their bits."""
+    return sum(-(-count * width // 8) for width in _fields(bits))
 
 
 def _fields(bits: int) -> tuple[int, ...]:
@@ -131,7 +136,8 @@ def pack_codes(weight: QuantizedWeight, dtypes: Mapping[str, str]) -> dict[str, 
     codes = weight.codes.contiguous().numpy()
     planes: dict[str, PlaneContent] = {"codes": pack_fields(codes, weight.scheme.bits)}
     for kind, part in zip(_kinds(weight.scheme), weight.nested or (), strict=True):
-        planes |= {f"{kind}_codes": part.codes.contiguous(), f"{kind}_supers": part.supers.contiguous()}
+        stored = pack_fields(part.codes.contiguous().numpy(), weight.scheme.nested_bits)
+        planes |= {f"{kind}_codes": stored, f"{kind}_supers": part.supers.contiguous()}
         if isinstance(part, MappedFloats):
             planes |= {"scale_offsets": part.offsets, "scale_starts": part.starts.contiguous()}
     for suffix in dtypes.keys() - planes.keys():
@@ -149,7 +155,7 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     scheme = weight.quant
     assert scheme is not None
     codes = unpack_fields(planes["codes"], scheme.bits, weight.shape[1])
-    nested = _unpack_nested(scheme, planes) if scheme.nested else None
+    nested = _unpack_nested(scheme, planes, scheme.groups(weight.shape[1])) if scheme.nested else None
     for kind, part in zip(_kinds(scheme), nested or (), strict=True):
         planes = {**planes, f"{kind}s": part.floats()}
     scales, minimums = widened(planes["scales"]), planes.get("minimums")
@@ -162,14 +168,13 @@ def unpack_codes(weight: Weight, planes: Mapping[str, Tensor]) -> QuantizedWeigh
     )
 
 
-def _unpack_nested(scheme: QuantScheme, planes: Mapping[str, Tensor]) -> NestedParts:
+def _unpack_nested(scheme: QuantScheme, planes: Mapping[str, Tensor], groups: int) -> NestedParts:
     if scheme.book:
         names = ("codes", "supers", "offsets", "starts")
         codes, supers, offsets, starts = (planes[f"scale_{name}"] for name in names)
         return (MappedFloats(codes, supers, offsets, starts, scheme.nested, usual_values()),)
-    return tuple(
-        NestedFloats(planes[f"{kind}_codes"], planes[f"{kind}_supers"], scheme.nested_zero) for kind in _kinds(scheme)
-    )
+    codes = {k: unpack_fields(planes[f"{k}_codes"], scheme.nested_bits, groups) for k in _kinds(scheme)}
+    return tuple(NestedFloats(codes[k], planes[f"{k}_supers"], scheme.nested_zero) for k in codes)
 
 
 def pack_fields(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from llmctl.targets.cuda.target import CUDA_PASSES
 from llmctl.targets.table import parse_target
 
 FP8 = QuantScheme(8, 64, True, book="fp8_e4m3", block_rows=64)
-NESTED = QuantScheme(4, 32, False, minimum=True, nested=8)
+NESTED = QuantScheme(4, 32, False, minimum=True, nested=8, nested_bits=6)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,8 @@ NESTED = QuantScheme(4, 32, False, minimum=True, nested=8)
         ({"nested": 8, "symmetric": False}, "nested: expected 0, or more of integers without a zero a group or a book"),
         ({"nested": -1, "symmetric": False, "minimum": True}, "nested: expected 0, or more"),
         ({"nested": 8, "symmetric": False, "minimum": True, "act_order": True}, "nested: expected 0, or more"),
+        ({"nested": 8, "symmetric": False, "minimum": True, "nested_bits": 5}, "nested_bits: expected 8, or 4 or 6"),
+        ({"nested_bits": 6}, "nested_bits: expected 8"),
     ],
 )
 def test_attributes_that_contradict_one_another(changes: dict[str, Any], reason: str) -> None:

@@ -124,7 +124,7 @@ class OpDesc(c.Structure):
         *((name, Matrix) for name in ("x", "x2", "x3", "y", "y2")),
         *((name, IntActs) for name in ("x8", "y8")),
         *((name, c.c_int64) for name in ("width", "n", "n_padded", "k", "group", "zero_step")),
-        *((name, c.c_int64) for name in ("nested", "code_bits")),
+        *((name, c.c_int64) for name in ("nested", "nested_bits", "code_bits", "scale_rows")),
         *((name, c.c_void_p) for name in ("w", "w_scales", "w_zeros", "w_minimums", "w_scale_codes", "w_scale_supers")),
         *((name, c.c_void_p) for name in ("w_scale_supers32", "w_scale_starts", "w_scale_map")),
         *((name, c.c_void_p) for name in ("w_scales32", "w_book", "bias")),

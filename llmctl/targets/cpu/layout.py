@@ -6,6 +6,7 @@ rows and the 16 up rows that go with them. Rows are padded with zero weights to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ BOOK_DTYPES = {8: "e4m3", 4: "book4"}
 FIELD_BITS = (2, 3, 5, 6)
 """Widths of codes that are stored by their bits, in fields of 4, 2 and 1; see ``native/fields.h``."""
 _UNIT_COLUMNS = 16
+_UNIT_CODES = _UNIT_COLUMNS * TILE
 
 
 class ScaleRangeError(ValueError):
@@ -34,11 +36,15 @@ class ScaleRangeError(ValueError):
 
 @dataclass(frozen=True)
 class NestedPlane:
-    """Scales, or minimums, of integers [N, G], as ``(code - zero) * super``; see ``checkpoint.nested.NestedFloats``."""
+    """Scales, or minimums, of integers [N, G], as ``(code - zero) * super``; see ``checkpoint.nested.NestedFloats``.
+
+    ``bits``: width of the codes. ``zero``: 0, or their middle.
+    """
 
     codes: Bytes
     supers: NDArray[np.float16]
     zero: int
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,13 @@ class PackedLinear:
 
     Attributes:
         dtype: one of ``abi.WEIGHT_BITS``.
-        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32. zeros: u8 [tiles, groups, 32], or
+        data: u8, the tiles. scales: [tiles, groups, 32], f16 of integers, else f32; of e4m3 [tiles, groups, 2] where
+            scale_rows, the rows that share one, are 16 and not 1. zeros: u8 [tiles, groups, 32], or
             [32] of one zero for all, of w4 and w8. minimums: f16 [tiles, groups, 32], of w4_min and w8_min. book: f32
             [16], of book4. nested: how many groups' scales share a float; 0: each has its own. scale_codes, of
             integers: u8 [tiles, groups, P, 32], in place of scales and minimums (P = 2) or of scales whose sign is
-            above 128 (P = 1): what they are the products of with scale_supers, f16 [tiles, groups / nested, P, 32]. Of
+            above 128 (P = 1): what they are the products of with scale_supers, f16 [tiles, groups / nested, P, 32].
+            With nested_bits, their width, they are stored by their bits, u8 [tiles, bytes], a sign above the middle. Of
             book4: u8 [tiles, groups, 32], values of scale_map, f32 [256], which are multiplied by the first and added
             to the second of scale_supers, f32 [supers, 2]; group ``g`` of a row has number ``(start + g) // nested`` of
             those, of scale_starts, i32 [rows]. code_bits: of codes stored by their bits, ``FIELD_BITS``; else 0.
@@ -89,6 +97,8 @@ class PackedLinear:
     scale_starts: NDArray[np.int32] | None = None
     nested: int = 0
     code_bits: int = 0
+    nested_bits: int = 0
+    scale_rows: int = 1
 
     @property
     def scale_map(self) -> NDArray[np.float32] | None:
@@ -245,8 +255,18 @@ def _arrange_nested(parts: Mapping[str, NestedPlane], order: NDArray[np.int64]) 
         _half(np.abs(by_super).max(axis=-1) * part.supers.astype(np.float32), what)
     codes = np.stack([_arrange(part.codes, order, part.zero) for part in parts.values()], axis=2)
     supers = np.stack([_arrange(part.supers, order) for part in parts.values()], axis=2)
-    nested = codes.shape[1] // supers.shape[1]
-    return {"scale_codes": codes, "scale_supers": supers.view(np.uint16), "nested": nested}
+    nested, first = codes.shape[1] // supers.shape[1], next(iter(parts.values()))
+    bits = scale_field_bits(first.bits, math.prod(codes.shape[1:]))
+    if bits:
+        codes = _fields(codes, bits).reshape(len(codes), -1)
+    elif first.zero:
+        codes += np.uint8(128 - first.zero)
+    return {"scale_codes": codes, "scale_supers": supers.view(np.uint16), "nested": nested, "nested_bits": bits}
+
+
+def scale_field_bits(bits: int, count: int) -> int:
+    """Width of nested codes that are stored by their bits, ``count`` of a tile; 0 where they take a byte each."""
+    return bits if bits < 8 and count % _UNIT_CODES == 0 else 0
 
 
 def _bias(bits: int) -> np.uint8:
@@ -255,7 +275,7 @@ def _bias(bits: int) -> np.uint8:
 
 
 def _fields(lines: Bytes, bits: int) -> Bytes:
-    """Codes [tiles, K / 4, 2, LANES, 4] by their bits, as ``native/fields.h`` has them."""
+    """Codes [tiles, …], whole units of a tile, by their bits, as ``native/fields.h`` has them."""
     tiles = lines.shape[0]
     units = lines.reshape(tiles, -1, 8, LANES * 4)  # eight lines of a byte a code
     found, at = [], 0
@@ -280,12 +300,20 @@ def int_dtype(bits: int, *, minimum: bool) -> str:
 
 
 def pack_book(
-    codes: Bytes, scales: NDArray[np.float32] | MappedPlane, *, book: str, group: int, gated: bool, experts: int = 1
+    codes: Bytes,
+    scales: NDArray[np.float32] | MappedPlane,
+    *,
+    book: str,
+    group: int,
+    gated: bool,
+    experts: int = 1,
+    shared: int = 1,
 ) -> PackedLinear:
     """Pack codes of a code book.
 
     Args:
         codes: u8 [N, K]. scales: f32 [N, G], or nested. group: columns a group, -1 = all; the last may have fewer.
+        shared: rows that have one scale, as ``scale_rows`` says it.
     """
     columns, order = codes.shape[1], row_order(len(codes), gated, experts)
     wide = np.zeros((len(order), columns), np.uint8)
@@ -299,7 +327,13 @@ def pack_book(
     packed = PackedLinear(dtype, data, None, None, len(order), columns, size, book=values)
     if isinstance(scales, MappedPlane):
         return replace(packed, **_arrange_mapped(scales, order))
-    return replace(packed, scales=_arrange(scales, order))
+    return replace(packed, scales=np.ascontiguousarray(_arrange(scales, order)[:, :, ::shared]), scale_rows=shared)
+
+
+def scale_rows(block_rows: int, rows: int, gated: bool, experts: int = 1) -> int:
+    """How many rows of half a tile share their scales: all, where none has rows of two blocks, or 1."""
+    part = rows // experts // (1 + gated)  # rows that follow one another in halves of tiles, from a whole one on
+    return LANES if block_rows % LANES == 0 and (part % LANES == 0 or part == rows) else 1
 
 
 def _arrange_mapped(part: MappedPlane, order: NDArray[np.int64]) -> dict[str, Any]:
@@ -395,7 +429,8 @@ class LinearFormat:
         group: columns a weight group, -1 = all; meaningless for dense formats. permuted: columns sorted by group.
         book: its code book. experts: whose rows lie one below the other. one_zero: all codes have the same zero.
         nested: groups whose scales and minimums share a float; 0: each has its own. parts: tensors of the checkpoint
-            that it is made of. bits: of integer codes, where they are not ``abi.WEIGHT_BITS``'; else 0.
+            that it is made of. bits: of integer codes, where they are not ``abi.WEIGHT_BITS``'; else 0. nested_bits: of
+            the codes of nested scales. scale_rows: as ``PackedLinear`` has it.
     """
 
     dtype: str
@@ -409,6 +444,8 @@ class LinearFormat:
     nested: int = 0
     parts: int = 1
     bits: int = 0
+    nested_bits: int = 8
+    scale_rows: int = 1
 
     @property
     def integer(self) -> bool:
@@ -432,6 +469,14 @@ class LinearFormat:
         """``PackedLinear.code_bits``."""
         return field_bits(self.bits, *padded_columns(self.shape[1], self.group)) if self.integer else 0
 
+    @property
+    def scale_code_bits(self) -> int:
+        """``PackedLinear.nested_bits``."""
+        if not (self.integer and self.nested):
+            return 0
+        groups = self.columns // padded_columns(self.shape[1], self.group)[1]
+        return scale_field_bits(self.nested_bits, groups * (1 + self.dtype.endswith("_min")) * TILE)
+
     def planes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored planes: suffix -> (safetensors dtype, shape)."""
         size = (self.code_bits or WEIGHT_BITS[self.dtype]) * self.rows * self.columns // 8
@@ -440,7 +485,9 @@ class LinearFormat:
             shape = (self.rows // TILE, self.columns // padded_columns(self.shape[1], self.group)[1], TILE)
             minimum = self.dtype.endswith("_min")
             if self.nested:
-                planes["tile_scale_codes"] = ("U8", (*shape[:2], 1 + minimum, TILE))
+                codes = (*shape[:2], 1 + minimum, TILE)
+                packed = math.prod(codes[1:]) * self.scale_code_bits // 8
+                planes["tile_scale_codes"] = ("U8", (codes[0], packed) if packed else codes)
                 planes["tile_scale_supers"] = ("F16", (shape[0], shape[1] // self.nested, 1 + minimum, TILE))
             else:
                 planes["tile_scales"] = ("F16", shape)
@@ -462,7 +509,7 @@ class LinearFormat:
 
     def _book_scales(self, shape: tuple[int, int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         if not self.nested:
-            return {"tile_scales": ("F32", shape)}
+            return {"tile_scales": ("F32", (*shape[:2], TILE // self.scale_rows))}
         return {
             "tile_scale_codes": ("U8", shape),
             "tile_scale_supers": ("F32", (self.room(shape[1]), 2)),
@@ -488,6 +535,8 @@ class LinearFormat:
             planes.get("tile_scale_starts"),
             self.nested,
             self.code_bits,
+            self.scale_code_bits,
+            self.scale_rows,
         )
 
 

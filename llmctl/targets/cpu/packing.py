@@ -40,6 +40,7 @@ from llmctl.targets.cpu.layout import (
     pack_int,
     padded_columns,
     quantize_symmetric,
+    scale_rows,
     to_planes,
 )
 from llmctl.targets.planes import Plane, WeightPlane
@@ -162,8 +163,9 @@ def pack_linear(weight: Tensor | QuantizedWeight, fmt: LinearFormat) -> PackedLi
     codes = weight.codes.numpy()
     if fmt.book:
         return pack_book(
-            codes, _book_scales(weight, fmt), book=fmt.book, group=fmt.group, gated=fmt.gated, experts=fmt.experts
-        )
+            codes, _book_scales(weight, fmt), book=fmt.book, group=fmt.group, gated=fmt.gated, experts=fmt.experts,
+            shared=fmt.scale_rows,
+        )  # fmt: skip
     zeros = weight.zeros.numpy()
     assert not fmt.one_zero or (zeros == 1 << (weight.scheme.bits - 1)).all(), "symmetric weights have one zero"
     floats, minimums = _int_scales(weight)
@@ -209,7 +211,8 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
     if scheme is not None and scheme.book and not scheme.act_order:
         kind, parts = BOOK_DTYPES[scheme.bits], len(weight.parts)
         of_book = replace(dense, dtype=kind, group=scheme.group_size, book=scheme.book)
-        return replace(of_book, nested=scheme.nested, parts=parts)
+        shared = scale_rows(scheme.block_rows, rows, gated, experts)
+        return replace(of_book, nested=scheme.nested, parts=parts, scale_rows=shared)
     if options.dtype == "float32":
         return dense
     if scheme is not None:
@@ -217,7 +220,7 @@ def _format(weight: Weight, op: Op | None, options: BuildOptions) -> LinearForma
             return dense
         kind = int_dtype(scheme.bits, minimum=scheme.minimum)
         order = scheme.act_order
-        of_codes = replace(dense, dtype=kind, bits=scheme.bits, nested=scheme.nested)
+        of_codes = replace(dense, dtype=kind, bits=scheme.bits, nested=scheme.nested, nested_bits=scheme.nested_bits)
         return replace(of_codes, group=scheme.group_size, permuted=order, one_zero=scheme.symmetric)
     if op is not None and LOGITS in op.outputs and options.lm_head in LM_HEAD_BITS:
         kind = "w8" if options.lm_head == "int8" else "w4"
@@ -253,7 +256,8 @@ def _int_scales(weight: QuantizedWeight) -> tuple[NDArray[Any] | NestedPlane, ND
     if weight.nested is None:
         return weight.scales.numpy(), None if weight.minimums is None else weight.minimums.numpy()
     parts = [p for p in weight.nested if isinstance(p, NestedFloats)]
-    planes = [NestedPlane(part.codes.numpy(), part.supers.numpy(), part.zero) for part in parts]
+    bits = weight.scheme.nested_bits
+    planes = [NestedPlane(part.codes.numpy(), part.supers.numpy(), part.zero, bits) for part in parts]
     return planes[0], planes[1] if weight.scheme.minimum else None
 
 

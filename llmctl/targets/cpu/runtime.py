@@ -355,7 +355,8 @@ class CpuRuntime:
         desc.zero_step = 0 if packed.one_zero else TILE
         desc.w = self._pointer(packed.data)
         scales = "w_scales" if packed.integer else "w_scales32"
-        desc.nested, desc.code_bits = packed.nested, packed.code_bits
+        desc.nested, desc.nested_bits, desc.code_bits = packed.nested, packed.nested_bits, packed.code_bits
+        desc.scale_rows = packed.scale_rows
         planes = {"w_zeros": packed.zeros, "w_minimums": packed.minimums, "w_book": packed.book, scales: packed.scales}
         supers = "w_scale_supers" if packed.integer else "w_scale_supers32"
         planes |= {"w_scale_codes": packed.scale_codes, supers: packed.scale_supers}

@@ -10,7 +10,7 @@ from llmctl.targets.cuda.gemm import ACTIVATION, STREAM_ROWS, GemmPlan
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.signatures import TAGS, blocks, ints, maybe, prepare, read, register, update, write
 
-STREAM_GROUPS = {"w4": (32, 64, 128), "w8": (32, 64), "book4": (32, 64, 128)}
+STREAM_GROUPS = {"w4": (32, 64, 128), "w8": (32, 64), "fp8": (32, 64), "book4": (32, 64, 128)}
 """Columns a group that the streaming kernels of a kind of codes are made for."""
 PLANE = "tiles groups 32"
 """The shape of a plane of scales or zeros."""
@@ -78,7 +78,7 @@ def dequantize_call(fmt: CudaFormat, tag: str, planes: dict[str, Any], w: Any) -
 
 def code_values(fmt: CudaFormat, planes: Mapping[str, Any]) -> dict[str, Any]:
     """What says which numbers the codes are, as the kernels' arguments."""
-    if fmt.book:
+    if fmt.kind == "book4":
         return {"book": planes["tile_book"]}
     return {} if fmt.symmetric else {"zeros": planes["tile_zeros"]}
 

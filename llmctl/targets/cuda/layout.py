@@ -54,6 +54,8 @@ class CudaFormat:
     @property
     def kind(self) -> str:
         """What the codes are, as entry points and their files begin."""
+        if self.book and self.bits == 8:
+            return "fp8"
         return f"{'book' if self.book else 'w'}{self.bits}"
 
     @functools.cached_property
@@ -89,8 +91,8 @@ class CudaFormat:
         }
         if not self.symmetric:
             planes["tile_zeros"] = ("U8", shape)
-        if self.book:
-            planes["tile_book"] = ("F32", (2**self.bits,))
+        if self.kind == "book4":
+            planes["tile_book"] = ("F32", (16,))
         if self.permuted:
             planes["permutation"] = ("I32", (self.shape[1],))
         return planes
@@ -102,8 +104,6 @@ def refuse_format(fmt: CudaFormat) -> str | None:
     group = fmt.group
     if fmt.bits not in (4, 8):
         return f"{fmt.bits}-bit codes; the kernels read 4 or 8 bits"
-    if fmt.book and fmt.bits != 4:
-        return f"{fmt.bits}-bit codes of {fmt.book}; the kernels read code books of 4 bits"
     if fmt.book and not fmt.symmetric:
         return f"zeros beside the code book {fmt.book}, which has its own"
     if columns % 8:
@@ -137,7 +137,7 @@ class CudaLinear:
         planes: dict[str, NDArray[Any]] = {"tiles": self.tiles, "tile_scales": self.scales}
         if self.zeros is not None:
             planes["tile_zeros"] = self.zeros
-        if self.format.book:
+        if self.format.kind == "book4":
             planes["tile_book"] = np.array(CODE_BOOKS[self.format.book].values, np.float32)
         if self.permutation is not None:
             planes["permutation"] = self.permutation
@@ -168,7 +168,8 @@ def pack(
     """Pack codes.
 
     Args:
-        codes: u8 [N, K], one code each. scales: f16/f32 [N, G], rounded to f16. zeros: u8 [N, G]; None when symmetric.
+        codes: u8 [N, K], one code each. scales: f16/f32 [N, G], rounded to f16 times ``scale_factor``.
+        zeros: u8 [N, G]; None when symmetric.
         g_idx: i32 [K], each column's group, with act-order: columns are sorted by group.
 
     Raises:
@@ -179,7 +180,7 @@ def pack(
         permutation = _permutation(g_idx, fmt.group)
         codes = codes[:, permutation]
     with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
+        half = (scales.astype(np.float32) * scale_factor(fmt)).astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError("weight scales do not fit float16")
     order = fmt.order()
@@ -190,6 +191,11 @@ def pack(
         None if fmt.symmetric or zeros is None else _arrange(zeros, order, fmt.groups),
         permutation,
     )
+
+
+def scale_factor(fmt: CudaFormat) -> int:
+    """What scales are multiplied by as they are stored: kernels make float8's values 2^8 times too small."""
+    return 256 if fmt.kind == "fp8" else 1
 
 
 def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes]:
@@ -209,7 +215,8 @@ def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes]:
 
     middle = 0 if fmt.book else 2 ** (fmt.bits - 1)
     zeros = np.full_like(linear.scales, middle, np.uint8) if linear.zeros is None else linear.zeros
-    return codes, natural(linear.scales).view(np.float16), natural(zeros)
+    scales = natural(linear.scales).view(np.float16) / np.float16(scale_factor(fmt))
+    return codes, scales, natural(zeros)
 
 
 def _permutation(g_idx: NDArray[np.int32], group: int) -> NDArray[np.int32]:

@@ -131,7 +131,9 @@ def _gemm_format(facts: OpFacts) -> CudaFormat:
     return product_format(facts.op, facts.graph)
 
 
-_CODES = {"w4": "4-bit integers", "w8": "8-bit integers", "book4": "4-bit codes of a code book"}
+_CODES = {
+    "w4": "4-bit integers", "w8": "8-bit integers", "fp8": "float8 codes", "book4": "4-bit codes of a code book",
+}  # fmt: skip
 
 
 def _refuse_gemm(kind: str) -> Callable[[OpFacts], str | None]:
@@ -265,6 +267,7 @@ KERNELS: tuple[Kernel, ...] = (
           lambda f: (f"{quantizer(f.op)}_{f.tag}",)),
     _gemm("w4"),
     _gemm("w8"),
+    _gemm("fp8"),
     _gemm("book4"),
     _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),
     _cuda("lora", LORA_SOURCE, "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
@@ -273,6 +276,7 @@ KERNELS: tuple[Kernel, ...] = (
     _cuda("route", EXPERTS_SOURCE, "route", refuse_dtype, _kind_entries),
     _grouped("w4"),
     _grouped("w8"),
+    _grouped("fp8"),
     _grouped("book4"),
     _grouped("dense"),
     _cuda("weighted_sum", EXPERTS_SOURCE, "weighted_sum", _refuse_width, _kind_entries),

@@ -21,7 +21,7 @@ from llmctl.engine.step import SequenceSlice
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cpu.binding import Lowering
-from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
+from llmctl.targets.cpu.layout import LinearFormat, PackedLinear, scale_rows
 from llmctl.targets.cpu.packing import pack_linear
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 from llmctl.targets.reference import kernels
@@ -40,12 +40,14 @@ SCHEMES = {
     "w8": QuantScheme(8, 16, symmetric=True),
     "w4_min": QuantScheme(4, 16, symmetric=False, minimum=True),
     "w4_min_nested": QuantScheme(4, 8, symmetric=False, minimum=True, nested=2),
+    "w4_min_nested_of_6": QuantScheme(4, 4, symmetric=False, minimum=True, nested=4, nested_bits=6),
     "w8_nested": QuantScheme(8, 8, symmetric=True, nested=2),
     "w8_of_6": QuantScheme(6, 16, symmetric=True),
     "w8_min_of_5": QuantScheme(5, 16, symmetric=False, minimum=True),
     "w4_of_3": QuantScheme(3, 16, symmetric=True),
     "book4_nested": QuantScheme(4, 8, symmetric=True, book="nf4", nested=3),
     "e4m3": QuantScheme(8, -1, symmetric=True, book="fp8_e4m3"),
+    "e4m3_blocks": QuantScheme(8, 16, symmetric=True, book="fp8_e4m3", block_rows=32),
     "book4": QuantScheme(4, 16, symmetric=True, book="nf4"),
 }
 
@@ -55,7 +57,7 @@ def _weight(seed: int, rows: int, columns: int, scheme: QuantScheme | None) -> t
     if scheme is None:
         return torch.from_numpy(rng.standard_normal((rows, columns)).astype(np.float32) * columns**-0.5).bfloat16()
     codes = torch.from_numpy(rng.integers(0, min(2**scheme.bits, 120), (rows, columns), np.uint8))
-    shape = (rows, scheme.groups(columns))
+    shape = (scheme.row_blocks(rows), scheme.groups(columns))
     scales = torch.from_numpy(rng.uniform(0.5, 1.5, shape).astype(np.float16)) * 0.3 / 2**scheme.bits
     zeros = torch.full(shape, 0 if scheme.book or scheme.minimum else 2 ** (scheme.bits - 1), dtype=torch.uint8)
     if scheme.has_zeros:
@@ -87,13 +89,17 @@ class Mixture:
 
     def packed(self, weight: torch.Tensor | QuantizedWeight, gated: bool) -> PackedLinear:
         scheme = weight.scheme if isinstance(weight, QuantizedWeight) else None
-        dtype = re.sub(r"_whole|_nested|_of_\d", "", self.dtype)
+        dtype = re.sub(r"_whole|_nested|_blocks|_of_\d", "", self.dtype)
         group, book = (scheme.group_size, scheme.book) if scheme else (-1, "")
         shape = (weight.shape[0], weight.shape[1])
         one_zero = scheme is not None and scheme.symmetric and not book
         nested = scheme.nested if scheme else 0
         fmt = LinearFormat(dtype, shape, gated, group, book=book, experts=EXPERTS, one_zero=one_zero, nested=nested)
-        fmt = replace(fmt, bits=scheme.bits if scheme is not None and fmt.integer else 0)
+        if scheme is not None and fmt.integer:
+            fmt = replace(fmt, bits=scheme.bits, nested_bits=scheme.nested_bits)
+        if scheme is not None and scheme.block_rows > 1:
+            fmt = replace(fmt, scale_rows=scale_rows(scheme.block_rows, shape[0], gated, EXPERTS))
+            assert fmt.scale_rows == 16
         packed = pack_linear(weight, fmt)
         assert (packed.nested, packed.code_bits) == (nested, fmt.code_bits)
         assert packed.one_zero == one_zero

@@ -23,18 +23,21 @@ ROWS = (1, 2, 7, 8, 16, 33, 120)
 
 
 def both(
-    bits: int, group: int, shared: int, n: int, k: int, *, minimum: bool, gated: bool = False
+    bits: int, group: int, shared: int, n: int, k: int, *, minimum: bool, gated: bool = False, of: int = 8
 ) -> tuple[PackedLinear, PackedLinear]:
-    """A weight whose scales (and minimums) are float16, and the same nested: every code, float16's denormals too."""
+    """A weight whose scales (and minimums) are float16, and the same nested: every code, float16's denormals too.
+
+    ``of``: bits of the scales' codes.
+    """
     rng = np.random.default_rng(bits * n + k)
     codes, groups = rng.integers(0, 2**bits, (n, k), dtype=np.uint8), k // group
-    zero = 0 if minimum else 128
+    zero = 0 if minimum else 1 << (of - 1)
     nested, floats = [], []
     for sign in (1, -1)[: 1 + minimum]:
-        scales = np.resize(rng.permutation(256).astype(np.uint8), (n, groups))
+        scales = np.resize(rng.permutation(1 << of).astype(np.uint8), (n, groups))
         size = 10.0 ** rng.uniform(-7, -3, (n, groups // shared))
         supers = (sign * size * 1.37).astype(np.float16)
-        nested.append(NestedPlane(scales, supers, zero))
+        nested.append(NestedPlane(scales, supers, zero, of))
         floats.append(np.repeat(supers.astype(np.float32), shared, 1) * (scales.astype(np.float32) - zero))
     assert ((floats[0] != 0) & (np.abs(floats[0]) < 2.0**-14)).any()
     made = [
@@ -42,6 +45,10 @@ def both(
         for planes in (floats, nested)
     ]
     assert (made[0].nested, made[1].nested) == (0, shared)
+    by_bits = of if of < 8 and groups * (1 + minimum) % 16 == 0 else 0
+    assert made[1].nested_bits == by_bits
+    assert made[1].scale_codes is not None
+    assert made[1].scale_codes.nbytes * 8 == made[1].rows * groups * (1 + minimum) * (by_bits or 8)
     return made[0], made[1]
 
 
@@ -84,16 +91,20 @@ def assert_same(made: tuple[PackedLinear, PackedLinear], n: int, k: int, gated: 
 
 @each_variant
 @pytest.mark.parametrize(
-    ("bits", "group", "shared", "n", "k"),
-    [(4, 32, 8, 83, 512), (8, 32, 8, 33, 256), (4, 16, 3, 70, 144), (8, 128, 1, 32, 256), (4, 256, 2, 40, 512)],
-)
+    ("bits", "group", "shared", "n", "k", "of"),
+    [
+        (4, 32, 8, 83, 512, 6), (8, 32, 8, 33, 256, 6), (4, 16, 3, 70, 144, 4), (2, 16, 16, 83, 256, 4),
+        (3, 16, 16, 33, 512, 6), (8, 128, 1, 32, 256, 8), (4, 256, 2, 40, 512, 8), (6, 16, 16, 40, 256, 8),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("minimum", [True, False], ids=["minimums", "signed"])
 @pytest.mark.parametrize("output", ["plain", "gated"])
 def test_linears_give_the_bits_of_scales_multiplied_out(
-    variant: Variant, bits: int, group: int, shared: int, n: int, k: int, minimum: bool, output: str
+    variant: Variant, bits: int, group: int, shared: int, n: int, k: int, of: int, minimum: bool, output: str
 ) -> None:
     gated = output == "gated"
-    assert_same(both(bits, group, shared, n * (1 + gated), k, minimum=minimum, gated=gated), n, k, gated, variant)
+    made = both(bits, group, shared, n * (1 + gated), k, minimum=minimum, gated=gated, of=of)
+    assert_same(made, n, k, gated, variant)
 
 
 @each_variant
@@ -111,7 +122,8 @@ def test_doubly_quantized_code_books_give_the_bits_of_scales_multiplied_out(
 
 @each_variant
 @pytest.mark.parametrize("minimum", [True, False], ids=["minimums", "signed"])
-def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Variant, minimum: bool) -> None:
+@pytest.mark.parametrize("of", [4, 6, 8])
+def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Variant, minimum: bool, of: int) -> None:
     width = 256
 
     def rows(packed: PackedLinear) -> Floats:
@@ -122,7 +134,7 @@ def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Vari
         native.runtime.close()
         return found
 
-    plain, nested = both(4, 32, 8, width, width, minimum=minimum)
+    plain, nested = both(4, 16, 8, width, width, minimum=minimum, of=of)
     assert rows(nested).tobytes() == rows(plain).tobytes()
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.dtypes import HALF_DTYPES
 from llmctl.graph.graph import QuantScheme, Weight, WeightPart
 from llmctl.targets.cuda.call import Call
@@ -37,6 +38,9 @@ _MACROS = {
     "LLMCTL_BOOK_STREAM": r"\1_\2_g\3_m\4",
     "LLMCTL_BOOK_GEMM": r"\1_\2_t\3",
     "LLMCTL_DEQUANTIZE_BOOK": r"dequantize_book4_\1",
+    "LLMCTL_FLOAT8_STREAM": r"\1_\2_g\3_m\4",
+    "LLMCTL_FLOAT8_GEMM": r"\1_\2_t\3",
+    "LLMCTL_DEQUANTIZE_FLOAT8": r"dequantize_fp8_\1",
     "LLMCTL_PERMUTE": r"permute_columns_\1",
 }
 
@@ -55,15 +59,15 @@ def entries_in(source: str) -> set[str]:
 
 
 def fitted(bits: int, symmetric: bool, book: str, **facts: Any) -> CudaFormat:
-    """A format; a code book only of 4 bits, and without zeros."""
-    book = book if bits == 4 else ""
+    """A format; a code book of its own bits, and without zeros."""
+    book = book if book and CODE_BOOKS[book].bits == bits else ""
     return CudaFormat(bits, symmetric=symmetric or bool(book), book=book, **facts)
 
 
 formats = st.builds(
     fitted,
     bits=st.sampled_from([4, 8]),
-    book=st.sampled_from(["", "nf4", "fp4"]),
+    book=st.sampled_from(["", "nf4", "fp4", "fp8_e4m3"]),
     shape=st.tuples(st.integers(1, 40000).map(lambda n: 2 * n), st.integers(1, 2048).map(lambda k: 8 * k)),
     gated=st.booleans(),
     group=st.sampled_from([-1, 32, 64, 128, 256]),
@@ -75,14 +79,14 @@ formats = st.builds(
 @settings(max_examples=80, deadline=None)
 @given(fmt=formats, dtype=st.sampled_from(HALF_DTYPES), m=st.integers(1, 300), sms=st.integers(1, 200))
 def test_plans_are_launchable(fmt: CudaFormat, dtype: str, m: int, sms: int) -> None:
-    plans = [plan_gemm(fmt, dtype, m, sms), plan_tile(fmt, dtype, m, int8=fmt.bits == 8, sms=sms)]
+    plans = [plan_gemm(fmt, dtype, m, sms), plan_tile(fmt, dtype, m, int8=fmt.kind == "w8", sms=sms)]
     for plan in plans:
         assert min(plan.grid) >= 1
         assert max(plan.grid[1:]) < 65536
         assert plan.threads in (128, 256)
         assert plan.shared <= 99 * 1024
         assert (plan.workspace > 0) == (plan.counters > 0)
-    sources = {f"w{fmt.bits}a8_gemm.cu", *gemm_sources(fmt)} if fmt.bits == 8 else gemm_sources(fmt)
+    sources = {"w8a8_gemm.cu", *gemm_sources(fmt)} if fmt.kind == "w8" else gemm_sources(fmt)
     made = set().union(*map(entries_in, sources))
     assert {plan.entry for plan in plans} | set(gemm_entries(fmt, dtype)) <= made
     assert plans[0].entry in gemm_entries(fmt, dtype) or m > GEMM_ROWS
@@ -161,8 +165,9 @@ def test_formats_of_weights() -> None:
     book = replace(weight, quant=QuantScheme(4, 64, symmetric=True, book="nf4"))
     assert weight_format(book, gated=True) == CudaFormat(4, (64, 256), True, 64, True, book="nf4")
     assert weight_format(book, gated=True).planes()["tile_book"] == ("F32", (16,))
-    with pytest.raises(ValueError, match="8-bit codes of fp8_e4m3; the kernels read code books of 4 bits"):
-        weight_format(replace(weight, quant=QuantScheme(8, -1, symmetric=True, book="fp8_e4m3")), gated=False)
+    float8 = replace(weight, quant=QuantScheme(8, 128, symmetric=True, book="fp8_e4m3", block_rows=64))
+    assert weight_format(float8, gated=True) == CudaFormat(8, (64, 256), True, 128, True, book="fp8_e4m3")
+    assert weight_format(float8, gated=True).planes().keys() == {"tiles", "tile_scales"}
     with pytest.raises(ValueError, match="a float minimum a group"):
         weight_format(replace(weight, quant=QuantScheme(4, 32, symmetric=False, minimum=True)), gated=False)
     with pytest.raises(ValueError, match="dense"):

@@ -76,6 +76,8 @@ def test_every_case_launches_what_its_kernel_takes() -> None:
         "w4a16_gemm.cu",
         "book4a16_stream.cu",
         "book4a16_gemm.cu",
+        "fp8a16_stream.cu",
+        "fp8a16_gemm.cu",
         "w8a8_gemm.cu",
         "attention_decode_d128.cu",
         "norm.cu",

@@ -127,11 +127,11 @@ static inline OpDesc expert_linear(const OpDesc& op, int64_t expert, int64_t fir
   if (op.w_minimums) one.w_minimums += expert * groups;
   if (op.nested) {
     const int64_t planes = has_minimums(op.weight_dtype) ? 2 : 1;
-    one.w_scale_codes += expert * groups * planes;
+    one.w_scale_codes += expert * groups * planes * (op.nested_bits ? op.nested_bits : 8) / 8;
     if (op.w_scale_supers) one.w_scale_supers += expert * groups / op.nested * planes;
     if (op.w_scale_starts) one.w_scale_starts += expert * op.n_padded;
   }
-  if (op.w_scales32) one.w_scales32 += expert * groups;
+  if (op.w_scales32) one.w_scales32 += expert * groups / op.scale_rows;
   if (op.x.data) one.x.data += first * op.x.ld;
   if (op.x16) one.x16 += first * op.k;
   if (op.y.data) one.y.data += first * op.y.ld;

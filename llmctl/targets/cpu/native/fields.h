@@ -5,13 +5,14 @@
 // fields of 4, 2 and 1 bits, as many of those as its width is the sum of, the lowest bits in the widest. A unit has first
 // the fields of 4 bits (4 lines), then those of 2 (2 lines), then those of 1 (1 line). Eight lines of w8, number 2 * c + h
 // for the columns 4 * c .. 4 * c + 3 and half h of the outputs, have the byte of a code at the same place; field i of a
-// byte of line number l is of that byte of line l * (8 / width) + i.
+// byte of line number l is of that byte of line l * (8 / width) + i. The codes of a tile's nested scales lie so, too, 512
+// of those that NestedScales says a unit.
 #pragma once
 #include "simd.h"
 
 namespace llmctl {
 
-constexpr int64_t kUnitColumns = 16;
+constexpr int64_t kUnitColumns = 16, kUnitCodes = 512;
 
 // What is added to a code on its way to a line of `line_bits`: without minimums the middle of w8 is always 128, whose
 // zeros make_ready() and multiply_tiles() take for granted.
@@ -51,38 +52,47 @@ struct Unit {
   }
 };
 
-// A tile of `columns` columns to lines of w4 (codes of up to 3 bits) or of w8, to whose codes `bias` is added.
-template <int kBits>
-static __attribute__((noinline)) void join_codes(const uint8_t* tile, int64_t columns, uint8_t bias, uint8_t* to) {
-  for (int64_t k = 0; k < columns; k += kUnitColumns, tile += 64 * kBits) {
-    const Unit<kBits> unit(tile);
+// Units to lines of w4 (kLineBits 4, codes of up to 3 bits) or of w8, to whose codes `bias` is added.
+template <int kBits, int kLineBits>
+static __attribute__((noinline)) void join_codes(const uint8_t* units, int64_t count, uint8_t bias, uint8_t* to) {
+  for (int64_t i = 0; i < count; i++, units += 64 * kBits) {
+    const Unit<kBits> unit(units);
 #pragma GCC unroll 8
-    for (int line = 0; line < 8; line += kBits > 4 ? 1 : 2, to += 64)
-      store(to, kBits > 4 ? unit.codes(line) + bias : unit.codes(line) | unit.codes(line + 1, 4));
+    for (int line = 0; line < 8; line += 8 / kLineBits, to += 64) {
+      if constexpr (kLineBits == 8) store(to, unit.codes(line) + bias);
+      else store(to, unit.codes(line) | unit.codes(line + 1, 4));
+    }
   }
 }
 
-static inline void join_codes(int bits, const uint8_t* tile, int64_t columns, uint8_t bias, uint8_t* to) {
+static inline void join_codes(int bits, const uint8_t* units, int64_t count, uint8_t bias, uint8_t* to) {
   switch (bits) {
-    case 2: return join_codes<2>(tile, columns, bias, to);
-    case 3: return join_codes<3>(tile, columns, bias, to);
-    case 5: return join_codes<5>(tile, columns, bias, to);
-    default: return join_codes<6>(tile, columns, bias, to);
+    case 2: return join_codes<2, 4>(units, count, bias, to);
+    case 3: return join_codes<3, 4>(units, count, bias, to);
+    case 4: return join_codes<4, 8>(units, count, bias, to);
+    case 5: return join_codes<5, 8>(units, count, bias, to);
+    default: return join_codes<6, 8>(units, count, bias, to);
   }
+}
+
+// Code number `at` of units as eight lines of w8 have them, one unit behind the other.
+static inline int unit_code(int bits, const uint8_t* units, int64_t at) {
+  const uint8_t* from = units + at / kUnitCodes * 64 * bits;
+  const int64_t line = at % kUnitCodes / 64, byte = at % 64;
+  int code = 0, bit = 0;
+  for (int width = 4; width; width /= 2) {
+    if (!(bits & width)) continue;
+    const int64_t fields = 8 / width;  // of a byte
+    code |= (from[line / fields * 64 + byte] >> line % fields * width & ((1 << width) - 1)) << bit;
+    bit += width, from += 64 * (8 / fields);
+  }
+  return code;
 }
 
 // The code of column `column` and output `output` of a tile.
 static inline int joined_code(int bits, const uint8_t* tile, int64_t column, int64_t output) {
-  const uint8_t* from = tile + column / kUnitColumns * 64 * bits;
-  const int64_t line = column % kUnitColumns / 4 * 2 + output / kLanes, byte = output % kLanes * 4 + column % 4;
-  int code = 0, at = 0;
-  for (int width = 4; width; width /= 2) {
-    if (!(bits & width)) continue;
-    const int64_t fields = 8 / width;  // of a byte
-    code |= (from[line / fields * 64 + byte] >> line % fields * width & ((1 << width) - 1)) << at;
-    at += width, from += 64 * (8 / fields);
-  }
-  return code;
+  const int64_t line = column % kUnitColumns / 4 * 2 + output / kLanes;
+  return unit_code(bits, tile, column / kUnitColumns * kUnitCodes + line * 64 + output % kLanes * 4 + column % 4);
 }
 
 }  // namespace llmctl

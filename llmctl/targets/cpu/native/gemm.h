@@ -37,6 +37,7 @@ struct Weights {
   NestedScales nested;
   MappedScales mapped;
   int64_t tile_step;    // from the scales of a tile to those of the next; 0: they are of the tile at hand alone
+  int64_t scale_rows;   // of a half of a tile, that share scales32
   int64_t code_bits;    // of codes that lie in fields; 0: they lie in lines
   int64_t code_step;    // from the codes of a tile to those of the next; 0: they are of the tile at hand alone
   const uint8_t* codes_of(int64_t tile) const { return data + tile * code_step; }

@@ -71,11 +71,11 @@ static inline bool in_tiles(const OpDesc& op, int64_t rows) {
 }
 
 static inline Weights weights_of(const OpDesc& op) {
-  const NestedScales nested{op.w_scale_codes, op.w_scale_supers, op.nested};
+  const NestedScales nested{op.w_scale_codes, op.w_scale_supers, op.nested, op.nested_bits};
   const MappedScales mapped{op.w_scale_codes, op.w_scale_supers32, op.w_scale_starts, op.w_scale_map, op.nested};
   return {op.w,        op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book,
           op.n_padded, op.k,        op.group,   op.zero_step,  nested,        mapped,
-          (op.k + op.group - 1) / op.group * kTile, op.code_bits, op.k * kTile * weight_bits(op) / 8};
+          (op.k + op.group - 1) / op.group * kTile, op.scale_rows, op.code_bits, op.k * kTile * weight_bits(op) / 8};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.
@@ -101,7 +101,8 @@ class LinearScratch {
     Weights one = w;
     if constexpr (is_int(kType) && kLines)
       if (w.code_bits) join<kType>(w, tile, one);
-    if (w.nested.shared) multiply_out<kType>(w, tile, one);
+    if constexpr (kType == kE4m3) spread(w, tile, one);
+    else if (w.nested.shared) multiply_out<kType>(w, tile, one);
     return one;
   }
   float* columns() { return columns_.data(); }
@@ -122,8 +123,16 @@ class LinearScratch {
     constexpr int kBits = int_bits(kType);
     uint8_t* const to = room(codes_, w.k * kTile * kBits / 8);
     const uint8_t bias = field_bias(kBits, has_minimums(kType), w.code_bits);
-    join_codes(int(w.code_bits), w.codes_of(tile), w.k, bias, to);
+    join_codes(int(w.code_bits), w.codes_of(tile), w.k / kUnitColumns, bias, to);
     one.data = to, one.code_bits = one.code_step = 0;
+  }
+  // A scale of half a tile to each of its outputs.
+  void spread(const Weights& w, int64_t tile, Weights& one) {
+    const int64_t groups = w.tile_step / kTile;
+    float* const to = (float*)room(scales_, groups * 128);
+    const float* const from = w.scales32 + tile * groups * 2;
+    for (int64_t i = 0; i < groups * 2; i++) store(to + i * kLanes, splat(from[i]));
+    one.scales32 = to, one.tile_step = 0;
   }
   template <int kType>
   void multiply_out(const Weights& w, int64_t tile, Weights& one) {
@@ -131,15 +140,17 @@ class LinearScratch {
     uint8_t* const to = room(scales_, groups * 128);
     one.tile_step = 0;
     if constexpr (is_int(kType)) {
-      w.nested.multiply_out<has_minimums(kType)>(tile, groups, (uint16_t*)to);
+      constexpr bool kMin = has_minimums(kType);
+      uint8_t* const codes = w.nested.bits ? room(scale_codes_, groups * NestedScales::line<kMin>) : nullptr;
+      w.nested.multiply_out<kMin>(w.nested.joined<kMin>(tile, groups, codes), tile, groups, (uint16_t*)to);
       one.scales = (const uint16_t*)to;
-      if (has_minimums(kType)) one.minimums = one.scales + groups * kTile;
+      if (kMin) one.minimums = one.scales + groups * kTile;
     } else {
       w.mapped.multiply_out(tile, groups, (float*)to);
       one.scales32 = (const float*)to;
     }
   }
-  std::vector<Line> lines_, codes_, scales_;
+  std::vector<Line> lines_, codes_, scale_codes_, scales_;
   std::vector<float> columns_ = std::vector<float>(size_t(8 * kMaxPatch * kMaxActGroup));
 };
 
@@ -254,8 +265,9 @@ static void linear_patch(const OpDesc& op, const Units& units, const Patch& patc
       const int64_t tile = unit * units.tiles_per + i, at = op.y8.codes ? i : tile;
       if (lora) lora->turn_to_tile(tile);
       constexpr bool kLines = kLayout != Layout::kSigned;
+      const bool shared = kType == kE4m3 && op.scale_rows > 1;
       const bool made = (is_int(kType) || kType == kBook4) && (op.nested || (kLines && op.code_bits));
-      const Weights w = made ? scratch.of_tile<kType, kLines>(all, tile) : all;
+      const Weights w = made || shared ? scratch.of_tile<kType, kLines>(all, tile) : all;
 #if defined(LLMCTL_AMX)
       if constexpr (kLayout == Layout::kTiled) {
         tile_rows_tiled<kType>(op, w, patch, tile, y, at, scratch);

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 
+#include "fields.h"
 #include "simd.h"
 #include "tables.h"
 
@@ -68,17 +69,32 @@ __attribute__((target("avx512fp16"), noinline)) static void multiply_halves(cons
 
 // Of integers. With minimums: codes u8 [tiles][groups][2][32], of scales, of minimums; supers fp16
 // [tiles][groups / shared][2][32]; a scale is its code times the super of its group. Without: codes [tiles][groups][32],
-// supers [tiles][groups / shared][32]; it is its code - 128, times the super.
+// supers [tiles][groups / shared][32]; it is its code - 128, times the super. Codes of fewer bits lie by them (fields.h);
+// without minimums it is their middle that is taken off them.
 struct NestedScales {
   const uint8_t* codes;
   const uint16_t* supers;
   int64_t shared;  // groups of a super; 0: scales are not nested
+  int64_t bits;    // of codes that lie by their bits; 0: each has a byte
 
-  // A tile's scales [groups][32], then its minimums.
   template <bool kMin>
-  void multiply_out(int64_t tile, int64_t groups, uint16_t* to) const {
+  static constexpr int64_t line = kMin ? 64 : 32;
+
+  // A tile's codes, a byte each. room: as many bytes, where they lie by their bits.
+  template <bool kMin>
+  const uint8_t* joined(int64_t tile, int64_t groups, uint8_t* room) const {
+    const int64_t count = groups * line<kMin>;
+    if (!bits) return codes + tile * count;
+    const uint8_t* const units = codes + tile * count * bits / 8;
+    prefetch(units + count * bits / 8, count * bits / 8);
+    join_codes(int(bits), units, count / kUnitCodes, field_bias(8, kMin, bits), room);
+    return room;
+  }
+
+  // A tile's scales [groups][32], then its minimums. code: as joined() gives them.
+  template <bool kMin>
+  void multiply_out(const uint8_t* code, int64_t tile, int64_t groups, uint16_t* to) const {
     constexpr int kLine = kMin ? 64 : 32, kZero = kMin ? 0 : 128;
-    const uint8_t* code = codes + tile * groups * kLine;
     const uint16_t* super = supers + tile * (groups / shared) * kLine;
 #if defined(LLMCTL_FP16)
     static const bool on_halves = __builtin_cpu_supports("avx512fp16");
@@ -102,9 +118,11 @@ struct NestedScales {
   // Of one output of a tile; `group`: counted over all tiles; kMinimum 1: its minimum.
   template <bool kMin, int kMinimum>
   float one(int64_t group, int64_t output) const {
-    constexpr int kPlanes = kMin ? 2 : 1, kZero = kMin ? 0 : 128;
+    constexpr int kPlanes = kMin ? 2 : 1;
     const float super = f16_to_f32(supers[(group / shared * kPlanes + kMinimum) * 32 + output]);
-    const int code = codes[(group * kPlanes + kMinimum) * 32 + output] - kZero;
+    const int64_t at = (group * kPlanes + kMinimum) * 32 + output;
+    const int stored = bits ? unit_code(int(bits), codes, at) : codes[at], zero = kMin ? 0 : 1 << (bits ? bits - 1 : 7);
+    const int code = stored - zero;
     return f16_to_f32(f32_to_f16(float(code) * super));
   }
 };

@@ -84,7 +84,9 @@ struct OpDesc {
   int64_t n_padded, k, group;
   int64_t zero_step;     // see Weights
   int64_t nested;        // groups that share a super, see NestedScales and MappedScales; 0: scales are not nested
+  int64_t nested_bits;   // of integers, see NestedScales
   int64_t code_bits;     // see Weights
+  int64_t scale_rows;    // of kE4m3: outputs of a half of a tile that share w_scales32, all (kLanes) or 1
   const uint8_t* w;      // linear: packed; embeddings: packed, or [V][width]; norms: fp32
   const uint16_t* w_scales;
   const uint8_t* w_zeros;

@@ -25,6 +25,9 @@
 // Codes of a code book become its 16 values, rounded to T: two byte tables in eight registers, of low and of high bytes,
 // looked up four codes at a time by byte permutes (a permute reaches eight entries, so that two and a choice are a
 // lookup). A table of 16 in shared memory has no bank conflicts either, but costs a load for every code.
+//
+// Codes of float8 (e4m3) become their values times 2^-8, exact in T: their exponents and mantissas are shifted to where T's
+// are, for bf16, whose exponents are wider by 112, and multiplied by 2^112. The scales plane has scales times 2^8.
 #pragma once
 #include "device.cuh"
 
@@ -55,11 +58,19 @@ struct Codes {
 // Codes are integers: nothing to look up.
 struct NoBook {};
 
+// Codes are float8's bits.
+struct Float8 {};
+
 // The values of a code book of 16 as T: bytes 4 i .. 4 i + 3 are in word i.
 template <typename T>
 struct Book {
     u32 low[4], high[4];
 };
+
+template <typename Values>
+constexpr bool kHasBook = false;
+template <typename T>
+constexpr bool kHasBook<Book<T>> = true;
 
 // From f32 [16]; every thread has its own.
 template <typename T>
@@ -143,6 +154,28 @@ LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s
             a[i] = packed_sub<bf16>(biased, i % 2 ? zero.high : zero.low);
         }
     }
+}
+
+// The float8 bytes `first` and `first + 1` of a word, times 2^-8.
+template <typename T>
+LLMCTL_DEVICE u32 float8_pair(u32 word, int first) {
+    const u32 upper = byte_permute(word, 0u, 0x1404u | first << 4 | first << 12);  // each the upper byte of its half
+    if constexpr (kIsF16<T>) {
+        return lop3<kMaskOr>(upper, 0x80008000u, upper >> 1 & 0x3F803F80u);
+    } else {
+        return packed_fma<bf16>(lop3<kMaskOr>(upper, 0x80008000u, upper >> 4 & 0x07F007F0u), 0x77807780u, 0x80008000u);
+    }
+}
+
+// The A operand (r, s) of a chunk of float8 codes: their values, times 2^-8.
+template <typename T, int kBits>
+LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s, const ZeroPair&, Float8) {
+    static_assert(kBits == 8, "float8 has 8 bits");
+    const u32 low = codes.vector[r].w[2 * s], high = codes.vector[r].w[2 * s + 1];
+    a[0] = float8_pair<T>(low, 0);
+    a[1] = float8_pair<T>(high, 0);
+    a[2] = float8_pair<T>(low, 2);
+    a[3] = float8_pair<T>(high, 2);
 }
 
 // The A operand (r, s) of a chunk of 4-bit codes: the book's values.

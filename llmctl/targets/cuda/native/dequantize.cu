@@ -5,6 +5,7 @@
 //                          packed column order. Grid (tiles, steps), 128 threads: a warp a chunk of 32 x 32.
 //                          k % 8 == 0; w a multiple of 16 bytes.
 // dequantize_book4_<T>     the same of w[n, k] = book[code] * scale; book f32 [16].
+// dequantize_fp8_<T>       the same of w[n, k] = float8(code) * scale; no zeros.
 // permute_columns_<T>      y[m, k] = x[m, permutation[k]]. Grid ceil(m k / 256), 256 threads.
 //
 // A lane holds eight neighbouring columns of four rows: 16-byte stores, 64 bytes a row and warp, 256 a row and block.
@@ -18,10 +19,11 @@ namespace gemm {
 constexpr int kDequantThreads = kStepChunks * kWarp;
 constexpr int kPermuteThreads = 256;
 
-// book: f32 [16], where codes are of one; else null, and kBook false.
-template <typename T, int kBits, bool kBook>
+// book: f32 [16], where codes are of one; else null. Values: NoBook, Float8, or Book<T>.
+template <typename T, int kBits, typename Values>
 LLMCTL_DEVICE void dequantize(const u8* codes, const f16* scales, const u8* zeros, const float* book, T* w, int n,
                               int k, int group_size, int gated) {
+    constexpr bool kBook = kHasBook<Values>;
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
     const int chunks = (k + kStepColumns - 1) / kStepColumns * kStepChunks;
     const int groups = (chunks * kChunkColumns + group_size - 1) / group_size;
@@ -45,7 +47,7 @@ LLMCTL_DEVICE void dequantize(const u8* codes, const f16* scales, const u8* zero
         if constexpr (!kBook) {
             const ZeroPair zero = zero_pair<T, kBits>(zero_word, r);
 #pragma unroll
-            for (int s = 0; s < 2; ++s) fragment<T, kBits>(a[s], mine, r, s, zero, NoBook{});
+            for (int s = 0; s < 2; ++s) fragment<T, kBits>(a[s], mine, r, s, zero, Values{});
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -84,14 +86,24 @@ LLMCTL_DEVICE void permute_columns(const T* x, const int* permutation, T* y, int
     LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
     dequantize_w##BITS##_##T(const u8* codes, const llmctl::f16* scales, const u8* zeros, llmctl::T* w, int n, int k, \
                              int group_size, int gated) {                                                             \
-        llmctl::gemm::dequantize<llmctl::T, BITS, false>(codes, scales, zeros, nullptr, w, n, k, group_size, gated);  \
+        llmctl::gemm::dequantize<llmctl::T, BITS, llmctl::gemm::NoBook>(codes, scales, zeros, nullptr, w, n, k,       \
+                                                                        group_size, gated);                           \
+    }
+
+#define LLMCTL_DEQUANTIZE_FLOAT8(T)                                                                                   \
+    LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
+    dequantize_fp8_##T(const u8* codes, const llmctl::f16* scales, const u8* zeros, llmctl::T* w, int n, int k,       \
+                       int group_size, int gated) {                                                                   \
+        llmctl::gemm::dequantize<llmctl::T, 8, llmctl::gemm::Float8>(codes, scales, zeros, nullptr, w, n, k,          \
+                                                                     group_size, gated);                              \
     }
 
 #define LLMCTL_DEQUANTIZE_BOOK(T)                                                                                     \
     LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
     dequantize_book4_##T(const u8* codes, const llmctl::f16* scales, const float* book, llmctl::T* w, int n, int k,   \
                          int group_size, int gated) {                                                                 \
-        llmctl::gemm::dequantize<llmctl::T, 4, true>(codes, scales, nullptr, book, w, n, k, group_size, gated);       \
+        llmctl::gemm::dequantize<llmctl::T, 4, llmctl::gemm::Book<llmctl::T>>(codes, scales, nullptr, book, w, n, k,  \
+                                                                              group_size, gated);                     \
     }
 
 #define LLMCTL_PERMUTE(T)                                                                                             \
@@ -104,6 +116,8 @@ LLMCTL_DEQUANTIZE(f16, 4)
 LLMCTL_DEQUANTIZE(f16, 8)
 LLMCTL_DEQUANTIZE(bf16, 4)
 LLMCTL_DEQUANTIZE(bf16, 8)
+LLMCTL_DEQUANTIZE_FLOAT8(f16)
+LLMCTL_DEQUANTIZE_FLOAT8(bf16)
 LLMCTL_DEQUANTIZE_BOOK(f16)
 LLMCTL_DEQUANTIZE_BOOK(bf16)
 LLMCTL_PERMUTE(f16)

@@ -191,16 +191,19 @@ LLMCTL_DEVICE void stream(const T* x, const u8* codes, const f16* scales, const 
 
 // Entry points by activation dtype, code width, group and rows; see the .cu files. Two blocks of eight warps fit an SM;
 // groups of 32 with 16 rows need a few registers more than that leaves, and would spill.
-#define LLMCTL_STREAM(NAME, T, BITS, GROUP, ROWS)                                                                     \
+#define LLMCTL_STREAM_OF(NAME, T, BITS, GROUP, ROWS, VALUES)                                                          \
     LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, GROUP == 32 && ROWS == 16 ? 1 : 2)                                    \
     NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const u8* zeros,  \
                                     const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace, \
                                     u32* counters, int m, int n, int k, int group_size, int activation) {             \
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
-        llmctl::gemm::stream<llmctl::T, BITS, GROUP / 32, ROWS / 8>(x, codes, scales, zeros, llmctl::gemm::NoBook{},  \
+        llmctl::gemm::stream<llmctl::T, BITS, GROUP / 32, ROWS / 8>(x, codes, scales, zeros, llmctl::gemm::VALUES{},  \
                                                                     tail, k, group_size, shared);                     \
     }
+
+#define LLMCTL_STREAM(NAME, T, BITS, GROUP, ROWS) LLMCTL_STREAM_OF(NAME, T, BITS, GROUP, ROWS, NoBook)
+#define LLMCTL_FLOAT8_STREAM(NAME, T, GROUP, ROWS) LLMCTL_STREAM_OF(NAME, T, 8, GROUP, ROWS, Float8)
 
 // Of 4-bit codes of a code book; book: its values, f32 [16].
 #define LLMCTL_BOOK_STREAM(NAME, T, GROUP, ROWS)                                                                      \

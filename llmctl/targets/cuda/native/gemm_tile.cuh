@@ -241,7 +241,7 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
 }  // namespace llmctl
 
 // Entry points by activation dtype, code width and tokens a block; see the .cu files.
-#define LLMCTL_TILE_GEMM(NAME, T, BITS, TOKENS)                                                                       \
+#define LLMCTL_TILE_GEMM_OF(NAME, T, BITS, TOKENS, VALUES)                                                            \
     LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, 1)                                                                  \
     NAME##_##T##_t##TOKENS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales, const u8* zeros,           \
                            const llmctl::T* bias, const llmctl::T* residual, llmctl::T* y, float* workspace,          \
@@ -249,8 +249,11 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
         const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
         llmctl::gemm::tile_gemm<llmctl::T, llmctl::T, BITS, TOKENS / 8>(                                              \
-            x, codes, scales, zeros, llmctl::gemm::NoBook{}, tail, k, group_size, shared);                            \
+            x, codes, scales, zeros, llmctl::gemm::VALUES{}, tail, k, group_size, shared);                            \
     }
+
+#define LLMCTL_TILE_GEMM(NAME, T, BITS, TOKENS) LLMCTL_TILE_GEMM_OF(NAME, T, BITS, TOKENS, NoBook)
+#define LLMCTL_FLOAT8_GEMM(NAME, T, TOKENS) LLMCTL_TILE_GEMM_OF(NAME, T, 8, TOKENS, Float8)
 
 // Of 4-bit codes of a code book; book: its values, f32 [16].
 #define LLMCTL_BOOK_GEMM(NAME, T, TOKENS)                                                                             \

@@ -125,16 +125,19 @@ LLMCTL_DEVICE void dense(const T* x, const int* chosen, const int* order, const 
 }  // namespace llmctl
 
 // Entry points by activation dtype, code width, group and slots a block; registers as LLMCTL_STREAM's.
-#define LLMCTL_GROUPED(NAME, T, BITS, GROUP, ROWS)                                                                     \
+#define LLMCTL_GROUPED_OF(NAME, T, BITS, GROUP, ROWS, VALUES)                                                          \
     LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, GROUP == 32 && ROWS == 16 ? 1 : 2)                                     \
     NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const int* chosen, const int* order, const int* blocks,       \
                                     const u8* codes, const llmctl::f16* scales, const u8* zeros, llmctl::T* y, int n,  \
                                     int k, int share, int group_size, int activation) {                                \
         LLMCTL_DYNAMIC_SHARED(shared);                                                                                 \
         llmctl::grouped::quantized<llmctl::T, BITS, GROUP / 32, ROWS / 8>(x, chosen, order, blocks, codes, scales,     \
-                                                                          zeros, llmctl::gemm::NoBook{}, y, n, k,      \
+                                                                          zeros, llmctl::gemm::VALUES{}, y, n, k,      \
                                                                           share, group_size, activation, shared);      \
     }
+
+#define LLMCTL_GROUPED(NAME, T, BITS, GROUP, ROWS) LLMCTL_GROUPED_OF(NAME, T, BITS, GROUP, ROWS, NoBook)
+#define LLMCTL_FLOAT8_GROUPED(NAME, T, GROUP, ROWS) LLMCTL_GROUPED_OF(NAME, T, 8, GROUP, ROWS, Float8)
 
 // Of 4-bit codes of a code book; book: its values, f32 [16].
 #define LLMCTL_BOOK_GROUPED(NAME, T, GROUP, ROWS)                                                                      \

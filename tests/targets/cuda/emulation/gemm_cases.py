@@ -9,6 +9,7 @@ import torch
 from emulator import kernels, read, update, write
 
 from llmctl.checkpoint.quantized import QuantizedWeight
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cuda.call import Call, Pointer
 from llmctl.targets.cuda.gemm import GemmPlan
@@ -28,7 +29,7 @@ class Case:
 def any_format(codes: int | str, shape: tuple[int, int], group: int, *, symmetric: bool) -> CudaFormat:
     """A format of integers by their bits, or of a code book by its name."""
     if isinstance(codes, str):
-        return CudaFormat(4, shape, group=group, symmetric=True, book=codes)
+        return CudaFormat(CODE_BOOKS[codes].bits, shape, group=group, symmetric=True, book=codes)
     return CudaFormat(codes, shape, group=group, symmetric=symmetric)
 
 
@@ -39,6 +40,8 @@ def make_case(fmt: CudaFormat, seed: int = 0) -> Case:
     group = columns if fmt.group == -1 else fmt.group
     groups = -(-columns // group)
     codes = rng.integers(0, 2**fmt.bits, (rows, columns), np.uint8)
+    if fmt.kind == "fp8":
+        codes[codes & 0x7F == 0x7F] = 0x0F  # NaN, which is refused, to a small one
     scales = (rng.random((rows, groups)) * 0.02 + 0.001).astype(np.float16)
     zeros = rng.integers(0, 2**fmt.bits, (rows, groups), np.uint8)
     if fmt.symmetric:

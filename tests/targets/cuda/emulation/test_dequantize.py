@@ -9,6 +9,7 @@ from emulator import missing
 from gemm_cases import make_case, multiply, planes_of, run
 from tolerance import DTYPES, assert_as_good_as_torch
 
+from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.targets.cuda.gemm import plan_stream
 from llmctl.targets.cuda.gemm_signatures import dequantize_call
 from llmctl.targets.cuda.layout import CudaFormat, pack
@@ -39,10 +40,11 @@ def test_dequantised_weights_equal_the_reference(tag, bits, shape, group, symmet
 
 @pytest.mark.parametrize("tag", ["f16", "bf16"])
 @pytest.mark.parametrize(
-    ("book", "shape", "group", "gated"), [("nf4", (45, 136), 64, False), ("fp4", (44, 264), 32, True)]
+    ("book", "shape", "group", "gated"),
+    [("nf4", (45, 136), 64, False), ("fp4", (44, 264), 32, True), ("fp8_e4m3", (44, 264), 128, True)],
 )
 def test_values_of_a_book_are_rounded_once(tag, book, shape, group, gated):
-    fmt = CudaFormat(4, shape, gated, group, symmetric=True, book=book)
+    fmt = CudaFormat(CODE_BOOKS[book].bits, shape, gated, group, symmetric=True, book=book)
     case = make_case(fmt)
     w = torch.empty(shape, dtype=DTYPES[tag])
     run(dequantize_call(fmt, tag, planes_of(case.linear), w))

@@ -92,6 +92,7 @@ def stacks(tag: str) -> dict[str, Stack]:
         "w8_gated": packed(8, 5, 48, 72, 32, epilogue="gelu_tanh_mul"),
         "w8": packed(8, 5, 33, 256, 128, symmetric=True),
         "nf4": packed(4, 5, 40, 136, 64, symmetric=True, book="nf4"),
+        "fp8": packed(8, 5, 48, 136, 128, symmetric=True, epilogue="silu_mul", book="fp8_e4m3"),
         "dense": dense(tag, 5, 41, 72),
         "dense_gated": dense(tag, 5, 44, 200, "relu_mul"),
     }

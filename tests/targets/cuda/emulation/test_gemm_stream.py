@@ -60,10 +60,13 @@ def test_stream_equals_the_dequantised_product(tag, m, bits, shape, group, symme
         (8, "fp4", (64, 384), 128, 1),
         (13, "nf4", (33, 264), -1, 1),
         (16, "fp4", (40, 1032), 64, 4),
+        (1, "fp8_e4m3", (40, 136), 32, 1),
+        (5, "fp8_e4m3", (33, 1032), 128, 4),
+        (16, "fp8_e4m3", (31, 72), -1, 1),
     ],
 )
 def test_codes_of_a_book(tag, m, book, shape, group, sms):
-    _check(tag, m, CudaFormat(4, shape, group=group, symmetric=True, book=book), sms, bias=m % 2 == 1)
+    _check(tag, m, any_format(book, shape, group, symmetric=True), sms, bias=m % 2 == 1)
 
 
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])

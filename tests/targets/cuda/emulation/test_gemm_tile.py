@@ -54,10 +54,12 @@ def test_gemm_equals_the_dequantised_product(tag, m, bits, shape, group, symmetr
         (17, "nf4", (133, 1032), 64, 3),
         (33, "fp4", (32, 512), 256, 4),
         (65, "nf4", (40, 200), 32, 1),
+        (17, "fp8_e4m3", (133, 1032), 128, 3),
+        (40, "fp8_e4m3", (40, 200), -1, 1),
     ],
 )
 def test_codes_of_a_book(tag, m, book, shape, group, sms):
-    _check(tag, m, CudaFormat(4, shape, group=group, symmetric=True, book=book), sms, bias=m == 17)
+    _check(tag, m, any_format(book, shape, group, symmetric=True), sms, bias=m == 17)
 
 
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
