@@ -246,6 +246,7 @@ class ServeConfig(EngineOptions):
     request_log: str | None = None
     request_log_text: bool = False
     otlp_traces_endpoint: str | None = None
+    worker_nice: int | None = None
 
 
 @dataclass(frozen=True)

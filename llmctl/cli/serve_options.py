@@ -149,6 +149,16 @@ StallTimeout = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+WorkerNice = Annotated[
+    int | None,
+    typer.Option(
+        "--worker-nice",
+        min=0,
+        max=19,
+        help="How much nicer (nice(2)) the worker is than what answers clients; default: 5 where it computes on CPUs.",
+        rich_help_panel=_SERVER,
+    ),
+]
 RootPath = Annotated[
     str,
     typer.Option(

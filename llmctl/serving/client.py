@@ -63,9 +63,10 @@ class AsyncEngineClient:
         stall_timeout: float,
         max_restarts: int = 0,
         log_level: str = "info",
+        worker_nice: int | None = None,
     ) -> None:
         signs = idle_seconds(stall_timeout)
-        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), signs)
+        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), signs, worker_nice)
         self.adapters = Adapters(lambda command: self.worker.send(command))
         self._config = config
         self._metrics = metrics

@@ -15,6 +15,7 @@ from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.errors import DeadlineMissedError, LlmctlError, resource_error
 from llmctl.serving.grammar_queue import GrammarQueue
+from llmctl.serving.niceness import be_nice
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
     AbortRequests,
@@ -236,8 +237,11 @@ def _request(wire: WireRequest, matcher: TokenMatcher | None = None) -> Request:
     )
 
 
-def start(config: EngineOptions, send: Callable[[Event], None]) -> StartedEngine:
+def start(config: EngineOptions, send: Callable[[Event], None], nice: int | None = None) -> StartedEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
+
+    Args:
+        nice: by how much this process is to be nicer from then on; None: the target's.
 
     Raises:
         LlmctlError: whatever resolving, building or loading refuses.
@@ -248,6 +252,7 @@ def start(config: EngineOptions, send: Callable[[Event], None]) -> StartedEngine
     from llmctl.artifact.start import start_engine
 
     started = start_engine(path, config)
+    be_nice(started.loaded.target.niceness if nice is None else nice)
     send(_info(started.loaded, started.engine))
     return started
 

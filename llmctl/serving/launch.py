@@ -84,7 +84,7 @@ def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     if (warning := keys.warning()) is not None:
         log.warning("%s", warning)
     listener = bind(config.host, config.port)
-    spawned.tell(engine_options(config), config.log_level, idle_seconds(config.stall_timeout))
+    spawned.tell(engine_options(config), config.log_level, idle_seconds(config.stall_timeout), config.worker_nice)
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         server = _Server(config, listener, keys, redactor)
@@ -177,6 +177,7 @@ class _Server:
             stall_timeout=config.stall_timeout,
             max_restarts=config.max_restarts,
             log_level=config.log_level,
+            worker_nice=config.worker_nice,
         )
         client.worker.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
         observers = RequestObservers.of(config, self._redactor)

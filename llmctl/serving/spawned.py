@@ -58,14 +58,14 @@ class SpawnedWorker:
                 env={name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES},
             )
 
-    def tell(self, config: EngineOptions, log_level: str, idle_seconds: float) -> None:
+    def tell(self, config: EngineOptions, log_level: str, idle_seconds: float, nice: int | None = None) -> None:
         """Give it its settings."""
         import msgspec
 
         from llmctl.serving.worker_settings import WorkerSettings
 
         assert self.process.stdin is not None
-        settings = WorkerSettings(config, self._end, os.getpid(), log_level, idle_seconds)
+        settings = WorkerSettings(config, self._end, os.getpid(), log_level, idle_seconds, nice)
         with contextlib.suppress(ConnectionError):
             self.process.stdin.write(msgspec.json.encode(settings) + b"\n")
             self.process.stdin.flush()

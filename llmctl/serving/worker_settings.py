@@ -17,7 +17,8 @@ _SIGNS_PER_STALL = 4
 class WorkerSettings(msgspec.Struct, frozen=True):
     """One JSON line on the worker's stdin.
 
-    ``channel`` is the descriptor of the worker's end of the channel; ``idle_seconds``: see ``EngineLoop``.
+    ``channel`` is the descriptor of the worker's end of the channel; ``idle_seconds``: see ``EngineLoop``; ``nice``: of
+    its threads, more than the API process; None: the target's.
     """
 
     config: EngineOptions
@@ -25,6 +26,7 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     parent_pid: int
     log_level: str = "info"
     idle_seconds: float = IDLE_SECONDS
+    nice: int | None = None
 
 
 def engine_options(config: EngineOptions) -> EngineOptions:

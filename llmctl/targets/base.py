@@ -268,6 +268,14 @@ class Target(Protocol):
         ...
 
     @property
+    def niceness(self) -> int:
+        """How much nicer a worker is than the process that answers clients, unless its user says otherwise.
+
+        More than 0 where it computes on the processors that both have.
+        """
+        ...
+
+    @property
     def step_limits(self) -> StepLimits:
         """The largest step of a run that names none."""
         ...

@@ -14,6 +14,8 @@ HOST_SHARE = 0.7
 
 HOST_STEP = StepLimits(max_num_batched_tokens=512, max_num_seqs=64)
 """The largest step of an engine that runs on the machine's own processor."""
+HOST_NICENESS = 5
+"""``Target.niceness`` of such engines."""
 
 
 def usable_cores() -> int:

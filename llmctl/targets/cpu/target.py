@@ -51,7 +51,7 @@ from llmctl.targets.cpu.toolchain import (
 )
 from llmctl.targets.cpu.trial import try_library
 from llmctl.targets.cpu.uncompiled import UncompiledCpu
-from llmctl.targets.machine import HOST_STEP, host_budget, physical_cores
+from llmctl.targets.machine import HOST_NICENESS, HOST_STEP, host_budget, physical_cores
 from llmctl.targets.options import plain_rebuild_options
 from llmctl.targets.planes import Describe, Plane, total_bytes
 from llmctl.targets.step_memory import activation_bytes
@@ -67,6 +67,7 @@ class CpuTarget:
     name: TargetName
     run_options: ClassVar[frozenset[str]] = frozenset({"threads"})
     step_limits: ClassVar[StepLimits] = HOST_STEP
+    niceness: ClassVar[int] = HOST_NICENESS
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
         """The default passes, or some of them."""

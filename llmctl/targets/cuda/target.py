@@ -74,6 +74,7 @@ class CudaTarget:
     name: TargetName
     run_options: ClassVar[frozenset[str]] = frozenset({"gpu_memory_utilization", "enforce_eager"})
     step_limits: ClassVar[StepLimits] = DEVICE_STEP
+    niceness: ClassVar[int] = 0
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
         """Any; by default residuals are added by the linears before them."""

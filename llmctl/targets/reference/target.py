@@ -34,7 +34,7 @@ from llmctl.targets.base import (
     TargetName,
 )
 from llmctl.targets.lora import slot_elements
-from llmctl.targets.machine import HOST_STEP, host_budget
+from llmctl.targets.machine import HOST_NICENESS, HOST_STEP, host_budget
 from llmctl.targets.options import (
     check_kv_cache_dtype,
     check_lm_head,
@@ -59,6 +59,7 @@ class ReferenceTarget:
     name: TargetName
     run_options: ClassVar[frozenset[str]] = frozenset({"threads"})
     step_limits: ClassVar[StepLimits] = HOST_STEP
+    niceness: ClassVar[int] = HOST_NICENESS
 
     def graph_passes(self, names: tuple[str, ...] | None, activations: str) -> tuple[str, ...]:
         """Any; ``int8`` activations are a pass at the end."""

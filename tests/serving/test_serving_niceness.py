@@ -1,0 +1,54 @@
+"""Who comes first: a worker that computes on the processors is nicer than the process that answers clients."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from fixtures import ServerProcess
+
+from llmctl.targets.table import parse_target
+
+_ASKS = """
+import os, threading
+from llmctl.serving.niceness import be_nice
+ends, began = threading.Event(), []
+ask = lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+thread = threading.Thread(target=lambda: (ends.wait(), began.append(ask())))
+thread.start()
+be_nice({more})
+ends.set()
+thread.join()
+later = threading.Thread(target=lambda: began.append(ask()))
+later.start()
+later.join()
+print(began, ask())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux")
+@pytest.mark.parametrize("more", [0, 3])
+def test_all_threads_and_later_ones_are_nicer(more: int) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    said = subprocess.run([sys.executable, "-c", _ASKS.format(more=more)], capture_output=True, text=True, check=True)
+    assert said.stdout.split("]") == [f"[{own + more}, {own + more}", f" {own + more}\n"]
+
+
+def test_targets_that_compute_on_the_processors_say_so() -> None:
+    assert {name: parse_target(name).niceness > 0 for name in ("cpu", "reference", "cuda:sm_90")} == {
+        "cpu": True, "reference": True, "cuda:sm_90": False,
+    }  # fmt: skip
+
+
+def test_a_server_s_worker_is_nicer_unless_its_user_says_otherwise(server: ServerProcess, tiny_engine: Path) -> None:
+    def more(process: ServerProcess) -> int:
+        return psutil.Process(process.worker_pid).nice() - psutil.Process(process.process.pid).nice()
+
+    assert more(server) == 5
+    with ServerProcess("--model", str(tiny_engine), "--worker-nice", "1") as other:
+        other.wait_ready()
+        assert more(other) == 1
