@@ -77,7 +77,7 @@ def plan_build(config: BuildConfig) -> BuildPlan:
     check_graph(graph)
     if config.activations == "int8" and not any("activations" in op.attrs for op in graph.linears()):
         raise UsageError(
-            "--activations int8: the model has no linear of symmetric 8-bit weights",
+            "--activations int8: the model has no linear of symmetric weights of 5 to 8 bits",
             fix=f"llmctl quantize --model {config.model} --bits 8 --symmetric --output DIR, and build that",
             param="activations",
         )

@@ -138,7 +138,9 @@ class QuantizedWeight:
 
 
 def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same numbers in codes of 8 bits, for what has none of 5 and 6."""
+    """The same numbers in codes of 8 bits, for what has none of 5 and 6; itself where it has."""
+    if weight.scheme.bits == 8:
+        return weight
     added = 0 if not weight.scheme.symmetric or weight.scheme.book else 128 - (1 << (weight.scheme.bits - 1))
     scheme = replace(weight.scheme, bits=8)
     return replace(weight, codes=weight.codes + added, zeros=weight.zeros + added, scheme=scheme)

@@ -70,7 +70,7 @@ Activations = Annotated[
     str,
     typer.Option(
         "--activations",
-        help="auto, or int8: linears of symmetric 8-bit weights take int8 rows (not for cpu, which does so anyway).",
+        help="auto, or int8: linears of symmetric weights of 5 to 8 bits take int8 rows (cpu always does).",
         rich_help_panel="Target",
     ),
 ]

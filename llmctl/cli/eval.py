@@ -35,7 +35,7 @@ Activations = Annotated[
     str,
     typer.Option(
         "--activations",
-        help="int8 rounds MODEL's inputs of symmetric 8-bit linears, as engines of int8 activations do; auto does not.",
+        help="int8 rounds MODEL's inputs of symmetric 5- to 8-bit linears, as such engines do; auto does not.",
         rich_help_panel="Model",
     ),
 ]

@@ -139,8 +139,8 @@ def fuse_linear_add(graph: Graph) -> Graph:
 
 
 def int8_activations(graph: Graph) -> Graph:
-    """Linears of symmetric 8-bit weights take int8 rows with a scale each. The norm (or gating) before them makes those
-    where they alone read its result, an op of its own elsewhere."""
+    """Linears of symmetric weights of 5 to 8 bits take int8 rows with a scale each. The norm (or gating) before them
+    makes those where they alone read its result, an op of its own elsewhere."""
     flow = Flow(graph)
     readers: dict[str, list[Op]] = {}
     for op in graph.linears():

@@ -230,10 +230,10 @@ def notes(plan: Plan) -> list[str]:
     if all(scheme.bits != _FEW_READERS for scheme in plan.schemes.values()):
         return []
     if plan.output.row.one_file:
-        return [f"{_FEW_READERS} bits: {plan.output.format} and an engine store them as 4"]
+        return [f"{_FEW_READERS} bits: {plan.output.format} stores them as 4, and so does an engine of it"]
     return [
         f"{_FEW_READERS} bits: read by llmctl, GPTQModel and transformers with it; not by vLLM's kernels; an engine "
-        "stores them as 4"
+        "for NVIDIA GPUs stores them as 4"
     ]
 
 

@@ -14,8 +14,8 @@ from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
 from llmctl.engine.request import Request
 from llmctl.errors import DeadlineMissedError, LlmctlError, resource_error
+from llmctl.niceness import be_nice
 from llmctl.serving.grammar_queue import GrammarQueue
-from llmctl.serving.niceness import be_nice
 from llmctl.serving.transport import WorkerChannel
 from llmctl.serving.wire import (
     AbortRequests,

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmctl.errors import RequestError
+from llmctl.niceness import be_a_nice_thread
 from llmctl.structured.gbnf import gbnf_to_lark
 from llmctl.structured.matcher import STEP_SECONDS, TOO_SLOW, TokenMatcher
 from llmctl.structured.regex import quoted
@@ -65,7 +64,9 @@ _HEADERS = {True: "%llguidance {} ", False: '%llguidance {"no_forcing": true} '}
 _EXCERPT = re.compile(r"\n\s*\d+ \| ")
 _PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _MAX_MESSAGE = 400
-_NICENESS = 5
+_NICENESS = 3
+"""How much nicer than the worker threads that compile are: of a busy processor they get the smaller share. Not the
+smallest, at which grammars of some ms took more than ``grammar_queue.COMPILE_SECONDS`` beside other processes."""
 _PROBES = ("name", " name", 'a": "b', "x1 \u00e9\n")
 _MIN_PROPERTIES = "minProperties above 1 and the number of required properties, where others may be added"
 
@@ -96,7 +97,9 @@ class GrammarCompiler:
         self._model_tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="llmctl-grammar", initializer=_be_nice)
+        self._pool = ThreadPoolExecutor(
+            THREADS, thread_name_prefix="llmctl-grammar", initializer=be_a_nice_thread, initargs=(_NICENESS,)
+        )
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[GrammarSpec, bool], Future[CompiledGrammar]] = OrderedDict()
         self._clocks: dict[tuple[GrammarSpec, bool], Callable[[], float]] = {}
@@ -313,10 +316,3 @@ def _thread_clock() -> Callable[[], float]:
     clock = time.pthread_getcpuclockid(threading.get_ident())
     begun = time.clock_gettime(clock)
     return lambda: time.clock_gettime(clock) - begun
-
-
-def _be_nice() -> None:
-    """Compiling threads get the smaller share of a busy processor; not the smallest, at which grammars of some ms took
-    more than ``grammar_queue.COMPILE_SECONDS`` beside other processes."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

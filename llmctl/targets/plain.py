@@ -22,6 +22,7 @@ from llmctl.checkpoint.nested import MappedFloats, NestedFloats, NestedParts, ma
 from llmctl.graph.dtypes import BY_SAFETENSORS
 from llmctl.graph.graph import Graph, QuantScheme, Weight
 from llmctl.targets.base import PlaneContent, Read
+from llmctl.targets.fields import field_widths, fields, joined
 from llmctl.targets.planes import Describe, Plane
 
 if TYPE_CHECKING:
@@ -100,12 +101,7 @@ def code_bytes(scheme: QuantScheme, columns: int) -> int:
 
 def field_bytes(bits: int, count: int) -> int:
     """Bytes of so many codes of one row, by their bits."""
-    return sum(-(-count * width // 8) for width in _fields(bits))
-
-
-def _fields(bits: int) -> tuple[int, ...]:
-    """Widths of the fields that a code is cut into."""
-    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+    return sum(-(-count * width // 8) for width in field_widths(bits))
 
 
 def pack_plain(weight: Weight, read: Read, planes: Sequence[Plane]) -> dict[str, PlaneContent]:
@@ -182,12 +178,10 @@ def pack_fields(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 8)))
-    parts, at = [], 0
-    for width in _fields(bits):
-        field = padded >> np.uint8(at) & np.uint8((1 << width) - 1)
-        by_byte = field.reshape(len(codes), -1, 8 // width) << np.arange(0, 8, width, dtype=np.uint8)
-        parts.append(np.bitwise_or.reduce(by_byte, axis=2)[:, : -(-codes.shape[1] * width // 8)])
-        at += width
+    parts = []
+    for width, field in fields(padded, bits):
+        packed = joined(field.reshape(len(codes), -1, 8 // width, 1), width)[..., 0]
+        parts.append(packed[:, : -(-codes.shape[1] * width // 8)])
     return np.concatenate(parts, axis=1)
 
 
@@ -198,7 +192,7 @@ def unpack_fields(stored: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return stored
     codes, at, start = torch.zeros((), dtype=torch.uint8, device=stored.device), 0, 0
-    for width in _fields(bits):
+    for width in field_widths(bits):
         end = start + -(-columns * width // 8)
         part = stored[:, start:end]
         field = torch.stack([part >> shift & (1 << width) - 1 for shift in range(0, 8, width)], dim=-1)

@@ -281,7 +281,10 @@ def test_progress_counts_every_byte_once(checkpoints: dict[str, Path], tmp_path:
         ),
         ({"activations": "int4"}, "--activations: expected auto or int8, found 'int4'"),
         ({"activations": "int8"}, "--activations: expected auto for a cpu target"),
-        ({"activations": "int8", "target": "cuda:sm_80"}, "the model has no linear of symmetric 8-bit weights"),
+        (
+            {"activations": "int8", "target": "cuda:sm_80"},
+            "the model has no linear of symmetric weights of 5 to 8 bits",
+        ),
         ({"passes": ("int8_activations",)}, "--passes: expected none, or some of merge_qkv"),
         ({"passes": ("fuse_all",)}, "--passes: expected none, or some of"),
         ({"memory_budget": "lots"}, "--memory-budget: expected a size"),

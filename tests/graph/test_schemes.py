@@ -82,7 +82,8 @@ def test_a_slice_of_a_fused_projection_has_a_scale_a_row() -> None:
 
 
 def test_only_integers_meet_int8_activations() -> None:
-    for scheme, wanted in ((QuantScheme(8, -1, True), True), (replace(FP8, block_rows=1), False)):
+    float8, five, four = replace(FP8, block_rows=1), QuantScheme(5, -1, True), QuantScheme(4, -1, True)
+    for scheme, wanted in ((QuantScheme(8, -1, True), True), (five, True), (four, False), (float8, False)):
         graph = apply_passes(tiny_graph(LLAMA, scheme, ()), ("int8_activations",))
         assert any("activations" in op.attrs for op in graph.linears()) is wanted
 

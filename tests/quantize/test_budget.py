@@ -188,7 +188,7 @@ def test_the_command_says_which_bits(config: QuantizeConfig) -> None:
     assert "bits in each layer" in result.stdout
     assert "KL predicted" in result.stdout
     assert "rtn, 3/4 bits, group 32" in result.stdout
-    assert "an engine stores them as 4" in result.stderr
+    assert "an engine for NVIDIA GPUs stores them as 4" in result.stderr
     assert "measuring what each linear's bits change 100%" in result.stderr
 
 

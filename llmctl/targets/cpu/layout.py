@@ -18,6 +18,7 @@ from llmctl.checkpoint.nested import mapped_supers, nested_map
 from llmctl.graph.code_books import CODE_BOOKS
 from llmctl.graph.graph import KVLayer
 from llmctl.targets.cpu.abi import LANES, MAX_ACT_GROUP, TILE, WEIGHT_BITS, kv_token_bytes
+from llmctl.targets.fields import fields, joined
 
 Bytes = NDArray[np.uint8]
 INTEGER = ("w4", "w8", "w4_min", "w8_min")
@@ -222,7 +223,7 @@ def pack_int(
     data: NDArray[Any]
     bias = np.uint8(0) if minimums is not None else _bias(bits)
     if stored:
-        data = _fields(lines, stored)
+        data = _units(lines, stored)
     else:
         data = lines[:, :, 0] | lines[:, :, 1] << 4 if bits <= 4 else np.add(lines, bias, dtype=np.uint8)
     packed = PackedLinear(
@@ -258,7 +259,7 @@ def _arrange_nested(parts: Mapping[str, NestedPlane], order: NDArray[np.int64]) 
     nested, first = codes.shape[1] // supers.shape[1], next(iter(parts.values()))
     bits = scale_field_bits(first.bits, math.prod(codes.shape[1:]))
     if bits:
-        codes = _fields(codes, bits).reshape(len(codes), -1)
+        codes = _units(codes, bits).reshape(len(codes), -1)
     elif first.zero:
         codes += np.uint8(128 - first.zero)
     return {"scale_codes": codes, "scale_supers": supers.view(np.uint16), "nested": nested, "nested_bits": bits}
@@ -274,19 +275,14 @@ def _bias(bits: int) -> np.uint8:
     return np.uint8(128 - (1 << (bits - 1)) if bits > 4 else 0)
 
 
-def _fields(lines: Bytes, bits: int) -> Bytes:
+def _units(lines: Bytes, bits: int) -> Bytes:
     """Codes [tiles, …], whole units of a tile, by their bits, as ``native/fields.h`` has them."""
     tiles = lines.shape[0]
     units = lines.reshape(tiles, -1, 8, LANES * 4)  # eight lines of a byte a code
-    found, at = [], 0
-    for width in (4, 2, 1):
-        if not bits & width:
-            continue
-        part = units >> np.uint8(at) & np.uint8((1 << width) - 1)
-        shifts = np.arange(0, 8, width, dtype=np.uint8)
-        by_byte = part.reshape(tiles, units.shape[1], -1, len(shifts), LANES * 4) << shifts[:, None]
-        found.append(np.bitwise_or.reduce(by_byte, axis=3))
-        at += width
+    found = []
+    for width, part in fields(units, bits):
+        by_byte = part.reshape(tiles, units.shape[1], width, 8 // width, LANES * 4)
+        found.append(joined(by_byte, width))
     return np.concatenate(found, axis=2)
 
 

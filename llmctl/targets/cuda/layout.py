@@ -3,7 +3,8 @@
 Tiles of 32 rows by chunks of 32 columns, stored in the order in which the lanes of a warp take them as ``mma.sync``
 operands, 16 bytes a lane. The same bytes serve every kernel: streaming, tensor-core, int8 and dequantising. A gated
 weight (gate rows first, up rows second) is interleaved by eights. Rows are padded to whole tiles and columns to whole
-steps of 128; padded groups have the scale 0. Codes may be integers or those of a code book of 16 values.
+steps of 128; padded groups have the scale 0. Codes may be integers, those of a code book of 16 values, or
+float8's, whose scales are stored times ``scale_factor``.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def pack(
     with np.errstate(over="ignore"):
         half = (scales.astype(np.float32) * scale_factor(fmt)).astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError("weight scales do not fit float16")
+        most, largest = 65504 / scale_factor(fmt), float(np.abs(scales).max())
+        raise ValueError(f"expected scales of at most {most:g}, for they are stored in float16, found {largest:g}")
     order = fmt.order()
     return CudaLinear(
         fmt,

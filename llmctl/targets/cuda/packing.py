@@ -1,6 +1,6 @@
 """How weights lie in an engine for the CUDA kernels: ``W.tiles``, ``W.tile_scales``, ``W.tile_zeros`` (absent when
-symmetric), ``W.tile_book`` (only of a code book) and ``W.permutation`` (only with act-order) of a quantized one; see
-``layout.py``.
+symmetric), ``W.tile_book`` (only of a code book of 16 values) and ``W.permutation`` (only with act-order) of a
+quantized one; see ``layout.py``.
 
 Every quantized linear, and stack of experts, is stored so, unless the kernels cannot take its format: then its planes
 are plain ones (``targets/plain.py``), as those of dense weights are, in the compute dtype; the biases that correct a
@@ -17,6 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from llmctl.checkpoint.quantized import QuantizedWeight, in_eight_bits
+from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import DTYPES
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, PlaneContent, Read
@@ -68,19 +69,26 @@ def _router_biases(graph: Graph) -> set[str]:
 
 
 def pack_cuda(name: str, read: Read, planes: Sequence[Plane], graph: Graph) -> dict[str, PlaneContent]:
-    """The planes of one weight, by plane name."""
+    """The planes of one weight, by plane name.
+
+    Raises:
+        CheckpointError: scales, or groups of act-order, that the kernels cannot take.
+    """
     fmt = cuda_format(name, graph)
     if fmt is None:
         return pack_plain(graph.weights[name], read, planes)
     weight = read()
     assert isinstance(weight, QuantizedWeight)
-    return {f"{name}.{suffix}": array for suffix, array in pack_weight(weight, fmt).items()}
+    try:
+        return {f"{name}.{suffix}": array for suffix, array in pack_weight(weight, fmt).items()}
+    except ValueError as error:
+        raise CheckpointError(f"tensor '{name}': {error}", fix="--target reference") from None
 
 
 def pack_weight(weight: QuantizedWeight, fmt: CudaFormat) -> dict[str, NDArray[Any]]:
     """The packed planes of one weight, by suffix."""
     weight = weight.by_row()
-    if weight.scheme.bits > 4:
+    if fmt.bits == 8:
         weight = in_eight_bits(weight)
     g_idx = None if weight.g_idx is None else weight.g_idx.numpy()
     return pack(weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(), fmt, g_idx).planes()

@@ -154,7 +154,8 @@ def _refuse_gemm(kind: str) -> Callable[[OpFacts], str | None]:
 def _refuse_int8(facts: OpFacts) -> str | None:
     if "activations" not in facts.op.attrs:
         return (
-            "activations are not quantized (int8_activations was not asked for, or the weight is not symmetric 8-bit)"
+            "activations are not quantized (int8_activations was not asked for, or the weight is not symmetric, of 5 "
+            "to 8 bits)"
         )
     columns = facts.graph.weights[facts.op.weights[0]].shape[1]
     if columns % 16:

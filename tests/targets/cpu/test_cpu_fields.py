@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cpu_graphs import Floats, Native, Sketch, each_variant, run
+from tiny_models import LLAMA, tiny_graph
 
 from llmctl.engine.step import SequenceSlice
-from llmctl.targets.cpu.layout import FIELD_BITS, LinearFormat, NestedPlane, PackedLinear, pack_int
+from llmctl.graph.graph import QuantScheme
+from llmctl.targets.base import BuildOptions
+from llmctl.targets.cpu.layout import FIELD_BITS, LinearFormat, NestedPlane, PackedLinear, pack_int, scale_rows
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
+from llmctl.targets.table import parse_target
 
 pytestmark = [
     pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler on this machine"),
@@ -124,3 +128,21 @@ def test_codes_of_6_bits_in_lines_have_their_zeros_at_128(variant: Variant) -> N
     found = [outputs(packed, 32, 40, False, variant, 1) for packed in made]
     assert [f.tobytes() for f in found[0]] == [f.tobytes() for f in found[1]]
     assert np.any(found[0][0])
+
+
+@pytest.mark.parametrize(
+    ("block_rows", "rows", "gated", "experts", "shared"),
+    [(128, 576, False, 1, 16), (32, 40, False, 1, 16), (24, 48, False, 1, 1), (32, 64, True, 1, 16),
+     (32, 48, True, 1, 1), (16, 96, False, 4, 1), (16, 128, True, 4, 16), (1, 64, False, 1, 1)],
+)  # fmt: skip
+def test_rows_of_half_a_tile_share_a_scale_where_no_block_ends_within(
+    block_rows: int, rows: int, gated: bool, experts: int, shared: int
+) -> None:
+    assert scale_rows(block_rows, rows, gated, experts) == shared
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", 3), ("float32", None)])
+def test_what_codes_are_stored_as(dtype: str, stored: int | None) -> None:
+    graph = tiny_graph(LLAMA, QuantScheme(3, 32, symmetric=True), ())
+    options = BuildOptions(dtype, 64, 16, dtype, ())
+    assert parse_target("cpu").code_bits("layers.0.q_proj.weight", graph, options) == stored

@@ -6,22 +6,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from quantized_files import FORMATS, write_pair
+from random_weights import random_weight
+from safetensors.torch import load_file, save_file
 from tiny_checkpoint import write_gptq
 from tiny_models import MIXTURES, tiny_graph
 
 from llmctl.artifact import builder
+from llmctl.artifact.describe import describe_manifest
 from llmctl.artifact.loader import read_manifest
 from llmctl.checkpoint.assemble import assemble
 from llmctl.checkpoint.opening import open_checkpoint
 from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.checkpoint.safetensors_io import SafetensorsFile
 from llmctl.config import BuildConfig
+from llmctl.errors import CheckpointError
 from llmctl.graph.code_books import CODE_BOOKS
+from llmctl.graph.graph import QuantScheme, Weight, WeightPart
 from llmctl.targets.base import BuildOptions
 from llmctl.targets.cuda import target
-from llmctl.targets.cuda.layout import unpack
-from llmctl.targets.cuda.packing import cuda_formats, cuda_planes, packed_linears
+from llmctl.targets.cuda.gemm import weight_format
+from llmctl.targets.cuda.layout import from_planes, unpack
+from llmctl.targets.cuda.packing import cuda_formats, cuda_planes, pack_weight, packed_linears
 from llmctl.targets.cuda.target import CUDA_PASSES
 
 
@@ -51,6 +58,42 @@ def test_codes_are_the_checkpoints(
         np.testing.assert_array_equal(codes, expected.codes.numpy())
         np.testing.assert_array_equal(scales[:, :groups], expected.scales.numpy())
         np.testing.assert_array_equal(zeros[:, :groups], expected.zeros.numpy())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_other_widths_stand_for_the_same_numbers(bits: int, symmetric: bool) -> None:
+    weight = random_weight(40, 96, QuantScheme(bits, 32, symmetric))
+    fmt = weight_format(Weight("w", (40, 96), (WeightPart("w"),), weight.scheme), gated=False)
+    assert fmt.bits == (4 if bits < 4 else 8)
+    codes, scales, zeros = unpack(from_planes(fmt, pack_weight(weight, fmt)))
+    group = np.arange(96) // 32
+    found = (codes.astype(np.float32) - zeros[:, group]) * scales[:, group].astype(np.float32)
+    np.testing.assert_array_equal(found, weight.dequantize().numpy())
+
+
+def test_scales_beyond_float16_are_refused_by_the_tensors_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of float8 are stored 256 times as large."""
+    model, _, _ = write_pair(tmp_path, FORMATS["ct-fp8-tensor"])
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight_scale"))
+    save_file({**tensors, name: torch.full_like(tensors[name], 300.0)}, file, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"tensor '.*': expected scales of at most 255.875, .* found 300"
+    ) as caught:
+        build(model, tmp_path / "e", monkeypatch)
+    assert caught.value.fix == "--target reference"
+
+
+@pytest.mark.parametrize(("bits", "said"), [(3, "3 bits, symmetric, groups of 64, stored as 4 bits"), (4, None)])
+def test_what_codes_are_stored_as_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, said: str | None
+) -> None:
+    model = write_gptq(tmp_path / "m", bits=bits, group_size=64, symmetric=True)
+    manifest = read_manifest(build(model, tmp_path / "e", monkeypatch))
+    schemes = describe_manifest(manifest)["quantization"]["schemes"]
+    assert list(schemes) == [said or "4 bits, symmetric, groups of 64"]
 
 
 @pytest.mark.parametrize("name", ["bnb-nf4-double", "bnb-fp4"])

@@ -12,7 +12,8 @@
 // w4 and w8 come with scales fp16 [tiles][groups][32] and zeros u8 [tiles][groups][32]: w = (code - zero) * scale; or,
 // in place of the zeros, with minimums fp16 [tiles][groups][32]: w = code * scale + minimum. Where all codes have one zero
 // it is stored once, 32 times over, and zero_step is 0. e4m3 and book4 come with scales fp32 [tiles][groups][32]:
-// w = float8(code) * scale, w = book[code] * scale. Scales and minimums may be nested (nested.h), but for e4m3.
+// w = float8(code) * scale, w = book[code] * scale. Scales and minimums may be nested (nested.h), but for e4m3, of which
+// either half of a tile may have one scale a group, [tiles][groups][2], spread out before it is read.
 //
 // Reduction order: integer dot products are exact; groups (or columns) are added in fp32 in ascending order. It depends
 // neither on M, nor on the row's place in the batch, nor on the number of threads: a row's result is the same in any batch.
@@ -37,7 +38,6 @@ struct Weights {
   NestedScales nested;
   MappedScales mapped;
   int64_t tile_step;    // from the scales of a tile to those of the next; 0: they are of the tile at hand alone
-  int64_t scale_rows;   // of a half of a tile, that share scales32
   int64_t code_bits;    // of codes that lie in fields; 0: they lie in lines
   int64_t code_step;    // from the codes of a tile to those of the next; 0: they are of the tile at hand alone
   const uint8_t* codes_of(int64_t tile) const { return data + tile * code_step; }

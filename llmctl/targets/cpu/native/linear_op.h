@@ -75,7 +75,7 @@ static inline Weights weights_of(const OpDesc& op) {
   const MappedScales mapped{op.w_scale_codes, op.w_scale_supers32, op.w_scale_starts, op.w_scale_map, op.nested};
   return {op.w,        op.w_scales, op.w_zeros, op.w_minimums, op.w_scales32, op.w_book,
           op.n_padded, op.k,        op.group,   op.zero_step,  nested,        mapped,
-          (op.k + op.group - 1) / op.group * kTile, op.scale_rows, op.code_bits, op.k * kTile * weight_bits(op) / 8};
+          (op.k + op.group - 1) / op.group * kTile, op.code_bits, op.k * kTile * weight_bits(op) / 8};
 }
 
 // How a linear's tiles are handed out: an activation group of int8 outputs is made by one thread.

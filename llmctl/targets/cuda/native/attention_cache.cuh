@@ -12,7 +12,7 @@
 // An e4m3 code moved into an f16's bits is value / 256 (kKeyUnit, kValueUnit); weights times byte values are always
 // f16, which holds every code exactly.
 #pragma once
-#include "device.cuh"
+#include "numeric.cuh"
 
 namespace llmctl {
 namespace attention {
@@ -78,7 +78,7 @@ struct Widen<f16, kLow, kHigh> {
     }
     LLMCTL_METHOD u32 operator()(e4m3, u32 word) const {
         const u32 pair = byte_permute(word, 0u, 4 | kLow << 4 | 4 << 8 | kHigh << 12);
-        return (pair & 0x80008000u) | ((pair & 0x7f007f00u) >> 1);
+        return e4m3_bits<f16>(pair);
     }
 };
 
@@ -91,10 +91,9 @@ struct Widen<bf16, kLow, kHigh> {
         const float high = bits_to_float(byte_permute(biased, 0x4b000000u, 0x7540 | kHigh)) - 8388736.0f;
         return byte_permute(float_to_bits(low), float_to_bits(high), 0x7632);
     }
-    // The code in a bf16's bits is value * 2^-120.
     LLMCTL_METHOD u32 operator()(e4m3, u32 word) const {
         const u32 pair = byte_permute(word, 0u, 4 | kLow << 4 | 4 << 8 | kHigh << 12);
-        return packed_fma<bf16>((pair & 0x80008000u) | ((pair & 0x7f007f00u) >> 4), 0x7b807b80u, 0u);
+        return packed_fma<bf16>(e4m3_bits<bf16>(pair), 0x7b807b80u, 0u);
     }
 };
 

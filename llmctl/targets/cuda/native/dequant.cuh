@@ -27,9 +27,9 @@
 // lookup). A table of 16 in shared memory has no bank conflicts either, but costs a load for every code.
 //
 // Codes of float8 (e4m3) become their values times 2^-8, exact in T: their exponents and mantissas are shifted to where T's
-// are, for bf16, whose exponents are wider by 112, and multiplied by 2^112. The scales plane has scales times 2^8.
+// are (e4m3_bits), and of bf16 multiplied by 2^112. The scales plane has scales times 2^8.
 #pragma once
-#include "device.cuh"
+#include "numeric.cuh"
 
 namespace llmctl {
 namespace gemm {
@@ -159,12 +159,9 @@ LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s
 // The float8 bytes `first` and `first + 1` of a word, times 2^-8.
 template <typename T>
 LLMCTL_DEVICE u32 float8_pair(u32 word, int first) {
-    const u32 upper = byte_permute(word, 0u, 0x1404u | first << 4 | first << 12);  // each the upper byte of its half
-    if constexpr (kIsF16<T>) {
-        return lop3<kMaskOr>(upper, 0x80008000u, upper >> 1 & 0x3F803F80u);
-    } else {
-        return packed_fma<bf16>(lop3<kMaskOr>(upper, 0x80008000u, upper >> 4 & 0x07F007F0u), 0x77807780u, 0x80008000u);
-    }
+    const u32 bits = e4m3_bits<T>(byte_permute(word, 0u, 0x1404u | first << 4 | first << 12));
+    if constexpr (kIsF16<T>) return bits;
+    else return packed_fma<bf16>(bits, 0x77807780u, 0u);
 }
 
 // The A operand (r, s) of a chunk of float8 codes: their values, times 2^-8.

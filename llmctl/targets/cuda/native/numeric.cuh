@@ -4,6 +4,19 @@
 
 namespace llmctl {
 
+// Two e4m3 bytes, each the upper one of its half of `pair`, as the bits of T: their values times 2^-8 (f16), 2^-120 (bf16).
+template <typename T>
+LLMCTL_DEVICE u32 e4m3_bits(u32 pair);
+
+template <>
+LLMCTL_SPECIALISATION u32 e4m3_bits<f16>(u32 pair) {
+    return (pair & 0x80008000u) | ((pair & 0x7f007f00u) >> 1);
+}
+template <>
+LLMCTL_SPECIALISATION u32 e4m3_bits<bf16>(u32 pair) {
+    return (pair & 0x80008000u) | ((pair & 0x7f007f00u) >> 4);
+}
+
 LLMCTL_DEVICE float to_float(float v) { return v; }
 LLMCTL_DEVICE float to_float(bf16 v) { return bits_to_float(static_cast<u32>(v.bits) << 16); }
 

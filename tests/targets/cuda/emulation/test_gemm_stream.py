@@ -1,4 +1,4 @@
-"""w4a16_stream.cu, w8a16_stream.cu and book4a16_stream.cu under emulation, against the dequantised product."""
+"""The streaming kernels (*a16_stream.cu) under emulation, against the dequantised product."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 from pathlib import Path
 
 _THREADS = Path("/proc/self/task")
@@ -22,7 +24,16 @@ def be_nice(more: int) -> None:
     """
     if not more:
         return
-    threads = [int(task.name) for task in _THREADS.iterdir()] if _THREADS.is_dir() else [0]
-    for thread in threads:
+    for thread in [int(task.name) for task in _THREADS.iterdir()] if _THREADS.is_dir() else [0]:
         with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + more)
+            _add(thread, more)
+
+
+def be_a_nice_thread(more: int) -> None:
+    """Make the calling thread so much nicer than it is, where threads have a niceness of their own."""
+    if sys.platform == "linux":
+        _add(threading.get_native_id(), more)
+
+
+def _add(thread: int, more: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + more)  # at most 19
