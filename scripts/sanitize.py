@@ -42,7 +42,7 @@ ADDRESS = (
     "-fno-sanitize-recover=all", "--param=asan-instrumentation-with-call-threshold=0",
 )  # fmt: skip
 THREAD = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-fsanitize=thread")
-KERNEL_TESTS = ("attention", "lora", "linear", "nested", "fields", "amx", "row_ops", "sampler")  # those that take longest first
+KERNEL_TESTS = ("attention", "lora", "linear", "nested", "fields", "amx", "row_ops", "sampler")  # longest first
 RUNTIME_TESTS = "any_batch_and_chunking or long_contexts or penalties_bias or act_order or threads_does_not"
 PROBE_TEST = "tests/targets/cpu/test_cpu_linear.py::test_zero_rows_and_zero_scales"
 FAULTS = {
