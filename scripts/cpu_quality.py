@@ -207,7 +207,8 @@ class Bench:
         from llmctl.checkpoint.assemble import assemble
         from llmctl.checkpoint.opening import open_checkpoint
         from llmctl.checkpoint.quantized import QuantizedWeight
-        from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric, to_planes
+        from llmctl.targets.cpu.layout import pack_dense, quantize_symmetric
+        from llmctl.targets.cpu.linear_format import to_planes
         from llmctl.targets.cpu.packing import LM_HEAD_BITS, linear_formats
         from llmctl.targets.planes import WeightPlane
 

@@ -16,7 +16,8 @@ from llmctl.engine.step import LoraLimits
 from llmctl.graph.graph import Graph
 from llmctl.targets.cpu.abi import LANES
 from llmctl.targets.cpu.adapted import Place, places
-from llmctl.targets.cpu.layout import LinearFormat, PackedLinear
+from llmctl.targets.cpu.layout import PackedLinear
+from llmctl.targets.cpu.linear_format import LinearFormat
 from llmctl.targets.cpu.operands import aligned
 from llmctl.targets.lora import AdapterPart, check_representable, parts_of
 

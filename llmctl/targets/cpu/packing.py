@@ -29,7 +29,6 @@ from llmctl.graph.graph import LOGITS, PRODUCTS, Graph, Op, Weight
 from llmctl.targets.base import BuildOptions, KernelChoice, Refusal
 from llmctl.targets.cpu.layout import (
     BOOK_DTYPES,
-    LinearFormat,
     MappedPlane,
     NestedPlane,
     PackedLinear,
@@ -41,8 +40,8 @@ from llmctl.targets.cpu.layout import (
     padded_columns,
     quantize_symmetric,
     scale_rows,
-    to_planes,
 )
+from llmctl.targets.cpu.linear_format import LinearFormat, to_planes
 from llmctl.targets.planes import Plane, WeightPlane
 
 if TYPE_CHECKING:

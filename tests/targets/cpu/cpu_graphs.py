@@ -273,6 +273,16 @@ def run(sketch: Sketch, output: str, variant: Variant, rows: Sequence[int], **op
     return found
 
 
+def looked_up_rows(packed: PackedLinear, width: int, variant: Variant) -> Floats:
+    """Every row of a packed square table, as an embedding of each token id in one step."""
+    sketch = Sketch()
+    sketch.max_position = width
+    native = Native(sketch, sketch.packed_embed(packed, width), variant, max_tokens=width)
+    found = native.step(SequenceSlice("a", list(range(width)), 0, list(range(width // 16)), False))
+    native.runtime.close()
+    return found
+
+
 def identity(width: int, bits: int, group: int) -> PackedLinear:
     """Codes of the identity matrix: what comes out of the linear is the quantised activation."""
     codes = np.eye(width, dtype=np.uint8)

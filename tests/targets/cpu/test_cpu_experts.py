@@ -21,7 +21,8 @@ from llmctl.engine.step import SequenceSlice
 from llmctl.errors import UnsupportedModelError
 from llmctl.graph.graph import QuantScheme
 from llmctl.targets.cpu.binding import Lowering
-from llmctl.targets.cpu.layout import LinearFormat, PackedLinear, scale_rows
+from llmctl.targets.cpu.layout import PackedLinear, scale_rows
+from llmctl.targets.cpu.linear_format import LinearFormat
 from llmctl.targets.cpu.packing import pack_linear
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 from llmctl.targets.reference import kernels

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cpu_graphs import Floats, Native, Sketch, each_variant, run
+from cpu_graphs import Floats, Sketch, each_variant, looked_up_rows, run
 
 from llmctl.checkpoint.nested import of_tensor, usual_values
 from llmctl.checkpoint.quantized import QuantizedWeight
-from llmctl.engine.step import SequenceSlice
 from llmctl.graph.graph import QuantScheme
-from llmctl.targets.cpu.layout import LinearFormat, NestedPlane, PackedLinear, ScaleRangeError, pack_int, to_planes
+from llmctl.targets.cpu.layout import NestedPlane, PackedLinear, ScaleRangeError, pack_int
+from llmctl.targets.cpu.linear_format import LinearFormat, to_planes
 from llmctl.targets.cpu.packing import pack_linear
 from llmctl.targets.cpu.toolchain import Variant, find_compiler
 
@@ -125,17 +125,8 @@ def test_doubly_quantized_code_books_give_the_bits_of_scales_multiplied_out(
 @pytest.mark.parametrize("of", [4, 6, 8])
 def test_rows_are_looked_up_with_the_bits_of_scales_multiplied_out(variant: Variant, minimum: bool, of: int) -> None:
     width = 256
-
-    def rows(packed: PackedLinear) -> Floats:
-        sketch = Sketch()
-        sketch.max_position = width
-        native = Native(sketch, sketch.packed_embed(packed, width), variant, max_tokens=width)
-        found = native.step(SequenceSlice("a", list(range(width)), 0, list(range(width // 16)), False))
-        native.runtime.close()
-        return found
-
     plain, nested = both(4, 16, 8, width, width, minimum=minimum, of=of)
-    assert rows(nested).tobytes() == rows(plain).tobytes()
+    assert looked_up_rows(nested, width, variant).tobytes() == looked_up_rows(plain, width, variant).tobytes()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
