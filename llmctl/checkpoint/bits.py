@@ -81,6 +81,13 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return lanes.flatten(-2)
 
 
+def _rows(values: Tensor) -> Tensor:
+    """Rows one behind the other. A transposed single row counts as contiguous, whatever its step, and cannot be viewed
+    as another type."""
+    values = values.contiguous()
+    return values if values.stride(-1) == 1 else values.flatten().view(values.shape)
+
+
 def _pack_bytes(values: Tensor, bits: int) -> Tensor:
     """``pack_words`` for widths that divide a byte: whole bytes first, which a little-endian word is made of."""
     import torch
@@ -89,14 +96,14 @@ def _pack_bytes(values: Tensor, bits: int) -> Tensor:
     octets = lanes[..., 0].clone()
     for lane in range(1, 8 // bits):
         octets |= lanes[..., lane] << (lane * bits)
-    return octets.contiguous().view(torch.int32)
+    return _rows(octets).view(torch.int32)
 
 
 def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
     """The inverse of ``_pack_bytes``."""
     import torch
 
-    octets = words.contiguous().view(torch.uint8)
+    octets = _rows(words).view(torch.uint8)
     mask = (1 << bits) - 1
     lanes = [octets if bits == 8 else octets >> shift & mask for shift in range(0, 8, bits)]
     return lanes[0].clone() if bits == 8 else torch.stack(lanes, dim=-1).flatten(-2)

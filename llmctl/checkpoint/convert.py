@@ -130,6 +130,10 @@ class _Job:
         }
         tables = {part.tensor.removesuffix(".weight") for name in graph.tables() for part in graph.weights[name].parts}
         found = {module: scheme for module, scheme in _schemes(checkpoint) if f"{module}.weight" not in self.left_out}
+        self._widened_codes = any(
+            (quant := checkpoint.describe(f"{module}.weight").quant) is not None and quant.bits in _ONLY_GGUF
+            for module in found
+        )
         self.schemes = {m: s for m, s in found.items() if m in linears and m not in tables}
         self._dense_modules = sorted(linears - tables - self.schemes.keys())
         if not self.schemes:
@@ -202,6 +206,8 @@ class _Job:
 
     def _refused(self, why: str) -> UsageError:
         """The refusal, with the other formats whose codes and groups are like these; their floats are seen later."""
+        if self._widened_codes:
+            why += " (codes of 5 and 6 bits would be written as 8)"
         here = self.checkpoint.quantization
         known = (self._to, "gptq_v2", here and _spelt(here))  # gptq is version 2 where it has to be
         others = [name for name in CONVERTED if name not in known and self._has_room(name)]

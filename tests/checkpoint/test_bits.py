@@ -57,3 +57,14 @@ def test_refuses_partial_words(bits: int, count: int) -> None:
 def test_refuses_values_too_wide() -> None:
     with pytest.raises(ValueError, match="does not fit in 3 bits"):
         pack_words(torch.full((32,), 8, dtype=torch.uint8), 3)
+
+
+@pytest.mark.parametrize(("bits", "count"), [(2, 16), (3, 32), (4, 8), (8, 4)])
+def test_words_of_one_period_may_lie_transposed(bits: int, count: int) -> None:
+    """As GPTQ has a matrix with a single row of words."""
+    codes = torch.arange(count * 5, dtype=torch.uint8).reshape(5, count) & ((1 << bits) - 1)
+    words = torch.tensor(
+        pack_words(codes, bits).T.tolist(), dtype=torch.int32
+    )  # as it is read: [1, 5], one behind another
+    assert words.stride() == (5, 1)
+    assert torch.equal(unpack_words(words.T, bits), codes)

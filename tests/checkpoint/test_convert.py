@@ -202,6 +202,7 @@ def test_every_target_is_tried_by_default() -> None:
     [
         ("awq", "gguf", r"max \|delta w\| \d.*e?-?\d* in model\.layers\.\d\..*_proj: float16 cannot hold its minimums"),
         ("ggml-Q6_K", "gptq", r"max \|delta w\| .* in model\.layers\..*: float16 cannot hold its scales"),
+        ("ggml-Q6_K", "awq", r"4 bits only, found 8; .* \(codes of 5 and 6 bits would be written as 8\)"),
         ("gptq-act-order", "awq", "no g_idx"),
         ("gptq-act-order", "compressed-tensors", "no act-order groups any more"),
         ("gptq-8", "awq", "4 bits only, found 8"),
