@@ -330,9 +330,17 @@ def _check_schemes(given: QuantScheme, schemes: Mapping[str, QuantScheme], selec
 
 
 def _check_experts(graph: Graph, schemes: Mapping[str, QuantScheme]) -> None:
-    """Refuse experts of one product that would be quantized in several ways, or only some of them."""
-    for op in graph.ops:
-        if op.kind == "grouped_linear" and len({schemes.get(name) for name in op.matrices}) > 1:
+    """Refuse experts of one product that would be quantized in several ways, only some of them, or with act-order
+    groups, which nothing here reads."""
+    for op in (op for op in graph.ops if op.kind == "grouped_linear"):
+        found = {schemes.get(name) for name in op.matrices}
+        if any(scheme is not None and scheme.act_order for scheme in found):
+            raise UsageError(
+                f"--no-static-groups: the experts of '{op.name}' would have act-order groups, which are not read",
+                fix="add --static-groups or --no-act-order",
+                param="static_groups",
+            )
+        if len(found) > 1:
             raise UsageError(
                 f"--override and --ignore would quantize '{op.name}' in several ways: the experts of a layer are read "
                 "where they are alike",

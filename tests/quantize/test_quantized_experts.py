@@ -154,6 +154,13 @@ def test_experts_that_would_differ_are_refused(changes: dict[str, tuple[str, ...
         quantized(replace(config, method="rtn", **changes))
 
 
+def test_experts_with_act_order_groups_which_nothing_reads_are_refused(config: QuantizeConfig) -> None:
+    with pytest.raises(UsageError, match="would have act-order groups, which are not read") as caught:
+        quantized(replace(config, method="gptq", act_order=True, static_groups=False))
+    assert caught.value.fix == "add --static-groups or --no-act-order"
+    assert not Path(config.output).exists()
+
+
 @pytest.mark.slow
 def test_bits_of_experts_are_chosen_together(config: QuantizeConfig) -> None:
     report, _ = quantized(replace(config, method="rtn", target_bpw=7.0))
