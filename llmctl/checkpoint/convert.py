@@ -130,11 +130,8 @@ class _Job:
         }
         tables = {part.tensor.removesuffix(".weight") for name in graph.tables() for part in graph.weights[name].parts}
         found = {module: scheme for module, scheme in _schemes(checkpoint) if f"{module}.weight" not in self.left_out}
-        self._widened_codes = any(
-            (quant := checkpoint.describe(f"{module}.weight").quant) is not None and quant.bits in _ONLY_GGUF
-            for module in found
-        )
-        self.schemes = {m: s for m, s in found.items() if m in linears and m not in tables}
+        self._widened_codes = any(scheme.bits in _ONLY_GGUF for scheme in found.values())
+        self.schemes = {m: _written(s) for m, s in found.items() if m in linears and m not in tables}
         self._dense_modules = sorted(linears - tables - self.schemes.keys())
         if not self.schemes:
             raise UsageError(f"{checkpoint.path}: no linear is quantized", param="model")
@@ -246,8 +243,12 @@ def _schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, QuantScheme]]:
     for name in checkpoint.names():
         scheme = checkpoint.describe(name).quant
         if scheme is not None:
-            wide = replace(scheme, bits=8) if scheme.bits in _ONLY_GGUF else scheme
-            yield name.removesuffix(".weight"), wide
+            yield name.removesuffix(".weight"), scheme
+
+
+def _written(scheme: QuantScheme) -> QuantScheme:
+    """The scheme of a module as it is written."""
+    return replace(scheme, bits=8) if scheme.bits in _ONLY_GGUF else scheme
 
 
 def _widened(checkpoint: Checkpoint, module: str) -> Tensor:
