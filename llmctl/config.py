@@ -247,6 +247,7 @@ class ServeConfig(EngineOptions):
     request_log_text: bool = False
     otlp_traces_endpoint: str | None = None
     worker_nice: int | None = None
+    worker_cpus: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from llmctl.targets.table import ROOMS
 
 PACKAGE = Path(llmctl.__file__).parent
 ORDER = (
-    "errors extras secret_options config niceness text structured graph checkpoint engine targets artifact evaluate "
-    "quantize serving bench distributed cli __main__"
+    "errors extras secret_options config affinity niceness text structured graph checkpoint engine targets artifact "
+    "evaluate quantize serving bench distributed cli __main__"
 ).split()
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

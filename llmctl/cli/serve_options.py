@@ -159,6 +159,15 @@ WorkerNice = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
+WorkerCpus = Annotated[
+    str | None,
+    typer.Option(
+        "--worker-cpus",
+        metavar="LIST",
+        help="Processors that the worker is kept to, such as 0-3,8; --threads follows them. Linux.",
+        rich_help_panel=_SERVER,
+    ),
+]
 RootPath = Annotated[
     str,
     typer.Option(

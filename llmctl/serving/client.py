@@ -40,7 +40,7 @@ from llmctl.serving.wire import (
     StepMessage,
     WireRequest,
 )
-from llmctl.serving.worker_settings import idle_seconds
+from llmctl.serving.worker_settings import ALL_PROCESSORS, Processors, idle_seconds
 
 
 class AsyncEngineClient:
@@ -53,6 +53,7 @@ class AsyncEngineClient:
         metrics: where request latencies and the engine's totals are recorded.
         stall_timeout: seconds without a word from the worker after which the engine counts as stalled.
         max_restarts: how often a dead worker is replaced, see ``RestartPolicy``.
+        processors: of its workers.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class AsyncEngineClient:
         stall_timeout: float,
         max_restarts: int = 0,
         log_level: str = "info",
-        worker_nice: int | None = None,
+        processors: Processors = ALL_PROCESSORS,
     ) -> None:
         signs = idle_seconds(stall_timeout)
-        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), signs, worker_nice)
+        self.worker = WorkerLifecycle(config, self, log_level, RestartPolicy(max_restarts), signs, processors)
         self.adapters = Adapters(lambda command: self.worker.send(command))
         self._config = config
         self._metrics = metrics

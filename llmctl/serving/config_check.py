@@ -29,6 +29,7 @@ def check_config(config: ServeConfig) -> None:
     from llmctl.engine.waiting_queue import POLICIES
     from llmctl.serving.addresses import parse_origins
     from llmctl.serving.sampling_defaults import given_defaults
+    from llmctl.serving.worker_settings import Processors
 
     choices = {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES, "pooling": tuple(Pooling)}
     for name, allowed in choices.items():
@@ -49,6 +50,7 @@ def check_config(config: ServeConfig) -> None:
             param="metrics_prefix",
         )
     _check_adapters(config)
+    Processors.of(config)
     if config.max_body is not None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmctl.affinity import run_on
 from llmctl.config import EngineOptions
 from llmctl.engine.adapter_cache import AdapterCache
 from llmctl.engine.llm_engine import LLMEngine, TokenOutput
@@ -37,7 +38,7 @@ from llmctl.serving.wire import (
     decode_command,
     encode,
 )
-from llmctl.serving.worker_settings import IDLE_SECONDS
+from llmctl.serving.worker_settings import IDLE_SECONDS, Processors
 from llmctl.structured.compiler import GrammarCompiler
 from llmctl.structured.matcher import TokenMatcher
 
@@ -237,22 +238,23 @@ def _request(wire: WireRequest, matcher: TokenMatcher | None = None) -> Request:
     )
 
 
-def start(config: EngineOptions, send: Callable[[Event], None], nice: int | None = None) -> StartedEngine:
+def start(config: EngineOptions, send: Callable[[Event], None], processors: Processors) -> StartedEngine:
     """The engine that ``config.model`` names, built into the cache first if need be; tells ``send`` how far it is.
 
     Args:
-        nice: by how much this process is to be nicer from then on; None: the target's.
+        processors: those that this process is kept to before anything counts them, and how nice it is once it computes.
 
     Raises:
         LlmctlError: whatever resolving, building or loading refuses.
     """
+    run_on(processors.cpus, param="worker_cpus")
     path = _locate(config, send)
     send(Located(str(path)))
     send(Progress("loading the engine"))
     from llmctl.artifact.start import start_engine
 
     started = start_engine(path, config)
-    be_nice(started.loaded.target.niceness if nice is None else nice)
+    be_nice(started.loaded.target.niceness if processors.nice is None else processors.nice)
     send(_info(started.loaded, started.engine))
     return started
 

@@ -73,7 +73,7 @@ def run_server(config: ServeConfig, spawned: SpawnedWorker | None = None) -> Non
 def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     from llmctl.serving.allocator import give_freed_memory_back
     from llmctl.serving.redaction import Redactor
-    from llmctl.serving.worker_settings import engine_options, idle_seconds
+    from llmctl.serving.worker_settings import Processors, engine_options, idle_seconds
 
     give_freed_memory_back()
     check_config(config)
@@ -84,7 +84,8 @@ def _serve(config: ServeConfig, spawned: SpawnedWorker) -> None:
     if (warning := keys.warning()) is not None:
         log.warning("%s", warning)
     listener = bind(config.host, config.port)
-    spawned.tell(engine_options(config), config.log_level, idle_seconds(config.stall_timeout), config.worker_nice)
+    signs = idle_seconds(config.stall_timeout)
+    spawned.tell(engine_options(config), config.log_level, signs, Processors.of(config))
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         server = _Server(config, listener, keys, redactor)
@@ -167,6 +168,7 @@ class _Server:
         from llmctl.serving.client import AsyncEngineClient
         from llmctl.serving.metrics import ServerMetrics
         from llmctl.serving.observers import RequestObservers
+        from llmctl.serving.worker_settings import Processors
 
         config = self._config
         names = served_names(config)
@@ -177,7 +179,7 @@ class _Server:
             stall_timeout=config.stall_timeout,
             max_restarts=config.max_restarts,
             log_level=config.log_level,
-            worker_nice=config.worker_nice,
+            processors=Processors.of(config),
         )
         client.worker.on_progress = lambda line: print(f"{line} …", file=sys.stderr, flush=True)
         observers = RequestObservers.of(config, self._redactor)

@@ -32,7 +32,7 @@ from llmctl.serving.wire import (
     decode_event,
     encode,
 )
-from llmctl.serving.worker_settings import IDLE_SECONDS, engine_options
+from llmctl.serving.worker_settings import ALL_PROCESSORS, IDLE_SECONDS, Processors, engine_options
 from llmctl.text.tokenizer import Tokenizer
 
 log = logging.getLogger("llmctl.serving")
@@ -104,7 +104,7 @@ class WorkerLifecycle:
 
     Args:
         requests: what runs in it; told of each step, and of its death.
-        idle_seconds: how often an idle worker gives a sign of life. nice: see ``WorkerSettings``.
+        idle_seconds: how often an idle worker gives a sign of life. processors: of its workers.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class WorkerLifecycle:
         log_level: str,
         restarts: RestartPolicy | None = None,
         idle_seconds: float = IDLE_SECONDS,
-        nice: int | None = None,
+        processors: Processors = ALL_PROCESSORS,
     ) -> None:
         self.state = EngineState.STARTING
         self.info: EngineInfo | None = None
@@ -125,7 +125,7 @@ class WorkerLifecycle:
         self._requests = requests
         self._log_level = log_level
         self._restarts = restarts or RestartPolicy(0)
-        self._idle_seconds, self._nice = idle_seconds, nice
+        self._idle_seconds, self._processors = idle_seconds, processors
         self._doing = "starting the worker"
         self._error: LlmctlError | None = None
         self._channel: ApiChannel | None = None
@@ -297,7 +297,7 @@ class WorkerLifecycle:
                 config = replace(config, model=str(self.engine_path))
             if spawned is None:
                 spawned = SpawnedWorker()
-                spawned.tell(config, self._log_level, self._idle_seconds, self._nice)
+                spawned.tell(config, self._log_level, self._idle_seconds, self._processors)
             self._channel = await ApiChannel.open(spawned.channel, self._on_message)
             self._process = spawned.watch()
             self._launched, self._delay, self._serving = time.monotonic(), None, False

@@ -23,6 +23,7 @@ from llmctl.serving.transport import socket_pair
 if TYPE_CHECKING:
     from llmctl.config import EngineOptions
     from llmctl.serving.supervisor import WorkerProcess
+    from llmctl.serving.worker_settings import Processors
 
 FOR_ITS_PARENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """Signals that a terminal and a service manager send to the whole group, and that no worker hears."""
@@ -58,14 +59,14 @@ class SpawnedWorker:
                 env={name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES},
             )
 
-    def tell(self, config: EngineOptions, log_level: str, idle_seconds: float, nice: int | None = None) -> None:
+    def tell(self, config: EngineOptions, log_level: str, idle_seconds: float, processors: Processors) -> None:
         """Give it its settings."""
         import msgspec
 
         from llmctl.serving.worker_settings import WorkerSettings
 
         assert self.process.stdin is not None
-        settings = WorkerSettings(config, self._end, os.getpid(), log_level, idle_seconds, nice)
+        settings = WorkerSettings(config, self._end, os.getpid(), log_level, idle_seconds, processors)
         with contextlib.suppress(ConnectionError):
             self.process.stdin.write(msgspec.json.encode(settings) + b"\n")
             self.process.stdin.flush()

@@ -104,7 +104,7 @@ def main() -> int:
         from llmctl.serving.engine_loop import EngineLoop, start
         from llmctl.structured.compiler import GrammarCompiler
 
-        started = start(settings.config, send, settings.nice)
+        started = start(settings.config, send, settings.processors)
         engine = started.engine
         compiler = GrammarCompiler(lambda: started.tokenizer, engine.limits.vocab_size, engine.eos_token_ids)
         gc.collect()

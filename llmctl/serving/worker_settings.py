@@ -6,7 +6,8 @@ from dataclasses import fields
 
 import msgspec
 
-from llmctl.config import EngineOptions
+from llmctl.affinity import parse_cpus
+from llmctl.config import EngineOptions, ServeConfig
 
 IDLE_SECONDS = 10.0
 """An idle worker reports at least this often."""
@@ -14,11 +15,31 @@ _SIGNS_PER_STALL = 4
 """An idle worker gives so many signs of life within ``stall_timeout``, at least."""
 
 
+class Processors(msgspec.Struct, frozen=True):
+    """What a worker gets of the processors: by how much it is nicer than the API process (None: the target's), and
+    those it is kept to (none: all that the API process may use)."""
+
+    nice: int | None = None
+    cpus: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> Processors:
+        """``--worker-nice`` and ``--worker-cpus``.
+
+        Raises:
+            UsageError: these are no processors of this machine.
+        """
+        cpus = () if config.worker_cpus is None else parse_cpus(config.worker_cpus, param="worker_cpus")
+        return cls(config.worker_nice, cpus)
+
+
+ALL_PROCESSORS = Processors()
+
+
 class WorkerSettings(msgspec.Struct, frozen=True):
     """One JSON line on the worker's stdin.
 
-    ``channel`` is the descriptor of the worker's end of the channel; ``idle_seconds``: see ``EngineLoop``; ``nice``: of
-    its threads, more than the API process; None: the target's.
+    ``channel`` is the descriptor of the worker's end of the channel; ``idle_seconds``: see ``EngineLoop``.
     """
 
     config: EngineOptions
@@ -26,7 +47,7 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     parent_pid: int
     log_level: str = "info"
     idle_seconds: float = IDLE_SECONDS
-    nice: int | None = None
+    processors: Processors = ALL_PROCESSORS
 
 
 def engine_options(config: EngineOptions) -> EngineOptions:
