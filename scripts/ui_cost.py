@@ -31,7 +31,7 @@ import aiohttp
 from md_table import print_table
 from served import Server, client_session, prompts, serving, stream
 
-from llmctl.bench.ratios import Decision, Ratio, Worsening, paired_ratio
+from llmctl.bench.ratios import Decision, Ratio, Tails, Worsening, paired_ratio
 from llmctl.errors import ExitCode
 from llmctl.serving.page import FOLDER
 
@@ -153,7 +153,7 @@ def main() -> int:
         f"{args.pages} pages / without": [one.cost for one in found],
         "1 page / without": [one.cost / args.pages for one in found],
     }
-    ratios = {name: paired_ratio(values, CONFIDENCE) for name, values in logs.items()}
+    ratios = {name: paired_ratio(values, Tails.alike(CONFIDENCE)) for name, values in logs.items()}
     rows = [
         [name, f"{ratio.value:.4f}", f"{ratio.low:.4f}–{ratio.high:.4f}", f"{stdev(logs[name]):.2%}"]
         for name, ratio in ratios.items()

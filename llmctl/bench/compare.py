@@ -15,7 +15,7 @@ from llmctl.bench.looks import FIRST_LOOK, Looks
 from llmctl.bench.metrics import higher_is_better
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, timestamp
 from llmctl.bench.progress import Progress
-from llmctl.bench.ratios import Decision, Ratio, Worsening, finite, paired_ratio, ratio_row
+from llmctl.bench.ratios import Decision, Ratio, Tails, Worsening, finite, paired_ratio, ratio_row
 from llmctl.bench.rounds import FailedRequestsError, Player, Round, Visit
 from llmctl.bench.serve import workload_of
 from llmctl.bench.serve_plan import Plan, make_plan
@@ -28,8 +28,9 @@ STATISTICS = {
     f"rounds' logarithms the mean without an eighth at either end (below {ratios.BOOTSTRAP_FROM} rounds: of all)",
     "interval": f"studentized bootstrap (bootstrap-t) of that mean, {ratios.RESAMPLINGS} resamplings of the rounds; "
     f"Student's t below {ratios.BOOTSTRAP_FROM} rounds",
-    "confidence": "1 - confidence is shared out over the compared metrics (Bonferroni) and over the looks (Lan and "
-    "DeMets' spending function of Pocock's kind, union bound); an interval's level is what its look may spend",
+    "confidence": "1 - confidence is shared out over the looks (Lan and DeMets' spending function of Pocock's kind, "
+    "union bound); what a look may spend is how often the end of an interval that a pass goes by may miss, and, shared "
+    "out over the compared metrics (Bonferroni), the end that a regression goes by",
     "a, b": "of a ratio: geometric means of the rounds that were not trimmed; figures of a side are of all visits",
     "regression": "the whole interval is beyond what is allowed",
     "passed": "the whole interval is within what is allowed",
@@ -53,7 +54,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Look:
-    """What is known after so many rounds of the metrics that decide; None of one that has no ratio."""
+    """What is known after so many rounds of the metrics that decide; None of one that has no ratio.
+
+    ``confidence``: of either verdict, at this look.
+    """
 
     rounds: int
     confidence: float
@@ -70,7 +74,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Rules:
-    """By which rules rounds are judged: metrics, what is allowed, and the looks."""
+    """By which rules rounds are judged: metrics, what is allowed, and the looks.
+
+    Only one verdict can be wrong, whatever the truth is, so each may err as often as the look may. A regression of any
+    metric decides: the metrics share that error. A pass needs all of them, so whichever is worse than is allowed has
+    to miss on its own: each has the whole of it (an intersection-union test: Berger, Technometrics 24, 1982).
+    """
 
     metrics: tuple[str, ...]
     allowed: float
@@ -78,26 +87,30 @@ class Rules:
 
     def look(self, rounds: Sequence[Round], *, final: bool = False) -> Look:
         """Judge the rounds so far; ``final``: whatever the plan of looks says, there will be no other."""
-        error = self.looks.error(len(rounds), final=final) / len(self.metrics)
-        confidence = 1 - error
-        return Look(len(rounds), confidence, {name: self._compare(name, rounds, confidence) for name in self.metrics})
+        error = self.looks.error(len(rounds), final=final)
+        return Look(len(rounds), 1 - error, {name: self._compare(name, rounds, error) for name in self.metrics})
 
     def others(self, rounds: Sequence[Round], confidence: float) -> list[Compared]:
         """The metrics that decide nothing, for information."""
-        found = (self._compare(name, rounds, confidence) for name in _figures(rounds) if name not in self.metrics)
+        found = (self._compare(name, rounds, 1 - confidence) for name in _figures(rounds) if name not in self.metrics)
         return [one for one in found if one is not None]
 
-    def _compare(self, metric: str, rounds: Sequence[Round], confidence: float) -> Compared | None:
+    def _compare(self, metric: str, rounds: Sequence[Round], error: float) -> Compared | None:
         sides = [(played.log_mean("a", metric), played.log_mean("b", metric)) for played in rounds]
         known = [(a, b) for a, b in sides if a is not None and b is not None]
         if len(known) < len(sides) or not known:
             return None
         logs = [b - a for a, b in known]
-        ratio = paired_ratio(logs, confidence)
+        ratio = paired_ratio(logs, self._tails(metric, error))
         kept = [known[i] for i in ratios.kept(logs)]
         a, b = (math.exp(math.fsum(side) / len(kept)) for side in zip(*kept, strict=True))
         worsening = Worsening.of(ratio, higher_is_better(metric))
         return Compared(metric, a, b, ratio, worsening, worsening.decide(self.allowed))
+
+    def _tails(self, metric: str, error: float) -> Tails:
+        all_clear = min(0.5, error)
+        alarm = all_clear / len(self.metrics)
+        return Tails(all_clear, alarm) if higher_is_better(metric) else Tails(alarm, all_clear)
 
 
 def _figures(rounds: Sequence[Round]) -> list[str]:

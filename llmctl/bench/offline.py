@@ -23,7 +23,7 @@ from llmctl.bench.inprocess import (
 )
 from llmctl.bench.outcome import SCHEMA_VERSION, Judge, Outcome, confidence_intervals, timestamp
 from llmctl.bench.progress import Progress
-from llmctl.bench.ratios import paired_ratio, ratio_row
+from llmctl.bench.ratios import Tails, paired_ratio, ratio_row
 from llmctl.bench.workloads import LengthRange, WorkItem, random_items
 from llmctl.errors import UsageError
 from llmctl.targets.base import StepLimits
@@ -201,7 +201,7 @@ def _against_static(
         each = [(now[name], before[name]) for now, before in figures]
         if all(now and before for now, before in each):
             repeats = [now / before for now, before in each]
-            ratio = paired_ratio([math.log(value) for value in repeats], confidence)
+            ratio = paired_ratio([math.log(value) for value in repeats], Tails.alike(confidence))
             found[name] = {**ratio_row(ratio), "repeats": repeats}
     return {"static": theirs, "ratios": found}
 

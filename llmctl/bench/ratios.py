@@ -35,8 +35,26 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Tails:
+    """How often each end of an interval may miss: the truth is below the lower, or above the upper; at most half."""
+
+    below: float
+    above: float
+
+    @classmethod
+    def alike(cls, confidence: float) -> Tails:
+        """Both ends of an interval at ``confidence``."""
+        return cls((1 - confidence) / 2, (1 - confidence) / 2)
+
+    @property
+    def confidence(self) -> float:
+        """Of the interval."""
+        return 1 - self.below - self.above
+
+
+@dataclass(frozen=True)
 class Ratio:
-    """B over A, with its two-sided interval at ``confidence``.
+    """B over A, with its interval at ``confidence``, which need not be shared alike between its ends.
 
     ``method``: bootstrap-t or student-t. ``count``: rounds, or values of the side that has fewer. ``low``, ``high``
     are None when one value a side is all there is.
@@ -128,7 +146,7 @@ def kept(logs: Sequence[float]) -> list[int]:
     return sorted(sorted(range(len(logs)), key=logs.__getitem__)[cut : len(logs) - cut])
 
 
-def paired_ratio(logs: Sequence[float], confidence: float, resamplings: int = RESAMPLINGS) -> Ratio:
+def paired_ratio(logs: Sequence[float], tails: Tails, resamplings: int = RESAMPLINGS) -> Ratio:
     """The ratio of which every round gave one, as its logarithm: their trimmed mean from ``BOOTSTRAP_FROM`` on.
 
     Raises:
@@ -137,13 +155,13 @@ def paired_ratio(logs: Sequence[float], confidence: float, resamplings: int = RE
     if not logs:
         raise ValueError("paired_ratio: expected at least one round")
     data = np.asarray(logs, dtype=np.float64)
-    tail, count = (1 - confidence) / 2, len(logs)
+    count = len(logs)
     if count < BOOTSTRAP_FROM:
-        half = stats.mean_interval(list(data), confidence).half_width
-        return _student(float(data.mean()), half, confidence, count)
+        down, up = (stats.mean_interval(list(data), 1 - 2 * tail).half_width for tail in (tails.below, tails.above))
+        return _student(float(data.mean()), down, up, tails, count)
     mean, error = _mean_error(data)
     means, errors = _mean_error(data[_generator().integers(0, count, size=(resamplings, count))])
-    return _studentized(mean, error, means, errors, tail, count)
+    return _studentized(mean, error, means, errors, tails, count)
 
 
 def unpaired_ratio(
@@ -159,10 +177,10 @@ def unpaired_ratio(
     if min(*before, *after) <= 0:
         return None
     a, b = (np.log(np.asarray(side, dtype=np.float64)) for side in (before, after))
-    count = min(len(a), len(b))
+    count, tails = min(len(a), len(b)), Tails.alike(confidence)
     if count < BOOTSTRAP_FROM:
         half = stats.difference_noise(list(a), list(b), confidence)
-        return _student(float(b.mean() - a.mean()), half, confidence, count)
+        return _student(float(b.mean() - a.mean()), half, half, tails, count)
     rng = _generator()
     (mean_a, error_a), (mean_b, error_b) = _mean_error(a), _mean_error(b)
     means_a, errors_a = _mean_error(a[rng.integers(0, len(a), size=(resamplings, len(a)))])
@@ -172,7 +190,7 @@ def unpaired_ratio(
         np.hypot(error_a, error_b),
         means_b - means_a,
         np.hypot(errors_a, errors_b),
-        (1 - confidence) / 2,
+        tails,
         count,
     )
 
@@ -191,22 +209,22 @@ def _mean_error(values: Floats) -> tuple[Floats, Floats]:
     return inner.mean(axis=-1), error
 
 
-def _student(log: float, half: float | None, confidence: float, count: int) -> Ratio:
-    low, high = (None, None) if half is None else (math.exp(log - half), math.exp(log + half))
-    return Ratio(math.exp(log), low, high, confidence, count, "student-t")
+def _student(log: float, down: float | None, up: float | None, tails: Tails, count: int) -> Ratio:
+    low, high = (None, None) if down is None or up is None else (math.exp(log - down), math.exp(log + up))
+    return Ratio(math.exp(log), low, high, tails.confidence, count, "student-t")
 
 
-def _studentized(mean: Floats, error: Floats, means: Floats, errors: Floats, tail: float, count: int) -> Ratio:
+def _studentized(mean: Floats, error: Floats, means: Floats, errors: Floats, tails: Tails, count: int) -> Ratio:
     """The interval whose ends are the quantiles of ``(mean* - mean) / error*``, turned round."""
     distance = means - mean
     # A resampling of one value over and over has no spread: as far away as can be, unless it is where the mean is.
     scores = np.where(np.abs(distance) <= _ROUNDING, 0.0, np.copysign(np.inf, distance))
     np.divide(distance, errors, out=scores, where=errors > _ROUNDING)
-    lowest, highest = np.quantile(scores, [tail, 1 - tail], method="nearest")
+    lowest, highest = np.quantile(scores, [tails.above, 1 - tails.below], method="nearest")
     # Equal values have no error, and their resamplings none either.
     spread = float(error) if error > _ROUNDING else 0.0
     low, high = (float(mean) - (float(score) * spread if spread else 0.0) for score in (highest, lowest))
-    return Ratio(math.exp(mean), math.exp(low), _exp(high), 1 - 2 * tail, count, "bootstrap-t")
+    return Ratio(math.exp(mean), math.exp(low), _exp(high), tails.confidence, count, "bootstrap-t")
 
 
 def _exp(log: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmctl.bench.ratios import BOOTSTRAP_FROM, Decision, Ratio, Worsening, kept, paired_ratio, unpaired_ratio
+from llmctl.bench.ratios import BOOTSTRAP_FROM, Decision, Ratio, Tails, Worsening, kept, paired_ratio, unpaired_ratio
 
 logs = st.lists(st.floats(-1, 1), min_size=1, max_size=20)
 positive = st.lists(st.floats(0.1, 1e4), min_size=1, max_size=12)
@@ -19,7 +19,7 @@ FEW = 300  # resamplings, where only the arithmetic is looked at
 
 @given(logs, st.floats(0.5, 0.99))
 def test_the_inverse_ratio_has_the_inverse_interval(data: list[float], confidence: float) -> None:
-    there, back = (paired_ratio([sign * x for x in data], confidence, FEW) for sign in (1, -1))
+    there, back = (paired_ratio([sign * x for x in data], Tails.alike(confidence), FEW) for sign in (1, -1))
     assert there.value == pytest.approx(1 / back.value)
     cut = len(data) // 8
     inner = sorted(data)[cut : len(data) - cut]
@@ -34,7 +34,10 @@ def test_the_inverse_ratio_has_the_inverse_interval(data: list[float], confidenc
 @given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 6)), min_size=1, max_size=20), st.floats(-2, 2))
 @example([0.0] * 6 + [-1.0, -8.7e-26], 1.0)
 def test_a_factor_on_every_round_is_a_factor_on_the_interval(data: list[float], shift: float) -> None:
-    plain, moved = paired_ratio(data, 0.9, FEW), paired_ratio([x + shift for x in data], 0.9, FEW)
+    plain, moved = (
+        paired_ratio(data, Tails.alike(0.9), FEW),
+        paired_ratio([x + shift for x in data], Tails.alike(0.9), FEW),
+    )
     assert moved.value == pytest.approx(plain.value * math.exp(shift))
     if plain.low is not None and plain.high is not None and moved.low is not None and np.std(data) > 1e-6:
         assert moved.low == pytest.approx(plain.low * math.exp(shift), rel=1e-6)
@@ -42,7 +45,7 @@ def test_a_factor_on_every_round_is_a_factor_on_the_interval(data: list[float], 
 
 @given(st.floats(-1, 1), st.integers(2, 20))
 def test_rounds_without_any_noise_have_an_interval_without_width(value: float, count: int) -> None:
-    found = paired_ratio([value] * count, 0.99, FEW)
+    found = paired_ratio([value] * count, Tails.alike(0.99), FEW)
     assert found.low == pytest.approx(found.value)
     assert found.high == pytest.approx(found.value)
 
@@ -89,12 +92,21 @@ def test_a_decision_follows_from_the_interval(
 
 def test_without_an_interval_the_value_decides_if_there_will_be_no_other() -> None:
     for value, decision in ((0.9, Decision.REGRESSION), (0.96, Decision.PASS)):
-        found = Worsening.of(paired_ratio([math.log(value)], 0.95), True)
+        found = Worsening.of(paired_ratio([math.log(value)], Tails.alike(0.95)), True)
         assert found.decide_at_once(0.05) == decision
         assert found.decide(0.05) == Decision.UNDECIDED
-    for call in (lambda: paired_ratio([], 0.9), lambda: unpaired_ratio([], [1.0], 0.9)):
+    for call in (lambda: paired_ratio([], Tails.alike(0.9)), lambda: unpaired_ratio([], [1.0], 0.9)):
         with pytest.raises(ValueError, match="at least one"):
             call()
+
+
+@given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 6)), min_size=2, max_size=20, unique=True))
+def test_each_end_of_an_interval_has_its_own_error(data: list[float]) -> None:
+    strict, lax = (paired_ratio(data, Tails.alike(confidence), FEW) for confidence in (0.98, 0.8))
+    for tails, ends in ((Tails(0.01, 0.1), (strict, lax)), (Tails(0.1, 0.01), (lax, strict))):
+        found = paired_ratio(data, tails, FEW)
+        assert (found.low, found.high) == (ends[0].low, ends[1].high)
+        assert found.confidence == pytest.approx(0.89)
 
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -112,7 +124,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(count: int, draw: Draw) 
     rng = np.random.default_rng(count)
     trials, missed = 400, 0
     for _ in range(trials):
-        found = paired_ratio(list(0.02 * draw(rng, count)), 0.95, 600)
+        found = paired_ratio(list(0.02 * draw(rng, count)), Tails.alike(0.95), 600)
         assert found.low is not None
         assert found.high is not None
         missed += not found.low <= 1 <= found.high
@@ -135,7 +147,7 @@ def test_unpaired_intervals_cover_too() -> None:
 def test_a_round_with_a_busy_neighbour_hardly_moves_the_ratio() -> None:
     rng = np.random.default_rng(2)
     calm = list(0.01 * rng.normal(size=16))
-    before, after = paired_ratio(calm, 0.95), paired_ratio([*calm[:-1], -0.7], 0.95)
+    before, after = paired_ratio(calm, Tails.alike(0.95)), paired_ratio([*calm[:-1], -0.7], Tails.alike(0.95))
     assert abs(after.value - before.value) < 0.005
     assert before.noise is not None
     assert after.noise is not None
