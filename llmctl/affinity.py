@@ -30,10 +30,11 @@ def parse_cpus(text: str, param: str) -> tuple[int, ...]:
         raise UsageError(
             f"{option}: expected processors as numbers and ranges such as 0-3,8, found '{text}'", param=param
         )
-    machine = os.cpu_count() or 1
-    if (most := max(last for _, last in ranges)) >= machine:
+    # Numbers of processors may have gaps, so that there are fewer than the last one says.
+    end = max((os.cpu_count() or 1) - 1, *os.sched_getaffinity(0))
+    if (most := max(last for _, last in ranges)) > end:
         raise UsageError(
-            f"{option}: expected 0 to {machine - 1}, this machine's processors, found {most}",
+            f"{option}: expected 0 to {end}, this machine's processors, found {most}",
             fix="lscpu --extended lists them",
             param=param,
         )

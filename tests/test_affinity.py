@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmctl.affinity import parse_cpus, run_on, written
+from llmctl.config import ServeConfig
 from llmctl.errors import UsageError
+from llmctl.serving.config_check import check_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux keeps processes to processors")
 
@@ -77,7 +79,21 @@ def test_processors_that_a_cpuset_does_not_allow_are_refused() -> None:
             with pytest.raises(UsageError, match=r"may not use all of them \(cpuset\)"):
                 run_on(cpus, "worker_cpus")
     finally:
-        os.sched_setaffinity(0, everyone)
+        run_on(tuple(everyone), "worker_cpus")  # every thread of this process
+
+
+def test_processors_have_numbers_beyond_their_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6})
+    assert parse_cpus("2,6", "worker_cpus") == (2, 6)
+
+
+def test_more_threads_than_processors_are_refused() -> None:
+    cpu = max(os.sched_getaffinity(0))
+    check_config(ServeConfig(model="m", worker_cpus=str(cpu), threads=1))
+    with pytest.raises(UsageError, match="--threads: expected at most 1, as many as --worker-cpus") as refused:
+        check_config(ServeConfig(model="m", worker_cpus=str(cpu), threads=2))
+    assert refused.value.param == "threads"
 
 
 def test_a_server_s_worker_is_kept_to_its_processors(tiny_engine: Path) -> None:

@@ -164,7 +164,7 @@ WorkerCpus = Annotated[
     typer.Option(
         "--worker-cpus",
         metavar="LIST",
-        help="Processors that the worker is kept to, such as 0-3,8; --threads follows them. Linux.",
+        help="Processors that the worker is kept to, such as 0-3,8; it has no more threads than these. Linux.",
         rich_help_panel=_SERVER,
     ),
 ]

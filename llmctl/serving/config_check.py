@@ -29,7 +29,6 @@ def check_config(config: ServeConfig) -> None:
     from llmctl.engine.waiting_queue import POLICIES
     from llmctl.serving.addresses import parse_origins
     from llmctl.serving.sampling_defaults import given_defaults
-    from llmctl.serving.worker_settings import Processors
 
     choices = {"log_level": _LOG_LEVELS, "scheduling_policy": POLICIES, "pooling": tuple(Pooling)}
     for name, allowed in choices.items():
@@ -50,7 +49,7 @@ def check_config(config: ServeConfig) -> None:
             param="metrics_prefix",
         )
     _check_adapters(config)
-    Processors.of(config)
+    _check_threads(config)
     if config.max_body is not None:
         parse_bytes(config.max_body, param="max_body")
     if config.api_key is not None and not config.api_key.strip(", "):
@@ -81,6 +80,19 @@ def check_config(config: ServeConfig) -> None:
         file = getattr(config, name)
         if file is not None and not Path(file).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {file}: no such file", param=name)
+
+
+def _check_threads(config: ServeConfig) -> None:
+    from llmctl.serving.worker_settings import Processors
+
+    cpus = Processors.of(config).cpus
+    if cpus and config.threads is not None and config.threads > len(cpus):
+        raise UsageError(
+            f"--threads: expected at most {len(cpus)}, as many as --worker-cpus {config.worker_cpus} has, found "
+            f"{config.threads}",
+            fix="leave it out",
+            param="threads",
+        )
 
 
 def _check_adapters(config: ServeConfig) -> None:
