@@ -68,8 +68,10 @@ def all_cases() -> Iterator[Case]:
     yield from _rowwise()
     yield from _sampling()
     yield from _linears("Llama-3-8B", 8)
-    yield from _linears("Llama-3-8B", 8, "fp8_e4m3")
-    yield from _linears("Llama-3-8B", 4, "nf4")
+    yield from _linears("Llama-3-8B", 8, symmetric=True, book="fp8_e4m3")
+    yield from _linears("Llama-3-8B", 4, group=64, symmetric=True, book="nf4")
+    yield from _linears("Llama-3-8B", 4, group=32, minimum=True)  # Q4_K
+    yield from _linears("Llama-3-8B", 8, group=16, symmetric=True)  # Q6_K
     yield from _int8_linears()
     yield from _adapters()
 
@@ -97,12 +99,11 @@ def _shapes(model: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def _linears(model: str, bits: int, book: str = "") -> Iterator[Case]:
-    """Integers with zeros, or float8, in groups of 128, or codes of a book of 16 in groups of 64."""
+def _linears(model: str, bits: int, **codes: Any) -> Iterator[Case]:
+    """Integers with zeros in groups of 128, but for what ``codes`` say of a ``CudaFormat``."""
     for name, (n, k) in _shapes(model).items():
-        group = 64 if book and bits == 4 else 128
-        fmt = CudaFormat(bits, (n, k), group=group, symmetric=bool(book), book=book)
-        weight = n * k * bits // 8 + n * k // fmt.group_size * (2 if book else 3)
+        fmt = CudaFormat(bits, (n, k), **{"group": 128, **codes})
+        weight = n * k * bits // 8 + n * k // fmt.group_size * (4 if fmt.minimum else 2 if fmt.symmetric else 3)
         for m in ROWS:
             nbytes = weight + 2 * m * (n + k)
             yield Case(

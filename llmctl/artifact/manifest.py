@@ -23,7 +23,7 @@ from llmctl.targets.table import target_of
 
 MANIFEST_NAME = engine_source.MANIFEST_NAME
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llmctl.engine.step import IN_FLIGHT, DoneStep, SamplingBatch, SequenceSlice
 from llmctl.graph.graph import Graph
 from llmctl.targets.base import BuildOptions, RuntimeSizes
 from llmctl.targets.cuda.layout import from_planes, unpack
-from llmctl.targets.cuda.packing import cuda_formats
+from llmctl.targets.cuda.packing import codes_added, cuda_formats
 from llmctl.targets.reference.runtime import ReferenceRuntime
 
 
@@ -87,10 +87,10 @@ def unpacked(graph: Graph, planes: Mapping[str, Tensor]) -> dict[str, Tensor | Q
         arrays["tile_scales"] = arrays["tile_scales"].view(torch.int16)
         packed = {suffix: tensor.numpy() for suffix, tensor in arrays.items()}
         packed["tile_scales"] = packed["tile_scales"].view("uint16")
-        codes, scales, zeros = (torch.from_numpy(part.copy()) for part in unpack(from_planes(fmt, packed)))
+        codes, scales, zeros, minimums = unpack(from_planes(fmt, packed))
         assert weight.quant is not None
-        groups = weight.quant.groups(weight.shape[1])
-        weights[name] = QuantizedWeight(
-            codes, scales[:, :groups].contiguous(), zeros[:, :groups].contiguous(), weight.quant
-        )
+        assert minimums is None, "no engine of these checks has some"
+        added, groups = codes_added(fmt, weight.quant), weight.quant.groups(weight.shape[1])
+        parts = codes - added, scales[:, :groups].copy(), zeros[:, :groups] - added
+        weights[name] = QuantizedWeight(*map(torch.from_numpy, parts), weight.quant)
     return weights

@@ -94,9 +94,9 @@ def test_an_engine_that_is_a_checkpoint_as_well(engine: Path) -> None:
 
 def test_wrong_format_version(engine: Path, refused: Callable[..., str]) -> None:
     raw = (engine / MANIFEST_NAME).read_text()
-    (engine / MANIFEST_NAME).write_text(raw.replace('"format_version": 6', '"format_version": 99'))
+    (engine / MANIFEST_NAME).write_text(raw.replace('"format_version": 7', '"format_version": 99'))
     message = refused(engine)
-    assert "format_version: expected 6, found 99" in message
+    assert "format_version: expected 7, found 99" in message
     assert f" --target cpu --output {engine}" in message
 
 
@@ -405,7 +405,7 @@ def test_checks_come_in_the_stated_order(engine: Path, edit_manifest: Edit, refu
     edit_manifest(engine, target=TargetName("cpu", ("made_up",)))
     good = (engine / MANIFEST_NAME).read_text()
     (engine / WEIGHTS).write_bytes(weights[:-1])
-    (engine / MANIFEST_NAME).write_text(good.replace('"format_version": 6', '"format_version": 0'))
+    (engine / MANIFEST_NAME).write_text(good.replace('"format_version": 7', '"format_version": 0'))
     arguments = {"max_model_len": 400, "budget": 1}
     assert "format_version" in refused(engine, **arguments)
     (engine / MANIFEST_NAME).write_text(good)

@@ -27,9 +27,16 @@ from llmctl.targets.cpu.toolchain import find_compiler
 from llmctl.targets.cuda import target as cuda_target
 
 GROWTH = {
+    "Q2_K": {"cuda": 2.29},
+    "Q3_K": {"cuda": 1.46},
+    "Q4_K": {"cuda": 1.12},
     "Q5_0": {"cuda": 1.55},
+    "Q5_1": {"cuda": 1.5},
+    "Q5_K": {"cuda": 1.64},
+    "Q6_K": {"cuda": 1.38},
 }
-"""Engine over checkpoint, by target, where it is more than 1.03 on one: CUDA's kernels read codes of 4 and 8 bits."""
+"""Engine over checkpoint, by target, where it is more than 1.03 on one: CUDA's kernels read codes of 4 and 8 bits, and
+scales and minimums multiplied out in float16."""
 COVERING = ("ct-w4-g32-asym", "ct-w8a8-static", "ct-fp8-tensor", "fp8-blocks", "bnb-nf4-double", "Q4_1", "Q4_K", "Q6_K")
 """In the default suite: integers with either zero, minimums, a code book; every shape of scales."""
 NAMES = [pytest.param(n, marks=() if n in COVERING else pytest.mark.slow) for n in (*FORMATS, *BLOCK_FORMATS)]

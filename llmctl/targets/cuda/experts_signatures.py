@@ -8,7 +8,7 @@ from typing import Any
 from llmctl.targets.cuda.call import Array, Call, Geometry, Machine, Signature, Sizes
 from llmctl.targets.cuda.experts import EXPERTS_SOURCE, MAX_EXPERTS, SLOTS, GroupedPlan, route_shared
 from llmctl.targets.cuda.gemm import ACTIVATION
-from llmctl.targets.cuda.gemm_signatures import PLANE, STREAM_GROUPS, code_array, code_values
+from llmctl.targets.cuda.gemm_signatures import PLANE, STREAM_GROUPS, code_array, code_values, least_group
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.signatures import TAGS, blocks, floats, ints, launch, maybe, prepare, read, register, write
 
@@ -74,7 +74,7 @@ def _quantized(kind: str, group: int, size: int, tag: str) -> Signature:
             write("y", tag, "slots outputs", align=2),
             *ints("n k share group_size activation"),
         ),
-        {"k": 8, "group_size": 32},
+        {"k": 8, "group_size": least_group(kind)},
     )
 
 

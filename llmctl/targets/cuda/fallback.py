@@ -76,7 +76,10 @@ class Fallbacks:
     def _check(self, choices: Mapping[str, KernelChoice], options: BuildOptions) -> None:
         reasons: dict[str, str] = {}
         for op in self._ops:
-            reason = reasons[op.kind] = next((r.reason for r in choices[op.name].refused), "there is none")
+            refused = choices[op.name].refused
+            if "activations" in op.attrs:  # of the kernels, one takes them
+                refused = tuple(r for r in refused if r.kernel == "w8a8")
+            reason = reasons[op.kind] = next((r.reason for r in refused), "there is none")
             if op.kind in _CACHED and options.kv_cache_dtype not in HALF_DTYPES:
                 raise EngineLoadError(
                     f"--kv-cache-dtype {options.kv_cache_dtype}: op '{op.name}' has no CUDA kernel ({reason}), and "

@@ -50,7 +50,7 @@ class GemmPlan:
 
 
 def weight_format(weight: Weight, *, gated: bool, table: bool = False, experts: int = 1) -> CudaFormat:
-    """How a quantized weight is stored for the kernels; integers of fewer bits than 4 take 4, with their zeros.
+    """How a quantized weight is stored for the kernels; integers of fewer bits than 4 take 4.
 
     Args:
         table: it is looked up by row as well, which needs it dense. experts: whose rows lie one below the other.
@@ -63,17 +63,16 @@ def weight_format(weight: Weight, *, gated: bool, table: bool = False, experts: 
         raise ValueError("the weight is dense; the kernel reads codes")
     if table:
         raise ValueError("the weight is an embedding table as well, which is kept dense")
-    if scheme.minimum:
-        raise ValueError("the weight has a float minimum a group; the kernels read integers with integer zeros")
     return CudaFormat(
         bits=4 if scheme.bits <= 4 else 8,
         shape=(weight.shape[0], weight.shape[1]),
         gated=gated,
         group=scheme.group_size,
-        symmetric=scheme.symmetric and scheme.bits >= 4,
+        symmetric=scheme.symmetric,
         permuted=scheme.act_order,
         book=scheme.book,
         experts=experts,
+        minimum=scheme.minimum,
     )
 
 
@@ -112,15 +111,15 @@ def int8_entries(dtype: str) -> tuple[str, ...]:
 def plan_stream(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmPlan:
     """The launch for m = 1..16 rows of x. K is shared out regardless of m, so a row has the same bits in any batch."""
     chunks = 16 // fmt.bits
-    inner = min(fmt.group_size // 32 if fmt.group in (32, 64) else 4, chunks)
+    columns = min(fmt.group if fmt.group in (16, 32, 64) else 128, 32 * chunks)
     tiles, steps = fmt.rows // TILE, fmt.columns // (32 * chunks)
     # Eight warps on every SM keep 48 KiB in flight; where tiles alone do that, smaller blocks leave a shorter tail.
     warps = 4 if tiles >= 2 * sms or steps < 8 else 8
     splits = max(1, min(sms // tiles, steps // warps))
-    stage = chunks * 128 * fmt.bits + chunks // inner * TILE * 3
+    stage = chunks * 128 * fmt.bits + 32 * chunks // columns * TILE * (4 if fmt.by_halves else 3)
     rows = 8 if m <= 8 else 16
     return GemmPlan(
-        entry=f"{fmt.kind}a16_stream_{DTYPES[dtype].tag}_g{32 * inner}_m{rows}",
+        entry=f"{fmt.kind}a16_stream_{DTYPES[dtype].tag}_g{columns}_m{rows}",
         grid=(tiles, splits, 1),
         threads=32 * warps,
         shared=warps * _STREAM_STAGES * stage,
@@ -134,7 +133,7 @@ def plan_tile(fmt: CudaFormat, dtype: str, m: int, *, int8: bool = False, sms: i
     """The launch on tensor cores, for any m; ``int8``: int8 activations."""
     sizes = INT8_TOKENS if int8 else (32, 64)
     tokens = next((size for size in sizes if m <= size), sizes[-1])
-    shared = _tile_ring(fmt.bits, tokens, int8)
+    shared = _tile_ring(fmt, tokens, int8)
     columns, rows = -(-m // tokens), -(-fmt.rows // (TILE * _BLOCK_TILES))
     steps = fmt.columns // 64
     # Two blocks of four warps an SM hide latency; too few blocks share K, first over the halves of a block (sums meet
@@ -160,7 +159,8 @@ def plan_gemm(fmt: CudaFormat, dtype: str, m: int, sms: int = H200_SMS) -> GemmP
     return plan_stream(fmt, dtype, m, sms) if m <= STREAM_ROWS else plan_tile(fmt, dtype, m, sms=sms)
 
 
-def _tile_ring(bits: int, tokens: int, int8: bool) -> int:
+def _tile_ring(fmt: CudaFormat, tokens: int, int8: bool) -> int:
     """Shared memory of a half: TileShape::kRing of gemm_tile.cuh."""
-    stage = 2 * tokens * (32 if int8 else 64) + _BLOCK_TILES * 2 * (128 * bits + TILE * 3)
+    groups = 2 * TILE * 4 if fmt.by_halves else TILE * 3  # bytes a chunk: scales, and zeros or minimums
+    stage = 2 * tokens * (32 if int8 else 64) + _BLOCK_TILES * 2 * (128 * fmt.bits + groups)
     return stage * (3 if stage > 12 * 1024 else 4)

@@ -10,7 +10,9 @@ from llmctl.targets.cuda.gemm import ACTIVATION, STREAM_ROWS, GemmPlan
 from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.signatures import TAGS, blocks, ints, maybe, prepare, read, register, update, write
 
-STREAM_GROUPS = {"w4": (32, 64, 128), "w8": (32, 64), "fp8": (32, 64), "book4": (32, 64, 128)}
+STREAM_GROUPS = {
+    "w4": (32, 64, 128), "w8": (32, 64), "fp8": (32, 64), "book4": (32, 64, 128), "k4": (16, 32), "k8": (16, 32),
+}  # fmt: skip
 """Columns a group that the streaming kernels of a kind of codes are made for."""
 PLANE = "tiles groups 32"
 """The shape of a plane of scales or zeros."""
@@ -80,17 +82,27 @@ def code_values(fmt: CudaFormat, planes: Mapping[str, Any]) -> dict[str, Any]:
     """What says which numbers the codes are, as the kernels' arguments."""
     if fmt.kind == "book4":
         return {"book": planes["tile_book"]}
+    if fmt.minimum:
+        return {"minimums": planes["tile_minimums"]}
     return {} if fmt.symmetric else {"zeros": planes["tile_zeros"]}
 
 
 def code_array(kind: str) -> Array:
     """The parameter that ``code_values`` gives."""
-    return read("book", "f32", "16") if kind == "book4" else maybe(read("zeros", "u8", PLANE))
+    if kind == "book4":
+        return read("book", "f32", "16")
+    return maybe(read("minimums", "f16", PLANE) if kind in ("k4", "k8") else read("zeros", "u8", PLANE))
+
+
+def least_group(kind: str) -> int:
+    """Columns that groups are multiples of."""
+    return min(STREAM_GROUPS.get(kind, (32,)))
 
 
 def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 0) -> Signature:
     x = [read("x", "s8", "m k"), read("token_scales", "f32", "m", align=4)] if int8 else [read("x", tag, "m k")]
-    values = () if int8 else (code_array(entry.partition("a16")[0]),)
+    kind = entry.partition("a16")[0]
+    values = () if int8 else (code_array(kind),)
     return Signature(
         entry,
         source,
@@ -106,7 +118,7 @@ def _gemm(entry: str, source: str, tag: str, *, int8: bool = False, rows: int = 
             maybe(update("counters", "u32", "counter_count", align=4)),
             *ints("m n k group_size activation"),
         ),
-        {"k": 16 if int8 else 8, "group_size": 32},
+        {"k": 16 if int8 else 8, "group_size": least_group(kind)},
         {"m": rows} if rows else {},
     )
 
@@ -122,7 +134,7 @@ def _dequantize(kind: str, tag: str) -> Signature:
             write("w", tag, "n k"),
             *ints("n k group_size gated"),
         ),
-        {"k": 8, "group_size": 32},
+        {"k": 8, "group_size": least_group(kind)},
         geometry=lambda sizes: Geometry((sizes["tiles"], -(-sizes["k"] // 128), 1), 128),
     )
 

@@ -4,7 +4,8 @@ Tiles of 32 rows by chunks of 32 columns, stored in the order in which the lanes
 operands, 16 bytes a lane. The same bytes serve every kernel: streaming, tensor-core, int8 and dequantising. A gated
 weight (gate rows first, up rows second) is interleaved by eights. Rows are padded to whole tiles and columns to whole
 steps of 128; padded groups have the scale 0. Codes may be integers, those of a code book of 16 values, or
-float8's, whose scales are stored times ``scale_factor``.
+float8's, whose scales are stored times ``scale_factor``. Integers in groups of 16, or with a float minimum a group,
+have the columns of a chunk in another order: its halves are the k-steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from llmctl.graph.code_books import CODE_BOOKS
 TILE = 32
 STEP = 128
 _EIGHT = 8
+_PARTS = (16, 32)
+"""Columns a group of what is in the other order of columns."""
 
 Bytes = NDArray[np.uint8]
 
@@ -35,6 +38,7 @@ class CudaFormat:
         group: columns a group, -1 = all. symmetric: every zero is ``2**(bits-1)``, and not stored.
         permuted: columns are sorted by group (act-order). book: what codes stand for; "" for integers.
         experts: whose rows lie one below the other, each padded, and interleaved, by itself.
+        minimum: a float a group is added in place of a zero.
     """
 
     bits: int
@@ -45,6 +49,7 @@ class CudaFormat:
     permuted: bool = False
     book: str = ""
     experts: int = 1
+    minimum: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for what the kernels cannot take."""
@@ -57,7 +62,12 @@ class CudaFormat:
         """What the codes are, as entry points and their files begin."""
         if self.book and self.bits == 8:
             return "fp8"
-        return f"{'book' if self.book else 'w'}{self.bits}"
+        return f"{'book' if self.book else 'k' if self.by_halves else 'w'}{self.bits}"
+
+    @property
+    def by_halves(self) -> bool:
+        """Columns 16 s .. 16 s + 15 of a chunk are k-step s."""
+        return self.minimum or self.group == _PARTS[0]
 
     @functools.cached_property
     def rows(self) -> int:
@@ -90,7 +100,9 @@ class CudaFormat:
             "tiles": ("U8", (self.rows * self.columns * self.bits // 8,)),
             "tile_scales": ("F16", shape),
         }
-        if not self.symmetric:
+        if self.minimum:
+            planes["tile_minimums"] = ("F16", shape)
+        elif not self.symmetric:
             planes["tile_zeros"] = ("U8", shape)
         if self.kind == "book4":
             planes["tile_book"] = ("F32", (16,))
@@ -107,10 +119,18 @@ def refuse_format(fmt: CudaFormat) -> str | None:
         return f"{fmt.bits}-bit codes; the kernels read 4 or 8 bits"
     if fmt.book and not fmt.symmetric:
         return f"zeros beside the code book {fmt.book}, which has its own"
+    if fmt.book and fmt.group == _PARTS[0]:
+        return f"groups of {group} of the code book {fmt.book}; the kernels take 32, 64, and multiples of {STEP}"
+    if fmt.minimum and (fmt.book or fmt.symmetric):
+        return "a minimum beside a zero"
+    if fmt.by_halves and not (fmt.minimum or fmt.symmetric):
+        return f"groups of {group} with zeros; the kernels take them symmetric, or with minimums"
+    if fmt.minimum and group not in _PARTS:
+        return f"minimums in groups of {group}; the kernels take them in groups of 16 and 32"
     if columns % 8:
         return f"{columns} columns are not a multiple of 8 (one 16-byte load of activations)"
-    if group not in (-1, 32, 64) and (group <= 0 or group % STEP):
-        return f"groups of {group}; the kernels take 32, 64, multiples of {STEP}, and whole rows"
+    if group not in (-1, 16, 32, 64) and (group <= 0 or group % STEP):
+        return f"groups of {group}; the kernels take 16, 32, 64, multiples of {STEP}, and whole rows"
     if rows % fmt.experts:
         return f"{rows} rows are not those of {fmt.experts} experts"
     if fmt.gated and rows // fmt.experts % 2:
@@ -125,6 +145,7 @@ class CudaLinear:
     Attributes:
         tiles: u8, the codes. scales: u16 holding f16 bits [tiles, groups, 32]. zeros: u8, likewise; None if symmetric.
         permutation: i32 [K], the input column that stored column k multiplies; None when they are in order.
+        minimums: as scales; None without.
     """
 
     format: CudaFormat
@@ -132,12 +153,15 @@ class CudaLinear:
     scales: NDArray[np.uint16]
     zeros: Bytes | None = None
     permutation: NDArray[np.int32] | None = None
+    minimums: NDArray[np.uint16] | None = None
 
     def planes(self) -> dict[str, NDArray[Any]]:
         """The planes to store, by suffix."""
         planes: dict[str, NDArray[Any]] = {"tiles": self.tiles, "tile_scales": self.scales}
         if self.zeros is not None:
             planes["tile_zeros"] = self.zeros
+        if self.minimums is not None:
+            planes["tile_minimums"] = self.minimums
         if self.format.kind == "book4":
             planes["tile_book"] = np.array(CODE_BOOKS[self.format.book].values, np.float32)
         if self.permutation is not None:
@@ -147,7 +171,8 @@ class CudaLinear:
 
 def from_planes(fmt: CudaFormat, planes: Mapping[str, NDArray[Any]]) -> CudaLinear:
     """The packed weight over stored planes (suffix -> array)."""
-    return CudaLinear(fmt, planes["tiles"], planes["tile_scales"], planes.get("tile_zeros"), planes.get("permutation"))
+    further = (planes.get(suffix) for suffix in ("tile_zeros", "permutation", "tile_minimums"))
+    return CudaLinear(fmt, planes["tiles"], planes["tile_scales"], *further)
 
 
 def row_order(rows: int, gated: bool, experts: int = 1) -> NDArray[np.int64]:
@@ -164,35 +189,56 @@ def row_order(rows: int, gated: bool, experts: int = 1) -> NDArray[np.int64]:
 
 
 def pack(
-    codes: Bytes, scales: NDArray[Any], zeros: Bytes | None, fmt: CudaFormat, g_idx: NDArray[np.int32] | None = None
-) -> CudaLinear:
+    codes: Bytes, scales: NDArray[Any], zeros: Bytes | None, fmt: CudaFormat, g_idx: NDArray[np.int32] | None = None,
+    minimums: NDArray[Any] | None = None,
+) -> CudaLinear:  # fmt: skip
     """Pack codes.
 
     Args:
         codes: u8 [N, K], one code each. scales: f16/f32 [N, G], rounded to f16 times ``scale_factor``.
-        zeros: u8 [N, G]; None when symmetric.
+        zeros: u8 [N, G]; None when symmetric. minimums: as scales, exactly when the format has them.
         g_idx: i32 [K], each column's group, with act-order: columns are sorted by group.
 
     Raises:
-        ValueError: scales beyond float16, or act-order groups that are not ``fmt.group`` columns each.
+        ValueError: scales or minimums beyond float16, or act-order groups that are not ``fmt.group`` columns each.
     """
     permutation = None
     if g_idx is not None:
         permutation = _permutation(g_idx, fmt.group)
         codes = codes[:, permutation]
-    with np.errstate(over="ignore"):
-        half = (scales.astype(np.float32) * scale_factor(fmt)).astype(np.float16)
-    if not np.isfinite(half).all():
-        most, largest = 65504 / scale_factor(fmt), float(np.abs(scales).max())
-        raise ValueError(f"expected scales of at most {most:g}, for they are stored in float16, found {largest:g}")
+    assert fmt.minimum == (minimums is not None)
     order = fmt.order()
+    wide = _placed(codes, order, fmt.columns)
     return CudaLinear(
         fmt,
-        _interleave(_placed(codes, order, fmt.columns), fmt.bits),
-        _arrange(half.view(np.uint16), order, fmt.groups),
-        None if fmt.symmetric or zeros is None else _arrange(zeros, order, fmt.groups),
+        _interleave(_by_halves(wide) if fmt.by_halves else wide, fmt.bits),
+        _arrange(_half("scales", scales, scale_factor(fmt)), order, fmt.groups),
+        None if fmt.symmetric or fmt.minimum or zeros is None else _arrange(zeros, order, fmt.groups),
         permutation,
+        None if minimums is None else _arrange(_half("minimums", minimums, 1), order, fmt.groups),
     )
+
+
+def _half(called: str, values: NDArray[Any], factor: int) -> NDArray[np.uint16]:
+    """The bits of values times a factor, in float16."""
+    with np.errstate(over="ignore"):
+        half = (values.astype(np.float32) * factor).astype(np.float16)
+    if not np.isfinite(half).all():
+        most, largest = 65504 / factor, float(np.abs(values).max())
+        raise ValueError(f"expected {called} of at most {most:g}, for they are stored in float16, found {largest:g}")
+    return half.view(np.uint16)
+
+
+def _by_halves(wide: Bytes) -> Bytes:
+    """Columns as ``CudaFormat.by_halves`` has them: position 8t + 4s + i of a chunk is column 16 s + 4t + i."""
+    chunks = wide.reshape(len(wide), -1, 2, 4, 4)  # row, chunk, s, t, i
+    return np.ascontiguousarray(chunks.transpose(0, 1, 3, 2, 4)).reshape(wide.shape)
+
+
+def _from_halves(wide: Bytes) -> Bytes:
+    """The inverse of ``_by_halves``."""
+    chunks = wide.reshape(len(wide), -1, 4, 2, 4)  # row, chunk, t, s, i
+    return np.ascontiguousarray(chunks.transpose(0, 1, 3, 2, 4)).reshape(wide.shape)
 
 
 def scale_factor(fmt: CudaFormat) -> int:
@@ -200,25 +246,29 @@ def scale_factor(fmt: CudaFormat) -> int:
     return 256 if fmt.kind == "fp8" else 1
 
 
-def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes]:
-    """(codes u8 [N, K], scales f16 [N, groups], zeros u8 [N, groups]) in logical rows and packed column order.
+def unpack(linear: CudaLinear) -> tuple[Bytes, NDArray[np.float16], Bytes, NDArray[np.float16] | None]:
+    """(codes u8 [N, K], scales f16 [N, groups], zeros u8 [N, groups], minimums f16 [N, groups]) in logical rows and,
+    of act-order, packed column order.
 
-    Zeros of a code book are 0. ``groups`` counts padding; stored column k belongs to group ``k // format.group_size``.
+    Zeros of a code book, and beside minimums, are 0; minimums are None without. ``groups`` counts padding; stored
+    column k belongs to group ``k // format.group_size``.
     """
     fmt = linear.format
     order = fmt.order()
     place = np.argsort(order[order >= 0])
     packed_row = np.flatnonzero(order >= 0)[place]
-    codes = _deinterleave(linear.tiles, fmt)[packed_row, : fmt.shape[1]]
+    wide = _deinterleave(linear.tiles, fmt)
+    codes = (_from_halves(wide) if fmt.by_halves else wide)[packed_row, : fmt.shape[1]]
 
     def natural(plane: NDArray[Any]) -> NDArray[Any]:
         lanes = plane.reshape(-1, fmt.groups, _EIGHT, 4).transpose(0, 3, 2, 1)  # [tile, j, g, group]
         return np.ascontiguousarray(lanes.reshape(fmt.rows, fmt.groups)[packed_row])
 
-    middle = 0 if fmt.book else 2 ** (fmt.bits - 1)
+    middle = 0 if fmt.book or fmt.minimum else 2 ** (fmt.bits - 1)
     zeros = np.full_like(linear.scales, middle, np.uint8) if linear.zeros is None else linear.zeros
     scales = natural(linear.scales).view(np.float16) / np.float16(scale_factor(fmt))
-    return codes, scales, natural(zeros)
+    minimums = None if linear.minimums is None else natural(linear.minimums).view(np.float16)
+    return codes, scales, natural(zeros), minimums
 
 
 def _permutation(g_idx: NDArray[np.int32], group: int) -> NDArray[np.int32]:

@@ -23,14 +23,13 @@ from llmctl.targets.cuda.experts import plan_grouped
 from llmctl.targets.cuda.experts_signatures import grouped_call
 from llmctl.targets.cuda.gemm import GEMM_ROWS, GemmPlan, plan_gemm, plan_tile
 from llmctl.targets.cuda.gemm_signatures import dequantize_call, gemm_call
-from llmctl.targets.cuda.layout import CudaFormat, CudaLinear
+from llmctl.targets.cuda.layout import CudaFormat
 from llmctl.targets.cuda.lora import lora_splits
 from llmctl.targets.cuda.lora_signatures import add_adapters
 from llmctl.targets.cuda.registry import quantizer
 from llmctl.targets.cuda.signatures import launch
 from llmctl.targets.reference.kernels import AdapterWeights
 
-_F16 = "tile_scales"
 _DTYPE = {getattr(torch, row.torch): row for row in BY_TAG.values()}
 
 
@@ -67,13 +66,6 @@ class PackedWeight:
 
     format: CudaFormat
     planes: dict[str, Tensor]
-
-
-def packed_weight(linear: CudaLinear, device: torch.device | str = "cpu") -> PackedWeight:
-    """A packed weight's planes as tensors."""
-    planes = {suffix: torch.from_numpy(plane).to(device) for suffix, plane in linear.planes().items() if suffix != _F16}
-    scales = torch.from_numpy(linear.scales.view("int16")).to(device).view(torch.float16)
-    return PackedWeight(linear.format, {**planes, _F16: scales})
 
 
 @dataclass
@@ -408,6 +400,8 @@ EXECUTORS: dict[str, Executor] = {
     "w8a16": _capped(_gemm),
     "fp8a16": _capped(_gemm),
     "book4a16": _capped(_gemm),
+    "k4a16": _capped(_gemm),
+    "k8a16": _capped(_gemm),
     "w8a8": _capped(_gemm_int8),
     "quantize_rows": _quantize,
     "lora": _lora,
@@ -418,6 +412,8 @@ EXECUTORS: dict[str, Executor] = {
     "grouped_w8a16": _grouped,
     "grouped_fp8a16": _grouped,
     "grouped_book4a16": _grouped,
+    "grouped_k4a16": _grouped,
+    "grouped_k8a16": _grouped,
     "grouped_dense": _grouped,
     "weighted_sum": _weighted_sum,
 }

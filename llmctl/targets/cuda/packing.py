@@ -1,6 +1,6 @@
-"""How weights lie in an engine for the CUDA kernels: ``W.tiles``, ``W.tile_scales``, ``W.tile_zeros`` (absent when
-symmetric), ``W.tile_book`` (only of a code book of 16 values) and ``W.permutation`` (only with act-order) of a
-quantized one; see ``layout.py``.
+"""How weights lie in an engine for the CUDA kernels: of a quantized one ``W.tiles``, ``W.tile_scales``,
+``W.tile_zeros`` (absent when symmetric) or ``W.tile_minimums``, ``W.tile_book`` (only of a code book of 16 values) and
+``W.permutation`` (only with act-order); see ``layout.py``.
 
 Every quantized linear, and stack of experts, is stored so, unless the kernels cannot take its format: then its planes
 are plain ones (``targets/plain.py``), as those of dense weights are, in the compute dtype; the biases that correct a
@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.checkpoint.quantized import QuantizedWeight, in_eight_bits
+from llmctl.checkpoint.quantized import QuantizedWeight
 from llmctl.errors import CheckpointError
 from llmctl.graph.dtypes import DTYPES
-from llmctl.graph.graph import Graph
+from llmctl.graph.graph import Graph, QuantScheme
 from llmctl.targets.base import BuildOptions, PlaneContent, Read
 from llmctl.targets.cuda.gemm import product_format
 from llmctl.targets.cuda.layout import CudaFormat, CudaLinear, from_planes, pack
@@ -88,10 +89,17 @@ def pack_cuda(name: str, read: Read, planes: Sequence[Plane], graph: Graph) -> d
 def pack_weight(weight: QuantizedWeight, fmt: CudaFormat) -> dict[str, NDArray[Any]]:
     """The packed planes of one weight, by suffix."""
     weight = weight.by_row()
-    if fmt.bits == 8:
-        weight = in_eight_bits(weight)
     g_idx = None if weight.g_idx is None else weight.g_idx.numpy()
-    return pack(weight.codes.numpy(), weight.scales.numpy(), weight.zeros.numpy(), fmt, g_idx).planes()
+    minimums = None if weight.minimums is None else weight.minimums.numpy()
+    codes, added = weight.codes.numpy(), codes_added(fmt, weight.scheme)
+    if added:
+        codes = codes + np.uint8(added)
+    return pack(codes, weight.scales.numpy(), weight.zeros.numpy(), fmt, g_idx, minimums).planes()
+
+
+def codes_added(fmt: CudaFormat, scheme: QuantScheme) -> int:
+    """What is added to symmetric codes of fewer bits than they are stored in: the kernels know one zero a width."""
+    return (1 << (fmt.bits - 1)) - (1 << (scheme.bits - 1)) if fmt.symmetric and not fmt.book else 0
 
 
 def packed_linears(graph: Graph, planes: Mapping[str, NDArray[Any]]) -> dict[str, CudaLinear]:

@@ -133,6 +133,7 @@ def _gemm_format(facts: OpFacts) -> CudaFormat:
 
 _CODES = {
     "w4": "4-bit integers", "w8": "8-bit integers", "fp8": "float8 codes", "book4": "4-bit codes of a code book",
+    "k4": "4-bit integers in groups of 16 or with minimums", "k8": "8-bit integers in groups of 16 or with minimums",
 }  # fmt: skip
 
 
@@ -161,9 +162,11 @@ def _refuse_int8(facts: OpFacts) -> str | None:
     if columns % 16:
         return f"{columns} columns are not a multiple of 16 (one 16-byte load of int8)"
     try:
-        _gemm_format(facts)
+        stored = _gemm_format(facts).kind
     except ValueError as error:
         return str(error)
+    if stored != "w8":
+        return f"the weight has {_CODES[stored]}; the kernel reads {_CODES['w8']}"
     return refuse_dtype(facts)
 
 
@@ -270,6 +273,8 @@ KERNELS: tuple[Kernel, ...] = (
     _gemm("w8"),
     _gemm("fp8"),
     _gemm("book4"),
+    _gemm("k4"),
+    _gemm("k8"),
     _cuda("w8a8", "w8a8_gemm.cu", "linear", _refuse_int8, lambda f: int8_entries(f.dtype)),
     _cuda("lora", LORA_SOURCE, "lora", _refuse_lora, lambda f: lora_entries(f.tag, f.op.attrs["rank"])),
     _cuda("dense_gated", "elementwise.cu", "linear", _refuse_gated,
@@ -279,6 +284,8 @@ KERNELS: tuple[Kernel, ...] = (
     _grouped("w8"),
     _grouped("fp8"),
     _grouped("book4"),
+    _grouped("k4"),
+    _grouped("k8"),
     _grouped("dense"),
     _cuda("weighted_sum", EXPERTS_SOURCE, "weighted_sum", _refuse_width, _kind_entries),
     _cuda("sample", "sampling.cu", "sample", _refuse_sample,

@@ -41,6 +41,9 @@ _MACROS = {
     "LLMCTL_FLOAT8_STREAM": r"\1_\2_g\3_m\4",
     "LLMCTL_FLOAT8_GEMM": r"\1_\2_t\3",
     "LLMCTL_DEQUANTIZE_FLOAT8": r"dequantize_fp8_\1",
+    "LLMCTL_MINIMUM_STREAM": r"\1_\2_g\4_m\5",
+    "LLMCTL_MINIMUM_GEMM": r"\1_\2_t\4",
+    "LLMCTL_DEQUANTIZE_MINIMUMS": r"dequantize_k\2_\1",
     "LLMCTL_PERMUTE": r"permute_columns_\1",
 }
 
@@ -58,10 +61,12 @@ def entries_in(source: str) -> set[str]:
     return found
 
 
-def fitted(bits: int, symmetric: bool, book: str, **facts: Any) -> CudaFormat:
-    """A format; a code book of its own bits, and without zeros."""
-    book = book if book and CODE_BOOKS[book].bits == bits else ""
-    return CudaFormat(bits, symmetric=symmetric or bool(book), book=book, **facts)
+def fitted(bits: int, symmetric: bool, book: str, group: int, minimum: bool, **facts: Any) -> CudaFormat:
+    """A format; a code book of its own bits, and without zeros; minimums, or groups of 16, where there can be some."""
+    book = book if book and CODE_BOOKS[book].bits == bits and group != 16 else ""
+    minimum = minimum and not book and group in (16, 32)
+    symmetric = not minimum and (symmetric or bool(book) or group == 16)
+    return CudaFormat(bits, group=group, symmetric=symmetric, book=book, minimum=minimum, **facts)
 
 
 formats = st.builds(
@@ -70,8 +75,9 @@ formats = st.builds(
     book=st.sampled_from(["", "nf4", "fp4", "fp8_e4m3"]),
     shape=st.tuples(st.integers(1, 40000).map(lambda n: 2 * n), st.integers(1, 2048).map(lambda k: 8 * k)),
     gated=st.booleans(),
-    group=st.sampled_from([-1, 32, 64, 128, 256]),
+    group=st.sampled_from([-1, 16, 32, 64, 128, 256]),
     symmetric=st.booleans(),
+    minimum=st.booleans(),
     permuted=st.booleans(),
 )
 
@@ -161,15 +167,17 @@ def test_formats_of_weights() -> None:
     weight = Weight("w", (64, 256), (WeightPart("w"),), QuantScheme(4, 64, symmetric=True))
     assert weight_format(weight, gated=True) == CudaFormat(4, (64, 256), True, 64, True)
     three = replace(weight, quant=QuantScheme(3, 64, symmetric=True, act_order=True))
-    assert weight_format(three, gated=False) == CudaFormat(4, (64, 256), False, 64, False, True)
+    assert weight_format(three, gated=False) == CudaFormat(4, (64, 256), False, 64, True, True)
     book = replace(weight, quant=QuantScheme(4, 64, symmetric=True, book="nf4"))
     assert weight_format(book, gated=True) == CudaFormat(4, (64, 256), True, 64, True, book="nf4")
     assert weight_format(book, gated=True).planes()["tile_book"] == ("F32", (16,))
     float8 = replace(weight, quant=QuantScheme(8, 128, symmetric=True, book="fp8_e4m3", block_rows=64))
     assert weight_format(float8, gated=True) == CudaFormat(8, (64, 256), True, 128, True, book="fp8_e4m3")
     assert weight_format(float8, gated=True).planes().keys() == {"tiles", "tile_scales"}
-    with pytest.raises(ValueError, match="a float minimum a group"):
-        weight_format(replace(weight, quant=QuantScheme(4, 32, symmetric=False, minimum=True)), gated=False)
+    q4_k = QuantScheme(4, 32, symmetric=False, minimum=True)
+    assert weight_format(replace(weight, quant=q4_k), gated=False) == CudaFormat(4, (64, 256), group=32, minimum=True)
+    with pytest.raises(ValueError, match="minimums in groups of 64"):
+        weight_format(replace(weight, quant=replace(q4_k, group_size=64)), gated=False)
     with pytest.raises(ValueError, match="dense"):
         weight_format(replace(weight, quant=None), gated=False)
     with pytest.raises(ValueError, match="groups of 48"):

@@ -29,30 +29,50 @@ def planes_of(fmt: CudaFormat, seed: int) -> tuple[NDArray[Any], NDArray[Any], N
     bits=st.sampled_from([4, 8]),
     rows=st.integers(1, 80),
     eights=st.integers(1, 40),
-    group=st.sampled_from([-1, 32, 64, 128, 256]),
+    group=st.sampled_from([-1, 16, 32, 64, 128, 256]),
     gated=st.booleans(),
     symmetric=st.booleans(),
     book=st.sampled_from(["", "nf4", "fp8_e4m3"]),
+    minimum=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_unpack_inverts_pack(
-    bits: int, rows: int, eights: int, group: int, gated: bool, symmetric: bool, book: str, seed: int
+    bits: int, rows: int, eights: int, group: int, gated: bool, symmetric: bool, book: str, minimum: bool, seed: int
 ) -> None:
-    book = book if book and CODE_BOOKS[book].bits == bits else ""
-    symmetric = symmetric or bool(book)
-    fmt = CudaFormat(bits, (rows * 2 if gated else rows, eights * 8), gated, group, symmetric, book=book)
+    book = book if book and CODE_BOOKS[book].bits == bits and group != 16 else ""
+    minimum = minimum and not book and group in (16, 32)
+    symmetric = not minimum and (symmetric or bool(book) or group == 16)
+    shape = rows * 2 if gated else rows, eights * 8
+    fmt = CudaFormat(bits, shape, gated, group, symmetric, book=book, minimum=minimum)
     codes, scales, zeros = planes_of(fmt, seed)
-    packed = pack(codes, scales, None if symmetric else zeros, fmt)
+    minimums = -scales[:, ::-1] if minimum else None
+    packed = pack(codes, scales, None if symmetric or minimum else zeros, fmt, minimums=minimums)
     assert {name: (array.shape, array.dtype.itemsize) for name, array in packed.planes().items()} == {
         name: (shape, {"F32": 4, "F16": 2, "U8": 1}[dtype]) for name, (dtype, shape) in fmt.planes().items()
     }
-    found_codes, found_scales, found_zeros = unpack(from_planes(fmt, packed.planes()))
+    found_codes, found_scales, found_zeros, found_minimums = unpack(from_planes(fmt, packed.planes()))
     groups = scales.shape[1]
     assert np.array_equal(found_codes, codes)
     assert np.array_equal(found_scales[:, :groups], scales)
     assert not found_scales[:, groups:].any()
-    middle = 0 if book else 2 ** (bits - 1)
-    assert np.array_equal(found_zeros[:, :groups], np.full_like(zeros, middle) if symmetric else zeros)
+    middle = 0 if book or minimum else 2 ** (bits - 1)
+    assert np.array_equal(found_zeros[:, :groups], np.full_like(zeros, middle) if symmetric or minimum else zeros)
+    assert (found_minimums is None) is (minimums is None)
+    if found_minimums is not None:
+        assert np.array_equal(found_minimums[:, :groups], minimums)
+        assert not found_minimums[:, groups:].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns_by_halves_are_those_of_a_k_step(bits: int) -> None:
+    by_halves = CudaFormat(bits, (64, 256), group=16, symmetric=True)
+    codes, scales, _ = planes_of(by_halves, 3)
+    in_order = CudaFormat(bits, (64, 256), symmetric=True)
+    places = np.arange(256)
+    chunk, place = places // 32 * 32, places % 32
+    t, s, i = place // 8, place // 4 % 2, place % 4
+    expected = pack(codes[:, chunk + 16 * s + 4 * t + i], scales[:, :1], None, in_order)
+    assert np.array_equal(pack(codes, scales, None, by_halves).tiles, expected.tiles)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -121,6 +141,7 @@ def test_act_order_sorts_columns_by_group() -> None:
         (4, (32, 100), False, -1, "100 columns"),
         (4, (32, 128), False, 48, "groups of 48"),
         (4, (32, 128), False, 0, "groups of 0"),
+        (4, (32, 128), False, 16, "groups of 16 with zeros"),
         (4, (33, 128), True, 32, "33 rows"),
     ],
 )
@@ -146,3 +167,25 @@ def test_scales_beyond_float16_are_refused() -> None:
     codes, _, zeros = planes_of(fmt, 0)
     with pytest.raises(ValueError, match="float16"):
         pack(codes, np.full((32, 1), 1e6, np.float32), zeros, fmt)
+
+
+@pytest.mark.parametrize(
+    ("group", "symmetric", "book", "reason"),
+    [
+        (64, False, "", "minimums in groups of 64"),
+        (-1, False, "", "minimums in groups of -1"),
+        (32, True, "", "a minimum beside a zero"),
+        (32, True, "nf4", "a minimum beside a zero"),
+    ],
+)
+def test_minimums_that_are_refused(group: int, symmetric: bool, book: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        CudaFormat(4, (32, 128), group=group, symmetric=symmetric, book=book, minimum=True)
+
+
+def test_minimums_beyond_float16_are_refused() -> None:
+    fmt = CudaFormat(4, (32, 128), group=32, minimum=True)
+    codes, scales, _ = planes_of(fmt, 1)
+    minimums = np.full(scales.shape, -7e4, np.float32)
+    with pytest.raises(ValueError, match=r"expected minimums of at most 65504, .* found 70000"):
+        pack(codes, scales, None, fmt, minimums=minimums)

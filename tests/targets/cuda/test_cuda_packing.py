@@ -28,7 +28,7 @@ from llmctl.targets.base import BuildOptions
 from llmctl.targets.cuda import target
 from llmctl.targets.cuda.gemm import weight_format
 from llmctl.targets.cuda.layout import from_planes, unpack
-from llmctl.targets.cuda.packing import cuda_formats, cuda_planes, pack_weight, packed_linears
+from llmctl.targets.cuda.packing import codes_added, cuda_formats, cuda_planes, pack_weight, packed_linears
 from llmctl.targets.cuda.target import CUDA_PASSES
 
 
@@ -53,11 +53,12 @@ def test_codes_are_the_checkpoints(
     for name, linear in packed.items():
         expected = assemble(graph.weights[name], source)
         assert isinstance(expected, QuantizedWeight)
-        codes, scales, zeros = unpack(linear)
-        groups = expected.scales.shape[1]
-        np.testing.assert_array_equal(codes, expected.codes.numpy())
+        codes, scales, zeros, _ = unpack(linear)
+        groups, added = expected.scales.shape[1], codes_added(linear.format, expected.scheme)
+        assert added == (4 if bits == 3 and symmetric else 0)
+        np.testing.assert_array_equal(codes, expected.codes.numpy() + added)
         np.testing.assert_array_equal(scales[:, :groups], expected.scales.numpy())
-        np.testing.assert_array_equal(zeros[:, :groups], expected.zeros.numpy())
+        np.testing.assert_array_equal(zeros[:, :groups], expected.zeros.numpy() + added)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
@@ -66,7 +67,7 @@ def test_codes_of_other_widths_stand_for_the_same_numbers(bits: int, symmetric: 
     weight = random_weight(40, 96, QuantScheme(bits, 32, symmetric))
     fmt = weight_format(Weight("w", (40, 96), (WeightPart("w"),), weight.scheme), gated=False)
     assert fmt.bits == (4 if bits < 4 else 8)
-    codes, scales, zeros = unpack(from_planes(fmt, pack_weight(weight, fmt)))
+    codes, scales, zeros, _ = unpack(from_planes(fmt, pack_weight(weight, fmt)))
     group = np.arange(96) // 32
     found = (codes.astype(np.float32) - zeros[:, group]) * scales[:, group].astype(np.float32)
     np.testing.assert_array_equal(found, weight.dequantize().numpy())
@@ -108,7 +109,7 @@ def test_codes_of_a_book_stay_at_their_bits(tmp_path: Path, monkeypatch: pytest.
     for module, linear in packed.items():
         expected = assemble(graph.weights[module], source)
         assert isinstance(expected, QuantizedWeight)
-        codes, scales, zeros = unpack(linear)
+        codes, scales, zeros, _ = unpack(linear)
         groups = expected.scales.shape[1]
         np.testing.assert_array_equal(codes, expected.codes.numpy())
         np.testing.assert_array_equal(scales[:, :groups], expected.scales.half().numpy())

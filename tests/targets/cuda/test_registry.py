@@ -15,6 +15,7 @@ from llmctl.targets.cuda.experts import MAX_EXPERTS
 from llmctl.targets.cuda.registry import OpFacts, choose, choose_all, sources_of
 
 W4 = QuantScheme(4, 64, symmetric=False)
+Q4_K = QuantScheme(4, 32, symmetric=False, minimum=True)
 NF4 = QuantScheme(4, 64, symmetric=True, book="nf4")
 
 
@@ -63,6 +64,11 @@ def chosen(graph: Graph, dtype: str = "bfloat16", kv_dtype: str = "auto") -> tup
         (linear(QuantScheme(8, 128, symmetric=True, book="fp8_e4m3", block_rows=128)), "fp8a16"),
         (linear(QuantScheme(8, -1, symmetric=True, book="fp8_e4m3")), "fp8a16"),
         (linear(replace(NF4, book="fp4"), epilogue="silu_mul"), "book4a16"),
+        (linear(Q4_K), "k4a16"),
+        (linear(replace(Q4_K, bits=2, group_size=16)), "k4a16"),
+        (linear(QuantScheme(3, 16, symmetric=True)), "k4a16"),
+        (linear(replace(Q4_K, bits=5)), "k8a16"),
+        (linear(QuantScheme(6, 16, symmetric=True)), "k8a16"),
     ],
 )
 def test_quantized_linears_have_kernels_for_every_number_of_rows(graph: Graph, kernel: str) -> None:
@@ -118,6 +124,8 @@ def route(experts: int) -> Graph:
         (grouped(W8), "w8a16"),
         (grouped(NF4), "book4a16"),
         (grouped(QuantScheme(8, -1, symmetric=True, book="fp8_e4m3")), "fp8a16"),
+        (grouped(Q4_K), "k4a16"),
+        (grouped(QuantScheme(6, 16, symmetric=True)), "k8a16"),
         (grouped(None), "dense"),
         (grouped(replace(W4, act_order=True)), "dense"),
         (grouped(replace(W4, act_order=True), experts=1), "dense"),
@@ -154,7 +162,9 @@ def test_norms(kind: str) -> None:
     [
         (linear(None), "float16", "the weight is dense"),
         (linear(replace(W4, group_size=48)), "float16", "groups of 48"),
-        (linear(replace(W4, bits=8, group_size=16)), "float16", "groups of 16"),
+        (linear(replace(W4, bits=8, group_size=16)), "float16", "groups of 16 with zeros"),
+        (linear(replace(Q4_K, group_size=64)), "float16", "minimums in groups of 64"),
+        (int8_linear(QuantScheme(8, 16, symmetric=True)), "float16", "the weight has 8-bit integers in groups of 16"),
         (linear(W4, columns=100), "float16", "100 columns"),
         (linear(replace(NF4, group_size=16)), "float16", "groups of 16"),
         (linear(NF4), "float32", "activations are float32"),

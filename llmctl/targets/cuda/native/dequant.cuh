@@ -14,6 +14,13 @@
 //   scales  [tile][group][g][j] f16: row g + 8 j; a lane's four scales are one 8-byte load, a warp's 64 bytes.
 //   zeros   [tile][group][g][j] u8; no plane when every zero is 2^(bits - 1).
 //
+// Weights of half-chunk groups (16 columns) and of minimums, GGUF's K types and Q4_1 and Q5_1 ("k4", "k8"), have the
+// columns of every chunk in another order, so that a k-step's 16 are neighbours: position 8t + 4s + i is column
+// 16 s + 4t + i, and the B fragments of a chunk are two pieces of 8 bytes. Their groups are of 16 or 32 columns.
+//   minimums [tile][group][g][j] f16: code * scale + minimum is the weight, and codes have no zero; no plane: codes have
+//            the zero 2^(bits - 1).
+// A minimum is added as a product with the group's sum of x, which a further mma makes, of a matrix of ones.
+//
 // A gated weight (gate rows first, then up) is interleaved by eights: packed rows 16 i .. 16 i + 7 are gate rows
 // 8 i .. 8 i + 7, the next eight the up rows that go with them: both lie in one lane's accumulators.
 //
@@ -60,6 +67,16 @@ struct NoBook {};
 
 // Codes are float8's bits.
 struct Float8 {};
+
+// Codes are integers in groups of half chunks or whole ones, with minimums or, where `plane` is null, the middle zero.
+struct Minimums {
+    const f16* plane;
+};
+
+template <typename Values>
+constexpr bool kHasMinimums = false;
+template <>
+constexpr bool kHasMinimums<Minimums> = true;
 
 // The values of a code book of 16 as T: bytes 4 i .. 4 i + 3 are in word i.
 template <typename T>
@@ -156,6 +173,60 @@ LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s
     }
 }
 
+// A lane's four scales of a group: rows g + 8 j.
+LLMCTL_DEVICE void unpack_scales(float (&scale)[4], const Vec8& packed) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scale[j] = to_float(f16{static_cast<u16>(packed.w[j / 2] >> (16 * (j % 2)))});
+}
+
+template <typename T, int kBits>
+LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s, const ZeroPair& zero, Minimums) {
+    fragment<T, kBits>(a, codes, r, s, zero, NoBook{});
+}
+
+// The tile's minimums, where weights have some.
+template <typename Values>
+LLMCTL_DEVICE const f16* minimums_at(const Values& values, long long at) {
+    if constexpr (kHasMinimums<Values>) return values.plane ? values.plane + at : nullptr;
+    else return nullptr;
+}
+
+// Four zero points of codes that may have minimums.
+template <int kBits>
+LLMCTL_DEVICE u32 zeros_beside(const Minimums& minimums) {
+    return minimums.plane ? 0u : kSymmetricZeros<kBits>;
+}
+
+// The A operand of ones: every row of the product is the sum of B's columns.
+template <typename T>
+LLMCTL_DEVICE void ones(u32 (&a)[4]) {
+    const u32 one = kIsF16<T> ? 0x3C003C00u : 0x3F803F80u;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = one;
+}
+
+// A group of a tile: total += scale * sum + minimum * the group's sum of x; both sums are zeroed.
+// of_x: see ones; a lane's tokens are those of its sums. minimums: where there are none, anything.
+template <int kTokenTiles>
+LLMCTL_DEVICE void scale_group(float (&total)[kTokenTiles][2][4], float (&sum)[kTokenTiles][2][4],
+                               float (&of_x)[kTokenTiles][4], const Vec8& scales, const Vec8& minimums,
+                               bool has_minimums) {
+    float scale[4], minimum[4];
+    unpack_scales(scale, scales);
+    unpack_scales(minimum, minimums);
+#pragma unroll
+    for (int i = 0; i < 8 * kTokenTiles; ++i) {
+        const int j = i / 8, row = i / 2 % 4;
+        float& to = total[j][i / 4 % 2][i % 4];
+        float& from = sum[j][i / 4 % 2][i % 4];
+        to = fused_multiply_add(scale[row], from, to);
+        if (has_minimums) to = fused_multiply_add(minimum[row], of_x[j][i % 2], to);
+        from = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kTokenTiles; ++i) of_x[i / 4][i % 4] = 0.0f;
+}
+
 // The float8 bytes `first` and `first + 1` of a word, times 2^-8.
 template <typename T>
 LLMCTL_DEVICE u32 float8_pair(u32 word, int first) {
@@ -202,12 +273,6 @@ LLMCTL_DEVICE void fragment(u32 (&a)[4], const Codes<kBits>& codes, int r, int s
 LLMCTL_DEVICE u32 code_at(const Codes<4>& codes, int r, int h, int c) {
     const int nibble = h + 2 * (c / 2 % 2) + 4 * (c % 2);
     return codes.vector[0].w[2 * r + c / 4] >> (4 * nibble) & 15u;
-}
-
-// A lane's four scales of a group: rows g + 8 j.
-LLMCTL_DEVICE void unpack_scales(float (&scale)[4], const Vec8& packed) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) scale[j] = to_float(f16{static_cast<u16>(packed.w[j / 2] >> (16 * (j % 2)))});
 }
 
 }  // namespace gemm

@@ -6,6 +6,7 @@
 //                          k % 8 == 0; w a multiple of 16 bytes.
 // dequantize_book4_<T>     the same of w[n, k] = book[code] * scale; book f32 [16].
 // dequantize_fp8_<T>       the same of w[n, k] = float8(code) * scale; no zeros.
+// dequantize_k<bits>_<T>   the same of w[n, k] = code * scale + minimum, in groups of 16 or 32; see Minimums.
 // permute_columns_<T>      y[m, k] = x[m, permutation[k]]. Grid ceil(m k / 256), 256 threads.
 //
 // A lane holds eight neighbouring columns of four rows: 16-byte stores, 64 bytes a row and warp, 256 a row and block.
@@ -71,6 +72,52 @@ LLMCTL_DEVICE void dequantize(const u8* codes, const f16* scales, const u8* zero
     }
 }
 
+// A lane holds four neighbouring columns of either half of a chunk, of four rows: 8-byte stores.
+template <typename T, int kBits>
+LLMCTL_DEVICE void dequantize_minimums(const u8* codes, const f16* scales, const Minimums& minimums, T* w, int n,
+                                       int k, int group_size, int gated) {
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    const int chunks = (k + kStepColumns - 1) / kStepColumns * kStepChunks;
+    const int groups = (chunks * kChunkColumns + group_size - 1) / group_size;
+    const int chunk = block_index_y() * kStepChunks + warp_index();
+    const long long tile = block_index();
+    Codes<kBits> mine;
+#pragma unroll
+    for (int v = 0; v < Codes<kBits>::kVectors; ++v) {
+        mine.vector[v] = load16_stream(codes + (tile * chunks + chunk) * Codes<kBits>::kBytes +
+                                       (v * kWarp + lane) * 16);
+    }
+    const ZeroPair zero = zero_pair<T, kBits>(zeros_beside<kBits>(minimums), 0);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+        const int column = chunk * kChunkColumns + 16 * s + 4 * t;
+        if (column >= k) continue;
+        const long long at = (tile * groups + column / group_size) * kTileRows + g * 4;
+        float scale[4], minimum[4] = {};
+        unpack_scales(scale, load8(scales + at));
+        if (minimums.plane) unpack_scales(minimum, load8(minimums.plane + at));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            u32 a[4];
+            fragment<T, kBits>(a, mine, r, s, zero, minimums);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const Vec16 exact{{a[h], a[h + 2], 0, 0}};
+                const float by = scale[2 * r + h], more = minimum[2 * r + h];
+                Vec8 out;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    out.w[i] = pack16<T>(fused_multiply_add(lane16<T>(exact, 2 * i), by, more),
+                                         fused_multiply_add(lane16<T>(exact, 2 * i + 1), by, more));
+                }
+                const int half = block_index() * (kTileRows / 2) + 8 * r + g;
+                const int row = gated ? half + h * (n / 2) : block_index() * kTileRows + 16 * r + 8 * h + g;
+                if (gated ? half < n / 2 : row < n) store8(w + static_cast<long long>(row) * k + column, out);
+            }
+        }
+    }
+}
+
 template <typename T>
 LLMCTL_DEVICE void permute_columns(const T* x, const int* permutation, T* y, int m, int k) {
     const long long item = static_cast<long long>(block_index()) * kPermuteThreads + thread_index();
@@ -98,6 +145,14 @@ LLMCTL_DEVICE void permute_columns(const T* x, const int* permutation, T* y, int
                                                                      group_size, gated);                              \
     }
 
+#define LLMCTL_DEQUANTIZE_MINIMUMS(T, BITS)                                                                           \
+    LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
+    dequantize_k##BITS##_##T(const u8* codes, const llmctl::f16* scales, const llmctl::f16* minimums, llmctl::T* w,   \
+                             int n, int k, int group_size, int gated) {                                               \
+        llmctl::gemm::dequantize_minimums<llmctl::T, BITS>(codes, scales, llmctl::gemm::Minimums{minimums}, w, n, k,  \
+                                                           group_size, gated);                                        \
+    }
+
 #define LLMCTL_DEQUANTIZE_BOOK(T)                                                                                     \
     LLMCTL_KERNEL(llmctl::gemm::kDequantThreads, 8)                                                                   \
     dequantize_book4_##T(const u8* codes, const llmctl::f16* scales, const float* book, llmctl::T* w, int n, int k,   \
@@ -118,6 +173,10 @@ LLMCTL_DEQUANTIZE(bf16, 4)
 LLMCTL_DEQUANTIZE(bf16, 8)
 LLMCTL_DEQUANTIZE_FLOAT8(f16)
 LLMCTL_DEQUANTIZE_FLOAT8(bf16)
+LLMCTL_DEQUANTIZE_MINIMUMS(f16, 4)
+LLMCTL_DEQUANTIZE_MINIMUMS(f16, 8)
+LLMCTL_DEQUANTIZE_MINIMUMS(bf16, 4)
+LLMCTL_DEQUANTIZE_MINIMUMS(bf16, 8)
 LLMCTL_DEQUANTIZE_BOOK(f16)
 LLMCTL_DEQUANTIZE_BOOK(bf16)
 LLMCTL_PERMUTE(f16)

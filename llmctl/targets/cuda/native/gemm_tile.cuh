@@ -5,7 +5,8 @@
 // holds 64 columns: of each warp's own tile the codes, scales and zeros; of x the fragments, 16 bytes a lane (8 of
 // int8), [chunk][token][32 columns]. One barrier a stage: it publishes x and retires the slot to be filled next.
 // Codes are dequantised in registers to exact integers code - zero, multiplied with kTokenTiles x 8 tokens, and the
-// fp32 (int8: exact int32) sums scaled at the end of each group. Groups are any multiple of 32 columns.
+// fp32 (int8: exact int32) sums scaled at the end of each group. Groups are any multiple of 32 columns; beside minimums
+// 16 or 32.
 #pragma once
 #include "dequant.cuh"
 #include "gemm_tail.cuh"
@@ -20,15 +21,17 @@ constexpr int kStageChunks = 2;
 constexpr int kBlockStride = kBlockRows + 4;  // 2 t * 132 = 8 t mod 32: distinct banks
 
 // What the kernel multiplies: X is f16, bf16, or s8 (int8 activations and 8-bit codes around 128).
-template <typename X, int kBits, int kTokenTiles>
+template <typename X, int kBits, int kTokenTiles, typename Values = NoBook>
 struct TileShape {
+    static constexpr bool kHalves = kHasMinimums<Values>;  // groups may end within a chunk
+    static constexpr int kStageParts = kHalves ? 2 * kStageChunks : kStageChunks;  // the most groups of a stage
     static constexpr bool kInt8 = sizeof(X) == 1;
     static constexpr int kTokens = 8 * kTokenTiles;
     static constexpr int kRowBytes = kChunkColumns * static_cast<int>(sizeof(X));
     static constexpr int kXBytes = kStageChunks * kTokens * kRowBytes;
     static constexpr int kCodeBytes = kStageChunks * Codes<kBits>::kBytes;           // of a warp
-    static constexpr int kScaleBytes = kStageChunks * kTileRows * 2;
-    static constexpr int kWarpBytes = kCodeBytes + kScaleBytes + kStageChunks * kTileRows;
+    static constexpr int kScaleBytes = kStageParts * kTileRows * 2;
+    static constexpr int kWarpBytes = kCodeBytes + kScaleBytes + kStageParts * kTileRows * (kHalves ? 2 : 1);
     static constexpr int kStageBytes = kXBytes + kTileWarps * kWarpBytes;
     static constexpr int kStages = kStageBytes > 12 * 1024 ? 3 : 4;
     static constexpr int kRing = kStages * kStageBytes;  // of a half
@@ -41,12 +44,13 @@ struct TileSource {
     const u8* codes;   // of the warp's tile, as are scales and zeros
     const f16* scales;
     const u8* zeros;
-    int tokens, k, group_chunks;
+    const f16* minimums;
+    int tokens, k, group_parts;  // chunks a group; beside minimums, halves of chunks
 };
 
-template <typename X, int kBits, int kTokenTiles>
+template <typename X, int kBits, int kTokenTiles, typename Values>
 LLMCTL_DEVICE void copy_stage(u8* stage, const TileSource<X>& from, int step) {
-    using Shape = TileShape<X, kBits, kTokenTiles>;
+    using Shape = TileShape<X, kBits, kTokenTiles, Values>;
     constexpr int kPieces = Shape::kRowBytes / 16;  // of one token's chunk
     constexpr int kPerPiece = 16 / static_cast<int>(sizeof(X));
     const int thread = thread_index() % kHalfThreads, lane = lane_index();
@@ -58,17 +62,24 @@ LLMCTL_DEVICE void copy_stage(u8* stage, const TileSource<X>& from, int step) {
         const bool there = token < from.tokens && column < from.k;
         const X* const at = there ? from.x + static_cast<long long>(token) * from.k + column : from.x;
         if (Shape::kXBytes / 16 % kHalfThreads == 0 || piece < Shape::kXBytes / 16) {
-            cp_async16_zero_fill(stage + piece * 16, at, there ? 16 : 0);
+            // Pieces of 8 bytes of a token's 64 are read by 16 lanes of four tokens: every second pair of tokens has its
+            // halves exchanged, so that they fall into distinct banks.
+            const int place = Shape::kHalves ? piece ^ (token >> 1 & 1) << 1 : piece;
+            cp_async16_zero_fill(stage + place * 16, at, there ? 16 : 0);
         }
     }
     u8* const mine = stage + Shape::kXBytes + warp_index() % kTileWarps * Shape::kWarpBytes;
     const u8* const codes = from.codes + static_cast<long long>(step) * Shape::kCodeBytes;
 #pragma unroll
     for (int i = 0; i < Shape::kCodeBytes; i += 16 * kWarp) cp_async16(mine + i + lane * 16, codes + i + lane * 16);
-    const int first = step * kStageChunks / from.group_chunks;
-    const int count = (step * kStageChunks + kStageChunks - 1) / from.group_chunks - first + 1;
+    const int first = step * Shape::kStageParts / from.group_parts;
+    const int count = (step * Shape::kStageParts + Shape::kStageParts - 1) / from.group_parts - first + 1;
     if (lane < count * 4) {
         cp_async16(mine + Shape::kCodeBytes + lane * 16, from.scales + first * kTileRows + lane * 8);
+        if (Shape::kHalves && from.minimums) {
+            cp_async16(mine + Shape::kCodeBytes + Shape::kScaleBytes + lane * 16,
+                       from.minimums + first * kTileRows + lane * 8);
+        }
     } else if (from.zeros && lane >= 16 && lane < 16 + count * 2) {
         cp_async16(mine + Shape::kCodeBytes + Shape::kScaleBytes + (lane - 16) * 16,
                    from.zeros + first * kTileRows + (lane - 16) * 16);
@@ -112,6 +123,25 @@ LLMCTL_DEVICE void multiply_chunk(Sum (&sum)[kTokenTiles][2][4], const Codes<kBi
     }
 }
 
+// The sums of k-step s of a chunk, beside minimums: sum[j] as above, of_x[j] += x of token tile j.
+template <typename T, int kBits, int kTokenTiles>
+LLMCTL_DEVICE void multiply_half(float (&sum)[kTokenTiles][2][4], float (&of_x)[kTokenTiles][4],
+                                 const Codes<kBits>& codes, const u8* x, int s, const Minimums& minimums) {
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    const ZeroPair zero = zero_pair<T, kBits>(zeros_beside<kBits>(minimums), 0);
+    u32 a[2][4], one[4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) fragment<T, kBits>(a[r], codes, r, s, zero, minimums);
+    ones<T>(one);
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+        const Vec8 v = load8(x + (8 * j + g) * 64 + (s ^ (g >> 1 & 1)) * 32 + t * 8);  // see copy_stage
+#pragma unroll
+        for (int r = 0; r < 2; ++r) mma16816<T>(sum[j][r], a[r], v.w);
+        if (minimums.plane) mma16816<T>(of_x[j], one, v.w);
+    }
+}
+
 // Sums are fp32, but exact integers with int8 activations.
 template <typename X>
 struct SumOf {
@@ -138,17 +168,18 @@ LLMCTL_DEVICE void scale_sums(float (&total)[kTokenTiles][2][4], Sum (&sum)[kTok
 template <typename X, int kBits, int kTokenTiles, typename Values>
 LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource<X>& source, const Values& book,
                              u8* ring, int begin, int end, int rounds) {
-    using Shape = TileShape<X, kBits, kTokenTiles>;
+    using Shape = TileShape<X, kBits, kTokenTiles, Values>;
     const int lane = lane_index(), g = lane / 4;
 #pragma unroll
     for (int i = 0; i < Shape::kStages - 1; ++i) {
         if (begin + i < end) {
-            copy_stage<X, kBits, kTokenTiles>(ring + i * Shape::kStageBytes, source, begin + i);
+            copy_stage<X, kBits, kTokenTiles, Values>(ring + i * Shape::kStageBytes, source, begin + i);
         }
         cp_async_commit();
     }
     typename SumOf<X>::type sum[kTokenTiles][2][4] = {};
-    int left = source.group_chunks - begin * kStageChunks % source.group_chunks;  // chunks to the end of the group
+    [[maybe_unused]] float of_x[Shape::kHalves ? kTokenTiles : 1][4] = {};
+    int left = source.group_parts - begin * Shape::kStageParts % source.group_parts;  // parts to the end of the group
     int slot = 0;
     const int last = begin + rounds;
 #pragma unroll 1
@@ -157,7 +188,8 @@ LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource
         block_sync();
         const int fill = slot == 0 ? Shape::kStages - 1 : slot - 1;
         if (step + Shape::kStages - 1 < end) {
-            copy_stage<X, kBits, kTokenTiles>(ring + fill * Shape::kStageBytes, source, step + Shape::kStages - 1);
+            copy_stage<X, kBits, kTokenTiles, Values>(ring + fill * Shape::kStageBytes, source,
+                                                      step + Shape::kStages - 1);
         }
         cp_async_commit();
         if (step < end) {
@@ -171,17 +203,31 @@ LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource
                 for (int v = 0; v < Codes<kBits>::kVectors; ++v) {
                     codes.vector[v] = load16(mine + ((chunk * Codes<kBits>::kVectors + v) * kWarp + lane) * 16);
                 }
-                u32 zeros = kSymmetricZeros<kBits>;
-                if (source.zeros) {
-                    zeros = *reinterpret_cast<const u32*>(mine + Shape::kCodeBytes + Shape::kScaleBytes +
-                                                          group * kTileRows + g * 4);
-                }
-                multiply_chunk<X, kBits, kTokenTiles>(sum, codes, x + chunk * Shape::kTokens * Shape::kRowBytes,
-                                                      zeros, book);
-                if (--left == 0 || (chunk == kStageChunks - 1 && step + 1 == end)) {
-                    scale_sums(total, sum, load8(mine + Shape::kCodeBytes + (group * kTileRows + g * 4) * 2));
-                    left = source.group_chunks;
-                    ++group;
+                const u8* const of_chunk = x + chunk * Shape::kTokens * Shape::kRowBytes;
+                if constexpr (Shape::kHalves) {
+#pragma unroll
+                    for (int s = 0; s < 2; ++s) {
+                        multiply_half<X, kBits, kTokenTiles>(sum, of_x, codes, of_chunk, s, book);
+                        if (--left == 0) {  // a group of 16 or 32 columns ends in its stage
+                            const u8* const at = mine + Shape::kCodeBytes + (group * kTileRows + g * 4) * 2;
+                            const u8* const side = at + (book.plane ? Shape::kScaleBytes : 0);
+                            scale_group(total, sum, of_x, load8(at), load8(side), book.plane != nullptr);
+                            left = source.group_parts;
+                            ++group;
+                        }
+                    }
+                } else {
+                    u32 zeros = kSymmetricZeros<kBits>;
+                    if (source.zeros) {
+                        zeros = *reinterpret_cast<const u32*>(mine + Shape::kCodeBytes + Shape::kScaleBytes +
+                                                              group * kTileRows + g * 4);
+                    }
+                    multiply_chunk<X, kBits, kTokenTiles>(sum, codes, of_chunk, zeros, book);
+                    if (--left == 0 || (chunk == kStageChunks - 1 && step + 1 == end)) {
+                        scale_sums(total, sum, load8(mine + Shape::kCodeBytes + (group * kTileRows + g * 4) * 2));
+                        left = source.group_parts;
+                        ++group;
+                    }
                 }
             }
         }
@@ -193,7 +239,7 @@ LLMCTL_DEVICE void tile_sums(float (&total)[kTokenTiles][2][4], const TileSource
 template <typename T, typename X, int kBits, int kTokenTiles, typename Values>
 LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, const u8* zeros, const Values& book,
                              const Tail<T>& tail, int k, int group_size, u8* shared) {
-    using Shape = TileShape<X, kBits, kTokenTiles>;
+    using Shape = TileShape<X, kBits, kTokenTiles, Values>;
     const int halves = block_size() / kHalfThreads, half = warp_index() / kTileWarps;
     const int padded = (k + kStepColumns - 1) / kStepColumns * kStepColumns;
     const int steps = padded / (kStageChunks * kChunkColumns);
@@ -211,9 +257,10 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
                                codes + tile * steps * Shape::kCodeBytes,
                                scales + tile * groups * kTileRows,
                                zeros ? zeros + tile * groups * kTileRows : nullptr,
+                               minimums_at(book, tile * groups * kTileRows),
                                tokens,
                                k,
-                               group_size / kChunkColumns};
+                               group_size / (Shape::kHalves ? kChunkColumns / 2 : kChunkColumns)};
     float total[kTokenTiles][2][4] = {};
     tile_sums<X, kBits, kTokenTiles>(total, source, book, shared + half * Shape::kRing, begin, end,
                                      (steps + workers - 1) / workers);
@@ -254,6 +301,19 @@ LLMCTL_DEVICE void tile_gemm(const X* x, const u8* codes, const f16* scales, con
 
 #define LLMCTL_TILE_GEMM(NAME, T, BITS, TOKENS) LLMCTL_TILE_GEMM_OF(NAME, T, BITS, TOKENS, NoBook)
 #define LLMCTL_FLOAT8_GEMM(NAME, T, TOKENS) LLMCTL_TILE_GEMM_OF(NAME, T, 8, TOKENS, Float8)
+
+// Of groups of 16 or 32 columns, with minimums unless they are null.
+#define LLMCTL_MINIMUM_GEMM(NAME, T, BITS, TOKENS)                                                                    \
+    LLMCTL_KERNEL(2 * llmctl::gemm::kHalfThreads, 1)                                                                  \
+    NAME##_##T##_t##TOKENS(const llmctl::T* x, const u8* codes, const llmctl::f16* scales,                            \
+                           const llmctl::f16* minimums, const llmctl::T* bias, const llmctl::T* residual,             \
+                           llmctl::T* y, float* workspace, u32* counters, int m, int n, int k, int group_size,        \
+                           int activation) {                                                                          \
+        LLMCTL_DYNAMIC_SHARED(shared);                                                                                \
+        const llmctl::gemm::Tail<llmctl::T> tail{bias, residual, nullptr, y, workspace, counters, m, n, activation};  \
+        llmctl::gemm::tile_gemm<llmctl::T, llmctl::T, BITS, TOKENS / 8>(                                              \
+            x, codes, scales, nullptr, llmctl::gemm::Minimums{minimums}, tail, k, group_size, shared);                \
+    }
 
 // Of 4-bit codes of a code book; book: its values, f32 [16].
 #define LLMCTL_BOOK_GEMM(NAME, T, TOKENS)                                                                             \

@@ -139,6 +139,18 @@ LLMCTL_DEVICE void dense(const T* x, const int* chosen, const int* order, const 
 #define LLMCTL_GROUPED(NAME, T, BITS, GROUP, ROWS) LLMCTL_GROUPED_OF(NAME, T, BITS, GROUP, ROWS, NoBook)
 #define LLMCTL_FLOAT8_GROUPED(NAME, T, GROUP, ROWS) LLMCTL_GROUPED_OF(NAME, T, 8, GROUP, ROWS, Float8)
 
+// Of groups of 16 or 32 columns, with minimums unless they are null.
+#define LLMCTL_MINIMUM_GROUPED(NAME, T, BITS, GROUP, ROWS)                                                             \
+    LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, ROWS == 16 ? 1 : 2)                                                    \
+    NAME##_##T##_g##GROUP##_m##ROWS(const llmctl::T* x, const int* chosen, const int* order, const int* blocks,        \
+                                    const u8* codes, const llmctl::f16* scales, const llmctl::f16* minimums,           \
+                                    llmctl::T* y, int n, int k, int share, int group_size, int activation) {           \
+        LLMCTL_DYNAMIC_SHARED(shared);                                                                                 \
+        llmctl::grouped::quantized<llmctl::T, BITS, GROUP / 32, ROWS / 8>(                                             \
+            x, chosen, order, blocks, codes, scales, nullptr, llmctl::gemm::Minimums{minimums}, y, n, k, share,        \
+            group_size, activation, shared);                                                                           \
+    }
+
 // Of 4-bit codes of a code book; book: its values, f32 [16].
 #define LLMCTL_BOOK_GROUPED(NAME, T, GROUP, ROWS)                                                                      \
     LLMCTL_KERNEL(llmctl::gemm::kStreamThreads, GROUP == 32 && ROWS == 16 ? 1 : 2)                                     \

@@ -26,11 +26,16 @@ class Case:
     dense: torch.Tensor
 
 
-def any_format(codes: int | str, shape: tuple[int, int], group: int, *, symmetric: bool) -> CudaFormat:
-    """A format of integers by their bits, or of a code book by its name."""
+def any_format(
+    codes: int | str, shape: tuple[int, int], group: int, *, symmetric: bool, gated: bool = False
+) -> CudaFormat:
+    """A format of integers by their bits (``k4``, ``k8``: with minimums unless symmetric), or of a code book by its
+    name."""
+    if codes in ("k4", "k8"):
+        return CudaFormat(int(codes[1:]), shape, gated, group, symmetric, minimum=not symmetric)
     if isinstance(codes, str):
-        return CudaFormat(CODE_BOOKS[codes].bits, shape, group=group, symmetric=True, book=codes)
-    return CudaFormat(codes, shape, group=group, symmetric=symmetric)
+        return CudaFormat(CODE_BOOKS[codes].bits, shape, gated, group, symmetric=True, book=codes)
+    return CudaFormat(codes, shape, gated, group, symmetric)
 
 
 def make_case(fmt: CudaFormat, seed: int = 0) -> Case:
@@ -46,9 +51,15 @@ def make_case(fmt: CudaFormat, seed: int = 0) -> Case:
     zeros = rng.integers(0, 2**fmt.bits, (rows, groups), np.uint8)
     if fmt.symmetric:
         zeros[:] = 0 if fmt.book else 2 ** (fmt.bits - 1)
-    scheme = QuantScheme(fmt.bits, fmt.group, fmt.symmetric, book=fmt.book)
-    weight = QuantizedWeight(*map(torch.from_numpy, (codes, scales, zeros)), scheme)
-    return Case(pack(codes, scales, zeros, fmt), weight.dequantize())
+    minimums = None
+    if fmt.minimum:
+        zeros[:] = 0
+        middle = scales.astype(np.float32) * -(2 ** (fmt.bits - 1))  # about which a K type's minimums lie
+        minimums = (middle * rng.uniform(0.5, 1.5, middle.shape)).astype(np.float16)
+    scheme = QuantScheme(fmt.bits, fmt.group, fmt.symmetric, book=fmt.book, minimum=fmt.minimum)
+    floats = None if minimums is None else torch.from_numpy(minimums)
+    weight = QuantizedWeight(*map(torch.from_numpy, (codes, scales, zeros)), scheme, minimums=floats)
+    return Case(pack(codes, scales, zeros, fmt, minimums=minimums), weight.dequantize())
 
 
 def planes_of(linear: CudaLinear) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import missing
-from gemm_cases import make_case, multiply, planes_of, run
+from gemm_cases import any_format, make_case, multiply, planes_of, run
 from tolerance import DTYPES, assert_as_good_as_torch
 
 from llmctl.graph.code_books import CODE_BOOKS
@@ -48,6 +48,19 @@ def test_values_of_a_book_are_rounded_once(tag, book, shape, group, gated):
     case = make_case(fmt)
     w = torch.empty(shape, dtype=DTYPES[tag])
     run(dequantize_call(fmt, tag, planes_of(case.linear), w))
+    assert torch.equal(w, case.dense.to(w.dtype))
+
+
+@pytest.mark.parametrize("tag", ["f16", "bf16"])
+@pytest.mark.parametrize("codes", ["k4", "k8"])
+@pytest.mark.parametrize(
+    ("shape", "group", "symmetric", "gated"),
+    [((45, 136), 32, False, False), ((44, 264), 16, True, True), ((33, 72), 16, False, False)],
+)
+def test_minimums_are_added_before_the_rounding(tag, codes, shape, group, symmetric, gated):
+    case = make_case(any_format(codes, shape, group, symmetric=symmetric, gated=gated), seed=group)
+    w = torch.empty(shape, dtype=DTYPES[tag])
+    run(dequantize_call(case.linear.format, tag, planes_of(case.linear), w))
     assert torch.equal(w, case.dense.to(w.dtype))
 
 

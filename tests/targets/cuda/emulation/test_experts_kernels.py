@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -64,9 +65,9 @@ class Stack:
 
 
 def packed(
-    bits: int, experts: int, n: int, k: int, group: int, *, symmetric: bool = False, epilogue: str = "", book: str = ""
+    bits: int, experts: int, n: int, k: int, group: int, *, epilogue: str = "", **more: Any
 ) -> Stack:  # fmt: skip
-    fmt = CudaFormat(bits, (experts * n, k), bool(epilogue), group, symmetric, book=book, experts=experts)
+    fmt = CudaFormat(bits, (experts * n, k), bool(epilogue), group, experts=experts, **more)
     case = make_case(fmt)
     return Stack(fmt, planes_of(case.linear), case.dense.view(experts, n, k), epilogue)
 
@@ -93,6 +94,8 @@ def stacks(tag: str) -> dict[str, Stack]:
         "w8": packed(8, 5, 33, 256, 128, symmetric=True),
         "nf4": packed(4, 5, 40, 136, 64, symmetric=True, book="nf4"),
         "fp8": packed(8, 5, 48, 136, 128, symmetric=True, epilogue="silu_mul", book="fp8_e4m3"),
+        "k4": packed(4, 5, 40, 136, 32, minimum=True),
+        "k8_gated": packed(8, 5, 48, 136, 16, symmetric=True, epilogue="silu_mul"),
         "dense": dense(tag, 5, 41, 72),
         "dense_gated": dense(tag, 5, 44, 200, "relu_mul"),
     }

@@ -69,6 +69,25 @@ def test_codes_of_a_book(tag, m, book, shape, group, sms):
     _check(tag, m, any_format(book, shape, group, symmetric=True), sms, bias=m % 2 == 1)
 
 
+@pytest.mark.parametrize("tag", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("m", "codes", "shape", "group", "symmetric", "sms"),
+    [
+        (1, "k4", (40, 136), 32, False, 1),
+        (3, "k4", (33, 1032), 16, False, 4),
+        (8, "k4", (64, 384), 16, True, 1),
+        (13, "k4", (33, 264), 32, False, 1),
+        (16, "k4", (40, 1032), 16, False, 4),
+        (1, "k8", (40, 136), 16, True, 1),
+        (5, "k8", (33, 1032), 32, False, 4),
+        (7, "k8", (31, 72), 16, False, 1),
+        (16, "k8", (33, 264), 16, True, 4),
+    ],
+)
+def test_groups_of_16_and_minimums(tag, m, codes, shape, group, symmetric, sms):
+    _check(tag, m, any_format(codes, shape, group, symmetric=symmetric), sms, bias=m % 2 == 1)
+
+
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
 def test_gated_epilogues(epilogue):
     _check("f16", 3, CudaFormat(4, (44, 256), True, 128), 1, bias=True, epilogue=epilogue)

@@ -62,6 +62,26 @@ def test_codes_of_a_book(tag, m, book, shape, group, sms):
     _check(tag, m, any_format(book, shape, group, symmetric=True), sms, bias=m == 17)
 
 
+@pytest.mark.parametrize("tag", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("m", "codes", "shape", "group", "symmetric", "sms"),
+    [
+        (17, "k4", (133, 1032), 32, False, 3),
+        (33, "k4", (32, 520), 16, False, 4),
+        (65, "k4", (40, 200), 16, True, 1),
+        (17, "k8", (133, 1032), 16, True, 3),
+        (40, "k8", (40, 200), 32, False, 1),
+    ],
+)
+def test_groups_of_16_and_minimums(tag, m, codes, shape, group, symmetric, sms):
+    _check(tag, m, any_format(codes, shape, group, symmetric=symmetric), sms, bias=m == 17)
+
+
+def test_minimums_with_gated_epilogue_and_split_k():
+    fmt = any_format("k4", (96, 1024), 32, symmetric=False, gated=True)
+    _check("bf16", 20, fmt, 8, residual=True, epilogue="silu_mul")
+
+
 @pytest.mark.parametrize("epilogue", ["silu_mul", "gelu_mul", "gelu_tanh_mul", "relu_mul"])
 def test_gated_epilogues(epilogue):
     _check("f16", 18, CudaFormat(4, (300, 256), True, 128), 1, bias=True, epilogue=epilogue)

@@ -34,6 +34,8 @@ MAKERS = {
     "w4a16": cases._linear_maker(CudaFormat(4, (64, 128), group=64), 3, 2**28),
     "book4a16": cases._linear_maker(CudaFormat(4, (64, 128), group=64, symmetric=True, book="nf4"), 3, 2**28),
     "fp8a16": cases._linear_maker(CudaFormat(8, (64, 128), group=128, symmetric=True, book="fp8_e4m3"), 3, 2**28),
+    "k4a16": cases._linear_maker(CudaFormat(4, (64, 128), group=32, minimum=True), 3, 2**28),
+    "k8a16": cases._linear_maker(CudaFormat(8, (64, 128), group=16, symmetric=True), 3, 2**28),
     "w8a8": cases._int8_maker(_W8, 3),
     "experts": experts.grouped_maker((4, 48, 64), 3, 2, 16, True),
     "experts w4 gated": experts.grouped_maker((4, 48, 64), 3, 2, 4, True),

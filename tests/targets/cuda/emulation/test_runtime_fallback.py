@@ -24,8 +24,8 @@ READS_NONE = "no CUDA kernel reads 8 weights as they are quantized"
     ("config", "quant", "said", "captured"),
     [
         ({**LLAMA, "head_dim": 48}, W4, "no CUDA kernel for 'attention' ops: head size 48; the kernels have", False),
-        (LLAMA, QuantScheme(3, 16, symmetric=True), READS_NONE, True),
-        (LLAMA, QuantScheme(4, 32, symmetric=False, minimum=True), READS_NONE, True),
+        (LLAMA, QuantScheme(3, 16, symmetric=False), READS_NONE, True),
+        (LLAMA, QuantScheme(4, 64, symmetric=False, minimum=True), READS_NONE, True),
         (LLAMA, QuantScheme(8, 16, symmetric=True, book="fp8_e4m3", block_rows=32), READS_NONE, True),
         (LLAMA, QuantScheme(4, 16, symmetric=True, book="nf4"), READS_NONE, True),
     ],
@@ -51,3 +51,10 @@ def test_a_cache_that_torch_cannot_read_is_refused():
     graph, weights = tiny_model({**LLAMA, "head_dim": 48}, None, CUDA_PASSES)
     with pytest.raises(EngineLoadError, match=r"--kv-cache-dtype int8: op 'layers\.0\.attention' has no CUDA kernel"):
         emulated_runtime(graph, weights, "float16", **SIZES, kv_cache_dtype="int8")
+
+
+def test_int8_activations_of_a_format_that_their_kernel_does_not_take_are_refused_with_its_reason():
+    quant = QuantScheme(6, 16, symmetric=True)
+    graph, weights = tiny_model(LLAMA, quant, (*CUDA_PASSES, "int8_activations"))
+    with pytest.raises(EngineLoadError, match="no CUDA kernel: the weight has 8-bit integers in groups"):
+        emulated_runtime(graph, weights, "float16", **SIZES)

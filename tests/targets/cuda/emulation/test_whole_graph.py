@@ -107,12 +107,27 @@ _EXPERTS_IN_NF4 = {"": None, **{f"layers.{i}.experts.{r}_proj": _NF4 for i in (0
         pytest.param("glm4_moe", None, "dense_f16", marks=pytest.mark.slow),
         pytest.param("glm4_moe", QuantScheme(8, -1, symmetric=True), "w8a16_f16_g64", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", QuantScheme(4, -1, symmetric=True), "w4a16_f16_g128", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", QuantScheme(6, 16, symmetric=True), "k8a16_f16_g16", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", _EXPERTS_IN_NF4, "book4a16_f16_g32", marks=pytest.mark.slow),
     ],
 )
 def test_mixtures_of_experts(family: str, quant: Any, product: str) -> None:
     launched = _check(*tiny_model(MIXTURES[family], quant))
     assert {"route_f16", "weighted_sum_f16", "group_slots_m8", f"grouped_{product}_m8"} <= launched
+
+
+_K_TYPES = {"": QuantScheme(6, 16, symmetric=True), "layers.1.mlp.down_proj": QuantScheme(5, 32, False, minimum=True)}
+
+
+@pytest.mark.parametrize(
+    ("quant", "kinds"), [(QuantScheme(4, 32, symmetric=False, minimum=True), {"k4"}), (_K_TYPES, {"k8"})]
+)
+def test_k_types_and_many_rows(quant, kinds, monkeypatch):
+    for module in (cuda_ops, cuda_buffers):
+        monkeypatch.setattr(module, "GEMM_ROWS", 4)  # prompts go through dequantised weights then
+    launched = _check(*tiny_model(LLAMA, quant))
+    assert {f"dequantize_{kind}_f16" for kind in kinds} <= launched
+    assert {name.partition("a16")[0] for name in launched if "a16_stream" in name} == kinds
 
 
 def test_act_order_and_many_rows(monkeypatch):
