@@ -13,9 +13,10 @@ of the code, and its live comparisons of the same rules. --simulate SD makes the
 normal noise of so large a standard deviation (a share); also those of a B that is as slow as is just allowed.
 Markdown on stdout.
 
-A round is 3 starts of the server and 4 loads: with the demo model on two idle cores and the load below some 20 seconds,
-so that 30 rounds of each kind take 20 minutes, the resamplings ten more (on both cores), and 20 live comparisons of
-each kind about three hours. On a busy machine nothing is learnt: most verdicts are inconclusive there.
+A round is 3 starts of the server and 4 loads: with the demo model on two idle cores and a load of half a second six
+seconds, so that 30 rounds of each kind take six minutes and 20 live comparisons of each kind an hour where a round
+scatters by 1.5%. On a busy machine nothing is learnt: most verdicts are inconclusive there (docs/bench.md says what
+makes rounds scatter less).
 """
 
 from __future__ import annotations

@@ -102,7 +102,10 @@ def _python(words: Sequence[str]) -> None:
     if not script.is_file():
         raise WrongCommand(f"no such file: {words[0]}")
     known = _options_of(script)
-    for word in words[1:]:
+    own = list(itertools.takewhile(lambda word: word != "--", words[1:]))
+    if beyond := words[2 + len(own) :]:  # of the servers that the script starts
+        _llmctl(["serve", "./engine", *beyond])
+    for word in own:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in known:
             raise WrongCommand(f"{words[0]} has no option {option}")
