@@ -284,14 +284,15 @@ def test_load_and_unload_under_load_at_length(server: ServerProcess, lanes: list
 
 def test_files_that_are_gone_or_others_are_told_of(server: ServerProcess, folders: Path) -> None:
     """Once they must be read again: three adapters fit into memory."""
-    for i, name in enumerate(("gone", "changed")):
+    others = ("four", "five", "six")  # that no slot has, so that each is read
+    for i, name in enumerate(("gone", "changed", *others)):
         write_random(folders / name, ATTENTION, rank=2, seed=10 + i)
         assert load(server, name, name)[0] == 200
-    for name in ("one", "two"):
-        ask(server, name)
+    for name in others:
+        unload(server, name)
     assert load(server, "three", "three")[0] == 200
     shutil.rmtree(folders / "gone")
-    write_random(folders / "changed", ATTENTION, rank=2, seed=12)
+    write_random(folders / "changed", ATTENTION, rank=2, seed=20)
     for name, code, said in (("gone", 404, "its files are gone"), ("changed", 503, "its files have changed")):
         status, answer = server.post("/v1/completions", {**ASK, "model": name})
         assert (status, said in answer["error"]["message"]) == (code, True), answer
