@@ -121,16 +121,17 @@ def test_experts_lie_one_below_the_other_as_each_would_alone(rows: int, gated: b
     assert np.array_equal(found[1], scales)
 
 
-def test_act_order_sorts_columns_by_group() -> None:
-    fmt = CudaFormat(4, (32, 256), group=64, permuted=True)
+@pytest.mark.parametrize(("group", "symmetric"), [(64, False), (16, True)])
+def test_act_order_sorts_columns_by_group(group: int, symmetric: bool) -> None:
+    fmt = CudaFormat(4, (32, 256), group=group, symmetric=symmetric, permuted=True)
     codes, scales, zeros = planes_of(fmt, 5)
-    g_idx = np.random.default_rng(0).permutation(np.arange(256) // 64).astype(np.int32)
+    g_idx = np.random.default_rng(0).permutation(np.arange(256) // group).astype(np.int32)
     packed = pack(codes, scales, zeros, fmt, g_idx)
     assert packed.permutation is not None
     assert np.array_equal(unpack(packed)[0], codes[:, packed.permutation])
-    assert np.array_equal(g_idx[packed.permutation], np.arange(256) // 64)
+    assert np.array_equal(g_idx[packed.permutation], np.arange(256) // group)
     g_idx[g_idx == 0] = 1
-    with pytest.raises(ValueError, match="act-order groups are not of 64 columns"):
+    with pytest.raises(ValueError, match=f"act-order groups are not of {group} columns"):
         pack(codes, scales, zeros, fmt, g_idx)
 
 
